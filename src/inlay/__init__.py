@@ -1,0 +1,1 @@
+"""inlay teaches diffusion transformers a new subject."""
