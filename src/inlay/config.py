@@ -1,0 +1,395 @@
+"""Recipes: every section, its help, and how a recipe is loaded, overridden, saved and described.
+
+A recipe is a YAML file of sections. Values are layered: section default < family default < YAML < `key=value`.
+An unknown key is an error, and all errors of a recipe are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe; attribute docstrings are its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    """Which network is taught."""
+
+    family: str
+    """Architecture, the name of a file in `inlay/families` or of an installed plug-in: `wan`."""
+    checkpoint: str
+    """Hub id, local folder in diffusers layout, or `twin:wan` for the tiny trained model that ships with inlay."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub checkpoint."""
+    expert: Literal["high", "low"] | None = None
+    """Wan 2.2 A14B only: the network for high or for low noise. Each is trained on its own time interval."""
+
+
+class Source(Section):
+    """One place where clips come from."""
+
+    path: str
+    """Folder, manifest (`.csv`, `.jsonl`, `.json`), or folder with `prompts.txt` and `videos.txt`."""
+    layout: Literal["auto", "folder", "lines", "csv", "jsonl"] = "auto"
+    """How captions are stored; `auto` looks."""
+    root: str | None = None
+    """Folder that the manifest's paths are relative to, and may not leave. Default: the manifest's folder."""
+    video_column: str | None = None
+    """Column with the clip's path. Default: the first of video, file_name, file, path, image, frames_path."""
+    caption_column: str | None = None
+    """Column with the caption. Default: the first of caption, prompt, text."""
+    group_column: str | None = None
+    """Column by which `inlay evaluate` groups its table, such as an activity or a subject."""
+    repeats: int = Field(default=1, ge=1)
+    """How many times each clip appears in one epoch."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second epoch."""
+
+
+class Data(Section):
+    """The clips and what the model sees of them."""
+
+    sources: list[Source]
+    """One path, a list of paths, or a list of sources."""
+    size: tuple[int, int] = (480, 832)
+    """Height and width in pixels. With several `aspects` it sets the area."""
+    aspects: list[str] = []
+    """Aspect ratios as `width:height`, such as `16:9`, `1:1` or `9:16`; clips go to the nearest. Empty: only `size`."""
+    frames: list[int] = [81]
+    """Lengths in frames; each clip goes to the longest that it fills. One number or a list."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frame rate at which clips are sampled. Default: the rate that the family was trained at."""
+    stride: int | None = Field(default=None, ge=1)
+    """Frames (at `fps`) between the starts of two windows of a long clip. Default: the window's length (no overlap)."""
+    max_windows: int = Field(default=1, ge=1)
+    """At most so many windows of one clip, spread evenly over it."""
+    slow: Literal["repeat", "keep"] = "repeat"
+    """A clip slower than `fps`: `repeat` frames to keep its speed, or `keep` its frames, which plays it faster."""
+    trigger: str = ""
+    """Word put before every caption that does not contain it."""
+    caption_prefix: str = ""
+    """Text put before every caption."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of training samples that see the empty caption, so that guidance keeps working."""
+    held_out: float = Field(default=0.1, ge=0)
+    """Clips kept away from training for the held-out loss: a share below 1, else a count."""
+    bad_clips: Literal["stop", "quarantine"] = "stop"
+    """What `cache` and `train` do about clips with errors: `stop`, or go on without them and list them in the run."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        many = value if isinstance(value, list) else [value]
+        return [{"path": str(v)} if isinstance(v, (str, Path)) else v for v in many]
+
+    @field_validator("sources")
+    @classmethod
+    def _some(cls, value: list[Source]) -> list[Source]:
+        if not value:
+            raise ValueError("needs at least one source")
+        return value
+
+    @field_validator("frames", mode="before")
+    @classmethod
+    def _frames(cls, value: Any) -> Any:
+        return sorted(set(value)) if isinstance(value, list) and value else [value] if value != [] else [0]
+
+    @field_validator("frames")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if min(value) < 1:
+            raise ValueError("needs one or more lengths of at least 1 frame")
+        return value
+
+    @field_validator("aspects")
+    @classmethod
+    def _ratios(cls, value: list[str]) -> list[str]:
+        for text in value:
+            parts = text.split(":")
+            if len(parts) != 2 or not all(p.strip().replace(".", "", 1).isdigit() and float(p) > 0 for p in parts):
+                raise ValueError(f"`{text}` is not an aspect ratio such as `16:9`")
+        return value
+
+
+class Objective(Section):
+    """What is learned: the distribution of noise levels and their weights (the corruption itself is the family's)."""
+
+    preset: Literal["inlay", "diffsynth", "uniform"] = "inlay"
+    """`inlay`: logit-normal, weight 1. `diffsynth`: 1000-entry table, shift 5, bell weight. `uniform`: weight 1."""
+    shift: float | None = Field(default=None, gt=0)
+    """Noise-level shift s, as in s u / (1 + (s - 1) u). Default: the preset's, else the family's for this size."""
+    mean: float = 0.0
+    """Mean of the normal distribution behind `inlay`."""
+    std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the normal distribution behind `inlay`."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Train only on noise levels in this interval of [0, 1]; an expert of Wan 2.2 A14B sets it by itself."""
+
+    @field_validator("interval")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("needs 0 <= low < high <= 1")
+        return value
+
+
+class LowRank(Section):
+    """A LoRA or DoRA adapter, through peft."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """`lora`: low-rank update. `dora`: the same with a trained magnitude per output row; slower, often better."""
+    rank: int = Field(default=32, ge=1)
+    """Rank of the update; higher holds more and costs more."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The update is scaled by alpha / rank. Default: rank, which survives tools that drop alpha."""
+    targets: list[str] = []
+    """Regular expressions over whole module names; one that matches nothing stops. Default: the family's."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the low-rank update."""
+
+
+class Full(Section):
+    """Full fine-tuning."""
+
+    kind: Literal["full"] = "full"
+    """All weights of the denoiser train, or those of `targets`."""
+    targets: list[str] = []
+    """Regular expressions over whole parameter names; one that matches nothing stops. Default: everything."""
+
+
+class Optim(Section):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the state), `prodigy` (prodigyopt, finds its own rate; use lr 1)."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Term against division by zero."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up: constant, or down to zero at the last step."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; null switches clipping off."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the trained weights, which then is what is sampled and exported."""
+
+
+class Train(Section):
+    """How long, how much at once, and what is written on the way."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    batch: int = Field(default=1, ge=1)
+    """Samples per device and micro-batch."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step and device."""
+    save_every: int = Field(default=250, ge=1)
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep: int = Field(default=3, ge=1)
+    """How many checkpoints stay on disk."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of `metrics.jsonl` and the trackers."""
+    validate_every: int = Field(default=100, ge=1)
+    """Steps between measurements of the held-out loss."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = ["tensorboard"]
+    """Where metrics go besides `metrics.jsonl`."""
+
+
+class Sample(Section):
+    """Videos made during training and the settings of `inlay generate`."""
+
+    prompts: list[str] = []
+    """Prompts to sample during training and to compare in `inlay evaluate`. Empty: the first captions."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between samples. Default: none during training."""
+    negative_prompt: str = ""
+    """What to steer away from."""
+    size: tuple[int, int] | None = None
+    """Height and width. Default: as trained."""
+    frames: int | None = Field(default=None, ge=1)
+    """Frames. Default: the longest trained."""
+    steps: int = Field(default=30, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(default=5.0, ge=0)
+    """Classifier-free guidance scale."""
+    seed: int = 42
+    """Seed of the first video; video i of a prompt uses seed + i."""
+
+
+class Memory(Section):
+    """What is traded for memory."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: far less memory, about a third more time."""
+
+
+class Runtime(Section):
+    """Where and how it runs; never changes what is learned, up to rounding."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """`auto`: CUDA, else Apple MPS, else CPU."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the frozen base and its activations; adapters, losses and the optimizer are float32. `auto`: bfloat16 on CUDA, else float32."""
+    world_size: int | None = Field(default=None, ge=1)
+    """Number of processes that this recipe is meant for; another number stops at the start. Default: any."""
+    workers: int = Field(default=2, ge=0)
+    """Decoding threads while caching."""
+
+
+Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    run: str
+    """Folder that the run is written to and that every later command takes."""
+    seed: int = Field(default=0, ge=0)
+    """Order, noise and times are functions of it."""
+    model: Model
+    data: Data
+    objective: Objective = Objective()
+    tuner: Tuner = LowRank()
+    optim: Optim = Optim()
+    train: Train = Train()
+    sample: Sample = Sample()
+    memory: Memory = Memory()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        tuner = value.get("tuner") if isinstance(value, dict) else None
+        return {**value, "tuner": {"kind": "lora", **tuner}} if isinstance(tuner, dict) else value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges two nested mappings; `over` wins, lists are replaced whole."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Loads a recipe, or the recipe of a run folder.
+
+    Args:
+        path: YAML file, or a run folder (its `config.yaml`).
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        ValueError: with every mistake of the recipe, one per line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recipe; `inlay new wan DATA` writes one")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections (run, model, data, ...), found {type(raw).__name__}")
+    return build(raw, overrides, name=str(path))
+
+
+def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = "recipe") -> Config:
+    """Makes a config from a nested mapping: adds the family's defaults and overrides, then validates.
+
+    Raises:
+        ValueError: with every mistake, one per line.
+    """
+    from inlay import families
+
+    for text in overrides:
+        key, mark, value = text.partition("=")
+        if not mark or not key.strip():
+            raise ValueError(f"`{text}` is not an override; write section.key=value, such as optim.lr=2e-4")
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"`{text}`: the value is not valid YAML") from None
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        raw = merge(raw, nested)
+    section = raw.get("model")
+    family = section.get("family") if isinstance(section, Mapping) else None
+    defaults = families.get(family).defaults if isinstance(family, str) else {}
+    try:
+        return Config.model_validate(merge(defaults, raw))
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise ValueError(f"{name}: {error.error_count()} mistake(s)\n{lines}") from None
+
+
+def _explain(error: Any) -> str:
+    where = [str(p) for p in error["loc"] if p not in ("lora", "dora", "full")]
+    if error["type"] == "extra_forbidden":
+        known = _keys(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+        return f"{'.'.join(where)}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{'.'.join(where)}: missing"
+    value = "" if isinstance(error["input"], (dict, list)) else f" (got {error['input']!r})"
+    return f"{'.'.join(where)}: {error['msg'].removeprefix('Value error, ')}{value}"
+
+
+def _keys(where: list[str]) -> list[str]:
+    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank}.get(
+        ".".join(p for p in where if not p.isdigit()), None
+    )
+    if section is None:
+        field = Config.model_fields.get(where[0])
+        section = field.annotation if field else Config
+    return list(section.model_fields)
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes the fully resolved recipe as YAML."""
+    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True), "utf-8")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors."""
+    return Config.model_json_schema()
+
+
+def reference() -> str:
+    """The reference page of all sections in Markdown (`docs/reference/config.md`)."""
+    sections = {"(top level)": Config, "model": Model, "data": Data, "data.sources": Source, "objective": Objective}
+    sections |= {"tuner (lora, dora)": LowRank, "tuner (full)": Full, "optim": Optim, "train": Train}
+    sections |= {"sample": Sample, "memory": Memory, "runtime": Runtime}
+    out = ["# Recipe reference", "", "Generated from the schema by `python -m inlay.config`; a test keeps it current.", ""]
+    for title, section in sections.items():
+        out += [f"## {title}", "", (section.__doc__ or "").strip().splitlines()[0], "", "| key | default | meaning |", "|---|---|---|"]
+        for key, field in section.model_fields.items():
+            if field.description is None:
+                continue
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            out.append(f"| `{key}` | {default} | {field.description.replace('|', '/').replace(chr(10), ' ')} |")
+        out.append("")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

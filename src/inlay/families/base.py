@@ -1,0 +1,194 @@
+"""The contract of a model family: everything the rest of the package may ask of an architecture.
+
+A family translates at its edge. Inside the package, pixels are uint8 (t, h, w, c), latents (c, t, h, w) per sample and
+normalised, time runs from 0 (data) to 1 (noise), and nobody else knows schedulers, scalings or module names.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from inlay import config as recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from inlay.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes that a family can represent: pixels a multiple of `spatial`, frames `temporal` n + `offset`."""
+
+    spatial: int
+    temporal: int
+    offset: int = 1
+
+    def snap_frames(self, n: int) -> int:
+        """The largest possible length of at most n frames; 0 where there is none."""
+        return 0 if n < self.offset else (n - self.offset) // self.temporal * self.temporal + self.offset
+
+    def snap_size(self, height: float, width: float) -> tuple[int, int]:
+        """The nearest possible height and width."""
+        return max(1, round(height / self.spatial)) * self.spatial, max(1, round(width / self.spatial)) * self.spatial
+
+    def problems(self, frames: int, height: int, width: int) -> list[str]:
+        """Sentences that say what is impossible and what is near; empty when all is well."""
+        out = []
+        low = self.snap_frames(frames)
+        if low != frames:
+            near = " or ".join(str(n) for n in (low, low + self.temporal if low else self.offset) if n)
+            out.append(f"{frames} frames is not {self.temporal}n+{self.offset}: use {near}")
+        if (height % self.spatial, width % self.spatial) != (0, 0) or min(height, width) < 1:
+            h, w = self.snap_size(height, width)
+            out.append(f"{height}x{width} is not a multiple of {self.spatial}: use {h}x{w}")
+        return out
+
+
+class Family(ABC):
+    """One architecture and its conventions. Building one reads configuration files, never weights."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Recipe values that differ from the sections' defaults, as a nested mapping."""
+    targets: ClassVar[Sequence[str]]
+    """Default adapter targets: regular expressions over whole module names."""
+    fps: float
+    """Frame rate of the published checkpoint's training data."""
+    grid: Grid
+
+    def __init__(self, model: recipe.Model) -> None:
+        self.model = model
+        self.source = locate(model.checkpoint)
+
+    # --- configuration -------------------------------------------------------------------------------------------
+
+    def read_config(self, component: str) -> dict[str, Any] | None:
+        """`<component>/config.json` (or `model_index.json` for the empty name) of the checkpoint; None if absent.
+
+        Raises:
+            ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
+        """
+        name = f"{component}/config.json" if component else "model_index.json"
+        if isinstance(self.source, Path):
+            path = self.source / name
+            return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return json.loads(Path(hf_hub_download(self.source, name, revision=self.model.revision)).read_text("utf-8"))
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            raise ValueError(
+                f"model.checkpoint: `{self.source}` is not a local folder and could not be read from the Hub "
+                f"({type(error).__name__}); check the name, the network, or `hf auth login`"
+            ) from None
+
+    @abstractmethod
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Shape (c, t, h, w) of the latents of a clip."""
+
+    @abstractmethod
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Length of the sequence that the denoiser attends over."""
+
+    # --- before the cache ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_media_encoder(self, device: torch.device) -> nn.Module:
+        """The VAE, in the precision it encodes with."""
+
+    @abstractmethod
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Tokenizer and text encoder."""
+
+    @abstractmethod
+    def encode_media(self, encoder: nn.Module, frames: np.ndarray) -> dict[str, Tensor]:
+        """uint8 (t, h, w, 3) -> `latents`, normalised, float32, and conditions if the family has any."""
+
+    @abstractmethod
+    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Captions -> one item each, at its true length."""
+
+    # --- after the cache -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
+        """The network that is taught; with `meta` its shape only, without reading weights."""
+
+    @abstractmethod
+    def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:
+        """The objective of the published checkpoint, with the recipe's section applied."""
+
+    @abstractmethod
+    def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Text items of a batch -> what `predict` takes as `cond`."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Canonical in, canonical out: noise - data for flow matching. Latents (n, c, t, h, w), t (n,)."""
+
+    @abstractmethod
+    def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
+        """The stock diffusers pipeline around `denoiser` (or the checkpoint's own)."""
+
+    @abstractmethod
+    def sample(
+        self,
+        pipeline: Any,
+        text: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        *,
+        size: tuple[int, int],
+        frames: int,
+        steps: int,
+        guidance: float,
+        generator: torch.Generator,
+    ) -> np.ndarray:
+        """Runs the stock pipeline on encoded text -> uint8 (t, h, w, 3)."""
+
+    def load_adapter(self, pipeline: Any, folder: Path) -> None:
+        """Loads `pytorch_lora_weights.safetensors` of a folder into a pipeline, under the name `inlay`."""
+        pipeline.load_lora_weights(str(folder), adapter_name="inlay")
+
+    def problems(self, config: recipe.Config) -> list[str]:
+        """Sentences about what this checkpoint cannot do with this recipe; empty when all is well."""
+        frames = [*config.data.frames, *([config.sample.frames] if config.sample.frames else [])]
+        sizes = [config.data.size, *([config.sample.size] if config.sample.size else [])]
+        found = [p for f in frames for p in self.grid.problems(f, *sizes[0])]
+        found += [p for s in sizes for p in self.grid.problems(frames[0], *s)]
+        return list(dict.fromkeys(found))
+
+
+TWIN = "twin:"
+
+
+def locate(checkpoint: str) -> Path | str:
+    """A local folder as a path, a Hub id as it is; `twin:NAME` is the tiny checkpoint that ships with inlay.
+
+    Raises:
+        ValueError: when it can be neither.
+    """
+    if checkpoint.startswith(TWIN):
+        from inlay import twins
+
+        return twins.path(checkpoint.removeprefix(TWIN))
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(f"model.checkpoint: {path} is not a diffusers folder (it has no model_index.json)")
+        return path
+    if path.is_file() or checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model.checkpoint: `{checkpoint}` is neither a folder in diffusers layout nor a Hub id such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    return checkpoint

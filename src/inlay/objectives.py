@@ -1,0 +1,126 @@
+"""Objectives: how data is corrupted, what is predicted, and which noise levels are drawn. They know no model family.
+
+Convention of the whole package: time t in [0, 1] with 0 = data and 1 = noise; a flow prediction is noise - data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from inlay import config as recipe
+
+
+class Objective(Protocol):
+    """Pure functions in float32; `t` has shape (n,), data and noise (n, ...)."""
+
+    def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws n noise levels in [0, 1]."""
+        ...
+
+    def quantile(self, q: Tensor) -> Tensor:
+        """The noise levels at quantiles q in [0, 1] of that distribution, for the held-out loss."""
+        ...
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy input at time t."""
+        ...
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict."""
+        ...
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight of the squared error, shape (n,)."""
+        ...
+
+
+def shift(u: Tensor, s: float) -> Tensor:
+    """Moves noise levels towards noise for s > 1: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23)."""
+    return s * u / (1 + (s - 1) * u)
+
+
+def unshift(sigma: Tensor, s: float) -> Tensor:
+    """Inverse of `shift`: sigma / (s - (s - 1) sigma)."""
+    return sigma / (s - (s - 1) * sigma)
+
+
+def _expand(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+TABLE = 1000
+"""Entries of the discrete schedule of the `diffsynth` preset."""
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Rectified flow: x_t = (1 - t) x0 + t noise, target noise - x0 (Liu et al. 2022, Lipman et al. 2022).
+
+    Time is drawn as u and shifted: logit-normal (`inlay`), uniform (`uniform`), or uniform over a table of 1000 entries
+    with a bell-shaped weight (`diffsynth`). It is drawn only inside `interval`, from the distribution cut off there.
+    """
+
+    preset: str = "inlay"
+    s: float = 3.0
+    mean: float = 0.0
+    std: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def from_config(cls, section: recipe.Objective, *, family_shift: float) -> FlowMatching:
+        """Resolves a recipe's section; `family_shift` is used where neither recipe nor preset names a shift."""
+        preset_shift = {"diffsynth": 5.0, "uniform": 1.0}.get(section.preset, family_shift)
+        s = section.shift if section.shift is not None else preset_shift
+        return cls(section.preset, s, section.mean, section.std, section.interval)
+
+    def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws n noise levels in `interval`, float32."""
+        return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
+
+    def quantile(self, q: Tensor) -> Tensor:
+        """Inverse of the cumulative distribution of the noise level, float32."""
+        q = q.double()
+        if self.preset == "diffsynth":
+            table = self._table()
+            low, high = self.interval
+            table = table[(table >= low) & (table <= high)]
+            return table[(q * len(table)).long().clamp(max=len(table) - 1)].float()
+        u = unshift(torch.tensor(self.interval, dtype=torch.float64), self.s)
+        if self.preset == "uniform":
+            return shift(u[0] + q * (u[1] - u[0]), self.s).float()
+        low, high = torch.special.ndtr((torch.logit(u) - self.mean) / self.std)
+        inside = (low + q * (high - low)).clamp(1e-12, 1 - 1e-12)
+        return shift(torch.sigmoid(torch.special.ndtri(inside) * self.std + self.mean), self.s).float()
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """(1 - t) x0 + t noise."""
+        t = _expand(t, x0)
+        return (1 - t) * x0 + t * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """noise - x0, at every time."""
+        return noise - x0
+
+    def weight(self, t: Tensor) -> Tensor:
+        """1, or for `diffsynth` exp(-2 ((t - 0.5) / 1)^2), lowered to 0 and scaled to mean 1 over the shifted table."""
+        if self.preset != "diffsynth":
+            return torch.ones_like(t)
+        table = _bell(self._table())
+        return ((_bell(t.double()) - table.min()) / (table - table.min()).mean()).to(t.dtype)
+
+    def _table(self) -> Tensor:
+        return shift(1 - torch.arange(TABLE, dtype=torch.float64) / TABLE, self.s)
+
+
+def _bell(t: Tensor) -> Tensor:
+    return torch.exp(-2 * (t - 0.5) ** 2)
+
+
+def mean_squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted squared error of each sample in float32: shape (n,)."""
+    error = (prediction.float() - target.float()) ** 2
+    return error.flatten(1).mean(1) * weight
