@@ -83,6 +83,8 @@ class Data(Section):
     """Share of training samples that see the empty caption, so that guidance keeps working."""
     held_out: float = Field(default=0.1, ge=0)
     """Clips kept away from training for the held-out loss: a share below 1, else a count."""
+    cache: str | None = None
+    """Folder of encoded clips and captions; runs may share one. Default: `cache` in the run folder."""
     bad_clips: Literal["stop", "quarantine"] = "stop"
     """What `cache` and `train` do about clips with errors: `stop`, or go on without them and list them in the run."""
 
@@ -244,7 +246,7 @@ class Runtime(Section):
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: CUDA, else Apple MPS, else CPU."""
-    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the frozen base and its activations; adapters, losses and the optimizer are float32. `auto`: bfloat16 on CUDA, else float32."""
     world_size: int | None = Field(default=None, ge=1)
     """Number of processes that this recipe is meant for; another number stops at the start. Default: any."""

@@ -59,6 +59,10 @@ class Family(ABC):
     """Recipe values that differ from the sections' defaults, as a nested mapping."""
     targets: ClassVar[Sequence[str]]
     """Default adapter targets: regular expressions over whole module names."""
+    encoders: ClassVar[Mapping[str, Sequence[str]]]
+    """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item is."""
+    original_names: ClassVar[Sequence[tuple[str, str]]] = ()
+    """Module names inside a block or at the root, as the original code and as diffusers spells them."""
     fps: float
     """Frame rate of the published checkpoint's training data."""
     grid: Grid
@@ -121,8 +125,8 @@ class Family(ABC):
     # --- after the cache -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
-        """The network that is taught; with `meta` its shape only, without reading weights."""
+    def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> nn.Module:
+        """The network that is taught, or a fine-tuned one from `folder`; with `meta` its shape only, without weights."""
 
     @abstractmethod
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:

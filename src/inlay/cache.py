@@ -1,0 +1,256 @@
+"""The cache: named tensors, content-addressed, so that training loads neither VAE nor text encoder.
+
+An item's name is the hash of everything that decides its numbers: format version, family, the encoder's files, the window of
+the clip, and the clip's content. So nothing is ever stale, two runs may share a folder, and a stopped build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inlay.families import Family
+from inlay.files import atomic, sha256
+
+if TYPE_CHECKING:
+    from inlay.data import Window
+
+VERSION = 1
+"""Of the format; raised when an item's numbers or names change."""
+
+T = TypeVar("T")
+
+
+def identity(*parts: Any) -> str:
+    """A hash of JSON values: the name of an item."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and bytes."""
+    out = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        out.update(f"{name}{t.dtype}{list(t.shape)}".encode())
+        out.update(t.flatten().view(torch.uint8).numpy().data)
+    return out.hexdigest()
+
+
+@dataclass
+class Cache:
+    """A folder of items, media and text apart."""
+
+    folder: Path
+    _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        memo = self.folder / "hashes.json"
+        try:
+            self._hashes = json.loads(memo.read_text("utf-8"))
+        except (OSError, ValueError):
+            self._hashes = {}  # only a memo: content is hashed again
+
+    def path(self, kind: str, name: str) -> Path:
+        """Where an item is or will be."""
+        return self.folder / kind / name[:2] / f"{name}.safetensors"
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether an item is there and whole, by its header and length; its content is verified by `read`."""
+        path = self.path(kind, name)
+        try:
+            with path.open("rb") as file:
+                head = file.read(8)
+                size = int.from_bytes(head, "little")
+                header = json.loads(file.read(size))
+        except (OSError, ValueError, MemoryError, OverflowError):
+            return False
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        return path.stat().st_size == 8 + size + end
+
+    def write(self, kind: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Writes an item atomically, with its digest in the header."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        header = {**metadata, "inlay_cache": str(VERSION), "digest": digest(tensors)}
+        with atomic(self.path(kind, name)) as temporary:
+            try:
+                save_file(tensors, temporary, metadata=header)
+            except SafetensorError as error:  # it wraps the system's error in text
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+
+    def read(self, kind: str, name: str) -> dict[str, Tensor]:
+        """Reads and verifies an item.
+
+        Raises:
+            ValueError: when it is missing, cut off or changed.
+        """
+        path = self.path(kind, name)
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+                header = file.metadata() or {}
+        except Exception as error:
+            raise ValueError(f"{path}: this cached item cannot be read ({error}); delete it and run again") from None
+        if header.get("digest") != digest(tensors):
+            raise ValueError(f"{path}: this cached item was changed after it was written; delete it and run again")
+        return tensors
+
+    def content(self, path: Path) -> str:
+        """A hash of a file's content, remembered by its size and time."""
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in self._hashes:
+            self._hashes[key] = sha256(path)
+        return self._hashes[key]
+
+    def remember(self) -> None:
+        """Writes the memo of content hashes."""
+        with atomic(self.folder / "hashes.json") as temporary:
+            temporary.write_text(json.dumps(self._hashes), "utf-8")
+
+    def encoder(self, family: Family, part: str) -> list[str]:
+        """Identity of an encoder: the commit of a Hub checkpoint, else the content of its files."""
+        if not isinstance(family.source, Path):
+            from huggingface_hub import hf_hub_download
+
+            name = "model_index.json"
+            path = hf_hub_download(family.source, name, revision=family.model.revision)
+            commit = re.search(r"snapshots[/\\]([0-9a-f]+)", path)
+            return [family.source, commit[1] if commit else str(family.model.revision), part]
+        files = [f for c in family.encoders[part] for f in sorted((family.source / c).rglob("*")) if f.is_file()]
+        return [f"{f.relative_to(family.source)}:{self.content(f)}" for f in files if not f.name.startswith(".")]
+
+    def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
+        """Names of the items of windows."""
+        encoder = self.encoder(family, "media")
+        return [identity(VERSION, family.model.family, encoder, w.key, self.content(w.clip.path)) for w in windows]
+
+    def text_names(self, family: Family, captions: Sequence[str], dtype: torch.dtype) -> list[str]:
+        """Names of the items of captions."""
+        encoder = self.encoder(family, "text")
+        return [identity(VERSION, family.model.family, encoder, str(dtype), c) for c in captions]
+
+
+def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
+    """Runs jobs in threads, a few ahead of the reader, and yields their results in order; an error is a result."""
+
+    def caught(job: Callable[[], T]) -> T | Exception:
+        try:
+            return job()
+        except Exception as error:
+            return error
+
+    if workers == 0:
+        yield from (caught(job) for job in jobs)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[Future[T | Exception]] = []
+        for job in jobs:
+            waiting.append(pool.submit(caught, job))
+            if len(waiting) > workers:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+@dataclass
+class Built:
+    """What a build did: how many items were made and which clips failed."""
+
+    made: int = 0
+    reused: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+Advance = Callable[[int], None]
+
+
+def build_media(
+    cache: Cache,
+    family: Family,
+    windows: Sequence[Window],
+    names: Sequence[str],
+    *,
+    device: torch.device,
+    workers: int,
+    advance: Advance,
+) -> Built:
+    """Encodes windows that are not there yet. Latents are kept as float16, which has more digits than bfloat16.
+
+    Raises:
+        ValueError: when the disk is full. What was made stays; run it again.
+    """
+    missing = [i for i, name in enumerate(names) if not cache.has("media", name)]
+    built = Built(reused=len(names) - len(missing))
+    advance(built.reused)
+    if not missing:
+        return built
+    encoder = family.load_media_encoder(device)
+    pixels = ahead((windows[i].read for i in missing), workers)
+    for i, frames in zip(missing, pixels, strict=True):
+        window = windows[i]
+        try:
+            if isinstance(frames, Exception):
+                raise frames
+            item = family.encode_media(encoder, frames)
+            wrong = [k for k, v in item.items() if not torch.isfinite(v).all()]
+            if wrong:
+                raise ValueError(f"its {', '.join(wrong)} are not finite")
+            item = {k: v.half() for k, v in item.items()}
+            about = {"clip": window.clip.name, "window": json.dumps(window.key, default=str), "checkpoint": family.model.checkpoint}
+            cache.write("media", names[i], item, about)
+            built.made += 1
+        except OSError as error:
+            _disk_full(error, cache.folder, built.made + built.reused, len(names))
+            built.failed[window.clip.name] = str(error)
+        except ValueError as error:
+            built.failed[window.clip.name] = str(error)
+        advance(1)
+    return built
+
+
+def build_text(
+    cache: Cache, family: Family, captions: Sequence[str], names: Sequence[str], *, device: torch.device, dtype: torch.dtype, advance: Advance
+) -> Built:
+    """Encodes captions that are not there yet, at their true length and in the encoder's own precision.
+
+    Raises:
+        ValueError: when the disk is full. What was made stays; run it again.
+    """
+    missing = [i for i, name in enumerate(names) if not cache.has("text", name)]
+    built = Built(reused=len(names) - len(missing))
+    advance(built.reused)
+    if not missing:
+        return built
+    encoder = family.load_text_encoder(device, dtype)
+    for start in range(0, len(missing), 8):
+        chunk = missing[start : start + 8]
+        for i, item in zip(chunk, family.encode_text(encoder, [captions[i] for i in chunk]), strict=True):
+            try:
+                cache.write("text", names[i], item, {"caption": captions[i], "checkpoint": family.model.checkpoint})
+            except OSError as error:
+                _disk_full(error, cache.folder, built.made + built.reused, len(names))
+                raise
+            built.made += 1
+        advance(len(chunk))
+    return built
+
+
+def _disk_full(error: OSError, folder: Path, done: int, total: int) -> None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise ValueError(
+            f"{folder}: the disk is full; {done} of {total} items are cached and stay. Free space, or point data.cache at "
+            "another disk, and run again"
+        ) from None

@@ -1,0 +1,70 @@
+"""What is said to a person: one console on standard error, and progress bars on whatever takes longer than two seconds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False)
+
+
+class _Speed(ProgressColumn):
+    """Things per second, or seconds per thing."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.speed or task.finished_speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.2f} {self.unit}/s" if speed >= 1 else f"{1 / speed:.2f} s/{self.unit}")
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, *, show: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar; the function it gives advances it by n (default 1) and may set a `note` behind it."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not show) as bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+
+        def advance(n: int = 1, note: str | None = None) -> None:
+            bar.update(task, advance=n, **({} if note is None else {"note": note}))
+
+        yield advance
+
+
+def say(text: str, *, show: bool = True) -> None:
+    """One line."""
+    if show:
+        console.print(text, markup=False)
+
+
+def quiet() -> None:
+    """Silences what the libraries say on import and loading; what matters is said by us, once."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for name in ("diffusers", "transformers", "peft", "bitsandbytes", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_bars() -> None:
+    """Switches off the libraries' own progress bars for files that load in a moment."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for module in (diffusers_logging, transformers_logging):
+        module.set_verbosity_error()
+        module.disable_progress_bar()

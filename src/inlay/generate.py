@@ -1,0 +1,199 @@
+"""From a run folder and prompts to videos, through the family's stock pipeline. Also draws the samples during training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay import cache, families, formats, media, runtime
+from inlay import config as recipe
+from inlay.console import progress, say
+from inlay.runtime import Run
+
+BASE = "base"
+"""Name of the checkpoint that is the untuned network."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts, encoded, with the settings they are drawn with."""
+
+    texts: Sequence[str]
+    items: Sequence[Mapping[str, Tensor]]
+    negative: Mapping[str, Tensor]
+    sample: recipe.Sample
+    fps: float
+
+
+def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
+    """The sample section with size and frames filled in from the data, and overrides that are not None."""
+    given = {k: v for k, v in overrides.items() if v is not None}
+    sample = recipe.Sample.model_validate({**config.sample.model_dump(), **given})
+    return sample.model_copy(
+        update={"size": sample.size or config.data.size, "frames": sample.frames or max(config.data.frames)}
+    )
+
+
+def generate(
+    run: str | Path,
+    prompts: Sequence[str],
+    *,
+    count: int = 1,
+    checkpoint: str | None = None,
+    strength: float = 1.0,
+    out: Path | None = None,
+    device: str | None = None,
+    **overrides: Any,
+) -> list[Path]:
+    """Makes videos with what a run has learned.
+
+    Args:
+        run: run folder.
+        prompts: one or more.
+        count: videos of each prompt; video i uses seed + i.
+        checkpoint: `step-000500` or `500`; `base` for the untuned network. Default: the run's adapter.
+        strength: 0 is the base, 1 what was trained. Linear for LoRA, not for DoRA; 0 or 1 for full fine-tuning.
+        out: folder. Default: `samples/generated` in the run.
+        device: as `runtime.device`. Default: the recipe's.
+        overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed, negative_prompt.
+
+    Returns:
+        Paths of the mp4 files; each has a JSON beside it.
+
+    Raises:
+        ValueError: for everything that the user can mend.
+    """
+    if not prompts or not all(p.strip() for p in prompts):
+        raise ValueError("generate: needs a prompt that is not empty")
+    place = Run(Path(run))
+    config = place.config()
+    if device:
+        config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": {"device": device}}))
+    family = families.get(config.model.family)(config.model)
+    sample = resolve_sample(config, **overrides)
+    wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
+    if wrong:
+        raise ValueError("generate: " + "; ".join(wrong))
+    with runtime.start(config) as ctx:
+        encoded = encode(config, family, place, prompts, sample, ctx)
+        pipeline = load_pipeline(config, family, place, checkpoint, strength, ctx)
+        folder = out or place.folder / "samples" / "generated"
+        about = {"checkpoint": checkpoint or "adapter", "strength": strength, "run": str(run)}
+        return draw(family, pipeline, encoded, folder, about, count=count)
+
+
+def encode(config: recipe.Config, family: families.Family, run: Run, prompts: Sequence[str], sample: recipe.Sample, ctx: runtime.Context) -> Prompts:
+    """Encodes prompts through the run's cache, so that known ones need no text encoder."""
+    store = cache.Cache(run.cache(config))
+    dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
+    texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))
+    names = dict(zip(texts, store.text_names(family, texts, dtype), strict=True))
+    with progress("read prompts", len(texts), "prompt") as advance:
+        cache.build_text(store, family, texts, list(names.values()), device=ctx.device, dtype=dtype, advance=advance)
+    store.remember()
+    items = [store.read("text", names[p]) for p in prompts]
+    return Prompts(prompts, items, store.read("text", names[sample.negative_prompt]), sample, config.data.fps or family.fps)
+
+
+def trained(run: Run, checkpoint: str | None) -> Path:
+    """The folder of what a run, or one of its checkpoints, has trained.
+
+    Raises:
+        ValueError: when there is nothing yet.
+    """
+    if checkpoint is not None:
+        return run.checkpoint(checkpoint) / "adapter"
+    if run.adapter.is_dir():
+        return run.adapter
+    if not run.checkpoints():
+        raise ValueError(f"{run.folder}: nothing is trained yet; `inlay train` first, or use --checkpoint base")
+    newest = run.checkpoints()[-1]
+    say(f"the run is not finished: using {newest.name}")
+    return newest / "adapter"
+
+
+def load_pipeline(config: recipe.Config, family: families.Family, run: Run, checkpoint: str | None, strength: float, ctx: runtime.Context) -> Any:
+    """The stock pipeline with what a run has trained.
+
+    Raises:
+        ValueError: when there is nothing trained, or the strength is not possible.
+    """
+    options: dict[str, Any] = {"device": ctx.device, "dtype": ctx.precision}
+    if checkpoint == BASE or strength == 0:
+        return family.pipeline(denoiser=None, **options)
+    folder = trained(run, checkpoint)
+    if config.tuner.kind == "full":
+        if strength != 1:
+            raise ValueError("generate: strength of a full fine-tune is 0 or 1; train a LoRA to have it in between")
+        denoiser = family.load_denoiser(ctx.precision, folder=folder)
+        return family.pipeline(denoiser=denoiser, **options)
+    pipeline = family.pipeline(denoiser=None, **options)
+    family.load_adapter(pipeline, folder)
+    if not pipeline.get_list_adapters():
+        raise ValueError(f"{folder}: the pipeline took nothing from this adapter; `inlay inspect {folder}` says what is in it")
+    if strength != 1:
+        pipeline.set_adapters(["inlay"], [strength])
+        if config.tuner.kind == "dora":
+            say("note: DoRA is not linear in its strength; 0.5 is not half of the effect")
+    return pipeline
+
+
+def draw(
+    family: families.Family,
+    pipeline: Any,
+    prompts: Prompts,
+    folder: Path,
+    about: Mapping[str, Any],
+    *,
+    count: int = 1,
+    seen: Callable[[int, int, Any], None] | None = None,
+) -> list[Path]:
+    """Draws `count` videos of each prompt into mp4 files with a JSON beside each.
+
+    Args:
+        seen: is given (prompt index, video index, uint8 frames (t, h, w, 3)) of each.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    sample, paths = prompts.sample, []
+    assert sample.size and sample.frames
+    with progress("draw", len(prompts.texts) * count, "video") as advance:
+        for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
+            for j in range(count):
+                frames = family.sample(
+                    pipeline,
+                    item,
+                    prompts.negative,
+                    size=sample.size,
+                    frames=sample.frames,
+                    steps=sample.steps,
+                    guidance=sample.guidance,
+                    generator=torch.Generator().manual_seed(sample.seed + j),
+                )
+                path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
+                media.write_video(path, frames, prompts.fps)
+                settings = {k: v for k, v in sample.model_dump().items() if k not in ("prompts", "every", "seed")}
+                values = {"prompt": text, "seed": sample.seed + j, **settings, "fps": prompts.fps, **about}
+                values |= {"versions": runtime.environment()["packages"]}
+                path.with_suffix(".json").write_text(json.dumps(values, indent=2, ensure_ascii=False), "utf-8")
+                paths.append(path)
+                if seen:
+                    seen(i, j, frames)
+                advance()
+    return paths
+
+
+def slug(text: str) -> str:
+    """The first words of a prompt as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"
+
+
+def card(config: recipe.Config, step: int, prompts: Sequence[str]) -> str:
+    """The model card of a run."""
+    return formats.model_card(config, step=step, prompts=list(prompts))

@@ -1,0 +1,368 @@
+"""Training: prepare a job, then the loop.
+
+Order, noise and times are functions of (seed, index of the micro-batch). So a run that was killed goes on bit for bit where its
+last checkpoint was, and N processes do what one process does with accumulation N.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from inlay import cache, data, families, generate, runtime, tuners
+from inlay import config as recipe
+from inlay.console import progress, say
+from inlay.runtime import Context, Run
+from inlay.steps import QUANTILES, Batch, DenoisingStep, Step, stable_hash
+
+HELD_OUT_AT_MOST = 16
+"""Held-out clips that are measured each time."""
+
+
+def train(config: recipe.Config) -> Path:
+    """Caches, trains, samples and measures; goes on where it was when run again.
+
+    Args:
+        config: the recipe.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: for everything that the user can mend.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is written.
+    """
+    with runtime.start(config) as ctx, runtime.Interrupt() as interrupt:
+        job = prepare(config, ctx)
+        t, meters = config.train, job.meters
+        with (
+            closing(job.loader.stream(job.start, t.steps, ctx)) as batches,
+            progress("train", t.steps, "step", show=ctx.main, done=job.start) as advance,
+        ):
+            for step in range(job.start + 1, t.steps + 1):
+                for _ in range(t.accumulate):
+                    index, batch = next(batches)
+                    torch.manual_seed(stable_hash(config.seed, "dropout", index))
+                    generator = torch.Generator().manual_seed(stable_hash(config.seed, "noise", index))
+                    out = job.step(job.denoiser, batch.to(ctx.device), generator)
+                    (out["loss"] / t.accumulate).backward()
+                    meters.add(step, out["losses"], batch.names)
+                meters.norm(step, job.update(step))
+                last = step == t.steps
+                stop = step % t.log_every == 0 and any(ctx.gather(interrupt.wanted)) if ctx.world > 1 else interrupt.wanted
+                note = None
+                if step % t.log_every == 0 or step % t.save_every == 0 or last or stop:
+                    meters.check()
+                    line = meters.flush(step, learning_rate=job.rate(step))
+                    note = f"loss {line['loss']:.4f}"
+                if step % t.validate_every == 0 or last:
+                    job.validate(step)
+                if config.sample.every and step % config.sample.every == 0:
+                    job.sample(step)
+                if step % t.save_every == 0 or last or stop:
+                    job.save(step, final=last or stop)
+                advance(note=note)
+                if stop and not last:
+                    raise KeyboardInterrupt(f"stopped after step {step}; run the same command again to go on")
+    return job.run.folder
+
+
+@dataclass
+class Loader:
+    """Micro-batch k of a run, for any k."""
+
+    family: families.Family
+    store: cache.Cache
+    windows: Sequence[data.Window]
+    media: Sequence[str]
+    text: Sequence[str]
+    empty: str
+    sampler: data.BucketSampler
+    dropout: float
+    seed: int
+
+    def batch(self, k: int) -> Batch:
+        """Reads micro-batch k."""
+        rows = self.sampler.batch(k)
+        drop = torch.rand(len(rows), generator=torch.Generator().manual_seed(stable_hash(self.seed, "caption", k)))
+        texts = [self.empty if d < self.dropout else self.text[r] for r, d in zip(rows, drop.tolist(), strict=True)]
+        latents = torch.stack([self.store.read("media", self.media[r])["latents"] for r in rows])
+        cond = self.family.collate([self.store.read("text", name) for name in texts])
+        return Batch(latents, cond, [self.windows[r].clip.name for r in rows])
+
+    def stream(self, start: int, steps: int, ctx: Context) -> Iterator[tuple[int, Batch]]:
+        """This process's micro-batches from step `start` on, read one ahead."""
+        total = self.per_step
+        indices = [k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)]
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self.batch, indices[0]) if indices else None
+            for index, following in zip(indices, [*indices[1:], None], strict=True):
+                assert waiting is not None
+                batch = waiting.result()
+                waiting = pool.submit(self.batch, following) if following is not None else None
+                yield index, batch
+
+    per_step: int = 1
+    """Micro-batches of one optimizer step over all processes."""
+
+
+@dataclass
+class Job:
+    """Everything that a run needs between two steps."""
+
+    config: recipe.Config
+    ctx: Context
+    run: Run
+    family: families.Family
+    loader: Loader
+    denoiser: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: Step
+    held_out: list[Batch]
+    prompts: generate.Prompts
+    meters: runtime.Meters
+    ema: runtime.EMA | None = None
+    start: int = 0
+    _pipeline: object = field(default=None, init=False)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return runtime.rate(self.config.optim, step - 1, self.config.train.steps)
+
+    def update(self, step: int) -> Tensor:
+        """Averages, clips and applies the gradients; returns their norm, on the device."""
+        parameters = list(self.parameters.values())
+        self.ctx.reduce(parameters)
+        clip = self.config.optim.clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.parameters, step)
+        return norm
+
+    def validate(self, step: int) -> None:
+        """Writes the held-out loss at fixed quantiles of the noise level."""
+        if not self.held_out:
+            return
+        assert isinstance(self.step, DenoisingStep)
+        with runtime.swapped(self.parameters, self.ema.weights if self.ema else None):
+            rows = self.step.held_out(self.denoiser, self.held_out[self.ctx.rank :: self.ctx.world], self.ctx.device)
+        losses = (self.ctx.total(rows.sum(0)) / len(self.held_out)).tolist()
+        values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
+        self.meters.write({"step": step, "held_out_loss": sum(losses) / len(losses), **values})
+        self.meters.pause()
+
+    def sample(self, step: int) -> None:
+        """Draws the prompts with the weights as they are now."""
+        if self.ctx.main:
+            if self._pipeline is None:
+                self._pipeline = self.family.pipeline(denoiser=self.denoiser, device=self.ctx.device, dtype=self.ctx.precision)
+            self.denoiser.eval()
+            with runtime.swapped(self.parameters, self.ema.weights if self.ema else None):
+                about = {"checkpoint": f"step-{step:06d}", "strength": 1.0}
+                generate.draw(self.family, self._pipeline, self.prompts, self.run.folder / "samples" / f"step-{step:06d}", about)
+            self.denoiser.train()
+        self.ctx.barrier()
+        self.meters.pause()
+
+    def save(self, step: int, *, final: bool) -> None:
+        """Writes a checkpoint and, at the end, what other programs load."""
+        if self.ctx.main:
+            weights: dict[str, Tensor] = dict(self.ema.weights if self.ema else self.parameters)
+            about = {"inlay_step": str(step), "inlay_base": self.config.model.checkpoint}
+            with self.run.writing(step) as folder:
+                tuners.save(self.config.tuner, self.denoiser, weights, folder / "adapter", metadata=about)
+                tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
+                tensors |= {f"ema.{n}": w for n, w in (self.ema.weights if self.ema else {}).items()}
+                state = runtime.pack(self.optimizer.state_dict(), "optimizer", tensors)
+                values = {"step": step, "per_step": self.loader.per_step, "optimizer": state}
+                runtime.save_state(folder, tensors, values)
+            self.run.keep(self.config.train.keep)
+            if final:
+                with runtime.atomic(self.run.adapter) as folder:
+                    tuners.save(self.config.tuner, self.denoiser, weights, folder, metadata=about)
+                    card = generate.card(self.config, step, self.prompts.texts)
+                    (folder / "README.md").write_text(card, "utf-8")
+        self.ctx.barrier()
+        self.meters.pause()
+
+    def resume(self) -> None:
+        """Takes up the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: when it is damaged or was made with another number of samples per step.
+        """
+        found = self.run.checkpoints()
+        if not found:
+            return
+        tensors, values = runtime.load_state(found[-1])
+        if values["per_step"] != self.loader.per_step:
+            raise ValueError(
+                f"{self.run.folder}: was trained with {values['per_step']} micro-batches per step over all processes, this launch has "
+                f"{self.loader.per_step}: set train.accumulate so that processes x accumulate = {values['per_step']}"
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weights.{name}"])
+            for name, weight in (self.ema.weights if self.ema else {}).items():
+                weight.copy_(tensors[f"ema.{name}"])
+        self.optimizer.load_state_dict(runtime.unpack(values["optimizer"], tensors))
+        self.start = values["step"]
+        if self.ctx.main:
+            self.run.truncate_metrics(self.start)
+        say(f"going on after step {self.start} ({found[-1]})", show=self.ctx.main)
+
+
+def prepare(config: recipe.Config, ctx: Context) -> Job:
+    """Everything before the first step: the run folder, the cache, the network with its tuner, the optimizer.
+
+    Raises:
+        ValueError: for everything that the user can mend.
+    """
+    for note in ctx.notes:
+        say(f"note: {note}", show=ctx.main)
+    family = open_family(config)
+    run = open_run(config, ctx)
+    clips = build_cache(config, family, run, ctx)
+    per_step = config.train.accumulate * ctx.world
+    sampler = data.BucketSampler(clips.plan, config.data.sources, config.train.batch, config.seed)
+    loader = Loader(
+        family, clips.store, clips.plan.train, clips.media, clips.text, clips.empty, sampler, config.data.caption_dropout, config.seed, per_step
+    )
+    held_out = [
+        Batch(clips.store.read("media", m)["latents"][None], family.collate([clips.store.read("text", t)]), [w.clip.name])
+        for w, m, t in list(zip(clips.plan.held_out, clips.held_out_media, clips.held_out_text, strict=True))[:HELD_OUT_AT_MOST]
+    ]
+    say(f"loading {config.model.checkpoint}", show=ctx.main)
+    full = config.tuner.kind == "full"
+    denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).to(ctx.device).train()
+    if config.memory.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    parameters = tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
+    count = sum(p.numel() for p in parameters.values())
+    say(f"training {len(parameters)} tensors, {count:,} numbers ({config.tuner.kind})", show=ctx.main)
+    optimizer = runtime.optimizer(ctx.optimizer, config.optim, list(parameters.values()))
+    precision = torch.autocast(ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32)
+    step = DenoisingStep(family, family.objective(config.objective, config.data.size), precision)
+    meters = runtime.Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
+    ema = runtime.EMA(config.optim.ema, parameters) if config.optim.ema else None
+    job = Job(config, ctx, run, family, loader, denoiser, parameters, optimizer, step, held_out, clips.prompts, meters, ema)
+    job.resume()
+    meters.pause()
+    return job
+
+
+def open_family(config: recipe.Config) -> families.Family:
+    """The family of a recipe, once it is sure that it can do what the recipe asks.
+
+    Raises:
+        ValueError: with everything that it cannot.
+    """
+    family = families.get(config.model.family)(config.model)
+    wrong = family.problems(config)
+    if wrong:
+        raise ValueError(f"{config.model.checkpoint} cannot do this:\n" + "\n".join(f"  {w}" for w in wrong))
+    return family
+
+
+def open_run(config: recipe.Config, ctx: Context) -> Run:
+    """Makes the run folder, or checks that the recipe is the one it was begun with.
+
+    Raises:
+        ValueError: when it is another.
+    """
+    run = Run(Path(config.run))
+    if run.checkpoints():
+        differ = runtime.changes(run.config(), config)
+        if differ:
+            raise ValueError(
+                f"{run.folder}: this run was begun with another recipe:\n"
+                + "\n".join(f"  {d}" for d in differ)
+                + "\nput these back to go on, or name another folder (run=...)"
+            )
+    if ctx.main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        recipe.save(config, run.folder / "config.yaml")
+        (run.folder / "environment.json").write_text(json.dumps(runtime.environment(), indent=2), "utf-8")
+    ctx.barrier()
+    return run
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The dataset of a run, all of it cached: names of items beside the windows of the plan."""
+
+    plan: data.Plan
+    store: cache.Cache
+    media: Sequence[str]
+    text: Sequence[str]
+    held_out_media: Sequence[str]
+    held_out_text: Sequence[str]
+    empty: str
+    prompts: generate.Prompts
+    built: cache.Built
+
+
+def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: Context) -> Clips:
+    """Plans the dataset and encodes what is missing: clips, captions, the empty caption and the sample prompts.
+
+    Raises:
+        ValueError: when clips are bad and the recipe says to stop.
+    """
+    with progress("look", 0, "clip", show=ctx.main) as advance:
+        plan = data.plan(config.data, family.grid, config.data.fps or family.fps, config.seed, progress=advance)
+    quarantined = data.require(plan, config.data.bad_clips)
+    store = cache.Cache(run.cache(config))
+    windows = [*plan.train, *plan.held_out]
+    names = store.media_names(family, windows)
+    dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
+    sample = generate.resolve_sample(config)
+    texts = sample.prompts or list(dict.fromkeys(w.caption for w in windows))[:4]
+    captions = list(dict.fromkeys([*(w.caption for w in windows), "", sample.negative_prompt, *texts]))
+    text_names = dict(zip(captions, store.text_names(family, captions, dtype), strict=True))
+    mine = slice(ctx.rank, None, ctx.world)
+    with progress("cache clips", len(names[mine]), "clip", show=ctx.main) as advance:
+        built = cache.build_media(
+            store, family, windows[mine], names[mine], device=ctx.device, workers=config.runtime.workers, advance=advance
+        )
+    with progress("cache text", len(captions[mine]), "caption", show=ctx.main) as advance:
+        cache.build_text(
+            store, family, captions[mine], list(text_names.values())[mine], device=ctx.device, dtype=dtype, advance=advance
+        )
+    if ctx.main:
+        store.remember()
+    failed = {k: v for part in ctx.gather(built.failed) for k, v in part.items()}
+    if failed and config.data.bad_clips == "stop":
+        lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
+        raise ValueError(
+            f"{len(failed)} clip(s) could not be encoded:\n{lines}\nmend or remove them, or set data.bad_clips=quarantine; "
+            "the others are cached"
+        )
+    if ctx.main and (failed or quarantined):
+        listed = {**quarantined, **failed}
+        (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
+        say(f"{len(listed)} clip(s) are left out; {run.folder / 'quarantine.json'} names them and says why")
+    plan = plan.without(failed)
+    name_of = dict(zip(windows, names, strict=True))
+    return Clips(
+        plan,
+        store,
+        [name_of[w] for w in plan.train],
+        [text_names[w.caption] for w in plan.train],
+        [name_of[w] for w in plan.held_out],
+        [text_names[w.caption] for w in plan.held_out],
+        text_names[""],
+        generate.Prompts(texts, [store.read("text", text_names[t]) for t in texts], store.read("text", text_names[sample.negative_prompt]), sample, config.data.fps or family.fps),
+        built,
+    )
