@@ -1,0 +1,750 @@
+"""Clips on disk: finding them in any layout, saying what is wrong with them, windows, buckets, order.
+
+`plan` looks at every file and decides what a run will see. It never stops at a mistake; `require` does, with
+all of them in one message. `BucketSampler` turns windows into batches, each a pure function of its index.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
+
+import numpy as np
+
+from inlay import config, media
+from inlay.families.base import Grid
+
+Severity = Literal["error", "warning"]
+Size = tuple[int, int]
+
+VIDEO_COLUMNS = ("video", "file_name", "file", "path", "image", "frames_path")
+CAPTION_COLUMNS = ("caption", "prompt", "text")
+MANIFESTS = (".csv", ".jsonl", ".json")
+
+UPSCALE = 1.5
+"""Enlarging a clip by more than this is worth a warning: the model learns the blur."""
+
+CROPPED = 0.3
+"""Losing more than this share of the picture to cropping is worth a warning."""
+
+FOLDER_CURE = "add a .txt beside each"
+CHOSEN_BY_TIME = "nothing to do, frames are chosen by time"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One raw example on disk."""
+
+    path: Path
+    name: str
+    """Relative to the source's root, with forward slashes."""
+    caption: str
+    """As stored, with runs of white space made one space."""
+    source: int
+    """Index into `data.sources`."""
+    group: str | None
+    kind: media.Kind
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the model sees of a clip."""
+
+    clip: Clip
+    start: float
+    """Seconds after the clip's first frame."""
+    frames: int
+    fps: float
+    """Rate at which the clip is sampled."""
+    size: Size
+    """Height and width."""
+    caption: str
+    """With prefix and trigger."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height, width: what must be equal within a batch."""
+        return (self.frames, *self.size)
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """All that decides the pixels besides the file's content."""
+        return ("window", media.READER, self.clip.kind, self.start, self.frames, self.fps, *self.size)
+
+    def read(self) -> np.ndarray:
+        """The pixels, uint8 (t, h, w, 3).
+
+        Raises:
+            ValueError: naming the file, when it cannot be read to the window's end.
+        """
+        return media.read(self.clip.path, self.start, self.frames, self.fps, self.size)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one clip, or with a whole source (`layout`, `held-out`)."""
+
+    severity: Severity
+    code: str
+    name: str
+    """Of the clip, or of the source."""
+    message: str
+    """What is special about this case; may be empty where the code says it all."""
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What one source holds."""
+
+    path: str
+    layout: str
+    why: str
+    """How the layout was recognised."""
+    clips: int = 0
+    usable: int = 0
+    windows: int = 0
+    held_out: int = 0
+    """Windows of held-out clips."""
+    seconds: float = 0.0
+    repeats: int = 1
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will see, and what is wrong."""
+
+    clips: list[Clip]
+    """Every clip that was found, usable or not."""
+    train: list[Window]
+    held_out: list[Window]
+    problems: list[Problem]
+    sources: list[SourceReport]
+    probes: dict[Path, media.Probe] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[Problem]:
+        """Problems that stop, or that put a clip into quarantine."""
+        return [p for p in self.problems if p.severity == "error"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a code of problems is told: `3 of 40 clips` + says (one / many) + names + cure."""
+
+    severity: Severity
+    one: str
+    many: str
+    cure: str = ""
+
+
+KINDS: dict[str, Kind] = {
+    "layout": Kind("error", "", ""),
+    "held-out": Kind("error", "", ""),
+    "outside": Kind(
+        "error", "leads out of its folder", "lead out of their folder", "stay inside the source's `root`"
+    ),
+    "missing": Kind("error", "does not exist", "do not exist", "correct the manifest or `root`"),
+    "row": Kind("error", "has a broken row", "have a broken row", "correct the manifest"),
+    "no-caption": Kind("error", "has no caption", "have no caption", FOLDER_CURE),
+    "empty-caption": Kind("error", "has an empty caption", "have an empty caption", "write what is seen"),
+    "unreadable": Kind("error", "cannot be read", "cannot be read", "convert or remove the file"),
+    "truncated": Kind("error", "is truncated", "are truncated", "copy the file again or cut off its end"),
+    "too-short": Kind(
+        "error", "is too short", "are too short", "remove it or add a smaller length to data.frames"
+    ),
+    "image": Kind("error", "is an image", "are images", "add 1 to data.frames to train on images too"),
+    "duplicate": Kind("warning", "is a copy", "are copies", "keep one, or raise `repeats` on purpose"),
+    "odd-size": Kind(
+        "warning", "has an odd size", "have an odd size", "nothing to do, clips are scaled and cropped"
+    ),
+    "variable-rate": Kind(
+        "warning", "has a variable frame rate", "have a variable frame rate", CHOSEN_BY_TIME
+    ),
+    "slow": Kind(
+        "warning",
+        "is slower than data.fps",
+        "are slower than data.fps",
+        "lower data.fps or set data.slow=keep",
+    ),
+    "upscaled": Kind("warning", "is enlarged", "are enlarged", "lower data.size or use larger clips"),
+    "cropped": Kind(
+        "warning", "loses much to cropping", "lose much to cropping", "add a fitting ratio to data.aspects"
+    ),
+    "transparent": Kind("warning", "is transparent", "are transparent", "it is put on white"),
+    "hdr": Kind("warning", "is HDR", "are HDR", "colours will look pale: convert to SDR"),
+}
+"""Every code of problem, in the order in which they are reported."""
+
+SOURCE_CODES = ("layout", "held-out")
+"""Codes that concern a source and not a clip: no quarantine helps."""
+
+
+# --- finding clips ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source as found: clips whose files are there, and problems."""
+
+    layout: str
+    why: str
+    clips: list[Clip]
+    problems: list[Problem]
+    count: int
+
+
+class _Scan:
+    """Collects the clips of one source; anything wrong with a row or file becomes a problem."""
+
+    def __init__(self, source: config.Source, index: int, root: Path) -> None:
+        self.source, self.index, self.root = source, index, root
+        self.clips: list[Clip] = []
+        self.problems: list[Problem] = []
+        self.count = 0
+
+    def problem(self, code: str, name: str, message: str = "") -> None:
+        self.problems.append(Problem(KINDS[code].severity, code, name, message, self.index))
+
+    def add(self, text: str, caption: Any, group: Any = None, *, where: str = "") -> None:
+        """Adds the clip at `text` (relative to the root), if it may be read and has a caption."""
+        self.count += 1
+        text = text.strip()
+        name = Path(os.path.normpath(text)).as_posix()
+        path = self.root / name
+        if Path(text).is_absolute() or PureWindowsPath(text).drive or not _inside(path, self.root):
+            return self.problem("outside", text, where)
+        if not path.is_file():
+            return self.problem("missing", text, where)
+        try:
+            kind = media.kind(path)
+        except media.MediaError as error:
+            return self.problem("unreadable", text, error.cause)
+        if caption is None:
+            return self.problem("no-caption", name, where)
+        if not isinstance(caption, str):
+            return self.problem("no-caption", name, f"{where}: {type(caption).__name__}, not text")
+        caption = " ".join(caption.split())
+        if not caption:
+            return self.problem("empty-caption", name, where)
+        self.clips.append(Clip(path, name, caption, self.index, None if group is None else str(group), kind))
+
+
+def _inside(path: Path, root: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def _find(source: config.Source, index: int) -> _Found:
+    """Finds the clips of a source in whatever layout it has."""
+    path = Path(source.path).expanduser()
+    root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
+    scan = _Scan(source, index, root)
+    layout, why = source.layout, "as told"
+    try:
+        if not path.exists():
+            raise ValueError("no such file or folder")
+        layout, why, target = _detect(path, source.layout)
+        if source.root and not root.is_dir():
+            raise ValueError(f"its root {root} is not a folder")
+        {"folder": _folder, "lines": _lines, "csv": _table, "jsonl": _objects}[layout](target, scan)
+        if not scan.count:
+            raise ValueError(f"holds no clips ({why})")
+    except (ValueError, OSError, csv.Error) as error:
+        scan.problem("layout", source.path, str(error))
+    return _Found(layout, why, scan.clips, scan.problems, scan.count)
+
+
+def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
+    """Layout, the reason for it, and the file or folder to read.
+
+    Raises:
+        ValueError: when nothing fits, or more than one thing.
+    """
+    if path.is_file():
+        found = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}.get(path.suffix.lower())
+        if found is None:
+            raise ValueError("is neither a folder nor a manifest (.csv, .jsonl, .json)")
+        if wanted not in ("auto", found):
+            raise ValueError(f"is {found}, but layout says {wanted}")
+        return found, f"a {path.suffix.lower()} manifest", path
+    files = _media_files(path)
+    stems = {f.with_suffix("") for f in files}
+    options: list[tuple[str, str, Path]] = []
+    if (path / "prompts.txt").is_file() and (path / "videos.txt").is_file():
+        options.append(("lines", "prompts.txt and videos.txt", path))
+    manifests = (f for f in path.iterdir() if f.suffix.lower() in MANIFESTS and not f.name.startswith("."))
+    for file in sorted(f for f in manifests if f.is_file() and f.with_suffix("") not in stems):
+        options.append(("csv" if file.suffix.lower() == ".csv" else "jsonl", file.name, file))
+    beside = sum(f.with_suffix(".txt").is_file() for f in files)
+    if beside or (files and not options) or wanted == "folder":
+        options.append(("folder", f"{len(files)} clips, {beside} of them with a .txt beside", path))
+    options = [o for o in options if wanted in ("auto", o[0])]
+    if not options:
+        needs = {"lines": "prompts.txt and videos.txt", "csv": "a .csv", "jsonl": "a .jsonl or .json"}.get(
+            wanted, "clips"
+        )
+        raise ValueError(f"holds no {needs}")
+    if len(options) > 1:
+        held = "; ".join(o[1] for o in options)
+        raise ValueError(f"is ambiguous: it holds {held}. Name the manifest in `path`, or set `layout`")
+    return options[0]
+
+
+def _media_files(folder: Path) -> list[Path]:
+    known = (*media.VIDEOS, *media.IMAGES, *media.ARRAYS)
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [
+            Path(parent, f) for f in sorted(files) if not f.startswith(".") and f.lower().endswith(known)
+        ]
+    return found
+
+
+def _folder(folder: Path, scan: _Scan) -> None:
+    for file in _media_files(folder):
+        beside = file.with_suffix(".txt")
+        name = file.relative_to(folder).as_posix()
+        if beside.is_file() and not _inside(beside, scan.root):
+            scan.count += 1
+            scan.problem("outside", beside.relative_to(folder).as_posix())
+            continue
+        try:
+            scan.add(name, beside.read_text("utf-8-sig") if beside.is_file() else None)
+        except UnicodeDecodeError:
+            scan.problem("no-caption", name, f"{beside.name} is not UTF-8")
+
+
+def _lines(folder: Path, scan: _Scan) -> None:
+    prompts, videos = (_text(folder / n).rstrip().split("\n") for n in ("prompts.txt", "videos.txt"))
+    if len(prompts) != len(videos):
+        raise ValueError(f"prompts.txt has {len(prompts)} lines and videos.txt has {len(videos)}")
+    for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True), 1):
+        if video.strip():
+            scan.add(video, prompt, where=f"line {number}")
+        else:
+            scan.count += 1
+            scan.problem("row", f"line {number}", "videos.txt has an empty line")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is not UTF-8") from None
+
+
+def _table(path: Path, scan: _Scan) -> None:
+    rows = csv.reader(io.StringIO(_text(path)), strict=True)
+    header = [c.strip() for c in next(rows, [])]
+    if not any(header):
+        raise ValueError(f"{path.name} is empty")
+    columns = _columns(scan.source, header)
+    for cells in rows:
+        where = f"line {rows.line_num}"
+        if len(cells) > len(header):
+            scan.count += 1
+            scan.problem(
+                "row", where, f"{len(cells)} cells under {len(header)} columns, quote texts with commas"
+            )
+        elif any(c.strip() for c in cells):
+            _row(dict(zip(header, cells, strict=False)), columns, scan, where)
+
+
+def _objects(path: Path, scan: _Scan) -> None:
+    text = _text(path)
+    whole = path.suffix.lower() == ".json"
+    rows: list[tuple[str, Any]] = []
+    for number, line in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            if whole:
+                rows = [(f"entry {i}", r) for i, r in enumerate(json.loads(line), 1)]
+            elif line.strip():
+                rows.append((f"line {number}", json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            at = error.lineno if whole and isinstance(error, json.JSONDecodeError) else number
+            raise ValueError(f"{path.name}, line {at}: not valid JSON ({error})") from None
+    if not rows:
+        raise ValueError(f"{path.name} is empty")
+    wrong = next((where for where, r in rows if not isinstance(r, dict)), None)
+    if wrong:
+        raise ValueError(f"{path.name}, {wrong}: not an object with a path and a caption")
+    columns = _columns(scan.source, list(dict.fromkeys(k for _, r in rows for k in r)))
+    for where, row in rows:
+        _row(row, columns, scan, where)
+
+
+def _columns(source: config.Source, there: list[str]) -> tuple[str, str, str | None]:
+    """The columns of path, caption and group.
+
+    Raises:
+        ValueError: listing the columns that are there.
+    """
+    out = []
+    for key, named, defaults in (
+        ("video_column", source.video_column, VIDEO_COLUMNS),
+        ("caption_column", source.caption_column, CAPTION_COLUMNS),
+        ("group_column", source.group_column, ()),
+    ):
+        found = next((c for c in ([named] if named else defaults) if c in there), None)
+        if found is None and (named or defaults):
+            want = f"`{named}`" if named else f"one of {', '.join(defaults)}"
+            raise ValueError(f"has no column {want}; there are: {', '.join(there)}. Set `{key}`")
+        out.append(found)
+    return out[0], out[1], out[2]
+
+
+def _row(row: Mapping[str, Any], columns: tuple[str, str, str | None], scan: _Scan, where: str) -> None:
+    video = row.get(columns[0])
+    if not isinstance(video, str) or not video.strip():
+        scan.count += 1
+        scan.problem("row", where, f"`{columns[0]}` names no file")
+        return
+    scan.add(video, row.get(columns[1]), row.get(columns[2]) if columns[2] else None, where=where)
+
+
+# --- windows and buckets ------------------------------------------------------------------------------------
+
+
+def caption(text: str, data: config.Data) -> str:
+    """The caption that the model reads: with the prefix, and the trigger unless it is in there as a word."""
+    text = f"{data.caption_prefix.strip()} {text}".strip()
+    trigger = data.trigger.strip()
+    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
+        text = f"{trigger} {text}"
+    return text
+
+
+def sizes(data: config.Data, grid: Grid) -> list[Size]:
+    """Heights and widths of the buckets: `size`, or one of about its area for each aspect ratio."""
+    if not data.aspects:
+        return [data.size]
+    area = data.size[0] * data.size[1]
+    ratios = (float(w) / float(h) for w, h in (a.split(":") for a in data.aspects))
+    return list(dict.fromkeys(grid.snap_size(math.sqrt(area / r), math.sqrt(area * r)) for r in ratios))
+
+
+def spread(there: int, length: int, stride: int, most: int) -> list[int]:
+    """First frames of at most `most` windows, `stride` or more apart, spread over `there` frames."""
+    room = there - length
+    count = min(most, 1 + room // stride)
+    return [room // 2] if count == 1 else [i * room // (count - 1) for i in range(count)]
+
+
+def _windows(
+    clip: Clip, probe: media.Probe, data: config.Data, buckets: list[Size], fps: float
+) -> list[Window]:
+    rate = float(probe.fps or fps)
+    slow = data.slow == "keep" and rate < fps * 0.99
+    there = probe.frames if slow else media.available(probe, fps)
+    length = max((n for n in data.frames if n <= there), default=0)
+    if not length:
+        return []
+    ratio = math.log(probe.width / probe.height)
+    size = min(buckets, key=lambda s: abs(math.log(s[1] / s[0]) - ratio))
+    rate = rate if slow else float(fps)
+    starts = spread(there, length, data.stride or length, data.max_windows)
+    text = caption(clip.caption, data)
+    return [Window(clip, round(s / rate, 9), length, rate, size, text) for s in starts]
+
+
+def _clip_problems(
+    clip: Clip, probe: media.Probe, data: config.Data, fps: float, size: Size | None
+) -> list[Problem]:
+    """What is wrong with a readable clip; `size` is its bucket's, None where it has no window."""
+    out: list[Problem] = []
+
+    def add(code: str, message: str) -> None:
+        out.append(Problem(KINDS[code].severity, code, clip.name, message, clip.source))
+
+    if size is None and clip.kind == "image":
+        add("image", "")
+    elif size is None:
+        need = min(data.frames)
+        there = media.available(probe, fps)
+        add(
+            "too-short",
+            f"{need / fps:.2f} s needed for {need} frames at {fps:g} fps, {there / fps:.2f} s there",
+        )
+    if probe.width % 2 or probe.height % 2:
+        add("odd-size", f"{probe.width}x{probe.height}")
+    if probe.variable:
+        add("variable-rate", f"{float(probe.fps or 0):.2f} fps on average")
+    if probe.fps and probe.fps < fps * 0.99:
+        told = "frames are repeated" if data.slow == "repeat" else "it will play faster"
+        add("slow", f"{float(probe.fps):g} fps of {fps:g}: {told}")
+    if probe.transparent:
+        add("transparent", "")
+    if probe.hdr:
+        add("hdr", "")
+    if size is not None:
+        scale = max(size[0] / probe.height, size[1] / probe.width)
+        seen = size[0] * size[1] / (probe.height * probe.width * scale**2)
+        if scale > UPSCALE:
+            add("upscaled", f"{probe.width}x{probe.height} by {scale:.1f}")
+        if 1 - seen > CROPPED:
+            add("cropped", f"{1 - seen:.0%} of {probe.width}x{probe.height}")
+    return out
+
+
+# --- the plan -----------------------------------------------------------------------------------------------
+
+
+def plan(
+    data: config.Data, grid: Grid, fps: float, seed: int, progress: Callable[[int, int], None] | None = None
+) -> Plan:
+    """Looks at every clip and decides what a run sees; decodes only the first frame and the end of each file.
+
+    Args:
+        data: the recipe's section; its `fps` wins over the argument.
+        grid: what the family can represent.
+        fps: the family's rate.
+        seed: decides which clips are held out.
+        progress: called with (done, total) while files are probed.
+    """
+    fps = float(data.fps or fps)
+    found = [_find(source, i) for i, source in enumerate(data.sources)]
+    problems = [p for f in found for p in f.problems]
+    clips = [c for f in found for c in f.clips]
+    probes, failed = _probe_all(clips, progress)
+    problems += failed
+    buckets = sizes(data, grid)
+    windows: dict[int, list[Window]] = {}
+    for i, clip in enumerate(clips):
+        if clip.path in probes:
+            made = _windows(clip, probes[clip.path], data, buckets, fps)
+            problems += _clip_problems(clip, probes[clip.path], data, fps, made[0].size if made else None)
+            if made:
+                windows[i] = made
+    twins, doubled = _duplicates([clips[i] for i in windows])
+    problems += doubled
+    held, held_problems = _hold_out([clips[i] for i in windows], twins, data.held_out, seed)
+    problems += held_problems
+    train = [w for i, ws in windows.items() for w in ws if clips[i].path not in held]
+    out = [w for i, ws in windows.items() for w in ws if clips[i].path in held]
+    reports = [
+        SourceReport(
+            path=source.path,
+            layout=f.layout,
+            why=f.why,
+            clips=f.count,
+            usable=sum(clips[i].source == index for i in windows),
+            windows=sum(w.clip.source == index for w in train),
+            held_out=sum(w.clip.source == index for w in out),
+            seconds=sum(probes[c.path].duration for c in f.clips if c.path in probes),
+            repeats=source.repeats,
+            weight=source.weight,
+        )
+        for index, (source, f) in enumerate(zip(data.sources, found, strict=True))
+    ]
+    order = list(KINDS)
+    problems.sort(key=lambda p: (p.severity, order.index(p.code), p.source, p.name))
+    return Plan(clips, train, out, problems, reports, probes)
+
+
+def _probe_all(
+    clips: Sequence[Clip], progress: Callable[[int, int], None] | None
+) -> tuple[dict[Path, media.Probe], list[Problem]]:
+    """Probes every file once, in threads."""
+    first = {c.path: c for c in reversed(clips)}
+    probes: dict[Path, media.Probe] = {}
+    problems: list[Problem] = []
+
+    def look(path: Path) -> media.Probe | media.MediaError:
+        try:
+            return media.probe(path)
+        except media.MediaError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for done, (path, result) in enumerate(zip(first, pool.map(look, first), strict=True), 1):
+            if isinstance(result, media.MediaError):
+                clip = first[path]
+                problems.append(Problem("error", result.code, clip.name, result.cause, clip.source))
+            else:
+                probes[path] = result
+            if progress:
+                progress(done, len(first))
+    return probes, problems
+
+
+def _duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
+    """A content mark per path, equal for equal files, and a warning for each further copy."""
+    by_size: dict[int, set[Path]] = defaultdict(set)
+    for clip in clips:
+        by_size[clip.path.stat().st_size].add(clip.path.resolve())
+    marks: dict[Path, str] = {}
+    problems: list[Problem] = []
+    first: dict[str, Clip] = {}
+    for clip in clips:
+        real = clip.path.resolve()
+        alone = len(by_size[clip.path.stat().st_size]) == 1
+        marks[clip.path] = mark = str(real) if alone else digest(real)
+        other = first.setdefault(mark, clip)
+        if other is not clip:
+            same = "listed twice" if other.path == clip.path else f"same content as {other.name}"
+            problems.append(Problem("warning", "duplicate", clip.name, same, clip.source))
+    return marks, problems
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    mark = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            mark.update(block)
+    return mark.hexdigest()
+
+
+def _hold_out(
+    clips: Sequence[Clip], marks: Mapping[Path, str], wanted: float, seed: int
+) -> tuple[set[Path], list[Problem]]:
+    """Paths of the clips kept from training: those with the lowest hash of seed and name, copies together."""
+    groups: dict[str, list[Clip]] = defaultdict(list)
+    for clip in clips:
+        groups[marks[clip.path]].append(clip)
+    count = math.floor(wanted * len(clips) + 0.5) if wanted < 1 else int(wanted)
+    if not clips or not count:
+        return set(), []
+    if count >= len(clips):
+        message = f"data.held_out={wanted:g} of {len(clips)} clips leaves none to train on"
+        return set(), [Problem("error", "held-out", "data.held_out", message)]
+
+    def rank(group: list[Clip]) -> bytes:
+        return hashlib.sha256(f"{seed}\0{min(c.name for c in group)}".encode()).digest()
+
+    held: list[Clip] = []
+    for group in sorted(groups.values(), key=rank):
+        if len(held) < count and len(held) + len(group) < len(clips):
+            held += group
+    return {c.path for c in held}, []
+
+
+def describe(problems: Sequence[Problem], total: int, shown: int = 5) -> list[str]:
+    """One sentence per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
+    groups: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        groups[problem.code].append(problem)
+    out = []
+    for code in sorted(groups, key=list(KINDS).index):
+        group, says = groups[code], KINDS[code]
+        if code in SOURCE_CODES:
+            out += [f"{p.name}: {p.message}" if p.name not in p.message else p.message for p in group]
+            continue
+        names = [f"{p.name}: {p.message}" if p.message else p.name for p in group[:shown]]
+        more = f" and {len(group) - shown} more" if len(group) > shown else ""
+        joined = ("; " if any(p.message for p in group[:shown]) else ", ").join(names)
+        verb = says.one if len(group) == 1 else says.many
+        out.append(f"{len(group)} of {total} clips {verb} ({joined}{more}): {says.cure}")
+    return out
+
+
+def require(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Problem]:
+    """Stops if the plan has errors; with `quarantine` only for those that no clip's absence cures.
+
+    Returns:
+        The errors of the clips that are left out, for the caller to write down; empty when all is well.
+
+    Raises:
+        ValueError: with every error, one line per kind.
+    """
+    total = sum(s.clips for s in plan.sources)
+    stops = [p for p in plan.errors if bad_clips == "stop" or p.code in SOURCE_CODES]
+    if stops or not plan.train:
+        raise ValueError("\n".join(describe(stops or plan.errors, total)))
+    return plan.errors
+
+
+# --- order --------------------------------------------------------------------------------------------------
+
+
+def _permutation(n: int, *key: Hashable) -> list[int]:
+    """A permutation that depends on the key alone, on every machine and in every version."""
+    entropy = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32)
+    return np.random.RandomState(entropy).permutation(n).tolist()
+
+
+class BucketSampler:
+    """Batches of window indices, one shape each; batch k is a function of the arguments and k alone.
+
+    In every epoch each (source, shape) shows max(1, round(n * repeats * weight)) of its n windows, taken from
+    an endless chain of permutations, so that none is ever shown more than once more than another.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[int, Hashable]],
+        repeats: Mapping[int, float] | Sequence[float],
+        batch: int,
+        seed: int,
+    ) -> None:
+        """Prepares the order.
+
+        Args:
+            entries: source index and shape of each window.
+            repeats: per source, repeats * weight.
+            batch: windows per batch; the last of a shape may be smaller.
+            seed: decides the order.
+
+        Raises:
+            ValueError: when there are no windows.
+        """
+        if not entries:
+            raise ValueError("no windows to train on")
+        self.size, self.seed = batch, seed
+        self._groups: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
+        for i, entry in enumerate(entries):
+            self._groups[entry].append(i)
+        self._shown = {g: max(1, math.floor(len(v) * repeats[g[0]] + 0.5)) for g, v in self._groups.items()}
+        counts: dict[Hashable, int] = defaultdict(int)
+        for (_, shape), shown in self._shown.items():
+            counts[shape] += shown
+        self._length = sum(math.ceil(n / batch) for n in counts.values())
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return self._length
+
+    def batch(self, k: int) -> list[int]:
+        """Indices of the windows of batch k, for any k >= 0."""
+        epoch, at = divmod(k, self._length)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._batches(epoch))
+        return self._epoch[1][at]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        shapes: dict[Hashable, list[int]] = defaultdict(list)
+        for group, members in self._groups.items():
+            n, shown = len(members), self._shown[group]
+            first, last = epoch * shown, (epoch + 1) * shown
+            for turn in range(first // n, (last - 1) // n + 1):
+                order = _permutation(n, self.seed, "windows", group, turn)
+                picked = order[max(first - turn * n, 0) : last - turn * n]
+                shapes[group[1]] += [members[i] for i in picked]
+        batches = []
+        for shape, indices in shapes.items():
+            order = _permutation(len(indices), self.seed, "shape", shape, epoch)
+            mixed = [indices[i] for i in order]
+            batches += [mixed[i : i + self.size] for i in range(0, len(mixed), self.size)]
+        return [batches[i] for i in _permutation(len(batches), self.seed, "batches", epoch)]
+
+
+def sampler(
+    windows: Sequence[Window], sources: Sequence[config.Source], batch: int, seed: int
+) -> BucketSampler:
+    """The sampler of a plan's training windows."""
+    shares = [s.repeats * s.weight for s in sources]
+    return BucketSampler([(w.clip.source, w.shape) for w in windows], shares, batch, seed)
