@@ -24,6 +24,7 @@ import numpy as np
 
 from inlay import config, media
 from inlay.families.base import Grid
+from inlay.files import sha256
 
 Severity = Literal["error", "warning"]
 Size = tuple[int, int]
@@ -591,21 +592,12 @@ def _duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
     for clip in clips:
         real = clip.path.resolve()
         alone = len(by_size[clip.path.stat().st_size]) == 1
-        marks[clip.path] = mark = str(real) if alone else digest(real)
+        marks[clip.path] = mark = str(real) if alone else sha256(real)
         other = first.setdefault(mark, clip)
         if other is not clip:
             same = "listed twice" if other.path == clip.path else f"same content as {other.name}"
             problems.append(Problem("warning", "duplicate", clip.name, same, clip.source))
     return marks, problems
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    mark = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            mark.update(block)
-    return mark.hexdigest()
 
 
 def _hold_out(
