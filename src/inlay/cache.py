@@ -214,9 +214,9 @@ def build_media(
             built.made += 1
         except OSError as error:
             _disk_full(error, cache.folder, built.made + built.reused, len(names))
-            built.failed[window.clip.name] = str(error)
+            built.failed[str(window.clip.path)] = str(error)
         except ValueError as error:
-            built.failed[window.clip.name] = str(error)
+            built.failed[str(window.clip.path)] = str(error)
         advance(1)
     return built
 

@@ -31,13 +31,14 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def progress(title: str, total: int, unit: str, *, show: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar; the function it gives advances it by n (default 1) and may set a `note` behind it."""
+    """A bar; the function it gives advances it by n (default 1), or sets `done`, `total` and a `note` behind it."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not show) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
 
-        def advance(n: int = 1, note: str | None = None) -> None:
-            bar.update(task, advance=n, **({} if note is None else {"note": note}))
+        def advance(n: int = 1, *, done: int | None = None, total: int | None = None, note: str | None = None) -> None:
+            fields = {} if note is None else {"note": note}
+            bar.update(task, advance=n if done is None else None, completed=done, total=total, **fields)
 
         yield advance
 
@@ -52,7 +53,6 @@ def quiet() -> None:
     """Silences what the libraries say on import and loading; what matters is said by us, once."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)

@@ -153,17 +153,20 @@ def draw(
     about: Mapping[str, Any],
     *,
     count: int = 1,
+    show: bool = True,
     seen: Callable[[int, int, Any], None] | None = None,
 ) -> list[Path]:
     """Draws `count` videos of each prompt into mp4 files with a JSON beside each.
 
     Args:
+        show: whether there is a progress bar.
         seen: is given (prompt index, video index, uint8 frames (t, h, w, 3)) of each.
     """
     pipeline.set_progress_bar_config(disable=True)
     sample, paths = prompts.sample, []
     assert sample.size and sample.frames
-    with progress("draw", len(prompts.texts) * count, "video") as advance:
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress("draw", len(prompts.texts) * count, "video", show=show) as advance:
         for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
             for j in range(count):
                 frames = family.sample(

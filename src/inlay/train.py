@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -171,7 +171,7 @@ class Job:
             self.denoiser.eval()
             with runtime.swapped(self.parameters, self.ema.weights if self.ema else None):
                 about = {"checkpoint": f"step-{step:06d}", "strength": 1.0}
-                generate.draw(self.family, self._pipeline, self.prompts, self.run.folder / "samples" / f"step-{step:06d}", about)
+                generate.draw(self.family, self._pipeline, self.prompts, self.run.folder / "samples" / f"step-{step:06d}", about, show=False)
             self.denoiser.train()
         self.ctx.barrier()
         self.meters.pause()
@@ -236,7 +236,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     run = open_run(config, ctx)
     clips = build_cache(config, family, run, ctx)
     per_step = config.train.accumulate * ctx.world
-    sampler = data.BucketSampler(clips.plan, config.data.sources, config.train.batch, config.seed)
+    sampler = data.sampler(clips.plan.train, config.data.sources, config.train.batch, config.seed)
     loader = Loader(
         family, clips.store, clips.plan.train, clips.media, clips.text, clips.empty, sampler, config.data.caption_dropout, config.seed, per_step
     )
@@ -320,9 +320,9 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     Raises:
         ValueError: when clips are bad and the recipe says to stop.
     """
-    with progress("look", 0, "clip", show=ctx.main) as advance:
-        plan = data.plan(config.data, family.grid, config.data.fps or family.fps, config.seed, progress=advance)
-    quarantined = data.require(plan, config.data.bad_clips)
+    with progress("look", 1, "clip", show=ctx.main) as advance:
+        plan = data.plan(config.data, family.grid, family.fps, config.seed, progress=lambda n, of: advance(done=n, total=of))
+    quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
     store = cache.Cache(run.cache(config))
     windows = [*plan.train, *plan.held_out]
     names = store.media_names(family, windows)
@@ -353,7 +353,10 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         listed = {**quarantined, **failed}
         (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
         say(f"{len(listed)} clip(s) are left out; {run.folder / 'quarantine.json'} names them and says why")
-    plan = plan.without(failed)
+    train, held_out = ([w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out))
+    plan = replace(plan, train=train, held_out=held_out)
+    if not train:
+        raise ValueError("no clip is left to train on: " + "; ".join(failed.values()))
     name_of = dict(zip(windows, names, strict=True))
     return Clips(
         plan,

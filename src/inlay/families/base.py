@@ -61,8 +61,12 @@ class Family(ABC):
     """Default adapter targets: regular expressions over whole module names."""
     encoders: ClassVar[Mapping[str, Sequence[str]]]
     """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item is."""
+    published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+    """Hub ids and what must be known of their configuration before anything is downloaded; the first is the default."""
     original_names: ClassVar[Sequence[tuple[str, str]]] = ()
     """Module names inside a block or at the root, as the original code and as diffusers spells them."""
+    widths: ClassVar[Mapping[int, str]] = {}
+    """Names of the published sizes by the width of their network, for messages."""
     fps: float
     """Frame rate of the published checkpoint's training data."""
     grid: Grid
@@ -80,6 +84,8 @@ class Family(ABC):
             ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
         """
         name = f"{component}/config.json" if component else "model_index.json"
+        if self.source in self.published and self.model.revision is None:
+            return dict(self.published[self.model.checkpoint].get(component, {})) or None
         if isinstance(self.source, Path):
             path = self.source / name
             return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -27,6 +27,29 @@ SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
 """Noise-level shift by size (Wan's advice), and the area in pixels that divides the two."""
 
 
+
+def _published(heads: int, layers: int, ffn: int, channels: int = 16, **index: Any) -> dict[str, dict[str, Any]]:
+    """Configuration of a published checkpoint: what `check` and the memory estimate need, without a download."""
+    transformer = {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+    }
+    vae = {"_class_name": "AutoencoderKLWan", "z_dim": channels, "scale_factor_temporal": 4}
+    vae["scale_factor_spatial"] = 8 if channels == 16 else 16
+    second = {"transformer_2": transformer} if "transformer_2" in index else {}
+    return {"": {"_class_name": "WanPipeline", **index}, "transformer": transformer, "vae": vae, **second}
+
+
 class Wan(Family):
     """Wan 2.1 / 2.2: flow matching on normalised VAE latents, text by cross-attention."""
 
@@ -35,7 +58,14 @@ class Wan(Family):
         r"blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)",
         r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
     )
-    block_prefix: ClassVar[str] = "blocks"
+    published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _published(12, 30, 8960),
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": _published(40, 40, 13824),
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _published(
+            40, 40, 13824, boundary_ratio=0.875, transformer_2=["diffusers", "WanTransformer3DModel"]
+        ),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _published(24, 30, 14336, 48, expand_timesteps=True),
+    }
     original_names: ClassVar[Sequence[tuple[str, str]]] = (
         ("self_attn.q", "attn1.to_q"),
         ("self_attn.k", "attn1.to_k"),
@@ -57,7 +87,9 @@ class Wan(Family):
         ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
         ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
         ("head.head", "proj_out"),
+        ("patch_embedding", "patch_embedding"),
     )
+    widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)

@@ -1,0 +1,265 @@
+"""The commands. Each is a thin function: heavy imports happen inside, so that help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from inlay.config import Config
+
+app = typer.Typer(
+    name="inlay",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Teach diffusion transformers a new subject: from a folder of clips to an adapter that diffusers and ComfyUI load.
+
+    **See it work** (no download, no GPU): `inlay demo`
+
+    **Your own clips**: `inlay new wan data/pets` writes a recipe, `inlay check pets.yaml` looks at the data,
+    `inlay train pets.yaml` trains; then `inlay generate runs/pets "a corgi surfing"` and `inlay evaluate runs/pets`.
+
+    Any value of a recipe can be changed on the command line: `inlay train pets.yaml optim.lr=2e-4 train.steps=500`.""",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML), or a run folder.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
+]
+ClickException: Any = typer.BadParameter.__mro__[2]
+"""The base of typer's usage errors; which package it comes from depends on typer's version."""
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `inlay train` made it.", show_default=False)]
+
+
+def main() -> None:
+    """Runs a command. A user's mistake is one message and exit code 2, Ctrl-C is 130; only our own mistakes show a traceback."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)  # the code of a typer.Exit, or None
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        _say(f"\n{stop or 'interrupted'}")
+        sys.exit(130)
+    except ValueError as error:
+        if os.environ.get("INLAY_TRACEBACK"):
+            raise
+        _say(f"error: {error}")
+        sys.exit(2)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"error: {error.filename}: {error.strerror}")
+        sys.exit(2)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from inlay import config, console
+
+    console.quiet()
+    return config.load(path, overrides or ())
+
+
+@app.command()
+def new(
+    family: Annotated[str, typer.Argument(help="Model family: `wan`.")],
+    clips: Annotated[Path, typer.Argument(metavar="DATA", help="Folder or manifest with clips and captions.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Recipe to write. Default: the folder's name + `.yaml`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the family's smallest.")] = None,
+) -> None:
+    """Look at your clips and write a commented recipe that fits them."""
+    from inlay import console, recipes
+
+    console.quiet()
+    path = recipes.new(family, clips, out, checkpoint)
+    _say(f"wrote {path}\nnext: inlay check {path}")
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Show what is there, what is wrong with it, what the model will see, and what it will cost. Loads no weights.
+
+    Writes `check/report.json` and `check/contact_sheet.png` into the run folder; exit code 2 when there are errors.
+    """
+    config = _load(recipe, overrides)
+    from inlay import check as checks
+    from inlay.console import console
+
+    report = checks.check(config)
+    checks.print_report(report, console)
+    raise typer.Exit(0 if report.ok else 2)
+
+
+@app.command()
+def cache(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Encode clips and captions. Optional: `train` does it when needed. Run it again to go on where it stopped."""
+    config = _load(recipe, overrides)
+    from inlay import runtime, train
+
+    with runtime.start(config) as ctx:
+        clips = train.build_cache(config, train.open_family(config), train.open_run(config, ctx), ctx)
+    _say(f"{clips.built.made} encoded, {clips.built.reused} there already: {clips.store.folder}")
+
+
+@app.command("train")
+def train_(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Cache, train, sample and measure. Run it again to go on; Ctrl-C saves first.
+
+    Several processes: `torchrun --nproc-per-node 2 -m inlay train RECIPE`.
+    """
+    config = _load(recipe, overrides)
+    from inlay import train
+
+    try:
+        run = train.train(config)
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "interrupted")
+        raise typer.Exit(130) from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        _say(f'{run}\nnext: inlay generate {run} "a prompt"   or   inlay evaluate {run}')
+
+
+@app.command("generate")
+def generate_(
+    run: RunFolder,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default=False)] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos of each prompt, with seeds one apart.")] = 1,
+    checkpoint: Annotated[str | None, typer.Option(help="`step-000500`, or `base` for the untuned model.")] = None,
+    strength: Annotated[float, typer.Option(help="0 is the base, 1 what was trained.")] = 1.0,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width, such as 480x832.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first video.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder. Default: samples/generated in the run.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
+) -> None:
+    """Make videos with what a run has learned: mp4 with a JSON of all settings beside each."""
+    from inlay import console
+
+    console.quiet()
+    texts = list(prompts or [])
+    if file:
+        texts += [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError("generate: give a prompt, or --file with one per line")
+    area = _size(size)
+    from inlay.generate import generate
+
+    made = generate(
+        run,
+        texts,
+        count=count,
+        checkpoint=checkpoint,
+        strength=strength,
+        out=out,
+        device=device,
+        size=area,
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        seed=seed,
+    )
+    print("\n".join(str(path) for path in made))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdigit() for p in parts):
+        raise ValueError(f"--size: `{text}` is not HEIGHTxWIDTH, such as 480x832")
+    return int(parts[0]), int(parts[1])
+
+
+@app.command("evaluate")
+def evaluate_(
+    run: RunFolder,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Prompts, one per line. Default: the recipe's.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos of each prompt.")] = 1,
+    checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
+    against: Annotated[str, typer.Option(help="What to compare with: `base` or another checkpoint.")] = "base",
+) -> None:
+    """Compare base and tuned side by side, same seeds: held-out loss, video metrics, `report.html`."""
+    from inlay import console
+
+    console.quiet()
+    from inlay.evaluate import Prompt, evaluate, summary_table
+
+    texts = [x.strip() for x in file.read_text("utf-8-sig").splitlines() if x.strip()] if file else None
+    prompts = [Prompt(t) for t in texts] if texts is not None else None
+    report = evaluate(run, against=against, checkpoint=checkpoint, prompts=prompts, count=count)
+    console.console.print(summary_table(report))
+    print(report.path)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[str, typer.Option(help="`diffusers`, `comfyui`, `kohya`, or `merged` for full weights.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File or folder. Default: export/ in the run.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
+) -> None:
+    """Write what a run has trained in another program's layout, read it back, and compare."""
+    from inlay import console, exchange
+
+    console.quiet()
+    print(exchange.export(run, to, out, checkpoint))
+
+
+@app.command("import")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="Adapter file or folder in any known layout.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write in diffusers layout.", show_default=False)],
+    family: Annotated[str, typer.Option(help="Model family.")] = "wan",
+    checkpoint: Annotated[str | None, typer.Option(help="Base checkpoint: checks shapes, converts `dora_scale`.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha, where the file has none.")] = None,
+) -> None:
+    """Convert an adapter of another trainer to diffusers layout; every tensor is used, or nothing is written."""
+    from inlay import console, exchange
+
+    console.quiet()
+    path, notes = exchange.convert(adapter, out, family, checkpoint, alpha)
+    for note in notes:
+        _say(f"note: {note}")
+    print(path)
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="Adapter, cached item, checkpoint, run or model folder.")]) -> None:
+    """Say what is in a file or folder."""
+    from inlay import console, formats
+
+    console.quiet()
+    print(formats.describe(formats.inspect(path)))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("runs/demo"),
+    dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
+) -> None:
+    """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
+
+    Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and evaluates.
+    """
+    from inlay import console
+
+    console.quiet()
+    from inlay.demo import demo
+
+    demo(folder, dora=dora)

@@ -1,0 +1,154 @@
+"""The main job on a tiny random Wan: it learns, resumes bit for bit, and N processes equal accumulation N."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from inlay import config, runtime
+from inlay.train import train
+
+ADAPTER = "adapter/pytorch_lora_weights.safetensors"
+
+
+def run(raw: dict) -> Path:
+    return train(config.build(raw))
+
+
+def command(recipe: Path, *extra: str, processes: int = 1) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(random.randint(20000, 40000))]
+    return [sys.executable, *(launch if processes > 1 else []), "-m", "inlay", "train", str(recipe), *extra]
+
+
+def write(raw: dict, path: Path) -> Path:
+    path.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
+    return path
+
+
+def difference(a: Path, b: Path) -> float:
+    x, y = load_file(a / ADAPTER), load_file(b / ADAPTER)
+    assert x.keys() == y.keys() and x
+    return max(float((x[k] - y[k]).norm() / y[k].norm().clamp(min=1e-12)) for k in x)
+
+
+def test_loss_falls_and_everything_is_written(recipe: Callable[..., dict]) -> None:
+    raw = recipe(train__steps=40, train__log_every=10, train__validate_every=20, train__trackers=["tensorboard"], sample__every=20)
+    folder = run(raw)
+    lines = runtime.read_metrics(folder / "metrics.jsonl")
+    losses = [x["loss"] for x in lines if "loss" in x]
+    held_out = [x["held_out_loss"] for x in lines if "held_out_loss" in x]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert len(held_out) == 2
+    assert (folder / ADAPTER).is_file() and (folder / "adapter/README.md").is_file()
+    assert list((folder / "tensorboard").iterdir())
+    assert len(list((folder / "samples/step-000020").glob("*.mp4"))) == 1
+    assert len(list((folder / "samples/step-000020").glob("*.json"))) == 1
+    assert [p.name for p in runtime.Run(folder).checkpoints()] == ["step-000036", "step-000038", "step-000040"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_going_on_is_bit_exact(recipe: Callable[..., dict], tmp_path: Path, kind: str) -> None:
+    options = {"tuner": {"kind": kind}, "optim__ema": 0.9, "optim__lr": 1e-3}
+    whole = run(recipe(run=str(tmp_path / "whole"), **options))
+    run(recipe(run=str(tmp_path / "parts"), train__steps=2, **options))
+    parts = run(recipe(run=str(tmp_path / "parts"), **options))
+    a, _ = runtime.load_state(whole / "checkpoints/step-000006")
+    b, _ = runtime.load_state(parts / "checkpoints/step-000006")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    losses = [[(x["step"], x["loss"]) for x in runtime.read_metrics(r / "metrics.jsonl") if "loss" in x] for r in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])
+def test_other_optimizers_resume(recipe: Callable[..., dict], tmp_path: Path, name: str) -> None:
+    pytest.importorskip({"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name])
+    options = {"optim__name": name, "optim__lr": 1.0 if name == "prodigy" else 1e-2, "tuner__rank": 64}
+    whole = run(recipe(run=str(tmp_path / "whole"), **options))
+    run(recipe(run=str(tmp_path / "parts"), train__steps=4, **options))
+    parts = run(recipe(run=str(tmp_path / "parts"), **options))
+    assert difference(whole, parts) == 0.0
+
+
+def test_killed_run_goes_on_bit_exact(recipe: Callable[..., dict], tmp_path: Path) -> None:
+    """`kill -9` at a random moment after the first checkpoint; `benchmarks/resume.py` does it ten times."""
+    whole = run(recipe(run=str(tmp_path / "whole"), train__steps=60, train__save_every=5))
+    file = write(recipe(run=str(tmp_path / "killed"), train__steps=60, train__save_every=5), tmp_path / "killed.yaml")
+    process = subprocess.Popen(command(file), stderr=subprocess.DEVNULL, start_new_session=True)
+    place = runtime.Run(tmp_path / "killed")
+    deadline = time.time() + 120
+    while not place.checkpoints() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert place.checkpoints() and not place.adapter.exists(), "it was killed on the way"
+    resumed = run(recipe(run=str(tmp_path / "killed"), train__steps=60, train__save_every=5))
+    assert difference(whole, resumed) == 0.0
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Callable[..., dict], tmp_path: Path) -> None:
+    file = write(recipe(train__steps=100000, train__save_every=100000, train__log_every=1), tmp_path / "r.yaml")
+    process = subprocess.Popen(command(file), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not metrics.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "run the same command again" in said and "Traceback" not in said
+    assert len(runtime.Run(tmp_path / "run").checkpoints()) == 1
+    assert (tmp_path / "run" / ADAPTER).is_file()
+
+
+def test_two_processes_equal_accumulation_two(recipe: Callable[..., dict], tmp_path: Path) -> None:
+    one = run(recipe(run=str(tmp_path / "one"), train__accumulate=2, data__caption_dropout=0.3))
+    file = write(recipe(run=str(tmp_path / "two"), data__caption_dropout=0.3), tmp_path / "two.yaml")
+    done = subprocess.run(command(file, processes=2), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert difference(one, tmp_path / "two") < 1e-5
+    # a checkpoint of two processes goes on in one
+    resumed = run(recipe(run=str(tmp_path / "two"), train__accumulate=2, train__steps=8, data__caption_dropout=0.3))
+    assert runtime.Run(resumed).checkpoints()[-1].name == "step-000008"
+
+
+def test_another_recipe_does_not_go_on(recipe: Callable[..., dict]) -> None:
+    run(recipe())
+    with pytest.raises(ValueError, match=r"optim\.lr was 0\.01, is 0\.02"):
+        run(recipe(optim__lr=0.02))
+    run(recipe(train__steps=8))
+
+
+def test_number_of_processes_is_checked(recipe: Callable[..., dict]) -> None:
+    with pytest.raises(ValueError, match=r"meant for 2 process"):
+        run(recipe(runtime__world_size=2))
+
+
+def test_damaged_checkpoint_is_refused(recipe: Callable[..., dict]) -> None:
+    folder = run(recipe())
+    file = folder / "checkpoints/step-000006/trainer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"step-000006.*damaged.*trainer\.safetensors"):
+        run(recipe(train__steps=8))
+
+
+def test_losses_that_are_not_finite_name_the_clips(recipe: Callable[..., dict]) -> None:
+    raw = recipe(optim__lr=1e30, optim__clip=None, train__steps=20, train__log_every=1)
+    with pytest.raises(ValueError, match=r"stopped being finite at step \d+ \(clips: .*\.mp4"):
+        run(raw)
+
+
+def test_targets_that_match_nothing_stop(recipe: Callable[..., dict]) -> None:
+    with pytest.raises(ValueError, match=r"`proj_in` matches no"):
+        run(recipe(tuner__targets=["proj_in", r"blocks\.\d+\.attn1\.to_q"]))
