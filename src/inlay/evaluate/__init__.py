@@ -1,0 +1,1 @@
+"""Base and tuned side by side: held-out loss, video metrics, a report that opens anywhere."""

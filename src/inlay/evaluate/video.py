@@ -1,0 +1,202 @@
+"""What can be measured of a video without a learned judge: how it moves, flickers, holds together, how sharp it is.
+
+Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. None of them says that a
+video is good. They say what changed between two videos of one prompt, and whether that went towards the training clips.
+
+Motion, flicker and consistency are measured on luma, scaled down by whole factors until its longer side is at most `LONG`
+pixels, so that they mean the same at every size and cost little; sharpness and distance see every pixel. The motion behind
+them is found by matching blocks, as video codecs do, so that no network for optical flow is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+LONG = 128
+"""Pixels of the longer side at which motion is searched."""
+BLOCK = 8
+"""Height and width of a block, at that size."""
+RADIUS = 6
+"""Furthest displacement from frame to frame that is looked for, in pixels along each axis, at that size."""
+GAIN = 0.5
+"""A block has moved when that leaves less than this share of its difference; noise alone leaves two thirds."""
+STILL = 1 / 255
+"""A block that differs by less than one level (mean absolute) is at rest."""
+
+_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
+"""BT.709 weights, from uint8 to [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number is told."""
+
+    name: str
+    unit: str
+    digits: int
+    better: str
+    """`lower`, `higher`, or empty where neither is better by itself."""
+    meaning: str
+
+
+METRICS: Mapping[str, Metric] = {
+    "motion": Metric("motion", "% of the diagonal per frame", 2, "", "How far the picture moves; a still picture has 0."),
+    "flicker": Metric(
+        "flicker", "% of the brightness range", 2, "lower", "Brightness that jumps and comes back, where motion does not explain it."
+    ),
+    "consistency": Metric(
+        "consistency", "correlation", 3, "higher", "How well each frame is the one before, moved; 1 is perfect, and trivial for a still."
+    ),
+    "sharpness": Metric("sharpness", "variance of the Laplacian", 0, "", "Fine detail, noise included; blur lowers it."),
+}
+"""What `measure` gives, in the order in which it is shown."""
+
+
+def measure(frames: np.ndarray) -> dict[str, float]:
+    """All of `METRICS` for uint8 frames (t, h, w, 3); motion and flicker in percent."""
+    y = luma(frames)
+    small = shrink(y)
+    before, moved = compensate(small[:-1], small[1:])
+    after, _ = compensate(small[2:], small[1:-1])
+    return {
+        "motion": 100 * _motion(moved, small.shape[1:]),
+        "flicker": 100 * _flicker(before[:-1], small[1:-1], after),
+        "consistency": _consistency(before, small[1:]),
+        "sharpness": _sharpness(y),
+    }
+
+
+def motion(frames: np.ndarray) -> float:
+    """Mean displacement of blocks from frame to frame, as a share of the picture's diagonal.
+
+    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still picture and for noise without motion. A picture that moves as a whole by
+    d pixels a frame gives d / diagonal, up to the strip that enters; an object that fills a tenth of it a tenth of that.
+    """
+    small = shrink(luma(frames))
+    return _motion(compensate(small[:-1], small[1:])[1], small.shape[1:])
+
+
+def flicker(frames: np.ndarray) -> float:
+    """Mean brightness by which a pixel jumps away from both neighbours in time, along its motion; in [0, 1].
+
+    |Y_k - median(P, Y_k, N)|, with P and N the frames before and after, moved onto frame k: what a motion-compensated temporal
+    median filter would take out. 0 for stills, for any motion that matching follows, for fades and for cuts, which change but do
+    not come back. Brightness that alternates by a gives a; independent noise of deviation s without motion gives s / sqrt(pi).
+    Fewer than three frames give 0. (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighbours, so it
+    counts motion as flicker and is meant for stills; the warping error of Lai et al. 2018 needs learned flow.)
+    """
+    small = shrink(luma(frames))
+    middle = small[1:-1]
+    return _flicker(compensate(small[:-2], middle)[0], middle, compensate(small[2:], middle)[0])
+
+
+def consistency(frames: np.ndarray) -> float:
+    """Mean correlation of each frame with the one before, moved onto it; in [-1, 1].
+
+    1 for stills and for motion that matching follows, near 0 for unrelated frames, whatever their brightness and contrast. Frames
+    without any contrast count as 1 where both are flat and as 0 where one is. One frame alone gives 1.
+    """
+    small = shrink(luma(frames))
+    return _consistency(compensate(small[:-1], small[1:])[0], small[1:])
+
+
+def sharpness(frames: np.ndarray) -> float:
+    """Variance of the Laplacian of luma in levels of 255, the mean over frames; 0 or more (Pech-Pacheco et al. 2000).
+
+    0 for pictures without detail, ramps included. A checkerboard of single black and white pixels has the most, 1020^2.
+    """
+    return _sharpness(luma(frames))
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference of two videos of one shape, in [0, 1]: 0 for the same pixels, 1 for black and white."""
+    assert a.shape == b.shape, "videos of one prompt have one shape"
+    total = sum(float(np.abs(x.astype(np.int16) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True))
+    return total / len(a) / 255
+
+
+def luma(frames: np.ndarray) -> np.ndarray:
+    """BT.709 luma of uint8 RGB (t, h, w, 3) as float32 (t, h, w) in [0, 1]."""
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames), frames.shape
+    red, green, blue = _LUMA
+    return frames[..., 0] * red + frames[..., 1] * green + frames[..., 2] * blue
+
+
+def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
+    """(t, h, w) scaled down by the least whole factor that brings the longer side to `long`, by averaging squares."""
+    t, h, w = y.shape
+    n = -(-max(h, w) // long)
+    h, w = h // n or 1, w // n or 1
+    return y[:, : h * n, : w * n].reshape(t, h, min(n, y.shape[1]), w, min(n, y.shape[2])).mean(axis=(2, 4))
+
+
+def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> tuple[np.ndarray, np.ndarray]:
+    """Moves the blocks of each source frame to where they are in the target frame.
+
+    A block stays where it is unless moving it removes most of its difference (`GAIN`); of equally good displacements the
+    shortest is taken. So neither noise nor plain areas move.
+
+    Args:
+        source: (t, h, w) in [0, 1].
+        target: the same shape.
+        radius: furthest displacement along each axis.
+
+    Returns:
+        The moved source (t, h, w), and the lengths of the displacements in pixels (t, blocks down, blocks across).
+    """
+    t, h, w = target.shape
+    far = np.pad(source, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
+    rows, columns = np.arange(0, h, BLOCK), np.arange(0, w, BLOCK)
+    pixels = np.diff(rows, append=h)[:, None] * np.diff(columns, append=w)
+
+    def error(y: int, x: int) -> np.ndarray:
+        difference = far[:, radius + y : radius + y + h, radius + x : radius + x + w] - target
+        np.abs(difference, out=difference)
+        return np.add.reduceat(np.add.reduceat(difference, rows, axis=1), columns, axis=2) / pixels
+
+    steps = [(y, x) for y in range(-radius, radius + 1) for x in range(-radius, radius + 1)]
+    steps.sort(key=lambda s: (s[0] ** 2 + s[1] ** 2, s))
+    rest = error(0, 0)
+    best, chosen = np.where(rest > STILL, rest * GAIN, 0), np.zeros(rest.shape, np.intp)
+    for i, step in enumerate(steps[1:], 1):
+        found = error(*step)
+        better = found < best - 1e-6
+        best[better], chosen[better] = found[better], i
+    shift = np.array(steps)[chosen]
+    each = shift.repeat(BLOCK, axis=1)[:, :h].repeat(BLOCK, axis=2)[:, :, :w] + radius
+    t_, y_, x_ = np.ogrid[:t, :h, :w]
+    return far[t_, y_ + each[..., 0], x_ + each[..., 1]], np.hypot(shift[..., 0], shift[..., 1])
+
+
+def _motion(lengths: np.ndarray, size: tuple[int, ...]) -> float:
+    return float(lengths.mean(dtype=np.float64) / np.hypot(*size)) if lengths.size else 0.0
+
+
+def _flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
+    if not len(middle):
+        return 0.0
+    median = np.maximum(np.minimum(before, middle), np.minimum(np.maximum(before, middle), after))
+    return float(np.abs(middle - median).mean(dtype=np.float64))
+
+
+def _consistency(before: np.ndarray, now: np.ndarray) -> float:
+    if not len(now):
+        return 1.0
+    a, b = (x - x.mean(axis=(1, 2), keepdims=True, dtype=np.float64) for x in (before, now))
+    norms = np.sqrt((a**2).mean(axis=(1, 2))), np.sqrt((b**2).mean(axis=(1, 2)))
+    flat = norms[0] < STILL / 10, norms[1] < STILL / 10
+    both = (a * b).mean(axis=(1, 2)) / np.maximum(norms[0] * norms[1], 1e-12)
+    return float(np.where(flat[0] & flat[1], 1.0, np.where(flat[0] | flat[1], 0.0, both)).mean())
+
+
+def _sharpness(y: np.ndarray) -> float:
+    if min(y.shape[1:]) < 3:
+        return 0.0
+    variances = []
+    for frame in y * np.float32(255):
+        laplacian = frame[:-2, 1:-1] + frame[2:, 1:-1] + frame[1:-1, :-2] + frame[1:-1, 2:] - 4 * frame[1:-1, 1:-1]
+        variances.append(laplacian.var(dtype=np.float64))
+    return float(np.mean(variances))
