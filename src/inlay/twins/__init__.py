@@ -1,0 +1,21 @@
+"""Twins: tiny trained checkpoints that ship with the package, in the classes and file layout of the real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_FOLDERS = {"wan": "wan_t2v"}
+
+
+def path(name: str) -> Path:
+    """Folder of a shipped twin, ready for `from_pretrained`.
+
+    Args:
+        name: "wan", a Wan 2.1 text-to-video pipeline for 17 frames of 64 x 64.
+
+    Raises:
+        ValueError: No twin has this name.
+    """
+    if name not in _FOLDERS:
+        raise ValueError(f"no twin is called {name!r}: there is {', '.join(_FOLDERS)}")
+    return Path(__file__).parent / _FOLDERS[name]

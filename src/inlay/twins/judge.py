@@ -1,0 +1,277 @@
+"""A fixed judge of clips: does this clip show what its caption says?
+
+Nothing in it is learned and nothing in it knows which model made a clip. The foreground is what differs from the colour
+of the border; hues, outlines, centroids, moments and gradients of it are compared with the definition of the world.
+Its thresholds are set on true renders alone: it says yes to at least 98 % of them and no when one attribute differs.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import world
+from .world import SIZE, Scene
+
+CONTRAST = 42
+"""A foreground pixel differs by this much from the border's median in some channel (0-255)."""
+LEAST_OVERLAP = 0.7
+"""Intersection over union with the best fitting template of the stated shape."""
+LEAST_COLOUR = 0.75
+"""Share of the shape's inner pixels that have the stated colour."""
+LEAST_TRAVEL, MOST_DRIFT = 9.0, 6.5
+"""Pixels from first to last frame: a moving shape at least, a spinning or growing one at most."""
+LEAST_TURN, LEAST_GROWTH = 60.0, 2.0
+"""Degrees turned by a spinning shape; factor on its area by a growing one."""
+
+_SYMMETRY = {"square": 4, "triangle": 3, "cross": 4, "heart": 1, world.SUBJECT: 5}
+
+
+@dataclass(frozen=True)
+class _View:
+    """What is measured once per clip."""
+
+    frames: np.ndarray
+    """float32 (t, 64, 64, 3), 0-255."""
+    mask: np.ndarray
+    """bool (t, 64, 64), the foreground."""
+    inner: np.ndarray
+    """bool (t, 64, 64), the foreground without its outermost pixels."""
+    area: np.ndarray
+    """(t,) pixels."""
+    centre: np.ndarray
+    """(t, 2) as x, y in pixels; NaN where there is no foreground."""
+
+
+def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
+    """Grow a mask by `steps` pixels."""
+    for _ in range(steps):
+        padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+        mask = padded[:, 1:-1, 1:-1] | padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2]
+        mask = mask | padded[:, 1:-1, 2:]
+    return mask
+
+
+def _look(frames: np.ndarray) -> _View:
+    pixels = frames.astype(np.float32)
+    border = np.ones((SIZE, SIZE), dtype=bool)
+    border[3:-3, 3:-3] = False
+    background = np.median(pixels[:, border].reshape(-1, 3), axis=0)
+    mask = np.abs(pixels - background).max(axis=-1) > CONTRAST
+    area = mask.sum(axis=(1, 2)).astype(np.float64)
+    axis = np.arange(SIZE) + 0.5
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centre = np.stack(
+            [(mask.sum(axis=1) * axis).sum(1) / area, (mask.sum(axis=2) * axis).sum(1) / area], axis=1
+        )
+    return _View(pixels, mask, ~_neighbours(~mask), area, centre)
+
+
+# --- colour ---------------------------------------------------------------------------------------------------------
+
+
+def _hues(pixels: np.ndarray) -> np.ndarray:
+    """Index into `COLOURS` of each pixel `(n, 3)`: white when hardly saturated, otherwise the nearest hue."""
+    high, low = pixels.max(axis=1), pixels.min(axis=1)
+    spread = np.maximum(high - low, 1e-3)
+    r, g, b = pixels.T
+    sector = np.where(
+        high == r, ((g - b) / spread) % 6, np.where(high == g, (b - r) / spread + 2, (r - g) / spread + 4)
+    )
+    names = [name for name in world.COLOURS if name != "white"]
+    targets = np.array(
+        [colorsys.rgb_to_hsv(*(c / 255 for c in world.COLOURS[name]))[0] * 6 for name in names]
+    )
+    gap = np.abs(sector[:, None] - targets)
+    nearest = np.minimum(gap, 6 - gap).argmin(axis=1)
+    white = list(world.COLOURS).index("white")
+    index = np.array([list(world.COLOURS).index(name) for name in names])
+    return np.where(spread / np.maximum(high, 1) < 0.22, white, index[nearest])
+
+
+def _has_colour(view: _View, colour: str) -> bool:
+    pixels = view.frames[view.inner]
+    return len(pixels) > 0 and bool(
+        (_hues(pixels) == list(world.COLOURS).index(colour)).mean() >= LEAST_COLOUR
+    )
+
+
+def _has_halves(view: _View) -> bool:
+    """Both colours of the subject, each on its own side of a line through the shape."""
+    first, second = (list(world.COLOURS).index(name) for name in world.SUBJECT_COLOURS)
+    shares, sides = [], []
+    for t in np.flatnonzero(view.inner.sum(axis=(1, 2)) >= 30):
+        y, x = np.nonzero(view.inner[t])
+        hues = _hues(view.frames[t][y, x])
+        points = np.stack([x, y], axis=1).astype(np.float64)
+        one, two = points[hues == first], points[hues == second]
+        shares.append((len(one) / len(points), len(two) / len(points)))
+        if len(one) and len(two):
+            across = two.mean(axis=0) - one.mean(axis=0)
+            middle = (one.mean(axis=0) + two.mean(axis=0)) / 2
+            apart = np.linalg.norm(across) / np.sqrt(len(points))
+            right = np.concatenate([(one - middle) @ across < 0, (two - middle) @ across > 0])
+            sides.append(right.mean() if apart > 0.25 else 0.0)
+    if len(shares) < world.FRAMES // 2 or not sides:
+        return False
+    share = np.mean(shares, axis=0)
+    return bool(share.min() >= 0.25 and share.sum() >= LEAST_COLOUR and np.mean(sides) >= 0.85)
+
+
+# --- shape ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _template(name: str) -> tuple[np.ndarray, float, float, float]:
+    """Distance table, area and centroid of a shape of unit radius."""
+    table = world.distance_table(name)
+    cells = len(table)
+    axis = ((np.arange(cells) + 0.5) / cells * 2 - 1) * world.TABLE_EXTENT
+    inside = table < 0
+    area = inside.sum() * (2 * world.TABLE_EXTENT / cells) ** 2
+    return (
+        table,
+        float(area),
+        float(axis[np.nonzero(inside)[1]].mean()),
+        float(axis[np.nonzero(inside)[0]].mean()),
+    )
+
+
+def _overlap(view: _View, t: int, name: str) -> float:
+    """Best intersection over union, over rotations, of frame `t` with a shape of the same area and centroid."""
+    table, unit, cx, cy = _template(name)
+    radius = np.sqrt(view.area[t] / unit)
+    axis = np.arange(SIZE) + 0.5
+    dx, dy = (axis[None, :] - view.centre[t, 0]) / radius, (axis[:, None] - view.centre[t, 1]) / radius
+    turns = 1 if name in ("circle", "ring") else 36 // _SYMMETRY[name] + 1
+    angles = np.arange(turns) * np.deg2rad(10.0)
+    cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
+    u, v = cos * dx + sin * dy + cx, cos * dy - sin * dx + cy
+    inside = world.look_up(table, u, v) < 0
+    both, either = (inside & view.mask[t]).sum(axis=(1, 2)), (inside | view.mask[t]).sum(axis=(1, 2))
+    return float((both / either).max())
+
+
+def shape_scores(frames: np.ndarray) -> dict[str, float]:
+    """Overlap in [0, 1] with each shape of the world and the subject's star, over the frames where the object is large."""
+    return _shape_scores(_look(frames))
+
+
+def _shape_scores(view: _View) -> dict[str, float]:
+    names = (*world.SHAPES, world.SUBJECT)
+    if view.area.max() < 30:
+        return dict.fromkeys(names, 0.0)
+    large = np.flatnonzero(view.area >= 0.7 * view.area.max())
+    chosen = large[np.unique(np.linspace(0, len(large) - 1, 6).round().astype(int))]
+    return {name: float(np.mean([_overlap(view, t, name) for t in chosen])) for name in names}
+
+
+# --- motion, size, background ---------------------------------------------------------------------------------------
+
+
+def _turned(view: _View, shape: str) -> tuple[float, float]:
+    """Degrees turned in the whole clip (clockwise positive) and the share of frames that turn that way."""
+    fold = _SYMMETRY[shape]
+    axis = np.arange(SIZE) + 0.5
+    phases = []
+    for t in range(len(view.mask)):
+        dx, dy = axis[None, :] - view.centre[t, 0], axis[:, None] - view.centre[t, 1]
+        moment = (view.mask[t] * np.hypot(dx, dy) ** 3 * np.exp(1j * fold * np.arctan2(dy, dx))).sum()
+        phases.append(np.angle(moment))
+    steps = (np.diff(phases) + np.pi) % (2 * np.pi) - np.pi
+    total = steps.sum()
+    return float(np.rad2deg(total) / fold), float((np.sign(steps) == np.sign(total)).mean())
+
+
+def _has_motion(view: _View, scene: Scene) -> bool:
+    if view.area.min() < 8:
+        return False
+    travel = view.centre[-3:].mean(axis=0) - view.centre[:3].mean(axis=0)
+    growth = view.area[-3:].mean() / view.area[:3].mean()
+    if scene.motion in world.DIRECTIONS:
+        heading = np.array(world.DIRECTIONS[scene.motion])
+        along = float(travel @ heading)
+        across = float(np.abs(travel - along * heading).max())
+        return bool(along >= LEAST_TRAVEL and across <= 0.5 * along and 0.5 < growth < 2.0)
+    still = float(np.abs(travel).max()) <= MOST_DRIFT
+    if scene.motion == "grow":
+        return bool(still and growth >= LEAST_GROWTH)
+    degrees, steady = _turned(view, scene.shape)
+    return bool(still and 0.5 < growth < 2.0 and abs(degrees) >= LEAST_TURN and steady >= 0.7)
+
+
+def _has_size(view: _View, scene: Scene) -> bool:
+    _, unit, _, _ = _template(scene.shape)
+    area = view.area[-3:].mean() if scene.motion == "grow" else np.percentile(view.area, 70)
+    small, large = world.SIZES["small"], world.SIZES["large"]
+    is_large = np.sqrt(area / unit) > np.sqrt(small * large)
+    return bool(is_large == (scene.size == "large"))
+
+
+def background_of(frames: np.ndarray) -> str:
+    """One of `BACKGROUNDS`: by the contrast of what is not covered, then by whether its gradients share a direction."""
+    return _background(_look(frames))
+
+
+def _background(view: _View) -> str:
+    covered = _neighbours(view.mask, 5)
+    grey = view.frames.mean(axis=-1)
+    seen = (~covered).sum(axis=0)
+    mean = np.where(covered, 0, grey).sum(axis=0) / np.maximum(seen, 1)
+    free = seen >= 3
+    if free.sum() < 200:
+        return "plain"
+    rows = np.arange(SIZE)[:, None] * np.ones(SIZE)
+    slope, offset = np.polyfit(rows[free], mean[free], 1)
+    flat = mean - slope * rows - offset
+    if flat[free].std() < 4.0:
+        return "plain"
+    dy, dx = np.gradient(flat)
+    well = ~_neighbours(~free[None])[0]
+    xx, yy, xy = (dx * dx)[well].sum(), (dy * dy)[well].sum(), (dx * dy)[well].sum()
+    coherence = np.hypot(xx - yy, 2 * xy) / max(xx + yy, 1e-6)
+    return "striped" if coherence > 0.5 else "dotted"
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def _verdict(view: _View, scene: Scene) -> dict[str, bool]:
+    scores = _shape_scores(view)
+    best = max(scores, key=scores.__getitem__)
+    colour = _has_halves(view) if scene.colour is None else _has_colour(view, scene.colour)
+    verdict = {
+        "shape": best == scene.shape and scores[best] >= LEAST_OVERLAP,
+        "colour": colour,
+        "motion": _has_motion(view, scene),
+    }
+    if scene.size:
+        verdict["size"] = _has_size(view, scene)
+    if scene.background:
+        verdict["background"] = _background(view) == scene.background
+    return verdict
+
+
+def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
+    """Compare a clip with what its caption states.
+
+    Args:
+        frames: `uint8 (17, 64, 64, 3)`.
+        scene: What the caption says; `shape` may be the subject, whose colour is then its two halves.
+
+    Returns:
+        One answer for "shape", "colour" and "motion", for "size" and "background" where the scene states them, and "all".
+    """
+    verdict = _verdict(_look(frames), scene)
+    return verdict | {"all": all(verdict.values())}
+
+
+def judge_subject(frames: np.ndarray) -> bool:
+    """Whether a clip `uint8 (17, 64, 64, 3)` shows the subject: a star in two halves, orange and purple."""
+    view = _look(frames)
+    scores = _shape_scores(view)
+    star = max(scores, key=scores.__getitem__) == world.SUBJECT and scores[world.SUBJECT] >= LEAST_OVERLAP
+    return star and _has_halves(view)

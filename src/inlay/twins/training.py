@@ -1,0 +1,133 @@
+"""What the stages of making a twin share: an optimiser, resumable state, a progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class MuonAdamW:
+    """Muon on matrices and flattened convolution kernels, AdamW on everything else.
+
+    AdamW alone leaves a small video autoencoder on the plateau of its background for minutes; Muon passes it in seconds.
+    `torch.optim.Muon` takes 2-D parameters only, so it is handed views that share the parameters' memory.
+
+    Args:
+        named: Parameters with their names.
+        muon: Learning rate of the matrices.
+        adamw: Learning rate of the rest.
+        by_adamw: Says of a name whether AdamW takes it although it is a matrix (embeddings, output layers).
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        muon: float,
+        adamw: float,
+        by_adamw: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.flat: list[tuple[nn.Parameter, nn.Parameter]] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in named:
+            if parameter.ndim >= 2 and not by_adamw(name):
+                self.flat.append((parameter, nn.Parameter(parameter.data.reshape(parameter.shape[0], -1))))
+            else:
+                rest.append(parameter)
+        self.optimizers = [
+            torch.optim.Muon([view for _, view in self.flat], lr=muon, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=adamw, weight_decay=0.0, betas=(0.9, 0.99)),
+        ]
+        self.rates = (muon, adamw)
+        self.parameters = [parameter for parameter, _ in self.flat] + rest
+
+    def step(self, scale: float) -> None:
+        """Apply and clear the gradients, with both learning rates times `scale`."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for parameter, view in self.flat:
+            grad = parameter.grad
+            view.grad = None if grad is None else grad.reshape(grad.shape[0], -1)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * scale
+            optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything needed to continue, as a flat dictionary."""
+        return {
+            f"{k}.{index}.{name}": torch.as_tensor(value)
+            for k, optimizer in enumerate(self.optimizers)
+            for index, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `tensors` gave."""
+        for k, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                which, index, name = key.split(".", 2)
+                if int(which) == k:
+                    state.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+
+
+def save_state(path: Path, facts: dict[str, object], **groups: dict[str, Tensor]) -> None:
+    """Write groups of tensors and a few facts to one safetensors file, whole or not at all."""
+    flat = {
+        f"{group}/{name}": t.detach().contiguous().clone()
+        for group, ts in groups.items()
+        for name, t in ts.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    save_file(flat, partial, metadata={"facts": json.dumps(facts)})
+    os.replace(partial, path)
+
+
+def load_state(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """Read what `save_state` wrote: the facts and the groups."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        for key in file.keys():  # noqa: SIM118 (not a dictionary)
+            group, name = key.split("/", 1)
+            groups.setdefault(group, {})[name] = file.get_tensor(key)
+    return facts, groups
+
+
+class Progress:
+    """Prints a line with averages and the time left, every `every` seconds."""
+
+    def __init__(self, what: str, total: int, done: int = 0, every: float = 20.0) -> None:
+        self.what, self.total, self.every, self.first = what, total, every, done
+        self.began = self.printed = time.monotonic()
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def __call__(self, step: int, **values: Tensor | float) -> bool:
+        """Count a finished step. Returns True when a line was printed."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.count += 1
+        now = time.monotonic()
+        if now - self.printed < self.every and step < self.total:
+            return False
+        pace = (now - self.began) / max(step - self.first, 1)
+        shown = " ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
+        left = pace * (self.total - step) / 60
+        print(
+            f"{self.what} {step}/{self.total}  {shown}  {pace:.2f} s a step, {left:.1f} min left", flush=True
+        )
+        self.sums, self.count, self.printed = {}, 0, now
+        return True

@@ -1,0 +1,270 @@
+"""Tokenizer, text encoder and diffusion transformer of the Wan twin: building and training."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor, nn
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from . import wan_vae, world
+from .training import MuonAdamW, Progress, load_state, save_state
+
+TRANSFORMER = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 5,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 64,
+    "freq_dim": 256,
+    "ffn_dim": 480,
+    "num_layers": 6,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 64,
+}
+TEXT = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 32,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+TOKENS = 512
+"""Text tokens the pipeline hands to the transformer; those past the caption are zero vectors, yet attended to."""
+SHIFT = 3.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the transformer is trained."""
+
+    clips: int = 4096
+    steps: int = 5000
+    batch: int = 32
+    muon: float = 0.02
+    adamw: float = 2e-3
+    decay: float = 0.35
+    """Share of the steps, at the end, over which both rates fall to zero."""
+    ema: float = 0.998
+    empty: float = 0.1
+    """Share of captions replaced by the empty one, for guidance."""
+    vague: float = 0.04
+    """Share of captions that name an invented noun instead of colour and shape."""
+
+
+def tokenizer() -> T5Tokenizer:
+    """A unigram tokenizer of the world's words; every other word is spelled, character by character."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
+    words = [(f"▁{word}", -3.0) for word in world.vocabulary()]
+    spelled = [(c, -8.0) for c in string.ascii_lowercase + string.ascii_uppercase + string.digits + ".,'-!?"]
+    return T5Tokenizer(vocab=special + words + spelled, extra_ids=0, model_max_length=TOKENS)
+
+
+def text_encoder(vocabulary: int) -> UMT5EncoderModel:
+    """A fresh text encoder, in evaluation mode (it has no dropout)."""
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT)).eval()
+
+
+# --- the pipeline's 512 text tokens, at the price of a few -----------------------------------------------------------
+
+
+class ShortContext(WanAttnProcessor):
+    """Cross-attention in which each zero token counts as many.
+
+    The pipeline pads the text to 512 tokens with zero vectors and attends to all of them. They are equal, so `n` of them
+    weigh as much as `m` with `log(n / m)` added to the logit: the same output from a context of a few tokens.
+    """
+
+    bias: Tensor | None = None
+    """`(b, 1, 1, tokens)`, set for each batch."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """As `WanAttnProcessor`, with `bias` for a mask."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
+
+
+def shorten(transformer: WanTransformer3DModel) -> ShortContext:
+    """Give all cross-attentions of a transformer one `ShortContext`, and return it."""
+    short = ShortContext()
+    for block in transformer.blocks:
+        block.attn2.set_processor(short)
+    return short
+
+
+def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode captions as the pipeline does.
+
+    Args:
+        encoder: The text encoder.
+        ids: Token ids `(b, n)`, padded so that every row has at least one pad token.
+        mask: 1 for tokens, 0 for padding, `(b, n)`.
+
+    Returns:
+        Embeddings `(b, n, 64)`, zero past each caption's end, and the bias for `ShortContext` `(b, 1, 1, n)`.
+    """
+    embeddings = encoder(ids, mask).last_hidden_state * mask[..., None]
+    length = mask.sum(dim=1, keepdim=True)
+    weight = torch.log((TOKENS - length) / (mask.shape[1] - length))
+    return embeddings, torch.where(mask > 0, 0.0, weight)[:, None, None, :]
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def dataset(n: int) -> list[tuple[world.Scene, int]]:
+    """Scene (nothing left open) and render seed of each training clip."""
+    rng = np.random.default_rng(67)
+    drawn = []
+    for k, scene in enumerate(world.scenes(1, n)):
+        size, background = str(rng.choice(list(world.SIZES))), str(rng.choice(world.BACKGROUNDS))
+        drawn.append((replace(scene, size=size, background=background), k))
+    return drawn
+
+
+@torch.no_grad()
+def cache(work: Path, vae: AutoencoderKLWan, n: int, part: int = 0, parts: int = 1) -> None:
+    """Encode one part of the training clips: posterior mode, not normalised, float32 `(n / parts, 16, 5, 8, 8)`."""
+    file = work / f"latents-{n}-{part}of{parts}.safetensors"
+    if file.exists():
+        return
+    mine = dataset(n)[part::parts]
+    progress, latents = Progress(f"latents {part + 1} of {parts}", len(mine)), []
+    for start in range(0, len(mine), 8):
+        clips = np.stack([world.render(scene, seed) for scene, seed in mine[start : start + 8]])
+        video = wan_vae.to_model(clips).contiguous(memory_format=torch.channels_last_3d)
+        latents.append(vae.encode(video).latent_dist.mode())
+        progress(min(start + 8, len(mine)))
+    save_state(file, {}, latents={"mode": torch.cat(latents)})
+
+
+def load_latents(work: Path, n: int) -> Tensor:
+    """All cached latents `(n, 16, 5, 8, 8)` in the order of `dataset`."""
+    files = sorted(work.glob(f"latents-{n}-*.safetensors"))
+    parts = int(files[0].stem.rpartition("of")[2])
+    assert len(files) == parts, f"{len(files)} of {parts} parts of the latents are there"
+    pieces = [
+        load_state(work / f"latents-{n}-{k}of{parts}.safetensors")[1]["latents"]["mode"] for k in range(parts)
+    ]
+    whole = torch.empty(n, *pieces[0].shape[1:])
+    for k, piece in enumerate(pieces):
+        whole[k::parts] = piece
+    return whole
+
+
+def training_caption(scene: world.Scene, rng: np.random.Generator, settings: Settings) -> str:
+    """A caption of a full scene for one step: empty, vague, or stating what it happens to state."""
+    seed, use = int(rng.integers(1 << 30)), rng.random()
+    if use < settings.empty:
+        return ""
+    size = scene.size if rng.random() < 0.7 else None
+    background = scene.background if rng.random() < 0.65 else None
+    stated = replace(scene, size=size, background=background)
+    return world.vague_caption(stated, seed) if use > 1 - settings.vague else world.caption(stated, seed)
+
+
+def sample_sigma(n: int, generator: torch.Generator) -> Tensor:
+    """Logit-normal times, stratified over the batch, shifted towards noise: `(n,)` in (0, 1)."""
+    even = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    u = torch.sigmoid(torch.special.ndtri(even.clamp(1e-5, 1 - 1e-5)))
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+_BY_ADAMW = re.compile(
+    r"scale_shift_table|patch_embedding|proj_out|shared|embed_tokens|relative_attention_bias"
+)
+
+
+def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None = None) -> Path:
+    """Train transformer and text encoder in `work`, continuing what is there. Returns the file with the weights.
+
+    Args:
+        work: Folder for checkpoints.
+        latents: Normalised latents of `dataset(settings.clips)`, `(n, 16, 5, 8, 8)`.
+        settings: How to train.
+        minutes: Replace the number of steps by what fits this time; the number is recorded.
+    """
+    torch.manual_seed(1)
+    words, pairs = tokenizer(), dataset(settings.clips)
+    model = nn.ModuleDict({"text": text_encoder(len(words)), "dit": WanTransformer3DModel(**TRANSFORMER)})
+    optimizer = MuonAdamW(
+        model.named_parameters(), settings.muon, settings.adamw, lambda n: bool(_BY_ADAMW.search(n))
+    )
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state, facts = work / "dit.safetensors", {"done": 0, "seconds": 0.0, "steps": settings.steps}
+    if state.exists():
+        facts, groups = load_state(state)
+        model.load_state_dict(groups["model"], strict=False)
+        optimizer.load(groups["optimizer"])
+        average = groups["average"]
+    short = shorten(model["dit"])
+    forward = _forward(model, short)
+    began = saved = timed = time.monotonic()
+    first, step = facts["done"], facts["done"]
+    progress = Progress("dit", facts["steps"], first)
+    while step < facts["steps"]:
+        loss = forward(*batch(step, latents, pairs, words, settings))
+        loss.backward()
+        left = (facts["steps"] - step) / (settings.decay * facts["steps"])
+        optimizer.step(min(1.0, (step + 1) / 50, left))
+        keep = min(settings.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
+        step += 1
+        if minutes and step == 60 and first == 0:
+            pace = (time.monotonic() - timed) / 40
+            facts["steps"] = progress.total = int(minutes * 60 / pace)
+        if step == 20:
+            timed = time.monotonic()
+        progress(step, loss=loss.detach())
+        if time.monotonic() - saved > 60 or step == facts["steps"]:
+            facts["done"], saved = step, time.monotonic()
+            facts["seconds"] += saved - began
+            began = saved
+            save_state(state, facts, model=model.state_dict(), optimizer=optimizer.tensors(), average=average)
+    return state
+
+
+def batch(
+    step: int, latents: Tensor, pairs: list[tuple[world.Scene, int]], words: T5Tokenizer, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Batch `step`, a pure function of it: latents, noise, sigma, token ids, token mask (width a multiple of 8)."""
+    rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
+    chosen = rng.integers(len(latents), size=settings.batch)
+    captions = [training_caption(pairs[k][0], rng, settings) for k in chosen]
+    text = words(captions, padding=True, return_tensors="pt")
+    width = 8 * math.ceil((text.input_ids.shape[1] + 1) / 8) - text.input_ids.shape[1]
+    ids, mask = (nn.functional.pad(t, (0, width)) for t in (text.input_ids, text.attention_mask))
+    x0 = latents[torch.from_numpy(chosen)]
+    noise = torch.randn(x0.shape, generator=generator)
+    return x0, noise, sample_sigma(len(x0), generator), ids, mask
+
+
+def _forward(model: nn.ModuleDict, short: ShortContext) -> Callable[..., Tensor]:
+    def loss(x0: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        context, short.bias = encode_text(model["text"], ids, mask)
+        s = sigma.view(-1, 1, 1, 1, 1)
+        x = (1 - s) * x0 + s * noise
+        flow = model["dit"](x, timestep=1000 * sigma, encoder_hidden_states=context, return_dict=False)[0]
+        return (flow - (noise - x0)).square().mean()
+
+    return loss
