@@ -15,7 +15,10 @@ def draws(objective: FlowMatching, n: int = 200_000) -> torch.Tensor:
 
 def test_perfect_prediction_has_no_loss_and_recovers_the_data() -> None:
     generator = torch.Generator().manual_seed(1)
-    x0, noise = torch.randn(5, 4, 3, 2, 2, generator=generator), torch.randn(5, 4, 3, 2, 2, generator=generator)
+    x0, noise = (
+        torch.randn(5, 4, 3, 2, 2, generator=generator),
+        torch.randn(5, 4, 3, 2, 2, generator=generator),
+    )
     objective, t = FlowMatching(), torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
     x_t, v = objective.corrupt(x0, noise, t), objective.target(x0, noise, t)
     assert mean_squared_error(v, noise - x0, objective.weight(t)).max() == 0
@@ -36,7 +39,7 @@ def test_default_is_logit_normal_shifted() -> None:
     u = unshift(t.double(), 3.0)
     z = torch.logit(u)
     assert z.mean().abs() < 0.01 and (z.std() - 1).abs() < 0.01
-    assert t.dtype == torch.float32 and 0 < t.min() and t.max() < 1
+    assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1
 
 
 def test_diffsynth_preset_has_the_published_numbers() -> None:
@@ -47,7 +50,9 @@ def test_diffsynth_preset_has_the_published_numbers() -> None:
     assert (t > 500).float().mean().item() == pytest.approx(0.83, abs=0.005)
     index = torch.tensor([0, 100, 250, 417, 500, 750, 900, 999])
     table = shift(1 - index.double() / 1000, 5.0)
-    assert (table * 1000).tolist() == pytest.approx([1000, 978.3, 937.5, 874.8, 833.3, 625, 357.1, 5.0], abs=0.06)
+    assert (table * 1000).tolist() == pytest.approx(
+        [1000, 978.3, 937.5, 874.8, 833.3, 625, 357.1, 5.0], abs=0.06
+    )
     expected = [0, 0.139, 0.398, 0.784, 1.025, 1.914, 1.865, 0.032]
     assert objective.weight(table).tolist() == pytest.approx(expected, abs=2e-3)
 
@@ -73,4 +78,9 @@ def test_recipe_wins_over_preset_over_family() -> None:
     def s(**given: object) -> float:
         return FlowMatching.from_config(config.Objective(**given), family_shift=3.0).s  # type: ignore[arg-type]
 
-    assert (s(), s(preset="diffsynth"), s(preset="uniform"), s(preset="diffsynth", shift=2.0)) == (3.0, 5.0, 1.0, 2.0)
+    assert (s(), s(preset="diffsynth"), s(preset="uniform"), s(preset="diffsynth", shift=2.0)) == (
+        3.0,
+        5.0,
+        1.0,
+        2.0,
+    )

@@ -27,7 +27,14 @@ def run(raw: dict) -> Path:
 
 
 def command(recipe: Path, *extra: str, processes: int = 1) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(random.randint(20000, 40000))]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(random.randint(20000, 40000)),
+    ]
     return [sys.executable, *(launch if processes > 1 else []), "-m", "inlay", "train", str(recipe), *extra]
 
 
@@ -43,7 +50,13 @@ def difference(a: Path, b: Path) -> float:
 
 
 def test_loss_falls_and_everything_is_written(recipe: Callable[..., dict]) -> None:
-    raw = recipe(train__steps=40, train__log_every=10, train__validate_every=20, train__trackers=["tensorboard"], sample__every=20)
+    raw = recipe(
+        train__steps=40,
+        train__log_every=10,
+        train__validate_every=20,
+        train__trackers=["tensorboard"],
+        sample__every=20,
+    )
     folder = run(raw)
     lines = runtime.read_metrics(folder / "metrics.jsonl")
     losses = [x["loss"] for x in lines if "loss" in x]
@@ -54,7 +67,11 @@ def test_loss_falls_and_everything_is_written(recipe: Callable[..., dict]) -> No
     assert list((folder / "tensorboard").iterdir())
     assert len(list((folder / "samples/step-000020").glob("*.mp4"))) == 1
     assert len(list((folder / "samples/step-000020").glob("*.json"))) == 1
-    assert [p.name for p in runtime.Run(folder).checkpoints()] == ["step-000036", "step-000038", "step-000040"]
+    assert [p.name for p in runtime.Run(folder).checkpoints()] == [
+        "step-000036",
+        "step-000038",
+        "step-000040",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -67,7 +84,10 @@ def test_going_on_is_bit_exact(recipe: Callable[..., dict], tmp_path: Path, kind
     b, _ = runtime.load_state(parts / "checkpoints/step-000006")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    losses = [[(x["step"], x["loss"]) for x in runtime.read_metrics(r / "metrics.jsonl") if "loss" in x] for r in (whole, parts)]
+    losses = [
+        [(x["step"], x["loss"]) for x in runtime.read_metrics(r / "metrics.jsonl") if "loss" in x]
+        for r in (whole, parts)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -84,7 +104,9 @@ def test_other_optimizers_resume(recipe: Callable[..., dict], tmp_path: Path, na
 def test_killed_run_goes_on_bit_exact(recipe: Callable[..., dict], tmp_path: Path) -> None:
     """`kill -9` at a random moment after the first checkpoint; `benchmarks/resume.py` does it ten times."""
     whole = run(recipe(run=str(tmp_path / "whole"), train__steps=60, train__save_every=5))
-    file = write(recipe(run=str(tmp_path / "killed"), train__steps=60, train__save_every=5), tmp_path / "killed.yaml")
+    file = write(
+        recipe(run=str(tmp_path / "killed"), train__steps=60, train__save_every=5), tmp_path / "killed.yaml"
+    )
     process = subprocess.Popen(command(file), stderr=subprocess.DEVNULL, start_new_session=True)
     place = runtime.Run(tmp_path / "killed")
     deadline = time.time() + 120
@@ -99,7 +121,9 @@ def test_killed_run_goes_on_bit_exact(recipe: Callable[..., dict], tmp_path: Pat
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Callable[..., dict], tmp_path: Path) -> None:
-    file = write(recipe(train__steps=100000, train__save_every=100000, train__log_every=1), tmp_path / "r.yaml")
+    file = write(
+        recipe(train__steps=100000, train__save_every=100000, train__log_every=1), tmp_path / "r.yaml"
+    )
     process = subprocess.Popen(command(file), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run/metrics.jsonl"
     while not metrics.is_file() and process.poll() is None:
@@ -119,7 +143,9 @@ def test_two_processes_equal_accumulation_two(recipe: Callable[..., dict], tmp_p
     assert done.returncode == 0, done.stderr
     assert difference(one, tmp_path / "two") < 1e-5
     # a checkpoint of two processes goes on in one
-    resumed = run(recipe(run=str(tmp_path / "two"), train__accumulate=2, train__steps=8, data__caption_dropout=0.3))
+    resumed = run(
+        recipe(run=str(tmp_path / "two"), train__accumulate=2, train__steps=8, data__caption_dropout=0.3)
+    )
     assert runtime.Run(resumed).checkpoints()[-1].name == "step-000008"
 
 

@@ -21,7 +21,9 @@ def family(checkpoint: Path | str, **options: object) -> Wan:
     return Wan(config.Model(family="wan", checkpoint=str(checkpoint), **options))  # type: ignore[arg-type]
 
 
-def first_step(folder: Path, prompt: str, size: int, frames: int, component: str = "transformer", steps: int = 1) -> dict:
+def first_step(
+    folder: Path, prompt: str, size: int, frames: int, component: str = "transformer", steps: int = 1
+) -> dict:
     """Runs the stock pipeline and records what its network was given and gave, at the first call of `component`."""
     pipe = WanPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -29,16 +31,28 @@ def first_step(folder: Path, prompt: str, size: int, frames: int, component: str
 
     def record(module: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         if not seen:
-            seen.update(kwargs, output=output[0], sigma=float(pipe.scheduler.sigmas[pipe.scheduler.step_index or 0]))
+            seen.update(
+                kwargs, output=output[0], sigma=float(pipe.scheduler.sigmas[pipe.scheduler.step_index or 0])
+            )
 
     getattr(pipe, component).register_forward_hook(record, with_kwargs=True)
     generator = torch.Generator().manual_seed(0)
-    pipe(prompt, height=size, width=size, num_frames=frames, num_inference_steps=steps, generator=generator, output_type="latent")
+    pipe(
+        prompt,
+        height=size,
+        width=size,
+        num_frames=frames,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="latent",
+    )
     return seen
 
 
 @pytest.mark.parametrize(("variant", "size"), [("tiny_wan", 32), ("tiny_5b", 64)])
-def test_first_step_equals_the_stock_pipeline(variant: str, size: int, request: pytest.FixtureRequest) -> None:
+def test_first_step_equals_the_stock_pipeline(
+    variant: str, size: int, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(variant)
     stock = first_step(folder, "A  red &amp; blue\ncar", size, 9)
     wan = family(folder)
@@ -59,7 +73,10 @@ def test_first_step_of_each_expert(tiny_a14b: Path, expert: str, component: str)
     assert (t.item() >= 0.875) == (expert == "high")
     with torch.no_grad():
         ours = wan.predict(
-            wan.load_denoiser(torch.float32), stock["hidden_states"], t, {"text": stock["encoder_hidden_states"]}
+            wan.load_denoiser(torch.float32),
+            stock["hidden_states"],
+            t,
+            {"text": stock["encoder_hidden_states"]},
         )
     assert (ours - stock["output"]).abs().max().item() < 1e-6  # t / 1000 * 1000 may differ in the last bit
     low, high = wan.objective(config.Objective(), (480, 832)).interval
@@ -87,7 +104,13 @@ def test_sample_is_the_stock_pipeline(tiny_wan: Path) -> None:
     pipe = wan.pipeline(denoiser=None, device=CPU, dtype=torch.float32)
     ours = wan.sample(pipe, text, negative, size=(32, 32), frames=9, **options)
     stock = WanPipeline.from_pretrained(tiny_wan)(
-        "a cat", height=32, width=32, num_frames=9, num_inference_steps=2, generator=torch.Generator().manual_seed(7), output_type="np"
+        "a cat",
+        height=32,
+        width=32,
+        num_frames=9,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
     ).frames[0]
     assert np.array_equal(ours, (stock * 255).round().astype(np.uint8))
 
@@ -115,7 +138,9 @@ def test_norms_stay_float32_in_a_bfloat16_base_and_adapters_are_float32(tiny_wan
 def test_default_targets_are_ten_modules_per_block(tiny_wan: Path) -> None:
     wan = family(tiny_wan)
     for kind, tensors in (("lora", 2), ("dora", 3)):
-        trained = tuners.attach(config.LowRank(kind=kind), wan.targets, wan.load_denoiser(torch.float32), seed=0)  # type: ignore[arg-type]
+        trained = tuners.attach(
+            config.LowRank(kind=kind), wan.targets, wan.load_denoiser(torch.float32), seed=0
+        )  # type: ignore[arg-type]
         assert len(trained) == 2 * 10 * tensors
 
 
@@ -171,7 +196,12 @@ def test_checkpoints_that_are_something_else_are_refused(tiny_wan: Path, tmp_pat
     lone = edited(tiny_wan, tmp_path / "lone", "model_index.json", lambda c: c.update(boundary_ratio=0.875))
     with pytest.raises(ValueError, match=r"boundary_ratio 0\.875 but has no transformer_2"):
         family(lone)
-    other = edited(tiny_wan, tmp_path / "other", "transformer/config.json", lambda c: c.update(_class_name="MochiTransformer3DModel"))
+    other = edited(
+        tiny_wan,
+        tmp_path / "other",
+        "transformer/config.json",
+        lambda c: c.update(_class_name="MochiTransformer3DModel"),
+    )
     with pytest.raises(ValueError, match="not a Wan text-to-video checkpoint"):
         family(other)
     with pytest.raises(ValueError, match="not a diffusers folder"):
@@ -202,6 +232,8 @@ def test_gradient_checkpointing_changes_nothing(tiny_wan: Path) -> None:
         trained = tuners.attach(config.LowRank(kind="dora", rank=2), Wan.targets, denoiser, seed=3)
         torch.manual_seed(0)
         x = torch.randn(1, 16, 3, 4, 4)
-        family(tiny_wan).predict(denoiser, x, torch.tensor([0.5]), {"text": torch.ones(1, 512, 32)}).square().mean().backward()
+        family(tiny_wan).predict(
+            denoiser, x, torch.tensor([0.5]), {"text": torch.ones(1, 512, 32)}
+        ).square().mean().backward()
         gradients.append([p.grad for p in trained.values()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]

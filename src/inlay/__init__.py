@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["Config", "evaluate", "generate", "load", "train"]
 __version__ = "0.1.0"
 
-_HOMES = {"Config": "config", "load": "config", "train": "train", "generate": "generate", "evaluate": "evaluate"}
+_HOMES = {
+    "Config": "config",
+    "load": "config",
+    "train": "train",
+    "generate": "generate",
+    "evaluate": "evaluate",
+}
 
 
 def __getattr__(name: str) -> Any:

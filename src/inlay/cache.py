@@ -102,9 +102,13 @@ class Cache:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
                 header = file.metadata() or {}
         except Exception as error:
-            raise ValueError(f"{path}: this cached item cannot be read ({error}); delete it and run again") from None
+            raise ValueError(
+                f"{path}: this cached item cannot be read ({error}); delete it and run again"
+            ) from None
         if header.get("digest") != digest(tensors):
-            raise ValueError(f"{path}: this cached item was changed after it was written; delete it and run again")
+            raise ValueError(
+                f"{path}: this cached item was changed after it was written; delete it and run again"
+            )
         return tensors
 
     def content(self, path: Path) -> str:
@@ -129,13 +133,19 @@ class Cache:
             path = hf_hub_download(family.source, name, revision=family.model.revision)
             commit = re.search(r"snapshots[/\\]([0-9a-f]+)", path)
             return [family.source, commit[1] if commit else str(family.model.revision), part]
-        files = [f for c in family.encoders[part] for f in sorted((family.source / c).rglob("*")) if f.is_file()]
-        return [f"{f.relative_to(family.source)}:{self.content(f)}" for f in files if not f.name.startswith(".")]
+        files = [
+            f for c in family.encoders[part] for f in sorted((family.source / c).rglob("*")) if f.is_file()
+        ]
+        return [
+            f"{f.relative_to(family.source)}:{self.content(f)}" for f in files if not f.name.startswith(".")
+        ]
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
         """Names of the items of windows."""
         encoder = self.encoder(family, "media")
-        return [identity(VERSION, family.model.family, encoder, w.key, self.content(w.clip.path)) for w in windows]
+        return [
+            identity(VERSION, family.model.family, encoder, w.key, self.content(w.clip.path)) for w in windows
+        ]
 
     def text_names(self, family: Family, captions: Sequence[str], dtype: torch.dtype) -> list[str]:
         """Names of the items of captions."""
@@ -209,7 +219,11 @@ def build_media(
             if wrong:
                 raise ValueError(f"its {', '.join(wrong)} are not finite")
             item = {k: v.half() for k, v in item.items()}
-            about = {"clip": window.clip.name, "window": json.dumps(window.key, default=str), "checkpoint": family.model.checkpoint}
+            about = {
+                "clip": window.clip.name,
+                "window": json.dumps(window.key, default=str),
+                "checkpoint": family.model.checkpoint,
+            }
             cache.write("media", names[i], item, about)
             built.made += 1
         except OSError as error:
@@ -222,7 +236,14 @@ def build_media(
 
 
 def build_text(
-    cache: Cache, family: Family, captions: Sequence[str], names: Sequence[str], *, device: torch.device, dtype: torch.dtype, advance: Advance
+    cache: Cache,
+    family: Family,
+    captions: Sequence[str],
+    names: Sequence[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Advance,
 ) -> Built:
     """Encodes captions that are not there yet, at their true length and in the encoder's own precision.
 
@@ -239,7 +260,9 @@ def build_text(
         chunk = missing[start : start + 8]
         for i, item in zip(chunk, family.encode_text(encoder, [captions[i] for i in chunk]), strict=True):
             try:
-                cache.write("text", names[i], item, {"caption": captions[i], "checkpoint": family.model.checkpoint})
+                cache.write(
+                    "text", names[i], item, {"caption": captions[i], "checkpoint": family.model.checkpoint}
+                )
             except OSError as error:
                 _disk_full(error, cache.folder, built.made + built.reused, len(names))
                 raise

@@ -30,12 +30,15 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML), or a run folder.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
 ]
 ClickException: Any = typer.BadParameter.__mro__[2]
 """The base of typer's usage errors; which package it comes from depends on typer's version."""
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `inlay train` made it.", show_default=False)]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder, as `inlay train` made it.", show_default=False)
+]
 
 
 def main() -> None:
@@ -74,9 +77,16 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 @app.command()
 def new(
     family: Annotated[str, typer.Argument(help="Model family: `wan`.")],
-    clips: Annotated[Path, typer.Argument(metavar="DATA", help="Folder or manifest with clips and captions.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Recipe to write. Default: the folder's name + `.yaml`.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the family's smallest.")] = None,
+    clips: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Folder or manifest with clips and captions.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Recipe to write. Default: the folder's name + `.yaml`."),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Hub id or folder. Default: the family's smallest.")
+    ] = None,
 ) -> None:
     """Look at your clips and write a commented recipe that fits them."""
     from inlay import console, recipes
@@ -134,9 +144,15 @@ def train_(recipe: Recipe, overrides: Overrides = None) -> None:
 def generate_(
     run: RunFolder,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default=False)] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.")] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos of each prompt, with seeds one apart.")] = 1,
-    checkpoint: Annotated[str | None, typer.Option(help="`step-000500`, or `base` for the untuned model.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.")
+    ] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, help="Videos of each prompt, with seeds one apart.")
+    ] = 1,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="`step-000500`, or `base` for the untuned model.")
+    ] = None,
     strength: Annotated[float, typer.Option(help="0 is the base, 1 what was trained.")] = 1.0,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width, such as 480x832.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
@@ -144,7 +160,9 @@ def generate_(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first video.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder. Default: samples/generated in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder. Default: samples/generated in the run.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
 ) -> None:
     """Make videos with what a run has learned: mp4 with a JSON of all settings beside each."""
@@ -189,10 +207,14 @@ def _size(text: str | None) -> tuple[int, int] | None:
 @app.command("evaluate")
 def evaluate_(
     run: RunFolder,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Prompts, one per line. Default: the recipe's.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Prompts, one per line. Default: the recipe's.")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos of each prompt.")] = 1,
     checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
-    against: Annotated[str, typer.Option(help="What to compare with: `base` or another checkpoint.")] = "base",
+    against: Annotated[
+        str, typer.Option(help="What to compare with: `base` or another checkpoint.")
+    ] = "base",
 ) -> None:
     """Compare base and tuned side by side, same seeds: held-out loss, video metrics, `report.html`."""
     from inlay import console
@@ -211,7 +233,9 @@ def evaluate_(
 def export(
     run: RunFolder,
     to: Annotated[str, typer.Option(help="`diffusers`, `comfyui`, `kohya`, or `merged` for full weights.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File or folder. Default: export/ in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File or folder. Default: export/ in the run.")
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
 ) -> None:
     """Write what a run has trained in another program's layout, read it back, and compare."""
@@ -223,24 +247,33 @@ def export(
 
 @app.command("import")
 def import_(
-    adapter: Annotated[Path, typer.Argument(help="Adapter file or folder in any known layout.", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(help="Adapter file or folder in any known layout.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write in diffusers layout.", show_default=False)],
     family: Annotated[str, typer.Option(help="Model family.")] = "wan",
-    checkpoint: Annotated[str | None, typer.Option(help="Base checkpoint: checks shapes, converts `dora_scale`.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Base checkpoint: checks shapes, converts `dora_scale`.")
+    ] = None,
     alpha: Annotated[float | None, typer.Option(help="Alpha, where the file has none.")] = None,
+    dora_scale: Annotated[
+        str | None, typer.Option(help="`comfyui` or `merged`: what a `dora_scale` is relative to.")
+    ] = None,
 ) -> None:
     """Convert an adapter of another trainer to diffusers layout; every tensor is used, or nothing is written."""
     from inlay import console, exchange
 
     console.quiet()
-    path, notes = exchange.convert(adapter, out, family, checkpoint, alpha)
+    path, notes = exchange.convert(adapter, out, family, checkpoint, alpha, dora_scale)
     for note in notes:
         _say(f"note: {note}")
     print(path)
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="Adapter, cached item, checkpoint, run or model folder.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Adapter, cached item, checkpoint, run or model folder.")],
+) -> None:
     """Say what is in a file or folder."""
     from inlay import console, formats
 

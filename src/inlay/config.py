@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 class Section(BaseModel):
     """A frozen part of a recipe; attribute docstrings are its help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Model(Section):
@@ -118,7 +120,9 @@ class Data(Section):
     def _ratios(cls, value: list[str]) -> list[str]:
         for text in value:
             parts = text.split(":")
-            if len(parts) != 2 or not all(p.strip().replace(".", "", 1).isdigit() and float(p) > 0 for p in parts):
+            if len(parts) != 2 or not all(
+                p.strip().replace(".", "", 1).isdigit() and float(p) > 0 for p in parts
+            ):
                 raise ValueError(f"`{text}` is not an aspect ratio such as `16:9`")
         return value
 
@@ -310,7 +314,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of sections (run, model, data, ...), found {type(raw).__name__}")
+        raise ValueError(
+            f"{path}: a recipe is a mapping of sections (run, model, data, ...), found {type(raw).__name__}"
+        )
     return build(raw, overrides, name=str(path))
 
 
@@ -357,9 +363,7 @@ def _explain(error: Any) -> str:
 
 
 def _keys(where: list[str]) -> list[str]:
-    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank}.get(
-        ".".join(p for p in where if not p.isdigit()), None
-    )
+    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank}.get(".".join(p for p in where if not p.isdigit()))
     if section is None:
         field = Config.model_fields.get(where[0])
         section = field.annotation if field else Config
@@ -368,7 +372,9 @@ def _keys(where: list[str]) -> list[str]:
 
 def save(config: Config, path: Path) -> None:
     """Writes the fully resolved recipe as YAML."""
-    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True), "utf-8")
+    path.write_text(
+        yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True), "utf-8"
+    )
 
 
 def schema() -> dict[str, Any]:
@@ -378,17 +384,37 @@ def schema() -> dict[str, Any]:
 
 def reference() -> str:
     """The reference page of all sections in Markdown (`docs/reference/config.md`)."""
-    sections = {"(top level)": Config, "model": Model, "data": Data, "data.sources": Source, "objective": Objective}
+    sections = {
+        "(top level)": Config,
+        "model": Model,
+        "data": Data,
+        "data.sources": Source,
+        "objective": Objective,
+    }
     sections |= {"tuner (lora, dora)": LowRank, "tuner (full)": Full, "optim": Optim, "train": Train}
     sections |= {"sample": Sample, "memory": Memory, "runtime": Runtime}
-    out = ["# Recipe reference", "", "Generated from the schema by `python -m inlay.config`; a test keeps it current.", ""]
+    out = [
+        "# Recipe reference",
+        "",
+        "Generated from the schema by `python -m inlay.config`; a test keeps it current.",
+        "",
+    ]
     for title, section in sections.items():
-        out += [f"## {title}", "", (section.__doc__ or "").strip().splitlines()[0], "", "| key | default | meaning |", "|---|---|---|"]
+        out += [
+            f"## {title}",
+            "",
+            (section.__doc__ or "").strip().splitlines()[0],
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
         for key, field in section.model_fields.items():
             if field.description is None:
                 continue
             default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-            out.append(f"| `{key}` | {default} | {field.description.replace('|', '/').replace(chr(10), ' ')} |")
+            out.append(
+                f"| `{key}` | {default} | {field.description.replace('|', '/').replace(chr(10), ' ')} |"
+            )
         out.append("")
     return "\n".join(out)
 

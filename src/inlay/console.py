@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
@@ -30,13 +38,23 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, *, show: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
+def progress(
+    title: str, total: int, unit: str, *, show: bool = True, done: int = 0
+) -> Iterator[Callable[..., None]]:
     """A bar; the function it gives advances it by n (default 1), or sets `done`, `total` and a `note` behind it."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(unit),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not show) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
 
-        def advance(n: int = 1, *, done: int | None = None, total: int | None = None, note: str | None = None) -> None:
+        def advance(
+            n: int = 1, *, done: int | None = None, total: int | None = None, note: str | None = None
+        ) -> None:
             fields = {} if note is None else {"note": note}
             bar.update(task, advance=n if done is None else None, completed=done, total=total, **fields)
 

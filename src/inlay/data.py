@@ -226,21 +226,21 @@ class _Scan:
         name = Path(os.path.normpath(text)).as_posix()
         path = self.root / name
         if Path(text).is_absolute() or PureWindowsPath(text).drive or not _inside(path, self.root):
-            return self.problem("outside", text, where)
-        if not path.is_file():
-            return self.problem("missing", text, where)
-        try:
-            kind = media.kind(path)
-        except media.MediaError as error:
-            return self.problem("unreadable", text, error.cause)
-        if caption is None:
-            return self.problem("no-caption", name, where)
-        if not isinstance(caption, str):
-            return self.problem("no-caption", name, f"{where}: {type(caption).__name__}, not text")
-        caption = " ".join(caption.split())
-        if not caption:
-            return self.problem("empty-caption", name, where)
-        self.clips.append(Clip(path, name, caption, self.index, None if group is None else str(group), kind))
+            self.problem("outside", text, where)
+        elif not path.is_file():
+            self.problem("missing", text, where)
+        elif path.suffix.lower() not in media.KNOWN:
+            self.problem("unreadable", text, f"`{path.suffix}` files are not read")
+        elif caption is None:
+            self.problem("no-caption", name, where)
+        elif not isinstance(caption, str):
+            self.problem("no-caption", name, f"{where}: {type(caption).__name__}, not text")
+        elif not caption.strip():
+            self.problem("empty-caption", name, where)
+        else:
+            group = None if group is None else str(group)
+            clip = Clip(path, name, " ".join(caption.split()), self.index, group, media.kind(path))
+            self.clips.append(clip)
 
 
 def _inside(path: Path, root: Path) -> bool:
@@ -304,12 +304,13 @@ def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
 
 
 def _media_files(folder: Path) -> list[Path]:
-    known = (*media.VIDEOS, *media.IMAGES, *media.ARRAYS)
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         found += [
-            Path(parent, f) for f in sorted(files) if not f.startswith(".") and f.lower().endswith(known)
+            Path(parent, f)
+            for f in sorted(files)
+            if not f.startswith(".") and f.lower().endswith(media.KNOWN)
         ]
     return found
 

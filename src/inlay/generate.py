@@ -75,7 +75,9 @@ def generate(
     place = Run(Path(run))
     config = place.config()
     if device:
-        config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": {"device": device}}))
+        config = recipe.build(
+            recipe.merge(json.loads(config.model_dump_json()), {"runtime": {"device": device}})
+        )
     family = families.get(config.model.family)(config.model)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
@@ -89,17 +91,32 @@ def generate(
         return draw(family, pipeline, encoded, folder, about, count=count)
 
 
-def encode(config: recipe.Config, family: families.Family, run: Run, prompts: Sequence[str], sample: recipe.Sample, ctx: runtime.Context) -> Prompts:
+def encode(
+    config: recipe.Config,
+    family: families.Family,
+    run: Run,
+    prompts: Sequence[str],
+    sample: recipe.Sample,
+    ctx: runtime.Context,
+) -> Prompts:
     """Encodes prompts through the run's cache, so that known ones need no text encoder."""
     store = cache.Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))
     names = dict(zip(texts, store.text_names(family, texts, dtype), strict=True))
     with progress("read prompts", len(texts), "prompt") as advance:
-        cache.build_text(store, family, texts, list(names.values()), device=ctx.device, dtype=dtype, advance=advance)
+        cache.build_text(
+            store, family, texts, list(names.values()), device=ctx.device, dtype=dtype, advance=advance
+        )
     store.remember()
     items = [store.read("text", names[p]) for p in prompts]
-    return Prompts(prompts, items, store.read("text", names[sample.negative_prompt]), sample, config.data.fps or family.fps)
+    return Prompts(
+        prompts,
+        items,
+        store.read("text", names[sample.negative_prompt]),
+        sample,
+        config.data.fps or family.fps,
+    )
 
 
 def trained(run: Run, checkpoint: str | None) -> Path:
@@ -113,13 +130,22 @@ def trained(run: Run, checkpoint: str | None) -> Path:
     if run.adapter.is_dir():
         return run.adapter
     if not run.checkpoints():
-        raise ValueError(f"{run.folder}: nothing is trained yet; `inlay train` first, or use --checkpoint base")
+        raise ValueError(
+            f"{run.folder}: nothing is trained yet; `inlay train` first, or use --checkpoint base"
+        )
     newest = run.checkpoints()[-1]
     say(f"the run is not finished: using {newest.name}")
     return newest / "adapter"
 
 
-def load_pipeline(config: recipe.Config, family: families.Family, run: Run, checkpoint: str | None, strength: float, ctx: runtime.Context) -> Any:
+def load_pipeline(
+    config: recipe.Config,
+    family: families.Family,
+    run: Run,
+    checkpoint: str | None,
+    strength: float,
+    ctx: runtime.Context,
+) -> Any:
     """The stock pipeline with what a run has trained.
 
     Raises:
@@ -131,13 +157,17 @@ def load_pipeline(config: recipe.Config, family: families.Family, run: Run, chec
     folder = trained(run, checkpoint)
     if config.tuner.kind == "full":
         if strength != 1:
-            raise ValueError("generate: strength of a full fine-tune is 0 or 1; train a LoRA to have it in between")
+            raise ValueError(
+                "generate: strength of a full fine-tune is 0 or 1; train a LoRA to have it in between"
+            )
         denoiser = family.load_denoiser(ctx.precision, folder=folder)
         return family.pipeline(denoiser=denoiser, **options)
     pipeline = family.pipeline(denoiser=None, **options)
     family.load_adapter(pipeline, folder)
     if not pipeline.get_list_adapters():
-        raise ValueError(f"{folder}: the pipeline took nothing from this adapter; `inlay inspect {folder}` says what is in it")
+        raise ValueError(
+            f"{folder}: the pipeline took nothing from this adapter; `inlay inspect {folder}` says what is in it"
+        )
     if strength != 1:
         pipeline.set_adapters(["inlay"], [strength])
         if config.tuner.kind == "dora":
@@ -181,10 +211,14 @@ def draw(
                 )
                 path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
                 media.write_video(path, frames, prompts.fps)
-                settings = {k: v for k, v in sample.model_dump().items() if k not in ("prompts", "every", "seed")}
+                settings = {
+                    k: v for k, v in sample.model_dump().items() if k not in ("prompts", "every", "seed")
+                }
                 values = {"prompt": text, "seed": sample.seed + j, **settings, "fps": prompts.fps, **about}
                 values |= {"versions": runtime.environment()["packages"]}
-                path.with_suffix(".json").write_text(json.dumps(values, indent=2, ensure_ascii=False), "utf-8")
+                path.with_suffix(".json").write_text(
+                    json.dumps(values, indent=2, ensure_ascii=False), "utf-8"
+                )
                 paths.append(path)
                 if seen:
                     seen(i, j, frames)

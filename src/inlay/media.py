@@ -30,6 +30,7 @@ Kind = Literal["video", "image", "array"]
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAYS = (".npz",)
+KNOWN = (*VIDEOS, *IMAGES, *ARRAYS)
 
 READER = 1
 """Version of what `read` returns for the same file and arguments; part of the cache's identity."""
@@ -39,6 +40,9 @@ EPSILON = 1e-6
 
 WHOLE = (".gif",)
 """Frames of these are differences to the frame before although each is marked as a key frame: never seek."""
+
+UNSTAMPED = (".avi",)
+"""Packets of these may carry only the order in which they are stored: number the decoded frames instead."""
 
 PIXEL_LIMIT = 200_000_000
 """Pixels of one scaled frame before cropping; only absurd aspect ratios get there."""
@@ -106,7 +110,7 @@ def kind(path: Path) -> Kind:
         return "image"
     if suffix in ARRAYS:
         return "array"
-    raise MediaError(path, f"`{suffix}` files are not read, only {' '.join((*VIDEOS, *IMAGES, *ARRAYS))}")
+    raise MediaError(path, f"`{suffix}` files are not read, only {' '.join(KNOWN)}")
 
 
 # --- time ---------------------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ def _probe_array(path: Path) -> Probe:
 
 def _probe_video(path: Path) -> Probe:
     with _opened(path) as (container, stream):
-        stamps, last_key, promised, cut = _demux(container, stream)
+        stamps, last_key, promised, cut = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
         base = float(stream.time_base or 0)
         rate, sar, codec = stream.average_rate, stream.sample_aspect_ratio, stream.codec_context.name
     if not stamps or not base:
@@ -182,11 +186,18 @@ def _probe_video(path: Path) -> Probe:
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
     times = np.array([s for s in stamps if s >= head.pts], np.float64) * base
-    tail = [f.is_corrupt for f in _decode(path, last_key) if f.pts is not None and f.pts >= last_key]
-    lost = sum(s >= last_key for s in stamps) - len(tail)
-    if cut or lost > 1 or any(tail) or len(stamps) < promised - max(2, 0.02 * promised):
-        there = f"{len(stamps) - max(lost, 0)} of {max(promised, len(stamps))} frames"
-        raise MediaError(path, f"is truncated or damaged at its end ({there} can be decoded)", "truncated")
+    if path.suffix.lower() == ".gif":
+        cut = path.read_bytes().rstrip(b"\0")[-1:] != b";"
+    tail = 0
+    try:
+        for frame in _decode(path, last_key):
+            tail += frame.pts is not None and frame.pts >= last_key
+    except MediaError:
+        cut = True
+    lost = max(0, sum(s >= last_key for s in stamps) - tail)
+    if cut or lost > 1 or len(stamps) < promised - max(2, 0.02 * promised):
+        there = f"{len(stamps) - lost}{f' of {promised}' if promised else ''} frames"
+        raise MediaError(path, f"is cut off or damaged at its end: {there} can be decoded", "truncated")
     steps = np.diff(times)
     mean = float(times[-1] - times[0]) / len(steps) if len(steps) else 0.0
     interval = float(np.median(steps)) if len(steps) else float(1 / rate) if rate else 0.0
@@ -200,7 +211,8 @@ def _probe_video(path: Path) -> Probe:
         width=height if sideways else width,
         duration=float(times[-1] - times[0]) + interval,
         interval=interval,
-        variable=bool(len(steps)) and bool(np.abs(steps - interval).max() > max(0.002, 0.1 * interval)),
+        variable=bool(len(steps))
+        and bool(np.abs(steps - interval).max() > max(0.002, 1.1 * base, 0.1 * interval)),
         first=float(times[0]),
         codec=codec,
         pix_fmt=head.format.name,
@@ -210,12 +222,12 @@ def _probe_video(path: Path) -> Probe:
     )
 
 
-def _demux(container: Any, stream: Any) -> tuple[list[int], int, int, bool]:
+def _demux(container: Any, stream: Any, unstamped: bool) -> tuple[list[int], int, int, bool]:
     """Ascending stamps, the last key frame's, how many frames the header promises, whether one is cut."""
     stamps: list[int] = []
     last_key, cut = 0, False
     for packet in container.demux(stream):
-        stamp = packet.dts if packet.pts is None else packet.pts
+        stamp = packet.dts if packet.pts is None or unstamped else packet.pts
         if packet.size and stamp is not None and not packet.is_discard:
             stamps.append(stamp)
             last_key = stamp if packet.is_keyframe else last_key
@@ -223,11 +235,13 @@ def _demux(container: Any, stream: Any) -> tuple[list[int], int, int, bool]:
     stamps.sort()
     promised = stream.frames
     clock = stream.metadata.get("DURATION", "")
-    if not promised and clock.count(":") == 2 and stamps and stream.average_rate:
+    if not promised and clock.count(":") == 2 and len(stamps) > 1:
         hours, minutes, seconds = clock.split(":")
         whole = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        here = (stamps[-1] - stamps[0]) * float(stream.time_base)
-        promised = len(stamps) if here > 0.9 * whole - 0.5 else round(len(stamps) * whole / max(here, 1e-3))
+        steps = np.diff(stamps) * float(stream.time_base)
+        missing = whole - stamps[-1] * float(stream.time_base) - float(steps.mean())
+        if missing > max(3 * steps.max(), 0.05 * whole):
+            promised = len(stamps) + round(missing / float(steps.mean()))
     return stamps, last_key, promised, cut
 
 
@@ -245,7 +259,8 @@ def read(path: str | Path, start: float, frames: int, fps: float, size: tuple[in
         size: height and width.
 
     Raises:
-        MediaError: (a ValueError) naming the file and the cause, also when the clip ends before the window.
+        MediaError: (a ValueError) naming the file and the cause: the clip ends before the window, or the
+            decoder reports damage (H.264 mostly does; HEVC and VP9 often cannot tell).
     """
     path = Path(path)
     wanted = start + np.arange(frames) / float(fps)
@@ -281,8 +296,6 @@ def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.nda
         if frame is shown:
             out[done - 1] = out[done - 2]
             continue
-        if frame.is_corrupt:
-            raise MediaError(path, f"is damaged {(frame.pts - head.pts) * base:.3f} s after its start")
         out[done - 1], shown = _fit(path, frame, scaler, size, sar), frame
     if done < len(wanted):
         raise MediaError(path, _too_short(done, wanted), "truncated")
@@ -334,8 +347,25 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise MediaError(path, "has no video stream")
             streams[0].codec_context.thread_count = 1
             yield container, streams[0]
-    except (av.error.FFmpegError, UnicodeError, IndexError) as error:
-        raise MediaError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except av.error.FFmpegError as error:
+        if _no_index(path):
+            raise MediaError(path, "is cut off: its index (moov) is missing", "truncated") from None
+        raise MediaError(path, f"cannot be read ({error.strerror})") from None
+
+
+def _no_index(path: Path) -> bool:
+    """Whether a file starts as mp4 or mov and ends before the index, which writers put last."""
+    boxes, at = [], 0
+    with path.open("rb") as file:
+        while len(head := file.read(16)) >= 8:
+            size = int.from_bytes(head[:4], "big")
+            boxes.append(head[4:8])
+            size = int.from_bytes(head[8:], "big") if size == 1 else size
+            if size < 8:
+                break
+            at += size
+            file.seek(at)
+    return boxes[:1] == [b"ftyp"] and b"moov" not in boxes
 
 
 def _decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
@@ -345,13 +375,24 @@ def _decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
         if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
             # FFmpeg's own VP8 and VP9 decoders drop alpha without a word.
             decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
-        if pts is not None and path.suffix.lower() not in WHOLE:
+        unstamped = path.suffix.lower() in UNSTAMPED
+        if pts is not None and not unstamped and path.suffix.lower() not in WHOLE:
             container.seek(pts, stream=stream)
+        stamps: list[int] = []
+        keyed = False
         for packet in container.demux(stream):
-            if packet.size or decoder is stream.codec_context:
-                yield from decoder.decode(packet)
-        if decoder is not stream.codec_context:
-            yield from decoder.decode(None)
+            if packet.size and packet.dts is not None:
+                stamps.append(packet.dts)
+            if not packet.size and decoder is not stream.codec_context:
+                packet = None
+            for frame in decoder.decode(packet):
+                if unstamped:
+                    frame.pts = stamps.pop(0)
+                # Frames before the first key frame after a seek may lack what they refer to; none is used.
+                keyed = keyed or frame.key_frame
+                if keyed and frame.is_corrupt:
+                    raise MediaError(path, f"is damaged {frame.time or 0:.2f} s after its start")
+                yield frame
 
 
 def _has_alpha(frame: Any) -> bool:
@@ -593,7 +634,7 @@ def _font(size: int, text: str) -> Any:
 
 
 def _wrap(text: str, font: Any, width: float, most: int) -> list[str]:
-    """Lines of at most `width` pixels; an ellipsis ends the last where text is left over. Breaks words at need."""
+    """Lines of at most `width` pixels, breaking words at need; an ellipsis where text is left over."""
     lines = [""]
     for word in " ".join(text.split()).split(" "):
         wider = f"{lines[-1]} {word}".strip()

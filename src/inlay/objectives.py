@@ -102,7 +102,7 @@ class FlowMatching:
         return (1 - t) * x0 + t * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """noise - x0, at every time."""
+        """Noise - x0, at every time."""
         return noise - x0
 
     def weight(self, t: Tensor) -> Tensor:

@@ -42,7 +42,11 @@ class Devices:
     def here(cls) -> Devices:
         """Looks at this machine."""
         cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return cls(cuda, bool(cuda) and torch.cuda.is_bf16_supported(including_emulation=False), torch.backends.mps.is_available())
+        return cls(
+            cuda,
+            bool(cuda) and torch.cuda.is_bf16_supported(including_emulation=False),
+            torch.backends.mps.is_available(),
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,9 @@ def resolve(config: recipe.Config, devices: Devices) -> Plan:
     there = {"cuda": devices.cuda > 0, "mps": devices.mps, "cpu": True}
     if wanted != "auto" and not there[wanted]:
         have = ", ".join(k for k, v in there.items() if v)
-        raise ValueError(f"runtime.device: no `{wanted}` on this machine (there is: {have}); use `auto` or one of these")
+        raise ValueError(
+            f"runtime.device: no `{wanted}` on this machine (there is: {have}); use `auto` or one of these"
+        )
     device = next(k for k, v in there.items() if v) if wanted == "auto" else wanted
     precision = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.runtime.precision)
     if precision is None:
@@ -76,7 +82,9 @@ def resolve(config: recipe.Config, devices: Devices) -> Plan:
     optimizer = config.optim.name
     if optimizer == "adamw8bit" and device == "mps":
         optimizer = "adamw"
-        notes.append("adamw8bit does not run on Apple MPS: using adamw (same updates up to rounding, four times the state)")
+        notes.append(
+            "adamw8bit does not run on Apple MPS: using adamw (same updates up to rounding, four times the state)"
+        )
     return Plan(device, precision, optimizer, tuple(notes))
 
 
@@ -207,11 +215,17 @@ def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Paramete
         if name == "prodigy":
             from prodigyopt import Prodigy
 
-            return Prodigy(groups, **common, decouple=True, use_bias_correction=True, safeguard_warmup=section.warmup > 0)
+            return Prodigy(
+                groups, **common, decouple=True, use_bias_correction=True, safeguard_warmup=section.warmup > 0
+            )
     except ImportError as error:
         extra = {"adamw8bit": "bnb", "prodigy": "prodigy"}[name]
-        raise ValueError(f"optim.name: `{name}` needs a package that is not installed ({error}): pip install 'inlay[{extra}]'") from None
-    return torch.optim.AdamW(groups, **common, fused=all(p.device.type in ("cuda", "cpu") for p in parameters))
+        raise ValueError(
+            f"optim.name: `{name}` needs a package that is not installed ({error}): pip install 'inlay[{extra}]'"
+        ) from None
+    return torch.optim.AdamW(
+        groups, **common, fused=all(p.device.type in ("cuda", "cpu") for p in parameters)
+    )
 
 
 def rate(section: recipe.Optim, step: int, steps: int) -> float:
@@ -283,12 +297,26 @@ def changes(old: recipe.Config, new: recipe.Config) -> list[str]:
 def environment() -> dict[str, Any]:
     """Versions and machine, for `environment.json`."""
     packages = {}
-    for name in ("inlay", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "av", "numpy"):
+    for name in (
+        "inlay",
+        "torch",
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "safetensors",
+        "av",
+        "numpy",
+    ):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     return {
         "packages": packages,
         "python": platform.python_version(),
@@ -309,7 +337,9 @@ def pack(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, (list, tuple)):
         values = [pack(v, f"{prefix}.{i}", tensors) for i, v in enumerate(state)]
         return {"__tuple__": values} if isinstance(state, tuple) else values
-    assert state is None or isinstance(state, (bool, int, float, str)), f"{prefix}: {type(state).__name__} in optimizer state"
+    assert state is None or isinstance(state, (bool, int, float, str)), (
+        f"{prefix}: {type(state).__name__} in optimizer state"
+    )
     return state
 
 
@@ -340,7 +370,11 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     out = f"{folder}: this checkpoint is damaged (%s); delete the folder to go on from the one before it"
     try:
         values = json.loads((folder / "state.json").read_text("utf-8"))
-        bad = [n for n, digest in values["files"].items() if not (folder / n).is_file() or sha256(folder / n) != digest]
+        bad = [
+            n
+            for n, digest in values["files"].items()
+            if not (folder / n).is_file() or sha256(folder / n) != digest
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(out % f"state.json: {error}") from None
     if bad:
@@ -374,7 +408,9 @@ class Run:
             ValueError: when this is no run folder.
         """
         if not (self.folder / "config.yaml").is_file():
-            raise ValueError(f"{self.folder}: not a run folder (it has no config.yaml); `inlay train` makes one")
+            raise ValueError(
+                f"{self.folder}: not a run folder (it has no config.yaml); `inlay train` makes one"
+            )
         return recipe.load(self.folder)
 
     def cache(self, config: recipe.Config) -> Path:
@@ -533,7 +569,9 @@ def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
 
             return tensorboard
         module = __import__(name)
-        options = {"dir": str(run.folder), "resume": "allow", "id": run.folder.name} if name == "wandb" else {}
+        options = (
+            {"dir": str(run.folder), "resume": "allow", "id": run.folder.name} if name == "wandb" else {}
+        )
         module.init(project="inlay", name=run.folder.name, config=settings, **options)
         return lambda values, step: module.log(values, step=step)
     except ImportError as error:

@@ -46,7 +46,9 @@ class DenoisingStep:
 
     family: Family
     objective: Objective
-    precision: AbstractContextManager[Any] = field(default_factory=lambda: torch.autocast("cpu", enabled=False))
+    precision: AbstractContextManager[Any] = field(
+        default_factory=lambda: torch.autocast("cpu", enabled=False)
+    )
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """See `Step`."""
@@ -79,7 +81,9 @@ class DenoisingStep:
             for q, t in enumerate(times):
                 generator = torch.Generator().manual_seed(stable_hash("held out", *batch.names, q))
                 noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-                row.append(self.losses(denoiser, batch, t.expand(len(batch.latents)).to(device), noise).mean())
+                row.append(
+                    self.losses(denoiser, batch, t.expand(len(batch.latents)).to(device), noise).mean()
+                )
             rows.append(torch.stack(row))
         denoiser.train(was_training)
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)

@@ -56,7 +56,11 @@ def train(config: recipe.Config) -> Path:
                     meters.add(step, out["losses"], batch.names)
                 meters.norm(step, job.update(step))
                 last = step == t.steps
-                stop = step % t.log_every == 0 and any(ctx.gather(interrupt.wanted)) if ctx.world > 1 else interrupt.wanted
+                stop = (
+                    step % t.log_every == 0 and any(ctx.gather(interrupt.wanted))
+                    if ctx.world > 1
+                    else interrupt.wanted
+                )
                 note = None
                 if step % t.log_every == 0 or step % t.save_every == 0 or last or stop:
                     meters.check()
@@ -91,8 +95,12 @@ class Loader:
     def batch(self, k: int) -> Batch:
         """Reads micro-batch k."""
         rows = self.sampler.batch(k)
-        drop = torch.rand(len(rows), generator=torch.Generator().manual_seed(stable_hash(self.seed, "caption", k)))
-        texts = [self.empty if d < self.dropout else self.text[r] for r, d in zip(rows, drop.tolist(), strict=True)]
+        drop = torch.rand(
+            len(rows), generator=torch.Generator().manual_seed(stable_hash(self.seed, "caption", k))
+        )
+        texts = [
+            self.empty if d < self.dropout else self.text[r] for r, d in zip(rows, drop.tolist(), strict=True)
+        ]
         latents = torch.stack([self.store.read("media", self.media[r])["latents"] for r in rows])
         cond = self.family.collate([self.store.read("text", name) for name in texts])
         return Batch(latents, cond, [self.windows[r].clip.name for r in rows])
@@ -100,7 +108,9 @@ class Loader:
     def stream(self, start: int, steps: int, ctx: Context) -> Iterator[tuple[int, Batch]]:
         """This process's micro-batches from step `start` on, read one ahead."""
         total = self.per_step
-        indices = [k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)]
+        indices = [
+            k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)
+        ]
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(self.batch, indices[0]) if indices else None
             for index, following in zip(indices, [*indices[1:], None], strict=True):
@@ -157,7 +167,9 @@ class Job:
             return
         assert isinstance(self.step, DenoisingStep)
         with runtime.swapped(self.parameters, self.ema.weights if self.ema else None):
-            rows = self.step.held_out(self.denoiser, self.held_out[self.ctx.rank :: self.ctx.world], self.ctx.device)
+            rows = self.step.held_out(
+                self.denoiser, self.held_out[self.ctx.rank :: self.ctx.world], self.ctx.device
+            )
         losses = (self.ctx.total(rows.sum(0)) / len(self.held_out)).tolist()
         values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
         self.meters.write({"step": step, "held_out_loss": sum(losses) / len(losses), **values})
@@ -167,11 +179,20 @@ class Job:
         """Draws the prompts with the weights as they are now."""
         if self.ctx.main:
             if self._pipeline is None:
-                self._pipeline = self.family.pipeline(denoiser=self.denoiser, device=self.ctx.device, dtype=self.ctx.precision)
+                self._pipeline = self.family.pipeline(
+                    denoiser=self.denoiser, device=self.ctx.device, dtype=self.ctx.precision
+                )
             self.denoiser.eval()
             with runtime.swapped(self.parameters, self.ema.weights if self.ema else None):
                 about = {"checkpoint": f"step-{step:06d}", "strength": 1.0}
-                generate.draw(self.family, self._pipeline, self.prompts, self.run.folder / "samples" / f"step-{step:06d}", about, show=False)
+                generate.draw(
+                    self.family,
+                    self._pipeline,
+                    self.prompts,
+                    self.run.folder / "samples" / f"step-{step:06d}",
+                    about,
+                    show=False,
+                )
             self.denoiser.train()
         self.ctx.barrier()
         self.meters.pause()
@@ -238,11 +259,26 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     per_step = config.train.accumulate * ctx.world
     sampler = data.sampler(clips.plan.train, config.data.sources, config.train.batch, config.seed)
     loader = Loader(
-        family, clips.store, clips.plan.train, clips.media, clips.text, clips.empty, sampler, config.data.caption_dropout, config.seed, per_step
+        family,
+        clips.store,
+        clips.plan.train,
+        clips.media,
+        clips.text,
+        clips.empty,
+        sampler,
+        config.data.caption_dropout,
+        config.seed,
+        per_step,
     )
     held_out = [
-        Batch(clips.store.read("media", m)["latents"][None], family.collate([clips.store.read("text", t)]), [w.clip.name])
-        for w, m, t in list(zip(clips.plan.held_out, clips.held_out_media, clips.held_out_text, strict=True))[:HELD_OUT_AT_MOST]
+        Batch(
+            clips.store.read("media", m)["latents"][None],
+            family.collate([clips.store.read("text", t)]),
+            [w.clip.name],
+        )
+        for w, m, t in list(zip(clips.plan.held_out, clips.held_out_media, clips.held_out_text, strict=True))[
+            :HELD_OUT_AT_MOST
+        ]
     ]
     say(f"loading {config.model.checkpoint}", show=ctx.main)
     full = config.tuner.kind == "full"
@@ -253,11 +289,27 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     count = sum(p.numel() for p in parameters.values())
     say(f"training {len(parameters)} tensors, {count:,} numbers ({config.tuner.kind})", show=ctx.main)
     optimizer = runtime.optimizer(ctx.optimizer, config.optim, list(parameters.values()))
-    precision = torch.autocast(ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32)
+    precision = torch.autocast(
+        ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
+    )
     step = DenoisingStep(family, family.objective(config.objective, config.data.size), precision)
     meters = runtime.Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
     ema = runtime.EMA(config.optim.ema, parameters) if config.optim.ema else None
-    job = Job(config, ctx, run, family, loader, denoiser, parameters, optimizer, step, held_out, clips.prompts, meters, ema)
+    job = Job(
+        config,
+        ctx,
+        run,
+        family,
+        loader,
+        denoiser,
+        parameters,
+        optimizer,
+        step,
+        held_out,
+        clips.prompts,
+        meters,
+        ema,
+    )
     job.resume()
     meters.pause()
     return job
@@ -321,7 +373,13 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         ValueError: when clips are bad and the recipe says to stop.
     """
     with progress("look", 1, "clip", show=ctx.main) as advance:
-        plan = data.plan(config.data, family.grid, family.fps, config.seed, progress=lambda n, of: advance(done=n, total=of))
+        plan = data.plan(
+            config.data,
+            family.grid,
+            family.fps,
+            config.seed,
+            progress=lambda n, of: advance(done=n, total=of),
+        )
     quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
     store = cache.Cache(run.cache(config))
     windows = [*plan.train, *plan.held_out]
@@ -334,11 +392,23 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     mine = slice(ctx.rank, None, ctx.world)
     with progress("cache clips", len(names[mine]), "clip", show=ctx.main) as advance:
         built = cache.build_media(
-            store, family, windows[mine], names[mine], device=ctx.device, workers=config.runtime.workers, advance=advance
+            store,
+            family,
+            windows[mine],
+            names[mine],
+            device=ctx.device,
+            workers=config.runtime.workers,
+            advance=advance,
         )
     with progress("cache text", len(captions[mine]), "caption", show=ctx.main) as advance:
         cache.build_text(
-            store, family, captions[mine], list(text_names.values())[mine], device=ctx.device, dtype=dtype, advance=advance
+            store,
+            family,
+            captions[mine],
+            list(text_names.values())[mine],
+            device=ctx.device,
+            dtype=dtype,
+            advance=advance,
         )
     if ctx.main:
         store.remember()
@@ -353,7 +423,9 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         listed = {**quarantined, **failed}
         (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
         say(f"{len(listed)} clip(s) are left out; {run.folder / 'quarantine.json'} names them and says why")
-    train, held_out = ([w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out))
+    train, held_out = (
+        [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out)
+    )
     plan = replace(plan, train=train, held_out=held_out)
     if not train:
         raise ValueError("no clip is left to train on: " + "; ".join(failed.values()))
@@ -366,6 +438,12 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         [name_of[w] for w in plan.held_out],
         [text_names[w.caption] for w in plan.held_out],
         text_names[""],
-        generate.Prompts(texts, [store.read("text", text_names[t]) for t in texts], store.read("text", text_names[sample.negative_prompt]), sample, config.data.fps or family.fps),
+        generate.Prompts(
+            texts,
+            [store.read("text", text_names[t]) for t in texts],
+            store.read("text", text_names[sample.negative_prompt]),
+            sample,
+            config.data.fps or family.fps,
+        ),
         built,
     )

@@ -34,8 +34,16 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
             wrong.append(f"`{pattern}` is not a regular expression ({error})")
             continue
         if not hits:
-            like = [n for n in names if re.search(pattern.replace(".", r"\.") if pattern.isidentifier() else pattern, n)]
-            near = f", but `.*{pattern}` would match {len(like)}, such as {like[0]}" if like else f"; there is, for one, {names[0]}"
+            like = [
+                n
+                for n in names
+                if re.search(pattern.replace(".", r"\.") if pattern.isidentifier() else pattern, n)
+            ]
+            near = (
+                f", but `.*{pattern}` would match {len(like)}, such as {like[0]}"
+                if like
+                else f"; there is, for one, {names[0]}"
+            )
             wrong.append(f"`{pattern}` matches no {what}{near}")
         found |= hits
     if wrong:
@@ -43,7 +51,9 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
     return [n for n in names if n in found]
 
 
-def attach(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
+def attach(
+    section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module, *, seed: int
+) -> dict[str, nn.Parameter]:
     """Freezes the denoiser and opens what trains, in float32.
 
     Args:
@@ -65,7 +75,11 @@ def attach(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denois
         for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(name in chosen)
     else:
-        modules = [n for n, m in denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+        modules = [
+            n
+            for n, m in denoiser.named_modules()
+            if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        ]
         chosen = match(section.targets or targets, modules, what="linear or convolution layer")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -88,7 +102,14 @@ def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
     )
 
 
-def save(section: recipe.LowRank | recipe.Full, denoiser: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, metadata: Mapping[str, str]) -> Path:
+def save(
+    section: recipe.LowRank | recipe.Full,
+    denoiser: nn.Module,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    metadata: Mapping[str, str],
+) -> Path:
     """Writes what was trained for use elsewhere: an adapter, or for full fine-tuning a diffusers `transformer` folder.
 
     Args:
@@ -103,6 +124,8 @@ def save(section: recipe.LowRank | recipe.Full, denoiser: nn.Module, weights: Ma
         state = {**denoiser.state_dict(), **weights}
         denoiser.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # type: ignore[operator]
         return folder
-    tensors = {n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()}
+    tensors = {
+        n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
+    }
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
     return formats.write_diffusers(folder, tensors, peft_config, metadata=dict(metadata))

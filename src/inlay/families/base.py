@@ -37,7 +37,9 @@ class Grid:
 
     def snap_size(self, height: float, width: float) -> tuple[int, int]:
         """The nearest possible height and width."""
-        return max(1, round(height / self.spatial)) * self.spatial, max(1, round(width / self.spatial)) * self.spatial
+        return max(1, round(height / self.spatial)) * self.spatial, max(
+            1, round(width / self.spatial)
+        ) * self.spatial
 
     def problems(self, frames: int, height: int, width: int) -> list[str]:
         """Sentences that say what is impossible and what is near; empty when all is well."""
@@ -93,7 +95,9 @@ class Family(ABC):
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            return json.loads(Path(hf_hub_download(self.source, name, revision=self.model.revision)).read_text("utf-8"))
+            return json.loads(
+                Path(hf_hub_download(self.source, name, revision=self.model.revision)).read_text("utf-8")
+            )
         except EntryNotFoundError:
             return None
         except Exception as error:
@@ -131,7 +135,9 @@ class Family(ABC):
     # --- after the cache -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> nn.Module:
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
         """The network that is taught, or a fine-tuned one from `folder`; with `meta` its shape only, without weights."""
 
     @abstractmethod
@@ -194,7 +200,9 @@ def locate(checkpoint: str) -> Path | str:
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ValueError(f"model.checkpoint: {path} is not a diffusers folder (it has no model_index.json)")
+            raise ValueError(
+                f"model.checkpoint: {path} is not a diffusers folder (it has no model_index.json)"
+            )
         return path
     if path.is_file() or checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
         raise ValueError(

@@ -27,8 +27,9 @@ SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
 """Noise-level shift by size (Wan's advice), and the area in pixels that divides the two."""
 
 
-
-def _published(heads: int, layers: int, ffn: int, channels: int = 16, **index: Any) -> dict[str, dict[str, Any]]:
+def _published(
+    heads: int, layers: int, ffn: int, channels: int = 16, **index: Any
+) -> dict[str, dict[str, Any]]:
     """Configuration of a published checkpoint: what `check` and the memory estimate need, without a download."""
     transformer = {
         "_class_name": "WanTransformer3DModel",
@@ -111,24 +112,32 @@ class Wan(Family):
     def _refuse_unsupported(self) -> None:
         name, t = self.model.checkpoint, self.transformer
         if self.vae is None or t is None:
-            raise ValueError(f"model.checkpoint: {name} has no `vae` or no `{self.component}` with a config.json")
+            raise ValueError(
+                f"model.checkpoint: {name} has no `vae` or no `{self.component}` with a config.json"
+            )
         kinds = (self.vae.get("_class_name"), t.get("_class_name"))
         if kinds != ("AutoencoderKLWan", "WanTransformer3DModel"):
-            raise ValueError(f"model.family: {name} is not a Wan text-to-video checkpoint, it holds {kinds[1]} and {kinds[0]}")
+            raise ValueError(
+                f"model.family: {name} is not a Wan text-to-video checkpoint, it holds {kinds[1]} and {kinds[0]}"
+            )
         if t["in_channels"] != self.vae["z_dim"]:
             raise ValueError(
                 f"model.checkpoint: {name} takes {t['in_channels']} channels for a {self.vae['z_dim']}-channel VAE: "
                 "an image-to-video or control checkpoint, which this family does not train; use its text-to-video sibling"
             )
         if self.two_experts and self.boundary is None:
-            raise ValueError(f"model.checkpoint: {name} has a transformer_2 but no boundary_ratio in model_index.json")
+            raise ValueError(
+                f"model.checkpoint: {name} has a transformer_2 but no boundary_ratio in model_index.json"
+            )
         if self.boundary is not None and not self.two_experts:
             raise ValueError(
                 f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; a converted "
                 "Wan 2.1 does not need it: remove boundary_ratio from model_index.json"
             )
         if self.two_experts and self.model.expert is None:
-            raise ValueError(f"model.expert: {name} has two experts; choose `high` (t >= {self.boundary}) or `low`")
+            raise ValueError(
+                f"model.expert: {name} has two experts; choose `high` (t >= {self.boundary}) or `low`"
+            )
         if not self.two_experts and self.model.expert is not None:
             raise ValueError(f"model.expert: {name} has one network; leave `expert` out")
 
@@ -136,7 +145,9 @@ class Wan(Family):
         """Adds what two experts forbid: sampling in training would need both in memory."""
         found = super().problems(config)
         if self.two_experts and config.sample.every:
-            found.append("sample.every: sampling needs both experts in memory; leave it out and use `inlay generate`")
+            found.append(
+                "sample.every: sampling needs both experts in memory; leave it out and use `inlay generate`"
+            )
         return found
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -153,7 +164,10 @@ class Wan(Family):
 
     # --- before the cache ----------------------------------------------------------------------------------------
 
-    encoders: ClassVar[Mapping[str, Sequence[str]]] = {"media": ("vae",), "text": ("tokenizer", "text_encoder")}
+    encoders: ClassVar[Mapping[str, Sequence[str]]] = {
+        "media": ("vae",),
+        "text": ("tokenizer", "text_encoder"),
+    }
 
     def load_media_encoder(self, device: torch.device) -> nn.Module:
         """The VAE in float32."""
@@ -167,7 +181,9 @@ class Wan(Family):
 
         options = {"revision": self.model.revision}
         tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer", **options)
-        encoder = UMT5EncoderModel.from_pretrained(self.source, subfolder="text_encoder", dtype=dtype, **options)
+        encoder = UMT5EncoderModel.from_pretrained(
+            self.source, subfolder="text_encoder", dtype=dtype, **options
+        )
         return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -177,7 +193,10 @@ class Wan(Family):
         parameter = next(encoder.parameters())
         x = torch.from_numpy(np.ascontiguousarray(frames)).to(parameter.device).permute(3, 0, 1, 2)[None]
         z = encoder.encode(x.to(parameter.dtype) / 127.5 - 1).latent_dist.mode()[0].float()  # type: ignore[operator]
-        mean, std = (torch.tensor(encoder.config[k], device=z.device).view(-1, 1, 1, 1) for k in ("latents_mean", "latents_std"))  # type: ignore[index]
+        mean, std = (
+            torch.tensor(encoder.config[k], device=z.device).view(-1, 1, 1, 1)
+            for k in ("latents_mean", "latents_std")
+        )  # type: ignore[index]
         return {"latents": (z - mean) / std}
 
     @torch.no_grad()
@@ -201,7 +220,9 @@ class Wan(Family):
 
     # --- after the cache -----------------------------------------------------------------------------------------
 
-    def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> nn.Module:
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
         """The transformer, or the expert that the recipe names; norms and time embedding stay float32."""
         from diffusers import WanTransformer3DModel
 
@@ -221,16 +242,20 @@ class Wan(Family):
         side = (self.boundary, 1.0) if self.model.expert == "high" else (0.0, self.boundary)
         low, high = max(side[0], section.interval[0]), min(side[1], section.interval[1])
         if low >= high:
-            raise ValueError(f"objective.interval: {list(section.interval)} lies outside the {self.model.expert} expert's {list(side)}")
+            raise ValueError(
+                f"objective.interval: {list(section.interval)} lies outside the {self.model.expert} expert's {list(side)}"
+            )
         return replace(objective, interval=(low, high))
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """`text` (n, 512, d), zero past each caption's length."""
-        padded = [nn.functional.pad(item["text"], (0, 0, 0, TEXT_LENGTH - len(item["text"]))) for item in text]
+        padded = [
+            nn.functional.pad(item["text"], (0, 0, 0, TEXT_LENGTH - len(item["text"]))) for item in text
+        ]
         return {"text": torch.stack(padded)}
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """noise - data. The model's clock is 1000 t; TI2V-5B takes one per token."""
+        """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token."""
         dtype = denoiser.patch_embedding.weight.dtype
         timestep = t.float() * 1000
         if self.expand_timesteps:
@@ -242,9 +267,15 @@ class Wan(Family):
         """The stock WanPipeline without its text encoder: `sample` brings encoded text. VAE in float32."""
         from diffusers import WanPipeline
 
-        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": self.load_media_encoder(device)}
+        parts: dict[str, Any] = {
+            "text_encoder": None,
+            "tokenizer": None,
+            "vae": self.load_media_encoder(device),
+        }
         parts[self.component] = denoiser if denoiser is not None else self.load_denoiser(dtype)
-        pipe = WanPipeline.from_pretrained(self.source, revision=self.model.revision, torch_dtype=dtype, **parts)
+        pipe = WanPipeline.from_pretrained(
+            self.source, revision=self.model.revision, torch_dtype=dtype, **parts
+        )
         return pipe.to(device)
 
     def sample(
@@ -260,7 +291,9 @@ class Wan(Family):
         generator: torch.Generator,
     ) -> np.ndarray:
         """Runs the stock pipeline on encoded text -> uint8 (t, h, w, 3)."""
-        cond, uncond = (self.collate([item])["text"].to(pipeline._execution_device) for item in (text, negative))
+        cond, uncond = (
+            self.collate([item])["text"].to(pipeline._execution_device) for item in (text, negative)
+        )
         video = pipeline(
             prompt_embeds=cond,
             negative_prompt_embeds=uncond,
@@ -276,7 +309,11 @@ class Wan(Family):
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Loads an adapter into the network that it was trained on."""
-        pipeline.load_lora_weights(str(folder), adapter_name="inlay", load_into_transformer_2=self.model.expert == "low")
+        pipeline.load_lora_weights(
+            str(folder), adapter_name="inlay", load_into_transformer_2=self.model.expert == "low"
+        )
 
     def _load(self, kind: Any, component: str, dtype: torch.dtype) -> Any:
-        return kind.from_pretrained(self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype)
+        return kind.from_pretrained(
+            self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype
+        )

@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check coverage docs clean
+
+demo: $(VENV)/installed  ## the main job on a tiny trained model: no download, no GPU, minutes
+	$(BIN)/inlay demo
+
+test: $(VENV)/installed-dev check  ## lint, types, import contracts, all tests, coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+check: $(VENV)/installed-dev  ## what a commit must pass: seconds
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/lint-imports
+	$(BIN)/codespell src tests docs recipes benchmarks README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/pyright
+
+docs: $(VENV)/installed  ## regenerate the reference
+	$(BIN)/python -m inlay.config > docs/reference/config.md
+
+# torch is pinned for development only: elsewhere pip would fetch gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .work build dist

@@ -1,0 +1,89 @@
+"""Exact resume: `kill -9` at random moments, and the same command again, must end in the same bits.
+
+    python benchmarks/resume.py [--times 10] [--seed N]
+
+Trains a tiny random Wan LoRA once without interruption, then `--times` times with one to three kills each, and compares every
+tensor of the last checkpoint: weights, average and optimizer state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+STEPS = 150
+
+
+def recipe(folder: Path, name: str) -> list[str]:
+    """Writes a recipe and gives the command that trains it."""
+    values = {
+        "run": str(folder / name),
+        "model": {"family": "wan", "checkpoint": str(folder / "model")},
+        "data": {"sources": str(folder / "clips"), "size": [32, 32], "frames": 9, "cache": str(folder / "cache")},
+        "tuner": {"kind": "dora", "rank": 4},
+        "optim": {"lr": 1e-3, "ema": 0.99},
+        "train": {"steps": STEPS, "save_every": 7, "log_every": 5, "batch": 2, "accumulate": 2, "trackers": []},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(values), "utf-8")
+    return [sys.executable, "-m", "inlay", "train", str(path)]
+
+
+def main() -> None:
+    """Runs it and prints a line per try."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    from inlay import media, runtime
+    from inlay.twins import tiny
+
+    exact = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny.wan(folder / "model")
+        (folder / "clips").mkdir()
+        for i in range(5):
+            frames = np.random.default_rng(i).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+            media.write_video(folder / f"clips/{i}.mp4", frames, 16)
+            (folder / f"clips/{i}.txt").write_text(f"clip {i}", "utf-8")
+        subprocess.run(recipe(folder, "whole"), check=True, capture_output=True)
+        last = f"checkpoints/step-{STEPS:06d}"
+        wanted, _ = runtime.load_state(folder / "whole" / last)
+        for i in range(args.times):
+            command, run = recipe(folder, f"killed{i}"), runtime.Run(folder / f"killed{i}")
+            kills = []
+            for _ in range(rng.randint(1, 3)):
+                before = len(run.checkpoints())
+                process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+                while len(run.checkpoints()) <= min(before, 2) and process.poll() is None:
+                    time.sleep(0.005)
+                time.sleep(rng.random() * 1.5)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                kills.append(run.checkpoints()[-1].name if run.checkpoints() else "start")
+            subprocess.run(command, check=True, capture_output=True)
+            got, _ = runtime.load_state(run.folder / last)
+            same = got.keys() == wanted.keys() and all(
+                got[k].numpy().tobytes() == wanted[k].numpy().tobytes() for k in got
+            )
+            exact += same
+            print(f"try {i + 1}: killed after {', '.join(kills)}: {'bit-identical' if same else 'DIFFERENT'}", flush=True)
+    print(f"{exact} of {args.times} bit-identical ({len(wanted)} tensors each), seed {args.seed}")
+    sys.exit(exact != args.times)
+
+
+if __name__ == "__main__":
+    main()
