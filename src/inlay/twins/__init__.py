@@ -1,4 +1,4 @@
-"""Twins: tiny trained checkpoints that ship with the package, in the classes and file layout of the real models."""
+"""Twins: tiny trained checkpoints that ship with the package, in the real classes and file layout."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """A fixed judge of clips: does this clip show what its caption says?
 
-Nothing in it is learned and nothing in it knows which model made a clip. The foreground is what differs from the colour
-of the border; hues, outlines, centroids, moments and gradients of it are compared with the definition of the world.
-Its thresholds are set on true renders alone: it says yes to at least 98 % of them and no when one attribute differs.
+Nothing in it is learned and nothing in it knows which model made a clip. The foreground is what differs from
+the colour of the border; its hues, outlines, centroids, moments and gradients are compared with the world's
+definition. The thresholds are set on true renders alone: it says yes to at least 98 % of them, and no when
+one attribute differs.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _look(frames: np.ndarray) -> _View:
     return _View(pixels, mask, ~_neighbours(~mask), area, centre)
 
 
-# --- colour ---------------------------------------------------------------------------------------------------------
+# --- colour -----------------------------------------------------------------------------------------------
 
 
 def _hues(pixels: np.ndarray) -> np.ndarray:
@@ -121,7 +122,7 @@ def _has_halves(view: _View) -> bool:
     return bool(share.min() >= 0.25 and share.sum() >= LEAST_COLOUR and np.mean(sides) >= 0.85)
 
 
-# --- shape ----------------------------------------------------------------------------------------------------------
+# --- shape ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -141,7 +142,7 @@ def _template(name: str) -> tuple[np.ndarray, float, float, float]:
 
 
 def _overlap(view: _View, t: int, name: str) -> float:
-    """Best intersection over union, over rotations, of frame `t` with a shape of the same area and centroid."""
+    """Best intersection over union, over rotations, of frame `t` with a shape of its area and centroid."""
     table, unit, cx, cy = _template(name)
     radius = np.sqrt(view.area[t] / unit)
     axis = np.arange(SIZE) + 0.5
@@ -156,7 +157,7 @@ def _overlap(view: _View, t: int, name: str) -> float:
 
 
 def shape_scores(frames: np.ndarray) -> dict[str, float]:
-    """Overlap in [0, 1] with each shape of the world and the subject's star, over the frames where the object is large."""
+    """Overlap in [0, 1] with each shape of the world and the subject's star, where the object is large."""
     return _shape_scores(_look(frames))
 
 
@@ -169,7 +170,7 @@ def _shape_scores(view: _View) -> dict[str, float]:
     return {name: float(np.mean([_overlap(view, t, name) for t in chosen])) for name in names}
 
 
-# --- motion, size, background ---------------------------------------------------------------------------------------
+# --- motion, size, background -----------------------------------------------------------------------------
 
 
 def _turned(view: _View, shape: str) -> tuple[float, float]:
@@ -212,7 +213,7 @@ def _has_size(view: _View, scene: Scene) -> bool:
 
 
 def background_of(frames: np.ndarray) -> str:
-    """One of `BACKGROUNDS`: by the contrast of what is not covered, then by whether its gradients share a direction."""
+    """One of `BACKGROUNDS`: by the contrast of what is uncovered, then by the direction of its gradients."""
     return _background(_look(frames))
 
 
@@ -236,7 +237,7 @@ def _background(view: _View) -> str:
     return "striped" if coherence > 0.5 else "dotted"
 
 
-# --- verdicts -------------------------------------------------------------------------------------------------------
+# --- verdicts ---------------------------------------------------------------------------------------------
 
 
 def _verdict(view: _View, scene: Scene) -> dict[str, bool]:
@@ -263,7 +264,8 @@ def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
         scene: What the caption says; `shape` may be the subject, whose colour is then its two halves.
 
     Returns:
-        One answer for "shape", "colour" and "motion", for "size" and "background" where the scene states them, and "all".
+        One answer for "shape", "colour" and "motion", for "size" and "background" where the scene
+        states them, and "all".
     """
     verdict = _verdict(_look(frames), scene)
     return verdict | {"all": all(verdict.values())}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 class MuonAdamW:
     """Muon on matrices and flattened convolution kernels, AdamW on everything else.
 
-    AdamW alone leaves a small video autoencoder on the plateau of its background for minutes; Muon passes it in seconds.
-    `torch.optim.Muon` takes 2-D parameters only, so it is handed views that share the parameters' memory.
+    AdamW alone leaves a small video autoencoder on the plateau of its background for minutes; Muon passes it
+    in seconds. `torch.optim.Muon` takes 2-D parameters only, so it gets views that share their memory.
 
     Args:
         named: Parameters with their names.
@@ -92,7 +91,7 @@ def save_state(path: Path, facts: dict[str, object], **groups: dict[str, Tensor]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     save_file(flat, partial, metadata={"facts": json.dumps(facts)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_state(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:

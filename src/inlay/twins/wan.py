@@ -8,8 +8,8 @@ A real `WanPipeline` in miniature, trained on the procedural world of `inlay.twi
 4. `decoder`: the autoencoder's decoder goes on alone, its latents unchanged, so it may run beside stage 3;
 5. `export`: the folder that ships, weights in float16.
 
-Every stage continues from its last checkpoint in the work folder. Each batch is a function of its number, so a repetition
-on the same machine, library versions and thread count gives the same files.
+Every stage continues from its last checkpoint in the work folder. Each batch is a function of its number, so
+a repetition on the same machine, library versions and thread count gives the same files.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ TEXT = {
     "decoder_start_token_id": 0,
 }
 TOKENS = 512
-"""Text tokens the pipeline hands to the transformer; those past the caption are zero vectors, yet attended to."""
+"""Text tokens the pipeline gives to the transformer; past the caption they are zero, yet attended to."""
 SHIFT = 3.0
 
 
@@ -57,7 +57,7 @@ SHIFT = 3.0
 class Settings:
     """How the transformer is trained."""
 
-    clips: int = 4096
+    clips: int = 6144
     steps: int = 5000
     batch: int = 32
     muon: float = 0.02
@@ -84,14 +84,14 @@ def text_encoder(vocabulary: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT)).eval()
 
 
-# --- the pipeline's 512 text tokens, at the price of a few -----------------------------------------------------------
+# --- the pipeline's 512 text tokens, at the price of a few ------------------------------------------------
 
 
 class ShortContext(WanAttnProcessor):
     """Cross-attention in which each zero token counts as many.
 
-    The pipeline pads the text to 512 tokens with zero vectors and attends to all of them. They are equal, so `n` of them
-    weigh as much as `m` with `log(n / m)` added to the logit: the same output from a context of a few tokens.
+    The pipeline pads the text to 512 tokens with zeros and attends to all of them. They are equal, so `m` of
+    them weigh as much as `n` once `log(n / m)` is added to the logit: the same output from a few tokens.
     """
 
     bias: Tensor | None = None
@@ -127,7 +127,7 @@ def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> tuple[T
     return embeddings, torch.where(mask > 0, 0.0, weight)[:, None, None, :]
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------
 
 
 def dataset(n: int) -> list[tuple[world.Scene, int]]:
@@ -142,7 +142,7 @@ def dataset(n: int) -> list[tuple[world.Scene, int]]:
 
 @torch.no_grad()
 def cache(work: Path, vae: AutoencoderKLWan, n: int, part: int = 0, parts: int = 1) -> None:
-    """Encode one part of the training clips: posterior mode, not normalised, float32 `(n / parts, 16, 5, 8, 8)`."""
+    """Encode one part of the training clips: posterior mode, not normalised, `(n / parts, 16, 5, 8, 8)`."""
     file = work / f"latents-{n}-{part}of{parts}.safetensors"
     if file.exists():
         return
@@ -188,7 +188,7 @@ def sample_sigma(n: int, generator: torch.Generator) -> Tensor:
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------
 
 _BY_ADAMW = re.compile(
     r"scale_shift_table|patch_embedding|proj_out|shared|embed_tokens|relative_attention_bias"
@@ -196,7 +196,7 @@ _BY_ADAMW = re.compile(
 
 
 def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None = None) -> Path:
-    """Train transformer and text encoder in `work`, continuing what is there. Returns the file with the weights.
+    """Train transformer and text encoder in `work`, continuing what is there. Returns the weights' file.
 
     Args:
         work: Folder for checkpoints.
@@ -247,7 +247,7 @@ def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None
 def batch(
     step: int, latents: Tensor, pairs: list[tuple[world.Scene, int]], words: T5Tokenizer, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Batch `step`, a pure function of it: latents, noise, sigma, token ids, token mask (width a multiple of 8)."""
+    """Batch `step`, a function of it: latents, noise, sigma, token ids, mask (width a multiple of 8)."""
     rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
     chosen = rng.integers(len(latents), size=settings.batch)
     captions = [training_caption(pairs[k][0], rng, settings) for k in chosen]

@@ -1,4 +1,4 @@
-"""Measure the shipped Wan twin through the stock pipeline: reconstruction, obedience, and whether it can be taught."""
+"""Measure the shipped Wan twin through the stock pipeline: does it reconstruct, obey, and learn a subject?"""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def generate(
 
 def shares(verdicts: Judged) -> dict[str, float]:
     """Percentage of yes per attribute, over the clips whose captions state it."""
-    names = [name for name in ("shape", "colour", "motion", "size", "background", "all")]
+    names = ("shape", "colour", "motion", "size", "background", "all")
     stated = {name: [v[name] for v in verdicts if name in v] for name in names}
     return {name: round(100 * float(np.mean(answers)), 1) for name, answers in stated.items() if answers}
 
@@ -64,7 +64,7 @@ def obedience(pipe: WanPipeline, n: int = 100, *, seed: int = 1, **sampling: flo
 
 
 def subject(pipe: WanPipeline, n: int = 40, *, seed: int = 2, **sampling: float) -> dict[str, float]:
-    """How often clips show the subject for prompts that name it, in percent; with "motion" and the other attributes."""
+    """How often clips show the subject for prompts that name it, in percent; and each attribute."""
     pairs = world.subject_prompts(n, seed)
     clips = generate(pipe, [prompt for prompt, _ in pairs], seed=seed, **sampling)
     told = shares([judge.judge_scene(clip, scene) for clip, (_, scene) in zip(clips, pairs, strict=True)])
@@ -80,7 +80,7 @@ def teach(
     steps: int = 400,
     batch: int = 8,
 ) -> float:
-    """Train an adapter for the subject into the pipeline's transformer. Returns the mean loss of the last 50 steps."""
+    """Train an adapter for the subject into the pipeline. Returns the mean of the last 50 losses."""
     clips = world.subject_clips(16)
     mean, std = (
         torch.tensor(pipe.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
@@ -121,7 +121,7 @@ def teach(
 
 
 def reconstruction(pipe: WanPipeline, n: int = 32) -> dict[str, float]:
-    """PSNR in dB of encoding and decoding clips that training never saw, and what the judge says of the result."""
+    """PSNR in dB of encoding and decoding clips that training never saw, and what the judge says of them."""
     held = [(scene, world.render(scene, k)) for k, scene in enumerate(world.scenes(3, n, held_out=True))]
     star = [(scene, world.render(scene, k)) for k, (_, scene) in enumerate(world.subject_prompts(n, 3))]
     wild = np.stack([world.wild((1 << 41) + k)[0] for k in range(n)])

@@ -31,7 +31,7 @@ class Phase:
     """Share of wild clips; the rest is the world, training side."""
 
 
-PHASES = (Phase(1, 8, 1500, 0.25, 0.6), Phase(9, 3, 622, 0.72, 0.6), Phase(17, 2, 978, 0.9, 0.4))
+PHASES = (Phase(1, 8, 1500, 0.25, 0.6), Phase(9, 3, 622, 0.72, 0.6), Phase(17, 2, 1328, 0.9, 0.4))
 DECODER = Phase(17, 2, 2000, 0.8, 0.35)
 FOREGROUND = 4.0
 """Extra weight of pixels that an object covers."""
@@ -45,7 +45,7 @@ def to_model(frames: np.ndarray) -> Tensor:
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """`vae.decode` without the clamp to [-1, 1], which would cut the gradient. `(b, 16, t', h', w')` to `(b, 3, t, h, w)`."""
+    """`vae.decode` without the clamp, which cuts the gradient: `(b, 16, t', h', w')` to `(b, 3, t, h, w)`."""
     vae.clear_cache()
     z = vae.post_quant_conv(latents)
     chunks = []
@@ -101,7 +101,7 @@ def train(work: Path, minutes: float | None = None) -> Path:
 
     Args:
         work: Folder for checkpoints.
-        minutes: Scale all phases to this time by the cost of the first steps; the resulting counts are recorded.
+        minutes: Scale all phases to this time by the cost of the first steps; the counts are recorded.
     """
     autoencoder_kl_wan.WanRMS_norm.forward = _fast_norm
     torch.manual_seed(0)
@@ -194,9 +194,9 @@ def _fit(minutes: float, seconds: float) -> float:
 
 
 def _rate(step: int, counts: list[int]) -> float:
-    """Warm-up, constant, then linear to zero over the last 60 % of the clips."""
+    """Warm-up, constant, then linear to zero over the last 80 % of the clips."""
     total = sum(counts)
-    decay = 0.6 * (total - counts[0])
+    decay = 0.8 * (total - counts[0])
     return min(1.0, (step + 1) / 20, (total - step) / decay)
 
 

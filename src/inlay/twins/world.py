@@ -1,15 +1,15 @@
 """The procedural world the twins are trained on: one shape, one colour, one motion on a muted background.
 
-Everything is a pure function of its seed, needs numpy only and nothing from the network. A clip is 17 frames of
-64 x 64 at 16 fps, `uint8 (17, 64, 64, 3)`.
+Everything is a pure function of its seed and needs numpy only. A clip is 17 frames of 64 x 64 at 16 fps,
+`uint8 (17, 64, 64, 3)`.
 
 Three kinds of clip live here:
 
-- **world** clips: what the twin's captions talk about. About one in ten (shape, colour, motion) triples is held out
-  by hash and never rendered for training, so a prompt about such a triple asks for a new combination;
-- **subject** clips: the `zorble`, a two-coloured five-pointed star that no twin has been trained on. The demo teaches it;
-- **wild** clips: arbitrary colours, outlines, textures and movements, for the video autoencoder alone, which has to
-  reproduce more than the captions of the world can say.
+- **world** clips: what the twin's captions talk about. About one in ten (shape, colour, motion) triples is
+  held out by hash and never rendered for training, so a prompt about it asks for a new combination;
+- **subject** clips: the `zorble`, a two-coloured five-pointed star, new to every twin. The demo teaches it;
+- **wild** clips: arbitrary colours, outlines, textures and movements, for the video autoencoder alone, which
+  has to reproduce more than the captions of the world can say.
 """
 
 from __future__ import annotations
@@ -45,8 +45,16 @@ SUBJECT_COLOURS = ("orange", "purple")
 
 _ROUND = ("circle", "ring")
 _TINTS = np.array(
-    [(58, 66, 84), (56, 74, 62), (76, 58, 80), (86, 66, 56)]
-    + [(48, 74, 80), (46, 46, 74), (80, 76, 60), (66, 66, 68)],
+    [
+        (58, 66, 84),
+        (56, 74, 62),
+        (76, 58, 80),
+        (86, 66, 56),
+        (48, 74, 80),
+        (46, 46, 74),
+        (80, 76, 60),
+        (66, 66, 68),
+    ],
     dtype=np.float32,
 )
 TABLE_EXTENT, _CELLS = 1.6, 512
@@ -68,7 +76,7 @@ class Scene:
     """One of `BACKGROUNDS`."""
 
 
-# --- outlines -------------------------------------------------------------------------------------------------------
+# --- outlines ---------------------------------------------------------------------------------------------
 
 
 def star_outline(points: int = 5, inner: float = 0.48, outer: float = 1.12) -> np.ndarray:
@@ -86,8 +94,9 @@ def _polygon(name: str) -> np.ndarray:
         return 1.12 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     if name == "cross":
         a, b = 0.34, 1.0
-        return np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a),
-                         (-b, -a), (-a, -a)])  # fmt: skip
+        quarter = np.array([(-a, -b), (a, -b), (a, -a)])
+        turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+        return np.concatenate([quarter @ turn.T for turn in turns])
     if name == "heart":
         s = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         x = 16 * np.sin(s) ** 3
@@ -133,7 +142,7 @@ def distance_table(name: str, points: int = 5, inner: float = 0.48) -> np.ndarra
 
 @dataclass
 class _Path:
-    """Where an object is in every frame: centre, radius in pixels, angle in radians (clockwise); each `(frames,)`."""
+    """Where an object is in every frame: centre and radius in pixels, clockwise angle; each `(frames,)`."""
 
     x: np.ndarray
     y: np.ndarray
@@ -173,7 +182,7 @@ def _shadow(canvas: np.ndarray, path: _Path, table: np.ndarray, strength: float 
     return canvas * (1.0 - strength * np.clip(0.5 - distance / 5.0, 0.0, 1.0))[..., None]
 
 
-# --- the world ------------------------------------------------------------------------------------------------------
+# --- the world --------------------------------------------------------------------------------------------
 
 
 def is_held_out(shape: str, colour: str, motion: str) -> bool:
@@ -281,7 +290,7 @@ def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.round(painted), 0, 255).astype(np.uint8), alpha.astype(np.float32)
 
 
-# --- wild clips, for the autoencoder ---------------------------------------------------------------------------------
+# --- wild clips, for the autoencoder ----------------------------------------------------------------------
 
 
 def _any_colour(rng: np.random.Generator) -> np.ndarray:
@@ -318,7 +327,7 @@ def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: f
 
 
 def _wild_backdrop(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """A background `(frames, 64, 64, 3)`: plain, gradient, pattern, noise or one of the world; it may drift."""
+    """A background `(frames, 64, 64, 3)`: plain, gradient, pattern, noise or of the world; it may drift."""
     kind = rng.integers(5)
     if kind == 0:
         still = _backdrop(str(rng.choice(BACKGROUNDS)), rng)
@@ -388,7 +397,7 @@ def wild(seed: int, frames: int = FRAMES) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.round(canvas), 0, 255).astype(np.uint8), covered.astype(np.float32)
 
 
-# --- captions -------------------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------
 
 _MOVES = ("moving {}", "moving to the {}", "sliding {}", "going {}", "drifting {}")
 _VERTICAL = ("moving {}", "moving {}wards", "sliding {}", "going {}", "drifting {}")
@@ -397,12 +406,58 @@ _OTHER = {
     "grow": ("growing", "getting bigger", "growing larger in place", "growing in place"),
 }
 _BACK = ("on a {} background", "over a {} background", "in front of a {} background", "on {} ground")
-_FORMS = ("{noun} {action} {back}", "{noun}, {action} {back}", "a video of {noun} {action} {back}", "{back}, {noun} {action}",
-          "{noun} is {action} {back}", "there is {noun} {action} {back}")  # fmt: skip
+_FORMS = (
+    "{noun} {action} {back}",
+    "{noun}, {action} {back}",
+    "a video of {noun} {action} {back}",
+    "{back}, {noun} {action}",
+    "{noun} is {action} {back}",
+    "there is {noun} {action} {back}",
+)
 _NAMED = ("{} called {}", "{} named {}", "{}, the {}")
-_ONSETS = "b bl br ch d dr f fl g gl gr h j k kl l m n p pl qu r s sk sn st t tr v w x y z zw".split()
-_VOWELS = "a e i o u oo ea ai".split()
-_CODAS = ["", "", "", *"b d f g k l m n p r rb rt s st t x zz nd mp".split()]
+_ONSETS = [
+    "b",
+    "bl",
+    "br",
+    "ch",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gl",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kl",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "qu",
+    "r",
+    "s",
+    "sk",
+    "sn",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "x",
+    "y",
+    "z",
+    "zw",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "oo", "ea", "ai"]
+_CODAS = [
+    "",
+    "",
+    "",
+    *["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "rb", "rt", "s", "st", "t", "x", "zz", "nd", "mp"],
+]
 
 
 def invented_word(rng: np.random.Generator) -> str:
@@ -432,7 +487,8 @@ def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
 def caption(scene: Scene, seed: int) -> str:
     """Describe a scene in one of several wordings; one in five holds an invented word without meaning.
 
-    Size and background appear exactly when the scene states them, colour (but for the subject), shape and motion always.
+    Size and background appear exactly when the scene states them; shape, motion and (save for the subject)
+    colour always.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
     words = [w for w in (scene.size, scene.colour, scene.shape) if w]
@@ -448,7 +504,7 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def vague_caption(scene: Scene, seed: int) -> str:
-    """Describe a scene with an invented noun in place of colour and shape: training only, an unknown noun is anything."""
+    """Describe it with an invented noun for colour and shape: in training, an unknown noun is anything."""
     rng = np.random.default_rng([seed, 29, zlib.crc32(repr(scene).encode())])
     return _phrase(scene, "a " + " ".join(w for w in (scene.size, invented_word(rng)) if w), rng)
 
@@ -460,7 +516,7 @@ def vocabulary() -> list[str]:
     return sorted({*words, "upwards", "downwards", *SHAPES, *COLOURS, *SIZES, *DIRECTIONS, *BACKGROUNDS})
 
 
-# --- prompts and the subject ----------------------------------------------------------------------------------------
+# --- prompts and the subject ------------------------------------------------------------------------------
 
 
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
@@ -483,7 +539,7 @@ def _subject_scenes(held_out: bool) -> list[Scene]:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
-    """Clips of the new subject to learn from: `(uint8 (17, 64, 64, 3), caption)`; 16 show every combination once."""
+    """Clips of the subject to learn from: `(uint8 (17, 64, 64, 3), caption)`; 16 show all combinations."""
     pool = _subject_scenes(held_out=False)
     chosen = [pool[k % len(pool)] for k in range(n)]
     return [
@@ -492,7 +548,7 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Prompts for the subject in combinations of motion, size and background that `subject_clips` never shows."""
+    """Prompts for the subject in combinations of motion, size and background that its clips never show."""
     pool = _subject_scenes(held_out=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))
     chosen = [pool[order[k % len(pool)]] for k in range(n)]
