@@ -40,6 +40,7 @@ CROPPED = 0.3
 """Losing more than this share of the picture to cropping is worth a warning."""
 
 FOLDER_CURE = "add a .txt beside each"
+MANIFEST_CURE = "give each a caption, as UTF-8 text"
 CHOSEN_BY_TIME = "nothing to do, frames are chosen by time"
 
 
@@ -51,7 +52,7 @@ class Clip:
     name: str
     """Relative to the source's root, with forward slashes."""
     caption: str
-    """As stored, with runs of white space made one space."""
+    """As stored, with runs of white space made one space; empty where there is none, then it has no windows."""
     source: int
     """Index into `data.sources`."""
     group: str | None
@@ -220,7 +221,7 @@ class _Scan:
         self.problems.append(Problem(KINDS[code].severity, code, name, message, self.index))
 
     def add(self, text: str, caption: Any, group: Any = None, *, where: str = "") -> None:
-        """Adds the clip at `text` (relative to the root), if it may be read and has a caption."""
+        """Adds the clip at `text` (relative to the root), if it may be read."""
         self.count += 1
         text = text.strip()
         name = Path(os.path.normpath(text)).as_posix()
@@ -231,16 +232,16 @@ class _Scan:
             self.problem("missing", text, where)
         elif path.suffix.lower() not in media.KNOWN:
             self.problem("unreadable", text, f"`{path.suffix}` files are not read")
-        elif caption is None:
-            self.problem("no-caption", name, where)
-        elif not isinstance(caption, str):
-            self.problem("no-caption", name, f"{where}: {type(caption).__name__}, not text")
-        elif not caption.strip():
-            self.problem("empty-caption", name, where)
         else:
+            if caption is None:
+                self.problem("no-caption", name, where)
+            elif not isinstance(caption, str):
+                self.problem("no-caption", name, f"{where}: {type(caption).__name__}, not text")
+            elif not caption.strip():
+                self.problem("empty-caption", name, where)
+            text = " ".join(caption.split()) if isinstance(caption, str) else ""
             group = None if group is None else str(group)
-            clip = Clip(path, name, " ".join(caption.split()), self.index, group, media.kind(path))
-            self.clips.append(clip)
+            self.clips.append(Clip(path, name, text, self.index, group, media.kind(path)))
 
 
 def _inside(path: Path, root: Path) -> bool:
@@ -257,6 +258,8 @@ def _find(source: config.Source, index: int) -> _Found:
         if not path.exists():
             raise ValueError("no such file or folder")
         layout, why, target = _detect(path, source.layout)
+        if source.root and layout == "folder":
+            raise ValueError("is its own root: leave `root` to manifests")
         if source.root and not root.is_dir():
             raise ValueError(f"its root {root} is not a folder")
         {"folder": _folder, "lines": _lines, "csv": _table, "jsonl": _objects}[layout](target, scan)
@@ -293,10 +296,8 @@ def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
         options.append(("folder", f"{len(files)} clips, {beside} of them with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
     if not options:
-        needs = {"lines": "prompts.txt and videos.txt", "csv": "a .csv", "jsonl": "a .jsonl or .json"}.get(
-            wanted, "clips"
-        )
-        raise ValueError(f"holds no {needs}")
+        needs = {"lines": "prompts.txt and videos.txt", "csv": ".csv", "jsonl": ".jsonl or .json"}
+        raise ValueError(f"holds no {needs.get(wanted, 'clips')}")
     if len(options) > 1:
         held = "; ".join(o[1] for o in options)
         raise ValueError(f"is ambiguous: it holds {held}. Name the manifest in `path`, or set `layout`")
@@ -307,11 +308,8 @@ def _media_files(folder: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [
-            Path(parent, f)
-            for f in sorted(files)
-            if not f.startswith(".") and f.lower().endswith(media.KNOWN)
-        ]
+        shown = (f for f in sorted(files) if not f.startswith("."))
+        found += [Path(parent, f) for f in shown if f.lower().endswith(media.KNOWN)]
     return found
 
 
@@ -326,6 +324,7 @@ def _folder(folder: Path, scan: _Scan) -> None:
         try:
             scan.add(name, beside.read_text("utf-8-sig") if beside.is_file() else None)
         except UnicodeDecodeError:
+            scan.count += 1
             scan.problem("no-caption", name, f"{beside.name} is not UTF-8")
 
 
@@ -445,18 +444,22 @@ def spread(there: int, length: int, stride: int, most: int) -> list[int]:
     return [room // 2] if count == 1 else [i * room // (count - 1) for i in range(count)]
 
 
+def _there(probe: media.Probe, data: config.Data, fps: float) -> tuple[int, float]:
+    """How many frames a clip gives, and the rate at which it is sampled."""
+    if data.slow == "keep" and probe.fps and probe.fps < fps * 0.99:
+        return probe.frames, float(probe.fps)
+    return media.available(probe, fps), fps
+
+
 def _windows(
     clip: Clip, probe: media.Probe, data: config.Data, buckets: list[Size], fps: float
 ) -> list[Window]:
-    rate = float(probe.fps or fps)
-    slow = data.slow == "keep" and rate < fps * 0.99
-    there = probe.frames if slow else media.available(probe, fps)
+    there, rate = _there(probe, data, fps)
     length = max((n for n in data.frames if n <= there), default=0)
     if not length:
         return []
     ratio = math.log(probe.width / probe.height)
     size = min(buckets, key=lambda s: abs(math.log(s[1] / s[0]) - ratio))
-    rate = rate if slow else float(fps)
     starts = spread(there, length, data.stride or length, data.max_windows)
     text = caption(clip.caption, data)
     return [Window(clip, round(s / rate, 9), length, rate, size, text) for s in starts]
@@ -528,7 +531,7 @@ def plan(
         if clip.path in probes:
             made = _windows(clip, probes[clip.path], data, buckets, fps)
             problems += _clip_problems(clip, probes[clip.path], data, fps, made[0].size if made else None)
-            if made:
+            if made and clip.caption:
                 windows[i] = made
     twins, doubled = _duplicates([clips[i] for i in windows])
     problems += doubled
@@ -640,7 +643,8 @@ def describe(problems: Sequence[Problem], total: int, shown: int = 5) -> list[st
         more = f" and {len(group) - shown} more" if len(group) > shown else ""
         joined = ("; " if any(p.message for p in group[:shown]) else ", ").join(names)
         verb = says.one if len(group) == 1 else says.many
-        out.append(f"{len(group)} of {total} clips {verb} ({joined}{more}): {says.cure}")
+        cure = MANIFEST_CURE if says.cure == FOLDER_CURE and any(p.message for p in group) else says.cure
+        out.append(f"{len(group)} of {total} clips {verb} ({joined}{more}): {cure}")
     return out
 
 

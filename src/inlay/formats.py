@@ -12,6 +12,7 @@ import json
 import math
 import re
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -169,28 +170,12 @@ def read(
         )
     elif sources["rank"]:
         notes.append(f"{sources['rank']} layers store no alpha: taken as their rank, as other programs do")
-    tensors: dict[str, Tensor] = {}
-    converted = 0
-    for module, parts in parsed.parts.items():
-        scale = alphas[module] / parts["A"].shape[0]
-        if "dora_scale" in parts:
-            weight = _base_weight(base, module, file.path)
-            rule = file.header.get(_DORA_RULE, dora_scale)
-            parts, was_input_axis = _from_dora_scale(parts, scale, weight, rule, file.path)
-            if was_input_axis:
-                converted, alphas[module] = converted + 1, parts["A"].shape[0]
-        if "diff_b" in parts:
-            parts = {**parts, "bias": parts["diff_b"].float() / scale}
-        tensors |= _named(module, parts)
-    if converted:
+    tensors, full = _normalised(parsed, alphas, base, dora_scale)
+    if full:
         notes.append(
-            f"{converted} modules scale input columns, which peft's DoRA cannot: converted to an exact LoRA "
-            "of full rank, which is as large as the network; better export it as merged"
+            f"{full} layers scale input columns, which peft's DoRA cannot: converted to an exact LoRA of full "
+            "rank, which is as large as the network; better export it as merged"
         )
-        if converted < len(parsed.parts):
-            raise ValueError(
-                f"{file.path}: its dora_scale is by input in some layers and by output in others"
-            )
     header = {k: v for k, v in file.header.items() if k not in (_METADATA, _DORA_RULE, "format")}
     adapter = Adapter(tensors, alphas, parsed.layout, source, tuple(notes), header)
     if shapes is not None:
@@ -301,10 +286,17 @@ def _safetensors(path: Path) -> Iterator[Any]:
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """Tensors of a torch file, by torch's restricted loader."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a file of plain tensors, so not read ({reason})") from None
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"a pickle that calls {called[1]}: refused"
+            if called
+            else "neither a safetensors nor a torch file"
+        )
+        raise ValueError(f"{path}: {what}") from None
     for key in ("state_dict", "module", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -490,6 +482,28 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
     return out, sources
 
 
+def _normalised(
+    parsed: _Parsed, alphas: dict[str, float], base: nn.Module | None, dora_scale: DoraRule | None
+) -> tuple[dict[str, Tensor], int]:
+    """Tensors as `Adapter` holds them, and how many layers became factors of full rank; these change `alphas`."""
+    path, rule = parsed.file.path, parsed.file.header.get(_DORA_RULE, dora_scale)
+    tensors: dict[str, Tensor] = {}
+    full = 0
+    for module, parts in parsed.parts.items():
+        scale = alphas[module] / parts["A"].shape[0]
+        if "dora_scale" in parts:
+            weight = _base_weight(base, module, path)
+            parts, by_input = _from_dora_scale(parts, scale, weight, rule, path)
+            if by_input:
+                full, alphas[module] = full + 1, parts["A"].shape[0]
+        if "diff_b" in parts:
+            parts = {**parts, "bias": parts["diff_b"].float() / scale}
+        tensors |= _named(module, parts)
+    if 0 < full < len(parsed.parts):
+        raise ValueError(f"{path}: its dora_scale is by input in some layers and by output in others")
+    return tensors, full
+
+
 def _base_weight(base: nn.Module | None, module: str, path: Path) -> Tensor:
     if base is None:
         raise ValueError(
@@ -593,18 +607,18 @@ def merge(denoiser: nn.Module, adapter: Adapter) -> None:
     if any(".lora_" in n for n, _ in denoiser.named_parameters()):
         raise ValueError("this network has an adapter attached; merge into a fresh one")
     _fit(adapter, shapes(denoiser))
-    layers = {module: denoiser.get_submodule(module) for module in adapter.modules}
+    layers = {module: _layer(denoiser, module) for module in adapter.modules}
     biases = {m: adapter.tensors.get(f"{m}.lora_B.bias") for m in layers}
     for module, layer in layers.items():
-        if not layer.weight.is_floating_point():  # type: ignore[operator]
+        if not layer.weight.is_floating_point():
             raise ValueError(f"{module} is quantised: merge into a bfloat16 or float32 network")
         if biases[module] is not None and layer.bias is None:
             raise ValueError(f"{module} has no bias, but the adapter changes it")
     for module, layer in layers.items():
-        weight, bias, added = layer.weight, layer.bias, biases[module]
-        weight.copy_(_merged(adapter, module, weight))
+        layer.weight.copy_(_merged(adapter, module, layer.weight))
+        added = biases[module]
         if added is not None:
-            bias.copy_(bias.float() + adapter.scale(module) * added.to(bias.device).float())
+            layer.bias.copy_(layer.bias.float() + adapter.scale(module) * added.to(layer.bias.device).float())
 
 
 def attach(denoiser: nn.Module, adapter: Adapter, name: str = "inlay") -> None:
@@ -857,22 +871,22 @@ def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
     """Both do the same to every layer; layers that only one has change nothing."""
     for module in got.modules:
         if module not in wanted.alpha:
-            assert not _delta(got, module).any(), f"{module} is not part of the adapter"
+            assert not got.tensors[f"{module}.lora_B.weight"].any(), f"{module} is not part of the adapter"
     for module in wanted.modules:
+        names = [f"{module}.lora_{x}" for x in ("A.weight", "B.weight", "B.bias", "magnitude_vector")]
+        old, new = ([x.tensors.get(n) for n in names] for x in (wanted, got))
+        assert [t is None for t in old] == [t is None for t in new], f"{module} lost a part in export"
+        pairs = [(a, b) for a, b in zip(old, new, strict=True) if a is not None and b is not None]
+        if all(torch.equal(a, b) for a, b in pairs) and wanted.scale(module) == got.scale(module):
+            continue  # the product need not be made
+        assert base is not None or not wanted.dora, f"magnitudes of {module} differ after export"
         weight = torch.zeros(_size(wanted, module)) if base is None else _layer(base, module).weight
-        if wanted.dora and base is None:
-            # Without the base the definition itself is compared: factors times scale, and magnitudes.
-            assert torch.equal(*(x.tensors[f"{module}.lora_magnitude_vector"] for x in (wanted, got))), module
-            one, two = _delta(wanted, module), _delta(got, module)
-        else:
-            one, two = effective_delta(wanted, module, weight), effective_delta(got, module, weight)
+        one, two = effective_delta(wanted, module, weight), effective_delta(got, module, weight)
         limit = 1e-5 * max(one.abs().max().item(), weight.abs().max().item())
         assert (one - two).abs().max().item() <= limit, f"{module} differs after export"
-        key = f"{module}.lora_B.bias"
-        assert (key in wanted.tensors) == (key in got.tensors), f"bias of {module} was lost"
-        if key in wanted.tensors:
-            old, new = (x.tensors[key].float() * x.scale(module) for x in (wanted, got))
-            assert torch.allclose(old, new), f"bias of {module} differs after export"
+        if old[2] is not None and new[2] is not None:
+            before, after = old[2].float() * wanted.scale(module), new[2].float() * got.scale(module)
+            assert torch.allclose(before, after), f"bias of {module} differs after export"
 
 
 def model_card(config: recipe.Config, *, step: int, prompts: Sequence[str] = ()) -> str:

@@ -464,8 +464,9 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    """Lines of `metrics.jsonl`, without the one that a killed run may have left half-written."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 # --- meters --------------------------------------------------------------------------------------------------------------

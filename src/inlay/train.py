@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,6 +147,10 @@ class Job:
         """Learning rate of a step."""
         return runtime.rate(self.config.optim, step - 1, self.config.train.steps)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """The average in place of the weights for a while, if there is one."""
+        return runtime.swapped(self.parameters, self.ema.weights if self.ema else None)
+
     def update(self, step: int) -> Tensor:
         """Averages, clips and applies the gradients; returns their norm, on the device."""
         parameters = list(self.parameters.values())
@@ -166,7 +170,7 @@ class Job:
         if not self.held_out:
             return
         assert isinstance(self.step, DenoisingStep)
-        with runtime.swapped(self.parameters, self.ema.weights if self.ema else None):
+        with self.averaged():
             rows = self.step.held_out(
                 self.denoiser, self.held_out[self.ctx.rank :: self.ctx.world], self.ctx.device
             )
@@ -183,7 +187,7 @@ class Job:
                     denoiser=self.denoiser, device=self.ctx.device, dtype=self.ctx.precision
                 )
             self.denoiser.eval()
-            with runtime.swapped(self.parameters, self.ema.weights if self.ema else None):
+            with self.averaged():
                 about = {"checkpoint": f"step-{step:06d}", "strength": 1.0}
                 generate.draw(
                     self.family,
@@ -200,10 +204,10 @@ class Job:
     def save(self, step: int, *, final: bool) -> None:
         """Writes a checkpoint and, at the end, what other programs load."""
         if self.ctx.main:
-            weights: dict[str, Tensor] = dict(self.ema.weights if self.ema else self.parameters)
             about = {"inlay_step": str(step), "inlay_base": self.config.model.checkpoint}
             with self.run.writing(step) as folder:
-                tuners.save(self.config.tuner, self.denoiser, weights, folder / "adapter", metadata=about)
+                with self.averaged():
+                    tuners.save(self.config.tuner, self.denoiser, folder / "adapter", metadata=about)
                 tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
                 tensors |= {f"ema.{n}": w for n, w in (self.ema.weights if self.ema else {}).items()}
                 state = runtime.pack(self.optimizer.state_dict(), "optimizer", tensors)
@@ -211,8 +215,8 @@ class Job:
                 runtime.save_state(folder, tensors, values)
             self.run.keep(self.config.train.keep)
             if final:
-                with runtime.atomic(self.run.adapter) as folder:
-                    tuners.save(self.config.tuner, self.denoiser, weights, folder, metadata=about)
+                with runtime.atomic(self.run.adapter) as folder, self.averaged():
+                    tuners.save(self.config.tuner, self.denoiser, folder, metadata=about)
                     card = generate.card(self.config, step, self.prompts.texts)
                     (folder / "README.md").write_text(card, "utf-8")
         self.ctx.barrier()
@@ -270,16 +274,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         config.seed,
         per_step,
     )
-    held_out = [
-        Batch(
-            clips.store.read("media", m)["latents"][None],
-            family.collate([clips.store.read("text", t)]),
-            [w.clip.name],
-        )
-        for w, m, t in list(zip(clips.plan.held_out, clips.held_out_media, clips.held_out_text, strict=True))[
-            :HELD_OUT_AT_MOST
-        ]
-    ]
+    held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
     full = config.tuner.kind == "full"
     denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).to(ctx.device).train()
@@ -364,6 +359,18 @@ class Clips:
     empty: str
     prompts: generate.Prompts
     built: cache.Built
+
+    def held_out_batches(self, family: families.Family) -> list[Batch]:
+        """The first held-out clips, each alone: what the held-out loss is measured on."""
+        rows = zip(self.plan.held_out, self.held_out_media, self.held_out_text, strict=True)
+        return [
+            Batch(
+                self.store.read("media", m)["latents"][None],
+                family.collate([self.store.read("text", t)]),
+                [w.clip.name],
+            )
+            for w, m, t in list(rows)[:HELD_OUT_AT_MOST]
+        ]
 
 
 def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: Context) -> Clips:

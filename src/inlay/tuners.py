@@ -84,6 +84,7 @@ def attach(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             denoiser.add_adapter(_peft_config(section, chosen), adapter_name=ADAPTER)  # type: ignore[operator]
+        _factor_norms(denoiser)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -102,30 +103,56 @@ def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
     )
 
 
+def _factor_norms(denoiser: nn.Module) -> None:
+    """Makes every DoRA linear layer compute its norm from the factors.
+
+    peft builds B A through an identity of in x in numbers and adds it to a copy of W, in each layer and pass. The squared row
+    norms of W + s B A are ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs nothing larger than W A^T (out, r). The
+    same numbers up to rounding, for the layers' first and only use of them: the norm is a constant to the gradient
+    (Liu et al. 2024, section 4.3).
+    """
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    class FactoredDora(DoraLinearLayer):
+        def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, **_):
+            with torch.no_grad():
+                norm = row_norm(base_layer.weight, lora_A.weight, lora_B.weight, scaling)
+            scale = (self.weight / norm).to(x.dtype)
+            if base_result is None:
+                base = nn.functional.linear(x, base_layer.weight)
+            else:
+                base = base_result if base_layer.bias is None else base_result - base_layer.bias
+            return (scale - 1) * base + scale * lora_B(lora_A(x)) * scaling
+
+    for module in denoiser.modules():
+        if type(module) is DoraLinearLayer:
+            module.__class__ = FactoredDora
+
+
+def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """Norm of each row of W + s B A, from W (out, in), A (r, in) and B (out, r): shape (out,), float32."""
+    w, a, b = weight, a.float(), b.float()
+    squared = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) ** 2
+    cross = ((w @ a.T.to(w.dtype)).float() * b).sum(1)
+    return (squared + 2 * s * cross + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
+
+
 def save(
-    section: recipe.LowRank | recipe.Full,
-    denoiser: nn.Module,
-    weights: Mapping[str, Tensor],
-    folder: Path,
-    *,
-    metadata: Mapping[str, str],
+    section: recipe.LowRank | recipe.Full, denoiser: nn.Module, folder: Path, *, metadata: Mapping[str, str]
 ) -> Path:
-    """Writes what was trained for use elsewhere: an adapter, or for full fine-tuning a diffusers `transformer` folder.
+    """Writes what was trained for use elsewhere: an adapter, or after full fine-tuning a diffusers folder.
 
     Args:
         section: the recipe's tuner.
-        denoiser: the network that `attach` changed.
-        weights: trained tensors by parameter name, such as an average of them.
+        denoiser: the network that `attach` changed; its weights as they are now.
         folder: is created.
         metadata: text for the file's header.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(section, recipe.Full):
-        state = {**denoiser.state_dict(), **weights}
-        denoiser.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # type: ignore[operator]
+        denoiser.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]
         return folder
-    tensors = {
-        n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
-    }
+    weights = {n: p.detach() for n, p in denoiser.named_parameters() if p.requires_grad}
+    tensors = {n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()}
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
     return formats.write_diffusers(folder, tensors, peft_config, metadata=dict(metadata))

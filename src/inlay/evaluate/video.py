@@ -1,11 +1,12 @@
 """What can be measured of a video without a learned judge: how it moves, flickers, holds together, how sharp it is.
 
-Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. None of them says that a
-video is good. They say what changed between two videos of one prompt, and whether that went towards the training clips.
+Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. None of them says
+that a video is good. They say what changed between two videos of one prompt, and whether that went towards the training
+clips.
 
-Motion, flicker and consistency are measured on luma, scaled down by whole factors until its longer side is at most `LONG`
-pixels, so that they mean the same at every size and cost little; sharpness and distance see every pixel. The motion behind
-them is found by matching blocks, as video codecs do, so that no network for optical flow is needed.
+Motion, flicker and consistency are measured on luma, scaled down by whole factors until its longer side is at most
+`LONG` pixels, so that they mean the same at every size and cost little; sharpness and distance see every pixel. The
+motion behind them is found by matching blocks, as video codecs do, so that no network for optical flow is needed.
 """
 
 from __future__ import annotations
@@ -43,14 +44,34 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "motion": Metric("motion", "% of the diagonal per frame", 2, "", "How far the picture moves; a still picture has 0."),
+    "motion": Metric(
+        "motion",
+        "% per frame",
+        2,
+        "",
+        "How far the picture moves from frame to frame, in percent of its diagonal; a still has 0.",
+    ),
     "flicker": Metric(
-        "flicker", "% of the brightness range", 2, "lower", "Brightness that jumps and comes back, where motion does not explain it."
+        "flicker",
+        "% of range",
+        2,
+        "lower",
+        "Brightness that jumps and comes back where motion does not explain it, in percent of its range.",
     ),
     "consistency": Metric(
-        "consistency", "correlation", 3, "higher", "How well each frame is the one before, moved; 1 is perfect, and trivial for a still."
+        "consistency",
+        "correlation",
+        3,
+        "higher",
+        "How well each frame is the one before, moved. 1 is perfect, and a still gets it for nothing.",
     ),
-    "sharpness": Metric("sharpness", "variance of the Laplacian", 0, "", "Fine detail, noise included; blur lowers it."),
+    "sharpness": Metric(
+        "sharpness",
+        "Laplacian",
+        0,
+        "",
+        "Variance of the Laplacian: fine detail, noise included; blur lowers it.",
+    ),
 }
 """What `measure` gives, in the order in which it is shown."""
 
@@ -72,8 +93,9 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 def motion(frames: np.ndarray) -> float:
     """Mean displacement of blocks from frame to frame, as a share of the picture's diagonal.
 
-    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still picture and for noise without motion. A picture that moves as a whole by
-    d pixels a frame gives d / diagonal, up to the strip that enters; an object that fills a tenth of it a tenth of that.
+    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still picture and for noise without motion. A picture that moves as
+    a whole by d pixels a frame gives d / diagonal, up to the strip that enters; an object that fills a tenth of it
+    a tenth of that.
     """
     small = shrink(luma(frames))
     return _motion(compensate(small[:-1], small[1:])[1], small.shape[1:])
@@ -82,11 +104,12 @@ def motion(frames: np.ndarray) -> float:
 def flicker(frames: np.ndarray) -> float:
     """Mean brightness by which a pixel jumps away from both neighbours in time, along its motion; in [0, 1].
 
-    |Y_k - median(P, Y_k, N)|, with P and N the frames before and after, moved onto frame k: what a motion-compensated temporal
-    median filter would take out. 0 for stills, for any motion that matching follows, for fades and for cuts, which change but do
-    not come back. Brightness that alternates by a gives a; independent noise of deviation s without motion gives s / sqrt(pi).
-    Fewer than three frames give 0. (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighbours, so it
-    counts motion as flicker and is meant for stills; the warping error of Lai et al. 2018 needs learned flow.)
+    |Y_k - median(P, Y_k, N)|, with P and N the frames before and after, moved onto frame k: what a motion-compensated
+    temporal median filter would take out. 0 for stills, for any motion that matching follows, for fades and for cuts,
+    which change but do not come back. Brightness that alternates by a gives a; independent noise of deviation s
+    without motion gives s / sqrt(pi). Fewer than three frames give 0. (VBench's temporal flickering, Huang et al.
+    2024, is the mean difference of neighbours: it counts motion as flicker and is meant for stills. The warping error
+    of Lai et al. 2018 needs learned flow.)
     """
     small = shrink(luma(frames))
     middle = small[1:-1]
@@ -96,8 +119,8 @@ def flicker(frames: np.ndarray) -> float:
 def consistency(frames: np.ndarray) -> float:
     """Mean correlation of each frame with the one before, moved onto it; in [-1, 1].
 
-    1 for stills and for motion that matching follows, near 0 for unrelated frames, whatever their brightness and contrast. Frames
-    without any contrast count as 1 where both are flat and as 0 where one is. One frame alone gives 1.
+    1 for stills and for motion that matching follows, near 0 for unrelated frames, whatever their brightness and
+    contrast. Frames without any contrast count as 1 where both are flat and as 0 where one is. One frame alone gives 1.
     """
     small = shrink(luma(frames))
     return _consistency(compensate(small[:-1], small[1:])[0], small[1:])
@@ -136,8 +159,8 @@ def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
 def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> tuple[np.ndarray, np.ndarray]:
     """Moves the blocks of each source frame to where they are in the target frame.
 
-    A block stays where it is unless moving it removes most of its difference (`GAIN`); of equally good displacements the
-    shortest is taken. So neither noise nor plain areas move.
+    A block stays where it is unless moving it removes most of its difference (`GAIN`); of equally good displacements
+    the shortest is taken. So neither noise nor plain areas move.
 
     Args:
         source: (t, h, w) in [0, 1].
