@@ -340,29 +340,33 @@ def show(metric: str, value: float) -> str:
 def summary_table(report: Report) -> Table:
     """The report as a table for a terminal of 80 columns: a row for each of the two networks in each group."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=report.verdict.headline, caption=_caption(report), title_justify="left", box=box.SIMPLE_HEAD)
-    table.caption_justify, table.title_style, table.caption_style = "left", "bold", ""
+    options: Any = {"title_justify": "left", "caption_justify": "left", "title_style": "bold", "caption_style": ""}
+    options |= {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    table = Table(title=escape(report.verdict.headline), caption=_caption(report), **options)
     total, groups = report.total, report.groups
     judged = total is not None and total.judged > 0
-    for name in ("group", "model", "videos", *(["as asked"] if judged else []), *METRICS, "differ"):
-        left = name in ("group", "model")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "group")
+    table.add_column("group (videos)")
+    for name in ("model", *(["as asked"] if judged else []), *(m.brief for m in METRICS.values()), "differ"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for group in [*groups, *([total] if total and len(groups) != 1 else [])]:
         sides = ((group.base, group.base_yes), (group.tuned, group.tuned_yes))
         for i, (name, (metrics, yes)) in enumerate(zip(report.names, sides, strict=True)):
-            cells = ["" if i else group.name or "prompts", name, str(group.videos)]
+            cells = ["" if i else escape(f"{group.name or 'prompts'} ({group.videos})"), name]
             if judged:
                 cells.append(f"{yes} of {group.judged}" if group.judged else "")
             cells += [show(k, metrics[k]) for k in METRICS]
             table.add_row(*cells, f"{group.distance:.1%}" if i else "", end_section=i == 1)
     if report.training:
         gap = [""] if judged else []
-        table.add_row("training clips", "", "", *gap, *(show(k, report.training[k]) for k in METRICS), "")
+        table.add_row("training clips", "", *gap, *(show(k, report.training[k]) for k in METRICS), "")
     return table
 
 
 def _caption(report: Report) -> str:
+    from rich.markup import escape
+
     lines = [] if report.held_out is None else _sentences([_loss_sentence(report.held_out)])
-    return "\n".join([*lines, *(f"! {w}" for w in report.verdict.warnings)])
+    return escape("\n".join([*lines, *(f"! {w}" for w in report.verdict.warnings)]))

@@ -36,6 +36,8 @@ class Metric:
     """How a number is told."""
 
     name: str
+    brief: str
+    """For narrow tables."""
     unit: str
     digits: int
     better: str
@@ -46,12 +48,14 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "motion": Metric(
         "motion",
+        "motion",
         "% per frame",
         2,
         "",
         "How far the picture moves from frame to frame, in percent of its diagonal; a still has 0.",
     ),
     "flicker": Metric(
+        "flicker",
         "flicker",
         "% of range",
         2,
@@ -60,6 +64,7 @@ METRICS: Mapping[str, Metric] = {
     ),
     "consistency": Metric(
         "consistency",
+        "consist.",
         "correlation",
         3,
         "higher",
@@ -67,6 +72,7 @@ METRICS: Mapping[str, Metric] = {
     ),
     "sharpness": Metric(
         "sharpness",
+        "sharp",
         "Laplacian",
         0,
         "",
