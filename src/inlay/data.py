@@ -52,7 +52,7 @@ class Clip:
     name: str
     """Relative to the source's root, with forward slashes."""
     caption: str
-    """As stored, with runs of white space made one space; empty where there is none, then it has no windows."""
+    """As stored, with runs of white space made one space; empty where there is none: no windows then."""
     source: int
     """Index into `data.sources`."""
     group: str | None
@@ -477,11 +477,9 @@ def _clip_problems(
     if size is None and clip.kind == "image":
         add("image", "")
     elif size is None:
-        need = min(data.frames)
-        there = media.available(probe, fps)
+        need, (there, rate) = min(data.frames), _there(probe, data, fps)
         add(
-            "too-short",
-            f"{need / fps:.2f} s needed for {need} frames at {fps:g} fps, {there / fps:.2f} s there",
+            "too-short", f"{need} frames at {rate:g} fps need {need / rate:.2f} s, {there / rate:.2f} s there"
         )
     if probe.width % 2 or probe.height % 2:
         add("odd-size", f"{probe.width}x{probe.height}")
