@@ -173,8 +173,8 @@ def read(
     tensors, full = _normalised(parsed, alphas, base, dora_scale)
     if full:
         notes.append(
-            f"{full} layers scale input columns, which peft's DoRA cannot: converted to an exact LoRA of full "
-            "rank, which is as large as the network; better export it as merged"
+            f"{full} layers scale input columns, which peft's DoRA cannot: converted to an exact LoRA of "
+            "full rank, which is as large as the network; better export it as merged"
         )
     header = {k: v for k, v in file.header.items() if k not in (_METADATA, _DORA_RULE, "format")}
     adapter = Adapter(tensors, alphas, parsed.layout, source, tuple(notes), header)
@@ -485,7 +485,7 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
 def _normalised(
     parsed: _Parsed, alphas: dict[str, float], base: nn.Module | None, dora_scale: DoraRule | None
 ) -> tuple[dict[str, Tensor], int]:
-    """Tensors as `Adapter` holds them, and how many layers became factors of full rank; these change `alphas`."""
+    """Tensors as `Adapter` holds them, and how many layers became factors of full rank, with new `alphas`."""
     path, rule = parsed.file.path, parsed.file.header.get(_DORA_RULE, dora_scale)
     tensors: dict[str, Tensor] = {}
     full = 0
