@@ -74,6 +74,12 @@ def test_motion_of_a_part_is_that_part_of_it() -> None:
     assert 0.5 * 3 * (16 / 64) ** 2 < found < 2 * 3 * (16 / 64) ** 2
 
 
+def test_slow_motion_counts() -> None:
+    fast = sliding(0, 1, frames=9)
+    slow = fast[[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]]
+    assert video.motion(slow) == pytest.approx(video.motion(fast) / 3, rel=0.25)
+
+
 def test_noise_and_brightness_do_not_move() -> None:
     assert video.motion(noise(10)) < 0.0002
     assert video.motion(grey([100, 140] * 5)) == 0
@@ -111,7 +117,9 @@ def test_motion_is_hardly_flicker_and_flicker_shows_through_motion() -> None:
     shaken = moving.astype(int) + np.where(np.arange(9) % 2, 12, 0)[:, None, None, None]
     assert video.flicker(moving) < 0.002
     assert video.flicker(shaken.clip(0, 255).astype(np.uint8)) == pytest.approx(12 / 255, rel=0.25)
-    assert np.abs(np.diff(video.luma(moving), axis=0)).mean() > 0.02, "which neighbours' difference would call flicker"
+    assert np.abs(np.diff(video.luma(moving), axis=0)).mean() > 0.02, (
+        "which neighbours' difference would call flicker"
+    )
 
 
 def test_consistency() -> None:

@@ -197,7 +197,9 @@ def _sides(place: Run, against: str, checkpoint: str | None) -> tuple[_Side, _Si
 
     sides = side("base", against), side("tuned", checkpoint)
     if sides[0].folder == sides[1].folder:
-        raise ValueError(f"evaluate: {sides[1].name} would be compared with itself; choose another `checkpoint` or `against`")
+        raise ValueError(
+            f"evaluate: {sides[1].name} would be compared with itself; choose another `checkpoint` or `against`"
+        )
     return sides
 
 
@@ -209,16 +211,26 @@ def _networks(
     denoiser = pipeline = None
     for side in sides:
         if denoiser is None or full:
-            say(f"loading {config.model.checkpoint}" if side.folder is None or not full else f"loading {side.folder}")
+            say(
+                f"loading {config.model.checkpoint}"
+                if side.folder is None or not full
+                else f"loading {side.folder}"
+            )
             denoiser = pipeline = None  # two of them may not fit
-            denoiser = family.load_denoiser(ctx.precision, folder=side.folder if full else None).to(ctx.device).eval()
+            denoiser = (
+                family.load_denoiser(ctx.precision, folder=side.folder if full else None)
+                .to(ctx.device)
+                .eval()
+            )
             pipeline = family.pipeline(denoiser=denoiser, device=ctx.device, dtype=ctx.precision)
         elif pipeline.get_list_adapters():
             pipeline.unload_lora_weights()
         if side.folder is not None and not full:
             family.load_adapter(pipeline, side.folder)
             if not pipeline.get_list_adapters():
-                raise ValueError(f"{side.folder}: the pipeline took nothing from this adapter; `inlay inspect` says what is in it")
+                raise ValueError(
+                    f"{side.folder}: the pipeline took nothing from this adapter; `inlay inspect` says what is in it"
+                )
         yield denoiser, pipeline
 
 
@@ -234,7 +246,9 @@ def _clips(
         return None, [" ".join(note.split())]
 
 
-def _yardstick(place: Run, clips: train.Clips | None, folder: Path, notes: list[str]) -> dict[str, float] | None:
+def _yardstick(
+    place: Run, clips: train.Clips | None, folder: Path, notes: list[str]
+) -> dict[str, float] | None:
     """Measures some training clips, and puts a contact sheet of what the model saw into the report."""
     sheet = place.folder / "check" / "contact_sheet.png"
     if sheet.is_file():
@@ -298,7 +312,12 @@ class _Both:
     _distances: list[float] = field(default_factory=list)
 
     def measure(
-        self, side: _Side, step: DenoisingStep, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device
+        self,
+        side: _Side,
+        step: DenoisingStep,
+        denoiser: nn.Module,
+        batches: Sequence[Batch],
+        device: torch.device,
     ) -> None:
         """Held-out loss of one side."""
         self._losses[side.role] = []
@@ -313,7 +332,9 @@ class _Both:
 
         def seen(i: int, j: int, frames: np.ndarray) -> None:
             judge = self.prompts[i].judge
-            found.append((video.measure(frames), None if judge is None else bool(judge(frames)), page.strip(frames)))
+            found.append(
+                (video.measure(frames), None if judge is None else bool(judge(frames)), page.strip(frames))
+            )
             kept = self.scratch / f"{i}-{j}.npy"
             if side.role == "base":
                 np.save(kept, frames)

@@ -67,13 +67,17 @@ def render(chart: Chart) -> str:
         out.append(f'<line class="mark" x1="{x}" y1="{top}" x2="{x}" y2="{bottom}"/>')
         anchor = "end" if x > (left + right) / 2 else "start"
         shift = -4 if anchor == "end" else 4
-        out.append(f'<text class="note" x="{x + shift}" y="{top + 9}" text-anchor="{anchor}">{escape(chart.mark_name)}</text>')
+        out.append(
+            f'<text class="note" x="{x + shift}" y="{top + 9}" text-anchor="{anchor}">{escape(chart.mark_name)}</text>'
+        )
     for line in lines:
         path = " ".join(f"{x},{y}" for x, y in (at(*p) for p in _thin(line.points)))
         out.append(f'<polyline class="{line.style}" points="{path}"/>')
         if line.style == "base":
             x, y = at(*line.points[-1])
-            out.append(f'<text class="note is-base" x="{x}" y="{y - 5}" text-anchor="end">{escape(line.name)}</text>')
+            out.append(
+                f'<text class="note is-base" x="{x}" y="{y - 5}" text-anchor="end">{escape(line.name)}</text>'
+            )
         for p in line.points if line.dots else ():
             x, y = at(*p)
             told = escape(f"{line.name}, {chart.x} {p[0]:g}: {p[1]:.5g}")
@@ -106,7 +110,9 @@ def _axes(chart: Chart, xs: Point, ys: Point, at, box: tuple[int, int, int, int]
         out.append(f'<text class="tick" x="{x}" y="{bottom + 17}" text-anchor="middle">{short(value)}</text>')
     middle = (top + bottom) / 2
     out.append(f'<line class="axis" x1="{left}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
-    out.append(f'<text class="label" x="{right}" y="{bottom + 34}" text-anchor="end">{escape(chart.x)}</text>')
+    out.append(
+        f'<text class="label" x="{right}" y="{bottom + 34}" text-anchor="end">{escape(chart.x)}</text>'
+    )
     out.append(
         f'<text class="label" x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{escape(chart.y)}</text>'
     )

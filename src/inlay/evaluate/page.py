@@ -56,14 +56,19 @@ def render(report: Report, folder: Path) -> str:
     links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in sections.items())
     body = [
         _header(report),
-        f'<nav aria-label="Sections"><div>{links}<button id="play" type="button" hidden></button></div></nav>',
+        f'<nav aria-label="Sections"><div><span class="links">{links}</span><button id="play" type="button" hidden></button></div></nav>',
         "<main>",
-        *(f'<section id="{key}" aria-label="{title}">{text}</section>' for key, (title, text) in sections.items()),
+        *(
+            f'<section id="{key}" aria-label="{title}">{text}</section>'
+            for key, (title, text) in sections.items()
+        ),
         "</main>",
         _footer(report),
     ]
     page = Template(Path(__file__).with_name("template.html").read_text("utf-8"))
-    return page.substitute(title=escape(f"{report.run}: {report.verdict.headline}"), version=_version(), body="\n".join(body))
+    return page.substitute(
+        title=escape(f"{report.run}: {report.verdict.headline}"), version=_version(), body="\n".join(body)
+    )
 
 
 def _version() -> str:
@@ -80,7 +85,11 @@ def _header(report: Report) -> str:
     verdict = report.verdict
     reasons = "".join(f"<li>{_code(r)}</li>" for r in verdict.reasons)
     warnings = "".join(f"<li>{_code(w)}</li>" for w in verdict.warnings)
-    box = f'<div class="warnings" role="note"><strong>Look out</strong><ul>{warnings}</ul></div>' if warnings else ""
+    box = (
+        f'<div class="warnings" role="note"><strong>Look out</strong><ul>{warnings}</ul></div>'
+        if warnings
+        else ""
+    )
     return f"""<header><div>
 <div class="brand"><svg aria-hidden="true"><use href="#k-tuned"/></svg>
 <span><strong>inlay</strong> evaluation of <span class="mono">{escape(report.run)}</span></span></div>
@@ -97,7 +106,9 @@ def _tiles(report: Report) -> str:
     base, tuned = report.names
     if report.held_out:
         a, b = report.held_out.means
-        tiles.append(("Held-out loss", signed(report.held_out.change), f"{a:.4f} ({base}) to {b:.4f} ({tuned})"))
+        tiles.append(
+            ("Held-out loss", signed(report.held_out.change), f"{a:.4f} ({base}) to {b:.4f} ({tuned})")
+        )
     total = report.total
     for group in sorted((g for g in report.groups if g.judged), key=lambda g: -abs(g.risen))[:2]:
         said = f"videos show what was asked; of {base}, {group.base_yes}"
@@ -109,7 +120,9 @@ def _tiles(report: Report) -> str:
     if trained:
         step = f"step {report.step:,}" if report.step is not None else ""
         tiles.append(("Trained", trained, ", ".join(x for x in (step, report.adapter.get("size", "")) if x)))
-    cells = (f"<div><dt>{escape(t)}</dt><dd>{escape(v)}<small>{escape(n)}</small></dd></div>" for t, v, n in tiles)
+    cells = (
+        f"<div><dt>{escape(t)}</dt><dd>{escape(v)}<small>{escape(n)}</small></dd></div>" for t, v, n in tiles
+    )
     return f'<dl class="tiles">{"".join(cells)}</dl>' if tiles else ""
 
 
@@ -133,14 +146,18 @@ def _videos(report: Report, folder: Path) -> str:
     out = [
         "<h2>Side by side</h2>",
         f'<p class="soft">The same prompt and the same seed, so the same noise to begin with: {_key("base")} <strong>{base}</strong> '
-        f'on the left, {_key("tuned")} <strong>{tuned}</strong> on the right.{judged}</p>',
+        f"on the left, {_key('tuned')} <strong>{tuned}</strong> on the right.{judged}</p>",
     ]
     with TemporaryDirectory() as scratch:
         for group in groups:
             if len(groups) > 1 or group.name:
                 out.append(_group_head(group, report.names))
-            cards = [_card(p, report.names, folder, Path(scratch)) for p in report.pairs if p.group == group.name]
-            out.append(f'<div class="pairs" style="--card-width:{_card_width(report)}px">{"".join(cards)}</div>')
+            cards = [
+                _card(p, report.names, folder, Path(scratch)) for p in report.pairs if p.group == group.name
+            ]
+            out.append(
+                f'<div class="pairs" style="--card-width:{_card_width(report)}px">{"".join(cards)}</div>'
+            )
     return "\n".join(out)
 
 
@@ -212,7 +229,9 @@ def strip(frames: np.ndarray, count: int = 6, wide: int = 160) -> Image.Image:
     row = Image.new("RGBA", ((size[0] + gap) * len(chosen) - gap, size[1]), (0, 0, 0, 0))
     for i, frame in enumerate(chosen):
         image = Image.fromarray(frame)
-        row.paste(image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS), (i * (size[0] + gap), 0))
+        row.paste(
+            image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS), (i * (size[0] + gap), 0)
+        )
     return row
 
 
@@ -246,7 +265,9 @@ def _table(report: Report) -> str:
     if training:
         cells = "".join(f"<td>{show(k, training[k])}</td>" for k in METRICS)
         gaps = "<td></td>" * (2 if judged else 1)
-        foot.append(f'<tr class="yardstick"><th scope="row">Training clips, to compare</th>{gaps}{cells}<td></td></tr>')
+        foot.append(
+            f'<tr class="yardstick"><th scope="row">Training clips, to compare</th>{gaps}{cells}<td></td></tr>'
+        )
     caption = f"{_key('base')} <span class='was'>{base}</span> → {_key('tuned')} <span class='is'>{tuned}</span>, means over the videos"
     return (
         f'<p class="soft">{caption}</p><div class="scroll" tabindex="0" role="region" aria-label="Metrics by group"><table>'
@@ -255,10 +276,14 @@ def _table(report: Report) -> str:
 
 
 def _row(group: Group, judged: bool, name: str | None = None) -> str:
-    cells = [f'<th scope="row">{escape(name or group.name or "Prompts of the recipe")}</th><td>{group.videos}</td>']
+    cells = [
+        f'<th scope="row">{escape(name or group.name or "Prompts of the recipe")}</th><td>{group.videos}</td>'
+    ]
     if judged:
         of = f'<span class="soft"> of {group.judged}</span>'
-        cells.append(f"<td>{_both(str(group.base_yes), str(group.tuned_yes)) + of if group.judged else ''}</td>")
+        cells.append(
+            f"<td>{_both(str(group.base_yes), str(group.tuned_yes)) + of if group.judged else ''}</td>"
+        )
     cells += [f"<td>{_both(show(k, group.base[k]), show(k, group.tuned[k]))}</td>" for k in METRICS]
     return f"<tr>{''.join(cells)}<td>{group.distance:.1%}</td></tr>"
 
@@ -287,7 +312,12 @@ def _losses(loss: HeldOut, names: tuple[str, str]) -> str:
     a, b = loss.means
     foot = f'<tr><th scope="row">mean</th><td></td><td>{a:.4f}</td><td>{b:.4f}</td><td>{signed(loss.change)}</td></tr>'
     clips = f"{len(loss.clips)} clip{'s' * (len(loss.clips) != 1)}"
-    heads = ("Noise level<small>0 data, 1 noise</small>", "Quantile<small>of training's levels</small>", *map(escape, names), "Change")
+    heads = (
+        "Noise level<small>0 data, 1 noise</small>",
+        "Quantile<small>of training's levels</small>",
+        *map(escape, names),
+        "Change",
+    )
     cells = "".join(f"<th scope='col'>{h}</th>" for h in heads)
     said = (
         f"Loss on {clips} that training never saw, with the same noise for both, so that the two columns differ by the adapter alone. "
@@ -303,7 +333,11 @@ def _losses(loss: HeldOut, names: tuple[str, str]) -> str:
 def _curves(report: Report) -> str:
     lines = report.curves
     last = max((int(x["step"]) for x in lines), default=0)
-    mark = {"mark": float(report.step), "mark_name": "evaluated"} if report.step is not None and report.step < last else {}
+    mark = (
+        {"mark": float(report.step), "mark_name": "evaluated"}
+        if report.step is not None and report.step < last
+        else {}
+    )
 
     def points(key: str) -> list[charts.Point]:
         return [(float(x["step"]), float(x[key])) for x in lines if key in x]
@@ -312,11 +346,17 @@ def _curves(report: Report) -> str:
     steady = len(raw) >= 10
     training = [charts.Line("as logged", raw, "raw" if steady else "main", dots=not steady)]
     training += [charts.Line("smoothed", charts.smooth(raw, 0.1), "main")] if steady else []
-    wide = charts.render(charts.Chart("Training loss", "step", "loss", training, width=1000, height=280, **mark))
+    wide = charts.render(
+        charts.Chart("Training loss", "step", "loss", training, width=1000, height=280, **mark)
+    )
     small = [charts.render(c) for c in _held_out_charts(report, points, mark)]
     for key, title, unit in OTHER_CURVES:
         style = charts.Line(title, points(key), "main")
-        small.append(charts.render(charts.Chart(title, "step", unit, [style], width=340, height=220, zero=True, **mark)))
+        small.append(
+            charts.render(
+                charts.Chart(title, "step", unit, [style], width=340, height=220, zero=True, **mark)
+            )
+        )
     small = [f"<figure>{s}</figure>" for s in small if s]
     if not wide and not small:
         return ""
@@ -382,7 +422,9 @@ def _settings(report: Report) -> str:
         ("Environment", _facts({"Packages": packages, "Machine": machine}), False),
     ]
     details = (
-        f"<details{' open' * opened}><summary>{title}</summary>{text}</details>" for title, text, opened in parts if text
+        f"<details{' open' * opened}><summary>{title}</summary>{text}</details>"
+        for title, text, opened in parts
+        if text
     )
     return f"<h2>Settings</h2>{''.join(details)}"
 
@@ -390,7 +432,10 @@ def _settings(report: Report) -> str:
 def _facts(blocks: Mapping[str, Mapping[str, Any]]) -> str:
     out = []
     for title, values in blocks.items():
-        rows = "".join(f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(_value(v))}</dd>" for k, v in values.items())
+        rows = "".join(
+            f"<dt>{escape(str(k))}</dt><dd>{escape(_value(v))}</dd>"
+            for k, v in values.items()
+        )
         out.append(f"<div><h3>{escape(title)}</h3><dl>{rows}</dl></div>" if rows else "")
     return f'<div class="facts">{"".join(out)}</div>' if any(out) else ""
 
@@ -398,8 +443,18 @@ def _facts(blocks: Mapping[str, Mapping[str, Any]]) -> str:
 def _value(value: Any) -> str:
     if value is None or value == "" or value == []:
         return "\N{EN DASH}"
-    if isinstance(value, Sequence) and not isinstance(value, str) and not any(isinstance(v, (Mapping, list)) for v in value):
-        return " x ".join(map(str, value)) if len(value) == 2 and all(isinstance(v, int) for v in value) else ", ".join(map(str, value))
+    if (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and not any(isinstance(v, (Mapping, list)) for v in value)
+    ):
+        return (
+            " x ".join(map(str, value))
+            if len(value) == 2 and all(isinstance(v, int) for v in value)
+            else ", ".join(map(str, value))
+        )
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = [{k: w for k, w in v.items() if w is not None} if isinstance(v, Mapping) else v for v in value]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -412,4 +467,6 @@ def _code(text: str) -> str:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    )

@@ -201,10 +201,14 @@ def judge(report: Report) -> Verdict:
     if loss is not None:
         reasons.append(_loss_sentence(loss))
         if len(loss.clips) < 3:
-            warnings.append(f"Measured on only {_count(len(loss.clips), 'held-out clip')}: a hint, not a proof.")
+            warnings.append(
+                f"Measured on only {_count(len(loss.clips), 'held-out clip')}: a hint, not a proof."
+            )
     if total and total.distance < CHANGED:
         same = "are the same, pixel for pixel" if total.distance == 0 else "look the same"
-        return Verdict("bad", f"Nothing changed: the videos of {base} and {tuned} {same}.", _sentences(reasons), warnings)
+        return Verdict(
+            "bad", f"Nothing changed: the videos of {base} and {tuned} {same}.", _sentences(reasons), warnings
+        )
     risen = [g for g in report.groups if g.risen >= TELLING_YES]
     fallen = [g for g in report.groups if g.risen <= -TELLING_YES]
     warnings = [*_forgotten(fallen), *warnings]
@@ -252,28 +256,39 @@ def _changes(report: Report) -> list[str]:
         return []
     out = []
     a, b = total.base, total.tuned
-    if b["flicker"] > max(1.5 * a["flicker"], 1.5 * wanted.get("flicker", 0)) and b["flicker"] - a["flicker"] > 0.1:
+    if (
+        b["flicker"] > max(1.5 * a["flicker"], 1.5 * wanted.get("flicker", 0))
+        and b["flicker"] - a["flicker"] > 0.1
+    ):
         out.append(f"The videos flicker more than before: {a['flicker']:.2f} to {b['flicker']:.2f} %.")
     for name, what in (("motion", "move far less"), ("sharpness", "are far blurrier")):
         if b[name] < 0.5 * min(a[name], wanted.get(name, np.inf)):
             digits = METRICS[name].digits
             out.append(f"The videos {what} than before: {name} {a[name]:.{digits}f} to {b[name]:.{digits}f}.")
     if b["consistency"] < min(a["consistency"], wanted.get("consistency", 1)) - 0.05:
-        out.append(f"Frames hold together less well: consistency {a['consistency']:.3f} to {b['consistency']:.3f}.")
+        out.append(
+            f"Frames hold together less well: consistency {a['consistency']:.3f} to {b['consistency']:.3f}."
+        )
     return out
 
 
 def _checkpoints(report: Report) -> list[str]:
     """Warnings from the held-out curve: a better checkpoint before, or clips that are not those of training."""
     curve = {int(x["step"]): x["held_out_loss"] for x in report.curves if "held_out_loss" in x}
-    here = report.step if report.step in curve else max((s for s in curve if s <= (report.step or 0)), default=None)
+    here = (
+        report.step
+        if report.step in curve
+        else max((s for s in curve if s <= (report.step or 0)), default=None)
+    )
     if report.held_out is None or here is None:
         return []
     out = []
     best = min(curve, key=lambda s: curve[s])
     if best < here and curve[best] < (1 - EARLIER) * curve[here]:
         rise = curve[here] / curve[best] - 1
-        out.append(f"Held-out loss was lowest at step {best} and has risen {_percent(rise)} since: try a checkpoint near it.")
+        out.append(
+            f"Held-out loss was lowest at step {best} and has risen {_percent(rise)} since: try a checkpoint near it."
+        )
     measured = report.held_out.means[1]
     if here == report.step and abs(measured / curve[here] - 1) > TELLING:
         out.append(
@@ -285,7 +300,9 @@ def _checkpoints(report: Report) -> list[str]:
 
 def _forgotten(fallen: Sequence[Group]) -> list[str]:
     return [
-        "It forgot" + (f" \N{LEFT DOUBLE QUOTATION MARK}{g.name}\N{RIGHT DOUBLE QUOTATION MARK}" if g.name else "") + f": {g.tuned_yes} of {g.judged} videos show what was "
+        "It forgot"
+        + (f" \N{LEFT DOUBLE QUOTATION MARK}{g.name}\N{RIGHT DOUBLE QUOTATION MARK}" if g.name else "")
+        + f": {g.tuned_yes} of {g.judged} videos show what was "
         f"asked, {g.base_yes} did before."
         for g in fallen
     ]
@@ -343,7 +360,12 @@ def summary_table(report: Report) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    options: Any = {"title_justify": "left", "caption_justify": "left", "title_style": "bold", "caption_style": ""}
+    options: Any = {
+        "title_justify": "left",
+        "caption_justify": "left",
+        "title_style": "bold",
+        "caption_style": "",
+    }
     options |= {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
     table = Table(title=escape(report.verdict.headline), caption=_caption(report), **options)
     total, groups = report.total, report.groups

@@ -24,6 +24,8 @@ RADIUS = 6
 """Furthest displacement from frame to frame that is looked for, in pixels along each axis, at that size."""
 GAIN = 0.5
 """A block has moved when that leaves less than this share of its difference; noise alone leaves two thirds."""
+STRIDE = 4
+"""Displacements are searched over so many frames first, so that slow motion counts, then from frame to frame."""
 STILL = 1 / 255
 """A block that differs by less than one level (mean absolute) is at rest."""
 
@@ -86,12 +88,12 @@ def measure(frames: np.ndarray) -> dict[str, float]:
     """All of `METRICS` for uint8 frames (t, h, w, 3); motion and flicker in percent."""
     y = luma(frames)
     small = shrink(y)
-    before, moved = compensate(small[:-1], small[1:])
-    after, _ = compensate(small[2:], small[1:-1])
+    match = compensate(small[:-1], small[1:])
+    after = compensate(small[2:], small[1:-1]).moved
     return {
-        "motion": 100 * _motion(moved, small.shape[1:]),
-        "flicker": 100 * _flicker(before[:-1], small[1:-1], after),
-        "consistency": _consistency(before, small[1:]),
+        "motion": 100 * _motion(small, match),
+        "flicker": 100 * _flicker(match.moved[:-1], small[1:-1], after),
+        "consistency": _consistency(match.moved, small[1:]),
         "sharpness": _sharpness(y),
     }
 
@@ -101,10 +103,10 @@ def motion(frames: np.ndarray) -> float:
 
     In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still picture and for noise without motion. A picture that moves as
     a whole by d pixels a frame gives d / diagonal, up to the strip that enters; an object that fills a tenth of it
-    a tenth of that.
+    a tenth of that. The slowest motion that counts is a pixel in `STRIDE` frames, at the scale of `LONG`.
     """
     small = shrink(luma(frames))
-    return _motion(compensate(small[:-1], small[1:])[1], small.shape[1:])
+    return _motion(small, compensate(small[:-1], small[1:]))
 
 
 def flicker(frames: np.ndarray) -> float:
@@ -119,7 +121,7 @@ def flicker(frames: np.ndarray) -> float:
     """
     small = shrink(luma(frames))
     middle = small[1:-1]
-    return _flicker(compensate(small[:-2], middle)[0], middle, compensate(small[2:], middle)[0])
+    return _flicker(compensate(small[:-2], middle).moved, middle, compensate(small[2:], middle).moved)
 
 
 def consistency(frames: np.ndarray) -> float:
@@ -129,7 +131,7 @@ def consistency(frames: np.ndarray) -> float:
     contrast. Frames without any contrast count as 1 where both are flat and as 0 where one is. One frame alone gives 1.
     """
     small = shrink(luma(frames))
-    return _consistency(compensate(small[:-1], small[1:])[0], small[1:])
+    return _consistency(compensate(small[:-1], small[1:]).moved, small[1:])
 
 
 def sharpness(frames: np.ndarray) -> float:
@@ -143,13 +145,17 @@ def sharpness(frames: np.ndarray) -> float:
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Mean absolute difference of two videos of one shape, in [0, 1]: 0 for the same pixels, 1 for black and white."""
     assert a.shape == b.shape, "videos of one prompt have one shape"
-    total = sum(float(np.abs(x.astype(np.int16) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True))
+    total = sum(
+        float(np.abs(x.astype(np.int16) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)
+    )
     return total / len(a) / 255
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
     """BT.709 luma of uint8 RGB (t, h, w, 3) as float32 (t, h, w) in [0, 1]."""
-    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames), frames.shape
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames), (
+        frames.shape
+    )
     red, green, blue = _LUMA
     return frames[..., 0] * red + frames[..., 1] * green + frames[..., 2] * blue
 
@@ -162,7 +168,19 @@ def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
     return y[:, : h * n, : w * n].reshape(t, h, min(n, y.shape[1]), w, min(n, y.shape[2])).mean(axis=(2, 4))
 
 
-def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Match:
+    """Frames moved onto other frames, block by block."""
+
+    moved: np.ndarray
+    """(t, h, w)"""
+    lengths: np.ndarray
+    """Of the displacements in pixels: (t, blocks down, blocks across)."""
+    errors: np.ndarray
+    """Mean absolute differences that are left: (t, blocks down, blocks across)."""
+
+
+def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> Match:
     """Moves the blocks of each source frame to where they are in the target frame.
 
     A block stays where it is unless moving it removes most of its difference (`GAIN`); of equally good displacements
@@ -172,9 +190,6 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
         source: (t, h, w) in [0, 1].
         target: the same shape.
         radius: furthest displacement along each axis.
-
-    Returns:
-        The moved source (t, h, w), and the lengths of the displacements in pixels (t, blocks down, blocks across).
     """
     t, h, w = target.shape
     far = np.pad(source, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
@@ -197,11 +212,19 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
     shift = np.array(steps)[chosen]
     each = shift.repeat(BLOCK, axis=1)[:, :h].repeat(BLOCK, axis=2)[:, :, :w] + radius
     t_, y_, x_ = np.ogrid[:t, :h, :w]
-    return far[t_, y_ + each[..., 0], x_ + each[..., 1]], np.hypot(shift[..., 0], shift[..., 1])
+    moved = far[t_, y_ + each[..., 0], x_ + each[..., 1]]
+    return Match(moved, np.hypot(shift[..., 0], shift[..., 1]), np.where(chosen > 0, best, rest))
 
 
-def _motion(lengths: np.ndarray, size: tuple[int, ...]) -> float:
-    return float(lengths.mean(dtype=np.float64) / np.hypot(*size)) if lengths.size else 0.0
+def _motion(y: np.ndarray, match: Match) -> float:
+    """Mean displacement of (t, h, w), given the match of each frame with the one before."""
+    lengths = match.lengths
+    if len(y) > STRIDE:
+        slow, fast, lengths = compensate(y[:-STRIDE], y[STRIDE:]), match.errors[STRIDE - 1 :], lengths[STRIDE - 1 :]
+        # Over several frames, what moves fast is out of reach, and something else may fit half as badly.
+        good = (slow.lengths > 0) & ((lengths == 0) | (slow.errors <= fast + STILL))
+        lengths = np.where(good, slow.lengths / STRIDE, lengths)
+    return float(lengths.mean(dtype=np.float64) / np.hypot(*y.shape[1:])) if lengths.size else 0.0
 
 
 def _flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
@@ -226,6 +249,8 @@ def _sharpness(y: np.ndarray) -> float:
         return 0.0
     variances = []
     for frame in y * np.float32(255):
-        laplacian = frame[:-2, 1:-1] + frame[2:, 1:-1] + frame[1:-1, :-2] + frame[1:-1, 2:] - 4 * frame[1:-1, 1:-1]
+        laplacian = (
+            frame[:-2, 1:-1] + frame[2:, 1:-1] + frame[1:-1, :-2] + frame[1:-1, 2:] - 4 * frame[1:-1, 1:-1]
+        )
         variances.append(laplacian.var(dtype=np.float64))
     return float(np.mean(variances))
