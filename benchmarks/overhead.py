@@ -1,9 +1,10 @@
-"""What inlay costs over a bare loop: the same tensors, network, adapter and optimizer, in alternating processes.
+"""What inlay costs over a bare loop: same tensors, network, adapter and optimizer, in alternating processes.
 
     python benchmarks/overhead.py [--steps 12] [--pairs 3] [--threads 2]
 
-Prints seconds per step and peak resident memory of `inlay train` and of a forward-backward-optimizer loop without any of
-inlay's code, and their ratios. A random Wan transformer of about 50 M parameters, LoRA rank 16 on attention and feed-forward.
+Prints seconds per step and peak resident memory of `inlay train` and of a forward-backward-optimizer loop
+without any of inlay's code, and their ratios. A random Wan transformer of about 50 M parameters, LoRA rank 16
+on attention and feed-forward.
 """
 
 from __future__ import annotations
@@ -57,14 +58,18 @@ def bare(folder: Path, steps: int) -> None:
     from peft import LoraConfig
     from safetensors.torch import load_file
 
-    model = WanTransformer3DModel.from_pretrained(folder / "model", subfolder="transformer").requires_grad_(False)
+    model = WanTransformer3DModel.from_pretrained(folder / "model", subfolder="transformer").requires_grad_(
+        False
+    )
     targets = r"blocks\.\d+\.((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
     model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
     cast_training_params([model], torch.float32)
     model.train().enable_gradient_checkpointing()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    latents = [load_file(f)["latents"][None].float() for f in sorted((folder / "cache/media").rglob("*.safetensors"))]
+    latents = [
+        load_file(f)["latents"][None].float() for f in sorted((folder / "cache/media").rglob("*.safetensors"))
+    ]
     text = torch.zeros(1, 512, 32)
     seconds = []
     for step in range(steps):
@@ -85,7 +90,14 @@ def measure(folder: Path, steps: int, kind: str, index: int) -> tuple[float, flo
     if kind == "bare":
         command = [sys.executable, __file__, "--bare", str(folder), "--steps", str(steps)]
     else:
-        command = [sys.executable, "-m", "inlay", "train", str(folder / "recipe.yaml"), f"run={folder}/run{index}"]
+        command = [
+            sys.executable,
+            "-m",
+            "inlay",
+            "train",
+            str(folder / "recipe.yaml"),
+            f"run={folder}/run{index}",
+        ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout
     out = process.stdout.read()
@@ -101,7 +113,9 @@ def measure(folder: Path, steps: int, kind: str, index: int) -> tuple[float, flo
 
 def main() -> None:
     """Runs the pairs and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -113,7 +127,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args.steps)
-        rows = [{k: measure(Path(folder), args.steps, k, i) for k in ("inlay", "bare")} for i in range(args.pairs)]
+        rows = [
+            {k: measure(Path(folder), args.steps, k, i) for k in ("inlay", "bare")} for i in range(args.pairs)
+        ]
     for i, name in enumerate(("seconds per step", "peak MiB")):
         inlay, plain = ([r[k][i] for r in rows] for k in ("inlay", "bare"))
         ratios = [a / b for a, b in zip(inlay, plain, strict=True)]

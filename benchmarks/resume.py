@@ -2,8 +2,8 @@
 
     python benchmarks/resume.py [--times 10] [--seed N]
 
-Trains a tiny random Wan LoRA once without interruption, then `--times` times with one to three kills each, and compares every
-tensor of the last checkpoint: weights, average and optimizer state.
+Trains a tiny random Wan LoRA once without interruption, then `--times` times with one to three kills each,
+and compares every tensor of the last checkpoint: weights, average and optimizer state.
 """
 
 from __future__ import annotations
@@ -29,10 +29,22 @@ def recipe(folder: Path, name: str) -> list[str]:
     values = {
         "run": str(folder / name),
         "model": {"family": "wan", "checkpoint": str(folder / "model")},
-        "data": {"sources": str(folder / "clips"), "size": [32, 32], "frames": 9, "cache": str(folder / "cache")},
+        "data": {
+            "sources": str(folder / "clips"),
+            "size": [32, 32],
+            "frames": 9,
+            "cache": str(folder / "cache"),
+        },
         "tuner": {"kind": "dora", "rank": 4},
         "optim": {"lr": 1e-3, "ema": 0.99},
-        "train": {"steps": STEPS, "save_every": 7, "log_every": 5, "batch": 2, "accumulate": 2, "trackers": []},
+        "train": {
+            "steps": STEPS,
+            "save_every": 7,
+            "log_every": 5,
+            "batch": 2,
+            "accumulate": 2,
+            "trackers": [],
+        },
     }
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(values), "utf-8")
@@ -41,7 +53,9 @@ def recipe(folder: Path, name: str) -> list[str]:
 
 def main() -> None:
     """Runs it and prints a line per try."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
@@ -80,7 +94,10 @@ def main() -> None:
                 got[k].numpy().tobytes() == wanted[k].numpy().tobytes() for k in got
             )
             exact += same
-            print(f"try {i + 1}: killed after {', '.join(kills)}: {'bit-identical' if same else 'DIFFERENT'}", flush=True)
+            print(
+                f"try {i + 1}: killed after {', '.join(kills)}: {'bit-identical' if same else 'DIFFERENT'}",
+                flush=True,
+            )
     print(f"{exact} of {args.times} bit-identical ({len(wanted)} tensors each), seed {args.seed}")
     sys.exit(exact != args.times)
 

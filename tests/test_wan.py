@@ -24,7 +24,7 @@ def family(checkpoint: Path | str, **options: object) -> Wan:
 def first_step(
     folder: Path, prompt: str, size: int, frames: int, component: str = "transformer", steps: int = 1
 ) -> dict:
-    """Runs the stock pipeline and records what its network was given and gave, at the first call of `component`."""
+    """Runs the stock pipeline and records what `component` was given and gave when first called."""
     pipe = WanPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     seen: dict = {}

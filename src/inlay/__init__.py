@@ -1,7 +1,8 @@
 """inlay teaches diffusion transformers a new subject.
 
-From a folder of clips to an adapter that diffusers and ComfyUI load. `Config`, `load`, `train`, `generate` and `evaluate` are the
-public names; they are imported when first used, because torch and diffusers take seconds.
+From a folder of clips to an adapter that diffusers and ComfyUI load. `Config`, `load`, `train`, `generate`
+and `evaluate` are the public names; they are imported when first used, because torch and diffusers take
+seconds.
 """
 
 from __future__ import annotations

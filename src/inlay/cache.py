@@ -1,7 +1,8 @@
 """The cache: named tensors, content-addressed, so that training loads neither VAE nor text encoder.
 
-An item's name is the hash of everything that decides its numbers: format version, family, the encoder's files, the window of
-the clip, and the clip's content. So nothing is ever stale, two runs may share a folder, and a stopped build goes on where it was.
+An item's name is the hash of everything that decides its numbers: format version, family, the encoder's
+files, the window of the clip, and the clip's content. So nothing is ever stale, two runs may share a folder,
+and a stopped build goes on where it was.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class Cache:
 
 
 def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
-    """Runs jobs in threads, a few ahead of the reader, and yields their results in order; an error is a result."""
+    """Runs jobs in threads, a few ahead of the reader; yields results in order, an error as a result."""
 
     def caught(job: Callable[[], T]) -> T | Exception:
         try:
@@ -197,7 +198,7 @@ def build_media(
     workers: int,
     advance: Advance,
 ) -> Built:
-    """Encodes windows that are not there yet. Latents are kept as float16, which has more digits than bfloat16.
+    """Encodes windows that are not there yet; latents are kept as float16, with more digits than bfloat16.
 
     Raises:
         ValueError: when the disk is full. What was made stays; run it again.
@@ -274,6 +275,6 @@ def build_text(
 def _disk_full(error: OSError, folder: Path, done: int, total: int) -> None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise ValueError(
-            f"{folder}: the disk is full; {done} of {total} items are cached and stay. Free space, or point data.cache at "
-            "another disk, and run again"
+            f"{folder}: the disk is full; {done} of {total} items are cached and stay. Free space, or "
+            "point data.cache at another disk, and run again"
         ) from None

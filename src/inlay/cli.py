@@ -18,14 +18,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="""Teach diffusion transformers a new subject: from a folder of clips to an adapter that diffusers and ComfyUI load.
+    help="""Teach diffusion transformers a new subject: from a folder of clips to an adapter that others load.
 
     **See it work** (no download, no GPU): `inlay demo`
 
     **Your own clips**: `inlay new wan data/pets` writes a recipe, `inlay check pets.yaml` looks at the data,
-    `inlay train pets.yaml` trains; then `inlay generate runs/pets "a corgi surfing"` and `inlay evaluate runs/pets`.
+    `inlay train pets.yaml` trains; then `inlay generate runs/pets "a corgi surfing"` and `inlay evaluate
+    runs/pets`.
 
-    Any value of a recipe can be changed on the command line: `inlay train pets.yaml optim.lr=2e-4 train.steps=500`.""",
+    Any value of a recipe can be changed on the command line:
+    `inlay train pets.yaml optim.lr=2e-4 train.steps=500`.""",
 )
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML), or a run folder.", show_default=False)]
@@ -42,7 +44,10 @@ RunFolder = Annotated[
 
 
 def main() -> None:
-    """Runs a command. A user's mistake is one message and exit code 2, Ctrl-C is 130; only our own mistakes show a traceback."""
+    """Runs a command; a user's mistake is one message and exit code 2, Ctrl-C is 130.
+
+    Only our own mistakes show a traceback.
+    """
     try:
         sys.exit(app(standalone_mode=False) or 0)  # the code of a typer.Exit, or None
     except (KeyboardInterrupt, typer.Abort) as stop:
@@ -98,9 +103,10 @@ def new(
 
 @app.command()
 def check(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Show what is there, what is wrong with it, what the model will see, and what it will cost. Loads no weights.
+    """Show what is there, what is wrong with it, what the model will see and what it costs. Loads no weights.
 
-    Writes `check/report.json` and `check/contact_sheet.png` into the run folder; exit code 2 when there are errors.
+    Writes `check/report.json` and `check/contact_sheet.png` into the run folder; exit code 2 when there are
+    errors.
     """
     config = _load(recipe, overrides)
     from inlay import check as checks
@@ -113,7 +119,7 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def cache(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Encode clips and captions. Optional: `train` does it when needed. Run it again to go on where it stopped."""
+    """Encode clips and captions; `train` does it too when needed. Run it again to go on where it stopped."""
     config = _load(recipe, overrides)
     from inlay import runtime, train
 
@@ -260,7 +266,7 @@ def import_(
         str | None, typer.Option(help="`comfyui` or `merged`: what a `dora_scale` is relative to.")
     ] = None,
 ) -> None:
-    """Convert an adapter of another trainer to diffusers layout; every tensor is used, or nothing is written."""
+    """Convert another trainer's adapter to diffusers layout; every tensor is used, or nothing is written."""
     from inlay import console, exchange
 
     console.quiet()
@@ -288,7 +294,8 @@ def demo(
 ) -> None:
     """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
 
-    Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and evaluates.
+    Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
+    evaluates.
     """
     from inlay import console
 

@@ -1,7 +1,7 @@
 """Recipes: every section, its help, and how a recipe is loaded, overridden, saved and described.
 
-A recipe is a YAML file of sections. Values are layered: section default < family default < YAML < `key=value`.
-An unknown key is an error, and all errors of a recipe are reported at once.
+A recipe is a YAML file of sections. Values are layered: section default < family default < YAML <
+`key=value`. An unknown key is an error, and all errors of a recipe are reported at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Model(Section):
     family: str
     """Architecture, the name of a file in `inlay/families` or of an installed plug-in: `wan`."""
     checkpoint: str
-    """Hub id, local folder in diffusers layout, or `twin:wan` for the tiny trained model that ships with inlay."""
+    """Hub id, local folder in diffusers layout, or `twin:wan` for the tiny trained model that ships with
+    inlay."""
     revision: str | None = None
     """Branch, tag or commit of a Hub checkpoint."""
     expert: Literal["high", "low"] | None = None
@@ -55,7 +56,8 @@ class Source(Section):
     repeats: int = Field(default=1, ge=1)
     """How many times each clip appears in one epoch."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second epoch."""
+    """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
+    epoch."""
 
 
 class Data(Section):
@@ -66,17 +68,20 @@ class Data(Section):
     size: tuple[int, int] = (480, 832)
     """Height and width in pixels. With several `aspects` it sets the area."""
     aspects: list[str] = []
-    """Aspect ratios as `width:height`, such as `16:9`, `1:1` or `9:16`; clips go to the nearest. Empty: only `size`."""
+    """Aspect ratios as `width:height`, such as `16:9`, `1:1` or `9:16`; clips go to the nearest. Empty: only
+    `size`."""
     frames: list[int] = [81]
     """Lengths in frames; each clip goes to the longest that it fills. One number or a list."""
     fps: float | None = Field(default=None, gt=0)
     """Frame rate at which clips are sampled. Default: the rate that the family was trained at."""
     stride: int | None = Field(default=None, ge=1)
-    """Frames (at `fps`) between the starts of two windows of a long clip. Default: the window's length (no overlap)."""
+    """Frames (at `fps`) between the starts of two windows of a long clip. Default: the window's length (no
+    overlap)."""
     max_windows: int = Field(default=1, ge=1)
     """At most so many windows of one clip, spread evenly over it."""
     slow: Literal["repeat", "keep"] = "repeat"
-    """A clip slower than `fps`: `repeat` frames to keep its speed, or `keep` its frames, which plays it faster."""
+    """A clip slower than `fps`: `repeat` frames to keep its speed, or `keep` its frames, which plays it
+    faster."""
     trigger: str = ""
     """Word put before every caption that does not contain it."""
     caption_prefix: str = ""
@@ -88,7 +93,8 @@ class Data(Section):
     cache: str | None = None
     """Folder of encoded clips and captions; runs may share one. Default: `cache` in the run folder."""
     bad_clips: Literal["stop", "quarantine"] = "stop"
-    """What `cache` and `train` do about clips with errors: `stop`, or go on without them and list them in the run."""
+    """What `cache` and `train` do about clips with errors: `stop`, or go on without them and list them in the
+    run."""
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -128,12 +134,14 @@ class Data(Section):
 
 
 class Objective(Section):
-    """What is learned: the distribution of noise levels and their weights (the corruption itself is the family's)."""
+    """Which noise levels are learned, and with what weight; the corruption itself is the family's."""
 
     preset: Literal["inlay", "diffsynth", "uniform"] = "inlay"
-    """`inlay`: logit-normal, weight 1. `diffsynth`: 1000-entry table, shift 5, bell weight. `uniform`: weight 1."""
+    """`inlay`: logit-normal, weight 1. `diffsynth`: 1000-entry table, shift 5, bell weight. `uniform`: weight
+    1."""
     shift: float | None = Field(default=None, gt=0)
-    """Noise-level shift s, as in s u / (1 + (s - 1) u). Default: the preset's, else the family's for this size."""
+    """Noise-level shift s, as in s u / (1 + (s - 1) u). Default: the preset's, else the family's for this
+    size."""
     mean: float = 0.0
     """Mean of the normal distribution behind `inlay`."""
     std: float = Field(default=1.0, gt=0)
@@ -153,7 +161,8 @@ class LowRank(Section):
     """A LoRA or DoRA adapter, through peft."""
 
     kind: Literal["lora", "dora"] = "lora"
-    """`lora`: low-rank update. `dora`: the same with a trained magnitude per output row; slower, often better."""
+    """`lora`: low-rank update. `dora`: the same with a trained magnitude per output row; slower, often
+    better."""
     rank: int = Field(default=32, ge=1)
     """Rank of the update; higher holds more and costs more."""
     alpha: float | None = Field(default=None, gt=0)
@@ -177,7 +186,8 @@ class Optim(Section):
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the state), `prodigy` (prodigyopt, finds its own rate; use lr 1)."""
+    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the state), `prodigy` (prodigyopt, finds its
+    own rate; use lr 1)."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -193,7 +203,8 @@ class Optim(Section):
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; null switches clipping off."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of the trained weights, which then is what is sampled and exported."""
+    """Decay of an exponential moving average of the trained weights, which then is what is sampled and
+    exported."""
 
 
 class Train(Section):
@@ -251,7 +262,8 @@ class Runtime(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: CUDA, else Apple MPS, else CPU."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the frozen base and its activations; adapters, losses and the optimizer are float32. `auto`: bfloat16 on CUDA, else float32."""
+    """Of the frozen base and its activations; adapters, losses and the optimizer are float32. `auto`:
+    bfloat16 on CUDA, else float32."""
     world_size: int | None = Field(default=None, ge=1)
     """Number of processes that this recipe is meant for; another number stops at the start. Default: any."""
     workers: int = Field(default=2, ge=0)
@@ -363,7 +375,9 @@ def _explain(error: Any) -> str:
 
 
 def _keys(where: list[str]) -> list[str]:
-    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank}.get(".".join(p for p in where if not p.isdigit()))
+    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank}.get(
+        ".".join(p for p in where if not p.isdigit())
+    )
     if section is None:
         field = Config.model_fields.get(where[0])
         section = field.annotation if field else Config

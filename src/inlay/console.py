@@ -1,4 +1,4 @@
-"""What is said to a person: one console on standard error, and progress bars on whatever takes longer than two seconds."""
+"""What is said to a person: one console, and progress bars on whatever takes longer than two seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -41,7 +42,7 @@ class _Speed(ProgressColumn):
 def progress(
     title: str, total: int, unit: str, *, show: bool = True, done: int = 0
 ) -> Iterator[Callable[..., None]]:
-    """A bar; the function it gives advances it by n (default 1), or sets `done`, `total` and a `note` behind it."""
+    """A bar; its function advances it by n (default 1), or sets `done`, `total` and a `note` behind it."""
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(),
@@ -55,7 +56,7 @@ def progress(
         def advance(
             n: int = 1, *, done: int | None = None, total: int | None = None, note: str | None = None
         ) -> None:
-            fields = {} if note is None else {"note": note}
+            fields: dict[str, Any] = {} if note is None else {"note": note}
             bar.update(task, advance=n if done is None else None, completed=done, total=total, **fields)
 
         yield advance

@@ -14,7 +14,8 @@ from pathlib import Path
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path`; on success it becomes `path`, on failure nothing is left.
 
-    The temporary name keeps the suffix, for writers that choose a format by it. It may be made a file or a folder.
+    The temporary name keeps the suffix, for writers that choose a format by it. It may be made a file or a
+    folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")

@@ -1,4 +1,4 @@
-"""From a run folder and prompts to videos, through the family's stock pipeline. Also draws the samples during training."""
+"""From a run folder and prompts to videos, through the stock pipeline; also samples during training."""
 
 from __future__ import annotations
 
@@ -59,10 +59,12 @@ def generate(
         prompts: one or more.
         count: videos of each prompt; video i uses seed + i.
         checkpoint: `step-000500` or `500`; `base` for the untuned network. Default: the run's adapter.
-        strength: 0 is the base, 1 what was trained. Linear for LoRA, not for DoRA; 0 or 1 for full fine-tuning.
-        out: folder. Default: `samples/generated` in the run.
+        strength: 0 is the base, 1 what was trained. Linear for LoRA, not for DoRA; 0 or 1 after full
+            fine-tuning.
+        out: a folder. Default: `samples/generated` in the run.
         device: as `runtime.device`. Default: the recipe's.
-        overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed, negative_prompt.
+        overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
+            negative_prompt.
 
     Returns:
         Paths of the mp4 files; each has a JSON beside it.
@@ -166,7 +168,7 @@ def load_pipeline(
     family.load_adapter(pipeline, folder)
     if not pipeline.get_list_adapters():
         raise ValueError(
-            f"{folder}: the pipeline took nothing from this adapter; `inlay inspect {folder}` says what is in it"
+            f"{folder}: the pipeline took nothing from it; `inlay inspect {folder}` says what is in it"
         )
     if strength != 1:
         pipeline.set_adapters(["inlay"], [strength])
@@ -189,6 +191,12 @@ def draw(
     """Draws `count` videos of each prompt into mp4 files with a JSON beside each.
 
     Args:
+        family: whose pipeline it is.
+        pipeline: from `load_pipeline`.
+        prompts: what to draw and how.
+        folder: is created.
+        about: other values for each JSON.
+        count: videos of each prompt.
         show: whether there is a progress bar.
         seen: is given (prompt index, video index, uint8 frames (t, h, w, 3)) of each.
     """

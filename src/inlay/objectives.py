@@ -1,6 +1,7 @@
-"""Objectives: how data is corrupted, what is predicted, and which noise levels are drawn. They know no model family.
+"""Objectives: how data is corrupted, what is predicted, which noise levels are drawn. They know no family.
 
-Convention of the whole package: time t in [0, 1] with 0 = data and 1 = noise; a flow prediction is noise - data.
+Convention of the whole package: time t in [0, 1] with 0 = data and 1 = noise; a flow prediction is noise -
+data.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ TABLE = 1000
 class FlowMatching:
     """Rectified flow: x_t = (1 - t) x0 + t noise, target noise - x0 (Liu et al. 2022, Lipman et al. 2022).
 
-    Time is drawn as u and shifted: logit-normal (`inlay`), uniform (`uniform`), or uniform over a table of 1000 entries
-    with a bell-shaped weight (`diffsynth`). It is drawn only inside `interval`, from the distribution cut off there.
+    Time is drawn as u and shifted: logit-normal (`inlay`), uniform (`uniform`), or uniform over a table of
+    1000 entries with a bell-shaped weight (`diffsynth`). It is drawn only inside `interval`, from the
+    distribution cut off there.
     """
 
     preset: str = "inlay"
@@ -72,7 +74,7 @@ class FlowMatching:
 
     @classmethod
     def from_config(cls, section: recipe.Objective, *, family_shift: float) -> FlowMatching:
-        """Resolves a recipe's section; `family_shift` is used where neither recipe nor preset names a shift."""
+        """Resolves a recipe's section; `family_shift` is for where neither recipe nor preset names one."""
         preset_shift = {"diffsynth": 5.0, "uniform": 1.0}.get(section.preset, family_shift)
         s = section.shift if section.shift is not None else preset_shift
         return cls(section.preset, s, section.mean, section.std, section.interval)
@@ -106,7 +108,7 @@ class FlowMatching:
         return noise - x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """1, or for `diffsynth` exp(-2 ((t - 0.5) / 1)^2), lowered to 0 and scaled to mean 1 over the shifted table."""
+        """1, or for `diffsynth` exp(-2 (t - 0.5)^2), lowered to 0 and scaled to mean 1 over its table."""
         if self.preset != "diffsynth":
             return torch.ones_like(t)
         table = _bell(self._table())

@@ -1,4 +1,4 @@
-"""Where a run happens and what it leaves: device, processes, optimizer, run folder, checkpoints, averages, meters."""
+"""Where a run happens and what it leaves: devices, processes, optimizer, run folder, checkpoints, meters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from inlay import config as recipe
 from inlay.files import atomic, sha256
 
-# --- device and processes ------------------------------------------------------------------------------------------------
+# --- device and processes ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def resolve(config: recipe.Config, devices: Devices) -> Plan:
     if optimizer == "adamw8bit" and device == "mps":
         optimizer = "adamw"
         notes.append(
-            "adamw8bit does not run on Apple MPS: using adamw (same updates up to rounding, four times the state)"
+            "adamw8bit does not run on Apple MPS: using adamw (same up to rounding, four times the state)"
         )
     return Plan(device, precision, optimizer, tuple(notes))
 
@@ -112,8 +112,8 @@ class Context:
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Averages gradients over processes: one reduction per type, after the last micro-batch of a step.
 
-        Adapters are small, so nothing is gained by overlapping it with the backward pass, and without a wrapper around
-        the network, its names, checkpointing and compilation stay as they are.
+        Adapters are small, so nothing is gained by overlapping it with the backward pass, and without a
+        wrapper around the network, its names, checkpointing and compilation stay as they are.
         """
         if self.world == 1:
             return
@@ -150,8 +150,9 @@ def start(config: recipe.Config) -> Iterator[Context]:
     plan = resolve(config, Devices.here())
     if config.runtime.world_size not in (None, world):
         raise ValueError(
-            f"runtime.world_size: the recipe is meant for {config.runtime.world_size} process(es), this launch has {world}; "
-            f"start it with `torchrun --nproc-per-node {config.runtime.world_size} -m inlay train RECIPE`"
+            f"runtime.world_size: the recipe is meant for {config.runtime.world_size} process(es), "
+            f"this launch has {world}; start it with "
+            f"`torchrun --nproc-per-node {config.runtime.world_size} -m inlay train RECIPE`"
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(plan.device, local) if plan.device == "cuda" else torch.device(plan.device)
@@ -192,7 +193,7 @@ class Interrupt:
         print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
 
-# --- optimizer -----------------------------------------------------------------------------------------------------------
+# --- optimizer --------------------------------------------------------------------------------------------
 
 
 def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -221,7 +222,8 @@ def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Paramete
     except ImportError as error:
         extra = {"adamw8bit": "bnb", "prodigy": "prodigy"}[name]
         raise ValueError(
-            f"optim.name: `{name}` needs a package that is not installed ({error}): pip install 'inlay[{extra}]'"
+            f"optim.name: `{name}` needs a package that is not installed ({error}): "
+            f"pip install 'inlay[{extra}]'"
         ) from None
     return torch.optim.AdamW(
         groups, **common, fused=all(p.device.type in ("cuda", "cpu") for p in parameters)
@@ -239,7 +241,7 @@ def rate(section: recipe.Optim, step: int, steps: int) -> float:
 
 
 class EMA:
-    """An exponential moving average of the trained weights, whose decay warms up as (1 + step) / (10 + step)."""
+    """An exponential moving average of trained weights; its decay warms up as (1 + step) / (10 + step)."""
 
     def __init__(self, decay: float, weights: Mapping[str, Tensor]) -> None:
         self.decay = decay
@@ -269,7 +271,7 @@ def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor
             p.data = kept[name]
 
 
-# --- run folder and checkpoints ------------------------------------------------------------------------------------------
+# --- run folder and checkpoints ---------------------------------------------------------------------------
 
 
 FREE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clips")
@@ -278,7 +280,7 @@ FREE_TRAIN = ("steps", "save_every", "keep", "log_every", "validate_every", "tra
 
 
 def changes(old: recipe.Config, new: recipe.Config) -> list[str]:
-    """Sentences about what differs between a run and the recipe that wants to continue it, in parts that may not."""
+    """Sentences about what differs between a run and the recipe that would continue it, but may not."""
 
     def flat(config: recipe.Config) -> dict[str, Any]:
         out = {}
@@ -469,12 +471,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-# --- meters --------------------------------------------------------------------------------------------------------------
+# --- meters -----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Meters:
-    """Collects losses on the device; reads and writes them only when asked, so that a step never waits for the host."""
+    """Collects losses on the device and reads them only when asked, so that no step waits for the host."""
 
     run: Run
     ctx: Context
@@ -513,8 +515,9 @@ class Meters:
             first = min(s for s, _ in bad)
             clips = sorted({n for s, n in bad if s == first})
             raise ValueError(
-                f"the loss stopped being finite at step {first} (clips: {', '.join(clips)}); checkpoints before it are good. "
-                "Look at these clips, lower optim.lr, or use runtime.precision=float32, and run again"
+                f"the loss stopped being finite at step {first} (clips: {', '.join(clips)}); "
+                "checkpoints before it are good. Look at these clips, lower optim.lr, or use "
+                "runtime.precision=float32, and run again"
             )
 
     def flush(self, step: int, **more: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Steps: one micro-batch to losses. The noise and time of a micro-batch are functions of its generator alone."""
+"""Steps: one micro-batch to losses. Noise and time of a micro-batch are functions of its generator alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Step(Protocol):
     """One micro-batch to losses; `loss` is required, `losses` has one value per sample."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draws what is random from `generator` (on the CPU, so that every device sees the same) and computes the loss."""
+        """Draws what is random from `generator`, on the CPU so that every device sees the same."""
         ...
 
 
@@ -67,7 +67,7 @@ class DenoisingStep:
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Loss of each batch of one sample at each of `QUANTILES`, with fixed noise: shape (batches, quantiles).
+        """Loss of each batch at each of `QUANTILES`, with fixed noise: shape (batches, quantiles).
 
         Noise levels and noise are the same in every call, so two calls differ by the network alone.
         """

@@ -1,13 +1,13 @@
 """Training: prepare a job, then the loop.
 
-Order, noise and times are functions of (seed, index of the micro-batch). So a run that was killed goes on bit for bit where its
-last checkpoint was, and N processes do what one process does with accumulation N.
+Order, noise and times are functions of (seed, index of the micro-batch). So a run that was killed goes on bit
+for bit where its last checkpoint was, and N processes do what one process does with accumulation N.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
@@ -105,7 +105,7 @@ class Loader:
         cond = self.family.collate([self.store.read("text", name) for name in texts])
         return Batch(latents, cond, [self.windows[r].clip.name for r in rows])
 
-    def stream(self, start: int, steps: int, ctx: Context) -> Iterator[tuple[int, Batch]]:
+    def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
         """This process's micro-batches from step `start` on, read one ahead."""
         total = self.per_step
         indices = [
@@ -234,8 +234,9 @@ class Job:
         tensors, values = runtime.load_state(found[-1])
         if values["per_step"] != self.loader.per_step:
             raise ValueError(
-                f"{self.run.folder}: was trained with {values['per_step']} micro-batches per step over all processes, this launch has "
-                f"{self.loader.per_step}: set train.accumulate so that processes x accumulate = {values['per_step']}"
+                f"{self.run.folder}: was trained with {values['per_step']} micro-batches per step over all "
+                f"processes, this launch has {self.loader.per_step}: set train.accumulate so that processes "
+                f"x accumulate = {values['per_step']}"
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -374,7 +375,7 @@ class Clips:
 
 
 def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: Context) -> Clips:
-    """Plans the dataset and encodes what is missing: clips, captions, the empty caption and the sample prompts.
+    """Plans the dataset and encodes what is missing: clips, captions, the empty caption, sample prompts.
 
     Raises:
         ValueError: when clips are bad and the recipe says to stop.
@@ -423,8 +424,8 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     if failed and config.data.bad_clips == "stop":
         lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
         raise ValueError(
-            f"{len(failed)} clip(s) could not be encoded:\n{lines}\nmend or remove them, or set data.bad_clips=quarantine; "
-            "the others are cached"
+            f"{len(failed)} clip(s) could not be encoded:\n{lines}\n"
+            "mend or remove them, or set data.bad_clips=quarantine; the others are cached"
         )
     if ctx.main and (failed or quarantined):
         listed = {**quarantined, **failed}

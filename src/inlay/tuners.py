@@ -1,6 +1,7 @@
 """Tuners: which weights train, and how they are stored. They know no model family.
 
-LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024) go through peft's `add_adapter`; full fine-tuning opens the weights.
+LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024) go through peft's `add_adapter`; full fine-tuning opens the
+weights.
 """
 
 from __future__ import annotations
@@ -106,15 +107,15 @@ def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
 def _factor_norms(denoiser: nn.Module) -> None:
     """Makes every DoRA linear layer compute its norm from the factors.
 
-    peft builds B A through an identity of in x in numbers and adds it to a copy of W, in each layer and pass. The squared row
-    norms of W + s B A are ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs nothing larger than W A^T (out, r). The
-    same numbers up to rounding, for the layers' first and only use of them: the norm is a constant to the gradient
-    (Liu et al. 2024, section 4.3).
+    peft builds B A through an identity of in x in numbers and adds it to a copy of W, in each layer and pass.
+    The squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs nothing
+    larger than W A^T (out, r). The same numbers up to rounding, for the layers' first and only use of them:
+    the norm is a constant to the gradient (Liu et al. 2024, section 4.3).
     """
     from peft.tuners.lora.dora import DoraLinearLayer
 
     class FactoredDora(DoraLinearLayer):
-        def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, **_):
+        def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, **_):  # noqa: N803
             with torch.no_grad():
                 norm = row_norm(base_layer.weight, lora_A.weight, lora_B.weight, scaling)
             scale = (self.weight / norm).to(x.dtype)
@@ -153,6 +154,8 @@ def save(
         denoiser.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]
         return folder
     weights = {n: p.detach() for n, p in denoiser.named_parameters() if p.requires_grad}
-    tensors = {n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()}
+    tensors = {
+        n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
+    }
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
     return formats.write_diffusers(folder, tensors, peft_config, metadata=dict(metadata))

@@ -1,7 +1,8 @@
 """The contract of a model family: everything the rest of the package may ask of an architecture.
 
-A family translates at its edge. Inside the package, pixels are uint8 (t, h, w, c), latents (c, t, h, w) per sample and
-normalised, time runs from 0 (data) to 1 (noise), and nobody else knows schedulers, scalings or module names.
+A family translates at its edge. Inside the package, pixels are uint8 (t, h, w, c), latents (c, t, h, w) per
+sample and normalised, time runs from 0 (data) to 1 (noise), and nobody else knows schedulers, scalings or
+module names.
 """
 
 from __future__ import annotations
@@ -62,9 +63,11 @@ class Family(ABC):
     targets: ClassVar[Sequence[str]]
     """Default adapter targets: regular expressions over whole module names."""
     encoders: ClassVar[Mapping[str, Sequence[str]]]
-    """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item is."""
+    """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item
+    is."""
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    """Hub ids and what must be known of their configuration before anything is downloaded; the first is the default."""
+    """Hub ids and what must be known of their configuration before anything is downloaded; the first is the
+    default."""
     original_names: ClassVar[Sequence[tuple[str, str]]] = ()
     """Module names inside a block or at the root, as the original code and as diffusers spells them."""
     widths: ClassVar[Mapping[int, str]] = {}
@@ -77,10 +80,10 @@ class Family(ABC):
         self.model = model
         self.source = locate(model.checkpoint)
 
-    # --- configuration -------------------------------------------------------------------------------------------
+    # --- configuration ------------------------------------------------------------------------------------
 
     def read_config(self, component: str) -> dict[str, Any] | None:
-        """`<component>/config.json` (or `model_index.json` for the empty name) of the checkpoint; None if absent.
+        """`<component>/config.json`, or for the empty name `model_index.json`; None where there is none.
 
         Raises:
             ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
@@ -114,7 +117,7 @@ class Family(ABC):
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Length of the sequence that the denoiser attends over."""
 
-    # --- before the cache ----------------------------------------------------------------------------------------
+    # --- before the cache ---------------------------------------------------------------------------------
 
     @abstractmethod
     def load_media_encoder(self, device: torch.device) -> nn.Module:
@@ -132,13 +135,13 @@ class Family(ABC):
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Captions -> one item each, at its true length."""
 
-    # --- after the cache -----------------------------------------------------------------------------------------
+    # --- after the cache ----------------------------------------------------------------------------------
 
     @abstractmethod
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """The network that is taught, or a fine-tuned one from `folder`; with `meta` its shape only, without weights."""
+        """The network that is taught, or a fine-tuned one from `folder`; with `meta` its shape only."""
 
     @abstractmethod
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:

@@ -1,8 +1,9 @@
 """Wan 2.1 and 2.2 text-to-video (Wan Team, 2025): https://arxiv.org/abs/2503.20314.
 
-Covers Wan 2.1 T2V 1.3B and 14B, both experts of Wan 2.2 T2V-A14B, and Wan 2.2 TI2V-5B in text-to-video mode. What surprises:
-the VAE has no scaling factor but a mean and a deviation per channel; text is 512 tokens, zero (not encoded padding) past its
-end; the model's clock is 1000 t as float, never rounded; and the VAE silently truncates lengths other than 4n+1.
+Covers Wan 2.1 T2V 1.3B and 14B, both experts of Wan 2.2 T2V-A14B, and Wan 2.2 TI2V-5B in text-to-video mode.
+What surprises: the VAE has no scaling factor but a mean and a deviation per channel; text is 512 tokens, zero
+(not encoded padding) past its end; the model's clock is 1000 t as float, never rounded; and the VAE silently
+truncates lengths other than 4n+1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from inlay.families.base import Family, Grid
 from inlay.objectives import FlowMatching
 
 TEXT_LENGTH = 512
-"""Tokens that the published models were trained and are sampled with; `encode_prompt`'s own default of 226 is wrong."""
+"""Tokens that the published models were trained and are sampled with; `encode_prompt`'s own default of 226 is
+wrong."""
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
 """Noise-level shift by size (Wan's advice), and the area in pixels that divides the two."""
@@ -30,7 +32,7 @@ SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, **index: Any
 ) -> dict[str, dict[str, Any]]:
-    """Configuration of a published checkpoint: what `check` and the memory estimate need, without a download."""
+    """Configuration of a published checkpoint, so that `check` and its estimates need no download."""
     transformer = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
@@ -103,7 +105,7 @@ class Wan(Family):
         self.transformer = self.read_config(self.component)
         self._refuse_unsupported()
         assert self.vae and self.transformer
-        # Files written by early diffusers releases lack the scale factors; the classes' own defaults are 8 and 4.
+        # Early diffusers releases wrote no scale factors; the class's own defaults are 8 and 4.
         self.stride = (self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8))
         patch = self.transformer["patch_size"]
         self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0])
@@ -118,12 +120,14 @@ class Wan(Family):
         kinds = (self.vae.get("_class_name"), t.get("_class_name"))
         if kinds != ("AutoencoderKLWan", "WanTransformer3DModel"):
             raise ValueError(
-                f"model.family: {name} is not a Wan text-to-video checkpoint, it holds {kinds[1]} and {kinds[0]}"
+                f"model.family: {name} is not a Wan text-to-video checkpoint, "
+                f"it holds {kinds[1]} and {kinds[0]}"
             )
         if t["in_channels"] != self.vae["z_dim"]:
             raise ValueError(
-                f"model.checkpoint: {name} takes {t['in_channels']} channels for a {self.vae['z_dim']}-channel VAE: "
-                "an image-to-video or control checkpoint, which this family does not train; use its text-to-video sibling"
+                f"model.checkpoint: {name} takes {t['in_channels']} channels for a "
+                f"{self.vae['z_dim']}-channel VAE: an image-to-video or control checkpoint, which this "
+                "family does not train; use its text-to-video sibling"
             )
         if self.two_experts and self.boundary is None:
             raise ValueError(
@@ -131,8 +135,8 @@ class Wan(Family):
             )
         if self.boundary is not None and not self.two_experts:
             raise ValueError(
-                f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; a converted "
-                "Wan 2.1 does not need it: remove boundary_ratio from model_index.json"
+                f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; "
+                "a converted Wan 2.1 does not need it: remove boundary_ratio from model_index.json"
             )
         if self.two_experts and self.model.expert is None:
             raise ValueError(
@@ -162,7 +166,7 @@ class Wan(Family):
         _, *latent = self.latent_shape(frames, height, width)
         return int(np.prod([n // p for n, p in zip(latent, self.transformer["patch_size"], strict=True)]))
 
-    # --- before the cache ----------------------------------------------------------------------------------------
+    # --- before the cache ---------------------------------------------------------------------------------
 
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae",),
@@ -179,24 +183,24 @@ class Wan(Family):
         """The tokenizer and the umT5 encoder."""
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        options = {"revision": self.model.revision}
+        options: dict[str, Any] = {"revision": self.model.revision}
         tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer", **options)
-        encoder = UMT5EncoderModel.from_pretrained(
+        encoder: Any = UMT5EncoderModel.from_pretrained(
             self.source, subfolder="text_encoder", dtype=dtype, **options
         )
         return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def encode_media(self, encoder: nn.Module, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 3) -> `latents` (c, t', h', w'): the posterior's mode, (z - mean) / std per channel."""
+    def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
+        """uint8 (t, h, w, 3) -> `latents` (c, t', h', w'): the mode, (z - mean) / std per channel."""
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         parameter = next(encoder.parameters())
         x = torch.from_numpy(np.ascontiguousarray(frames)).to(parameter.device).permute(3, 0, 1, 2)[None]
-        z = encoder.encode(x.to(parameter.dtype) / 127.5 - 1).latent_dist.mode()[0].float()  # type: ignore[operator]
+        z = encoder.encode(x.to(parameter.dtype) / 127.5 - 1).latent_dist.mode()[0].float()
         mean, std = (
             torch.tensor(encoder.config[k], device=z.device).view(-1, 1, 1, 1)
             for k in ("latents_mean", "latents_std")
-        )  # type: ignore[index]
+        )
         return {"latents": (z - mean) / std}
 
     @torch.no_grad()
@@ -218,7 +222,7 @@ class Wan(Family):
         lengths = ids.attention_mask.sum(1).tolist()
         return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
 
-    # --- after the cache -----------------------------------------------------------------------------------------
+    # --- after the cache ----------------------------------------------------------------------------------
 
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
@@ -228,7 +232,8 @@ class Wan(Family):
 
         if meta:
             with torch.device("meta"):
-                return WanTransformer3DModel.from_config(self.transformer)
+                assert self.transformer
+                return cast(nn.Module, WanTransformer3DModel.from_config(self.transformer))
         if folder is not None:
             return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
         return self._load(WanTransformer3DModel, self.component, dtype)
@@ -243,7 +248,8 @@ class Wan(Family):
         low, high = max(side[0], section.interval[0]), min(side[1], section.interval[1])
         if low >= high:
             raise ValueError(
-                f"objective.interval: {list(section.interval)} lies outside the {self.model.expert} expert's {list(side)}"
+                f"objective.interval: {list(section.interval)} lies outside the {self.model.expert} expert's "
+                f"{list(side)}"
             )
         return replace(objective, interval=(low, high))
 
@@ -254,12 +260,12 @@ class Wan(Family):
         ]
         return {"text": torch.stack(padded)}
 
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token."""
         dtype = denoiser.patch_embedding.weight.dtype
         timestep = t.float() * 1000
         if self.expand_timesteps:
-            tokens = np.prod([n // p for n, p in zip(x_t.shape[2:], denoiser.config.patch_size, strict=True)])  # type: ignore[union-attr]
+            tokens = np.prod([n // p for n, p in zip(x_t.shape[2:], denoiser.config.patch_size, strict=True)])
             timestep = timestep[:, None].expand(-1, int(tokens))
         return denoiser(x_t.to(dtype), timestep, cond["text"].to(dtype), return_dict=False)[0]
 

@@ -1,10 +1,10 @@
-"""Random checkpoints of real classes, small enough for a unit test or as large as a benchmark wants. They know nothing."""
+"""Random checkpoints of real classes, as small as a test or as large as a benchmark wants; untrained."""
 
 from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from inlay import console
 
@@ -30,7 +30,7 @@ def wan(
 
     console.quiet_bars()
     symbols = [(c, -3.0) for c in string.ascii_letters + string.digits + ".,'-!?"]
-    tokenizer = T5Tokenizer(
+    tokenizer: Any = T5Tokenizer(
         vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *symbols],
         extra_ids=0,
         model_max_length=512,
@@ -78,18 +78,19 @@ def wan(
         extra |= {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
         extra |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
     vae = AutoencoderKLWan(z_dim=channels, **extra)
-    options = {}
+    options: dict[str, Any] = {}
     if variant == "a14b":
         options = {"transformer_2": transformer(), "boundary_ratio": 0.875}
     if variant == "5b":
         options = {"expand_timesteps": True}
+    scheduler: Any = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text).eval(),
         vae=vae,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        scheduler=scheduler,
         transformer=transformer(),
         **options,
     ).save_pretrained(folder)

@@ -1,0 +1,294 @@
+"""What a run will cost, before anything is downloaded or loaded: parameters, memory, disk and time.
+
+Nothing here is a table of rules of thumb. The network is built on the meta device, the tuner is attached, and one
+forward pass runs on shapes alone; what autograd would keep for the backward pass is counted, and so are the operations.
+Only the speed of the device is measured, with matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from inlay import config as recipe
+from inlay import tuners
+from inlay.families import Family
+
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "prodigy": 16.0}
+"""Bytes of optimizer state per trained weight: two moments; in 8 bits with their scales; and Prodigy's two more."""
+
+USED = (0.25, 0.7)
+"""Share of the speed of large matrix products that training reaches: from much overhead to very good kernels."""
+
+SMALL = 0.05
+"""Seconds per step below which overhead decides and an estimate would mislead."""
+
+WORDS_TO_TOKENS = 1.5
+TEXT_WIDTHS = ("text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim")
+"""Keys of a network's configuration that hold the width of its text input."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one forward pass: bytes kept for the backward pass, and floating-point operations."""
+
+    kept: int
+    largest: int
+    """Bytes of the largest single tensor among them."""
+    linear: float
+    attention: float
+
+
+class _Attention(torch.autograd.Function):
+    """Stands in for fused attention: keeps queries, keys, values and result, and never the matrix of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+class _Counter(TorchFunctionMode):
+    """Counts what a forward pass keeps; under `segment` only the inputs are kept and the largest inside is noted."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = {p.untyped_storage()._cdata for p in parameters}
+        self.kept: dict[int, tuple[int, Any]] = {}
+        self.inside = 0
+        self.largest = 0
+        self.attention = 0.0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
+            query, key, value = (named[n] for n in ("query", "key", "value"))
+            self.attention += 4.0 * query.numel() * key.shape[-2]
+            return _Attention.apply(query, key, value)
+        return func(*args, **(kwargs or {}))
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Notes a tensor's storage, once."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.kept[storage._cdata] = (storage.nbytes(), storage)
+            self.largest = max(self.largest, storage.nbytes())
+        return tensor
+
+    def segment(self, module: Callable[..., Any], *args: Any) -> Any:
+        """Runs a checkpointed segment."""
+        outside, self.kept = self.kept, {}
+        out = module(*args)
+        self.inside = max(self.inside, sum(size for size, _ in self.kept.values()))
+        self.kept = outside
+        for arg in args:
+            if isinstance(arg, Tensor):
+                self.keep(arg)
+        return out
+
+
+def count(
+    family: Family, denoiser: nn.Module, shape: tuple[int, int, int], batch: int, *, checkpointing: bool
+) -> Counts:
+    """Runs one forward pass of a network on the meta device and counts.
+
+    Args:
+        family: of the network.
+        denoiser: on the meta device, with its tuner attached.
+        shape: frames, height, width.
+        batch: samples.
+        checkpointing: recompute blocks in the backward pass.
+    """
+    counter = _Counter(list(denoiser.parameters()))
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing(counter.segment)  # type: ignore[operator]
+    denoiser.train()
+    with torch.device("meta"):
+        latents = torch.empty(batch, *family.latent_shape(*shape))
+        text = family.collate([{"text": torch.empty(1, text_width(denoiser))}] * batch)
+        times = torch.empty(batch)
+    flops = FlopCounterMode(display=False)
+    with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda t: t), counter, flops:
+        family.predict(denoiser, latents, times, text)
+    kept = sum(size for size, _ in counter.kept.values()) + counter.inside
+    return Counts(kept, counter.largest, float(flops.get_total_flops()), counter.attention)
+
+
+def text_width(denoiser: nn.Module) -> int:
+    """Width of the text that a network takes, by its configuration; 4096 (T5-XXL) where it does not say."""
+    config: Any = getattr(denoiser, "config", {})
+    return next((int(config[k]) for k in TEXT_WIDTHS if config.get(k)), 4096)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost on this machine, per process."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, int]
+    """Bytes by purpose, while training."""
+    cache: dict[str, int]
+    """Bytes on disk: clips and captions."""
+    flops: float
+    """Floating-point operations of one optimizer step."""
+    seconds: tuple[float, float] | None
+    """Shortest and longest time of one optimizer step."""
+    device: str
+    capacity: int
+    """Bytes of memory that the device has."""
+    precision: str
+    how: tuple[str, ...]
+    """Sentences that say how the numbers came about, and why one is missing."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory at the worst moment of a step."""
+        return sum(self.memory.values())
+
+
+def estimate(
+    family: Family,
+    config: recipe.Config,
+    shapes: Mapping[tuple[int, int, int], int],
+    windows: Mapping[tuple[int, int, int], int],
+    captions: Sequence[str],
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    optimizer: str,
+) -> Estimate:
+    """Estimates a run.
+
+    Args:
+        family: built, nothing loaded.
+        config: the recipe.
+        shapes: batches per epoch of each (frames, height, width).
+        windows: items to cache of each.
+        captions: those that are cached.
+        device: where it will run.
+        precision: of the frozen base.
+        optimizer: its name, after what the device allows.
+
+    Raises:
+        ValueError: when the tuner's targets match nothing.
+    """
+    denoiser = family.load_denoiser(precision, meta=True)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.to(precision)
+    full = isinstance(config.tuner, recipe.Full)
+    with torch.device("meta"):
+        trained = sum(
+            p.numel() for p in tuners.attach(config.tuner, family.targets, denoiser, seed=0).values()
+        )
+    if full:  # it trains float32 weights under autocast, which computes on copies in `precision`
+        for parameter in denoiser.parameters():
+            parameter.data = parameter.data.to(precision)
+    largest = max(shapes, key=lambda s: family.tokens(*s))
+    checkpointing = config.memory.gradient_checkpointing
+    counts = count(family, denoiser, largest, config.train.batch, checkpointing=checkpointing)
+    width = 2 if precision is not torch.float32 else 4
+    frozen = parameters - trained if full else parameters
+    memory = {
+        "frozen weights": frozen * width,
+        "trained weights": trained * (4 + (width if full and width == 2 else 0)),
+        "gradients": trained * 4,
+        f"{optimizer} state": round(trained * STATE_BYTES[optimizer]),
+        "moving average": trained * 4 if config.optim.ema else 0,
+        "activations": counts.kept + 2 * counts.largest,
+    }
+    passes = (3 if full else 2) + checkpointing, 3 + checkpointing
+    each = [
+        passes[0] * counts.linear * ratio + passes[1] * counts.attention * ratio**2
+        for ratio in (family.tokens(*s) / family.tokens(*largest) for s in shapes)
+    ]
+    mean = sum(f * n for f, n in zip(each, shapes.values(), strict=True)) / sum(shapes.values())
+    flops = mean * config.train.accumulate
+    how = [
+        f"memory: {parameters / 1e6:,.1f} M weights in {_name(precision)}, {trained / 1e6:,.2f} M trained in float32 "
+        f"with gradient and {optimizer} state; activations counted by a forward pass on shapes alone "
+        f"({'x'.join(map(str, largest))}, batch {config.train.batch}, gradient checkpointing "
+        f"{'on' if checkpointing else 'off'}), and twice the largest of them for the backward pass; fused attention",
+        "not counted: what CUDA takes for itself (about 1 GB), fragmentation, and the encoders while caching",
+        f"cache: latents in float16; a caption is {WORDS_TO_TOKENS:g} tokens per word, {text_width(denoiser)} wide",
+    ]
+    seconds = None
+    if device.type == "meta":
+        how.append("time: unknown, as the device of the recipe is not on this machine")
+    else:
+        rate = speed(device, precision)
+        bounds = (flops / rate / USED[1], flops / rate / USED[0])
+        if bounds[0] < SMALL:
+            how.append(
+                f"time: a step is {flops / 1e9:,.1f} GFLOP, so small that overhead decides; try 20 steps"
+            )
+        else:
+            seconds = bounds
+            how.append(
+                f"time: {flops / 1e12:,.1f} TFLOP per step at {USED[0]:.0%} to {USED[1]:.0%} of the "
+                f"{rate / 1e12:,.2f} TFLOP/s that matrix products in {_name(precision)} reach here, just measured"
+            )
+    text_bytes = 2 if device.type == "cuda" and width == 2 else 4
+    tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
+    cache = {
+        "clips": sum(2 * math.prod(family.latent_shape(*s)) * n for s, n in windows.items()),
+        "captions": tokens * text_width(denoiser) * text_bytes,
+    }
+    name, capacity = describe(device)
+    return Estimate(
+        parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), tuple(how)
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2) -> float:
+    """Floating-point operations per second of large matrix products, measured now."""
+    n = 4096 if device.type == "cuda" else 768
+    a, b = (torch.randn(n, n, device=device).to(precision) for _ in range(2))
+
+    def wait() -> None:
+        (a @ b)[0, 0].item()
+
+    wait()
+    wait()
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(4):
+            torch.mm(a, b)
+        wait()
+        done += 5
+    return done * 2.0 * n**3 / (time.perf_counter() - start)
+
+
+def describe(device: torch.device) -> tuple[str, int]:
+    """Name of a device and its memory in bytes; 0 where unknown."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, properties.total_memory
+    if device.type == "meta":
+        return "unknown", 0
+    import os
+
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple MPS"}
+    return names.get(device.type, device.type), pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
