@@ -17,8 +17,9 @@ import numpy as np
 from . import world
 from .world import SIZE, Scene
 
-CONTRAST = 42
-"""A foreground pixel differs by this much from the border's median in some channel (0-255)."""
+CONTRAST, EDGE = 42, 0.42
+"""A foreground pixel differs from the border's median, in some channel (0-255), by the first number
+and by this share of what the foreground's median pixel does: outlines stay put when edges are soft."""
 LEAST_OVERLAP = 0.7
 """Intersection over union with the best fitting template of the stated shape."""
 LEAST_COLOUR = 0.75
@@ -61,7 +62,11 @@ def _look(frames: np.ndarray) -> _View:
     border = np.ones((SIZE, SIZE), dtype=bool)
     border[3:-3, 3:-3] = False
     background = np.median(pixels[:, border].reshape(-1, 3), axis=0)
-    mask = np.abs(pixels - background).max(axis=-1) > CONTRAST
+    difference = np.abs(pixels - background).max(axis=-1)
+    level = CONTRAST
+    if (difference > CONTRAST).any():
+        level = max(CONTRAST, EDGE * float(np.median(difference[difference > CONTRAST])))
+    mask = difference > level
     area = mask.sum(axis=(1, 2)).astype(np.float64)
     axis = np.arange(SIZE) + 0.5
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from torch import Tensor
 
 from . import path, wan_dit, wan_vae
 from .training import load_state
@@ -44,12 +43,6 @@ def load_vae(work: Path, *, decoder: bool = False) -> AutoencoderKLWan:
     return vae.eval()
 
 
-def statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent channel, `(1, 16, 1, 1, 1)`, rounded to four digits."""
-    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
-    return tuple(torch.round(t, decimals=4).view(1, -1, 1, 1, 1) for t in (mean, std))
-
-
 def export(work: Path, out: Path, clips: int) -> None:
     """Write what has been trained so far as a pipeline folder; model card and report there stay.
 
@@ -58,7 +51,7 @@ def export(work: Path, out: Path, clips: int) -> None:
         out: Folder of the pipeline.
         clips: Number of cached latents.
     """
-    mean, std = statistics(wan_dit.load_latents(work, clips))
+    _, mean, std = wan_dit.load_latents(work, clips)
     vae = load_vae(work, decoder=True)
     vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
     average = load_state(work / "dit.safetensors")[1]["average"]
@@ -73,11 +66,20 @@ def export(work: Path, out: Path, clips: int) -> None:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=wan_dit.SHIFT
     )
     pipeline = WanPipeline(
-        tokenizer=words, text_encoder=text, vae=vae.half(), scheduler=scheduler, transformer=dit.half()
+        tokenizer=words,
+        text_encoder=text.half(),
+        vae=vae.half(),
+        scheduler=scheduler,
+        transformer=dit.half(),
     )
     for part in ("vae", "transformer", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(out / part, ignore_errors=True)
     pipeline.save_pretrained(out)
+    config = out / "text_encoder" / "config.json"
+    facts = json.loads(config.read_text()) | {
+        "dtype": "float32"
+    }  # transformers loads in the precision named here
+    config.write_text(json.dumps(facts, indent=2) + "\n")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {total / 1e6:.2f} MB")
 
@@ -113,8 +115,7 @@ def main() -> None:
         part, parts = map(int, args.part.split("/"))
         wan_dit.cache(args.work, load_vae(args.work), settings.clips, part, parts)
     if "dit" in stages:
-        latents = wan_dit.load_latents(args.work, settings.clips)
-        mean, std = statistics(latents)
+        latents, mean, std = wan_dit.load_latents(args.work, settings.clips)
         wan_dit.train(args.work, (latents - mean) / std, settings, args.minutes)
     if "decoder" in stages:
         wan_vae.train_decoder(args.work, load_vae(args.work), args.minutes)

@@ -57,7 +57,7 @@ SHIFT = 3.0
 class Settings:
     """How the transformer is trained."""
 
-    clips: int = 6144
+    clips: int = 4608
     steps: int = 5000
     batch: int = 32
     muon: float = 0.02
@@ -141,33 +141,42 @@ def dataset(n: int) -> list[tuple[world.Scene, int]]:
 
 
 @torch.no_grad()
+@wan_vae.fast_norm()
 def cache(work: Path, vae: AutoencoderKLWan, n: int, part: int = 0, parts: int = 1) -> None:
     """Encode one part of the training clips: posterior mode, not normalised, `(n / parts, 16, 5, 8, 8)`."""
     file = work / f"latents-{n}-{part}of{parts}.safetensors"
     if file.exists():
         return
     mine = dataset(n)[part::parts]
-    progress, latents = Progress(f"latents {part + 1} of {parts}", len(mine)), []
+    progress, latents, variances = Progress(f"latents {part + 1} of {parts}", len(mine)), [], []
     for start in range(0, len(mine), 8):
         clips = np.stack([world.render(scene, seed) for scene, seed in mine[start : start + 8]])
         video = wan_vae.to_model(clips).contiguous(memory_format=torch.channels_last_3d)
-        latents.append(vae.encode(video).latent_dist.mode())
+        posterior = vae.encode(video).latent_dist
+        latents.append(posterior.mode())
+        variances.append(posterior.var.mean(dim=(0, 2, 3, 4)))
         progress(min(start + 8, len(mine)))
-    save_state(file, {}, latents={"mode": torch.cat(latents)})
+    save_state(file, {}, latents={"mode": torch.cat(latents), "variance": torch.stack(variances).mean(dim=0)})
 
 
-def load_latents(work: Path, n: int) -> Tensor:
-    """All cached latents `(n, 16, 5, 8, 8)` in the order of `dataset`."""
+def load_latents(work: Path, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All cached latents `(n, 16, 5, 8, 8)` in the order of `dataset`, and what normalises them.
+
+    Returns:
+        Latents, not normalised; mean and standard deviation per channel, `(1, 16, 1, 1, 1)`. The deviation
+        includes the posterior's own, or a channel that the autoencoder ignores would be blown up.
+    """
     files = sorted(work.glob(f"latents-{n}-*.safetensors"))
     parts = int(files[0].stem.rpartition("of")[2])
     assert len(files) == parts, f"{len(files)} of {parts} parts of the latents are there"
-    pieces = [
-        load_state(work / f"latents-{n}-{k}of{parts}.safetensors")[1]["latents"]["mode"] for k in range(parts)
-    ]
-    whole = torch.empty(n, *pieces[0].shape[1:])
+    pieces = [load_state(work / f"latents-{n}-{k}of{parts}.safetensors")[1]["latents"] for k in range(parts)]
+    whole = torch.empty(n, *pieces[0]["mode"].shape[1:])
     for k, piece in enumerate(pieces):
-        whole[k::parts] = piece
-    return whole
+        whole[k::parts] = piece["mode"]
+    mean = whole.mean(dim=(0, 2, 3, 4))
+    std = (whole.var(dim=(0, 2, 3, 4)) + torch.stack([p["variance"] for p in pieces]).mean(dim=0)).sqrt()
+    mean, std = (torch.round(t, decimals=4).view(1, -1, 1, 1, 1) for t in (mean, std))
+    return whole, mean, std
 
 
 def training_caption(scene: world.Scene, rng: np.random.Generator, settings: Settings) -> str:
@@ -219,8 +228,8 @@ def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None
         average = groups["average"]
     short = shorten(model["dit"])
     forward = _forward(model, short)
-    began = saved = timed = time.monotonic()
-    first, step = facts["done"], facts["done"]
+    step = first = facts["done"]
+    saved = timed = time.monotonic()
     progress = Progress("dit", facts["steps"], first)
     while step < facts["steps"]:
         loss = forward(*batch(step, latents, pairs, words, settings))
@@ -230,16 +239,14 @@ def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None
         keep = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
         step += 1
-        if minutes and step == 60 and first == 0:
-            pace = (time.monotonic() - timed) / 40
-            facts["steps"] = progress.total = int(minutes * 60 / pace)
-        if step == 20:
+        if step == first + 20:
             timed = time.monotonic()
+        if minutes and step == 60 and first == 0:
+            facts["steps"] = progress.total = int(minutes * 60 / ((time.monotonic() - timed) / 40))
         progress(step, loss=loss.detach())
         if time.monotonic() - saved > 60 or step == facts["steps"]:
+            facts["seconds"] += time.monotonic() - saved
             facts["done"], saved = step, time.monotonic()
-            facts["seconds"] += saved - began
-            began = saved
             save_state(state, facts, model=model.state_dict(), optimizer=optimizer.tensors(), average=average)
     return state
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders import autoencoder_kl_wan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor
 
 from . import world
@@ -29,10 +33,12 @@ class Phase:
     """Nominal cost of one step, to share out a time budget."""
     wild: float
     """Share of wild clips; the rest is the world, training side."""
+    tame: float = 0.0
+    """Share of the wild clips that stand in front of the world's backgrounds."""
 
 
 PHASES = (Phase(1, 8, 1500, 0.25, 0.6), Phase(9, 3, 622, 0.72, 0.6), Phase(17, 2, 1328, 0.9, 0.4))
-DECODER = Phase(17, 2, 2000, 0.8, 0.35)
+DECODER = Phase(17, 2, 1300, 0.6, 0.5, tame=0.7)
 FOREGROUND = 4.0
 """Extra weight of pixels that an object covers."""
 KL = 1e-4
@@ -59,10 +65,20 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return torch.cat(chunks, dim=2)
 
 
-def _fast_norm(self: torch.nn.Module, x: Tensor) -> Tensor:
-    """`WanRMS_norm.forward` with a quicker norm over channels on CPU; equal up to rounding."""
-    length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-24)
-    return x * length.rsqrt() * self.scale * self.gamma + self.bias
+@contextlib.contextmanager
+def fast_norm() -> Iterator[None]:
+    """Inside, `WanRMS_norm` takes its norm in a way that is quicker on CPU; equal up to rounding."""
+
+    def forward(self: torch.nn.Module, x: Tensor) -> Tensor:
+        length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-24)
+        return x * length.rsqrt() * self.scale * self.gamma + self.bias
+
+    stock = WanRMS_norm.forward
+    WanRMS_norm.forward = forward
+    try:
+        yield
+    finally:
+        WanRMS_norm.forward = stock
 
 
 def batch(phase: Phase, key: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +89,8 @@ def batch(phase: Phase, key: int) -> tuple[Tensor, Tensor]:
     for _ in range(phase.batch):
         seed = int(rng.integers(1 << 40))
         if rng.random() < phase.wild:
-            video, cover = world.wild(seed, frames)
+            tame = phase.tame > 0 and rng.random() < phase.tame
+            video, cover = world.wild(seed, frames, tame=tame)
         else:
             video, cover = world.render_with_mask(world.scenes(seed, 1)[0], seed)
             start = rng.integers(world.FRAMES - frames + 1)
@@ -96,6 +113,7 @@ def loss(
     return total, error.mean().detach(), kl.detach()
 
 
+@fast_norm()
 def train(work: Path, minutes: float | None = None) -> Path:
     """Train in `work`, continuing what is there. Returns the file with the finished weights.
 
@@ -103,7 +121,6 @@ def train(work: Path, minutes: float | None = None) -> Path:
         work: Folder for checkpoints.
         minutes: Scale all phases to this time by the cost of the first steps; the counts are recorded.
     """
-    autoencoder_kl_wan.WanRMS_norm.forward = _fast_norm
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**CONFIG)
     optimizer = MuonAdamW(vae.named_parameters(), muon=0.02, adamw=2e-3)
@@ -112,34 +129,37 @@ def train(work: Path, minutes: float | None = None) -> Path:
         facts, groups = load_state(state)
         vae.load_state_dict(groups["model"])
         optimizer.load(groups["optimizer"])
+    step = first = facts["done"]
     saved = began = time.monotonic()
-    total = sum(facts["counts"])
-    progress = Progress("vae", total, facts["done"])
-    for step in range(facts["done"], total):
-        phase, left = 0, step
-        while left >= facts["counts"][phase]:
-            left -= facts["counts"][phase]
-            phase += 1
-        noise = torch.Generator().manual_seed(step)
+    progress = Progress("vae", sum(facts["counts"]), step)
+    while step < (total := sum(facts["counts"])):
+        phase = bisect.bisect_right(list(itertools.accumulate(facts["counts"])), step)
         video, weight = batch(PHASES[phase], step)
-        value, mse, kl = loss(vae, video.contiguous(memory_format=torch.channels_last_3d), weight, noise)
+        video = video.contiguous(memory_format=torch.channels_last_3d)
+        value, mse, kl = loss(vae, video, weight, torch.Generator().manual_seed(step))
         value.backward()
         optimizer.step(_rate(step, facts["counts"]))
-        if minutes and step == 19 and "scale" not in facts:
-            facts["scale"] = _fit(minutes, (time.monotonic() - began) / 20)
-            facts["counts"] = [max(20, round(p.steps * facts["scale"])) for p in PHASES]
-            total = sum(facts["counts"])
-            return_to = facts | {"done": step + 1, "seconds": time.monotonic() - began}
-            save_state(state, return_to, model=vae.state_dict(), optimizer=optimizer.tensors())
-            return train(work, minutes)
-        progress(step + 1, loss=value.detach(), psnr=10 * torch.log10(4 / mse), kl=kl)
-        if time.monotonic() - saved > 60 or step + 1 == total:
+        step += 1
+        if minutes and step == 20 and first == 0:
+            pace = (time.monotonic() - began) / 20 / PHASES[0].seconds
+            scale = minutes * 60 / (pace * sum(p.steps * p.seconds for p in PHASES))
+            facts["counts"] = [max(20, round(p.steps * scale)) for p in PHASES]
+            progress.total = total = sum(facts["counts"])
+        progress(step, loss=value.detach(), psnr=10 * torch.log10(4 / mse), kl=kl)
+        if time.monotonic() - saved > 60 or step == total:
             facts["seconds"] += time.monotonic() - saved
-            facts["done"], saved = step + 1, time.monotonic()
+            facts["done"], saved = step, time.monotonic()
             save_state(state, facts, model=vae.state_dict(), optimizer=optimizer.tensors())
     return state
 
 
+def _rate(step: int, counts: list[int]) -> float:
+    """Warm-up, constant, then linear to zero over the last 80 % of the clips."""
+    total = sum(counts)
+    return min(1.0, (step + 1) / 20, (total - step) / (0.8 * (total - counts[0])))
+
+
+@fast_norm()
 def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = None) -> Path:
     """Continue with the decoder alone: the encoder, and so every cached latent, stays as it is.
 
@@ -150,34 +170,30 @@ def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = Non
         vae: What `train` made, in the precision in which the encoder ships.
         minutes: Replace the number of steps by what fits this time; the number is recorded.
     """
-    autoencoder_kl_wan.WanRMS_norm.forward = _fast_norm
     vae.requires_grad_(False)
-    modules = torch.nn.ModuleDict(
-        {"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}
-    ).requires_grad_(True)
-    optimizer = MuonAdamW(modules.named_parameters(), muon=0.01, adamw=1e-3)
+    modules = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    optimizer = MuonAdamW(modules.requires_grad_(True).named_parameters(), muon=0.01, adamw=1e-3)
     state, facts = work / "decoder.safetensors", {"done": 0, "seconds": 0.0, "steps": DECODER.steps}
     if state.exists():
         facts, groups = load_state(state)
         modules.load_state_dict(groups["model"])
         optimizer.load(groups["optimizer"])
+    step = first = facts["done"]
     saved = began = time.monotonic()
-    progress, resumed = Progress("decoder", facts["steps"], facts["done"]), facts["done"]
-    step = resumed
+    progress = Progress("decoder", facts["steps"], step)
     while step < facts["steps"]:
         video, weight = batch(DECODER, step + (1 << 32))
-        noise = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
             z = vae._encode(video.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
-            z = z + 0.08 * torch.rand(len(z), 1, 1, 1, 1, generator=noise) * torch.randn(
-                z.shape, generator=noise
-            )
+            amount = 0.08 * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
+            z += amount * torch.randn(z.shape, generator=generator)
         error = (decode(vae, z) - video).square()
         total = (error * weight).sum() / (weight.sum() * 3)
         total.backward()
-        optimizer.step(min(1.0, (step + 1) / 20, (facts["steps"] - step) / (0.6 * facts["steps"])))
+        optimizer.step(min(1.0, (step + 1) / 20, (facts["steps"] - step) / (0.8 * facts["steps"])))
         step += 1
-        if minutes and step == 20 and resumed == 0:
+        if minutes and step == 20 and first == 0:
             facts["steps"] = progress.total = int(minutes * 60 / ((time.monotonic() - began) / 20))
         progress(step, loss=total.detach(), psnr=10 * torch.log10(4 / error.mean()).detach())
         if time.monotonic() - saved > 60 or step == facts["steps"]:
@@ -185,19 +201,6 @@ def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = Non
             facts["done"], saved = step, time.monotonic()
             save_state(state, facts, model=modules.state_dict(), optimizer=optimizer.tensors())
     return state
-
-
-def _fit(minutes: float, seconds: float) -> float:
-    """Factor on all step counts, from a first-phase step that took `seconds`."""
-    nominal = sum(p.steps * p.seconds for p in PHASES)
-    return minutes * 60 / (nominal * seconds / PHASES[0].seconds)
-
-
-def _rate(step: int, counts: list[int]) -> float:
-    """Warm-up, constant, then linear to zero over the last 80 % of the clips."""
-    total = sum(counts)
-    decay = 0.8 * (total - counts[0])
-    return min(1.0, (step + 1) / 20, (total - step) / decay)
 
 
 @torch.no_grad()
