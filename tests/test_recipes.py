@@ -1,0 +1,177 @@
+"""Every recipe that ships loads, suits its checkpoint, and trains on a tiny random sibling of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from inlay import config, families, formats, generate, runtime, tuners
+from inlay.train import train
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "launch")
+PUBLISHED = [p for p in RECIPES if "twin" not in p.name]
+TINY = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("tiny_wan", 32),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("tiny_wan", 32),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("tiny_a14b", 32),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("tiny_5b", 64),
+    "twin:wan": ("tiny_wan", 32),
+}
+"""Fixture and picture size that stand in for a checkpoint."""
+
+name = pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+
+
+def family(settings: config.Config) -> families.Family:
+    return families.get(settings.model.family)(settings.model)
+
+
+def test_there_are_recipes() -> None:
+    checkpoints = {config.load(p).model.checkpoint for p in PUBLISHED}
+    assert checkpoints == {*families.get("wan").published}, "one recipe or more for each published checkpoint"
+
+
+@name
+def test_is_short_and_has_a_run_of_its_own(path: Path) -> None:
+    lines = path.read_text("utf-8").splitlines()
+    assert 7 <= len(lines) <= 25 and lines[0].startswith("# ")
+    assert max(map(len, lines)) <= 120
+    runs = [config.load(p).run for p in RECIPES]
+    assert runs.count(config.load(path).run) == 1
+
+
+@published
+def test_published_checkpoint_can_do_it(path: Path) -> None:
+    settings = config.load(path)
+    assert family(settings).problems(settings) == []
+
+
+@published
+def test_targets_match_the_published_network(path: Path) -> None:
+    """The network is made without weights, so that targets and the numbers in comments are the real ones."""
+    settings = config.load(path)
+    model = family(settings)
+    denoiser = model.load_denoiser(torch.float32, meta=True)
+    layers = formats.shapes(denoiser)
+    if settings.tuner.kind == "full":
+        count = sum(p.numel() for p in denoiser.parameters())
+    else:
+        chosen = tuners.match(settings.tuner.targets or model.targets, list(layers), what="layer")
+        count = sum(settings.tuner.rank * sum(layers[n]) for n in chosen)
+    told = {"1.3b-lora": "43.7", "14b-lora": "153", "5b-lora": "80.6", "full": "1.4 billion"}
+    for part, number in told.items():
+        if part in path.stem:
+            assert number in path.read_text("utf-8")
+            value, _, unit = number.partition(" ")
+            assert count / (1e9 if unit else 1e6) == pytest.approx(float(value), rel=0.02)
+
+
+@name
+def test_trains_two_steps(
+    path: Path, request: pytest.FixtureRequest, make_clips: Callable[..., Path], tmp_path: Path
+) -> None:
+    raw = yaml.safe_load(path.read_text("utf-8"))
+    fixture, size = TINY[raw["model"]["checkpoint"]]
+    for package in {"adamw8bit": ["bitsandbytes"]}.get(raw["optim"].get("name"), []):
+        pytest.importorskip(package)
+    changes = [
+        f"run={tmp_path / 'run'}",
+        f"model.checkpoint={request.getfixturevalue(fixture)}",
+        f"data.sources={make_clips(6, size=(size, size))}",
+        f"data.size=[{size},{size}]",
+        "data.frames=9",
+        f"data.cache={tmp_path / 'cache'}",
+        "train.steps=2",
+        "train.trackers=[]",
+        "sample.steps=2",
+    ]
+    if "every" in raw.get("sample", {}):
+        changes.append("sample.every=2")
+    settings = config.load(path, changes)
+    run = train(settings)
+    lines = runtime.read_metrics(run / "metrics.jsonl")
+    assert [x["step"] for x in lines if "loss" in x] == [2]
+    assert [x["step"] for x in lines if "held_out_loss" in x] == ([2] if settings.data.held_out else [])
+    assert bool(list(run.glob("samples/step-000002/*.mp4"))) == bool(settings.sample.every)
+    if settings.tuner.kind == "full":
+        assert (run / "adapter/config.json").is_file()
+    else:
+        tensors = load_file(run / "adapter" / formats.WEIGHTS)
+        assert any(t.any() for n, t in tensors.items() if "lora_B" in n), "something was learned"
+        dora = [n for n in tensors if "lora_magnitude_vector" in n]
+        assert bool(dora) == (settings.tuner.kind == "dora")
+    assert len(generate.generate(run, ["a clip"], steps=2)) == 1
+
+
+def test_experts_share_their_cache() -> None:
+    high, low = (config.load(ROOT / f"recipes/wan/a14b-{side}.yaml") for side in ("high", "low"))
+    assert high.data == low.data and high.data.cache
+    assert (high.model.expert, low.model.expert) == ("high", "low")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_demo_is_its_recipe(kind: str) -> None:
+    """`inlay demo` adds prompts and nothing else."""
+    from inlay import demo
+
+    ours = config.load(ROOT / "recipes/wan/twin-demo.yaml", [f"tuner.kind={kind}"])
+    theirs = config.build(demo.recipe(Path("runs/demo"), kind))
+    plain = {"sample": theirs.sample.model_copy(update={"prompts": []})}
+    assert ours == theirs.model_copy(update=plain)
+
+
+# --- launch files -------------------------------------------------------------------------------------------
+
+LAUNCH = ROOT / "recipes/launch"
+SLURM = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+ACCELERATE = ["--num_processes", "2", "-m", "inlay", "train"]
+SHIMS = {
+    "scontrol": "echo localhost",
+    "srun": 'for i in 1 0; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait -n && wait -n',
+}
+"""What Slurm's commands do here: one host, two tasks."""
+
+
+def launch(command: list[str], recipe: Path, run: Path, tmp_path: Path) -> list[float]:
+    """Starts two processes as a launch file does, and gives the losses that they wrote."""
+    shims = tmp_path / "bin"
+    shims.mkdir(exist_ok=True)
+    for program, body in SHIMS.items():
+        (shims / program).write_text(f"#!/usr/bin/env bash\n{body}\n", "utf-8")
+        (shims / program).chmod(0o755)
+    path = os.pathsep.join([str(shims), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [*command, str(recipe), f"run={run}"],
+        env={**os.environ, **SLURM, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [x["loss"] for x in runtime.read_metrics(run / "metrics.jsonl") if "loss" in x]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torchrun", "accelerate", "slurm"])
+def test_launch_file_equals_accumulation_two(how: str, recipe: Callable[..., dict], tmp_path: Path) -> None:
+    command = {
+        "torchrun": [str(LAUNCH / "torchrun.sh"), "2"],
+        "accelerate": ["accelerate", "launch", "--config_file", str(LAUNCH / "accelerate.yaml"), *ACCELERATE],
+        "slurm": ["bash", str(LAUNCH / "slurm.sbatch")],
+    }[how]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(runtime__world_size=2, train__steps=2)), "utf-8")
+    two = launch(command, file, tmp_path / "two", tmp_path)
+    one = train(config.build(recipe(run=str(tmp_path / "one"), train__accumulate=2, train__steps=2)))
+    alone = [x["loss"] for x in runtime.read_metrics(one / "metrics.jsonl") if "loss" in x]
+    assert len(two) == 1 and two == pytest.approx(alone, rel=1e-5)
