@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,8 @@ def export(run: Path, to: str, out: Path | None = None, checkpoint: str | None =
         raise ValueError(f"--to: `{to}` is not one of {', '.join(get_args(formats.Target))}")
     place = Run(run)
     settings = place.config()
-    folder = generate.trained(place, checkpoint)
     family = families.get(settings.model.family)(settings.model)
+    folder = generate.trained(place, checkpoint, family)
     target = out or run / "export" / (f"{run.name}-{to}.safetensors" if to in ("comfyui", "kohya") else to)
     if target.exists():
         raise ValueError(f"{target} exists; name another with --out")
@@ -41,8 +42,9 @@ def export(run: Path, to: str, out: Path | None = None, checkpoint: str | None =
         with atomic(target) as temporary:
             shutil.copytree(folder, temporary)
         return target
-    base = family.load_denoiser(torch.float32)
-    adapter = formats.read(folder, family, shapes=formats.shapes(base))
+    adapter = formats.read(folder, family, shapes=formats.shapes(family.load_denoiser(torch.float32, meta=True)))
+    needed = to in ("merged", "kohya") or (to == "comfyui" and adapter.dora)
+    base = family.load_denoiser(torch.float32) if needed else None
     return formats.export(adapter, to, target, family=family, base=base)  # type: ignore[arg-type]
 
 
@@ -70,6 +72,11 @@ def convert(
     Raises:
         ValueError: when it is damaged or unknown, or when anything of it would be lost.
     """
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"--alpha: {alpha:g} is not a number above 0")
+    if dora_scale not in (None, *get_args(formats.DoraRule)):
+        rules = " or ".join(get_args(formats.DoraRule))
+        raise ValueError(f"--dora-scale: `{dora_scale}` is not {rules}")
     kind = families.get(family)
     base = (
         kind(config.Model(family=family, checkpoint=checkpoint)).load_denoiser(torch.float32)

@@ -39,10 +39,11 @@ def train(config: recipe.Config) -> Path:
         ValueError: for everything that the user can mend.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is written.
     """
-    with runtime.start(config) as ctx, runtime.Interrupt() as interrupt:
+    with runtime.start(config) as ctx:
         job = prepare(config, ctx)
         t, meters = config.train, job.meters
         with (
+            runtime.Interrupt() as interrupt,
             closing(job.loader.stream(job.start, t.steps, ctx)) as batches,
             progress("train", t.steps, "step", show=ctx.main, done=job.start) as advance,
         ):
@@ -204,7 +205,7 @@ class Job:
     def save(self, step: int, *, final: bool) -> None:
         """Writes a checkpoint and, at the end, what other programs load."""
         if self.ctx.main:
-            about = {"inlay_step": str(step), "inlay_base": self.config.model.checkpoint}
+            about = {"inlay_step": str(step), "inlay_base": self.family.name}
             with self.run.writing(step) as folder:
                 with self.averaged():
                     tuners.save(self.config.tuner, self.denoiser, folder / "adapter", metadata=about)
@@ -340,8 +341,14 @@ def open_run(config: recipe.Config, ctx: Context) -> Run:
                 + "\nput these back to go on, or name another folder (run=...)"
             )
     if ctx.main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(config, run.folder / "config.yaml")
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            recipe.save(config, run.folder / "config.yaml")
+        except OSError as error:
+            raise ValueError(
+                f"{run.folder}: the run cannot be written there ({error.strerror}); name another folder "
+                "(run=...), or make room"
+            ) from None
         (run.folder / "environment.json").write_text(json.dumps(runtime.environment(), indent=2), "utf-8")
     ctx.barrier()
     return run

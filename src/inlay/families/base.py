@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -80,6 +81,11 @@ class Family(ABC):
         self.model = model
         self.source = locate(model.checkpoint)
 
+    @property
+    def name(self) -> str:
+        """The checkpoint's Hub id, or of a local one only the folder's name, for files that are given away."""
+        return self.source.name if isinstance(self.source, Path) else self.source
+
     # --- configuration ------------------------------------------------------------------------------------
 
     def read_config(self, component: str) -> dict[str, Any] | None:
@@ -93,7 +99,15 @@ class Family(ABC):
             return dict(self.published[self.model.checkpoint].get(component, {})) or None
         if isinstance(self.source, Path):
             path = self.source / name
-            return json.loads(path.read_text("utf-8")) if path.is_file() else None
+            if not path.is_file():
+                return None
+            try:
+                found = json.loads(path.read_text("utf-8"))
+            except ValueError:
+                found = None
+            if not isinstance(found, dict):
+                raise ValueError(f"model.checkpoint: {path} is not a JSON object; copy or download it again")
+            return found
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -108,6 +122,24 @@ class Family(ABC):
                 f"model.checkpoint: `{self.source}` is not a local folder and could not be read from the Hub "
                 f"({type(error).__name__}); check the name, the network, or `hf auth login`"
             ) from None
+
+    @contextmanager
+    def loading(self, part: str, folder: Path | None = None) -> Iterator[None]:
+        """One sentence for whatever the libraries raise while they load a part of the checkpoint, or a folder.
+
+        Raises:
+            ValueError: when it cannot be loaded.
+        """
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:
+            what = folder or f"`{part}` of {self.model.checkpoint}"
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise ValueError(
+                f"model.checkpoint: {what} cannot be loaded ({cause}); is it whole? Copy or download it again"
+            ) from error
 
     @abstractmethod
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -180,10 +212,11 @@ class Family(ABC):
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Sentences about what this checkpoint cannot do with this recipe; empty when all is well."""
-        frames = [*config.data.frames, *([config.sample.frames] if config.sample.frames else [])]
-        sizes = [config.data.size, *([config.sample.size] if config.sample.size else [])]
-        found = [p for f in frames for p in self.grid.problems(f, *sizes[0])]
-        found += [p for s in sizes for p in self.grid.problems(frames[0], *s)]
+        data, sample = config.data, config.sample
+        asked = [("data", frames, data.size) for frames in data.frames]
+        if sample.frames or sample.size:
+            asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
+        found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
         return list(dict.fromkeys(found))
 
 
