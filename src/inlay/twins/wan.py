@@ -18,6 +18,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -65,13 +66,8 @@ def export(work: Path, out: Path, clips: int) -> None:
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=wan_dit.SHIFT
     )
-    pipeline = WanPipeline(
-        tokenizer=words,
-        text_encoder=text.half(),
-        vae=vae.half(),
-        scheduler=scheduler,
-        transformer=dit.half(),
-    )
+    parts: dict[str, Any] = {"tokenizer": words, "text_encoder": text.half(), "vae": vae.half()}
+    pipeline = WanPipeline(**parts, scheduler=cast(Any, scheduler), transformer=dit.half())
     for part in ("vae", "transformer", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(out / part, ignore_errors=True)
     pipeline.save_pretrained(out)

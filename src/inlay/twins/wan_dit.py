@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
@@ -104,8 +105,8 @@ class ShortContext(WanAttnProcessor):
 
 def shorten(transformer: WanTransformer3DModel) -> ShortContext:
     """Give all cross-attentions of a transformer one `ShortContext`, and return it."""
-    short = ShortContext()
-    for block in transformer.blocks:
+    short, blocks = ShortContext(), cast(Any, transformer.blocks)
+    for block in blocks:
         block.attn2.set_processor(short)
     return short
 
@@ -142,7 +143,7 @@ def dataset(n: int) -> list[tuple[world.Scene, int]]:
 
 @torch.no_grad()
 @wan_vae.fast_norm()
-def cache(work: Path, vae: AutoencoderKLWan, n: int, part: int = 0, parts: int = 1) -> None:
+def cache(work: Path, vae: Any, n: int, part: int = 0, parts: int = 1) -> None:
     """Encode one part of the training clips: posterior mode, not normalised, `(n / parts, 16, 5, 8, 8)`."""
     file = work / f"latents-{n}-{part}of{parts}.safetensors"
     if file.exists():
@@ -226,7 +227,7 @@ def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None
         model.load_state_dict(groups["model"], strict=False)
         optimizer.load(groups["optimizer"])
         average = groups["average"]
-    short = shorten(model["dit"])
+    short = shorten(cast(WanTransformer3DModel, model["dit"]))
     forward = _forward(model, short)
     step = first = facts["done"]
     saved = timed = time.monotonic()
@@ -266,7 +267,7 @@ def batch(
     return x0, noise, sample_sigma(len(x0), generator), ids, mask
 
 
-def _forward(model: nn.ModuleDict, short: ShortContext) -> Callable[..., Tensor]:
+def _forward(model: Any, short: ShortContext) -> Callable[..., Tensor]:
     def loss(x0: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         context, short.bias = encode_text(model["text"], ids, mask)
         s = sigma.view(-1, 1, 1, 1, 1)

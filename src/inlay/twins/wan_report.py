@@ -6,10 +6,11 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 from peft import LoraConfig
 
 from . import judge, wan_dit, wan_vae, world
@@ -20,7 +21,7 @@ TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.pro
 Judged = list[dict[str, bool]]
 
 
-def load(folder: Path) -> WanPipeline:
+def load(folder: Path) -> Any:
     """The pipeline in a folder, quiet."""
     pipe = WanPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -28,7 +29,7 @@ def load(folder: Path) -> WanPipeline:
 
 
 def generate(
-    pipe: WanPipeline, prompts: list[str], *, seed: int, steps: int = STEPS, guidance: float = GUIDANCE
+    pipe: Any, prompts: list[str], *, seed: int, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> np.ndarray:
     """One clip per prompt, `uint8 (n, 17, 64, 64, 3)`; clip `k` has its own noise, seeded `seed + k`."""
     clips = []
@@ -56,14 +57,14 @@ def shares(verdicts: Judged) -> dict[str, float]:
     return {name: round(100 * float(np.mean(answers)), 1) for name, answers in stated.items() if answers}
 
 
-def obedience(pipe: WanPipeline, n: int = 100, *, seed: int = 1, **sampling: float) -> dict[str, float]:
+def obedience(pipe: Any, n: int = 100, *, seed: int = 1, **sampling: Any) -> dict[str, float]:
     """How often clips show what held-out prompts say, in percent per attribute."""
     pairs = world.world_prompts(n, seed)
     clips = generate(pipe, [prompt for prompt, _ in pairs], seed=seed, **sampling)
     return shares([judge.judge_scene(clip, scene) for clip, (_, scene) in zip(clips, pairs, strict=True)])
 
 
-def subject(pipe: WanPipeline, n: int = 40, *, seed: int = 2, **sampling: float) -> dict[str, float]:
+def subject(pipe: Any, n: int = 40, *, seed: int = 2, **sampling: Any) -> dict[str, float]:
     """How often clips show the subject for prompts that name it, in percent; and each attribute."""
     pairs = world.subject_prompts(n, seed)
     clips = generate(pipe, [prompt for prompt, _ in pairs], seed=seed, **sampling)
@@ -72,7 +73,7 @@ def subject(pipe: WanPipeline, n: int = 40, *, seed: int = 2, **sampling: float)
 
 
 def teach(
-    pipe: WanPipeline,
+    pipe: Any,
     *,
     rank: int = 16,
     dora: bool = False,
@@ -92,7 +93,7 @@ def teach(
             [text for _, text in clips], padding="max_length", max_length=48, return_tensors="pt"
         )
         context, bias = wan_dit.encode_text(pipe.text_encoder, text.input_ids, text.attention_mask)
-    transformer: WanTransformer3DModel = pipe.transformer
+    transformer = pipe.transformer
     torch.manual_seed(0)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, use_dora=dora, target_modules=TARGETS))
     stock, short = transformer.blocks[0].attn2.processor, wan_dit.shorten(transformer)
@@ -120,7 +121,7 @@ def teach(
     return float(torch.stack(losses[-50:]).mean())
 
 
-def reconstruction(pipe: WanPipeline, n: int = 32) -> dict[str, float]:
+def reconstruction(pipe: Any, n: int = 32) -> dict[str, float]:
     """PSNR in dB of encoding and decoding clips that training never saw, and what the judge says of them."""
     held = [(scene, world.render(scene, k)) for k, scene in enumerate(world.scenes(3, n, held_out=True))]
     star = [(scene, world.render(scene, k)) for k, (_, scene) in enumerate(world.subject_prompts(n, 3))]
@@ -139,10 +140,10 @@ def reconstruction(pipe: WanPipeline, n: int = 32) -> dict[str, float]:
     return {name: round(value, 2) for name, value in numbers.items()}
 
 
-def evaluate(folder: Path) -> dict[str, object]:
+def evaluate(folder: Path) -> dict[str, Any]:
     """All of it, printed as a table and returned."""
     began, pipe = time.monotonic(), load(folder)
-    report: dict[str, object] = {
+    report: dict[str, Any] = {
         "sampling": {"steps": STEPS, "guidance": GUIDANCE, "prompts": 100, "subject_prompts": 40},
         "reconstruction": reconstruction(pipe),
         "base": {"world": obedience(pipe), world.SUBJECT: subject(pipe)},

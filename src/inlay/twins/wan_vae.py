@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 def fast_norm() -> Iterator[None]:
     """Inside, `WanRMS_norm` takes its norm in a way that is quicker on CPU; equal up to rounding."""
 
-    def forward(self: torch.nn.Module, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-24)
         return x * length.rsqrt() * self.scale * self.gamma + self.bias
 
@@ -100,9 +101,7 @@ def batch(phase: Phase, key: int) -> tuple[Tensor, Tensor]:
     return to_model(np.stack(videos)), 1 + FOREGROUND * torch.from_numpy(np.stack(covers))[:, None]
 
 
-def loss(
-    vae: AutoencoderKLWan, video: Tensor, weight: Tensor, noise: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def loss(vae: Any, video: Tensor, weight: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Total loss, plain mean squared error in [-1, 1], KL per latent element."""
     mean, logvar = vae._encode(video).chunk(2, dim=1)
     logvar = logvar.clamp(-20, 10)
@@ -171,6 +170,7 @@ def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = Non
         minutes: Replace the number of steps by what fits this time; the number is recorded.
     """
     vae.requires_grad_(False)
+    encode: Any = vae._encode
     modules = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
     optimizer = MuonAdamW(modules.requires_grad_(True).named_parameters(), muon=0.01, adamw=1e-3)
     state, facts = work / "decoder.safetensors", {"done": 0, "seconds": 0.0, "steps": DECODER.steps}
@@ -185,7 +185,7 @@ def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = Non
         video, weight = batch(DECODER, step + (1 << 32))
         generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
-            z = vae._encode(video.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
+            z = encode(video.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
             amount = 0.08 * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
             z += amount * torch.randn(z.shape, generator=generator)
         error = (decode(vae, z) - video).square()
@@ -204,7 +204,7 @@ def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = Non
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKLWan, clips: np.ndarray) -> np.ndarray:
+def reconstruct(vae: Any, clips: np.ndarray) -> np.ndarray:
     """Encode (mode) and decode `uint8 (n, 17, 64, 64, 3)` with the stock methods."""
     out = []
     for start in range(0, len(clips), 4):

@@ -344,9 +344,7 @@ def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndar
         axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / 16 - 2
         u = axis[None, None, :] + drift[0][:, None, None]
         v = axis[None, :, None] + drift[1][:, None, None]
-        cover = (
-            _pattern(rng, *np.broadcast_arrays(u, v), 0.12) if kind < 4 else np.zeros((frames, SIZE, SIZE))
-        )
+        cover = _pattern(rng, u, v, 0.12) if kind < 4 else np.zeros((frames, SIZE, SIZE))
     return first + cover[..., None] * (second - first)
 
 
