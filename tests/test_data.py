@@ -130,8 +130,8 @@ def test_csv_with_named_columns(clips):
             {"video_column": "clip", "caption_column": "x"},
             "no column `x`; there are: clip, words. Set `caption_column`",
         ),
-        ({}, "has no column one of video, file_name, file, path, image, frames_path; there are: clip, words"),
-        ({"video_column": "clip"}, "has no column one of caption, prompt, text; there are: clip, words"),
+        ({}, "has none of the columns video, file_name, file, path, image, frames_path; there are: clip, words"),
+        ({"video_column": "clip"}, "has none of the columns caption, prompt, text; there are: clip, words"),
         ({"video_column": "clip", "caption_column": "words", "group_column": "g"}, "no column `g`"),
     ],
 )

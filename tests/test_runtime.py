@@ -205,7 +205,7 @@ def test_meters_name_the_first_clips_that_are_not_finite(tmp_path: Path) -> None
 def test_trackers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The two have one interface; a missing one says what to install."""
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=f"`{name}` is not installed"):
+    with pytest.raises(ValueError, match=f"train.trackers: `{name}` needs a package that is not installed"):
         Meters(Run(tmp_path), Context(torch.device("cpu"), torch.float32, "adamw"), [name])
     calls: list[tuple] = []
 

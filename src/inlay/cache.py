@@ -13,12 +13,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,21 +76,17 @@ class Cache:
                 head = file.read(8)
                 size = int.from_bytes(head, "little")
                 header = json.loads(file.read(size))
-        except (OSError, ValueError, MemoryError, OverflowError):
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            return path.stat().st_size == 8 + size + end
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
             return False
-        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        return path.stat().st_size == 8 + size + end
 
     def write(self, kind: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Writes an item atomically, with its digest in the header."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         header = {**metadata, "inlay_cache": str(VERSION), "digest": digest(tensors)}
         with atomic(self.path(kind, name)) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=header)
-            except SafetensorError as error:  # it wraps the system's error in text
-                number = re.search(r"os error (\d+)", str(error))
-                raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+            save_file(tensors, temporary, metadata=header)
 
     def read(self, kind: str, name: str) -> dict[str, Tensor]:
         """Reads and verifies an item.
@@ -201,7 +198,7 @@ def build_media(
     """Encodes windows that are not there yet; latents are kept as float16, with more digits than bfloat16.
 
     Raises:
-        ValueError: when the disk is full. What was made stays; run it again.
+        ValueError: when the cache cannot be written. What was made stays; run it again.
     """
     missing = [i for i, name in enumerate(names) if not cache.has("media", name)]
     built = Built(reused=len(names) - len(missing))
@@ -219,19 +216,17 @@ def build_media(
             wrong = [k for k, v in item.items() if not torch.isfinite(v).all()]
             if wrong:
                 raise ValueError(f"its {', '.join(wrong)} are not finite")
+        except (OSError, ValueError) as error:
+            built.failed[str(window.clip.path)] = str(error)
+        else:
             item = {k: v.half() for k, v in item.items()}
             about = {
                 "clip": window.clip.name,
                 "window": json.dumps(window.key, default=str),
                 "checkpoint": family.model.checkpoint,
             }
-            cache.write("media", names[i], item, about)
-            built.made += 1
-        except OSError as error:
-            _disk_full(error, cache.folder, built.made + built.reused, len(names))
-            built.failed[str(window.clip.path)] = str(error)
-        except ValueError as error:
-            built.failed[str(window.clip.path)] = str(error)
+            with _writing(cache.folder, built, len(names)):
+                cache.write("media", names[i], item, about)
         advance(1)
     return built
 
@@ -249,7 +244,7 @@ def build_text(
     """Encodes captions that are not there yet, at their true length and in the encoder's own precision.
 
     Raises:
-        ValueError: when the disk is full. What was made stays; run it again.
+        ValueError: when the cache cannot be written. What was made stays; run it again.
     """
     missing = [i for i, name in enumerate(names) if not cache.has("text", name)]
     built = Built(reused=len(names) - len(missing))
@@ -260,21 +255,23 @@ def build_text(
     for start in range(0, len(missing), 8):
         chunk = missing[start : start + 8]
         for i, item in zip(chunk, family.encode_text(encoder, [captions[i] for i in chunk]), strict=True):
-            try:
-                cache.write(
-                    "text", names[i], item, {"caption": captions[i], "checkpoint": family.model.checkpoint}
-                )
-            except OSError as error:
-                _disk_full(error, cache.folder, built.made + built.reused, len(names))
-                raise
-            built.made += 1
+            about = {"caption": captions[i], "checkpoint": family.model.checkpoint}
+            with _writing(cache.folder, built, len(names)):
+                cache.write("text", names[i], item, about)
         advance(len(chunk))
     return built
 
 
-def _disk_full(error: OSError, folder: Path, done: int, total: int) -> None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+@contextmanager
+def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
+    """Counts an item that is written, and says what became of the others when it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ValueError(
-            f"{folder}: the disk is full; {done} of {total} items are cached and stay. Free space, or "
-            "point data.cache at another disk, and run again"
+            f"{folder}: {'the disk is full' if full else f'cannot be written ({error.strerror})'}; "
+            f"{built.made + built.reused} of {total} items are cached and stay. "
+            f"{'Free space, or point' if full else 'Point'} data.cache at another disk, and run again"
         ) from None
+    built.made += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ Overrides = Annotated[
 ClickException: Any = typer.BadParameter.__mro__[2]
 """The base of typer's usage errors; which package it comes from depends on typer's version."""
 
+INTERRUPTED = "interrupted: what is finished stays; run the same command again to go on"
+
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run folder, as `inlay train` made it.", show_default=False)
 ]
@@ -49,9 +52,12 @@ def main() -> None:
     Only our own mistakes show a traceback.
     """
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # the code of a typer.Exit, or None
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        _say(f"\n{stop or 'interrupted'}")
+        code = app(standalone_mode=False) or 0  # the code of a typer.Exit, or None
+        if code == 130:  # what some versions of typer make of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except (KeyboardInterrupt, typer.Abort):
+        _say(f"\n{INTERRUPTED}")
         sys.exit(130)
     except ValueError as error:
         if os.environ.get("INLAY_TRACEBACK"):
@@ -62,9 +68,15 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:  # a library's way to say something else
             raise
-        _say(f"error: {error.filename}: {error.strerror}")
+        full = ": free space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        _say(f"error: {error.filename or 'a file could not be written'}: {error.strerror}{full}")
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported here
+            raise
+        _say(f"error: {str(error).split('.')[0]}: lower data.size, data.frames or train.batch, and run again")
         sys.exit(2)
 
 
@@ -140,8 +152,8 @@ def train_(recipe: Recipe, overrides: Overrides = None) -> None:
     try:
         run = train.train(config)
     except KeyboardInterrupt as stop:
-        _say(str(stop) or "interrupted")
-        raise typer.Exit(130) from None
+        _say(str(stop) or INTERRUPTED)
+        sys.exit(130)
     if int(os.environ.get("RANK", "0")) == 0:
         _say(f'{run}\nnext: inlay generate {run} "a prompt"   or   inlay evaluate {run}')
 
@@ -177,7 +189,7 @@ def generate_(
     console.quiet()
     texts = list(prompts or [])
     if file:
-        texts += [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        texts += _lines(file)
     if not texts:
         raise ValueError("generate: give a prompt, or --file with one per line")
     area = _size(size)
@@ -199,6 +211,16 @@ def generate_(
         seed=seed,
     )
     print("\n".join(str(path) for path in made))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--file: {file} is not UTF-8 text; save it as such, one prompt per line") from None
+    if not found:
+        raise ValueError(f"--file: {file} holds no prompt; write one per line")
+    return found
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -228,8 +250,7 @@ def evaluate_(
     console.quiet()
     from inlay.evaluate import Prompt, evaluate, summary_table
 
-    texts = [x.strip() for x in file.read_text("utf-8-sig").splitlines() if x.strip()] if file else None
-    prompts = [Prompt(t) for t in texts] if texts is not None else None
+    prompts = [Prompt(text) for text in _lines(file)] if file else None
     report = evaluate(run, against=against, checkpoint=checkpoint, prompts=prompts, count=count)
     console.console.print(summary_table(report))
     print(report.path)

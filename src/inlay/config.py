@@ -10,17 +10,23 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from inlay.files import atomic
 
 
 class Section(BaseModel):
     """A frozen part of a recipe; attribute docstrings are its help."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -41,7 +47,7 @@ class Model(Section):
 class Source(Section):
     """One place where clips come from."""
 
-    path: str
+    path: str = Field(min_length=1)
     """Folder, manifest (`.csv`, `.jsonl`, `.json`), or folder with `prompts.txt` and `videos.txt`."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl"] = "auto"
     """How captions are stored; `auto` looks."""
@@ -90,7 +96,7 @@ class Data(Section):
     """Share of training samples that see the empty caption, so that guidance keeps working."""
     held_out: float = Field(default=0.1, ge=0)
     """Clips kept away from training for the held-out loss: a share below 1, else a count."""
-    cache: str | None = None
+    cache: str | None = Field(default=None, min_length=1)
     """Folder of encoded clips and captions; runs may share one. Default: `cache` in the run folder."""
     bad_clips: Literal["stop", "quarantine"] = "stop"
     """What `cache` and `train` do about clips with errors: `stop`, or go on without them and list them in the
@@ -99,7 +105,7 @@ class Data(Section):
     @field_validator("sources", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        many = value if isinstance(value, list) else [value]
+        many = value if isinstance(value, list) else [] if value is None else [value]
         return [{"path": str(v)} if isinstance(v, (str, Path)) else v for v in many]
 
     @field_validator("sources")
@@ -206,6 +212,13 @@ class Optim(Section):
     """Decay of an exponential moving average of the trained weights, which then is what is sampled and
     exported."""
 
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("needs two numbers of at least 0 and less than 1")
+        return value
+
 
 class Train(Section):
     """How long, how much at once, and what is written on the way."""
@@ -248,6 +261,13 @@ class Sample(Section):
     seed: int = 42
     """Seed of the first video; video i of a prompt uses seed + i."""
 
+    @field_validator("prompts")
+    @classmethod
+    def _said(cls, value: list[str]) -> list[str]:
+        if not all(text.strip() for text in value):
+            raise ValueError("holds an empty prompt; remove it, or write what you want to see")
+        return value
+
 
 class Memory(Section):
     """What is traded for memory."""
@@ -276,7 +296,7 @@ Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
 class Config(Section):
     """A whole recipe."""
 
-    run: str
+    run: str = Field(min_length=1)
     """Folder that the run is written to and that every later command takes."""
     seed: int = Field(default=0, ge=0)
     """Order, noise and times are functions of it."""
@@ -295,6 +315,20 @@ class Config(Section):
     def _kind(cls, value: Any) -> Any:
         tuner = value.get("tuner") if isinstance(value, dict) else None
         return {**value, "tuner": {"kind": "lora", **tuner}} if isinstance(tuner, dict) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would keep the last and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"`{key.value}` comes twice; write it once", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,13 +356,16 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe; `inlay new wan DATA` writes one")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a recipe, it is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{path}: not valid YAML: {where}{what or ' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ValueError(
-            f"{path}: a recipe is a mapping of sections (run, model, data, ...), found {type(raw).__name__}"
-        )
+        found = "the file is empty" if raw is None else f"found {type(raw).__name__}"
+        raise ValueError(f"{path}: a recipe is a mapping of sections (run, model, data, ...); {found}")
     return build(raw, overrides, name=str(path))
 
 
@@ -342,7 +379,7 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
 
     for text in overrides:
         key, mark, value = text.partition("=")
-        if not mark or not key.strip():
+        if not mark or not all(key.strip().split(".")):
             raise ValueError(f"`{text}` is not an override; write section.key=value, such as optim.lr=2e-4")
         try:
             nested: Any = yaml.safe_load(value)
@@ -357,21 +394,42 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
     try:
         return Config.model_validate(merge(defaults, raw))
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
-        raise ValueError(f"{name}: {error.error_count()} mistake(s)\n{lines}") from None
+        raise ValueError(explain(error, name)) from None
 
 
-def _explain(error: Any) -> str:
-    where = [str(p) for p in error["loc"] if p not in ("lora", "dora", "full")]
-    if error["type"] == "extra_forbidden":
-        known = _keys(where[:-1])
+def explain(error: ValidationError, name: str, section: str | None = None) -> str:
+    """What is wrong with a recipe, one line per mistake.
+
+    Args:
+        error: of `Config`, or of one section.
+        name: of the recipe.
+        section: name of the section, where the error is of one.
+    """
+    found = [_mistake(e, [section] if section else []) for e in error.errors()]
+    return "\n".join([f"{name}: {len(found)} mistake{'s' if len(found) > 1 else ''}", *found])
+
+
+def _mistake(error: Any, within: list[str]) -> str:
+    loc = [*within, *map(str, error["loc"])]
+    where = [p for p in loc if p not in ("lora", "dora", "full")]
+    name, kind, given = ".".join(where), error["type"], repr(error["input"])
+    if kind == "extra_forbidden":
+        known = list(Full.model_fields) if loc[:2] == ["tuner", "full"] else _keys(where[:-1])
         near = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-        return f"{'.'.join(where)}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{'.'.join(where)}: missing"
-    value = "" if isinstance(error["input"], (dict, list)) else f" (got {error['input']!r})"
-    return f"{'.'.join(where)}: {error['msg'].removeprefix('Value error, ')}{value}"
+        return f"  {name}: unknown key; {hint}"
+    if kind == "missing":
+        return f"  {name}: missing"
+    if kind == "union_tag_invalid":
+        kinds = [k for part in (LowRank, Full) for k in get_args(part.model_fields["kind"].annotation)]
+        return f"  {name}.kind: no `{error['ctx']['tag']}`; there are: {', '.join(kinds)}"
+    if kind in ("model_type", "model_attributes_type"):
+        says = f"needs keys below it ({', '.join(_keys(where))})"
+    elif kind in ("tuple_type", "list_type"):
+        says = "needs a list, such as [a, b]"
+    else:
+        says = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"  {name}: {says}" + (f" (got {given})" if len(given) <= 80 and "`" not in says else "")
 
 
 def _keys(where: list[str]) -> list[str]:
@@ -386,9 +444,9 @@ def _keys(where: list[str]) -> list[str]:
 
 def save(config: Config, path: Path) -> None:
     """Writes the fully resolved recipe as YAML."""
-    path.write_text(
-        yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True), "utf-8"
-    )
+    values = json.loads(config.model_dump_json())
+    with atomic(path) as temporary:
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def schema() -> dict[str, Any]:

@@ -265,7 +265,9 @@ def _find(source: config.Source, index: int) -> _Found:
         {"folder": _folder, "lines": _lines, "csv": _table, "jsonl": _objects}[layout](target, scan)
         if not scan.count:
             raise ValueError(f"holds no clips ({why})")
-    except (ValueError, OSError, csv.Error) as error:
+    except csv.Error as error:
+        scan.problem("layout", source.path, f"is not valid CSV ({error}): is a quotation mark not closed?")
+    except (ValueError, OSError) as error:
         scan.problem("layout", source.path, str(error))
     return _Found(layout, why, scan.clips, scan.problems, scan.count)
 
@@ -374,9 +376,13 @@ def _objects(path: Path, scan: _Scan) -> None:
                 rows = [(f"entry {i}", r) for i, r in enumerate(json.loads(line), 1)]
             elif line.strip():
                 rows.append((f"line {number}", json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            at = error.lineno if whole and isinstance(error, json.JSONDecodeError) else number
-            raise ValueError(f"{path.name}, line {at}: not valid JSON ({error})") from None
+        except json.JSONDecodeError as error:
+            at = error.lineno if whole else number
+            raise ValueError(
+                f"{path.name}, line {at}: not valid JSON (column {error.colno}: {error.msg})"
+            ) from None
+        except TypeError:
+            raise ValueError(f"{path.name}, line {number}: not valid JSON, a list of objects") from None
     if not rows:
         raise ValueError(f"{path.name} is empty")
     wrong = next((where for where, r in rows if not isinstance(r, dict)), None)
@@ -401,8 +407,8 @@ def _columns(source: config.Source, there: list[str]) -> tuple[str, str, str | N
     ):
         found = next((c for c in ([named] if named else defaults) if c in there), None)
         if found is None and (named or defaults):
-            want = f"`{named}`" if named else f"one of {', '.join(defaults)}"
-            raise ValueError(f"has no column {want}; there are: {', '.join(there)}. Set `{key}`")
+            want = f"no column `{named}`" if named else f"none of the columns {', '.join(defaults)}"
+            raise ValueError(f"has {want}; there are: {', '.join(there)}. Set `{key}`")
         out.append(found)
     return out[0], out[1], out[2]
 
@@ -635,7 +641,7 @@ def describe(problems: Sequence[Problem], total: int, shown: int = 5) -> list[st
     for code in sorted(groups, key=list(KINDS).index):
         group, says = groups[code], KINDS[code]
         if code in SOURCE_CODES:
-            out += [f"{p.name}: {p.message}" if p.name not in p.message else p.message for p in group]
+            out += [f"{p.name}: {p.message}" if code == "layout" else p.message for p in group]
             continue
         names = [f"{p.name}: {p.message}" if p.message else p.name for p in group[:shown]]
         more = f" and {len(group) - shown} more" if len(group) > shown else ""

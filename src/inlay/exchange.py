@@ -42,7 +42,9 @@ def export(run: Path, to: str, out: Path | None = None, checkpoint: str | None =
         with atomic(target) as temporary:
             shutil.copytree(folder, temporary)
         return target
-    adapter = formats.read(folder, family, shapes=formats.shapes(family.load_denoiser(torch.float32, meta=True)))
+    adapter = formats.read(
+        folder, family, shapes=formats.shapes(family.load_denoiser(torch.float32, meta=True))
+    )
     needed = to in ("merged", "kohya") or (to == "comfyui" and adapter.dora)
     base = family.load_denoiser(torch.float32) if needed else None
     return formats.export(adapter, to, target, family=family, base=base)  # type: ignore[arg-type]

@@ -421,6 +421,15 @@ def _problems(parsed: _Parsed, family: type[Family] | Family) -> list[str]:
     for module, parts in parsed.parts.items():
         if module not in half:
             out += _misshapen(module, parts)
+    wild = [
+        module
+        for module, parts in parsed.parts.items()
+        if not all(
+            (n == "alpha" or t.is_floating_point()) and t.float().isfinite().all() for n, t in parts.items()
+        )
+    ]
+    if wild:
+        out.append(f"{len(wild)} layers with values that are not finite numbers ({_some(wild)})")
     magnitudes = [m for m, p in parsed.parts.items() if {"magnitude", "dora_scale"} & p.keys()]
     bare = [m for m in parsed.parts if m not in magnitudes]
     config = parsed.file.config
@@ -449,10 +458,6 @@ def _misshapen(module: str, parts: Mapping[str, Tensor]) -> list[str]:
             out.append(f"{module}: {name} has {parts[name].numel()} values for {b.shape[0]} outputs")
     if "alpha" in parts and (parts["alpha"].numel() != 1 or not parts["alpha"].any()):
         out.append(f"{module}: alpha is {parts['alpha'].tolist()}")
-    if not all(
-        (n == "alpha" or t.is_floating_point()) and torch.isfinite(t.float()).all() for n, t in parts.items()
-    ):
-        out.append(f"{module}: values that are not finite numbers")
     return out
 
 

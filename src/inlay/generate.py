@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from inlay import cache, families, formats, media, runtime
@@ -35,7 +37,10 @@ class Prompts:
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
     """The sample section with size and frames filled in from the data, and overrides that are not None."""
     given = {k: v for k, v in overrides.items() if v is not None}
-    sample = recipe.Sample.model_validate({**config.sample.model_dump(), **given})
+    try:
+        sample = recipe.Sample.model_validate({**config.sample.model_dump(), **given})
+    except ValidationError as error:
+        raise ValueError(recipe.explain(error, "options", section="sample")) from None
     return sample.model_copy(
         update={"size": sample.size or config.data.size, "frames": sample.frames or max(config.data.frames)}
     )
@@ -74,20 +79,26 @@ def generate(
     """
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("generate: needs a prompt that is not empty")
+    if not math.isfinite(strength):
+        raise ValueError(f"generate: strength {strength} is not a number such as 0.5")
     place = Run(Path(run))
     config = place.config()
-    if device:
-        config = recipe.build(
-            recipe.merge(json.loads(config.model_dump_json()), {"runtime": {"device": device}})
-        )
+    values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
+    config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     family = families.get(config.model.family)(config.model)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     if wrong:
         raise ValueError("generate: " + "; ".join(wrong))
+    if config.tuner.kind == "full" and strength not in (0, 1):
+        raise ValueError(
+            f"generate: the strength of a full fine-tune is 0 or 1, not {strength:g}; train a LoRA to have "
+            "it in between"
+        )
+    weights = None if checkpoint == BASE or strength == 0 else trained(place, checkpoint, family)
     with runtime.start(config) as ctx:
         encoded = encode(config, family, place, prompts, sample, ctx)
-        pipeline = load_pipeline(config, family, place, checkpoint, strength, ctx)
+        pipeline = load_pipeline(config, family, weights, strength, ctx)
         folder = out or place.folder / "samples" / "generated"
         about = {"checkpoint": checkpoint or "adapter", "strength": strength, "run": str(run)}
         return draw(family, pipeline, encoded, folder, about, count=count)
@@ -121,47 +132,48 @@ def encode(
     )
 
 
-def trained(run: Run, checkpoint: str | None) -> Path:
+def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
     """The folder of what a run, or one of its checkpoints, has trained.
 
+    Adapters are read here, before anything large is loaded: a pipeline would refuse them late, or not at all.
+
     Raises:
-        ValueError: when there is nothing yet.
+        ValueError: when there is nothing yet, or the adapter is damaged or made for another network.
     """
     if checkpoint is not None:
-        return run.checkpoint(checkpoint) / "adapter"
-    if run.adapter.is_dir():
-        return run.adapter
-    if not run.checkpoints():
+        folder = run.checkpoint(checkpoint) / "adapter"
+    elif run.adapter.is_dir():
+        folder = run.adapter
+    elif run.checkpoints():
+        newest = run.checkpoints()[-1]
+        say(f"the run is not finished: using {newest.name}")
+        folder = newest / "adapter"
+    else:
         raise ValueError(
             f"{run.folder}: nothing is trained yet; `inlay train` first, or use --checkpoint base"
         )
-    newest = run.checkpoints()[-1]
-    say(f"the run is not finished: using {newest.name}")
-    return newest / "adapter"
+    if run.config().tuner.kind != "full":
+        shapes = formats.shapes(family.load_denoiser(torch.float32, meta=True))
+        formats.read(folder, family, shapes=shapes)
+    return folder
 
 
 def load_pipeline(
     config: recipe.Config,
     family: families.Family,
-    run: Run,
-    checkpoint: str | None,
+    folder: Path | None,
     strength: float,
     ctx: runtime.Context,
 ) -> Any:
-    """The stock pipeline with what a run has trained.
+    """The stock pipeline with what a run has trained, or without where `folder` is None.
 
     Raises:
-        ValueError: when there is nothing trained, or the strength is not possible.
+        ValueError: when the pipeline does not take it.
     """
     options: dict[str, Any] = {"device": ctx.device, "dtype": ctx.precision}
-    if checkpoint == BASE or strength == 0:
+    if folder is None:
         return family.pipeline(denoiser=None, **options)
-    folder = trained(run, checkpoint)
     if config.tuner.kind == "full":
-        if strength != 1:
-            raise ValueError(
-                "generate: strength of a full fine-tune is 0 or 1; train a LoRA to have it in between"
-            )
         denoiser = family.load_denoiser(ctx.precision, folder=folder)
         return family.pipeline(denoiser=denoiser, **options)
     pipeline = family.pipeline(denoiser=None, **options)

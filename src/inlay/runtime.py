@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,31 @@ class Interrupt:
 # --- optimizer --------------------------------------------------------------------------------------------
 
 
+PACKAGES = {
+    "adamw8bit": ("bitsandbytes.optim", "inlay[bnb]"),
+    "prodigy": ("prodigyopt", "inlay[prodigy]"),
+    "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
+    "trackio": ("trackio", "inlay[trackio]"),
+    "wandb": ("wandb", "inlay[wandb]"),
+}
+"""Module of an optimizer or tracker by its name in recipes, and what to install for it."""
+
+
+def package(key: str, name: str) -> Any:
+    """Imports the module of `PACKAGES` that a recipe's `key` names.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    module, install = PACKAGES[name]
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{key}: `{name}` needs a package that is not installed ({error}): pip install '{install}'"
+        ) from None
+
+
 def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Makes an optimizer by name; one-dimensional weights (norms, biases, DoRA magnitudes) are not decayed.
 
@@ -208,23 +234,12 @@ def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Paramete
     ]
     groups = [g for g in groups if g["params"]]
     common: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
-    try:
-        if name == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            return AdamW8bit(groups, **common)
-        if name == "prodigy":
-            from prodigyopt import Prodigy
-
-            return Prodigy(
-                groups, **common, decouple=True, use_bias_correction=True, safeguard_warmup=section.warmup > 0
-            )
-    except ImportError as error:
-        extra = {"adamw8bit": "bnb", "prodigy": "prodigy"}[name]
-        raise ValueError(
-            f"optim.name: `{name}` needs a package that is not installed ({error}): "
-            f"pip install 'inlay[{extra}]'"
-        ) from None
+    if name == "adamw8bit":
+        return package("optim.name", name).AdamW8bit(groups, **common)
+    if name == "prodigy":
+        return package("optim.name", name).Prodigy(
+            groups, **common, decouple=True, use_bias_correction=True, safeguard_warmup=section.warmup > 0
+        )
     return torch.optim.AdamW(
         groups, **common, fused=all(p.device.type in ("cuda", "cpu") for p in parameters)
     )
@@ -377,8 +392,10 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for n, digest in values["files"].items()
             if not (folder / n).is_file() or sha256(folder / n) != digest
         ]
+        bad += [f"{key} in state.json" for key in ("step", "per_step", "optimizer") if key not in values]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(out % f"state.json: {error}") from None
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(out % f"state.json: {cause}") from None
     if bad:
         raise ValueError(out % f"missing, cut off or changed: {', '.join(bad)}")
     try:
@@ -560,26 +577,19 @@ def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
     Raises:
         ValueError: when its package is not installed.
     """
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    module = package("train.trackers", name)
+    if name == "tensorboard":
+        writer = module.SummaryWriter(str(run.folder / "tensorboard"))
 
-            writer = SummaryWriter(str(run.folder / "tensorboard"))
+        def tensorboard(values: Mapping[str, float], step: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
 
-            def tensorboard(values: Mapping[str, float], step: int) -> None:
-                for key, value in values.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
-
-            return tensorboard
-        module = __import__(name)
-        options = (
-            {"dir": str(run.folder), "resume": "allow", "id": run.folder.name} if name == "wandb" else {}
-        )
-        module.init(project="inlay", name=run.folder.name, config=settings, **options)
-        return lambda values, step: module.log(values, step=step)
-    except ImportError as error:
-        raise ValueError(f"train.trackers: `{name}` is not installed ({error}): pip install {name}") from None
+        return tensorboard
+    options = {"dir": str(run.folder), "resume": "allow", "id": run.folder.name} if name == "wandb" else {}
+    module.init(project="inlay", name=run.folder.name, config=settings, **options)
+    return lambda values, step: module.log(values, step=step)
 
 
 def peak_memory(device: torch.device) -> int:

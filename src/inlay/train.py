@@ -260,6 +260,11 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     for note in ctx.notes:
         say(f"note: {note}", show=ctx.main)
     family = open_family(config)
+    named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
+    for key, name in named:  # what is sure to fail later should not cost a cache first
+        if name in runtime.PACKAGES:
+            runtime.package(key, name)
+    tuners.select(config.tuner, family.targets, family.load_denoiser(torch.float32, meta=True))
     run = open_run(config, ctx)
     clips = build_cache(config, family, run, ctx)
     per_step = config.train.accumulate * ctx.world

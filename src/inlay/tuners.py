@@ -52,6 +52,22 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
     return [n for n in names if n in found]
 
 
+def select(
+    section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module
+) -> list[str]:
+    """Names of the layers that get an adapter, or of the parameters that train; also of a network on meta.
+
+    Raises:
+        ValueError: when a target matches nothing.
+    """
+    if isinstance(section, recipe.Full):
+        names = [n for n, _ in denoiser.named_parameters()]
+        return match(section.targets, names, what="parameter") if section.targets else names
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names = [n for n, m in denoiser.named_modules() if isinstance(m, layers)]
+    return match(section.targets or targets, names, what="linear or convolution layer")
+
+
 def attach(
     section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module, *, seed: int
 ) -> dict[str, nn.Parameter]:
@@ -70,18 +86,11 @@ def attach(
         ValueError: when a target matches nothing.
     """
     denoiser.requires_grad_(False)
+    chosen = select(section, targets, denoiser)
     if isinstance(section, recipe.Full):
-        names = [n for n, _ in denoiser.named_parameters()]
-        chosen = set(match(section.targets, names, what="parameter")) if section.targets else set(names)
         for name, parameter in denoiser.named_parameters():
-            parameter.requires_grad_(name in chosen)
+            parameter.requires_grad_(name in set(chosen))
     else:
-        modules = [
-            n
-            for n, m in denoiser.named_modules()
-            if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        ]
-        chosen = match(section.targets or targets, modules, what="linear or convolution layer")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             denoiser.add_adapter(_peft_config(section, chosen), adapter_name=ADAPTER)  # type: ignore[operator]

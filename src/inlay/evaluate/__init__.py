@@ -84,8 +84,8 @@ def evaluate(
     began = time.perf_counter()
     place = Run(Path(run))
     config = _config(place, device, overrides)
-    sides = _sides(place, against, checkpoint)
     family = train.open_family(config)
+    sides = _sides(place, family, against, checkpoint)
     with runtime.start(config) as ctx:
         if ctx.world > 1:
             raise ValueError("evaluate: runs in one process; start it without torchrun")
@@ -183,11 +183,13 @@ def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe
     return recipe.build(recipe.merge(json.loads(config.model_dump_json()), values))
 
 
-def _sides(place: Run, against: str, checkpoint: str | None) -> tuple[_Side, _Side]:
+def _sides(
+    place: Run, family: families.Family, against: str, checkpoint: str | None
+) -> tuple[_Side, _Side]:
     def side(role: str, wanted: str | None) -> _Side:
         if wanted == BASE:
             return _Side(role, BASE, None, 0)
-        folder = generate.trained(place, wanted)
+        folder = generate.trained(place, wanted, family)
         name = folder.parent.name if folder.parent.name.startswith("step-") else "tuned"
         header = runtime.header(folder / formats.WEIGHTS) if (folder / formats.WEIGHTS).is_file() else {}
         newest = place.checkpoints()[-1:]

@@ -125,7 +125,7 @@ class Family(ABC):
 
     @contextmanager
     def loading(self, part: str, folder: Path | None = None) -> Iterator[None]:
-        """One sentence for whatever the libraries raise while they load a part of the checkpoint, or a folder.
+        """One sentence for whatever the libraries raise while they load a part of the checkpoint or a folder.
 
         Raises:
             ValueError: when it cannot be loaded.

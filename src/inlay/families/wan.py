@@ -113,6 +113,8 @@ class Wan(Family):
 
     def _refuse_unsupported(self) -> None:
         name, t = self.model.checkpoint, self.transformer
+        if not self.two_experts and self.model.expert is not None:
+            raise ValueError(f"model.expert: {name} has one network; leave `expert` out")
         if self.vae is None or t is None:
             raise ValueError(
                 f"model.checkpoint: {name} has no `vae` or no `{self.component}` with a config.json"
@@ -142,8 +144,6 @@ class Wan(Family):
             raise ValueError(
                 f"model.expert: {name} has two experts; choose `high` (t >= {self.boundary}) or `low`"
             )
-        if not self.two_experts and self.model.expert is not None:
-            raise ValueError(f"model.expert: {name} has one network; leave `expert` out")
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Adds what two experts forbid: sampling in training would need both in memory."""
@@ -184,10 +184,12 @@ class Wan(Family):
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         options: dict[str, Any] = {"revision": self.model.revision}
-        tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer", **options)
-        encoder: Any = UMT5EncoderModel.from_pretrained(
-            self.source, subfolder="text_encoder", dtype=dtype, **options
-        )
+        with self.loading("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer", **options)
+        with self.loading("text_encoder"):
+            encoder: Any = UMT5EncoderModel.from_pretrained(
+                self.source, subfolder="text_encoder", dtype=dtype, **options
+            )
         return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -235,7 +237,8 @@ class Wan(Family):
                 assert self.transformer
                 return cast(nn.Module, WanTransformer3DModel.from_config(self.transformer))
         if folder is not None:
-            return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
+            with self.loading("", folder):
+                return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
         return self._load(WanTransformer3DModel, self.component, dtype)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
@@ -279,9 +282,10 @@ class Wan(Family):
             "vae": self.load_media_encoder(device),
         }
         parts[self.component] = denoiser if denoiser is not None else self.load_denoiser(dtype)
-        pipe = WanPipeline.from_pretrained(
-            self.source, revision=self.model.revision, torch_dtype=dtype, **parts
-        )
+        with self.loading("model_index.json"):
+            pipe = WanPipeline.from_pretrained(
+                self.source, revision=self.model.revision, torch_dtype=dtype, **parts
+            )
         return pipe.to(device)
 
     def sample(
@@ -320,6 +324,11 @@ class Wan(Family):
         )
 
     def _load(self, kind: Any, component: str, dtype: torch.dtype) -> Any:
-        return kind.from_pretrained(
-            self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype
-        )
+        with self.loading(component):
+            network = kind.from_pretrained(
+                self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype
+            )
+            missing = [n for n, p in network.named_parameters() if p.is_meta]
+            if missing:
+                raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
+        return network
