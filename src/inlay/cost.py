@@ -1,13 +1,14 @@
 """What a run will cost, before anything is downloaded or loaded: parameters, memory, disk and time.
 
-Nothing here is a table of rules of thumb. The network is built on the meta device, the tuner is attached, and one
-forward pass runs on shapes alone; what autograd would keep for the backward pass is counted, and so are the operations.
-Only the speed of the device is measured, with matrix products.
+No rules of thumb: the network is built on the meta device, the tuner is attached, and one forward pass runs
+on shapes alone. What autograd would keep for the backward pass is counted, and so are the operations. The
+speed of the device is measured, with matrix products.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from inlay import tuners
 from inlay.families import Family
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "prodigy": 16.0}
-"""Bytes of optimizer state per trained weight: two moments; in 8 bits with their scales; and Prodigy's two more."""
+"""Bytes of optimizer state per trained weight: two moments, in 8 bits with their scales; Prodigy has four."""
 
 USED = (0.25, 0.7)
-"""Share of the speed of large matrix products that training reaches: from much overhead to very good kernels."""
+"""Share of the speed of large matrix products that training reaches: much overhead, or very good kernels."""
 
 SMALL = 0.05
 """Seconds per step below which overhead decides and an estimate would mislead."""
@@ -49,7 +50,7 @@ class Counts:
 
 
 class _Attention(torch.autograd.Function):
-    """Stands in for fused attention: keeps queries, keys, values and result, and never the matrix of weights."""
+    """Stands in for fused attention: keeps queries, keys, values and result, never the matrix of weights."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Counter(TorchFunctionMode):
-    """Counts what a forward pass keeps; under `segment` only the inputs are kept and the largest inside is noted."""
+    """Counts what a forward pass keeps; of a `segment` its inputs, and once the most that one holds."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
@@ -189,71 +190,76 @@ def estimate(
     Raises:
         ValueError: when the tuner's targets match nothing.
     """
-    denoiser = family.load_denoiser(precision, meta=True)
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    for parameter in denoiser.parameters():
-        parameter.data = parameter.data.to(precision)
     full = isinstance(config.tuner, recipe.Full)
-    with torch.device("meta"):
-        trained = sum(
-            p.numel() for p in tuners.attach(config.tuner, family.targets, denoiser, seed=0).values()
-        )
-    if full:  # it trains float32 weights under autocast, which computes on copies in `precision`
-        for parameter in denoiser.parameters():
-            parameter.data = parameter.data.to(precision)
+    denoiser, trained = _network(family, config, precision)
+    parameters = sum(p.numel() for p in denoiser.parameters()) - (0 if full else trained)
     largest = max(shapes, key=lambda s: family.tokens(*s))
     checkpointing = config.memory.gradient_checkpointing
     counts = count(family, denoiser, largest, config.train.batch, checkpointing=checkpointing)
-    width = 2 if precision is not torch.float32 else 4
-    frozen = parameters - trained if full else parameters
+    size = precision.itemsize
     memory = {
-        "frozen weights": frozen * width,
-        "trained weights": trained * (4 + (width if full and width == 2 else 0)),
+        "frozen weights": (parameters - trained if full else parameters) * size,
+        # Full fine-tuning keeps float32 weights and computes under autocast, on copies of them.
+        "trained weights": trained * (4 + (size if full and size < 4 else 0)),
         "gradients": trained * 4,
         f"{optimizer} state": round(trained * STATE_BYTES[optimizer]),
         "moving average": trained * 4 if config.optim.ema else 0,
         "activations": counts.kept + 2 * counts.largest,
     }
     passes = (3 if full else 2) + checkpointing, 3 + checkpointing
-    each = [
-        passes[0] * counts.linear * ratio + passes[1] * counts.attention * ratio**2
-        for ratio in (family.tokens(*s) / family.tokens(*largest) for s in shapes)
-    ]
+    ratios = [family.tokens(*s) / family.tokens(*largest) for s in shapes]
+    each = [passes[0] * counts.linear * r + passes[1] * counts.attention * r**2 for r in ratios]
     mean = sum(f * n for f, n in zip(each, shapes.values(), strict=True)) / sum(shapes.values())
     flops = mean * config.train.accumulate
-    how = [
-        f"memory: {parameters / 1e6:,.1f} M weights in {_name(precision)}, {trained / 1e6:,.2f} M trained in float32 "
-        f"with gradient and {optimizer} state; activations counted by a forward pass on shapes alone "
-        f"({'x'.join(map(str, largest))}, batch {config.train.batch}, gradient checkpointing "
-        f"{'on' if checkpointing else 'off'}), and twice the largest of them for the backward pass; fused attention",
-        "not counted: what CUDA takes for itself (about 1 GB), fragmentation, and the encoders while caching",
-        f"cache: latents in float16; a caption is {WORDS_TO_TOKENS:g} tokens per word, {text_width(denoiser)} wide",
-    ]
-    seconds = None
-    if device.type == "meta":
-        how.append("time: unknown, as the device of the recipe is not on this machine")
-    else:
-        rate = speed(device, precision)
-        bounds = (flops / rate / USED[1], flops / rate / USED[0])
-        if bounds[0] < SMALL:
-            how.append(
-                f"time: a step is {flops / 1e9:,.1f} GFLOP, so small that overhead decides; try 20 steps"
-            )
-        else:
-            seconds = bounds
-            how.append(
-                f"time: {flops / 1e12:,.1f} TFLOP per step at {USED[0]:.0%} to {USED[1]:.0%} of the "
-                f"{rate / 1e12:,.2f} TFLOP/s that matrix products in {_name(precision)} reach here, just measured"
-            )
-    text_bytes = 2 if device.type == "cuda" and width == 2 else 4
+    seconds, why = _time(flops, device, precision)
+    width = text_width(denoiser)
     tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
     cache = {
         "clips": sum(2 * math.prod(family.latent_shape(*s)) * n for s, n in windows.items()),
-        "captions": tokens * text_width(denoiser) * text_bytes,
+        "captions": tokens * width * (size if device.type == "cuda" else 4),
     }
+    weights = f"weights: {parameters / 1e6:,.1f} M in all, {trained / 1e6:,.2f} M trained, in float32"
+    how = (
+        weights if full else f"{weights}; the others in {_name(precision)}",
+        (
+            f"activations: a forward pass of {'x'.join(map(str, largest))} at batch {config.train.batch}, "
+            f"gradient checkpointing {'on' if checkpointing else 'off'}, was run on shapes alone; what it keeps "
+            "was counted, with fused attention, plus twice its largest tensor for the backward pass"
+        ),
+        "not counted: what CUDA takes for itself (about 1 GB), fragmentation, the encoders while caching",
+        f"cache: latents in float16; captions of {WORDS_TO_TOKENS:g} tokens per word, {width} wide",
+        f"time: {why}",
+    )
     name, capacity = describe(device)
-    return Estimate(
-        parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), tuple(how)
+    return Estimate(parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), how)
+
+
+def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> tuple[nn.Module, int]:
+    """The network with its tuner on the meta device, as it computes, and the number of trained weights."""
+    denoiser = family.load_denoiser(precision, meta=True)
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.to(precision)
+    with torch.device("meta"):
+        trained = tuners.attach(config.tuner, family.targets, denoiser, seed=0)
+    if isinstance(config.tuner, recipe.Full):
+        for parameter in trained.values():
+            parameter.data = parameter.data.to(precision)
+    return denoiser, sum(p.numel() for p in trained.values())
+
+
+def _time(
+    flops: float, device: torch.device, precision: torch.dtype
+) -> tuple[tuple[float, float] | None, str]:
+    """Shortest and longest seconds for a step, and how they came about or why there are none."""
+    if device.type == "meta":
+        return None, "unknown, the device of the recipe is not on this machine"
+    rate = speed(device, precision)
+    bounds = (flops / rate / USED[1], flops / rate / USED[0])
+    if bounds[0] < SMALL:
+        return None, f"{flops / 1e9:,.1f} GFLOP per step are so few that overhead decides"
+    return bounds, (
+        f"{flops / 1e12:,.1f} TFLOP per step at {USED[0]:.0%} to {USED[1]:.0%} of the {rate / 1e12:,.2f} "
+        f"TFLOP/s that matrix products in {_name(precision)} reach here, just measured"
     )
 
 
@@ -287,8 +293,6 @@ def describe(device: torch.device) -> tuple[str, int]:
         return properties.name, properties.total_memory
     if device.type == "meta":
         return "unknown", 0
-    import os
-
     pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple MPS"}
     return names.get(device.type, device.type), pages * os.sysconf("SC_PAGE_SIZE") if pages else 0

@@ -123,6 +123,11 @@ class SourceReport:
     repeats: int = 1
     weight: float = 1.0
 
+    @property
+    def shown(self) -> float:
+        """How often each window is shown per epoch."""
+        return self.repeats * self.weight
+
 
 @dataclass(frozen=True)
 class Plan:
