@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
-from inlay.evaluate import video
+from inlay import config, formats, media, runtime
+from inlay.evaluate import Prompt, evaluate, video
+from inlay.generate import generate
+from inlay.train import train
 
 
 def texture(h: int = 64, w: int = 64, seed: int = 0, smooth: int = 2) -> np.ndarray:
@@ -151,3 +159,196 @@ def test_distance() -> None:
 def test_odd_shapes_are_measured(shape: tuple[int, ...]) -> None:
     clip = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
     assert all(math.isfinite(v) for v in video.measure(clip).values())
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds five clips of two groups, two of them held out, and a finished LoRA run on them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = []
+    for i in range(5):
+        media.write_video(folder / f"clips/{i}.mp4", sliding(0, i, size=32), 16)
+        rows.append(
+            {"video": f"{i}.mp4", "caption": f"clip number {i}", "subject": "cat" if i % 2 else "dog"}
+        )
+    (folder / "clips/manifest.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    source = {"path": str(folder / "clips/manifest.jsonl"), "group_column": "subject"}
+    raw = {
+        "run": str(folder / "run"),
+        "model": {"family": "wan", "checkpoint": str(tiny_wan)},
+        "data": {"sources": [source], "size": [32, 32], "frames": 9, "held_out": 2},
+        "tuner": {"kind": "lora", "rank": 4},
+        "optim": {"lr": 1e-2},
+        "train": {"steps": 20, "save_every": 10, "log_every": 2, "validate_every": 5, "trackers": []},
+        "sample": {"prompts": ["a clip"], "steps": 2},
+    }
+    train(config.build(raw))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run that a test may change; it uses the same clips."""
+    return Path(shutil.copytree(trained / "run", tmp_path / "run"))
+
+
+def test_evaluate_compares_base_and_tuned(run: Path) -> None:
+    asked = []
+
+    def yes(frames: np.ndarray) -> bool:
+        asked.append(frames.shape)
+        return len(asked) > 2
+
+    found = evaluate(run, prompts=[Prompt("a <b>clip</b>", "new", yes), Prompt("another")], count=2)
+    assert asked == [(9, 32, 32, 3)] * 4, "two of the base, two tuned"
+    assert [(p.prompt, p.group, p.seed) for p in found.pairs] == [
+        ("a <b>clip</b>", "new", 42),
+        ("a <b>clip</b>", "new", 43),
+        ("another", "", 42),
+        ("another", "", 43),
+    ]
+    assert [(p.base.yes, p.tuned.yes) for p in found.pairs] == [(False, True)] * 2 + [(None, None)] * 2
+    assert found.path == run / "report/report.html" and found.step == 20 and found.names == ("base", "tuned")
+    assert (
+        found.verdict.tone == "good"
+        and "2 of 2 videos now show what was asked, 0 did before" in found.verdict.headline
+    )
+    for pair in found.pairs:
+        assert pair.distance > 0
+        for side in (pair.base, pair.tuned):
+            path = run / "report" / side.file
+            assert (
+                path.is_file() and path.with_suffix(".png").is_file() and path.with_suffix(".json").is_file()
+            )
+    written = json.loads((run / "report/report.json").read_text("utf-8"))
+    assert written["pairs"][0]["tuned"]["metrics"] == found.pairs[0].tuned.metrics
+    assert written["environment"]["device"] == "cpu" and written["adapter"]["trained"] == "LoRA, rank 4"
+    text = found.path.read_text("utf-8")
+    assert "a &lt;b&gt;clip&lt;/b&gt;" in text and "<b>clip" not in text
+    assert text.count("data:video/mp4;base64,") == 8
+    assert not [p for p in run.iterdir() if p.name.startswith(".tmp")]
+
+
+def test_held_out_loss_is_the_one_of_training(run: Path) -> None:
+    found = evaluate(run)
+    last = [x for x in runtime.read_metrics(run / "metrics.jsonl") if "held_out_loss" in x][-1]
+    assert found.held_out and len(found.held_out.clips) == 2
+    assert found.held_out.means[1] == pytest.approx(last["held_out_loss"], rel=1e-4)
+    assert found.held_out.change < -0.05, "it learned"
+    assert not found.notes and not any("clips changed" in w for w in found.verdict.warnings)
+
+
+def test_videos_are_those_of_generate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared before they are encoded: x264 itself varies from call to call below 64 pixels."""
+    drawn = []
+    write = media.write_video
+
+    def remember(path: Path, frames: np.ndarray, fps: float) -> None:
+        drawn.append(frames)
+        write(path, frames, fps)
+
+    monkeypatch.setattr(media, "write_video", remember)
+    evaluate(run, prompts=[Prompt("a clip")], seed=7, steps=3)
+    for name in ("base", None):
+        generate(run, ["a clip"], checkpoint=name, seed=7, steps=3)
+    base, tuned, base_again, tuned_again = drawn
+    assert np.array_equal(base, base_again) and np.array_equal(tuned, tuned_again)
+    assert not np.array_equal(base, tuned)
+
+
+def test_prompts_of_each_group_are_chosen(run: Path) -> None:
+    found = evaluate(run, per_group=1)
+    assert found.pairs[0].prompt == "a clip"
+    assert [p.group for p in found.pairs] == ["", "cat", "dog"]
+    assert found.held_out
+    held_out = {int(name[0]) for name in found.held_out.clips}
+    for pair in found.pairs[1:]:
+        number = int(pair.prompt[-1])
+        wanted = {n for n in held_out if n % 2 == (pair.group == "cat")}
+        assert number in wanted or not wanted, "held-out captions first"
+        assert number % 2 == (pair.group == "cat")
+    few = evaluate(run, limit=2)
+    assert [p.group for p in few.pairs] == ["", "cat"] and "2 of 5 prompts" in few.notes[0]
+    assert [p.group for p in evaluate(run, group_by=False).pairs] == [""]
+
+
+def test_an_adapter_that_changes_nothing_is_called_so(run: Path) -> None:
+    path = run / "adapter" / formats.WEIGHTS
+    header = runtime.header(path)
+    tensors = {k: v * 0 if "lora_B" in k else v for k, v in load_file(path).items()}
+    save_file(tensors, path, metadata=header)
+    found = evaluate(run)
+    assert found.verdict.tone == "bad" and "pixel for pixel" in found.verdict.headline
+    assert found.total and found.total.distance == 0
+    assert found.held_out and found.held_out.change == pytest.approx(0, abs=1e-6)
+
+
+def test_checkpoints_are_compared(run: Path) -> None:
+    found = evaluate(run, against="10", checkpoint="step-000020")
+    assert found.names == ("step-000010", "step-000020") and found.step == 20
+    assert found.held_out
+    curve = {
+        x["step"]: x["held_out_loss"]
+        for x in runtime.read_metrics(run / "metrics.jsonl")
+        if "held_out_loss" in x
+    }
+    assert found.held_out.means == pytest.approx((curve[10], curve[20]), rel=1e-4)
+
+
+@pytest.mark.parametrize("tuner", [{"kind": "dora", "rank": 2}, {"kind": "full"}])
+def test_other_tuners(recipe: Callable[..., dict], tuner: dict) -> None:
+    raw = recipe(tuner=tuner, data__held_out=1)
+    found = evaluate(train(config.build(raw)))
+    last = [x for x in runtime.read_metrics(Path(raw["run"]) / "metrics.jsonl") if "held_out_loss" in x][-1]
+    assert found.held_out and found.held_out.means[1] == pytest.approx(last["held_out_loss"], rel=1e-4)
+    assert found.total and found.total.distance > 0
+    assert found.adapter["trained"] == ("DoRA, rank 2" if tuner["kind"] == "dora" else "all weights")
+
+
+def test_without_the_clips_the_videos_remain(trained: Path, run: Path) -> None:
+    clips = trained / "clips"
+    clips.rename(trained / "moved")
+    try:
+        found = evaluate(run)
+    finally:
+        (trained / "moved").rename(clips)
+    assert found.held_out is None and found.training is None
+    assert "No held-out loss" in found.notes[0] and found.notes[0] in found.verdict.warnings
+    assert [p.prompt for p in found.pairs] == ["a clip"]
+
+
+def test_a_failure_leaves_the_old_report(run: Path) -> None:
+    def broken(frames: np.ndarray) -> bool:
+        raise ValueError("the judge fell asleep")
+
+    before = evaluate(run).path.read_bytes()
+    with pytest.raises(ValueError, match="fell asleep"):
+        evaluate(run, prompts=[Prompt("a clip", judge=broken)])
+    assert (run / "report/report.html").read_bytes() == before
+    assert not [p for p in run.iterdir() if p.name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint": "base"}, "compared with itself"),
+        ({"checkpoint": "77"}, "no checkpoint `77`; there are: step-000010, step-000020"),
+        ({"against": "tuned"}, "no checkpoint `tuned`"),
+        ({"prompts": []}, "needs prompts"),
+        ({"prompts": [Prompt(" ")]}, "needs prompts"),
+        ({"stepz": 3}, "unknown setting `stepz`; there are: size, frames"),
+        ({"frames": 8}, "8 frames is not 4n\\+1"),
+        ({"steps": 0}, "sample.steps"),
+    ],
+)
+def test_mistakes_are_sentences(run: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(run, **options)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a run folder"):
+        evaluate(tmp_path)

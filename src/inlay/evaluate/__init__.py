@@ -1,7 +1,7 @@
 """Base and tuned side by side: held-out loss, video metrics, a report that opens anywhere.
 
-Both are drawn through the stock pipeline for the same prompts with the same seeds, and both are measured on the same clips
-with the same noise, so that whatever differs was done by training.
+Both are drawn through the stock pipeline for the same prompts with the same seeds, and both are measured on
+the same clips with the same noise, so that whatever differs was done by training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from inlay import families, formats, generate, media, runtime, train
 from inlay.console import progress, say
 from inlay.data import Window
 from inlay.evaluate import page, video
-from inlay.evaluate.report import HeldOut, Pair, Report, Video, Verdict, save, summary_table
+from inlay.evaluate.report import HeldOut, Pair, Report, Verdict, Video, save, summary_table
 from inlay.files import atomic
 from inlay.generate import BASE
 from inlay.runtime import Run
@@ -76,7 +76,7 @@ def evaluate(
         per_group: captions of each group, held-out clips first.
         limit: most prompts that are chosen by default; each is drawn twice `count` times.
         device: as `runtime.device`. Default: the recipe's.
-        overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed, negative_prompt.
+        overrides: fields of the recipe's `sample` section, see `SAMPLING`.
 
     Raises:
         ValueError: for everything that the user can mend.
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def choose(config: recipe.Config, clips: train.Clips | None, group_by: bool, per_group: int) -> list[Prompt]:
-    """The recipe's sample prompts and captions of each group, held-out clips first; else the first captions."""
+    """The recipe's sample prompts and captions of each group, held-out first; else the first captions."""
     groups: dict[str, dict[str, None]] = {}
     windows: list[Window] = [*clips.plan.held_out, *clips.plan.train] if clips else []
     for window in windows if group_by else ():
@@ -171,7 +171,7 @@ class _Side:
 
 
 def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
-    """The run's recipe with the settings of this evaluation, which runs in one process whatever training did."""
+    """The run's recipe with the settings of this evaluation, which is one process whatever training was."""
     wrong = [k for k in overrides if k not in SAMPLING]
     if wrong:
         raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; there are: {', '.join(SAMPLING)}")
@@ -183,9 +183,7 @@ def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe
     return recipe.build(recipe.merge(json.loads(config.model_dump_json()), values))
 
 
-def _sides(
-    place: Run, family: families.Family, against: str, checkpoint: str | None
-) -> tuple[_Side, _Side]:
+def _sides(place: Run, family: families.Family, against: str, checkpoint: str | None) -> tuple[_Side, _Side]:
     def side(role: str, wanted: str | None) -> _Side:
         if wanted == BASE:
             return _Side(role, BASE, None, 0)
@@ -200,7 +198,7 @@ def _sides(
     sides = side("base", against), side("tuned", checkpoint)
     if sides[0].folder == sides[1].folder:
         raise ValueError(
-            f"evaluate: {sides[1].name} would be compared with itself; choose another `checkpoint` or `against`"
+            f"evaluate: {sides[1].name} would be compared with itself; choose another `checkpoint`"
         )
     return sides
 
@@ -208,9 +206,10 @@ def _sides(
 def _networks(
     config: recipe.Config, family: families.Family, sides: Sequence[_Side], ctx: runtime.Context
 ) -> Iterator[tuple[nn.Module, Any]]:
-    """The network and its stock pipeline for each side in turn. Adapters share one network; full fine-tunes cannot."""
+    """The network and its stock pipeline for each side in turn; only full fine-tunes need two."""
     full = config.tuner.kind == "full"
-    denoiser = pipeline = None
+    denoiser: nn.Module | None = None
+    pipeline: Any = None
     for side in sides:
         if denoiser is None or full:
             say(
@@ -231,7 +230,7 @@ def _networks(
             family.load_adapter(pipeline, side.folder)
             if not pipeline.get_list_adapters():
                 raise ValueError(
-                    f"{side.folder}: the pipeline took nothing from this adapter; `inlay inspect` says what is in it"
+                    f"{side.folder}: the pipeline took nothing from it; `inlay inspect` says what is in it"
                 )
         yield denoiser, pipeline
 

@@ -1,13 +1,14 @@
-"""Line charts as SVG text that takes its colours from the page around it."""
+"""Line charts as SVG that takes its colours from the page around it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from inlay.evaluate.markup import Html, tag
 
 Point = tuple[float, float]
 
@@ -19,19 +20,20 @@ class Line:
     name: str
     points: Sequence[Point]
     style: str
-    """CSS class: `raw` (thin and pale), `main` (strong) or `base` (dashed)."""
+    """CSS class: `raw` (thin and pale), `main` (strong) or `base` (dashed, with its name on it)."""
     dots: bool = False
     """Mark each point and tell its values when pointed at."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with labelled axes."""
+    """A chart with labelled axes; its width and height are in pixels."""
 
     title: str
     x: str
-    """Label of the horizontal axis."""
+    """Label of the horizontal axis, which begins at 0."""
     y: str
+    """Label of the vertical axis."""
     lines: Sequence[Line]
     width: int = 640
     height: int = 260
@@ -42,87 +44,113 @@ class Chart:
     """Whether the vertical axis begins at 0."""
 
 
-def render(chart: Chart) -> str:
-    """The chart as `<svg>`; empty when there is nothing to draw."""
-    lines = [line for line in chart.lines if line.points]
+@dataclass(frozen=True)
+class _Frame:
+    """Where data lies on the picture."""
+
+    x: Point
+    """Range of the data."""
+    y: Point
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def at(self, x: float, y: float) -> Point:
+        px = self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)
+        py = self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - self.top)
+        return round(px, 1), round(min(max(py, self.top - 6), self.bottom + 6), 1)
+
+
+def render(chart: Chart) -> Html:
+    """The chart as `<svg>`; empty when there is nothing to draw. Values that are not finite are left out."""
+    finite = (replace(n, points=[p for p in n.points if math.isfinite(p[1])]) for n in chart.lines)
+    lines = [line for line in finite if line.points]
     if not lines:
-        return ""
-    xs, ys = _ranges(chart, lines)
-    left, right, top, bottom = 58, chart.width - 14, 34, chart.height - 44
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        px = left + (x - xs[0]) / (xs[1] - xs[0]) * (right - left)
-        py = bottom - (y - ys[0]) / (ys[1] - ys[0]) * (bottom - top)
-        return round(px, 1), round(min(max(py, top - 6), bottom + 6), 1)
-
+        return Html("")
+    frame = _Frame(*_ranges(chart, lines), 58, chart.width - 14, 34, chart.height - 44)
     said = "; ".join(f"{n.name}: {short(n.points[0][1])} to {short(n.points[-1][1])}" for n in lines)
-    out = [
-        f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" '
-        f'aria-label="{escape(f"{chart.title} over {chart.x}. {said}")}">',
-        f'<text class="title" x="{left}" y="16">{escape(chart.title)}</text>',
-    ]
-    out += _axes(chart, xs, ys, at, (left, right, top, bottom))
-    if chart.mark is not None and xs[0] <= chart.mark <= xs[1]:
-        x = at(chart.mark, ys[0])[0]
-        out.append(f'<line class="mark" x1="{x}" y1="{top}" x2="{x}" y2="{bottom}"/>')
-        anchor = "end" if x > (left + right) / 2 else "start"
-        shift = -4 if anchor == "end" else 4
-        out.append(
-            f'<text class="note" x="{x + shift}" y="{top + 9}" text-anchor="{anchor}">{escape(chart.mark_name)}</text>'
-        )
-    for line in lines:
-        path = " ".join(f"{x},{y}" for x, y in (at(*p) for p in _thin(line.points)))
-        out.append(f'<polyline class="{line.style}" points="{path}"/>')
-        if line.style == "base":
-            x, y = at(*line.points[-1])
-            out.append(
-                f'<text class="note is-base" x="{x}" y="{y - 5}" text-anchor="end">{escape(line.name)}</text>'
-            )
-        for p in line.points if line.dots else ():
-            x, y = at(*p)
-            told = escape(f"{line.name}, {chart.x} {p[0]:g}: {p[1]:.5g}")
-            out.append(f'<circle class="{line.style}" cx="{x}" cy="{y}" r="3"><title>{told}</title></circle>')
-    return "\n".join([*out, _legend(lines, right), "</svg>"])
+    return tag(
+        "svg",
+        _text(chart.title, frame.left, 16, "title"),
+        *_axes(chart, frame),
+        *_mark(chart, frame),
+        *(part for line in lines for part in _line(chart, line, frame)),
+        *_legend(lines, frame.right),
+        cls="chart",
+        viewBox=f"0 0 {chart.width} {chart.height}",
+        role="img",
+        aria_label=f"{chart.title} over {chart.x}. {said}",
+    )
 
 
-def _legend(lines: Sequence[Line], right: int) -> str:
-    """Names beside a sample of each line, from the right; a line alone needs none, a base line carries its own."""
+def _text(
+    text: str, x: float, y: float, style: str, anchor: str | None = None, turn: str | None = None
+) -> Html:
+    return tag("text", text, cls=style, x=round(x, 1), y=round(y, 1), text_anchor=anchor, transform=turn)
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float, style: str) -> Html:
+    return tag("line", cls=style, x1=round(x1, 1), y1=round(y1, 1), x2=round(x2, 1), y2=round(y2, 1))
+
+
+def _line(chart: Chart, line: Line, frame: _Frame) -> list[Html]:
+    path = " ".join(f"{x},{y}" for x, y in (frame.at(*p) for p in _thin(line.points)))
+    out = [tag("polyline", cls=line.style, points=path)]
+    if line.style == "base":
+        x, y = frame.at(*line.points[-1])
+        out.append(_text(line.name, x, y - 5, "note is-base", "end"))
+    for p in line.points if line.dots else ():
+        x, y = frame.at(*p)
+        told = tag("title", f"{line.name}, {chart.x} {p[0]:g}: {p[1]:.5g}")
+        out.append(tag("circle", told, cls=line.style, cx=x, cy=y, r=3))
+    return out
+
+
+def _mark(chart: Chart, frame: _Frame) -> list[Html]:
+    if chart.mark is None or not frame.x[0] <= chart.mark <= frame.x[1]:
+        return []
+    x = frame.at(chart.mark, frame.y[0])[0]
+    to_left = x > (frame.left + frame.right) / 2
+    name = _text(
+        chart.mark_name, x + (-4 if to_left else 4), frame.top + 9, "note", "end" if to_left else "start"
+    )
+    return [_rule(x, frame.top, x, frame.bottom, "mark"), name]
+
+
+def _legend(lines: Sequence[Line], right: float) -> list[Html]:
+    """Names beside a sample of each line; a line alone needs none, a base line bears its own."""
     named = [line for line in lines if line.style != "base"]
-    out, x = [], float(right)
+    out, x = [], right
     for line in reversed(named if len(named) > 1 else []):
         x -= 6.4 * len(line.name)
-        out.append(f'<text class="note" x="{x:.1f}" y="16">{escape(line.name)}</text>')
-        out.append(f'<line class="{line.style}" x1="{x - 26:.1f}" y1="12" x2="{x - 5:.1f}" y2="12"/>')
+        out += [_text(line.name, x, 16, "note"), _rule(x - 26, 12, x - 5, 12, line.style)]
         x -= 40
-    return "".join(out)
-
-
-def _axes(chart: Chart, xs: Point, ys: Point, at, box: tuple[int, int, int, int]) -> list[str]:
-    left, right, top, bottom = box
-    out = []
-    for value in ticks(*ys, max(2, chart.height // 60)):
-        y = at(xs[0], value)[1]
-        out.append(f'<line class="grid" x1="{left}" y1="{y}" x2="{right}" y2="{y}"/>')
-        out.append(f'<text class="tick" x="{left - 7}" y="{y + 3.5}" text-anchor="end">{short(value)}</text>')
-    for value in ticks(*xs, max(2, chart.width // 110)):
-        x = at(value, ys[0])[0]
-        out.append(f'<line class="grid" x1="{x}" y1="{bottom}" x2="{x}" y2="{bottom + 4}"/>')
-        out.append(f'<text class="tick" x="{x}" y="{bottom + 17}" text-anchor="middle">{short(value)}</text>')
-    middle = (top + bottom) / 2
-    out.append(f'<line class="axis" x1="{left}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
-    out.append(
-        f'<text class="label" x="{right}" y="{bottom + 34}" text-anchor="end">{escape(chart.x)}</text>'
-    )
-    out.append(
-        f'<text class="label" x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{escape(chart.y)}</text>'
-    )
     return out
+
+
+def _axes(chart: Chart, frame: _Frame) -> list[Html]:
+    left, right, bottom = frame.left, frame.right, frame.bottom
+    out = []
+    for value in ticks(*frame.y, max(2, chart.height // 60)):
+        y = frame.at(0, value)[1]
+        out += [_rule(left, y, right, y, "grid"), _text(short(value), left - 7, y + 3.5, "tick", "end")]
+    for value in ticks(*frame.x, max(2, chart.width // 110)):
+        x = frame.at(value, 0)[0]
+        out += [
+            _rule(x, bottom, x, bottom + 4, "grid"),
+            _text(short(value), x, bottom + 17, "tick", "middle"),
+        ]
+    middle = (frame.top + bottom) / 2
+    out.append(_rule(left, bottom, right, bottom, "axis"))
+    out.append(_text(chart.x, right, bottom + 34, "label", "end"))
+    return [*out, _text(chart.y, 13, middle, "label", "middle", f"rotate(-90 13 {middle})")]
 
 
 def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
     """What the axes span; a few wild values of a raw line do not flatten the rest."""
     x = np.array([p[0] for line in lines for p in line.points])
-    y = np.array([p[1] for line in lines for p in line.points if math.isfinite(p[1])] or [0.0])
+    y = np.array([p[1] for line in lines for p in line.points])
     low, high = float(y.min()), float(y.max())
     calm = float(np.percentile(y, 98))
     high = calm if len(y) > 50 and high - low > 2.5 * (calm - low) > 0 else high
@@ -134,11 +162,10 @@ def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
 
 
 def _thin(points: Sequence[Point], most: int = 1200) -> list[Point]:
-    """At most so many finite points, evenly chosen, the last included: more would be finer than a pixel."""
-    kept = [p for p in points if math.isfinite(p[1])]
-    if len(kept) <= most:
-        return kept
-    return [kept[i] for i in np.linspace(0, len(kept) - 1, most).round().astype(int)]
+    """At most so many points, evenly chosen, the last included: more would be finer than a pixel."""
+    if len(points) <= most:
+        return list(points)
+    return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:

@@ -1,6 +1,7 @@
 """What an evaluation found: numbers, what they mean in plain words, and the two files that hold them.
 
-`report.json` is for programs; `report.html` (see `page`) is for people. Both lie in a folder that is whole or not there.
+`report.json` is for programs; `report.html` (see `page`) is for people. Both lie in a folder that is whole or
+not there.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def summarise(name: str, pairs: Sequence[Pair]) -> Group:
 
 
 def judge(report: Report) -> Verdict:
-    """Says what the numbers show and what they do not. Evidence by a judge of pixels counts before the loss."""
+    """Says what the numbers show and what they do not; a judge of pixels counts before the loss."""
     loss, total = report.held_out, report.total
     reasons, warnings = [], [*_changes(report), *_checkpoints(report), *report.notes]
     base, tuned = report.names
@@ -273,7 +274,7 @@ def _changes(report: Report) -> list[str]:
 
 
 def _checkpoints(report: Report) -> list[str]:
-    """Warnings from the held-out curve: a better checkpoint before, or clips that are not those of training."""
+    """Warnings from the held-out curve: a better checkpoint before, or other clips than in training."""
     curve = {int(x["step"]): x["held_out_loss"] for x in report.curves if "held_out_loss" in x}
     here = (
         report.step
@@ -287,13 +288,14 @@ def _checkpoints(report: Report) -> list[str]:
     if best < here and curve[best] < (1 - EARLIER) * curve[here]:
         rise = curve[here] / curve[best] - 1
         out.append(
-            f"Held-out loss was lowest at step {best} and has risen {_percent(rise)} since: try a checkpoint near it."
+            f"Held-out loss was lowest at step {best} and has risen {_percent(rise)} since: "
+            "try a checkpoint near it."
         )
     measured = report.held_out.means[1]
     if here == report.step and abs(measured / curve[here] - 1) > TELLING:
         out.append(
-            f"Training measured a held-out loss of {curve[here]:.4f} at step {here}, here it is {measured:.4f}: "
-            "have the clips changed since? Then some that count as held out may have been trained on."
+            f"Training measured a held-out loss of {curve[here]:.4f} at step {here}, here it is "
+            f"{measured:.4f}: have the clips changed since? Then some may have been trained on."
         )
     return out
 
@@ -355,7 +357,7 @@ def show(metric: str, value: float) -> str:
 
 
 def summary_table(report: Report) -> Table:
-    """The report as a table for a terminal of 80 columns: a row for each of the two networks in each group."""
+    """The report as a table for 80 columns: a row for each of the two networks in each group."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table

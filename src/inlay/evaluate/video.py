@@ -1,12 +1,13 @@
-"""What can be measured of a video without a learned judge: how it moves, flickers, holds together, how sharp it is.
+"""What can be measured of a video without a learned judge: motion, flicker, consistency, sharpness.
 
-Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. None of them says
-that a video is good. They say what changed between two videos of one prompt, and whether that went towards the training
-clips.
+Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. None of
+them says that a video is good. They say what changed between two videos of one prompt, and whether that went
+towards the training clips.
 
-Motion, flicker and consistency are measured on luma, scaled down by whole factors until its longer side is at most
-`LONG` pixels, so that they mean the same at every size and cost little; sharpness and distance see every pixel. The
-motion behind them is found by matching blocks, as video codecs do, so that no network for optical flow is needed.
+Motion, flicker and consistency are measured on luma, scaled down by whole factors until its longer side is at
+most `LONG` pixels, so that they mean the same at every size and cost little; sharpness and distance see every
+pixel. The motion behind them is found by matching blocks, as video codecs do, so that no network for optical
+flow is needed.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ BLOCK = 8
 RADIUS = 6
 """Furthest displacement from frame to frame that is looked for, in pixels along each axis, at that size."""
 GAIN = 0.5
-"""A block has moved when that leaves less than this share of its difference; noise alone leaves two thirds."""
+"""A block has moved when that leaves less than this share of its difference; noise leaves two thirds."""
 STRIDE = 4
-"""Displacements are searched over so many frames first, so that slow motion counts, then from frame to frame."""
+"""Displacements are searched over so many frames too, so that slow motion counts."""
 STILL = 1 / 255
 """A block that differs by less than one level (mean absolute) is at rest."""
 
@@ -101,9 +102,10 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 def motion(frames: np.ndarray) -> float:
     """Mean displacement of blocks from frame to frame, as a share of the picture's diagonal.
 
-    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still picture and for noise without motion. A picture that moves as
-    a whole by d pixels a frame gives d / diagonal, up to the strip that enters; an object that fills a tenth of it
-    a tenth of that. The slowest motion that counts is a pixel in `STRIDE` frames, at the scale of `LONG`.
+    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still picture and for noise without motion. A picture that
+    moves as a whole by d pixels a frame gives d / diagonal, up to the strip that enters; an object that fills
+    a tenth of it a tenth of that. The slowest motion that counts is a pixel in `STRIDE` frames, at the scale
+    of `LONG`.
     """
     small = shrink(luma(frames))
     return _motion(small, compensate(small[:-1], small[1:]))
@@ -112,12 +114,12 @@ def motion(frames: np.ndarray) -> float:
 def flicker(frames: np.ndarray) -> float:
     """Mean brightness by which a pixel jumps away from both neighbours in time, along its motion; in [0, 1].
 
-    |Y_k - median(P, Y_k, N)|, with P and N the frames before and after, moved onto frame k: what a motion-compensated
-    temporal median filter would take out. 0 for stills, for any motion that matching follows, for fades and for cuts,
-    which change but do not come back. Brightness that alternates by a gives a; independent noise of deviation s
-    without motion gives s / sqrt(pi). Fewer than three frames give 0. (VBench's temporal flickering, Huang et al.
-    2024, is the mean difference of neighbours: it counts motion as flicker and is meant for stills. The warping error
-    of Lai et al. 2018 needs learned flow.)
+    |Y_k - median(P, Y_k, N)|, with P and N the frames before and after, moved onto frame k: what a
+    motion-compensated temporal median filter would take out. 0 for stills, for any motion that matching
+    follows, for fades and for cuts, which change but do not come back. Brightness that alternates by a gives
+    a; independent noise of deviation s without motion gives s / sqrt(pi). Fewer than three frames give 0.
+    (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighbours: it counts motion
+    as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
     """
     small = shrink(luma(frames))
     middle = small[1:-1]
@@ -127,23 +129,25 @@ def flicker(frames: np.ndarray) -> float:
 def consistency(frames: np.ndarray) -> float:
     """Mean correlation of each frame with the one before, moved onto it; in [-1, 1].
 
-    1 for stills and for motion that matching follows, near 0 for unrelated frames, whatever their brightness and
-    contrast. Frames without any contrast count as 1 where both are flat and as 0 where one is. One frame alone gives 1.
+    1 for stills and for motion that matching follows, near 0 for unrelated frames, whatever their brightness
+    and contrast. Frames without contrast count as 1 where both are flat and as 0 where one is. One frame
+    alone gives 1.
     """
     small = shrink(luma(frames))
     return _consistency(compensate(small[:-1], small[1:]).moved, small[1:])
 
 
 def sharpness(frames: np.ndarray) -> float:
-    """Variance of the Laplacian of luma in levels of 255, the mean over frames; 0 or more (Pech-Pacheco et al. 2000).
+    """Variance of the Laplacian of luma in levels of 255, the mean over frames (Pech-Pacheco et al. 2000).
 
-    0 for pictures without detail, ramps included. A checkerboard of single black and white pixels has the most, 1020^2.
+    0 for pictures without detail, ramps included; a checkerboard of single black and white pixels has the
+    most, 1020^2.
     """
     return _sharpness(luma(frames))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference of two videos of one shape, in [0, 1]: 0 for the same pixels, 1 for black and white."""
+    """Mean absolute difference of two videos of one shape, in [0, 1]: 1 is black against white."""
     assert a.shape == b.shape, "videos of one prompt have one shape"
     total = sum(
         float(np.abs(x.astype(np.int16) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)
@@ -161,7 +165,7 @@ def luma(frames: np.ndarray) -> np.ndarray:
 
 
 def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
-    """(t, h, w) scaled down by the least whole factor that brings the longer side to `long`, by averaging squares."""
+    """(t, h, w) with the longer side scaled down to `long` by the least whole factor, averaging squares."""
     t, h, w = y.shape
     n = -(-max(h, w) // long)
     h, w = h // n or 1, w // n or 1
@@ -183,8 +187,8 @@ class Match:
 def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> Match:
     """Moves the blocks of each source frame to where they are in the target frame.
 
-    A block stays where it is unless moving it removes most of its difference (`GAIN`); of equally good displacements
-    the shortest is taken. So neither noise nor plain areas move.
+    A block stays where it is unless moving it removes most of its difference (`GAIN`); of equally good
+    displacements the shortest is taken. So neither noise nor plain areas move.
 
     Args:
         source: (t, h, w) in [0, 1].
@@ -220,7 +224,11 @@ def _motion(y: np.ndarray, match: Match) -> float:
     """Mean displacement of (t, h, w), given the match of each frame with the one before."""
     lengths = match.lengths
     if len(y) > STRIDE:
-        slow, fast, lengths = compensate(y[:-STRIDE], y[STRIDE:]), match.errors[STRIDE - 1 :], lengths[STRIDE - 1 :]
+        slow, fast, lengths = (
+            compensate(y[:-STRIDE], y[STRIDE:]),
+            match.errors[STRIDE - 1 :],
+            lengths[STRIDE - 1 :],
+        )
         # Over several frames, what moves fast is out of reach, and something else may fit half as badly.
         good = (slow.lengths > 0) & ((lengths == 0) | (slow.errors <= fast + STILL))
         lengths = np.where(good, slow.lengths / STRIDE, lengths)
