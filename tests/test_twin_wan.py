@@ -113,6 +113,35 @@ def test_an_optimiser_continues_exactly(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(wan_dit, "TRANSFORMER", SMALL)
+    latents = torch.randn(6, 16, 2, 4, 4)
+    plan = {"clips": 6, "batch": 2, "decay": 1.0}
+
+    class InterruptionError(Exception):
+        pass
+
+    def stop_at(step):
+        def batch(k, *rest):
+            if k == step:
+                raise InterruptionError
+            return original(k, *rest)
+
+        return batch
+
+    original = wan_dit.batch
+    whole = wan_dit.train(tmp_path / "whole", latents, wan_dit.Settings(steps=4, **plan))
+    monkeypatch.setattr(wan_dit, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(wan_dit, "batch", stop_at(2))
+    with pytest.raises(InterruptionError):
+        wan_dit.train(tmp_path / "parts", latents, wan_dit.Settings(steps=4, **plan))
+    monkeypatch.setattr(wan_dit, "batch", original)
+    parts = wan_dit.train(tmp_path / "parts", latents, wan_dit.Settings(steps=4, **plan))
+    for group in ("model", "average"):
+        expected, found = (training.load_state(file)[1][group] for file in (whole, parts))
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
 def test_there_is_no_other_twin():
     with pytest.raises(ValueError, match="'sora'"):
         path("sora")

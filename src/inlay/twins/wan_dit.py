@@ -52,6 +52,8 @@ TEXT = {
 TOKENS = 512
 """Text tokens the pipeline gives to the transformer; past the caption they are zero, yet attended to."""
 SHIFT = 3.0
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None
         facts, groups = load_state(state)
         model.load_state_dict(groups["model"], strict=False)
         optimizer.load(groups["optimizer"])
-        average = groups["average"]
+        average = {name: groups["average"][name] for name in average}
     short = shorten(cast(WanTransformer3DModel, model["dit"]))
     forward = _forward(model, short)
     step = first = facts["done"]
@@ -245,7 +247,7 @@ def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None
         if minutes and step == 60 and first == 0:
             facts["steps"] = progress.total = int(minutes * 60 / ((time.monotonic() - timed) / 40))
         progress(step, loss=loss.detach())
-        if time.monotonic() - saved > 60 or step == facts["steps"]:
+        if time.monotonic() - saved > SAVE_EVERY or step == facts["steps"]:
             facts["seconds"] += time.monotonic() - saved
             facts["done"], saved = step, time.monotonic()
             save_state(state, facts, model=model.state_dict(), optimizer=optimizer.tensors(), average=average)
