@@ -46,6 +46,17 @@ RunFolder = Annotated[
 ]
 
 
+Size = Annotated[
+    str | None, typer.Option(metavar="HxW", help="Height x width, such as 480x832.", show_default=False)
+]
+Frames = Annotated[int | None, typer.Option(help="Frames.", show_default=False)]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default=False)]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default=False)]
+Negative = Annotated[str | None, typer.Option(help="What to steer away from.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first video.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the recipe's.")]
+
+
 def main() -> None:
     """Runs a command; a user's mistake is one message and exit code 2, Ctrl-C is 130.
 
@@ -85,10 +96,18 @@ def _say(text: str) -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:
-    from inlay import config, console
+    _quiet()
+    from inlay import config
+
+    return config.load(path, overrides or ())
+
+
+def _quiet(bars: bool = True) -> None:
+    from inlay import console
 
     console.quiet()
-    return config.load(path, overrides or ())
+    if bars:
+        console.quiet_bars()
 
 
 @app.command()
@@ -106,9 +125,9 @@ def new(
     ] = None,
 ) -> None:
     """Look at your clips and write a commented recipe that fits them."""
-    from inlay import console, recipes
+    _quiet(bars=False)
+    from inlay import recipes
 
-    console.quiet()
     path = recipes.new(family, clips, out, checkpoint)
     _say(f"wrote {path}\nnext: inlay check {path}")
 
@@ -172,27 +191,25 @@ def generate_(
         str | None, typer.Option(help="`step-000500`, or `base` for the untuned model.")
     ] = None,
     strength: Annotated[float, typer.Option(help="0 is the base, 1 what was trained.")] = 1.0,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width, such as 480x832.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first video.")] = None,
+    size: Size = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    seed: Seed = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder. Default: samples/generated in the run.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
+    device: Device = None,
 ) -> None:
     """Make videos with what a run has learned: mp4 with a JSON of all settings beside each."""
-    from inlay import console
-
-    console.quiet()
     texts = list(prompts or [])
     if file:
         texts += _lines(file)
     if not texts:
         raise ValueError("generate: give a prompt, or --file with one per line")
     area = _size(size)
+    _quiet()
     from inlay.generate import generate
 
     made = generate(
@@ -243,16 +260,35 @@ def evaluate_(
     against: Annotated[
         str, typer.Option(help="What to compare with: `base` or another checkpoint.")
     ] = "base",
+    size: Size = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    seed: Seed = None,
+    device: Device = None,
 ) -> None:
     """Compare base and tuned side by side, same seeds: held-out loss, video metrics, `report.html`."""
-    from inlay import console
-
-    console.quiet()
+    _quiet()
+    from inlay.console import console
     from inlay.evaluate import Prompt, evaluate, summary_table
 
     prompts = [Prompt(text) for text in _lines(file)] if file else None
-    report = evaluate(run, against=against, checkpoint=checkpoint, prompts=prompts, count=count)
-    console.console.print(summary_table(report))
+    report = evaluate(
+        run,
+        against=against,
+        checkpoint=checkpoint,
+        prompts=prompts,
+        count=count,
+        device=device,
+        size=_size(size),
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        seed=seed,
+    )
+    console.print(summary_table(report))
     print(report.path)
 
 
@@ -266,9 +302,9 @@ def export(
     checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
 ) -> None:
     """Write what a run has trained in another program's layout, read it back, and compare."""
-    from inlay import console, exchange
+    _quiet()
+    from inlay import exchange
 
-    console.quiet()
     print(exchange.export(run, to, out, checkpoint))
 
 
@@ -288,9 +324,9 @@ def import_(
     ] = None,
 ) -> None:
     """Convert another trainer's adapter to diffusers layout; every tensor is used, or nothing is written."""
-    from inlay import console, exchange
+    _quiet()
+    from inlay import exchange
 
-    console.quiet()
     path, notes = exchange.convert(adapter, out, family, checkpoint, alpha, dora_scale)
     for note in notes:
         _say(f"note: {note}")
@@ -302,9 +338,9 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="Adapter, cached item, checkpoint, run or model folder.")],
 ) -> None:
     """Say what is in a file or folder."""
-    from inlay import console, formats
+    _quiet(bars=False)
+    from inlay import formats
 
-    console.quiet()
     print(formats.describe(formats.inspect(path)))
 
 
@@ -318,9 +354,7 @@ def demo(
     Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
     evaluates.
     """
-    from inlay import console
-
-    console.quiet()
+    _quiet()
     from inlay.demo import demo
 
     demo(folder, dora=dora)

@@ -52,9 +52,7 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
     return [n for n in names if n in found]
 
 
-def select(
-    section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module
-) -> list[str]:
+def select(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
     """Names of the layers that get an adapter, or of the parameters that train; also of a network on meta.
 
     Raises:

@@ -1,0 +1,50 @@
+"""Runs commands as a shell would, in this process, so that a test costs milliseconds and not an import."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from inlay import cli
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """Everything, without the boxes and line breaks that a terminal's width puts into it."""
+        return re.sub(r"[\s│╭╮╰╯─━]+", " ", self.out + self.err)
+
+
+def inlay(*arguments: object) -> Done:
+    """Runs `inlay ARGUMENTS...` and returns how it ended."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["inlay", *map(str, arguments)]
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", argv),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, to see what a command has changed."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
