@@ -37,9 +37,9 @@ def inlay(*arguments: object) -> Done:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", argv),
+        pytest.raises(SystemExit) as stop,
     ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
+        cli.main()
     return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 

@@ -567,10 +567,44 @@ def test_clips(ground: Ground, case: str) -> None:
     damage(Path("d"))
     clips = files(Path("d"))
     changes = {"data__held_out": 2} if case == "nothing left to train on" else {}
-    refused(inlay("cache", ground.write(data__sources=[source], data__cache="cache", **changes)), *words)
+    recipe = ground.write(data__sources=[source], data__cache="cache", **changes)
+    refused(inlay("cache", recipe), *words)
     assert not Path("cache").exists(), "nothing is encoded before all is well"
+    checked = inlay("check", recipe)
+    assert checked.code == 2 and "not ready: " in checked.said
+    assert all(word in checked.said for word in words), checked.said
     assert files(Path("d")) == clips, "the clips are only read"
     assert not Path("opened").exists(), "nothing of a pickle is run"
+
+
+UNEVEN = [k / 16 + 0.02 * (k % 2) for k in range(14)]
+WARNINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "duplicate": (
+        lambda d: captioned("9.mp4", (d / "0.mp4").read_bytes())(d),
+        "1 of 3 clips is a copy (9.mp4: same content as 0.mp4): keep one, or raise `repeats`",
+    ),
+    "odd size": (
+        lambda d: [Image.new("RGB", (33, 31)).save(d / "9.png"), (d / "9.txt").write_text("a square")],
+        "1 of 3 clips has an odd size (9.png: 33x31): nothing to do, clips are scaled and cropped",
+    ),
+    "variable frame rate": (
+        lambda d: videos.write(d / "0.mp4", 14, 16, (32, 32), stamps=UNEVEN),
+        "1 of 2 clips has a variable frame rate (0.mp4: 15.64 fps on average): nothing to do",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_what_is_only_worth_a_warning(ground: Ground, case: str) -> None:
+    damage, words = WARNINGS[case]
+    Path("d").mkdir()
+    for name in ("0.mp4", "0.txt", "1.mp4", "1.txt"):
+        shutil.copy(ground.clips / name, "d")
+    damage(Path("d"))
+    recipe = ground.write(data__sources="d", data__frames=[1, 9])
+    done = inlay("check", recipe)
+    assert done.code == 0 and f"warning: {words}" in done.said and "ready to train: 0 errors" in done.said
+    assert inlay("cache", recipe, "data.cache=cache").code == 0
 
 
 def test_quarantine_names_what_is_left_out(ground: Ground) -> None:
