@@ -130,7 +130,10 @@ def test_csv_with_named_columns(clips):
             {"video_column": "clip", "caption_column": "x"},
             "no column `x`; there are: clip, words. Set `caption_column`",
         ),
-        ({}, "has none of the columns video, file_name, file, path, image, frames_path; there are: clip, words"),
+        (
+            {},
+            "has none of the columns video, file_name, file, path, image, frames_path; there are: clip, words",
+        ),
         ({"video_column": "clip"}, "has none of the columns caption, prompt, text; there are: clip, words"),
         ({"video_column": "clip", "caption_column": "words", "group_column": "g"}, "no column `g`"),
     ],
@@ -329,7 +332,7 @@ def test_files_that_cannot_be_read(clips):
     (clips / "c.mp4").write_bytes(b"<html>")
     made = plan(str(clips))
     assert codes(made) == {"unreadable": ["c.mp4"], "truncated": ["a.mp4"]}
-    assert "1 of 3 clips is truncated (a.mp4: is cut off: its index (moov) is missing)" in message(made)
+    assert "1 of 3 clips is truncated (a.mp4: is cut off: its index (moov) is not there)" in message(made)
     assert [w.clip.name for w in made.train] == ["b.final.mp4"]
 
 

@@ -244,6 +244,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_table(columns, rows))
     for source in report.sources:
         console.print(Text(f"  {_short(source.path)} is read as {source.layout}: {source.why}", "dim"))
+    console.print()
     if report.buckets:
         rows = [
             (

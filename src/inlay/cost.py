@@ -47,6 +47,9 @@ class Counts:
     """Bytes of the largest single tensor among them."""
     linear: float
     attention: float
+    """Between all pairs of tokens: quadratic in their number."""
+    across: float
+    """From tokens to a text of fixed length."""
 
 
 class _Attention(torch.autograd.Function):
@@ -68,7 +71,7 @@ class _Counter(TorchFunctionMode):
         self.kept: dict[int, tuple[int, Any]] = {}
         self.inside = 0
         self.largest = 0
-        self.attention = 0.0
+        self.attention = self.across = 0.0
 
     def __torch_function__(
         self,
@@ -80,7 +83,11 @@ class _Counter(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
             query, key, value = (named[n] for n in ("query", "key", "value"))
-            self.attention += 4.0 * query.numel() * key.shape[-2]
+            products = 4.0 * query.numel() * key.shape[-2]
+            if query.shape[-2] == key.shape[-2]:
+                self.attention += products
+            else:
+                self.across += products
             return _Attention.apply(query, key, value)
         return func(*args, **(kwargs or {}))
 
@@ -128,7 +135,7 @@ def count(
     with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda t: t), counter, flops:
         family.predict(denoiser, latents, times, text)
     kept = sum(size for size, _ in counter.kept.values()) + counter.inside
-    return Counts(kept, counter.largest, float(flops.get_total_flops()), counter.attention)
+    return Counts(kept, counter.largest, float(flops.get_total_flops()), counter.attention, counter.across)
 
 
 def text_width(denoiser: nn.Module) -> int:
@@ -208,7 +215,10 @@ def estimate(
     }
     passes = (3 if full else 2) + checkpointing, 3 + checkpointing
     ratios = [family.tokens(*s) / family.tokens(*largest) for s in shapes]
-    each = [passes[0] * counts.linear * r + passes[1] * counts.attention * r**2 for r in ratios]
+    each = [
+        passes[0] * counts.linear * r + passes[1] * (counts.across * r + counts.attention * r**2)
+        for r in ratios
+    ]
     mean = sum(f * n for f, n in zip(each, shapes.values(), strict=True)) / sum(shapes.values())
     flops = mean * config.train.accumulate
     seconds, why = _time(flops, device, precision)
@@ -223,8 +233,8 @@ def estimate(
         weights if full else f"{weights}; the others in {_name(precision)}",
         (
             f"activations: a forward pass of {'x'.join(map(str, largest))} at batch {config.train.batch}, "
-            f"gradient checkpointing {'on' if checkpointing else 'off'}, was run on shapes alone; what it keeps "
-            "was counted, with fused attention, plus twice its largest tensor for the backward pass"
+            f"gradient checkpointing {'on' if checkpointing else 'off'}, was run on shapes alone; what it "
+            "keeps was counted, with fused attention, plus twice its largest tensor for the backward pass"
         ),
         "not counted: what CUDA takes for itself (about 1 GB), fragmentation, the encoders while caching",
         f"cache: latents in float16; captions of {WORDS_TO_TOKENS:g} tokens per word, {width} wide",
@@ -294,5 +304,5 @@ def describe(device: torch.device) -> tuple[str, int]:
     if device.type == "meta":
         return "unknown", 0
     pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple MPS"}
+    names = {"cpu": "the CPU", "mps": "Apple MPS"}
     return names.get(device.type, device.type), pages * os.sysconf("SC_PAGE_SIZE") if pages else 0

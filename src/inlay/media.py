@@ -176,6 +176,8 @@ def _probe_array(path: Path) -> Probe:
 
 
 def _probe_video(path: Path) -> Probe:
+    if _no_index(path):
+        raise MediaError(path, "is cut off: its index (moov) is not there", "truncated")
     with _opened(path) as (container, stream):
         stamps, last_key, promised, cut = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
         base = float(stream.time_base or 0)
@@ -348,24 +350,22 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             streams[0].codec_context.thread_count = 1
             yield container, streams[0]
     except av.error.FFmpegError as error:
-        if _no_index(path):
-            raise MediaError(path, "is cut off: its index (moov) is missing", "truncated") from None
         raise MediaError(path, f"cannot be read ({error.strerror})") from None
 
 
 def _no_index(path: Path) -> bool:
-    """Whether a file starts as mp4 or mov and ends before the index, which writers put last."""
-    boxes, at = [], 0
+    """Whether a file starts as mp4 or mov does and ends before its index is whole."""
+    whole, at, end = [], 0, path.stat().st_size
     with path.open("rb") as file:
         while len(head := file.read(16)) >= 8:
             size = int.from_bytes(head[:4], "big")
-            boxes.append(head[4:8])
             size = int.from_bytes(head[8:], "big") if size == 1 else size
-            if size < 8:
-                break
             at += size
+            if size < 8 or at > end:
+                break
+            whole.append(head[4:8])
             file.seek(at)
-    return boxes[:1] == [b"ftyp"] and b"moov" not in boxes
+    return whole[:1] == [b"ftyp"] and b"moov" not in whole
 
 
 def _decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:

@@ -1,0 +1,190 @@
+"""The estimate against what a real step of a real small network does."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from inlay import config, cost, families, tuners
+from inlay.twins import tiny
+
+SHAPE = (9, 128, 192)
+LONG = (9, 256, 256)
+
+
+class Live(TorchDispatchMode):
+    """Follows the bytes of all tensors that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def ignore(self, *tensors: torch.Tensor) -> None:
+        self.known |= {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.ignore(tensor)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory) -> families.Family:
+    folder = tiny.wan(tmp_path_factory.mktemp("wan") / "w", heads=4, head=32, layers=4, ffn=512)
+    return families.get("wan")(config.Model(family="wan", checkpoint=str(folder)))
+
+
+def recipe(**sections: Any) -> config.Config:
+    raw = {"run": "x", "model": {"family": "wan", "checkpoint": "x/y"}, "data": {"sources": "x"}}
+    return config.Config.model_validate(raw | sections)
+
+
+def estimate(wan: families.Family, made: config.Config, **changes: Any) -> cost.Estimate:
+    settings: dict[str, Any] = {
+        "device": torch.device("meta"),
+        "precision": torch.float32,
+        "optimizer": "adamw",
+    }
+    settings |= {"shapes": {SHAPE: 1}, "windows": {SHAPE: 3}, "captions": ["two words"]} | changes
+    shapes, windows, captions = (settings.pop(k) for k in ("shapes", "windows", "captions"))
+    return cost.estimate(wan, made, shapes, windows, captions, **settings)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
+    made = recipe(tuner={"kind": kind}, memory={"gradient_checkpointing": checkpointing})
+    found = estimate(wan, made)
+    denoiser = wan.load_denoiser(torch.float32)
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+    trained = tuners.attach(made.tuner, wan.targets, denoiser, seed=0)
+    denoiser.train()
+    latents, t = torch.randn(1, *wan.latent_shape(*SHAPE)), torch.rand(1)
+    cond = wan.collate([{"text": torch.randn(3, cost.text_width(denoiser))}])
+    live = Live()
+    live.ignore(latents, t, *cond.values(), *denoiser.parameters(), *denoiser.buffers())
+    with live:
+        loss = wan.predict(denoiser, latents, t, cond).square().mean()
+        loss.backward()
+    gradients = sum(p.numel() * 4 for p in trained.values())
+    assert found.memory["gradients"] == gradients
+    assert found.trained == sum(p.numel() for p in trained.values())
+    frozen = sum(p.numel() for p in denoiser.parameters()) - found.trained
+    assert found.memory["frozen weights"] == frozen * 4
+    ratio = (found.memory["activations"] + gradients) / live.peak
+    assert 0.9 < ratio < 1.5, f"{found.memory} against a peak of {live.peak}"
+
+
+def test_checkpointing_and_batch_change_activations(wan):
+    on, off = (estimate(wan, recipe(memory={"gradient_checkpointing": g})) for g in (True, False))
+    assert on.memory["activations"] < 0.6 * off.memory["activations"]
+    assert on.flops > off.flops
+    double = estimate(wan, recipe(train={"batch": 2}))
+    assert double.memory["activations"] == pytest.approx(2 * on.memory["activations"], rel=0.1)
+    assert double.flops == pytest.approx(2 * on.flops, rel=0.01)
+    assert estimate(wan, recipe(train={"accumulate": 3})).flops == pytest.approx(3 * on.flops)
+
+
+def test_attention_is_quadratic_and_never_kept(wan):
+    denoiser = wan.load_denoiser(torch.float32, meta=True)
+    small, large = (cost.count(wan, denoiser, s, 1, checkpointing=False) for s in (LONG, (9, 512, 256)))
+    assert large.kept / small.kept == pytest.approx(2, rel=0.1)
+    assert large.linear / small.linear == pytest.approx(2, rel=0.1)
+    n, layers, width = wan.tokens(*LONG), 4, 128
+    assert small.attention == 4 * n * n * width * layers
+    assert small.across == 4 * n * 512 * width * layers
+    assert (large.attention, large.across) == (4 * small.attention, 2 * small.across)
+
+
+@pytest.mark.parametrize(("name", "size"), [("adamw", 8), ("adamw8bit", 2), ("prodigy", 16)])
+def test_optimizer_state(wan, name, size):
+    found = estimate(wan, recipe(optim={"name": name}), optimizer=name)
+    assert found.memory[f"{name} state"] == pytest.approx(size * found.trained, rel=0.05)
+    assert found.memory["moving average"] == 0
+    assert estimate(wan, recipe(optim={"ema": 0.9})).memory["moving average"] == 4 * found.trained
+
+
+def test_adamw_state_is_what_torch_keeps():
+    weight = torch.nn.Parameter(torch.randn(100, 10))
+    optimizer = torch.optim.AdamW([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    kept = sum(v.nbytes for v in optimizer.state[weight].values() if v.numel() > 1)
+    assert kept == cost.STATE_BYTES["adamw"] * weight.numel()
+
+
+def test_precision_halves_the_frozen_weights(wan):
+    wide, narrow = (estimate(wan, recipe(), precision=p) for p in (torch.float32, torch.bfloat16))
+    assert wide.memory["frozen weights"] == 2 * narrow.memory["frozen weights"]
+    assert wide.memory["trained weights"] == narrow.memory["trained weights"]
+    assert narrow.memory["activations"] < wide.memory["activations"]
+    full = estimate(wan, recipe(tuner={"kind": "full"}), precision=torch.bfloat16)
+    assert full.memory["frozen weights"] == 0
+    assert full.memory["trained weights"] == 6 * full.trained, "float32, and the copy that autocast makes"
+    assert full.parameters == full.trained == wide.parameters
+
+
+def test_cache_size(wan):
+    windows = {SHAPE: 3, (17, 64, 64): 2}
+    found = estimate(wan, recipe(), windows=windows, captions=["one", "two words here"])
+    latents = 3 * 16 * 3 * 16 * 24 + 2 * 16 * 5 * 8 * 8
+    assert found.cache == {"clips": 2 * latents, "captions": (3 + 6) * 32 * 4}
+
+
+def test_shapes_are_averaged_and_the_largest_decides_memory(wan):
+    small, large = SHAPE, LONG
+    mixes = ({small: 1}, {large: 1}, {small: 3, large: 1})
+    one, other, both = (estimate(wan, recipe(), shapes=mix) for mix in mixes)
+    assert both.memory == other.memory
+    assert both.flops == pytest.approx((3 * one.flops + other.flops) / 4, rel=0.1)
+
+
+def test_time_is_measured_or_refused(wan):
+    assert estimate(wan, recipe()).seconds is None
+    assert "not on this machine" in estimate(wan, recipe()).how[-1]
+    cpu = torch.device("cpu")
+    little = estimate(wan, recipe(), device=cpu, shapes={(1, 16, 16): 1})
+    assert little.seconds is None
+    assert "so few that overhead decides" in little.how[-1]
+    much = estimate(wan, recipe(train={"accumulate": 1000}), device=cpu)
+    assert much.seconds is not None
+    assert 0 < much.seconds[0] < much.seconds[1]
+    assert much.seconds[1] / much.seconds[0] == pytest.approx(cost.USED[1] / cost.USED[0])
+    assert "just measured" in much.how[-1]
+    assert much.device == "the CPU"
+    assert much.capacity > 2**28
+
+
+def test_speed_is_that_of_a_machine():
+    assert 1e8 < cost.speed(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
+
+
+def test_targets_that_match_nothing(wan):
+    with pytest.raises(ValueError, match="matches no linear"):
+        estimate(wan, recipe(tuner={"targets": ["proj_in"]}))
+
+
+def test_nothing_is_downloaded_or_allocated_for_the_large_ones():
+    model = config.Model(family="wan", checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    found = estimate(families.get("wan")(model), recipe(), shapes={(5, 64, 64): 1}, precision=torch.bfloat16)
+    assert 14e9 < found.parameters < 14.5e9
+    assert found.memory["frozen weights"] == 2 * found.parameters
