@@ -434,6 +434,11 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
         "d",
         ["d: holds no clips"],
     ),
+    "clip of another kind": (
+        captioned("9.wmv", b"something"),
+        "d",
+        ["1 of 3 clips cannot be read (9.wmv: `.wmv` files are not read)", "convert or remove the file"],
+    ),
     "no such folder": (lambda d: None, "nowhere", ["nowhere: no such file or folder"]),
     "not a manifest": (lambda d: None, "d/0.txt", ["d/0.txt: is neither a folder nor a manifest (.csv"]),
     "no such root": (

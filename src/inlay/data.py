@@ -7,6 +7,7 @@ all of them in one message. `BucketSampler` turns windows into batches, each a p
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -290,7 +291,7 @@ def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
         if wanted not in ("auto", found):
             raise ValueError(f"is {found}, but layout says {wanted}")
         return found, f"a {path.suffix.lower()} manifest", path
-    files = _media_files(path)
+    files = _files(path)
     stems = {f.with_suffix("") for f in files}
     options: list[tuple[str, str, Path]] = []
     if (path / "prompts.txt").is_file() and (path / "videos.txt").is_file():
@@ -303,25 +304,37 @@ def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
         options.append(("folder", f"{len(files)} clips, {beside} of them with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
     if not options:
+        readable = " ".join(media.KNOWN)
         needs = {"lines": "prompts.txt and videos.txt", "csv": ".csv", "jsonl": ".jsonl or .json"}
-        raise ValueError(f"holds no {needs.get(wanted, 'clips')}")
+        raise ValueError(f"holds no {needs.get(wanted) or f'clips ({readable})'}")
     if len(options) > 1:
         held = "; ".join(o[1] for o in options)
         raise ValueError(f"is ambiguous: it holds {held}. Name the manifest in `path`, or set `layout`")
     return options[0]
 
 
-def _media_files(folder: Path) -> list[Path]:
+def _files(folder: Path, suffixes: tuple[str, ...] = media.KNOWN) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         shown = (f for f in sorted(files) if not f.startswith("."))
-        found += [Path(parent, f) for f in shown if f.lower().endswith(media.KNOWN)]
+        found += [Path(parent, f) for f in shown if f.lower().endswith(suffixes)]
     return found
 
 
 def _folder(folder: Path, scan: _Scan) -> None:
-    for file in _media_files(folder):
+    clips = _files(folder)
+    stems = {c.with_suffix("") for c in clips}
+    for caption in _files(folder, (".txt",)):
+        if caption.with_suffix("") in stems:
+            continue
+        for file in sorted(caption.parent.glob(f"{glob.escape(caption.stem)}.*")):
+            # what somebody has captioned and would be passed over, such as .wmv
+            if file.is_file() and file.suffix.lower() not in (".txt", ".md", *MANIFESTS):
+                scan.count += 1
+                name = file.relative_to(folder).as_posix()
+                scan.problem("unreadable", name, f"`{file.suffix}` files are not read")
+    for file in clips:
         beside = file.with_suffix(".txt")
         name = file.relative_to(folder).as_posix()
         if beside.is_file() and not _inside(beside, scan.root):
