@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ def clips(tmp_path: Path) -> Path:
         videos.write(folder / f"{name}.mp4", 12 + i, 16, SIZE)
         (folder / f"{name}.txt").write_text(f"caption {name}\n", "utf-8")
     return folder
+
+
+def test_looking_at_data_needs_no_torch():
+    code = "import sys, inlay.data, inlay.media; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- layouts ----------------------------------------------------------------------------------------
