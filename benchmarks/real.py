@@ -2,8 +2,9 @@
 
     python benchmarks/real.py MEDIA [--out runs/real]
 
-MEDIA holds `clips/` (prompts.txt + videos.txt, metadata.csv, train.jsonl) and `press/` (videos with sidecar captions). The
-network is a random Wan of real classes, small enough for two cores; the sizes of clips, latents and text are the real ones.
+MEDIA holds `clips/` (prompts.txt + videos.txt, metadata.csv, train.jsonl) and `press/` (videos with sidecar
+captions). The network is a random Wan of real classes, small enough for two cores; the sizes of clips,
+latents and text are the real ones.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/subject.py [--kind lora|dora] [--subject 40] [--world 100] [--out runs/subject-lora]
 
-Trains with the demo's own recipe on 16 clips, then draws held-out prompts of the new subject and of the old world with the same
-seeds through the stock pipeline. A fixed judge that learned nothing (colour, shape and motion read from pixels) says yes or no.
+Trains with the demo's own recipe on 16 clips, then draws held-out prompts of the new subject and of the old
+world with the same seeds through the stock pipeline. A fixed judge that learned nothing (colour, shape and
+motion read from pixels) says yes or no.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from inlay import config, runtime
-from inlay.train import train
+from inlay.generate import generate
+from inlay.train import prepare, train
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 
@@ -178,3 +179,46 @@ def test_losses_that_are_not_finite_name_the_clips(recipe: Callable[..., dict]) 
 def test_targets_that_match_nothing_stop(recipe: Callable[..., dict]) -> None:
     with pytest.raises(ValueError, match=r"`proj_in` matches no"):
         run(recipe(tuner__targets=["proj_in", r"blocks\.\d+\.attn1\.to_q"]))
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_bfloat16_learns_and_keeps_trained_weights_in_float32(recipe: Callable[..., dict], kind: str) -> None:
+    raw = recipe(tuner={"kind": kind}, runtime__precision="bfloat16", train__steps=30, optim__lr=3e-3)
+    folder = run(raw)
+    losses = [x["loss"] for x in runtime.read_metrics(folder / "metrics.jsonl") if "loss" in x]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
+    tensors, _ = runtime.load_state(folder / "checkpoints/step-000030")
+    weights = {v.dtype for k, v in tensors.items() if k.startswith("weights.")}
+    assert weights == {torch.float32}
+
+
+def test_both_experts_of_a14b_train_on_their_own_side(
+    recipe: Callable[..., dict], tiny_a14b: Path, tmp_path: Path
+) -> None:
+    for expert in ("high", "low"):
+        model = {"family": "wan", "checkpoint": str(tiny_a14b), "expert": expert}
+        folder = run(recipe(run=str(tmp_path / expert), model=model))
+        made = generate(folder, ["clip number 1"], steps=4)
+        base = generate(folder, ["clip number 1"], steps=4, checkpoint="base", out=tmp_path / "base")
+        assert made[0].read_bytes() != base[0].read_bytes()
+
+
+def test_ti2v_5b_trains_and_draws(recipe: Callable[..., dict], tiny_5b: Path) -> None:
+    folder = run(recipe(model__checkpoint=str(tiny_5b), data__size=[32, 32], sample__every=3))
+    assert list((folder / "samples/step-000003").glob("*.mp4"))
+
+
+def test_micro_batches_are_functions_of_their_index(recipe: Callable[..., dict]) -> None:
+    """What two processes see together is what one process sees alone, whatever was seen before."""
+    settings = config.build(recipe(train__batch=2, data__caption_dropout=0.5))
+    ctx = runtime.Context(torch.device("cpu"), torch.float32, "adamw")
+    loader = prepare(settings, ctx).loader
+    loader.per_step = 2
+    alone = dict(loader.stream(0, 4, ctx))
+    for rank in (0, 1):
+        other = runtime.Context(torch.device("cpu"), torch.float32, "adamw", rank=rank, world=2)
+        for index, batch in loader.stream(2, 4, other):
+            assert index % 2 == rank
+            assert torch.equal(batch.latents, alone[index].latents)
+            assert torch.equal(batch.cond["text"], alone[index].cond["text"])
+    assert sorted(alone) == list(range(8))

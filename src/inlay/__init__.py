@@ -7,6 +7,7 @@ seconds.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,4 +33,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `inlay` has no attribute `{name}`")
     from importlib import import_module
 
-    return getattr(import_module(f"inlay.{_HOMES[name]}"), name)
+    home = import_module(f"inlay.{_HOMES[name]}")
+    return home if name in _CALLABLE else getattr(home, name)
+
+
+_CALLABLE = ("train", "generate", "evaluate")
+
+
+class CallableModule(ModuleType):
+    """A module that is also its function of the same name.
+
+    Importing `inlay.train` binds the module over the public function `inlay.train`; so that both always mean the
+    same, the three modules that share their function's name take this class.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from inlay import cache, families, formats, media, runtime
+from inlay import CallableModule, cache, families, formats, media, runtime
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.runtime import Run
@@ -254,3 +255,6 @@ def slug(text: str) -> str:
 def card(config: recipe.Config, step: int, prompts: Sequence[str]) -> str:
     """The model card of a run."""
     return formats.model_card(config, step=step, prompts=list(prompts))
+
+
+sys.modules[__name__].__class__ = CallableModule
