@@ -43,8 +43,8 @@ _CALLABLE = ("train", "generate", "evaluate")
 class CallableModule(ModuleType):
     """A module that is also its function of the same name.
 
-    Importing `inlay.train` binds the module over the public function `inlay.train`; so that both always mean the
-    same, the three modules that share their function's name take this class.
+    Importing `inlay.train` binds the module over the public function `inlay.train`; so that both always mean
+    the same, the three modules that share their function's name take this class.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

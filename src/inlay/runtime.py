@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,19 +112,21 @@ class Context:
             dist.barrier()
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Averages gradients over processes: one reduction per type, after the last micro-batch of a step.
+        """Averages gradients over processes, once, after the last micro-batch of a step.
 
         Adapters are small, so nothing is gained by overlapping it with the backward pass, and without a
         wrapper around the network, its names, checkpointing and compilation stay as they are.
         """
         if self.world == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for p, g in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
-            p.grad = g.view_as(p)
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for part in _parts(parameters):
+            flat = torch.cat([p.grad.flatten() for p in part if p.grad is not None])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for p, g in zip(part, flat.split([p.numel() for p in part]), strict=True):
+                p.grad = g.view_as(p)
 
     def total(self, value: Tensor) -> Tensor:
         """Sum of a tensor over processes."""
@@ -138,6 +141,22 @@ class Context:
         out: list[Any] = [None] * self.world
         dist.all_gather_object(out, value)
         return out
+
+
+def _parts(parameters: Sequence[nn.Parameter], most: int = 1 << 26) -> Iterator[list[nn.Parameter]]:
+    """Neighbours of together at most so many numbers, so that a reduction needs little memory of its own."""
+    part: list[nn.Parameter] = []
+    for p in parameters:
+        if part and sum(q.numel() for q in part) + p.numel() > most:
+            yield part
+            part = []
+        part.append(p)
+    if part:
+        yield part
+
+
+PATIENCE = timedelta(hours=4)
+"""How long processes wait for one that encodes, samples or saves; the libraries' ten minutes are too short."""
 
 
 @contextmanager
@@ -160,7 +179,7 @@ def start(config: recipe.Config) -> Iterator[Context]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Context(device, plan.precision, plan.optimizer, rank, world, plan.notes)
     finally:
