@@ -144,7 +144,7 @@ class Context:
 
 
 def _parts(parameters: Sequence[nn.Parameter], most: int = 1 << 26) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of together at most so many numbers, so that a reduction needs little memory of its own."""
+    """Neighbours of together at most so many numbers, so that reducing needs little memory of its own."""
     part: list[nn.Parameter] = []
     for p in parameters:
         if part and sum(q.numel() for q in part) + p.numel() > most:
