@@ -13,14 +13,14 @@ test: $(VENV)/installed-dev check  ## lint, types, import contracts, all tests, 
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: $(VENV)/installed-dev  ## what a commit must pass: seconds
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/lint-imports
 	$(BIN)/codespell src tests docs recipes benchmarks README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/pyright
 
 docs: $(VENV)/installed  ## regenerate the reference
-	$(BIN)/python -m inlay.config > docs/reference/config.md
+	$(BIN)/python docs/make.py
 
 # torch is pinned for development only: elsewhere pip would fetch gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -130,6 +130,17 @@ def test_the_demo_is_its_recipe(kind: str) -> None:
     assert ours == theirs.model_copy(update=plain)
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(recipe: Callable[..., dict], tmp_path: Path) -> None:
+    raw = recipe(train__steps=2, runtime__world_size=1)
+    old, new = Path(raw["run"]), tmp_path / "elsewhere/run"
+    train(config.build(raw))
+    new.parent.mkdir()
+    old.rename(new)
+    assert train(config.load(new, ["train.steps=4"])) == new
+    assert runtime.Run(new).checkpoints()[-1].name == "step-000004" and not old.exists()
+    assert config.load(new, ["run=other"]).run == "other"
+
+
 # --- launch files -------------------------------------------------------------------------------------------
 
 LAUNCH = ROOT / "recipes/launch"

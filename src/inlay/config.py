@@ -344,15 +344,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Loads a recipe, or the recipe of a run folder.
 
     Args:
-        path: YAML file, or a run folder (its `config.yaml`).
+        path: YAML file, or a run folder (its `config.yaml`), whose `run` then is where it lies now.
         overrides: `section.key=value`, the value in YAML.
 
     Raises:
         ValueError: with every mistake of the recipe, one per line.
     """
-    path = Path(path)
+    path, moved = Path(path), {}
     if path.is_dir():
-        path = path / "config.yaml"
+        path, moved = path / "config.yaml", {"run": str(path)}
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe; `inlay new wan DATA` writes one")
     try:
@@ -366,7 +366,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(raw, dict):
         found = "the file is empty" if raw is None else f"found {type(raw).__name__}"
         raise ValueError(f"{path}: a recipe is a mapping of sections (run, model, data, ...); {found}")
-    return build(raw, overrides, name=str(path))
+    return build({**raw, **moved}, overrides, name=str(path))
 
 
 def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = "recipe") -> Config:
