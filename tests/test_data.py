@@ -137,10 +137,7 @@ def test_csv_with_named_columns(clips):
             {"video_column": "clip", "caption_column": "x"},
             "no column `x`; there are: clip, words. Set `caption_column`",
         ),
-        (
-            {},
-            "has none of the columns video, file_name, file, path, image, frames_path; there are: clip, words",
-        ),
+        ({}, "has none of the columns video, file_name, file, path, image, frames_path; there are: clip,"),
         ({"video_column": "clip"}, "has none of the columns caption, prompt, text; there are: clip, words"),
         ({"video_column": "clip", "caption_column": "words", "group_column": "g"}, "no column `g`"),
     ],
@@ -348,6 +345,15 @@ def test_a_missing_and_a_foreign_file(clips):
     (clips / "notes.pdf").write_bytes(b"%PDF")
     (clips / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert codes(plan(str(clips / "m.jsonl"))) == {"missing": ["gone.mp4"], "unreadable": ["notes.pdf"]}
+
+
+def test_captioned_files_are_not_passed_over(clips):
+    (clips / "d.flv").write_bytes(b"FLV")
+    (clips / "d.txt").write_text("somebody wrote this")
+    (clips / "notes.txt").write_text("no clip of this name")
+    made = plan(str(clips))
+    assert codes(made) == {"unreadable": ["d.flv"]}
+    assert "1 of 4 clips cannot be read (d.flv: `.flv` files are not read)" in message(made)
 
 
 def test_too_short_says_by_how_much(clips):

@@ -253,6 +253,20 @@ def test_tags_are_trusted_and_small_untagged_video_is_601(tmp_path, colour, matr
     assert np.abs(pixels.astype(int) - colour).max() <= 4
 
 
+@pytest.mark.parametrize("colour", COLOURS)
+def test_full_range_is_full(tmp_path, colour):
+    path = videos.write(
+        tmp_path / "j.mov",
+        1,
+        24,
+        codec="mjpeg",
+        pix_fmt="yuvj420p",
+        draw=lambda k, s: videos.still(s, colour),
+    )
+    pixels = media.read(path, 0.0, 1, 24, (64, 128))
+    assert np.abs(pixels.astype(int) - colour).max() <= 4
+
+
 def test_large_untagged_video_is_709(tmp_path):
     colour = (200, 60, 30)
 
@@ -307,6 +321,13 @@ def test_opaque_files_are_not_called_transparent(tmp_path):
     Image.fromarray(noise(0, (8, 8))).save(tmp_path / "a.png")
     assert not media.probe(tmp_path / "a.png").transparent
     assert not media.probe(videos.write(tmp_path / "a.mp4", 2, 24)).transparent
+
+
+def test_one_frame_is_a_clip_too(tmp_path):
+    path = videos.write(tmp_path / "one.mp4", 1, 24)
+    probe = media.probe(path)
+    assert (probe.frames, probe.fps, media.available(probe, 16)) == (1, 24, 1)
+    assert media.read(path, 0.0, 1, 16, (32, 64)).shape == (1, 32, 64, 3)
 
 
 # --- images and arrays ----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import av
 import av.error
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from inlay.files import atomic
@@ -53,7 +53,8 @@ UNTAGGED = 2
 HDR = (16, 18)
 """FFmpeg's numbers for the transfer curves PQ and HLG."""
 
-_FILTER = int(Interpolation.BICUBIC) | int(Interpolation.ACCURATE_RND) | int(Interpolation.FULL_CHR_H_INT)
+_FILTER = 0x4 | 0x40000 | 0x2000
+"""FFmpeg's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT; PyAV names the flags only since 18."""
 
 
 class MediaError(ValueError):
@@ -189,7 +190,7 @@ def _probe_video(path: Path) -> Probe:
         raise MediaError(path, "no frame can be decoded")
     times = np.array([s for s in stamps if s >= head.pts], np.float64) * base
     if path.suffix.lower() == ".gif":
-        cut = path.read_bytes().rstrip(b"\0")[-1:] != b";"
+        cut = cut or path.read_bytes().rstrip(b"\0")[-1:] != b";"
     tail = 0
     try:
         for frame in _decode(path, last_key):
@@ -386,7 +387,7 @@ def _decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
             if not packet.size and decoder is not stream.codec_context:
                 packet = None
             for frame in decoder.decode(packet):
-                if unstamped:
+                if unstamped and stamps:
                     frame.pts = stamps.pop(0)
                 # Frames before the first key frame after a seek may lack what they refer to; none is used.
                 keyed = keyed or frame.key_frame
