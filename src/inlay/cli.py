@@ -96,10 +96,12 @@ def _say(text: str) -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:
-    _quiet()
+    _quiet(bars=False)
     from inlay import config
 
-    return config.load(path, overrides or ())
+    loaded = config.load(path, overrides or ())  # a mistake is told before anything slow is imported
+    _quiet()
+    return loaded
 
 
 def _quiet(bars: bool = True) -> None:
