@@ -156,7 +156,7 @@ def _parts(parameters: Sequence[nn.Parameter], most: int = 1 << 26) -> Iterator[
 
 
 PATIENCE = timedelta(hours=4)
-"""How long processes wait for one that encodes, samples or saves; the libraries' ten minutes are too short."""
+"""How long processes wait for one that encodes, draws or saves; ten minutes, the default, are too short."""
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class Family(ABC):
 
     @property
     def name(self) -> str:
-        """The checkpoint's Hub id, or of a local one only the folder's name, for files that are given away."""
+        """The checkpoint's Hub id, or only the name of a local folder, for files that are given away."""
         return self.source.name if isinstance(self.source, Path) else self.source
 
     # --- configuration ------------------------------------------------------------------------------------
