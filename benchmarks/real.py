@@ -3,7 +3,7 @@
     python benchmarks/real.py MEDIA [--out runs/real]
 
 MEDIA holds `clips/` (prompts.txt + videos.txt, metadata.csv, train.jsonl) and `press/` (videos with sidecar
-captions). The network is a random Wan of real classes, small enough for two cores; the sizes of clips,
+captions). The cache is shared, so the later layouts of the same clips encode nothing. The network is a random Wan of real classes, small enough for two cores; the sizes of clips,
 latents and text are the real ones.
 """
 
@@ -54,7 +54,13 @@ def main() -> None:
         recipe = {
             "run": str(run),
             "model": {"family": "wan", "checkpoint": str(model)},
-            "data": {"sources": [source], "size": [480, 832], "frames": 81, "held_out": 0},
+            "data": {
+                "sources": [source],
+                "size": [480, 832],
+                "frames": 81,
+                "held_out": 0,
+                "cache": str(args.out / "cache"),
+            },
             "tuner": {"rank": 4},
             "train": {"steps": 2, "log_every": 1},
             "sample": {"steps": 1, "guidance": 1.0},
@@ -63,7 +69,7 @@ def main() -> None:
         path.write_text(json.dumps(recipe), "utf-8")
         seconds = [timed("check", str(path)), timed("cache", str(path)), timed("train", str(path))]
         seconds.append(timed("generate", str(run), "a hydraulic press"))
-        items = [p.stat().st_size for p in (run / "cache/media").rglob("*.safetensors")]
+        items = [p.stat().st_size for p in (args.out / "cache/media").rglob("*.safetensors")]
         steps = "check {:.0f} s, cache {:.0f} s, train {:.0f} s, generate {:.0f} s".format(*seconds)
         print(f"{name:<26} {len(items)} clips, {max(items) / 1e6:.2f} MB each cached; {steps}", flush=True)
 
