@@ -176,6 +176,13 @@ RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = 
     "override of no key": ({}, ["optim..lr=1"], ["`optim..lr=1` is not an override", "optim.lr=2e-4"]),
     "override of an unknown key": ({}, ["optim.lrr=1"], ["optim.lrr: unknown key; did you mean `lr`?"]),
     "override that is no YAML": ({}, ["optim.lr=["], ["`optim.lr=[`: the value is not valid YAML"]),
+    "override inside a list": (
+        {},
+        ["data.sources.0.path=x"],
+        ["`data.sources.0.path=x`: data.sources is a list; write it whole, such as data.sources=[a, b]"],
+    ),
+    "endless seed": ({"sample__seed": 10**30}, [], ["sample.seed: should be less than 9223372036854775808"]),
+    "keys that are no text": ("1: 2\nrun: x\n", [], ["1: Keys should be strings"]),
     "override of a section": ({}, ["train=5"], ["train: needs keys below it (steps", "(got 5)"]),
 }
 
@@ -487,6 +494,27 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
         ["leads out of its folder (C:\\clips\\0.mp4: line 3)"],
     ),
     "link out of the folder": (link("9.mp4", "/etc/passwd"), "d", ["leads out of its folder (9.mp4)"]),
+    "links in a circle": (link("9.mp4", "9.mp4"), "d", ["1 of 3 clips does not exist (9.mp4)"]),
+    "name that is no text": (
+        lambda d: captioned(os.fsdecode(b"\xff.mp4"), b"")(d),
+        "d",
+        ["1 of 3 clips cannot be read (?.mp4: its name is not UTF-8, rename it)"],
+    ),
+    "half of a character": (
+        manifest("m.jsonl", '{"video": "0.mp4", "caption": "a \\ud83d cat"}\n'),
+        "d/m.jsonl",
+        ["1 of 1 clips has no caption (0.mp4: line 1: half of a character in `a ? cat`)"],
+    ),
+    "path with a null": (
+        manifest("m.jsonl", '{"video": "0\\u0000.mp4", "caption": "x"}\n'),
+        "d/m.jsonl",
+        ["1 of 1 clips does not exist (0\\0.mp4: line 1)"],
+    ),
+    "endless path": (
+        manifest("m.csv", f"video,caption\n{'a' * 5000}.mp4,x\n"),
+        "d/m.csv",
+        ["1 of 1 clips does not exist (aaaa", "line 2)"],
+    ),
     "caption linked out": (link("0.txt", "/etc/passwd"), "d", ["leads out of its folder (0.txt)"]),
     "unequal lines": (
         lines("one\ntwo\nthree", "0.mp4\n1.mp4"),
@@ -928,6 +956,12 @@ GENERATE: dict[str, tuple[Callable[[Ground], Any], list[Any], list[str]]] = {
     "strength": (lambda g: g.run, ["a", "--strength", "nan"], ["strength nan is not a number such as 0.5"]),
     "steps in words": (lambda g: g.run, ["a", "--steps", "few"], ["Invalid value for '--steps'"]),
     "no videos": (lambda g: g.run, ["a", "--count", "0"], ["Invalid value for '--count'"]),
+    "folder that is a file": (
+        lambda g: g.run,
+        ["a", "--out", "blank.txt"],
+        ["generate: blank.txt is a file; name a folder with --out"],
+    ),
+    "endless seed": (lambda g: g.run, ["a", "--seed", "9" * 30], ["sample.seed: should be less than"]),
     "misspelt option": (
         lambda g: g.run,
         ["a", "--strenght", "1"],
@@ -963,7 +997,7 @@ def test_generate(ground: Ground, case: str) -> None:
     make, arguments, words = GENERATE[case]
     Path("blank.txt").write_text("\n \n", "utf-8")
     Path("latin.txt").write_bytes("Käse".encode("latin-1"))
-    refused(inlay("generate", make(ground), *arguments, "--out", "videos"), *words)
+    refused(inlay("generate", make(ground), "--out", "videos", *arguments), *words)
     assert not Path("videos").exists() and not Path("opened").exists()
 
 

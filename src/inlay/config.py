@@ -258,7 +258,7 @@ class Sample(Section):
     """Denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video; video i of a prompt uses seed + i."""
 
     @field_validator("prompts")
@@ -385,9 +385,12 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
             nested: Any = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ValueError(f"`{text}`: the value is not valid YAML") from None
-        for part in reversed(key.strip().split(".")):
+        parts = key.strip().split(".")
+        for part in reversed(parts):
             nested = {part: nested}
         raw = merge(raw, nested)
+        if len(parts) > 2 and parts[:2] == ["data", "sources"]:
+            raise ValueError(f"`{text}`: data.sources is a list; write it whole, such as data.sources=[a, b]")
     section = raw.get("model")
     family = section.get("family") if isinstance(section, Mapping) else None
     defaults = families.get(family).defaults if isinstance(family, str) else {}

@@ -232,10 +232,16 @@ class _Scan:
         text = text.strip()
         name = Path(os.path.normpath(text)).as_posix()
         path = self.root / name
-        if Path(text).is_absolute() or PureWindowsPath(text).drive or not _inside(path, self.root):
+        try:
+            inside, there = _inside(path, self.root), path.is_file()
+        except (OSError, ValueError):  # too long for a path, or with a null character
+            inside, there = True, False
+        if Path(text).is_absolute() or PureWindowsPath(text).drive or not inside:
             self.problem("outside", text, where)
-        elif not path.is_file():
-            self.problem("missing", text, where)
+        elif _legible(text) != text:
+            self.problem("unreadable", _legible(text), "its name is not UTF-8, rename it")
+        elif not there:
+            self.problem("missing", text[:200].replace("\0", "\\0"), where)
         elif path.suffix.lower() not in media.KNOWN:
             self.problem("unreadable", text, f"`{path.suffix}` files are not read")
         else:
@@ -245,13 +251,23 @@ class _Scan:
                 self.problem("no-caption", name, f"{where}: {type(caption).__name__}, not text")
             elif not caption.strip():
                 self.problem("empty-caption", name, where)
+            elif _legible(caption) != caption:
+                shown = _legible(caption)[:40]
+                self.problem("no-caption", name, f"{where}: half of a character in `{shown}`")
+                caption = ""
             text = " ".join(caption.split()) if isinstance(caption, str) else ""
             group = None if group is None else str(group)
             self.clips.append(Clip(path, name, text, self.index, group, media.kind(path)))
 
 
 def _inside(path: Path, root: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
+    """Whether a path leads to a place under the root; links in a circle too, where `Path.resolve` stops."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _legible(text: str) -> str:
+    """Text as it can be printed and stored; names of files and JSON may hold what is no Unicode."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _find(source: config.Source, index: int) -> _Found:

@@ -96,11 +96,13 @@ def generate(
             f"generate: the strength of a full fine-tune is 0 or 1, not {strength:g}; train a LoRA to have "
             "it in between"
         )
+    folder = out or place.folder / "samples" / "generated"
+    if folder.is_file():
+        raise ValueError(f"generate: {folder} is a file; name a folder with --out")
     weights = None if checkpoint == BASE or strength == 0 else trained(place, checkpoint, family)
     with runtime.start(config) as ctx:
         encoded = encode(config, family, place, prompts, sample, ctx)
         pipeline = load_pipeline(config, family, weights, strength, ctx)
-        folder = out or place.folder / "samples" / "generated"
         about = {"checkpoint": checkpoint or "adapter", "strength": strength, "run": str(run)}
         return draw(family, pipeline, encoded, folder, about, count=count)
 
