@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from inlay import config, families, formats, generate, runtime, tuners
+from inlay import config, cost, families, formats, generate, runtime
 from inlay.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -57,23 +57,28 @@ def test_published_checkpoint_can_do_it(path: Path) -> None:
 
 
 @published
-def test_targets_match_the_published_network(path: Path) -> None:
-    """The network is made without weights, so that targets and the numbers in comments are the real ones."""
+def test_cost_is_known_and_comments_are_right(path: Path) -> None:
+    """The network is made without weights, its tuner attached: targets and numbers are the real ones."""
     settings = config.load(path)
-    model = family(settings)
-    denoiser = model.load_denoiser(torch.float32, meta=True)
-    layers = formats.shapes(denoiser)
-    if settings.tuner.kind == "full":
-        count = sum(p.numel() for p in denoiser.parameters())
-    else:
-        chosen = tuners.match(settings.tuner.targets or model.targets, list(layers), what="layer")
-        count = sum(settings.tuner.rank * sum(layers[n]) for n in chosen)
+    shape = (max(settings.data.frames), *settings.data.size)
+    found = cost.estimate(
+        family(settings),
+        settings,
+        {shape: 1},
+        {shape: 1},
+        [],
+        device=torch.device("meta"),
+        precision=torch.bfloat16,
+        optimizer=settings.optim.name,
+    )
+    assert found.peak < 80e9, "one large GPU must do"
+    assert (found.trained == found.parameters) == (settings.tuner.kind == "full")
     told = {"1.3b-lora": "43.7", "14b-lora": "153", "5b-lora": "80.6", "full": "1.4 billion"}
     for part, number in told.items():
         if part in path.stem:
             assert number in path.read_text("utf-8")
             value, _, unit = number.partition(" ")
-            assert count / (1e9 if unit else 1e6) == pytest.approx(float(value), rel=0.02)
+            assert found.trained / (1e9 if unit else 1e6) == pytest.approx(float(value), rel=0.02)
 
 
 @name
