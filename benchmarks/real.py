@@ -3,8 +3,9 @@
     python benchmarks/real.py MEDIA [--out runs/real]
 
 MEDIA holds `clips/` (prompts.txt + videos.txt, metadata.csv, train.jsonl) and `press/` (videos with sidecar
-captions). The cache is shared, so the later layouts of the same clips encode nothing. The network is a random Wan of real classes, small enough for two cores; the sizes of clips,
-latents and text are the real ones.
+captions). The cache is shared, so the later layouts of the same clips encode nothing. The network is a
+random Wan of real classes, small enough for two cores; the sizes of clips, latents and text are the real
+ones.
 """
 
 from __future__ import annotations

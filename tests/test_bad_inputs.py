@@ -824,6 +824,19 @@ def test_missing_package(
     assert not Path("cache").exists(), "found before the clips are encoded"
 
 
+def test_tracker_that_does_not_start(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wandb:
+        @staticmethod
+        def init(**_: Any) -> None:
+            raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)  # type: ignore[arg-type]
+    refused(
+        inlay("train", ground.write(train__trackers=["wandb"])),
+        "train.trackers: `wandb` does not start (api_key not configured); log in to it, or leave it out",
+    )
+
+
 def test_loss_that_is_not_finite(ground: Ground) -> None:
     recipe = ground.write(optim={"lr": 1e30, "clip": None}, train__steps=20)
     message = refused(inlay("train", recipe), "the loss stopped being finite at step", "lower optim.lr")
@@ -1001,13 +1014,18 @@ def test_generate(ground: Ground, case: str) -> None:
     assert not Path("videos").exists() and not Path("opened").exists()
 
 
-def test_strength_of_a_full_fine_tune(ground: Ground) -> None:
+def test_full_fine_tune(ground: Ground) -> None:
     run = untrained(ground)
     (run / "config.yaml").write_text(json.dumps(ground.recipe(tuner={"kind": "full"})), "utf-8")
     refused(
         inlay("generate", run, "a cat", "--strength", "0.5"),
         "the strength of a full fine-tune is 0 or 1, not 0.5; train a LoRA",
     )
+    shutil.copytree(ground.checkpoint / "transformer", run / "adapter")
+    cut(run / "adapter/diffusion_pytorch_model.safetensors")
+    for command in (["generate", run, "a cat"], ["evaluate", run]):
+        refused(inlay(*command), "error: new/adapter cannot be loaded (", "is it whole?")
+    assert not (run / "report").exists()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def predict(denoiser: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("alpha", [None, 7.0])
-def test_stock_pipeline_loads_what_was_trained(tiny_wan: Path, tmp_path: Path, kind: str, alpha: float | None) -> None:
+def test_stock_pipeline_loads_what_was_trained(
+    tiny_wan: Path, tmp_path: Path, kind: str, alpha: float | None
+) -> None:
     section = config.LowRank(kind=kind, rank=4, alpha=alpha)  # type: ignore[arg-type]
     denoiser, _ = scrambled(tiny_wan, section)
     base = predict(wan(tiny_wan).load_denoiser(torch.float32))
@@ -101,7 +103,9 @@ def test_dora_starts_as_the_identity(tiny_wan: Path) -> None:
 
 def test_start_is_a_function_of_the_seed(tiny_wan: Path) -> None:
     def factors(seed: int) -> torch.Tensor:
-        trained = tuners.attach(config.LowRank(rank=2), Wan.targets, wan(tiny_wan).load_denoiser(torch.float32), seed=seed)
+        trained = tuners.attach(
+            config.LowRank(rank=2), Wan.targets, wan(tiny_wan).load_denoiser(torch.float32), seed=seed
+        )
         return torch.cat([p.detach().flatten() for p in trained.values()])
 
     assert torch.equal(factors(5), factors(5))
@@ -126,4 +130,8 @@ def test_attaching_leaves_the_random_state_alone(tiny_wan: Path) -> None:
 def test_patterns_that_match_nothing_are_named(patterns: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tuners.match(patterns, ["a.to_q", "b.to_q", "b.to_k"], what="layer")
-    assert tuners.match([r".*\.to_q", r"b\..*"], ["a.to_q", "b.to_q", "b.to_k"], what="layer") == ["a.to_q", "b.to_q", "b.to_k"]
+    assert tuners.match([r".*\.to_q", r"b\..*"], ["a.to_q", "b.to_q", "b.to_k"], what="layer") == [
+        "a.to_q",
+        "b.to_q",
+        "b.to_k",
+    ]

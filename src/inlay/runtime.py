@@ -607,7 +607,12 @@ def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
 
         return tensorboard
     options = {"dir": str(run.folder), "resume": "allow", "id": run.folder.name} if name == "wandb" else {}
-    module.init(project="inlay", name=run.folder.name, config=settings, **options)
+    try:
+        module.init(project="inlay", name=run.folder.name, config=settings, **options)
+    except Exception as error:  # no login, no network: each says so in its own way
+        raise ValueError(
+            f"train.trackers: `{name}` does not start ({error}); log in to it, or leave it out"
+        ) from error
     return lambda values, step: module.log(values, step=step)
 
 

@@ -135,10 +135,10 @@ class Family(ABC):
         except MemoryError:
             raise
         except Exception as error:
-            what = folder or f"`{part}` of {self.model.checkpoint}"
+            what = folder or f"model.checkpoint: `{part}` of {self.model.checkpoint}"
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(
-                f"model.checkpoint: {what} cannot be loaded ({cause}); is it whole? Copy or download it again"
+                f"{what} cannot be loaded ({cause}); is it whole? Copy or download it again"
             ) from error
 
     @abstractmethod

@@ -186,7 +186,7 @@ def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = Non
         generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
             z = encode(video.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
-            amount = 0.08 * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
+            amount = 0.12 * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
             z += amount * torch.randn(z.shape, generator=generator)
         error = (decode(vae, z) - video).square()
         total = (error * weight).sum() / (weight.sum() * 3)
