@@ -103,7 +103,7 @@ def _polygon(name: str) -> np.ndarray:
         y = -(13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s))
         return np.stack([x, y - 2.5], axis=1) / 15.5
     if name == SUBJECT:
-        return star_outline()
+        return star_outline(inner=0.56, outer=1.3)
     raise ValueError(f"no outline is called {name!r}: the world has {', '.join((*SHAPES, SUBJECT))}")
 
 
