@@ -21,13 +21,19 @@ CONTRAST, EDGE = 42, 0.42
 """A foreground pixel differs from the border's median, in some channel (0-255), by the first number
 and by this share of what the foreground's median pixel does: outlines stay put when edges are soft."""
 LEAST_OVERLAP = 0.7
-"""Intersection over union with the best fitting template of the stated shape."""
+"""Soft intersection over union with the best fitting template of the stated shape."""
+SOFTNESS = 2
+"""Times that mattes and templates are blurred before they are compared, each over 3 x 3 pixels: what an
+autoencoder of stride 8 keeps of an outline. A hole that is half filled still tells a ring from a circle."""
 LEAST_COLOUR = 0.75
 """Share of the shape's inner pixels that have the stated colour."""
 LEAST_TRAVEL, MOST_DRIFT = 9.0, 6.5
 """Pixels from first to last frame: a moving shape at least, a spinning or growing one at most."""
 LEAST_TURN, LEAST_GROWTH = 60.0, 2.0
 """Degrees turned by a spinning shape; factor on its area by a growing one."""
+
+HOLES = (0.3, 0.4, 0.5, 0.6, 0.7)
+"""Inner radii, of an outer one of 1, of what counts as a ring: any circle with a hole."""
 
 _SYMMETRY = {"square": 4, "triangle": 3, "cross": 4, "heart": 1, world.SUBJECT: 5}
 
@@ -40,6 +46,8 @@ class _View:
     """float32 (t, 64, 64, 3), 0-255."""
     mask: np.ndarray
     """bool (t, 64, 64), the foreground."""
+    matte: np.ndarray
+    """float (t, 64, 64) in [0, 1], how much of a pixel is foreground, blurred."""
     inner: np.ndarray
     """bool (t, 64, 64), the foreground without its outermost pixels."""
     area: np.ndarray
@@ -57,6 +65,15 @@ def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
     return mask
 
 
+def _blurred(images: np.ndarray) -> np.ndarray:
+    """`(n, h, w)` after `SOFTNESS` passes of the binomial filter 1 2 1 in both directions."""
+    for _ in range(SOFTNESS):
+        padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), mode="edge")
+        rows = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
+        images = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
+    return images
+
+
 def _look(frames: np.ndarray) -> _View:
     pixels = frames.astype(np.float32)
     border = np.ones((SIZE, SIZE), dtype=bool)
@@ -67,13 +84,15 @@ def _look(frames: np.ndarray) -> _View:
     if (difference > CONTRAST).any():
         level = max(CONTRAST, EDGE * float(np.median(difference[difference > CONTRAST])))
     mask = difference > level
+    solid = np.median(difference[mask]) if mask.any() else 1.0
+    matte = _blurred(np.where(_neighbours(mask, 2), np.clip(difference / solid, 0, 1), 0))
     area = mask.sum(axis=(1, 2)).astype(np.float64)
     axis = np.arange(SIZE) + 0.5
     with np.errstate(invalid="ignore", divide="ignore"):
         centre = np.stack(
             [(mask.sum(axis=1) * axis).sum(1) / area, (mask.sum(axis=2) * axis).sum(1) / area], axis=1
         )
-    return _View(pixels, mask, ~_neighbours(~mask), area, centre)
+    return _View(pixels, mask, matte, ~_neighbours(~mask), area, centre)
 
 
 # --- colour -----------------------------------------------------------------------------------------------
@@ -131,11 +150,14 @@ def _has_halves(view: _View) -> bool:
 
 
 @functools.cache
-def _template(name: str) -> tuple[np.ndarray, float, float, float]:
-    """Distance table, area and centroid of a shape of unit radius."""
+def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, float]:
+    """Distance table, area and centroid of a shape of unit radius; a ring with a hole of its own."""
     table = world.distance_table(name)
     cells = len(table)
     axis = ((np.arange(cells) + 0.5) / cells * 2 - 1) * world.TABLE_EXTENT
+    if hole:
+        away = np.hypot(axis[None, :], axis[:, None])
+        table = np.maximum(away - 1, hole - away)
     inside = table < 0
     area = inside.sum() * (2 * world.TABLE_EXTENT / cells) ** 2
     return (
@@ -146,19 +168,25 @@ def _template(name: str) -> tuple[np.ndarray, float, float, float]:
     )
 
 
-def _overlap(view: _View, t: int, name: str) -> float:
-    """Best intersection over union, over rotations, of frame `t` with a shape of its area and centroid."""
-    table, unit, cx, cy = _template(name)
-    radius = np.sqrt(view.area[t] / unit)
+def _fit(view: _View, t: int, name: str) -> tuple[float, float]:
+    """Of frame `t` with a shape of its area and centroid: the best overlap, and the radius in pixels."""
+    return max(_overlap(view, t, name, hole) for hole in (HOLES if name == "ring" else (0.0,)))
+
+
+def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]:
+    """Best soft intersection over union over rotations, and the radius."""
+    table, unit, cx, cy = _template(name, hole)
+    matte = view.matte[t]
+    radius = np.sqrt(matte.sum() / unit)
     axis = np.arange(SIZE) + 0.5
     dx, dy = (axis[None, :] - view.centre[t, 0]) / radius, (axis[:, None] - view.centre[t, 1]) / radius
     turns = 1 if name in ("circle", "ring") else 36 // _SYMMETRY[name] + 1
     angles = np.arange(turns) * np.deg2rad(10.0)
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     u, v = cos * dx + sin * dy + cx, cos * dy - sin * dx + cy
-    inside = world.look_up(table, u, v) < 0
-    both, either = (inside & view.mask[t]).sum(axis=(1, 2)), (inside | view.mask[t]).sum(axis=(1, 2))
-    return float((both / either).max())
+    inside = _blurred(np.clip(0.5 - world.look_up(table, u, v) * radius, 0, 1))
+    both, either = np.minimum(inside, matte).sum(axis=(1, 2)), np.maximum(inside, matte).sum(axis=(1, 2))
+    return float((both / either).max()), float(radius)
 
 
 def shape_scores(frames: np.ndarray) -> dict[str, float]:
@@ -172,7 +200,7 @@ def _shape_scores(view: _View) -> dict[str, float]:
         return dict.fromkeys(names, 0.0)
     large = np.flatnonzero(view.area >= 0.7 * view.area.max())
     chosen = large[np.unique(np.linspace(0, len(large) - 1, 6).round().astype(int))]
-    return {name: float(np.mean([_overlap(view, t, name) for t in chosen])) for name in names}
+    return {name: float(np.mean([_fit(view, t, name)[0] for t in chosen])) for name in names}
 
 
 # --- motion, size, background -----------------------------------------------------------------------------
@@ -210,10 +238,11 @@ def _has_motion(view: _View, scene: Scene) -> bool:
 
 
 def _has_size(view: _View, scene: Scene) -> bool:
-    _, unit, _, _ = _template(scene.shape)
-    area = view.area[-3:].mean() if scene.motion == "grow" else np.percentile(view.area, 70)
+    amount = view.matte.sum(axis=(1, 2))
+    chosen = range(-3, 0) if scene.motion == "grow" else np.argsort(amount)[-6:-3]
+    radius = np.mean([_fit(view, t, scene.shape)[1] for t in chosen])
     small, large = world.SIZES["small"], world.SIZES["large"]
-    is_large = np.sqrt(area / unit) > np.sqrt(small * large)
+    is_large = radius > np.sqrt(small * large)
     return bool(is_large == (scene.size == "large"))
 
 
