@@ -36,7 +36,7 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
         "tuner": {"kind": kind, "rank": 16},
         "optim": {"lr": 2e-3, "warmup": 20, "schedule": "linear"},
         "train": {"steps": 400, "batch": 8, "save_every": 200, "validate_every": 100},
-        "sample": {"prompts": [p for p, _ in world.subject_prompts(2, 1)], "steps": 20, "guidance": 4.0},
+        "sample": {"prompts": [p for p, _ in world.subject_prompts(2, 1)], "steps": 20, "guidance": 2.0},
         "memory": {"gradient_checkpointing": False},
     }
 
