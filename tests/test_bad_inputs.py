@@ -693,6 +693,7 @@ def test_cache_that_cannot_be_written(
 
 
 def test_ctrl_c_while_caching(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
     for command in ("cache", "train"):
         written: list[Path] = []
 

@@ -170,6 +170,8 @@ def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, f
 
 def _fit(view: _View, t: int, name: str) -> tuple[float, float]:
     """Of frame `t` with a shape of its area and centroid: the best overlap, and the radius in pixels."""
+    if view.area[t] == 0:
+        return 0.0, 0.0
     return max(_overlap(view, t, name, hole) for hole in (HOLES if name == "ring" else (0.0,)))
 
 
