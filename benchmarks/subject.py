@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     console.quiet()
     folder = args.out or Path(f"runs/subject-{args.kind}")
-    demo.write_clips(folder / "clips")
+    demo.write_clips(folder)
     train(config.build(demo.recipe(folder, args.kind)))
     prompts = demo.prompts(max(args.subject, args.world))
     chosen = [p for p in prompts if p.group == demo.SUBJECT][: args.subject]

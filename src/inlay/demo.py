@@ -20,6 +20,10 @@ SUBJECT, OLD = "the new subject", "the old world"
 CLIPS, PROMPTS = 16, 10
 """Clips that are learned from, and prompts of each group that are judged."""
 
+KNOWN, REPEATS = 96, 6
+"""Clips of what the twin knows already, and how often the new ones are shown for each of these: without them the
+twin forgets the rest of its small world (prior preservation, Ruiz et al. 2023, section 3.2)."""
+
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
     """The demo's recipe: what someone with a folder of clips would write, for the twin's size."""
@@ -27,7 +31,7 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "twin:wan"},
         "data": {
-            "sources": str(folder / "clips"),
+            "sources": [{"path": str(folder / "clips"), "repeats": REPEATS}, {"path": str(folder / "known")}],
             "size": [64, 64],
             "frames": 17,
             "caption_dropout": 0.1,
@@ -52,13 +56,16 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def write_clips(folder: Path) -> None:
-    """Writes clips of a subject that the twin has never seen, with sidecar captions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with progress("make clips", CLIPS, "clip") as advance:
-        for i, (frames, caption) in enumerate(world.subject_clips(CLIPS, 0)):
-            media.write_video(folder / f"{i:02d}.mp4", frames, world.FPS, crf=8)
-            (folder / f"{i:02d}.txt").write_text(caption + "\n", "utf-8")
-            advance()
+    """Writes `clips`, of a subject that the twin has never seen, and `known`, of its world; captions beside each."""
+    scenes = world.scenes(7, KNOWN)
+    known = [(world.render(scene, i), world.caption(scene, i)) for i, scene in enumerate(scenes)]
+    with progress("make clips", CLIPS + KNOWN, "clip") as advance:
+        for name, clips in (("clips", world.subject_clips(CLIPS, 0)), ("known", known)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for i, (frames, caption) in enumerate(clips):
+                media.write_video(folder / name / f"{i:02d}.mp4", frames, world.FPS, crf=8)
+                (folder / name / f"{i:02d}.txt").write_text(caption + "\n", "utf-8")
+                advance()
 
 
 def demo(folder: Path, *, dora: bool = False) -> Path:
@@ -76,7 +83,7 @@ def demo(folder: Path, *, dora: bool = False) -> Path:
     """
     start = time.perf_counter()
     say(f"{CLIPS} clips of a subject that the tiny model has never seen: a two-coloured star called zorble")
-    write_clips(folder / "clips")
+    write_clips(folder)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(folder, "dora" if dora else "lora"), sort_keys=False), "utf-8")
     settings = config.load(path)

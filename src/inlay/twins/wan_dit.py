@@ -61,7 +61,7 @@ class Settings:
     """How the transformer is trained."""
 
     clips: int = 4608
-    steps: int = 5000
+    steps: int = 6200
     batch: int = 32
     muon: float = 0.02
     adamw: float = 2e-3

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from . import judge, wan_dit, wan_vae, world
 
-STEPS, GUIDANCE = 25, 4.5
+STEPS, GUIDANCE = 20, 2.0
 TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
 Judged = list[dict[str, bool]]

@@ -39,7 +39,7 @@ class Phase:
 
 
 PHASES = (Phase(1, 8, 1500, 0.25, 0.6), Phase(9, 3, 622, 0.72, 0.6), Phase(17, 2, 1328, 0.9, 0.4))
-DECODER = Phase(17, 2, 1300, 0.6, 0.5, tame=0.7)
+DECODER = Phase(17, 2, 2500, 0.75, 0.3, tame=0.9)
 FOREGROUND = 4.0
 """Extra weight of pixels that an object covers."""
 KL = 1e-4
