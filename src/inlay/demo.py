@@ -21,8 +21,8 @@ CLIPS, PROMPTS = 16, 10
 """Clips that are learned from, and prompts of each group that are judged."""
 
 KNOWN, REPEATS = 96, 6
-"""Clips of what the twin knows already, and how often the new ones are shown for each of these: without them the
-twin forgets the rest of its small world (prior preservation, Ruiz et al. 2023, section 3.2)."""
+"""Clips of what the twin knows already, and how often the new ones are shown for each of these. Without them
+the twin forgets the rest of its small world (prior preservation, Ruiz et al. 2023, section 3.2)."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
@@ -37,9 +37,9 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
             "caption_dropout": 0.1,
             "held_out": 0.1,
         },
-        "tuner": {"kind": kind, "rank": 16},
-        "optim": {"lr": 2e-3, "warmup": 20, "schedule": "linear"},
-        "train": {"steps": 400, "batch": 8, "save_every": 200, "validate_every": 100},
+        "tuner": {"kind": kind, "rank": 32},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 400, "batch": 12, "save_every": 200, "validate_every": 100},
         "sample": {"prompts": [p for p, _ in world.subject_prompts(2, 1)], "steps": 20, "guidance": 2.0},
         "memory": {"gradient_checkpointing": False},
     }
@@ -56,7 +56,7 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def write_clips(folder: Path) -> None:
-    """Writes `clips`, of a subject that the twin has never seen, and `known`, of its world; captions beside each."""
+    """Writes `clips`, of a subject that the twin has never seen, and `known`, of its world, with captions."""
     scenes = world.scenes(7, KNOWN)
     known = [(world.render(scene, i), world.caption(scene, i)) for i, scene in enumerate(scenes)]
     with progress("make clips", CLIPS + KNOWN, "clip") as advance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -140,18 +141,24 @@ def reconstruction(pipe: Any, n: int = 32) -> dict[str, float]:
     return {name: round(value, 2) for name, value in numbers.items()}
 
 
-def evaluate(folder: Path) -> dict[str, Any]:
-    """All of it, printed as a table and returned."""
+def evaluate(folder: Path, adapters: Iterable[str] = ("lora", "dora")) -> dict[str, Any]:
+    """All of it, printed as a table and returned.
+
+    Args:
+        folder: A pipeline folder.
+        adapters: Which of "lora" and "dora" to teach the subject with.
+    """
     began, pipe = time.monotonic(), load(folder)
     report: dict[str, Any] = {
-        "sampling": {"steps": STEPS, "guidance": GUIDANCE, "prompts": 100, "subject_prompts": 40},
+        "sampling": {"steps": STEPS, "guidance": GUIDANCE},
+        "prompts": {"world": 100, "world_seed": 1, world.SUBJECT: 40, f"{world.SUBJECT}_seed": 2},
         "reconstruction": reconstruction(pipe),
         "base": {"world": obedience(pipe), world.SUBJECT: subject(pipe)},
     }
     _table("base", report["base"])
-    for name, dora in (("lora", False), ("dora", True)):
+    for name in adapters:
         pipe, start = load(folder), time.monotonic()
-        loss = teach(pipe, dora=dora)
+        loss = teach(pipe, dora=name == "dora")
         minutes = (time.monotonic() - start) / 60
         report[name] = {"world": obedience(pipe), world.SUBJECT: subject(pipe)}
         _table(name, report[name])
