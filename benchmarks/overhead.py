@@ -29,7 +29,7 @@ def prepare(folder: Path, steps: int) -> Path:
     from inlay import media
     from inlay.twins import tiny
 
-    tiny.wan(folder / "model", heads=4, head=128, layers=12, ffn=2048)
+    tiny.build("wan", folder / "model", heads=4, head=128, layers=12, ffn=2048)
     (folder / "clips").mkdir()
     rng = np.random.default_rng(0)
     for i in range(4):

@@ -49,7 +49,7 @@ def main() -> None:
     from inlay.twins import tiny
 
     args.out.mkdir(parents=True, exist_ok=True)
-    model = tiny.wan(args.out / "model", layers=1)
+    model = tiny.build("wan", args.out / "model", layers=1)
     for name, source in layouts(args.media).items():
         run = args.out / name.replace(" ", "-")
         recipe = {

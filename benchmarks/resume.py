@@ -66,7 +66,7 @@ def main() -> None:
     exact = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tiny.wan(folder / "model")
+        tiny.build("wan", folder / "model")
         (folder / "clips").mkdir()
         for i in range(5):
             frames = np.random.default_rng(i).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)

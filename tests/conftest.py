@@ -38,19 +38,33 @@ def goldens_root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan 2.1 text-to-video checkpoint."""
-    return tiny.wan(tmp_path_factory.mktemp("checkpoints") / "tiny-wan")
+    return tiny.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-wan")
 
 
 @pytest.fixture(scope="session")
 def tiny_a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan 2.2 checkpoint with two experts."""
-    return tiny.wan(tmp_path_factory.mktemp("checkpoints") / "tiny-a14b", variant="a14b")
+    return tiny.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-a14b", "a14b")
 
 
 @pytest.fixture(scope="session")
 def tiny_5b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan 2.2 TI2V-5B checkpoint."""
-    return tiny.wan(tmp_path_factory.mktemp("checkpoints") / "tiny-5b", variant="5b")
+    return tiny.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-5b", "ti2v")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A function that gives a random checkpoint of a family and kind, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, variant: str) -> Path:
+        if (family, variant) not in made:
+            folder = tmp_path_factory.mktemp("checkpoints") / f"tiny-{family}-{variant}"
+            made[family, variant] = tiny.build(family, folder, variant)
+        return made[family, variant]
+
+    return get
 
 
 @pytest.fixture

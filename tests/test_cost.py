@@ -48,7 +48,7 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory) -> families.Family:
-    folder = tiny.wan(tmp_path_factory.mktemp("wan") / "w", heads=4, head=32, layers=4, ffn=512)
+    folder = tiny.build("wan", tmp_path_factory.mktemp("wan") / "w", heads=4, head=32, layers=4, ffn=512)
     return families.get("wan")(config.Model(family="wan", checkpoint=str(folder)))
 
 
@@ -78,7 +78,7 @@ def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
         denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
     trained = tuners.attach(made.tuner, wan.targets, denoiser, seed=0)
     denoiser.train()
-    latents, t = torch.randn(1, *wan.latent_shape(*SHAPE)), torch.rand(1)
+    latents, t = torch.randn(1, *wan.shapes(*SHAPE)["latents"]), torch.rand(1)
     cond = wan.collate([{"text": torch.randn(3, cost.text_width(denoiser))}])
     live = Live()
     live.ignore(latents, t, *cond.values(), *denoiser.parameters(), *denoiser.buffers())

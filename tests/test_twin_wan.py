@@ -67,9 +67,9 @@ def test_decoding_for_training_is_the_stock_one_without_the_clamp():
 def test_batches_are_functions_of_their_number():
     settings = wan_dit.Settings(batch=4)
     latents, pairs, words = torch.randn(8, 16, 1, 2, 2), wan_dit.dataset(8), wan_dit.tokenizer()
-    first, again = (wan_dit.batch(5, latents, pairs, words, settings) for _ in range(2))
+    first, again = (wan_dit.batch(5, latents, pairs, words, settings, 0.5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], wan_dit.batch(6, latents, pairs, words, settings)[0])
+    assert not torch.equal(first[0], wan_dit.batch(6, latents, pairs, words, settings, 0.5)[0])
     assert (first[4].sum(dim=1) < first[4].shape[1]).all()
 
 
@@ -116,7 +116,8 @@ def test_an_optimiser_continues_exactly(tmp_path):
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(wan_dit, "TRANSFORMER", SMALL)
     latents = torch.randn(6, 16, 2, 4, 4)
-    plan = {"clips": 6, "batch": 2, "decay": 1.0}
+    cycles = wan_dit.Cycle(2, 1.0, 0.5, 0.5, 32), wan_dit.Cycle(3, 0.5, 1.0, 0.8, 24)
+    settings = wan_dit.Settings(clips=6, batch=2, cycles=cycles)
 
     class InterruptionError(Exception):
         pass
@@ -130,13 +131,13 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypa
         return batch
 
     original = wan_dit.batch
-    whole = wan_dit.train(tmp_path / "whole", latents, wan_dit.Settings(steps=4, **plan))
+    whole = wan_dit.train(tmp_path / "whole", latents, settings)
     monkeypatch.setattr(wan_dit, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(wan_dit, "batch", stop_at(2))
+    monkeypatch.setattr(wan_dit, "batch", stop_at(3))
     with pytest.raises(InterruptionError):
-        wan_dit.train(tmp_path / "parts", latents, wan_dit.Settings(steps=4, **plan))
+        wan_dit.train(tmp_path / "parts", latents, settings)
     monkeypatch.setattr(wan_dit, "batch", original)
-    parts = wan_dit.train(tmp_path / "parts", latents, wan_dit.Settings(steps=4, **plan))
+    parts = wan_dit.train(tmp_path / "parts", latents, settings)
     for group in ("model", "average"):
         expected, found = (training.load_state(file)[1][group] for file in (whole, parts))
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from inlay import config, tuners
 from inlay.families import Grid, get, names
-from inlay.families.wan import TEXT_LENGTH, Wan
+from inlay.families.wan import Wan
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_first_step_equals_the_stock_pipeline(
     stock = first_step(folder, "A  red &amp; blue\ncar", size, 9)
     wan = family(folder)
     text = wan.collate(wan.encode_text(wan.load_text_encoder(CPU, torch.float32), ["A  red &amp; blue\ncar"]))
-    assert text["text"].shape == (1, TEXT_LENGTH, 32)
+    assert text["text"].shape == (1, Wan.text_length, 32)
     assert torch.equal(text["text"], stock["encoder_hidden_states"])
     t = torch.tensor([stock["timestep"].flatten()[0].item() / 1000])
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_latents_are_the_normalised_mode(tiny_wan: Path) -> None:
         z = vae.encode(video).latent_dist.mode()[0]
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     assert torch.allclose(latents, (z - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1), atol=1e-6)
-    assert latents.shape == wan.latent_shape(9, 32, 32) == (16, 3, 4, 4)
+    assert latents.shape == wan.shapes(9, 32, 32)["latents"] == (16, 3, 4, 4)
     assert wan.tokens(9, 32, 32) == 12
 
 
@@ -118,7 +118,7 @@ def test_sample_is_the_stock_pipeline(tiny_wan: Path) -> None:
 def test_text_is_cut_at_512_and_empty_text_is_one_token(tiny_wan: Path) -> None:
     wan = family(tiny_wan)
     long, empty = wan.encode_text(wan.load_text_encoder(CPU, torch.float32), ["x" * 2000, ""])
-    assert len(long["text"]) == TEXT_LENGTH and len(empty["text"]) == 1
+    assert len(long["text"]) == Wan.text_length and len(empty["text"]) == 1
     assert (wan.collate([empty])["text"][0, 1:] == 0).all()
 
 
@@ -155,10 +155,15 @@ def test_published_checkpoints_have_the_published_sizes() -> None:
     assert size(small) == pytest.approx(1.419e9, rel=1e-3)
     assert size(model("Wan2.1-T2V-14B")) == pytest.approx(14.29e9, rel=1e-3)
     assert size(model("Wan2.2-TI2V-5B")) == pytest.approx(5.00e9, rel=1e-3)
-    assert small.latent_shape(81, 480, 832) == (16, 21, 60, 104) and small.tokens(81, 480, 832) == 32760
+    assert small.shapes(81, 480, 832)["latents"] == (16, 21, 60, 104) and small.tokens(81, 480, 832) == 32760
     assert (small.grid, small.fps) == (Grid(16, 4), 16.0)
     big = model("Wan2.2-TI2V-5B")
-    assert (big.grid, big.fps) == (Grid(32, 4), 24.0) and big.latent_shape(81, 704, 1280) == (48, 21, 44, 80)
+    assert (big.grid, big.fps) == (Grid(32, 4), 24.0) and big.shapes(81, 704, 1280)["latents"] == (
+        48,
+        21,
+        44,
+        80,
+    )
     meta = small.load_denoiser(torch.float32, meta=True)
     trained = tuners.attach(config.LowRank(rank=32), small.targets, meta, seed=0)
     assert sum(p.numel() for p in trained.values()) == 43_745_280

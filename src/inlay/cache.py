@@ -140,10 +140,8 @@ class Cache:
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
         """Names of the items of windows."""
-        encoder = self.encoder(family, "media")
-        return [
-            identity(VERSION, family.model.family, encoder, w.key, self.content(w.clip.path)) for w in windows
-        ]
+        what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
+        return [identity(*what, w.key, self.content(w.clip.path)) for w in windows]
 
     def text_names(self, family: Family, captions: Sequence[str], dtype: torch.dtype) -> list[str]:
         """Names of the items of captions."""

@@ -123,7 +123,7 @@ def _buckets(config: recipe.Config, family: families.Family, plan: data.Plan) ->
     epoch = (sampler.batch(k) for k in range(len(sampler)))
     batches = Counter(plan.train[rows[0]].shape for rows in epoch)
     return [
-        Bucket(*s, train[s], held_out[s], batches[s], family.latent_shape(*s), family.tokens(*s))
+        Bucket(*s, train[s], held_out[s], batches[s], family.shapes(*s)["latents"], family.tokens(*s))
         for s in sorted({*train, *held_out}, key=lambda s: (s[0], s[2] / s[1]))
     ]
 

@@ -46,6 +46,21 @@ RunFolder = Annotated[
 ]
 
 
+Image = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        "-i",
+        help="Image-to-video: the first image of each prompt, or one for all.",
+        show_default=False,
+    ),
+]
+LastImage = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="The last image, for checkpoints that take a first and a last one.", show_default=False
+    ),
+]
 Size = Annotated[
     str | None, typer.Option(metavar="HxW", help="Height x width, such as 480x832.", show_default=False)
 ]
@@ -186,6 +201,8 @@ def generate_(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.")
     ] = None,
+    image: Image = None,
+    last_image: LastImage = None,
     count: Annotated[
         int, typer.Option("--count", "-n", min=1, help="Videos of each prompt, with seeds one apart.")
     ] = 1,
@@ -217,6 +234,7 @@ def generate_(
     made = generate(
         run,
         texts,
+        images=_images(image, last_image, len(texts)),
         count=count,
         checkpoint=checkpoint,
         strength=strength,
@@ -242,6 +260,17 @@ def _lines(file: Path) -> list[str]:
     return found
 
 
+def _images(first: list[Path] | None, last: list[Path] | None, prompts: int) -> list[list[str]]:
+    """The images of each prompt; one that is given once counts for all."""
+    parts = [each * prompts if len(each) == 1 else each for each in (first or [], last or []) if each]
+    wrong = [len(each) for each in parts if len(each) != prompts]
+    if wrong or (last and not first):
+        raise ValueError(
+            f"--image: {prompts} prompt(s) need one image, or {prompts}, and as many last images if any"
+        )
+    return [[str(path) for path in each] for each in zip(*parts, strict=True)]
+
+
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -257,6 +286,8 @@ def evaluate_(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Prompts, one per line. Default: the recipe's.")
     ] = None,
+    image: Image = None,
+    last_image: LastImage = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos of each prompt.")] = 1,
     checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
     against: Annotated[
@@ -275,7 +306,11 @@ def evaluate_(
     from inlay.console import console
     from inlay.evaluate import Prompt, evaluate, summary_table
 
-    prompts = [Prompt(text) for text in _lines(file)] if file else None
+    if (image or last_image) and not file:
+        raise ValueError("--image: goes with --file; the recipe's own prompts have theirs in sample.images")
+    texts = _lines(file) if file else []
+    images = _images(image, last_image, len(texts)) or [[]] * len(texts)
+    prompts = [Prompt(t, images=each) for t, each in zip(texts, images, strict=True)] or None
     report = evaluate(
         run,
         against=against,

@@ -40,6 +40,9 @@ class Model(Section):
     inlay."""
     revision: str | None = None
     """Branch, tag or commit of a Hub checkpoint."""
+    task: Literal["t2v", "i2v"] | None = None
+    """`t2v`: from text. `i2v`: from text and a first image. Default: what the checkpoint was made for; only
+    Wan 2.2 TI2V-5B does both."""
     expert: Literal["high", "low"] | None = None
     """Wan 2.2 A14B only: the network for high or for low noise. Each is trained on its own time interval."""
 
@@ -246,6 +249,9 @@ class Sample(Section):
 
     prompts: list[str] = []
     """Prompts to sample during training and to compare in `inlay evaluate`. Empty: the first captions."""
+    images: list[list[str]] = []
+    """Image-to-video only: the image that each prompt starts from, or a list of the first and the last one.
+    Without prompts, the clips' own."""
     every: int | None = Field(default=None, ge=1)
     """Steps between samples. Default: none during training."""
     negative_prompt: str = ""
@@ -260,6 +266,11 @@ class Sample(Section):
     """Classifier-free guidance scale."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video; video i of a prompt uses seed + i."""
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _each(cls, value: Any) -> Any:
+        return [[v] if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
 
     @field_validator("prompts")
     @classmethod

@@ -128,12 +128,12 @@ def count(
         denoiser.enable_gradient_checkpointing(counter.segment)  # type: ignore[operator]
     denoiser.train()
     with torch.device("meta"):
-        latents = torch.empty(batch, *family.latent_shape(*shape))
-        text = family.collate([{"text": torch.empty(1, text_width(denoiser))}] * batch)
+        clip = {name: torch.empty(batch, *each) for name, each in family.shapes(*shape).items()}
+        text = family.collate([{"text": torch.empty(family.text_length, text_width(denoiser))}] * batch)
         times = torch.empty(batch)
     flops = FlopCounterMode(display=False)
     with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda t: t), counter, flops:
-        family.predict(denoiser, latents, times, text)
+        family.predict(denoiser, clip.pop("latents"), times, {**text, **clip})
     kept = sum(size for size, _ in counter.kept.values()) + counter.inside
     return Counts(kept, counter.largest, float(flops.get_total_flops()), counter.attention, counter.across)
 
@@ -225,7 +225,7 @@ def estimate(
     width = text_width(denoiser)
     tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
     cache = {
-        "clips": sum(2 * math.prod(family.latent_shape(*s)) * n for s, n in windows.items()),
+        "clips": sum(2 * sum(map(math.prod, family.stored(*s).values())) * n for s, n in windows.items()),
         "captions": tokens * width * (size if device.type == "cuda" else 4),
     }
     weights = f"weights: {parameters / 1e6:,.1f} M in all, {trained / 1e6:,.2f} M trained, in float32"

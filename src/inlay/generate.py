@@ -7,10 +7,11 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from inlay import CallableModule, cache, families, formats, media, runtime
 from inlay import config as recipe
 from inlay.console import progress, say
+from inlay.data import Window
 from inlay.runtime import Run
 
 BASE = "base"
@@ -33,6 +35,8 @@ class Prompts:
     negative: Mapping[str, Tensor]
     sample: recipe.Sample
     fps: float
+    images: Sequence[Sequence[np.ndarray]] = ()
+    """Of each prompt the images uint8 (h, w, 3) that the family wants; empty where it wants none."""
 
 
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
@@ -51,6 +55,7 @@ def generate(
     run: str | Path,
     prompts: Sequence[str],
     *,
+    images: Sequence[Sequence[str]] = (),
     count: int = 1,
     checkpoint: str | None = None,
     strength: float = 1.0,
@@ -63,6 +68,7 @@ def generate(
     Args:
         run: run folder.
         prompts: one or more.
+        images: for image-to-video, of each prompt the first image, and the last where the checkpoint has it.
         count: videos of each prompt; video i uses seed + i.
         checkpoint: `step-000500` or `500`; `base` for the untuned network. Default: the run's adapter.
         strength: 0 is the base, 1 what was trained. Linear for LoRA, not for DoRA; 0 or 1 after full
@@ -89,6 +95,7 @@ def generate(
     family = families.get(config.model.family)(config.model)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
+    wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]
     if wrong:
         raise ValueError("generate: " + "; ".join(wrong))
     if config.tuner.kind == "full" and strength not in (0, 1):
@@ -101,7 +108,7 @@ def generate(
         raise ValueError(f"generate: {folder} is a file; name a folder with --out")
     weights = None if checkpoint == BASE or strength == 0 else trained(place, checkpoint, family)
     with runtime.start(config) as ctx:
-        encoded = encode(config, family, place, prompts, sample, ctx)
+        encoded = encode(config, family, place, prompts, sample, ctx, images)
         pipeline = load_pipeline(config, family, weights, strength, ctx)
         about = {"checkpoint": checkpoint or "adapter", "strength": strength, "run": str(run)}
         return draw(family, pipeline, encoded, folder, about, count=count)
@@ -114,8 +121,11 @@ def encode(
     prompts: Sequence[str],
     sample: recipe.Sample,
     ctx: runtime.Context,
+    images: Sequence[Images] = (),
 ) -> Prompts:
-    """Encodes prompts through the run's cache, so that known ones need no text encoder."""
+    """Encodes prompts through the run's cache: known ones need no text encoder. Reads their images."""
+    assert sample.size and sample.frames
+    pictures = [read_images(family, each, (sample.frames, *sample.size)) for each in images]
     store = cache.Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))
@@ -132,7 +142,29 @@ def encode(
         store.read("text", names[sample.negative_prompt]),
         sample,
         config.data.fps or family.fps,
+        pictures,
     )
+
+
+Images = Sequence[str] | Window
+"""Image files, or the window whose own frames are taken."""
+
+
+def read_images(family: families.Family, source: Images, shape: tuple[int, int, int]) -> list[np.ndarray]:
+    """The images of a prompt, uint8 (h, w, 3), scaled and cropped to frames, height and width.
+
+    Raises:
+        ValueError: naming the file that cannot be read.
+    """
+    if isinstance(source, Window):
+        if not family.images:
+            return []
+        frames = replace(source, frames=min(shape[0], source.frames), size=shape[1:]).read()
+        return [frames[{"first": 0, "last": -1}[name]] for name in family.images]
+    for path in source:
+        if media.kind(Path(path)) != "image" or not Path(path).is_file():
+            raise ValueError(f"{path}: not an image; name a file such as start.png")
+    return [media.read(Path(path), 0.0, 1, 1.0, shape[1:])[0] for path in source]
 
 
 def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
@@ -231,11 +263,14 @@ def draw(
                     steps=sample.steps,
                     guidance=sample.guidance,
                     generator=torch.Generator().manual_seed(sample.seed + j),
+                    images=prompts.images[i] if prompts.images else (),
                 )
                 path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
                 media.write_video(path, frames, prompts.fps)
                 settings = {
-                    k: v for k, v in sample.model_dump().items() if k not in ("prompts", "every", "seed")
+                    k: v
+                    for k, v in sample.model_dump().items()
+                    if k not in ("prompts", "images", "every", "seed")
                 }
                 values = {"prompt": text, "seed": sample.seed + j, **settings, "fps": prompts.fps, **about}
                 values |= {"versions": runtime.environment()["packages"]}

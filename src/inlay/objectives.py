@@ -118,6 +118,69 @@ class FlowMatching:
         return shift(1 - torch.arange(TABLE, dtype=torch.float64) / TABLE, self.s)
 
 
+@dataclass(frozen=True)
+class VPrediction:
+    """v-prediction on a discrete variance-preserving schedule (Salimans & Ho 2022, appendix D).
+
+    x_t = sqrt(abar) x0 + sqrt(1 - abar) noise, target sqrt(abar) noise - sqrt(1 - abar) x0. Entry i of n is
+    time t = (i + 1) / n, so that t = 1 is the noisiest. The plain squared error of v, in float32: it equals
+    the squared error of x0 weighted by 1 / (1 - abar), which in bfloat16 is wrong by far at small t.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+    """abar of each entry, falling."""
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def from_config(cls, section: recipe.Objective, alphas_cumprod: Tensor) -> VPrediction:
+        """Resolves a recipe's section.
+
+        Raises:
+            ValueError: for what only flow matching has.
+        """
+        plain = recipe.Objective(interval=section.interval)
+        wrong = [k for k, v in section if v != getattr(plain, k) and (k, v) != ("preset", "uniform")]
+        if wrong:
+            raise ValueError(
+                f"objective.{wrong[0]}: this checkpoint predicts v on a fixed schedule, with times drawn "
+                "uniformly; only `interval` can be set"
+            )
+        return cls(tuple(alphas_cumprod.tolist()), section.interval)
+
+    def index(self, t: Tensor) -> Tensor:
+        """Entry of the schedule at time t, int64: what the network is given."""
+        return (t * len(self.alphas_cumprod)).round().long() - 1
+
+    def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws n entries inside `interval` uniformly, as times, float32."""
+        return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
+
+    def quantile(self, q: Tensor) -> Tensor:
+        """The entry at a quantile of `interval`, as time, float32."""
+        n = len(self.alphas_cumprod)
+        low, high = (round(edge * n) for edge in self.interval)
+        chosen = low + (q.double() * (high - low)).long().clamp(max=max(high - low, 1) - 1)
+        return ((chosen + 1) / n).float()
+
+    def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        abar = torch.tensor(self.alphas_cumprod, device=t.device)[self.index(t)]
+        return _expand(abar.sqrt(), like), _expand((1 - abar).sqrt(), like)
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """sqrt(abar) x0 + sqrt(1 - abar) noise."""
+        signal, sigma = self._scales(t, x0)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """V = sqrt(abar) noise - sqrt(1 - abar) x0."""
+        signal, sigma = self._scales(t, x0)
+        return signal * noise - sigma * x0
+
+    def weight(self, t: Tensor) -> Tensor:
+        """1, at every time."""
+        return torch.ones_like(t)
+
+
 def _bell(t: Tensor) -> Tensor:
     return torch.exp(-2 * (t - 0.5) ** 2)
 

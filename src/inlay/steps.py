@@ -25,6 +25,23 @@ class Batch:
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
 
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        clips: Sequence[Mapping[str, Tensor]],
+        text: Sequence[Mapping[str, Tensor]],
+        names: Sequence[str],
+        *seed: Any,
+    ) -> Batch:
+        """Cached clips and captions as a micro-batch; what is random in a clip is a function of `seed`."""
+        drawn = [
+            family.draw(clip, torch.Generator().manual_seed(stable_hash(*seed, "clip", i)))
+            for i, clip in enumerate(clips)
+        ]
+        stacked = {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
+        return cls(stacked.pop("latents"), {**family.collate(text), **stacked}, names)
+
     def to(self, device: torch.device) -> Batch:
         """The same on a device; the copy overlaps with computation where memory is pinned."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,9 +104,9 @@ class Loader:
         texts = [
             self.empty if d < self.dropout else self.text[r] for r, d in zip(rows, drop.tolist(), strict=True)
         ]
-        latents = torch.stack([self.store.read("media", self.media[r])["latents"] for r in rows])
-        cond = self.family.collate([self.store.read("text", name) for name in texts])
-        return Batch(latents, cond, [self.windows[r].clip.name for r in rows])
+        clips = [self.store.read("media", self.media[r]) for r in rows]
+        names = [self.windows[r].clip.name for r in rows]
+        return Batch.of(self.family, clips, [self.store.read("text", n) for n in texts], names, self.seed, k)
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
         """This process's micro-batches from step `start` on, read one ahead."""
@@ -378,10 +379,12 @@ class Clips:
         """The first held-out clips, each alone: what the held-out loss is measured on."""
         rows = zip(self.plan.held_out, self.held_out_media, self.held_out_text, strict=True)
         return [
-            Batch(
-                self.store.read("media", m)["latents"][None],
-                family.collate([self.store.read("text", t)]),
+            Batch.of(
+                family,
+                [self.store.read("media", m)],
+                [self.store.read("text", t)],
                 [w.clip.name],
+                w.clip.name,
             )
             for w, m, t in list(rows)[:HELD_OUT_AT_MOST]
         ]
@@ -451,6 +454,12 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     if not train:
         raise ValueError("no clip is left to train on: " + "; ".join(failed.values()))
     name_of = dict(zip(windows, names, strict=True))
+    images: list[list[np.ndarray]] = []
+    if family.images and sample.size and sample.frames:
+        first = {w.caption: w for w in reversed([*train, *held_out])}
+        texts = sample.prompts or [t for t in texts if t in first]
+        each: Sequence[generate.Images] = sample.images or [first[t] for t in texts]
+        images = [generate.read_images(family, e, (sample.frames, *sample.size)) for e in each]
     return Clips(
         plan,
         store,
@@ -465,6 +474,7 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
             store.read("text", text_names[sample.negative_prompt]),
             sample,
             config.data.fps or family.fps,
+            images,
         ),
         built,
     )

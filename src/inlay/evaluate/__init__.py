@@ -50,6 +50,8 @@ class Prompt:
     group: str = ""
     judge: Callable[[np.ndarray], bool] | None = None
     """Takes uint8 frames (t, h, w, 3)."""
+    images: generate.Images = ()
+    """For image-to-video: image files, or the window whose own frames are taken."""
 
 
 def evaluate(
@@ -97,7 +99,12 @@ def evaluate(
             chosen = _spread(chosen, limit)
         if not chosen or not all(p.text.strip() for p in chosen):
             raise ValueError("evaluate: needs prompts that are not empty; give some, or set sample.prompts")
-        encoded = generate.encode(config, family, place, [p.text for p in chosen], config.sample, ctx)
+        named = [p.images for p in chosen if not isinstance(p.images, Window)]
+        wrong = family.missing_images(len(named), [each for each in named if each])
+        if wrong:
+            raise ValueError(f"evaluate: {wrong[0]}")
+        texts, images = [p.text for p in chosen], [p.images for p in chosen]
+        encoded = generate.encode(config, family, place, texts, config.sample, ctx, images)
         step = DenoisingStep(family, family.objective(config.objective, config.data.size))
         with atomic(place.folder / "report") as folder, TemporaryDirectory(prefix="inlay-") as scratch:
             folder.mkdir(parents=True)
@@ -130,19 +137,24 @@ def evaluate(
 
 def choose(config: recipe.Config, clips: train.Clips | None, group_by: bool, per_group: int) -> list[Prompt]:
     """The recipe's sample prompts and captions of each group, held-out first; else the first captions."""
-    groups: dict[str, dict[str, None]] = {}
+    groups: dict[str, dict[str, Window]] = {}
     windows: list[Window] = [*clips.plan.held_out, *clips.plan.train] if clips else []
     for window in windows if group_by else ():
         if window.clip.group:
-            groups.setdefault(window.clip.group, {})[window.caption] = None
-    asked = [Prompt(text) for text in dict.fromkeys(config.sample.prompts)]
+            groups.setdefault(window.clip.group, {}).setdefault(window.caption, window)
+    images = config.sample.images or [()] * len(config.sample.prompts)
+    asked = [
+        Prompt(text, images=each)
+        for text, each in dict(zip(config.sample.prompts, images, strict=True)).items()
+    ]
     known = {p.text for p in asked}
     found = [
-        Prompt(text, group)
+        Prompt(text, group, images=captions[text])
         for group, captions in sorted(groups.items())
         for text in [c for c in captions if c not in known][:per_group]
     ]
-    first = [Prompt(text) for text in clips.prompts.texts] if clips else []
+    shown = {w.caption: w for w in reversed(windows)}
+    first = [Prompt(text, images=shown.get(text, ())) for text in clips.prompts.texts] if clips else []
     return [*asked, *found] or first
 
 

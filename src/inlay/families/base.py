@@ -73,8 +73,14 @@ class Family(ABC):
     """Module names inside a block or at the root, as the original code and as diffusers spells them."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published sizes by the width of their network, for messages."""
+    text_length: ClassVar[int]
+    """Tokens of text that the network is given at most."""
     fps: float
     """Frame rate of the published checkpoint's training data."""
+    component: str = "transformer"
+    """Name of the denoiser in the checkpoint and in the pipeline."""
+    images: Sequence[str] = ()
+    """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
     grid: Grid
 
     def __init__(self, model: recipe.Model) -> None:
@@ -142,8 +148,12 @@ class Family(ABC):
             ) from error
 
     @abstractmethod
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Shape (c, t, h, w) of the latents of a clip."""
+    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Shape of a clip's `latents` (c, t, h, w), which are learned, and of its conditions, as `draw`n."""
+
+    def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a clip that `encode_media` gives and the cache keeps."""
+        return self.shapes(frames, height, width)
 
     @abstractmethod
     def tokens(self, frames: int, height: int, width: int) -> int:
@@ -161,13 +171,21 @@ class Family(ABC):
 
     @abstractmethod
     def encode_media(self, encoder: nn.Module, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 3) -> `latents`, normalised, float32, and conditions if the family has any."""
+        """uint8 (t, h, w, 3) -> all that is ever needed of a clip, float32, for the cache: see `draw`."""
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Captions -> one item each, at its true length."""
+        """Captions -> one item each: `text` (n, d), n the true length where the network is told it."""
 
     # --- after the cache ----------------------------------------------------------------------------------
+
+    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """A cached clip -> `latents`, normalised, which are learned, and conditions, for one showing.
+
+        What is random in a clip (a sample of the posterior, a noised or dropped image) comes from
+        `generator`, so that it is a function of the seed and the index of the micro-batch.
+        """
+        return dict(item)
 
     @abstractmethod
     def load_denoiser(
@@ -181,11 +199,18 @@ class Family(ABC):
 
     @abstractmethod
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Text items of a batch -> what `predict` takes as `cond`."""
+        """Text items of a batch -> what `predict` takes as `cond`, besides the clips' own conditions."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Canonical in, canonical out: noise - data for flow matching. Latents (n, c, t, h, w), t (n,)."""
+        """Canonical in, canonical out: noise - data for flow matching, v for v-prediction.
+
+        Args:
+            denoiser: from `load_denoiser`.
+            x_t: noisy latents (n, c, t, h, w).
+            t: (n,), 0 = data, 1 = noise.
+            cond: from `collate`, and the conditions that `draw` gave, stacked.
+        """
 
     @abstractmethod
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
@@ -203,8 +228,9 @@ class Family(ABC):
         steps: int,
         guidance: float,
         generator: torch.Generator,
+        images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Runs the stock pipeline on encoded text -> uint8 (t, h, w, 3)."""
+        """Runs the stock pipeline on encoded text and `images` uint8 (h, w, 3) -> uint8 (t, h, w, 3)."""
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Loads `pytorch_lora_weights.safetensors` of a folder into a pipeline, under the name `inlay`."""
@@ -217,7 +243,19 @@ class Family(ABC):
         if sample.frames or sample.size:
             asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
+        found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
         return list(dict.fromkeys(found))
+
+    def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
+        """Sentences about images that the prompts need, or must not have; empty when all is well."""
+        name = self.model.checkpoint
+        if not self.images:
+            return [f"{name} makes videos from text alone; leave images out"] if given else []
+        what = " and a ".join(f"{each} image" for each in self.images)
+        if prompts != len(given):
+            return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(given)} with images"]
+        wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(given, 1) if len(g) != len(self.images)]
+        return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"] if wrong else []
 
 
 TWIN = "twin:"

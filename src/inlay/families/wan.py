@@ -21,10 +21,6 @@ from inlay import config as recipe
 from inlay.families.base import Family, Grid
 from inlay.objectives import FlowMatching
 
-TEXT_LENGTH = 512
-"""Tokens that the published models were trained and are sampled with; `encode_prompt`'s own default of 226 is
-wrong."""
-
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
 """Noise-level shift by size (Wan's advice), and the area in pixels that divides the two."""
 
@@ -92,6 +88,8 @@ class Wan(Family):
         ("head.head", "proj_out"),
         ("patch_embedding", "patch_embedding"),
     )
+    text_length: ClassVar[int] = 512
+    """As the published models were trained and are sampled; `encode_prompt`'s own default of 226 is wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -154,16 +152,16 @@ class Wan(Family):
             )
         return found
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """(z, 1 + (frames - 1) / 4, height / 8, width / 8), the strides from the VAE's configuration."""
+    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """`latents` (z, 1 + (frames - 1) / 4, height / 8, width / 8), strides as the VAE's configuration."""
         assert self.vae
         t, s = self.stride
-        return self.vae["z_dim"], 1 + (frames - 1) // t, height // s, width // s
+        return {"latents": (self.vae["z_dim"], 1 + (frames - 1) // t, height // s, width // s)}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Video tokens; text is attended to apart."""
         assert self.transformer
-        _, *latent = self.latent_shape(frames, height, width)
+        _, *latent = self.shapes(frames, height, width)["latents"]
         return int(np.prod([n // p for n, p in zip(latent, self.transformer["patch_size"], strict=True)]))
 
     # --- before the cache ---------------------------------------------------------------------------------
@@ -215,7 +213,7 @@ class Wan(Family):
         ids = tokenizer(
             [prompt_clean(c) for c in captions],
             padding="max_length",
-            max_length=TEXT_LENGTH,
+            max_length=self.text_length,
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
@@ -259,7 +257,7 @@ class Wan(Family):
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """`text` (n, 512, d), zero past each caption's length."""
         padded = [
-            nn.functional.pad(item["text"], (0, 0, 0, TEXT_LENGTH - len(item["text"]))) for item in text
+            nn.functional.pad(item["text"], (0, 0, 0, self.text_length - len(item["text"]))) for item in text
         ]
         return {"text": torch.stack(padded)}
 
@@ -299,6 +297,7 @@ class Wan(Family):
         steps: int,
         guidance: float,
         generator: torch.Generator,
+        images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
         """Runs the stock pipeline on encoded text -> uint8 (t, h, w, 3)."""
         cond, uncond = (

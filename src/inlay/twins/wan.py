@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from . import path, wan_dit, wan_vae
 from .training import load_state
@@ -57,7 +57,8 @@ def export(work: Path, out: Path, clips: int) -> None:
     vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
     average = load_state(work / "dit.safetensors")[1]["average"]
     words = wan_dit.tokenizer()
-    text, dit = wan_dit.text_encoder(len(words)), WanTransformer3DModel(**wan_dit.TRANSFORMER)
+    text = wan_dit.text_encoder(len(words))
+    dit = wan_dit.transformer(average["dit.blocks.0.ffn.net.2.weight"].shape[1])
     for prefix, module in (("text.", text), ("dit.", dit)):
         mine = {name.removeprefix(prefix): t for name, t in average.items() if name.startswith(prefix)}
         missing = module.load_state_dict(mine, strict=False).missing_keys

@@ -29,7 +29,6 @@ TRANSFORMER = {
     "out_channels": 16,
     "text_dim": 64,
     "freq_dim": 256,
-    "ffn_dim": 480,
     "num_layers": 6,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -57,16 +56,30 @@ SAVE_EVERY = 60.0
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """A stretch of training at the end of which the rates are zero."""
+
+    steps: int
+    peak: float
+    """Factor on both rates."""
+    decay: float
+    """Share of the steps, at the end, over which they fall."""
+    background: float
+    """Share of captions that state the background."""
+    ffn: int
+    """Hidden units of each feed-forward layer; where fewer than before, the least used go (`narrow`)."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """How the transformer is trained."""
 
     clips: int = 4608
-    steps: int = 6200
+    cycles: tuple[Cycle, ...] = (Cycle(6200, 1.0, 0.35, 0.65, 480), Cycle(2700, 0.5, 1.0, 0.8, 456))
+    """After the first, nine of ten clips had the background that was asked for, and the folder 8.07 MB."""
     batch: int = 32
     muon: float = 0.02
     adamw: float = 2e-3
-    decay: float = 0.35
-    """Share of the steps, at the end, over which both rates fall to zero."""
     ema: float = 0.998
     empty: float = 0.1
     """Share of captions replaced by the empty one, for guidance."""
@@ -182,13 +195,15 @@ def load_latents(work: Path, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return whole, mean, std
 
 
-def training_caption(scene: world.Scene, rng: np.random.Generator, settings: Settings) -> str:
+def training_caption(
+    scene: world.Scene, rng: np.random.Generator, settings: Settings, background_share: float
+) -> str:
     """A caption of a full scene for one step: empty, vague, or stating what it happens to state."""
     seed, use = int(rng.integers(1 << 30)), rng.random()
     if use < settings.empty:
         return ""
     size = scene.size if rng.random() < 0.7 else None
-    background = scene.background if rng.random() < 0.65 else None
+    background = scene.background if rng.random() < background_share else None
     stated = replace(scene, size=size, background=background)
     return world.vague_caption(stated, seed) if use > 1 - settings.vague else world.caption(stated, seed)
 
@@ -214,53 +229,97 @@ def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None
         work: Folder for checkpoints.
         latents: Normalised latents of `dataset(settings.clips)`, `(n, 16, 5, 8, 8)`.
         settings: How to train.
-        minutes: Replace the number of steps by what fits this time; the number is recorded.
+        minutes: Scale all cycles to this time; the counts are recorded.
     """
+    words, pairs, state = tokenizer(), dataset(settings.clips), work / "dit.safetensors"
+    for k in range(len(settings.cycles)):
+        _train_cycle(state, k, latents, pairs, words, settings, minutes)
+    return state
+
+
+def _train_cycle(
+    state: Path,
+    k: int,
+    latents: Tensor,
+    pairs: list[tuple[world.Scene, int]],
+    words: T5Tokenizer,
+    settings: Settings,
+    minutes: float | None,
+) -> None:
+    """Run cycle `k`, or what is left of it; from the average of the one before, with a fresh optimiser."""
+    facts, groups = {"done": 0, "seconds": 0.0, "counts": [c.steps for c in settings.cycles]}, {}
+    if state.exists():
+        facts, groups = load_state(state)
+    cycle, begin, step = settings.cycles[k], sum(facts["counts"][:k]), facts["done"]
+    if step >= begin + facts["counts"][k]:
+        return
     torch.manual_seed(1)
-    words, pairs = tokenizer(), dataset(settings.clips)
-    model = nn.ModuleDict({"text": text_encoder(len(words)), "dit": WanTransformer3DModel(**TRANSFORMER)})
+    model = nn.ModuleDict({"text": text_encoder(len(words)), "dit": transformer(cycle.ffn)})
     optimizer = MuonAdamW(
         model.named_parameters(), settings.muon, settings.adamw, lambda n: bool(_BY_ADAMW.search(n))
     )
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state, facts = work / "dit.safetensors", {"done": 0, "seconds": 0.0, "steps": settings.steps}
-    if state.exists():
-        facts, groups = load_state(state)
+    if step > begin:
         model.load_state_dict(groups["model"], strict=False)
         optimizer.load(groups["optimizer"])
-        average = {name: groups["average"][name] for name in average}
-    short = shorten(cast(WanTransformer3DModel, model["dit"]))
-    forward = _forward(model, short)
-    step = first = facts["done"]
-    saved = timed = time.monotonic()
-    progress = Progress("dit", facts["steps"], first)
-    while step < facts["steps"]:
-        loss = forward(*batch(step, latents, pairs, words, settings))
+    if step:
+        kept = narrow(groups["average"], cycle.ffn)
+        average = {name: kept[name] for name in average}
+    if step and step == begin:
+        model.load_state_dict(average, strict=False)
+        average = {name: tensor.clone() for name, tensor in average.items()}
+    forward = _forward(model, shorten(cast(WanTransformer3DModel, model["dit"])))
+    first, saved = step, time.monotonic()
+    timed, progress = saved, Progress("dit", sum(facts["counts"]), first)
+    while step < (end := begin + facts["counts"][k]):
+        loss = forward(*batch(step, latents, pairs, words, settings, cycle.background))
         loss.backward()
-        left = (facts["steps"] - step) / (settings.decay * facts["steps"])
-        optimizer.step(min(1.0, (step + 1) / 50, left))
+        left = (end - step) / (cycle.decay * facts["counts"][k])
+        optimizer.step(cycle.peak * min(1.0, (step + 1 - begin) / 50, left))
         keep = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
         step += 1
         if step == first + 20:
             timed = time.monotonic()
         if minutes and step == 60 and first == 0:
-            facts["steps"] = progress.total = int(minutes * 60 / ((time.monotonic() - timed) / 40))
+            scale = minutes * 60 / ((time.monotonic() - timed) / 40) / sum(facts["counts"])
+            facts["counts"] = [max(61, round(c.steps * scale)) for c in settings.cycles]
+            progress.total, end = sum(facts["counts"]), facts["counts"][0]
         progress(step, loss=loss.detach())
-        if time.monotonic() - saved > SAVE_EVERY or step == facts["steps"]:
+        if time.monotonic() - saved > SAVE_EVERY or step == end:
             facts["seconds"] += time.monotonic() - saved
             facts["done"], saved = step, time.monotonic()
             save_state(state, facts, model=model.state_dict(), optimizer=optimizer.tensors(), average=average)
-    return state
+
+
+def transformer(ffn: int) -> WanTransformer3DModel:
+    """A fresh transformer with feed-forward layers of `ffn` hidden units."""
+    return WanTransformer3DModel(**TRANSFORMER | {"ffn_dim": ffn})
+
+
+def narrow(weights: dict[str, Tensor], ffn: int) -> dict[str, Tensor]:
+    """Keep `ffn` hidden units per layer: those whose weights, norm in times norm out, are the largest."""
+    weights = dict(weights)
+    for out in [name for name in weights if name.endswith("ffn.net.2.weight")]:
+        into, bias = (out.replace("net.2.weight", f"net.0.proj.{what}") for what in ("weight", "bias"))
+        size = weights[into].norm(dim=1) * weights[out].norm(dim=0)
+        units = size.topk(ffn).indices.sort().values
+        weights |= {into: weights[into][units], bias: weights[bias][units], out: weights[out][:, units]}
+    return weights
 
 
 def batch(
-    step: int, latents: Tensor, pairs: list[tuple[world.Scene, int]], words: T5Tokenizer, settings: Settings
+    step: int,
+    latents: Tensor,
+    pairs: list[tuple[world.Scene, int]],
+    words: T5Tokenizer,
+    settings: Settings,
+    background: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Batch `step`, a function of it: latents, noise, sigma, token ids, mask (width a multiple of 8)."""
     rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
     chosen = rng.integers(len(latents), size=settings.batch)
-    captions = [training_caption(pairs[k][0], rng, settings) for k in chosen]
+    captions = [training_caption(pairs[k][0], rng, settings, background) for k in chosen]
     text = words(captions, padding=True, return_tensors="pt")
     width = 8 * math.ceil((text.input_ids.shape[1] + 1) / 8) - text.input_ids.shape[1]
     ids, mask = (nn.functional.pad(t, (0, width)) for t in (text.input_ids, text.attention_mask))

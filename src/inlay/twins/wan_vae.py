@@ -39,7 +39,7 @@ class Phase:
 
 
 PHASES = (Phase(1, 8, 1500, 0.25, 0.6), Phase(9, 3, 622, 0.72, 0.6), Phase(17, 2, 1328, 0.9, 0.4))
-DECODER = Phase(17, 2, 2500, 0.75, 0.3, tame=0.9)
+DECODER = (Phase(17, 2, 601, 0.75, 0.5, tame=0.7), Phase(17, 2, 1899, 0.75, 0.3, tame=0.9))
 FOREGROUND = 4.0
 """Extra weight of pixels that an object covers."""
 KL = 1e-4
@@ -162,41 +162,49 @@ def _rate(step: int, counts: list[int]) -> float:
 def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = None) -> Path:
     """Continue with the decoder alone: the encoder, and so every cached latent, stays as it is.
 
-    Latents come with noise, so that the decoder forgives what a transformer gets slightly wrong.
+    Latents come with noise, so that the decoder forgives what a transformer gets slightly wrong. The rates
+    fall to zero at the end of each phase and rise again, once, for the next.
 
     Args:
         work: Folder for checkpoints.
         vae: What `train` made, in the precision in which the encoder ships.
-        minutes: Replace the number of steps by what fits this time; the number is recorded.
+        minutes: Scale both phases to this time; the counts are recorded.
     """
     vae.requires_grad_(False)
     encode: Any = vae._encode
     modules = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
     optimizer = MuonAdamW(modules.requires_grad_(True).named_parameters(), muon=0.01, adamw=1e-3)
-    state, facts = work / "decoder.safetensors", {"done": 0, "seconds": 0.0, "steps": DECODER.steps}
+    state, facts = (
+        work / "decoder.safetensors",
+        {"done": 0, "seconds": 0.0, "counts": [p.steps for p in DECODER]},
+    )
     if state.exists():
         facts, groups = load_state(state)
         modules.load_state_dict(groups["model"])
         optimizer.load(groups["optimizer"])
     step = first = facts["done"]
     saved = began = time.monotonic()
-    progress = Progress("decoder", facts["steps"], step)
-    while step < facts["steps"]:
-        video, weight = batch(DECODER, step + (1 << 32))
+    progress = Progress("decoder", sum(facts["counts"]), step)
+    while step < (total := sum(facts["counts"])):
+        ends = list(itertools.accumulate(facts["counts"]))
+        phase = bisect.bisect_right(ends, step)
+        video, weight = batch(DECODER[phase], step + (1 << 32))
         generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
             z = encode(video.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
             amount = 0.12 * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
             z += amount * torch.randn(z.shape, generator=generator)
         error = (decode(vae, z) - video).square()
-        total = (error * weight).sum() / (weight.sum() * 3)
-        total.backward()
-        optimizer.step(min(1.0, (step + 1) / 20, (facts["steps"] - step) / (0.8 * facts["steps"])))
+        loss = (error * weight).sum() / (weight.sum() * 3)
+        loss.backward()
+        optimizer.step(min(1.0, (step + 1) / 20, (ends[phase] - step) / (0.8 * ends[phase])))
         step += 1
         if minutes and step == 20 and first == 0:
-            facts["steps"] = progress.total = int(minutes * 60 / ((time.monotonic() - began) / 20))
-        progress(step, loss=total.detach(), psnr=10 * torch.log10(4 / error.mean()).detach())
-        if time.monotonic() - saved > 60 or step == facts["steps"]:
+            scale = minutes * 60 / ((time.monotonic() - began) / 20) / total
+            facts["counts"] = [round(p.steps * scale) for p in DECODER]
+            progress.total = total = sum(facts["counts"])
+        progress(step, loss=loss.detach(), psnr=10 * torch.log10(4 / error.mean()).detach())
+        if time.monotonic() - saved > 60 or step == total:
             facts["seconds"] += time.monotonic() - saved
             facts["done"], saved = step, time.monotonic()
             save_state(state, facts, model=modules.state_dict(), optimizer=optimizer.tensors())

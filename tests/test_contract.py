@@ -1,0 +1,218 @@
+"""What every family owes, whichever checkpoint: learn, save, load elsewhere, go on, and be estimated.
+
+A new family is under test as soon as `inlay/twins/tiny` can make a checkpoint of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from inlay import config, cost, families, generate, runtime
+from inlay.families import Family
+from inlay.steps import Batch
+from inlay.train import train
+from inlay.twins import tiny
+
+CPU = torch.device("cpu")
+CASES = tiny.cases()
+IDS = ["-".join(case) for case in CASES]
+every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+first_cases = pytest.mark.parametrize(
+    "case", list({family: (family, variant) for family, variant in reversed(CASES)}.values())
+)
+"""One checkpoint of each family, for what does not depend on its kind."""
+
+
+def open_family(folder: Path, case: tuple[str, str]) -> Family:
+    return families.get(case[0])(config.Model(checkpoint=str(folder), **tiny.model(*case)))
+
+
+def shape(family: Family) -> tuple[int, int, int]:
+    """The smallest clip with two latent frames or more, two patches high and wide or more."""
+    grid = family.grid
+    return grid.offset + grid.temporal * (1 if grid.offset > 1 else 2), grid.spatial * 2, grid.spatial * 2
+
+
+@pytest.fixture
+def contract_recipe(
+    checkpoint: Callable[[str, str], Path], make_clips: Callable[..., Path], tmp_path: Path
+) -> Callable[..., dict]:
+    def make(case: tuple[str, str], **changes: object) -> dict:
+        folder = checkpoint(*case)
+        family = open_family(folder, case)
+        frames, *size = shape(family)
+        clips = tmp_path / "clips"
+        if not clips.is_dir():
+            make_clips(4, size=tuple(size), frames=frames, fps=round(family.fps))
+        raw: dict = {
+            "run": str(tmp_path / "run"),
+            "seed": 3,
+            "model": {**tiny.model(*case), "checkpoint": str(folder)},
+            "data": {"sources": str(clips), "size": size, "frames": frames, "held_out": 1},
+            "tuner": {"kind": "lora", "rank": 4},
+            "optim": {"lr": 2e-2},
+            "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},
+            "sample": {"steps": 2},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            raw[section] = {**raw.get(section, {}), name: value} if name else value
+        return raw
+
+    return make
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def metrics(run: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@every_case
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_does_in_the_stock_pipeline_what_it_did_in_training(
+    case: tuple[str, str], kind: str, contract_recipe: Callable[..., dict]
+) -> None:
+    cfg = config.build(contract_recipe(case, tuner__kind=kind))
+    run = train(cfg)
+    family = open_family(Path(cfg.model.checkpoint), case)
+    weights = adapter(run)
+    assert any(v.abs().max() > 0 for k, v in weights.items() if "lora_B" in k)
+    place = runtime.Run(run)
+    with runtime.start(cfg) as ctx:
+        pipes = [
+            generate.load_pipeline(cfg, family, folder, 1.0, ctx)
+            for folder in (None, generate.trained(place, None, family))
+        ]
+    denoisers = [getattr(p, family.component) for p in pipes]
+    tuned = trained_network(family, cfg, weights)
+    batch = random_batch(family)
+    t = torch.tensor([0.5])
+    with torch.no_grad():
+        before, after, ours = (
+            family.predict(d.eval(), batch.latents, t, batch.cond) for d in (*denoisers, tuned)
+        )
+    limit = 0 if kind == "lora" else 2e-6  # in training a DoRA's norms come from its factors: see tuners
+    assert (after - ours).abs().max() <= limit
+    assert (after - before).abs().max() > 1e-5
+
+
+def trained_network(family: Family, cfg: config.Config, weights: dict) -> torch.nn.Module:
+    """The network as training has it, with the weights that were saved put into its parameters."""
+    from inlay import tuners
+
+    denoiser = family.load_denoiser(torch.float32)
+    parameters = tuners.attach(cfg.tuner, family.targets, denoiser, seed=0)
+    names = {
+        "transformer." + n.replace(f".{tuners.ADAPTER}", "").replace("_vector.weight", "_vector"): p
+        for n, p in parameters.items()
+    }
+    assert set(names) == set(weights)
+    for name, p in names.items():
+        p.data = weights[name].clone()
+    return denoiser.eval()
+
+
+def random_batch(family: Family, n: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    clips = {k: torch.randn(n, *s, generator=generator) for k, s in family.shapes(*shape(family)).items()}
+    encoder = family.load_text_encoder(CPU, torch.float32)
+    text = family.encode_text(encoder, [f"clip {'x' * i}" for i in range(n)])
+    return Batch(clips.pop("latents"), {**family.collate(text), **clips}, ["a"] * n)
+
+
+@first_cases
+def test_loss_falls(case: tuple[str, str], contract_recipe: Callable[..., dict]) -> None:
+    run = train(
+        config.build(
+            contract_recipe(case, train__steps=40, train__batch=3, train__validate_every=40, tuner__rank=16),
+            ["data.caption_dropout=0.2"],
+        )
+    )
+    losses = metrics(run, "loss")
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+
+
+@every_case
+def test_resume_is_bit_exact(
+    case: tuple[str, str], contract_recipe: Callable[..., dict], tmp_path: Path
+) -> None:
+    whole = train(config.build(contract_recipe(case, run=str(tmp_path / "whole"))))
+    part = contract_recipe(case, run=str(tmp_path / "part"))
+    train(config.build(part, ["train.steps=2"]))
+    resumed = train(config.build(part))
+    a, b = adapter(whole), adapter(resumed)
+    assert all(torch.equal(a[k], b[k]) for k in a) and set(a) == set(b)
+
+
+@every_case
+def test_full_fine_tuning_loads_with_from_pretrained(
+    case: tuple[str, str], contract_recipe: Callable[..., dict]
+) -> None:
+    raw = contract_recipe(case, tuner={"kind": "full"}, optim={"lr": 1e-3})
+    run = train(config.build(raw))
+    family = open_family(Path(raw["model"]["checkpoint"]), case)
+    network = family.load_denoiser(torch.float32)
+    again = type(network).from_pretrained(run / "adapter")
+    base = dict(network.named_parameters())
+    changed = [n for n, p in again.named_parameters() if not torch.equal(p, base[n])]
+    assert len(changed) > 0.5 * len(base)
+
+
+@every_case
+def test_videos_come_out_of_the_stock_pipeline(
+    case: tuple[str, str], contract_recipe: Callable[..., dict], tmp_path: Path
+) -> None:
+    raw = contract_recipe(case)
+    if case[1].endswith("a14b"):
+        raw["train"]["steps"] = 1
+    run = train(config.build(raw))
+    family = open_family(Path(raw["model"]["checkpoint"]), case)
+    from PIL import Image
+
+    Image.new("RGB", (80, 50), "orange").save(tmp_path / "start.png")
+    images = [[str(tmp_path / "start.png")] * len(family.images)] if family.images else []
+    base, tuned = (
+        generate.generate(run, ["a clip"], images=images, checkpoint=c, out=tmp_path / str(c))[0]
+        for c in ("base", None)
+    )
+    from inlay import media
+
+    frames = [media.read(p, 0.0, shape(family)[0], family.fps, shape(family)[1:]) for p in (base, tuned)]
+    assert frames[0].shape == (*shape(family), 3)
+
+
+@every_case
+def test_the_network_is_counted_on_shapes_alone(
+    case: tuple[str, str], checkpoint: Callable[[str, str], Path]
+) -> None:
+    family = open_family(checkpoint(*case), case)
+    counts = cost.count(
+        family, family.load_denoiser(torch.float32, meta=True), shape(family), 2, checkpointing=False
+    )
+    assert counts.kept > 0 and counts.linear > 0 and counts.attention > 0
+
+
+@every_case
+def test_a_cached_clip_has_the_shapes_that_were_promised(
+    case: tuple[str, str], checkpoint: Callable[[str, str], Path]
+) -> None:
+    family = open_family(checkpoint(*case), case)
+    frames = np.random.default_rng(0).integers(0, 255, (*shape(family), 3), dtype=np.uint8)
+    item = family.encode_media(family.load_media_encoder(CPU), frames)
+    assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(*shape(family))
+    assert {v.dtype for v in item.values()} == {torch.float32}
+    one, same, other = (family.draw(item, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert {k: tuple(v.shape) for k, v in one.items()} == family.shapes(*shape(family))
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert family.tokens(*shape(family)) > 1 and other.keys() == one.keys()
