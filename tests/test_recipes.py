@@ -11,22 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from inlay import config, cost, families, formats, generate, runtime
 from inlay.train import train
+from inlay.twins import tiny
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "launch")
 PUBLISHED = [p for p in RECIPES if "twin" not in p.name]
-TINY = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("tiny_wan", 32),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("tiny_wan", 32),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("tiny_a14b", 32),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("tiny_5b", 64),
-    "twin:wan": ("tiny_wan", 32),
-}
-"""Fixture and picture size that stand in for a checkpoint."""
 
 name = pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
@@ -38,7 +32,8 @@ def family(settings: config.Config) -> families.Family:
 
 def test_there_are_recipes() -> None:
     checkpoints = {config.load(p).model.checkpoint for p in PUBLISHED}
-    assert checkpoints == {*families.get("wan").published}, "one recipe or more for each published checkpoint"
+    published = {id for name in families.names() for id in families.get(name).published}
+    assert checkpoints == published, "one recipe or more for each published checkpoint"
 
 
 @name
@@ -83,18 +78,21 @@ def test_cost_is_known_and_comments_are_right(path: Path) -> None:
 
 @name
 def test_trains_two_steps(
-    path: Path, request: pytest.FixtureRequest, make_clips: Callable[..., Path], tmp_path: Path
+    path: Path, checkpoint: Callable[[str, str], Path], make_clips: Callable[..., Path], tmp_path: Path
 ) -> None:
     raw = yaml.safe_load(path.read_text("utf-8"))
-    fixture, size = TINY[raw["model"]["checkpoint"]]
+    model = raw["model"]
+    folder = checkpoint(model["family"], tiny.sibling(model["family"], model["checkpoint"]))
+    grid = families.get(model["family"])(config.Model(**{**model, "checkpoint": str(folder)})).grid
+    size, frames = grid.spatial * 2, grid.snap_frames(grid.offset + 2 * grid.temporal)
     for package in {"adamw8bit": ["bitsandbytes"]}.get(raw["optim"].get("name"), []):
         pytest.importorskip(package)
     changes = [
         f"run={tmp_path / 'run'}",
-        f"model.checkpoint={request.getfixturevalue(fixture)}",
-        f"data.sources={make_clips(6, size=(size, size))}",
+        f"model.checkpoint={folder}",
+        f"data.sources={make_clips(6, size=(size, size), frames=3 * frames)}",
         f"data.size=[{size},{size}]",
-        "data.frames=9",
+        f"data.frames={frames}",
         f"data.cache={tmp_path / 'cache'}",
         "train.steps=2",
         "train.trackers=[]",
@@ -115,7 +113,11 @@ def test_trains_two_steps(
         assert any(t.any() for n, t in tensors.items() if "lora_B" in n), "something was learned"
         dora = [n for n in tensors if "lora_magnitude_vector" in n]
         assert bool(dora) == (settings.tuner.kind == "dora")
-    assert len(generate.generate(run, ["a clip"], steps=2)) == 1
+    start = tmp_path / "start.png"
+    Image.new("RGB", (size, size), "orange").save(start)
+    wanted = families.get(model["family"])(settings.model).images
+    images = [[str(start)] * len(wanted)] if wanted else []
+    assert len(generate.generate(run, ["a clip"], images=images, steps=2)) == 1
 
 
 def test_experts_share_their_cache() -> None:

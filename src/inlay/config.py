@@ -194,9 +194,9 @@ class Full(Section):
 class Optim(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the state), `prodigy` (prodigyopt, finds its
-    own rate; use lr 1)."""
+    name: Literal["adamw", "adamw8bit", "adamw4bit", "prodigy"] = "adamw"
+    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the state), `adamw4bit` (torchao, an eighth),
+    `prodigy` (prodigyopt, finds its own rate; use lr 1)."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -283,8 +283,16 @@ class Sample(Section):
 class Memory(Section):
     """What is traded for memory."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: far less memory, about a third more time."""
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = True
+    """Recompute activations in the backward pass: far less memory, about a third more time. A number n
+    recomputes every n-th block only."""
+    quantize: Literal["int8", "int4", "float8", "nf4"] | None = None
+    """Keep the frozen base in so few bits (torchao; nf4: bitsandbytes). For adapters only."""
+    layerwise_casting: Literal["float8", "bfloat16"] | None = None
+    """Keep the frozen base in this type and compute in the run's precision, layer by layer. For adapters
+    only."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the computer's memory instead of the GPU's (torchao, AdamW, CUDA)."""
 
 
 class Runtime(Section):
@@ -299,6 +307,11 @@ class Runtime(Section):
     """Number of processes that this recipe is meant for; another number stops at the start. Default: any."""
     workers: int = Field(default=2, ge=0)
     """Decoding threads while caching."""
+    compile: bool = False
+    """Compile the repeated blocks (torch.compile): minutes at the start, faster steps."""
+    parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
+    """Several processes: `ddp` has all in each; `fsdp` (FSDP2) shards weights, gradients and optimizer;
+    `zero2` and `zero3` do so with DeepSpeed."""
 
 
 Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]

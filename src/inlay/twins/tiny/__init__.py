@@ -1,7 +1,8 @@
 """Random checkpoints of real classes, as small as a test or as large as a benchmark wants; untrained.
 
 One module per family, found by name. Each has `VARIANTS`, which maps the kinds of checkpoint that it makes to
-the keys of a recipe's `model` section that train it, and `build`.
+the keys of a recipe's `model` section that train it, `STANDS_FOR`, which names the variant of each published
+checkpoint, and `build`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def cases() -> list[tuple[str, str]]:
 def model(family: str, variant: str) -> dict[str, Any]:
     """The keys of a recipe's `model` section, besides the checkpoint, that train a variant."""
     return {"family": family, **_module(family).VARIANTS[variant]}
+
+
+def sibling(family: str, checkpoint: str) -> str:
+    """The variant that is the tiny sibling of a published checkpoint."""
+    return _module(family).STANDS_FOR[checkpoint]
 
 
 def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -> Path:

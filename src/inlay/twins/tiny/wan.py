@@ -16,6 +16,16 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 """`t2v` is 2.1, `a14b` 2.2 with two experts, `ti2v` 2.2 5B with per-token time and 48 channels."""
 
 
+STANDS_FOR: Mapping[str, str] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "t2v",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "t2v",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "a14b",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "ti2v",
+    "twin:wan": "t2v",
+}
+"""The variant that is a published checkpoint's tiny sibling."""
+
+
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 12, layers: int = 2, ffn: int = 32
 ) -> None:
