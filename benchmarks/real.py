@@ -1,6 +1,6 @@
 """Real clips at real size through the whole job: check, cache, train and generate at 480x832x81.
 
-    python benchmarks/real.py MEDIA [--out runs/real]
+    python benchmarks/real.py MEDIA [--out runs/real]    # writes benchmarks/results/real.json, row by row
 
 MEDIA holds `clips/` (prompts.txt + videos.txt, metadata.csv, train.jsonl) and `press/` (videos with sidecar
 captions). The cache is shared, so the later layouts of the same clips encode nothing. The network is a
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -29,13 +31,18 @@ def layouts(media: Path) -> dict[str, dict]:
     }
 
 
-def timed(*command: str) -> float:
-    """Runs a command of inlay and gives its seconds; stops with what it said if it fails."""
-    start = time.perf_counter()
+RESULTS = Path(__file__).parent / "results/real.json"
+
+
+def timed(*command: str) -> dict[str, float]:
+    """Runs a command of inlay, gives its seconds by the clock and of CPU time; stops if it fails."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "inlay", *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"inlay {' '.join(command)}: exit {done.returncode}\n{done.stderr}")
-    return time.perf_counter() - start
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(cpu, 1)}
 
 
 def main() -> None:
@@ -46,10 +53,12 @@ def main() -> None:
     parser.add_argument("media", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     args = parser.parse_args()
+    from inlay import runtime
     from inlay.twins import tiny
 
     args.out.mkdir(parents=True, exist_ok=True)
     model = tiny.build("wan", args.out / "model", layers=1)
+    rows = []
     for name, source in layouts(args.media).items():
         run = args.out / name.replace(" ", "-")
         recipe = {
@@ -68,11 +77,32 @@ def main() -> None:
         }
         path = args.out / f"{run.name}.yaml"
         path.write_text(json.dumps(recipe), "utf-8")
-        seconds = [timed("check", str(path)), timed("cache", str(path)), timed("train", str(path))]
-        seconds.append(timed("generate", str(run), "a hydraulic press"))
-        items = [p.stat().st_size for p in (args.out / "cache/media").rglob("*.safetensors")]
-        steps = "check {:.0f} s, cache {:.0f} s, train {:.0f} s, generate {:.0f} s".format(*seconds)
-        print(f"{name:<26} {len(items)} clips, {max(items) / 1e6:.2f} MB each cached; {steps}", flush=True)
+        before = items(args.out)
+        commands = [("check", path), ("cache", path), ("train", path), ("generate", run, "a hydraulic press")]
+        steps = {c[0]: timed(*map(str, c)) for c in commands}
+        video = next((run / "samples/generated").glob("*.mp4"))
+        rows.append(
+            {
+                "layout": name,
+                "clips": json.loads((run / "check/report.json").read_text("utf-8"))["clips"],
+                "encoded": len(items(args.out)) - len(before),
+                "cached_megabytes": max(items(args.out).values()) / 1e6,
+                "generated_bytes": video.stat().st_size,
+                **steps,
+            }
+        )
+        told = ", ".join(f"{k} {v['seconds']:.0f} s ({v['cpu_seconds']:.0f} s CPU)" for k, v in steps.items())
+        print(f"{name:<26} {rows[-1]['clips']} clips, {rows[-1]['encoded']} encoded; {told}", flush=True)
+        about = {"size": [480, 832], "frames": 81, "threads": os.environ.get("OMP_NUM_THREADS"), "rows": rows}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(
+            json.dumps({**about, "packages": runtime.environment()["packages"]}, indent=1), "utf-8"
+        )
+
+
+def items(out: Path) -> dict[Path, int]:
+    """Cached clips and their bytes."""
+    return {p: p.stat().st_size for p in (out / "cache/media").rglob("*.safetensors")}
 
 
 if __name__ == "__main__":

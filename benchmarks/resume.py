@@ -3,7 +3,8 @@
     python benchmarks/resume.py [--times 10] [--seed N]
 
 Trains a tiny random Wan LoRA once without interruption, then `--times` times with one to three kills each,
-and compares every tensor of the last checkpoint: weights, average and optimizer state.
+and compares every tensor of the last checkpoint: weights, average and optimizer state. Writes
+`benchmarks/results/resume.json`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 STEPS = 150
+RESULTS = Path(__file__).parent / "results/resume.json"
 
 
 def recipe(folder: Path, name: str) -> list[str]:
@@ -63,7 +65,7 @@ def main() -> None:
     from inlay import media, runtime
     from inlay.twins import tiny
 
-    exact = 0
+    exact, tries = 0, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny.build("wan", folder / "model")
@@ -94,10 +96,15 @@ def main() -> None:
                 got[k].numpy().tobytes() == wanted[k].numpy().tobytes() for k in got
             )
             exact += same
+            tries.append({"killed_after": kills, "bit_identical": same})
             print(
                 f"try {i + 1}: killed after {', '.join(kills)}: {'bit-identical' if same else 'DIFFERENT'}",
                 flush=True,
             )
+    found = {"times": args.times, "bit_identical": exact, "tensors": len(wanted), "seed": args.seed}
+    RESULTS.parent.mkdir(exist_ok=True)
+    about = {**found, "tries": tries, "packages": runtime.environment()["packages"]}
+    RESULTS.write_text(json.dumps(about, indent=1), "utf-8")
     print(f"{exact} of {args.times} bit-identical ({len(wanted)} tensors each), seed {args.seed}")
     sys.exit(exact != args.times)
 
