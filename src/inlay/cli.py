@@ -382,6 +382,35 @@ def inspect(
 
 
 @app.command()
+def composite(
+    foreground: Annotated[
+        Path,
+        typer.Argument(help="Transparent video, .zip or folder of PNGs, image.", show_default=False),
+    ],
+    background: Annotated[
+        str,
+        typer.Argument(help="`#20a040`, `red`, `checkerboard`, an image or a video.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 to write.")] = Path("composite.mp4"),
+    premultiplied: Annotated[
+        bool, typer.Option("--premultiplied", help="Colour was multiplied with alpha already.")
+    ] = False,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Mix light, not code values; most tools do not.")
+    ] = False,
+    fps: Annotated[float | None, typer.Option(help="Frame rate. Default: the foreground's, or 16.")] = None,
+) -> None:
+    """Put transparent video over a colour, an image or a video."""
+    _quiet(bars=False)
+    from inlay import rgba
+
+    made = rgba.composite_file(
+        foreground, background, out, premultiplied=premultiplied, linear=linear, fps=fps
+    )
+    print(made)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("runs/demo"),
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from inlay.files import atomic
 
 Kind = Literal["video", "image", "array"]
+Trouble = Literal["unreadable", "truncated", "unfitting"]
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -58,14 +59,12 @@ _FILTER = 0x4 | 0x40000 | 0x2000
 
 
 class MediaError(ValueError):
-    """A file that cannot be used, with the path, the cause and a code: `unreadable` or `truncated`."""
+    """A file that cannot be used, with the path, the cause and a code."""
 
-    def __init__(
-        self, path: Path, cause: str, code: Literal["unreadable", "truncated"] = "unreadable"
-    ) -> None:
+    def __init__(self, path: Path, cause: str, code: Trouble = "unreadable") -> None:
         super().__init__(f"{path}: {cause}")
         self.cause = cause
-        self.code: Literal["unreadable", "truncated"] = code
+        self.code: Trouble = code
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def _probe_video(path: Path) -> Probe:
         rate, sar, codec = stream.average_rate, stream.sample_aspect_ratio, stream.codec_context.name
     if not stamps or not base:
         raise MediaError(path, "holds no frames")
-    head = next(_decode(path), None)
+    head = next(decode(path), None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
     times = np.array([s for s in stamps if s >= head.pts], np.float64) * base
@@ -193,7 +192,7 @@ def _probe_video(path: Path) -> Probe:
         cut = cut or path.read_bytes().rstrip(b"\0")[-1:] != b";"
     tail = 0
     try:
-        for frame in _decode(path, last_key):
+        for frame in decode(path, last_key):
             tail += frame.pts is not None and frame.pts >= last_key
     except MediaError:
         cut = True
@@ -288,7 +287,7 @@ def _too_short(there: int, wanted: np.ndarray) -> str:
 def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     with _opened(path) as (_, stream):
         base, sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
-    head = next(_decode(path), None)
+    head = next(decode(path), None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
     wanted_pts = head.pts + wanted / base
@@ -307,11 +306,11 @@ def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.nda
 
 def _from(path: Path, pts: float) -> Generator[Any, None, None]:
     """Decoded frames from the key frame at or before `pts`, or from the start where seeking overshoots."""
-    frames = _decode(path, int(pts))
+    frames = decode(path, int(pts))
     first = next(frames, None)
     if first is None or first.pts is None or first.pts > pts:
         frames.close()
-        yield from _decode(path)
+        yield from decode(path)
         return
     yield first
     yield from frames
@@ -369,7 +368,7 @@ def _no_index(path: Path) -> bool:
     return whole[:1] == [b"ftyp"] and b"moov" not in whole
 
 
-def _decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
+def decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
     """Decoded frames in order of time, from the key frame at or before `pts`."""
     with _opened(path) as (container, stream):
         decoder: Any = stream.codec_context
