@@ -32,19 +32,29 @@ class Grid:
     spatial: int
     temporal: int
     offset: int = 1
+    only: tuple[int, int, int] | None = None
+    """The one length, height and width of a network that learned its positions by heart."""
 
     def snap_frames(self, n: int) -> int:
         """The largest possible length of at most n frames; 0 where there is none."""
+        if self.only:
+            return self.only[0] if n >= self.only[0] else 0
         return 0 if n < self.offset else (n - self.offset) // self.temporal * self.temporal + self.offset
 
     def snap_size(self, height: float, width: float) -> tuple[int, int]:
         """The nearest possible height and width."""
+        if self.only:
+            return self.only[1:]
         return max(1, round(height / self.spatial)) * self.spatial, max(
             1, round(width / self.spatial)
         ) * self.spatial
 
     def problems(self, frames: int, height: int, width: int) -> list[str]:
         """Sentences that say what is impossible and what is near; empty when all is well."""
+        if self.only:
+            there, asked = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
+            how = f"{asked} has no positions: this checkpoint learned them for {there}, use that"
+            return [] if there == asked else [f"{how} or a checkpoint without learned positions"]
         out = []
         low = self.snap_frames(frames)
         if low != frames:
@@ -63,7 +73,10 @@ class Family(ABC):
     """Recipe values that differ from the sections' defaults, as a nested mapping."""
     targets: ClassVar[Sequence[str]]
     """Default adapter targets: regular expressions over whole module names."""
-    encoders: ClassVar[Mapping[str, Sequence[str]]]
+    encoders: ClassVar[Mapping[str, Sequence[str]]] = {
+        "media": ("vae",),
+        "text": ("tokenizer", "text_encoder"),
+    }
     """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item
     is."""
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
@@ -73,6 +86,8 @@ class Family(ABC):
     """Module names inside a block or at the root, as the original code and as diffusers spells them."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published sizes by the width of their network, for messages."""
+    text_encoder: ClassVar[str] = "T5EncoderModel"
+    """Its class in transformers."""
     text_length: ClassVar[int]
     """Tokens of text that the network is given at most."""
     fps: float
@@ -95,12 +110,13 @@ class Family(ABC):
     # --- configuration ------------------------------------------------------------------------------------
 
     def read_config(self, component: str) -> dict[str, Any] | None:
-        """`<component>/config.json`, or for the empty name `model_index.json`; None where there is none.
+        """A component's configuration, or for the empty name `model_index.json`; None where there is none.
 
         Raises:
             ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
         """
-        name = f"{component}/config.json" if component else "model_index.json"
+        file = "scheduler_config.json" if component == "scheduler" else "config.json"
+        name = f"{component}/{file}" if component else "model_index.json"
         if self.source in self.published and self.model.revision is None:
             return dict(self.published[self.model.checkpoint].get(component, {})) or None
         if isinstance(self.source, Path):
@@ -159,15 +175,47 @@ class Family(ABC):
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Length of the sequence that the denoiser attends over."""
 
+    def load(self, component: str, dtype: torch.dtype) -> Any:
+        """A component of the checkpoint, whole, in the diffusers class that its configuration names.
+
+        Raises:
+            ValueError: when it cannot be loaded.
+        """
+        import diffusers
+
+        with self.loading(component):
+            network = getattr(diffusers, self._class_name(component)).from_pretrained(
+                self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype
+            )
+            missing = [n for n, p in network.named_parameters() if p.is_meta]
+            if missing:
+                raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
+        return network
+
+    def _class_name(self, component: str) -> str:
+        return (self.read_config(component) or {})["_class_name"]
+
     # --- before the cache ---------------------------------------------------------------------------------
 
-    @abstractmethod
     def load_media_encoder(self, device: torch.device) -> nn.Module:
-        """The VAE, in the precision it encodes with."""
+        """The VAE, in the precision it encodes with: float32."""
+        import torch
 
-    @abstractmethod
+        return self.load("vae", torch.float32).to(device).eval().requires_grad_(False)
+
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
         """Tokenizer and text encoder."""
+        import transformers
+
+        options: dict[str, Any] = {"revision": self.model.revision}
+        with self.loading("tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.source, subfolder="tokenizer", **options
+            )
+        with self.loading("text_encoder"):
+            kind: Any = getattr(transformers, self.text_encoder)
+            encoder = kind.from_pretrained(self.source, subfolder="text_encoder", dtype=dtype, **options)
+        return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
     @abstractmethod
     def encode_media(self, encoder: nn.Module, frames: np.ndarray) -> dict[str, Tensor]:
@@ -187,11 +235,21 @@ class Family(ABC):
         """
         return dict(item)
 
-    @abstractmethod
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
         """The network that is taught, or a fine-tuned one from `folder`; with `meta` its shape only."""
+        import diffusers
+        import torch
+
+        kind = getattr(diffusers, self._class_name(self.component))
+        if meta:
+            with torch.device("meta"):
+                return kind.from_config(self.read_config(self.component))
+        if folder is not None:
+            with self.loading("", folder):
+                return kind.from_pretrained(folder, torch_dtype=dtype)
+        return self.load(self.component, dtype)
 
     @abstractmethod
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:
@@ -216,7 +274,6 @@ class Family(ABC):
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """The stock diffusers pipeline around `denoiser` (or the checkpoint's own)."""
 
-    @abstractmethod
     def sample(
         self,
         pipeline: Any,
@@ -231,6 +288,33 @@ class Family(ABC):
         images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
         """Runs the stock pipeline on encoded text and `images` uint8 (h, w, 3) -> uint8 (t, h, w, 3)."""
+        video = pipeline(
+            **self.given(pipeline, text, negative, images),
+            height=size[0],
+            width=size[1],
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="np",
+        ).frames[0]
+        return (video * 255).round().clip(0, 255).astype("uint8")
+
+    def given(
+        self,
+        pipeline: Any,
+        text: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        images: Sequence[np.ndarray],
+    ) -> dict[str, Any]:
+        """What the stock pipeline is called with in place of prompts, in the types that it computes in."""
+        from PIL import Image
+
+        device, dtype = pipeline._execution_device, getattr(pipeline, self.component).dtype
+        cond, uncond = (self.collate([item])["text"].to(device, dtype) for item in (text, negative))
+        names = {"first": "image", "last": "last_image"}
+        shown = {names[n]: Image.fromarray(i) for n, i in zip(self.images, images, strict=True)}
+        return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, **shown}
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Loads `pytorch_lora_weights.safetensors` of a folder into a pipeline, under the name `inlay`."""
@@ -244,6 +328,10 @@ class Family(ABC):
             asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
+        try:
+            self.objective(config.objective, data.size)
+        except ValueError as error:
+            found.append(str(error))
         return list(dict.fromkeys(found))
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
