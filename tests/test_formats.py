@@ -497,6 +497,17 @@ def test_exports_pass_the_stock_converters(base, tmp_path: Path, to: formats.Tar
     torch.testing.assert_close(run(merged), run(model), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_no_names_are_made_up(base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: formats.Target):
+    _, tensors, config = trained(base)
+    formats.write_diffusers(tmp_path, tensors, config)
+    adapter = formats.read(tmp_path, WAN)
+    monkeypatch.setattr(WAN, "original_names", ())
+    with pytest.raises(ValueError, match=f"no {to} layout is known for Wan; use `diffusers` or `merged`"):
+        formats.export(adapter, to, tmp_path / "out", family=WAN)
+    assert not (tmp_path / "out").exists()
+
+
 def test_kohya_is_filled_with_zeros(base, tmp_path: Path):
     model, tensors, config = trained(base, alpha=2, modules=["blocks.1.attn1.to_q"])
     formats.write_diffusers(tmp_path, tensors, config)
@@ -883,6 +894,8 @@ def test_model_card(kind: str, tiny_a14b: Path):
     compile(code, "card", "exec")
     assert ("load_lora_weights" in code) == (kind != "full")
     assert "| steps | 300 |" in card
+    raw["model"]["options"] = {"latents": "raw"}
+    assert "| latents | raw |" in formats.model_card(recipes.Config.model_validate(raw), step=300)
     raw["model"] = {"family": "wan", "checkpoint": str(tiny_a14b), "expert": "low"}
     card = formats.model_card(recipes.Config.model_validate(raw), step=300)
     assert "base_model" not in card

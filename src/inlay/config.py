@@ -45,6 +45,8 @@ class Model(Section):
     Wan 2.2 TI2V-5B does both."""
     expert: Literal["high", "low"] | None = None
     """Wan 2.2 A14B only: the network for high or for low noise. Each is trained on its own time interval."""
+    options: dict[str, str | int | float | bool] = {}
+    """Switches that only this family has, by name; its how-to page lists them."""
 
 
 class Source(Section):

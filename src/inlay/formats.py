@@ -745,6 +745,9 @@ def export(
         ValueError: when the target cannot hold this adapter, or `out` is taken.
     """
     out = Path(out)
+    if to in ("comfyui", "kohya") and not family.original_names:
+        name = (family if isinstance(family, type) else type(family)).__name__
+        raise ValueError(f"--to: no {to} layout is known for {name}; use `diffusers` or `merged`")
     if to == "merged":
         return _export_merged(adapter, out, base)
     if to == "diffusers":
@@ -942,6 +945,7 @@ def model_card(config: recipe.Config, *, step: int, prompts: Sequence[str] = ())
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
         "batch": f"{config.train.batch}, accumulated {config.train.accumulate} times",
         "objective": config.objective.preset,
+        **config.model.options,
         "seed": config.seed,
     }
     lines = [

@@ -138,8 +138,8 @@ def _quoted(text: str) -> str:
 
 
 def _size(model: Family, probes: list[media.Probe]) -> tuple[int, int]:
-    """480p, or 704p for checkpoints with a larger grid; portrait or smaller where most clips are."""
-    height, width = (704, 1280) if model.grid.spatial > 16 else (480, 832)
+    """The family's size, or 704p for checkpoints with a larger grid; portrait or smaller where most are."""
+    height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
     typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]
     scale = min(1.0, math.sqrt(typical / (height * width)))
     if sum(p.height > p.width for p in probes) * 2 > len(probes):

@@ -207,7 +207,7 @@ class Job:
     def save(self, step: int, *, final: bool) -> None:
         """Writes a checkpoint and, at the end, what other programs load."""
         if self.ctx.main:
-            about = {"inlay_step": str(step), "inlay_base": self.family.name}
+            about = {"inlay_step": str(step), **self.family.about()}
             with self.run.writing(step) as folder:
                 with self.averaged():
                     tuners.save(self.config.tuner, self.denoiser, folder / "adapter", metadata=about)

@@ -94,6 +94,9 @@ class Family(ABC):
     """Frame rate of the published checkpoint's training data."""
     component: str = "transformer"
     """Name of the denoiser in the checkpoint and in the pipeline."""
+    choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
+    """The family's own switches, `model.options` of a recipe, each with its values, the default first. They
+    change neither what `encode_media` and `encode_text` give nor the network's shape."""
     images: Sequence[str] = ()
     """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
     grid: Grid
@@ -101,11 +104,26 @@ class Family(ABC):
     def __init__(self, model: recipe.Model) -> None:
         self.model = model
         self.source = locate(model.checkpoint)
+        wrong = []
+        for key, value in model.options.items():
+            if key not in self.choices:
+                has = f"it has {', '.join(self.choices)}" if self.choices else "it has none, leave it out"
+                wrong.append(f"model.options.{key}: {model.family} has no such option; {has}")
+            elif value not in self.choices[key]:
+                values = ", ".join(map(str, self.choices[key]))
+                wrong.append(f"model.options.{key}: `{value}` is not one of {values}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        self.options = {key: model.options.get(key, values[0]) for key, values in self.choices.items()}
 
     @property
     def name(self) -> str:
         """The checkpoint's Hub id, or only the name of a local folder, for files that are given away."""
         return self.source.name if isinstance(self.source, Path) else self.source
+
+    def about(self) -> dict[str, str]:
+        """What a file of trained weights tells of what it was trained on, for its header."""
+        return {"inlay_base": self.name, **{f"inlay_{k}": str(v) for k, v in self.options.items()}}
 
     # --- configuration ------------------------------------------------------------------------------------
 
