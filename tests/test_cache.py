@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from inlay import cache, config, runtime, train
+import videos
+from inlay import cache, config, media, runtime, train
 from inlay.cache import Cache, ahead, identity
 from inlay.runtime import Context, Run
 
@@ -154,3 +155,22 @@ def test_a_damaged_memo_is_only_a_memo(tmp_path: Path) -> None:
     assert store.content(file).startswith("2cf24dba5fb0a30e")
     store.remember()
     assert Cache(tmp_path)._hashes
+
+
+def test_a_probe_is_remembered_until_its_file_changes(tmp_path, monkeypatch) -> None:
+    path = videos.write(tmp_path / "v.mp4", 12, 24)
+    looked: list[Path] = []
+    probe = media.probe
+    monkeypatch.setattr(media, "probe", lambda p: (looked.append(p), probe(p))[1])
+    store = Cache(tmp_path / "cache")
+    assert store.probe(path) == probe(path)
+    store.remember()
+    assert Cache(tmp_path / "cache").probe(path) == probe(path) and len(looked) == 1
+    videos.write(path, 16, 24)
+    assert Cache(tmp_path / "cache").probe(path).frames == 16 and len(looked) == 2
+    for broken in ("{", "[]", json.dumps({k: {"fps": "x"} for k in store._probes})):
+        (tmp_path / "cache/probes.json").write_text(broken, "utf-8")
+        assert Cache(tmp_path / "cache").probe(path).frames == 16
+    path.unlink()
+    with pytest.raises(ValueError, match=r"v\.mp4"):
+        store.probe(path)

@@ -577,7 +577,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     media.write_video(path, np.zeros((2, 16, 16, 3), np.uint8), 16)
     before = path.read_bytes()
-    monkeypatch.setattr(media.av.VideoFrame, "from_ndarray", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         media.write_video(path, np.zeros((2, 16, 16, 3), np.uint8), 16)
     assert path.read_bytes() == before

@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inlay import media
 from inlay.families import Family
 from inlay.files import atomic, sha256
 
@@ -50,19 +52,29 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return out.hexdigest()
 
 
+def _now(path: Path) -> str:
+    """A file as it is now: its path, size and time."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
 @dataclass
 class Cache:
     """A folder of items, media and text apart."""
 
     folder: Path
     _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _probes: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        memo = self.folder / "hashes.json"
+        self._hashes, self._probes = (self._memo(name) for name in ("hashes", "probes"))
+
+    def _memo(self, name: str) -> dict[str, Any]:
         try:
-            self._hashes = json.loads(memo.read_text("utf-8"))
+            found = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
         except (OSError, ValueError):
-            self._hashes = {}  # only a memo: content is hashed again
+            found = None  # only a memo: files are looked at again
+        return found if isinstance(found, dict) else {}
 
     def path(self, kind: str, name: str) -> Path:
         """Where an item is or will be."""
@@ -111,16 +123,34 @@ class Cache:
 
     def content(self, path: Path) -> str:
         """A hash of a file's content, remembered by its size and time."""
-        stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        key = _now(path)
         if key not in self._hashes:
             self._hashes[key] = sha256(path)
         return self._hashes[key]
 
+    def probe(self, path: Path) -> media.Probe:
+        """`media.probe`, remembered by size and time, so that going on with a run opens no video.
+
+        Raises:
+            ValueError: when the file cannot be used.
+        """
+        if not path.is_file():
+            return media.probe(path)
+        key = f"{media.READER}|{_now(path)}"
+        try:
+            known: dict[str, Any] = dict(self._probes[key])
+            known["fps"] = known["fps"] and Fraction(known["fps"])
+            return media.Probe(**known)
+        except (LookupError, TypeError, ValueError):
+            found = media.probe(path)
+        self._probes[key] = asdict(found) | {"fps": found.fps and str(found.fps)}
+        return found
+
     def remember(self) -> None:
-        """Writes the memo of content hashes."""
-        with atomic(self.folder / "hashes.json") as temporary:
-            temporary.write_text(json.dumps(self._hashes), "utf-8")
+        """Writes what is known of files: hashes of their content, and probes."""
+        for name, memo in (("hashes", self._hashes), ("probes", self._probes)):
+            with atomic(self.folder / f"{name}.json") as temporary:
+                temporary.write_text(json.dumps(memo), "utf-8")
 
     def encoder(self, family: Family, part: str) -> list[str]:
         """Identity of an encoder: the commit of a Hub checkpoint, else the content of its files."""

@@ -546,7 +546,12 @@ def _clip_problems(
 
 
 def plan(
-    data: config.Data, grid: Grid, fps: float, seed: int, progress: Callable[[int, int], None] | None = None
+    data: config.Data,
+    grid: Grid,
+    fps: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    probe: Callable[[Path], media.Probe] = media.probe,
 ) -> Plan:
     """Looks at every clip and decides what a run sees; decodes only the first frame and the end of each file.
 
@@ -556,12 +561,13 @@ def plan(
         fps: the family's rate.
         seed: decides which clips are held out.
         progress: called with (done, total) while files are probed.
+        probe: looks at a file; a cache remembers what it found.
     """
     fps = float(data.fps or fps)
     found = [_find(source, i) for i, source in enumerate(data.sources)]
     problems = [p for f in found for p in f.problems]
     clips = [c for f in found for c in f.clips]
-    probes, failed = _probe_all(clips, progress)
+    probes, failed = _probe_all(clips, progress, probe)
     problems += failed
     buckets = sizes(data, grid)
     windows: dict[int, list[Window]] = {}
@@ -598,7 +604,9 @@ def plan(
 
 
 def _probe_all(
-    clips: Sequence[Clip], progress: Callable[[int, int], None] | None
+    clips: Sequence[Clip],
+    progress: Callable[[int, int], None] | None,
+    probe: Callable[[Path], media.Probe],
 ) -> tuple[dict[Path, media.Probe], list[Problem]]:
     """Probes every file once, in threads."""
     first = {c.path: c for c in reversed(clips)}
@@ -607,7 +615,7 @@ def _probe_all(
 
     def look(path: Path) -> media.Probe | media.MediaError:
         try:
-            return media.probe(path)
+            return probe(path)
         except media.MediaError as error:
             return error
 

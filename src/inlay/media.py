@@ -2,7 +2,8 @@
 
 Pixels are uint8 (t, h, w, 3) RGB at rest. Frames are chosen by time and never by index, because containers
 round stamps to milliseconds, start late and change rate. Frames are scaled one by one while they are decoded,
-so a window at source size is never held in memory.
+so a window at source size is never held in memory. FFmpeg (25 MB) is loaded when a video is first touched:
+training from a full cache never does.
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
-import av.error
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from inlay.files import atomic
@@ -285,6 +282,8 @@ def _too_short(there: int, wanted: np.ndarray) -> str:
 
 
 def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    from av.video.reformatter import VideoReformatter
+
     with _opened(path) as (_, stream):
         base, sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
     head = next(decode(path), None)
@@ -342,6 +341,10 @@ def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float) -> Iterator[An
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; FFmpeg's errors become ours."""
+    import av
+    import av.error
+    from av.stream import Disposition
+
     try:
         with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -370,11 +373,13 @@ def _no_index(path: Path) -> bool:
 
 def decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
     """Decoded frames in order of time, from the key frame at or before `pts`."""
+    from av import CodecContext
+
     with _opened(path) as (container, stream):
         decoder: Any = stream.codec_context
         if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
             # FFmpeg's own VP8 and VP9 decoders drop alpha without a word.
-            decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
+            decoder = CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
         unstamped = path.suffix.lower() in UNSTAMPED
         if pts is not None and not unstamped and path.suffix.lower() not in WHOLE:
             container.seek(pts, stream=stream)
@@ -399,8 +404,10 @@ def _has_alpha(frame: Any) -> bool:
     return any(c.is_alpha for c in frame.format.components)
 
 
-def _fit(path: Path, frame: Any, scaler: VideoReformatter, size: tuple[int, int], sar: float) -> np.ndarray:
+def _fit(path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float) -> np.ndarray:
     """Turns, scales to cover and crops one decoded frame: uint8 (h, w, 3)."""
+    from av.video.reformatter import Colorspace
+
     turns = round(frame.rotation / 90) % 4
     if _has_alpha(frame):
         pixels = frame.to_ndarray(format="rgba")
@@ -521,6 +528,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, 
     Raises:
         ValueError: when the frames cannot be an H.264 video.
     """
+    import av
+    from av.video.reformatter import Colorspace, VideoReformatter
+
     path = Path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"{path}: a video is uint8 (t, h, w, 3), got {frames.dtype} {frames.shape}")

@@ -396,6 +396,7 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     Raises:
         ValueError: when clips are bad and the recipe says to stop.
     """
+    store = cache.Cache(run.cache(config))
     with progress("look", 1, "clip", show=ctx.main) as advance:
         plan = data.plan(
             config.data,
@@ -403,9 +404,9 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
             family.fps,
             config.seed,
             progress=lambda n, of: advance(done=n, total=of),
+            probe=store.probe,
         )
     quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
-    store = cache.Cache(run.cache(config))
     windows = [*plan.train, *plan.held_out]
     names = store.media_names(family, windows)
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
