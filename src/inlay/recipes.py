@@ -48,6 +48,10 @@ sample:
   prompts:  # drawn during training; compared with the base by `inlay evaluate`
 {prompts}{sampling}"""
 
+PROMPTS = "  prompts:  # drawn during training; compared with the base by `inlay evaluate`\n"
+PICTURES = "  seed: 42  # without prompts and images, the first clips are drawn from their own\n"
+"""What stands for prompts where each needs an image."""
+
 
 def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> Path:
     """Writes a recipe.
@@ -111,7 +115,7 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
         steps=steps,
         epochs=round(steps / len(probes)),
         every=max(50, steps // 8),
-        prompts="".join(f"    - {_quoted(c)}\n" for c in captions),
+        prompts=PICTURES if model.images else PROMPTS + "".join(f"    - {_quoted(c)}\n" for c in captions),
         sampling="" if experts else f"  every: {max(100, steps // 4)}\n",
     )
     path.write_text(_aligned(text), "utf-8")
@@ -146,8 +150,8 @@ def _size(model: Family, probes: list[media.Probe]) -> tuple[int, int]:
         height, width = width, height
     if scale < 0.9:
         middle = sorted(p.height / p.width for p in probes)[len(probes) // 2]
-        return model.grid.snap_size(math.sqrt(typical * middle), math.sqrt(typical / middle))
-    return height, width
+        height, width = math.sqrt(typical * middle), math.sqrt(typical / middle)
+    return model.grid.snap_size(height, width)
 
 
 def _aspects(probes: list[media.Probe], size: tuple[int, int]) -> list[str]:
@@ -166,7 +170,7 @@ def _aspects(probes: list[media.Probe], size: tuple[int, int]) -> list[str]:
 def _frames(probes: list[media.Probe], model: Family) -> list[int]:
     """The family's length, and for shorter clips the longest that they fill, so that none is left out."""
     grid: Grid = model.grid
-    longest = max(model.defaults["data"]["frames"])
+    longest = grid.snap_frames(max(model.defaults["data"]["frames"]))
     fills = {min(longest, grid.snap_frames(media.available(p, model.fps))) for p in probes}
     ordered = sorted(n for n in fills if n)
     while len(ordered) > 4:  # the shortest and longest stay, the closest neighbours go
