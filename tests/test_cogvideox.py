@@ -24,12 +24,6 @@ SHAPES = {
     "i2v": (9, 32, 32),
     "1.5-i2v": (13, 32, 48),
 }
-    "5b": (9, 32, 64),
-    "2b": (9, 48, 32),
-    "1.5": (13, 32, 64),
-    "i2v": (9, 32, 32),
-    "1.5-i2v": (13, 32, 48),
-}
 """Frames, height and width; where positions are not learned, none that the table or grid was made for."""
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 image_variants = pytest.mark.parametrize("variant", ["i2v", "1.5-i2v"])

@@ -45,7 +45,6 @@ train:
   validate_every: {every}
 
 sample:
-  prompts:  # drawn during training; compared with the base by `inlay evaluate`
 {prompts}{sampling}"""
 
 PROMPTS = "  prompts:  # drawn during training; compared with the base by `inlay evaluate`\n"
