@@ -229,15 +229,18 @@ def two_experts(base: Path) -> None:
 
 
 BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
-    "image to video": (
-        lambda base: edit(base / "transformer/config.json", in_channels=36),
+    "a control checkpoint": (
+        lambda base: edit(base / "transformer/config.json", in_channels=48),
         {},
-        ["takes 36 channels for a 16-channel VAE", "image-to-video", "use its text-to-video sibling"],
+        ["takes 48 channels, not 16 for text-to-video or 36", "does not train"],
     ),
     "another family": (
         lambda base: edit(base / "transformer/config.json", _class_name="FluxTransformer2DModel"),
         {},
-        ["model.family: base is not a Wan text-to-video checkpoint", "FluxTransformer2DModel"],
+        [
+            "model.family: base is not a Wan text-to-video or image-to-video checkpoint",
+            "FluxTransformer2DModel",
+        ],
     ),
     "expert is missing": (
         two_experts,

@@ -195,9 +195,11 @@ def edited(source: Path, target: Path, file: str, change: Callable[[dict], None]
 
 
 def test_checkpoints_that_are_something_else_are_refused(tiny_wan: Path, tmp_path: Path) -> None:
-    i2v = edited(tiny_wan, tmp_path / "i2v", "transformer/config.json", lambda c: c.update(in_channels=36))
-    with pytest.raises(ValueError, match="takes 36 channels for a 16-channel VAE: an image-to-video"):
-        family(i2v)
+    control = edited(tiny_wan, tmp_path / "c", "transformer/config.json", lambda c: c.update(in_channels=48))
+    with pytest.raises(
+        ValueError, match="takes 48 channels, not 16 for text-to-video or 36 for image-to-vid"
+    ):
+        family(control)
     lone = edited(tiny_wan, tmp_path / "lone", "model_index.json", lambda c: c.update(boundary_ratio=0.875))
     with pytest.raises(ValueError, match=r"boundary_ratio 0\.875 but has no transformer_2"):
         family(lone)
@@ -207,7 +209,7 @@ def test_checkpoints_that_are_something_else_are_refused(tiny_wan: Path, tmp_pat
         "transformer/config.json",
         lambda c: c.update(_class_name="MochiTransformer3DModel"),
     )
-    with pytest.raises(ValueError, match="not a Wan text-to-video checkpoint"):
+    with pytest.raises(ValueError, match="not a Wan text-to-video or image-to-video checkpoint"):
         family(other)
     with pytest.raises(ValueError, match="not a diffusers folder"):
         family(tmp_path)

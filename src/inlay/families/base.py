@@ -215,8 +215,8 @@ class Family(ABC):
 
     # --- before the cache ---------------------------------------------------------------------------------
 
-    def load_media_encoder(self, device: torch.device) -> nn.Module:
-        """The VAE, in the precision it encodes with: float32."""
+    def load_media_encoder(self, device: torch.device) -> Any:
+        """What `encode_media` needs, in the precision it encodes with: the VAE in float32."""
         import torch
 
         return self.load("vae", torch.float32).to(device).eval().requires_grad_(False)
@@ -236,7 +236,7 @@ class Family(ABC):
         return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
     @abstractmethod
-    def encode_media(self, encoder: nn.Module, frames: np.ndarray) -> dict[str, Tensor]:
+    def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
         """uint8 (t, h, w, 3) -> all that is ever needed of a clip, float32, for the cache: see `draw`."""
 
     @abstractmethod
@@ -361,7 +361,10 @@ class Family(ABC):
         if prompts != len(given):
             return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(given)} with images"]
         wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(given, 1) if len(g) != len(self.images)]
-        return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"] if wrong else []
+        if wrong:
+            return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
+        absent = [file for each in given for file in each if not Path(file).is_file()]
+        return [f"no such file: {', '.join(dict.fromkeys(absent))}"] if absent else []
 
 
 TWIN = "twin:"

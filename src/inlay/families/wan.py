@@ -1,9 +1,13 @@
-"""Wan 2.1 and 2.2 text-to-video (Wan Team, 2025): https://arxiv.org/abs/2503.20314.
+"""Wan 2.1 and 2.2 (Wan Team, 2025): https://arxiv.org/abs/2503.20314.
 
-Covers Wan 2.1 T2V 1.3B and 14B, both experts of Wan 2.2 T2V-A14B, and Wan 2.2 TI2V-5B in text-to-video mode.
+From text: Wan 2.1 T2V, both experts of Wan 2.2 T2V-A14B, TI2V-5B. From text and a first image: Wan 2.1 I2V,
+both experts of 2.2 I2V-A14B, TI2V-5B with `task: i2v`. From text, a first and a last image: Wan 2.1 FLF2V.
+
 What surprises: the VAE has no scaling factor but a mean and a deviation per channel; text is 512 tokens, zero
 (not encoded padding) past its end; the model's clock is 1000 t as float, never rounded; and the VAE silently
-truncates lengths other than 4n+1.
+truncates lengths other than 4n+1. Images are shown in one of two ways. Most networks take, as more channels,
+a mask and an encoded video that is grey but for the images; those of 2.1 also what CLIP sees in them. TI2V-5B
+takes the image as its first latent frame, at time 0, and has nothing to learn there.
 """
 
 from __future__ import annotations
@@ -11,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from inlay import config as recipe
@@ -24,9 +29,14 @@ from inlay.objectives import FlowMatching
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
 """Noise-level shift by size (Wan's advice), and the area in pixels that divides the two."""
 
+EXPERTS: Mapping[str, Any] = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+IMAGE: Mapping[str, Any] = {"in_channels": 36}
+CLIP: Mapping[str, Any] = {**IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
+"""What checkpoints with two experts or with images have in `model_index.json` and in their transformers."""
+
 
 def _published(
-    heads: int, layers: int, ffn: int, channels: int = 16, **index: Any
+    heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
 ) -> dict[str, dict[str, Any]]:
     """Configuration of a published checkpoint, so that `check` and its estimates need no download."""
     transformer = {
@@ -42,11 +52,17 @@ def _published(
         "num_layers": layers,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
+        **image,
     }
     vae = {"_class_name": "AutoencoderKLWan", "z_dim": channels, "scale_factor_temporal": 4}
     vae["scale_factor_spatial"] = 8 if channels == 16 else 16
-    second = {"transformer_2": transformer} if "transformer_2" in index else {}
-    return {"": {"_class_name": "WanPipeline", **index}, "transformer": transformer, "vae": vae, **second}
+    kind = "WanImageToVideoPipeline" if image else "WanPipeline"
+    parts = {"": {"_class_name": kind, **index}, "transformer": transformer, "vae": vae}
+    if "transformer_2" in index:
+        parts["transformer_2"] = transformer
+    if "image_dim" in image:
+        parts["image_encoder"] = {"hidden_size": 1280, "image_size": 224, "patch_size": 14}
+    return parts
 
 
 class Wan(Family):
@@ -60,10 +76,16 @@ class Wan(Family):
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _published(12, 30, 8960),
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": _published(40, 40, 13824),
-        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _published(
-            40, 40, 13824, boundary_ratio=0.875, transformer_2=["diffusers", "WanTransformer3DModel"]
-        ),
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _published(40, 40, 13824, boundary_ratio=0.875, **EXPERTS),
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _published(24, 30, 14336, 48, expand_timesteps=True),
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _published(40, 40, 13824, image=CLIP),
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _published(40, 40, 13824, image=CLIP),
+        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _published(
+            40, 40, 13824, image={**CLIP, "pos_embed_seq_len": 514}
+        ),
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _published(
+            40, 40, 13824, image=IMAGE, boundary_ratio=0.9, **EXPERTS
+        ),
     }
     original_names: ClassVar[Sequence[tuple[str, str]]] = (
         ("self_attn.q", "attn1.to_q"),
@@ -101,33 +123,48 @@ class Wan(Family):
         self.two_experts = (index.get("transformer_2") or [None])[0] is not None
         self.component = "transformer_2" if model.expert == "low" else "transformer"
         self.transformer = self.read_config(self.component)
+        self.clip = self.read_config("image_encoder") if (self.transformer or {}).get("image_dim") else None
         self._refuse_unsupported()
         assert self.vae and self.transformer
         # Early diffusers releases wrote no scale factors; the class's own defaults are 8 and 4.
         self.stride = (self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8))
+        if self.transformer["in_channels"] != self.vae["z_dim"] or model.task == "i2v":
+            self.images = ("first", "last") if self.transformer.get("pos_embed_seq_len") else ("first",)
         patch = self.transformer["patch_size"]
-        self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0])
+        shortest = 1 + self.stride[0] if self.images else 1  # where an image is shown, more is to follow
+        self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
     def _refuse_unsupported(self) -> None:
-        name, t = self.model.checkpoint, self.transformer
+        name, t, vae, task = self.model.checkpoint, self.transformer, self.vae, self.model.task
         if not self.two_experts and self.model.expert is not None:
             raise ValueError(f"model.expert: {name} has one network; leave `expert` out")
-        if self.vae is None or t is None:
+        if vae is None or t is None:
             raise ValueError(
                 f"model.checkpoint: {name} has no `vae` or no `{self.component}` with a config.json"
             )
-        kinds = (self.vae.get("_class_name"), t.get("_class_name"))
+        kinds = (vae.get("_class_name"), t.get("_class_name"))
         if kinds != ("AutoencoderKLWan", "WanTransformer3DModel"):
             raise ValueError(
-                f"model.family: {name} is not a Wan text-to-video checkpoint, "
+                f"model.family: {name} is not a Wan text-to-video or image-to-video checkpoint, "
                 f"it holds {kinds[1]} and {kinds[0]}"
             )
-        if t["in_channels"] != self.vae["z_dim"]:
+        takes, z = t["in_channels"], vae["z_dim"]
+        shown = 2 * z + vae.get("scale_factor_temporal", 4)
+        if takes != z and (takes != shown or self.expand_timesteps):
             raise ValueError(
-                f"model.checkpoint: {name} takes {t['in_channels']} channels for a "
-                f"{self.vae['z_dim']}-channel VAE: an image-to-video or control checkpoint, which this "
-                "family does not train; use its text-to-video sibling"
+                f"model.checkpoint: {name} takes {takes} channels, not {z} for text-to-video or {shown} for "
+                "image-to-video: a control or inpainting checkpoint, which this family does not train"
+            )
+        made_for = "t2v" if takes == z else "i2v"
+        if task not in (None, made_for) and not self.expand_timesteps:
+            raise ValueError(
+                f"model.task: {name} was made for {made_for}, not for {task}; leave `task` out, or choose a "
+                f"checkpoint for {task}"
+            )
+        if t.get("image_dim") and self.clip is None:
+            raise ValueError(
+                f"model.checkpoint: {name} has no `image_encoder` with a config.json, which its network needs"
             )
         if self.two_experts and self.boundary is None:
             raise ValueError(
@@ -153,55 +190,87 @@ class Wan(Family):
         return found
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`latents` (z, 1 + (frames - 1) / 4, height / 8, width / 8), strides as the VAE's configuration."""
-        assert self.vae
-        t, s = self.stride
-        return {"latents": (self.vae["z_dim"], 1 + (frames - 1) // t, height // s, width // s)}
+        """`latents` (z, 1 + (frames - 1) / 4, height / 8, width / 8), and of images, see `encode_media`."""
+        z, t, h, w = self._latent(frames, height, width)
+        if not self.images:
+            return {"latents": (z, t, h, w)}
+        if self.expand_timesteps:
+            return {"latents": (z, t - 1, h, w), "first": (z, 1, h, w)}
+        found: dict[str, tuple[int, ...]] = {"latents": (z, t, h, w), "image_latents": (z, t, h, w)}
+        if self.clip:
+            patches = (self.clip["image_size"] // self.clip["patch_size"]) ** 2
+            found["image_embeds"] = (len(self.images), 1 + patches, self.clip["hidden_size"])
+        return found
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Video tokens; text is attended to apart."""
+        """Video tokens; text and what CLIP sees are attended to apart."""
         assert self.transformer
-        _, *latent = self.shapes(frames, height, width)["latents"]
+        _, *latent = self._latent(frames, height, width)
         return int(np.prod([n // p for n, p in zip(latent, self.transformer["patch_size"], strict=True)]))
+
+    def _latent(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        assert self.vae
+        t, s = self.stride
+        return self.vae["z_dim"], 1 + (frames - 1) // t, height // s, width // s
 
     # --- before the cache ---------------------------------------------------------------------------------
 
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
-        "media": ("vae",),
+        "media": ("vae", "image_encoder", "image_processor"),
         "text": ("tokenizer", "text_encoder"),
     }
+    text_encoder: ClassVar[str] = "UMT5EncoderModel"
 
-    def load_media_encoder(self, device: torch.device) -> nn.Module:
-        """The VAE in float32."""
-        from diffusers import AutoencoderKLWan
-
-        return self._load(AutoencoderKLWan, "vae", torch.float32).to(device).eval().requires_grad_(False)
-
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
-        """The tokenizer and the umT5 encoder."""
-        from transformers import AutoTokenizer, UMT5EncoderModel
+    def load_media_encoder(self, device: torch.device) -> tuple[Any, Any, Any]:
+        """The VAE, and where the network is shown what CLIP sees, CLIP and its processor; in float32."""
+        vae = super().load_media_encoder(device)
+        if not self.clip:
+            return vae, None, None
+        from transformers import CLIPImageProcessor, CLIPVisionModel
 
         options: dict[str, Any] = {"revision": self.model.revision}
-        with self.loading("tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer", **options)
-        with self.loading("text_encoder"):
-            encoder: Any = UMT5EncoderModel.from_pretrained(
-                self.source, subfolder="text_encoder", dtype=dtype, **options
+        with self.loading("image_processor"):
+            processor = CLIPImageProcessor.from_pretrained(
+                self.source, subfolder="image_processor", **options
             )
-        return tokenizer, encoder.to(device).eval().requires_grad_(False)
+        with self.loading("image_encoder"):
+            options |= {"subfolder": "image_encoder", "dtype": torch.float32}
+            clip: Any = CLIPVisionModel.from_pretrained(self.source, **options)
+        return vae, clip.to(device).eval().requires_grad_(False), processor
 
     @torch.no_grad()
-    def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 3) -> `latents` (c, t', h', w'): the mode, (z - mean) / std per channel."""
+    def encode_media(self, encoder: tuple[Any, Any, Any], frames: np.ndarray) -> dict[str, Tensor]:
+        """uint8 (t, h, w, 3) -> `latents` (z, t', h', w'): the mode, (z - mean) / std per channel.
+
+        And of the images: `first` (z, 1, h', w'), the first latent frame, which `latents` then lacks; or
+        `image_latents`, of a video that is zero (grey) but for them, and `image_embeds` (1 or 2, 257, 1280).
+        """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
-        parameter = next(encoder.parameters())
-        x = torch.from_numpy(np.ascontiguousarray(frames)).to(parameter.device).permute(3, 0, 1, 2)[None]
-        z = encoder.encode(x.to(parameter.dtype) / 127.5 - 1).latent_dist.mode()[0].float()
+        vae, clip, processor = encoder
+        like = next(vae.parameters())
         mean, std = (
-            torch.tensor(encoder.config[k], device=z.device).view(-1, 1, 1, 1)
+            torch.tensor(vae.config[k], device=like.device).view(-1, 1, 1, 1)
             for k in ("latents_mean", "latents_std")
         )
-        return {"latents": (z - mean) / std}
+
+        def latents(video: Tensor) -> Tensor:
+            return (vae.encode(video[None]).latent_dist.mode()[0].float() - mean) * (1 / std)
+
+        video = torch.from_numpy(np.ascontiguousarray(frames)).to(like).permute(3, 0, 1, 2) / 127.5 - 1
+        z = latents(video)
+        if not self.images:
+            return {"latents": z}
+        if self.expand_timesteps:
+            return {"latents": z[:, 1:], "first": z[:, :1]}
+        at = [0, -1][: len(self.images)]
+        shown = torch.zeros_like(video)
+        shown[:, at] = video[:, at]
+        item = {"latents": z, "image_latents": latents(shown)}
+        if clip:
+            pixels = processor(images=[Image.fromarray(frames[i]) for i in at], return_tensors="pt")
+            seen = clip(pixels.pixel_values.to(like.device), output_hidden_states=True)
+            item["image_embeds"] = seen.hidden_states[-2]
+        return item
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -223,21 +292,6 @@ class Wan(Family):
         return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
 
     # --- after the cache ----------------------------------------------------------------------------------
-
-    def load_denoiser(
-        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
-    ) -> nn.Module:
-        """The transformer, or the expert that the recipe names; norms and time embedding stay float32."""
-        from diffusers import WanTransformer3DModel
-
-        if meta:
-            with torch.device("meta"):
-                assert self.transformer
-                return cast(nn.Module, WanTransformer3DModel.from_config(self.transformer))
-        if folder is not None:
-            with self.loading("", folder):
-                return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
-        return self._load(WanTransformer3DModel, self.component, dtype)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Flow matching; shift 3 at 480p and 5 at 720p; an expert sees its own side of the boundary."""
@@ -262,72 +316,46 @@ class Wan(Family):
         return {"text": torch.stack(padded)}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token."""
+        """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token, 0 for an image's."""
         dtype = denoiser.patch_embedding.weight.dtype
-        timestep = t.float() * 1000
+        timestep, x, given = t.float() * 1000, x_t.to(dtype), 0
         if self.expand_timesteps:
-            tokens = np.prod([n // p for n, p in zip(x_t.shape[2:], denoiser.config.patch_size, strict=True)])
-            timestep = timestep[:, None].expand(-1, int(tokens))
-        return denoiser(x_t.to(dtype), timestep, cond["text"].to(dtype), return_dict=False)[0]
+            if self.images:
+                given = 1
+                x = torch.cat([cond["first"].to(dtype), x], dim=2)
+            _, h, w = (n // p for n, p in zip(x.shape[2:], denoiser.config.patch_size, strict=True))
+            frames = nn.functional.pad(timestep[:, None].expand(-1, x_t.shape[2]), (given, 0))
+            timestep = frames.repeat_interleave(h * w, dim=1)
+        elif self.images:
+            mask = torch.zeros_like(x[:, : self.stride[0]])  # of the frames in each latent frame, those given
+            mask[:, :, 0] = 1
+            if "last" in self.images:
+                mask[:, -1, -1] = 1
+            x = torch.cat([x, mask, cond["image_latents"].to(dtype)], dim=1)
+        seen = cond["image_embeds"].flatten(0, 1).to(dtype) if self.clip else None
+        return denoiser(x, timestep, cond["text"].to(dtype), seen, return_dict=False)[0][:, :, given:]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The stock WanPipeline without its text encoder: `sample` brings encoded text. VAE in float32."""
-        from diffusers import WanPipeline
+        """The stock pipeline without its text encoder: `sample` brings encoded text. VAE, CLIP in float32."""
+        import diffusers
 
-        parts: dict[str, Any] = {
-            "text_encoder": None,
-            "tokenizer": None,
-            "vae": self.load_media_encoder(device),
-        }
+        kind = diffusers.WanImageToVideoPipeline if self.images else diffusers.WanPipeline
+        vae, clip, processor = self.load_media_encoder(device)
+        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae}
+        if clip:
+            parts |= {"image_encoder": clip, "image_processor": processor}
         parts[self.component] = denoiser if denoiser is not None else self.load_denoiser(dtype)
         with self.loading("model_index.json"):
-            pipe = WanPipeline.from_pretrained(
-                self.source, revision=self.model.revision, torch_dtype=dtype, **parts
-            )
+            pipe = kind.from_pretrained(self.source, revision=self.model.revision, torch_dtype=dtype, **parts)
         return pipe.to(device)
-
-    def sample(
-        self,
-        pipeline: Any,
-        text: Mapping[str, Tensor],
-        negative: Mapping[str, Tensor],
-        *,
-        size: tuple[int, int],
-        frames: int,
-        steps: int,
-        guidance: float,
-        generator: torch.Generator,
-        images: Sequence[np.ndarray] = (),
-    ) -> np.ndarray:
-        """Runs the stock pipeline on encoded text -> uint8 (t, h, w, 3)."""
-        cond, uncond = (
-            self.collate([item])["text"].to(pipeline._execution_device) for item in (text, negative)
-        )
-        video = pipeline(
-            prompt_embeds=cond,
-            negative_prompt_embeds=uncond,
-            height=size[0],
-            width=size[1],
-            num_frames=frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generator,
-            output_type="np",
-        ).frames[0]
-        return (video * 255).round().clip(0, 255).astype(np.uint8)
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Loads an adapter into the network that it was trained on."""
+        # Where a network has `add_k_proj` and an adapter has not, diffusers loads zeros, but of a DoRA no
+        # magnitudes: let peft make those first.
         pipeline.load_lora_weights(
-            str(folder), adapter_name="inlay", load_into_transformer_2=self.model.expert == "low"
+            str(folder),
+            adapter_name="inlay",
+            load_into_transformer_2=self.model.expert == "low",
+            low_cpu_mem_usage=self.clip is None,
         )
-
-    def _load(self, kind: Any, component: str, dtype: torch.dtype) -> Any:
-        with self.loading(component):
-            network = kind.from_pretrained(
-                self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype
-            )
-            missing = [n for n, p in network.named_parameters() if p.is_meta]
-            if missing:
-                raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
-        return network
