@@ -27,6 +27,14 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image that a video is made from: where it is from, and uint8 (h, w, 3)."""
+
+    name: str
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
 class Prompts:
     """Prompts, encoded, with the settings they are drawn with."""
 
@@ -35,8 +43,8 @@ class Prompts:
     negative: Mapping[str, Tensor]
     sample: recipe.Sample
     fps: float
-    images: Sequence[Sequence[np.ndarray]] = ()
-    """Of each prompt the images uint8 (h, w, 3) that the family wants; empty where it wants none."""
+    images: Sequence[Sequence[Picture]] = ()
+    """Of each prompt the images that the family wants; empty where it wants none."""
 
 
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
@@ -150,8 +158,8 @@ Images = Sequence[str] | Window
 """Image files, or the window whose own frames are taken."""
 
 
-def read_images(family: families.Family, source: Images, shape: tuple[int, int, int]) -> list[np.ndarray]:
-    """The images of a prompt, uint8 (h, w, 3), scaled and cropped to frames, height and width.
+def read_images(family: families.Family, source: Images, shape: tuple[int, int, int]) -> list[Picture]:
+    """The images of a prompt, scaled and cropped to frames, height and width.
 
     Raises:
         ValueError: naming the file that cannot be read.
@@ -160,11 +168,12 @@ def read_images(family: families.Family, source: Images, shape: tuple[int, int, 
         if not family.images:
             return []
         frames = replace(source, frames=min(shape[0], source.frames), size=shape[1:]).read()
-        return [frames[{"first": 0, "last": -1}[name]] for name in family.images]
+        place = {"first": 0, "last": -1}
+        return [Picture(f"{name} frame of {source.clip.name}", frames[place[name]]) for name in family.images]
     for path in source:
         if media.kind(Path(path)) != "image" or not Path(path).is_file():
             raise ValueError(f"{path}: not an image; name a file such as start.png")
-    return [media.read(Path(path), 0.0, 1, 1.0, shape[1:])[0] for path in source]
+    return [Picture(path, media.read(Path(path), 0.0, 1, 1.0, shape[1:])[0]) for path in source]
 
 
 def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
@@ -253,6 +262,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     with progress("draw", len(prompts.texts) * count, "video", show=show) as advance:
         for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
+            images = prompts.images[i] if prompts.images else ()
             for j in range(count):
                 frames = family.sample(
                     pipeline,
@@ -263,7 +273,7 @@ def draw(
                     steps=sample.steps,
                     guidance=sample.guidance,
                     generator=torch.Generator().manual_seed(sample.seed + j),
-                    images=prompts.images[i] if prompts.images else (),
+                    images=[each.pixels for each in images],
                 )
                 path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
                 media.write_video(path, frames, prompts.fps)
@@ -273,6 +283,8 @@ def draw(
                     if k not in ("prompts", "images", "every", "seed")
                 }
                 values = {"prompt": text, "seed": sample.seed + j, **settings, "fps": prompts.fps, **about}
+                if images:
+                    values["images"] = [each.name for each in images]
                 values |= {"versions": runtime.environment()["packages"]}
                 path.with_suffix(".json").write_text(
                     json.dumps(values, indent=2, ensure_ascii=False), "utf-8"

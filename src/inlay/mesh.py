@@ -264,7 +264,7 @@ def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
     try:
         scene: Any = trimesh.load(path, force="scene", process=False)
         out = {}
-        for node in scene.graph.nodes_geometry:
+        for node in sorted(scene.graph.nodes_geometry):
             transform, geometry = scene.graph[node]
             mesh = scene.geometry[geometry]
             if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):

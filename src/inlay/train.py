@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -455,7 +454,7 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     if not train:
         raise ValueError("no clip is left to train on: " + "; ".join(failed.values()))
     name_of = dict(zip(windows, names, strict=True))
-    images: list[list[np.ndarray]] = []
+    images: list[list[generate.Picture]] = []
     if family.images and sample.size and sample.frames:
         first = {w.caption: w for w in reversed([*train, *held_out])}
         texts = sample.prompts or [t for t in texts if t in first]

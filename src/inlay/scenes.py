@@ -1,0 +1,355 @@
+"""Scenes on disk: an image, a segmentation and the surface of each object in it; and how meshes become them.
+
+Three layouts: a folder per scene with `scene_rgb.png`, `seg.png` and `surface_ID.npy` for each object; the
+same with one `surface.npy`, a scene of one object; and 3D-FRONT as MIDI's authors processed it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from inlay import mesh
+from inlay.files import atomic
+
+IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
+"""Names of the picture of the whole scene, the first that is there; `rgb` is the object alone, on white."""
+
+SMALL = 0.001
+"""Objects that fill less than this share of the picture are left out."""
+
+MOST = 7
+"""Objects of a scene that are learned at once."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about one scene that a person should know; an error keeps it from training."""
+
+    severity: Literal["error", "warning"]
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene on disk: which files it is made of."""
+
+    name: str
+    image: Path
+    segmentation: Path
+    surfaces: dict[int, Path]
+    """By number in the segmentation; 0 stands for all that is not background."""
+    view: str = ""
+
+    def read(self) -> Sample:
+        """Reads everything.
+
+        Raises:
+            ValueError: naming the file and what is wrong with it.
+        """
+        picture, ids = read_image(self.image), mesh.read_ids(self.segmentation)
+        if picture.shape[:2] != ids.shape:
+            raise ValueError(
+                f"{self.segmentation}: is {_size(ids)}, but {self.image.name} is {_size(picture)}"
+            )
+        numbers = [n for n in np.unique(ids).tolist() if n > 0]
+        wanted = self.surfaces
+        if list(wanted) == [0]:
+            if len(numbers) != 1:
+                raise ValueError(
+                    f"{self.segmentation}: shows {len(numbers)} objects for one surface.npy; name the "
+                    "surfaces surface_ID.npy after their numbers in it"
+                )
+            wanted = {numbers[0]: wanted[0]}
+        absent = sorted(set(wanted) - set(numbers))
+        if absent:
+            raise ValueError(
+                f"{self.segmentation}: does not show object {absent[0]}, whose surface is there; it shows "
+                f"{', '.join(map(str, numbers)) or 'none'}"
+            )
+        notes, objects = [], []
+        for number, path in sorted(wanted.items()):
+            mask = ids == number
+            if mask.mean() <= SMALL:
+                notes.append(f"object {number} fills {mask.mean():.2%} of the picture and is left out")
+                continue
+            for surface in mesh.read_surface(path):
+                objects.append(Object(number, mask, surface.points))
+                notes += [f"{path.name}: {note}" for note in surface.notes]
+        if not objects:
+            raise ValueError(f"{self.segmentation}: no object of {self.name} fills enough of the picture")
+        spare = sorted(set(numbers) - set(wanted))
+        if spare:
+            notes.append(f"objects {', '.join(map(str, spare))} of the segmentation have no surface")
+        notes += _frame_notes(objects)
+        return Sample(self.name, picture, objects, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object of a scene."""
+
+    number: int
+    mask: np.ndarray
+    """bool (h, w)."""
+    surface: np.ndarray
+    """float32 (n, 6), in the scene's frame."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A scene, read."""
+
+    name: str
+    image: np.ndarray
+    """uint8 (h, w, 3)."""
+    objects: list[Object]
+    notes: tuple[str, ...] = ()
+
+    def alone(self, index: int) -> np.ndarray:
+        """The picture of one object: uint8 (h, w, 3), its own pixels, the rest white, not cropped."""
+        return np.where(self.objects[index].mask[..., None], self.image, np.uint8(255))
+
+
+def _frame_notes(objects: Sequence[Object]) -> list[str]:
+    """Signs that objects were normalised each for itself, not the scene as a whole."""
+    if len(objects) < 2:
+        return []
+    sizes = [float(np.ptp(o.surface[:, :3], axis=0).max()) for o in objects]
+    if min(sizes) > 1.7:
+        why = "one transform must serve the whole scene, or the model cannot learn where things stand"
+        return [f"every object spans the whole box: {why}"]
+    return []
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A picture over white: uint8 (h, w, 3).
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What a folder holds."""
+
+    layout: Literal["folders", "3d-front"]
+    scenes: list[Scene] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def find(root: Path) -> Found:
+    """Finds the scenes of a folder, in order of their names; what is wrong with one is a finding.
+
+    Raises:
+        ValueError: when the folder holds none.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    found = _front(root) if (root / "midi_room_ids.json").is_file() else _folders(root)
+    if not found.scenes and not found.findings:
+        raise ValueError(
+            f"{root}: holds no scenes; a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy of "
+            "each object"
+        )
+    return found
+
+
+def _folders(root: Path) -> Found:
+    found = Found("folders")
+    places = [p for p in (root, *sorted(root.rglob("*"))) if p.is_dir() and not p.name.startswith(".")]
+    for place in places:
+        surfaces = sorted([*place.glob("surface*.npy"), *place.glob("surface*.npz")])
+        marks = [n for n in (*IMAGES, "seg.png") if (place / n).is_file()]
+        if not surfaces and "seg.png" not in marks:
+            continue
+        name = place.relative_to(root).as_posix() if place != root else root.name
+        image = next((place / n for n in IMAGES if (place / n).is_file()), None)
+        numbered = {int(m[1]): p for p in surfaces if (m := re.fullmatch(r"surface_(\d+)\.np[yz]", p.name))}
+        plain = [p for p in surfaces if p.stem == "surface"]
+        odd = [p.name for p in surfaces if p not in numbered.values() and p not in plain]
+        wrong = [
+            *([] if image else ["has no scene_rgb.png"]),
+            *([] if (place / "seg.png").is_file() else ["has no seg.png"]),
+            *([] if surfaces else ["has no surface.npy"]),
+            *([f"{odd[0]} is named neither surface.npy nor surface_ID.npy"] if odd else []),
+            *(["has both surface.npy and surface_ID.npy"] if numbered and plain else []),
+        ]
+        found.findings += [Finding("error", name, message) for message in wrong]
+        if not wrong and image:
+            found.scenes.append(Scene(name, image, place / "seg.png", numbered or {0: plain[0]}))
+    return found
+
+
+def _front(root: Path) -> Found:
+    """MIDI's own layout: rooms, the furniture of each, rendered views."""
+    found = Found("3d-front")
+    try:
+        rooms, furniture = (
+            json.loads((root / f"midi_{n}_ids.json").read_text("utf-8")) for n in ("room", "furniture")
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{root}: its midi_room_ids.json and midi_furniture_ids.json: {error}") from None
+    if len(rooms) != len(furniture):
+        raise ValueError(f"{root}: {len(rooms)} rooms, but furniture of {len(furniture)}")
+    for room, names in zip(rooms, furniture, strict=True):
+        views = sorted((root / "3D-FRONT-RENDER" / room).glob("semantic_*.png"))
+        surfaces = {i: root / "3D-FRONT-SURFACE" / room / f"{n}.npy" for i, n in enumerate(names, 1)}
+        gone = [p.name for p in surfaces.values() if not p.is_file()]
+        if gone or not views:
+            found.findings.append(Finding("error", room, f"has no {gone[0] if gone else 'views'}"))
+            continue
+        for view in views:
+            label = view.stem.removeprefix("semantic_")
+            image = next(
+                (p for s in ("render", "rerender") if (p := view.with_name(f"{s}_{label}.webp")).is_file()),
+                None,
+            )
+            if image is None:
+                found.findings.append(Finding("error", f"{room}/{label}", "has no render"))
+                continue
+            found.scenes.append(Scene(room, image, view, surfaces, label))
+    return found
+
+
+# --- from meshes --------------------------------------------------------------------------------------------
+
+
+def views(count: int, seed: int) -> Iterator[mesh.View]:
+    """Cameras as MIDI was trained with: all round, 0 to 30 degrees up."""
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        yield mesh.View(
+            azimuth=(360 * i / count + random.uniform(0, 360 / count)) % 360, elevation=random.uniform(0, 30)
+        )
+
+
+def prepare(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    count: int = 4,
+    size: int = 512,
+    points: int = mesh.POINTS,
+    seed: int = 0,
+) -> list[Finding]:
+    """Turns files of meshes into training scenes: one transform each, surfaces, pictures, segmentations.
+
+    Args:
+        sources: files with a mesh per object.
+        out: gets a folder per source and view.
+        count: views of each.
+        size: of the square pictures.
+        points: of each surface.
+        seed: of cameras and points.
+
+    Returns:
+        What should be known: files that cannot be read, objects that are not watertight or not seen.
+    """
+    findings = []
+    for source in sources:
+        try:
+            parts = mesh.read_scene(source)
+        except ValueError as error:
+            findings.append(Finding("error", source.name, str(error)))
+            continue
+        bounds = np.stack([m.bounds for m in parts.values()])
+        transform = mesh.normalising(np.stack([bounds[:, 0].min(0), bounds[:, 1].max(0)]))
+        moved = [m.apply_transform(transform) for m in parts.values()]
+        for name, one in zip(parts, moved, strict=True):
+            if not one.is_watertight:
+                findings.append(
+                    Finding(
+                        "warning", source.name, f"`{name}` is not watertight: its normals may point anywhere"
+                    )
+                )
+        surfaces = [mesh.sample_surface(m, points, seed + i) for i, m in enumerate(moved)]
+        for i, view in enumerate(views(count, seed)):
+            image, ids = mesh.render(moved, view, size)
+            seen = [n for n in range(1, len(moved) + 1) if (ids == n).mean() > SMALL]
+            hidden = [list(parts)[n - 1] for n in range(1, len(moved) + 1) if n not in seen]
+            if hidden:
+                findings.append(
+                    Finding("warning", f"{source.stem}_{i:02d}", f"`{hidden[0]}` is hidden in this view")
+                )
+            _write(out / f"{source.stem}_{i:02d}", image, ids, {n: surfaces[n - 1] for n in seen})
+    return findings
+
+
+def _write(folder: Path, image: np.ndarray, ids: np.ndarray, surfaces: dict[int, np.ndarray]) -> None:
+    with atomic(folder) as part:
+        part.mkdir(parents=True)
+        Image.fromarray(image).save(part / "scene_rgb.png")
+        Image.fromarray(ids).save(part / "seg.png")
+        for number, points in surfaces.items():
+            np.save(part / f"surface_{number}.npy", points)
+
+
+# --- looking ------------------------------------------------------------------------------------------------
+
+
+def sheet(samples: Sequence[Sample], path: Path, *, cell: int = 256) -> None:
+    """A picture of scenes: image, objects over it, and their surfaces; one row each. Atomic PNG."""
+    rows = []
+    for sample in samples:
+        overlay = sample.image.astype(np.float32)
+        for i, one in enumerate(sample.objects):
+            color = np.array(mesh.PALETTE[i % len(mesh.PALETTE)], np.float32)
+            overlay[one.mask] = 0.45 * overlay[one.mask] + 0.55 * color
+        tiles = [sample.image, overlay.astype(np.uint8), _cloud(sample, cell, 30), _cloud(sample, cell, 120)]
+        rows.append(np.concatenate([_tile(t, cell) for t in tiles], 1))
+    with atomic(path) as part:
+        Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
+
+
+def _tile(image: np.ndarray, cell: int) -> np.ndarray:
+    """Fits a picture into a white square."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((cell, cell))
+    out = Image.new("RGB", (cell, cell), "white")
+    out.paste(picture, ((cell - picture.width) // 2, (cell - picture.height) // 2))
+    return np.asarray(out)
+
+
+def _cloud(sample: Sample, size: int, azimuth: float) -> np.ndarray:
+    """Surface points from one side, each in its object's colour, shaded by its normal."""
+    a, e = np.radians([azimuth, 20.0])
+    toward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+    right = np.cross([0.0, 1.0, 0.0], toward)
+    right /= np.linalg.norm(right)
+    up = np.cross(toward, right)
+    out = np.full((size, size, 3), 255, np.uint8)
+    points = np.concatenate([o.surface for o in sample.objects])
+    owner = np.repeat(np.arange(len(sample.objects)), [len(o.surface) for o in sample.objects])
+    order = np.argsort(points[:, :3] @ toward)  # nearer ones over farther ones
+    points, owner = points[order], owner[order]
+    x = ((points[:, :3] @ right) / 3.2 + 0.5) * size
+    y = (0.5 - (points[:, :3] @ up) / 3.2) * size
+    shade = 0.45 + 0.55 * (points[:, 3:] @ toward).clip(0)
+    colors = np.array(mesh.PALETTE, np.float64)[owner % len(mesh.PALETTE)] * shade[:, None]
+    inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+    out[y[inside].astype(int), x[inside].astype(int)] = colors[inside]
+    return out
