@@ -95,13 +95,12 @@ def main() -> None:
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the pipeline in --out, write its REPORT.json"
     )
-    parser.add_argument("--adapters", default="lora,dora", help="what --evaluate teaches the subject with")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.evaluate:
         from .wan_report import evaluate
 
-        report = evaluate(args.out, [name for name in args.adapters.split(",") if name])
+        report = evaluate(args.out)
         (args.out / "REPORT.json").write_text(json.dumps(report, indent=1) + "\n")
         return
     args.work.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from . import wan_vae, world
 from .training import MuonAdamW, Progress, load_state, save_state
 
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 5,
     "attention_head_dim": 32,
@@ -294,7 +294,8 @@ def _train_cycle(
 
 def transformer(ffn: int) -> WanTransformer3DModel:
     """A fresh transformer with feed-forward layers of `ffn` hidden units."""
-    return WanTransformer3DModel(**TRANSFORMER | {"ffn_dim": ffn})
+    config: dict[str, Any] = TRANSFORMER | {"ffn_dim": ffn}
+    return WanTransformer3DModel(**config)
 
 
 def narrow(weights: dict[str, Tensor], ffn: int) -> dict[str, Tensor]:
