@@ -4,21 +4,27 @@
 
 Trains with the demo's own recipe on 16 clips, then draws held-out prompts of the new subject and of the old
 world with the same seeds through the stock pipeline. A fixed judge that learned nothing (colour, shape and
-motion read from pixels) says yes or no.
+motion read from pixels) says yes or no. Writes `benchmarks/results/subject-KIND.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from pathlib import Path
+
+import torch
 
 from inlay import config, console, demo
 from inlay.evaluate import evaluate, summary_table
 from inlay.train import train
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def main() -> None:
-    """Trains, draws, judges, prints the table."""
+    """Trains, draws, judges, prints the table, writes the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,13 +36,26 @@ def main() -> None:
     console.quiet()
     folder = args.out or Path(f"runs/subject-{args.kind}")
     demo.write_clips(folder)
-    train(config.build(demo.recipe(folder, args.kind)))
+    settings, start = config.build(demo.recipe(folder, args.kind)), time.perf_counter()
+    train(settings)
+    seconds = time.perf_counter() - start
     prompts = demo.prompts(max(args.subject, args.world))
     chosen = [p for p in prompts if p.group == demo.SUBJECT][: args.subject]
     chosen += [p for p in prompts if p.group == demo.OLD][: args.world]
     report = evaluate(folder, prompts=chosen)
     console.console.print(summary_table(report))
     print(report.path)
+    groups = {g.name: {"videos": g.judged, "base": g.base_yes, "tuned": g.tuned_yes} for g in report.groups}
+    found = {
+        "kind": args.kind,
+        "date": report.created,
+        "as_asked": groups,
+        "training_seconds": round(seconds),
+    }
+    about = {"threads": torch.get_num_threads(), "packages": report.environment["packages"]}
+    RESULTS.mkdir(exist_ok=True)
+    out = RESULTS / f"subject-{args.kind}.json"
+    out.write_text(json.dumps(found | about | {"settings": report.settings}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
