@@ -226,9 +226,3 @@ def test_changes_that_make_another_run(recipe: Callable[..., dict]) -> None:
     decaying = recipe(optim__schedule="cosine")
     longer = recipe(optim__schedule="cosine", train__steps=99)
     assert runtime.changes(config.build(decaying), config.build(longer)) == ["train.steps was 6, is 99"]
-
-
-def test_reductions_are_cut_into_parts_that_cover_everything_once() -> None:
-    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 5, 1, 20, 2, 2)]
-    parts = [[p.numel() for p in part] for part in runtime._parts(parameters, most=8)]
-    assert parts == [[3, 5], [1], [20], [2, 2]]

@@ -44,7 +44,7 @@ def test_stock_pipeline_loads_what_was_trained(
     denoiser, _ = scrambled(tiny_wan, section)
     base = predict(wan(tiny_wan).load_denoiser(torch.float32))
     wanted = predict(denoiser)
-    tuners.save(section, denoiser, tmp_path, metadata={})
+    tuners.save(section, denoiser, tuners.weights(section, denoiser), tmp_path, metadata={})
     pipe = WanPipeline.from_pretrained(tiny_wan)
     pipe.load_lora_weights(tmp_path)
     loaded = predict(pipe.transformer)
@@ -60,7 +60,8 @@ def test_full_fine_tune_loads_through_from_pretrained(tiny_wan: Path, tmp_path: 
     assert sum(p.numel() for p in trained.values()) == sum(p.numel() for p in denoiser.parameters())
     averaged = {n: p.detach() * 1.01 for n, p in trained.items()}
     with runtime.swapped(trained, averaged):
-        tuners.save(config.Full(), denoiser, tmp_path, metadata={})
+        weights = tuners.weights(config.Full(), denoiser)
+        tuners.save(config.Full(), denoiser, weights, tmp_path, metadata={})
     loaded = wan(tiny_wan).load_denoiser(torch.float32, folder=tmp_path)
     assert all(torch.equal(p, averaged[n]) for n, p in loaded.named_parameters())
 

@@ -237,7 +237,7 @@ def draw(
     family: families.Family,
     pipeline: Any,
     prompts: Prompts,
-    folder: Path,
+    folder: Path | None,
     about: Mapping[str, Any],
     *,
     count: int = 1,
@@ -250,7 +250,7 @@ def draw(
         family: whose pipeline it is.
         pipeline: from `load_pipeline`.
         prompts: what to draw and how.
-        folder: is created.
+        folder: is created; None draws and writes nothing, for processes that only hold a share of the weights.
         about: other values for each JSON.
         count: videos of each prompt.
         show: whether there is a progress bar.
@@ -259,7 +259,8 @@ def draw(
     pipeline.set_progress_bar_config(disable=True)
     sample, paths = prompts.sample, []
     assert sample.size and sample.frames
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with progress("draw", len(prompts.texts) * count, "video", show=show) as advance:
         for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
             images = prompts.images[i] if prompts.images else ()
@@ -275,6 +276,8 @@ def draw(
                     generator=torch.Generator().manual_seed(sample.seed + j),
                     images=[each.pixels for each in images],
                 )
+                if folder is None:
+                    continue
                 path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
                 media.write_video(path, frames, prompts.fps)
                 settings = {

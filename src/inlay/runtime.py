@@ -111,23 +111,6 @@ class Context:
         if self.world > 1:
             dist.barrier()
 
-    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Averages gradients over processes, once, after the last micro-batch of a step.
-
-        Adapters are small, so nothing is gained by overlapping it with the backward pass, and without a
-        wrapper around the network, its names, checkpointing and compilation stay as they are.
-        """
-        if self.world == 1:
-            return
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for part in _parts(parameters):
-            flat = torch.cat([p.grad.flatten() for p in part if p.grad is not None])
-            dist.all_reduce(flat)
-            flat /= self.world
-            for p, g in zip(part, flat.split([p.numel() for p in part]), strict=True):
-                p.grad = g.view_as(p)
-
     def total(self, value: Tensor) -> Tensor:
         """Sum of a tensor over processes."""
         if self.world > 1:
@@ -141,18 +124,6 @@ class Context:
         out: list[Any] = [None] * self.world
         dist.all_gather_object(out, value)
         return out
-
-
-def _parts(parameters: Sequence[nn.Parameter], most: int = 1 << 26) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of together at most so many numbers, so that reducing needs little memory of its own."""
-    part: list[nn.Parameter] = []
-    for p in parameters:
-        if part and sum(q.numel() for q in part) + p.numel() > most:
-            yield part
-            part = []
-        part.append(p)
-    if part:
-        yield part
 
 
 PATIENCE = timedelta(hours=4)
@@ -290,19 +261,24 @@ class EMA:
 
 
 @contextmanager
-def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Puts other weights into parameters for a while."""
+def swapped(held: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Exchanges the contents of two sets of tensors for a while; where they lie may be known to others."""
+
+    @torch.no_grad()
+    def exchange(weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in held.items():
+            kept = tensor.detach().clone()
+            tensor.copy_(weights[name])
+            weights[name].copy_(kept)
+
     if weights is None:
         yield
         return
-    kept = {n: p.data for n, p in parameters.items()}
-    for name, p in parameters.items():
-        p.data = weights[name]
+    exchange(weights)
     try:
         yield
     finally:
-        for name, p in parameters.items():
-            p.data = kept[name]
+        exchange(weights)
 
 
 # --- run folder and checkpoints ---------------------------------------------------------------------------
@@ -366,7 +342,7 @@ def environment() -> dict[str, Any]:
 def pack(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """Takes the tensors out of a nested optimizer state, by path; what is left is JSON."""
     if isinstance(state, Tensor):
-        tensors[prefix] = state.detach().cpu().contiguous()
+        tensors[prefix] = state.detach()
         return {"__tensor__": prefix}
     if isinstance(state, Mapping):
         return {"__map__": [[k, pack(v, f"{prefix}.{k}", tensors)] for k, v in state.items()]}

@@ -7,17 +7,18 @@ for bit where its last checkpoint was, and N processes do what one process does 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from inlay import CallableModule, cache, data, families, generate, runtime, tuners
+from inlay import CallableModule, cache, data, families, generate, parallel, runtime, tuners
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.runtime import Context, Run
@@ -49,12 +50,12 @@ def train(config: recipe.Config) -> Path:
             progress("train", t.steps, "step", show=ctx.main, done=job.start) as advance,
         ):
             for step in range(job.start + 1, t.steps + 1):
-                for _ in range(t.accumulate):
+                for i in range(t.accumulate):
                     index, batch = next(batches)
                     torch.manual_seed(stable_hash(config.seed, "dropout", index))
                     generator = torch.Generator().manual_seed(stable_hash(config.seed, "noise", index))
                     out = job.step(job.denoiser, batch.to(ctx.device), generator)
-                    (out["loss"] / t.accumulate).backward()
+                    job.strategy.backward(out["loss"] / t.accumulate, last=i + 1 == t.accumulate)
                     meters.add(step, out["losses"], batch.names)
                 meters.norm(step, job.update(step))
                 last = step == t.steps
@@ -134,6 +135,7 @@ class Job:
     run: Run
     family: families.Family
     loader: Loader
+    strategy: parallel.Replicated
     denoiser: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -155,14 +157,9 @@ class Job:
 
     def update(self, step: int) -> Tensor:
         """Averages, clips and applies the gradients; returns their norm, on the device."""
-        parameters = list(self.parameters.values())
-        self.ctx.reduce(parameters)
-        clip = self.config.optim.clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.strategy.step(self.optimizer, list(self.parameters.values()), self.config.optim.clip)
         if self.ema:
             self.ema.update(self.parameters, step)
         return norm
@@ -172,18 +169,19 @@ class Job:
         if not self.held_out:
             return
         assert isinstance(self.step, DenoisingStep)
+        n, world = len(self.held_out), self.ctx.world
+        mine = range(self.ctx.rank, -(-n // world) * world, world)  # as many passes in each, for shards
         with self.averaged():
-            rows = self.step.held_out(
-                self.denoiser, self.held_out[self.ctx.rank :: self.ctx.world], self.ctx.device
-            )
-        losses = (self.ctx.total(rows.sum(0)) / len(self.held_out)).tolist()
+            rows = self.step.held_out(self.denoiser, [self.held_out[i % n] for i in mine], self.ctx.device)
+        rows = rows[: len(range(self.ctx.rank, n, world))]
+        losses = (self.ctx.total(rows.sum(0)) / n).tolist()
         values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
         self.meters.write({"step": step, "held_out_loss": sum(losses) / len(losses), **values})
         self.meters.pause()
 
     def sample(self, step: int) -> None:
-        """Draws the prompts with the weights as they are now."""
-        if self.ctx.main:
+        """Draws the prompts with the weights as they are now; where these are sharded, all take part."""
+        if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:
                 self._pipeline = self.family.pipeline(
                     denoiser=self.denoiser, device=self.ctx.device, dtype=self.ctx.precision
@@ -195,7 +193,7 @@ class Job:
                     self.family,
                     self._pipeline,
                     self.prompts,
-                    self.run.folder / "samples" / f"step-{step:06d}",
+                    self.run.folder / "samples" / f"step-{step:06d}" if self.ctx.main else None,
                     about,
                     show=False,
                 )
@@ -204,23 +202,28 @@ class Job:
         self.meters.pause()
 
     def save(self, step: int, *, final: bool) -> None:
-        """Writes a checkpoint and, at the end, what other programs load."""
-        if self.ctx.main:
-            about = {"inlay_step": str(step), **self.family.about()}
-            with self.run.writing(step) as folder:
-                with self.averaged():
-                    tuners.save(self.config.tuner, self.denoiser, folder / "adapter", metadata=about)
-                tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
-                tensors |= {f"ema.{n}": w for n, w in (self.ema.weights if self.ema else {}).items()}
-                state = runtime.pack(self.optimizer.state_dict(), "optimizer", tensors)
+        """Writes a checkpoint and, at the end, what other programs load; whole tensors in every mode."""
+        gather, section = self.strategy.gather, self.config.tuner
+        about = {"inlay_step": str(step), **self.family.about()}
+        with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
+            with self.averaged():
+                weights = gather(tuners.weights(section, self.denoiser))
+                if folder is not None:
+                    tuners.save(section, self.denoiser, weights, folder / "adapter", metadata=about)
+            tensors = {f"weights.{n}": w for n, w in gather(self.parameters).items()}
+            tensors |= {f"ema.{n}": w for n, w in gather(self.ema.weights if self.ema else {}).items()}
+            state = runtime.pack(self.optimizer.state_dict(), "optimizer", moments := {})
+            tensors |= gather(moments)
+            if folder is not None:
                 values = {"step": step, "per_step": self.loader.per_step, "optimizer": state}
                 runtime.save_state(folder, tensors, values)
+        if self.ctx.main:
             self.run.keep(self.config.train.keep)
-            if final:
-                with runtime.atomic(self.run.adapter) as folder, self.averaged():
-                    tuners.save(self.config.tuner, self.denoiser, folder, metadata=about)
-                    card = generate.card(self.config, step, self.prompts.texts)
-                    (folder / "README.md").write_text(card, "utf-8")
+        if final and self.ctx.main:
+            with runtime.atomic(self.run.adapter) as folder:
+                shutil.copytree(self.run.checkpoint(str(step)) / "adapter", folder)
+                card = generate.card(self.config, step, self.prompts.texts)
+                (folder / "README.md").write_text(card, "utf-8")
         self.ctx.barrier()
         self.meters.pause()
 
@@ -240,12 +243,9 @@ class Job:
                 f"processes, this launch has {self.loader.per_step}: set train.accumulate so that processes "
                 f"x accumulate = {values['per_step']}"
             )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weights.{name}"])
-            for name, weight in (self.ema.weights if self.ema else {}).items():
-                weight.copy_(tensors[f"ema.{name}"])
-        self.optimizer.load_state_dict(runtime.unpack(values["optimizer"], tensors))
+        for key, held in (("weights", self.parameters), ("ema", self.ema.weights if self.ema else {})):
+            self.strategy.scatter({n: tensors[f"{key}.{n}"] for n in held}, held)
+        self.strategy.load_optimizer(self.optimizer, runtime.unpack(values["optimizer"], tensors))
         self.start = values["step"]
         if self.ctx.main:
             self.run.truncate_metrics(self.start)
@@ -260,7 +260,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     """
     for note in ctx.notes:
         say(f"note: {note}", show=ctx.main)
-    family = open_family(config)
+    strategy, family = parallel.strategy(config, ctx), open_family(config)
     named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
     for key, name in named:  # what is sure to fail later should not cost a cache first
         if name in runtime.PACKAGES:
@@ -285,10 +285,11 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
     full = config.tuner.kind == "full"
-    denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).to(ctx.device).train()
+    denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).to(strategy.device).train()
     if config.memory.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    parameters = tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
+    tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
+    parameters = strategy.shard(denoiser)
     count = sum(p.numel() for p in parameters.values())
     say(f"training {len(parameters)} tensors, {count:,} numbers ({config.tuner.kind})", show=ctx.main)
     optimizer = runtime.optimizer(ctx.optimizer, config.optim, list(parameters.values()))
@@ -304,6 +305,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         run,
         family,
         loader,
+        strategy,
         denoiser,
         parameters,
         optimizer,

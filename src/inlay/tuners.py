@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from inlay import config as recipe
 from inlay import formats
@@ -145,22 +146,38 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     return (squared + 2 * s * cross + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
 
 
+def weights(section: recipe.LowRank | recipe.Full, denoiser: nn.Module) -> dict[str, Tensor]:
+    """What `save` writes, by name: the trained tensors, or after full fine-tuning all of them."""
+    if isinstance(section, recipe.Full):
+        return denoiser.state_dict(keep_vars=True)
+    return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
+
+
 def save(
-    section: recipe.LowRank | recipe.Full, denoiser: nn.Module, folder: Path, *, metadata: Mapping[str, str]
+    section: recipe.LowRank | recipe.Full,
+    denoiser: nn.Module,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    metadata: Mapping[str, str],
 ) -> Path:
     """Writes what was trained for use elsewhere: an adapter, or after full fine-tuning a diffusers folder.
 
     Args:
         section: the recipe's tuner.
-        denoiser: the network that `attach` changed; its weights as they are now.
+        denoiser: the network that `attach` changed; only its configuration is read.
+        weights: of the function of this name, whole.
         folder: is created.
         metadata: text for the file's header.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(section, recipe.Full):
-        denoiser.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]
+        with torch.device("meta"):  # a sharded network has no whole weights, and a class of its own
+            kind = next(c for c in type(denoiser).__mro__ if not issubclass(c, FSDPModule))
+            shell = kind.from_config(denoiser.config)  # type: ignore[attr-defined]
+        shell.load_state_dict(weights, assign=True)
+        shell.save_pretrained(folder, max_shard_size="5GB")
         return folder
-    weights = {n: p.detach() for n, p in denoiser.named_parameters() if p.requires_grad}
     tensors = {
         n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
     }
