@@ -273,9 +273,11 @@ class Family(ABC):
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:
         """The objective of the published checkpoint, with the recipe's section applied."""
 
-    @abstractmethod
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Text items of a batch -> what `predict` takes as `cond`, besides the clips' own conditions."""
+        import torch
+
+        return {name: torch.stack([item[name] for item in text]) for name in text[0]}
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -288,9 +290,19 @@ class Family(ABC):
             cond: from `collate`, and the conditions that `draw` gave, stacked.
         """
 
-    @abstractmethod
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The stock diffusers pipeline around `denoiser` (or the checkpoint's own)."""
+        """The stock diffusers pipeline around `denoiser` (or the checkpoint's own), all in one precision.
+
+        It has no text encoder: `sample` brings encoded text.
+        """
+        from diffusers import DiffusionPipeline
+
+        network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype)
+        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, self.component: network}
+        options = {"revision": self.model.revision, "torch_dtype": network.dtype}
+        with self.loading("model_index.json"):
+            pipe = DiffusionPipeline.from_pretrained(self.source, **options, **parts)
+        return pipe.to(device)
 
     def sample(
         self,
@@ -316,7 +328,8 @@ class Family(ABC):
             generator=generator,
             output_type="np",
         ).frames[0]
-        return (video * 255).round().clip(0, 255).astype("uint8")
+        # Some decoders turn an even number of latent frames into a few more, all at the start.
+        return (video[-frames:] * 255).round().clip(0, 255).astype("uint8")
 
     def given(
         self,

@@ -136,10 +136,15 @@ class CogVideoX(Family):
         """uint8 (t, h, w, 3) -> moments of the clip, and of its noised first frame: see `stored`."""
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         like = next(encoder.parameters())
-        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None] / 255 * 2 - 1
-        parts = {"moments": pixels} | ({"image": noised(pixels[:, :, :1])} if self.images else {})
-        found = {k: encoder.encode(v.to(like)).latent_dist.parameters.float() for k, v in parts.items()}
-        return {**found, "moments": found["moments"][0]}
+        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 255 * 2 - 1
+        shown = [pixels, *(noised(pixels[:, :1]) if self.images else [])]
+        found = [encoder.encode(v[None].to(like)).latent_dist.parameters[0].float() for v in shown]
+        return {"moments": found[0], **({"image": torch.stack(found[1:])} if self.images else {})}
+
+    def adopt(self, moments: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Of an image that others encoded, without noise, all copies are the same."""
+        image = {"image": torch.stack([moments[1]] * COPIES)} if self.images else {}
+        return {"moments": moments[0], **image}
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -188,10 +193,6 @@ class CogVideoX(Family):
         """v-prediction on the checkpoint's own schedule."""
         return VPrediction.from_config(section, self._schedule)
 
-    def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """`text` (n, 226, d)."""
-        return {"text": torch.stack([item["text"] for item in text])}
-
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """The network takes frames before channels, and the image behind the channels of the first frame."""
         dtype, x, c = denoiser.dtype, x_t, self.transformer
@@ -234,7 +235,7 @@ class CogVideoX(Family):
 
 
 def noised(frame: Tensor) -> Tensor:
-    """A frame (1, 3, 1, h, w) in [-1, 1] -> COPIES of it, each with Gaussian noise of its own deviation.
+    """A frame (3, 1, h, w) in [-1, 1] -> COPIES of it, each with Gaussian noise of its own deviation.
 
     The deviation is exp(N(-3, 0.5)), as the models were taught. The noise is a function of the frame, so that
     a cache can be made again.
@@ -242,4 +243,4 @@ def noised(frame: Tensor) -> Tensor:
     seed = int.from_bytes(hashlib.sha256(frame.numpy().tobytes()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
     sigma = torch.exp(-3 + 0.5 * torch.randn(COPIES, 1, 1, 1, 1, generator=generator))
-    return frame + sigma * torch.randn(COPIES, *frame.shape[1:], generator=generator)
+    return frame + sigma * torch.randn(COPIES, *frame.shape, generator=generator)
