@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -169,11 +169,12 @@ class Objective(Section):
 
 
 class LowRank(Section):
-    """A LoRA or DoRA adapter, through peft."""
+    """A small adapter on a frozen network, through peft."""
 
-    kind: Literal["lora", "dora"] = "lora"
+    kind: Literal["lora", "dora", "lokr", "loha"] = "lora"
     """`lora`: low-rank update. `dora`: the same with a trained magnitude per output row; slower, often
-    better."""
+    better. `lokr`: Kronecker product, a far smaller file. `loha`: product of two low-rank updates, of higher
+    rank."""
     rank: int = Field(default=32, ge=1)
     """Rank of the update; higher holds more and costs more."""
     alpha: float | None = Field(default=None, gt=0)
@@ -181,7 +182,7 @@ class LowRank(Section):
     targets: list[str] = []
     """Regular expressions over whole module names; one that matches nothing stops. Default: the family's."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the low-rank update."""
+    """Dropout before the low-rank update; LoRA and DoRA only."""
 
 
 class Full(Section):
@@ -289,12 +290,14 @@ class Memory(Section):
     """Recompute activations in the backward pass: far less memory, about a third more time. A number n
     recomputes every n-th block only."""
     quantize: Literal["int8", "int4", "float8", "nf4"] | None = None
-    """Keep the frozen base in so few bits (torchao; nf4: bitsandbytes). For adapters only."""
+    """Keep the linear layers of the frozen blocks in so few bits (int8, float8: torchao; nf4: bitsandbytes).
+    For adapters only."""
     layerwise_casting: Literal["float8", "bfloat16"] | None = None
     """Keep the frozen base in this type and compute in the run's precision, layer by layer. For adapters
     only."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in the computer's memory instead of the GPU's (torchao, AdamW, CUDA)."""
+    """Keep the optimizer's state in the computer's memory instead of the GPU's, and step there (AdamW,
+    CUDA)."""
 
 
 class Runtime(Section):
@@ -310,7 +313,8 @@ class Runtime(Section):
     workers: int = Field(default=2, ge=0)
     """Decoding threads while caching."""
     compile: bool = False
-    """Compile the repeated blocks (torch.compile): minutes at the start, faster steps."""
+    """Compile the repeated blocks (torch.compile): minutes at the start and again at the second shape, faster
+    steps."""
     parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
     """Several processes: `ddp` has all in each; `fsdp` (FSDP2) shards weights, gradients and optimizer;
     `zero2` and `zero3` do so with DeepSpeed."""
@@ -345,6 +349,43 @@ class Config(Section):
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that comes twice, of which YAML would keep the last and say nothing."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        wrong = list(_conflicts(self))
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    """Keys that are fine alone, but not together."""
+    memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
+    small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
+    if tuner.kind == "full":
+        for key in small:
+            yield (
+                f"memory.{key}: only for a base that stays frozen; full fine-tuning trains it in float32: "
+                "leave it out, or train an adapter (tuner.kind=lora)"
+            )
+    elif tuner.kind in ("lokr", "loha") and tuner.dropout:
+        yield f"tuner.dropout: {tuner.kind} has none before its update; leave it out"
+    if len(small) == 2:
+        yield "memory.layerwise_casting: memory.quantize makes the base small already; leave one of them out"
+    elif memory.layerwise_casting == "float8" and tuner.kind == "dora":
+        yield (
+            "memory.layerwise_casting: a DoRA takes norms of weights, which plain float8 does not have: use "
+            "memory.quantize=float8, which costs the same"
+        )
+    if memory.quantize in ("int4", "nf4") and tuner.kind == "loha":
+        yield f"memory.quantize: LoHa needs unpacked weights: use int8 or float8, not {memory.quantize}"
+    if memory.offload_optimizer and config.optim.name != "adamw":
+        yield f"memory.offload_optimizer: for optim.name=adamw; {config.optim.name} is small already"
+    if parallel != "ddp":
+        for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
+            yield f"memory.{key}: runtime.parallel={parallel} shards instead; use ddp, or leave it out"
+    if config.runtime.compile and memory.layerwise_casting:
+        yield "runtime.compile: memory.layerwise_casting moves weights between layers; leave one of them out"
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -434,13 +475,13 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
         name: of the recipe.
         section: name of the section, where the error is of one.
     """
-    found = [_mistake(e, [section] if section else []) for e in error.errors()]
+    found = [line for e in error.errors() for line in _mistake(e, [section] if section else []).splitlines()]
     return "\n".join([f"{name}: {len(found)} mistake{'s' if len(found) > 1 else ''}", *found])
 
 
 def _mistake(error: Any, within: list[str]) -> str:
     loc = [*within, *map(str, error["loc"])]
-    where = [p for p in loc if p not in ("lora", "dora", "full")]
+    where = [p for p in loc if p not in (*get_args(LowRank.model_fields["kind"].annotation), "full")]
     name, kind, given = ".".join(where), error["type"], repr(error["input"])
     if kind == "extra_forbidden":
         known = list(Full.model_fields) if loc[:2] == ["tuner", "full"] else _keys(where[:-1])
@@ -451,6 +492,8 @@ def _mistake(error: Any, within: list[str]) -> str:
         return f"  {name}: missing"
     if kind == "union_tag_invalid":
         kinds = [k for part in (LowRank, Full) for k in get_args(part.model_fields["kind"].annotation)]
+    if not where:
+        return "\n".join(f"  {line}" for line in str(error["ctx"]["error"]).splitlines())
         return f"  {name}.kind: no `{error['ctx']['tag']}`; there are: {', '.join(kinds)}"
     if kind in ("model_type", "model_attributes_type"):
         says = f"needs keys below it ({', '.join(_keys(where))})"
@@ -492,7 +535,12 @@ def reference() -> str:
         "data.sources": Source,
         "objective": Objective,
     }
-    sections |= {"tuner (lora, dora)": LowRank, "tuner (full)": Full, "optim": Optim, "train": Train}
+    sections |= {
+        "tuner (lora, dora, lokr, loha)": LowRank,
+        "tuner (full)": Full,
+        "optim": Optim,
+        "train": Train,
+    }
     sections |= {"sample": Sample, "memory": Memory, "runtime": Runtime}
     out = [
         "# Recipe reference",

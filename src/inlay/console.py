@@ -75,7 +75,8 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    for name in ("diffusers", "transformers", "peft", "bitsandbytes", "torch.distributed"):
+    libraries = ("diffusers", "transformers", "peft", "bitsandbytes", "torchao", "torch.distributed")
+    for name in (*libraries, "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

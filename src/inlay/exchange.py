@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from inlay import config, families, formats, generate
+from inlay import config, families, formats, generate, lycoris
 from inlay.files import atomic
 from inlay.runtime import Run
 
@@ -42,6 +42,9 @@ def export(run: Path, to: str, out: Path | None = None, checkpoint: str | None =
         with atomic(target) as temporary:
             shutil.copytree(folder, temporary)
         return target
+    if settings.tuner.kind in lycoris.KINDS:
+        base = family.load_denoiser(torch.float32) if to == "merged" else None
+        return lycoris.export(folder, to, target, base)
     adapter = formats.read(
         folder, family, shapes=formats.shapes(family.load_denoiser(torch.float32, meta=True))
     )

@@ -39,6 +39,9 @@ DoraRule = Literal["comfyui", "merged"]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The name that `load_lora_weights(folder)` looks for."""
 
+KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
+"""Kinds of adapters, as they are spelled in prose."""
+
 _METADATA = "lora_adapter_metadata"
 _DORA_RULE = "inlay_dora_scale"
 _PREFIXES: Mapping[str, Layout] = {
@@ -199,6 +202,16 @@ class _File:
     header: Mapping[str, str]
     config: Mapping[str, Any]
     config_from: str
+
+
+def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
+    """Tensors, peft configuration and file of an adapter of any kind, as they are.
+
+    Raises:
+        ValueError: when it is damaged or not there.
+    """
+    file = _open(_locate(path))
+    return file.tensors, file.config, file.path
 
 
 def _locate(path: Path) -> Path:
@@ -712,10 +725,15 @@ def write_diffusers(
     assert bool(config.get("use_dora")) == any(k.endswith("_vector") for k in named), (
         "DoRA without magnitudes"
     )
-    packed = json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
     path = Path(folder) / WEIGHTS
-    _write(path, dict(sorted(named.items())), {**metadata, _METADATA: packed})
+    write_tensors(path, dict(sorted(named.items())), {**metadata, **adapter_header(config)})
     return path
+
+
+def adapter_header(config: Mapping[str, Any]) -> dict[str, str]:
+    """The header entry that diffusers looks for: peft's configuration."""
+    packed = json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
+    return {_METADATA: packed}
 
 
 def export(
@@ -749,14 +767,19 @@ def export(
         name = (family if isinstance(family, type) else type(family)).__name__
         raise ValueError(f"--to: no {to} layout is known for {name}; use `diffusers` or `merged`")
     if to == "merged":
-        return _export_merged(adapter, out, base)
+        if base is None:
+            raise ValueError("merged weights need the base")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out}: exists already; name a new folder")
+        merge(base, adapter)
+        return write_network(out, base)
     if to == "diffusers":
         path = write_diffusers(out, adapter.tensors, adapter.peft_config(), adapter.header)
     else:
         path = out if out.suffix == ".safetensors" else out / f"{to}.safetensors"
         tensors = _comfyui(adapter, family, base) if to == "comfyui" else _kohya(adapter, family, base)
         rule = {_DORA_RULE: "comfyui"} if adapter.dora else {}
-        _write(path, tensors, {**adapter.header, **rule})
+        write_tensors(path, tensors, {**adapter.header, **rule})
     try:
         _verify(adapter, read(path, family, base=base), base)
     except BaseException:
@@ -765,8 +788,12 @@ def export(
     return path
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Writes a safetensors file whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Writes a safetensors file whole or not at all.
+
+    Raises:
+        ValueError: when it cannot be written.
+    """
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     try:
         with files.atomic(path) as temporary:
@@ -853,12 +880,12 @@ def _size(adapter: Adapter, module: str) -> tuple[int, int]:
     return b.shape[0], math.prod(a.shape[1:])
 
 
-def _export_merged(adapter: Adapter, out: Path, base: nn.Module | None) -> Path:
-    if base is None:
-        raise ValueError("merged weights need the base")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already; name a new folder")
-    merge(base, adapter)
+def write_network(out: Path, base: nn.Module) -> Path:
+    """Writes a whole network as a diffusers folder in files of at most 5 GB, and verifies what is on disk.
+
+    Raises:
+        ValueError: when it cannot be written.
+    """
     try:
         with files.atomic(out) as folder:
             base.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]
@@ -917,10 +944,15 @@ def model_card(config: recipe.Config, *, step: int, prompts: Sequence[str] = ())
     if isinstance(tuner, recipe.LowRank):
         how = {"rank": tuner.rank, "alpha": tuner.alpha or tuner.rank}
         expert = ", load_into_transformer_2=True" if component == "transformer_2" else ""
+        load = {
+            "lokr": f'pipe.{component}.load_lora_adapter("path/to/this/folder", prefix="transformer")',
+            "loha": f'inlay.lycoris.load(pipe.{component}, Path("path/to/this/folder"))',
+        }
         code = [
+            *(["from pathlib import Path\n", "import inlay.lycoris"] if tuner.kind == "loha" else []),
             "from diffusers import DiffusionPipeline\n",
             f'pipe = DiffusionPipeline.from_pretrained("{source}")',
-            f'pipe.load_lora_weights("path/to/this/folder"{expert})',
+            load.get(tuner.kind, f'pipe.load_lora_weights("path/to/this/folder"{expert})'),
         ]
     else:
         how = {}
@@ -929,7 +961,7 @@ def model_card(config: recipe.Config, *, step: int, prompts: Sequence[str] = ())
             f'{component} = AutoModel.from_pretrained("path/to/this/folder")',
             f'pipe = DiffusionPipeline.from_pretrained("{source}", {component}={component})',
         ]
-    title = {"lora": "LoRA", "dora": "DoRA", "full": "Fine-tuned weights"}[tuner.kind]
+    title = KINDS.get(tuner.kind, "Fine-tuned weights")
     front: dict[str, Any] = {"base_model": name} if on_hub else {}
     front |= {
         "library_name": "diffusers",
@@ -1057,6 +1089,8 @@ def _inspect_adapter(path: Path) -> Inspection:
     from inlay import families
 
     file = _open(path)
+    if str(file.config.get("peft_type", "")).lower() in ("lokr", "loha"):
+        return _inspect_lycoris(file)
     known = {name: families.get(name) for name in families.names()}
     parsed = {name: _parse(file, family, ()) for name, family in known.items()}
     most = max(len(p.parts) for p in parsed.values())
@@ -1085,6 +1119,15 @@ def _inspect_adapter(path: Path) -> Inspection:
     facts["DoRA"] = dora if {"magnitude", "dora_scale"} & kinds else "no"
     facts |= _summary(sizes) | {"size": _bytes(path)} | _texts(file.header)
     return Inspection(path, "adapter", facts, tuple(notes))
+
+
+def _inspect_lycoris(file: _File) -> Inspection:
+    modules = {k.removeprefix("transformer.").rsplit(".", 1)[0]: None for k in file.tensors}
+    facts = {"kind": KINDS[file.config["peft_type"].lower()], "layout": "peft", "modules": _modules(modules)}
+    facts |= {"rank": str(file.config.get("r")), "alpha": str(file.config.get("alpha"))}
+    sizes = {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in file.tensors.items()}
+    facts |= _summary(sizes) | {"size": _bytes(file.path)} | _texts(file.header)
+    return Inspection(file.path, "adapter", facts)
 
 
 def _inspect_model(folder: Path) -> Inspection:

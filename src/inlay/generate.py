@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from inlay import CallableModule, cache, families, formats, media, runtime
+from inlay import CallableModule, cache, families, formats, lycoris, media, runtime
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.data import Window
@@ -197,8 +197,9 @@ def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
             f"{run.folder}: nothing is trained yet; `inlay train` first, or use --checkpoint base"
         )
     if run.config().tuner.kind != "full":
-        shapes = formats.shapes(family.load_denoiser(torch.float32, meta=True))
-        formats.read(folder, family, shapes=shapes)
+        network = family.load_denoiser(torch.float32, meta=True)
+        if not lycoris.load(network, folder):
+            formats.read(folder, family, shapes=formats.shapes(network))
     return folder
 
 
@@ -221,11 +222,21 @@ def load_pipeline(
         denoiser = family.load_denoiser(ctx.precision, folder=folder)
         return family.pipeline(denoiser=denoiser, **options)
     pipeline = family.pipeline(denoiser=None, **options)
-    family.load_adapter(pipeline, folder)
+    put(family, pipeline, folder)
+def put(family: families.Family, pipeline: Any, folder: Path) -> None:
+    """Loads an adapter into a stock pipeline, under the name `inlay`.
+
+    Raises:
+        ValueError: when the pipeline does not take it.
+    """
+    if not lycoris.load(getattr(pipeline, family.component), folder):
+        family.load_adapter(pipeline, folder)
     if not pipeline.get_list_adapters():
         raise ValueError(
             f"{folder}: the pipeline took nothing from it; `inlay inspect {folder}` says what is in it"
         )
+
+
     if strength != 1:
         pipeline.set_adapters(["inlay"], [strength])
         if config.tuner.kind == "dora":

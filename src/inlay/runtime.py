@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inlay import config as recipe
+from inlay import memory
 from inlay.files import atomic, sha256
 
 # --- device and processes ---------------------------------------------------------------------------------
@@ -82,11 +83,12 @@ def resolve(config: recipe.Config, devices: Devices) -> Plan:
         precision = torch.float32
         notes.append("this GPU has no bfloat16: computing in float32 (twice the memory for the base)")
     optimizer = config.optim.name
-    if optimizer == "adamw8bit" and device == "mps":
-        optimizer = "adamw"
+    if optimizer in ("adamw8bit", "adamw4bit") and device == "mps":
         notes.append(
-            "adamw8bit does not run on Apple MPS: using adamw (same up to rounding, four times the state)"
+            f"{optimizer} does not run on Apple MPS: using adamw (same up to rounding, "
+            f"{'four' if optimizer == 'adamw8bit' else 'eight'} times the state)"
         )
+        optimizer = "adamw"
     return Plan(device, precision, optimizer, tuple(notes))
 
 
@@ -189,12 +191,16 @@ class Interrupt:
 
 PACKAGES = {
     "adamw8bit": ("bitsandbytes.optim", "inlay[bnb]"),
+    "adamw4bit": ("torchao.optim", "inlay[torchao]"),
+    "int8": ("torchao.quantization", "inlay[torchao]"),
+    "float8": ("torchao.quantization", "inlay[torchao]"),
+    "nf4": ("bitsandbytes.nn", "inlay[bnb]"),
     "prodigy": ("prodigyopt", "inlay[prodigy]"),
     "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
     "trackio": ("trackio", "inlay[trackio]"),
     "wandb": ("wandb", "inlay[wandb]"),
 }
-"""Module of an optimizer or tracker by its name in recipes, and what to install for it."""
+"""Module of an optimizer, way to quantise or tracker by its name in recipes, and what to install for it."""
 
 
 def package(key: str, name: str) -> Any:
@@ -212,13 +218,23 @@ def package(key: str, name: str) -> Any:
         ) from None
 
 
-def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer(
+    name: str, section: recipe.Optim, parameters: Sequence[nn.Parameter], *, offload: bool = False
+) -> torch.optim.Optimizer:
     """Makes an optimizer by name; one-dimensional weights (norms, biases, DoRA magnitudes) are not decayed.
 
     Raises:
+    Args:
+        name: of `optim.name`.
+        section: the recipe's.
+        parameters: what trains.
+        offload: keep the state in the computer's memory and step there.
+
         ValueError: when its package is not installed.
     """
     groups = [
+    if offload:
+        return memory.Offloaded(parameters, lambda here: optimizer(name, section, here))
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": section.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
@@ -227,6 +243,10 @@ def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Paramete
     if name == "adamw8bit":
         return package("optim.name", name).AdamW8bit(groups, **common)
     if name == "prodigy":
+    if name == "adamw4bit":
+        made = package("optim.name", name).AdamW4bit(groups, **common)
+        made.register_step_pre_hook(_tensor_rates)
+        return made
         return package("optim.name", name).Prodigy(
             groups, **common, decouple=True, use_bias_correction=True, safeguard_warmup=section.warmup > 0
         )
@@ -236,6 +256,12 @@ def optimizer(name: str, section: recipe.Optim, parameters: Sequence[nn.Paramete
 
 
 def rate(section: recipe.Optim, step: int, steps: int) -> float:
+def _tensor_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """For torchao, whose compiled step wants rates as tensors: a new number would be a new graph."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+
+
     """Learning rate of a step (counted from 0), a pure function."""
     if step < section.warmup:
         return section.lr * (step + 1) / section.warmup
@@ -340,8 +366,18 @@ def environment() -> dict[str, Any]:
 
 
 def pack(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+SUBCLASSES = ("OptimState4bit",)
+"""Tensors of torchao that are several plain ones."""
+
+
     """Takes the tensors out of a nested optimizer state, by path; what is left is JSON."""
     if isinstance(state, Tensor):
+    if type(state).__name__ in SUBCLASSES:
+        parts, rest = state.__tensor_flatten__()
+        kept = {n: pack(getattr(state, n), f"{prefix}.{n}", tensors) for n in parts}
+        signed, shape, dtype = rest
+        kept |= {"signed": signed, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+        return {"__subclass__": type(state).__name__, "parts": kept}
         tensors[prefix] = state.detach()
         return {"__tensor__": prefix}
     if isinstance(state, Mapping):
@@ -360,6 +396,11 @@ def unpack(state: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(state, dict) and "__tensor__" in state:
         return tensors[state["__tensor__"]]
     if isinstance(state, dict) and "__map__" in state:
+    if isinstance(state, dict) and "__subclass__" in state:
+        kept = {n: unpack(v, tensors) for n, v in state["parts"].items()}
+        signed, shape, dtype = (kept.pop(k) for k in ("signed", "shape", "dtype"))
+        kind = getattr(package("optim.name", "adamw4bit").subclass_4bit, state["__subclass__"])
+        return kind.__tensor_unflatten__(kept, [signed, torch.Size(shape), getattr(torch, dtype)])
         return {k: unpack(v, tensors) for k, v in state["__map__"]}
     if isinstance(state, dict):
         return tuple(unpack(v, tensors) for v in state["__tuple__"])

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay import CallableModule, cache, data, families, generate, parallel, runtime, tuners
+from inlay import CallableModule, cache, data, families, generate, memory, parallel, runtime, tuners
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.runtime import Context, Run
@@ -262,7 +262,11 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         say(f"note: {note}", show=ctx.main)
     strategy, family = parallel.strategy(config, ctx), open_family(config)
     named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
+    wrong = memory.problems(config, ctx.device, ctx.precision)
+    if wrong:
+        raise ValueError("this device cannot do this:\n" + "\n".join(f"  {w}" for w in wrong))
     for key, name in named:  # what is sure to fail later should not cost a cache first
+    named.append(("memory.quantize", config.memory.quantize or ""))
         if name in runtime.PACKAGES:
             runtime.package(key, name)
     tuners.select(config.tuner, family.targets, family.load_denoiser(torch.float32, meta=True))
@@ -285,14 +289,22 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
     full = config.tuner.kind == "full"
-    denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).to(strategy.device).train()
+    denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).train()
+    memory.shrink(config.memory, denoiser, strategy.device, ctx.precision)
     if config.memory.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        memory.checkpoint(denoiser, config.memory.gradient_checkpointing)
     tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
     parameters = strategy.shard(denoiser)
+    if config.runtime.compile:
+        memory.compile_blocks(denoiser)
     count = sum(p.numel() for p in parameters.values())
     say(f"training {len(parameters)} tensors, {count:,} numbers ({config.tuner.kind})", show=ctx.main)
-    optimizer = runtime.optimizer(ctx.optimizer, config.optim, list(parameters.values()))
+    optimizer = runtime.optimizer(
+        ctx.optimizer,
+        config.optim,
+        list(parameters.values()),
+        offload=config.memory.offload_optimizer,
+    )
     precision = torch.autocast(
         ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
     )

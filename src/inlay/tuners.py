@@ -1,7 +1,7 @@
 """Tuners: which weights train, and how they are stored. They know no model family.
 
-LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024) go through peft's `add_adapter`; full fine-tuning opens the
-weights.
+LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) go through peft's
+`add_adapter`; full fine-tuning opens the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from inlay import config as recipe
-from inlay import formats
+from inlay import formats, lycoris, memory
 
 ADAPTER = "default"
 """peft's name of the adapter that is trained."""
@@ -62,9 +62,11 @@ def select(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denois
     if isinstance(section, recipe.Full):
         names = [n for n, _ in denoiser.named_parameters()]
         return match(section.targets, names, what="parameter") if section.targets else names
-    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layers, what = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "linear or convolution layer"
+    if section.kind in lycoris.KINDS:
+        layers, what = (nn.Linear, nn.Conv1d, nn.Conv2d), f"layer that {section.kind} can change"
     names = [n for n, m in denoiser.named_modules() if isinstance(m, layers)]
-    return match(section.targets or targets, names, what="linear or convolution layer")
+    return match(section.targets or targets, names, what=what)
 
 
 def attach(
@@ -93,16 +95,45 @@ def attach(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             denoiser.add_adapter(_peft_config(section, chosen), adapter_name=ADAPTER)  # type: ignore[operator]
-        _factor_norms(denoiser)
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            _factor_norms(denoiser)
+            lycoris.factor(denoiser, ADAPTER)
+            # peft draws and computes in the type of the base, which may be float8: do it again in float32.
+            rounded = {p.dtype for p in denoiser.parameters() if p.requires_grad} != {torch.float32}
+            _float32(denoiser)
+            if rounded:
+                _start_again(denoiser)
+    _float32(denoiser)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
 
 
-def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
-    from peft import LoraConfig
+def _float32(denoiser: nn.Module) -> None:
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
+
+@torch.no_grad()
+def _start_again(denoiser: nn.Module) -> None:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    for layer in denoiser.modules():
+        if isinstance(layer, LycorisLayer):
+            layer.reset_adapter_parameters(ADAPTER)
+        elif isinstance(layer, LoraLayer):
+            layer.reset_lora_parameters(ADAPTER, True)
+            for magnitude in layer.lora_magnitude_vector.values():
+                weight = memory.dense(layer.get_base_layer()).float()
+                norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+                magnitude.weight.copy_(norms.view_as(magnitude.weight))
+
+
+def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    if section.kind in lycoris.KINDS:
+        kind = LoKrConfig if section.kind == "lokr" else LoHaConfig
+        return kind(r=section.rank, alpha=section.alpha or section.rank, target_modules=list(modules))  # type: ignore[arg-type]
     return LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha or section.rank,  # type: ignore[arg-type]
@@ -125,10 +156,11 @@ def _factor_norms(denoiser: nn.Module) -> None:
     class FactoredDora(DoraLinearLayer):
         def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, **_):  # noqa: N803
             with torch.no_grad():
-                norm = row_norm(base_layer.weight, lora_A.weight, lora_B.weight, scaling)
+                weight = memory.dense(base_layer).to(x.dtype)
+                norm = row_norm(weight, lora_A.weight, lora_B.weight, scaling)
             scale = (self.weight / norm).to(x.dtype)
             if base_result is None:
-                base = nn.functional.linear(x, base_layer.weight)
+                base = nn.functional.linear(x, weight)
             else:
                 base = base_result if base_layer.bias is None else base_result - base_layer.bias
             return (scale - 1) * base + scale * lora_B(lora_A(x)) * scaling
@@ -182,4 +214,6 @@ def save(
         n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
     }
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
+    if section.kind in lycoris.KINDS:
+        return lycoris.write(folder, tensors, peft_config, metadata=dict(metadata))
     return formats.write_diffusers(folder, tensors, peft_config, metadata=dict(metadata))

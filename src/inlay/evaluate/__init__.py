@@ -240,11 +240,7 @@ def _networks(
         elif pipeline.get_list_adapters():
             pipeline.unload_lora_weights()
         if side.folder is not None and not full:
-            family.load_adapter(pipeline, side.folder)
-            if not pipeline.get_list_adapters():
-                raise ValueError(
-                    f"{side.folder}: the pipeline took nothing from it; `inlay inspect` says what is in it"
-                )
+            generate.put(family, pipeline, side.folder)
         yield denoiser, pipeline
 
 
@@ -293,7 +289,7 @@ def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
     if tuner.kind == "full":
         trained = "some weights" if tuner.targets else "all weights"
     else:
-        trained = f"{'LoRA' if tuner.kind == 'lora' else 'DoRA'}, rank {tuner.rank}"
+        trained = f"{formats.KINDS[tuner.kind]}, rank {tuner.rank}"
     return {"trained": trained, **(formats.inspect(folder).facts if folder else {})}
 
 
