@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inlay import media
+from inlay import encoded, media
 from inlay.families import Family
 from inlay.files import atomic, sha256
 
@@ -171,12 +171,18 @@ class Cache:
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
         """Names of the items of windows."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
-        return [identity(*what, w.key, self.content(w.clip.path)) for w in windows]
+        files = [w.clip.latents or (w.clip.path,) for w in windows]
+        return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
-    def text_names(self, family: Family, captions: Sequence[str], dtype: torch.dtype) -> list[str]:
-        """Names of the items of captions."""
-        encoder = self.encoder(family, "text")
-        return [identity(VERSION, family.model.family, encoder, str(dtype), c) for c in captions]
+    def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
+        """Names of the items of captions, and of files that hold one encoded."""
+        what, encoder = [VERSION, family.model.family], self.encoder(family, "text")
+        return [
+            identity(*what, encoder, str(dtype), w)
+            if isinstance(w, str)
+            else identity(*what, "encoded", encoded.READER, self.content(w))
+            for w in words
+        ]
 
 
 def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
@@ -233,14 +239,19 @@ def build_media(
     advance(built.reused)
     if not missing:
         return built
-    encoder = family.load_media_encoder(device)
-    pixels = ahead((windows[i].read for i in missing), workers)
-    for i, frames in zip(missing, pixels, strict=True):
+    pixels = ahead((windows[i].read for i in missing if not windows[i].clip.embedding), workers)
+    encoder = None
+    for i in missing:
         window = windows[i]
         try:
-            if isinstance(frames, Exception):
-                raise frames
-            item = family.encode_media(encoder, frames)
+            if window.clip.embedding:
+                item = encoded.item(family, window.clip.latents)
+            else:
+                frames = next(pixels)
+                if isinstance(frames, Exception):
+                    raise frames
+                encoder = encoder or family.load_media_encoder(device)
+                item = family.encode_media(encoder, frames)
             wrong = [k for k, v in item.items() if not torch.isfinite(v).all()]
             if wrong:
                 raise ValueError(f"its {', '.join(wrong)} are not finite")
@@ -262,7 +273,7 @@ def build_media(
 def build_text(
     cache: Cache,
     family: Family,
-    captions: Sequence[str],
+    words: Sequence[str | Path],
     names: Sequence[str],
     *,
     device: torch.device,
@@ -270,6 +281,8 @@ def build_text(
     advance: Advance,
 ) -> Built:
     """Encodes captions that are not there yet, at their true length and in the encoder's own precision.
+
+    Words that are a file hold theirs encoded.
 
     Raises:
         ValueError: when the cache cannot be written. What was made stays; run it again.
@@ -279,11 +292,16 @@ def build_text(
     advance(built.reused)
     if not missing:
         return built
-    encoder = family.load_text_encoder(device, dtype)
-    for start in range(0, len(missing), 8):
-        chunk = missing[start : start + 8]
-        for i, item in zip(chunk, family.encode_text(encoder, [captions[i] for i in chunk]), strict=True):
-            about = {"caption": captions[i], "checkpoint": family.model.checkpoint}
+    files, captions = ([i for i in missing if isinstance(words[i], kind)] for kind in (Path, str))
+    encoder = family.load_text_encoder(device, dtype) if captions else None
+    chunks = [captions[i : i + 8] for i in range(0, len(captions), 8)]
+    for chunk in [*chunks, *([i] for i in files)]:
+        given = [words[i] for i in chunk]
+        texts = [w for w in given if isinstance(w, str)]
+        paths = [w for w in given if isinstance(w, Path)]
+        items = family.encode_text(encoder, texts) if texts else [encoded.words(family, p) for p in paths]
+        for i, word, item in zip(chunk, given, items, strict=True):
+            about = {"caption": str(word), "checkpoint": family.model.checkpoint}
             with _writing(cache.folder, built, len(names)):
                 cache.write("text", names[i], item, about)
         advance(len(chunk))

@@ -84,11 +84,16 @@ def check(config: recipe.Config) -> Report:
     family = families.get(config.model.family)(config.model)
     with progress("look", 1, "clip") as advance:
         plan = data.plan(
-            config.data, family.grid, family.fps, config.seed, lambda done, of: advance(done=done, total=of)
+            config.data,
+            family.grid,
+            family.fps,
+            config.seed,
+            lambda done, of: advance(done=done, total=of),
+            family,
         )
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
-    estimate, notes = None, _notes(config, plan)
+    estimate, notes = None, _notes(config, family, plan)
     if buckets:
         try:
             estimate, more = _estimate(config, family, plan, buckets)
@@ -111,7 +116,7 @@ def check(config: recipe.Config) -> Report:
     )
     if plan.train:
         sheet, damaged = _contact_sheet(config, plan, folder / "contact_sheet.png")
-        report = replace(report, contact_sheet=sheet, problems=[*damaged, *report.problems])
+        report = replace(report, contact_sheet=sheet or None, problems=[*damaged, *report.problems])
     with atomic(folder / "report.json") as part:
         part.write_text(report.to_json(), "utf-8")
     return report
@@ -128,7 +133,7 @@ def _buckets(config: recipe.Config, family: families.Family, plan: data.Plan) ->
     ]
 
 
-def _notes(config: recipe.Config, plan: data.Plan) -> list[str]:
+def _notes(config: recipe.Config, family: families.Family, plan: data.Plan) -> list[str]:
     """What is right but worth knowing."""
     notes = []
     if not plan.train:
@@ -142,6 +147,13 @@ def _notes(config: recipe.Config, plan: data.Plan) -> list[str]:
     notes.append(
         f"{config.train.steps:,} steps are {epochs:,.1f} epochs of {len(sampler):,} batches, on one device"
     )
+    ready = sum(bool(w.clip.embedding) for w in (*plan.train, *plan.held_out))
+    if ready:
+        image = ", their images have no noise of their own" if family.images else ""
+        notes.append(
+            f"{ready} windows are encoded already: they keep the size and length that they have{image}, and "
+            "there are no pixels to put on the contact sheet"
+        )
     assumed = sum(p.untagged for p in plan.probes.values())
     if assumed:
         notes.append(
@@ -172,7 +184,7 @@ def _estimate(
         config,
         {s: b.batches for s, b in shapes.items() if b.batches},
         {s: b.train + b.held_out for s, b in shapes.items()},
-        sorted({w.caption for w in windows} | set(config.sample.prompts)),
+        sorted({str(w.words) for w in windows} | set(config.sample.prompts)),
         device=device,
         precision=precision,
         optimizer=optimizer,
@@ -194,11 +206,8 @@ def _relief(config: recipe.Config) -> str:
 
 def _contact_sheet(config: recipe.Config, plan: data.Plan, path: Path) -> tuple[str, list[data.Problem]]:
     """Draws evenly chosen windows as the model will see them; those that cannot be read become problems."""
-    picked = (
-        [plan.train[i * len(plan.train) // ROWS] for i in range(ROWS)]
-        if len(plan.train) > ROWS
-        else plan.train
-    )
+    there = [w for w in plan.train if not w.clip.embedding]
+    picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
     rows, problems = [], []
     with progress("contact sheet", len(picked), "clip") as advance:
         for window in picked:

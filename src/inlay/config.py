@@ -53,15 +53,19 @@ class Source(Section):
     """One place where clips come from."""
 
     path: str = Field(min_length=1)
-    """Folder, manifest (`.csv`, `.jsonl`, `.json`), or folder with `prompts.txt` and `videos.txt`."""
-    layout: Literal["auto", "folder", "lines", "csv", "jsonl"] = "auto"
-    """How captions are stored; `auto` looks."""
+    """Folder, manifest (`.csv`, `.jsonl`, `.json`), folder with `prompts.txt` and `videos.txt`, or folder of
+    clips that another trainer has encoded."""
+    layout: Literal["auto", "folder", "lines", "csv", "jsonl", "encoded"] = "auto"
+    """How captions are stored; `auto` looks. `encoded` reads latents and embeddings instead of clips, and is
+    chosen where every clip of a folder has them."""
     root: str | None = None
     """Folder that the manifest's paths are relative to, and may not leave. Default: the manifest's folder."""
     video_column: str | None = None
-    """Column with the clip's path. Default: the first of video, file_name, file, path, image, frames_path."""
+    """Column with the clip's path. Default: the first of video, file_name, file, path, image, frames_path.
+    With `lines` the name of the file, by default `videos.txt`."""
     caption_column: str | None = None
-    """Column with the caption. Default: the first of caption, prompt, text."""
+    """Column with the caption. Default: the first of caption, prompt, text. With `lines` the name of the
+    file, by default `prompts.txt`, `prompt.txt` or `captions.txt`."""
     group_column: str | None = None
     """Column by which `inlay evaluate` groups its table, such as an activity or a subject."""
     repeats: int = Field(default=1, ge=1)

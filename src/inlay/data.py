@@ -18,13 +18,14 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
 
-from inlay import config, media
-from inlay.families.base import Grid
+from inlay import config, encoded, media
+from inlay.families.base import Encoded, Family, Grid
 from inlay.files import sha256
 
 Severity = Literal["error", "warning"]
@@ -33,6 +34,7 @@ Size = tuple[int, int]
 VIDEO_COLUMNS = ("video", "file_name", "file", "path", "image", "frames_path")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
 MANIFESTS = (".csv", ".jsonl", ".json")
+PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",)
 
 UPSCALE = 1.5
 """Enlarging a clip by more than this is worth a warning: the model learns the blur."""
@@ -53,11 +55,16 @@ class Clip:
     name: str
     """Relative to the source's root, with forward slashes."""
     caption: str
-    """As stored, with runs of white space made one space; empty where there is none: no windows then."""
+    """As stored, with runs of white space made one space; empty where there is none: only encoded clips have
+    windows then."""
     source: int
     """Index into `data.sources`."""
     group: str | None
-    kind: media.Kind
+    kind: media.Kind | Literal["encoded"]
+    latents: tuple[Path, ...] = ()
+    """Of an encoded clip: `path` is the first; then those of the images that it is shown."""
+    embedding: Path | None = None
+    """Of an encoded clip: its caption, encoded."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,14 @@ class Window:
     @property
     def key(self) -> tuple[Hashable, ...]:
         """All that decides the pixels besides the file's content."""
+        if self.clip.embedding:
+            return ("encoded", encoded.READER)
         return ("window", media.READER, self.clip.kind, self.start, self.frames, self.fps, *self.size)
+
+    @property
+    def words(self) -> str | Path:
+        """What the model reads: the caption, or the file that holds it encoded."""
+        return self.clip.embedding or self.caption
 
     def read(self) -> np.ndarray:
         """The pixels, uint8 (t, h, w, 3).
@@ -91,6 +105,7 @@ class Window:
         Raises:
             ValueError: naming the file, when it cannot be read to the window's end.
         """
+        assert not self.clip.embedding, "an encoded clip has no pixels"
         return media.read(self.clip.path, self.start, self.frames, self.fps, self.size)
 
 
@@ -170,6 +185,13 @@ KINDS: dict[str, Kind] = {
     "empty-caption": Kind("error", "has an empty caption", "have an empty caption", "write what is seen"),
     "unreadable": Kind("error", "cannot be read", "cannot be read", "convert or remove the file"),
     "truncated": Kind("error", "is truncated", "are truncated", "copy the file again or cut off its end"),
+    "unfitting": Kind(
+        "error",
+        "does not fit the checkpoint",
+        "do not fit the checkpoint",
+        "encode it again for model.checkpoint, or remove it",
+    ),
+    "half": Kind("error", "is half there", "are half there", "encode it again, or remove the rest"),
     "too-short": Kind(
         "error", "is too short", "are too short", "remove it or add a smaller length to data.frames"
     ),
@@ -190,6 +212,12 @@ KINDS: dict[str, Kind] = {
     "upscaled": Kind("warning", "is enlarged", "are enlarged", "lower data.size or use larger clips"),
     "cropped": Kind(
         "warning", "loses much to cropping", "lose much to cropping", "add a fitting ratio to data.aspects"
+    ),
+    "fixed-caption": Kind(
+        "warning",
+        "has an encoded caption",
+        "have encoded captions",
+        "data.trigger and data.caption_prefix were not added: encode it with them",
     ),
     "transparent": Kind("warning", "is transparent", "are transparent", "it is put on white"),
     "hdr": Kind("warning", "is HDR", "are HDR", "colours will look pale: convert to SDR"),
@@ -270,7 +298,7 @@ def _legible(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _find(source: config.Source, index: int) -> _Found:
+def _find(source: config.Source, index: int, patterns: Encoded | None) -> _Found:
     """Finds the clips of a source in whatever layout it has."""
     path = Path(source.path).expanduser()
     root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
@@ -279,12 +307,16 @@ def _find(source: config.Source, index: int) -> _Found:
     try:
         if not path.exists():
             raise ValueError("no such file or folder")
-        layout, why, target = _detect(path, source.layout)
-        if source.root and layout == "folder":
+        layout, why, target = _detect(path, source, patterns)
+        if source.root and layout in ("folder", "encoded"):
             raise ValueError("is its own root: leave `root` to manifests")
         if source.root and not root.is_dir():
             raise ValueError(f"its root {root} is not a folder")
-        {"folder": _folder, "lines": _lines, "csv": _table, "jsonl": _objects}[layout](target, scan)
+        if layout == "encoded":
+            assert patterns
+            _encoded(target, scan, patterns)
+        else:
+            {"folder": _folder, "lines": _lines, "csv": _table, "jsonl": _objects}[layout](target, scan)
         if not scan.count:
             raise ValueError(f"holds no clips ({why})")
     except csv.Error as error:
@@ -294,12 +326,13 @@ def _find(source: config.Source, index: int) -> _Found:
     return _Found(layout, why, scan.clips, scan.problems, scan.count)
 
 
-def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
+def _detect(path: Path, source: config.Source, patterns: Encoded | None) -> tuple[str, str, Path]:
     """Layout, the reason for it, and the file or folder to read.
 
     Raises:
         ValueError: when nothing fits, or more than one thing.
     """
+    wanted = source.layout
     if path.is_file():
         found = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}.get(path.suffix.lower())
         if found is None:
@@ -310,8 +343,15 @@ def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
     files = _files(path)
     stems = {f.with_suffix("") for f in files}
     options: list[tuple[str, str, Path]] = []
-    if (path / "prompts.txt").is_file() and (path / "videos.txt").is_file():
-        options.append(("lines", "prompts.txt and videos.txt", path))
+    if patterns and wanted in ("auto", "encoded"):
+        names = {n for part in (patterns.media[0], patterns.text) for n in _matching(path, part)}
+        option = ("encoded", f"{len(names)} encoded clips, {patterns.says}", path)
+        if names and names >= {*_matching(path, patterns.video, media.KNOWN)}:
+            return option  # what they were made from lies beside them
+        options += [option] if names else []
+    lines = _line_files(path, source)
+    if lines:
+        options.append(("lines", " and ".join(f.name for f in lines), path))
     manifests = (f for f in path.iterdir() if f.suffix.lower() in MANIFESTS and not f.name.startswith("."))
     for file in sorted(f for f in manifests if f.is_file() and f.with_suffix("") not in stems):
         options.append(("csv" if file.suffix.lower() == ".csv" else "jsonl", file.name, file))
@@ -320,13 +360,78 @@ def _detect(path: Path, wanted: str) -> tuple[str, str, Path]:
         options.append(("folder", f"{len(files)} clips, {beside} of them with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
     if not options:
-        readable = " ".join(media.KNOWN)
-        needs = {"lines": "prompts.txt and videos.txt", "csv": ".csv", "jsonl": ".jsonl or .json"}
-        raise ValueError(f"holds no {needs.get(wanted) or f'clips ({readable})'}")
+        raise ValueError(_nothing(path, wanted, patterns))
     if len(options) > 1:
         held = "; ".join(o[1] for o in options)
         raise ValueError(f"is ambiguous: it holds {held}. Name the manifest in `path`, or set `layout`")
     return options[0]
+
+
+def _nothing(path: Path, wanted: str, patterns: Encoded | None) -> str:
+    """What to say of a folder in which nothing was recognised."""
+    reads = f"this model reads {patterns.says}" if patterns else "this model reads none"
+    needs = {
+        "lines": "prompts.txt and videos.txt; name others in `caption_column` and `video_column`",
+        "csv": ".csv",
+        "jsonl": ".jsonl or .json",
+        "encoded": f"encoded clips; {reads}",
+    }
+    tensors = len(_files(path, (".pt",)))
+    aside = f"; of its {tensors} .pt files, {reads}" if tensors else ""
+    readable = " ".join(media.KNOWN)
+    return f"holds no {needs.get(wanted) or f'clips ({readable}){aside}'}"
+
+
+def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None:
+    """The files with captions and with paths, if both are there.
+
+    Raises:
+        ValueError: when several could be meant.
+    """
+    found = []
+    for key, named, defaults in (
+        ("caption_column", source.caption_column, PROMPTS),
+        ("video_column", source.video_column, VIDEOS),
+    ):
+        there = [n for n in ([named] if named else defaults) if (folder / n).is_file()]
+        if len(there) > 1 and source.layout == "lines":
+            raise ValueError(f"holds {' and '.join(there)}; name one in `{key}`")
+        found += [folder / n for n in there[:1]]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _matching(folder: Path, pattern: str, suffixes: tuple[str, ...] = ("",)) -> dict[str, Path]:
+    """Files by what stands for the `*` of a pattern such as `latents/*.pt`, below its folder."""
+    head, tail = pattern.split("*")
+    ends = tuple(tail + s for s in suffixes)
+    found = {f.relative_to(folder / head).as_posix(): f for f in _files(folder / head, ends)}
+    return {n[: -max(len(e) for e in ends if n.lower().endswith(e))]: f for n, f in found.items()}
+
+
+def _encoded(folder: Path, scan: _Scan, patterns: Encoded) -> None:
+    """Clips that another trainer has encoded; what is in the files is looked at later, see `encoded.look`."""
+    parts = [_matching(folder, part) for part in (*patterns.media, patterns.text)]
+    captions = _matching(folder, patterns.caption)
+    for name in sorted({*parts[0], *parts[-1]}):
+        scan.count += 1
+        there = [part[name] for part in parts if name in part]
+        shown = there[0].relative_to(folder).as_posix()
+        wanted = [p.replace("*", name) for p in (*patterns.media, patterns.text)]
+        missing = [w for w, part in zip(wanted, parts, strict=True) if name not in part]
+        outside = [f for f in there if not _inside(f, scan.root)]
+        if missing:
+            scan.problem(
+                "half", shown, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+            )
+        elif outside:
+            scan.problem("outside", shown)
+        else:
+            beside = captions.get(name)
+            text = beside.read_text("utf-8-sig", "replace") if beside and _inside(beside, scan.root) else ""
+            text = " ".join(text.split())
+            scan.clips.append(
+                Clip(there[0], shown, text, scan.index, None, "encoded", tuple(there[:-1]), there[-1])
+            )
 
 
 def _files(folder: Path, suffixes: tuple[str, ...] = media.KNOWN) -> list[Path]:
@@ -365,15 +470,22 @@ def _folder(folder: Path, scan: _Scan) -> None:
 
 
 def _lines(folder: Path, scan: _Scan) -> None:
-    prompts, videos = (_text(folder / n).rstrip().split("\n") for n in ("prompts.txt", "videos.txt"))
+    files = _line_files(folder, scan.source)
+    assert files
+    prompts, videos = (list(enumerate(_text(f).rstrip().split("\n"), 1)) for f in files)
+    if len(prompts) != len(videos):  # blank lines may be what one file has more of
+        prompts, videos = ([line for line in part if line[1].strip()] for part in (prompts, videos))
     if len(prompts) != len(videos):
-        raise ValueError(f"prompts.txt has {len(prompts)} lines and videos.txt has {len(videos)}")
-    for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True), 1):
+        told = " and ".join(
+            f"{f.name} has {len(n)} lines" for f, n in zip(files, (prompts, videos), strict=True)
+        )
+        raise ValueError(told)
+    for (_, prompt), (number, video) in zip(prompts, videos, strict=True):
         if video.strip():
             scan.add(video, prompt, where=f"line {number}")
-        else:
+        elif prompt.strip():
             scan.count += 1
-            scan.problem("row", f"line {number}", "videos.txt has an empty line")
+            scan.problem("row", f"line {number}", f"{files[1].name} has an empty line")
 
 
 def _text(path: Path) -> str:
@@ -494,6 +606,8 @@ def _there(probe: media.Probe, data: config.Data, fps: float) -> tuple[int, floa
 def _windows(
     clip: Clip, probe: media.Probe, data: config.Data, buckets: list[Size], fps: float
 ) -> list[Window]:
+    if clip.embedding:
+        return [Window(clip, 0.0, probe.frames, fps, (probe.height, probe.width), clip.caption)]
     there, rate = _there(probe, data, fps)
     length = max((n for n in data.frames if n <= there), default=0)
     if not length:
@@ -514,6 +628,10 @@ def _clip_problems(
     def add(code: str, message: str) -> None:
         out.append(Problem(KINDS[code].severity, code, clip.name, message, clip.source))
 
+    if clip.embedding:
+        if data.trigger or data.caption_prefix:
+            add("fixed-caption", "")
+        return out
     if size is None and clip.kind == "image":
         add("image", "")
     elif size is None:
@@ -551,6 +669,7 @@ def plan(
     fps: float,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    family: Family | None = None,
     probe: Callable[[Path], media.Probe] = media.probe,
 ) -> Plan:
     """Looks at every clip and decides what a run sees; decodes only the first frame and the end of each file.
@@ -561,13 +680,15 @@ def plan(
         fps: the family's rate.
         seed: decides which clips are held out.
         progress: called with (done, total) while files are probed.
+        family: its layout of encoded clips is read too.
         probe: looks at a file; a cache remembers what it found.
     """
     fps = float(data.fps or fps)
-    found = [_find(source, i) for i, source in enumerate(data.sources)]
+    patterns = family.encoded if family else None
+    found = [_find(source, i, patterns) for i, source in enumerate(data.sources)]
     problems = [p for f in found for p in f.problems]
     clips = [c for f in found for c in f.clips]
-    probes, failed = _probe_all(clips, progress, probe)
+    probes, failed = _probe_all(clips, progress, family, fps, probe)
     problems += failed
     buckets = sizes(data, grid)
     windows: dict[int, list[Window]] = {}
@@ -575,7 +696,7 @@ def plan(
         if clip.path in probes:
             made = _windows(clip, probes[clip.path], data, buckets, fps)
             problems += _clip_problems(clip, probes[clip.path], data, fps, made[0].size if made else None)
-            if made and clip.caption:
+            if made and (clip.caption or clip.embedding):
                 windows[i] = made
     twins, doubled = _duplicates([clips[i] for i in windows])
     problems += doubled
@@ -606,6 +727,8 @@ def plan(
 def _probe_all(
     clips: Sequence[Clip],
     progress: Callable[[int, int], None] | None,
+    family: Family | None,
+    fps: float,
     probe: Callable[[Path], media.Probe],
 ) -> tuple[dict[Path, media.Probe], list[Problem]]:
     """Probes every file once, in threads."""
@@ -614,8 +737,13 @@ def _probe_all(
     problems: list[Problem] = []
 
     def look(path: Path) -> media.Probe | media.MediaError:
+        clip = first[path]
         try:
-            return probe(path)
+            if not (clip.embedding and family):
+                return probe(path)
+            frames, height, width = encoded.look(family, clip.latents, clip.embedding)
+            rate = Fraction(fps).limit_denominator(1000)
+            return media.Probe(frames, rate, height, width, frames / fps, 1 / fps)
         except media.MediaError as error:
             return error
 

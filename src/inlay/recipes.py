@@ -75,7 +75,7 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
     if experts:
         raw["model"]["expert"] = "high"
     model = kind(config.build(raw).model)
-    plan = data.plan(config.build(raw).data, model.grid, model.fps, 0)
+    plan = data.plan(config.build(raw).data, model.grid, model.fps, 0, family=model)
     probes = list(plan.probes.values())
     if not probes:
         raise ValueError(

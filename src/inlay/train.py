@@ -412,11 +412,9 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     store = cache.Cache(run.cache(config))
     with progress("look", 1, "clip", show=ctx.main) as advance:
         plan = data.plan(
-            config.data,
-            family.grid,
-            family.fps,
-            config.seed,
+            *(config.data, family.grid, family.fps, config.seed),
             progress=lambda n, of: advance(done=n, total=of),
+            family=family,
             probe=store.probe,
         )
     quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
@@ -424,9 +422,9 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     names = store.media_names(family, windows)
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     sample = generate.resolve_sample(config)
-    texts = sample.prompts or list(dict.fromkeys(w.caption for w in windows))[:4]
-    captions = list(dict.fromkeys([*(w.caption for w in windows), "", sample.negative_prompt, *texts]))
-    text_names = dict(zip(captions, store.text_names(family, captions, dtype), strict=True))
+    texts = sample.prompts or list(dict.fromkeys(w.caption for w in windows if w.caption))[:4]
+    words = list(dict.fromkeys([*(w.words for w in windows), "", sample.negative_prompt, *texts]))
+    text_names = dict(zip(words, store.text_names(family, words, dtype), strict=True))
     mine = slice(ctx.rank, None, ctx.world)
     with progress("cache clips", len(names[mine]), "clip", show=ctx.main) as advance:
         built = cache.build_media(
@@ -438,11 +436,11 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
             workers=config.runtime.workers,
             advance=advance,
         )
-    with progress("cache text", len(captions[mine]), "caption", show=ctx.main) as advance:
+    with progress("cache text", len(words[mine]), "caption", show=ctx.main) as advance:
         cache.build_text(
             store,
             family,
-            captions[mine],
+            words[mine],
             list(text_names.values())[mine],
             device=ctx.device,
             dtype=dtype,
@@ -470,17 +468,19 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     name_of = dict(zip(windows, names, strict=True))
     images: list[list[generate.Picture]] = []
     if family.images and sample.size and sample.frames:
-        first = {w.caption: w for w in reversed([*train, *held_out])}
+        first = {w.caption: w for w in reversed([*train, *held_out]) if not w.clip.embedding}
         texts = sample.prompts or [t for t in texts if t in first]
         each: Sequence[generate.Images] = sample.images or [first[t] for t in texts]
         images = [generate.read_images(family, e, (sample.frames, *sample.size)) for e in each]
+    if sample.every and not texts:
+        raise ValueError("sample.every: nothing to draw, the clips are encoded; write sample.prompts")
     return Clips(
         plan,
         store,
         [name_of[w] for w in plan.train],
-        [text_names[w.caption] for w in plan.train],
+        [text_names[w.words] for w in plan.train],
         [name_of[w] for w in plan.held_out],
-        [text_names[w.caption] for w in plan.held_out],
+        [text_names[w.words] for w in plan.held_out],
         text_names[""],
         generate.Prompts(
             texts,

@@ -265,7 +265,9 @@ def _yardstick(
         shutil.copyfile(sheet, folder / "clips.png")
     if clips is None:
         return None
-    windows = clips.plan.train
+    windows = [w for w in clips.plan.train if not w.clip.embedding]
+    if not windows:
+        return None
     some = [windows[i] for i in np.unique(np.linspace(0, len(windows) - 1, YARDSTICK).round().astype(int))]
     found, rows = [], []
     with progress("read clips", len(some), "clip") as advance:

@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 from importlib.metadata import entry_points
 
-from inlay.families.base import Family, Grid
+from inlay.families.base import Encoded, Family, Grid
 
-__all__ = ["Family", "Grid", "get", "names"]
+__all__ = ["Encoded", "Family", "Grid", "get", "names"]
 
 
 def names() -> list[str]:

@@ -66,6 +66,24 @@ class Grid:
         return out
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """How another trainer lays out the clips that it has encoded: paths, where `*` is a clip's name."""
+
+    media: Sequence[str]
+    """Latents of the clip, by which it is found, and of the images that it is shown."""
+    text: str
+    caption: str = "*.txt"
+    """What was encoded, where it was kept."""
+    video: str = "*"
+    """Where the clips lie that were encoded, without suffix."""
+
+    @property
+    def says(self) -> str:
+        """For messages."""
+        return " + ".join((*self.media, self.text)).replace("*", "NAME")
+
+
 class Family(ABC):
     """One architecture and its conventions. Building one reads configuration files, never weights."""
 
@@ -100,6 +118,8 @@ class Family(ABC):
     images: Sequence[str] = ()
     """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
     grid: Grid
+    encoded: Encoded | None = None
+    """The layout of encoded clips that this family reads: VAE moments, one file for each of `stored`."""
 
     def __init__(self, model: recipe.Model) -> None:
         self.model = model

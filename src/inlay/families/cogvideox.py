@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import config as recipe
-from inlay.families.base import Family, Grid
+from inlay.families.base import Encoded, Family, Grid
 from inlay.objectives import VPrediction
 
 COPIES = 4
@@ -75,6 +75,8 @@ class CogVideoX(Family):
         self.vae, self.scheduler = (self.read_config(part) or {} for part in ("vae", "scheduler"))
         self._refuse_unsupported()
         self.images = ("first",) if c["in_channels"] == 32 else ()
+        latents = ["video_latents/*.pt", *["image_latents/*.pt" for _ in self.images]]
+        self.encoded = Encoded(latents, "prompt_embeds/*.pt", "prompts/*.txt", "videos/*")
         task = "i2v" if self.images else "t2v"
         if model.task not in (None, task) or model.expert is not None:
             key = "expert" if model.expert else "task"
