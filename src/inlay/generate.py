@@ -159,20 +159,13 @@ Images = Sequence[str] | Window
 
 
 def read_images(family: families.Family, source: Images, shape: tuple[int, int, int]) -> list[Picture]:
-    """The images of a prompt, scaled and cropped to frames, height and width.
-
-    Raises:
-        ValueError: naming the file that cannot be read.
-    """
+    """The images of a prompt, scaled and cropped to frames, height and width."""
     if isinstance(source, Window):
         if not family.images:
             return []
         frames = replace(source, frames=min(shape[0], source.frames), size=shape[1:]).read()
         place = {"first": 0, "last": -1}
         return [Picture(f"{name} frame of {source.clip.name}", frames[place[name]]) for name in family.images]
-    for path in source:
-        if media.kind(Path(path)) != "image" or not Path(path).is_file():
-            raise ValueError(f"{path}: not an image; name a file such as start.png")
     return [Picture(path, media.read(Path(path), 0.0, 1, 1.0, shape[1:])[0]) for path in source]
 
 

@@ -387,6 +387,8 @@ class Family(ABC):
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
         """Sentences about images that the prompts need, or must not have; empty when all is well."""
+        from inlay import media
+
         name = self.model.checkpoint
         if not self.images:
             return [f"{name} makes videos from text alone; leave images out"] if given else []
@@ -396,8 +398,15 @@ class Family(ABC):
         wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(given, 1) if len(g) != len(self.images)]
         if wrong:
             return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
-        absent = [file for each in given for file in each if not Path(file).is_file()]
-        return [f"no such file: {', '.join(dict.fromkeys(absent))}"] if absent else []
+        found = []
+        for path in dict.fromkeys(Path(file) for each in given for file in each):
+            try:
+                if path.suffix.lower() not in media.IMAGES:
+                    raise ValueError(f"{path}: not an image; name a file such as start.png")
+                media.probe(path)
+            except ValueError as error:
+                found.append(str(error))
+        return found
 
 
 TWIN = "twin:"
