@@ -1,4 +1,4 @@
-"""Whatever is wrong with encoded clips ends in one message that names the file; exit code 2, nothing written."""
+"""Whatever is wrong with encoded clips ends in one message that names the file; exit code 2, no item made."""
 
 from __future__ import annotations
 

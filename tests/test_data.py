@@ -108,6 +108,51 @@ def test_lines_with_a_gap(clips):
     assert codes(plan({"path": str(clips), "layout": "lines"})) == {"row": ["line 2"]}
 
 
+@pytest.mark.parametrize("name", ["prompts.txt", "prompt.txt", "captions.txt"])
+@pytest.mark.parametrize("layout", ["auto", "lines"])
+def test_lines_by_the_names_that_scripts_use(clips, name, layout):
+    for text in clips.glob("*.txt"):
+        text.unlink()  # what lies beside could be meant too
+    (clips / name).write_text("one\ntwo\n", "utf-8")
+    (clips / "videos.txt").write_text("a.mp4\nc.mp4\n", "utf-8")
+    made = plan({"path": str(clips), "layout": layout})
+    assert made.sources[0].layout == "lines" and made.problems == []
+    assert [(c.name, c.caption) for c in made.clips] == [("a.mp4", "one"), ("c.mp4", "two")]
+
+
+def test_lines_by_names_that_are_told(clips):
+    """`--caption_column words.txt --video_column list.txt`: there, columns were names of files."""
+    (clips / "words.txt").write_text("one\ntwo\n", "utf-8")
+    (clips / "list.txt").write_text("a.mp4\nc.mp4\n", "utf-8")
+    told = {"caption_column": "words.txt", "video_column": "list.txt"}
+    made = plan({"path": str(clips), "layout": "lines", **told})
+    assert [(c.name, c.caption) for c in made.clips] == [("a.mp4", "one"), ("c.mp4", "two")]
+    assert made.sources[0].why == "words.txt and list.txt" and made.problems == []
+
+
+def test_blank_lines_are_skipped_where_the_counts_then_match(clips):
+    (clips / "prompts.txt").write_text("one\n\n\ntwo\n\n", "utf-8")
+    (clips / "videos.txt").write_text("a.mp4\n\nc.mp4", "utf-8")
+    made = plan({"path": str(clips), "layout": "lines"})
+    assert [(c.name, c.caption) for c in made.clips] == [("a.mp4", "one"), ("c.mp4", "two")]
+    assert made.problems == []
+    (clips / "prompts.txt").write_text("one\n\ntwo\n", "utf-8")
+    made = plan({"path": str(clips), "layout": "lines"})
+    assert [(c.name, c.caption) for c in made.clips] == [("a.mp4", "one"), ("c.mp4", "two")]
+    assert made.problems == []
+
+
+def test_dataset_file_under_a_data_root(clips, tmp_path):
+    """`--data_root ROOT --dataset_file FILE --caption_column text --video_column video`."""
+    (tmp_path / "meta.csv").write_text(
+        'id,text,video\n1,"a ""red"" fox, running",a.mp4\n2,two,c.mp4\n', "utf-8"
+    )
+    source = {"path": str(tmp_path / "meta.csv"), "root": str(clips)}
+    made = plan({**source, "caption_column": "text", "video_column": "video"})
+    assert [(c.name, c.caption) for c in made.clips] == [("a.mp4", 'a "red" fox, running'), ("c.mp4", "two")]
+    assert made.problems == []
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "﻿"])
 def test_csv(clips, end, mark):
