@@ -350,10 +350,6 @@ class Config(Section):
         tuner = value.get("tuner") if isinstance(value, dict) else None
         return {**value, "tuner": {"kind": "lora", **tuner}} if isinstance(tuner, dict) else value
 
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML would keep the last and say nothing."""
-
     @model_validator(mode="after")
     def _together(self) -> Config:
         wrong = list(_conflicts(self))
@@ -390,6 +386,10 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield f"memory.{key}: runtime.parallel={parallel} shards instead; use ddp, or leave it out"
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: memory.layerwise_casting moves weights between layers; leave one of them out"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would keep the last and say nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -492,12 +492,12 @@ def _mistake(error: Any, within: list[str]) -> str:
         near = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
         return f"  {name}: unknown key; {hint}"
+    if not where:
+        return "\n".join(f"  {line}" for line in str(error["ctx"]["error"]).splitlines())
     if kind == "missing":
         return f"  {name}: missing"
     if kind == "union_tag_invalid":
         kinds = [k for part in (LowRank, Full) for k in get_args(part.model_fields["kind"].annotation)]
-    if not where:
-        return "\n".join(f"  {line}" for line in str(error["ctx"]["error"]).splitlines())
         return f"  {name}.kind: no `{error['ctx']['tag']}`; there are: {', '.join(kinds)}"
     if kind in ("model_type", "model_attributes_type"):
         says = f"needs keys below it ({', '.join(_keys(where))})"

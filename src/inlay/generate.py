@@ -216,6 +216,13 @@ def load_pipeline(
         return family.pipeline(denoiser=denoiser, **options)
     pipeline = family.pipeline(denoiser=None, **options)
     put(family, pipeline, folder)
+    if strength != 1:
+        pipeline.set_adapters(["inlay"], [strength])
+        if config.tuner.kind == "dora":
+            say("note: DoRA is not linear in its strength; 0.5 is not half of the effect")
+    return pipeline
+
+
 def put(family: families.Family, pipeline: Any, folder: Path) -> None:
     """Loads an adapter into a stock pipeline, under the name `inlay`.
 
@@ -228,13 +235,6 @@ def put(family: families.Family, pipeline: Any, folder: Path) -> None:
         raise ValueError(
             f"{folder}: the pipeline took nothing from it; `inlay inspect {folder}` says what is in it"
         )
-
-
-    if strength != 1:
-        pipeline.set_adapters(["inlay"], [strength])
-        if config.tuner.kind == "dora":
-            say("note: DoRA is not linear in its strength; 0.5 is not half of the effect")
-    return pipeline
 
 
 def draw(
