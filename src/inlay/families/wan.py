@@ -12,6 +12,7 @@ takes the image as its first latent frame, at time 0, and has nothing to learn t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -352,10 +353,12 @@ class Wan(Family):
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Loads an adapter into the network that it was trained on."""
         # Where a network has `add_k_proj` and an adapter has not, diffusers loads zeros, but of a DoRA no
-        # magnitudes: let peft make those first.
-        pipeline.load_lora_weights(
-            str(folder),
-            adapter_name="inlay",
-            load_into_transformer_2=self.model.expert == "low",
-            low_cpu_mem_usage=self.clip is None,
-        )
+        # magnitudes: let peft make those first. It then warns of more layers than its settings name.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
+            pipeline.load_lora_weights(
+                str(folder),
+                adapter_name="inlay",
+                load_into_transformer_2=self.model.expert == "low",
+                low_cpu_mem_usage=self.clip is None,
+            )
