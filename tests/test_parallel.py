@@ -19,7 +19,7 @@ from inlay import config, parallel, runtime
 from inlay.train import train
 
 EVERYTHING = {
-    "train__validate_every": 1,
+    "train__validate_every": 3,
     "train__log_every": 1,
     "train__save_every": 3,
     "train__batch": 1,
@@ -73,7 +73,7 @@ def held_out(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fsdp"])
+@pytest.mark.parametrize("mode", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize(("kind", "recompute"), [("lora", True), ("dora", False), ("full", True)])
 def test_equals_one_process_and_goes_on_in_the_other(
     recipe: Callable[..., dict],
@@ -83,6 +83,8 @@ def test_equals_one_process_and_goes_on_in_the_other(
     kind: str,
     recompute: bool,
 ) -> None:
+    if mode != "fsdp":
+        pytest.importorskip("deepspeed")
     make_clips(8)
     same = {**EVERYTHING, "tuner": {"kind": kind}, "memory": {"gradient_checkpointing": recompute}}
     raw = recipe(run=str(tmp_path / "alone"), train__steps=6, **same)
@@ -127,6 +129,10 @@ def test_reductions_are_cut_into_parts_that_cover_everything_once() -> None:
             r"optim\.name: adamw8bit does not step on sha",
         ),
         ({"runtime": {"parallel": "fsdp", "compile": True}}, r"runtime\.compile: not with .*fsdp"),
+        (
+            {"runtime": {"parallel": "zero3", "precision": "bfloat16"}, "tuner": {"kind": "full"}},
+            r"runtime\.precision: full fine-tuning with zero3 only in float32 .* use fsdp",
+        ),
     ],
 )
 def test_what_sharding_does_not_do_is_refused_at_the_start(

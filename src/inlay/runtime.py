@@ -196,6 +196,7 @@ PACKAGES = {
     "float8": ("torchao.quantization", "inlay[torchao]"),
     "nf4": ("bitsandbytes.nn", "inlay[bnb]"),
     "prodigy": ("prodigyopt", "inlay[prodigy]"),
+    "deepspeed": ("deepspeed", "inlay[deepspeed]"),
     "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
     "trackio": ("trackio", "inlay[trackio]"),
     "wandb": ("wandb", "inlay[wandb]"),
@@ -223,18 +224,18 @@ def optimizer(
 ) -> torch.optim.Optimizer:
     """Makes an optimizer by name; one-dimensional weights (norms, biases, DoRA magnitudes) are not decayed.
 
-    Raises:
     Args:
         name: of `optim.name`.
         section: the recipe's.
         parameters: what trains.
         offload: keep the state in the computer's memory and step there.
 
+    Raises:
         ValueError: when its package is not installed.
     """
-    groups = [
     if offload:
         return memory.Offloaded(parameters, lambda here: optimizer(name, section, here))
+    groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": section.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
@@ -242,11 +243,11 @@ def optimizer(
     common: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     if name == "adamw8bit":
         return package("optim.name", name).AdamW8bit(groups, **common)
-    if name == "prodigy":
     if name == "adamw4bit":
         made = package("optim.name", name).AdamW4bit(groups, **common)
         made.register_step_pre_hook(_tensor_rates)
         return made
+    if name == "prodigy":
         return package("optim.name", name).Prodigy(
             groups, **common, decouple=True, use_bias_correction=True, safeguard_warmup=section.warmup > 0
         )
@@ -255,13 +256,13 @@ def optimizer(
     )
 
 
-def rate(section: recipe.Optim, step: int, steps: int) -> float:
 def _tensor_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """For torchao, whose compiled step wants rates as tensors: a new number would be a new graph."""
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
 
 
+def rate(section: recipe.Optim, step: int, steps: int) -> float:
     """Learning rate of a step (counted from 0), a pure function."""
     if step < section.warmup:
         return section.lr * (step + 1) / section.warmup
@@ -365,19 +366,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def pack(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 SUBCLASSES = ("OptimState4bit",)
 """Tensors of torchao that are several plain ones."""
 
 
+def pack(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """Takes the tensors out of a nested optimizer state, by path; what is left is JSON."""
-    if isinstance(state, Tensor):
     if type(state).__name__ in SUBCLASSES:
         parts, rest = state.__tensor_flatten__()
         kept = {n: pack(getattr(state, n), f"{prefix}.{n}", tensors) for n in parts}
         signed, shape, dtype = rest
         kept |= {"signed": signed, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
         return {"__subclass__": type(state).__name__, "parts": kept}
+    if isinstance(state, Tensor):
         tensors[prefix] = state.detach()
         return {"__tensor__": prefix}
     if isinstance(state, Mapping):
@@ -395,12 +396,12 @@ def unpack(state: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Puts the tensors back."""
     if isinstance(state, dict) and "__tensor__" in state:
         return tensors[state["__tensor__"]]
-    if isinstance(state, dict) and "__map__" in state:
     if isinstance(state, dict) and "__subclass__" in state:
         kept = {n: unpack(v, tensors) for n, v in state["parts"].items()}
         signed, shape, dtype = (kept.pop(k) for k in ("signed", "shape", "dtype"))
         kind = getattr(package("optim.name", "adamw4bit").subclass_4bit, state["__subclass__"])
         return kind.__tensor_unflatten__(kept, [signed, torch.Size(shape), getattr(torch, dtype)])
+    if isinstance(state, dict) and "__map__" in state:
         return {k: unpack(v, tensors) for k, v in state["__map__"]}
     if isinstance(state, dict):
         return tuple(unpack(v, tensors) for v in state["__tuple__"])

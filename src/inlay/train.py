@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -54,7 +54,7 @@ def train(config: recipe.Config) -> Path:
                     index, batch = next(batches)
                     torch.manual_seed(stable_hash(config.seed, "dropout", index))
                     generator = torch.Generator().manual_seed(stable_hash(config.seed, "noise", index))
-                    out = job.step(job.denoiser, batch.to(ctx.device), generator)
+                    out = job.step(job.network, batch.to(ctx.device), generator)
                     job.strategy.backward(out["loss"] / t.accumulate, last=i + 1 == t.accumulate)
                     meters.add(step, out["losses"], batch.names)
                 meters.norm(step, job.update(step))
@@ -137,7 +137,8 @@ class Job:
     loader: Loader
     strategy: parallel.Replicated
     denoiser: nn.Module
-    parameters: dict[str, nn.Parameter]
+    network: nn.Module
+    parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
     step: Step
     held_out: list[Batch]
@@ -212,8 +213,8 @@ class Job:
                     tuners.save(section, self.denoiser, weights, folder / "adapter", metadata=about)
             tensors = {f"weights.{n}": w for n, w in gather(self.parameters).items()}
             tensors |= {f"ema.{n}": w for n, w in gather(self.ema.weights if self.ema else {}).items()}
-            state = runtime.pack(self.optimizer.state_dict(), "optimizer", moments := {})
-            tensors |= gather(moments)
+            state, moments = self.strategy.optimizer_state(self.optimizer)
+            tensors |= moments
             if folder is not None:
                 values = {"step": step, "per_step": self.loader.per_step, "optimizer": state}
                 runtime.save_state(folder, tensors, values)
@@ -261,12 +262,12 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     for note in ctx.notes:
         say(f"note: {note}", show=ctx.main)
     strategy, family = parallel.strategy(config, ctx), open_family(config)
-    named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
     wrong = memory.problems(config, ctx.device, ctx.precision)
     if wrong:
         raise ValueError("this device cannot do this:\n" + "\n".join(f"  {w}" for w in wrong))
-    for key, name in named:  # what is sure to fail later should not cost a cache first
+    named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
     named.append(("memory.quantize", config.memory.quantize or ""))
+    for key, name in named:  # what is sure to fail later should not cost a cache first
         if name in runtime.PACKAGES:
             runtime.package(key, name)
     tuners.select(config.tuner, family.targets, family.load_denoiser(torch.float32, meta=True))
@@ -294,9 +295,9 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     if config.memory.gradient_checkpointing:
         memory.checkpoint(denoiser, config.memory.gradient_checkpointing)
     tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
-    parameters = strategy.shard(denoiser)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
+    parameters = strategy.shard(denoiser)
     count = sum(p.numel() for p in parameters.values())
     say(f"training {len(parameters)} tensors, {count:,} numbers ({config.tuner.kind})", show=ctx.main)
     optimizer = runtime.optimizer(
@@ -310,7 +311,8 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     )
     step = DenoisingStep(family, family.objective(config.objective, config.data.size), precision)
     meters = runtime.Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
-    ema = runtime.EMA(config.optim.ema, parameters) if config.optim.ema else None
+    network, held = strategy.own(denoiser, optimizer, parameters)
+    ema = runtime.EMA(config.optim.ema, held) if config.optim.ema else None
     job = Job(
         config,
         ctx,
@@ -319,7 +321,8 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         loader,
         strategy,
         denoiser,
-        parameters,
+        network,
+        held,
         optimizer,
         step,
         held_out,
