@@ -320,8 +320,8 @@ class Runtime(Section):
     """Compile the repeated blocks (torch.compile): minutes at the start and again at the second shape, faster
     steps."""
     parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
-    """Several processes: `ddp` has all in each; `fsdp` (FSDP2) shards weights, gradients and optimizer;
-    `zero2` and `zero3` do so with DeepSpeed."""
+    """Several processes: `ddp` has all in each; `fsdp` (FSDP2) shards weights, gradients and optimizer state;
+    so does `zero3`, and `zero2` all but the weights, both with DeepSpeed."""
 
 
 Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
