@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers.models.embeddings
 import numpy as np
@@ -54,7 +55,7 @@ def given_image(pipe: object, shape: tuple[int, int, int]) -> dict[str, Image.Im
 
 def first_step(folder: Path, prompt: str, shape: tuple[int, int, int]) -> dict:
     """Runs the stock pipeline without guidance; what its transformer was first given, and gave."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     seen: dict = {}
 
@@ -126,7 +127,7 @@ def test_latents_are_scaled_samples_of_the_posterior(
     cog = family(folder)
     frames = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
     item = cog.encode_media(cog.load_media_encoder(CPU), frames)
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+    vae: Any = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 255 * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(video).latent_dist
@@ -265,7 +266,7 @@ def test_sample_is_the_stock_pipeline(variant: str, checkpoint: Checkpoints) -> 
     cog = family(folder)
     text, negative = cog.encode_text(cog.load_text_encoder(CPU, torch.float32), ["a cat", ""])
     pipe = cog.pipeline(denoiser=None, device=CPU, dtype=torch.float32)
-    stock = DiffusionPipeline.from_pretrained(folder)
+    stock: Any = DiffusionPipeline.from_pretrained(folder)
     for p in (pipe, stock):
         p.set_progress_bar_config(disable=True)
     options = {"frames": shape[0], "size": shape[1:], "steps": 2, "guidance": 6.0}
