@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,8 @@ def _start_again(denoiser: nn.Module) -> None:
             layer.reset_adapter_parameters(ADAPTER)
         elif isinstance(layer, LoraLayer):
             layer.reset_lora_parameters(ADAPTER, True)
-            for magnitude in layer.lora_magnitude_vector.values():
+            magnitudes: Any = layer.lora_magnitude_vector
+            for magnitude in magnitudes.values():
                 weight = memory.dense(layer.get_base_layer()).float()
                 norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
                 magnitude.weight.copy_(norms.view_as(magnitude.weight))
