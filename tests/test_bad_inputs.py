@@ -160,11 +160,15 @@ RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = 
         ["objective.interval: needs 0 <= low < high <= 1 (got [0.9, 0.1])"],
     ),
     "unknown family": ({"model__family": "sora"}, [], ["model.family: no family `sora`; there are: ", "wan"]),
-    "unknown tuner": ({"tuner__kind": "lokr"}, [], ["tuner.kind: no `lokr`; there are: lora, dora, full"]),
+    "unknown tuner": (
+        {"tuner__kind": "oft"},
+        [],
+        ["tuner.kind: no `oft`; there are: lora, dora, lokr, loha, full"],
+    ),
     "unknown optimizer": (
         {"optim": {"name": "lion"}},
         [],
-        ["optim.name: should be 'adamw', 'adamw8bit' or 'prodigy' (got 'lion')"],
+        ["optim.name: should be 'adamw', 'adamw8bit', 'adamw4bit' or 'prodigy' (got 'lion')"],
     ),
     "unknown tracker": ({"train__trackers": ["mlflow"]}, [], ["train.trackers.0", "wandb", "'mlflow'"]),
     "world size": (
