@@ -88,11 +88,6 @@ def test_a_quantised_base(checkpoint: Callable[[str, str], Path], scheme: str) -
     same(opened(checkpoint, ("wan", "t2v")), "dora", "aot_eager", quantize=scheme)
 
 
-@pytest.mark.slow
-def test_with_the_compiler_itself(checkpoint: Callable[[str, str], Path]) -> None:
-    same(opened(checkpoint, ("wan", "t2v")), "dora", "inductor")
-
-
 def test_a_block_that_breaks_stops() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
