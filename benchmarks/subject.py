@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -36,9 +35,7 @@ def main() -> None:
     console.quiet()
     folder = args.out or Path(f"runs/subject-{args.kind}")
     demo.write_clips(folder)
-    settings, start = config.build(demo.recipe(folder, args.kind)), time.perf_counter()
-    train(settings)
-    seconds = time.perf_counter() - start
+    train(config.build(demo.recipe(folder, args.kind)))
     prompts = demo.prompts(max(args.subject, args.world))
     chosen = [p for p in prompts if p.group == demo.SUBJECT][: args.subject]
     chosen += [p for p in prompts if p.group == demo.OLD][: args.world]
@@ -50,7 +47,6 @@ def main() -> None:
         "kind": args.kind,
         "date": report.created,
         "as_asked": groups,
-        "training_seconds": round(seconds),
     }
     about = {"threads": torch.get_num_threads(), "packages": report.environment["packages"]}
     RESULTS.mkdir(exist_ok=True)
