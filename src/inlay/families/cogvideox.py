@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,12 +68,14 @@ class CogVideoX(Family):
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
-        from diffusers import CogVideoXTransformer3DModel
+        from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
         unsaid = {k: p.default for k, p in signature(CogVideoXTransformer3DModel).parameters.items()}
         self.transformer = c = unsaid | (self.read_config("transformer") or {})
         self.vae, self.scheduler = (self.read_config(part) or {} for part in ("vae", "scheduler"))
         self._refuse_unsupported()
+        scheduler: Any = CogVideoXDDIMScheduler.from_config(self.scheduler)
+        self.native = VPrediction(tuple(scheduler.alphas_cumprod.tolist()))
         self.images = ("first",) if c["in_channels"] == 32 else ()
         latents = ["video_latents/*.pt", *["image_latents/*.pt" for _ in self.images]]
         self.encoded = Encoded(latents, "prompt_embeds/*.pt", "prompts/*.txt", "videos/*")
@@ -184,16 +186,9 @@ class CogVideoX(Family):
         embed._get_positional_embeddings = lru_cache(16)(embed._get_positional_embeddings)
         return network
 
-    @cached_property
-    def _schedule(self) -> Tensor:
-        from diffusers import CogVideoXDDIMScheduler
-
-        scheduler: Any = CogVideoXDDIMScheduler.from_config(self.scheduler)
-        return scheduler.alphas_cumprod
-
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> VPrediction:
         """v-prediction on the checkpoint's own schedule."""
-        return VPrediction.from_config(section, self._schedule)
+        return VPrediction.from_config(section, torch.tensor(self.native.alphas_cumprod))
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """The network takes frames before channels, and the image behind the channels of the first frame."""
@@ -204,7 +199,7 @@ class CogVideoX(Family):
         v = denoiser(
             x.transpose(1, 2).to(dtype),
             cond["text"].to(dtype),
-            self.objective(recipe.Objective(), (0, 0)).index(t),
+            self.native.index(t),
             ofs=x_t.new_full((1,), 2.0) if c["ofs_embed_dim"] else None,
             image_rotary_emb=self._rotary(tuple(x_t.shape[2:]), x_t.device),
             return_dict=False,
