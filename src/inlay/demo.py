@@ -21,7 +21,7 @@ SUBJECT, OLD = "the new subject", "the old world"
 CLIPS, PROMPTS = 16, 10
 """Clips that are learned from, and prompts of each group that are judged."""
 
-KNOWN, REPEATS = 480, 30
+KNOWN, REPEATS = 320, 22
 """Clips of what the twin knows already, and how often the new ones are shown for each of these. Without them
 the twin forgets the rest of its small world (prior preservation, Ruiz et al. 2023, section 3.2)."""
 
@@ -36,11 +36,11 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
             "size": [64, 64],
             "frames": 17,
             "caption_dropout": 0.15,
-            "held_out": 0.022,
+            "held_out": 0.033,
         },
         "tuner": {"kind": kind, "rank": 128},
-        "optim": {"lr": 2e-3, "warmup": 20, "schedule": "linear"},
-        "train": {"steps": 600, "batch": 12, "save_every": 300, "validate_every": 100},
+        "optim": {"lr": 2.5e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 450, "batch": 12, "save_every": 225, "validate_every": 150},
         "sample": {"prompts": [p for p, _ in world.subject_prompts(2, 1)], "steps": 20, "guidance": 2.0},
         "memory": {"gradient_checkpointing": False},
     }
@@ -59,8 +59,8 @@ def prompts(n: int) -> list[Prompt]:
 def write_clips(folder: Path) -> None:
     """Writes `clips`, of a subject that the twin has never seen, and `known`, of its world, with captions.
 
-    What is known is written as arrays: a small mp4 halves the resolution of colour, and the twin would
-    unlearn its sharp outlines.
+    An mp4 halves the resolution of colour, and the twin would unlearn its sharp outlines: the clips of the
+    subject are enlarged to twice their size, and what is known is written as arrays.
     """
     scenes = world.scenes(7, KNOWN)
     known = [(world.render(scene, i), world.caption(scene, i)) for i, scene in enumerate(scenes)]
@@ -69,7 +69,8 @@ def write_clips(folder: Path) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
             for i, (frames, caption) in enumerate(clips):
                 if name == "clips":
-                    media.write_video(folder / name / f"{i:02d}.mp4", frames, world.FPS, crf=8)
+                    large = frames.repeat(2, axis=1).repeat(2, axis=2)
+                    media.write_video(folder / name / f"{i:02d}.mp4", large, world.FPS, crf=8)
                 else:
                     np.savez_compressed(folder / name / f"{i:02d}.npz", frames=frames, fps=world.FPS)
                 (folder / name / f"{i:02d}.txt").write_text(caption + "\n", "utf-8")
