@@ -254,7 +254,7 @@ def draw(
         family: whose pipeline it is.
         pipeline: from `load_pipeline`.
         prompts: what to draw and how.
-        folder: is created; None draws and writes nothing, for processes that only hold a share of the weights.
+        folder: is created; None writes nothing, for processes that only hold a share of the weights.
         about: other values for each JSON.
         count: videos of each prompt.
         show: whether there is a progress bar.

@@ -16,7 +16,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
 from inlay import media
@@ -397,7 +397,7 @@ def _write_video(path: Path, rgba: np.ndarray, fps: Fraction, suffix: str) -> No
         scaler = VideoReformatter()
         for pixels in rgba:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=source)
-            color = {"dst_colorspace": media.Colorspace.ITU709} if yuv else {}
+            color = {"dst_colorspace": Colorspace.ITU709} if yuv else {}
             frame = scaler.reformat(frame, format=pix_fmt, threads=1, **color)
             frame.pts = None
             container.mux(stream.encode(frame))

@@ -84,68 +84,21 @@ class Encoded:
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
 
 
-class Family(ABC):
-    """One architecture and its conventions. Building one reads configuration files, never weights."""
+class Checkpoint:
+    """A checkpoint in diffusers layout, on the Hub or in a folder: its configurations and components."""
 
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    """Recipe values that differ from the sections' defaults, as a nested mapping."""
-    targets: ClassVar[Sequence[str]]
-    """Default adapter targets: regular expressions over whole module names."""
-    encoders: ClassVar[Mapping[str, Sequence[str]]] = {
-        "media": ("vae",),
-        "text": ("tokenizer", "text_encoder"),
-    }
-    """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item
-    is."""
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     """Hub ids and what must be known of their configuration before anything is downloaded; the first is the
     default."""
-    original_names: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Module names inside a block or at the root, as the original code and as diffusers spells them."""
-    widths: ClassVar[Mapping[int, str]] = {}
-    """Names of the published sizes by the width of their network, for messages."""
-    text_encoder: ClassVar[str] = "T5EncoderModel"
-    """Its class in transformers."""
-    text_length: ClassVar[int]
-    """Tokens of text that the network is given at most."""
-    fps: float
-    """Frame rate of the published checkpoint's training data."""
-    component: str = "transformer"
-    """Name of the denoiser in the checkpoint and in the pipeline."""
-    choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
-    """The family's own switches, `model.options` of a recipe, each with its values, the default first. They
-    change neither what `encode_media` and `encode_text` give nor the network's shape."""
-    images: Sequence[str] = ()
-    """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
-    grid: Grid
-    encoded: Encoded | None = None
-    """The layout of encoded clips that this family reads: VAE moments, one file for each of `stored`."""
 
     def __init__(self, model: recipe.Model) -> None:
         self.model = model
         self.source = locate(model.checkpoint)
-        wrong = []
-        for key, value in model.options.items():
-            if key not in self.choices:
-                has = f"it has {', '.join(self.choices)}" if self.choices else "it has none, leave it out"
-                wrong.append(f"model.options.{key}: {model.family} has no such option; {has}")
-            elif value not in self.choices[key]:
-                values = ", ".join(map(str, self.choices[key]))
-                wrong.append(f"model.options.{key}: `{value}` is not one of {values}")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        self.options = {key: model.options.get(key, values[0]) for key, values in self.choices.items()}
 
     @property
     def name(self) -> str:
         """The checkpoint's Hub id, or only the name of a local folder, for files that are given away."""
         return self.source.name if isinstance(self.source, Path) else self.source
-
-    def about(self) -> dict[str, str]:
-        """What a file of trained weights tells of what it was trained on, for its header."""
-        return {"inlay_base": self.name, **{f"inlay_{k}": str(v) for k, v in self.options.items()}}
-
-    # --- configuration ------------------------------------------------------------------------------------
 
     def read_config(self, component: str) -> dict[str, Any] | None:
         """A component's configuration, or for the empty name `model_index.json`; None where there is none.
@@ -201,18 +154,6 @@ class Family(ABC):
                 f"{what} cannot be loaded ({cause}); is it whole? Copy or download it again"
             ) from error
 
-    @abstractmethod
-    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Shape of a clip's `latents` (c, t, h, w), which are learned, and of its conditions, as `draw`n."""
-
-    def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of a clip that `encode_media` gives and the cache keeps."""
-        return self.shapes(frames, height, width)
-
-    @abstractmethod
-    def tokens(self, frames: int, height: int, width: int) -> int:
-        """Length of the sequence that the denoiser attends over."""
-
     def load(self, component: str, dtype: torch.dtype) -> Any:
         """A component of the checkpoint, whole, in the diffusers class that its configuration names.
 
@@ -232,6 +173,73 @@ class Family(ABC):
 
     def _class_name(self, component: str) -> str:
         return (self.read_config(component) or {})["_class_name"]
+
+
+class Family(Checkpoint, ABC):
+    """One architecture and its conventions. Building one reads configuration files, never weights."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Recipe values that differ from the sections' defaults, as a nested mapping."""
+    targets: ClassVar[Sequence[str]]
+    """Default adapter targets: regular expressions over whole module names."""
+    encoders: ClassVar[Mapping[str, Sequence[str]]] = {
+        "media": ("vae",),
+        "text": ("tokenizer", "text_encoder"),
+    }
+    """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item
+    is."""
+    original_names: ClassVar[Sequence[tuple[str, str]]] = ()
+    """Module names inside a block or at the root, as the original code and as diffusers spells them."""
+    widths: ClassVar[Mapping[int, str]] = {}
+    """Names of the published sizes by the width of their network, for messages."""
+    text_encoder: ClassVar[str] = "T5EncoderModel"
+    """Its class in transformers."""
+    text_length: ClassVar[int]
+    """Tokens of text that the network is given at most."""
+    fps: float
+    """Frame rate of the published checkpoint's training data."""
+    component: str = "transformer"
+    """Name of the denoiser in the checkpoint and in the pipeline."""
+    choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
+    """The family's own switches, `model.options` of a recipe, each with its values, the default first. They
+    change neither what `encode_media` and `encode_text` give nor the network's shape."""
+    images: Sequence[str] = ()
+    """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
+    grid: Grid
+    encoded: Encoded | None = None
+    """The layout of encoded clips that this family reads: VAE moments, one file for each of `stored`."""
+
+    def __init__(self, model: recipe.Model) -> None:
+        super().__init__(model)
+        wrong = []
+        for key, value in model.options.items():
+            if key not in self.choices:
+                has = f"it has {', '.join(self.choices)}" if self.choices else "it has none, leave it out"
+                wrong.append(f"model.options.{key}: {model.family} has no such option; {has}")
+            elif value not in self.choices[key]:
+                values = ", ".join(map(str, self.choices[key]))
+                wrong.append(f"model.options.{key}: `{value}` is not one of {values}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        self.options = {key: model.options.get(key, values[0]) for key, values in self.choices.items()}
+
+    def about(self) -> dict[str, str]:
+        """What a file of trained weights tells of what it was trained on, for its header."""
+        return {"inlay_base": self.name, **{f"inlay_{k}": str(v) for k, v in self.options.items()}}
+
+    # --- shapes -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Shape of a clip's `latents` (c, t, h, w), which are learned, and of its conditions, as `draw`n."""
+
+    def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a clip that `encode_media` gives and the cache keeps."""
+        return self.shapes(frames, height, width)
+
+    @abstractmethod
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Length of the sequence that the denoiser attends over."""
 
     # --- before the cache ---------------------------------------------------------------------------------
 
