@@ -200,7 +200,7 @@ def test_the_network_is_counted_on_shapes_alone(
     counts = cost.count(
         family, family.load_denoiser(torch.float32, meta=True), shape(family), 2, checkpointing=False
     )
-    assert counts.kept > 0 and counts.linear > 0 and counts.attention > 0
+    assert counts.activations > 0 and counts.linear > 0 and counts.attention > 0
 
 
 @every_case
