@@ -3,8 +3,9 @@
     python benchmarks/overhead.py [--steps 12] [--pairs 3] [--threads 2]
 
 Prints seconds per step and peak resident memory of `inlay train` and of a forward-backward-optimizer loop
-without any of inlay's code, and their ratios. A random Wan transformer of about 50 M parameters, LoRA rank 16
-on attention and feed-forward.
+without any of inlay's code, and their ratios, and writes `benchmarks/results/overhead.json`. A random Wan
+transformer of about 50 M parameters, LoRA rank 16 on attention and feed-forward. The fastest step is compared
+besides the median: what else the machine does makes steps slower, never faster.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 SIZE, FRAMES = 128, 9
+RESULTS = Path(__file__).parent / "results/overhead.json"
 
 
 def prepare(folder: Path, steps: int) -> Path:
@@ -85,8 +87,8 @@ def bare(folder: Path, steps: int) -> None:
     print(json.dumps({"seconds": seconds[2:]}))
 
 
-def measure(folder: Path, steps: int, kind: str, index: int) -> tuple[float, float]:
-    """Median seconds per step after the second, and peak resident MiB, of one process."""
+def measure(folder: Path, steps: int, kind: str, index: int) -> dict[str, float]:
+    """Seconds of the fastest and the median step after the second, and peak resident MiB, of one process."""
     if kind == "bare":
         command = [sys.executable, __file__, "--bare", str(folder), "--steps", str(steps)]
     else:
@@ -108,7 +110,8 @@ def measure(folder: Path, steps: int, kind: str, index: int) -> tuple[float, flo
     else:
         lines = (folder / f"run{index}/metrics.jsonl").read_text("utf-8").splitlines()
         seconds = [x["seconds_per_step"] for x in map(json.loads, lines) if "seconds_per_step" in x][2:]
-    return statistics.median(seconds), usage.ru_maxrss / 1024
+    peak = usage.ru_maxrss / 1024
+    return {"fastest step, s": min(seconds), "median step, s": statistics.median(seconds), "peak, MiB": peak}
 
 
 def main() -> None:
@@ -124,22 +127,34 @@ def main() -> None:
     if args.bare:
         bare(args.bare, args.steps)
         return
+    from inlay import runtime
+
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args.steps)
-        rows = [
-            {k: measure(Path(folder), args.steps, k, i) for k in ("inlay", "bare")} for i in range(args.pairs)
-        ]
-    for i, name in enumerate(("seconds per step", "peak MiB")):
-        inlay, plain = ([r[k][i] for r in rows] for k in ("inlay", "bare"))
+        pairs = []
+        for i in range(args.pairs):
+            order = ("inlay", "bare") if i % 2 else ("bare", "inlay")
+            pairs.append({kind: measure(Path(folder), args.steps, kind, i) for kind in order})
+    table = {}
+    for name in pairs[0]["bare"]:
+        inlay, plain = ([pair[kind][name] for pair in pairs] for kind in ("inlay", "bare"))
         ratios = [a / b for a, b in zip(inlay, plain, strict=True)]
+        row = {"inlay": statistics.median(inlay), "bare": statistics.median(plain)}
+        row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        table[name] = {k: round(v, 4) for k, v in row.items()}
         print(
-            f"{name:<18} inlay {statistics.median(inlay):9.3f}   bare {statistics.median(plain):9.3f}   "
-            f"ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})"
+            f"{name:<16} inlay {row['inlay']:9.3f}   bare {row['bare']:9.3f}   "
+            f"ratio {row['ratio']:.3f} (lowest {row['lowest']:.3f}, highest {row['highest']:.3f})"
         )
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "inlay", "--help"], check=True, capture_output=True)
-    print(f"inlay --help       {time.perf_counter() - start:.2f} s")
+    table["inlay --help, s"] = round(time.perf_counter() - start, 2)
+    print(f"inlay --help     {table['inlay --help, s']:.2f} s")
+    settings = {"steps": args.steps, "pairs": args.pairs, "threads": args.threads}
+    RESULTS.parent.mkdir(exist_ok=True)
+    text = json.dumps(settings | table | {"packages": runtime.environment()["packages"]}, indent=2)
+    RESULTS.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":
