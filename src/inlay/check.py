@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inlay import config as recipe
-from inlay import cost, data, families, media, runtime
+from inlay import cost, data, families, media, memory, runtime
 from inlay.console import progress
 from inlay.files import atomic
 
@@ -172,7 +172,7 @@ def _estimate(
     try:
         place = runtime.resolve(config, runtime.Devices.here())
         device, precision, optimizer = torch.device(place.device), place.precision, place.optimizer
-        notes += place.notes
+        notes += [*place.notes, *memory.problems(config, device, precision)]
     except ValueError as error:
         device, optimizer = torch.device("meta"), config.optim.name
         precision = torch.float32 if config.runtime.precision == "float32" else torch.bfloat16

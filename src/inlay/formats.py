@@ -924,13 +924,22 @@ def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
             assert torch.allclose(before, after), f"bias of {module} differs after export"
 
 
-def model_card(config: recipe.Config, *, step: int, prompts: Sequence[str] = ()) -> str:
+def model_card(
+    config: recipe.Config,
+    *,
+    step: int,
+    prompts: Sequence[str] = (),
+    task: str = "text-to-video",
+    objective: str = "",
+) -> str:
     """The README of what a run trained: front matter that the Hub reads, how to load it, how it was trained.
 
     Args:
         config: the run's recipe. Of a local checkpoint only the name is told.
         step: how far training went.
         prompts: examples to try.
+        task: what the Hub calls the pipeline's purpose.
+        objective: what was learned, where the recipe's preset does not say it.
     """
     import yaml
 
@@ -965,7 +974,7 @@ def model_card(config: recipe.Config, *, step: int, prompts: Sequence[str] = ())
     front: dict[str, Any] = {"base_model": name} if on_hub else {}
     front |= {
         "library_name": "diffusers",
-        "tags": ["inlay", config.model.family, "text-to-video", tuner.kind],
+        "tags": ["inlay", config.model.family, task, tuner.kind],
     }
     front |= {"instance_prompt": data.trigger} if data.trigger else {}
     settings = {
@@ -976,7 +985,7 @@ def model_card(config: recipe.Config, *, step: int, prompts: Sequence[str] = ())
         "size": f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames",
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
         "batch": f"{config.train.batch}, accumulated {config.train.accumulate} times",
-        "objective": config.objective.preset,
+        "objective": objective or config.objective.preset,
         **config.model.options,
         "seed": config.seed,
     }

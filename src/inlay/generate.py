@@ -20,6 +20,7 @@ from inlay import CallableModule, cache, families, formats, lycoris, media, runt
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.data import Window
+from inlay.objectives import FlowMatching
 from inlay.runtime import Run
 
 BASE = "base"
@@ -308,9 +309,18 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"
 
 
-def card(config: recipe.Config, step: int, prompts: Sequence[str]) -> str:
+def card(
+    config: recipe.Config, family: families.Family, step: int, prompts: Sequence[str], objective: object
+) -> str:
     """The model card of a run."""
-    return formats.model_card(config, step=step, prompts=list(prompts))
+    what = "" if isinstance(objective, FlowMatching) else "v-prediction on the checkpoint's schedule"
+    return formats.model_card(
+        config,
+        step=step,
+        prompts=list(prompts),
+        task="image-to-video" if family.images else "text-to-video",
+        objective=what,
+    )
 
 
 sys.modules[__name__].__class__ = CallableModule

@@ -223,7 +223,13 @@ class Job:
         if final and self.ctx.main:
             with runtime.atomic(self.run.adapter) as folder:
                 shutil.copytree(self.run.checkpoint(str(step)) / "adapter", folder)
-                card = generate.card(self.config, step, self.prompts.texts)
+                card = generate.card(
+                    self.config,
+                    self.family,
+                    step,
+                    self.prompts.texts,
+                    getattr(self.step, "objective", None),
+                )
                 (folder / "README.md").write_text(card, "utf-8")
         self.ctx.barrier()
         self.meters.pause()
