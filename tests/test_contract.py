@@ -24,10 +24,9 @@ CPU = torch.device("cpu")
 CASES = tiny.cases()
 IDS = ["-".join(case) for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
-first_cases = pytest.mark.parametrize(
-    "case", list({family: (family, variant) for family, variant in reversed(CASES)}.values())
-)
+FIRST = list({family: (family, variant) for family, variant in reversed(CASES)}.values())
 """One checkpoint of each family, for what does not depend on its kind."""
+first_cases = pytest.mark.parametrize("case", FIRST, ids="-".join)
 
 
 def open_family(folder: Path, case: tuple[str, str]) -> Family:

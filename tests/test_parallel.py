@@ -17,6 +17,7 @@ from torch import nn
 
 from inlay import config, parallel, runtime
 from inlay.train import train
+from test_contract import FIRST, contract_recipe  # noqa: F401 - a fixture
 
 EVERYTHING = {
     "train__validate_every": 3,
@@ -109,6 +110,22 @@ def test_equals_one_process_and_goes_on_in_the_other(
     assert max(figures.values()) < 1e-5
     assert held_out(begun) == pytest.approx(held_out(alone), rel=1e-5)
     assert {p.name for p in (begun / "adapter").iterdir()} == {p.name for p in (alone / "adapter").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", [c for c in FIRST if c[0] != "wan"], ids="-".join)
+def test_every_family_shared_is_the_family_alone(
+    case: tuple[str, str],
+    mode: str,
+    contract_recipe: Callable[..., dict],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    raw = contract_recipe(case, run=str(tmp_path / "alone"), train__steps=2, optim__lr=1e-3)
+    alone = train(config.build({**raw, "train": {**raw["train"], "accumulate": 2}}))
+    shared = together({**raw, "run": str(tmp_path / "shared")}, tmp_path / "a.yaml", mode)
+    assert difference(shared, alone, 2) < 1e-5
+    assert held_out(shared) == pytest.approx(held_out(alone), rel=1e-5)
 
 
 def test_reductions_are_cut_into_parts_that_cover_everything_once() -> None:
