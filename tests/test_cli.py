@@ -40,6 +40,7 @@ COMMANDS = {
     "export": ["RUN", "--to", "--out", "--checkpoint", "comfyui", "merged"],
     "import": ["ADAPTER", "OUT", "--family", "--checkpoint", "--alpha", "--dora-scale"],
     "inspect": ["PATH"],
+    "composite": ["FOREGROUND", "BACKGROUND", "--out", "--premultiplied", "--linear", "--fps"],
     "demo": ["--out", "--dora"],
 }
 

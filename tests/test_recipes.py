@@ -160,7 +160,8 @@ SLURM = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"
 ACCELERATE = ["--num_processes", "2", "-m", "inlay", "train"]
 SHIMS = {
     "scontrol": "echo localhost",
-    "srun": 'for i in 1 0; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait -n && wait -n',
+    "srun": 'for i in 1 0; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & p="$p $!"; done; '
+    "for q in $p; do wait $q || exit 1; done",
 }
 """What Slurm's commands do here: one host, two tasks."""
 
@@ -193,7 +194,7 @@ def test_launch_file_equals_accumulation_two(
     nodes = f'{LAUNCH / "torchrun-nodes.sh"} 2 localhost:{random.randint(20000, 40000)} 1 "$@"'
     command = {
         "torchrun": [str(LAUNCH / "torchrun.sh"), "2"],
-        "nodes": ["bash", "-c", f"{nodes} & {nodes} && wait -n", "two machines"],
+        "nodes": ["bash", "-c", f"{nodes} & other=$!; {nodes} && wait $other", "two machines"],
         "accelerate": ["accelerate", "launch", "--config_file", str(LAUNCH / "accelerate.yaml"), *ACCELERATE],
         "slurm": ["bash", str(LAUNCH / "slurm.sbatch")],
     }[how]
