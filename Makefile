@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## the main job on a tiny trained model: no download, n
 	$(BIN)/inlay demo
 
 test: $(VENV)/installed-dev check  ## lint, types, import contracts, all tests, coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: $(VENV)/installed-dev  ## what a commit must pass: seconds
 	$(BIN)/ruff format --check src tests benchmarks docs
