@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay import CallableModule, cache, data, families, generate, memory, parallel, runtime, tuners
+from inlay import CallableModule, alpha, cache, data, families, generate, memory, parallel, runtime, tuners
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.runtime import Context, Run
@@ -347,7 +347,7 @@ def open_family(config: recipe.Config) -> families.Family:
     Raises:
         ValueError: with everything that it cannot.
     """
-    family = families.get(config.model.family)(config.model)
+    family = alpha.family(config)
     wrong = family.problems(config)
     if wrong:
         raise ValueError(f"{config.model.checkpoint} cannot do this:\n" + "\n".join(f"  {w}" for w in wrong))
