@@ -245,6 +245,15 @@ def test_video_metrics_are_explained() -> None:
     assert told == [*matte.METRICS, *matte.TRUTH]
 
 
+def test_containers_are_those_that_were_measured() -> None:
+    page = (DOCS / "how-to/transparent-video.md").read_text("utf-8")
+    assert (ROOT / "benchmarks/results/containers.md").read_text("utf-8") in page
+    found = json.loads((ROOT / "benchmarks/results/containers.json").read_text("utf-8"))
+    assert found["plain_vp9_lowest_alpha"] == 255 and len(found["clips"]) == 6
+    told = {r[0].strip("`") for r in rows(DOCS / "how-to/transparent-video.md", "What is written")}
+    assert told == set(config.CARRIERS)
+
+
 @pytest.mark.slow
 def test_costs_are_those_of_check() -> None:
     import torch

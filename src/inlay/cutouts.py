@@ -176,7 +176,11 @@ def look(path: Path, matte: Path | None = None) -> Look:
     """
     probe = _probe(path)
     if matte is not None:
-        _match(path, probe, matte, _probe(matte))
+        try:
+            other = _probe(matte)
+        except MediaError as error:
+            raise MediaError(path, f"its matte {matte.name}: {error.cause}", error.code) from None
+        _match(path, probe, matte, other)
     elif not probe.transparent:
         raise MediaError(path, _lonely(path), "no-alpha")
     some = np.unique(np.linspace(0, probe.frames - 1, LOOKED_AT).round().astype(int))

@@ -44,7 +44,7 @@ UPSCALE = 1.5
 CROPPED = 0.3
 """Losing more than this share of the picture to cropping is worth a warning."""
 
-RESIDUE = 0.001
+RESIDUE = 0.005
 """A larger share of pixels with nearly clear alpha is worth a warning."""
 
 ODD = 0.4
@@ -823,7 +823,7 @@ def _alpha_problems(clip: Clip, alpha: rgba.Alpha, how: config.Matte) -> list[Pr
     says = {
         "limited": f"{alpha.lowest} to {alpha.highest}",
         "residue": f"{alpha.residue:.1%} of its pixels",
-        "inverted": f"{alpha.coverage:.0%} opaque",
+        "inverted": f"covers {alpha.coverage:.0%}",
     }
     return [
         Problem(KINDS[code].severity, code, clip.name, says.get(code, ""), clip.source)
@@ -843,7 +843,7 @@ def _odd_ones(clips: Sequence[Clip], alphas: Mapping[Path, rgba.Alpha]) -> list[
     for clip, alpha in there:
         says = []
         if abs(alpha.coverage - typical) > ODD:
-            says.append(f"{alpha.coverage:.0%} opaque, {typical:.0%} is usual")
+            says.append(f"covers {alpha.coverage:.0%}, {typical:.0%} is usual")
         same = divided if alpha.premultiplied else len(there) - divided
         if same * 10 <= len(there):
             says.append("premultiplied" if alpha.premultiplied else "straight, the others look premultiplied")
