@@ -73,9 +73,10 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
     epoch."""
-    preserve: bool = False
-    """Clips of what the network knows and should not forget: of them the adapter learns to predict what the
-    network predicts without it, not what is in the clip."""
+    preserve: float = Field(default=0.0, ge=0)
+    """Above 0, clips of what the network knows and should not forget: of them the adapter learns to predict
+    what the network predicts without it, not what is in the clip. The number is their weight in the loss; 10
+    keeps nearly everything, 0 is for clips that are learned."""
 
 
 class Data(Section):

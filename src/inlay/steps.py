@@ -25,7 +25,8 @@ class Batch:
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
     preserve: Tensor | None = None
-    """Of each sample, whether the network should go on predicting what it does untuned: bool (n,)."""
+    """Of each sample, the weight with which the network should go on predicting what it does untuned; 0 for
+    those that are learned: (n,)."""
 
     @classmethod
     def of(
@@ -89,11 +90,13 @@ class DenoisingStep:
         """The loss of each sample at given times (n,) and noise."""
         x0 = batch.latents.float()
         x_t, target = self.objective.corrupt(x0, noise, t), self.objective.target(x0, noise, t)
+        weight = self.objective.weight(t)
         with self.precision:
             if batch.preserve is not None:
                 target = self._preserved(denoiser, batch, x_t, t, target)
+                weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
             prediction = self.family.predict(denoiser, x_t, t, batch.cond)
-        return mean_squared_error(prediction, target, self.objective.weight(t))
+        return mean_squared_error(prediction, target, weight)
 
     @torch.no_grad()
     def _preserved(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:

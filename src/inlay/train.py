@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -108,7 +108,7 @@ class Loader:
         names = [self.windows[r].clip.name for r in rows]
         words = [self.store.read("text", n) for n in texts]
         batch = Batch.of(self.family, clips, words, names, self.seed, k)
-        kept = [self.windows[r].clip.source in self.preserve for r in rows]
+        kept = [self.preserve[self.windows[r].clip.source] for r in rows]
         return replace(batch, preserve=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
@@ -127,8 +127,8 @@ class Loader:
 
     per_step: int = 1
     """Micro-batches of one optimizer step over all processes."""
-    preserve: Collection[int] = ()
-    """Sources whose clips the network should go on predicting as it does untuned."""
+    preserve: Sequence[float] = ()
+    """Of each source, the weight with which its clips are kept as the network predicts them untuned."""
 
 
 @dataclass
@@ -297,7 +297,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         config.data.caption_dropout,
         config.seed,
         per_step,
-        {i for i, source in enumerate(config.data.sources) if source.preserve},
+        [source.preserve for source in config.data.sources],
     )
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
