@@ -221,6 +221,16 @@ def test_not_rgba_is_refused(tmp_path: Path) -> None:
         rgba.write(tmp_path / "a.mov", np.zeros((3, 8, 8, 3), np.uint8), 16)
 
 
+def test_a_composite_plays_as_fast_as_its_foreground(tmp_path: Path) -> None:
+    images = [Image.fromarray(f) for f in clip("disc")]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], lossless=True, duration=100)
+    rgba.write(tmp_path / "a.apng", clip("disc"), 8)
+    images[0].save(tmp_path / "a.png")
+    for name, rate in {"a.webp": 10, "a.apng": 8, "a.png": 16}.items():
+        out = rgba.composite_file(tmp_path / name, "red", tmp_path / "out.mp4")
+        assert media.probe(out).fps == rate
+
+
 def test_composite_command(tmp_path: Path) -> None:
     front = rgba.write(tmp_path / "a.mov", clip("disc"), 12)
     back = tmp_path / "back.mp4"

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import commands
 import cutout_clips as make
-from inlay import alpha, check, config, evaluate, generate, media, rgba, train
+from inlay import alpha, check, config, evaluate, generate, media, recipes, rgba, train
 from inlay.evaluate import matte
 from inlay.evaluate.video import METRICS
 
@@ -132,3 +132,20 @@ def test_opaque_videos_are_written_as_before(tmp_path: Path) -> None:
     generate.write(tmp_path / "a.mp4", frames, 16, ["mov"], {"prompt": "x"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"prompt": "x"}
+
+
+def test_matte_options_need_a_transparent_run(recipe: Any, raw: Any) -> None:
+    options = {"data__matte": {"snap": 2}}
+    report = check.check(config.build(recipe(**options)))
+    assert [m for m in report.mistakes if "data.matte: this run is opaque" in m] and not report.ok
+    assert check.check(config.build(raw(**options))).ok
+
+
+def test_new_says_that_clips_have_alpha(tmp_path: Path, tiny_wan: Path, make_clips: Any) -> None:
+    for i in range(2):
+        make.pair(tmp_path / "cutouts", f"{i}", make.clip(i, size=(32, 32)))
+    for folder, says in ((tmp_path / "cutouts", "#   kind: joint"), (make_clips(2), "")):
+        path = recipes.new("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
+        text = path.read_text("utf-8")
+        assert (says in text) if says else ("alpha" not in text)
+    assert "2 files have alpha or are mattes" in (tmp_path / "cutouts.yaml").read_text("utf-8")

@@ -300,9 +300,17 @@ def composite_file(
 
 
 def _rate(path: Path) -> float:
-    """A file's frame rate; 16 for images and folders, which have no clock."""
-    if path.is_dir() or path.suffix.lower() in (".zip", ".png", ".webp"):
+    """A file's frame rate; 16 for stills and folders, which have no clock."""
+    if path.is_dir() or path.suffix.lower() == ".zip":
         return 16.0
+    if path.suffix.lower() in (".png", ".webp"):
+        with Image.open(path) as image:
+            n, total = getattr(image, "n_frames", 1), 0.0
+            for i in range(n):
+                image.seek(i)
+                image.load()  # only then is its duration known
+                total += image.info.get("duration", 0)
+        return 1000 * n / total if total else 16.0
     return float(media.probe(path).fps or 16)
 
 

@@ -389,6 +389,10 @@ class Family(Checkpoint, ABC):
             asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
+        if self.channels == 3 and data.matte != recipe.Matte():
+            found.append(
+                "data.matte: this run is opaque and reads no mattes; leave it out, or set alpha.kind"
+            )
         try:
             self.objective(config.objective, data.size)
         except ValueError as error:
