@@ -39,6 +39,9 @@ FRAMES = (*media.IMAGES, ".tif", ".tiff")
 CHANNELS = (4, 3)
 """Of arrays, the likelier number first."""
 
+FAR = 24
+"""Frames between two that are read, from which seeking is worth it."""
+
 LOOKED_AT, LONG = 8, 512
 """Frames that are measured of a clip, and pixels of their longer side."""
 
@@ -339,7 +342,9 @@ def _pick(
     """Frames by ascending number: uint8 (h, w, 1) or (h, w, 3 or 4), and a pixel's width by its height."""
     what = kind(path)
     if what == "video":
-        yield from media.native(path, media.stamps(path)[np.asarray(indices)], grey=grey)
+        times, numbers = media.stamps(path), np.asarray(indices)
+        for part in np.split(numbers, np.flatnonzero(np.diff(numbers) > FAR) + 1):
+            yield from media.native(path, times[part], grey=grey)
     elif what == "array":
         pixels, _ = media.load_array(path, CHANNELS)
         for i in indices:
