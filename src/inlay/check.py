@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from inlay import alpha, cost, data, families, media, memory, runtime
 from inlay import config as recipe
-from inlay import cost, data, families, media, memory, runtime
 from inlay.console import progress
 from inlay.files import atomic
 
@@ -81,7 +81,7 @@ def check(config: recipe.Config) -> Report:
     Raises:
         ValueError: when the family or the checkpoint's configuration is not to be had.
     """
-    family = families.get(config.model.family)(config.model)
+    family = alpha.family(config)
     with progress("look", 1, "clip") as advance:
         plan = data.plan(
             config.data,

@@ -73,6 +73,10 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
     epoch."""
+    preserve: float = Field(default=0.0, ge=0)
+    """Above 0, clips of what the network knows and should not forget: of them the adapter learns to predict
+    what the network predicts without it, not what is in the clip. The number is their weight in the loss; 10
+    keeps nearly everything, 0 is for clips that are learned."""
 
 
 class Data(Section):
@@ -324,7 +328,40 @@ class Runtime(Section):
     so does `zero3`, and `zero2` all but the weights, both with DeepSpeed."""
 
 
+class Opaque(Section):
+    """No transparency: clips are RGB."""
+
+    kind: Literal["opaque"] = "opaque"
+    """Clips without alpha; what a transparent clip shows is put on white."""
+
+
+class Joint(Section):
+    """Colour and alpha side by side: two clips in one sequence of tokens, at the same positions."""
+
+    kind: Literal["joint"]
+    """Two latents, colour first; what is trained changes the tokens of alpha only (after TransPixeler)."""
+    text_to_alpha: Literal["block", "bias", "open"] = "block"
+    """Whether text looks at alpha where both share a sequence: not at all (`block`), e times less (`bias`, as
+    published for CogVideoX), or as at colour (`open`). Wan has no such sequence and takes `block` only."""
+    domain_embedding: bool = True
+    """A trained vector, zero at first, added to every token of alpha."""
+    shared_noise: bool = True
+    """Samples start from the same noise in both halves; in training each has its own."""
+
+
+class Merged(Section):
+    """Colour and alpha in one latent, made and split by a trained codec."""
+
+    kind: Literal["merged"]
+    """One latent of the usual size (after Wan-Alpha); needs a `codec`."""
+    codec: str = Field(min_length=1)
+    """Folder of a codec: of a run that trained one, or of an import; `twin:wan` ships with inlay."""
+    colors: int = Field(default=4, ge=1, le=8)
+    """Colours that each clip is encoded on; every showing takes one of them."""
+
+
 Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
+Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 
 
 class Config(Section):
@@ -338,6 +375,7 @@ class Config(Section):
     data: Data
     objective: Objective = Objective()
     tuner: Tuner = LowRank()
+    alpha: Alpha = Opaque()
     optim: Optim = Optim()
     train: Train = Train()
     sample: Sample = Sample()
@@ -347,8 +385,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _kind(cls, value: Any) -> Any:
-        tuner = value.get("tuner") if isinstance(value, dict) else None
-        return {**value, "tuner": {"kind": "lora", **tuner}} if isinstance(tuner, dict) else value
+        out = dict(value) if isinstance(value, dict) else value
+        for name, kind in (("tuner", "lora"), ("alpha", "opaque")):
+            section = out.get(name) if isinstance(out, dict) else None
+            if isinstance(section, dict):
+                out[name] = {"kind": kind, **section}
+        return out
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -361,6 +403,13 @@ class Config(Section):
 def _conflicts(config: Config) -> Iterator[str]:
     """Keys that are fine alone, but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
+    if any(source.preserve for source in config.data.sources):
+        if tuner.kind == "full":
+            yield "data.sources.preserve: full fine-tuning keeps no untuned network; train an adapter"
+        elif parallel in ("fsdp", "zero3"):
+            yield f"data.sources.preserve: not with runtime.parallel={parallel}; use ddp or zero2"
+        if all(source.preserve for source in config.data.sources):
+            yield "data.sources.preserve: every source has it, and nothing new is learned; leave one without"
     small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
     if tuner.kind == "full":
         for key in small:
@@ -483,12 +532,21 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
     return "\n".join([f"{name}: {len(found)} mistake{'s' if len(found) > 1 else ''}", *found])
 
 
+_TAGS: dict[tuple[str, ...], type[Section]] = {
+    (section, kind): part
+    for section, parts in (("tuner", (LowRank, Full)), ("alpha", (Opaque, Joint, Merged)))
+    for part in parts
+    for kind in get_args(part.model_fields["kind"].annotation)
+}
+"""The section of each kind, for sections that come in kinds."""
+
+
 def _mistake(error: Any, within: list[str]) -> str:
     loc = [*within, *map(str, error["loc"])]
-    where = [p for p in loc if p not in (*get_args(LowRank.model_fields["kind"].annotation), "full")]
+    where = [p for i, p in enumerate(loc) if i == 0 or (loc[i - 1], p) not in _TAGS]
     name, kind, given = ".".join(where), error["type"], repr(error["input"])
     if kind == "extra_forbidden":
-        known = list(Full.model_fields) if loc[:2] == ["tuner", "full"] else _keys(where[:-1])
+        known = list(_TAGS[tuple(loc[:2])].model_fields) if tuple(loc[:2]) in _TAGS else _keys(where[:-1])
         near = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
         return f"  {name}: unknown key; {hint}"
@@ -497,7 +555,7 @@ def _mistake(error: Any, within: list[str]) -> str:
     if kind == "missing":
         return f"  {name}: missing"
     if kind == "union_tag_invalid":
-        kinds = [k for part in (LowRank, Full) for k in get_args(part.model_fields["kind"].annotation)]
+        kinds = [k for section, k in _TAGS if section == where[0]]
         return f"  {name}.kind: no `{error['ctx']['tag']}`; there are: {', '.join(kinds)}"
     if kind in ("model_type", "model_attributes_type"):
         says = f"needs keys below it ({', '.join(_keys(where))})"
@@ -509,7 +567,7 @@ def _mistake(error: Any, within: list[str]) -> str:
 
 
 def _keys(where: list[str]) -> list[str]:
-    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank}.get(
+    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank, "alpha": Joint}.get(
         ".".join(p for p in where if not p.isdigit())
     )
     if section is None:
@@ -542,6 +600,9 @@ def reference() -> str:
     sections |= {
         "tuner (lora, dora, lokr, loha)": LowRank,
         "tuner (full)": Full,
+        "alpha (opaque)": Opaque,
+        "alpha (joint)": Joint,
+        "alpha (merged)": Merged,
         "optim": Optim,
         "train": Train,
     }

@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from inlay import config, families, formats, generate, lycoris
+from inlay import alpha, config, families, formats, generate, lycoris
 from inlay.files import atomic
 from inlay.runtime import Run
 
@@ -31,7 +31,7 @@ def export(run: Path, to: str, out: Path | None = None, checkpoint: str | None =
         raise ValueError(f"--to: `{to}` is not one of {', '.join(get_args(formats.Target))}")
     place = Run(run)
     settings = place.config()
-    family = families.get(settings.model.family)(settings.model)
+    family = alpha.family(settings)
     folder = generate.trained(place, checkpoint, family)
     target = out or run / "export" / (f"{run.name}-{to}.safetensors" if to in ("comfyui", "kohya") else to)
     if target.exists():

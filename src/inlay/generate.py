@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from inlay import CallableModule, cache, families, formats, lycoris, media, runtime
+from inlay import CallableModule, alpha, cache, families, formats, lycoris, media, runtime
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.data import Window
@@ -101,7 +101,7 @@ def generate(
     config = place.config()
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
-    family = families.get(config.model.family)(config.model)
+    family = alpha.family(config)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +24,9 @@ class Batch:
     latents: Tensor
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
+    preserve: Tensor | None = None
+    """Of each sample, the weight with which the network should go on predicting what it does untuned; 0 for
+    those that are learned: (n,)."""
 
     @classmethod
     def of(
@@ -46,7 +49,8 @@ class Batch:
         """The same on a device; the copy overlaps with computation where memory is pinned."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names)
+        preserve = None if self.preserve is None else move(self.preserve)
+        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names, preserve)
 
 
 class Step(Protocol):
@@ -59,13 +63,20 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """Corrupt, predict, compare: loss = mean of w(t) (prediction - target)^2 in float32."""
+    """Corrupt, predict, compare: loss = mean of w(t) (prediction - target)^2 in float32.
+
+    Samples to `preserve` are compared with the prediction of the untuned network in place of the target:
+    prior preservation (Ruiz et al. 2023, section 3.2) as learning without forgetting (Li & Hoiem 2016), which
+    has no noise.
+    """
 
     family: Family
     objective: Objective
     precision: AbstractContextManager[Any] = field(
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
+    untuned: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    """Switches off for a while what is trained; for batches with samples to preserve."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """See `Step`."""
@@ -78,9 +89,25 @@ class DenoisingStep:
     def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
         """The loss of each sample at given times (n,) and noise."""
         x0 = batch.latents.float()
+        x_t, target = self.objective.corrupt(x0, noise, t), self.objective.target(x0, noise, t)
+        weight = self.objective.weight(t)
         with self.precision:
-            prediction = self.family.predict(denoiser, self.objective.corrupt(x0, noise, t), t, batch.cond)
-        return mean_squared_error(prediction, self.objective.target(x0, noise, t), self.objective.weight(t))
+            if batch.preserve is not None:
+                target = self._preserved(denoiser, batch, x_t, t, target)
+                weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
+            prediction = self.family.predict(denoiser, x_t, t, batch.cond)
+        return mean_squared_error(prediction, target, weight)
+
+    @torch.no_grad()
+    def _preserved(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+        """The target, and for samples to preserve what the untuned network predicts."""
+        assert self.untuned is not None and batch.preserve is not None
+        rows = batch.preserve.nonzero()[:, 0]
+        with self.untuned(denoiser):
+            kept = self.family.predict(
+                denoiser, x_t[rows], t[rows], {k: v[rows] for k, v in batch.cond.items()}
+            )
+        return target.index_copy(0, rows, kept.to(target.dtype))
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:

@@ -203,6 +203,8 @@ class Family(Checkpoint, ABC):
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
     """The family's own switches, `model.options` of a recipe, each with its values, the default first. They
     change neither what `encode_media` and `encode_text` give nor the network's shape."""
+    channels: int = 3
+    """Of the clips that `encode_media` takes and `sample` gives: RGB, or 4 for straight RGBA."""
     images: Sequence[str] = ()
     """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
     grid: Grid
@@ -265,7 +267,7 @@ class Family(Checkpoint, ABC):
 
     @abstractmethod
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 3) -> all that is ever needed of a clip, float32, for the cache: see `draw`."""
+        """uint8 (t, h, w, `channels`) -> all that is needed of a clip, float32, for the cache: see `draw`."""
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
