@@ -111,6 +111,7 @@ class Wan(Family):
         ("head.head", "proj_out"),
         ("patch_embedding", "patch_embedding"),
     )
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
     """As the published models were trained and are sampled; `encode_prompt`'s own default of 226 is wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
@@ -175,6 +176,10 @@ class Wan(Family):
             raise ValueError(
                 f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; "
                 "a converted Wan 2.1 does not need it: remove boundary_ratio from model_index.json"
+            )
+        if self.clip and self.options["text"] == "short":
+            raise ValueError(
+                f"model.options.text: {name} finds what CLIP sees by the 512 tokens of text; leave it out"
             )
         if self.two_experts and self.model.expert is None:
             raise ValueError(
@@ -309,11 +314,24 @@ class Wan(Family):
             )
         return replace(objective, interval=(low, high))
 
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
+        """As `Family`; it may take less than 512 tokens of text where `options` say `text: short`."""
+        network = super().load_denoiser(dtype, meta=meta, folder=folder)
+        if self.options["text"] == "short":
+            from inlay.models import short_text
+
+            short_text.allow(network, self.text_length)
+        return network
+
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """`text` (n, 512, d), zero past each caption's length."""
-        padded = [
-            nn.functional.pad(item["text"], (0, 0, 0, self.text_length - len(item["text"]))) for item in text
-        ]
+        """`text` (n, 512, d), zero past each caption's length; with `text: short` (n, m, d), m <= 512."""
+        length = self.text_length
+        if self.options["text"] == "short":
+            longest = max(len(item["text"]) for item in text)
+            length = min(length, 8 * (longest // 8 + 1))  # kernels like eights; one zero at least is needed
+        padded = [nn.functional.pad(item["text"], (0, 0, 0, length - len(item["text"]))) for item in text]
         return {"text": torch.stack(padded)}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
