@@ -931,6 +931,7 @@ def model_card(
     prompts: Sequence[str] = (),
     task: str = "text-to-video",
     objective: str = "",
+    warnings: Sequence[str] = (),
 ) -> str:
     """The README of what a run trained: front matter that the Hub reads, how to load it, how it was trained.
 
@@ -940,6 +941,7 @@ def model_card(
         prompts: examples to try.
         task: what the Hub calls the pipeline's purpose.
         objective: what was learned, where the recipe's preset does not say it.
+        warnings: paragraphs of what surprises.
     """
     import yaml
 
@@ -993,6 +995,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {title} for {name}\n",
         *([f"Use `{data.trigger}` in the prompt.\n"] if data.trigger else []),
+        *[f"{paragraph}\n" for paragraph in warnings],
         *["```python", *code, "```\n"],
         *(["Prompts to try:\n", *[f"- {' '.join(p.split())}" for p in prompts], ""] if prompts else []),
         "| setting | value |\n|---|---|",

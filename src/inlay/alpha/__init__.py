@@ -11,9 +11,10 @@ from typing import Any
 
 from inlay import config as recipe
 from inlay import families
+from inlay.alpha.joint import Joint
 from inlay.families import Family
 
-MIXINS: Mapping[str, type] = {}
+MIXINS: Mapping[str, type] = {"joint": Joint}
 """What stands before a family's class, by the kind of the recipe's `alpha`."""
 
 
