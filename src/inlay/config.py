@@ -198,6 +198,40 @@ class Full(Section):
     """Regular expressions over whole parameter names; one that matches nothing stops. Default: everything."""
 
 
+class Codec(Section):
+    """Train a codec instead of the denoiser: a merge block and two decoders on the frozen VAE, for merged
+    alpha."""
+
+    kind: Literal["codec"]
+    """Colour and alpha of RGBA clips into one latent and back (after Wan-Alpha); the clips need no captions."""
+    train: Literal["merge+decoders", "merge"] = "merge+decoders"
+    """`merge+decoders`: all three. `merge`: the merge block alone, towards the decoders of `start`."""
+    rank: int = Field(default=128, ge=1)
+    """Rank of the update of each decoder; of `start` where one is given."""
+    start: str | None = Field(default=None, min_length=1)
+    """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
+    loss: Literal["paper", "reference"] = "paper"
+    """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
+    differences, squared error of plain features."""
+    perceptual: str = Field(default="none", min_length=1)
+    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` leaves
+    these three of the nine terms out."""
+    edge: Literal["sobel", "central"] | None = None
+    """Filter of the edge terms. Default: the preset's."""
+    vgg_normalize: Literal["imagenet", "none"] | None = None
+    """Normalisation before the perceptual network. Default: the preset's."""
+    hard_mask: Literal["reconstructed", "true"] = "reconstructed"
+    """Which alpha masks the hard render of the reconstruction."""
+    alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
+    """Alpha up to this counts as clear; lossy files leave more than 0 in empty regions. 0 is the paper's."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
+    learned opaque clips has less to learn. Not in the paper."""
+    noise: float = Field(default=0.0, ge=0)
+    """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
+    Not in the paper."""
+
+
 class Optim(Section):
     """The optimizer and its schedule."""
 
@@ -356,7 +390,7 @@ class Merged(Section):
     """Colours that each clip is encoded on; every showing takes one of them."""
 
 
-Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
+Tuner = Annotated[LowRank | Full | Codec, Field(discriminator="kind")]
 Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 
 
@@ -422,8 +456,30 @@ def _conflicts(config: Config) -> Iterator[str]:
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
             yield f"memory.{key}: runtime.parallel={parallel} shards instead; use ddp, or leave it out"
+    if tuner.kind == "codec":
+        yield from _codec_conflicts(config, tuner)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: memory.layerwise_casting moves weights between layers; leave one of them out"
+
+
+def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
+    """What training a codec leaves no room for."""
+    if config.alpha.kind != "opaque":
+        yield f"alpha.kind: a codec is what makes {config.alpha.kind} alpha possible; leave `alpha` out"
+    if tuner.train == "merge" and tuner.start is None:
+        yield (
+            "tuner.start: train=merge learns what frozen decoders can split, and the VAE's own know no alpha: "
+            "name a codec whose decoders were trained, or use train=merge+decoders"
+        )
+    if config.runtime.parallel != "ddp":
+        yield f"runtime.parallel: a codec is small, every process holds it: use ddp, not {config.runtime.parallel}"
+    if config.runtime.compile:
+        yield "runtime.compile: the codec has no repeated blocks to compile; leave it out"
+    for key in ("quantize", "layerwise_casting"):
+        if getattr(config.memory, key) is not None:
+            yield f"memory.{key}: the VAE of a codec stays in float32; leave it out"
+    if config.sample.every:
+        yield "sample.every: a codec draws nothing from prompts, validation reconstructs held-out clips; leave it out"
 
 
 class _Loader(yaml.SafeLoader):
@@ -523,7 +579,7 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
 
 _TAGS: dict[tuple[str, ...], type[Section]] = {
     (section, kind): part
-    for section, parts in (("tuner", (LowRank, Full)), ("alpha", (Opaque, Joint, Merged)))
+    for section, parts in (("tuner", (LowRank, Full, Codec)), ("alpha", (Opaque, Joint, Merged)))
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
@@ -589,6 +645,7 @@ def reference() -> str:
     sections |= {
         "tuner (lora, dora, lokr, loha)": LowRank,
         "tuner (full)": Full,
+        "tuner (codec)": Codec,
         "alpha (opaque)": Opaque,
         "alpha (joint)": Joint,
         "alpha (merged)": Merged,

@@ -205,6 +205,8 @@ class Family(Checkpoint, ABC):
     change neither what `encode_media` and `encode_text` give nor the network's shape."""
     channels: int = 3
     """Of the clips that `encode_media` takes and `sample` gives: RGB, or 4 for straight RGBA."""
+    media_key: Sequence[str] = ()
+    """What else than the encoder's files decides the numbers of a cached clip."""
     images: Sequence[str] = ()
     """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
     grid: Grid
@@ -228,6 +230,18 @@ class Family(Checkpoint, ABC):
     def about(self) -> dict[str, str]:
         """What a file of trained weights tells of what it was trained on, for its header."""
         return {"inlay_base": self.name, **{f"inlay_{k}": str(v) for k, v in self.options.items()}}
+
+    def accept(self, header: Mapping[str, str]) -> None:
+        """Looks at what the header of an adapter says of what it was trained on.
+
+        Raises:
+            ValueError: when that is something else than this family.
+        """
+        said = header.get("inlay_alpha")
+        if said and self.channels == 3:
+            raise ValueError(
+                f"this adapter was trained with alpha.kind={said}; a run without it would only show noise"
+            )
 
     # --- shapes -------------------------------------------------------------------------------------------
 
