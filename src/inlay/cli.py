@@ -332,17 +332,25 @@ def evaluate_(
 @app.command()
 def export(
     run: RunFolder,
-    to: Annotated[str, typer.Option(help="`diffusers`, `comfyui`, `kohya`, or `merged` for full weights.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="`diffusers`, `comfyui`, `kohya`, or `merged` for full weights; a codec: `wan-alpha`, `comfyui`."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File or folder. Default: export/ in the run.")
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
+    then: Annotated[
+        Path | None, typer.Option(help="With `merged`: a LoRA on top, such as one that distils steps.")
+    ] = None,
 ) -> None:
     """Write what a run has trained in another program's layout, read it back, and compare."""
     _quiet()
     from inlay import exchange
 
-    print(exchange.export(run, to, out, checkpoint))
+    print(exchange.export(run, to, out, checkpoint, then))
 
 
 @app.command("import")
@@ -350,7 +358,7 @@ def import_(
     adapter: Annotated[
         Path, typer.Argument(help="Adapter file or folder in any known layout.", show_default=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write in diffusers layout.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write, in diffusers layout.", show_default=False)],
     family: Annotated[str, typer.Option(help="Model family.")] = "wan",
     checkpoint: Annotated[
         str | None, typer.Option(help="Base checkpoint: checks shapes, converts `dora_scale`.")

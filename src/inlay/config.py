@@ -200,7 +200,8 @@ class Full(Section):
 
 class Codec(Section):
     """Train a codec instead of the denoiser: a merge block and two decoders on the frozen VAE, for merged
-    alpha."""
+    alpha.
+    """
 
     kind: Literal["codec"]
     """Colour and alpha of RGBA clips into one latent and back (after Wan-Alpha); the clips need no captions."""

@@ -182,7 +182,9 @@ class CodecStep:
         for batch in batches:
             true = batch.latents.to(device)
             got = reconstruct(denoiser, true, self.loss.alpha_eps, *batch.names)
-            rows.append(torch.stack([rgba_metrics.tally(*pair) for pair in zip(true, got, strict=True)]).sum(0))
+            rows.append(
+                torch.stack([rgba_metrics.tally(*pair) for pair in zip(true, got, strict=True)]).sum(0)
+            )
         return torch.stack(rows)
 
     def summary(self, rows: Tensor) -> dict[str, float]:

@@ -18,7 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay import CallableModule, alpha, cache, data, families, generate, memory, parallel, runtime, steps, tuners
+from inlay import (
+    CallableModule,
+    alpha,
+    cache,
+    data,
+    families,
+    generate,
+    memory,
+    parallel,
+    runtime,
+    steps,
+    tuners,
+)
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.runtime import Context, Run

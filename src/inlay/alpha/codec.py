@@ -69,9 +69,7 @@ class CodecTraining:
         """No conditions."""
         return {}
 
-    def load_denoiser(
-        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
-    ) -> RgbaVae:
+    def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> RgbaVae:
         """The RGBA VAE, in float32: of the recipe's `start`, of `folder`, or untrained."""
         import diffusers
         import torch

@@ -66,6 +66,11 @@ class Merged:
 
         from inlay.models import rgba_codec
 
+        if "merge" not in self.facts.get("parts", ["merge"]):
+            raise ValueError(
+                f"{self.folder}: this codec has no merge block, so it decodes but cannot encode clips; train one "
+                f"with tuner: {{kind: codec, train: merge, start: {self.folder}}}"
+            )
         vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
         return rgba_codec.load(self.folder, vae).to(device).eval().requires_grad_(False)
 

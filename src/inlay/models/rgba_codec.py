@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay.files import atomic
 from inlay.models.rgba_losses import ALPHA_EPS, COLORS, RgbaLoss, draw_colors, hard_render, soft_render
-from inlay.models.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions, trunk
+from inlay.models.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions
 
 FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
 """Parts of an `RgbaVae` that train, and their files."""
@@ -64,6 +64,13 @@ def fits(vae: Any) -> tuple[int, int]:
     return vae.encoder.mid_block.resnets[-1].conv2.weight.shape[0], z
 
 
+@torch.no_grad()
+def new_merge(codec: RgbaVae, seed: int) -> RgbaVae:
+    """The same with an untrained merge block, drawn anew in place."""
+    codec.merge.load_state_dict(new(codec.vae, 1, seed).merge.state_dict())
+    return codec
+
+
 # --- the folder -------------------------------------------------------------------------------------------
 
 
@@ -102,7 +109,9 @@ def base_hash(vae: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -127,9 +136,11 @@ def save(
     """
     from safetensors.torch import save_file
 
+    kept = (about or {}).get("parts", FILES)
     stored = {
         part: {n: t.detach().cpu().to(dtype).contiguous() for n, t in tensors.items()}
         for part, tensors in parts(codec, weights).items()
+        if part in kept
     }
     base = base_hash(codec.vae)
     name = identity(stored, base, alpha_eps)
@@ -146,8 +157,8 @@ def save(
     }
     with atomic(folder) as temporary:
         temporary.mkdir(parents=True, exist_ok=True)
-        for part, file in FILES.items():
-            save_file(stored[part], temporary / f"{file}.safetensors", metadata={"codec_id": name})
+        for part, tensors in stored.items():
+            save_file(tensors, temporary / f"{FILES[part]}.safetensors", metadata={"codec_id": name})
         (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     return name
 
@@ -169,7 +180,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a codec: its config.json cannot be used ({cause}); name the `codec` folder of a "
             "run that trained one, or of `inlay import`"
         ) from None
-    missing = [f"{f}.safetensors" for f in FILES.values() if not (folder / f"{f}.safetensors").is_file()]
+    wanted = [FILES[part] for part in values.get("parts", FILES)]
+    missing = [f"{f}.safetensors" for f in wanted if not (folder / f"{f}.safetensors").is_file()]
     if missing:
         raise ValueError(f"{folder}: this codec lacks {', '.join(missing)}; copy it again, whole")
     return values
@@ -184,8 +196,9 @@ def load(folder: Path, vae: Any) -> RgbaVae:
     from safetensors.torch import load_file
 
     said = read_config(folder)
+    parts = said.get("parts", list(FILES))
     try:
-        weights = {part: load_file(folder / f"{file}.safetensors") for part, file in FILES.items()}
+        weights = {part: load_file(folder / f"{FILES[part]}.safetensors") for part in parts}
     except Exception as error:
         raise ValueError(
             f"{folder}: a file of this codec is damaged ({str(error).splitlines()[0]}); copy it again"
@@ -206,22 +219,24 @@ def load(folder: Path, vae: Any) -> RgbaVae:
 
 
 def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) -> RgbaVae:
-    """A codec of its parts' weights, every tensor of which must find its place.
+    """A codec of its parts' weights, every tensor of which must find its place; `merge` may be left out.
 
     Raises:
         ValueError: when tensors are missing, left over or of the wrong shape; it begins with `where`.
     """
     width, z = fits(vae)
     merge = MergeBlock(width, z)
-    _fill(merge, weights["merge"], f"{where}: the merge block")
+    if "merge" in weights:
+        fill(merge, weights["merge"], f"{where}: the merge block")
     loras = [
         read_factors(vae.decoder, weights[part], f"{where}: the {what} decoder")
         for part, what in (("rgb", "colour"), ("alpha", "alpha"))
     ]
-    return RgbaVae(vae, merge, *loras)
+    codec = RgbaVae(vae, merge, *loras)
+    return codec if "merge" in weights else new_merge(codec, 0)
 
 
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     given = {n: tuple(t.shape) for n, t in weights.items()}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())

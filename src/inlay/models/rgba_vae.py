@@ -118,8 +118,7 @@ class RgbaVae(nn.Module):
         x = self.vae.post_quant_conv(z)
         decoder = self.vae.decoder
         rgb, alpha = (
-            decode(decoder, x, lora.weights(decoder), checkpointing=again)
-            for lora in (self.rgb, self.alpha)
+            decode(decoder, x, lora.weights(decoder), checkpointing=again) for lora in (self.rgb, self.alpha)
         )
         return rgb, alpha
 

@@ -109,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m inlay.twins.rgba", description="Make the RGBA twin.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path(".work/twin-rgba"), help="checkpoints")
-    parser.add_argument("--out", type=Path, default=path("wan").parent / "wan_rgba", help="the codec's folder")
+    parser.add_argument(
+        "--out", type=Path, default=path("wan").parent / "wan_rgba", help="the codec's folder"
+    )
     parser.add_argument("--export", action="store_true", help="only write what has been trained so far")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -11,7 +11,6 @@ everywhere, also under zero alpha, where it goes on as the nearest object's. Thr
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,7 +60,9 @@ def _stack(under: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> np.ndarr
     """An object (its alpha, its colour everywhere) over what is there, straight; float (t, h, w, 4)."""
     below = under[..., 3] * (1 - alpha)
     total = alpha + below
-    mixed = (colour * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[..., None]
+    mixed = (colour * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[
+        ..., None
+    ]
     return np.concatenate([np.where(total[..., None] > 0, mixed, under[..., :3]), total[..., None]], axis=-1)
 
 
@@ -81,7 +82,9 @@ def render(scene: Scene, seed: int, material: str = "solid") -> np.ndarray:
     rng = world._generator(scene, seed)
     full = world._settle(scene, rng)
     path, table = world._world_path(full, rng), world.distance_table(full.shape)
-    return _pixels(_subject(path, table) if full.shape == world.SUBJECT else _object(full, path, table, material, rng))
+    return _pixels(
+        _subject(path, table) if full.shape == world.SUBJECT else _object(full, path, table, material, rng)
+    )
 
 
 def _subject(path: world._Path, table: np.ndarray) -> np.ndarray:
@@ -114,7 +117,13 @@ def clips(seed: int, n: int, *, held_out: bool = False) -> list[Clip]:
         scene = replace(drawn, background="transparent")
         material = MATERIALS[np.random.default_rng([seed, k, 67]).integers(len(MATERIALS))]
         own = seed * 7919 + k
-        made.append(Clip(render(replace(scene, background="plain"), own, material), caption(scene, own, material), scene))
+        made.append(
+            Clip(
+                render(replace(scene, background="plain"), own, material),
+                caption(scene, own, material),
+                scene,
+            )
+        )
     return made
 
 
