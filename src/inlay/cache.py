@@ -230,8 +230,9 @@ def build_media(
     workers: int,
     advance: Advance,
 ) -> Built:
-    """Encodes windows that are not there yet; numbers are kept as float16, with more digits than
-    bfloat16, and pixels as they are.
+    """Encodes windows that are not there yet.
+
+    Latents are kept as float16, with more digits than bfloat16, pixels as they are.
 
     Raises:
         ValueError: when the cache cannot be written. What was made stays; run it again.

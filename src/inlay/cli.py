@@ -335,7 +335,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="`diffusers`, `comfyui`, `kohya`, or `merged` for full weights; a codec: `wan-alpha`, `comfyui`."
+            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); a codec: `wan-alpha`, `comfyui`."
         ),
     ],
     out: Annotated[

@@ -199,12 +199,10 @@ class Full(Section):
 
 
 class Codec(Section):
-    """Train a codec instead of the denoiser: a merge block and two decoders on the frozen VAE, for merged
-    alpha.
-    """
+    """Train a codec for merged alpha instead of the denoiser: a merge block and two decoders."""
 
     kind: Literal["codec"]
-    """Colour and alpha of RGBA clips into one latent and back (after Wan-Alpha); the clips need no captions."""
+    """Colour and alpha of clips into one latent and back, on the frozen VAE (after Wan-Alpha); without text."""
     train: Literal["merge+decoders", "merge"] = "merge+decoders"
     """`merge+decoders`: all three. `merge`: the merge block alone, towards the decoders of `start`."""
     rank: int = Field(default=128, ge=1)
@@ -469,18 +467,18 @@ def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
         yield f"alpha.kind: a codec is what makes {config.alpha.kind} alpha possible; leave `alpha` out"
     if tuner.train == "merge" and tuner.start is None:
         yield (
-            "tuner.start: train=merge learns what frozen decoders can split, and the VAE's own know no alpha: "
-            "name a codec whose decoders were trained, or use train=merge+decoders"
+            "tuner.start: train=merge learns what frozen decoders can split, and the VAE's own know no "
+            "alpha; name a codec whose decoders were trained, or use train=merge+decoders"
         )
     if config.runtime.parallel != "ddp":
-        yield f"runtime.parallel: a codec is small, every process holds it: use ddp, not {config.runtime.parallel}"
+        yield f"runtime.parallel: every process holds a whole codec: use ddp, not {config.runtime.parallel}"
     if config.runtime.compile:
         yield "runtime.compile: the codec has no repeated blocks to compile; leave it out"
     for key in ("quantize", "layerwise_casting"):
         if getattr(config.memory, key) is not None:
             yield f"memory.{key}: the VAE of a codec stays in float32; leave it out"
     if config.sample.every:
-        yield "sample.every: a codec draws nothing from prompts, validation reconstructs held-out clips; leave it out"
+        yield "sample.every: a codec draws nothing, validation reconstructs held-out clips; leave it out"
 
 
 class _Loader(yaml.SafeLoader):

@@ -67,8 +67,8 @@ def export(
         adapter = formats.read(then, family, shapes=formats.shapes(base), base=base)
         if adapter.dora:
             raise ValueError(
-                f"--then: {then} is a DoRA, which rescales the rows of what it is applied to and so comes first; "
-                "merge it into the base, and train on that"
+                f"--then: {then} is a DoRA, which rescales the rows of what it is applied to and so comes "
+                "first; merge it into the base, and train on that"
             )
     return formats.export(adapter, to, target, family=family, base=base)  # type: ignore[arg-type]
 
@@ -149,8 +149,8 @@ def _convert_codec(path: Path, out: Path, family: str, checkpoint: str | None) -
     """Rewrites the decoders or the whole VAE of a published codec as a codec's folder."""
     if checkpoint is None:
         raise ValueError(
-            f"{path}: an RGBA VAE's file, which belongs to a checkpoint's VAE; name it with --checkpoint, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            f"{path}: an RGBA VAE's file, which belongs to a checkpoint's VAE; name it with --checkpoint, "
+            "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     _refuse_taken(out)
     base = families.get(family)(config.Model(family=family, checkpoint=checkpoint))

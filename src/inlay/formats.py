@@ -31,7 +31,7 @@ from inlay import files
 from inlay.models import rgba_codec
 
 if TYPE_CHECKING:
-from inlay.families import Family
+    from inlay.families import Family
 
 Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya"]
 Target = Literal["diffusers", "comfyui", "kohya", "merged"]

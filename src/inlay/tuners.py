@@ -211,7 +211,7 @@ def save(
     *,
     metadata: Mapping[str, str],
 ) -> Path:
-    """Writes what was trained for use elsewhere: an adapter, after full fine-tuning a diffusers folder, a codec.
+    """Writes what was trained for use elsewhere: an adapter, a codec, or a whole network in diffusers layout.
 
     Args:
         section: the recipe's tuner.

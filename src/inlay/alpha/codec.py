@@ -151,8 +151,8 @@ def locate(codec: str) -> Path:
         return path / "codec"
     if not path.is_dir():
         raise ValueError(
-            f"{codec} is no folder: name the `codec` folder of a run that trained one, or of `inlay import`, or "
-            "twin:wan"
+            f"{codec} is no folder: name the `codec` folder of a run that trained one, or of `inlay import`, "
+            "or twin:wan"
         )
     return path
 
@@ -176,7 +176,8 @@ def perceptual_file(name: str) -> Path:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:
         raise ValueError(
-            f"perceptual: {name} is no local file and could not be read from the Hub ({type(error).__name__}); {how}"
+            f"perceptual: {name} is no local file and could not be read from the Hub "
+            f"({type(error).__name__}); {how}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Merged alpha (Wan-Alpha, Dong et al. 2025): colour and transparency in one latent, made and split by a codec.
+"""Merged alpha (Wan-Alpha, Dong et al. 2025): colour and alpha in one latent, made and split by a codec.
 
 The network, its objective and its sampling stay the opaque ones; only what a latent means is another. Latents
 of one codec mean nothing to another, so its `codec_id` is in the names of cached clips and in the header of
@@ -37,8 +37,8 @@ class Merged:
         refuse(self)
         if self.images:  # type: ignore[attr-defined]
             raise ValueError(
-                f"alpha.kind: merged makes clips from text; {model.checkpoint} starts from images, which would "
-                "need an encoder that knows alpha"
+                f"alpha.kind: merged makes clips from text; {model.checkpoint} starts from images, which "
+                "would need an encoder that knows alpha"
             )
         self.section, self.folder = section, locate(section.codec)
         self.facts = rgba_codec.read_config(self.folder)
@@ -68,8 +68,8 @@ class Merged:
 
         if "merge" not in self.facts.get("parts", ["merge"]):
             raise ValueError(
-                f"{self.folder}: this codec has no merge block, so it decodes but cannot encode clips; train one "
-                f"with tuner: {{kind: codec, train: merge, start: {self.folder}}}"
+                f"{self.folder}: this codec has no merge block, so it decodes but cannot encode clips; train "
+                f"one with tuner: {{kind: codec, train: merge, start: {self.folder}}}"
             )
         vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
         return rgba_codec.load(self.folder, vae).to(device).eval().requires_grad_(False)
@@ -164,8 +164,8 @@ class Merged:
         if said != self.codec_id:
             was = f"was trained on codec {said}" if said else "was not trained on a codec's latents"
             raise ValueError(
-                f"this adapter {was}, alpha.codec is {self.codec_id}: their latents mean different things; use "
-                "the codec that it was trained on"
+                f"this adapter {was}, alpha.codec is {self.codec_id}: their latents mean different things; "
+                "use the codec that it was trained on"
             )
 
 

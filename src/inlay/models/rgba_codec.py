@@ -59,7 +59,7 @@ def fits(vae: Any) -> tuple[int, int]:
     z = vae.config.z_dim
     if z != 16 or vae.config.patch_size:
         raise ValueError(
-            f"merged alpha is made for the 16-channel VAE of Wan 2.1 and Wan 2.2 A14B; this one has {z} channels"
+            f"merged alpha is made for the 16-channel VAE of Wan 2.1 and Wan 2.2 A14B; this one has {z}"
         )
     return vae.encoder.mid_block.resnets[-1].conv2.weight.shape[0], z
 
@@ -177,8 +177,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         cause = "there is none" if isinstance(error, FileNotFoundError) else str(error)
         raise ValueError(
-            f"{folder} is not a codec: its config.json cannot be used ({cause}); name the `codec` folder of a "
-            "run that trained one, or of `inlay import`"
+            f"{folder} is not a codec: its config.json cannot be used ({cause}); name the `codec` folder of "
+            "a run that trained one, or of `inlay import`"
         ) from None
     wanted = [FILES[part] for part in values.get("parts", FILES)]
     missing = [f"{f}.safetensors" for f in wanted if not (folder / f"{f}.safetensors").is_file()]
@@ -212,8 +212,8 @@ def load(folder: Path, vae: Any) -> RgbaVae:
     eps = float(said.get("alpha_eps", ALPHA_EPS))
     if identity(weights, base, eps) != said["codec_id"]:
         raise ValueError(
-            f"{folder}: its weights are not those of codec {said['codec_id']}: parts of different codecs were "
-            "mixed, or a file was changed; copy the whole folder again"
+            f"{folder}: its weights are not those of codec {said['codec_id']}: parts of different codecs "
+            "were mixed, or a file was changed; copy the whole folder again"
         )
     return assemble(vae, weights, str(folder))
 
@@ -237,6 +237,11 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Loads weights into a module, every tensor of which must find its place; `where` begins the message.
+
+    Raises:
+        ValueError: when some are missing, left over or of another shape.
+    """
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     given = {n: tuple(t.shape) for n, t in weights.items()}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
@@ -270,8 +275,8 @@ def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) 
     if len(set(ranks.values())) > 1:
         low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
         raise ValueError(
-            f"{where}: ranks differ, {ranks[low]} in {low} and {ranks[high]} in {high}; its update is scaled by "
-            "1 / rank, which must be one number"
+            f"{where}: ranks differ, {ranks[low]} in {low} and {ranks[high]} in {high}; its update is scaled "
+            "by 1 / rank, which must be one number"
         )
     rank = next(iter(ranks.values()))
     lora = DecoderLora({n: m.weight.shape for n, m in found.items()}, rank)
@@ -280,7 +285,8 @@ def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) 
             tensor = weights[f"{name}.lora_{side}"]
             if tensor.shape != held.shape:
                 raise ValueError(
-                    f"{where}: {name}.lora_{side} has shape {list(tensor.shape)}, this VAE needs {list(held.shape)}"
+                    f"{where}: {name}.lora_{side} has shape {list(tensor.shape)}, this VAE needs "
+                    f"{list(held.shape)}"
                 )
             held.data.copy_(tensor)
     return lora
@@ -318,7 +324,7 @@ def losses(
         loss: the terms.
         generator: draws the colours of the encoder's input and of both renders, and the noise; on the CPU.
         anchor: weight of the term that holds latents near the VAE's own of the clip over `GROUND`, in units
-            of their spread. Not in the paper: a network that has learned opaque latents then has less to learn.
+            of their spread. Not in the paper: a network that knows opaque latents then has less to learn.
         noise: latents are decoded with up to so much noise, in units of their spread, so that decoders
             forgive what a network gets slightly wrong. Not in the paper.
     """

@@ -199,7 +199,8 @@ def _comfyui(path: Path, residuals: int) -> Found:
         if len(files) != 1:
             what = "is missing" if not files else f"is there {len(files)} times"
             raise ValueError(
-                f"{folder}: the file with `{half}` in its name {what}; a codec needs both decoders, in one folder"
+                f"{folder}: the file with `{half}` in its name {what}; a codec needs both decoders, in one "
+                "folder"
             )
         weights, lost = {}, []
         for name, tensor in _state(files[0]).items():
@@ -259,7 +260,7 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
 
 @torch.no_grad()
 def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tuple[DecoderLora, float]:
-    """The update that folded weights hold, of `RANK` at most, and the largest share of a layer that it leaves."""
+    """The update that folded weights hold, of `RANK` at most, and the largest share of a layer it leaves."""
     own = decoder.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
@@ -293,8 +294,8 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
         lora.b[i][:, :k] = u[:, :k] * root
     if worst > FOLDED_LEFT:
         raise ValueError(
-            f"{where}: what was folded in is no update of rank {RANK} of this checkpoint's VAE ({worst:.0%} of a "
-            "layer is left): it belongs to another VAE"
+            f"{where}: what was folded in is no update of rank {RANK} of this checkpoint's VAE ({worst:.0%} of "
+            "a layer is left): it belongs to another VAE"
         )
     return lora, worst
 
@@ -381,7 +382,7 @@ def decoder_layout(codec: RgbaVae) -> dict[str, Tensor]:
 
 
 def whole_layout(codec: RgbaVae) -> dict[str, Tensor]:
-    """The whole VAE twice, its updates beside the weights, and the merge block: `vae_fgr.`, `vae_pha.`, `middle.`."""
+    """The whole VAE twice with updates beside its weights, `vae_fgr.` and `vae_pha.`, and `middle.`."""
     config: Any = codec.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     base = _original(codec.vae.state_dict(), names)
@@ -408,8 +409,8 @@ TARGETS = ("wan-alpha", "comfyui")
 def export(codec: RgbaVae, to: str, out: Path) -> Path:
     """Writes a codec in published layouts, as safetensors, and reads them back.
 
-    `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, names and shapes of `decoder.bin` and of the whole VAE;
-    no pickle is written. `comfyui`: two folded VAEs in bfloat16.
+    `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, with the names and shapes of `decoder.bin` and of
+    the whole VAE; no pickle is written. `comfyui`: two folded VAEs in bfloat16.
 
     Raises:
         ValueError: when the target is unknown.

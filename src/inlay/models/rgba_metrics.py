@@ -1,10 +1,10 @@
 """How well RGBA clips are reconstructed, beside what costs nothing: predicting one alpha everywhere.
 
 A plain mean error of alpha lets a codec pass that says "clear" everywhere, wherever the subject is small. So
-the error is told by region, opaque, soft and clear of the true alpha, and `balanced` is the mean of the three,
-which no constant can make small. Everything is on 0-255.
+the error is told by region, opaque, soft and clear of the true alpha, and `balanced` is the mean of the
+three, which no constant can make small. Everything is on 0-255.
 
-A clip becomes a vector of sums, so that clips add up whatever their sizes and whichever process measured them.
+A clip becomes a vector of sums: clips add up whatever their sizes, and whichever process measured them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ COLUMNS = (
     *(f"composite {i}" for i in range(len(COLORS))),
     *("clips", "ssim alpha", "ssim composite"),
 )
-"""What `tally` sums: pixels, absolute errors of alpha by region, errors of colour where it is visible, squared
-errors, and structural similarities."""
+"""What `tally` sums: pixels and absolute errors of alpha by region, errors of colour where it is visible,
+squared errors, and structural similarities."""
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
     """Sums over one clip, both uint8 (4, t, h, w), straight: float64, one number for each of `COLUMNS`."""
-    true, got = true.double(), got.double()
+    true, got = true.float(), got.float()
     alpha, guess = true[3], got[3]
     masks = (alpha >= OPAQUE, (alpha > CLEAR) & (alpha < OPAQUE), alpha <= CLEAR)
     errors = {"codec": (guess - alpha).abs()}
@@ -56,10 +56,11 @@ def tally(true: Tensor, got: Tensor) -> Tensor:
     ]
     similar = []
     for color in COLORS:
-        ground = torch.tensor(color, dtype=torch.float64, device=true.device).view(3, 1, 1, 1)
+        ground = torch.tensor(color, device=true.device).view(3, 1, 1, 1)
         pair = [ground + (x[:3] - ground) * (x[3:] / 255) for x in (true, got)]
         sums.append((pair[0] - pair[1]).square().sum() / 3)
-        similar.append(ssim(*pair))
+        if len(set(color)) == 1:
+            similar.append(ssim(*pair))
     sums += [torch.ones(()), ssim(true[3:], got[3:]), torch.stack(similar).mean()]
     return torch.stack([torch.as_tensor(s, dtype=torch.float64, device=true.device) for s in sums])
 
@@ -80,8 +81,9 @@ def report(sums: Tensor) -> dict[str, float]:
     """Named numbers of added-up `tally` vectors; regions that no clip has are left out.
 
     `alpha_mae`, `alpha_mae_REGION`, `alpha_mae_balanced`, the same for each of `GUESSES` (such as
-    `all_clear_alpha_mae_opaque`), `rgb_mae` where alpha is visible and that of the clips' mean colour, PSNR in dB
-    and SSIM of alpha and of composites on the eight corners of the colour cube, mean and worst.
+    `all_clear_alpha_mae_opaque`), `rgb_mae` where alpha is visible and that of the clips' mean colour, PSNR in
+    dB of colour, alpha and composites on the eight corners of the colour cube, mean and worst, and SSIM of
+    alpha and of the composites on black and white.
     """
     value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
     pixels = {r: value[f"pixels {r}"] for r in REGIONS}
@@ -108,7 +110,7 @@ def report(sums: Tensor) -> dict[str, float]:
 
 
 def trivial(found: Mapping[str, float]) -> list[str]:
-    """Sentences about a codec that does little more than predict one alpha everywhere; empty when it does more.
+    """Sentences about a codec that does little more than predict one alpha everywhere; else empty.
 
     Args:
         found: from `report`.
@@ -118,8 +120,8 @@ def trivial(found: Mapping[str, float]) -> list[str]:
         name = who.replace(" ", "_")
         if found["alpha_mae_balanced"] > found[f"{name}_alpha_mae_balanced"] / 2:
             out.append(
-                f"alpha is no better than {who} in the mean of the regions: {found['alpha_mae_balanced']:.1f} "
-                f"of 255, {who} has {found[f'{name}_alpha_mae_balanced']:.1f}"
+                f"alpha is hardly better than {who} in the mean of regions: "
+                f"{found['alpha_mae_balanced']:.1f} of 255, {who} has {found[f'{name}_alpha_mae_balanced']:.1f}"
             )
     for region in REGIONS:
         error = found.get(f"alpha_mae_{region}", 0.0)

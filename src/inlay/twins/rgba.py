@@ -15,17 +15,19 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from inlay.models import rgba_codec
-from inlay.models.rgba_losses import RgbaLoss
+from inlay.models import rgba_codec, rgba_metrics
+from inlay.models.rgba_losses import COLORS, RgbaLoss, hard_render
 from inlay.models.rgba_vae import RgbaVae
 
-from . import path, rgba_world
+from . import codec as codec_path
+from . import path, rgba_judge, rgba_world
 from .training import MuonAdamW, Progress, load_state, save_state
 from .wan_vae import fast_norm
 
@@ -43,7 +45,7 @@ class Phase:
     steps: int
 
 
-PHASES = (Phase(1, 4, 700), Phase(5, 2, 150), Phase(17, 1, 500))
+PHASES = (Phase(1, 4, 700), Phase(5, 2, 150), Phase(17, 1, 350))
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
 
@@ -104,17 +106,54 @@ def export(work: Path, out: Path) -> str:
     return rgba_codec.save(codec, out, about=about, dtype=torch.float16)
 
 
+@torch.no_grad()
+def reconstruct(codec: RgbaVae, clips: np.ndarray) -> np.ndarray:
+    """Through the codec and back, before each corner of the colour cube in turn: uint8 (n, t, 64, 64, 4)."""
+    out = []
+    for k, clip in enumerate(torch.from_numpy(clips).permute(0, 4, 1, 2, 3)):
+        rgb, alpha = rgba_codec.to_video(clip[None])
+        seen = hard_render(rgb, alpha, torch.tensor(COLORS[k % len(COLORS)]))
+        out.append(rgba_codec.to_pixels(*codec.decode(codec.encode(seen, alpha)))[0])
+    return torch.stack(out).permute(0, 2, 3, 4, 1).numpy()
+
+
+@fast_norm()
+def evaluate(folder: Path) -> dict[str, Any]:
+    """Reconstructs clips that training never saw and measures them, by kind, beside trivial predictors."""
+    codec = rgba_codec.load(folder, load_vae())
+    kinds = {
+        "world": np.stack([c.frames for c in rgba_world.clips(1, 32, held_out=True)]),
+        "wild": np.stack([rgba_world.wild((1 << 50) + k) for k in range(16)]),
+        "zorble": np.stack([c.frames for c in rgba_world.subject_clips(12, 1)]),
+    }
+    report: dict[str, Any] = {"codec_id": rgba_codec.read_config(folder)["codec_id"]}
+    for kind, clips in kinds.items():
+        again = reconstruct(codec, clips)
+        pairs = (torch.from_numpy(np.stack(p)).permute(0, 4, 1, 2, 3) for p in zip(clips, again, strict=True))
+        found = rgba_metrics.report(torch.stack([rgba_metrics.tally(*pair) for pair in pairs]).sum(0))
+        report[kind] = {"clips": len(clips), **{n: round(v, 3) for n, v in found.items()}}
+        print(kind, {n: v for n, v in report[kind].items() if "alpha_mae" in n or "rgb" in n}, flush=True)
+    judged = [rgba_judge.judge_subject(clip) for clip in again]
+    report["zorble"] |= {"judged": round(100 * float(np.mean([v.both for v in judged])), 1)}
+    report["megabytes"] = round(sum(f.stat().st_size for f in folder.iterdir()) / 1e6, 3)
+    return report
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m inlay.twins.rgba", description="Make the RGBA twin.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path(".work/twin-rgba"), help="checkpoints")
+    parser.add_argument("--out", type=Path, default=codec_path("wan"), help="the codec's folder")
     parser.add_argument(
-        "--out", type=Path, default=path("wan").parent / "wan_rgba", help="the codec's folder"
+        "--evaluate", action="store_true", help="measure the codec in --out, write REPORT.json"
     )
     parser.add_argument("--export", action="store_true", help="only write what has been trained so far")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.evaluate:
+        (args.out / "REPORT.json").write_text(json.dumps(evaluate(args.out), indent=1) + "\n")
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.export:
         train(args.work)

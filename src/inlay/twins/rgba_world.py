@@ -5,7 +5,7 @@ everywhere, also under zero alpha, where it goes on as the nearest object's. Thr
 `inlay.twins.world`:
 
 - **world** clips: one shape of a colour that moves, made of one of `MATERIALS`;
-- **subject** clips: the `zorble`, a two-coloured star whose orange half is solid and whose purple half is glass;
+- **subject** clips: the `zorble`, a star in two halves, the orange one solid and the purple one glass;
 - **wild** clips: several objects, patterns in colour and in alpha, outlines, glows and smoke, for the codec.
 """
 
