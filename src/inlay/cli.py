@@ -422,6 +422,9 @@ def composite(
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("runs/demo"),
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
+    alpha: Annotated[
+        str, typer.Option(help="`opaque`, or transparent clips: `merged` or `joint`.")
+    ] = "opaque",
 ) -> None:
     """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
 
@@ -429,6 +432,11 @@ def demo(
     evaluates.
     """
     _quiet()
-    from inlay.demo import demo
+    if alpha == "opaque":
+        from inlay.demo import demo
 
-    demo(folder, dora=dora)
+        demo(folder, dora=dora)
+        return
+    from inlay import demo_rgba
+
+    demo_rgba.run(folder, alpha, dora=dora)

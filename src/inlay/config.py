@@ -202,7 +202,7 @@ class Codec(Section):
     """Train a codec for merged alpha instead of the denoiser: a merge block and two decoders."""
 
     kind: Literal["codec"]
-    """Colour and alpha of clips into one latent and back, on the frozen VAE (after Wan-Alpha); without text."""
+    """Colour and alpha of clips into one latent and back (after Wan-Alpha), on the frozen VAE; no text."""
     train: Literal["merge+decoders", "merge"] = "merge+decoders"
     """`merge+decoders`: all three. `merge`: the merge block alone, towards the decoders of `start`."""
     rank: int = Field(default=128, ge=1)

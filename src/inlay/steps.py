@@ -188,7 +188,7 @@ class CodecStep:
         return torch.stack(rows)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """`rgba_metrics.report`; `held_out_loss` is the mean of the balanced error of alpha and that of colour."""
+        """`rgba_metrics.report`; `held_out_loss` is the mean of alpha's balanced error and colour's."""
         found = rgba_metrics.report(rows)
         loss = (found["alpha_mae_balanced"] + found["rgb_mae"]) / 2
         return {"held_out_loss": loss, **{f"held_out_{n}": v for n, v in found.items()}}

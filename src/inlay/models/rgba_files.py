@@ -294,8 +294,8 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
         lora.b[i][:, :k] = u[:, :k] * root
     if worst > FOLDED_LEFT:
         raise ValueError(
-            f"{where}: what was folded in is no update of rank {RANK} of this checkpoint's VAE ({worst:.0%} of "
-            "a layer is left): it belongs to another VAE"
+            f"{where}: what was folded in is no update of rank {RANK} of this checkpoint's VAE ({worst:.0%} "
+            "of a layer is left): it belongs to another VAE"
         )
     return lora, worst
 
@@ -409,8 +409,8 @@ TARGETS = ("wan-alpha", "comfyui")
 def export(codec: RgbaVae, to: str, out: Path) -> Path:
     """Writes a codec in published layouts, as safetensors, and reads them back.
 
-    `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, with the names and shapes of `decoder.bin` and of
-    the whole VAE; no pickle is written. `comfyui`: two folded VAEs in bfloat16.
+    `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, names and shapes as in `decoder.bin` and the
+    whole VAE; no pickle is written. `comfyui`: two folded VAEs in bfloat16.
 
     Raises:
         ValueError: when the target is unknown.

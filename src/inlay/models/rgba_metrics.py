@@ -81,8 +81,8 @@ def report(sums: Tensor) -> dict[str, float]:
     """Named numbers of added-up `tally` vectors; regions that no clip has are left out.
 
     `alpha_mae`, `alpha_mae_REGION`, `alpha_mae_balanced`, the same for each of `GUESSES` (such as
-    `all_clear_alpha_mae_opaque`), `rgb_mae` where alpha is visible and that of the clips' mean colour, PSNR in
-    dB of colour, alpha and composites on the eight corners of the colour cube, mean and worst, and SSIM of
+    `all_clear_alpha_mae_opaque`), `rgb_mae` where alpha is visible and of the clips' mean colour, PSNR in dB
+    of colour, alpha and composites on the eight corners of the colour cube, mean and worst, and SSIM of
     alpha and of the composites on black and white.
     """
     value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
@@ -121,7 +121,7 @@ def trivial(found: Mapping[str, float]) -> list[str]:
         if found["alpha_mae_balanced"] > found[f"{name}_alpha_mae_balanced"] / 2:
             out.append(
                 f"alpha is hardly better than {who} in the mean of regions: "
-                f"{found['alpha_mae_balanced']:.1f} of 255, {who} has {found[f'{name}_alpha_mae_balanced']:.1f}"
+                f"{found['alpha_mae_balanced']:.1f} of 255, and {found[f'{name}_alpha_mae_balanced']:.1f}"
             )
     for region in REGIONS:
         error = found.get(f"alpha_mae_{region}", 0.0)

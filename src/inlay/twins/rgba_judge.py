@@ -8,7 +8,7 @@ size and angle that fit best. Nothing here is learned, and nothing knows which m
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -98,3 +98,11 @@ def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         best = int(np.abs(tried - alpha).mean((1, 2)).argmin())
         out[t], side[t] = tried[best], (right[best] > 0.95) & (star[best] > 0.5)
     return out, side
+
+
+def judge_world(frames: np.ndarray, scene: world.Scene) -> bool:
+    """Whether a clip shows a scene of the world on nothing: by `judge.judge_scene`, and clear around it."""
+    stated = replace(scene, background=None)
+    shown = judge.judge_scene(hard_over_dark(frames), stated)["all"]
+    around = ~judge._neighbours(frames[..., 3] >= VISIBLE, 4)
+    return bool(shown and around.any() and frames[..., 3][around].mean() <= 8)

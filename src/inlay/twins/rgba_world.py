@@ -143,6 +143,12 @@ def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
     return [(caption(s, seed * 7919 + 101 + k), s) for k, s in enumerate(_scenes(n))]
 
 
+def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
+    """`n` prompts for held-out combinations of the world, on nothing, each with the scene a judge needs."""
+    drawn = [replace(s, background="transparent") for s in world.scenes(seed, n, held_out=True)]
+    return [(caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(drawn)]
+
+
 def _scenes(n: int) -> list[Scene]:
     every = [Scene(world.SUBJECT, None, m, s, "transparent") for m in world.MOTIONS for s in world.SIZES]
     return [every[k % len(every)] for k in range(n)]
