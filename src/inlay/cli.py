@@ -304,8 +304,16 @@ def evaluate_(
     """Compare base and tuned side by side, same seeds: held-out loss, video metrics, `report.html`."""
     _quiet()
     from inlay.console import console
-    from inlay.evaluate import Prompt, evaluate, summary_table
+    from inlay.evaluate import Prompt, codec, evaluate, summary_table
+    from inlay.runtime import Run
 
+    if Run(run).config().tuner.kind == "codec":
+        found = codec.evaluate(run, checkpoint=checkpoint, device=device)
+        console.print(codec.table(found))
+        for line in codec.text(found):
+            _say(line)
+        print(found.path)
+        return
     if (image or last_image) and not file:
         raise ValueError("--image: goes with --file; the recipe's own prompts have theirs in sample.images")
     texts = _lines(file) if file else []

@@ -85,8 +85,8 @@ def run(folder: Path, kind: str = "merged", *, dora: bool = False) -> Path:
         raise ValueError(f"--alpha: `{kind}` is not one of opaque, {', '.join(KINDS)}")
     start = time.perf_counter()
     say(
-        f"{demo.CLIPS} transparent clips of a subject that the tiny model has never seen: a star called zorble, "
-        "half solid, half glass"
+        f"{demo.CLIPS} transparent clips of a subject that the tiny model has never seen: a star called "
+        "zorble, half solid, half glass"
     )
     write_clips(folder)
     path = folder / "recipe.yaml"

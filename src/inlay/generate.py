@@ -104,8 +104,9 @@ def generate(
     family = alpha.family(config)
     if isinstance(config.tuner, recipe.Codec):
         raise ValueError(
-            f"{run}: this run trained a codec, which draws nothing from prompts; name "
-            f"{place.folder / 'codec'} as alpha.codec of a recipe that trains the network, or look at its clips with `inlay evaluate`"
+            f"{run}: this run trained a codec, which draws nothing from prompts: name "
+            f"{place.folder / 'codec'} as alpha.codec of a recipe that trains the network, or look at its "
+            "clips with `inlay evaluate`"
         )
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
