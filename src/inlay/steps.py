@@ -165,7 +165,7 @@ class CodecStep:
         return cls(loss, section.anchor, section.noise, precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """See `Step`; `losses` repeats the one value, whose terms are means over the micro-batch."""
+        """See `Step`; the terms are means over the micro-batch, so every sample has the same."""
         if isinstance(self.loss.perceptual, nn.Module):
             self.loss.perceptual.to(batch.latents.device)
         codec: Any = denoiser
@@ -173,7 +173,9 @@ class CodecStep:
             terms = rgba_codec.losses(
                 codec, batch.latents, self.loss, generator, anchor=self.anchor, noise=self.noise
             )
-        return {**terms, "losses": terms["loss"].detach().expand(len(batch.latents))}
+        each = {f"loss_{n}": t for n, t in terms.items() if n != "loss"} | {"losses": terms["loss"]}
+        n = len(batch.latents)
+        return {"loss": terms["loss"], **{k: v.detach().expand(n) for k, v in each.items()}}
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
