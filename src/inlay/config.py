@@ -61,11 +61,15 @@ class Source(Section):
     root: str | None = None
     """Folder that the manifest's paths are relative to, and may not leave. Default: the manifest's folder."""
     video_column: str | None = None
-    """Column with the clip's path. Default: the first of video, file_name, file, path, image, frames_path.
-    With `lines` the name of the file, by default `videos.txt`."""
+    """Column with the clip's path. Default: the first of video, file_name, file, path, image,
+    frames_path, and in transparent runs video_rgb, video_fgr, rgb, fgr. With `lines` the name of the file, by
+    default `videos.txt`."""
     caption_column: str | None = None
     """Column with the caption. Default: the first of caption, prompt, text. With `lines` the name of the
     file, by default `prompts.txt`, `prompt.txt` or `captions.txt`."""
+    alpha_column: str | None = None
+    """Column with the path of the matte, for transparent runs. Default: the first of video_alpha, video_pha,
+    alpha, pha, matte; without such a column the matte beside the clip, if there is one."""
     group_column: str | None = None
     """Column by which `inlay evaluate` groups its table, such as an activity or a subject."""
     repeats: int = Field(default=1, ge=1)
@@ -73,6 +77,27 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
     epoch."""
+
+
+class Matte(Section):
+    """How the alpha of transparent clips is read and mended; unused where the recipe's `alpha` is opaque."""
+
+    premultiplied: bool | Literal["auto"] = "auto"
+    """Whether colour was multiplied with alpha already, and is to be divided; `auto` guesses for each clip,
+    and `inlay check` says what it took for such."""
+    invert: bool = False
+    """White is clear in the mattes."""
+    limited: bool = False
+    """Black is 16 and white is 235 in the mattes: files that do not say that their range is limited."""
+    snap: int = Field(default=0, ge=0, le=127)
+    """Alpha within so many levels of 255 of clear or opaque becomes just that: 2 takes out what lossy files
+    leave in empty regions."""
+    decontaminate: bool = False
+    """Take the colour of an old background out of soft edges: colour grows outward from opaque pixels. Not
+    for smoke or glass, whose own colour is in soft pixels."""
+    background: Literal["grow", "blur", "keep"] = "grow"
+    """What stands where alpha is clear: colour that grew out of the visible pixels, the same as a `blur`red
+    field, or what the file has there. No composite shows it, but a network that learns colour does."""
 
 
 class Data(Section):
@@ -97,6 +122,7 @@ class Data(Section):
     slow: Literal["repeat", "keep"] = "repeat"
     """A clip slower than `fps`: `repeat` frames to keep its speed, or `keep` its frames, which plays it
     faster."""
+    matte: Matte = Matte()
     trigger: str = ""
     """Word put before every caption that does not contain it."""
     caption_prefix: str = ""
@@ -611,9 +637,13 @@ def _mistake(error: Any, within: list[str]) -> str:
 
 
 def _keys(where: list[str]) -> list[str]:
-    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank, "alpha": Joint}.get(
-        ".".join(p for p in where if not p.isdigit())
-    )
+    section: Any = {
+        "": Config,
+        "data.sources": Source,
+        "data.matte": Matte,
+        "tuner": LowRank,
+        "alpha": Joint,
+    }.get(".".join(p for p in where if not p.isdigit()))
     if section is None:
         field = Config.model_fields.get(where[0])
         section = field.annotation if field else Config
@@ -639,6 +669,7 @@ def reference() -> str:
         "model": Model,
         "data": Data,
         "data.sources": Source,
+        "data.matte": Matte,
         "objective": Objective,
     }
     sections |= {

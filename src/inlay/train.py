@@ -434,6 +434,7 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
             progress=lambda n, of: advance(done=n, total=of),
             family=family,
             probe=store.probe,
+            look=store.look,
         )
     quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
     windows = [*plan.train, *plan.held_out]
