@@ -61,11 +61,15 @@ class Source(Section):
     root: str | None = None
     """Folder that the manifest's paths are relative to, and may not leave. Default: the manifest's folder."""
     video_column: str | None = None
-    """Column with the clip's path. Default: the first of video, file_name, file, path, image, frames_path.
-    With `lines` the name of the file, by default `videos.txt`."""
+    """Column with the clip's path. Default: the first of video, file_name, file, path, image,
+    frames_path, and in transparent runs video_rgb, video_fgr, rgb, fgr. With `lines` the name of the file, by
+    default `videos.txt`."""
     caption_column: str | None = None
     """Column with the caption. Default: the first of caption, prompt, text. With `lines` the name of the
     file, by default `prompts.txt`, `prompt.txt` or `captions.txt`."""
+    alpha_column: str | None = None
+    """Column with the path of the matte, for transparent runs. Default: the first of video_alpha, video_pha,
+    alpha, pha, matte; without such a column the matte beside the clip, if there is one."""
     group_column: str | None = None
     """Column by which `inlay evaluate` groups its table, such as an activity or a subject."""
     repeats: int = Field(default=1, ge=1)
@@ -73,6 +77,27 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
     epoch."""
+
+
+class Matte(Section):
+    """How the alpha of transparent clips is read and mended; unused where the recipe's `alpha` is opaque."""
+
+    premultiplied: bool | Literal["auto"] = "auto"
+    """Whether colour was multiplied with alpha already, and is to be divided; `auto` guesses for each clip,
+    and `inlay check` says what it took for such."""
+    invert: bool = False
+    """White is clear in the mattes."""
+    limited: bool = False
+    """Black is 16 and white is 235 in the mattes: files that do not say that their range is limited."""
+    snap: int = Field(default=0, ge=0, le=127)
+    """Alpha within so many levels of 255 of clear or opaque becomes just that: 2 takes out what lossy files
+    leave in empty regions."""
+    decontaminate: bool = False
+    """Take the colour of an old background out of soft edges: colour grows outward from opaque pixels. Not
+    for smoke or glass, whose own colour is in soft pixels."""
+    background: Literal["grow", "blur", "keep"] = "grow"
+    """What stands where alpha is clear: colour that grew out of the visible pixels, the same as a `blur`red
+    field, or what the file has there. No composite shows it, but a network that learns colour does."""
 
 
 class Data(Section):
@@ -97,6 +122,7 @@ class Data(Section):
     slow: Literal["repeat", "keep"] = "repeat"
     """A clip slower than `fps`: `repeat` frames to keep its speed, or `keep` its frames, which plays it
     faster."""
+    matte: Matte = Matte()
     trigger: str = ""
     """Word put before every caption that does not contain it."""
     caption_prefix: str = ""
@@ -196,6 +222,39 @@ class Full(Section):
     """All weights of the denoiser train, or those of `targets`."""
     targets: list[str] = []
     """Regular expressions over whole parameter names; one that matches nothing stops. Default: everything."""
+
+
+class Codec(Section):
+    """Train a codec for merged alpha instead of the denoiser: a merge block and two decoders."""
+
+    kind: Literal["codec"]
+    """Colour and alpha of clips into one latent and back (after Wan-Alpha), on the frozen VAE; no text."""
+    train: Literal["merge+decoders", "merge"] = "merge+decoders"
+    """`merge+decoders`: all three. `merge`: the merge block alone, towards the decoders of `start`."""
+    rank: int = Field(default=128, ge=1)
+    """Rank of the update of each decoder; of `start` where one is given."""
+    start: str | None = Field(default=None, min_length=1)
+    """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
+    loss: Literal["paper", "reference"] = "paper"
+    """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
+    differences, squared error of plain features."""
+    perceptual: str = Field(default="none", min_length=1)
+    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` leaves
+    these three of the nine terms out."""
+    edge: Literal["sobel", "central"] | None = None
+    """Filter of the edge terms. Default: the preset's."""
+    vgg_normalize: Literal["imagenet", "none"] | None = None
+    """Normalisation before the perceptual network. Default: the preset's."""
+    hard_mask: Literal["reconstructed", "true"] = "reconstructed"
+    """Which alpha masks the hard render of the reconstruction."""
+    alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
+    """Alpha up to this counts as clear; lossy files leave more than 0 in empty regions. 0 is the paper's."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
+    learned opaque clips has less to learn. Not in the paper."""
+    noise: float = Field(default=0.0, ge=0)
+    """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
+    Not in the paper."""
 
 
 class Optim(Section):
@@ -358,7 +417,7 @@ class Merged(Section):
     """Colours that each clip is encoded on; every showing takes one of them."""
 
 
-Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
+Tuner = Annotated[LowRank | Full | Codec, Field(discriminator="kind")]
 Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 
 
@@ -424,8 +483,30 @@ def _conflicts(config: Config) -> Iterator[str]:
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
             yield f"memory.{key}: runtime.parallel={parallel} shards instead; use ddp, or leave it out"
+    if tuner.kind == "codec":
+        yield from _codec_conflicts(config, tuner)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: memory.layerwise_casting moves weights between layers; leave one of them out"
+
+
+def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
+    """What training a codec leaves no room for."""
+    if config.alpha.kind != "opaque":
+        yield f"alpha.kind: a codec is what makes {config.alpha.kind} alpha possible; leave `alpha` out"
+    if tuner.train == "merge" and tuner.start is None:
+        yield (
+            "tuner.start: train=merge learns what frozen decoders can split, and the VAE's own know no "
+            "alpha; name a codec whose decoders were trained, or use train=merge+decoders"
+        )
+    if config.runtime.parallel != "ddp":
+        yield f"runtime.parallel: every process holds a whole codec: use ddp, not {config.runtime.parallel}"
+    if config.runtime.compile:
+        yield "runtime.compile: the codec has no repeated blocks to compile; leave it out"
+    for key in ("quantize", "layerwise_casting"):
+        if getattr(config.memory, key) is not None:
+            yield f"memory.{key}: the VAE of a codec stays in float32; leave it out"
+    if config.sample.every:
+        yield "sample.every: a codec draws nothing, validation reconstructs held-out clips; leave it out"
 
 
 class _Loader(yaml.SafeLoader):
@@ -525,7 +606,7 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
 
 _TAGS: dict[tuple[str, ...], type[Section]] = {
     (section, kind): part
-    for section, parts in (("tuner", (LowRank, Full)), ("alpha", (Opaque, Joint, Merged)))
+    for section, parts in (("tuner", (LowRank, Full, Codec)), ("alpha", (Opaque, Joint, Merged)))
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
@@ -558,9 +639,13 @@ def _mistake(error: Any, within: list[str]) -> str:
 
 
 def _keys(where: list[str]) -> list[str]:
-    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank, "alpha": Joint}.get(
-        ".".join(p for p in where if not p.isdigit())
-    )
+    section: Any = {
+        "": Config,
+        "data.sources": Source,
+        "data.matte": Matte,
+        "tuner": LowRank,
+        "alpha": Joint,
+    }.get(".".join(p for p in where if not p.isdigit()))
     if section is None:
         field = Config.model_fields.get(where[0])
         section = field.annotation if field else Config
@@ -586,11 +671,13 @@ def reference() -> str:
         "model": Model,
         "data": Data,
         "data.sources": Source,
+        "data.matte": Matte,
         "objective": Objective,
     }
     sections |= {
         "tuner (lora, dora, lokr, loha)": LowRank,
         "tuner (full)": Full,
+        "tuner (codec)": Codec,
         "alpha (opaque)": Opaque,
         "alpha (joint)": Joint,
         "alpha (merged)": Merged,

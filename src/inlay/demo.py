@@ -96,15 +96,15 @@ def demo(folder: Path, *, dora: bool = False) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(folder, "dora" if dora else "lora"), sort_keys=False), "utf-8")
     settings = config.load(path)
-    _title(f"inlay check {path}")
+    title(f"inlay check {path}")
     report = check.check(settings)
     check.print_report(report, console)
-    _title(f"inlay train {path}")
+    title(f"inlay train {path}")
     train(settings)
-    _title(f'inlay generate {folder} "{settings.sample.prompts[0]}"')
+    title(f'inlay generate {folder} "{settings.sample.prompts[0]}"')
     for video in generate(folder, settings.sample.prompts[:1]):
         say(str(video))
-    _title(f"inlay evaluate {folder}")
+    title(f"inlay evaluate {folder}")
     result = evaluate(folder, prompts=prompts(PROMPTS))
     console.print(summary_table(result))
     say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
@@ -112,5 +112,6 @@ def demo(folder: Path, *, dora: bool = False) -> Path:
     return result.path
 
 
-def _title(command: str) -> None:
+def title(command: str) -> None:
+    """A line with the command that comes next."""
     console.rule(f"[bold]{command}", align="left")

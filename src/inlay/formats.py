@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from inlay import config as recipe
 from inlay import files
+from inlay.models import rgba_codec
 
 if TYPE_CHECKING:
     from inlay.families import Family
@@ -1012,7 +1013,9 @@ class Inspection:
     """What a file or folder holds."""
 
     path: Path
-    kind: Literal["adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder"]
+    kind: Literal[
+        "adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder", "codec"
+    ]
     facts: Mapping[str, str]
     """In the order in which they are shown."""
     notes: Sequence[str] = ()
@@ -1038,8 +1041,8 @@ def inspect(path: str | Path) -> Inspection:
         facts = {"class": str(index.get("_class_name")), **parts, **rest, "size": _bytes(path)}
         return Inspection(path, "pipeline", facts)
     if (path / "config.json").is_file():
-        return _inspect_model(path)
-    adapter = (inspect(path / "adapter"),) if (path / "adapter").is_dir() else ()
+        return _inspect_codec(path) if "codec_id" in _json(path / "config.json") else _inspect_model(path)
+    adapter = tuple(inspect(path / n) for n in ("adapter", "codec") if (path / n).is_dir())
     if (path / "config.yaml").is_file():
         steps = sorted(int(p.name[5:]) for p in path.glob("checkpoints/step-*") if p.name[5:].isdigit())
         return Inspection(
@@ -1154,6 +1157,20 @@ def _inspect_model(folder: Path) -> Inspection:
         k: str(v) for k, v in config.items() if isinstance(v, int | float | str) and not k.startswith("_")
     }
     return Inspection(folder, "model", facts | settings)
+
+
+def _inspect_codec(folder: Path) -> Inspection:
+    said = rgba_codec.read_config(folder)
+    facts = {k: str(v) for k, v in said.items() if k not in ("colors", "format")}
+    parts = []
+    for part in said.get("parts", rgba_codec.FILES):
+        with _safetensors(folder / f"{rgba_codec.FILES[part]}.safetensors") as file:
+            parts.append(
+                Inspection(
+                    folder / f"{rgba_codec.FILES[part]}.safetensors", "tensors", _summary(_sizes(file))
+                )
+            )
+    return Inspection(folder, "codec", facts | {"size": _bytes(folder)}, (), tuple(parts))
 
 
 def _json(path: Path) -> dict[str, Any]:

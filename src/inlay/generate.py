@@ -102,6 +102,12 @@ def generate(
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     family = alpha.family(config)
+    if isinstance(config.tuner, recipe.Codec):
+        raise ValueError(
+            f"{run}: this run trained a codec, which draws nothing from prompts: name "
+            f"{place.folder / 'codec'} as alpha.codec of a recipe that trains the network, or look at its "
+            "clips with `inlay evaluate`"
+        )
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]
@@ -194,6 +200,11 @@ def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
         network = family.load_denoiser(torch.float32, meta=True)
         if not lycoris.load(network, folder):
             formats.read(folder, family, shapes=formats.shapes(network))
+        try:
+            for file in folder.glob("*.safetensors"):
+                family.accept(runtime.header(file))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     return folder
 
 
@@ -313,6 +324,8 @@ def card(
     config: recipe.Config, family: families.Family, step: int, prompts: Sequence[str], objective: object
 ) -> str:
     """The model card of a run."""
+    if isinstance(config.tuner, recipe.Codec):
+        return alpha.codec.card(config, config.tuner, family.name, step)
     what = "" if isinstance(objective, FlowMatching) else "v-prediction on the checkpoint's schedule"
     return formats.model_card(
         config,

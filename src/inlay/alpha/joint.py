@@ -67,6 +67,7 @@ class Joint(_Base):
         video = "|".join(self.video_layers)
         self.targets = [f"(?=(?:{video})$)(?:{target})" for target in kind.targets]  # type: ignore[misc]
         self.encoded = _pairs(self.single.encoded)
+        self.media_key = ("joint",)
 
     def about(self) -> dict[str, str]:
         """Adds what decides how the adapter is applied."""
@@ -77,6 +78,15 @@ class Joint(_Base):
             NAME: "yes" if self.section.domain_embedding else "no",
         }
         return {**super().about(), **{f"inlay_{k}": v for k, v in said.items()}}
+
+    def accept(self, header: Mapping[str, str]) -> None:
+        """As `Family.accept`; only what was trained in this way is applied in it."""
+        said = header.get("inlay_alpha", "opaque")
+        if said != "joint":
+            raise ValueError(
+                f"this adapter was trained with alpha.kind={said}, for all tokens; `joint` would apply it to "
+                "those of alpha"
+            )
 
     def warnings(self) -> list[str]:
         """For the model card."""
@@ -228,11 +238,7 @@ class Joint(_Base):
         """
         with safe_open(folder / WEIGHTS, "pt") as file:
             header = file.metadata() or {}
-        if header.get("inlay_alpha") != "joint":
-            raise ValueError(
-                f"{folder}: this adapter was not trained with `alpha: joint`, it is for all tokens: use it "
-                "in a recipe without alpha, or train one"
-            )
+        self.accept(header)
         vector = embedding(folder, header)
         super().load_adapter(pipeline, folder)
         network = getattr(pipeline, self.component)

@@ -219,6 +219,8 @@ class Family(Checkpoint, ABC):
     change neither what `encode_media` and `encode_text` give nor the network's shape."""
     channels: int = 3
     """Of the clips that `encode_media` takes and `sample` gives: RGB, or 4 for straight RGBA."""
+    media_key: Sequence[str] = ()
+    """What else than the encoder's files decides the numbers of a cached clip."""
     images: Sequence[str] = ()
     """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
     video_layers: ClassVar[Sequence[str]] = ()
@@ -254,6 +256,18 @@ class Family(Checkpoint, ABC):
     def warnings(self) -> list[str]:
         """Paragraphs for the model card, of what surprises whoever uses the file."""
         return []
+
+    def accept(self, header: Mapping[str, str]) -> None:
+        """Looks at what the header of an adapter says of what it was trained on.
+
+        Raises:
+            ValueError: when that is something else than this family.
+        """
+        said = header.get("inlay_alpha")
+        if said and self.channels == 3:
+            raise ValueError(
+                f"this adapter was trained with alpha.kind={said}; a run without it would only show noise"
+            )
 
     # --- shapes -------------------------------------------------------------------------------------------
 

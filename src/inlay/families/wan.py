@@ -345,7 +345,7 @@ class Wan(Family):
         import diffusers
 
         kind = diffusers.WanImageToVideoPipeline if self.images else diffusers.WanPipeline
-        vae, clip, processor = self.load_media_encoder(device)
+        vae, clip, processor = Wan.load_media_encoder(self, device)  # not what alpha encodes with
         parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae}
         if clip:
             parts |= {"image_encoder": clip, "image_processor": processor}
