@@ -23,13 +23,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from inlay import config as recipe
-from inlay.families.base import Encoded, Family, as_bytes
+from inlay.families.base import Family, as_bytes
 
 WEIGHTS, EMBEDDING = "pytorch_lora_weights.safetensors", "domain_embedding.safetensors"
 """Files of an adapter: the low-rank update as all programs have it, and beside it the vector of alpha."""
 
 NAME = "domain_embedding"
 """The vector's module in the network, and its tensor in the file."""
+
+TOKENS = "the second half of the video's"
+"""Which tokens an adapter changes, as its file says it."""
 
 ALPHA = "alpha_"
 """What the names of alpha's tensors in a cached item begin with."""
@@ -66,14 +69,13 @@ class Joint(_Base):
         """The family of one clip."""
         video = "|".join(self.video_layers)
         self.targets = [f"(?=(?:{video})$)(?:{target})" for target in kind.targets]  # type: ignore[misc]
-        self.encoded = _pairs(self.single.encoded)
         self.media_key = ("joint",)
 
     def about(self) -> dict[str, str]:
         """Adds what decides how the adapter is applied."""
         said = {
             "alpha": "joint",
-            "alpha_tokens": "the second half of the video's",
+            "alpha_tokens": TOKENS,
             "text_to_alpha": self.section.text_to_alpha,
             NAME: "yes" if self.section.domain_embedding else "no",
         }
@@ -346,7 +348,3 @@ def embedding(folder: Path, header: Mapping[str, str]) -> Tensor | None:
         raise ValueError(f"{folder}: {EMBEDDING} is missing, which belongs to this adapter: copy it too")
     with safe_open(path, "pt") as file:
         return file.get_tensor(NAME).float().flatten()
-
-
-def _pairs(one: Encoded | None) -> Encoded | None:
-    return one
