@@ -40,7 +40,9 @@ def made(vae: AutoencoderKLWan, seed: int = 0, rank: int = 2) -> RgbaVae:
     return codec
 
 
-def disc(frames: int = 9, size: int = 32, radius: float = 9, *, soft: float = 3.0, seed: int = 0) -> np.ndarray:
+def disc(
+    frames: int = 9, size: int = 32, radius: float = 9, *, soft: float = 3.0, seed: int = 0
+) -> np.ndarray:
     """A soft-edged, half transparent disc that moves: uint8 (t, h, w, 4)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
@@ -113,9 +115,7 @@ def test_colour_counts_only_where_it_is_visible() -> None:
 
 def test_clips_add_up() -> None:
     pairs = [(disc(seed=k), disc(seed=k + 1)) for k in range(2)]
-    rows = [
-        rgba_metrics.tally(*(torch.from_numpy(x).permute(3, 0, 1, 2) for x in pair)) for pair in pairs
-    ]
+    rows = [rgba_metrics.tally(*(torch.from_numpy(x).permute(3, 0, 1, 2) for x in pair)) for pair in pairs]
     whole = measure(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
     added = rgba_metrics.report(rows[0] + rows[1])
     assert added["alpha_mae_soft"] == pytest.approx(whole["alpha_mae_soft"])
@@ -210,7 +210,7 @@ def test_the_loss_is_a_function_of_its_generator_and_reaches_all_that_trains(vae
 
 def test_codecs_fit_one_kind_of_vae(tiny_5b: Path) -> None:
     other = AutoencoderKLWan.from_pretrained(tiny_5b, subfolder="vae")
-    with pytest.raises(ValueError, match="16-channel VAE of Wan 2.1"):
+    with pytest.raises(ValueError, match=r"16-channel VAE of Wan 2\.1"):
         rgba_codec.new(other, 2, 0)
 
 
@@ -223,7 +223,10 @@ def codec_recipe(recipe: Callable[..., dict], tmp_path: Path) -> Callable[..., c
 
     def make(**changes: object) -> config.Config:
         raw = recipe(
-            tuner={"kind": "codec", "rank": 2}, data__sources=str(clips), train__steps=4, train__validate_every=2
+            tuner={"kind": "codec", "rank": 2},
+            data__sources=str(clips),
+            train__steps=4,
+            train__validate_every=2,
         )
         raw["data"] |= {"frames": 5}
         raw["sample"] = {}
@@ -247,7 +250,9 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
     assert (run / "codec" / "README.md").is_file() and codec.rgb.rank == 2
     held_out = [m for m in metrics(run) if "held_out_loss" in m]
     assert [m["step"] for m in held_out] == [2, 4]
-    assert {"held_out_rgb_mae", "held_out_alpha_mae_soft", "held_out_all_clear_alpha_mae"} <= held_out[0].keys()
+    assert {"held_out_rgb_mae", "held_out_alpha_mae_soft", "held_out_all_clear_alpha_mae"} <= held_out[
+        0
+    ].keys()
     train(codec_recipe(run=str(tmp_path / "halves"), train__steps=4))
     shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step-000004")
     shutil.rmtree(tmp_path / "halves" / "codec")
@@ -258,7 +263,9 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
     report = measured.evaluate(run)
     assert report.path.is_file() and report.path.with_suffix(".png").is_file()
     assert report.values["alpha_mae"] == pytest.approx(held_out[-1]["held_out_alpha_mae"], abs=1e-6)
-    assert any("where the clips are" in w or "regions" in w for w in report.warnings), "four steps teach nothing"
+    assert any("where the clips are" in w or "regions" in w for w in report.warnings), (
+        "four steps teach nothing"
+    )
 
 
 def test_the_merge_block_alone_learns_towards_frozen_decoders(

@@ -465,7 +465,7 @@ def _conflicts(config: Config) -> Iterator[str]:
                 f"memory.{key}: only for a base that stays frozen; full fine-tuning trains it in float32: "
                 "leave it out, or train an adapter (tuner.kind=lora)"
             )
-    elif tuner.kind in ("lokr", "loha") and tuner.dropout:
+    elif isinstance(tuner, LowRank) and tuner.kind in ("lokr", "loha") and tuner.dropout:
         yield f"tuner.dropout: {tuner.kind} has none before its update; leave it out"
     if len(small) == 2:
         yield "memory.layerwise_casting: memory.quantize makes the base small already; leave one of them out"
