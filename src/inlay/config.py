@@ -235,6 +235,9 @@ class Codec(Section):
     """Rank of the update of each decoder; of `start` where one is given."""
     start: str | None = Field(default=None, min_length=1)
     """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
+    begin: Literal["random", "encoder"] = "random"
+    """Without `start`, the merge block is random, or at first gives what the VAE's encoder does of colour: then
+    colour is right at once, and alpha is what is left to learn."""
     loss: Literal["paper", "reference"] = "paper"
     """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
     differences, squared error of plain features."""
@@ -252,6 +255,9 @@ class Codec(Section):
     anchor: float = Field(default=0.0, ge=0)
     """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
     learned opaque clips has less to learn. Not in the paper."""
+    visible: float = Field(default=0.0, ge=0)
+    """Weight of the mean error of colour over visible pixels alone, which small subjects need. Not in the
+    paper."""
     noise: float = Field(default=0.0, ge=0)
     """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
     Not in the paper."""
