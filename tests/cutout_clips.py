@@ -72,3 +72,32 @@ def animated(path: Path, frames: np.ndarray, duration: float = 62.5, **options: 
     first, *rest = [Image.fromarray(f) for f in frames]
     first.save(path, save_all=True, append_images=rest, duration=duration, loop=0, **options)
     return path
+
+
+class Glass:
+    """Stands before a family and makes it transparent without learning anything: light is opaque."""
+
+    channels = 4
+
+    def __init__(self, model: Any, section: Any) -> None:
+        super().__init__(model)  # type: ignore[call-arg]
+
+    def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Any]:
+        assert frames.shape[-1] == 4
+        over = rgba.composite(frames, np.zeros(3, np.uint8))
+        return super().encode_media(encoder, over)  # type: ignore[misc]
+
+    def sample(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        video = super().sample(*args, **kwargs)  # type: ignore[misc]
+        light = video.mean(-1, keepdims=True)
+        low, high = np.percentile(light, [40, 70])
+        alpha = rgba.to_uint8(((light - low) / (high - low + 1)).clip(0, 1))
+        return np.concatenate([video, alpha], -1)
+
+
+def transparent(raw: dict[str, Any], folder: Path, n: int = 4) -> dict[str, Any]:
+    """A recipe on transparent clips, in pairs; for families that `Glass` stands before."""
+    if not folder.is_dir():
+        for i in range(n):
+            pair(folder, f"{i:02d}", clip(i, size=(32, 32)))
+    return raw | {"data": raw["data"] | {"sources": str(folder)}, "alpha": {"kind": "joint"}}

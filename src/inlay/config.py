@@ -408,6 +408,8 @@ class Joint(Section):
     """A trained vector, zero at first, added to every token of alpha."""
     shared_noise: bool = True
     """Samples start from the same noise in both halves; in training each has its own."""
+    alpha_from: Literal["mean", "max"] = "mean"
+    """Of the three channels that alpha is decoded to; `max` as published."""
 
 
 class Merged(Section):

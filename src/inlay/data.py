@@ -455,7 +455,10 @@ def _detect(
         if wanted not in ("auto", found):
             raise ValueError(f"is {found}, but layout says {wanted}")
         return found, f"a {path.suffix.lower()} manifest", path
-    files = cutouts.entries(path) if channels == 4 else _files(path)
+    files = _files(path)
+    if channels == 4:
+        pairs = cutouts.Pairs(path)
+        files = [f for f in cutouts.entries(path) if _caption_file(f).is_file() or not pairs.color(f)]
     stems = {f.with_suffix("") for f in files}
     options: list[tuple[str, str, Path]] = []
     if patterns and wanted in ("auto", "encoded"):

@@ -229,7 +229,7 @@ def load_pipeline(
     pipeline = family.pipeline(denoiser=None, **options)
     put(family, pipeline, folder)
     if strength != 1:
-        pipeline.set_adapters(["inlay"], [strength])
+        family.weaken(pipeline, strength)
         if config.tuner.kind == "dora":
             say("note: DoRA is not linear in its strength; 0.5 is not half of the effect")
     return pipeline
@@ -333,6 +333,7 @@ def card(
         prompts=list(prompts),
         task="image-to-video" if family.images else "text-to-video",
         objective=what,
+        warnings=family.warnings(),
     )
 
 

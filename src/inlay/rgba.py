@@ -119,7 +119,7 @@ def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
         mean = (color * weight).sum((0, 1)) / total if total else np.zeros(3, np.float32)
         return color * weight + (1 - weight) * mean
     padded = [np.pad(x, ((0, h % 2), (0, w % 2), (0, 0)), "edge") for x in (color * weight, weight)]
-    half = [x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2, x.shape[2]).sum((1, 3)) for x in padded]
+    half = [x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2] for x in padded]
     there = half[1] > 0
     small = fill(np.where(there, half[0] / np.where(there, half[1], 1), 0), half[1].clip(0, 1))
     wide = np.stack([_enlarge(small[..., i], (h, w)) for i in range(3)], -1)
@@ -228,6 +228,17 @@ def composite(
     return np.stack(out)
 
 
+def shown(rgba: np.ndarray) -> np.ndarray:
+    """What a person is shown of straight uint8 (t, h, w, 4): over a checkerboard, with its matte below.
+
+    Returns:
+        uint8 (t, 2 h, w, 3).
+    """
+    height, width = rgba.shape[1:3]
+    board = checkerboard(height, width, max(2, min(16, min(height, width) // 12)))
+    return np.concatenate([composite(rgba, board), rgba[..., 3:].repeat(3, -1)], 1)
+
+
 def composite_file(
     foreground: Path,
     background: str,
@@ -316,6 +327,13 @@ class Alpha:
     """A guess: the frame's rim is opaque and its inside is not."""
     limited: bool
     """A guess: no value outside 14 to 237, as when limited range was read as full."""
+
+    @property
+    def looks(self) -> str:
+        """The guesses in words: `straight`, or `premultiplied, inverted`."""
+        guesses = {"inverted": self.inverted, "limited range": self.limited}
+        first = "premultiplied" if self.premultiplied else "straight"
+        return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
 
     @property
     def constant(self) -> bool:

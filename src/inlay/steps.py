@@ -57,7 +57,10 @@ class Batch:
 
 
 class Step(Protocol):
-    """One micro-batch to losses; `loss` is required, `losses` has one value per sample."""
+    """One micro-batch to losses; `loss` is required, `losses` has one value per sample.
+
+    So has every `loss_NAME`, of which the means are reported too.
+    """
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws what is random from `generator`, on the CPU so that every device sees the same."""
@@ -94,15 +97,23 @@ class DenoisingStep:
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
-        losses = self.losses(denoiser, batch, t, noise)
-        return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
+        prediction, target = self._predict(denoiser, batch, t, noise)
+        weight, pairs = self.objective.weight(t), {"losses": (prediction, target)}
+        for name, part in self.family.parts(prediction.detach()).items():
+            pairs[f"loss_{name}"] = part, self.family.parts(target)[name]
+        found = {name: mean_squared_error(*pair, weight) for name, pair in pairs.items()}
+        return {"loss": found["losses"].mean(), **{k: v.detach() for k, v in found.items()}, "t": t}
 
     def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
         """The loss of each sample at given times (n,) and noise."""
+        return mean_squared_error(*self._predict(denoiser, batch, t, noise), self.objective.weight(t))
+
+    def _predict(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network says, and what it should."""
         x0 = batch.latents.float()
         with self.precision:
             prediction = self.family.predict(denoiser, self.objective.corrupt(x0, noise, t), t, batch.cond)
-        return mean_squared_error(prediction, self.objective.target(x0, noise, t), self.objective.weight(t))
+        return prediction, self.objective.target(x0, noise, t)
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:

@@ -68,7 +68,7 @@ def train(config: recipe.Config) -> Path:
                     generator = torch.Generator().manual_seed(stable_hash(config.seed, "noise", index))
                     out = job.step(job.network, batch.to(ctx.device), generator)
                     job.strategy.backward(out["loss"] / t.accumulate, last=i + 1 == t.accumulate)
-                    meters.add(step, out["losses"], batch.names)
+                    meters.add(step, out, batch.names)
                 meters.norm(step, job.update(step))
                 last = step == t.steps
                 stop = (
@@ -310,6 +310,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     if config.memory.gradient_checkpointing:
         memory.checkpoint(denoiser, config.memory.gradient_checkpointing)
     tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
+    family.attached(denoiser)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)

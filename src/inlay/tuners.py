@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from inlay import config as recipe
 from inlay import formats, lycoris, memory
+from inlay.alpha import joint
 from inlay.models import rgba_codec
 
 ADAPTER = "default"
@@ -238,6 +239,9 @@ def save(
     tensors = {
         n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
     }
+    vector = tensors.pop(f"{joint.NAME}.weight", None)
+    if vector is not None:
+        formats.write_tensors(folder / joint.EMBEDDING, {joint.NAME: vector}, metadata)
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
     if section.kind in lycoris.KINDS:
         return lycoris.write(folder, tensors, peft_config, metadata=dict(metadata))

@@ -12,10 +12,11 @@ from typing import Any
 from inlay import config as recipe
 from inlay import families
 from inlay.alpha import codec
+from inlay.alpha.joint import Joint
 from inlay.alpha.merged import Merged
 from inlay.families import Family
 
-MIXINS: Mapping[str, type] = {"merged": Merged}
+MIXINS: Mapping[str, type] = {"joint": Joint, "merged": Merged}
 """What stands before a family's class, by the kind of the recipe's `alpha`."""
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from inlay import config as recipe
 from inlay.families.base import Family, Grid
+from inlay.models import attention
 from inlay.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
@@ -74,6 +75,7 @@ class Wan(Family):
         r"blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)",
         r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
     )
+    video_layers: ClassVar[Sequence[str]] = (r"blocks\.\d+\.(attn1\..+|attn2\.to_(q|out\.0)|ffn\..+)",)
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _published(12, 30, 8960),
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": _published(40, 40, 13824),
@@ -294,6 +296,10 @@ class Wan(Family):
 
     # --- after the cache ----------------------------------------------------------------------------------
 
+    def share_positions(self, denoiser: Any) -> None:
+        """Its positions are a module's, which is shown the latents."""
+        attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
+
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Flow matching; shift 3 at 480p and 5 at 720p; an expert sees its own side of the boundary."""
         by_size = SHIFT_720P if size[0] * size[1] > AREA_BETWEEN else SHIFT_480P
@@ -311,10 +317,8 @@ class Wan(Family):
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """`text` (n, 512, d), zero past each caption's length."""
-        padded = [
-            nn.functional.pad(item["text"], (0, 0, 0, self.text_length - len(item["text"]))) for item in text
-        ]
-        return {"text": torch.stack(padded)}
+        n, rows = self.text_length, [item["text"] for item in text]
+        return {"text": torch.stack([nn.functional.pad(x, (0, 0, 0, n - len(x))) for x in rows])}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token, 0 for an image's."""
