@@ -316,6 +316,10 @@ class Train(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
 
+CARRIERS = ("mov", "webm", "png", "apng", "mkv")
+"""What transparent videos are written as."""
+
+
 class Sample(Section):
     """Videos made during training and the settings of `inlay generate`."""
 
@@ -336,6 +340,9 @@ class Sample(Section):
     """Denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
+    transparent: list[str] = ["mov", "webm"]
+    """Files of each transparent video, besides the mp4 on a checkerboard: `mov` (ProRes 4444, for editing),
+    `webm` (VP9, small, for browsers), `png` (a .zip of images, exact), `apng` or `mkv` (FFV1), exact too."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video; video i of a prompt uses seed + i."""
 
@@ -343,6 +350,14 @@ class Sample(Section):
     @classmethod
     def _each(cls, value: Any) -> Any:
         return [[v] if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("transparent")
+    @classmethod
+    def _carriers(cls, value: list[str]) -> list[str]:
+        wrong = [name for name in value if name not in CARRIERS]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` cannot carry alpha; there are: {', '.join(CARRIERS)}")
+        return value
 
     @field_validator("prompts")
     @classmethod
