@@ -30,7 +30,7 @@ import yaml
 
 from commands import inlay
 from inlay import cli, config, data, families, runtime
-from inlay.evaluate import video
+from inlay.evaluate import matte, video
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -241,6 +241,8 @@ def test_every_module_has_its_place() -> None:
 def test_video_metrics_are_explained() -> None:
     told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Video metrics")]
     assert told == [*video.METRICS]
+    told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Matte metrics")]
+    assert told == [*matte.METRICS, *matte.TRUTH]
 
 
 @pytest.mark.slow

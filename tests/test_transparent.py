@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import commands
 import cutout_clips as make
-from inlay import alpha, check, config
+from inlay import alpha, check, config, evaluate, generate, media, rgba, train
+from inlay.evaluate import matte
+from inlay.evaluate.video import METRICS
 
 
 @pytest.fixture
@@ -54,3 +57,78 @@ def test_check_names_what_is_wrong_with_alpha(raw: Any, tmp_path: Path) -> None:
     text = " ".join(out.getvalue().split())
     assert "1 of 4 clips does not match its matte (01_rgb.mkv: 9 frames and 8 in 01_alpha.mkv)" in text
     assert "1 of 4 clips has no alpha (02_rgb.mkv: no alpha channel in it (ffv1 bgr0)" in text
+
+
+@pytest.fixture
+def trained(raw: Any) -> Path:
+    """A run that was trained for two steps and drew samples on the way."""
+    changes = {"train__steps": 2, "train__save_every": 2, "sample__every": 2}
+    section = raw(**changes)
+    section["train"] |= {"validate_every": 2}
+    return train.train(config.build(section))
+
+
+def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
+    """One test, because training is what takes its time."""
+    samples = sorted(p.name for p in (trained / "samples/step-000002").iterdir())
+    assert samples == [f"00-clip-number-1-seed42.{s}" for s in ("json", "mov", "mp4", "webm")]
+
+    made = commands.inlay("generate", trained, "a disc", "--transparent", "png,mov,webm,apng,mkv")
+    assert made.code == 0, made.said
+    files = [Path(line) for line in made.out.split()]
+    assert [f.suffix for f in files] == [".zip", ".mov", ".webm", ".apng", ".mkv", ".mp4"]
+    first = rgba.read(files[0])
+    assert first.shape == (9, 32, 32, 4) and first[..., 3].min() < 20 and first[..., 3].max() > 235
+    for file in files[1:-1]:
+        there = rgba.read(file)
+        limit = rgba.CARRIERS[file.suffix]
+        assert np.abs(there[..., 3].astype(int) - first[..., 3]).mean() <= limit
+    about = json.loads(files[-1].with_suffix(".json").read_text("utf-8"))
+    assert about["alpha"] == "straight" and about["files"] == [f.name for f in files[:-1]]
+    preview = media.read(files[-1], 0, 9, about["fps"], (32, 32)).astype(int)
+    over = rgba.composite(first, rgba.checkerboard(32, 32))
+    assert np.abs(preview - over).mean() < 8, "the mp4 shows it over a checkerboard"
+
+    shapes = []
+
+    def yes(frames: np.ndarray) -> bool:
+        shapes.append(frames.shape)
+        return True
+
+    def truth(frames: np.ndarray) -> np.ndarray:
+        return frames[..., 3]
+
+    prompts = [evaluate.Prompt("a disc", "discs", judge=yes, truth=truth)]
+    report = evaluate.evaluate(trained, prompts=prompts)
+    assert shapes == [(9, 32, 32, 4)] * 2, "judges see alpha"
+    assert list(report.metrics) == [*METRICS, *matte.METRICS, *matte.TRUTH]
+    assert report.pairs[0].tuned.metrics["matte_error"] == 0
+    assert report.training and 10 < report.training["coverage"] < 60
+    page = report.path.read_text("utf-8")
+    assert "Matte flicker" in page and "checkerboard" in page and "Edge agreement" in page
+    assert {p.suffix for p in (trained / "report/tuned").iterdir()} == {
+        ".json",
+        ".mov",
+        ".mp4",
+        ".png",
+        ".webm",
+    }
+    out = io.StringIO()
+    Console(file=out, width=80, color_system=None).print(evaluate.summary_table(report))
+    assert all(len(line) <= 80 for line in out.getvalue().splitlines())
+    assert "m.flick" in out.getvalue() and "haze" in out.getvalue()
+
+
+def test_what_has_no_matte_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = make.clip(size=(32, 32))
+    frames[..., 3] = 255
+    generate.write(tmp_path / "a.mp4", frames, 16, ["png"], {"prompt": "x"})
+    assert "a.mp4 is opaque everywhere: the model gave it no matte" in capsys.readouterr().err
+    assert generate.outputs(tmp_path / "a.mp4") == [tmp_path / "a.zip", tmp_path / "a.mp4"]
+
+
+def test_opaque_videos_are_written_as_before(tmp_path: Path) -> None:
+    frames = make.clip(size=(32, 32))[..., :3]
+    generate.write(tmp_path / "a.mp4", frames, 16, ["mov"], {"prompt": "x"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"prompt": "x"}

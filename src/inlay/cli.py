@@ -216,6 +216,14 @@ def generate_(
     guidance: Guidance = None,
     negative: Negative = None,
     seed: Seed = None,
+    transparent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mov,webm,png",
+            help="Files of each video in a transparent run, also apng, mkv. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder. Default: samples/generated in the run.")
     ] = None,
@@ -229,7 +237,7 @@ def generate_(
         raise ValueError("generate: give a prompt, or --file with one per line")
     area = _size(size)
     _quiet()
-    from inlay.generate import generate
+    from inlay.generate import generate, outputs
 
     made = generate(
         run,
@@ -246,8 +254,9 @@ def generate_(
         guidance=guidance,
         negative_prompt=negative,
         seed=seed,
+        transparent=transparent.split(",") if transparent else None,
     )
-    print("\n".join(str(path) for path in made))
+    print("\n".join(str(file) for path in made for file in outputs(path)))
 
 
 def _lines(file: Path) -> list[str]:

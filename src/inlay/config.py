@@ -235,6 +235,9 @@ class Codec(Section):
     """Rank of the update of each decoder; of `start` where one is given."""
     start: str | None = Field(default=None, min_length=1)
     """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
+    begin: Literal["random", "encoder"] = "random"
+    """Without `start`, the merge block is random, or at first gives what the VAE's encoder does of colour: then
+    colour is right at once, and alpha is what is left to learn."""
     loss: Literal["paper", "reference"] = "paper"
     """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
     differences, squared error of plain features."""
@@ -252,6 +255,9 @@ class Codec(Section):
     anchor: float = Field(default=0.0, ge=0)
     """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
     learned opaque clips has less to learn. Not in the paper."""
+    visible: float = Field(default=0.0, ge=0)
+    """Weight of the mean error of colour over visible pixels alone, which small subjects need. Not in the
+    paper."""
     noise: float = Field(default=0.0, ge=0)
     """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
     Not in the paper."""
@@ -310,6 +316,10 @@ class Train(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
 
+CARRIERS = ("mov", "webm", "png", "apng", "mkv")
+"""What transparent videos are written as."""
+
+
 class Sample(Section):
     """Videos made during training and the settings of `inlay generate`."""
 
@@ -330,6 +340,9 @@ class Sample(Section):
     """Denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
+    transparent: list[str] = ["mov", "webm"]
+    """Files of each transparent video, besides the mp4 on a checkerboard: `mov` (ProRes 4444, for editing),
+    `webm` (VP9, small, for browsers), `png` (a .zip of images, exact), `apng` or `mkv` (FFV1), exact too."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video; video i of a prompt uses seed + i."""
 
@@ -337,6 +350,14 @@ class Sample(Section):
     @classmethod
     def _each(cls, value: Any) -> Any:
         return [[v] if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("transparent")
+    @classmethod
+    def _carriers(cls, value: list[str]) -> list[str]:
+        wrong = [name for name in value if name not in CARRIERS]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` cannot carry alpha; there are: {', '.join(CARRIERS)}")
+        return value
 
     @field_validator("prompts")
     @classmethod
@@ -467,7 +488,7 @@ def _conflicts(config: Config) -> Iterator[str]:
                 f"memory.{key}: only for a base that stays frozen; full fine-tuning trains it in float32: "
                 "leave it out, or train an adapter (tuner.kind=lora)"
             )
-    elif tuner.kind in ("lokr", "loha") and tuner.dropout:
+    elif isinstance(tuner, LowRank) and tuner.kind in ("lokr", "loha") and tuner.dropout:
         yield f"tuner.dropout: {tuner.kind} has none before its update; leave it out"
     if len(small) == 2:
         yield "memory.layerwise_casting: memory.quantize makes the base small already; leave one of them out"

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from inlay import CallableModule, alpha, cache, families, formats, lycoris, media, runtime
+from inlay import CallableModule, alpha, cache, families, formats, lycoris, media, rgba, runtime
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.data import Window
@@ -85,10 +85,10 @@ def generate(
         out: a folder. Default: `samples/generated` in the run.
         device: as `runtime.device`. Default: the recipe's.
         overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
-            negative_prompt.
+            negative_prompt, transparent.
 
     Returns:
-        Paths of the mp4 files; each has a JSON beside it.
+        Paths of the mp4 files; each has a JSON beside it, and in a transparent run what `outputs` lists.
 
     Raises:
         ValueError: for everything that the user can mend.
@@ -110,6 +110,8 @@ def generate(
         )
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
+    if overrides.get("transparent") and family.channels != 4:
+        wrong.append(f"--transparent: {run} is opaque (its alpha.kind), its videos have no alpha")
     wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]
     if wrong:
         raise ValueError("generate: " + "; ".join(wrong))
@@ -270,7 +272,7 @@ def draw(
         about: other values for each JSON.
         count: videos of each prompt.
         show: whether there is a progress bar.
-        seen: is given (prompt index, video index, uint8 frames (t, h, w, 3)) of each.
+        seen: is given (prompt index, video index, uint8 frames (t, h, w, `family.channels`)) of each.
     """
     pipeline.set_progress_bar_config(disable=True)
     sample, paths = prompts.sample, []
@@ -295,24 +297,60 @@ def draw(
                 if folder is None:
                     continue
                 path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
-                media.write_video(path, frames, prompts.fps)
-                settings = {
-                    k: v
-                    for k, v in sample.model_dump().items()
-                    if k not in ("prompts", "images", "every", "seed")
-                }
-                values = {"prompt": text, "seed": sample.seed + j, **settings, "fps": prompts.fps, **about}
+                values = {"prompt": text, "seed": sample.seed + j, **_settings(sample, prompts.fps), **about}
                 if images:
                     values["images"] = [each.name for each in images]
                 values |= {"versions": runtime.environment()["packages"]}
-                path.with_suffix(".json").write_text(
-                    json.dumps(values, indent=2, ensure_ascii=False), "utf-8"
-                )
+                write(path, frames, prompts.fps, sample.transparent, values)
                 paths.append(path)
                 if seen:
                     seen(i, j, frames)
                 advance()
     return paths
+
+
+def _settings(sample: recipe.Sample, fps: float) -> dict[str, Any]:
+    """What of the sample section a video's JSON holds."""
+    aside = ("prompts", "images", "every", "seed", "transparent")
+    return {**{k: v for k, v in sample.model_dump().items() if k not in aside}, "fps": fps}
+
+
+def write(
+    path: Path, frames: np.ndarray, fps: float, transparent: Sequence[str], about: Mapping[str, Any]
+) -> None:
+    """Writes a video as mp4 with a JSON beside it; one with alpha also as files that keep it.
+
+    The mp4 then shows it over a checkerboard.
+
+    Args:
+        path: ends in `.mp4`; the other files have its name.
+        frames: uint8 (t, h, w, 3), or straight (t, h, w, 4).
+        fps: frames per second.
+        transparent: as `sample.transparent`; each file is read back and compared.
+        about: the JSON's values.
+
+    Raises:
+        ValueError: when a file does not hold the alpha that was written.
+    """
+    values = dict(about)
+    if frames.shape[-1] == 4:
+        files = [path.with_suffix(rgba.SUFFIXES[name]) for name in transparent]
+        for file in files:
+            rgba.write(file, frames, fps)
+        values |= {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
+        level = frames[..., 3].min()
+        if level == frames[..., 3].max():
+            how = {0: "clear", 255: "opaque"}.get(int(level), f"{level} of 255")
+            say(f"note: {path.name} is {how} everywhere: the model gave it no matte")
+        frames = rgba.composite(frames, rgba.checkerboard(*frames.shape[1:3]))
+    media.write_video(path, frames, fps)
+    path.with_suffix(".json").write_text(json.dumps(values, indent=2, ensure_ascii=False), "utf-8")
+
+
+def outputs(path: Path) -> list[Path]:
+    """The transparent files of a video that `write` has written, by its JSON; then the mp4 itself."""
+    values = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    return [*(path.with_name(name) for name in values.get("files", ())), path]
 
 
 def slug(text: str) -> str:

@@ -20,6 +20,9 @@ from PIL import Image
 from inlay import config, media
 from inlay.files import atomic
 
+SEEN = 64
+"""Alpha above which a pixel's colour can be judged."""
+
 NEAR = 4
 """Pixels around what is visible in which nearly clear ones belong to a soft edge."""
 
@@ -388,6 +391,12 @@ def measure(rgba: np.ndarray, eps: float = ALPHA_EPS) -> Alpha:
 CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
 """Suffixes of files that carry alpha, and how far it may be off on the average (0-255) when read back."""
 
+COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
+"""The same for the colour of visible pixels; VP9 has a quarter of it, which noise does not survive."""
+
+SUFFIXES = {"png": ".zip", **{name: f".{name}" for name in config.CARRIERS if name != "png"}}
+"""Of the files that `sample.transparent` names."""
+
 
 def write(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
     """Writes straight RGBA, reads it back and compares; atomic.
@@ -419,12 +428,18 @@ def write(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
         there = read(part, suffix)
         if there.shape != rgba.shape:
             raise ValueError(f"{path}: {rgba.shape} was written and {there.shape} read back")
-        off = float(np.abs(there[..., 3].astype(int) - rgba[..., 3]).mean())
-        if off > CARRIERS[suffix]:
-            raise ValueError(
-                f"{path}: alpha read back is {off:.2f} of 255 off on the average, more than "
-                f"{CARRIERS[suffix]:g}: this build of FFmpeg writes it wrongly; use .zip"
-            )
+        off = np.abs(there.astype(np.int16) - rgba)
+        seen = rgba[..., 3] > SEEN
+        color = float(off[..., :3][seen].mean()) if seen.any() else 0.0
+        for what, found, most in (
+            ("alpha", float(off[..., 3].mean()), CARRIERS[suffix]),
+            ("colour", color, COLOR_OFF[suffix]),
+        ):
+            if found > most:
+                raise ValueError(
+                    f"{path}: {what} read back is {found:.2f} of 255 off on the average, more than "
+                    f"{most:g}: this build of FFmpeg writes it wrongly; use .zip"
+                )
     return path
 
 

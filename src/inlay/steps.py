@@ -152,6 +152,7 @@ class CodecStep:
     loss: RgbaLoss
     anchor: float = 0.0
     noise: float = 0.0
+    visible: float = 0.0
     precision: AbstractContextManager[Any] = field(
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
@@ -173,7 +174,7 @@ class CodecStep:
             file = perceptual_file(section.perceptual)
             network = Perceptual.load(file, imagenet=imagenet == "imagenet")
         loss = RgbaLoss(section.loss, network, section.alpha_eps, section.edge, section.hard_mask)
-        return cls(loss, section.anchor, section.noise, precision)
+        return cls(loss, section.anchor, section.noise, section.visible, precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """See `Step`; the terms are means over the micro-batch, so every sample has the same."""
@@ -182,7 +183,13 @@ class CodecStep:
         codec: Any = denoiser
         with self.precision:
             terms = rgba_codec.losses(
-                codec, batch.latents, self.loss, generator, anchor=self.anchor, noise=self.noise
+                codec,
+                batch.latents,
+                self.loss,
+                generator,
+                anchor=self.anchor,
+                noise=self.noise,
+                visible=self.visible,
             )
         each = {f"loss_{n}": t for n, t in terms.items() if n != "loss"} | {"losses": terms["loss"]}
         n = len(batch.latents)

@@ -103,7 +103,7 @@ def attach(
     denoiser.requires_grad_(False)
     chosen = select(section, targets, denoiser)
     if isinstance(section, recipe.Codec) and section.start is None:
-        rgba_codec.draw(denoiser, seed)  # type: ignore[arg-type]
+        rgba_codec.draw(denoiser, seed, section.begin)  # type: ignore[arg-type]
     if not isinstance(section, recipe.LowRank):
         for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(name in set(chosen))
@@ -224,7 +224,9 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(section, recipe.Codec):
         about = {"loss": section.loss, **{n.removeprefix("inlay_"): v for n, v in metadata.items()}}
-        about |= {n: getattr(section, n) for n in ("hard_mask", "anchor", "noise") if getattr(section, n)}
+        about |= {
+            n: getattr(section, n) for n in ("hard_mask", "anchor", "noise", "visible") if getattr(section, n)
+        }
         rgba_codec.save(denoiser, folder, alpha_eps=section.alpha_eps, about=about, weights=weights)  # type: ignore[arg-type]
         return folder
     if isinstance(section, recipe.Full):

@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from inlay import CallableModule, families, formats, generate, media, runtime, train
+from inlay import CallableModule, families, formats, generate, media, rgba, runtime, train
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.data import Window
-from inlay.evaluate import page, video
+from inlay.evaluate import matte, page, video
 from inlay.evaluate.report import HeldOut, Pair, Report, Verdict, Video, save, summary_table
 from inlay.files import atomic
 from inlay.generate import BASE
@@ -49,9 +49,12 @@ class Prompt:
     text: str
     group: str = ""
     judge: Callable[[np.ndarray], bool] | None = None
-    """Takes uint8 frames (t, h, w, 3)."""
+    """Takes uint8 frames (t, h, w, 3), or straight RGBA (t, h, w, 4) in a transparent run."""
     images: generate.Images = ()
     """For image-to-video: image files, or the window whose own frames are taken."""
+    truth: Callable[[np.ndarray], np.ndarray] | None = None
+    """In a transparent run, where it can be known from the frames that were drawn: takes them and gives the
+    matte that they should have, uint8 (t, h, w)."""
 
 
 def evaluate(
@@ -279,12 +282,21 @@ def _yardstick(
             except ValueError as error:
                 notes.append(f"A training clip could not be read again: {error}")
                 continue
-            found.append(video.measure(frames))
+            found.append(_metrics(frames))
+            frames = rgba.shown(frames) if window.alpha else frames
             rows.append(media.SheetRow(window.clip.name, window.caption, frames))
             advance()
     if rows and not sheet.is_file():
         media.contact_sheet(rows, folder / "clips.png", title="Training clips")
-    return {k: float(np.mean([f[k] for f in found])) for k in video.METRICS} if found else None
+    return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None
+
+
+def _metrics(frames: np.ndarray) -> dict[str, float]:
+    """All that can be measured of frames; transparent ones are measured over grey, and their matte too."""
+    if frames.shape[-1] == 3:
+        return video.measure(frames)
+    over = rgba.composite(frames, np.full(3, 128, np.uint8))
+    return video.measure(over) | matte.measure(frames)
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
@@ -345,10 +357,14 @@ class _Both:
         found: list[tuple[dict[str, float], bool | None, Image.Image]] = []
 
         def seen(i: int, j: int, frames: np.ndarray) -> None:
-            judge = self.prompts[i].judge
-            found.append(
-                (video.measure(frames), None if judge is None else bool(judge(frames)), page.strip(frames))
-            )
+            judge, truth = self.prompts[i].judge, self.prompts[i].truth
+            metrics = _metrics(frames)
+            if truth is not None and frames.shape[-1] == 4:
+                metrics |= matte.against(frames, truth(frames))
+            yes = None if judge is None else bool(judge(frames))
+            if frames.shape[-1] == 4:  # what follows is for the eye
+                frames = rgba.composite(frames, rgba.checkerboard(*frames.shape[1:3]))
+            found.append((metrics, yes, page.strip(frames)))
             kept = self.scratch / f"{i}-{j}.npy"
             if side.role == "base":
                 np.save(kept, frames)

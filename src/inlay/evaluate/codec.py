@@ -49,10 +49,11 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
     """
     place = Run(Path(run))
     config = place.config()
-    if not isinstance(config.tuner, recipe.Codec):
-        raise ValueError(f"{run}: this run trains no codec")
     values = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
+    section = config.tuner
+    if not isinstance(section, recipe.Codec):
+        raise ValueError(f"{run}: this run trains no codec")
     made = place.checkpoints()
     folder = place.checkpoint(checkpoint) / "codec" if checkpoint else place.folder / "codec"
     if not folder.is_dir():
@@ -65,10 +66,10 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
         if not batches:
             raise ValueError(f"{run}: no clip was held out; set data.held_out, and train on the others")
         codec = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
-        step = CodecStep(RgbaLoss(config.tuner.loss, alpha_eps=config.tuner.alpha_eps))
+        step = CodecStep(RgbaLoss(section.loss, alpha_eps=section.alpha_eps))
         rows = step.held_out(codec, batches, ctx.device)
         found = rgba_metrics.report(rows.sum(0))
-        picture = _picture(codec, batches[:SHOWN], config.tuner.alpha_eps, ctx.device)
+        picture = _picture(codec, batches[:SHOWN], section.alpha_eps, ctx.device)
     warnings = rgba_metrics.trivial(found)
     path = place.folder / "report" / "codec.json"
     with atomic(path) as part:
@@ -113,8 +114,8 @@ def text(report: CodecReport) -> list[str]:
     v = report.values
     return [
         (
-            f"colour where visible: mean error {v['rgb_mae']:.2f} (of the mean colour {v['mean_rgb_mae']:.2f}), "
-            f"PSNR {v['rgb_psnr']:.1f} dB"
+            f"colour where visible: mean error {v['rgb_mae']:.2f} (of the mean colour "
+            f"{v['mean_rgb_mae']:.2f}), PSNR {v['rgb_psnr']:.1f} dB"
         ),
         f"alpha: PSNR {v['alpha_psnr']:.1f} dB, SSIM {v['ssim_alpha']:.3f}",
         (

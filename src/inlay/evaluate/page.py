@@ -19,7 +19,6 @@ from inlay import media
 from inlay.evaluate import charts
 from inlay.evaluate.markup import Html, code, join, tag
 from inlay.evaluate.report import Group, HeldOut, Pair, Report, Video, show, signed
-from inlay.evaluate.video import METRICS
 
 TINY = 160
 """Videos whose longer side has at most so many pixels are enlarged without smoothing."""
@@ -175,6 +174,9 @@ def _videos(report: Report, folder: Path) -> Html:
             rule if judged else "",
         ),
     ]
+    if "coverage" in report.metrics:
+        files = "What is transparent shows a checkerboard; files with alpha lie beside each video."
+        out.append(_soft(files))
     height, width = report.sampling.get("size") or (1, 1)
     card = 440 if width <= 1.2 * height else 560
     with TemporaryDirectory(prefix="inlay-") as scratch:
@@ -198,7 +200,7 @@ def _group_head(group: Group, names: tuple[str, str]) -> Html:
 def _card(pair: Pair, names: tuple[str, str], folder: Path, scratch: Path) -> Html:
     sides = zip(("base", "tuned"), names, (pair.base, pair.tuned), strict=True)
     facts = [f"seed {pair.seed}", f"difference {pair.distance:.1%}"]
-    for name in ("motion", "flicker"):
+    for name in [n for n in ("motion", "flicker", "coverage") if n in pair.base.metrics]:
         facts.append(f"{name} {show(name, pair.base.metrics[name])} → {show(name, pair.tuned.metrics[name])}")
     return tag(
         "article",
@@ -276,7 +278,7 @@ def _uri(data: bytes, kind: str) -> str:
 
 
 def _numbers(report: Report) -> Html:
-    pairs = [_metrics(report), _meanings()] if report.pairs else []
+    pairs = [_metrics(report), _meanings(report)] if report.pairs else []
     loss = [_losses(report.held_out, report.names)] if report.held_out else []
     return join(tag("h2", "Numbers"), *pairs, *loss) if pairs or loss else Html("")
 
@@ -295,11 +297,13 @@ def _metrics(report: Report) -> Html:
     judged = total.judged > 0
     heads = [("Group", ""), ("Videos", "")]
     heads += [("As asked", "videos")] if judged else []
-    heads += [(m.name.capitalize(), m.unit) for m in METRICS.values()]
+    metrics = report.metrics
+    heads += [(m.name.capitalize(), m.unit) for m in metrics.values()]
     heads.append(("Difference", "of the two videos"))
     foot = [_row(total, judged, "All")] if len(groups) != 1 else []
     if report.training:
-        values = [tag("td", show(k, report.training[k])) for k in METRICS]
+        known = report.training
+        values = [tag("td", show(k, known[k]) if k in known else "") for k in metrics]
         gaps = [tag("td")] * (2 if judged else 1)
         title = tag("th", "Training clips, to compare", scope="row")
         foot.append(tag("tr", title, *gaps, *values, tag("td"), cls="yardstick"))
@@ -314,7 +318,7 @@ def _row(group: Group, judged: bool, name: str | None = None) -> Html:
         of = tag("span", f" of {group.judged}", cls="soft")
         yes = join(_both(str(group.base_yes), str(group.tuned_yes)), of) if group.judged else ""
         cells.append(tag("td", yes))
-    cells += [tag("td", _both(show(k, group.base[k]), show(k, group.tuned[k]))) for k in METRICS]
+    cells += [tag("td", _both(show(k, group.base[k]), show(k, group.tuned[k]))) for k in group.base]
     return tag("tr", *cells, tag("td", f"{group.distance:.1%}"))
 
 
@@ -322,10 +326,10 @@ def _both(base: str, tuned: str) -> Html:
     return join(tag("span", base, cls="was"), tag("span", "→", cls="to"), tag("span", tuned, cls="is"))
 
 
-def _meanings() -> Html:
+def _meanings(report: Report) -> Html:
     told = {
         m.name: f"{m.meaning} {m.better.capitalize()} is better." if m.better else m.meaning
-        for m in METRICS.values()
+        for m in report.metrics.values()
     }
     told["difference"] = (
         "Mean absolute difference of the two videos' pixels; 0 means that the adapter changed nothing."

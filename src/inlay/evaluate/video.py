@@ -93,7 +93,7 @@ def measure(frames: np.ndarray) -> dict[str, float]:
     after = compensate(small[2:], small[1:-1]).moved
     return {
         "motion": 100 * _motion(small, match),
-        "flicker": 100 * _flicker(match.moved[:-1], small[1:-1], after),
+        "flicker": 100 * unsteady(match.moved[:-1], small[1:-1], after),
         "consistency": _consistency(match.moved, small[1:]),
         "sharpness": _sharpness(y),
     }
@@ -123,7 +123,7 @@ def flicker(frames: np.ndarray) -> float:
     """
     small = shrink(luma(frames))
     middle = small[1:-1]
-    return _flicker(compensate(small[:-2], middle).moved, middle, compensate(small[2:], middle).moved)
+    return unsteady(compensate(small[:-2], middle).moved, middle, compensate(small[2:], middle).moved)
 
 
 def consistency(frames: np.ndarray) -> float:
@@ -235,7 +235,8 @@ def _motion(y: np.ndarray, match: Match) -> float:
     return float(lengths.mean(dtype=np.float64) / np.hypot(*y.shape[1:])) if lengths.size else 0.0
 
 
-def _flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
+def unsteady(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
+    """Mean distance of frames from the median of themselves and their neighbours, moved onto them."""
     if not len(middle):
         return 0.0
     median = np.maximum(np.minimum(before, middle), np.minimum(np.maximum(before, middle), after))

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,15 @@ FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lo
 FORMAT = 1
 
 
-def new(vae: Any, rank: int, seed: int) -> RgbaVae:
-    """An untrained codec on a Wan VAE: a random merge block, decoders that are still the VAE's own.
+def new(vae: Any, rank: int, seed: int, begin: Begin = "random") -> RgbaVae:
+    """An untrained codec on a Wan VAE: decoders are still the VAE's own.
+
+    Args:
+        vae: what it belongs to.
+        rank: of the decoders' updates.
+        seed: of what is random.
+        begin: the merge block is `random`, or gives what the `encoder` does of colour alone; then colour is
+            right from the first step on.
 
     Raises:
         ValueError: when the VAE is not one that the method fits.
@@ -35,17 +42,38 @@ def new(vae: Any, rank: int, seed: int) -> RgbaVae:
     width, z = fits(vae)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RgbaVae(
-            vae, MergeBlock(width, z), DecoderLora.of(vae.decoder, rank), DecoderLora.of(vae.decoder, rank)
-        )
+        merge = MergeBlock(width, z)
+        loras = [DecoderLora.of(vae.decoder, rank) for _ in range(2)]
+    if begin == "encoder":
+        _as_encoder(merge, vae)
+    return RgbaVae(vae, merge, *loras)
+
+
+Begin = Literal["random", "encoder"]
 
 
 @torch.no_grad()
-def draw(codec: RgbaVae, seed: int) -> None:
+def _as_encoder(merge: MergeBlock, vae: Any) -> None:
+    """Passes the features of colour through to the encoder's own head; alpha has weight 0."""
+    width = merge.conv_out.weight.shape[1]
+    merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
+    nn.init.zeros_(merge.conv_in.bias)
+    for block in merge.res:
+        nn.init.zeros_(block.conv2.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(block.conv2.bias)  # type: ignore[arg-type]
+    merge.norm_out.load_state_dict(vae.encoder.norm_out.state_dict())
+    head, mean = vae.encoder.conv_out, slice(0, merge.conv_out.weight.shape[0])
+    quant = vae.quant_conv.weight[mean, :, 0, 0, 0]
+    merge.conv_out.weight.copy_(torch.einsum("oc,cithw->oithw", quant, head.weight))
+    merge.conv_out.bias.copy_(quant @ head.bias + vae.quant_conv.bias[mean])
+
+
+@torch.no_grad()
+def draw(codec: RgbaVae, seed: int, begin: Begin) -> None:
     """Draws an untrained codec's weights anew, in place."""
     if codec.merge.conv_in.weight.is_meta:
         return
-    fresh = new(codec.vae, codec.rgb.rank, seed)
+    fresh = new(codec.vae, codec.rgb.rank, seed, begin)
     for part in FILES:
         getattr(codec, part).load_state_dict(getattr(fresh, part).state_dict())
 
@@ -315,6 +343,7 @@ def losses(
     *,
     anchor: float = 0.0,
     noise: float = 0.0,
+    visible: float = 0.0,
 ) -> dict[str, Tensor]:
     """The terms of one micro-batch by name, and `loss`, their sum.
 
@@ -327,6 +356,8 @@ def losses(
             of their spread. Not in the paper: a network that knows opaque latents then has less to learn.
         noise: latents are decoded with up to so much noise, in units of their spread, so that decoders
             forgive what a network gets slightly wrong. Not in the paper.
+        visible: weight of the mean error of colour over visible pixels alone. Not in the paper: where they
+            are few, the means of the other terms hardly see them.
     """
     color, hard, soft = draw_colors(generator)
     rgb, alpha = to_video(rgba)
@@ -342,9 +373,12 @@ def losses(
         amount = noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
         z = z + (amount * torch.randn(z.shape, generator=generator)).to(z.device) * spread
     got = codec.decode(z)
+    if visible:
+        mask = alpha > 2 * loss.alpha_eps - 1
+        terms["visible"] = visible * ((got[0] - rgb).abs() * mask).sum() / mask.sum().clamp_min(1)
+    more = list(terms.values())
     terms |= loss(*got, rgb, alpha, hard, soft)
-    if anchor:
-        terms["loss"] = terms["loss"] + terms["anchor"]
+    terms["loss"] = torch.stack([terms["loss"], *more]).sum()
     return terms
 
 

@@ -178,7 +178,7 @@ def _grouped(path: Path, state: Mapping[str, Tensor], residuals: int) -> Found:
             "codec, train: merge, start: THIS FOLDER}"
         )
     folded = whole["rgb"] is parts["rgb"]
-    return Found("whole VAE" if base else "decoder.bin", parts, {} if folded else base, notes)
+    return Found("whole VAE" if parts["merge"] else "decoder.bin", parts, {} if folded else base, notes)
 
 
 def _factor_name(rest: str, residuals: int) -> str | None:

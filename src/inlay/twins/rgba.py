@@ -32,8 +32,10 @@ from .training import MuonAdamW, Progress, load_state, save_state
 from .wan_vae import fast_norm
 
 RANK = 16
-ANCHOR, NOISE = 0.1, 0.15
-"""See `rgba_codec.losses`: the twin's transformer has learned opaque clips only."""
+ANCHOR, VISIBLE, NOISE = 0.5, 0.5, 0.15
+"""See `rgba_codec.losses`: the twin's transformer has learned opaque clips only, and makes small mistakes."""
+RATES = {"merge": 0.006, "decoders": 0.03}
+"""Of Muon. The merge block begins as the encoder's head, which larger steps would forget."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Phase:
     steps: int
 
 
-PHASES = (Phase(1, 4, 700), Phase(5, 2, 150), Phase(17, 1, 350))
+PHASES = (Phase(1, 4, 250), Phase(9, 1, 200), Phase(17, 1, 80))
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
 
@@ -57,7 +59,7 @@ def batch(phase: Phase, key: int) -> Tensor:
 
 
 def rate(step: int) -> float:
-    """Warm-up, constant, then linear to zero over the clips."""
+    """Share of the learning rates: warm-up, constant, then linear to zero over the clips."""
     total, pictures = ENDS[-1], ENDS[0]
     return min(1.0, (step + 1) / 20, (total - step) / (0.8 * (total - pictures)))
 
@@ -70,39 +72,57 @@ def load_vae() -> AutoencoderKLWan:
 @fast_norm()
 def train(work: Path) -> RgbaVae:
     """Train in `work`, continuing what is there."""
-    codec = rgba_codec.new(load_vae(), RANK, seed=0)
+    codec = rgba_codec.new(load_vae(), RANK, 0, "encoder")
     modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in rgba_codec.FILES})
-    optimizer = MuonAdamW(modules.named_parameters(), muon=0.03, adamw=2e-3)
+    optimizers = {
+        name: MuonAdamW(
+            [(n, p) for n, p in modules.named_parameters() if n.startswith("merge.") == (name == "merge")],
+            muon=rate,
+            adamw=1e-3,
+        )
+        for name, rate in RATES.items()
+    }
     state, facts = work / "codec.safetensors", {"done": 0, "seconds": 0.0}
     if state.exists():
         facts, groups = load_state(state)
         modules.load_state_dict(groups["model"])
-        optimizer.load(groups["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load(groups[name])
     loss = RgbaLoss("paper", hard_mask="true")
     step, total = facts["done"], ENDS[-1]
     progress, saved = Progress("codec", total, step), time.monotonic()
     while step < total:
         phase = PHASES[bisect.bisect_right(ENDS, step)]
         generator = torch.Generator().manual_seed(step)
-        terms = rgba_codec.losses(codec, batch(phase, step), loss, generator, anchor=ANCHOR, noise=NOISE)
+        weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE}
+        terms = rgba_codec.losses(codec, batch(phase, step), loss, generator, **weights)
         terms["loss"].backward()
-        optimizer.step(rate(step))
+        for optimizer in optimizers.values():
+            optimizer.step(rate(step))
         step += 1
         progress(step, **{n: t.detach() for n, t in terms.items()})
         if time.monotonic() - saved > 60 or step == total:
             facts["seconds"] += time.monotonic() - saved
             facts["done"], saved = step, time.monotonic()
-            save_state(state, facts, model=modules.state_dict(), optimizer=optimizer.tensors())
+            moments = {name: optimizer.tensors() for name, optimizer in optimizers.items()}
+            save_state(state, facts, model=modules.state_dict(), **moments)
     return codec
 
 
 def export(work: Path, out: Path) -> str:
     """Write what has been trained so far as a codec folder, weights in float16; returns its codec_id."""
-    codec = rgba_codec.new(load_vae(), RANK, seed=0)
+    codec = rgba_codec.new(load_vae(), RANK, 0, "encoder")
     facts, groups = load_state(work / "codec.safetensors")
     modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in rgba_codec.FILES})
     modules.load_state_dict(groups["model"])
-    about = {"loss": "paper", "hard_mask": "true", "steps": facts["done"], "anchor": ANCHOR, "noise": NOISE}
+    about = {
+        "loss": "paper",
+        "hard_mask": "true",
+        "steps": facts["done"],
+        "anchor": ANCHOR,
+        "visible": VISIBLE,
+        "noise": NOISE,
+    }
     return rgba_codec.save(codec, out, about=about, dtype=torch.float16)
 
 
