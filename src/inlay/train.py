@@ -118,7 +118,10 @@ class Loader:
         ]
         clips = [self.store.read("media", self.media[r]) for r in rows]
         names = [self.windows[r].clip.name for r in rows]
-        return Batch.of(self.family, clips, [self.store.read("text", n) for n in texts], names, self.seed, k)
+        words = [self.store.read("text", n) for n in texts]
+        batch = Batch.of(self.family, clips, words, names, self.seed, k)
+        kept = [self.preserve[self.windows[r].clip.source] for r in rows]
+        return replace(batch, preserve=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
         """This process's micro-batches from step `start` on, read one ahead."""
@@ -136,6 +139,8 @@ class Loader:
 
     per_step: int = 1
     """Micro-batches of one optimizer step over all processes."""
+    preserve: Sequence[float] = ()
+    """Of each source, the weight with which its clips are kept as the network predicts them untuned."""
 
 
 @dataclass
@@ -301,6 +306,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         config.data.caption_dropout,
         config.seed,
         per_step,
+        [source.preserve for source in config.data.sources],
     )
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
@@ -325,7 +331,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     precision = torch.autocast(
         ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
     )
-    step = steps.of(config, family, precision)
+    step = steps.of(config, family, precision, tuners.disabled)
     meters = runtime.Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = runtime.EMA(config.optim.ema, held) if config.optim.ema else None

@@ -185,11 +185,15 @@ class Joint(_Base):
     def _tail(self, denoiser: nn.Module) -> None:
         from peft.tuners.lora import LoraLayer
 
-        for name, layer in denoiser.named_modules():
-            if isinstance(layer, LoraLayer) and not isinstance(layer, Tail):
-                if not self._sees_video(name):
-                    raise ValueError(f"{name} has no tokens of alpha, which are all that `joint` changes")
+        layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
+        for name, layer in layers.items():
+            if not self._sees_video(name):
+                raise ValueError(f"{name} has no tokens of alpha, which are all that `joint` changes")
+            if not isinstance(layer, Tail):
                 layer.__class__ = _tail(type(layer), self.text_before)
+        if self.section.domain_embedding:
+            domain: Any = denoiser.get_submodule(NAME)
+            domain.beside = [next(iter(layers.values()))]
 
     # --- sampling -----------------------------------------------------------------------------------------
 
@@ -268,6 +272,8 @@ class Domain(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
+        self.beside: list[Any] = []
+        """A layer of the adapter that it belongs to, with which it is switched off; no child of this one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, 2 v, d) -> the same with the vector added to the second half."""
@@ -276,6 +282,8 @@ class Domain(nn.Module):
 
     def before(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
         """Does so before the first block, which is given the tokens of the video by position or by name."""
+        if any(layer.disable_adapters for layer in self.beside):
+            return args, given
         if args:
             return (self(args[0]), *args[1:]), given
         return args, {**given, "hidden_states": self(given["hidden_states"])}
