@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[str, dict[str, Tensor], str]] = {
     "half a Wan": ("wan", drop(wan(2), "blocks.1.ffn.2.lora_B"), "1 layers without both factors"),
     "no layer of Wan": (
         "wan",
-        {**wan(1), "diffusion_model.x.lora_A.weight": torch.zeros(2, 2)},
+        {**wan(1), "diffusion_model.x.lora_A.weight": torch.zeros(256, 2)},
         "no known layer",
     ),
     "another family": ("wan", cogvideox(1), "with layers that this family does not have"),

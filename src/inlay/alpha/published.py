@@ -101,8 +101,8 @@ def _made(rest: Mapping[str, Tensor], vector: Tensor | None, name: str, rule: st
     }
     notes = [
         (
-            "joint transparency: the update is for the tokens of alpha alone. Use it in a recipe with `alpha: "
-            f"{{kind: joint, text_to_alpha: {rule}, alpha_from: {mean}, domain_embedding: "
+            "joint transparency: the update is for the tokens of alpha alone. Use it in a recipe with "
+            f"`alpha: {{kind: joint, text_to_alpha: {rule}, alpha_from: {mean}, domain_embedding: "
             f"{'false' if vector is None else 'true'}}}`; loaded as any other it changes all tokens"
         ),
         f"scale: alpha is {ALPHA:g} in all such files, none of which says so",
