@@ -236,7 +236,7 @@ class Codec(Section):
     start: str | None = Field(default=None, min_length=1)
     """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
     begin: Literal["random", "encoder"] = "random"
-    """Without `start`, the merge block is random, or at first gives what the VAE's encoder does of colour: then
+    """Without `start`, the merge block is random, or at first gives what the encoder does of colour: then
     colour is right at once, and alpha is what is left to learn."""
     loss: Literal["paper", "reference"] = "paper"
     """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
