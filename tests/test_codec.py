@@ -55,10 +55,10 @@ def disc(
     return out
 
 
-def rgba_clips(folder: Path, n: int = 4) -> Path:
+def rgba_clips(folder: Path, n: int = 4, frames: int = 9, size: int = 32) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        np.savez(folder / f"{i}.npz", frames=disc(seed=i), fps=16)
+        np.savez(folder / f"{i}.npz", frames=disc(frames, size, seed=i), fps=16)
         (folder / f"{i}.txt").write_text(f"disc number {i}", "utf-8")
     return folder
 

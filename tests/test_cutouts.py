@@ -121,6 +121,19 @@ def test_a_folder_of_images_is_a_clip(clips: Path) -> None:
     assert len(made.train) == make.T and made.train[0].read().shape == (1, *SIZE, 4)
 
 
+def test_equal_frames_that_were_stored_as_one_are_held(clips: Path) -> None:
+    """Pillow merges them: what has 5 frames is 9 frames long."""
+    few = np.stack([videos.numbered(k + 1, (32, 64)) for k in range(5)])
+    pixels = np.concatenate([few, np.where(few[..., :1] > 0, 255, 0)], -1).astype(np.uint8)
+    held = pixels[[0, 0, 0, 1, 2, 2, 3, 4, 4]]
+    make.animated(clips / "a.webp", held, 62, lossless=True)
+    (clips / "a.txt").write_text("numbers")
+    made = plan(str(clips))
+    assert made.probes[clips / "a.webp"].frames == 5
+    there = made.train[0].read()
+    assert videos.numbers(there[..., 3:].repeat(3, -1)) == [1, 1, 1, 2, 3, 3, 4, 5, 5]
+
+
 def test_an_image_with_alpha_is_a_clip_of_one_frame(clips: Path) -> None:
     pixels = make.clip(frames=1)
     Image.fromarray(pixels[0]).save(clips / "a.png")

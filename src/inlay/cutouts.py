@@ -259,14 +259,13 @@ def _probe_image(path: Path) -> Probe:
     with Image.open(path) as image:
         codec, mode = image.format or "", image.mode
     first = next(_animated(path, [0], grey=False))
-    gaps = np.diff(times)
-    step, mean = (float(np.median(gaps)), float(gaps.mean())) if len(gaps) else (0.0, 0.0)
+    step = float(np.diff(times).min())
     return Probe(
-        len(times),
-        Fraction(1 / mean).limit_denominator(1001) if mean else None,
+        len(times) - 1,
+        Fraction(1 / step).limit_denominator(1001) if step else None,
         first.shape[0],
         first.shape[1],
-        float(times[-1]) + step,
+        float(times[-1]),
         step,
         codec=codec,
         pix_fmt=mode,
@@ -301,15 +300,8 @@ def read(
         MediaError: naming the file, when it cannot be read to the window's end.
     """
     wanted = start + np.arange(frames) / float(fps)
-    times = _clock(path, fps)
-    step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    if wanted[-1] > times[-1] + max(step, 1 / fps) / 2 + media.EPSILON:
-        cause = (
-            f"ends after {len(times)} frames, before the window of {frames} frames from {start:.3f} s does"
-        )
-        raise MediaError(path, cause, "truncated")
     out = []
-    for pixels, sar in _joined(path, matte, media.nearest(times, wanted)):
+    for pixels, sar in _joined(path, matte, _chosen(path, wanted, fps)):
         alpha = pixels[..., 3]
         if how.limited:
             alpha = ((alpha.astype(np.float32) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
@@ -353,18 +345,34 @@ def _pick(
             yield pixels, 1.0
 
 
-def _clock(path: Path, fps: float) -> np.ndarray:
-    """When each frame is shown, in seconds after the first; without a clock, `fps` is the rate."""
+def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
+    """The number of the frame for each wanted time; what has no clock has the rate `fps`.
+
+    Raises:
+        MediaError: when the clip ends before.
+    """
     what = kind(path)
-    if what == "video":
-        return media.stamps(path)
-    if what == "image":
-        times = _times(path)
-        return times if times[-1] or len(times) == 1 else np.arange(len(times)) / fps
-    if what == "array":
+    if what == "image" and (ends := _times(path))[-1]:
+        # Equal frames are stored as one that is held: the one that is shown then, not the nearest beginning.
+        step = float(np.diff(ends).min())
+        last, times = float(ends[-1]) - step, ends[:-1]
+        chosen = np.searchsorted(times, wanted + step / 2 - media.EPSILON, side="right") - 1
+    else:
+        times = media.stamps(path) if what == "video" else _even(path, fps)
+        step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        last, chosen = float(times[-1]), media.nearest(times, wanted)
+    if wanted[-1] > last + max(step, 1 / fps) / 2 + media.EPSILON:
+        told = f"{len(times)} frames, before the window of {len(wanted)} frames from {wanted[0]:.3f} s does"
+        raise MediaError(path, f"ends after {told}", "truncated")
+    return chosen
+
+
+def _even(path: Path, fps: float) -> np.ndarray:
+    """When the frames of what is no video are shown, evenly, at an array's own rate or at `fps`."""
+    if kind(path) == "array":
         probe = media.probe_array(path, CHANNELS)
         return np.arange(probe.frames) / float(probe.fps or fps)
-    return np.arange(len(_names(path))) / fps
+    return np.arange(len(_names(path)) if kind(path) == "frames" else len(_times(path)) - 1) / fps
 
 
 def _pixels(image: Image.Image, *, grey: bool) -> np.ndarray:
@@ -429,7 +437,10 @@ def _frames(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> I
 
 
 def _times(path: Path) -> np.ndarray:
-    """When the frames of a still or animated image are shown, in seconds; all 0 where it does not say."""
+    """When the frames of a still or animated image begin, and the last one's end, in seconds.
+
+    All 0 where the file does not say, and for a still.
+    """
     try:
         with Image.open(path) as image:
             durations = []
@@ -440,7 +451,7 @@ def _times(path: Path) -> np.ndarray:
     except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
         cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
         raise MediaError(path, cause, "truncated" if "truncated" in str(error) else "unreadable") from None
-    return np.concatenate([[0.0], np.cumsum(durations[:-1])]) / 1000
+    return np.concatenate([[0.0], np.cumsum(durations)]) / 1000 * (len(durations) > 1 and min(durations) > 0)
 
 
 def _animated(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> Iterator[np.ndarray]:

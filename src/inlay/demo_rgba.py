@@ -36,7 +36,7 @@ def recipe(folder: Path, kind: str = "merged", tuner: str = "lora") -> dict:
 def prompts(n: int) -> list[Prompt]:
     """Prompts for the new subject and for the old world on nothing, with the judge of each."""
     new = [
-        Prompt(t, demo.SUBJECT, lambda frames: rgba_judge.judge_subject(frames).both)
+        Prompt(t, demo.SUBJECT, lambda frames: rgba_judge.judge_subject(frames).both, truth=_again)
         for t, _ in rgba_world.subject_prompts(n, 2)
     ]
     old = [
@@ -44,6 +44,11 @@ def prompts(n: int) -> list[Prompt]:
         for t, s in rgba_world.world_prompts(n, 2)
     ]
     return [*new, *old]
+
+
+def _again(frames: np.ndarray) -> np.ndarray:
+    """The matte of the subject where it fits a clip best."""
+    return (rgba_judge.rerender(frames)[0] * 255).round().astype(np.uint8)
 
 
 def write_clips(folder: Path) -> None:

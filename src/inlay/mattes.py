@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -132,41 +131,3 @@ def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN)
         if off is not None and off > 127.5:
             out.append(f"what is {region} is {off:.1f} of 255 off, {name} is {known:.1f} off there")
     return out
-
-
-def table(found: Scores, trivial: Mapping[str, Scores]) -> list[tuple[str, ...]]:
-    """Rows of a table of `found` beside the trivial predictors, the first one of headings."""
-    names = ("mae", *REGIONS, "balanced")
-
-    def row(name: str, scores: Scores) -> tuple[str, ...]:
-        values = (getattr(scores, n) for n in names)
-        return (name, *("-" if v is None else f"{v:.1f}" for v in values))
-
-    return [("matte", *names), row("this", found), *(row(n, s) for n, s in trivial.items())]
-
-
-# --- colour -------------------------------------------------------------------------------------------------
-
-
-def color_error(found: np.ndarray, truth: np.ndarray, eps: float = EPS) -> float:
-    """Mean absolute error of straight colour, of 255, where the truth is visible; 0 where nothing is.
-
-    Colour under clear pixels is arbitrary and does not count.
-    """
-    seen = truth[..., 3] > round(255 * eps)
-    off = np.abs(found[..., :3].astype(np.int16) - truth[..., :3])[seen]
-    return _mean(off) if seen.any() else 0.0
-
-
-def composite_psnr(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Peak signal-to-noise ratio in dB of composites on the eight corners of the colour cube: mean and worst.
-
-    At most 99, which equal composites get.
-    """
-    a, b = (x.astype(np.float32) / 255 for x in (found, truth))
-    out = []
-    for corner in product((0.0, 1.0), repeat=3):
-        over = [x[..., :3] * x[..., 3:] + np.array(corner, np.float32) * (1 - x[..., 3:]) for x in (a, b)]
-        mse = _mean((over[0] - over[1]) ** 2)
-        out.append(min(99.0, -10 * np.log10(mse)) if mse else 99.0)
-    return float(np.mean(out)), float(min(out))

@@ -47,7 +47,7 @@ class Phase:
     steps: int
 
 
-PHASES = (Phase(1, 4, 250), Phase(9, 1, 200), Phase(17, 1, 80))
+PHASES = (Phase(1, 4, 250), Phase(9, 1, 150), Phase(17, 1, 50))
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
 
