@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from inlay import alpha, cost, data, families, media, memory, runtime
+from inlay import alpha, cost, data, families, media, mediums, memory, runtime
 from inlay import config as recipe
 from inlay.console import progress
 from inlay.files import atomic
@@ -82,15 +82,9 @@ def check(config: recipe.Config) -> Report:
         ValueError: when the family or the checkpoint's configuration is not to be had.
     """
     family = alpha.family(config)
-    with progress("look", 1, "clip") as advance:
-        plan = data.plan(
-            config.data,
-            family.grid,
-            family.fps,
-            config.seed,
-            lambda done, of: advance(done=done, total=of),
-            family,
-        )
+    medium = mediums.of(family)
+    with progress("look", 1, medium.one) as advance:
+        plan = medium.plan(config, family, lambda done, of: advance(done=done, total=of))
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
     estimate, notes = None, _notes(config, family, plan)
@@ -115,7 +109,7 @@ def check(config: recipe.Config) -> Report:
         notes=notes,
     )
     if plan.train:
-        sheet, damaged = _contact_sheet(config, plan, folder / "contact_sheet.png")
+        sheet, damaged = _contact_sheet(config, medium, plan, folder / "contact_sheet.png")
         report = replace(report, contact_sheet=sheet or None, problems=[*damaged, *report.problems])
     with atomic(folder / "report.json") as part:
         part.write_text(report.to_json(), "utf-8")
@@ -204,29 +198,27 @@ def _relief(config: recipe.Config) -> str:
     return ", ".join([*ways, "use a smaller data.size or fewer data.frames"])
 
 
-def _contact_sheet(config: recipe.Config, plan: data.Plan, path: Path) -> tuple[str, list[data.Problem]]:
+def _contact_sheet(
+    config: recipe.Config, medium: mediums.Medium, plan: data.Plan, path: Path
+) -> tuple[str, list[data.Problem]]:
     """Draws evenly chosen windows as the model will see them; those that cannot be read become problems."""
     there = [w for w in plan.train if not w.clip.embedding]
     picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
     rows, problems = [], []
-    with progress("contact sheet", len(picked), "clip") as advance:
+    with progress("contact sheet", len(picked), medium.one) as advance:
         for window in picked:
             try:
-                frames = window.read()
+                rows.append((window, window.read()))
             except media.MediaError as error:
                 problems.append(
                     data.Problem("error", error.code, window.clip.name, error.cause, window.clip.source)
                 )
-                continue
             finally:
                 advance()
-            at = f"from {window.start:.2f} s   " if window.start else ""
-            shape = f"{at}{window.frames} x {window.size[0]} x {window.size[1]} at {window.fps:g} fps"
-            rows.append(media.SheetRow(window.clip.name, window.caption, frames, shape))
     if not rows:
         return "", problems
     title = f"What the model will see: {config.run} ({len(rows)} of {len(plan.train)} windows)"
-    media.contact_sheet(rows, path, title=title)
+    medium.sheet(rows, path, title)
     return str(path), problems
 
 

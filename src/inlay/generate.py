@@ -7,32 +7,23 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from inlay import CallableModule, alpha, cache, families, formats, lycoris, media, runtime
+from inlay import CallableModule, alpha, cache, families, formats, lycoris, mediums, runtime
 from inlay import config as recipe
 from inlay.console import progress, say
-from inlay.data import Window
+from inlay.mediums import Images, Picture
 from inlay.objectives import FlowMatching
 from inlay.runtime import Run
 
 BASE = "base"
 """Name of the checkpoint that is the untuned network."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image that a video is made from: where it is from, and uint8 (h, w, 3)."""
-
-    name: str
-    pixels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ def generate(
     Raises:
         ValueError: for everything that the user can mend.
     """
-    if not prompts or not all(p.strip() for p in prompts):
+    if not all(p.strip() for p in prompts) or not (prompts or images):
         raise ValueError("generate: needs a prompt that is not empty")
     if not math.isfinite(strength):
         raise ValueError(f"generate: strength {strength} is not a number such as 0.5")
@@ -102,6 +93,7 @@ def generate(
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     family = alpha.family(config)
+    prompts = mediums.of(family).texts(prompts, images)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]
@@ -133,8 +125,8 @@ def encode(
     images: Sequence[Images] = (),
 ) -> Prompts:
     """Encodes prompts through the run's cache: known ones need no text encoder. Reads their images."""
-    assert sample.size and sample.frames
-    pictures = [read_images(family, each, (sample.frames, *sample.size)) for each in images]
+    medium = mediums.of(family)
+    pictures = [medium.read(family, each, sample) for each in images]
     store = cache.Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))
@@ -153,21 +145,6 @@ def encode(
         config.data.fps or family.fps,
         pictures,
     )
-
-
-Images = Sequence[str] | Window
-"""Image files, or the window whose own frames are taken."""
-
-
-def read_images(family: families.Family, source: Images, shape: tuple[int, int, int]) -> list[Picture]:
-    """The images of a prompt, scaled and cropped to frames, height and width."""
-    if isinstance(source, Window):
-        if not family.images:
-            return []
-        frames = replace(source, frames=min(shape[0], source.frames), size=shape[1:]).read()
-        place = {"first": 0, "last": -1}
-        return [Picture(f"{name} frame of {source.clip.name}", frames[place[name]]) for name in family.images]
-    return [Picture(path, media.read(Path(path), 0.0, 1, 1.0, shape[1:])[0]) for path in source]
 
 
 def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
@@ -249,7 +226,7 @@ def draw(
     show: bool = True,
     seen: Callable[[int, int, Any], None] | None = None,
 ) -> list[Path]:
-    """Draws `count` videos of each prompt into mp4 files with a JSON beside each.
+    """Draws `count` times what each prompt asks for, as the medium writes it, with a JSON beside each.
 
     Args:
         family: whose pipeline it is.
@@ -259,18 +236,18 @@ def draw(
         about: other values for each JSON.
         count: videos of each prompt.
         show: whether there is a progress bar.
-        seen: is given (prompt index, video index, uint8 frames (t, h, w, 3)) of each.
+        seen: is given (prompt index, video index, what `Family.sample` gave) of each.
     """
     pipeline.set_progress_bar_config(disable=True)
-    sample, paths = prompts.sample, []
+    sample, paths, medium = prompts.sample, [], mediums.of(family)
     assert sample.size and sample.frames
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with progress("draw", len(prompts.texts) * count, "video", show=show) as advance:
+    with progress("draw", len(prompts.texts) * count, medium.makes, show=show) as advance:
         for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
             images = prompts.images[i] if prompts.images else ()
             for j in range(count):
-                frames = family.sample(
+                made = family.sample(
                     pipeline,
                     item,
                     prompts.negative,
@@ -283,14 +260,10 @@ def draw(
                 )
                 if folder is None:
                     continue
-                path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
-                media.write_video(path, frames, prompts.fps)
-                settings = {
-                    k: v
-                    for k, v in sample.model_dump().items()
-                    if k not in ("prompts", "images", "every", "seed")
-                }
-                values = {"prompt": text, "seed": sample.seed + j, **settings, "fps": prompts.fps, **about}
+                settings = medium.settings(sample, prompts.fps)
+                stem = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}"
+                path = medium.write(stem, made, settings)
+                values = {"prompt": text, "seed": sample.seed + j, **settings, **about}
                 if images:
                     values["images"] = [each.name for each in images]
                 values |= {"versions": runtime.environment()["packages"]}
@@ -299,7 +272,7 @@ def draw(
                 )
                 paths.append(path)
                 if seen:
-                    seen(i, j, frames)
+                    seen(i, j, made)
                 advance()
     return paths
 

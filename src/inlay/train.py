@@ -18,7 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay import CallableModule, alpha, cache, data, families, generate, memory, parallel, runtime, tuners
+from inlay import (
+    CallableModule,
+    alpha,
+    cache,
+    data,
+    families,
+    generate,
+    mediums,
+    memory,
+    parallel,
+    runtime,
+    tuners,
+)
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.runtime import Context, Run
@@ -419,13 +431,9 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         ValueError: when clips are bad and the recipe says to stop.
     """
     store = cache.Cache(run.cache(config))
-    with progress("look", 1, "clip", show=ctx.main) as advance:
-        plan = data.plan(
-            *(config.data, family.grid, family.fps, config.seed),
-            progress=lambda n, of: advance(done=n, total=of),
-            family=family,
-            probe=store.probe,
-        )
+    medium = mediums.of(family)
+    with progress("look", 1, medium.one, show=ctx.main) as advance:
+        plan = medium.plan(config, family, lambda n, of: advance(done=n, total=of), store.probe)
     quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
     windows = [*plan.train, *plan.held_out]
     names = store.media_names(family, windows)
@@ -480,7 +488,7 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         first = {w.caption: w for w in reversed([*train, *held_out]) if not w.clip.embedding}
         texts = sample.prompts or [t for t in texts if t in first]
         each: Sequence[generate.Images] = sample.images or [first[t] for t in texts]
-        images = [generate.read_images(family, e, (sample.frames, *sample.size)) for e in each]
+        images = [medium.read(family, e, sample) for e in each]
     if sample.every and not texts:
         raise ValueError("sample.every: nothing to draw, the clips are encoded; write sample.prompts")
     return Clips(

@@ -198,6 +198,8 @@ class Family(Checkpoint, ABC):
     """Tokens of text that the network is given at most."""
     fps: float
     """Frame rate of the published checkpoint's training data."""
+    medium: ClassVar[str] = "video"
+    """What it is shown and makes, the name of a file in `inlay/mediums`."""
     component: str = "transformer"
     """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
