@@ -171,7 +171,7 @@ class Cache:
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
         """Names of the items of windows."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
-        files = [w.clip.latents or (w.clip.path,) for w in windows]
+        files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
     def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:

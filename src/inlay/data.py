@@ -60,11 +60,16 @@ class Clip:
     source: int
     """Index into `data.sources`."""
     group: str | None
-    kind: media.Kind | Literal["encoded"]
+    kind: media.Kind | Literal["encoded", "scene"]
     latents: tuple[Path, ...] = ()
     """Of an encoded clip: `path` is the first; then those of the images that it is shown."""
     embedding: Path | None = None
     """Of an encoded clip: its caption, encoded."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is read of it; their content decides what a cached item is."""
+        return self.latents or (self.path,)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Window:
         """What the model reads: the caption, or the file that holds it encoded."""
         return self.clip.embedding or self.caption
 
-    def read(self) -> np.ndarray:
+    def read(self) -> Any:
         """The pixels, uint8 (t, h, w, 3).
 
         Raises:
@@ -156,6 +161,8 @@ class Plan:
     problems: list[Problem]
     sources: list[SourceReport]
     probes: dict[Path, media.Probe] = field(default_factory=dict)
+    noun: str = "clip"
+    """What an example is called."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -219,6 +226,35 @@ KINDS: dict[str, Kind] = {
         "have encoded captions",
         "data.trigger and data.caption_prefix were not added: encode it with them",
     ),
+    "no-picture": Kind("error", "has no picture", "have no picture", "add scene_rgb.png"),
+    "no-segmentation": Kind("error", "has no segmentation", "have no segmentation", "add seg.png"),
+    "no-surface": Kind(
+        "error", "lacks a surface", "lack surfaces", "each object that is seen needs surface_ID.npy"
+    ),
+    "names": Kind("error", "has odd names", "have odd names", "surface_ID.npy, or surface.npy of one object"),
+    "picture-size": Kind(
+        "error", "does not fit its segmentation", "do not fit their segmentations", "make both of one size"
+    ),
+    "several": Kind("error", "mixes up its objects", "mix up their objects", "one surface for each object"),
+    "absent": Kind("error", "does not show its object", "do not show their objects", "correct seg.png"),
+    "hidden": Kind("error", "shows too little", "show too little", "take a view that shows the objects"),
+    "pickle": Kind("error", "holds a pickle", "hold pickles", "save with numpy.savez"),
+    "surface": Kind("error", "has a broken surface", "have broken surfaces", "sample the mesh again"),
+    "outside-box": Kind(
+        "error", "leaves the box", "leave the box", "one transform of the whole scene, longest side 1.9"
+    ),
+    "unaligned": Kind("warning", "is torn apart", "are torn apart", "keep the scene's own frame"),
+    "flipped": Kind("warning", "has normals inside", "have normals inside", "turn them outward"),
+    "sparse": Kind("warning", "has few points", "have few points", "sample about 20,480 of each object"),
+    "estimated": Kind("warning", "has no normals", "have no normals", "save them: (n, 6)"),
+    "fourth-column": Kind(
+        "warning", "has a fourth column", "have a fourth column", "save normals instead: (n, 6)"
+    ),
+    "small": Kind("warning", "has tiny objects", "have tiny objects", "they are not learned"),
+    "bare": Kind("warning", "has objects without surface", "have objects without surface", "none is learned"),
+    "crowded": Kind(
+        "warning", "is crowded", "are crowded", "each showing has some of its objects, drawn at random"
+    ),
     "transparent": Kind("warning", "is transparent", "are transparent", "it is put on white"),
     "hdr": Kind("warning", "is HDR", "are HDR", "colours will look pale: convert to SDR"),
 }
@@ -232,7 +268,7 @@ SOURCE_CODES = ("layout", "held-out")
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A source as found: clips whose files are there, and problems."""
 
     layout: str
@@ -298,7 +334,7 @@ def _legible(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _find(source: config.Source, index: int, patterns: Encoded | None) -> _Found:
+def _find(source: config.Source, index: int, patterns: Encoded | None) -> Found:
     """Finds the clips of a source in whatever layout it has."""
     path = Path(source.path).expanduser()
     root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
@@ -323,7 +359,7 @@ def _find(source: config.Source, index: int, patterns: Encoded | None) -> _Found
         scan.problem("layout", source.path, f"is not valid CSV ({error}): is a quotation mark not closed?")
     except (ValueError, OSError) as error:
         scan.problem("layout", source.path, str(error))
-    return _Found(layout, why, scan.clips, scan.problems, scan.count)
+    return Found(layout, why, scan.clips, scan.problems, scan.count)
 
 
 def _detect(path: Path, source: config.Source, patterns: Encoded | None) -> tuple[str, str, Path]:
@@ -698,9 +734,36 @@ def plan(
             problems += _clip_problems(clip, probes[clip.path], data, fps, made[0].size if made else None)
             if made and (clip.caption or clip.embedding):
                 windows[i] = made
-    twins, doubled = _duplicates([clips[i] for i in windows])
+    return assemble(data, seed, found, windows, problems, probes)
+
+
+def assemble(
+    data: config.Data,
+    seed: int,
+    found: Sequence[Found],
+    windows: Mapping[int, Sequence[Window]],
+    problems: list[Problem],
+    probes: dict[Path, media.Probe],
+    alike: Callable[[Sequence[Clip]], Mapping[Path, str]] | None = None,
+    noun: str = "clip",
+) -> Plan:
+    """Decides what is held out, and reports.
+
+    Args:
+        data: the recipe's section.
+        seed: decides which clips are held out.
+        found: what each source holds.
+        windows: of usable clips, by their place among all that were found.
+        problems: of clips; those of the whole are added.
+        probes: by path.
+        alike: marks clips that must not be torn apart, by path; those of equal content always are.
+        noun: what an example is called.
+    """
+    clips = [c for f in found for c in f.clips]
+    usable = [clips[i] for i in windows]
+    twins, doubled = _duplicates(usable)
     problems += doubled
-    held, held_problems = _hold_out([clips[i] for i in windows], twins, data.held_out, seed)
+    held, held_problems = _hold_out(usable, alike(usable) if alike else twins, data.held_out, seed)
     problems += held_problems
     train = [w for i, ws in windows.items() for w in ws if clips[i].path not in held]
     out = [w for i, ws in windows.items() for w in ws if clips[i].path in held]
@@ -721,7 +784,7 @@ def plan(
     ]
     order = list(KINDS)
     problems.sort(key=lambda p: (p.severity, order.index(p.code), p.source, p.name))
-    return Plan(clips, train, out, problems, reports, probes)
+    return Plan(clips, train, out, problems, reports, probes, noun)
 
 
 def _probe_all(
@@ -802,7 +865,7 @@ def _hold_out(
     return {c.path for c in held}, []
 
 
-def describe(problems: Sequence[Problem], total: int, shown: int = 5) -> list[str]:
+def describe(problems: Sequence[Problem], total: int, shown: int = 5, noun: str = "clip") -> list[str]:
     """One sentence per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
     groups: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
@@ -818,7 +881,7 @@ def describe(problems: Sequence[Problem], total: int, shown: int = 5) -> list[st
         joined = ("; " if any(p.message for p in group[:shown]) else ", ").join(names)
         verb = says.one if len(group) == 1 else says.many
         cure = MANIFEST_CURE if says.cure == FOLDER_CURE and any(p.message for p in group) else says.cure
-        out.append(f"{len(group)} of {total} clips {verb} ({joined}{more}): {cure}")
+        out.append(f"{len(group)} of {total} {noun}s {verb} ({joined}{more}): {cure}")
     return out
 
 
@@ -834,7 +897,7 @@ def require(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Proble
     total = sum(s.clips for s in plan.sources)
     stops = [p for p in plan.errors if bad_clips == "stop" or p.code in SOURCE_CODES]
     if stops or not plan.train:
-        raise ValueError("\n".join(describe(stops or plan.errors, total)))
+        raise ValueError("\n".join(describe(stops or plan.errors, total, noun=plan.noun)))
     return plan.errors
 
 

@@ -18,9 +18,14 @@ from PIL import Image
 
 from inlay import mesh
 from inlay.files import atomic
+from inlay.media import MediaError
+from inlay.mesh import Note
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
 """Names of the picture of the whole scene, the first that is there; `rgb` is the object alone, on white."""
+
+READER = 1
+"""Of `Scene.read`; raised when what it gives changes."""
 
 SMALL = 0.001
 """Objects that fill less than this share of the picture are left out."""
@@ -36,6 +41,7 @@ class Finding:
     severity: Literal["error", "warning"]
     name: str
     message: str
+    code: str = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -48,49 +54,73 @@ class Scene:
     surfaces: dict[int, Path]
     """By number in the segmentation; 0 stands for all that is not background."""
     view: str = ""
+    strict: bool = True
+    """Whether every object that is seen must have a surface."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that it is read from."""
+        return (self.image, self.segmentation, *self.surfaces.values())
 
     def read(self) -> Sample:
         """Reads everything.
 
         Raises:
-            ValueError: naming the file and what is wrong with it.
+            MediaError: naming the file and what is wrong with it.
         """
         picture, ids = read_image(self.image), mesh.read_ids(self.segmentation)
         if picture.shape[:2] != ids.shape:
-            raise ValueError(
-                f"{self.segmentation}: is {_size(ids)}, but {self.image.name} is {_size(picture)}"
-            )
+            why = f"is {_size(ids)}, but {self.image.name} is {_size(picture)}"
+            raise MediaError(self.segmentation, why, "picture-size")
         numbers = [n for n in np.unique(ids).tolist() if n > 0]
-        wanted = self.surfaces
-        if list(wanted) == [0]:
-            if len(numbers) != 1:
-                raise ValueError(
-                    f"{self.segmentation}: shows {len(numbers)} objects for one surface.npy; name the "
-                    "surfaces surface_ID.npy after their numbers in it"
-                )
-            wanted = {numbers[0]: wanted[0]}
-        absent = sorted(set(wanted) - set(numbers))
+        read = self._surfaces(numbers)
+        absent = sorted(set(read) - set(numbers))
         if absent:
-            raise ValueError(
-                f"{self.segmentation}: does not show object {absent[0]}, whose surface is there; it shows "
-                f"{', '.join(map(str, numbers)) or 'none'}"
+            why = f"does not show object {absent[0]}, whose surface is there; it shows " + (
+                ", ".join(map(str, numbers)) or "none"
             )
+            raise MediaError(self.segmentation, why, "absent")
         notes, objects = [], []
-        for number, path in sorted(wanted.items()):
+        for number, surface in sorted(read.items()):
             mask = ids == number
             if mask.mean() <= SMALL:
-                notes.append(f"object {number} fills {mask.mean():.2%} of the picture and is left out")
+                why = f"object {number} fills {mask.mean():.2%} of the picture and is left out"
+                notes.append(Note("small", why))
                 continue
-            for surface in mesh.read_surface(path):
-                objects.append(Object(number, mask, surface.points))
-                notes += [f"{path.name}: {note}" for note in surface.notes]
+            objects.append(Object(number, mask, surface.points))
+            notes += [Note(note.code, f"object {number}: {note}") for note in surface.notes]
         if not objects:
-            raise ValueError(f"{self.segmentation}: no object of {self.name} fills enough of the picture")
-        spare = sorted(set(numbers) - set(wanted))
+            why = f"no object of {self.name} fills enough of the picture"
+            raise MediaError(self.segmentation, why, "hidden")
+        spare = [n for n in numbers if n not in read and (ids == n).mean() > SMALL]
         if spare:
-            notes.append(f"objects {', '.join(map(str, spare))} of the segmentation have no surface")
+            which = f"object{'s' * (len(spare) > 1)} {', '.join(map(str, spare))}"
+            why = f"{which} of the segmentation {'have' if len(spare) > 1 else 'has'} no surface"
+            if self.strict:
+                cure = f"add surface_{spare[0]}.npy, or paint it as background"
+                raise MediaError(self.segmentation, f"{why}: {cure}", "no-surface")
+            notes.append(Note("bare", why))
         notes += _frame_notes(objects)
         return Sample(self.name, picture, objects, tuple(notes))
+
+    def _surfaces(self, numbers: Sequence[int]) -> dict[int, mesh.Surface]:
+        """Surfaces by number; a single file stands for all that is seen, in the order of numbers."""
+        if list(self.surfaces) != [0]:
+            out = {}
+            for number, path in self.surfaces.items():
+                found = mesh.read_surface(path)
+                if len(found) != 1:
+                    raise MediaError(path, f"holds {len(found)} surfaces for one object", "several")
+                out[number] = found[0]
+            return out
+        path = self.surfaces[0]
+        found = mesh.read_surface(path)
+        if len(found) != len(numbers):
+            surfaces = f"one {path.name}" if len(found) == 1 else f"the {len(found)} surfaces of {path.name}"
+            why = f"shows {len(numbers)} objects for {surfaces}"
+            cure = "name the surfaces surface_ID.npy after their numbers in it"
+            raise MediaError(self.segmentation, f"{why}; {cure}", "several")
+        return dict(zip(numbers, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -112,21 +142,23 @@ class Sample:
     image: np.ndarray
     """uint8 (h, w, 3)."""
     objects: list[Object]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def alone(self, index: int) -> np.ndarray:
         """The picture of one object: uint8 (h, w, 3), its own pixels, the rest white, not cropped."""
         return np.where(self.objects[index].mask[..., None], self.image, np.uint8(255))
 
 
-def _frame_notes(objects: Sequence[Object]) -> list[str]:
+def _frame_notes(objects: Sequence[Object]) -> list[Note]:
     """Signs that objects were normalised each for itself, not the scene as a whole."""
     if len(objects) < 2:
         return []
-    sizes = [float(np.ptp(o.surface[:, :3], axis=0).max()) for o in objects]
-    if min(sizes) > 1.7:
-        why = "one transform must serve the whole scene, or the model cannot learn where things stand"
-        return [f"every object spans the whole box: {why}"]
+    bounds = np.stack([[o.surface[:, :3].min(0), o.surface[:, :3].max(0)] for o in objects])
+    why = "one transform must serve the whole scene, or the model cannot learn where things stand"
+    if np.ptp(bounds, axis=1).max(-1).min() > 1.7:
+        return [Note("unaligned", f"every object spans the whole box: {why}")]
+    if np.abs(bounds.mean(1)).max() < 0.01:
+        return [Note("unaligned", f"every object is centred at the origin: {why}")]
     return []
 
 
@@ -134,7 +166,7 @@ def read_image(path: Path) -> np.ndarray:
     """A picture over white: uint8 (h, w, 3).
 
     Raises:
-        ValueError: naming the file.
+        MediaError: naming the file.
     """
     try:
         with Image.open(path) as image:
@@ -142,7 +174,7 @@ def read_image(path: Path) -> np.ndarray:
             white = Image.new("RGBA", rgba.size, "white")
             return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from None
+        raise MediaError(path, f"cannot be read as an image ({error})") from None
 
 
 def _size(image: np.ndarray) -> str:
@@ -192,13 +224,13 @@ def _folders(root: Path) -> Found:
         plain = [p for p in surfaces if p.stem == "surface"]
         odd = [p.name for p in surfaces if p not in numbered.values() and p not in plain]
         wrong = [
-            *([] if image else ["has no scene_rgb.png"]),
-            *([] if (place / "seg.png").is_file() else ["has no seg.png"]),
-            *([] if surfaces else ["has no surface.npy"]),
-            *([f"{odd[0]} is named neither surface.npy nor surface_ID.npy"] if odd else []),
-            *(["has both surface.npy and surface_ID.npy"] if numbered and plain else []),
+            *([] if image else [("no-picture", "has no scene_rgb.png")]),
+            *([] if (place / "seg.png").is_file() else [("no-segmentation", "has no seg.png")]),
+            *([] if surfaces else [("no-surface", "has no surface.npy")]),
+            *([("names", f"{odd[0]} is named neither surface.npy nor surface_ID.npy")] if odd else []),
+            *([("names", "has both surface.npy and surface_ID.npy")] if numbered and plain else []),
         ]
-        found.findings += [Finding("error", name, message) for message in wrong]
+        found.findings += [Finding("error", name, message, code) for code, message in wrong]
         if not wrong and image:
             found.scenes.append(Scene(name, image, place / "seg.png", numbered or {0: plain[0]}))
     return found
@@ -220,7 +252,8 @@ def _front(root: Path) -> Found:
         surfaces = {i: root / "3D-FRONT-SURFACE" / room / f"{n}.npy" for i, n in enumerate(names, 1)}
         gone = [p.name for p in surfaces.values() if not p.is_file()]
         if gone or not views:
-            found.findings.append(Finding("error", room, f"has no {gone[0] if gone else 'views'}"))
+            code = "no-surface" if gone else "no-picture"
+            found.findings.append(Finding("error", room, f"has no {gone[0] if gone else 'views'}", code))
             continue
         for view in views:
             label = view.stem.removeprefix("semantic_")
@@ -229,9 +262,9 @@ def _front(root: Path) -> Found:
                 None,
             )
             if image is None:
-                found.findings.append(Finding("error", f"{room}/{label}", "has no render"))
+                found.findings.append(Finding("error", f"{room}/{label}", "has no render", "no-picture"))
                 continue
-            found.scenes.append(Scene(room, image, view, surfaces, label))
+            found.scenes.append(Scene(f"{room}/{label}", image, view, surfaces, label, strict=False))
     return found
 
 
