@@ -60,6 +60,7 @@ class Report:
     """None where mistakes or missing clips make it meaningless."""
     notes: list[str] = field(default_factory=list)
     contact_sheet: str | None = None
+    medium: str = "video"
 
     @property
     def ok(self) -> bool:
@@ -82,7 +83,7 @@ def check(config: recipe.Config) -> Report:
         ValueError: when the family or the checkpoint's configuration is not to be had.
     """
     family = alpha.family(config)
-    medium = mediums.of(family)
+    medium = mediums.of(family.medium)
     with progress("look", 1, medium.one) as advance:
         plan = medium.plan(config, family, lambda done, of: advance(done=done, total=of))
     mistakes = family.problems(config)
@@ -107,6 +108,7 @@ def check(config: recipe.Config) -> Report:
         buckets=buckets,
         estimate=estimate,
         notes=notes,
+        medium=family.medium,
     )
     if plan.train:
         sheet, damaged = _contact_sheet(config, medium, plan, folder / "contact_sheet.png")
@@ -129,13 +131,14 @@ def _buckets(config: recipe.Config, family: families.Family, plan: data.Plan) ->
 
 def _notes(config: recipe.Config, family: families.Family, plan: data.Plan) -> list[str]:
     """What is right but worth knowing."""
-    notes = []
+    notes = family.notes(config)
     if not plan.train:
         return notes
     clips = {w.clip.path for w in (*plan.train, *plan.held_out)}
     if not plan.held_out:
-        why = "data.held_out is 0" if not config.data.held_out else f"there are only {len(clips)} clips"
-        notes.append(f"no clip is held out ({why}): there will be no held-out loss")
+        few = f"there are only {len(clips)} {plan.noun}s"
+        why = "data.held_out is 0" if not config.data.held_out else few
+        notes.append(f"no {plan.noun} is held out ({why}): there will be no held-out loss")
     sampler = data.sampler(plan.train, config.data.sources, config.train.batch, config.seed)
     epochs = config.train.steps * config.train.accumulate / len(sampler)
     notes.append(
@@ -217,7 +220,7 @@ def _contact_sheet(
                 advance()
     if not rows:
         return "", problems
-    title = f"What the model will see: {config.run} ({len(rows)} of {len(plan.train)} windows)"
+    title = f"What the model will see: {config.run} ({len(rows)} of {len(plan.train)} {medium.columns[2]})"
     medium.sheet(rows, path, title)
     return str(path), problems
 
@@ -241,7 +244,8 @@ def print_report(report: Report, console: Console) -> None:
         )
         for s in report.sources
     ]
-    columns = ("source", "layout", "clips", "usable", "windows", "held out", "seconds", "shown")
+    examples = f"{mediums.of(report.medium).one}s"
+    columns = ("source", "layout", examples, "usable", "windows", "held out", "seconds", "shown")
     console.print(_table(columns, rows))
     for source in report.sources:
         console.print(Text(f"  {_short(source.path)} is read as {source.layout}: {source.why}", "dim"))
@@ -259,7 +263,8 @@ def print_report(report: Report, console: Console) -> None:
             )
             for b in report.buckets
         ]
-        columns = ("frames", "size", "windows", "held out", "batches", "latent", "tokens")
+        length, size, count = mediums.of(report.medium).columns
+        columns = (length, size, count, "held out", "batches", "latent", "tokens")
         console.print(_table(columns, rows))
     if report.estimate is not None:
         _print_estimate(report.estimate, report.steps, console)
@@ -267,7 +272,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"note: {note}", "cyan"))
     for severity, style in (("warning", "yellow"), ("error", "red")):
         found = [p for p in report.problems if p.severity == severity]
-        for line in data.describe(found, report.clips, shown=8):
+        for line in data.describe(found, report.clips, shown=8, noun=mediums.of(report.medium).one):
             console.print(Text(f"{severity}: {line}", style))
     for mistake in report.mistakes:
         console.print(Text(f"error: {mistake}", "red"))
@@ -292,7 +297,7 @@ def _by(numbers: Iterable[int]) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        left = column in ("source", "layout", "size", "latent")
+        left = column in ("source", "layout", "size", "seen at", "latent")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))

@@ -93,7 +93,7 @@ def generate(
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     family = alpha.family(config)
-    prompts = mediums.of(family).texts(prompts, images)
+    prompts = mediums.of(family.medium).texts(prompts, images)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]
@@ -125,7 +125,7 @@ def encode(
     images: Sequence[Images] = (),
 ) -> Prompts:
     """Encodes prompts through the run's cache: known ones need no text encoder. Reads their images."""
-    medium = mediums.of(family)
+    medium = mediums.of(family.medium)
     pictures = [medium.read(family, each, sample) for each in images]
     store = cache.Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
@@ -239,7 +239,7 @@ def draw(
         seen: is given (prompt index, video index, what `Family.sample` gave) of each.
     """
     pipeline.set_progress_bar_config(disable=True)
-    sample, paths, medium = prompts.sample, [], mediums.of(family)
+    sample, paths, medium = prompts.sample, [], mediums.of(family.medium)
     assert sample.size and sample.frames
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,13 +257,14 @@ def draw(
                     guidance=sample.guidance,
                     generator=torch.Generator().manual_seed(sample.seed + j),
                     images=[each.pixels for each in images],
+                    **medium.asked(sample),
                 )
                 if folder is None:
                     continue
                 settings = medium.settings(sample, prompts.fps)
                 stem = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}"
                 path = medium.write(stem, made, settings)
-                values = {"prompt": text, "seed": sample.seed + j, **settings, **about}
+                values = {"prompt": text, "seed": sample.seed + j, **settings, **medium.facts(made), **about}
                 if images:
                     values["images"] = [each.name for each in images]
                 values |= {"versions": runtime.environment()["packages"]}

@@ -242,6 +242,18 @@ def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
     return fine
 
 
+def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
+    """The mesh with at most so many triangles, by quadric error.
+
+    Raises:
+        ValueError: when the package that does it is missing.
+    """
+    try:
+        return mesh.simplify_quadric_decimation(face_count=triangles)
+    except ModuleNotFoundError:
+        raise ValueError("sample.triangles: needs a package, `pip install fast-simplification`") from None
+
+
 def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
     """What is wrong with a mesh, one sentence each; empty when all is well."""
     found = []

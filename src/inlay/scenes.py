@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
 
+from inlay import config as recipe
 from inlay import mesh
 from inlay.files import atomic
 from inlay.media import MediaError
 from inlay.mesh import Note
+
+if TYPE_CHECKING:
+    import trimesh
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
 """Names of the picture of the whole scene, the first that is there; `rgb` is the object alone, on white."""
@@ -29,6 +33,9 @@ READER = 1
 
 SMALL = 0.001
 """Objects that fill less than this share of the picture are left out."""
+
+MOST_DRAWN = 64
+"""Objects that one picture is made into at most; more are soft edges of a picture that is no segmentation."""
 
 MOST = 7
 """Objects of a scene that are learned at once."""
@@ -51,7 +58,7 @@ class Scene:
     name: str
     image: Path
     segmentation: Path
-    surfaces: dict[int, Path]
+    surfaces: dict[int, Path] = field(hash=False)
     """By number in the segmentation; 0 stands for all that is not background."""
     view: str = ""
     strict: bool = True
@@ -341,21 +348,110 @@ def _write(folder: Path, image: np.ndarray, ids: np.ndarray, surfaces: dict[int,
             np.save(part / f"surface_{number}.npy", points)
 
 
+# --- what is made -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a picture was made into: a mesh of each object by name, in the scene's frame, and what is odd."""
+
+    meshes: dict[str, trimesh.Trimesh]
+    empty: tuple[str, ...] = ()
+    """Objects of which nothing came out."""
+    notes: tuple[str, ...] = ()
+
+
+def make(fields: Mapping[str, mesh.Field], resolution: int, triangles: int | None = None) -> Made:
+    """Meshes of fields, checked.
+
+    Args:
+        fields: of each object by name, negative inside.
+        resolution: cells per side.
+        triangles: most of each object; more are merged. Needs the package fast-simplification.
+    """
+    meshes, empty, notes = {}, [], []
+    coarse = min(64, resolution)
+    for name, field_ in fields.items():
+        found, note = mesh.extract(field_, resolution=resolution, coarse=coarse)
+        notes += [f"{name}: {note}"] if note else []
+        if found is None:
+            empty.append(name)
+            notes.append(f"{name} is empty: its field has no surface in the box")
+            continue
+        if triangles and len(found.faces) > triangles:
+            found = mesh.decimated(found, triangles)
+        notes += [f"{name} {problem}" for problem in mesh.problems(found)]
+        meshes[name] = found
+    return Made(meshes, tuple(empty), tuple(notes))
+
+
+def thinned(surface: np.ndarray, count: int = mesh.POINTS) -> np.ndarray:
+    """So many points of a surface (n, 6), drawn without replacement where there are enough."""
+    drawn = np.random.default_rng(0).choice(len(surface), count, replace=len(surface) < count)
+    return surface if len(surface) == count else surface[drawn]
+
+
+def wrong_pairs(given: Sequence[Sequence[str]]) -> list[str]:
+    """Sentences about pictures and segmentations that cannot be used together."""
+    found = []
+    for pair in given:
+        if len(pair) != 2:
+            found.append(f"a scene needs a picture and a segmentation, not {len(pair)} image(s)")
+            continue
+        try:
+            picture, ids = read_image(Path(pair[0])), mesh.read_ids(Path(pair[1]))
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if picture.shape[:2] != ids.shape:
+            found.append(f"{pair[1]} is {_size(ids)}, but {pair[0]} is {_size(picture)}")
+        elif not ids.any():
+            found.append(f"{pair[1]} shows no object: all of it is background")
+        elif len(np.unique(ids)) > MOST_DRAWN + 1:
+            found.append(
+                f"{pair[1]} shows {len(np.unique(ids)) - 1} objects, more than {MOST_DRAWN}: is it a photo? "
+                "A segmentation has one colour or number for each object, without soft edges"
+            )
+    return found
+
+
+VIDEO_KEYS = {
+    "data": ("size", "aspects", "frames", "fps", "stride", "max_windows", "slow", "trigger", "caption_prefix",
+             "caption_dropout"),
+    "sample": ("prompts", "negative_prompt", "size", "frames"),
+}  # fmt: skip
+"""Keys of a recipe that mean nothing to a scene."""
+
+
+def not_of_scenes(config: recipe.Config) -> list[str]:
+    """Sentences about what a recipe asks of videos."""
+    return [
+        f"{section}.{key}: only videos have that; leave it out"
+        for section, keys in VIDEO_KEYS.items()
+        for key in keys
+        if getattr(getattr(config, section), key)
+        != type(getattr(config, section)).model_fields[key].get_default(call_default_factory=True)
+    ]
+
+
 # --- looking ------------------------------------------------------------------------------------------------
 
 
 def sheet(samples: Sequence[Sample], path: Path, *, cell: int = 256) -> None:
     """A picture of scenes: image, objects over it, and their surfaces; one row each. Atomic PNG."""
-    rows = []
-    for sample in samples:
-        overlay = sample.image.astype(np.float32)
-        for i, one in enumerate(sample.objects):
-            color = np.array(mesh.PALETTE[i % len(mesh.PALETTE)], np.float32)
-            overlay[one.mask] = 0.45 * overlay[one.mask] + 0.55 * color
-        tiles = [sample.image, overlay.astype(np.uint8), _cloud(sample, cell, 30), _cloud(sample, cell, 120)]
-        rows.append(np.concatenate([_tile(t, cell) for t in tiles], 1))
+    rows = [np.concatenate(list(tiles(sample, cell)), 1) for sample in samples]
     with atomic(path) as part:
         Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
+
+
+def tiles(sample: Sample, cell: int = 240) -> np.ndarray:
+    """The picture, the objects over it, and their surfaces from two sides: uint8 (4, cell, cell, 3)."""
+    overlay = sample.image.astype(np.float32)
+    for i, one in enumerate(sample.objects):
+        color = np.array(mesh.PALETTE[i % len(mesh.PALETTE)], np.float32)
+        overlay[one.mask] = 0.45 * overlay[one.mask] + 0.55 * color
+    found = [sample.image, overlay.astype(np.uint8), _cloud(sample, cell, 30), _cloud(sample, cell, 120)]
+    return np.stack([_tile(t, cell) for t in found])
 
 
 def _tile(image: np.ndarray, cell: int) -> np.ndarray:

@@ -72,15 +72,23 @@ class Medium(ABC):
     def read(self, family: Family, source: Images, sample: recipe.Sample) -> list[Picture]:
         """The images that one is made from."""
 
+    def asked(self, sample: recipe.Sample) -> dict[str, Any]:
+        """What `Family.sample` is told besides steps and size."""
+        return {}
+
     @abstractmethod
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """What is written beside each, of how it was made."""
+
+    def facts(self, made: Any) -> dict[str, Any]:
+        """What is written beside each, of how it came out."""
+        return {}
 
     @abstractmethod
     def write(self, stem: Path, made: Any, settings: Mapping[str, Any]) -> Path:
         """Writes what `Family.sample` gave, under a name without suffix; returns the main file."""
 
 
-def of(family: Family) -> Medium:
-    """The medium of a family."""
-    return importlib.import_module(f"{__name__}.{family.medium}").MEDIUM
+def of(name: str) -> Medium:
+    """A medium by its name."""
+    return importlib.import_module(f"{__name__}.{name}").MEDIUM

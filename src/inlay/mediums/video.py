@@ -61,7 +61,7 @@ class Video(Medium):
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """The sample section, without what it says of other videos, and the rate."""
-        other = ("prompts", "images", "every", "seed")
+        other = ("prompts", "images", "every", "seed", "grid", "triangles")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
     def write(self, stem: Path, made: Any, settings: Mapping[str, Any]) -> Path:
