@@ -105,6 +105,13 @@ def generate(
             "it in between"
         )
     folder = out or place.folder / "samples" / "generated"
+    name = None
+    if folder.suffix == ".glb" and mediums.of(family.medium).makes == "scene":
+        if len(prompts) * count > 1:
+            raise ValueError(
+                f"generate: {folder} is one file for {len(prompts) * count} scenes; name a folder"
+            )
+        folder, name = folder.parent, folder.stem
     if folder.is_file():
         raise ValueError(f"generate: {folder} is a file; name a folder with --out")
     weights = None if checkpoint == BASE or strength == 0 else trained(place, checkpoint, family)
@@ -112,7 +119,7 @@ def generate(
         encoded = encode(config, family, place, prompts, sample, ctx, images)
         pipeline = load_pipeline(config, family, weights, strength, ctx)
         about = {"checkpoint": checkpoint or "adapter", "strength": strength, "run": str(run)}
-        return draw(family, pipeline, encoded, folder, about, count=count)
+        return draw(family, pipeline, encoded, folder, about, count=count, name=name)
 
 
 def encode(
@@ -224,6 +231,7 @@ def draw(
     *,
     count: int = 1,
     show: bool = True,
+    name: str | None = None,
     seen: Callable[[int, int, Any], None] | None = None,
 ) -> list[Path]:
     """Draws `count` times what each prompt asks for, as the medium writes it, with a JSON beside each.
@@ -236,6 +244,7 @@ def draw(
         about: other values for each JSON.
         count: videos of each prompt.
         show: whether there is a progress bar.
+        name: of the one file. Default: number, prompt and seed.
         seen: is given (prompt index, video index, what `Family.sample` gave) of each.
     """
     pipeline.set_progress_bar_config(disable=True)
@@ -262,7 +271,7 @@ def draw(
                 if folder is None:
                     continue
                 settings = medium.settings(sample, prompts.fps)
-                stem = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}"
+                stem = folder / (name or f"{i:02d}-{slug(text)}-seed{sample.seed + j}")
                 path = medium.write(stem, made, settings)
                 values = {"prompt": text, "seed": sample.seed + j, **settings, **medium.facts(made), **about}
                 if images:

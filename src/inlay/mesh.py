@@ -73,8 +73,11 @@ def read_surface(path: Path) -> list[Surface]:
                 parts = [arrays[n] for n in names if n in arrays]
                 found = np.concatenate(parts, -1)
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        pickled = "pickle" in str(error)
+        head = path.read_bytes()[:6] if path.is_file() else b""
+        pickled = "pickle" in str(error) and (head[:1] == b"\x80" or head == b"\x93NUMPY")
         why = "is a pickle, which may run code; save its arrays with numpy.savez" if pickled else str(error)
+        if "pickle" in str(error) and not pickled:
+            why = "is neither .npy nor .npz"
         raise MediaError(path, why, "pickle" if pickled else "unreadable") from None
     if (
         found.ndim not in (2, 3)
@@ -279,6 +282,39 @@ def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh]) -> Path:
     with atomic(path) as part:
         part.write_bytes(scene.export(file_type="glb"))  # type: ignore[arg-type]
     return path
+
+
+FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
+"""Suffixes of meshes that are read."""
+
+
+def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
+    """The mesh with the faces of each connected piece turned outward, and how many pieces were turned.
+
+    A piece is inside out where its volume, by the divergence theorem about its middle, is negative; one that
+    lies inside another's box is left alone, as it may be a cavity.
+    """
+    import trimesh
+
+    mesh = mesh.copy()
+    mesh.merge_vertices()
+    trimesh.repair.fix_winding(mesh)
+    labels = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    triangles = mesh.triangles
+    flux = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    faces, turned = mesh.faces.copy(), 0
+    boxes = [
+        np.stack([t.reshape(-1, 3).min(0), t.reshape(-1, 3).max(0)])
+        for t in (triangles[labels == i] for i in range(labels.max() + 1))
+    ]
+    for i, box in enumerate(boxes):
+        own = labels == i
+        within = any((o[0] < box[0]).all() and (o[1] > box[1]).all() for j, o in enumerate(boxes) if j != i)
+        middle = triangles[own].mean((0, 1))
+        if not within and float(((triangles[own].mean(1) - middle) * flux[own]).sum()) < 0:
+            faces[own] = faces[own][:, ::-1]
+            turned += 1
+    return trimesh.Trimesh(mesh.vertices, faces, process=False), turned
 
 
 def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:

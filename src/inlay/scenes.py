@@ -6,6 +6,7 @@ same with one `surface.npy`, a scene of one object; and 3D-FRONT as MIDI's autho
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -287,6 +288,43 @@ def views(count: int, seed: int) -> Iterator[mesh.View]:
         )
 
 
+def import_meshes(folder: Path, out: Path, *, count: int = 4, size: int = 512) -> list[Finding]:
+    """Turns the files of a folder into training scenes: see `prepare`.
+
+    Raises:
+        ValueError: when there are none, when nothing came of them, or when `out` is not empty.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    sources = sorted(p for p in folder.iterdir() if p.suffix.lower() in mesh.FILES)
+    if not sources:
+        raise ValueError(f"{folder}: holds no meshes ({' '.join(mesh.FILES)})")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name another folder")
+    findings = prepare(sources, out, count=count, size=size)
+    if not out.is_dir():
+        raise ValueError("\n".join(f"{f.name}: {f.message}" for f in findings))
+    return findings
+
+
+def _supplied(source: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pictures and segmentations that lie beside a mesh: `NAME_rgb.png` and `NAME_seg.png`, of any view.
+
+    Raises:
+        MediaError: when one cannot be read, or they do not fit.
+    """
+    found = []
+    for path in sorted(source.parent.glob(f"{glob.escape(source.stem)}*_rgb.png")):
+        seg = path.with_name(path.name.replace("_rgb.png", "_seg.png"))
+        if not seg.is_file():
+            raise MediaError(path, f"has no {seg.name} beside it", "no-segmentation")
+        image, ids = read_image(path), mesh.read_ids(seg)
+        if image.shape[:2] != ids.shape:
+            raise MediaError(seg, f"is {_size(ids)}, but {path.name} is {_size(image)}", "picture-size")
+        found.append((image, ids.astype(np.uint8)))
+    return found
+
+
 def prepare(
     sources: Sequence[Path],
     out: Path,
@@ -297,6 +335,9 @@ def prepare(
     seed: int = 0,
 ) -> list[Finding]:
     """Turns files of meshes into training scenes: one transform each, surfaces, pictures, segmentations.
+
+    Pictures that lie beside a mesh are taken, with objects numbered in the order of their names; else they
+    are drawn.
 
     Args:
         sources: files with a mesh per object.
@@ -312,30 +353,33 @@ def prepare(
     findings = []
     for source in sources:
         try:
-            parts = mesh.read_scene(source)
+            parts, given = mesh.read_scene(source), _supplied(source)
         except ValueError as error:
             findings.append(Finding("error", source.name, str(error)))
             continue
         bounds = np.stack([m.bounds for m in parts.values()])
         transform = mesh.normalising(np.stack([bounds[:, 0].min(0), bounds[:, 1].max(0)]))
-        moved = [m.apply_transform(transform) for m in parts.values()]
-        for name, one in zip(parts, moved, strict=True):
-            if not one.is_watertight:
-                findings.append(
-                    Finding(
-                        "warning", source.name, f"`{name}` is not watertight: its normals may point anywhere"
-                    )
-                )
+        moved = []
+        for name, one in parts.items():
+            whole, turned = mesh.outward(one.apply_transform(transform))
+            moved.append(whole)
+            if turned:
+                many = f"{turned} of its pieces were inside out and were turned"
+                findings.append(Finding("warning", source.name, f"`{name}`: {many}", "flipped"))
+            if not whole.is_watertight:
+                why = "is not watertight: its normals may point anywhere"
+                findings.append(Finding("warning", source.name, f"`{name}` {why}", "surface"))
         surfaces = [mesh.sample_surface(m, points, seed + i) for i, m in enumerate(moved)]
-        for i, view in enumerate(views(count, seed)):
-            image, ids = mesh.render(moved, view, size)
+        shown = given or [mesh.render(moved, view, size) for view in views(count, seed)]
+        for i, (image, ids) in enumerate(shown):
             seen = [n for n in range(1, len(moved) + 1) if (ids == n).mean() > SMALL]
             hidden = [list(parts)[n - 1] for n in range(1, len(moved) + 1) if n not in seen]
             if hidden:
                 findings.append(
                     Finding("warning", f"{source.stem}_{i:02d}", f"`{hidden[0]}` is hidden in this view")
                 )
-            _write(out / f"{source.stem}_{i:02d}", image, ids, {n: surfaces[n - 1] for n in seen})
+            if seen:
+                _write(out / f"{source.stem}_{i:02d}", image, ids, {n: surfaces[n - 1] for n in seen})
     return findings
 
 
@@ -425,13 +469,15 @@ VIDEO_KEYS = {
 
 def not_of_scenes(config: recipe.Config) -> list[str]:
     """Sentences about what a recipe asks of videos."""
-    return [
-        f"{section}.{key}: only videos have that; leave it out"
-        for section, keys in VIDEO_KEYS.items()
-        for key in keys
-        if getattr(getattr(config, section), key)
-        != type(getattr(config, section)).model_fields[key].get_default(call_default_factory=True)
-    ]
+    derived = {"size": config.data.size, "frames": max(config.data.frames)}
+    out = []
+    for section, keys in VIDEO_KEYS.items():
+        given = getattr(config, section)
+        for key in keys:
+            usual = type(given).model_fields[key].get_default(call_default_factory=True)
+            if getattr(given, key) not in (usual, derived.get(key) if section == "sample" else usual):
+                out.append(f"{section}.{key}: only videos have that; leave it out")
+    return out
 
 
 # --- looking ------------------------------------------------------------------------------------------------

@@ -14,8 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LONG = 128
 """Pixels of the longer side at which motion is searched."""
@@ -83,6 +87,31 @@ METRICS: Mapping[str, Metric] = {
     ),
 }
 """What `measure` gives, in the order in which it is shown."""
+
+
+TRUTH = False
+"""A video has no one right answer."""
+
+
+def right(metrics: Mapping[str, float]) -> None:
+    """Says nothing: no metric knows whether a video is as asked."""
+
+
+def keep(frames: np.ndarray) -> np.ndarray:
+    """What the difference of two videos is measured on: all of it."""
+    return frames
+
+
+def picture(frames: np.ndarray) -> Image.Image:
+    """Some of its frames in a row."""
+    from inlay.evaluate import page
+
+    return page.strip(frames)
+
+
+def gauge(frames: np.ndarray, window: object) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """`METRICS` of a video, which has no parts."""
+    return measure(frames), {}
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:

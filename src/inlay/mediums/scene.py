@@ -95,7 +95,8 @@ class Scenes(Medium):
             for i, seen in enumerate(pool.map(look, clips)):
                 clip = clips[i]
                 if isinstance(seen, media.MediaError):
-                    problems.append(data.Problem("error", seen.code, clip.name, seen.cause, clip.source))
+                    said = str(seen).removeprefix(f"{clip.path.parent}{os.sep}")
+                    problems.append(data.Problem("error", seen.code, clip.name, said, clip.source))
                 else:
                     count, notes = seen
                     by_code = {c: [n for n in notes if n.code == c] for c in {n.code for n in notes}}
