@@ -343,8 +343,19 @@ class Sample(Section):
     transparent: list[str] = ["mov", "webm"]
     """Files of each transparent video, besides the mp4 on a checkerboard: `mov` (ProRes 4444, for editing),
     `webm` (VP9, small, for browsers), `png` (a .zip of images, exact), `apng` or `mkv` (FFV1), exact too."""
+    grid: int = Field(default=256, ge=16, le=1024)
+    """Scenes: cells per side of the box that objects are meshed in, a power of two."""
+    triangles: int | None = Field(default=None, ge=100)
+    """Scenes: most triangles of an object; larger meshes are simplified. Default: as they come."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video; video i of a prompt uses seed + i."""
+
+    @field_validator("grid")
+    @classmethod
+    def _power(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"{value} is not a power of two, such as 128 or 256")
+        return value
 
     @field_validator("images", mode="before")
     @classmethod
