@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file
 
-from inlay import config, cost, families, formats, generate, runtime
+from inlay import alpha, config, cost, families, formats, generate, runtime
+from inlay.models import rgba_codec
 from inlay.train import train
 from inlay.twins import tiny
+from test_codec import made, rgba_clips
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "launch")
@@ -29,6 +32,9 @@ published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 
 
 def family(settings: config.Config) -> families.Family:
+    """Of a recipe whose codec, if it names one, nobody has trained yet."""
+    if settings.tuner.kind == "codec":
+        return alpha.family(settings)
     return families.get(settings.model.family)(settings.model)
 
 
@@ -101,6 +107,12 @@ def test_trains_two_steps(
         "train.trackers=[]",
         "sample.steps=2",
     ]
+    if "alpha" in raw or raw["tuner"]["kind"] == "codec":
+        changes.append(f"data.sources={rgba_clips(tmp_path / 'cutouts', 6, frames, size)}")
+    if "codec" in raw.get("alpha", {}):
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+        rgba_codec.save(made(vae), tmp_path / "codec")
+        changes.append(f"alpha.codec={tmp_path / 'codec'}")
     if "every" in raw.get("sample", {}):
         changes.append("sample.every=2")
     if raw["data"].get("held_out"):
@@ -111,6 +123,9 @@ def test_trains_two_steps(
     assert [x["step"] for x in lines if "loss" in x] == [2]
     assert [x["step"] for x in lines if "held_out_loss" in x] == ([2] if settings.data.held_out else [])
     assert bool(list(run.glob("samples/step-000002/*.mp4"))) == bool(settings.sample.every)
+    if settings.tuner.kind == "codec":
+        assert (run / "codec/merge.safetensors").is_file()
+        return
     if settings.tuner.kind == "full":
         assert (run / "adapter/config.json").is_file()
     else:
@@ -123,6 +138,16 @@ def test_trains_two_steps(
     wanted = families.get(model["family"])(settings.model).images
     images = [[str(start)] * len(wanted)] if wanted else []
     assert len(generate.generate(run, ["a clip"], images=images, steps=2)) == 1
+
+
+def test_the_transparent_demo_is_its_recipe() -> None:
+    from inlay import demo_rgba
+
+    ours = config.load(ROOT / "recipes/wan/twin-rgba.yaml")
+    theirs = config.build(demo_rgba.recipe(Path("runs/demo")))
+    sources = [s.model_copy(update={"repeats": 1}) for s in theirs.data.sources]
+    assert ours.tuner == theirs.tuner and ours.alpha == theirs.alpha and ours.optim == theirs.optim
+    assert ours.data.sources == sources and ours.train == theirs.train and ours.memory == theirs.memory
 
 
 def test_experts_share_their_cache() -> None:

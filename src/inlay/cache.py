@@ -204,6 +204,7 @@ class Cache:
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
         """Names of the items of windows."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
+        what += family.media_key
         files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
@@ -262,7 +263,9 @@ def build_media(
     workers: int,
     advance: Advance,
 ) -> Built:
-    """Encodes windows that are not there yet; latents are kept as float16, with more digits than bfloat16.
+    """Encodes windows that are not there yet.
+
+    Latents are kept as float16, with more digits than bfloat16, pixels as they are.
 
     Raises:
         ValueError: when the cache cannot be written. What was made stays; run it again.
@@ -291,7 +294,7 @@ def build_media(
         except (OSError, ValueError) as error:
             built.failed[str(window.clip.path)] = str(error)
         else:
-            item = {k: v.half() for k, v in item.items()}
+            item = {k: v.half() if v.is_floating_point() else v for k, v in item.items()}
             about = {
                 "clip": window.clip.name,
                 "window": json.dumps(window.key, default=str),

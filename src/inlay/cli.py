@@ -313,8 +313,16 @@ def evaluate_(
     """Compare base and tuned side by side, same seeds: held-out loss, video metrics, `report.html`."""
     _quiet()
     from inlay.console import console
-    from inlay.evaluate import Prompt, evaluate, summary_table
+    from inlay.evaluate import Prompt, codec, evaluate, summary_table
+    from inlay.runtime import Run
 
+    if Run(run).config().tuner.kind == "codec":
+        found = codec.evaluate(run, checkpoint=checkpoint, device=device)
+        console.print(codec.table(found))
+        for line in codec.text(found):
+            _say(line)
+        print(found.path)
+        return
     if (image or last_image) and not file:
         raise ValueError("--image: goes with --file; the recipe's own prompts have theirs in sample.images")
     texts = _lines(file) if file else []
@@ -341,17 +349,25 @@ def evaluate_(
 @app.command()
 def export(
     run: RunFolder,
-    to: Annotated[str, typer.Option(help="`diffusers`, `comfyui`, `kohya`, or `merged` for full weights.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); a codec: `wan-alpha`, `comfyui`."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File or folder. Default: export/ in the run.")
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
+    then: Annotated[
+        Path | None, typer.Option(help="With `merged`: a LoRA on top, such as one that distils steps.")
+    ] = None,
 ) -> None:
     """Write what a run has trained in another program's layout, read it back, and compare."""
     _quiet()
     from inlay import exchange
 
-    print(exchange.export(run, to, out, checkpoint))
+    print(exchange.export(run, to, out, checkpoint, then))
 
 
 @app.command("import")
@@ -359,7 +375,7 @@ def import_(
     adapter: Annotated[
         Path, typer.Argument(help="Adapter file or folder in any known layout.", show_default=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write in diffusers layout.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write, in diffusers layout.", show_default=False)],
     family: Annotated[str, typer.Option(help="Model family.")] = "wan",
     checkpoint: Annotated[
         str | None, typer.Option(help="Base checkpoint: checks shapes, converts `dora_scale`.")
@@ -423,6 +439,9 @@ def composite(
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("runs/demo"),
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
+    alpha: Annotated[
+        str, typer.Option(help="`opaque`, or transparent clips: `merged` or `joint`.")
+    ] = "opaque",
 ) -> None:
     """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
 
@@ -430,6 +449,11 @@ def demo(
     evaluates.
     """
     _quiet()
-    from inlay.demo import demo
+    if alpha == "opaque":
+        from inlay.demo import demo
 
-    demo(folder, dora=dora)
+        demo(folder, dora=dora)
+        return
+    from inlay import demo_rgba
+
+    demo_rgba.run(folder, alpha, dora=dora)

@@ -77,10 +77,6 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
     epoch."""
-    preserve: float = Field(default=0.0, ge=0)
-    """Above 0, clips of what the network knows and should not forget: of them the adapter learns to predict
-    what the network predicts without it, not what is in the clip. The number is their weight in the loss; 10
-    keeps nearly everything, 0 is for clips that are learned."""
 
 
 class Matte(Section):
@@ -226,6 +222,45 @@ class Full(Section):
     """All weights of the denoiser train, or those of `targets`."""
     targets: list[str] = []
     """Regular expressions over whole parameter names; one that matches nothing stops. Default: everything."""
+
+
+class Codec(Section):
+    """Train a codec for merged alpha instead of the denoiser: a merge block and two decoders."""
+
+    kind: Literal["codec"]
+    """Colour and alpha of clips into one latent and back (after Wan-Alpha), on the frozen VAE; no text."""
+    train: Literal["merge+decoders", "merge"] = "merge+decoders"
+    """`merge+decoders`: all three. `merge`: the merge block alone, towards the decoders of `start`."""
+    rank: int = Field(default=128, ge=1)
+    """Rank of the update of each decoder; of `start` where one is given."""
+    start: str | None = Field(default=None, min_length=1)
+    """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
+    begin: Literal["random", "encoder"] = "random"
+    """Without `start`, the merge block is random, or at first gives what the encoder does of colour: then
+    colour is right at once, and alpha is what is left to learn."""
+    loss: Literal["paper", "reference"] = "paper"
+    """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
+    differences, squared error of plain features."""
+    perceptual: str = Field(default="none", min_length=1)
+    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` leaves
+    these three of the nine terms out."""
+    edge: Literal["sobel", "central"] | None = None
+    """Filter of the edge terms. Default: the preset's."""
+    vgg_normalize: Literal["imagenet", "none"] | None = None
+    """Normalisation before the perceptual network. Default: the preset's."""
+    hard_mask: Literal["reconstructed", "true"] = "reconstructed"
+    """Which alpha masks the hard render of the reconstruction."""
+    alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
+    """Alpha up to this counts as clear; lossy files leave more than 0 in empty regions. 0 is the paper's."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
+    learned opaque clips has less to learn. Not in the paper."""
+    visible: float = Field(default=0.0, ge=0)
+    """Weight of the mean error of colour over visible pixels alone, which small subjects need. Not in the
+    paper."""
+    noise: float = Field(default=0.0, ge=0)
+    """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
+    Not in the paper."""
 
 
 class Optim(Section):
@@ -388,6 +423,8 @@ class Joint(Section):
     """A trained vector, zero at first, added to every token of alpha."""
     shared_noise: bool = True
     """Samples start from the same noise in both halves; in training each has its own."""
+    alpha_from: Literal["mean", "max"] = "mean"
+    """Of the three channels that alpha is decoded to; `max` as published."""
 
 
 class Merged(Section):
@@ -401,7 +438,7 @@ class Merged(Section):
     """Colours that each clip is encoded on; every showing takes one of them."""
 
 
-Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
+Tuner = Annotated[LowRank | Full | Codec, Field(discriminator="kind")]
 Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 
 
@@ -444,13 +481,6 @@ class Config(Section):
 def _conflicts(config: Config) -> Iterator[str]:
     """Keys that are fine alone, but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
-    if any(source.preserve for source in config.data.sources):
-        if tuner.kind == "full":
-            yield "data.sources.preserve: full fine-tuning keeps no untuned network; train an adapter"
-        elif parallel in ("fsdp", "zero3"):
-            yield f"data.sources.preserve: not with runtime.parallel={parallel}; use ddp or zero2"
-        if all(source.preserve for source in config.data.sources):
-            yield "data.sources.preserve: every source has it, and nothing new is learned; leave one without"
     small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
     if tuner.kind == "full":
         for key in small:
@@ -458,7 +488,7 @@ def _conflicts(config: Config) -> Iterator[str]:
                 f"memory.{key}: only for a base that stays frozen; full fine-tuning trains it in float32: "
                 "leave it out, or train an adapter (tuner.kind=lora)"
             )
-    elif tuner.kind in ("lokr", "loha") and tuner.dropout:
+    elif isinstance(tuner, LowRank) and tuner.kind in ("lokr", "loha") and tuner.dropout:
         yield f"tuner.dropout: {tuner.kind} has none before its update; leave it out"
     if len(small) == 2:
         yield "memory.layerwise_casting: memory.quantize makes the base small already; leave one of them out"
@@ -474,8 +504,30 @@ def _conflicts(config: Config) -> Iterator[str]:
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
             yield f"memory.{key}: runtime.parallel={parallel} shards instead; use ddp, or leave it out"
+    if tuner.kind == "codec":
+        yield from _codec_conflicts(config, tuner)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: memory.layerwise_casting moves weights between layers; leave one of them out"
+
+
+def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
+    """What training a codec leaves no room for."""
+    if config.alpha.kind != "opaque":
+        yield f"alpha.kind: a codec is what makes {config.alpha.kind} alpha possible; leave `alpha` out"
+    if tuner.train == "merge" and tuner.start is None:
+        yield (
+            "tuner.start: train=merge learns what frozen decoders can split, and the VAE's own know no "
+            "alpha; name a codec whose decoders were trained, or use train=merge+decoders"
+        )
+    if config.runtime.parallel != "ddp":
+        yield f"runtime.parallel: every process holds a whole codec: use ddp, not {config.runtime.parallel}"
+    if config.runtime.compile:
+        yield "runtime.compile: the codec has no repeated blocks to compile; leave it out"
+    for key in ("quantize", "layerwise_casting"):
+        if getattr(config.memory, key) is not None:
+            yield f"memory.{key}: the VAE of a codec stays in float32; leave it out"
+    if config.sample.every:
+        yield "sample.every: a codec draws nothing, validation reconstructs held-out clips; leave it out"
 
 
 class _Loader(yaml.SafeLoader):
@@ -575,7 +627,7 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
 
 _TAGS: dict[tuple[str, ...], type[Section]] = {
     (section, kind): part
-    for section, parts in (("tuner", (LowRank, Full)), ("alpha", (Opaque, Joint, Merged)))
+    for section, parts in (("tuner", (LowRank, Full, Codec)), ("alpha", (Opaque, Joint, Merged)))
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
@@ -646,6 +698,7 @@ def reference() -> str:
     sections |= {
         "tuner (lora, dora, lokr, loha)": LowRank,
         "tuner (full)": Full,
+        "tuner (codec)": Codec,
         "alpha (opaque)": Opaque,
         "alpha (joint)": Joint,
         "alpha (merged)": Merged,

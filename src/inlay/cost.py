@@ -84,7 +84,8 @@ class _Fused:
     A mode for torch functions would not reach what is recomputed in a backward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, video: int, text: int) -> None:
+        self.video, self.text = video, text
         self.counts = {"attention": 0.0, "across": 0.0}
 
     def __enter__(self) -> None:
@@ -96,7 +97,9 @@ class _Fused:
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         products = 4.0 * query.numel() * key.shape[-2]
-        name = "attention" if query.shape[-2] == key.shape[-2] else "across"
+        asking, asked = query.shape[-2], key.shape[-2]
+        all_pairs = min(asking, asked) >= self.video and asked != self.text
+        name = "attention" if asking == asked or all_pairs else "across"
 
         def note(times: float) -> None:
             self.counts[name] += times * products
@@ -181,7 +184,10 @@ def count(
         savings.checkpoint(denoiser, checkpointing)
     denoiser.train()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    ledger, fused = _Ledger([*denoiser.parameters(), *denoiser.buffers()]), _Fused()
+    ledger, fused = (
+        _Ledger([*denoiser.parameters(), *denoiser.buffers()]),
+        _Fused(family.tokens(*shape) - family.text_before, family.text_length),
+    )
     if accumulating:
         ledger.gradients = ledger.now = 4 * sum(p.numel() for p in trained)
     note = _drop if accumulating else ledger.gradient
@@ -330,11 +336,13 @@ def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> t
     for parameter in denoiser.parameters():
         parameter.data = parameter.data.to(precision)
     with torch.device("meta"):
-        trained = tuners.attach(config.tuner, family.targets, denoiser, seed=0)
+        tuners.attach(config.tuner, family.targets, denoiser, seed=0)
+        family.attached(denoiser)
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
     if isinstance(config.tuner, recipe.Full):
-        for parameter in trained.values():
+        for parameter in trained:
             parameter.data = parameter.data.to(precision)
-    return denoiser, sum(p.numel() for p in trained.values())
+    return denoiser, sum(p.numel() for p in trained)
 
 
 def _frozen(

@@ -102,6 +102,12 @@ def generate(
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     family = alpha.family(config)
+    if isinstance(config.tuner, recipe.Codec):
+        raise ValueError(
+            f"{run}: this run trained a codec, which draws nothing from prompts: name "
+            f"{place.folder / 'codec'} as alpha.codec of a recipe that trains the network, or look at its "
+            "clips with `inlay evaluate`"
+        )
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     if overrides.get("transparent") and family.channels != 4:
@@ -196,6 +202,11 @@ def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
         network = family.load_denoiser(torch.float32, meta=True)
         if not lycoris.load(network, folder):
             formats.read(folder, family, shapes=formats.shapes(network))
+        try:
+            for file in folder.glob("*.safetensors"):
+                family.accept(runtime.header(file))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     return folder
 
 
@@ -220,7 +231,7 @@ def load_pipeline(
     pipeline = family.pipeline(denoiser=None, **options)
     put(family, pipeline, folder)
     if strength != 1:
-        pipeline.set_adapters(["inlay"], [strength])
+        family.weaken(pipeline, strength)
         if config.tuner.kind == "dora":
             say("note: DoRA is not linear in its strength; 0.5 is not half of the effect")
     return pipeline
@@ -351,6 +362,8 @@ def card(
     config: recipe.Config, family: families.Family, step: int, prompts: Sequence[str], objective: object
 ) -> str:
     """The model card of a run."""
+    if isinstance(config.tuner, recipe.Codec):
+        return alpha.codec.card(config, config.tuner, family.name, step)
     what = "" if isinstance(objective, FlowMatching) else "v-prediction on the checkpoint's schedule"
     return formats.model_card(
         config,
@@ -358,6 +371,7 @@ def card(
         prompts=list(prompts),
         task="image-to-video" if family.images else "text-to-video",
         objective=what,
+        warnings=family.warnings(),
     )
 
 

@@ -18,11 +18,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay import CallableModule, alpha, cache, data, families, generate, memory, parallel, runtime, tuners
+from inlay import (
+    CallableModule,
+    alpha,
+    cache,
+    data,
+    families,
+    generate,
+    memory,
+    parallel,
+    runtime,
+    steps,
+    tuners,
+)
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.runtime import Context, Run
-from inlay.steps import QUANTILES, Batch, DenoisingStep, Step, stable_hash
+from inlay.steps import Batch, Step, stable_hash
 
 HELD_OUT_AT_MOST = 16
 """Held-out clips that are measured each time."""
@@ -56,7 +68,7 @@ def train(config: recipe.Config) -> Path:
                     generator = torch.Generator().manual_seed(stable_hash(config.seed, "noise", index))
                     out = job.step(job.network, batch.to(ctx.device), generator)
                     job.strategy.backward(out["loss"] / t.accumulate, last=i + 1 == t.accumulate)
-                    meters.add(step, out["losses"], batch.names)
+                    meters.add(step, out, batch.names)
                 meters.norm(step, job.update(step))
                 last = step == t.steps
                 stop = (
@@ -171,18 +183,15 @@ class Job:
         return norm
 
     def validate(self, step: int) -> None:
-        """Writes the held-out loss at fixed quantiles of the noise level."""
+        """Writes what the step measures on held-out clips, such as the loss at fixed noise levels."""
         if not self.held_out:
             return
-        assert isinstance(self.step, DenoisingStep)
         n, world = len(self.held_out), self.ctx.world
         mine = range(self.ctx.rank, -(-n // world) * world, world)  # as many passes in each, for shards
         with self.averaged():
             rows = self.step.held_out(self.denoiser, [self.held_out[i % n] for i in mine], self.ctx.device)
         rows = rows[: len(range(self.ctx.rank, n, world))]
-        losses = (self.ctx.total(rows.sum(0)) / n).tolist()
-        values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
-        self.meters.write({"step": step, "held_out_loss": sum(losses) / len(losses), **values})
+        self.meters.write({"step": step, **self.step.summary(self.ctx.total(rows.sum(0)) / n)})
         self.meters.pause()
 
     def sample(self, step: int) -> None:
@@ -209,13 +218,13 @@ class Job:
 
     def save(self, step: int, *, final: bool) -> None:
         """Writes a checkpoint and, at the end, what other programs load; whole tensors in every mode."""
-        gather, section = self.strategy.gather, self.config.tuner
+        gather, section, name = self.strategy.gather, self.config.tuner, tuners.folder(self.config.tuner)
         about = {"inlay_step": str(step), **self.family.about()}
         with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
             with self.averaged():
                 weights = gather(tuners.weights(section, self.denoiser))
                 if folder is not None:
-                    tuners.save(section, self.denoiser, weights, folder / "adapter", metadata=about)
+                    tuners.save(section, self.denoiser, weights, folder / name, metadata=about)
             tensors = {f"weights.{n}": w for n, w in gather(self.parameters).items()}
             tensors |= {f"ema.{n}": w for n, w in gather(self.ema.weights if self.ema else {}).items()}
             state, moments = self.strategy.optimizer_state(self.optimizer)
@@ -226,8 +235,8 @@ class Job:
         if self.ctx.main:
             self.run.keep(self.config.train.keep)
         if final and self.ctx.main:
-            with runtime.atomic(self.run.adapter) as folder:
-                shutil.copytree(self.run.checkpoint(str(step)) / "adapter", folder)
+            with runtime.atomic(self.run.folder / name) as folder:
+                shutil.copytree(self.run.checkpoint(str(step)) / name, folder)
                 card = generate.card(
                     self.config,
                     self.family,
@@ -301,12 +310,13 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     )
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
-    full = config.tuner.kind == "full"
+    full = config.tuner.kind in ("full", "codec")  # what trains in float32 computes under autocast
     denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).train()
     memory.shrink(config.memory, denoiser, strategy.device, ctx.precision)
     if config.memory.gradient_checkpointing:
         memory.checkpoint(denoiser, config.memory.gradient_checkpointing)
     tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
+    family.attached(denoiser)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)
@@ -321,8 +331,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     precision = torch.autocast(
         ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
     )
-    objective = family.objective(config.objective, config.data.size)
-    step = DenoisingStep(family, objective, precision, tuners.disabled)
+    step = steps.of(config, family, precision, tuners.disabled)
     meters = runtime.Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = runtime.EMA(config.optim.ema, held) if config.optim.ema else None

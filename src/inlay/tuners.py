@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from inlay import config as recipe
 from inlay import formats, lycoris, memory
+from inlay.alpha import joint
+from inlay.models import rgba_codec
 
 ADAPTER = "default"
 """peft's name of the adapter that is trained."""
@@ -55,12 +57,23 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
     return [n for n in names if n in found]
 
 
-def select(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
+Section = recipe.LowRank | recipe.Full | recipe.Codec
+
+
+def folder(section: Section) -> str:
+    """Name of the folder, in a run and in each of its checkpoints, that other programs load."""
+    return "codec" if isinstance(section, recipe.Codec) else "adapter"
+
+
+def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
     """Names of the layers that get an adapter, or of the parameters that train; also of a network on meta.
 
     Raises:
         ValueError: when a target matches nothing.
     """
+    if isinstance(section, recipe.Codec):
+        trained = ("merge.",) if section.train == "merge" else ("merge.", "rgb.", "alpha.")
+        return [n for n, _ in denoiser.named_parameters() if n.startswith(trained)]
     if isinstance(section, recipe.Full):
         names = [n for n, _ in denoiser.named_parameters()]
         return match(section.targets, names, what="parameter") if section.targets else names
@@ -72,7 +85,7 @@ def select(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denois
 
 
 def attach(
-    section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module, *, seed: int
+    section: Section, targets: Sequence[str], denoiser: nn.Module, *, seed: int
 ) -> dict[str, nn.Parameter]:
     """Freezes the denoiser and opens what trains, in float32.
 
@@ -90,7 +103,9 @@ def attach(
     """
     denoiser.requires_grad_(False)
     chosen = select(section, targets, denoiser)
-    if isinstance(section, recipe.Full):
+    if isinstance(section, recipe.Codec) and section.start is None:
+        rgba_codec.draw(denoiser, seed, section.begin)  # type: ignore[arg-type]
+    if not isinstance(section, recipe.LowRank):
         for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(name in set(chosen))
     else:
@@ -197,22 +212,24 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     return (squared + 2 * s * cross + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
 
 
-def weights(section: recipe.LowRank | recipe.Full, denoiser: nn.Module) -> dict[str, Tensor]:
+def weights(section: Section, denoiser: nn.Module) -> dict[str, Tensor]:
     """What `save` writes, by name: the trained tensors, or after full fine-tuning all of them."""
+    if isinstance(section, recipe.Codec):
+        return {n: p for n, p in denoiser.named_parameters() if not n.startswith("vae.")}
     if isinstance(section, recipe.Full):
         return denoiser.state_dict(keep_vars=True)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
 
 
 def save(
-    section: recipe.LowRank | recipe.Full,
+    section: Section,
     denoiser: nn.Module,
     weights: Mapping[str, Tensor],
     folder: Path,
     *,
     metadata: Mapping[str, str],
 ) -> Path:
-    """Writes what was trained for use elsewhere: an adapter, or after full fine-tuning a diffusers folder.
+    """Writes what was trained for use elsewhere: an adapter, a codec, or a whole network in diffusers layout.
 
     Args:
         section: the recipe's tuner.
@@ -222,6 +239,13 @@ def save(
         metadata: text for the file's header.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(section, recipe.Codec):
+        about = {"loss": section.loss, **{n.removeprefix("inlay_"): v for n, v in metadata.items()}}
+        about |= {
+            n: getattr(section, n) for n in ("hard_mask", "anchor", "noise", "visible") if getattr(section, n)
+        }
+        rgba_codec.save(denoiser, folder, alpha_eps=section.alpha_eps, about=about, weights=weights)  # type: ignore[arg-type]
+        return folder
     if isinstance(section, recipe.Full):
         with torch.device("meta"):  # a sharded network has no whole weights, and a class of its own
             kind = next(c for c in type(denoiser).__mro__ if not issubclass(c, FSDPModule))
@@ -232,6 +256,9 @@ def save(
     tensors = {
         n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
     }
+    vector = tensors.pop(f"{joint.NAME}.weight", None)
+    if vector is not None:
+        formats.write_tensors(folder / joint.EMBEDDING, {joint.NAME: vector}, metadata)
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
     if section.kind in lycoris.KINDS:
         return lycoris.write(folder, tensors, peft_config, metadata=dict(metadata))

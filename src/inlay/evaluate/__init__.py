@@ -90,6 +90,8 @@ def evaluate(
     began = time.perf_counter()
     place = Run(Path(run))
     config = _config(place, device, overrides)
+    if isinstance(config.tuner, recipe.Codec):
+        raise ValueError(f"evaluate: {run} trained a codec, which has no prompts; use inlay.evaluate.codec")
     family = train.open_family(config)
     sides = _sides(place, family, against, checkpoint)
     with runtime.start(config) as ctx:

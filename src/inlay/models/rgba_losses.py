@@ -122,6 +122,8 @@ class RgbaLoss:
     perceptual: Callable[[Tensor], Tensor] | None = None
     """`Perceptual`, or None where no file was given: its three terms are then left out."""
     alpha_eps: float = ALPHA_EPS
+    edge: Edge | None = None
+    """Filter of the edge terms; None takes the preset's."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
     """Which alpha masks the hard render of the reconstruction; its own hovers around clear."""
 
@@ -149,7 +151,7 @@ class RgbaLoss:
             ),
         }
         terms: dict[str, Tensor] = {}
-        kind: Edge = "sobel" if self.preset == "paper" else "central"
+        kind: Edge = self.edge or ("sobel" if self.preset == "paper" else "central")
         for name, (got, true) in pairs.items():
             got, true = got.float(), true.float()
             terms[f"l1_{name}"] = (got - true).abs().mean()
