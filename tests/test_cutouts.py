@@ -410,7 +410,7 @@ def test_matte_and_options_are_part_of_what_is_cached(clips: Path, tmp_path: Pat
     make.pair(clips, "a", make.clip())
     store, family = (
         cache.Cache(tmp_path / "cache"),
-        SimpleNamespace(images=(), model=SimpleNamespace(family="x")),
+        SimpleNamespace(images=(), model=SimpleNamespace(family="x"), media_key=()),
     )
     store.encoder = lambda *_: []  # type: ignore[method-assign]
 
