@@ -208,6 +208,14 @@ def test_the_loss_is_a_function_of_its_generator_and_reaches_all_that_trains(vae
     codec.zero_grad()
 
 
+@torch.no_grad()
+def test_a_merge_block_may_begin_as_the_encoder_s_head(vae: AutoencoderKLWan) -> None:
+    codec = rgba_codec.new(vae, 2, 0, "encoder")
+    rgb, alpha = (torch.rand(1, 3, 9, 32, 32) * 2 - 1 for _ in range(2))
+    assert (codec.encode(rgb, alpha) - vae.encode(rgb).latent_dist.mode()).abs().max() < 1e-5
+    assert (rgba_codec.new(vae, 2, 0).encode(rgb, alpha) - codec.encode(rgb, alpha)).abs().max() > 1e-2
+
+
 def test_codecs_fit_one_kind_of_vae(tiny_5b: Path) -> None:
     other = AutoencoderKLWan.from_pretrained(tiny_5b, subfolder="vae")
     with pytest.raises(ValueError, match=r"16-channel VAE of Wan 2\.1"):

@@ -137,6 +137,15 @@ def test_a_run_learns_and_draws_with_its_codec_alone(
         train(merged(tuner={"kind": "dora", "rank": 2}, alpha__codec=str(codecs[1])))
 
 
+def test_a_codec_may_have_colours_of_its_own(
+    merged: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
+) -> None:
+    rgba_codec.save(made(vae), tmp_path / "grey", colors=[[-0.5, -0.5, -0.5]])
+    family: Any = alpha.family(merged(alpha__codec=str(tmp_path / "grey"), alpha__colors=4))
+    item = family.encode_media(family.load_media_encoder(torch.device("cpu")), disc(5))
+    assert tuple(item["latents"].shape) == family.stored(5, 32, 32)["latents"] == (1, 16, 2, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [

@@ -256,6 +256,9 @@ class Codec(Section):
     """Which alpha masks the hard render of the reconstruction."""
     alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
     """Alpha up to this counts as clear; lossy files leave more than 0 in empty regions. 0 is the paper's."""
+    colors: list[tuple[int, int, int]] = []
+    """Colours, 0-255, that clips are put on before they are encoded. Empty: the eight corners of the colour
+    cube, as in the paper, so that no colour means transparency."""
     anchor: float = Field(default=0.0, ge=0)
     """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
     learned opaque clips has less to learn. Not in the paper."""

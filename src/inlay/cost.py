@@ -268,7 +268,7 @@ def estimate(
     Raises:
         ValueError: when the tuner's targets match nothing.
     """
-    full = isinstance(config.tuner, recipe.Full)
+    full = not isinstance(config.tuner, recipe.LowRank)
     denoiser, trained = _network(family, config, precision)
     parameters = sum(p.numel() for p in denoiser.parameters()) - (0 if full else trained)
     largest = max(shapes, key=lambda s: family.tokens(*s))
@@ -281,7 +281,8 @@ def estimate(
         checkpointing=checkpointing,
         accumulating=accumulate > 1,
     )
-    frozen, temporary = _frozen(config, denoiser, precision, recomputed=checkpointing == 1)
+    held = torch.float32 if isinstance(config.tuner, recipe.Codec) else precision
+    frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
     offloaded = config.memory.offload_optimizer and device.type != "cpu"
     memory = {
         "frozen weights": frozen,
@@ -353,7 +354,7 @@ def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> t
         tuners.attach(config.tuner, family.targets, denoiser, seed=0)
         family.attached(denoiser)
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    if isinstance(config.tuner, recipe.Full):
+    if not isinstance(config.tuner, recipe.LowRank):
         for parameter in trained:
             parameter.data = parameter.data.to(precision)
     return denoiser, sum(p.numel() for p in trained)

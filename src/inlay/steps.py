@@ -188,13 +188,20 @@ class CodecStep:
     anchor: float = 0.0
     noise: float = 0.0
     visible: float = 0.0
+    colors: Sequence[Sequence[float]] = COLORS
     precision: AbstractContextManager[Any] = field(
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
 
     @classmethod
-    def of(cls, section: recipe.Codec, precision: AbstractContextManager[Any]) -> CodecStep:
-        """As the recipe's tuner says.
+    def of(
+        cls,
+        section: recipe.Codec,
+        precision: AbstractContextManager[Any] | None = None,
+        *,
+        quiet: bool = False,
+    ) -> CodecStep:
+        """As the recipe's tuner says; `quiet` does not say which terms are off.
 
         Raises:
             ValueError: when the perceptual network cannot be loaded.
@@ -202,14 +209,17 @@ class CodecStep:
         from inlay.alpha.codec import perceptual_file
 
         network = None
+        precision = precision or torch.autocast("cpu", enabled=False)
         if section.perceptual == "none":
-            say("note: no perceptual network (tuner.perceptual): its three of the nine terms are off")
+            if not quiet:
+                say("note: no perceptual network (tuner.perceptual): its three of the nine terms are off")
         else:
             imagenet = section.vgg_normalize or ("imagenet" if section.loss == "paper" else "none")
             file = perceptual_file(section.perceptual)
             network = Perceptual.load(file, imagenet=imagenet == "imagenet")
         loss = RgbaLoss(section.loss, network, section.alpha_eps, section.edge, section.hard_mask)
-        return cls(loss, section.anchor, section.noise, section.visible, precision)
+        colors = [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
+        return cls(loss, section.anchor, section.noise, section.visible, colors, precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """See `Step`; the terms are means over the micro-batch, so every sample has the same."""
@@ -225,6 +235,7 @@ class CodecStep:
                 anchor=self.anchor,
                 noise=self.noise,
                 visible=self.visible,
+                colors=self.colors,
             )
         each = {f"loss_{n}": t for n, t in terms.items() if n != "loss"} | {"losses": terms["loss"]}
         n = len(batch.latents)
@@ -236,7 +247,7 @@ class CodecStep:
         rows = [torch.zeros(len(rgba_metrics.COLUMNS), dtype=torch.float64, device=device)] * (not batches)
         for batch in batches:
             true = batch.latents.to(device)
-            got = reconstruct(denoiser, true, self.loss.alpha_eps, *batch.names)
+            got = reconstruct(denoiser, true, self.loss.alpha_eps, *batch.names, colors=self.colors)
             rows.append(
                 torch.stack([rgba_metrics.tally(*pair) for pair in zip(true, got, strict=True)]).sum(0)
             )
@@ -250,10 +261,12 @@ class CodecStep:
 
 
 @torch.no_grad()
-def reconstruct(codec: Any, clips: Tensor, eps: float, *names: str) -> Tensor:
+def reconstruct(
+    codec: Any, clips: Tensor, eps: float, *names: str, colors: Sequence[Sequence[float]] = COLORS
+) -> Tensor:
     """uint8 (b, 4, t, h, w) through a codec and back; the colour behind it is a function of `names`."""
     rgb, alpha = rgba_codec.to_video(clips)
-    color = torch.tensor(COLORS[stable_hash("color", *names) % len(COLORS)])
+    color = torch.tensor(colors[stable_hash("color", *names) % len(colors)])
     return rgba_codec.to_pixels(*codec.decode(codec.encode(hard_render(rgb, alpha, color, eps=eps), alpha)))
 
 

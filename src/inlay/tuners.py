@@ -20,6 +20,7 @@ from inlay import config as recipe
 from inlay import formats, lycoris, memory
 from inlay.alpha import joint
 from inlay.models import rgba_codec
+from inlay.models.rgba_losses import COLORS
 
 ADAPTER = "default"
 """peft's name of the adapter that is trained."""
@@ -240,11 +241,14 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(section, recipe.Codec):
+        colors = [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
         about = {"loss": section.loss, **{n.removeprefix("inlay_"): v for n, v in metadata.items()}}
         about |= {
             n: getattr(section, n) for n in ("hard_mask", "anchor", "noise", "visible") if getattr(section, n)
         }
-        rgba_codec.save(denoiser, folder, alpha_eps=section.alpha_eps, about=about, weights=weights)  # type: ignore[arg-type]
+        rgba_codec.save(
+            denoiser, folder, alpha_eps=section.alpha_eps, colors=colors, about=about, weights=weights
+        )  # type: ignore[arg-type]
         return folder
     if isinstance(section, recipe.Full):
         with torch.device("meta"):  # a sharded network has no whole weights, and a class of its own

@@ -97,7 +97,7 @@ class CodecTraining:
         import torch
 
         codec: Any = denoiser
-        video = x_t.float()
+        video = x_t.to(codec.merge.conv_in.weight.dtype)
         rgb, alpha = codec.decode(codec.encode(video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)))
         return torch.cat([rgb, alpha.mean(1, keepdim=True)], 1)
 

@@ -58,7 +58,7 @@ class Merged:
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """`latents` (colors, z, t, h, w): the clip before so many colours, of which `draw` takes one."""
         shape = self.shapes(frames, height, width)["latents"]  # type: ignore[attr-defined]
-        return {"latents": (self.section.colors, *shape)}
+        return {"latents": (min(self.section.colors, len(self.facts.get("colors", range(8)))), *shape)}
 
     def load_media_encoder(self, device: torch.device) -> RgbaVae:
         """The codec on the checkpoint's VAE, in float32."""
@@ -77,7 +77,7 @@ class Merged:
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
         """uint8 (t, h, w, 4) straight -> `latents` (colors, z, t', h', w'), (z - mean) / std per channel.
 
-        The corners of the colour cube behind it are a function of its content.
+        The codec's colours behind it, as many as it has at most, are a function of its content.
         """
         import numpy as np
         import torch
@@ -90,15 +90,16 @@ class Merged:
             raise ValueError("it has no alpha, which a transparent run learns from")
         pixels = np.ascontiguousarray(frames)
         seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "little") >> 1
-        corners = torch.randperm(len(COLORS), generator=torch.Generator().manual_seed(seed)).tolist()
+        colors = self.facts.get("colors", COLORS)
+        order = torch.randperm(len(colors), generator=torch.Generator().manual_seed(seed)).tolist()
         device = encoder.merge.conv_in.weight.device
         video = torch.from_numpy(pixels).to(device).permute(3, 0, 1, 2)[None]
         rgb, alpha = rgba_codec.to_video(video)
         with torch.no_grad():
             clear = trunk(encoder.vae, alpha)
             found = []
-            for corner in corners[: self.section.colors]:
-                color = torch.tensor(COLORS[corner])
+            for which in order[: self.section.colors]:
+                color = torch.tensor(colors[which])
                 seen = hard_render(rgb, alpha, color, eps=float(self.facts.get("alpha_eps", 0)))
                 found.append(encoder.merge(trunk(encoder.vae, seen), clear)[0])
             mean, std = statistics(encoder.vae, device)

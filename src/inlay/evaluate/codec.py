@@ -15,7 +15,6 @@ from inlay import alpha, rgba, runtime, train
 from inlay import config as recipe
 from inlay.files import atomic
 from inlay.models import rgba_metrics
-from inlay.models.rgba_losses import RgbaLoss
 from inlay.runtime import Run
 from inlay.steps import Batch, CodecStep, reconstruct
 
@@ -66,10 +65,10 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
         if not batches:
             raise ValueError(f"{run}: no clip was held out; set data.held_out, and train on the others")
         codec = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
-        step = CodecStep(RgbaLoss(section.loss, alpha_eps=section.alpha_eps))
+        step = CodecStep.of(section.model_copy(update={"perceptual": "none"}), quiet=True)
         rows = step.held_out(codec, batches, ctx.device)
         found = rgba_metrics.report(rows.sum(0))
-        picture = _picture(codec, batches[:SHOWN], section.alpha_eps, ctx.device)
+        picture = _picture(step, codec, batches[:SHOWN], ctx.device)
     warnings = rgba_metrics.trivial(found)
     path = place.folder / "report" / "codec.json"
     with atomic(path) as part:
@@ -79,12 +78,14 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
     return CodecReport(path, len(batches), found, warnings)
 
 
-def _picture(codec: torch.nn.Module, batches: list[Batch], eps: float, device: torch.device) -> Image.Image:
+def _picture(
+    step: CodecStep, codec: torch.nn.Module, batches: list[Batch], device: torch.device
+) -> Image.Image:
     """A row per clip, its middle frame: original and reconstruction on a checkerboard, and their alphas."""
     rows = []
     for batch in batches:
         true = batch.latents[:1]
-        got = reconstruct(codec, true.to(device), eps, *batch.names).cpu()
+        got = reconstruct(codec, true.to(device), step.loss.alpha_eps, *batch.names, colors=step.colors).cpu()
         pair = [x[0, :, x.shape[2] // 2].permute(1, 2, 0).numpy() for x in (true, got)]
         ground = rgba.checkerboard(*pair[0].shape[:2], cell=max(4, pair[0].shape[0] // 8))
         shown = [rgba.composite(x[None], ground)[0] for x in pair]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from inlay.files import atomic
-from inlay.models.rgba_losses import ALPHA_EPS, COLORS, RgbaLoss, draw_colors, hard_render, soft_render
+from inlay.models.rgba_losses import ALPHA_EPS, COLORS, RgbaLoss, draw_colors, hard_render
 from inlay.models.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions
 
 FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
 """Parts of an `RgbaVae` that train, and their files."""
 
 FORMAT = 1
+
+Colors = Sequence[Sequence[float]]
 
 
 def new(vae: Any, rank: int, seed: int, begin: Begin = "random") -> RgbaVae:
@@ -121,9 +123,9 @@ def parts(codec: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[s
     return out
 
 
-def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: float) -> str:
-    """The codec_id: of weights as stored, the VAE they belong to, and what counts as clear."""
-    digest = hashlib.sha256(json.dumps([FORMAT, base, alpha_eps]).encode())
+def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: float, colors: Colors) -> str:
+    """The codec_id: of weights as stored, the VAE they belong to, what counts as clear, and the colours."""
+    digest = hashlib.sha256(json.dumps([FORMAT, base, alpha_eps, colors]).encode())
     for part in sorted(weights):
         for name in sorted(weights[part]):
             tensor = weights[part][name].detach().cpu().contiguous()
@@ -148,6 +150,7 @@ def save(
     folder: Path,
     *,
     alpha_eps: float = ALPHA_EPS,
+    colors: Colors = COLORS,
     about: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     weights: Mapping[str, Tensor] | None = None,
@@ -158,6 +161,7 @@ def save(
         codec: what to write; the VAE itself is not written.
         folder: replaced when it is there.
         alpha_eps: what counted as clear when it was trained.
+        colors: behind clips that are encoded, in [-1, 1].
         about: what else `config.json` tells, such as the losses and the number of steps.
         dtype: of the weights on disk.
         weights: by parameter name, in place of the codec's own, such as an average.
@@ -171,7 +175,7 @@ def save(
         if part in kept
     }
     base = base_hash(codec.vae)
-    name = identity(stored, base, alpha_eps)
+    name = identity(stored, base, alpha_eps, colors)
     values = {
         "format": FORMAT,
         "codec_id": name,
@@ -180,7 +184,7 @@ def save(
         "width": codec.merge.conv_out.weight.shape[1],
         "rank": {"rgb": codec.rgb.rank, "alpha": codec.alpha.rank},
         "alpha_eps": alpha_eps,
-        "colors": COLORS,
+        "colors": colors,
         **(about or {}),
     }
     with atomic(folder) as temporary:
@@ -238,7 +242,7 @@ def load(folder: Path, vae: Any) -> RgbaVae:
             "use the checkpoint that it was trained on"
         )
     eps = float(said.get("alpha_eps", ALPHA_EPS))
-    if identity(weights, base, eps) != said["codec_id"]:
+    if identity(weights, base, eps, said.get("colors", COLORS)) != said["codec_id"]:
         raise ValueError(
             f"{folder}: its weights are not those of codec {said['codec_id']}: parts of different codecs "
             "were mixed, or a file was changed; copy the whole folder again"
@@ -344,6 +348,7 @@ def losses(
     anchor: float = 0.0,
     noise: float = 0.0,
     visible: float = 0.0,
+    colors: Colors = COLORS,
 ) -> dict[str, Tensor]:
     """The terms of one micro-batch by name, and `loss`, their sum.
 
@@ -352,14 +357,16 @@ def losses(
         rgba: clips, uint8 (b, 4, t, h, w), straight.
         loss: the terms.
         generator: draws the colours of the encoder's input and of both renders, and the noise; on the CPU.
-        anchor: weight of the term that holds latents near the VAE's own of the clip over `GROUND`, in units
-            of their spread. Not in the paper: a network that knows opaque latents then has less to learn.
+        anchor: weight of the term that holds latents near the VAE's own of the clip, rendered hard over
+            `GROUND`, in units of their spread. Not in the paper: the VAE's own decoder then shows the colour
+            as it is, and a network that knows opaque latents has less to learn.
         noise: latents are decoded with up to so much noise, in units of their spread, so that decoders
             forgive what a network gets slightly wrong. Not in the paper.
         visible: weight of the mean error of colour over visible pixels alone. Not in the paper: where they
             are few, the means of the other terms hardly see them.
+        colors: those of the encoder's input, in [-1, 1].
     """
-    color, hard, soft = draw_colors(generator)
+    (color,), (hard, soft) = draw_colors(generator, 1, colors), draw_colors(generator, 2)
     rgb, alpha = to_video(rgba)
     z = codec.encode(hard_render(rgb, alpha, color, eps=loss.alpha_eps), alpha)
     terms: dict[str, Tensor] = {}
@@ -367,7 +374,8 @@ def losses(
     if anchor:
         ground = torch.tensor(GROUND, dtype=torch.float32) / 127.5 - 1
         with torch.no_grad():
-            own = codec.vae.encode(soft_render(rgb, alpha, ground)).latent_dist.mode()
+            seen = hard_render(rgb, alpha, ground, eps=loss.alpha_eps)
+            own = codec.vae.encode(seen).latent_dist.mode()
         terms["anchor"] = anchor * ((z - own) / spread).square().mean()
     if noise:
         amount = noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)

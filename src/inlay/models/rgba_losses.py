@@ -5,7 +5,7 @@ Videos are (b, 3, t, h, w) in [-1, 1], alpha as a video too: -1 is clear, 1 opaq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -165,7 +165,9 @@ class RgbaLoss:
         return {**terms, "loss": torch.stack(list(terms.values())).sum()}
 
 
-def draw_colors(generator: torch.Generator, n: int = 3) -> list[Tensor]:
+def draw_colors(
+    generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
+) -> list[Tensor]:
     """Background colours, each drawn for itself: for the encoder's input, the hard and the soft loss."""
-    picks: Any = torch.randint(len(COLORS), (n,), generator=generator).tolist()
-    return [torch.tensor(COLORS[i]) for i in picks]
+    picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
+    return [torch.tensor(among[i]) for i in picks]

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from inlay.models import rgba_codec, rgba_metrics
-from inlay.models.rgba_losses import COLORS, RgbaLoss, hard_render
+from inlay.models.rgba_losses import RgbaLoss, hard_render
 from inlay.models.rgba_vae import RgbaVae
 
 from . import codec as codec_path
@@ -32,9 +32,12 @@ from .training import MuonAdamW, Progress, load_state, save_state
 from .wan_vae import fast_norm
 
 RANK = 16
-ANCHOR, VISIBLE, NOISE = 0.5, 0.5, 0.15
+COLORS = [[c / 127.5 - 1 for c in rgba_codec.GROUND]]
+"""Clips are encoded on this colour alone: over all eight corners so small a merge block loses what is in
+front of them before it has learned to take them away."""
+ANCHOR, VISIBLE, NOISE = 0.3, 1.0, 0.12
 """See `rgba_codec.losses`: the twin's transformer has learned opaque clips only, and makes small mistakes."""
-RATES = {"merge": 0.006, "decoders": 0.03}
+RATES = {"merge": 0.002, "decoders": 0.03}
 """Of Muon. The merge block begins as the encoder's head, which larger steps would forget."""
 
 
@@ -45,9 +48,11 @@ class Phase:
     frames: int
     batch: int
     steps: int
+    rate: tuple[float, float]
+    """Share of the learning rates, at begin and end."""
 
 
-PHASES = (Phase(1, 4, 250), Phase(9, 1, 150), Phase(17, 1, 50))
+PHASES = (Phase(1, 4, 200, (1.0, 0.6)), Phase(9, 1, 120, (0.6, 0.15)), Phase(17, 1, 40, (0.15, 0.0)))
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
 
@@ -59,9 +64,11 @@ def batch(phase: Phase, key: int) -> Tensor:
 
 
 def rate(step: int) -> float:
-    """Share of the learning rates: warm-up, constant, then linear to zero over the clips."""
-    total, pictures = ENDS[-1], ENDS[0]
-    return min(1.0, (step + 1) / 20, (total - step) / (0.8 * (total - pictures)))
+    """Share of the learning rates: a short warm-up, then linear within each phase."""
+    which = bisect.bisect_right(ENDS, step)
+    begin, end = PHASES[which].rate
+    done = 1 - (ENDS[which] - step) / PHASES[which].steps
+    return min(1.0, (step + 1) / 20) * (begin + (end - begin) * done)
 
 
 def load_vae() -> AutoencoderKLWan:
@@ -69,10 +76,25 @@ def load_vae() -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(path("wan"), subfolder="vae", torch_dtype=torch.float32).eval()
 
 
+@torch.no_grad()
+def begin() -> RgbaVae:
+    """An untrained codec whose pictures do not disturb its clips.
+
+    A picture teaches only the last tap of a temporal convolution. What is random in the others would come
+    into play with the first clip, through everything that pictures have taught: so they begin at zero.
+    """
+    codec = rgba_codec.new(load_vae(), RANK, 0, "encoder")
+    random = [*codec.rgb.a, *codec.alpha.a, *(block.conv1.weight for block in codec.merge.res)]
+    for weight in random:
+        if weight.ndim == 5 and weight.shape[2] > 1:
+            weight[:, :, :-1] = 0
+    return codec
+
+
 @fast_norm()
 def train(work: Path) -> RgbaVae:
     """Train in `work`, continuing what is there."""
-    codec = rgba_codec.new(load_vae(), RANK, 0, "encoder")
+    codec = begin()
     modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in rgba_codec.FILES})
     optimizers = {
         name: MuonAdamW(
@@ -95,7 +117,7 @@ def train(work: Path) -> RgbaVae:
         phase = PHASES[bisect.bisect_right(ENDS, step)]
         generator = torch.Generator().manual_seed(step)
         weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE}
-        terms = rgba_codec.losses(codec, batch(phase, step), loss, generator, **weights)
+        terms = rgba_codec.losses(codec, batch(phase, step), loss, generator, **weights, colors=COLORS)
         terms["loss"].backward()
         for optimizer in optimizers.values():
             optimizer.step(rate(step))
@@ -111,7 +133,7 @@ def train(work: Path) -> RgbaVae:
 
 def export(work: Path, out: Path) -> str:
     """Write what has been trained so far as a codec folder, weights in float16; returns its codec_id."""
-    codec = rgba_codec.new(load_vae(), RANK, 0, "encoder")
+    codec = begin()
     facts, groups = load_state(work / "codec.safetensors")
     modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in rgba_codec.FILES})
     modules.load_state_dict(groups["model"])
@@ -123,16 +145,16 @@ def export(work: Path, out: Path) -> str:
         "visible": VISIBLE,
         "noise": NOISE,
     }
-    return rgba_codec.save(codec, out, about=about, dtype=torch.float16)
+    return rgba_codec.save(codec, out, about=about, dtype=torch.float16, colors=COLORS)
 
 
 @torch.no_grad()
 def reconstruct(codec: RgbaVae, clips: np.ndarray) -> np.ndarray:
-    """Through the codec and back, before each corner of the colour cube in turn: uint8 (n, t, 64, 64, 4)."""
+    """Through the codec and back: uint8 (n, t, 64, 64, 4)."""
     out = []
-    for k, clip in enumerate(torch.from_numpy(clips).permute(0, 4, 1, 2, 3)):
+    for clip in torch.from_numpy(clips).permute(0, 4, 1, 2, 3):
         rgb, alpha = rgba_codec.to_video(clip[None])
-        seen = hard_render(rgb, alpha, torch.tensor(COLORS[k % len(COLORS)]))
+        seen = hard_render(rgb, alpha, torch.tensor(COLORS[0]))
         out.append(rgba_codec.to_pixels(*codec.decode(codec.encode(seen, alpha)))[0])
     return torch.stack(out).permute(0, 2, 3, 4, 1).numpy()
 
