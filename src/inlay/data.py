@@ -910,9 +910,9 @@ def plan(
         look: in its place where the family is transparent; takes a matte too.
     """
     fps = float(data.fps or fps)
-    patterns = family.encoded if family else None
+    patterns = [family.encoded_in(Path(s.path).expanduser()) if family else None for s in data.sources]
     channels = family.channels if family else 3
-    found = [_find(source, i, patterns, channels) for i, source in enumerate(data.sources)]
+    found = [_find(source, i, patterns[i], channels) for i, source in enumerate(data.sources)]
     problems = [p for f in found for p in f.problems]
     clips = [c for f in found for c in f.clips]
     looks, failed = _look_all(clips, progress, family, fps, look if channels == 4 else probe)

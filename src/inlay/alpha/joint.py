@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from inlay import config as recipe
-from inlay.families.base import Family, as_bytes
+from inlay.families.base import Encoded, Family, as_bytes
 
 WEIGHTS, EMBEDDING = "pytorch_lora_weights.safetensors", "domain_embedding.safetensors"
 """Files of an adapter: the low-rank update as all programs have it, and beside it the vector of alpha."""
@@ -65,8 +66,7 @@ class Joint(_Base):
                 f"alpha.text_to_alpha: text and video do not share a sequence in {model.family}, so text "
                 f"never looks at alpha: leave `{section.text_to_alpha}` out"
             )
-        self.single: Family = kind(model)
-        """The family of one clip."""
+        self._single: Family = kind(model)
         video = "|".join(self.video_layers)
         self.targets = [f"(?=(?:{video})$)(?:{target})" for target in kind.targets]  # type: ignore[misc]
         self.media_key = ("joint",)
@@ -80,6 +80,23 @@ class Joint(_Base):
             NAME: "yes" if self.section.domain_embedding else "no",
         }
         return {**super().about(), **{f"inlay_{k}": v for k, v in said.items()}}
+
+    @property
+    def single(self) -> Family:
+        """The family of one clip."""
+        return self._single
+
+    def encoded_in(self, folder: Path) -> Encoded | None:
+        """Pairs in two folders, where there is one for alpha; else both joined in one file, colour first."""
+        one = self.single.encoded
+        if one is None:
+            return None
+        clip = one.media[0]
+        pair = replace(one, media=(clip, clip.replace("video", "alpha")))
+        if "/" not in clip:
+            named = {k: f"rgb/{getattr(one, k)}" for k in ("text", "caption", "video")}
+            pair = replace(one, media=(f"rgb/{clip}", f"alpha/{clip}"), **named)
+        return pair if (folder / pair.media[1]).parent.is_dir() else one
 
     def accept(self, header: Mapping[str, str]) -> None:
         """As `Family.accept`; only what was trained in this way is applied in it."""

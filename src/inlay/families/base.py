@@ -268,6 +268,15 @@ class Family(Checkpoint, ABC):
             raise ValueError("; ".join(wrong))
         self.options = {key: model.options.get(key, values[0]) for key, values in self.choices.items()}
 
+    @property
+    def single(self) -> Family:
+        """The family of one clip: itself, but where two are in one sequence."""
+        return self
+
+    def encoded_in(self, folder: Path) -> Encoded | None:
+        """How encoded clips are laid out in a folder, if this family reads any."""
+        return self.encoded
+
     def about(self) -> dict[str, str]:
         """What a file of trained weights tells of what it was trained on, for its header."""
         return {"inlay_base": self.name, **{f"inlay_{k}": str(v) for k, v in self.options.items()}}
