@@ -2,8 +2,8 @@
 
     python benchmarks/joint_attention.py
 
-Each measurement is a process of its own: by how much its largest resident size grows over queries, keys and values,
-on the CPU in float32. Writes `results/joint-attention.json`.
+Each measurement is a process of its own: by how much its largest resident size grows over queries, keys and
+values, on the CPU in float32. Writes `results/joint-attention.json`.
 """
 
 from __future__ import annotations

@@ -504,6 +504,8 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield "data.sources.preserve: full fine-tuning keeps no untuned network; train an adapter"
         elif parallel in ("fsdp", "zero3"):
             yield f"data.sources.preserve: not with runtime.parallel={parallel}; use ddp or zero2"
+        if config.alpha.kind != "opaque":
+            yield "data.sources.preserve: the untuned network draws no alpha that could be kept; leave it out"
         if all(source.preserve for source in config.data.sources):
             yield "data.sources.preserve: every source has it, and nothing new is learned; leave one without"
     small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]

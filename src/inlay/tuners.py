@@ -246,9 +246,10 @@ def save(
         about |= {
             n: getattr(section, n) for n in ("hard_mask", "anchor", "noise", "visible") if getattr(section, n)
         }
+        codec: Any = denoiser
         rgba_codec.save(
-            denoiser, folder, alpha_eps=section.alpha_eps, colors=colors, about=about, weights=weights
-        )  # type: ignore[arg-type]
+            codec, folder, alpha_eps=section.alpha_eps, colors=colors, about=about, weights=weights
+        )
         return folder
     if isinstance(section, recipe.Full):
         with torch.device("meta"):  # a sharded network has no whole weights, and a class of its own

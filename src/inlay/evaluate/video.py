@@ -112,7 +112,7 @@ def picture(frames: np.ndarray) -> Image.Image:
 
 
 def gauge(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """`everything` about a video, which has no parts, and its matte against the true one where that is known."""
+    """`everything` about a video, which has no parts; its matte against the true one where that is known."""
     metrics = everything(frames)
     if prompt.truth is not None and frames.shape[-1] == 4:
         from inlay.evaluate import matte

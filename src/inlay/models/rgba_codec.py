@@ -55,7 +55,7 @@ Begin = Literal["random", "encoder"]
 
 
 @torch.no_grad()
-def _as_encoder(merge: MergeBlock, vae: Any) -> None:
+def _as_encoder(merge: Any, vae: Any) -> None:
     """Passes the features of colour through to the encoder's own head; alpha has weight 0."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)

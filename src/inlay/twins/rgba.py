@@ -84,7 +84,8 @@ def begin() -> RgbaVae:
     into play with the first clip, through everything that pictures have taught: so they begin at zero.
     """
     codec = rgba_codec.new(load_vae(), RANK, 0, "encoder")
-    random = [*codec.rgb.a, *codec.alpha.a, *(block.conv1.weight for block in codec.merge.res)]
+    blocks: Any = codec.merge.res
+    random = [*codec.rgb.a, *codec.alpha.a, *(block.conv1.weight for block in blocks)]
     for weight in random:
         if weight.ndim == 5 and weight.shape[2] > 1:
             weight[:, :, :-1] = 0
