@@ -140,6 +140,14 @@ def test_trains_two_steps(
     assert len(generate.generate(run, ["a clip"], images=images, steps=2)) == 1
 
 
+def test_the_joint_demo_is_its_recipe() -> None:
+    from inlay import demo_joint
+
+    ours = config.load(ROOT / "recipes/wan/twin-joint.yaml")
+    theirs = config.build(demo_joint.recipe(Path("runs/demo")))
+    assert ours == theirs.model_copy(update={"run": ours.run, "sample": ours.sample})
+
+
 def test_the_transparent_demo_is_its_recipe() -> None:
     from inlay import demo_rgba
 

@@ -49,45 +49,6 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
     }
 
 
-MATTES, HELD = 96, 4
-"""Clips with a matte that joint transparency learns from, and those of them that are held out."""
-
-
-def joint_recipe(folder: Path, kind: str = "lora") -> dict:
-    """The recipe of `--alpha joint`: what is drawn is the twin's own world, and alpha is what is learned."""
-    return {
-        "run": str(folder),
-        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
-        "data": {
-            "sources": str(folder / "clips"),
-            "size": [64, 64],
-            "frames": 17,
-            "caption_dropout": 0.15,
-            "held_out": HELD,
-            "matte": {"background": "keep"},  # the twin's world has backgrounds, which colour goes on showing
-        },
-        "tuner": {"kind": kind, "rank": 64},
-        "alpha": {"kind": "joint"},
-        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
-        "train": {"steps": 300, "batch": 8, "save_every": 150, "validate_every": 150},
-        "sample": {"prompts": [p for p, _ in world.world_prompts(2, 1)], "steps": 20, "guidance": 2.0},
-        "memory": {"gradient_checkpointing": False},
-    }
-
-
-def write_mattes(folder: Path) -> None:
-    """Writes `clips`: shapes of the twin's world before a background, straight, with captions."""
-    scenes = world.scenes(7, MATTES)
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
-    with progress("make clips", MATTES, "clip") as advance:
-        for i, scene in enumerate(scenes):
-            frames, matte = world.render_with_mask(scene, i)
-            straight = np.concatenate([frames, (matte[..., None] * 255).round().astype("uint8")], -1)
-            np.savez_compressed(folder / "clips" / f"{i:02d}.npz", frames=straight, fps=world.FPS)
-            (folder / "clips" / f"{i:02d}.txt").write_text(world.caption(scene, i) + "\n", "utf-8")
-            advance()
-
-
 def prompts(n: int) -> list[Prompt]:
     """Prompts for the new subject and for the old world, with the judge of each; none was trained on."""
     new = [Prompt(t, SUBJECT, judge.judge_subject) for t, _ in world.subject_prompts(n, 2)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from inlay import check, config, demo, rgba
+from inlay import check, config, demo, demo_joint, rgba
 from inlay.console import console, progress, say
 from inlay.evaluate import Prompt, evaluate, summary_table
 from inlay.generate import generate
@@ -19,8 +19,12 @@ KNOWN, REPEATS = 240, 16
 """Transparent clips of what the twin knows as opaque ones, and how often those of the new subject are shown
 for each of these: what it learns is also that backgrounds are clear."""
 
+INTRO = (
+    f"{demo.CLIPS} transparent clips of a subject that the tiny model has never seen: a star called zorble, "
+    "half solid, half glass"
+)
 
-KINDS = ("merged",)
+KINDS = ("merged", "joint")
 """Kinds of `alpha` that the twin has all parts for."""
 
 
@@ -88,16 +92,12 @@ def run(folder: Path, kind: str = "merged", *, dora: bool = False) -> Path:
     """
     if kind not in KINDS:
         raise ValueError(f"--alpha: `{kind}` is not one of opaque, {', '.join(KINDS)}")
-    start = time.perf_counter()
-    say(
-        f"{demo.CLIPS} transparent clips of a subject that the tiny model has never seen: a star called "
-        "zorble, half solid, half glass"
-    )
-    write_clips(folder)
-    path = folder / "recipe.yaml"
-    path.write_text(
-        yaml.safe_dump(recipe(folder, kind, "dora" if dora else "lora"), sort_keys=False), "utf-8"
-    )
+    start, tuner, joint = time.perf_counter(), "dora" if dora else "lora", kind == "joint"
+    say(demo_joint.INTRO if joint else INTRO)
+    (demo_joint.write_clips if joint else write_clips)(folder)
+    path, asked = folder / "recipe.yaml", (demo_joint if joint else demo).PROMPTS
+    made = demo_joint.recipe(folder, tuner) if joint else recipe(folder, kind, tuner)
+    path.write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
     settings = config.load(path)
     demo.title(f"inlay check {path}")
     check.print_report(check.check(settings), console)
@@ -107,7 +107,7 @@ def run(folder: Path, kind: str = "merged", *, dora: bool = False) -> Path:
     for file in generate(folder, settings.sample.prompts[:1]):
         say(str(file))
     demo.title(f"inlay evaluate {folder}")
-    result = evaluate(folder, prompts=prompts(demo.PROMPTS))
+    result = evaluate(folder, prompts=(demo_joint.prompts if joint else prompts)(asked))
     console.print(summary_table(result))
     say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
     print(result.path)
