@@ -30,7 +30,7 @@ import yaml
 
 from commands import inlay
 from inlay import cli, config, data, families, runtime
-from inlay.evaluate import video
+from inlay.evaluate import scene, video
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -227,7 +227,10 @@ def named(path: Path, heading: str) -> set[str]:
 
 
 def test_every_problem_of_a_clip_is_explained() -> None:
-    told = {r[0].strip("`"): r[1] for r in rows(DOCS / "how-to/your-own-clips.md", "Deal with bad clips")}
+    found = [*rows(DOCS / "how-to/your-own-clips.md", "Deal with bad clips")]
+    found += rows(DOCS / "how-to/train-midi.md", "Deal with bad scenes")
+    told = {r[0].strip("`"): r[1] for r in found}
+    assert len(told) == len(found), "each code once"
     assert told == {code: kind.severity for code, kind in data.KINDS.items()}
 
 
@@ -241,6 +244,8 @@ def test_every_module_has_its_place() -> None:
 def test_video_metrics_are_explained() -> None:
     told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Video metrics")]
     assert told == [*video.METRICS]
+    told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Scene metrics")]
+    assert told == [*scene.METRICS]
 
 
 @pytest.mark.slow

@@ -81,7 +81,11 @@ def test_cost_is_known_and_comments_are_right(path: Path) -> None:
 
 @name
 def test_trains_two_steps(
-    path: Path, checkpoint: Callable[[str, str], Path], make_clips: Callable[..., Path], tmp_path: Path
+    path: Path,
+    checkpoint: Callable[[str, str], Path],
+    make_clips: Callable[..., Path],
+    make_scenes: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     raw = yaml.safe_load(path.read_text("utf-8"))
     model = raw["model"]
@@ -101,6 +105,9 @@ def test_trains_two_steps(
         "train.trackers=[]",
         "sample.steps=2",
     ]
+    if families.get(model["family"]).medium == "scene":
+        changes = [c for c in changes if not c.startswith(("data.s", "data.f"))]
+        changes += [f"data.sources={make_scenes((2, 1, 2, 3, 1, 2))}", "sample.grid=16"]
     if "every" in raw.get("sample", {}):
         changes.append("sample.every=2")
     if raw["data"].get("held_out"):
@@ -110,7 +117,8 @@ def test_trains_two_steps(
     lines = runtime.read_metrics(run / "metrics.jsonl")
     assert [x["step"] for x in lines if "loss" in x] == [2]
     assert [x["step"] for x in lines if "held_out_loss" in x] == ([2] if settings.data.held_out else [])
-    assert bool(list(run.glob("samples/step-000002/*.mp4"))) == bool(settings.sample.every)
+    made = [*run.glob("samples/step-000002/*.mp4"), *run.glob("samples/step-000002/*.glb")]
+    assert bool(made) == bool(settings.sample.every)
     if settings.tuner.kind == "full":
         assert (run / "adapter/config.json").is_file()
     else:
