@@ -63,7 +63,7 @@ def export(work: Path, out: Path, scenes: int) -> None:
     vae, data = load_vae(work), midi_data.Scenes(work, scenes)
     normalise(vae, data.mean, data.std)
     model = midi_dit.build()
-    model.load_state_dict(load_state(work / "dit.safetensors")[1]["average"], strict=False)
+    model.load_state_dict(load_state(work / "dit.safetensors")[1]["average"])
     parts: dict[str, Any] = {
         "transformer": model["dit"].half(),
         "vae": vae.half(),

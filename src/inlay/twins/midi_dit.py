@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from inlay.models.triposg import TripoSGTransformer
 
 from . import midi_images, midi_vae
 from .midi_data import Batch, Scenes
-from .training import MuonAdamW, Progress, load_state, save_state
+from .training import MuonAdamW, load_state, run
 
 TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 4,
@@ -26,19 +25,17 @@ TRANSFORMER: dict[str, Any] = {
     "cross_attention_2_dim": midi_images.DINO["hidden_size"],
     "multi_instance": (1, 2, 3),
 }
-SAVE_EVERY = 60.0
-"""Seconds between checkpoints."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How the transformer is trained."""
 
-    scenes: int = 3000
+    scenes: int = 2500
     batch: int = 16
     """Scenes; each is shown with `repeats` noises, for which the encoders run once."""
     repeats: int = 1
-    steps: int = 3000
+    steps: int = 1600
     decay: float = 0.4
     """Share of the steps, at the end, over which the rates fall to zero."""
     muon: float = 0.02
@@ -76,34 +73,15 @@ def train(work: Path, data: Scenes, settings: Settings) -> Path:
     Returns:
         The file of the weights; `average` in it is what ships.
     """
-    state, facts, groups = work / "dit.safetensors", {"done": 0, "seconds": 0.0}, {}
-    model = build()
-    taught = work / "encoders.safetensors"
-    if taught.exists():
-        weights = load_state(taught)[1]["model"]
-        model.load_state_dict({k: t for k, t in weights.items() if not k.startswith("says")}, strict=False)
-    optimizer = MuonAdamW(model.named_parameters(), settings.muon, settings.adamw, _by_adamw)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    if state.exists():
-        facts, groups = load_state(state)
-        model.load_state_dict(groups["model"])
-        optimizer.load(groups["optimizer"])
-        average = {name: groups["average"][name] for name in average}
-    step, saved = facts["done"], time.monotonic()
-    progress = Progress("dit", settings.steps, step)
-    while step < settings.steps:
+    model, taught = build(), load_state(work / "encoders.safetensors")[1]["average"]
+    taught = {name: t for name, t in taught.items() if not name.startswith("says")}
+    assert not model.load_state_dict(taught, strict=False).unexpected_keys
+
+    def losses(step: int) -> dict[str, Tensor]:
         batch = data.batch(step, settings.batch, settings.repeats, settings.dropped)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-            value = loss(model, batch)
-        value.backward()
-        left = (settings.steps - step) / (settings.decay * settings.steps)
-        optimizer.step(min(1.0, (step + 1) / 50, left))
-        keep = min(settings.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
-        step += 1
-        progress(step, loss=value.detach())
-        if time.monotonic() - saved > SAVE_EVERY or step == settings.steps:
-            facts |= {"done": step, "seconds": facts["seconds"] + time.monotonic() - saved}
-            saved = time.monotonic()
-            save_state(state, facts, model=model.state_dict(), optimizer=optimizer.tensors(), average=average)
-    return state
+            return {"loss": loss(model, batch)}
+
+    optimizer = MuonAdamW(model.named_parameters(), settings.muon, settings.adamw, _by_adamw)
+    state, decay = work / "dit.safetensors", settings.decay
+    return run("dit", state, model, optimizer, settings.steps, losses, decay=decay, ema=settings.ema)

@@ -8,7 +8,6 @@ with it.
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from . import midi_world as world
-from .training import MuonAdamW, Progress, load_state, save_state
+from .training import MuonAdamW, run
 
 CLIP: dict[str, Any] = {
     "hidden_size": 64,
@@ -50,11 +49,8 @@ DINO: dict[str, Any] = {
 BY_ADAMW = re.compile(r"patch_embedding|position_embedding|cls_token|mask_token|visual_projection|says")
 """Matrices of the encoders that are no hidden layers."""
 
-STEPS, BATCH = 1000, 32
+STEPS, BATCH = 800, 16
 RATES = 0.02, 2e-3
-SAVE_EVERY = 60.0
-"""Seconds between checkpoints."""
-
 FACTS = 8 + len(world.KINDS)
 """Numbers of an object's description, see `describe`."""
 
@@ -128,40 +124,33 @@ def describe(thing: world.Thing) -> np.ndarray:
 
 
 def train(work: Path, data: Any, steps: int = STEPS) -> Path:
-    """Teach both encoders to describe objects, in `work`, continuing what is there. Returns the file.
+    """Teach both encoders to describe objects, in `work`, continuing what is there.
 
     Args:
         work: Folder for checkpoints.
         data: `midi_data.Scenes`.
         steps: How many.
+
+    Returns:
+        The file of the weights.
     """
-    state, facts, groups = work / "encoders.safetensors", {"done": 0, "seconds": 0.0}, {}
     model = build()
     model["says"] = nn.ModuleList(
         [nn.Linear(c, FACTS) for c in (CLIP["projection_dim"], DINO["hidden_size"])]
     )
-    optimizer = MuonAdamW(model.named_parameters(), *RATES, lambda n: bool(BY_ADAMW.search(n)))
-    if state.exists():
-        facts, groups = load_state(state)
-        model.load_state_dict(groups["model"])
-        optimizer.load(groups["optimizer"])
-    progress, saved = Progress("encoders", steps, facts["done"]), time.monotonic()
-    for step in range(facts["done"], steps):
-        shown = data.shown(np.random.default_rng([step, 72]).integers(len(data.rows), size=BATCH // 2), step)[
-            0
-        ]
+
+    def losses(step: int) -> dict[str, Tensor]:
+        chosen = np.random.default_rng([step, 72]).integers(len(data.rows), size=BATCH)
+        shown = data.shown(chosen.tolist(), step)[0]
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             seen = [c[:, 0] for c in contexts(model["clip"], model["dino"], shown)]
             said = [layer(c).float() for layer, c in zip(model["says"], seen, strict=True)]  # type: ignore[arg-type]
         true = shown["facts"]
         off = [(s - true)[:, :8].abs().mean() for s in said]
         kinds = [nn.functional.cross_entropy(s[:, 8:], true[:, 8:]) for s in said]
-        (off[1] + 0.2 * off[0] + 0.1 * (kinds[0] + kinds[1])).backward()
-        optimizer.step(min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps)))
+        loss = off[1] + 0.2 * off[0] + 0.1 * (kinds[0] + kinds[1])
         place = (said[1] - true)[:, :3].norm(dim=-1).mean()
-        progress(step + 1, off=off[1].detach(), kind=kinds[1].detach(), place=place.detach())
-        if time.monotonic() - saved > SAVE_EVERY or step + 1 == steps:
-            facts |= {"done": step + 1, "seconds": facts["seconds"] + time.monotonic() - saved}
-            saved = time.monotonic()
-            save_state(state, facts, model=model.state_dict(), optimizer=optimizer.tensors())
-    return state
+        return {"loss": loss, "off": off[1], "kind": kinds[1], "place": place}
+
+    optimizer = MuonAdamW(model.named_parameters(), *RATES, lambda name: bool(BY_ADAMW.search(name)))
+    return run("encoders", work / "encoders.safetensors", model, optimizer, steps, losses)

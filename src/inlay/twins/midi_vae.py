@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from inlay import mesh
 from inlay.models.triposg import TripoSGVAE, choose, sample
 
 from . import midi_world as world
-from .training import MuonAdamW, Progress, load_state, save_state
+from .training import MuonAdamW, run
 
 CONFIG: dict[str, Any] = {
     "latent_channels": 16,
@@ -36,8 +35,6 @@ REACH = 0.1
 KL = 5e-3
 THINGS, STEPS, BATCH, POINTS, ASKED = 4000, 2000, 24, 256, 256
 RATES = 0.02, 2e-3
-SAVE_EVERY = 60.0
-"""Seconds between checkpoints."""
 
 
 def moments(vae: TripoSGVAE, surfaces: Sequence[np.ndarray], seed: int) -> Tensor:
@@ -84,54 +81,23 @@ class Pool:
         return a, b, c, d
 
 
-def train(work: Path, minutes: float | None = None, steps: int = STEPS) -> Path:
-    """Train in `work`, continuing what is there. Returns the file of the weights.
-
-    Args:
-        work: Folder for checkpoints.
-        minutes: Scale the training to this time; the count is recorded.
-        steps: How many, otherwise.
-    """
-    state, facts, groups = work / "vae.safetensors", {"done": 0, "steps": steps, "seconds": 0.0}, {}
+def train(work: Path, steps: int = STEPS) -> Path:
+    """Train for `steps` steps in `work`, continuing what is there. Returns the file of the weights."""
     torch.manual_seed(0)
-    vae = TripoSGVAE(**CONFIG)
-    optimizer = MuonAdamW(vae.named_parameters(), *RATES, lambda n: "proj_out" in n)
-    average = {name: p.detach().clone() for name, p in vae.named_parameters()}
-    if state.exists():
-        facts, groups = load_state(state)
-        vae.load_state_dict(groups["model"])
-        optimizer.load(groups["optimizer"])
-        average = groups["average"]
-    pool = Pool()
-    progress, saved = Progress("vae", facts["steps"], facts["done"]), time.monotonic()
-    for step in range(facts["done"], 10**9):
-        if step >= facts["steps"]:
-            break
+    vae, pool = TripoSGVAE(**CONFIG), Pool()
+    shape = BATCH, TOKENS, CONFIG["latent_channels"]
+
+    def losses(step: int) -> dict[str, Tensor]:
         surfaces, chosen, places, distances = pool.batch(step)
-        noise = torch.randn(
-            BATCH, TOKENS, CONFIG["latent_channels"], generator=torch.Generator().manual_seed(step)
-        )
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(step))
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-            mean_logvar = vae.encode(surfaces, chosen).float()
-            field = vae.field(vae.tokens(sample(mean_logvar, noise)), places).float()
+            moments = vae.encode(surfaces, chosen).float()
+            field = vae.field(vae.tokens(sample(moments, noise)), places).float()
         fit = (field - (distances / REACH).clamp(-1, 1)).abs().mean()
-        mean, logvar = mean_logvar.chunk(2, -1)
+        mean, logvar = moments.chunk(2, -1)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        (fit + KL * kl).backward()
-        left = (facts["steps"] - step) / (0.5 * facts["steps"])
-        optimizer.step(min(1.0, (step + 1) / 50, left))
-        torch._foreach_lerp_(
-            list(average.values()),
-            [p.detach() for p in vae.parameters()],
-            1 - min(0.99, (1 + step) / (10 + step)),
-        )
-        if minutes and step == 40 and facts["seconds"] == 0.0:
-            facts["steps"] = max(60, round(minutes * 60 / ((time.monotonic() - saved) / 41)))
-            progress.total = facts["steps"]
         wrong = ((field < 0) != (distances < 0)).float().mean()
-        progress(step + 1, fit=fit.detach(), kl=kl.detach(), wrong=wrong)
-        if time.monotonic() - saved > SAVE_EVERY or step + 1 == facts["steps"]:
-            facts |= {"seconds": facts["seconds"] + time.monotonic() - saved, "done": step + 1}
-            saved = time.monotonic()
-            save_state(state, facts, model=vae.state_dict(), optimizer=optimizer.tensors(), average=average)
-    return state
+        return {"loss": fit + KL * kl, "fit": fit, "kl": kl, "wrong": wrong}
+
+    optimizer = MuonAdamW(vae.named_parameters(), *RATES, lambda name: "proj_out" in name)
+    return run("vae", work / "vae.safetensors", vae, optimizer, steps, losses)
