@@ -455,13 +455,19 @@ def composite(
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("runs/demo"),
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
+    family: Annotated[
+        str, typer.Option(help="`wan`: a subject in videos; `midi`: a thing in scenes.")
+    ] = "wan",
 ) -> None:
     """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
 
     Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
     evaluates.
     """
+    demos = {"wan": "inlay.demo", "midi": "inlay.demo_scenes"}
+    if family not in demos:
+        raise ValueError(f"--family: no demo of `{family}`; there are: {', '.join(demos)}")
     _quiet()
-    from inlay.demo import demo
+    import importlib
 
-    demo(folder, dora=dora)
+    importlib.import_module(demos[family]).demo(folder, dora=dora)
