@@ -387,12 +387,13 @@ def summary_table(report: Report) -> Table:
     options |= {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
     table = Table(title=escape(report.verdict.headline), caption=_caption(report), **options)
     total, groups = report.total, report.groups
+    told = {k: m for k, m in report.metrics.items() if m.brief}
     judged = total is not None and total.judged > 0
     table.add_column(f"group ({report.makes}s)")
     for name in (
         "model",
         *(["as asked"] if judged else []),
-        *(m.brief for m in report.metrics.values()),
+        *(m.brief for m in told.values()),
         "differ",
     ):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -402,11 +403,11 @@ def summary_table(report: Report) -> Table:
             cells = ["" if i else escape(f"{group.name or 'prompts'} ({group.videos})"), name]
             if judged:
                 cells.append(f"{yes} of {group.judged}" if group.judged else "")
-            cells += [show(k, metrics[k]) for k in report.metrics]
+            cells += [show(k, metrics[k]) for k in told]
             table.add_row(*cells, f"{group.distance:.1%}" if i else "", end_section=i == 1)
     if report.training:
         gap = [""] if judged else []
-        table.add_row("training clips", "", *gap, *(show(k, report.training[k]) for k in report.metrics), "")
+        table.add_row("training clips", "", *gap, *(show(k, report.training[k]) for k in told), "")
     return table
 
 
