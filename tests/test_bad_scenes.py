@@ -73,6 +73,11 @@ def with_nan(points: np.ndarray) -> np.ndarray:
     return points
 
 
+def spread(points: np.ndarray) -> np.ndarray:
+    """As if each object had been normalised for itself."""
+    return np.concatenate([3 * (points[:, :3] - points[:, :3].mean(0)), points[:, 3:]], 1)
+
+
 def seg(ids: np.ndarray) -> Callable[[Path], Any]:
     return lambda s: Image.fromarray(ids.astype(np.uint8)).save(s / "seg.png")
 
@@ -146,10 +151,7 @@ WARNED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "each for itself": (
         lambda s: [
-            save(
-                s / f"surface_{n}.npy",
-                lambda p: (p - np.r_[p[:, :3].mean(0), 0, 0, 0]) * np.r_[3, 3, 3, 1, 1, 1],
-            )
+            save(s / f"surface_{n}.npy", spread)
             for n in (1, 2)
         ],
         "one transform must serve the whole scene",

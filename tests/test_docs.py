@@ -30,7 +30,7 @@ import yaml
 
 from commands import inlay
 from inlay import cli, config, data, runtime
-from inlay.evaluate import matte, video
+from inlay.evaluate import matte, scene, video
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -232,7 +232,10 @@ def named(path: Path, heading: str) -> set[str]:
 
 
 def test_every_problem_of_a_clip_is_explained() -> None:
-    told = {r[0].strip("`"): r[1] for r in rows(DOCS / "how-to/your-own-clips.md", "Deal with bad clips")}
+    found = [*rows(DOCS / "how-to/your-own-clips.md", "Deal with bad clips")]
+    found += rows(DOCS / "how-to/train-midi.md", "Deal with bad scenes")
+    told = {r[0].strip("`"): r[1] for r in found}
+    assert len(told) == len(found), "each code once"
     assert told == {code: kind.severity for code, kind in data.KINDS.items()}
 
 
@@ -257,6 +260,8 @@ def test_containers_are_those_that_were_measured() -> None:
     assert found["plain_vp9_lowest_alpha"] == 255 and len(found["clips"]) == 6
     told = {r[0].strip("`") for r in rows(DOCS / "how-to/transparent-video.md", "What is written")}
     assert told == set(config.CARRIERS)
+    told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Scene metrics")]
+    assert told == [*scene.METRICS]
 
 
 @pytest.mark.slow

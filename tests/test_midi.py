@@ -374,3 +374,12 @@ def test_metrics_know_right_from_wrong() -> None:
 def test_scene_codes_are_told() -> None:
     told = data.describe([data.Problem("error", "no-surface", "a", "has none")], 3, noun="scene")
     assert told[0].startswith("1 of 3 scenes lacks a surface (a: has none)")
+
+
+def test_a_recipe_is_written_for_scenes(make_scenes: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_scenes()
+    done = inlay("new", "midi", folder, "--out", tmp_path / "new.yaml")
+    assert done.code == 0, done.said
+    text = (tmp_path / "new.yaml").read_text("utf-8")
+    assert "4 scenes in folders layout" in text and "VAST-AI/TripoSG" in text
+    assert config.load(tmp_path / "new.yaml").data.held_out == 0

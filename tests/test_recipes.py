@@ -87,7 +87,11 @@ def test_cost_is_known_and_comments_are_right(path: Path) -> None:
 
 @name
 def test_trains_two_steps(
-    path: Path, checkpoint: Callable[[str, str], Path], make_clips: Callable[..., Path], tmp_path: Path
+    path: Path,
+    checkpoint: Callable[[str, str], Path],
+    make_clips: Callable[..., Path],
+    make_scenes: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     raw = yaml.safe_load(path.read_text("utf-8"))
     model = raw["model"]
@@ -113,6 +117,9 @@ def test_trains_two_steps(
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
         rgba_codec.save(made(vae), tmp_path / "codec")
         changes.append(f"alpha.codec={tmp_path / 'codec'}")
+    if families.get(model["family"]).medium == "scene":
+        changes = [c for c in changes if not c.startswith(("data.s", "data.f"))]
+        changes += [f"data.sources={make_scenes((2, 1, 2, 3, 1, 2))}", "sample.grid=16"]
     if "every" in raw.get("sample", {}):
         changes.append("sample.every=2")
     if raw["data"].get("held_out"):
@@ -122,7 +129,8 @@ def test_trains_two_steps(
     lines = runtime.read_metrics(run / "metrics.jsonl")
     assert [x["step"] for x in lines if "loss" in x] == [2]
     assert [x["step"] for x in lines if "held_out_loss" in x] == ([2] if settings.data.held_out else [])
-    assert bool(list(run.glob("samples/step-000002/*.mp4"))) == bool(settings.sample.every)
+    drawn = [*run.glob("samples/step-000002/*.mp4"), *run.glob("samples/step-000002/*.glb")]
+    assert bool(drawn) == bool(settings.sample.every)
     if settings.tuner.kind == "codec":
         assert (run / "codec/merge.safetensors").is_file()
         return
@@ -135,9 +143,9 @@ def test_trains_two_steps(
         assert bool(dora) == (settings.tuner.kind == "dora")
     start = tmp_path / "start.png"
     Image.new("RGB", (size, size), "orange").save(start)
-    wanted = families.get(model["family"])(settings.model).images
-    images = [[str(start)] * len(wanted)] if wanted else []
-    assert len(generate.generate(run, ["a clip"], images=images, steps=2)) == 1
+    kind = families.get(model["family"])(settings.model)
+    images = [[str(start)] * len(kind.images)] if kind.images else []
+    assert len(generate.generate(run, ["a clip"] if kind.text_length else [], images=images, steps=2)) == 1
 
 
 def test_the_joint_demo_is_its_recipe() -> None:

@@ -483,18 +483,24 @@ def demo(
     alpha: Annotated[
         str, typer.Option(help="`opaque`, or transparent clips: `merged` or `joint`.")
     ] = "opaque",
+    family: Annotated[
+        str, typer.Option(help="`wan`: a subject in videos; `midi`: a thing in scenes.")
+    ] = "wan",
 ) -> None:
     """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
 
     Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
     evaluates.
     """
+    demos = {"wan": "inlay.demo", "midi": "inlay.demo_scenes"}
+    if family not in demos:
+        raise ValueError(f"--family: no demo of `{family}`; there are: {', '.join(demos)}")
     _quiet()
-    if alpha == "opaque":
-        from inlay.demo import demo
+    import importlib
 
-        demo(folder, dora=dora)
+    if alpha != "opaque":
+        if family != "wan":
+            raise ValueError(f"--alpha: the demo of `{family}` has no `{alpha}`; leave it out")
+        importlib.import_module("inlay.demo_rgba").run(folder, alpha, dora=dora)
         return
-    from inlay import demo_rgba
-
-    demo_rgba.run(folder, alpha, dora=dora)
+    importlib.import_module(demos[family]).demo(folder, dora=dora)

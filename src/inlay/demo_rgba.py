@@ -33,6 +33,7 @@ def recipe(folder: Path, kind: str = "merged", tuner: str = "lora") -> dict:
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": kind, **({"codec": "twin:wan", "colors": 1} if kind == "merged" else {})}
     made["data"]["sources"][0]["repeats"] = REPEATS
+    made["data"]["sources"][1].pop("preserve", None)  # the untuned twin draws no alpha
     made["sample"]["prompts"] = [p for p, _ in rgba_world.subject_prompts(2, 1)]
     return made
 

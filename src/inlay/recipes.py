@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from inlay import config, data, families, media
+from inlay import config, data, families, media, mediums
 from inlay.families import Family, Grid
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
@@ -80,6 +80,8 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
     experts = kind.published.get(name, {}).get("", {}).get("transformer_2")
     if experts:
         raw["model"]["expert"] = "high"
+    if kind.medium == "scene":
+        return _scenes(family, kind, clips, out or Path(f"{clips.stem or 'scenes'}.yaml"), name)
     model = kind(config.build(raw).model)
     plan = data.plan(config.build(raw).data, model.grid, model.fps, 0, family=model)
     probes = list(plan.probes.values())
@@ -124,6 +126,74 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
         prompts=PICTURES if model.images else PROMPTS + "".join(f"    - {_quoted(c)}\n" for c in captions),
         alpha=TRANSPARENT.format(clear) if clear else "",
         sampling="" if experts else f"  every: {max(100, steps // 4)}\n",
+    )
+    path.write_text(_aligned(text), "utf-8")
+    config.load(path)
+    return path
+
+
+SCENES = """\
+# Made by `inlay new {family} {clips}` from {found}.
+# Next: inlay check {name}     what is there, what is wrong, what it will cost
+#       inlay train {name}     run it again to go on where it stopped
+# Every key: docs/reference/config.md. Any value can be changed on the command line: optim.lr=2e-4
+
+run: {run}  # everything is written here
+
+model:
+  family: {family}
+  checkpoint: {checkpoint}{choices}
+
+data:
+  sources: {clips}
+{held_out}
+tuner:
+  kind: lora  # or dora (slower, often better), or full
+  rank: 16
+
+optim:
+  lr: 5.0e-5
+  warmup: 20
+
+train:
+  steps: {steps}  # about {epochs} times each scene
+  save_every: {every}
+  validate_every: {every}
+
+sample:
+  every: {sampled}  # held-out and other scenes, drawn from their own pictures
+"""
+
+
+def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str) -> Path:
+    """Writes a recipe for scenes.
+
+    Raises:
+        ValueError: when there are no scenes that can be read, or the recipe exists already.
+    """
+    raw = {"run": "unused", "model": {"family": family, "checkpoint": name}, "data": {"sources": str(folder)}}
+    settings = config.build(raw)
+    plan = mediums.of(kind.medium).plan(settings, kind(settings.model))
+    count = len(plan.train) + len(plan.held_out)
+    if not count:
+        raise ValueError("\n".join(data.describe(plan.problems, len(plan.clips), noun=plan.noun)))
+    if path.exists():
+        raise ValueError(f"{path} exists; name another with --out")
+    steps = max(200, min(4000, 50 * count))
+    others = [c for c in kind.published if c != name]
+    text = SCENES.format(
+        family=family,
+        clips=_plain(str(folder)),
+        name=path,
+        run=_plain(f"runs/{path.stem}"),
+        found=f"{count} scenes in {plan.sources[0].layout} layout",
+        checkpoint=name,
+        choices="".join(f"\n  # or {c}" for c in others) if name in kind.published else "",
+        held_out="" if count > 4 else "  held_out: 0  # too few scenes to keep one apart\n",
+        steps=steps,
+        epochs=round(steps / count),
+        every=max(50, steps // 8),
+        sampled=max(100, steps // 4),
     )
     path.write_text(_aligned(text), "utf-8")
     config.load(path)

@@ -400,7 +400,7 @@ def summary_table(report: Report) -> Table:
     table = Table(title=escape(report.verdict.headline), caption=_caption(report), **options)
     total, groups = report.total, report.groups
     judged = total is not None and total.judged > 0
-    metrics = report.metrics
+    metrics = {k: m for k, m in report.metrics.items() if m.brief}
     if "coverage" in metrics:  # more than 80 columns hold
         metrics = {k: metrics[k] for k in ("motion", "coverage", "matte_flicker", "haze")}
     table.add_column(f"group ({report.makes}s)")

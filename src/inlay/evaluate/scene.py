@@ -44,14 +44,14 @@ METRICS: Mapping[str, Metric] = {
         "The same after a rigid motion of the whole scene onto the truth.",
     ),
     "chamfer": Metric(
-        "Chamfer distance", "chamfer", "length", 3, "lower",
+        "Chamfer distance", "", "length", 3, "lower",
         "Mean distance from each point to the other scene, both ways added, in place.",
     ),
     "chamfer_aligned": Metric(
-        "Chamfer distance, aligned", "ch. al.", "length", 3, "lower", "The same after alignment."
+        "Chamfer distance, aligned", "", "length", 3, "lower", "The same after alignment."
     ),
     "object_f": Metric(
-        "F-score of objects", "obj. F", f"within {NEAR:g}", 3, "higher",
+        "F-score of objects", "", f"within {NEAR:g}", 3, "higher",
         "Mean over objects, each aligned by itself: are the shapes right, wherever they stand?",
     ),
     "iou": Metric(
@@ -59,7 +59,7 @@ METRICS: Mapping[str, Metric] = {
         "Intersection over union of the volumes of each object in place, the mean over objects.",
     ),
     "box_iou": Metric(
-        "box overlap", "box", "share", 3, "higher", "The same of their boxes."
+        "box overlap", "", "share", 3, "higher", "The same of their boxes."
     ),
     "off": Metric(
         "off centre", "off", "length", 3, "lower",

@@ -46,7 +46,7 @@ class Metric:
 
     name: str
     brief: str
-    """For narrow tables."""
+    """For narrow tables; empty where they leave it out."""
     unit: str
     digits: int
     better: str

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_FOLDERS = {"wan": "wan_t2v"}
+_FOLDERS = {"wan": "wan_t2v", "midi": "midi_scenes"}
 
 
 def path(name: str) -> Path:
     """Folder of a shipped twin, ready for `from_pretrained`.
 
     Args:
-        name: "wan", a Wan 2.1 text-to-video pipeline for 17 frames of 64 x 64.
+        name: "wan", a Wan 2.1 text-to-video pipeline for 17 frames of 64 x 64; "midi", a MIDI-3D checkpoint
+            for scenes of 1 to 4 things.
 
     Raises:
         ValueError: No twin has this name.

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -131,3 +132,52 @@ class Progress:
         )
         self.sums, self.count, self.printed = {}, 0, now
         return True
+
+
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints of `run`."""
+
+
+def run(
+    what: str,
+    state: Path,
+    model: nn.Module,
+    optimizer: MuonAdamW,
+    steps: int,
+    losses: Callable[[int], dict[str, Tensor]],
+    *,
+    decay: float = 0.5,
+    ema: float = 0.99,
+) -> Path:
+    """Train `model` for `steps` steps, continuing what is in `state`.
+
+    Args:
+        what: Name for the progress line.
+        state: File of `model`, `optimizer`, and the `average` of the parameters, which is what is wanted.
+        model: As it starts.
+        optimizer: Of its parameters.
+        steps: How many in all.
+        losses: What step k, a function of it, gives: `loss` to be minimised, others to be shown.
+        decay: Share of the steps, at the end, over which the rates fall to zero.
+        ema: How much of the average stays at each step.
+    """
+    facts: dict[str, Any] = {"done": 0, "seconds": 0.0}
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if state.exists():
+        facts, groups = load_state(state)
+        model.load_state_dict(groups["model"])
+        optimizer.load(groups["optimizer"])
+        average = {name: groups["average"][name] for name in average}
+    progress, saved = Progress(what, steps, facts["done"]), time.monotonic()
+    for step in range(facts["done"], steps):
+        shown = losses(step)
+        shown["loss"].backward()
+        optimizer.step(min(1.0, (step + 1) / 50, (steps - step) / (decay * steps)))
+        keep = min(ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
+        progress(step + 1, **{name: value.detach() for name, value in shown.items()})
+        if time.monotonic() - saved > SAVE_EVERY or step + 1 == steps:
+            facts |= {"done": step + 1, "seconds": facts["seconds"] + time.monotonic() - saved}
+            saved = time.monotonic()
+            save_state(state, facts, model=model.state_dict(), optimizer=optimizer.tensors(), average=average)
+    return state

@@ -1,0 +1,106 @@
+"""`inlay demo --family midi`: the main job on scenes, on the tiny trained model that ships with inlay."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import yaml
+
+from inlay import check, config, mediums
+from inlay.alpha import family as open_family
+from inlay.console import console, progress, say
+from inlay.evaluate import Prompt, evaluate, summary_table
+from inlay.generate import generate
+from inlay.train import train
+from inlay.twins import midi_world as world
+
+SCENES, KNOWN, REPEATS, JUDGED = 24, 96, 8, 10
+"""Scenes of the new kind, scenes of what the twin knows, how often the new ones are shown for each of these,
+and scenes of each group that are judged, which were not trained on."""
+
+
+def recipe(folder: Path, kind: str = "lora", checkpoint: str = "twin:midi") -> dict:
+    """The demo's recipe: what someone with a folder of scenes would write, for the twin's size."""
+    return {
+        "run": str(folder),
+        "model": {"family": "midi", "checkpoint": checkpoint},
+        "data": {
+            "sources": [{"path": str(folder / "new"), "repeats": REPEATS}, {"path": str(folder / "known")}],
+            "held_out": 0.05,
+        },
+        "tuner": {"kind": kind, "rank": 64},
+        "optim": {"lr": 1e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 400, "batch": 8, "save_every": 200, "validate_every": 200},
+        "sample": {"steps": 20, "guidance": 3.0, "grid": 64},
+        "memory": {"gradient_checkpointing": False},
+    }
+
+
+def write_scenes(folder: Path) -> None:
+    """Writes scenes of a kind that the twin has never seen, and of its world: to learn from, and to judge."""
+    parts = {
+        "new": world.subject_scenes(SCENES),
+        "known": world.scenes(7, KNOWN),
+        "judged/new": world.subject_scenes(JUDGED, seed=1),
+        "judged/known": world.scenes(8, JUDGED, counts=(2, 3)),
+    }
+    with progress("make scenes", sum(map(len, parts.values())), "scene") as advance:
+        for name, scenes in parts.items():
+            for i, scene in enumerate(scenes):
+                if not (folder / name / f"{i:03d}").is_dir():
+                    world.write(folder / name / f"{i:03d}", scene, seed=i)
+                advance()
+
+
+def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
+    """The scenes that are judged, in two groups."""
+    found = []
+    for group, name in (("the new kind", "judged/new"), ("the old world", "judged/known")):
+        changes = {"sources": [{"path": str(folder / name)}], "held_out": 0}
+        raw = config.merge(settings.model_dump(mode="json"), {"data": changes})
+        one = config.build(raw)
+        windows = mediums.of("scene").plan(one, open_family(one)).train
+        found += [Prompt(f"{name} {w.caption}", group, images=w) for w in windows]
+    return found
+
+
+def demo(folder: Path, *, dora: bool = False, checkpoint: str = "twin:midi") -> Path:
+    """Makes scenes with a new kind of thing, then checks, caches, trains, generates and evaluates.
+
+    Args:
+        folder: run folder; run it again to go on where it stopped.
+        dora: train a DoRA instead of a LoRA.
+        checkpoint: another than the twin.
+
+    Returns:
+        The report, a page that opens in any browser.
+
+    Raises:
+        ValueError: when the folder holds another run.
+    """
+    start = time.perf_counter()
+    say(f"{SCENES} scenes with a {world.SUBJECT}, which the tiny model has never seen")
+    write_scenes(folder)
+    path = folder / "recipe.yaml"
+    raw = recipe(folder, "dora" if dora else "lora", checkpoint)
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), "utf-8")
+    settings = config.load(path)
+    _title(f"inlay check {path}")
+    check.print_report(check.check(settings), console)
+    _title(f"inlay train {path}")
+    train(settings)
+    pair = [str(folder / "judged/new/000" / n) for n in ("scene_rgb.png", "seg.png")]
+    _title(f"inlay generate {folder} --image {pair[0]} --seg {pair[1]}")
+    for made in generate(folder, [], images=[pair]):
+        say(str(made))
+    _title(f"inlay evaluate {folder}")
+    result = evaluate(folder, prompts=prompts(folder, settings))
+    console.print(summary_table(result))
+    say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
+    print(result.path)
+    return result.path
+
+
+def _title(command: str) -> None:
+    console.rule(f"[bold]{command}", align="left")

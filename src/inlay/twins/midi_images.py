@@ -1,0 +1,156 @@
+"""The image encoders of the MIDI twin: building, what they are shown, and their first lessons.
+
+A diffusion transformer tells its encoders little at each step, so they are first taught to say where an
+object is, how large, of what kind and how it is turned, by layers that are thrown away. Then they learn along
+with it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    BitImageProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from . import midi_world as world
+from .training import MuonAdamW, run
+
+CLIP: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "projection_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DINO: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "mlp_ratio": 3,
+    "image_size": 64,
+    "patch_size": 8,
+    "num_channels": 7,
+}
+BY_ADAMW = re.compile(r"patch_embedding|position_embedding|cls_token|mask_token|visual_projection|says")
+"""Matrices of the encoders that are no hidden layers."""
+
+STEPS, BATCH = 800, 16
+RATES = 0.02, 2e-3
+FACTS = 8 + len(world.KINDS)
+"""Numbers of an object's description, see `describe`."""
+
+
+def processors() -> tuple[Any, Any]:
+    """The image processors of the two encoders."""
+    clip, dino = CLIP["image_size"], DINO["image_size"]
+    return (
+        CLIPImageProcessor(size={"shortest_edge": clip}, crop_size={"height": clip, "width": clip}),
+        BitImageProcessor(
+            size={"shortest_edge": dino},
+            crop_size={"height": dino, "width": dino},
+            resample=3,
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ),
+    )
+
+
+def build() -> nn.ModuleDict:
+    """Both encoders, fresh: `clip`, `dino`."""
+    torch.manual_seed(1)
+    clip, dino = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP)), Dinov2Model(Dinov2Config(**DINO))
+    return nn.ModuleDict({"clip": clip, "dino": dino})
+
+
+def pictures(image: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a scene's picture (h, h, 3) and numbers (h, h) give the encoders, as the processors resize it.
+
+    Returns:
+        uint8, not normalised: `clip` (rows, 3, 32, 32) and `own` (rows, 3, 64, 64), the object alone on
+        white; `whole` (rows, 3, 64, 64), the scene; `mask` (rows, 1, 64, 64), 0 or 1.
+    """
+
+    def smaller(picture: np.ndarray, size: int) -> np.ndarray:
+        small = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(small).transpose(2, 0, 1)
+
+    masks = [ids == n for n in np.unique(ids) if n]
+    alone = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
+    small = DINO["image_size"]
+    nearest = (np.arange(small) * len(ids)) // small
+    return {
+        "clip": np.stack([smaller(a, CLIP["image_size"]) for a in alone]),
+        "own": np.stack([smaller(a, small) for a in alone]),
+        "whole": np.stack([smaller(image, small)] * len(masks)),
+        "mask": np.stack([m[nearest][:, nearest][None].astype(np.uint8) for m in masks]),
+    }
+
+
+def contexts(clip: Any, dino: Any, shown: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both contexts of the transformer from `pictures`: (rows, 1, 64), (rows, 65, 96)."""
+
+    def normal(x: Tensor, processor: Any) -> Tensor:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+        return (x / 255 - mean) / std
+
+    first, second = processors()
+    seven = [normal(shown["own"], second), normal(shown["whole"], second), shown["mask"].float()]
+    token = clip(normal(shown["clip"], first)).image_embeds[:, None]
+    return token, dino(torch.cat(seven, 1)).last_hidden_state
+
+
+def describe(thing: world.Thing) -> np.ndarray:
+    """Centre, half of its box's sides, how it is turned where that shows, its kind: (FACTS,)."""
+    box = world.bounds(thing)
+    turned = float(thing.kind in ("box", "capsule"))
+    turn = [turned * np.cos(2 * thing.yaw), turned * np.sin(2 * thing.yaw)]
+    kind = [float(thing.kind == k) for k in world.KINDS]
+    return np.array([*box.mean(0), *np.ptp(box, axis=0) / 2, *turn, *kind], np.float32)
+
+
+def train(work: Path, data: Any, steps: int = STEPS) -> Path:
+    """Teach both encoders to describe objects, in `work`, continuing what is there.
+
+    Args:
+        work: Folder for checkpoints.
+        data: `midi_data.Scenes`.
+        steps: How many.
+
+    Returns:
+        The file of the weights.
+    """
+    model = build()
+    model["says"] = nn.ModuleList(
+        [nn.Linear(c, FACTS) for c in (CLIP["projection_dim"], DINO["hidden_size"])]
+    )
+
+    def losses(step: int) -> dict[str, Tensor]:
+        chosen = np.random.default_rng([step, 72]).integers(len(data.rows), size=BATCH)
+        shown = data.shown(chosen.tolist(), step)[0]
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+            seen = [c[:, 0] for c in contexts(model["clip"], model["dino"], shown)]
+            said = [layer(c).float() for layer, c in zip(model["says"], seen, strict=True)]  # type: ignore[arg-type]
+        true = shown["facts"]
+        off = [(s - true)[:, :8].abs().mean() for s in said]
+        kinds = [nn.functional.cross_entropy(s[:, 8:], true[:, 8:]) for s in said]
+        loss = off[1] + 0.2 * off[0] + 0.1 * (kinds[0] + kinds[1])
+        place = (said[1] - true)[:, :3].norm(dim=-1).mean()
+        return {"loss": loss, "off": off[1], "kind": kinds[1], "place": place}
+
+    optimizer = MuonAdamW(model.named_parameters(), *RATES, lambda name: bool(BY_ADAMW.search(name)))
+    return run("encoders", work / "encoders.safetensors", model, optimizer, steps, losses)
