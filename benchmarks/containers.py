@@ -195,16 +195,37 @@ def row(name: str, found: dict[str, Any]) -> str:
     return f"| {name}{' (exact)' if exact else ''} | {numbers} | {m['kilobytes']:,.0f} |"
 
 
+def keep(folder: Path, clips: dict[str, np.ndarray]) -> None:
+    """Writes clips with captions, each in another of the forms that training reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (name, pixels) in enumerate(clips.items()):
+        path = folder / name.replace(" ", "-")
+        path.with_suffix(".txt").write_text(f"{name}, isolated background", "utf-8")
+        if i % 3 == 0:
+            pair(path, pixels)
+        elif i % 3 == 1:
+            times = rgba.to_uint8(rgba.premultiply(rgba.to_float(pixels)))
+            rgba.write(path.with_suffix(".mov"), times if i == 1 else pixels, FPS)
+        else:
+            path.mkdir(exist_ok=True)
+            for k, frame in enumerate(pixels):
+                Image.fromarray(frame).save(path / f"{k:03d}.png")
+
+
 def main() -> None:
     """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--media", type=Path, help="folder with `press` and `clips`")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--toy", action="store_true", help="a few small frames, for the test")
+    parser.add_argument("--clips", type=Path, help="only write the clips there, in several forms, to try")
     options = parser.parse_args()
     frames, size = (3, (48, 64)) if options.toy else (FRAMES, SIZE)
     clips = real(options.media, frames, size) if options.media else {}
     clips |= procedural(frames, size)
+    if options.clips:
+        keep(options.clips, clips)
+        return
     print(HEAD)
     rows = measure(clips)
     found = {

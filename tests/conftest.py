@@ -90,6 +90,33 @@ def make_clips(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def make_scenes(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a folder of small scenes of balls: counts of objects, points of each surface."""
+
+    def make(counts: tuple[int, ...] = (2, 1, 2, 3), *, points: int = 300, name: str = "scenes") -> Path:
+        from PIL import Image
+
+        folder = tmp_path / name
+        for i, count in enumerate(counts):
+            place = folder / f"scene_{i:04d}"
+            place.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng(i)
+            picture, ids = np.full((24, 24, 3), 255, np.uint8), np.zeros((24, 24), np.uint8)
+            for k in range(1, count + 1):
+                rows = slice(8 * (k - 1), 8 * k - 1)
+                picture[rows, 4 + i : 16 + i], ids[rows, 4 + i : 16 + i] = rng.integers(0, 200, 3), k
+                normal = rng.standard_normal((points, 3))
+                normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+                surface = np.concatenate([0.2 * normal + [0.5 * k - 1, 0, 0.1 * i], normal], -1)
+                np.save(place / f"surface_{k}.npy", surface.astype(np.float32))
+            Image.fromarray(picture).save(place / "scene_rgb.png")
+            Image.fromarray(ids).save(place / "seg.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def recipe(tiny_wan: Path, make_clips: Callable[..., Path], tmp_path: Path) -> Callable[..., dict]:
     """A function that gives a small complete recipe as a mapping; keyword `section__key` changes a value."""
 

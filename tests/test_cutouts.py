@@ -273,6 +273,14 @@ def test_windows_strides_and_rates_of_every_form(clips: Path) -> None:
     assert len(shown) == 9
 
 
+def test_far_frames_are_sought(clips: Path) -> None:
+    frames = np.stack([videos.numbered(k + 1, (32, 64)) for k in range(120)])
+    path = make.video(clips / "a.mkv", np.concatenate([frames, frames[..., :1]], -1))
+    wanted = [0, 3, 40, 41, 90, 119]
+    there = np.stack([pixels for pixels, _ in cutouts._pick(path, wanted, grey=False)])
+    assert videos.numbers(there[..., :3]) == [w + 1 for w in wanted]
+
+
 def test_turned_and_wide_pixels_are_turned_alike(clips: Path) -> None:
     for name, way in (("a.mov", 90), ("a_alpha.mov", 90)):
         videos.write(clips / name, 9, 16, (32, 64), rotation=way)
@@ -402,7 +410,7 @@ def test_matte_and_options_are_part_of_what_is_cached(clips: Path, tmp_path: Pat
     make.pair(clips, "a", make.clip())
     store, family = (
         cache.Cache(tmp_path / "cache"),
-        SimpleNamespace(images=(), model=SimpleNamespace(family="x")),
+        SimpleNamespace(images=(), model=SimpleNamespace(family="x"), media_key=()),
     )
     store.encoder = lambda *_: []  # type: ignore[method-assign]
 

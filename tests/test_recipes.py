@@ -33,9 +33,9 @@ published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 
 def family(settings: config.Config) -> families.Family:
     """Of a recipe whose codec, if it names one, nobody has trained yet."""
-    if settings.tuner.kind == "codec":
-        return alpha.family(settings)
-    return families.get(settings.model.family)(settings.model)
+    if settings.alpha.kind == "merged":
+        return families.get(settings.model.family)(settings.model)
+    return alpha.family(settings)
 
 
 def test_there_are_recipes() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import commands
 import cutout_clips as make
-from inlay import alpha, check, config, evaluate, generate, media, rgba, train
+from inlay import alpha, check, config, evaluate, generate, media, mediums, recipes, rgba, train
 from inlay.evaluate import matte
 from inlay.evaluate.video import METRICS
 
@@ -122,13 +122,31 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
 def test_what_has_no_matte_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames = make.clip(size=(32, 32))
     frames[..., 3] = 255
-    generate.write(tmp_path / "a.mp4", frames, 16, ["png"], {"prompt": "x"})
+    path, facts = mediums.of("video").write(tmp_path / "a", frames, config.Sample(transparent=["png"]), 16)
+    path.with_suffix(".json").write_text(json.dumps(facts), "utf-8")
     assert "a.mp4 is opaque everywhere: the model gave it no matte" in capsys.readouterr().err
     assert generate.outputs(tmp_path / "a.mp4") == [tmp_path / "a.zip", tmp_path / "a.mp4"]
 
 
 def test_opaque_videos_are_written_as_before(tmp_path: Path) -> None:
     frames = make.clip(size=(32, 32))[..., :3]
-    generate.write(tmp_path / "a.mp4", frames, 16, ["mov"], {"prompt": "x"})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
-    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"prompt": "x"}
+    made = mediums.of("video").write(tmp_path / "a", frames, config.Sample(transparent=["mov"]), 16)
+    assert made == (tmp_path / "a.mp4", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4"]
+
+
+def test_matte_options_need_a_transparent_run(recipe: Any, raw: Any) -> None:
+    options = {"data__matte": {"snap": 2}}
+    report = check.check(config.build(recipe(**options)))
+    assert [m for m in report.mistakes if "data.matte: this run is opaque" in m] and not report.ok
+    assert check.check(config.build(raw(**options))).ok
+
+
+def test_new_says_that_clips_have_alpha(tmp_path: Path, tiny_wan: Path, make_clips: Any) -> None:
+    for i in range(2):
+        make.pair(tmp_path / "cutouts", f"{i}", make.clip(i, size=(32, 32)))
+    for folder, says in ((tmp_path / "cutouts", "#   kind: joint"), (make_clips(2), "")):
+        path = recipes.new("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
+        text = path.read_text("utf-8")
+        assert (says in text) if says else ("alpha" not in text)
+    assert "2 files have alpha or are mattes" in (tmp_path / "cutouts.yaml").read_text("utf-8")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from inlay import alpha, cost, data, families, media, memory, rgba, runtime
+from inlay import alpha, cost, data, families, media, mediums, memory, rgba, runtime
 from inlay import config as recipe
 from inlay.console import progress
 from inlay.files import atomic
@@ -62,6 +62,7 @@ class Report:
     alphas: dict[str, rgba.Alpha] = field(default_factory=dict)
     """What the alpha of each clip is like, in a transparent run."""
     contact_sheet: str | None = None
+    medium: str = "video"
 
     @property
     def ok(self) -> bool:
@@ -84,15 +85,9 @@ def check(config: recipe.Config) -> Report:
         ValueError: when the family or the checkpoint's configuration is not to be had.
     """
     family = alpha.family(config)
-    with progress("look", 1, "clip") as advance:
-        plan = data.plan(
-            config.data,
-            family.grid,
-            family.fps,
-            config.seed,
-            lambda done, of: advance(done=done, total=of),
-            family,
-        )
+    medium = mediums.of(family.medium)
+    with progress("look", 1, medium.one) as advance:
+        plan = medium.plan(config, family, lambda done, of: advance(done=done, total=of))
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
     estimate, notes = None, _notes(config, family, plan)
@@ -116,9 +111,10 @@ def check(config: recipe.Config) -> Report:
         estimate=estimate,
         notes=notes,
         alphas={c.name: plan.alphas[c.path] for c in plan.clips if c.path in plan.alphas},
+        medium=family.medium,
     )
     if plan.train:
-        sheet, damaged = _contact_sheet(config, plan, folder / "contact_sheet.png")
+        sheet, damaged = _contact_sheet(config, medium, plan, folder / "contact_sheet.png")
         report = replace(report, contact_sheet=sheet or None, problems=[*damaged, *report.problems])
     with atomic(folder / "report.json") as part:
         part.write_text(report.to_json(), "utf-8")
@@ -138,13 +134,14 @@ def _buckets(config: recipe.Config, family: families.Family, plan: data.Plan) ->
 
 def _notes(config: recipe.Config, family: families.Family, plan: data.Plan) -> list[str]:
     """What is right but worth knowing."""
-    notes = []
+    notes = family.notes(config)
     if not plan.train:
         return notes
     clips = {w.clip.path for w in (*plan.train, *plan.held_out)}
     if not plan.held_out:
-        why = "data.held_out is 0" if not config.data.held_out else f"there are only {len(clips)} clips"
-        notes.append(f"no clip is held out ({why}): there will be no held-out loss")
+        few = f"there are only {len(clips)} {plan.noun}s"
+        why = "data.held_out is 0" if not config.data.held_out else few
+        notes.append(f"no {plan.noun} is held out ({why}): there will be no held-out loss")
     sampler = data.sampler(plan.train, config.data.sources, config.train.batch, config.seed)
     epochs = config.train.steps * config.train.accumulate / len(sampler)
     notes.append(
@@ -207,30 +204,27 @@ def _relief(config: recipe.Config) -> str:
     return ", ".join([*ways, "use a smaller data.size or fewer data.frames"])
 
 
-def _contact_sheet(config: recipe.Config, plan: data.Plan, path: Path) -> tuple[str, list[data.Problem]]:
+def _contact_sheet(
+    config: recipe.Config, medium: mediums.Medium, plan: data.Plan, path: Path
+) -> tuple[str, list[data.Problem]]:
     """Draws evenly chosen windows as the model will see them; those that cannot be read become problems."""
     there = [w for w in plan.train if not w.clip.embedding]
     picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
     rows, problems = [], []
-    with progress("contact sheet", len(picked), "clip") as advance:
+    with progress("contact sheet", len(picked), medium.one) as advance:
         for window in picked:
             try:
-                frames = window.read()
+                rows.append((window, window.read()))
             except media.MediaError as error:
                 problems.append(
                     data.Problem("error", error.code, window.clip.name, error.cause, window.clip.source)
                 )
-                continue
             finally:
                 advance()
-            at = f"from {window.start:.2f} s   " if window.start else ""
-            shape = f"{at}{window.frames} x {window.size[0]} x {window.size[1]} at {window.fps:g} fps"
-            frames = rgba.shown(frames) if window.alpha else frames
-            rows.append(media.SheetRow(window.clip.name, window.caption, frames, shape))
     if not rows:
         return "", problems
-    title = f"What the model will see: {config.run} ({len(rows)} of {len(plan.train)} windows)"
-    media.contact_sheet(rows, path, title=title)
+    title = f"What the model will see: {config.run} ({len(rows)} of {len(plan.train)} {medium.columns[2]})"
+    medium.sheet(rows, path, title)
     return str(path), problems
 
 
@@ -253,7 +247,8 @@ def print_report(report: Report, console: Console) -> None:
         )
         for s in report.sources
     ]
-    columns = ("source", "layout", "clips", "usable", "windows", "held out", "seconds", "shown")
+    examples = f"{mediums.of(report.medium).one}s"
+    columns = ("source", "layout", examples, "usable", "windows", "held out", "seconds", "shown")
     console.print(_table(columns, rows))
     for source in report.sources:
         console.print(Text(f"  {_short(source.path)} is read as {source.layout}: {source.why}", "dim"))
@@ -271,7 +266,8 @@ def print_report(report: Report, console: Console) -> None:
             )
             for b in report.buckets
         ]
-        columns = ("frames", "size", "windows", "held out", "batches", "latent", "tokens")
+        length, size, count = mediums.of(report.medium).columns
+        columns = (length, size, count, "held out", "batches", "latent", "tokens")
         console.print(_table(columns, rows))
     if report.alphas:
         _print_alphas(report.alphas, console)
@@ -281,7 +277,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"note: {note}", "cyan"))
     for severity, style in (("warning", "yellow"), ("error", "red")):
         found = [p for p in report.problems if p.severity == severity]
-        for line in data.describe(found, report.clips, shown=8):
+        for line in data.describe(found, report.clips, shown=8, noun=mediums.of(report.medium).one):
             console.print(Text(f"{severity}: {line}", style))
     for mistake in report.mistakes:
         console.print(Text(f"error: {mistake}", "red"))
@@ -327,7 +323,7 @@ def _by(numbers: Iterable[int]) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        left = column in ("source", "layout", "size", "latent", "alpha", "looks")
+        left = column in ("source", "layout", "size", "seen at", "latent", "alpha", "looks")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))

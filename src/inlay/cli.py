@@ -224,17 +224,36 @@ def generate_(
             show_default=False,
         ),
     ] = None,
+    seg: Annotated[
+        list[Path] | None,
+        typer.Option(help="Scenes: the segmentation of each --image.", show_default=False),
+    ] = None,
+    grid: Annotated[
+        int | None, typer.Option(help="Scenes: cells per side of the box.", show_default=False)
+    ] = None,
+    triangles: Annotated[
+        int | None, typer.Option(help="Scenes: most triangles of an object.", show_default=False)
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder. Default: samples/generated in the run.")
+        Path | None,
+        typer.Option(
+            "--out", "--output", "-o", help="Folder, or a .glb. Default: samples/generated in the run."
+        ),
     ] = None,
     device: Device = None,
 ) -> None:
-    """Make videos with what a run has learned: mp4 with a JSON of all settings beside each."""
+    """Make videos with what a run has learned: mp4 with a JSON of all settings beside each.
+
+    Scenes are made from pictures: `inlay generate RUN --image rgb.png --seg seg.png -o scene.glb`.
+    """
     texts = list(prompts or [])
     if file:
         texts += _lines(file)
-    if not texts:
-        raise ValueError("generate: give a prompt, or --file with one per line")
+    if not texts and not (image and seg):
+        raise ValueError("generate: give a prompt, or --file with one per line; of scenes --image and --seg")
+    if seg and len(seg) != len(image or []):
+        raise ValueError(f"--seg: {len(image or [])} pictures need as many segmentations, not {len(seg)}")
+    pairs = [[str(a), str(b)] for a, b in zip(image or [], seg or [], strict=True)] if seg else None
     area = _size(size)
     _quiet()
     from inlay.generate import generate, outputs
@@ -242,12 +261,14 @@ def generate_(
     made = generate(
         run,
         texts,
-        images=_images(image, last_image, len(texts)),
+        images=pairs or _images(image, last_image, len(texts)),
         count=count,
         checkpoint=checkpoint,
         strength=strength,
         out=out,
         device=device,
+        grid=grid,
+        triangles=triangles,
         size=area,
         frames=frames,
         steps=steps,
@@ -372,10 +393,14 @@ def export(
 
 @app.command("import")
 def import_(
-    adapter: Annotated[
-        Path, typer.Argument(help="Adapter file or folder in any known layout.", show_default=False)
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER OUT | meshes DIR OUT",
+            help="An adapter in any layout and the folder to write; or `meshes` and two folders.",
+            show_default=False,
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write, in diffusers layout.", show_default=False)],
     family: Annotated[str, typer.Option(help="Model family.")] = "wan",
     checkpoint: Annotated[
         str | None, typer.Option(help="Base checkpoint: checks shapes, converts `dora_scale`.")
@@ -384,8 +409,24 @@ def import_(
     dora_scale: Annotated[
         str | None, typer.Option(help="`comfyui` or `merged`: what a `dora_scale` is relative to.")
     ] = None,
+    views: Annotated[int, typer.Option(min=1, help="Meshes: pictures of each, all round.")] = 4,
+    size: Annotated[int, typer.Option(min=16, help="Meshes: side of a picture in pixels.")] = 512,
 ) -> None:
-    """Convert another trainer's adapter to diffusers layout; every tensor is used, or nothing is written."""
+    """Convert another trainer's adapter to diffusers layout; every tensor is used, or nothing is written.
+
+    `inlay import meshes DIR OUT` makes training scenes of the .glb, .gltf, .obj, .ply and .stl files of DIR.
+    """
+    if [str(p) for p in paths[:1]] == ["meshes"] and len(paths) == 3:
+        _quiet(bars=False)
+        from inlay import scenes
+
+        for finding in scenes.import_meshes(paths[1], paths[2], count=views, size=size):
+            _say(f"{finding.severity}: {finding.name}: {finding.message}")
+        print(paths[2])
+        return
+    if len(paths) != 2:
+        raise ValueError("import: give an adapter and a folder to write, or `meshes`, a folder and a folder")
+    adapter, out = paths
     _quiet()
     from inlay import exchange
 

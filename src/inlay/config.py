@@ -77,6 +77,10 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
     epoch."""
+    preserve: float = Field(default=0.0, ge=0)
+    """Above 0, clips of what the network knows and should not forget: of them the adapter learns to predict
+    what the network predicts without it, not what is in the clip. The number is their weight in the loss; 10
+    keeps nearly everything, 0 is for clips that are learned."""
 
 
 class Matte(Section):
@@ -346,8 +350,19 @@ class Sample(Section):
     transparent: list[str] = ["mov", "webm"]
     """Files of each transparent video, besides the mp4 on a checkerboard: `mov` (ProRes 4444, for editing),
     `webm` (VP9, small, for browsers), `png` (a .zip of images, exact), `apng` or `mkv` (FFV1), exact too."""
+    grid: int = Field(default=256, ge=16, le=1024)
+    """Scenes: cells per side of the box that objects are meshed in, a power of two."""
+    triangles: int | None = Field(default=None, ge=100)
+    """Scenes: most triangles of an object; larger meshes are simplified. Default: as they come."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video; video i of a prompt uses seed + i."""
+
+    @field_validator("grid")
+    @classmethod
+    def _power(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"{value} is not a power of two, such as 128 or 256")
+        return value
 
     @field_validator("images", mode="before")
     @classmethod
@@ -484,6 +499,13 @@ class Config(Section):
 def _conflicts(config: Config) -> Iterator[str]:
     """Keys that are fine alone, but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
+    if any(source.preserve for source in config.data.sources):
+        if tuner.kind == "full":
+            yield "data.sources.preserve: full fine-tuning keeps no untuned network; train an adapter"
+        elif parallel in ("fsdp", "zero3"):
+            yield f"data.sources.preserve: not with runtime.parallel={parallel}; use ddp or zero2"
+        if all(source.preserve for source in config.data.sources):
+            yield "data.sources.preserve: every source has it, and nothing new is learned; leave one without"
     small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
     if tuner.kind == "full":
         for key in small:

@@ -23,6 +23,8 @@ from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 
+_said: set[str] = set()
+
 
 class _Speed(ProgressColumn):
     """Things per second, or seconds per thing."""
@@ -66,6 +68,13 @@ def say(text: str, *, show: bool = True) -> None:
     """One line."""
     if show:
         console.print(text, markup=False)
+
+
+def once(text: str) -> None:
+    """One line, unless it was said before."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
 
 
 def quiet() -> None:

@@ -195,7 +195,8 @@ def count(
     with ledger, fused:
         with torch.device("meta"):
             clip = {name: torch.empty(batch, *each) for name, each in family.shapes(*shape).items()}
-            text = family.collate([{"text": torch.empty(family.text_length, text_width(denoiser))}] * batch)
+            words = torch.empty(family.text_length, text_width(denoiser))
+            text = family.collate([{"text": words}] * batch) if family.text_length else {}
             noise, times = torch.empty_like(clip["latents"]), torch.empty(batch)
         x_0 = clip.pop("latents")
         prediction = family.predict(denoiser, x_0 + noise, times, {**text, **clip})
@@ -300,12 +301,9 @@ def estimate(
     mean = sum(f * n for f, n in zip(each, shapes.values(), strict=True)) / sum(shapes.values())
     flops = mean * accumulate
     seconds, why = _time(flops, device, precision)
-    width = text_width(denoiser)
-    tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
-    cache = {
-        "clips": sum(2 * sum(map(math.prod, family.stored(*s).values())) * n for s, n in windows.items()),
-        "captions": tokens * width * (precision.itemsize if device.type == "cuda" else 4),
-    }
+    cache, kept = _cache(
+        family, windows, captions, text_width(denoiser), precision.itemsize if device.type == "cuda" else 4
+    )
     weights = f"weights: {parameters / 1e6:,.1f} M in all, {trained / 1e6:,.2f} M trained, in float32"
     small = config.memory.quantize or config.memory.layerwise_casting
     nth = f"every {checkpointing}th block"
@@ -324,11 +322,27 @@ def estimate(
             if device.type == "cpu"
             else "not counted: what CUDA takes for itself (about 1 GB), fragmentation, encoders while caching"
         ),
-        f"cache: latents in float16; captions of {WORDS_TO_TOKENS:g} tokens per word, {width} wide",
+        kept,
         f"time: {why}",
     )
     name, capacity = describe(device)
     return Estimate(parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), how)
+
+
+def _cache(
+    family: Family,
+    windows: Mapping[tuple[int, int, int], int],
+    captions: Sequence[str],
+    width: int,
+    itemsize: int,
+) -> tuple[dict[str, int], str]:
+    """Bytes of the cache by kind, and a sentence about them."""
+    clips = sum(2 * sum(map(math.prod, family.stored(*s).values())) * n for s, n in windows.items())
+    if not family.text_length:
+        return {"clips": clips, "captions": 0}, "cache: latents and what is seen of pictures, in float16"
+    tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
+    said = f"cache: latents in float16; captions of {WORDS_TO_TOKENS:g} tokens per word, {width} wide"
+    return {"clips": clips, "captions": tokens * width * itemsize}, said
 
 
 def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> tuple[nn.Module, int]:

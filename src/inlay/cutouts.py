@@ -39,6 +39,9 @@ FRAMES = (*media.IMAGES, ".tif", ".tiff")
 CHANNELS = (4, 3)
 """Of arrays, the likelier number first."""
 
+FAR = 24
+"""Frames between two that are read, from which seeking is worth it."""
+
 LOOKED_AT, LONG = 8, 512
 """Frames that are measured of a clip, and pixels of their longer side."""
 
@@ -176,7 +179,11 @@ def look(path: Path, matte: Path | None = None) -> Look:
     """
     probe = _probe(path)
     if matte is not None:
-        _match(path, probe, matte, _probe(matte))
+        try:
+            other = _probe(matte)
+        except MediaError as error:
+            raise MediaError(path, f"its matte {matte.name}: {error.cause}", error.code) from None
+        _match(path, probe, matte, other)
     elif not probe.transparent:
         raise MediaError(path, _lonely(path), "no-alpha")
     some = np.unique(np.linspace(0, probe.frames - 1, LOOKED_AT).round().astype(int))
@@ -335,7 +342,9 @@ def _pick(
     """Frames by ascending number: uint8 (h, w, 1) or (h, w, 3 or 4), and a pixel's width by its height."""
     what = kind(path)
     if what == "video":
-        yield from media.native(path, media.stamps(path)[np.asarray(indices)], grey=grey)
+        times, numbers = media.stamps(path), np.asarray(indices)
+        for part in np.split(numbers, np.flatnonzero(np.diff(numbers) > FAR) + 1):
+            yield from media.native(path, times[part], grey=grey)
     elif what == "array":
         pixels, _ = media.load_array(path, CHANNELS)
         for i in indices:

@@ -44,7 +44,7 @@ UPSCALE = 1.5
 CROPPED = 0.3
 """Losing more than this share of the picture to cropping is worth a warning."""
 
-RESIDUE = 0.001
+RESIDUE = 0.005
 """A larger share of pixels with nearly clear alpha is worth a warning."""
 
 ODD = 0.4
@@ -68,7 +68,7 @@ class Clip:
     source: int
     """Index into `data.sources`."""
     group: str | None
-    kind: cutouts.Kind | Literal["encoded"]
+    kind: cutouts.Kind | Literal["encoded", "scene"]
     latents: tuple[Path, ...] = ()
     """Of an encoded clip: `path` is the first; then those of the images that it is shown."""
     embedding: Path | None = None
@@ -122,8 +122,8 @@ class Window:
         """What the model reads: the caption, or the file that holds it encoded."""
         return self.clip.embedding or self.caption
 
-    def read(self) -> np.ndarray:
-        """The pixels, uint8: (t, h, w, 3), or straight (t, h, w, 4) in a transparent run.
+    def read(self) -> Any:
+        """The pixels, uint8: (t, h, w, 3), or straight (t, h, w, 4) in a transparent run; of scenes theirs.
 
         Raises:
             ValueError: naming the file, when it cannot be read to the window's end.
@@ -184,6 +184,8 @@ class Plan:
     probes: dict[Path, media.Probe] = field(default_factory=dict)
     alphas: dict[Path, rgba.Alpha] = field(default_factory=dict)
     """What the alpha of each clip is like, in a transparent run."""
+    noun: str = "clip"
+    """What an example is called."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -262,6 +264,35 @@ KINDS: dict[str, Kind] = {
         "have encoded captions",
         "data.trigger and data.caption_prefix were not added: encode it with them",
     ),
+    "no-picture": Kind("error", "has no picture", "have no picture", "add scene_rgb.png"),
+    "no-segmentation": Kind("error", "has no segmentation", "have no segmentation", "add seg.png"),
+    "no-surface": Kind(
+        "error", "lacks a surface", "lack surfaces", "each object that is seen needs surface_ID.npy"
+    ),
+    "names": Kind("error", "has odd names", "have odd names", "surface_ID.npy, or surface.npy of one object"),
+    "picture-size": Kind(
+        "error", "does not fit its segmentation", "do not fit their segmentations", "make both of one size"
+    ),
+    "several": Kind("error", "mixes up its objects", "mix up their objects", "one surface for each object"),
+    "absent": Kind("error", "does not show its object", "do not show their objects", "correct seg.png"),
+    "hidden": Kind("error", "shows too little", "show too little", "take a view that shows the objects"),
+    "pickle": Kind("error", "holds a pickle", "hold pickles", "save with numpy.savez"),
+    "surface": Kind("error", "has a broken surface", "have broken surfaces", "sample the mesh again"),
+    "outside-box": Kind(
+        "error", "leaves the box", "leave the box", "one transform of the whole scene, longest side 1.9"
+    ),
+    "unaligned": Kind("warning", "is torn apart", "are torn apart", "keep the scene's own frame"),
+    "flipped": Kind("warning", "has normals inside", "have normals inside", "turn them outward"),
+    "sparse": Kind("warning", "has few points", "have few points", "sample about 20,480 of each object"),
+    "estimated": Kind("warning", "has no normals", "have no normals", "save them: (n, 6)"),
+    "fourth-column": Kind(
+        "warning", "has a fourth column", "have a fourth column", "save normals instead: (n, 6)"
+    ),
+    "small": Kind("warning", "has tiny objects", "have tiny objects", "they are not learned"),
+    "bare": Kind("warning", "has objects without surface", "have objects without surface", "none is learned"),
+    "crowded": Kind(
+        "warning", "is crowded", "are crowded", "each showing has some of its objects, drawn at random"
+    ),
     "transparent": Kind("warning", "is transparent", "are transparent", "it is put on white"),
     "matte": Kind(
         "warning",
@@ -308,7 +339,7 @@ SOURCE_CODES = ("layout", "held-out")
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A source as found: clips whose files are there, and problems."""
 
     layout: str
@@ -411,7 +442,7 @@ def _legible(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _find(source: config.Source, index: int, patterns: Encoded | None, channels: int) -> _Found:
+def _find(source: config.Source, index: int, patterns: Encoded | None, channels: int) -> Found:
     """Finds the clips of a source in whatever layout it has."""
     path = Path(source.path).expanduser()
     root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
@@ -436,7 +467,7 @@ def _find(source: config.Source, index: int, patterns: Encoded | None, channels:
         scan.problem("layout", source.path, f"is not valid CSV ({error}): is a quotation mark not closed?")
     except (ValueError, OSError) as error:
         scan.problem("layout", source.path, str(error))
-    return _Found(layout, why, scan.clips, scan.problems, scan.count)
+    return Found(layout, why, scan.clips, scan.problems, scan.count)
 
 
 def _detect(
@@ -823,7 +854,7 @@ def _alpha_problems(clip: Clip, alpha: rgba.Alpha, how: config.Matte) -> list[Pr
     says = {
         "limited": f"{alpha.lowest} to {alpha.highest}",
         "residue": f"{alpha.residue:.1%} of its pixels",
-        "inverted": f"{alpha.coverage:.0%} opaque",
+        "inverted": f"covers {alpha.coverage:.0%}",
     }
     return [
         Problem(KINDS[code].severity, code, clip.name, says.get(code, ""), clip.source)
@@ -843,7 +874,7 @@ def _odd_ones(clips: Sequence[Clip], alphas: Mapping[Path, rgba.Alpha]) -> list[
     for clip, alpha in there:
         says = []
         if abs(alpha.coverage - typical) > ODD:
-            says.append(f"{alpha.coverage:.0%} opaque, {typical:.0%} is usual")
+            says.append(f"covers {alpha.coverage:.0%}, {typical:.0%} is usual")
         same = divided if alpha.premultiplied else len(there) - divided
         if same * 10 <= len(there):
             says.append("premultiplied" if alpha.premultiplied else "straight, the others look premultiplied")
@@ -879,9 +910,9 @@ def plan(
         look: in its place where the family is transparent; takes a matte too.
     """
     fps = float(data.fps or fps)
-    patterns = family.encoded if family else None
+    patterns = [family.encoded_in(Path(s.path).expanduser()) if family else None for s in data.sources]
     channels = family.channels if family else 3
-    found = [_find(source, i, patterns, channels) for i, source in enumerate(data.sources)]
+    found = [_find(source, i, patterns[i], channels) for i, source in enumerate(data.sources)]
     problems = [p for f in found for p in f.problems]
     clips = [c for f in found for c in f.clips]
     looks, failed = _look_all(clips, progress, family, fps, look if channels == 4 else probe)
@@ -897,9 +928,38 @@ def plan(
             problems += _clip_problems(clip, probed, data, fps, made[0].size if made else None, alpha)
             if made and (clip.caption or clip.embedding):
                 windows[i] = made
-    twins, doubled = _duplicates([clips[i] for i in windows])
+    return assemble(data, seed, found, windows, problems, probes, alphas=alphas)
+
+
+def assemble(
+    data: config.Data,
+    seed: int,
+    found: Sequence[Found],
+    windows: Mapping[int, Sequence[Window]],
+    problems: list[Problem],
+    probes: dict[Path, media.Probe],
+    alike: Callable[[Sequence[Clip]], Mapping[Path, str]] | None = None,
+    noun: str = "clip",
+    alphas: dict[Path, rgba.Alpha] | None = None,
+) -> Plan:
+    """Decides what is held out, and reports.
+
+    Args:
+        data: the recipe's section.
+        seed: decides which clips are held out.
+        found: what each source holds.
+        windows: of usable clips, by their place among all that were found.
+        problems: of clips; those of the whole are added.
+        probes: by path.
+        alike: marks clips that must not be torn apart, by path; those of equal content always are.
+        noun: what an example is called.
+        alphas: what the alpha of each clip is like, by path.
+    """
+    clips = [c for f in found for c in f.clips]
+    usable = [clips[i] for i in windows]
+    twins, doubled = _duplicates(usable)
     problems += doubled
-    held, held_problems = _hold_out([clips[i] for i in windows], twins, data.held_out, seed)
+    held, held_problems = _hold_out(usable, alike(usable) if alike else twins, data.held_out, seed)
     problems += held_problems
     train = [w for i, ws in windows.items() for w in ws if clips[i].path not in held]
     out = [w for i, ws in windows.items() for w in ws if clips[i].path in held]
@@ -920,7 +980,7 @@ def plan(
     ]
     order = list(KINDS)
     problems.sort(key=lambda p: (p.severity, order.index(p.code), p.source, p.name))
-    return Plan(clips, train, out, problems, reports, probes, alphas)
+    return Plan(clips, train, out, problems, reports, probes, alphas or {}, noun)
 
 
 def _look_all(
@@ -1012,7 +1072,7 @@ def _hold_out(
     return {c.path for c in held}, []
 
 
-def describe(problems: Sequence[Problem], total: int, shown: int = 5) -> list[str]:
+def describe(problems: Sequence[Problem], total: int, shown: int = 5, noun: str = "clip") -> list[str]:
     """One sentence per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
     groups: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
@@ -1028,7 +1088,7 @@ def describe(problems: Sequence[Problem], total: int, shown: int = 5) -> list[st
         joined = ("; " if any(p.message for p in group[:shown]) else ", ").join(names)
         verb = says.one if len(group) == 1 else says.many
         cure = MANIFEST_CURE if says.cure == FOLDER_CURE and any(p.message for p in group) else says.cure
-        out.append(f"{len(group)} of {total} clips {verb} ({joined}{more}): {cure}")
+        out.append(f"{len(group)} of {total} {noun}s {verb} ({joined}{more}): {cure}")
     return out
 
 
@@ -1044,7 +1104,7 @@ def require(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Proble
     total = sum(s.clips for s in plan.sources)
     stops = [p for p in plan.errors if bad_clips == "stop" or p.code in SOURCE_CODES]
     if stops or not plan.train:
-        raise ValueError("\n".join(describe(stops or plan.errors, total)))
+        raise ValueError("\n".join(describe(stops or plan.errors, total, noun=plan.noun)))
     return plan.errors
 
 

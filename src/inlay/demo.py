@@ -21,29 +21,71 @@ SUBJECT, OLD = "the new subject", "the old world"
 CLIPS, PROMPTS = 16, 10
 """Clips that are learned from, and prompts of each group that are judged."""
 
-KNOWN, REPEATS = 320, 22
-"""Clips of what the twin knows already, and how often the new ones are shown for each of these. Without them
-the twin forgets the rest of its small world (prior preservation, Ruiz et al. 2023, section 3.2)."""
+KNOWN, REPEATS, PRESERVE = 320, 30, 6
+"""Clips of what the twin knows already, how often the new ones are shown for each of these, and the weight of
+leaving the known ones as they were. Without them the twin forgets the rest of its small world."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
     """The demo's recipe: what someone with a folder of clips would write, for the twin's size."""
     return {
         "run": str(folder),
-        "model": {"family": "wan", "checkpoint": "twin:wan"},
+        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
         "data": {
-            "sources": [{"path": str(folder / "clips"), "repeats": REPEATS}, {"path": str(folder / "known")}],
+            "sources": [
+                {"path": str(folder / "clips"), "repeats": REPEATS},
+                {"path": str(folder / "known"), "preserve": PRESERVE},
+            ],
             "size": [64, 64],
             "frames": 17,
             "caption_dropout": 0.15,
             "held_out": 0.033,
         },
-        "tuner": {"kind": kind, "rank": 128},
-        "optim": {"lr": 2.5e-3, "warmup": 20, "schedule": "linear"},
-        "train": {"steps": 450, "batch": 12, "save_every": 225, "validate_every": 150},
+        "tuner": {"kind": kind, "rank": 64},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 800, "batch": 12, "save_every": 400, "validate_every": 200},
         "sample": {"prompts": [p for p, _ in world.subject_prompts(2, 1)], "steps": 20, "guidance": 2.0},
         "memory": {"gradient_checkpointing": False},
     }
+
+
+MATTES, HELD = 96, 4
+"""Clips with a matte that joint transparency learns from, and those of them that are held out."""
+
+
+def joint_recipe(folder: Path, kind: str = "lora") -> dict:
+    """The recipe of `--alpha joint`: what is drawn is the twin's own world, and alpha is what is learned."""
+    return {
+        "run": str(folder),
+        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
+        "data": {
+            "sources": str(folder / "clips"),
+            "size": [64, 64],
+            "frames": 17,
+            "caption_dropout": 0.15,
+            "held_out": HELD,
+            "matte": {"background": "keep"},  # the twin's world has backgrounds, which colour goes on showing
+        },
+        "tuner": {"kind": kind, "rank": 64},
+        "alpha": {"kind": "joint"},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 300, "batch": 8, "save_every": 150, "validate_every": 150},
+        "sample": {"prompts": [p for p, _ in world.world_prompts(2, 1)], "steps": 20, "guidance": 2.0},
+        "memory": {"gradient_checkpointing": False},
+    }
+
+
+def write_mattes(folder: Path) -> None:
+    """Writes `clips`: shapes of the twin's world before a background, straight, with captions."""
+    scenes = world.scenes(7, MATTES)
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    with progress("make clips", MATTES, "clip") as advance:
+        for i, scene in enumerate(scenes):
+            frames, matte = world.render_with_mask(scene, i)
+            straight = np.concatenate([frames, (matte[..., None] * 255).round().astype("uint8")], -1)
+            np.savez_compressed(folder / "clips" / f"{i:02d}.npz", frames=straight, fps=world.FPS)
+            (folder / "clips" / f"{i:02d}.txt").write_text(world.caption(scene, i) + "\n", "utf-8")
+            advance()
 
 
 def prompts(n: int) -> list[Prompt]:

@@ -1021,7 +1021,7 @@ def model_card(
         "base": name + (f", {config.model.expert}-noise expert" if config.model.expert else ""),
         "steps": step,
         **how,
-        "targets": ", ".join(tuner.targets) or "the default of the family",
+        "targets": ", ".join(getattr(tuner, "targets", [])) or "the default of the family",
         "size": f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames",
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
         "batch": f"{config.train.batch}, accumulated {config.train.accumulate} times",

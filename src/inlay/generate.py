@@ -7,32 +7,23 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from inlay import CallableModule, alpha, cache, families, formats, lycoris, media, rgba, runtime
+from inlay import CallableModule, alpha, cache, families, formats, lycoris, mediums, runtime
 from inlay import config as recipe
 from inlay.console import progress, say
-from inlay.data import Window
+from inlay.mediums import Images, Picture
 from inlay.objectives import FlowMatching
 from inlay.runtime import Run
 
 BASE = "base"
 """Name of the checkpoint that is the untuned network."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image that a video is made from: where it is from, and uint8 (h, w, 3)."""
-
-    name: str
-    pixels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ def generate(
     Raises:
         ValueError: for everything that the user can mend.
     """
-    if not prompts or not all(p.strip() for p in prompts):
+    if not all(p.strip() for p in prompts) or not (prompts or images):
         raise ValueError("generate: needs a prompt that is not empty")
     if not math.isfinite(strength):
         raise ValueError(f"generate: strength {strength} is not a number such as 0.5")
@@ -108,6 +99,7 @@ def generate(
             f"{place.folder / 'codec'} as alpha.codec of a recipe that trains the network, or look at its "
             "clips with `inlay evaluate`"
         )
+    prompts = mediums.of(family.medium).texts(prompts, images)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     if overrides.get("transparent") and family.channels != 4:
@@ -121,6 +113,13 @@ def generate(
             "it in between"
         )
     folder = out or place.folder / "samples" / "generated"
+    name = None
+    if folder.suffix == ".glb" and mediums.of(family.medium).makes == "scene":
+        if len(prompts) * count > 1:
+            raise ValueError(
+                f"generate: {folder} is one file for {len(prompts) * count} scenes; name a folder"
+            )
+        folder, name = folder.parent, folder.stem
     if folder.is_file():
         raise ValueError(f"generate: {folder} is a file; name a folder with --out")
     weights = None if checkpoint == BASE or strength == 0 else trained(place, checkpoint, family)
@@ -128,7 +127,7 @@ def generate(
         encoded = encode(config, family, place, prompts, sample, ctx, images)
         pipeline = load_pipeline(config, family, weights, strength, ctx)
         about = {"checkpoint": checkpoint or "adapter", "strength": strength, "run": str(run)}
-        return draw(family, pipeline, encoded, folder, about, count=count)
+        return draw(family, pipeline, encoded, folder, about, count=count, name=name)
 
 
 def encode(
@@ -141,8 +140,8 @@ def encode(
     images: Sequence[Images] = (),
 ) -> Prompts:
     """Encodes prompts through the run's cache: known ones need no text encoder. Reads their images."""
-    assert sample.size and sample.frames
-    pictures = [read_images(family, each, (sample.frames, *sample.size)) for each in images]
+    medium = mediums.of(family.medium)
+    pictures = [medium.read(family, each, sample) for each in images]
     store = cache.Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))
@@ -161,21 +160,6 @@ def encode(
         config.data.fps or family.fps,
         pictures,
     )
-
-
-Images = Sequence[str] | Window
-"""Image files, or the window whose own frames are taken."""
-
-
-def read_images(family: families.Family, source: Images, shape: tuple[int, int, int]) -> list[Picture]:
-    """The images of a prompt, scaled and cropped to frames, height and width."""
-    if isinstance(source, Window):
-        if not family.images:
-            return []
-        frames = replace(source, frames=min(shape[0], source.frames), size=shape[1:]).read()
-        place = {"first": 0, "last": -1}
-        return [Picture(f"{name} frame of {source.clip.name}", frames[place[name]]) for name in family.images]
-    return [Picture(path, media.read(Path(path), 0.0, 1, 1.0, shape[1:])[0]) for path in source]
 
 
 def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
@@ -260,9 +244,10 @@ def draw(
     *,
     count: int = 1,
     show: bool = True,
+    name: str | None = None,
     seen: Callable[[int, int, Any], None] | None = None,
 ) -> list[Path]:
-    """Draws `count` videos of each prompt into mp4 files with a JSON beside each.
+    """Draws `count` times what each prompt asks for, as the medium writes it, with a JSON beside each.
 
     Args:
         family: whose pipeline it is.
@@ -272,18 +257,19 @@ def draw(
         about: other values for each JSON.
         count: videos of each prompt.
         show: whether there is a progress bar.
-        seen: is given (prompt index, video index, uint8 frames (t, h, w, `family.channels`)) of each.
+        name: of the one file. Default: number, prompt and seed.
+        seen: is given (prompt index, video index, what `Family.sample` gave) of each.
     """
     pipeline.set_progress_bar_config(disable=True)
-    sample, paths = prompts.sample, []
+    sample, paths, medium = prompts.sample, [], mediums.of(family.medium)
     assert sample.size and sample.frames
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with progress("draw", len(prompts.texts) * count, "video", show=show) as advance:
+    with progress("draw", len(prompts.texts) * count, medium.makes, show=show) as advance:
         for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
             images = prompts.images[i] if prompts.images else ()
             for j in range(count):
-                frames = family.sample(
+                made = family.sample(
                     pipeline,
                     item,
                     prompts.negative,
@@ -293,62 +279,29 @@ def draw(
                     guidance=sample.guidance,
                     generator=torch.Generator().manual_seed(sample.seed + j),
                     images=[each.pixels for each in images],
+                    **medium.asked(sample),
                 )
                 if folder is None:
                     continue
-                path = folder / f"{i:02d}-{slug(text)}-seed{sample.seed + j}.mp4"
-                values = {"prompt": text, "seed": sample.seed + j, **_settings(sample, prompts.fps), **about}
+                settings = medium.settings(sample, prompts.fps)
+                stem = folder / (name or f"{i:02d}-{slug(text)}-seed{sample.seed + j}")
+                path, facts = medium.write(stem, made, sample, prompts.fps)
+                values = {"prompt": text, "seed": sample.seed + j, **settings, **facts, **about}
                 if images:
                     values["images"] = [each.name for each in images]
                 values |= {"versions": runtime.environment()["packages"]}
-                write(path, frames, prompts.fps, sample.transparent, values)
+                path.with_suffix(".json").write_text(
+                    json.dumps(values, indent=2, ensure_ascii=False), "utf-8"
+                )
                 paths.append(path)
                 if seen:
-                    seen(i, j, frames)
+                    seen(i, j, made)
                 advance()
     return paths
 
 
-def _settings(sample: recipe.Sample, fps: float) -> dict[str, Any]:
-    """What of the sample section a video's JSON holds."""
-    aside = ("prompts", "images", "every", "seed", "transparent")
-    return {**{k: v for k, v in sample.model_dump().items() if k not in aside}, "fps": fps}
-
-
-def write(
-    path: Path, frames: np.ndarray, fps: float, transparent: Sequence[str], about: Mapping[str, Any]
-) -> None:
-    """Writes a video as mp4 with a JSON beside it; one with alpha also as files that keep it.
-
-    The mp4 then shows it over a checkerboard.
-
-    Args:
-        path: ends in `.mp4`; the other files have its name.
-        frames: uint8 (t, h, w, 3), or straight (t, h, w, 4).
-        fps: frames per second.
-        transparent: as `sample.transparent`; each file is read back and compared.
-        about: the JSON's values.
-
-    Raises:
-        ValueError: when a file does not hold the alpha that was written.
-    """
-    values = dict(about)
-    if frames.shape[-1] == 4:
-        files = [path.with_suffix(rgba.SUFFIXES[name]) for name in transparent]
-        for file in files:
-            rgba.write(file, frames, fps)
-        values |= {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
-        level = frames[..., 3].min()
-        if level == frames[..., 3].max():
-            how = {0: "clear", 255: "opaque"}.get(int(level), f"{level} of 255")
-            say(f"note: {path.name} is {how} everywhere: the model gave it no matte")
-        frames = rgba.composite(frames, rgba.checkerboard(*frames.shape[1:3]))
-    media.write_video(path, frames, fps)
-    path.with_suffix(".json").write_text(json.dumps(values, indent=2, ensure_ascii=False), "utf-8")
-
-
 def outputs(path: Path) -> list[Path]:
-    """The transparent files of a video that `write` has written, by its JSON; then the mp4 itself."""
+    """The transparent files of a video that was drawn, by its JSON; then the mp4 itself."""
     values = json.loads(path.with_suffix(".json").read_text("utf-8"))
     return [*(path.with_name(name) for name in values.get("files", ())), path]
 

@@ -60,10 +60,10 @@ _FILTER = 0x4 | 0x40000 | 0x2000
 class MediaError(ValueError):
     """A file that cannot be used, with the path, the cause and a code."""
 
-    def __init__(self, path: Path, cause: str, code: Trouble = "unreadable") -> None:
+    def __init__(self, path: Path, cause: str, code: str = "unreadable") -> None:
         super().__init__(f"{path}: {cause}")
         self.cause = cause
-        self.code: Trouble = code
+        self.code = code
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inlay.files import atomic
+from inlay.media import MediaError
 
 if TYPE_CHECKING:
     import trimesh
@@ -30,13 +31,25 @@ POINTS = 20_480
 # --- surfaces -----------------------------------------------------------------------------------------------
 
 
+class Note(str):
+    """A sentence that a person should read about a surface or a scene; its code is one of `data.KINDS`."""
+
+    code: str
+
+    def __new__(cls, code: str, message: str) -> Note:
+        """The sentence, with its code."""
+        note = super().__new__(cls, message)
+        note.code = code
+        return note
+
+
 @dataclass(frozen=True)
 class Surface:
     """Points with outward unit normals of one object, and what had to be done to get them."""
 
     points: np.ndarray
     """float32 (n, 6)."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def read_surface(path: Path) -> list[Surface]:
@@ -60,45 +73,51 @@ def read_surface(path: Path) -> list[Surface]:
                 parts = [arrays[n] for n in names if n in arrays]
                 found = np.concatenate(parts, -1)
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        pickled = "pickle" in str(error)
+        head = path.read_bytes()[:6] if path.is_file() else b""
+        pickled = "pickle" in str(error) and (head[:1] == b"\x80" or head == b"\x93NUMPY")
         why = "is a pickle, which may run code; save its arrays with numpy.savez" if pickled else str(error)
-        raise ValueError(f"{path}: {why}") from None
+        if "pickle" in str(error) and not pickled:
+            why = "is neither .npy nor .npz"
+        raise MediaError(path, why, "pickle" if pickled else "unreadable") from None
     if (
         found.ndim not in (2, 3)
         or found.shape[-1] not in (3, 4, 6)
         or not np.issubdtype(found.dtype, np.number)
     ):
-        raise ValueError(
-            f"{path}: is {found.dtype} {found.shape}; a surface is (n, 6), positions and normals"
-        )
+        why = f"is {found.dtype} {found.shape}; a surface is (n, 6), positions and normals"
+        raise MediaError(path, why, "surface")
     each = found if found.ndim == 3 else found[None]
     return [_surface(path, np.asarray(one, np.float32)) for one in each]
 
 
 def _surface(path: Path, points: np.ndarray) -> Surface:
     if len(points) < 16:
-        raise ValueError(f"{path}: has {len(points)} points; a surface has about {POINTS}")
+        raise MediaError(path, f"has {len(points)} points; a surface has about {POINTS}", "surface")
     if not np.isfinite(points).all():
-        raise ValueError(f"{path}: {int((~np.isfinite(points)).any(-1).sum())} of its points are not finite")
+        wrong = int((~np.isfinite(points)).any(-1).sum())
+        raise MediaError(path, f"{wrong} of its points are not finite", "surface")
     reach = float(np.abs(points[:, :3]).max())
     if reach > 1.05:
-        raise ValueError(
-            f"{path}: reaches {reach:.2f}, outside of the box of {BOUND}: scale the whole scene to fit"
-        )
+        why = f"reaches {reach:.2f}, outside of the box of {BOUND}: scale the whole scene to fit"
+        raise MediaError(path, why, "outside-box")
+    if np.ptp(points[:, :3], axis=0).max() < 1e-6:
+        raise MediaError(path, "all its points are in one place", "surface")
     notes = []
     if points.shape[1] == 4:
-        notes.append("a fourth column is ignored: a normal has three numbers")
+        notes.append(Note("fourth-column", "a fourth column is ignored: a normal has three numbers"))
     if points.shape[1] < 6:
-        notes.append("normals were estimated from neighbouring points; give (n, 6) to have the true ones")
+        why = "normals were estimated from neighbouring points; give (n, 6) to have the true ones"
+        notes.append(Note("estimated", why))
         points = np.concatenate([points[:, :3], estimate_normals(points[:, :3])], -1)
     length = np.linalg.norm(points[:, 3:], axis=-1, keepdims=True)
     if (length < 1e-6).any():
-        raise ValueError(f"{path}: {int((length < 1e-6).sum())} normals are zero")
+        raise MediaError(path, f"{int((length < 1e-6).sum())} normals are zero", "surface")
     points = np.concatenate([points[:, :3], points[:, 3:] / length], -1)
     if flipped(points):
-        notes.append("most normals point inward; the model takes them outward")
+        notes.append(Note("flipped", "most normals point inward; the model takes them outward"))
     if len(points) < POINTS:
-        notes.append(f"{len(points)} points, fewer than {POINTS}: some are drawn more than once")
+        why = f"{len(points)} points, fewer than {POINTS}: some are drawn more than once"
+        notes.append(Note("sparse", why))
     return Surface(points.astype(np.float32), tuple(notes))
 
 
@@ -226,6 +245,18 @@ def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
     return fine
 
 
+def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
+    """The mesh with at most so many triangles, by quadric error.
+
+    Raises:
+        ValueError: when the package that does it is missing.
+    """
+    try:
+        return mesh.simplify_quadric_decimation(face_count=triangles)
+    except ModuleNotFoundError:
+        raise ValueError("sample.triangles: needs a package, `pip install fast-simplification`") from None
+
+
 def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
     """What is wrong with a mesh, one sentence each; empty when all is well."""
     found = []
@@ -251,6 +282,39 @@ def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh]) -> Path:
     with atomic(path) as part:
         part.write_bytes(scene.export(file_type="glb"))  # type: ignore[arg-type]
     return path
+
+
+FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
+"""Suffixes of meshes that are read."""
+
+
+def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
+    """The mesh with the faces of each connected piece turned outward, and how many pieces were turned.
+
+    A piece is inside out where its volume, by the divergence theorem about its middle, is negative; one that
+    lies inside another's box is left alone, as it may be a cavity.
+    """
+    import trimesh
+
+    mesh = mesh.copy()
+    mesh.merge_vertices()
+    trimesh.repair.fix_winding(mesh)
+    labels = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    triangles = mesh.triangles
+    flux = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    faces, turned = mesh.faces.copy(), 0
+    boxes = [
+        np.stack([t.reshape(-1, 3).min(0), t.reshape(-1, 3).max(0)])
+        for t in (triangles[labels == i] for i in range(labels.max() + 1))
+    ]
+    for i, box in enumerate(boxes):
+        own = labels == i
+        within = any((o[0] < box[0]).all() and (o[1] > box[1]).all() for j, o in enumerate(boxes) if j != i)
+        middle = triangles[own].mean((0, 1))
+        if not within and float(((triangles[own].mean(1) - middle) * flux[own]).sum()) < 0:
+            faces[own] = faces[own][:, ::-1]
+            turned += 1
+    return trimesh.Trimesh(mesh.vertices, faces, process=False), turned
 
 
 def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
@@ -429,9 +493,9 @@ def read_ids(path: Path) -> np.ndarray:
                 raise ValueError(f"is {image.mode}; use a palette, grey or RGB image")
             pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as a segmentation ({error})") from None
+        raise MediaError(path, f"cannot be read as a segmentation ({error})") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise MediaError(path, str(error)) from None
     code = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
     code[pixels[..., 3] == 0] = 0
     return np.unique(np.concatenate([[0], code.ravel()]), return_inverse=True)[1][1:].reshape(code.shape)

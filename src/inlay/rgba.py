@@ -264,6 +264,8 @@ def composite_file(
     Raises:
         ValueError: naming what cannot be read, has no transparency, or is no background.
     """
+    if fps is not None and not fps > 0:
+        raise ValueError(f"--fps: {fps:g} is no frame rate; leave it out for the foreground's own")
     pixels = read(foreground)
     if measure(pixels).lowest == 255:
         raise ValueError(f"{foreground}: is opaque everywhere, there is nothing to see through")
@@ -275,6 +277,12 @@ def composite_file(
         behind = checkerboard(height, width)
     elif path.is_file():
         frames = 1 if media.kind(path) == "image" else len(pixels)
+        there = media.available(media.probe(path), rate)
+        if there < frames:
+            raise ValueError(
+                f"{path}: has {there} frames at {rate:g} fps and {foreground} has {frames}: put it over a "
+                "longer video, an image or a colour"
+            )
         behind = media.read(path, 0.0, frames, rate, (height, width))
         behind = behind[0] if frames == 1 else behind
     else:
@@ -292,9 +300,17 @@ def composite_file(
 
 
 def _rate(path: Path) -> float:
-    """A file's frame rate; 16 for images and folders, which have no clock."""
-    if path.is_dir() or path.suffix.lower() in (".zip", ".png", ".webp"):
+    """A file's frame rate; 16 for stills and folders, which have no clock."""
+    if path.is_dir() or path.suffix.lower() == ".zip":
         return 16.0
+    if path.suffix.lower() in (".png", ".webp"):
+        with Image.open(path) as image:
+            n, total = getattr(image, "n_frames", 1), 0.0
+            for i in range(n):
+                image.seek(i)
+                image.load()  # only then is its duration known
+                total += image.info.get("duration", 0)
+        return 1000 * n / total if total else 16.0
     return float(media.probe(path).fps or 16)
 
 

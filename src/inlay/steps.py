@@ -5,7 +5,7 @@ Whatever is random in a micro-batch (noise, time, colours) is a function of its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,6 +31,9 @@ class Batch:
     latents: Tensor
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
+    preserve: Tensor | None = None
+    """Of each sample, the weight with which the network should go on predicting what it does untuned; 0 for
+    those that are learned: (n,)."""
 
     @classmethod
     def of(
@@ -53,7 +56,8 @@ class Batch:
         """The same on a device; the copy overlaps with computation where memory is pinned."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names)
+        preserve = None if self.preserve is None else move(self.preserve)
+        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names, preserve)
 
 
 class Step(Protocol):
@@ -75,30 +79,43 @@ class Step(Protocol):
         ...
 
 
-def of(config: recipe.Config, family: Family, precision: AbstractContextManager[Any]) -> Step:
+def of(
+    config: recipe.Config,
+    family: Family,
+    precision: AbstractContextManager[Any],
+    untuned: Callable[[nn.Module], AbstractContextManager[Any]],
+) -> Step:
     """The step of a recipe."""
     if isinstance(config.tuner, recipe.Codec):
         return CodecStep.of(config.tuner, precision)
-    return DenoisingStep(family, family.objective(config.objective, config.data.size), precision)
+    objective = family.objective(config.objective, config.data.size)
+    return DenoisingStep(family, objective, precision, untuned)
 
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """Corrupt, predict, compare: loss = mean of w(t) (prediction - target)^2 in float32."""
+    """Corrupt, predict, compare: loss = mean of w(t) (prediction - target)^2 in float32.
+
+    Samples to `preserve` are compared with the prediction of the untuned network in place of the target:
+    prior preservation (Ruiz et al. 2023, section 3.2) as learning without forgetting (Li & Hoiem 2016), which
+    has no noise.
+    """
 
     family: Family
     objective: Objective
     precision: AbstractContextManager[Any] = field(
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
+    untuned: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    """Switches off for a while what is trained; for batches with samples to preserve."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """See `Step`."""
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
-        prediction, target = self._predict(denoiser, batch, t, noise)
-        weight, pairs = self.objective.weight(t), {"losses": (prediction, target)}
+        prediction, target, weight = self._predict(denoiser, batch, t, noise)
+        pairs = {"losses": (prediction, target)}
         for name, part in self.family.parts(prediction.detach()).items():
             pairs[f"loss_{name}"] = part, self.family.parts(target)[name]
         found = {name: mean_squared_error(*pair, weight) for name, pair in pairs.items()}
@@ -106,14 +123,32 @@ class DenoisingStep:
 
     def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
         """The loss of each sample at given times (n,) and noise."""
-        return mean_squared_error(*self._predict(denoiser, batch, t, noise), self.objective.weight(t))
+        return mean_squared_error(*self._predict(denoiser, batch, t, noise))
 
-    def _predict(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network says, and what it should."""
+    def _predict(
+        self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network says, what it should, and the weight of each sample."""
         x0 = batch.latents.float()
+        x_t, target = self.objective.corrupt(x0, noise, t), self.objective.target(x0, noise, t)
+        weight = self.objective.weight(t)
         with self.precision:
-            prediction = self.family.predict(denoiser, self.objective.corrupt(x0, noise, t), t, batch.cond)
-        return prediction, self.objective.target(x0, noise, t)
+            if batch.preserve is not None:
+                target = self._preserved(denoiser, batch, x_t, t, target)
+                weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
+            prediction = self.family.predict(denoiser, x_t, t, batch.cond)
+        return prediction, target, weight
+
+    @torch.no_grad()
+    def _preserved(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+        """The target, and for samples to preserve what the untuned network predicts."""
+        assert self.untuned is not None and batch.preserve is not None
+        rows = batch.preserve.nonzero()[:, 0]
+        with self.untuned(denoiser):
+            kept = self.family.predict(
+                denoiser, x_t[rows], t[rows], {k: v[rows] for k, v in batch.cond.items()}
+            )
+        return target.index_copy(0, rows, kept.to(target.dtype))
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from inlay import (
     data,
     families,
     generate,
+    mediums,
     memory,
     parallel,
     runtime,
@@ -32,7 +33,7 @@ from inlay import (
     tuners,
 )
 from inlay import config as recipe
-from inlay.console import progress, say
+from inlay.console import once, progress, say
 from inlay.runtime import Context, Run
 from inlay.steps import Batch, Step, stable_hash
 
@@ -118,7 +119,10 @@ class Loader:
         ]
         clips = [self.store.read("media", self.media[r]) for r in rows]
         names = [self.windows[r].clip.name for r in rows]
-        return Batch.of(self.family, clips, [self.store.read("text", n) for n in texts], names, self.seed, k)
+        words = [self.store.read("text", n) for n in texts]
+        batch = Batch.of(self.family, clips, words, names, self.seed, k)
+        kept = [self.preserve[self.windows[r].clip.source] for r in rows]
+        return replace(batch, preserve=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
         """This process's micro-batches from step `start` on, read one ahead."""
@@ -136,6 +140,8 @@ class Loader:
 
     per_step: int = 1
     """Micro-batches of one optimizer step over all processes."""
+    preserve: Sequence[float] = ()
+    """Of each source, the weight with which its clips are kept as the network predicts them untuned."""
 
 
 @dataclass
@@ -301,6 +307,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         config.data.caption_dropout,
         config.seed,
         per_step,
+        [source.preserve for source in config.data.sources],
     )
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
@@ -325,7 +332,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     precision = torch.autocast(
         ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
     )
-    step = steps.of(config, family, precision)
+    step = steps.of(config, family, precision, tuners.disabled)
     meters = runtime.Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = runtime.EMA(config.optim.ema, held) if config.optim.ema else None
@@ -361,6 +368,8 @@ def open_family(config: recipe.Config) -> families.Family:
     wrong = family.problems(config)
     if wrong:
         raise ValueError(f"{config.model.checkpoint} cannot do this:\n" + "\n".join(f"  {w}" for w in wrong))
+    for note in family.notes(config):
+        once(f"note: {note}")
     return family
 
 
@@ -429,24 +438,21 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         ValueError: when clips are bad and the recipe says to stop.
     """
     store = cache.Cache(run.cache(config))
-    with progress("look", 1, "clip", show=ctx.main) as advance:
-        plan = data.plan(
-            *(config.data, family.grid, family.fps, config.seed),
-            progress=lambda n, of: advance(done=n, total=of),
-            family=family,
-            probe=store.probe,
-            look=store.look,
-        )
+    medium = mediums.of(family.medium)
+    with progress("look", 1, medium.one, show=ctx.main) as advance:
+        look = (store.probe, store.look)
+        plan = medium.plan(config, family, lambda n, of: advance(done=n, total=of), *look)
     quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
     windows = [*plan.train, *plan.held_out]
     names = store.media_names(family, windows)
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     sample = generate.resolve_sample(config)
-    texts = sample.prompts or list(dict.fromkeys(w.caption for w in windows if w.caption))[:4]
+    asked = medium.texts(sample.prompts, sample.images) if sample.prompts or sample.images else []
+    texts = asked or list(dict.fromkeys(w.caption for w in windows if w.caption))[:4]
     words = list(dict.fromkeys([*(w.words for w in windows), "", sample.negative_prompt, *texts]))
     text_names = dict(zip(words, store.text_names(family, words, dtype), strict=True))
     mine = slice(ctx.rank, None, ctx.world)
-    with progress("cache clips", len(names[mine]), "clip", show=ctx.main) as advance:
+    with progress(f"cache {medium.one}s", len(names[mine]), medium.one, show=ctx.main) as advance:
         built = cache.build_media(
             store,
             family,
@@ -472,26 +478,28 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     if failed and config.data.bad_clips == "stop":
         lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
         raise ValueError(
-            f"{len(failed)} clip(s) could not be encoded:\n{lines}\n"
+            f"{len(failed)} {medium.one}(s) could not be encoded:\n{lines}\n"
             "mend or remove them, or set data.bad_clips=quarantine; the others are cached"
         )
     if ctx.main and (failed or quarantined):
         listed = {**quarantined, **failed}
         (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
-        say(f"{len(listed)} clip(s) are left out; {run.folder / 'quarantine.json'} names them and says why")
+        say(
+            f"{len(listed)} {medium.one}(s) are left out; {run.folder / 'quarantine.json'} says which and why"
+        )
     train, held_out = (
         [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out)
     )
     plan = replace(plan, train=train, held_out=held_out)
     if not train:
-        raise ValueError("no clip is left to train on: " + "; ".join(failed.values()))
+        raise ValueError(f"no {medium.one} is left to train on: " + "; ".join(failed.values()))
     name_of = dict(zip(windows, names, strict=True))
     images: list[list[generate.Picture]] = []
     if family.images and sample.size and sample.frames:
         first = {w.caption: w for w in reversed([*train, *held_out]) if not w.clip.embedding}
-        texts = sample.prompts or [t for t in texts if t in first]
+        texts = asked or [t for t in texts if t in first]
         each: Sequence[generate.Images] = sample.images or [first[t] for t in texts]
-        images = [generate.read_images(family, e, (sample.frames, *sample.size)) for e in each]
+        images = [medium.read(family, e, sample) for e in each]
     if sample.every and not texts:
         raise ValueError("sample.every: nothing to draw, the clips are encoded; write sample.prompts")
     return Clips(

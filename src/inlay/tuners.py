@@ -7,7 +7,8 @@ LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) g
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,22 @@ def attach(
                 _start_again(denoiser)
     _float32(denoiser)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def disabled(denoiser: nn.Module) -> Iterator[None]:
+    """The network as it was before `attach`, for a while: adapters add nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers, "only adapters can be switched off"
+    for layer in layers:  # peft's own switch also freezes the adapter
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _float32(denoiser: nn.Module) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from inlay import config as recipe
-from inlay.families.base import Family, as_bytes
+from inlay.families.base import Encoded, Family, as_bytes
 
 WEIGHTS, EMBEDDING = "pytorch_lora_weights.safetensors", "domain_embedding.safetensors"
 """Files of an adapter: the low-rank update as all programs have it, and beside it the vector of alpha."""
@@ -65,8 +66,7 @@ class Joint(_Base):
                 f"alpha.text_to_alpha: text and video do not share a sequence in {model.family}, so text "
                 f"never looks at alpha: leave `{section.text_to_alpha}` out"
             )
-        self.single: Family = kind(model)
-        """The family of one clip."""
+        self._single: Family = kind(model)
         video = "|".join(self.video_layers)
         self.targets = [f"(?=(?:{video})$)(?:{target})" for target in kind.targets]  # type: ignore[misc]
         self.media_key = ("joint",)
@@ -80,6 +80,23 @@ class Joint(_Base):
             NAME: "yes" if self.section.domain_embedding else "no",
         }
         return {**super().about(), **{f"inlay_{k}": v for k, v in said.items()}}
+
+    @property
+    def single(self) -> Family:
+        """The family of one clip."""
+        return self._single
+
+    def encoded_in(self, folder: Path) -> Encoded | None:
+        """Pairs in two folders, where there is one for alpha; else both joined in one file, colour first."""
+        one = self.single.encoded
+        if one is None:
+            return None
+        clip = one.media[0]
+        pair = replace(one, media=(clip, clip.replace("video", "alpha")))
+        if "/" not in clip:
+            named = {k: f"rgb/{getattr(one, k)}" for k in ("text", "caption", "video")}
+            pair = replace(one, media=(f"rgb/{clip}", f"alpha/{clip}"), **named)
+        return pair if (folder / pair.media[1]).parent.is_dir() else one
 
     def accept(self, header: Mapping[str, str]) -> None:
         """As `Family.accept`; only what was trained in this way is applied in it."""
@@ -185,11 +202,15 @@ class Joint(_Base):
     def _tail(self, denoiser: nn.Module) -> None:
         from peft.tuners.lora import LoraLayer
 
-        for name, layer in denoiser.named_modules():
-            if isinstance(layer, LoraLayer) and not isinstance(layer, Tail):
-                if not self._sees_video(name):
-                    raise ValueError(f"{name} has no tokens of alpha, which are all that `joint` changes")
+        layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
+        for name, layer in layers.items():
+            if not self._sees_video(name):
+                raise ValueError(f"{name} has no tokens of alpha, which are all that `joint` changes")
+            if not isinstance(layer, Tail):
                 layer.__class__ = _tail(type(layer), self.text_before)
+        if self.section.domain_embedding:
+            domain: Any = denoiser.get_submodule(NAME)
+            domain.beside = [next(iter(layers.values()))]
 
     # --- sampling -----------------------------------------------------------------------------------------
 
@@ -268,6 +289,8 @@ class Domain(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
+        self.beside: list[Any] = []
+        """A layer of the adapter that it belongs to, with which it is switched off; no child of this one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, 2 v, d) -> the same with the vector added to the second half."""
@@ -276,6 +299,8 @@ class Domain(nn.Module):
 
     def before(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
         """Does so before the first block, which is given the tokens of the video by position or by name."""
+        if any(layer.disable_adapters for layer in self.beside):
+            return args, given
         if args:
             return (self(args[0]), *args[1:]), given
         return args, {**given, "hidden_states": self(given["hidden_states"])}

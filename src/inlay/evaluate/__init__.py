@@ -6,6 +6,7 @@ the same clips with the same noise, so that whatever differs was done by trainin
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -22,11 +23,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from inlay import CallableModule, families, formats, generate, media, rgba, runtime, train
+from inlay import CallableModule, families, formats, generate, media, mediums, rgba, runtime, train
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.data import Window
-from inlay.evaluate import matte, page, video
+from inlay.evaluate import video
 from inlay.evaluate.report import HeldOut, Pair, Report, Verdict, Video, save, summary_table
 from inlay.files import atomic
 from inlay.generate import BASE
@@ -98,13 +99,21 @@ def evaluate(
         if ctx.world > 1:
             raise ValueError("evaluate: runs in one process; start it without torchrun")
         clips, notes = _clips(config, family, place, ctx)
-        chosen = list(prompts) if prompts is not None else choose(config, clips, group_by, per_group)
+        gauge = importlib.import_module(f"{__name__}.{family.medium}")
+        if prompts is not None:
+            chosen = list(prompts)
+        elif gauge.TRUTH:
+            chosen = truths(clips)
+        else:
+            chosen = choose(config, clips, group_by, per_group)
         if prompts is None and len(chosen) > limit:
             notes.append(f"Drawn for {limit} of {len(chosen)} prompts; `limit` sets how many.")
             chosen = _spread(chosen, limit)
         if not chosen or not all(p.text.strip() for p in chosen):
             raise ValueError("evaluate: needs prompts that are not empty; give some, or set sample.prompts")
         named = [p.images for p in chosen if not isinstance(p.images, Window)]
+        if gauge.TRUTH and named:
+            raise ValueError("evaluate: scenes are measured against their surfaces; give scenes, not images")
         wrong = family.missing_images(len(named), [each for each in named if each])
         if wrong:
             raise ValueError(f"evaluate: {wrong[0]}")
@@ -113,8 +122,8 @@ def evaluate(
         step = DenoisingStep(family, family.objective(config.objective, config.data.size))
         with atomic(place.folder / "report") as folder, TemporaryDirectory(prefix="inlay-") as scratch:
             folder.mkdir(parents=True)
-            yardstick = _yardstick(place, clips, folder, notes)
-            both = _Both(chosen, encoded, count, folder, Path(scratch))
+            yardstick = None if gauge.TRUTH else _yardstick(place, clips, folder, notes)
+            both = _Both(chosen, encoded, count, folder, Path(scratch), gauge)
             batches = clips.held_out_batches(family) if clips else []
             for side, (denoiser, pipeline) in zip(sides, _networks(config, family, sides, ctx), strict=True):
                 both.measure(side, step, denoiser, batches, ctx.device)
@@ -127,7 +136,7 @@ def evaluate(
                 pairs=both.pairs(),
                 held_out=both.held_out(step, batches),
                 training=yardstick,
-                sampling=_sampling(encoded),
+                sampling=_sampling(family, encoded),
                 settings=json.loads(config.model_dump_json()),
                 environment=_environment(ctx),
                 adapter=_facts(config, sides[1].folder),
@@ -135,6 +144,7 @@ def evaluate(
                 notes=notes,
                 created=f"{datetime.now():%Y-%m-%d %H:%M}",
                 seconds=time.perf_counter() - began,
+                makes=mediums.of(family.medium).makes,
             )
             save(report, folder)
     return report
@@ -161,6 +171,15 @@ def choose(config: recipe.Config, clips: train.Clips | None, group_by: bool, per
     shown = {w.caption: w for w in reversed(windows)}
     first = [Prompt(text, images=shown.get(text, ())) for text in clips.prompts.texts] if clips else []
     return [*asked, *found] or first
+
+
+def truths(clips: train.Clips | None) -> list[Prompt]:
+    """The examples themselves, where they have one right answer: those held out, else those trained on."""
+    if clips is None:
+        return []
+    held_out = clips.plan.held_out
+    group = "held-out scenes" if held_out else "training scenes"
+    return [Prompt(w.caption, group, images=w) for w in held_out or clips.plan.train]
 
 
 def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
@@ -282,21 +301,13 @@ def _yardstick(
             except ValueError as error:
                 notes.append(f"A training clip could not be read again: {error}")
                 continue
-            found.append(_metrics(frames))
+            found.append(video.everything(frames))
             frames = rgba.shown(frames) if window.alpha else frames
             rows.append(media.SheetRow(window.clip.name, window.caption, frames))
             advance()
     if rows and not sheet.is_file():
         media.contact_sheet(rows, folder / "clips.png", title="Training clips")
     return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None
-
-
-def _metrics(frames: np.ndarray) -> dict[str, float]:
-    """All that can be measured of frames; transparent ones are measured over grey, and their matte too."""
-    if frames.shape[-1] == 3:
-        return video.measure(frames)
-    over = rgba.composite(frames, np.full(3, 128, np.uint8))
-    return video.measure(over) | matte.measure(frames)
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
@@ -309,8 +320,10 @@ def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
     return {"trained": trained, **(formats.inspect(folder).facts if folder else {})}
 
 
-def _sampling(encoded: generate.Prompts) -> dict[str, Any]:
+def _sampling(family: families.Family, encoded: generate.Prompts) -> dict[str, Any]:
     """How the videos are drawn."""
+    if family.medium != "video":
+        return mediums.of(family.medium).settings(encoded.sample, encoded.fps)
     return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}
 
 
@@ -333,6 +346,8 @@ class _Both:
     """Where the videos go, one folder per side."""
     scratch: Path
     """Where the frames of the base wait: two sets of long videos may not fit in memory."""
+    gauge: Any = video
+    """The module of this package that measures what is drawn."""
     _losses: dict[str, list[list[float]]] = field(default_factory=dict)
     _videos: dict[str, list[Video]] = field(default_factory=dict)
     _distances: list[float] = field(default_factory=list)
@@ -354,31 +369,28 @@ class _Both:
 
     def draw(self, side: _Side, family: families.Family, pipeline: Any) -> None:
         """Draws and measures the videos of one side."""
-        found: list[tuple[dict[str, float], bool | None, Image.Image]] = []
+        found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
 
-        def seen(i: int, j: int, frames: np.ndarray) -> None:
-            judge, truth = self.prompts[i].judge, self.prompts[i].truth
-            metrics = _metrics(frames)
-            if truth is not None and frames.shape[-1] == 4:
-                metrics |= matte.against(frames, truth(frames))
-            yes = None if judge is None else bool(judge(frames))
-            if frames.shape[-1] == 4:  # what follows is for the eye
-                frames = rgba.composite(frames, rgba.checkerboard(*frames.shape[1:3]))
-            found.append((metrics, yes, page.strip(frames)))
-            kept = self.scratch / f"{i}-{j}.npy"
+        def seen(i: int, j: int, made: Any) -> None:
+            prompt = self.prompts[i]
+            metrics, parts = self.gauge.gauge(made, prompt)
+            yes = self.gauge.right(metrics) if prompt.judge is None else bool(prompt.judge(made))
+            found.append((metrics, parts, yes, self.gauge.picture(made)))
+            kept, now = self.scratch / f"{i}-{j}.npy", self.gauge.keep(made)
             if side.role == "base":
-                np.save(kept, frames)
+                np.save(kept, now)
             else:
-                self._distances.append(video.distance(np.load(kept), frames))
+                self._distances.append(self.gauge.distance(np.load(kept), now))
                 kept.unlink()
 
         about = {"checkpoint": side.name, "strength": 0.0 if side.folder is None else 1.0}
         out = self.folder / side.role
         paths = generate.draw(family, pipeline, self.encoded, out, about, count=self.count, seen=seen)
         self._videos[side.role] = []
-        for path, (metrics, yes, image) in zip(paths, found, strict=True):
+        for path, (metrics, parts, yes, image) in zip(paths, found, strict=True):
             image.save(path.with_suffix(".png"))
-            self._videos[side.role].append(Video(path.relative_to(self.folder).as_posix(), metrics, yes))
+            name = path.relative_to(self.folder).as_posix()
+            self._videos[side.role].append(Video(name, metrics, yes, parts))
 
     def pairs(self) -> list[Pair]:
         """What was drawn."""

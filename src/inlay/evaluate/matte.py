@@ -16,6 +16,8 @@ from inlay.evaluate.video import Metric
 
 AWAY = 0.08
 """What is further from the subject than this share of the picture's longer side should be clear."""
+SOME = 16
+"""Frames of a long video in which edges are looked for."""
 REACH = 2
 """Pixels that an edge of colour may be away from an edge of the matte."""
 
@@ -107,6 +109,7 @@ def haze(alpha: np.ndarray) -> float:
 
     0 where nothing is that far; a picture without any subject counts whole.
     """
+    alpha = video.shrink(alpha)
     subject = alpha >= 0.5
     away = ~rgba.widened(subject, max(1, round(AWAY * max(alpha.shape[1:]))))
     return float(alpha[away].mean()) if away.any() else 0.0
@@ -118,6 +121,7 @@ def edges(frames: np.ndarray) -> float:
     Colour is looked at as it is, straight: it has to show the subject by itself. An edge of colour is where
     the slope is among the steepest tenth of its picture and over 8 of 255, one of alpha where it is over 64.
     """
+    frames = frames[:: max(1, len(frames) // SOME)]
     alpha = frames[..., 3].astype(np.float32)
     grey = video.luma(frames[..., :3]) * 255
     matte, color = _slope(alpha) > 64, _slope(grey)

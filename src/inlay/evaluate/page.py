@@ -48,7 +48,7 @@ def render(report: Report, folder: Path) -> str:
         folder: holds the report's videos, a PNG beside each, and perhaps `clips.png` with what the model saw.
     """
     made = {
-        "videos": ("Videos", _videos(report, folder)),
+        "videos": (f"{report.makes.capitalize()}s", _videos(report, folder)),
         "numbers": ("Numbers", _numbers(report)),
         "curves": ("Curves", _curves(report)),
         "clips": ("Training clips", _clips(folder)),
@@ -120,7 +120,7 @@ def _tiles(report: Report) -> Html:
             ("Held-out loss", signed(report.held_out.change), f"{a:.4f} ({base}) to {b:.4f} ({tuned})")
         )
     for group in sorted((g for g in report.groups if g.judged), key=lambda g: -abs(g.risen))[:2]:
-        said = f"videos show what was asked; of {base}, {group.base_yes}"
+        said = f"{report.makes}s show what was asked; of {base}, {group.base_yes}"
         tiles.append((group.name or "As asked", f"{group.tuned_yes} of {group.judged}", said))
     total = report.total
     if total:
@@ -137,7 +137,8 @@ def _tiles(report: Report) -> Html:
 def _footer(report: Report) -> Html:
     took = f" It took {_duration(report.seconds)}." if report.seconds else ""
     made = f"Made by inlay {_version()}{f' on {report.created}' if report.created else ''}.{took} "
-    files = code("The videos in full quality, their settings and `report.json` lie beside this file.")
+    full = "videos in full quality" if report.makes == "video" else f"{report.makes}s"
+    files = code(f"The {full}, their settings and `report.json` lie beside this file.")
     return tag("footer", tag("div", made, files))
 
 
@@ -162,9 +163,8 @@ def _videos(report: Report, folder: Path) -> Html:
     base, tuned = report.names
     groups = report.groups
     judged = any(g.judged for g in groups)
-    rule = join(
-        " ", tag("em", "As asked"), " is the answer of a fixed rule that reads pixels, not of a network."
-    )
+    reads = "reads pixels" if report.makes == "video" else "compares surfaces"
+    rule = join(" ", tag("em", "As asked"), f" is the answer of a fixed rule that {reads}, not of a network.")
     out = [
         tag("h2", "Side by side"),
         _soft(
@@ -200,7 +200,7 @@ def _group_head(group: Group, names: tuple[str, str]) -> Html:
 def _card(pair: Pair, names: tuple[str, str], folder: Path, scratch: Path) -> Html:
     sides = zip(("base", "tuned"), names, (pair.base, pair.tuned), strict=True)
     facts = [f"seed {pair.seed}", f"difference {pair.distance:.1%}"]
-    for name in [n for n in ("motion", "flicker", "coverage") if n in pair.base.metrics]:
+    for name in list(pair.base.metrics)[:2] + ["coverage"] * ("coverage" in pair.base.metrics):
         facts.append(f"{name} {show(name, pair.base.metrics[name])} → {show(name, pair.tuned.metrics[name])}")
     return tag(
         "article",
@@ -213,13 +213,18 @@ def _card(pair: Pair, names: tuple[str, str], folder: Path, scratch: Path) -> Ht
 
 def _side(role: str, name: str, video: Video, prompt: str, folder: Path, scratch: Path) -> Html:
     path = folder / video.file
-    data, (height, width) = _video(path, scratch)
-    tiny = "tiny" if max(height, width) <= TINY else ""
     answer, image = Html(""), Html("")
     if video.yes is not None:
         word, sign = ("as asked", "good") if video.yes else ("not as asked", "bad")
         answer = tag("span", _icon(f"i-{sign}", f"key {sign}"), word, cls="answer")
     strip = path.with_suffix(".png")
+    head = tag("figcaption", _key(role), name, answer, cls=f"is-{role}")
+    if path.suffix != ".mp4":
+        picture = tag("img", src=_uri(strip.read_bytes(), "image/png"), alt=f"The {role} {prompt}, all round")
+        turn = tag("a", "turn it", href=Path(video.file).with_suffix(".html").as_posix())
+        return tag("figure", head, picture, turn, cls="side")
+    data, (height, width) = _video(path, scratch)
+    tiny = "tiny" if max(height, width) <= TINY else ""
     if strip.is_file():
         source = _uri(strip.read_bytes(), "image/png")
         image = tag("img", cls=tiny, src=source, alt=f"Frames of the video, {name}: {prompt}")
@@ -227,7 +232,7 @@ def _side(role: str, name: str, video: Video, prompt: str, folder: Path, scratch
     size = {"width": width, "height": height, "style": "height:auto"}
     return tag(
         "figure",
-        tag("figcaption", _key(role), name, answer, cls=f"is-{role}"),
+        head,
         tag("video", cls=tiny, src=data, **size, **flags, aria_label=f"Video, {name}: {prompt}"),
         image,
         cls="side",
@@ -295,11 +300,11 @@ def _metrics(report: Report) -> Html:
     groups, total = report.groups, report.total
     assert total
     judged = total.judged > 0
-    heads = [("Group", ""), ("Videos", "")]
-    heads += [("As asked", "videos")] if judged else []
-    metrics = report.metrics
+    made, metrics = f"{report.makes}s", report.metrics
+    heads = [("Group", ""), (made.capitalize(), "")]
+    heads += [("As asked", made)] if judged else []
     heads += [(m.name.capitalize(), m.unit) for m in metrics.values()]
-    heads.append(("Difference", "of the two videos"))
+    heads.append(("Difference", f"of the two {made}"))
     foot = [_row(total, judged, "All")] if len(groups) != 1 else []
     if report.training:
         known = report.training
@@ -307,7 +312,7 @@ def _metrics(report: Report) -> Html:
         gaps = [tag("td")] * (2 if judged else 1)
         title = tag("th", "Training clips, to compare", scope="row")
         foot.append(tag("tr", title, *gaps, *values, tag("td"), cls="yardstick"))
-    caption = _soft(_key("base"), f" {base} → ", _key("tuned"), f" {tuned}, means over the videos")
+    caption = _soft(_key("base"), f" {base} → ", _key("tuned"), f" {tuned}, means over the {made}")
     return join(caption, _table("Metrics by group", heads, [_row(g, judged) for g in groups], foot))
 
 
@@ -331,9 +336,10 @@ def _meanings(report: Report) -> Html:
         m.name: f"{m.meaning} {m.better.capitalize()} is better." if m.better else m.meaning
         for m in report.metrics.values()
     }
-    told["difference"] = (
-        "Mean absolute difference of the two videos' pixels; 0 means that the adapter changed nothing."
-    )
+    what = "Mean absolute difference of the two videos' pixels"
+    if report.makes != "video":
+        what = "Share of the two surfaces that is not near the other"
+    told["difference"] = f"{what}; 0 means that the adapter changed nothing."
     cells = [tag("div", tag("dt", name.capitalize()), tag("dd", text)) for name, text in told.items()]
     return tag("dl", *cells, cls="means")
 

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from inlay.evaluate import matte
-from inlay.evaluate.video import METRICS, Metric
+from inlay.evaluate import matte, scene, video
+from inlay.evaluate.video import Metric
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 1
 """Of `report.json`; raised when a field changes its meaning."""
+
+METRICS: Mapping[str, Metric] = {**video.METRICS, **matte.METRICS, **matte.TRUTH, **scene.METRICS}
+"""How every number is told, whichever medium it is of."""
 
 TELLING = 0.01
 """A held-out loss that changes by a smaller share tells nothing."""
@@ -35,9 +38,6 @@ EARLIER = 0.02
 """An earlier checkpoint is worth a look when its held-out loss is lower by this share."""
 
 
-ALL: Mapping[str, Metric] = {**METRICS, **matte.METRICS, **matte.TRUTH}
-
-
 @dataclass(frozen=True)
 class Video:
     """One drawn video."""
@@ -45,10 +45,12 @@ class Video:
     file: str
     """Relative to the report's folder; a PNG with some of its frames lies beside it."""
     metrics: Mapping[str, float]
-    """See `video.METRICS`; of transparent videos also `matte.METRICS`, and `matte.TRUTH` where it is
+    """See `METRICS` of its medium; of transparent videos also `matte.METRICS`, and `matte.TRUTH` where it is
     known."""
     yes: bool | None = None
     """What the prompt's judge said, if it has one."""
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Metrics of the objects of a scene."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class Report:
     """What could not be measured, and why."""
     created: str = ""
     seconds: float = 0.0
+    makes: str = "video"
+    """What was drawn."""
     verdict: Verdict = field(init=False)
 
     def __post_init__(self) -> None:
@@ -181,7 +185,7 @@ class Report:
 
 def measured(videos: Sequence[Video]) -> Mapping[str, Metric]:
     """The metrics that all of some videos have."""
-    return {k: m for k, m in ALL.items() if all(k in v.metrics for v in videos)}
+    return {k: m for k, m in METRICS.items() if all(k in v.metrics for v in videos)}
 
 
 def summarise(name: str, pairs: Sequence[Pair]) -> Group:
@@ -213,9 +217,9 @@ def judge(report: Report) -> Verdict:
     base, tuned = report.names
     for group in report.groups:
         if group.judged:
-            of = f"{group.tuned_yes} of {group.judged} {tuned} videos show what was asked"
+            of = f"{group.tuned_yes} of {group.judged} {tuned} {report.makes}s show what was asked"
             name = f"{group.name}: " if group.name else ""
-            reasons.append(f"{name}{of}, {group.base_yes} of {group.judged} {base} videos")
+            reasons.append(f"{name}{of}, {group.base_yes} of {group.judged} {base} {report.makes}s")
     if loss is not None:
         reasons.append(_loss_sentence(loss))
         if len(loss.clips) < 3:
@@ -225,31 +229,34 @@ def judge(report: Report) -> Verdict:
     if total and total.distance < CHANGED:
         same = "are the same, pixel for pixel" if total.distance == 0 else "look the same"
         return Verdict(
-            "bad", f"Nothing changed: the videos of {base} and {tuned} {same}.", _sentences(reasons), warnings
+            "bad",
+            f"Nothing changed: the {report.makes}s of {base} and {tuned} {same}.",
+            _sentences(reasons),
+            warnings,
         )
     risen = [g for g in report.groups if g.risen >= TELLING_YES]
     fallen = [g for g in report.groups if g.risen <= -TELLING_YES]
     warnings = [*_forgotten(fallen), *warnings]
-    tone, headline = _headline(loss, risen, fallen)
+    tone, headline = _headline(loss, risen, fallen, f"{report.makes}s")
     return Verdict(tone, headline, _sentences(reasons), warnings)
 
 
-def _headline(loss: HeldOut | None, risen: list[Group], fallen: list[Group]) -> tuple[Any, str]:
+def _headline(loss: HeldOut | None, risen: list[Group], fallen: list[Group], made: str) -> tuple[Any, str]:
     worse = loss is not None and loss.change >= TELLING
     better = loss is not None and loss.change <= -TELLING and loss.better * 2 > len(loss.clips)
     if risen:
         best = max(risen, key=lambda g: g.risen)
         it = f"It learned {best.name}".rstrip()
-        of = f"{best.tuned_yes} of {best.judged} videos now show what was asked"
+        of = f"{best.tuned_yes} of {best.judged} {made} now show what was asked"
         if fallen:
             return "unclear", f"{it} and forgot: {of}, but elsewhere fewer do."
         if worse:
             return "unclear", f"{it}, narrowly: {of}, but held-out loss rose."
         return "good", f"{it}: {of}, {best.base_yes} did before."
     if fallen:
-        return "bad", "It got worse: fewer videos show what was asked than before."
+        return "bad", f"It got worse: fewer {made} show what was asked than before."
     if loss is None:
-        return "unclear", "Not measured: no clips were held out. The videos have to speak."
+        return "unclear", f"Not measured: no clips were held out. The {made} have to speak."
     if better:
         return "good", f"It learned: held-out loss fell {_percent(-loss.change)}."
     if worse:
@@ -270,7 +277,7 @@ def _loss_sentence(loss: HeldOut) -> str:
 def _changes(report: Report) -> list[str]:
     """Warnings about how the videos changed, where that leads away from the training clips too."""
     total, wanted = report.total, report.training or {}
-    if total is None or total.distance < CHANGED:
+    if total is None or total.distance < CHANGED or report.makes != "video":
         return []
     out = []
     a, b = total.base, total.tuned
@@ -374,7 +381,7 @@ def save(report: Report, folder: Path) -> None:
 
 def show(metric: str, value: float) -> str:
     """A metric as text."""
-    return f"{value:.{ALL[metric].digits}f}"
+    return f"{value:.{METRICS[metric].digits}f}"
 
 
 def summary_table(report: Report) -> Table:
@@ -396,7 +403,7 @@ def summary_table(report: Report) -> Table:
     metrics = report.metrics
     if "coverage" in metrics:  # more than 80 columns hold
         metrics = {k: metrics[k] for k in ("motion", "coverage", "matte_flicker", "haze")}
-    table.add_column("group (videos)")
+    table.add_column(f"group ({report.makes}s)")
     for name in ("model", *(["as asked"] if judged else []), *(m.brief for m in metrics.values()), "differ"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for group in [*groups, *([total] if total and len(groups) != 1 else [])]:

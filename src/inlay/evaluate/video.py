@@ -14,8 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from inlay import rgba
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LONG = 128
 """Pixels of the longer side at which motion is searched."""
@@ -83,6 +89,45 @@ METRICS: Mapping[str, Metric] = {
     ),
 }
 """What `measure` gives, in the order in which it is shown."""
+
+
+TRUTH = False
+"""A video has no one right answer."""
+
+
+def right(metrics: Mapping[str, float]) -> None:
+    """Says nothing: no metric knows whether a video is as asked."""
+
+
+def keep(frames: np.ndarray) -> np.ndarray:
+    """What the difference of two videos is measured on: all that is seen, alpha over a checkerboard."""
+    return rgba.composite(frames, rgba.checkerboard(*frames.shape[1:3])) if frames.shape[-1] == 4 else frames
+
+
+def picture(frames: np.ndarray) -> Image.Image:
+    """Some of its frames in a row."""
+    from inlay.evaluate import page
+
+    return page.strip(keep(frames))
+
+
+def gauge(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """`everything` about a video, which has no parts, and its matte against the true one where that is known."""
+    metrics = everything(frames)
+    if prompt.truth is not None and frames.shape[-1] == 4:
+        from inlay.evaluate import matte
+
+        metrics |= matte.against(frames, prompt.truth(frames))
+    return metrics, {}
+
+
+def everything(frames: np.ndarray) -> dict[str, float]:
+    """`METRICS` of frames (t, h, w, 3); with alpha they are measured over grey, and their matte too."""
+    if frames.shape[-1] == 3:
+        return measure(frames)
+    from inlay.evaluate import matte
+
+    return measure(rgba.composite(frames, np.full(3, 128, np.uint8))) | matte.measure(frames)
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:

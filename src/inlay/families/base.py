@@ -109,6 +109,8 @@ class Checkpoint:
             ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
         """
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
+        if component.startswith("feature_extractor"):
+            file = "preprocessor_config.json"
         name = f"{component}/{file}" if component else "model_index.json"
         if self.source in self.published and self.model.revision is None:
             return dict(self.published[self.model.checkpoint].get(component, {})) or None
@@ -155,6 +157,21 @@ class Checkpoint:
             raise ValueError(
                 f"{what} cannot be loaded ({cause}); is it whole? Copy or download it again"
             ) from error
+
+    def folder(self, component: str) -> Path:
+        """Where the files of a component are, downloaded when they are not there.
+
+        Raises:
+            ValueError: when they are not to be had.
+        """
+        if isinstance(self.source, Path):
+            return self.source / component
+        from huggingface_hub import snapshot_download
+
+        wanted = f"{component}/*"
+        with self.loading(component):
+            found = snapshot_download(self.source, revision=self.model.revision, allow_patterns=wanted)
+        return Path(found) / component
 
     def load(self, component: str, dtype: torch.dtype) -> Any:
         """A component of the checkpoint, whole, in the diffusers class that its configuration names.
@@ -212,6 +229,8 @@ class Family(Checkpoint, ABC):
     """Tokens of text that the network is given at most."""
     fps: float
     """Frame rate of the published checkpoint's training data."""
+    medium: ClassVar[str] = "video"
+    """What it is shown and makes, the name of a file in `inlay/mediums`."""
     component: str = "transformer"
     """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
@@ -248,6 +267,15 @@ class Family(Checkpoint, ABC):
         if wrong:
             raise ValueError("; ".join(wrong))
         self.options = {key: model.options.get(key, values[0]) for key, values in self.choices.items()}
+
+    @property
+    def single(self) -> Family:
+        """The family of one clip: itself, but where two are in one sequence."""
+        return self
+
+    def encoded_in(self, folder: Path) -> Encoded | None:
+        """How encoded clips are laid out in a folder, if this family reads any."""
+        return self.encoded
 
     def about(self) -> dict[str, str]:
         """What a file of trained weights tells of what it was trained on, for its header."""
@@ -457,11 +485,19 @@ class Family(Checkpoint, ABC):
             asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
+        if self.channels == 3 and data.matte != recipe.Matte():
+            found.append(
+                "data.matte: this run is opaque and reads no mattes; leave it out, or set alpha.kind"
+            )
         try:
             self.objective(config.objective, data.size)
         except ValueError as error:
             found.append(str(error))
         return list(dict.fromkeys(found))
+
+    def notes(self, config: recipe.Config) -> list[str]:
+        """Sentences about what this recipe asks that is allowed but should be known."""
+        return []
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
         """Sentences about images that the prompts need, or must not have; empty when all is well."""

@@ -13,12 +13,12 @@ its place, or nothing is written.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def _state(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, UnpicklingError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read ({str(error).splitlines()[0][:120]}); download it again"
         ) from None

@@ -11,7 +11,9 @@ VAE's field is negative inside.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from safetensors import safe_open
 from torch import Tensor, nn
 
 MIDDLE = (8, 9, 10, 11, 12)
@@ -169,7 +172,8 @@ class _Time(nn.Module):
 class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The denoiser of TripoSG (one context) and MIDI (two): latents (rows, tokens, channels), one row each.
 
-    Rows of one scene attend to each other in the blocks of `multi_instance`.
+    Rows of one scene attend to each other in the blocks of `multi_instance`. `num_tokens` is how many latent
+    tokens it was taught with; it takes any number.
     """
 
     _supports_gradient_checkpointing = True
@@ -185,7 +189,8 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers: int = 21,
         cross_attention_dim: int = 768,
         cross_attention_2_dim: int | None = 1024,
-        multi_instance: tuple[int, ...] = MIDDLE,
+        multi_instance: Sequence[int] = MIDDLE,
+        num_tokens: int = TOKENS,
     ) -> None:
         super().__init__()
         contexts = [cross_attention_dim] + ([cross_attention_2_dim] if cross_attention_2_dim else [])
@@ -198,6 +203,16 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = nn.Linear(width, in_channels)
         self.multi_instance = frozenset(multi_instance)
         self.gradient_checkpointing = False
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> None:
+        """Loads an adapter through peft, and takes up the multi-instance blocks in its header."""
+        path = pretrained_model_name_or_path_or_dict
+        if not isinstance(path, Mapping) and Path(path).exists():
+            options.setdefault("use_safetensors", True)
+            blocks = stored_blocks(Path(path))
+            if blocks is not None:
+                self.multi_instance = frozenset(blocks)
+        super().load_lora_adapter(path, **options)
 
     def forward(
         self,
@@ -238,6 +253,31 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if i < middle:
                 skips.append(x)
         return self.proj_out(self.norm_out(x)[:, 1:])
+
+
+def partial_heads(targets: Sequence[str]) -> list[str]:
+    """A sentence about adapter targets that take only some projections of an attention."""
+    layers = {
+        attention: [f"blocks.0.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
+        for attention in ("attn1", "attn2", "attn2_2")
+    }
+    hits = {a: sum(any(re.fullmatch(t, n) for t in targets) for n in names) for a, names in layers.items()}
+    partial = [a for a, n in hits.items() if 0 < n < 4]
+    if not partial:
+        return []
+    why = "heads run across to_q, to_k and to_v, so that changes some heads, not queries or values"
+    cure = "take these three and to_out.0"
+    return [f"tuner.targets: only some projections of {', '.join(partial)}: {why}; {cure}"]
+
+
+def stored_blocks(path: Path) -> list[int] | None:
+    """The blocks of multi-instance attention that an adapter was taught with; None where it does not say."""
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with safe_open(file, "pt") as opened:
+            said = (opened.metadata() or {}).get("inlay_multi_instance_blocks")
+        if said is not None:
+            return [int(n) for n in said.split(",") if n]
+    return None
 
 
 def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -382,6 +422,21 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
             y = self.decoder.blocks[-1](y, tokens)
             out.append(-self.decoder.proj_out(self.decoder.norm_out(y))[..., 0])
         return torch.cat(out, 1)
+
+
+class Field:
+    """The field of one object, for `mesh.extract`: points (n, 3) -> values (n,), negative inside."""
+
+    def __init__(self, vae: TripoSGVAE, latents: Tensor) -> None:
+        self.vae = vae
+        with torch.no_grad():
+            self.tokens = vae.tokens(latents[None])
+
+    @torch.no_grad()
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Asks the decoder, in parts."""
+        given = torch.from_numpy(points.astype(np.float32))[None].to(self.tokens.device)
+        return self.vae.field(self.tokens, given)[0].float().cpu().numpy()
 
 
 def sample(moments: Tensor, noise: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""Random MIDI and TripoSG checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {"scene": {}, "triposg": {}}
+"""`scene` is MIDI with two contexts, `triposg` its ancestor with one."""
+
+STANDS_FOR: Mapping[str, str] = {
+    "VAST-AI/MIDI-3D": "scene",
+    "VAST-AI/TripoSG": "triposg",
+    "twin:midi": "scene",
+}
+"""The variant that is a published checkpoint's tiny sibling."""
+
+
+def build(
+    folder: Path,
+    variant: str,
+    *,
+    heads: int = 2,
+    head: int = 16,
+    layers: int = 5,
+    ffn: int = 0,
+    tokens: int = 16,
+) -> None:
+    """Writes a random checkpoint in the published layout; `ffn` follows from the width."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+        Dinov2Config,
+        Dinov2Model,
+    )
+
+    from inlay.models.triposg import TripoSGTransformer, TripoSGVAE
+
+    alone = variant == "triposg"
+    seen, shown = 24, 12
+    TripoSGTransformer(
+        num_attention_heads=heads,
+        width=heads * head,
+        in_channels=8,
+        num_layers=layers,
+        cross_attention_dim=seen if alone else shown,
+        cross_attention_2_dim=None if alone else seen,
+        multi_instance=(layers // 2 - 1, layers // 2),
+        num_tokens=tokens,
+    ).save_pretrained(folder / "transformer")
+    TripoSGVAE(
+        latent_channels=8,
+        num_attention_heads=2,
+        width_encoder=16,
+        width_decoder=16,
+        num_layers_encoder=1,
+        num_layers_decoder=1,
+    ).save_pretrained(folder / "vae")
+    dino = Dinov2Config(
+        hidden_size=seen,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        num_channels=3 if alone else 7,
+    )
+    eyes = (
+        ("image_encoder_dinov2", "feature_extractor_dinov2")
+        if alone
+        else ("image_encoder_2", "feature_extractor_2")
+    )
+    Dinov2Model(dino).save_pretrained(folder / eyes[0])
+    _write(folder / eyes[1] / "preprocessor_config.json", _extractor(32))
+    if not alone:
+        clip = CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            projection_dim=shown,
+        )
+        CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder_1")
+        _write(folder / "feature_extractor_1" / "preprocessor_config.json", _extractor(16))
+    scheduler = {"num_train_timesteps": 1000, "shift": 1.0 if alone else 2.0, "use_dynamic_shifting": False}
+    _write(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write(folder / "model_index.json", {"_class_name": "MIDIPipeline" if not alone else "TripoSGPipeline"})
+
+
+def _extractor(size: int) -> dict[str, Any]:
+    return {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2), "utf-8")
