@@ -2,9 +2,9 @@
 
     python benchmarks/rgba.py [--subject 40] [--world 40] [--out runs/rgba-merged]
 
-Trains on 16 transparent clips of the subject and clips of what the twin knows, then draws prompts of both with
-the same seeds. A fixed judge that learned nothing says whether the subject is there and its alpha is the
-subject's, both together; the error of alpha is that against the subject's own alpha where it fits a clip best.
+Trains on 16 transparent clips of the subject and clips of what the twin knows, then draws prompts of both
+with the same seeds. A fixed judge that learned nothing says whether the subject is there and its alpha is the
+subject's, both together; the error of alpha is that against the subject's own where it fits a clip best.
 Writes `benchmarks/results/rgba-merged.json`.
 """
 

@@ -19,6 +19,7 @@ KNOWN, REPEATS = 240, 16
 """Transparent clips of what the twin knows as opaque ones, and how often those of the new subject are shown
 for each of these: what it learns is also that backgrounds are clear."""
 
+STEPS = 600
 
 KINDS = ("merged",)
 """Kinds of `alpha` that the twin has all parts for."""
@@ -28,7 +29,12 @@ def recipe(folder: Path, kind: str = "merged", tuner: str = "lora") -> dict:
     """The demo's recipe; of the opaque one only clips, `alpha` and what they need differ."""
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": kind, **({"codec": "twin:wan", "colors": 1} if kind == "merged" else {})}
-    made["data"]["sources"][0]["repeats"] = REPEATS
+    made["data"]["sources"] = [
+        {"path": str(folder / "clips"), "repeats": REPEATS},
+        {"path": str(folder / "known")},  # on nothing, which is new: not to be preserved, but learned
+    ]
+    made["tuner"]["rank"] = 96
+    made["train"] |= {"steps": STEPS, "save_every": STEPS // 2, "validate_every": STEPS // 3}
     made["sample"]["prompts"] = [p for p, _ in rgba_world.subject_prompts(2, 1)]
     return made
 
