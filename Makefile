@@ -19,8 +19,9 @@ check: $(VENV)/installed-dev  ## what a commit must pass: seconds
 	$(BIN)/codespell src tests docs recipes benchmarks README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/pyright
 
-docs: $(VENV)/installed  ## regenerate the reference
+docs: $(VENV)/installed  ## regenerate the reference and the cost tables
 	$(BIN)/python docs/make.py
+	$(BIN)/python docs/costs.py
 
 # torch is pinned for development only: elsewhere pip would fetch gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt

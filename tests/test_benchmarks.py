@@ -33,3 +33,17 @@ def test_the_estimate_was_within_a_quarter_of_what_was_measured():
     ratios = {name: row["estimated"] / row["measured"] for name, row in found["settings"].items()}
     assert len(ratios) >= 8
     assert all(0.75 < ratio < 1.25 for ratio in ratios.values()), ratios
+
+
+def test_containers_keep_what_the_table_says(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "containers.py"), "--toy", "--out", str(tmp_path)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    toys, found = (
+        json.loads((folder / "containers.json").read_text("utf-8"))
+        for folder in (tmp_path, BENCHMARKS / "results")
+    )
+    assert toys["containers"].keys() == found["containers"].keys()
+    for name, row in (*toys["containers"].items(), *found["containers"].items()):
+        limit = 1.5 if name.startswith(("webm", "mp4")) else 0.1
+        assert row["mean"]["alpha"] <= limit, name
+    assert toys["plain_vp9_lowest_alpha"] == 255

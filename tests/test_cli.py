@@ -34,7 +34,7 @@ COMMANDS = {
     "train": ["RECIPE", "SECTION.KEY=VALUE", "Ctrl-C"],
     "generate": [
         *["RUN", "PROMPTS", "--file", "--count", "--checkpoint", "--strength", "--size", "--frames"],
-        *["--steps", "--guidance", "--negative", "--seed", "--out", "--device"],
+        *["--steps", "--guidance", "--negative", "--seed", "--transparent", "--out", "--device"],
     ],
     "evaluate": ["RUN", "--file", "--count", "--checkpoint", "--against", "--size", "--steps", "--seed"],
     "export": ["RUN", "--to", "--out", "--checkpoint", "comfyui", "merged"],

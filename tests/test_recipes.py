@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file
 
-from inlay import config, cost, families, formats, generate, runtime
+from inlay import alpha, config, cost, families, formats, generate, runtime
+from inlay.models import rgba_codec
 from inlay.train import train
 from inlay.twins import tiny
+from test_codec import made, rgba_clips
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "launch")
@@ -29,7 +32,10 @@ published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 
 
 def family(settings: config.Config) -> families.Family:
-    return families.get(settings.model.family)(settings.model)
+    """Of a recipe whose codec, if it names one, nobody has trained yet."""
+    if settings.alpha.kind == "merged":
+        return families.get(settings.model.family)(settings.model)
+    return alpha.family(settings)
 
 
 def test_there_are_recipes() -> None:
@@ -108,6 +114,12 @@ def test_trains_two_steps(
     if families.get(model["family"]).medium == "scene":
         changes = [c for c in changes if not c.startswith(("data.s", "data.f"))]
         changes += [f"data.sources={make_scenes((2, 1, 2, 3, 1, 2))}", "sample.grid=16"]
+    if "alpha" in raw or raw["tuner"]["kind"] == "codec":
+        changes.append(f"data.sources={rgba_clips(tmp_path / 'cutouts', 6, frames, size)}")
+    if "codec" in raw.get("alpha", {}):
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+        rgba_codec.save(made(vae), tmp_path / "codec")
+        changes.append(f"alpha.codec={tmp_path / 'codec'}")
     if "every" in raw.get("sample", {}):
         changes.append("sample.every=2")
     if raw["data"].get("held_out"):
@@ -117,8 +129,11 @@ def test_trains_two_steps(
     lines = runtime.read_metrics(run / "metrics.jsonl")
     assert [x["step"] for x in lines if "loss" in x] == [2]
     assert [x["step"] for x in lines if "held_out_loss" in x] == ([2] if settings.data.held_out else [])
-    made = [*run.glob("samples/step-000002/*.mp4"), *run.glob("samples/step-000002/*.glb")]
-    assert bool(made) == bool(settings.sample.every)
+    drawn = [*run.glob("samples/step-000002/*.mp4"), *run.glob("samples/step-000002/*.glb")]
+    assert bool(drawn) == bool(settings.sample.every)
+    if settings.tuner.kind == "codec":
+        assert (run / "codec/merge.safetensors").is_file()
+        return
     if settings.tuner.kind == "full":
         assert (run / "adapter/config.json").is_file()
     else:
@@ -131,6 +146,24 @@ def test_trains_two_steps(
     kind = families.get(model["family"])(settings.model)
     images = [[str(start)] * len(kind.images)] if kind.images else []
     assert len(generate.generate(run, ["a clip"] if kind.text_length else [], images=images, steps=2)) == 1
+
+
+def test_the_joint_demo_is_its_recipe() -> None:
+    from inlay import demo_joint
+
+    ours = config.load(ROOT / "recipes/wan/twin-joint.yaml")
+    theirs = config.build(demo_joint.recipe(Path("runs/demo")))
+    assert ours == theirs.model_copy(update={"run": ours.run, "sample": ours.sample})
+
+
+def test_the_transparent_demo_is_its_recipe() -> None:
+    from inlay import demo_rgba
+
+    ours = config.load(ROOT / "recipes/wan/twin-rgba.yaml")
+    theirs = config.build(demo_rgba.recipe(Path("runs/demo")))
+    sources = [s.model_copy(update={"repeats": 1}) for s in theirs.data.sources]
+    assert ours.tuner == theirs.tuner and ours.alpha == theirs.alpha and ours.optim == theirs.optim
+    assert ours.data.sources == sources and ours.train == theirs.train and ours.memory == theirs.memory
 
 
 def test_experts_share_their_cache() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import commands
-from inlay import media, rgba
+from inlay import config, media, rgba
 
 T, H, W = 9, 72, 96
 
@@ -171,6 +171,54 @@ def test_grown_colour_is_that_of_the_nearest_visible_pixels() -> None:
     assert np.abs(blurred[0, :, :8].astype(int) - pixels[0, :, :8]).max() <= 1
 
 
+def test_a_blurred_background_is_seen_in_no_composite() -> None:
+    pixels = clip("smoke")
+    blurred = rgba.blur_background(pixels)
+    seen = pixels[..., 3] > 2
+    assert np.array_equal(blurred[seen], pixels[seen]) and not np.array_equal(blurred, pixels)
+    for color in ((0, 0, 0), (255, 255, 255)):
+        over = [rgba.composite(x, np.array(color, np.uint8)).astype(int) for x in (blurred, pixels)]
+        assert np.abs(over[0] - over[1]).max() <= 2
+
+
+def test_premultiplied_colour_is_divided_after_scaling() -> None:
+    straight = np.zeros((1, 64, 64, 4), np.uint8)
+    straight[..., :3] = (240, 120, 30)
+    y, x = np.mgrid[:64, :64]
+    straight[0, ..., 3] = (255 * (1 - np.hypot(x - 32, y - 32) / 30)).clip(0, 255)
+    times = rgba.to_uint8(rgba.premultiply(rgba.to_float(straight)))
+    for size in ((64, 64), (16, 16)):
+        there = rgba.resize(times, size, premultiplied=True)
+        seen = there[..., 3] > 64
+        assert np.abs(there[seen][:, :3].astype(int) - (240, 120, 30)).max() <= 4
+        assert np.abs(there[..., 3].astype(int) - rgba.resize(straight, size)[..., 3]).max() <= 1
+
+
+def test_wide_pixels_become_square() -> None:
+    pixels = np.zeros((1, 32, 32, 4), np.uint8)
+    pixels[:, :, 8:24] = 255
+    wide = rgba.resize(pixels, (32, 64), sar=2.0)[0, 16, :, 3] > 127
+    assert wide.sum() == 32 and wide[16:48].all()
+
+
+def test_mending_does_what_the_recipe_says() -> None:
+    pixels = clip("disc")
+    pixels[0, 0, 0, 3] = 2
+    kept = config.Matte(background="keep")
+    assert np.array_equal(rgba.mend(pixels, kept), pixels)
+    snapped = rgba.mend(pixels, config.Matte(background="keep", snap=2))
+    assert snapped[0, 0, 0, 3] == 0 and np.array_equal(snapped[..., 3], rgba.snap(pixels[..., 3]))
+    assert np.array_equal(rgba.mend(pixels, config.Matte()), rgba.grow(pixels))
+    clean = config.Matte(background="blur", decontaminate=True)
+    assert np.array_equal(rgba.mend(pixels, clean), rgba.blur_background(rgba.decontaminate(pixels)))
+
+
+def test_binarise() -> None:
+    levels = np.array([0, 1, 2, 3, 128, 255], np.uint8)
+    assert rgba.binarise(levels).tolist() == [0, 0, 0, 255, 255, 255]
+    assert rgba.binarise(levels, 0).tolist() == [0, 255, 255, 255, 255, 255], "the paper's rule"
+
+
 def test_snap() -> None:
     assert rgba.snap(np.array([0, 1, 2, 3, 252, 253, 254, 255], np.uint8)).tolist() == [
         0, 0, 0, 3, 252, 255, 255, 255,
@@ -219,6 +267,16 @@ def test_measuring() -> None:
 def test_not_rgba_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="uint8"):
         rgba.write(tmp_path / "a.mov", np.zeros((3, 8, 8, 3), np.uint8), 16)
+
+
+def test_a_composite_plays_as_fast_as_its_foreground(tmp_path: Path) -> None:
+    images = [Image.fromarray(f) for f in clip("disc")]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], lossless=True, duration=100)
+    rgba.write(tmp_path / "a.apng", clip("disc"), 8)
+    images[0].save(tmp_path / "a.png")
+    for name, rate in {"a.webp": 10, "a.apng": 8, "a.png": 16}.items():
+        out = rgba.composite_file(tmp_path / name, "red", tmp_path / "out.mp4")
+        assert media.probe(out).fps == rate
 
 
 def test_composite_command(tmp_path: Path) -> None:

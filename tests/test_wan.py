@@ -122,6 +122,36 @@ def test_text_is_cut_at_512_and_empty_text_is_one_token(tiny_wan: Path) -> None:
     assert (wan.collate([empty])["text"][0, 1:] == 0).all()
 
 
+def test_short_text_changes_nothing_but_the_time(tiny_wan: Path) -> None:
+    """Values and gradients, of captions of several lengths, and of one without a zero at its end."""
+    short, padded = family(tiny_wan, options={"text": "short"}), family(tiny_wan)
+    captions = ["", "a red car", "a long drive " * 3]
+    items = short.encode_text(short.load_text_encoder(CPU, torch.float32), captions)
+    noisy, t = torch.randn(4, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.rand(4)
+    found = []
+    for wan in (padded, short):
+        denoiser = wan.load_denoiser(torch.float32)
+        tuners.attach(config.LowRank(rank=2), wan.targets, denoiser, seed=0)
+        text = wan.collate([*items, items[0]])["text"]
+        out = wan.predict(denoiser, noisy, t, {"text": text})
+        out.square().mean().backward()
+        slopes = {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
+        whole = wan.predict(denoiser, noisy[:1], t[:1], {"text": torch.ones(1, 512, text.shape[-1])})
+        found.append((text.shape[1], out, slopes, whole))
+    (full, out, slopes, whole), (few, again, others, same) = found
+    assert full == 512 and few == 8 * (max(map(len, (i["text"] for i in items))) // 8 + 1)
+    assert torch.allclose(out, again, atol=1e-5) and torch.equal(whole, same)
+    assert slopes.keys() == others.keys()
+    assert all(torch.allclose(slopes[n], others[n], atol=1e-6) for n in slopes)
+
+
+def test_text_of_full_length_is_not_shortened(tiny_wan: Path) -> None:
+    short = family(tiny_wan, options={"text": "short"})
+    width = short.encode_text(short.load_text_encoder(CPU, torch.float32), [""])[0]["text"].shape[1]
+    for length, collated in ((7, 8), (8, 16), (505, 512), (512, 512)):
+        assert short.collate([{"text": torch.ones(length, width)}])["text"].shape == (1, collated, width)
+
+
 def test_norms_stay_float32_in_a_bfloat16_base_and_adapters_are_float32(tiny_wan: Path) -> None:
     wan = family(tiny_wan)
     denoiser = wan.load_denoiser(torch.bfloat16)

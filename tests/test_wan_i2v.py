@@ -286,3 +286,9 @@ def test_the_json_beside_a_video_names_its_images(written: Callable[..., Path]) 
     (after,) = run.glob("samples/generated/*.json")
     assert json.loads(after.read_text("utf-8"))["images"] == ["start.png", "end.png"]
     assert media.probe(after.with_suffix(".mp4")).frames == 9
+
+
+@pytest.mark.parametrize("variant", ["i2v", "flf2v"])
+def test_short_text_is_refused_where_clip_comes_before_the_text(variant: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match=r"model\.options\.text: .* leave it out"):
+        family(checkpoint("wan", variant), variant, options={"text": "short"})

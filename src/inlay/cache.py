@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inlay import encoded, media
+from inlay import cutouts, encoded, media, rgba
 from inlay.families import Family
 from inlay.files import atomic, sha256
 
@@ -65,9 +65,12 @@ class Cache:
     folder: Path
     _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _probes: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    _alphas: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._hashes, self._probes = (self._memo(name) for name in ("hashes", "probes"))
+        self._hashes, self._probes, self._alphas = (
+            self._memo(name) for name in ("hashes", "probes", "alphas")
+        )
 
     def _memo(self, name: str) -> dict[str, Any]:
         try:
@@ -137,18 +140,48 @@ class Cache:
         if not path.is_file():
             return media.probe(path)
         key = f"{media.READER}|{_now(path)}"
+        known = self._known(key)
+        return known or self._learn(key, media.probe(path))
+
+    def look(self, path: Path, matte: Path | None = None) -> cutouts.Look:
+        """`cutouts.look`, remembered in the same way.
+
+        Raises:
+            ValueError: when the clip cannot be used.
+        """
+        files = [f for part in (path, matte) if part for f in cutouts.files(part)]
+        if not files or not all(f.is_file() for f in files):
+            return cutouts.look(path, matte)
+        now = hashlib.sha256("\n".join(map(_now, files)).encode()).hexdigest()
+        key = f"{cutouts.READER}|{media.READER}|{path.resolve()}|{now}"
+        known = self._known(key)
+        try:
+            if known:
+                return cutouts.Look(known, rgba.Alpha(**self._alphas[key]))
+        except (LookupError, TypeError):
+            pass
+        found = cutouts.look(path, matte)
+        self._alphas[key] = asdict(found.alpha)
+        self._learn(key, found.probe)
+        return found
+
+    def _known(self, key: str) -> media.Probe | None:
         try:
             known: dict[str, Any] = dict(self._probes[key])
             known["fps"] = known["fps"] and Fraction(known["fps"])
             return media.Probe(**known)
         except (LookupError, TypeError, ValueError):
-            found = media.probe(path)
+            return None
+
+    def _learn(self, key: str, found: media.Probe) -> media.Probe:
         self._probes[key] = asdict(found) | {"fps": found.fps and str(found.fps)}
         return found
 
     def remember(self) -> None:
-        """Writes what is known of files: hashes of their content, and probes."""
-        for name, memo in (("hashes", self._hashes), ("probes", self._probes)):
+        """Writes what is known of files: hashes of their content, probes, what alpha is like."""
+        for name, memo in (("hashes", self._hashes), ("probes", self._probes), ("alphas", self._alphas)):
+            if not memo and name == "alphas":
+                continue
             with atomic(self.folder / f"{name}.json") as temporary:
                 temporary.write_text(json.dumps(memo), "utf-8")
 
@@ -171,6 +204,7 @@ class Cache:
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
         """Names of the items of windows."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
+        what += family.media_key
         files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
@@ -229,7 +263,9 @@ def build_media(
     workers: int,
     advance: Advance,
 ) -> Built:
-    """Encodes windows that are not there yet; latents are kept as float16, with more digits than bfloat16.
+    """Encodes windows that are not there yet.
+
+    Latents are kept as float16, with more digits than bfloat16, pixels as they are.
 
     Raises:
         ValueError: when the cache cannot be written. What was made stays; run it again.
@@ -258,7 +294,7 @@ def build_media(
         except (OSError, ValueError) as error:
             built.failed[str(window.clip.path)] = str(error)
         else:
-            item = {k: v.half() for k, v in item.items()}
+            item = {k: v.half() if v.is_floating_point() else v for k, v in item.items()}
             about = {
                 "clip": window.clip.name,
                 "window": json.dumps(window.key, default=str),

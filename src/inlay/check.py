@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from inlay import alpha, cost, data, families, media, mediums, memory, runtime
+from inlay import alpha, cost, data, families, media, mediums, memory, rgba, runtime
 from inlay import config as recipe
 from inlay.console import progress
 from inlay.files import atomic
@@ -59,6 +59,8 @@ class Report:
     estimate: cost.Estimate | None
     """None where mistakes or missing clips make it meaningless."""
     notes: list[str] = field(default_factory=list)
+    alphas: dict[str, rgba.Alpha] = field(default_factory=dict)
+    """What the alpha of each clip is like, in a transparent run."""
     contact_sheet: str | None = None
     medium: str = "video"
 
@@ -108,6 +110,7 @@ def check(config: recipe.Config) -> Report:
         buckets=buckets,
         estimate=estimate,
         notes=notes,
+        alphas={c.name: plan.alphas[c.path] for c in plan.clips if c.path in plan.alphas},
         medium=family.medium,
     )
     if plan.train:
@@ -266,6 +269,8 @@ def print_report(report: Report, console: Console) -> None:
         length, size, count = mediums.of(report.medium).columns
         columns = (length, size, count, "held out", "batches", "latent", "tokens")
         console.print(_table(columns, rows))
+    if report.alphas:
+        _print_alphas(report.alphas, console)
     if report.estimate is not None:
         _print_estimate(report.estimate, report.steps, console)
     for note in report.notes:
@@ -285,6 +290,27 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text(f"{verdict}: {counts}", style))
 
 
+def _print_alphas(alphas: Mapping[str, rgba.Alpha], console: Console) -> None:
+    """What alpha is like, measured as stored; the first clips, and the mean of all."""
+    rows = [(_short(name), *_alpha_cells(a), a.looks) for name, a in list(alphas.items())[:ROWS]]
+    if len(alphas) > 1:
+        mean = [sum(getattr(a, key) for a in alphas.values()) / len(alphas) for key in _SHARES]
+        left = len(alphas) - len(rows)
+        rows.append(
+            (f"all {len(alphas)}", *(f"{v:.1%}" for v in mean), "", f"{left} not shown" if left else "")
+        )
+    columns = ("alpha", "coverage", "soft", "residue", "colour under clear", "range", "looks")
+    console.print(_table(columns, rows))
+    console.print()
+
+
+_SHARES = ("coverage", "soft", "residue", "colored")
+
+
+def _alpha_cells(found: rgba.Alpha) -> list[str]:
+    return [*(f"{getattr(found, key):.1%}" for key in _SHARES), f"{found.lowest}-{found.highest}"]
+
+
 def _short(path: str) -> str:
     parts = Path(path).parts
     return path if len(path) <= 30 or len(parts) < 3 else str(Path("…", *parts[-2:]))
@@ -297,7 +323,7 @@ def _by(numbers: Iterable[int]) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        left = column in ("source", "layout", "size", "seen at", "latent")
+        left = column in ("source", "layout", "size", "seen at", "latent", "alpha", "looks")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))

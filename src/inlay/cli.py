@@ -216,6 +216,14 @@ def generate_(
     guidance: Guidance = None,
     negative: Negative = None,
     seed: Seed = None,
+    transparent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mov,webm,png",
+            help="Files of each video in a transparent run, also apng, mkv. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
     seg: Annotated[
         list[Path] | None,
         typer.Option(help="Scenes: the segmentation of each --image.", show_default=False),
@@ -248,7 +256,7 @@ def generate_(
     pairs = [[str(a), str(b)] for a, b in zip(image or [], seg or [], strict=True)] if seg else None
     area = _size(size)
     _quiet()
-    from inlay.generate import generate
+    from inlay.generate import generate, outputs
 
     made = generate(
         run,
@@ -267,8 +275,9 @@ def generate_(
         guidance=guidance,
         negative_prompt=negative,
         seed=seed,
+        transparent=transparent.split(",") if transparent else None,
     )
-    print("\n".join(str(path) for path in made))
+    print("\n".join(str(file) for path in made for file in outputs(path)))
 
 
 def _lines(file: Path) -> list[str]:
@@ -325,8 +334,16 @@ def evaluate_(
     """Compare base and tuned side by side, same seeds: held-out loss, video metrics, `report.html`."""
     _quiet()
     from inlay.console import console
-    from inlay.evaluate import Prompt, evaluate, summary_table
+    from inlay.evaluate import Prompt, codec, evaluate, summary_table
+    from inlay.runtime import Run
 
+    if Run(run).config().tuner.kind == "codec":
+        found = codec.evaluate(run, checkpoint=checkpoint, device=device)
+        console.print(codec.table(found))
+        for line in codec.text(found):
+            _say(line)
+        print(found.path)
+        return
     if (image or last_image) and not file:
         raise ValueError("--image: goes with --file; the recipe's own prompts have theirs in sample.images")
     texts = _lines(file) if file else []
@@ -353,17 +370,25 @@ def evaluate_(
 @app.command()
 def export(
     run: RunFolder,
-    to: Annotated[str, typer.Option(help="`diffusers`, `comfyui`, `kohya`, or `merged` for full weights.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); a codec: `wan-alpha`, `comfyui`."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File or folder. Default: export/ in the run.")
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
+    then: Annotated[
+        Path | None, typer.Option(help="With `merged`: a LoRA on top, such as one that distils steps.")
+    ] = None,
 ) -> None:
     """Write what a run has trained in another program's layout, read it back, and compare."""
     _quiet()
     from inlay import exchange
 
-    print(exchange.export(run, to, out, checkpoint))
+    print(exchange.export(run, to, out, checkpoint, then))
 
 
 @app.command("import")
@@ -455,6 +480,9 @@ def composite(
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("runs/demo"),
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
+    alpha: Annotated[
+        str, typer.Option(help="`opaque`, or transparent clips: `merged` or `joint`.")
+    ] = "opaque",
     family: Annotated[
         str, typer.Option(help="`wan`: a subject in videos; `midi`: a thing in scenes.")
     ] = "wan",
@@ -464,10 +492,21 @@ def demo(
     Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
     evaluates.
     """
-    demos = {"wan": "inlay.demo", "midi": "inlay.demo_scenes"}
-    if family not in demos:
-        raise ValueError(f"--family: no demo of `{family}`; there are: {', '.join(demos)}")
+    if family not in ("wan", "midi"):
+        raise ValueError(f"--family: no demo of `{family}`; there are: wan, midi")
+    if family != "wan" and alpha != "opaque":
+        raise ValueError(f"--alpha: scenes are not transparent; leave it out, or --family {family}")
     _quiet()
-    import importlib
+    if family != "wan":
+        from inlay import demo_scenes
 
-    importlib.import_module(demos[family]).demo(folder, dora=dora)
+        demo_scenes.demo(folder, dora=dora)
+        return
+    if alpha == "opaque":
+        from inlay.demo import demo
+
+        demo(folder, dora=dora)
+        return
+    from inlay import demo_rgba
+
+    demo_rgba.run(folder, alpha, dora=dora)

@@ -61,11 +61,15 @@ class Source(Section):
     root: str | None = None
     """Folder that the manifest's paths are relative to, and may not leave. Default: the manifest's folder."""
     video_column: str | None = None
-    """Column with the clip's path. Default: the first of video, file_name, file, path, image, frames_path.
-    With `lines` the name of the file, by default `videos.txt`."""
+    """Column with the clip's path. Default: the first of video, file_name, file, path, image,
+    frames_path, and in transparent runs video_rgb, video_fgr, rgb, fgr. With `lines` the name of the file, by
+    default `videos.txt`."""
     caption_column: str | None = None
     """Column with the caption. Default: the first of caption, prompt, text. With `lines` the name of the
     file, by default `prompts.txt`, `prompt.txt` or `captions.txt`."""
+    alpha_column: str | None = None
+    """Column with the path of the matte, for transparent runs. Default: the first of video_alpha, video_pha,
+    alpha, pha, matte; without such a column the matte beside the clip, if there is one."""
     group_column: str | None = None
     """Column by which `inlay evaluate` groups its table, such as an activity or a subject."""
     repeats: int = Field(default=1, ge=1)
@@ -73,6 +77,31 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
     epoch."""
+    preserve: float = Field(default=0.0, ge=0)
+    """Above 0, clips of what the network knows and should not forget: of them the adapter learns to predict
+    what the network predicts without it, not what is in the clip. The number is their weight in the loss; 10
+    keeps nearly everything, 0 is for clips that are learned."""
+
+
+class Matte(Section):
+    """How the alpha of transparent clips is read and mended; unused where the recipe's `alpha` is opaque."""
+
+    premultiplied: bool | Literal["auto"] = "auto"
+    """Whether colour was multiplied with alpha already, and is to be divided; `auto` guesses for each clip,
+    and `inlay check` says what it took for such."""
+    invert: bool = False
+    """White is clear in the mattes."""
+    limited: bool = False
+    """Black is 16 and white is 235 in the mattes: files that do not say that their range is limited."""
+    snap: int = Field(default=0, ge=0, le=127)
+    """Alpha within so many levels of 255 of clear or opaque becomes just that: 2 takes out what lossy files
+    leave in empty regions."""
+    decontaminate: bool = False
+    """Take the colour of an old background out of soft edges: colour grows outward from opaque pixels. Not
+    for smoke or glass, whose own colour is in soft pixels."""
+    background: Literal["grow", "blur", "keep"] = "grow"
+    """What stands where alpha is clear: colour that grew out of the visible pixels, the same as a `blur`red
+    field, or what the file has there. No composite shows it, but a network that learns colour does."""
 
 
 class Data(Section):
@@ -97,6 +126,7 @@ class Data(Section):
     slow: Literal["repeat", "keep"] = "repeat"
     """A clip slower than `fps`: `repeat` frames to keep its speed, or `keep` its frames, which plays it
     faster."""
+    matte: Matte = Matte()
     trigger: str = ""
     """Word put before every caption that does not contain it."""
     caption_prefix: str = ""
@@ -198,6 +228,48 @@ class Full(Section):
     """Regular expressions over whole parameter names; one that matches nothing stops. Default: everything."""
 
 
+class Codec(Section):
+    """Train a codec for merged alpha instead of the denoiser: a merge block and two decoders."""
+
+    kind: Literal["codec"]
+    """Colour and alpha of clips into one latent and back (after Wan-Alpha), on the frozen VAE; no text."""
+    train: Literal["merge+decoders", "merge"] = "merge+decoders"
+    """`merge+decoders`: all three. `merge`: the merge block alone, towards the decoders of `start`."""
+    rank: int = Field(default=128, ge=1)
+    """Rank of the update of each decoder; of `start` where one is given."""
+    start: str | None = Field(default=None, min_length=1)
+    """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
+    begin: Literal["random", "encoder"] = "random"
+    """Without `start`, the merge block is random, or at first gives what the encoder does of colour: then
+    colour is right at once, and alpha is what is left to learn."""
+    loss: Literal["paper", "reference"] = "paper"
+    """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
+    differences, squared error of plain features."""
+    perceptual: str = Field(default="none", min_length=1)
+    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` leaves
+    these three of the nine terms out."""
+    edge: Literal["sobel", "central"] | None = None
+    """Filter of the edge terms. Default: the preset's."""
+    vgg_normalize: Literal["imagenet", "none"] | None = None
+    """Normalisation before the perceptual network. Default: the preset's."""
+    hard_mask: Literal["reconstructed", "true"] = "reconstructed"
+    """Which alpha masks the hard render of the reconstruction."""
+    alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
+    """Alpha up to this counts as clear; lossy files leave more than 0 in empty regions. 0 is the paper's."""
+    colors: list[tuple[int, int, int]] = []
+    """Colours, 0-255, that clips are put on before they are encoded. Empty: the eight corners of the colour
+    cube, as in the paper, so that no colour means transparency."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
+    learned opaque clips has less to learn. Not in the paper."""
+    visible: float = Field(default=0.0, ge=0)
+    """Weight of the mean error of colour over visible pixels alone, which small subjects need. Not in the
+    paper."""
+    noise: float = Field(default=0.0, ge=0)
+    """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
+    Not in the paper."""
+
+
 class Optim(Section):
     """The optimizer and its schedule."""
 
@@ -251,6 +323,10 @@ class Train(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
 
+CARRIERS = ("mov", "webm", "png", "apng", "mkv")
+"""What transparent videos are written as."""
+
+
 class Sample(Section):
     """Videos made during training and the settings of `inlay generate`."""
 
@@ -271,6 +347,9 @@ class Sample(Section):
     """Denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
+    transparent: list[str] = ["mov", "webm"]
+    """Files of each transparent video, besides the mp4 on a checkerboard: `mov` (ProRes 4444, for editing),
+    `webm` (VP9, small, for browsers), `png` (a .zip of images, exact), `apng` or `mkv` (FFV1), exact too."""
     grid: int = Field(default=256, ge=16, le=1024)
     """Scenes: cells per side of the box that objects are meshed in, a power of two."""
     triangles: int | None = Field(default=None, ge=100)
@@ -289,6 +368,14 @@ class Sample(Section):
     @classmethod
     def _each(cls, value: Any) -> Any:
         return [[v] if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("transparent")
+    @classmethod
+    def _carriers(cls, value: list[str]) -> list[str]:
+        wrong = [name for name in value if name not in CARRIERS]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` cannot carry alpha; there are: {', '.join(CARRIERS)}")
+        return value
 
     @field_validator("prompts")
     @classmethod
@@ -354,6 +441,8 @@ class Joint(Section):
     """A trained vector, zero at first, added to every token of alpha."""
     shared_noise: bool = True
     """Samples start from the same noise in both halves; in training each has its own."""
+    alpha_from: Literal["mean", "max"] = "mean"
+    """Of the three channels that alpha is decoded to; `max` as published."""
 
 
 class Merged(Section):
@@ -367,7 +456,7 @@ class Merged(Section):
     """Colours that each clip is encoded on; every showing takes one of them."""
 
 
-Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
+Tuner = Annotated[LowRank | Full | Codec, Field(discriminator="kind")]
 Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 
 
@@ -410,6 +499,15 @@ class Config(Section):
 def _conflicts(config: Config) -> Iterator[str]:
     """Keys that are fine alone, but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
+    if any(source.preserve for source in config.data.sources):
+        if tuner.kind == "full":
+            yield "data.sources.preserve: full fine-tuning keeps no untuned network; train an adapter"
+        elif parallel in ("fsdp", "zero3"):
+            yield f"data.sources.preserve: not with runtime.parallel={parallel}; use ddp or zero2"
+        if config.alpha.kind != "opaque":
+            yield "data.sources.preserve: the untuned network draws no alpha that could be kept; leave it out"
+        if all(source.preserve for source in config.data.sources):
+            yield "data.sources.preserve: every source has it, and nothing new is learned; leave one without"
     small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
     if tuner.kind == "full":
         for key in small:
@@ -417,7 +515,7 @@ def _conflicts(config: Config) -> Iterator[str]:
                 f"memory.{key}: only for a base that stays frozen; full fine-tuning trains it in float32: "
                 "leave it out, or train an adapter (tuner.kind=lora)"
             )
-    elif tuner.kind in ("lokr", "loha") and tuner.dropout:
+    elif isinstance(tuner, LowRank) and tuner.kind in ("lokr", "loha") and tuner.dropout:
         yield f"tuner.dropout: {tuner.kind} has none before its update; leave it out"
     if len(small) == 2:
         yield "memory.layerwise_casting: memory.quantize makes the base small already; leave one of them out"
@@ -433,8 +531,30 @@ def _conflicts(config: Config) -> Iterator[str]:
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
             yield f"memory.{key}: runtime.parallel={parallel} shards instead; use ddp, or leave it out"
+    if tuner.kind == "codec":
+        yield from _codec_conflicts(config, tuner)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: memory.layerwise_casting moves weights between layers; leave one of them out"
+
+
+def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
+    """What training a codec leaves no room for."""
+    if config.alpha.kind != "opaque":
+        yield f"alpha.kind: a codec is what makes {config.alpha.kind} alpha possible; leave `alpha` out"
+    if tuner.train == "merge" and tuner.start is None:
+        yield (
+            "tuner.start: train=merge learns what frozen decoders can split, and the VAE's own know no "
+            "alpha; name a codec whose decoders were trained, or use train=merge+decoders"
+        )
+    if config.runtime.parallel != "ddp":
+        yield f"runtime.parallel: every process holds a whole codec: use ddp, not {config.runtime.parallel}"
+    if config.runtime.compile:
+        yield "runtime.compile: the codec has no repeated blocks to compile; leave it out"
+    for key in ("quantize", "layerwise_casting"):
+        if getattr(config.memory, key) is not None:
+            yield f"memory.{key}: the VAE of a codec stays in float32; leave it out"
+    if config.sample.every:
+        yield "sample.every: a codec draws nothing, validation reconstructs held-out clips; leave it out"
 
 
 class _Loader(yaml.SafeLoader):
@@ -534,7 +654,7 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
 
 _TAGS: dict[tuple[str, ...], type[Section]] = {
     (section, kind): part
-    for section, parts in (("tuner", (LowRank, Full)), ("alpha", (Opaque, Joint, Merged)))
+    for section, parts in (("tuner", (LowRank, Full, Codec)), ("alpha", (Opaque, Joint, Merged)))
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
@@ -567,9 +687,13 @@ def _mistake(error: Any, within: list[str]) -> str:
 
 
 def _keys(where: list[str]) -> list[str]:
-    section: Any = {"": Config, "data.sources": Source, "tuner": LowRank, "alpha": Joint}.get(
-        ".".join(p for p in where if not p.isdigit())
-    )
+    section: Any = {
+        "": Config,
+        "data.sources": Source,
+        "data.matte": Matte,
+        "tuner": LowRank,
+        "alpha": Joint,
+    }.get(".".join(p for p in where if not p.isdigit()))
     if section is None:
         field = Config.model_fields.get(where[0])
         section = field.annotation if field else Config
@@ -595,11 +719,13 @@ def reference() -> str:
         "model": Model,
         "data": Data,
         "data.sources": Source,
+        "data.matte": Matte,
         "objective": Objective,
     }
     sections |= {
         "tuner (lora, dora, lokr, loha)": LowRank,
         "tuner (full)": Full,
+        "tuner (codec)": Codec,
         "alpha (opaque)": Opaque,
         "alpha (joint)": Joint,
         "alpha (merged)": Merged,

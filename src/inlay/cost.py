@@ -84,7 +84,8 @@ class _Fused:
     A mode for torch functions would not reach what is recomputed in a backward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, video: int, text: int) -> None:
+        self.video, self.text = video, text
         self.counts = {"attention": 0.0, "across": 0.0}
 
     def __enter__(self) -> None:
@@ -96,7 +97,9 @@ class _Fused:
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         products = 4.0 * query.numel() * key.shape[-2]
-        name = "attention" if query.shape[-2] == key.shape[-2] else "across"
+        asking, asked = query.shape[-2], key.shape[-2]
+        all_pairs = min(asking, asked) >= self.video and asked != self.text
+        name = "attention" if asking == asked or all_pairs else "across"
 
         def note(times: float) -> None:
             self.counts[name] += times * products
@@ -181,7 +184,10 @@ def count(
         savings.checkpoint(denoiser, checkpointing)
     denoiser.train()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    ledger, fused = _Ledger([*denoiser.parameters(), *denoiser.buffers()]), _Fused()
+    ledger, fused = (
+        _Ledger([*denoiser.parameters(), *denoiser.buffers()]),
+        _Fused(family.tokens(*shape) - family.text_before, family.text_length),
+    )
     if accumulating:
         ledger.gradients = ledger.now = 4 * sum(p.numel() for p in trained)
     note = _drop if accumulating else ledger.gradient
@@ -262,7 +268,7 @@ def estimate(
     Raises:
         ValueError: when the tuner's targets match nothing.
     """
-    full = isinstance(config.tuner, recipe.Full)
+    full = not isinstance(config.tuner, recipe.LowRank)
     denoiser, trained = _network(family, config, precision)
     parameters = sum(p.numel() for p in denoiser.parameters()) - (0 if full else trained)
     largest = max(shapes, key=lambda s: family.tokens(*s))
@@ -275,7 +281,8 @@ def estimate(
         checkpointing=checkpointing,
         accumulating=accumulate > 1,
     )
-    frozen, temporary = _frozen(config, denoiser, precision, recomputed=checkpointing == 1)
+    held = torch.float32 if isinstance(config.tuner, recipe.Codec) else precision
+    frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
     offloaded = config.memory.offload_optimizer and device.type != "cpu"
     memory = {
         "frozen weights": frozen,
@@ -344,11 +351,13 @@ def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> t
     for parameter in denoiser.parameters():
         parameter.data = parameter.data.to(precision)
     with torch.device("meta"):
-        trained = tuners.attach(config.tuner, family.targets, denoiser, seed=0)
-    if isinstance(config.tuner, recipe.Full):
-        for parameter in trained.values():
+        tuners.attach(config.tuner, family.targets, denoiser, seed=0)
+        family.attached(denoiser)
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    if not isinstance(config.tuner, recipe.LowRank):
+        for parameter in trained:
             parameter.data = parameter.data.to(precision)
-    return denoiser, sum(p.numel() for p in trained.values())
+    return denoiser, sum(p.numel() for p in trained)
 
 
 def _frozen(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from inlay import config, encoded, media
+from inlay import config, cutouts, encoded, media, rgba
 from inlay.families.base import Encoded, Family, Grid
 from inlay.files import sha256
 
@@ -32,6 +32,8 @@ Severity = Literal["error", "warning"]
 Size = tuple[int, int]
 
 VIDEO_COLUMNS = ("video", "file_name", "file", "path", "image", "frames_path")
+COLOR_COLUMNS = ("video_rgb", "video_fgr", "rgb", "fgr")
+ALPHA_COLUMNS = ("video_alpha", "video_pha", "alpha", "pha", "matte")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
 MANIFESTS = (".csv", ".jsonl", ".json")
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",)
@@ -41,6 +43,12 @@ UPSCALE = 1.5
 
 CROPPED = 0.3
 """Losing more than this share of the picture to cropping is worth a warning."""
+
+RESIDUE = 0.005
+"""A larger share of pixels with nearly clear alpha is worth a warning."""
+
+ODD = 0.4
+"""A clip whose mean alpha is so far from the median of all is worth a warning."""
 
 FOLDER_CURE = "add a .txt beside each"
 MANIFEST_CURE = "give each a caption, as UTF-8 text"
@@ -60,16 +68,20 @@ class Clip:
     source: int
     """Index into `data.sources`."""
     group: str | None
-    kind: media.Kind | Literal["encoded", "scene"]
+    kind: cutouts.Kind | Literal["encoded", "scene"]
     latents: tuple[Path, ...] = ()
     """Of an encoded clip: `path` is the first; then those of the images that it is shown."""
     embedding: Path | None = None
     """Of an encoded clip: its caption, encoded."""
+    matte: Path | None = None
+    """The file or folder with the alpha of `path`, where that is apart."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What is read of it; their content decides what a cached item is."""
-        return self.latents or (self.path,)
+        """All files whose content decides the pixels, or the latents."""
+        if self.latents:
+            return self.latents
+        return tuple(f for part in (self.path, self.matte) if part for f in cutouts.files(part))
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,8 @@ class Window:
     """Height and width."""
     caption: str
     """With prefix and trigger."""
+    alpha: config.Matte | None = None
+    """How alpha is read and mended; None where clips are read as opaque."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -97,7 +111,11 @@ class Window:
         """All that decides the pixels besides the file's content."""
         if self.clip.embedding:
             return ("encoded", encoded.READER)
-        return ("window", media.READER, self.clip.kind, self.start, self.frames, self.fps, *self.size)
+        shape = (self.start, self.frames, self.fps, *self.size)
+        if self.alpha:
+            how, pair = self.alpha.model_dump_json(), self.clip.matte is not None
+            return ("cutout", cutouts.READER, media.READER, self.clip.kind, pair, *shape, how)
+        return ("window", media.READER, self.clip.kind, *shape)
 
     @property
     def words(self) -> str | Path:
@@ -105,13 +123,16 @@ class Window:
         return self.clip.embedding or self.caption
 
     def read(self) -> Any:
-        """The pixels, uint8 (t, h, w, 3).
+        """The pixels, uint8: (t, h, w, 3), or straight (t, h, w, 4) in a transparent run; of scenes theirs.
 
         Raises:
             ValueError: naming the file, when it cannot be read to the window's end.
         """
         assert not self.clip.embedding, "an encoded clip has no pixels"
-        return media.read(self.clip.path, self.start, self.frames, self.fps, self.size)
+        place = (self.start, self.frames, self.fps, self.size)
+        if self.alpha:
+            return cutouts.read(self.clip.path, self.clip.matte, *place, self.alpha)
+        return media.read(self.clip.path, *place)
 
 
 @dataclass(frozen=True)
@@ -161,6 +182,8 @@ class Plan:
     problems: list[Problem]
     sources: list[SourceReport]
     probes: dict[Path, media.Probe] = field(default_factory=dict)
+    alphas: dict[Path, rgba.Alpha] = field(default_factory=dict)
+    """What the alpha of each clip is like, in a transparent run."""
     noun: str = "clip"
     """What an example is called."""
 
@@ -197,6 +220,21 @@ KINDS: dict[str, Kind] = {
         "does not fit the checkpoint",
         "do not fit the checkpoint",
         "encode it again for model.checkpoint, or remove it",
+    ),
+    "pair": Kind(
+        "error",
+        "does not match its matte",
+        "do not match their mattes",
+        "cut and scale both alike, nothing is cut off here",
+    ),
+    "no-alpha": Kind(
+        "error", "has no alpha", "have no alpha", "add a matte, NAME_alpha.mp4 beside NAME.mp4, or remove it"
+    ),
+    "constant-alpha": Kind(
+        "error",
+        "has the same alpha everywhere",
+        "have the same alpha everywhere",
+        "export it again with its transparency, or remove it",
     ),
     "half": Kind("error", "is half there", "are half there", "encode it again, or remove the rest"),
     "too-short": Kind(
@@ -256,6 +294,39 @@ KINDS: dict[str, Kind] = {
         "warning", "is crowded", "are crowded", "each showing has some of its objects, drawn at random"
     ),
     "transparent": Kind("warning", "is transparent", "are transparent", "it is put on white"),
+    "matte": Kind(
+        "warning",
+        "is the matte of another",
+        "are mattes of others",
+        "left out, this run is opaque: alpha.kind=joint or merged trains on them",
+    ),
+    "inverted": Kind(
+        "warning",
+        "looks inverted",
+        "look inverted",
+        "data.matte.invert=true, if white is clear in them",
+    ),
+    "limited": Kind(
+        "warning",
+        "has no alpha outside 14 to 237",
+        "have no alpha outside 14 to 237",
+        "data.matte.limited=true, if the range of the mattes is 16 to 235",
+    ),
+    "premultiplied": Kind(
+        "warning",
+        "looks premultiplied",
+        "look premultiplied",
+        "colour is divided by alpha; data.matte.premultiplied=true or false, if that is wrong for one",
+    ),
+    "residue": Kind(
+        "warning",
+        "is not quite clear outside",
+        "are not quite clear outside",
+        "data.matte.snap=2 clears what lossy coding has left",
+    ),
+    "odd-alpha": Kind(
+        "warning", "is unlike the others", "are unlike the others", "look at the contact sheet"
+    ),
     "hdr": Kind("warning", "is HDR", "are HDR", "colours will look pale: convert to SDR"),
 }
 """Every code of problem, in the order in which they are reported."""
@@ -281,8 +352,9 @@ class Found:
 class _Scan:
     """Collects the clips of one source; anything wrong with a row or file becomes a problem."""
 
-    def __init__(self, source: config.Source, index: int, root: Path) -> None:
-        self.source, self.index, self.root = source, index, root
+    def __init__(self, source: config.Source, index: int, root: Path, channels: int = 3) -> None:
+        self.source, self.index, self.root, self.channels = source, index, root, channels
+        self.pairs = cutouts.Pairs(root)
         self.clips: list[Clip] = []
         self.problems: list[Problem] = []
         self.count = 0
@@ -290,14 +362,16 @@ class _Scan:
     def problem(self, code: str, name: str, message: str = "") -> None:
         self.problems.append(Problem(KINDS[code].severity, code, name, message, self.index))
 
-    def add(self, text: str, caption: Any, group: Any = None, *, where: str = "") -> None:
-        """Adds the clip at `text` (relative to the root), if it may be read."""
-        self.count += 1
-        text = text.strip()
-        name = Path(os.path.normpath(text)).as_posix()
-        path = self.root / name
+    def file(self, text: str, where: str) -> Path | None:
+        """What is at `text` (relative to the root), if it may be read; else it becomes a problem."""
+        path = self.root / Path(os.path.normpath(text)).as_posix()
+        transparent = self.channels == 4
         try:
             inside, there = _inside(path, self.root), path.is_file()
+            if transparent and not there:
+                there = bool(cutouts.frames_in(path))
+                named = [] if there or not inside else self.pairs.named(path)
+                path, there = (named[0], True) if named else (path, there)
         except (OSError, ValueError):  # too long for a path, or with a null character
             inside, there = True, False
         if Path(text).is_absolute() or PureWindowsPath(text).drive or not inside:
@@ -306,9 +380,43 @@ class _Scan:
             self.problem("unreadable", _legible(text), "its name is not UTF-8, rename it")
         elif not there:
             self.problem("missing", text[:200].replace("\0", "\\0"), where)
-        elif path.suffix.lower() not in media.KNOWN:
+        elif path.is_file() and path.suffix.lower() not in (cutouts.KNOWN if transparent else media.KNOWN):
             self.problem("unreadable", text, f"`{path.suffix}` files are not read")
         else:
+            return path
+        return None
+
+    def matte(self, path: Path, text: str | None, where: str) -> tuple[Path | None, bool]:
+        """The matte of a clip, named or beside it, and whether all is well."""
+        if text is not None:
+            named = self.file(text.strip(), where)
+            return named, named is not None
+        found = self.pairs.matte(path)
+        if len(found) > 1:
+            shown = " and ".join(f.name for f in found)
+            self.problem("pair", self.name(path), f"there are {shown}: keep one, or name it in a manifest")
+        outside = [f for f in found if not _inside(f, self.root)]
+        if outside:
+            self.problem("outside", self.name(outside[0]), where)
+        return (found[0] if found else None), len(found) < 2 and not outside
+
+    def name(self, path: Path) -> str:
+        """A path as it is told: from the root."""
+        return Path(os.path.relpath(path, self.root)).as_posix()
+
+    def add(
+        self, text: str, caption: Any, group: Any = None, *, where: str = "", matte: str | None = None
+    ) -> None:
+        """Adds the clip at `text` (relative to the root), if it may be read, with its matte."""
+        self.count += 1
+        text = text.strip()
+        path, alpha, well = self.file(text, where), None, True
+        if path and self.channels == 4:
+            alpha, well = self.matte(path, matte, where)
+        elif path and matte is not None:
+            self.problem("matte", matte.strip(), where)
+        if path and well:
+            name = self.name(path)
             if caption is None:
                 self.problem("no-caption", name, where)
             elif not isinstance(caption, str):
@@ -321,7 +429,7 @@ class _Scan:
                 caption = ""
             text = " ".join(caption.split()) if isinstance(caption, str) else ""
             group = None if group is None else str(group)
-            self.clips.append(Clip(path, name, text, self.index, group, media.kind(path)))
+            self.clips.append(Clip(path, name, text, self.index, group, cutouts.kind(path), matte=alpha))
 
 
 def _inside(path: Path, root: Path) -> bool:
@@ -334,16 +442,16 @@ def _legible(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _find(source: config.Source, index: int, patterns: Encoded | None) -> Found:
+def _find(source: config.Source, index: int, patterns: Encoded | None, channels: int) -> Found:
     """Finds the clips of a source in whatever layout it has."""
     path = Path(source.path).expanduser()
     root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
-    scan = _Scan(source, index, root)
+    scan = _Scan(source, index, root, channels)
     layout, why = source.layout, "as told"
     try:
         if not path.exists():
             raise ValueError("no such file or folder")
-        layout, why, target = _detect(path, source, patterns)
+        layout, why, target = _detect(path, source, patterns, channels)
         if source.root and layout in ("folder", "encoded"):
             raise ValueError("is its own root: leave `root` to manifests")
         if source.root and not root.is_dir():
@@ -362,7 +470,9 @@ def _find(source: config.Source, index: int, patterns: Encoded | None) -> Found:
     return Found(layout, why, scan.clips, scan.problems, scan.count)
 
 
-def _detect(path: Path, source: config.Source, patterns: Encoded | None) -> tuple[str, str, Path]:
+def _detect(
+    path: Path, source: config.Source, patterns: Encoded | None, channels: int
+) -> tuple[str, str, Path]:
     """Layout, the reason for it, and the file or folder to read.
 
     Raises:
@@ -377,6 +487,9 @@ def _detect(path: Path, source: config.Source, patterns: Encoded | None) -> tupl
             raise ValueError(f"is {found}, but layout says {wanted}")
         return found, f"a {path.suffix.lower()} manifest", path
     files = _files(path)
+    if channels == 4:
+        pairs = cutouts.Pairs(path)
+        files = [f for f in cutouts.entries(path) if _caption_file(f).is_file() or not pairs.color(f)]
     stems = {f.with_suffix("") for f in files}
     options: list[tuple[str, str, Path]] = []
     if patterns and wanted in ("auto", "encoded"):
@@ -391,7 +504,7 @@ def _detect(path: Path, source: config.Source, patterns: Encoded | None) -> tupl
     manifests = (f for f in path.iterdir() if f.suffix.lower() in MANIFESTS and not f.name.startswith("."))
     for file in sorted(f for f in manifests if f.is_file() and f.with_suffix("") not in stems):
         options.append(("csv" if file.suffix.lower() == ".csv" else "jsonl", file.name, file))
-    beside = sum(f.with_suffix(".txt").is_file() for f in files)
+    beside = sum(_caption_file(f).is_file() for f in files)
     if beside or (files and not options) or wanted == "folder":
         options.append(("folder", f"{len(files)} clips, {beside} of them with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
@@ -479,9 +592,15 @@ def _files(folder: Path, suffixes: tuple[str, ...] = media.KNOWN) -> list[Path]:
     return found
 
 
+def _caption_file(clip: Path) -> Path:
+    """Where a clip's caption is, or would be."""
+    places = cutouts.captions(clip)
+    return next((p for p in places if p.is_file()), places[0])
+
+
 def _folder(folder: Path, scan: _Scan) -> None:
-    clips = _files(folder)
-    stems = {c.with_suffix("") for c in clips}
+    clips = cutouts.entries(folder) if scan.channels == 4 else _files(folder)
+    stems = {place.with_suffix("") for c in clips for place in cutouts.captions(c)}
     for caption in _files(folder, (".txt",)):
         if caption.with_suffix("") in stems:
             continue
@@ -492,8 +611,13 @@ def _folder(folder: Path, scan: _Scan) -> None:
                 name = file.relative_to(folder).as_posix()
                 scan.problem("unreadable", name, f"`{file.suffix}` files are not read")
     for file in clips:
-        beside = file.with_suffix(".txt")
+        beside = _caption_file(file)
         name = file.relative_to(folder).as_posix()
+        if not beside.is_file() and scan.pairs.color(file):
+            if scan.channels != 4:
+                scan.count += 1
+                scan.problem("matte", name)
+            continue
         if beside.is_file() and not _inside(beside, scan.root):
             scan.count += 1
             scan.problem("outside", beside.relative_to(folder).as_posix())
@@ -536,7 +660,7 @@ def _table(path: Path, scan: _Scan) -> None:
     header = [c.strip() for c in next(rows, [])]
     if not any(header):
         raise ValueError(f"{path.name} is empty")
-    columns = _columns(scan.source, header)
+    columns = _columns(scan, header)
     for cells in rows:
         where = f"line {rows.line_num}"
         if len(cells) > len(header):
@@ -570,38 +694,46 @@ def _objects(path: Path, scan: _Scan) -> None:
     wrong = next((where for where, r in rows if not isinstance(r, dict)), None)
     if wrong:
         raise ValueError(f"{path.name}, {wrong}: not an object with a path and a caption")
-    columns = _columns(scan.source, list(dict.fromkeys(k for _, r in rows for k in r)))
+    columns = _columns(scan, list(dict.fromkeys(k for _, r in rows for k in r)))
     for where, row in rows:
         _row(row, columns, scan, where)
 
 
-def _columns(source: config.Source, there: list[str]) -> tuple[str, str, str | None]:
-    """The columns of path, caption and group.
+def _columns(scan: _Scan, there: list[str]) -> Columns:
+    """The columns of path, caption, group and matte.
 
     Raises:
         ValueError: listing the columns that are there.
     """
+    source, transparent = scan.source, scan.channels == 4
     out = []
     for key, named, defaults in (
-        ("video_column", source.video_column, VIDEO_COLUMNS),
+        ("video_column", source.video_column, VIDEO_COLUMNS + COLOR_COLUMNS * transparent),
         ("caption_column", source.caption_column, CAPTION_COLUMNS),
         ("group_column", source.group_column, ()),
+        ("alpha_column", source.alpha_column, ALPHA_COLUMNS * transparent),
     ):
         found = next((c for c in ([named] if named else defaults) if c in there), None)
-        if found is None and (named or defaults):
+        if found is None and (named or (defaults and key != "alpha_column")):
             want = f"no column `{named}`" if named else f"none of the columns {', '.join(defaults)}"
             raise ValueError(f"has {want}; there are: {', '.join(there)}. Set `{key}`")
         out.append(found)
-    return out[0], out[1], out[2]
+    return out[0], out[1], out[2], out[3]
 
 
-def _row(row: Mapping[str, Any], columns: tuple[str, str, str | None], scan: _Scan, where: str) -> None:
+Columns = tuple[str, str, str | None, str | None]
+
+
+def _row(row: Mapping[str, Any], columns: Columns, scan: _Scan, where: str) -> None:
     video = row.get(columns[0])
     if not isinstance(video, str) or not video.strip():
         scan.count += 1
         scan.problem("row", where, f"`{columns[0]}` names no file")
         return
-    scan.add(video, row.get(columns[1]), row.get(columns[2]) if columns[2] else None, where=where)
+    group, alpha = (row.get(c) if c else None for c in columns[2:])
+    if columns[3] and not (isinstance(alpha, str) and alpha.strip()):
+        alpha = None  # a row may name a clip that has its own
+    scan.add(video, row.get(columns[1]), group, where=where, matte=alpha)
 
 
 # --- windows and buckets ------------------------------------------------------------------------------------
@@ -640,7 +772,12 @@ def _there(probe: media.Probe, data: config.Data, fps: float) -> tuple[int, floa
 
 
 def _windows(
-    clip: Clip, probe: media.Probe, data: config.Data, buckets: list[Size], fps: float
+    clip: Clip,
+    probe: media.Probe,
+    data: config.Data,
+    buckets: list[Size],
+    fps: float,
+    alpha: rgba.Alpha | None,
 ) -> list[Window]:
     if clip.embedding:
         return [Window(clip, 0.0, probe.frames, fps, (probe.height, probe.width), clip.caption)]
@@ -651,12 +788,20 @@ def _windows(
     ratio = math.log(probe.width / probe.height)
     size = min(buckets, key=lambda s: abs(math.log(s[1] / s[0]) - ratio))
     starts = spread(there, length, data.stride or length, data.max_windows)
-    text = caption(clip.caption, data)
-    return [Window(clip, round(s / rate, 9), length, rate, size, text) for s in starts]
+    text, how = caption(clip.caption, data), None
+    if alpha:
+        divided = alpha.premultiplied if data.matte.premultiplied == "auto" else data.matte.premultiplied
+        how = data.matte.model_copy(update={"premultiplied": divided})
+    return [Window(clip, round(s / rate, 9), length, rate, size, text, how) for s in starts]
 
 
 def _clip_problems(
-    clip: Clip, probe: media.Probe, data: config.Data, fps: float, size: Size | None
+    clip: Clip,
+    probe: media.Probe,
+    data: config.Data,
+    fps: float,
+    size: Size | None,
+    alpha: rgba.Alpha | None,
 ) -> list[Problem]:
     """What is wrong with a readable clip; `size` is its bucket's, None where it has no window."""
     out: list[Problem] = []
@@ -668,7 +813,7 @@ def _clip_problems(
         if data.trigger or data.caption_prefix:
             add("fixed-caption", "")
         return out
-    if size is None and clip.kind == "image":
+    if size is None and clip.kind == "image" and probe.frames == 1:
         add("image", "")
     elif size is None:
         need, (there, rate) = min(data.frames), _there(probe, data, fps)
@@ -682,7 +827,9 @@ def _clip_problems(
     if probe.fps and probe.fps < fps * 0.99:
         told = "frames are repeated" if data.slow == "repeat" else "it will play faster"
         add("slow", f"{float(probe.fps):g} fps of {fps:g}: {told}")
-    if probe.transparent:
+    if alpha:
+        out += _alpha_problems(clip, alpha, data.matte)
+    elif probe.transparent:
         add("transparent", "")
     if probe.hdr:
         add("hdr", "")
@@ -693,6 +840,47 @@ def _clip_problems(
             add("upscaled", f"{probe.width}x{probe.height} by {scale:.1f}")
         if 1 - seen > CROPPED:
             add("cropped", f"{1 - seen:.0%} of {probe.width}x{probe.height}")
+    return out
+
+
+def _alpha_problems(clip: Clip, alpha: rgba.Alpha, how: config.Matte) -> list[Problem]:
+    """What looks wrong with a clip's alpha and the recipe does not mend."""
+    found = {
+        "inverted": alpha.inverted and not how.invert,
+        "limited": alpha.limited and not how.limited,
+        "premultiplied": alpha.premultiplied and how.premultiplied == "auto",
+        "residue": alpha.residue > RESIDUE and not how.snap,
+    }
+    says = {
+        "limited": f"{alpha.lowest} to {alpha.highest}",
+        "residue": f"{alpha.residue:.1%} of its pixels",
+        "inverted": f"covers {alpha.coverage:.0%}",
+    }
+    return [
+        Problem(KINDS[code].severity, code, clip.name, says.get(code, ""), clip.source)
+        for code, yes in found.items()
+        if yes
+    ]
+
+
+def _odd_ones(clips: Sequence[Clip], alphas: Mapping[Path, rgba.Alpha]) -> list[Problem]:
+    """Clips that look made in another way than nearly all others."""
+    there = [(c, alphas[c.path]) for c in clips if c.path in alphas]
+    if len(there) < 4:
+        return []
+    typical = float(np.median([a.coverage for _, a in there]))
+    divided = sum(a.premultiplied for _, a in there)
+    out = []
+    for clip, alpha in there:
+        says = []
+        if abs(alpha.coverage - typical) > ODD:
+            says.append(f"covers {alpha.coverage:.0%}, {typical:.0%} is usual")
+        same = divided if alpha.premultiplied else len(there) - divided
+        if same * 10 <= len(there):
+            says.append("premultiplied" if alpha.premultiplied else "straight, the others look premultiplied")
+        if says:
+            message = "; ".join(says)
+            out.append(Problem("warning", "odd-alpha", clip.name, message, clip.source))
     return out
 
 
@@ -707,6 +895,7 @@ def plan(
     progress: Callable[[int, int], None] | None = None,
     family: Family | None = None,
     probe: Callable[[Path], media.Probe] = media.probe,
+    look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
 ) -> Plan:
     """Looks at every clip and decides what a run sees; decodes only the first frame and the end of each file.
 
@@ -718,23 +907,28 @@ def plan(
         progress: called with (done, total) while files are probed.
         family: its layout of encoded clips is read too.
         probe: looks at a file; a cache remembers what it found.
+        look: in its place where the family is transparent; takes a matte too.
     """
     fps = float(data.fps or fps)
-    patterns = family.encoded if family else None
-    found = [_find(source, i, patterns) for i, source in enumerate(data.sources)]
+    patterns = [family.encoded_in(Path(s.path).expanduser()) if family else None for s in data.sources]
+    channels = family.channels if family else 3
+    found = [_find(source, i, patterns[i], channels) for i, source in enumerate(data.sources)]
     problems = [p for f in found for p in f.problems]
     clips = [c for f in found for c in f.clips]
-    probes, failed = _probe_all(clips, progress, family, fps, probe)
-    problems += failed
+    looks, failed = _look_all(clips, progress, family, fps, look if channels == 4 else probe)
+    probes = {p: each.probe if isinstance(each, cutouts.Look) else each for p, each in looks.items()}
+    alphas = {p: each.alpha for p, each in looks.items() if isinstance(each, cutouts.Look)}
+    problems += failed + _odd_ones(clips, alphas)
     buckets = sizes(data, grid)
     windows: dict[int, list[Window]] = {}
     for i, clip in enumerate(clips):
         if clip.path in probes:
-            made = _windows(clip, probes[clip.path], data, buckets, fps)
-            problems += _clip_problems(clip, probes[clip.path], data, fps, made[0].size if made else None)
+            probed, alpha = probes[clip.path], alphas.get(clip.path)
+            made = _windows(clip, probed, data, buckets, fps, alpha)
+            problems += _clip_problems(clip, probed, data, fps, made[0].size if made else None, alpha)
             if made and (clip.caption or clip.embedding):
                 windows[i] = made
-    return assemble(data, seed, found, windows, problems, probes)
+    return assemble(data, seed, found, windows, problems, probes, alphas=alphas)
 
 
 def assemble(
@@ -746,6 +940,7 @@ def assemble(
     probes: dict[Path, media.Probe],
     alike: Callable[[Sequence[Clip]], Mapping[Path, str]] | None = None,
     noun: str = "clip",
+    alphas: dict[Path, rgba.Alpha] | None = None,
 ) -> Plan:
     """Decides what is held out, and reports.
 
@@ -758,6 +953,7 @@ def assemble(
         probes: by path.
         alike: marks clips that must not be torn apart, by path; those of equal content always are.
         noun: what an example is called.
+        alphas: what the alpha of each clip is like, by path.
     """
     clips = [c for f in found for c in f.clips]
     usable = [clips[i] for i in windows]
@@ -784,26 +980,30 @@ def assemble(
     ]
     order = list(KINDS)
     problems.sort(key=lambda p: (p.severity, order.index(p.code), p.source, p.name))
-    return Plan(clips, train, out, problems, reports, probes, noun)
+    return Plan(clips, train, out, problems, reports, probes, alphas or {}, noun)
 
 
-def _probe_all(
+def _look_all(
     clips: Sequence[Clip],
     progress: Callable[[int, int], None] | None,
     family: Family | None,
     fps: float,
-    probe: Callable[[Path], media.Probe],
-) -> tuple[dict[Path, media.Probe], list[Problem]]:
-    """Probes every file once, in threads."""
+    see: Callable[..., media.Probe | cutouts.Look],
+) -> tuple[dict[Path, media.Probe | cutouts.Look], list[Problem]]:
+    """Looks at every clip once, in threads."""
     first = {c.path: c for c in reversed(clips)}
-    probes: dict[Path, media.Probe] = {}
-    problems: list[Problem] = []
+    probes: dict[Path, media.Probe | cutouts.Look] = {}
+    problems = [
+        Problem("error", "pair", c.name, "it is listed with another matte too", c.source)
+        for c in clips
+        if c.matte != first[c.path].matte
+    ]
 
-    def look(path: Path) -> media.Probe | media.MediaError:
+    def look(path: Path) -> media.Probe | cutouts.Look | media.MediaError:
         clip = first[path]
         try:
             if not (clip.embedding and family):
-                return probe(path)
+                return see(path, clip.matte) if family and family.channels == 4 else see(path)
             frames, height, width = encoded.look(family, clip.latents, clip.embedding)
             rate = Fraction(fps).limit_denominator(1000)
             return media.Probe(frames, rate, height, width, frames / fps, 1 / fps)
@@ -824,16 +1024,23 @@ def _probe_all(
 
 def _duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
     """A content mark per path, equal for equal files, and a warning for each further copy."""
+
+    def files(clip: Clip) -> tuple[Path, ...]:
+        return (clip.path,) if clip.latents else clip.files
+
+    def size(clip: Clip) -> int:
+        return sum(f.stat().st_size for f in files(clip))
+
     by_size: dict[int, set[Path]] = defaultdict(set)
     for clip in clips:
-        by_size[clip.path.stat().st_size].add(clip.path.resolve())
+        by_size[size(clip)].add(clip.path.resolve())
     marks: dict[Path, str] = {}
     problems: list[Problem] = []
     first: dict[str, Clip] = {}
     for clip in clips:
-        real = clip.path.resolve()
-        alone = len(by_size[clip.path.stat().st_size]) == 1
-        marks[clip.path] = mark = str(real) if alone else sha256(real)
+        alone = len(by_size[size(clip)]) == 1
+        mark = str(clip.path.resolve()) if alone else ",".join(sha256(f.resolve()) for f in files(clip))
+        marks[clip.path] = mark
         other = first.setdefault(mark, clip)
         if other is not clip:
             same = "listed twice" if other.path == clip.path else f"same content as {other.name}"

@@ -21,26 +21,29 @@ SUBJECT, OLD = "the new subject", "the old world"
 CLIPS, PROMPTS = 16, 10
 """Clips that are learned from, and prompts of each group that are judged."""
 
-KNOWN, REPEATS = 320, 22
-"""Clips of what the twin knows already, and how often the new ones are shown for each of these. Without them
-the twin forgets the rest of its small world (prior preservation, Ruiz et al. 2023, section 3.2)."""
+KNOWN, REPEATS, PRESERVE = 320, 30, 6
+"""Clips of what the twin knows already, how often the new ones are shown for each of these, and the weight of
+leaving the known ones as they were. Without them the twin forgets the rest of its small world."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
     """The demo's recipe: what someone with a folder of clips would write, for the twin's size."""
     return {
         "run": str(folder),
-        "model": {"family": "wan", "checkpoint": "twin:wan"},
+        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
         "data": {
-            "sources": [{"path": str(folder / "clips"), "repeats": REPEATS}, {"path": str(folder / "known")}],
+            "sources": [
+                {"path": str(folder / "clips"), "repeats": REPEATS},
+                {"path": str(folder / "known"), "preserve": PRESERVE},
+            ],
             "size": [64, 64],
             "frames": 17,
             "caption_dropout": 0.15,
             "held_out": 0.033,
         },
-        "tuner": {"kind": kind, "rank": 128},
-        "optim": {"lr": 2.5e-3, "warmup": 20, "schedule": "linear"},
-        "train": {"steps": 450, "batch": 12, "save_every": 225, "validate_every": 150},
+        "tuner": {"kind": kind, "rank": 64},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 800, "batch": 12, "save_every": 400, "validate_every": 200},
         "sample": {"prompts": [p for p, _ in world.subject_prompts(2, 1)], "steps": 20, "guidance": 2.0},
         "memory": {"gradient_checkpointing": False},
     }
@@ -96,15 +99,15 @@ def demo(folder: Path, *, dora: bool = False) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(folder, "dora" if dora else "lora"), sort_keys=False), "utf-8")
     settings = config.load(path)
-    _title(f"inlay check {path}")
+    title(f"inlay check {path}")
     report = check.check(settings)
     check.print_report(report, console)
-    _title(f"inlay train {path}")
+    title(f"inlay train {path}")
     train(settings)
-    _title(f'inlay generate {folder} "{settings.sample.prompts[0]}"')
+    title(f'inlay generate {folder} "{settings.sample.prompts[0]}"')
     for video in generate(folder, settings.sample.prompts[:1]):
         say(str(video))
-    _title(f"inlay evaluate {folder}")
+    title(f"inlay evaluate {folder}")
     result = evaluate(folder, prompts=prompts(PROMPTS))
     console.print(summary_table(result))
     say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
@@ -112,5 +115,6 @@ def demo(folder: Path, *, dora: bool = False) -> Path:
     return result.path
 
 
-def _title(command: str) -> None:
+def title(command: str) -> None:
+    """A line with the command that comes next."""
     console.rule(f"[bold]{command}", align="left")

@@ -34,12 +34,7 @@ def look(family: Family, latents: Sequence[Path], text: Path) -> tuple[int, int,
         MediaError: naming the file that is damaged or does not fit the checkpoint.
     """
     _text(family, text)
-    clip, *images = (_moments(family, path) for path in latents)
-    for path, image in zip(latents[1:], images, strict=True):
-        wanted = (clip.shape[0], 1, *clip.shape[2:])
-        if image.shape != wanted:
-            raise _unfit(path, f"its latents are {_by(image.shape)}, one frame of the clip has {_by(wanted)}")
-    return _size(family, latents[0], clip)
+    return _size(family, latents[0], _clips(family, latents)[0])
 
 
 def item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
@@ -48,10 +43,29 @@ def item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
     Raises:
         MediaError: as `look`.
     """
-    moments = [_moments(family, path).float() for path in latents]
-    size = _size(family, latents[0], moments[0])
-    shapes = family.stored(*size)  # several encodings of an image are there once
-    return {name: m.expand(shapes[name]).clone() for name, m in zip(shapes, moments, strict=True)}
+    moments = _clips(family, latents)
+    shapes = family.stored(
+        *_size(family, latents[0], moments[0])
+    )  # several encodings of an image are there once
+    return {name: m.float().expand(shapes[name]).clone() for name, m in zip(shapes, moments, strict=True)}
+
+
+def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
+    """Moments of a clip and of its images; or of colour and alpha, from two files or joined in one."""
+    clip, *others = (_moments(family, path) for path in latents)
+    two = family.single is not family
+    if two and not others:
+        if clip.shape[1] % 2:
+            raise _unfit(
+                latents[0], f"its {clip.shape[1]} latent frames are not those of colour and of alpha"
+            )
+        return list(clip.chunk(2, 1))
+    wanted = clip.shape if two else (clip.shape[0], 1, *clip.shape[2:])
+    for path, found in zip(latents[1:], others, strict=True):
+        if found.shape != wanted:
+            whose = "those of its colour are" if two else "one frame of the clip has"
+            raise _unfit(path, f"its latents are {_by(found.shape)}, {whose} {_by(wanted)}")
+    return [clip, *others]
 
 
 def words(family: Family, path: Path) -> dict[str, Tensor]:
@@ -103,7 +117,7 @@ def _moments(family: Family, path: Path) -> Tensor:
 
 def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
     """The frames, height and width that latents stand for."""
-    grid = family.grid
+    grid, family = family.grid, family.single
     _, there, *latent = moments.shape
     _, _, h, w = family.shapes(grid.offset, grid.spatial, grid.spatial)["latents"]
     height, width = (n * grid.spatial // unit for n, unit in zip(latent, (h, w), strict=True))

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from inlay import config as recipe
 from inlay import files
+from inlay.alpha import joint, published
+from inlay.models import rgba_codec
 
 if TYPE_CHECKING:
     from inlay.families import Family
@@ -96,6 +98,13 @@ class Adapter:
     """What a user should know about the import."""
     header: Mapping[str, str] = field(default_factory=dict)
     """The file's other metadata."""
+    vector: Tensor | None = None
+    """Of joint transparency: what is added to the tokens of alpha, (d,)."""
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is for the tokens of alpha alone, see `alpha.joint`."""
+        return self.header.get("inlay_alpha") == "joint"
 
     @property
     def modules(self) -> list[str]:
@@ -158,9 +167,14 @@ def read(
     Raises:
         ValueError: when the file is damaged, unknown, does not fit, or holds what an adapter cannot.
     """
-    file = _open(_locate(Path(path)))
+    file = _open(_locate(Path(path)), alpha)
     parsed = _parse(file, family, shapes or {})
     problems = _problems(parsed, family)
+    strange = [m for m in parsed.parts if not any(re.fullmatch(t, m) for t in family.targets)]
+    if file.notes and strange:  # of other files a checkpoint's shapes say it
+        problems.append(
+            f"{file.config_from}'s, with layers that this family does not have ({_some(strange)})"
+        )
     if problems:
         raise ValueError(f"{file.path}: " + "; ".join(problems))
     alphas, sources = _alphas(parsed, alpha)
@@ -180,7 +194,7 @@ def read(
             "full rank, which is as large as the network; better export it as merged"
         )
     header = {k: v for k, v in file.header.items() if k not in (_METADATA, _DORA_RULE, "format")}
-    adapter = Adapter(tensors, alphas, parsed.layout, source, tuple(notes), header)
+    adapter = Adapter(tensors, alphas, parsed.layout, source, tuple(notes), header, file.vector)
     if shapes is not None:
         _fit(adapter, shapes, file.path, family.widths)
     return adapter
@@ -202,6 +216,8 @@ class _File:
     header: Mapping[str, str]
     config: Mapping[str, Any]
     config_from: str
+    vector: Tensor | None = None
+    notes: Sequence[str] = ()
 
 
 def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
@@ -234,8 +250,11 @@ def _locate(path: Path) -> Path:
     return found[0]
 
 
-def _open(path: Path) -> _File:
-    """All tensors of a file, its header, and the LoRA configuration in its header or beside it."""
+def _open(path: Path, alpha: float | None = None) -> _File:
+    """All tensors of a file, its header, and the LoRA configuration in its header or beside it.
+
+    Published files of joint transparency have their names and their alpha put right, unless one is given.
+    """
     header: dict[str, str] = {}
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
         with _safetensors(path) as file:
@@ -254,7 +273,15 @@ def _open(path: Path) -> _File:
             float(value)
     except (ValueError, AttributeError, TypeError):
         raise ValueError(f"{path}: {origin} is not the JSON of a LoRA configuration") from None
-    return _File(path, tensors, header, config, origin)
+    try:
+        found = published.recognise(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: of joint transparency, but {error}") from None
+    if found is None:
+        return _File(path, tensors, header, config, origin, joint.embedding(path.parent, header))
+    config = {} if alpha is not None else {"lora_alpha": published.ALPHA}
+    header = {**header, **found.header}
+    return _File(path, found.tensors, header, config, found.name, found.vector, found.notes)
 
 
 def _head(path: Path) -> tuple[bytes, int]:
@@ -371,7 +398,8 @@ def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) ->
         problems.append(_unknown(unknown, family, bool(parts)))
     layout = _PREFIXES[next(iter(prefixes), "")]
     layout = "original" if layout == "bare" and "original" in spellings else layout
-    return _Parsed(file, layout, parts, problems, [f"left out {n} {what}" for what, n in dropped.items()])
+    notes = [*file.notes, *(f"left out {n} {what}" for what, n in dropped.items())]
+    return _Parsed(file, layout, parts, problems, notes)
 
 
 def _finder(family: type[Family] | Family, layers: Iterable[str]):
@@ -622,6 +650,8 @@ def merge(denoiser: nn.Module, adapter: Adapter) -> None:
     Raises:
         ValueError: when the network has adapters attached, is quantised, or does not fit.
     """
+    if adapter.joint:
+        raise ValueError(joint.MERGE)
     if any(".lora_" in n for n, _ in denoiser.named_parameters()):
         raise ValueError("this network has an adapter attached; merge into a fresh one")
     _fit(adapter, shapes(denoiser))
@@ -763,6 +793,10 @@ def export(
         ValueError: when the target cannot hold this adapter, or `out` is taken.
     """
     out = Path(out)
+    if adapter.joint and to != "diffusers":
+        raise ValueError(
+            f"--to: {to} is for updates of all tokens. {joint.MERGE[0].upper()}{joint.MERGE[1:]}"
+        )
     if to in ("comfyui", "kohya") and not family.original_names:
         name = (family if isinstance(family, type) else type(family)).__name__
         raise ValueError(f"--to: no {to} layout is known for {name}; use `diffusers` or `merged`")
@@ -774,6 +808,8 @@ def export(
         merge(base, adapter)
         return write_network(out, base)
     if to == "diffusers":
+        if adapter.vector is not None:
+            write_tensors(out / joint.EMBEDDING, {joint.NAME: adapter.vector}, adapter.header)
         path = write_diffusers(out, adapter.tensors, adapter.peft_config(), adapter.header)
     else:
         path = out if out.suffix == ".safetensors" else out / f"{to}.safetensors"
@@ -904,6 +940,8 @@ def write_network(out: Path, base: nn.Module) -> Path:
 
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
     """Both do the same to every layer; layers that only one has change nothing."""
+    assert (wanted.vector is None) == (got.vector is None), "the vector of alpha was lost"
+    assert wanted.vector is None or torch.equal(wanted.vector, got.vector), "the vector of alpha differs"  # type: ignore[arg-type]
     for module in got.modules:
         if module not in wanted.alpha:
             assert not got.tensors[f"{module}.lora_B.weight"].any(), f"{module} is not part of the adapter"
@@ -931,6 +969,7 @@ def model_card(
     prompts: Sequence[str] = (),
     task: str = "text-to-video",
     objective: str = "",
+    warnings: Sequence[str] = (),
 ) -> str:
     """The README of what a run trained: front matter that the Hub reads, how to load it, how it was trained.
 
@@ -940,6 +979,7 @@ def model_card(
         prompts: examples to try.
         task: what the Hub calls the pipeline's purpose.
         objective: what was learned, where the recipe's preset does not say it.
+        warnings: paragraphs of what surprises.
     """
     import yaml
 
@@ -981,7 +1021,7 @@ def model_card(
         "base": name + (f", {config.model.expert}-noise expert" if config.model.expert else ""),
         "steps": step,
         **how,
-        "targets": ", ".join(tuner.targets) or "the default of the family",
+        "targets": ", ".join(getattr(tuner, "targets", [])) or "the default of the family",
         "size": f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames",
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
         "batch": f"{config.train.batch}, accumulated {config.train.accumulate} times",
@@ -993,6 +1033,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {title} for {name}\n",
         *([f"Use `{data.trigger}` in the prompt.\n"] if data.trigger else []),
+        *[f"{paragraph}\n" for paragraph in warnings],
         *["```python", *code, "```\n"],
         *(["Prompts to try:\n", *[f"- {' '.join(p.split())}" for p in prompts], ""] if prompts else []),
         "| setting | value |\n|---|---|",
@@ -1009,7 +1050,9 @@ class Inspection:
     """What a file or folder holds."""
 
     path: Path
-    kind: Literal["adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder"]
+    kind: Literal[
+        "adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder", "codec"
+    ]
     facts: Mapping[str, str]
     """In the order in which they are shown."""
     notes: Sequence[str] = ()
@@ -1035,8 +1078,8 @@ def inspect(path: str | Path) -> Inspection:
         facts = {"class": str(index.get("_class_name")), **parts, **rest, "size": _bytes(path)}
         return Inspection(path, "pipeline", facts)
     if (path / "config.json").is_file():
-        return _inspect_model(path)
-    adapter = (inspect(path / "adapter"),) if (path / "adapter").is_dir() else ()
+        return _inspect_codec(path) if "codec_id" in _json(path / "config.json") else _inspect_model(path)
+    adapter = tuple(inspect(path / n) for n in ("adapter", "codec") if (path / n).is_dir())
     if (path / "config.yaml").is_file():
         steps = sorted(int(p.name[5:]) for p in path.glob("checkpoints/step-*") if p.name[5:].isdigit())
         return Inspection(
@@ -1046,7 +1089,7 @@ def inspect(path: str | Path) -> Inspection:
         facts = {"step": str(_json(path / "state.json").get("step")), "size": _bytes(path)}
         trainer = [_inspect_file(p) for p in sorted(path.glob("*.safetensors"))]
         return Inspection(path, "checkpoint", facts, (), (*adapter, *trainer))
-    found = [_inspect_file(p) for p in sorted(path.glob("*.safetensors"))]
+    found = [_inspect_file(p) for p in sorted(path.glob("*.safetensors")) if p.name != joint.EMBEDDING]
     if not found:
         raise ValueError(f"{path}: no adapter, cached item, checkpoint, run or model in this folder")
     return (
@@ -1113,6 +1156,10 @@ def _inspect_adapter(path: Path) -> Inspection:
     best = parsed[names[0]]
     problems = _problems(best, known[names[0]])
     facts = {"family": " or ".join(names), "layout": best.layout, "modules": _modules(best.parts)}
+    if file.header.get("inlay_alpha") == "joint":
+        vector = "no" if file.vector is None else f"yes, {file.vector.numel()} numbers"
+        facts |= {"transparency": f"joint, {file.config_from}" * bool(file.notes) or "joint"}
+        facts |= {"vector for alpha": vector}
     notes = [*best.notes, *(f"cannot be imported: {p}" for p in problems)]
     if not problems:
         alphas, sources = _alphas(best, None)
@@ -1151,6 +1198,20 @@ def _inspect_model(folder: Path) -> Inspection:
         k: str(v) for k, v in config.items() if isinstance(v, int | float | str) and not k.startswith("_")
     }
     return Inspection(folder, "model", facts | settings)
+
+
+def _inspect_codec(folder: Path) -> Inspection:
+    said = rgba_codec.read_config(folder)
+    facts = {k: str(v) for k, v in said.items() if k not in ("colors", "format")}
+    parts = []
+    for part in said.get("parts", rgba_codec.FILES):
+        with _safetensors(folder / f"{rgba_codec.FILES[part]}.safetensors") as file:
+            parts.append(
+                Inspection(
+                    folder / f"{rgba_codec.FILES[part]}.safetensors", "tensors", _summary(_sizes(file))
+                )
+            )
+    return Inspection(folder, "codec", facts | {"size": _bytes(folder)}, (), tuple(parts))
 
 
 def _json(path: Path) -> dict[str, Any]:

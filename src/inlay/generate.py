@@ -76,10 +76,10 @@ def generate(
         out: a folder. Default: `samples/generated` in the run.
         device: as `runtime.device`. Default: the recipe's.
         overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
-            negative_prompt.
+            negative_prompt, transparent.
 
     Returns:
-        Paths of the mp4 files; each has a JSON beside it.
+        Paths of the mp4 files; each has a JSON beside it, and in a transparent run what `outputs` lists.
 
     Raises:
         ValueError: for everything that the user can mend.
@@ -93,9 +93,17 @@ def generate(
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     family = alpha.family(config)
+    if isinstance(config.tuner, recipe.Codec):
+        raise ValueError(
+            f"{run}: this run trained a codec, which draws nothing from prompts: name "
+            f"{place.folder / 'codec'} as alpha.codec of a recipe that trains the network, or look at its "
+            "clips with `inlay evaluate`"
+        )
     prompts = mediums.of(family.medium).texts(prompts, images)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
+    if overrides.get("transparent") and family.channels != 4:
+        wrong.append(f"--transparent: {run} is opaque (its alpha.kind), its videos have no alpha")
     wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]
     if wrong:
         raise ValueError("generate: " + "; ".join(wrong))
@@ -178,6 +186,11 @@ def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
         network = family.load_denoiser(torch.float32, meta=True)
         if not lycoris.load(network, folder):
             formats.read(folder, family, shapes=formats.shapes(network))
+        try:
+            for file in folder.glob("*.safetensors"):
+                family.accept(runtime.header(file))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     return folder
 
 
@@ -202,7 +215,7 @@ def load_pipeline(
     pipeline = family.pipeline(denoiser=None, **options)
     put(family, pipeline, folder)
     if strength != 1:
-        pipeline.set_adapters(["inlay"], [strength])
+        family.weaken(pipeline, strength)
         if config.tuner.kind == "dora":
             say("note: DoRA is not linear in its strength; 0.5 is not half of the effect")
     return pipeline
@@ -272,8 +285,8 @@ def draw(
                     continue
                 settings = medium.settings(sample, prompts.fps)
                 stem = folder / (name or f"{i:02d}-{slug(text)}-seed{sample.seed + j}")
-                path = medium.write(stem, made, settings)
-                values = {"prompt": text, "seed": sample.seed + j, **settings, **medium.facts(made), **about}
+                path, facts = medium.write(stem, made, sample, prompts.fps)
+                values = {"prompt": text, "seed": sample.seed + j, **settings, **facts, **about}
                 if images:
                     values["images"] = [each.name for each in images]
                 values |= {"versions": runtime.environment()["packages"]}
@@ -287,6 +300,12 @@ def draw(
     return paths
 
 
+def outputs(path: Path) -> list[Path]:
+    """The transparent files of a video that was drawn, by its JSON; then the mp4 itself."""
+    values = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    return [*(path.with_name(name) for name in values.get("files", ())), path]
+
+
 def slug(text: str) -> str:
     """The first words of a prompt as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"
@@ -296,6 +315,8 @@ def card(
     config: recipe.Config, family: families.Family, step: int, prompts: Sequence[str], objective: object
 ) -> str:
     """The model card of a run."""
+    if isinstance(config.tuner, recipe.Codec):
+        return alpha.codec.card(config, config.tuner, family.name, step)
     what = "" if isinstance(objective, FlowMatching) else "v-prediction on the checkpoint's schedule"
     return formats.model_card(
         config,
@@ -303,6 +324,7 @@ def card(
         prompts=list(prompts),
         task="image-to-video" if family.images else "text-to-video",
         objective=what,
+        warnings=family.warnings(),
     )
 
 

@@ -23,12 +23,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from inlay.files import atomic
 
 Kind = Literal["video", "image", "array"]
-Trouble = Literal["unreadable", "truncated", "unfitting"]
+Trouble = Literal["unreadable", "truncated", "unfitting", "no-alpha", "constant-alpha", "pair"]
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAYS = (".npz",)
 KNOWN = (*VIDEOS, *IMAGES, *ARRAYS)
+ANIMATED = (".apng",)
+"""Videos too, but looked for in transparent runs only."""
 
 READER = 1
 """Version of what `read` returns for the same file and arguments; part of the cache's identity."""
@@ -36,7 +38,7 @@ READER = 1
 EPSILON = 1e-6
 """Seconds below which two distances in time are a tie; far under any clock, far over float64 rounding."""
 
-WHOLE = (".gif",)
+WHOLE = (".gif", ".apng")
 """Frames of these are differences to the frame before although each is marked as a key frame: never seek."""
 
 UNSTAMPED = (".avi",)
@@ -101,7 +103,7 @@ def kind(path: Path) -> Kind:
         ValueError: for other names.
     """
     suffix = path.suffix.lower()
-    if suffix in VIDEOS:
+    if suffix in (*VIDEOS, *ANIMATED):
         return "video"
     if suffix in IMAGES:
         return "image"
@@ -152,7 +154,7 @@ def probe(path: str | Path) -> Probe:
         raise MediaError(path, "the file is empty")
     if kind(path) == "image":
         return _probe_image(path)
-    return _probe_array(path) if kind(path) == "array" else _probe_video(path)
+    return probe_array(path) if kind(path) == "array" else _probe_video(path)
 
 
 def _probe_image(path: Path) -> Probe:
@@ -166,10 +168,15 @@ def _probe_image(path: Path) -> Probe:
         )
 
 
-def _probe_array(path: Path) -> Probe:
-    (t, h, w), _, fps = _header(path)
-    interval = float(1 / fps) if fps else 0.0
-    return Probe(t, fps, h, w, t * interval, interval, codec="npz", pix_fmt="rgb24")
+def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
+    """`probe` of an `.npz` that may have so many channels; four are RGBA.
+
+    Raises:
+        MediaError: when it holds no such frames.
+    """
+    (t, h, w), (_, c), fps = _header(path, channels)
+    interval, names = float(1 / fps) if fps else 0.0, "rgba" if c == 4 else "rgb24"
+    return Probe(t, fps, h, w, t * interval, interval, codec="npz", pix_fmt=names, transparent=c == 4)
 
 
 def _probe_video(path: Path) -> Probe:
@@ -268,13 +275,13 @@ def read(path: str | Path, start: float, frames: int, fps: float, size: tuple[in
     if kind(path) == "image":
         with _image(path) as image:
             pixels = _rgb(path, image)[None]
-        stamps = np.zeros(1)
+        shown = np.zeros(1)
     else:
-        pixels, rate = _load_array(path)
-        stamps = np.arange(len(pixels)) / float(rate or fps)
-    if wanted[-1] > stamps[-1] + 0.5 / fps + EPSILON:
+        pixels, rate = load_array(path)
+        shown = np.arange(len(pixels)) / float(rate or fps)
+    if wanted[-1] > shown[-1] + 0.5 / fps + EPSILON:
         raise MediaError(path, _too_short(len(pixels), wanted), "truncated")
-    return np.stack([_fit_array(pixels[i], size) for i in nearest(stamps, wanted)])
+    return np.stack([_fit_array(pixels[i], size) for i in nearest(shown, wanted)])
 
 
 def _too_short(there: int, wanted: np.ndarray) -> str:
@@ -284,23 +291,85 @@ def _too_short(there: int, wanted: np.ndarray) -> str:
 def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     from av.video.reformatter import VideoReformatter
 
+    out = np.empty((len(wanted), *size, 3), np.uint8)
+    scaler, shown = VideoReformatter(), None
+    for i, (frame, sar) in enumerate(_at(path, wanted)):
+        if frame is shown:
+            out[i] = out[i - 1]
+            continue
+        out[i], shown = _fit(path, frame, scaler, size, sar), frame
+    return out
+
+
+def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
+    """The decoded frame nearest to each wanted time, and its pixels' width by height; repeats are one object.
+
+    Raises:
+        MediaError: when the video ends before.
+    """
     with _opened(path) as (_, stream):
         base, sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
     head = next(decode(path), None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
     wanted_pts = head.pts + wanted / base
-    out = np.empty((len(wanted), *size, 3), np.uint8)
-    scaler = VideoReformatter()
-    done, shown = 0, None
-    for done, frame in enumerate(_pick(_from(path, wanted_pts[0]), wanted_pts, base), 1):
-        if frame is shown:
-            out[done - 1] = out[done - 2]
-            continue
-        out[done - 1], shown = _fit(path, frame, scaler, size, sar), frame
+    done = 0
+    for frame in _pick(_from(path, wanted_pts[0]), wanted_pts, base):
+        done += 1
+        yield frame, sar
     if done < len(wanted):
         raise MediaError(path, _too_short(done, wanted), "truncated")
-    return out
+
+
+def native(path: Path, wanted: np.ndarray, *, grey: bool = False) -> Iterator[tuple[np.ndarray, float]]:
+    """Frames of a video as they are stored, only turned: uint8 (h, w, c), and a pixel's width by its height.
+
+    Args:
+        path: a video.
+        wanted: ascending seconds after the first frame.
+        grey: one channel, 0 to 255 whatever range the file has; else RGB, or straight RGBA where it has
+            alpha.
+
+    Raises:
+        MediaError: when the video ends before the last wanted time, or is damaged.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    scaler, shown, out = VideoReformatter(), None, (np.empty(0), 1.0)
+    for frame, sar in _at(path, wanted):
+        if frame is not shown:
+            turns, yuv = round(frame.rotation / 90) % 4, not frame.format.is_rgb
+            to = "gray" if grey else "rgba" if _has_alpha(frame) else "rgb24"
+            matrix = _matrix(frame) if yuv and not grey else None
+            made = scaler.reformat(frame, format=to, src_colorspace=matrix, interpolation=_FILTER, threads=1)
+            pixels = np.rot90(made.to_ndarray().reshape(frame.height, frame.width, -1), turns)
+            out, shown = (pixels, sar if turns % 2 == 0 else 1 / sar), frame
+        yield out
+
+
+def stamps(path: Path) -> np.ndarray:
+    """When the frames of a video are shown, in seconds after the first.
+
+    Raises:
+        MediaError: when there are none.
+    """
+    with _opened(path) as (container, stream):
+        found, _, _, _ = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
+        base = float(stream.time_base or 0)
+    head = next(decode(path), None)
+    if head is None or head.pts is None:
+        raise MediaError(path, "no frame can be decoded")
+    times = np.array([s for s in found if s >= head.pts], np.float64) * base
+    return times - times[0]
+
+
+def _matrix(frame: Any) -> Any:
+    """The YUV matrix of a frame that does not name one; None where it does."""
+    from av.video.reformatter import Colorspace
+
+    if frame.colorspace != UNTAGGED:
+        return None
+    return Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709
 
 
 def _from(path: Path, pts: float) -> Generator[Any, None, None]:
@@ -406,8 +475,6 @@ def _has_alpha(frame: Any) -> bool:
 
 def _fit(path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float) -> np.ndarray:
     """Turns, scales to cover and crops one decoded frame: uint8 (h, w, 3)."""
-    from av.video.reformatter import Colorspace
-
     turns = round(frame.rotation / 90) % 4
     if _has_alpha(frame):
         pixels = frame.to_ndarray(format="rgba")
@@ -417,11 +484,14 @@ def _fit(path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float)
     h, w = max(height, round(frame.height * scale)), max(width, round(frame.width * sar * scale))
     if h * w > PIXEL_LIMIT:
         raise MediaError(path, f"{frame.width}x{frame.height} is too extreme a shape for {size[1]}x{size[0]}")
-    matrix = None
-    if frame.colorspace == UNTAGGED:
-        matrix = Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709
     scaled = scaler.reformat(
-        frame, width=w, height=h, format="rgb24", src_colorspace=matrix, interpolation=_FILTER, threads=1
+        frame,
+        width=w,
+        height=h,
+        format="rgb24",
+        src_colorspace=_matrix(frame),
+        interpolation=_FILTER,
+        threads=1,
     )
     top, left = (h - height) // 2, (w - width) // 2
     return np.rot90(scaled.to_ndarray()[top : top + height, left : left + width], turns)
@@ -471,8 +541,10 @@ def _rgb(path: Path, image: Image.Image) -> np.ndarray:
     return _on_white(np.asarray(upright.convert("RGBA"))) if alpha else np.asarray(upright.convert("RGB"))
 
 
-def _header(path: Path) -> tuple[tuple[int, int, int], int, Fraction | None]:
-    """Frames, height and width, the channels' axis and `fps` of an `.npz`, without loading its frames."""
+def _header(
+    path: Path, channels: Sequence[int]
+) -> tuple[tuple[int, int, int], tuple[int, int], Fraction | None]:
+    """Frames, height and width; the channels' axis and number; `fps`: of an `.npz`, its frames not loaded."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist()]
@@ -494,18 +566,28 @@ def _header(path: Path) -> tuple[tuple[int, int, int], int, Fraction | None]:
         raise
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
         raise MediaError(path, f"is not an npz clip ({error})") from None
-    if dtype != np.uint8 or len(shape) != 4 or 3 not in (shape[-1], shape[0], shape[1]) or 0 in shape:
-        wants = "uint8 and (t, h, w, 3), (3, t, h, w) or (t, 3, h, w)"
+    places = [(i, n) for n in channels for i in (3, 0, 1) if len(shape) == 4 and shape[i] == n]
+    if dtype != np.uint8 or not places or 0 in shape:
+        wants = " or ".join(f"(t, h, w, {n}), ({n}, t, h, w) or (t, {n}, h, w)" for n in channels)
+        wants = f"uint8 and {wants}"
         raise MediaError(path, f"`frames` is {dtype} {tuple(shape)}; it must be {wants}")
     if fps is not None and fps <= 0:
         raise MediaError(path, f"`fps` is {fps}")
-    axis = 3 if shape[3] == 3 else 0 if shape[0] == 3 else 1
-    t, h, w = (n for i, n in enumerate(shape) if i != axis)
-    return (t, h, w), axis, fps
+    t, h, w = (n for i, n in enumerate(shape) if i != places[0][0])
+    return (t, h, w), places[0], fps
 
 
-def _load_array(path: Path) -> tuple[np.ndarray, Fraction | None]:
-    _, axis, fps = _header(path)
+def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[np.ndarray, Fraction | None]:
+    """Frames of an `.npz`, uint8 (t, h, w, c), and its rate.
+
+    Args:
+        path: of the array.
+        channels: how many it may have, the likelier number first.
+
+    Raises:
+        MediaError: when it holds no such frames.
+    """
+    _, (axis, _), fps = _header(path, channels)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.moveaxis(arrays["frames"], axis, -1), fps

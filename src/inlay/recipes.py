@@ -31,7 +31,7 @@ data:
 {windows}{held_out}  caption_dropout: 0.05  # now and then the empty caption, so that guidance keeps working
   # trigger: zorble  # a rare word put before every caption, to call the subject by
 
-tuner:
+{alpha}tuner:
   kind: lora  # or dora (slower, often better), or full
   rank: 32
 
@@ -46,6 +46,12 @@ train:
 
 sample:
 {prompts}{sampling}"""
+
+TRANSPARENT = """\
+# alpha:
+#   kind: joint  # or merged: {} files have alpha or are mattes; opaque runs put them on white, or aside
+
+"""
 
 PROMPTS = "  prompts:  # drawn during training; compared with the base by `inlay evaluate`\n"
 PICTURES = "  seed: 42  # without prompts and images, the first clips are drawn from their own\n"
@@ -95,6 +101,7 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
     ]
     steps = max(200, min(4000, 100 * len(probes)))
     others = [c for c in kind.published if c != name]
+    clear = len({p.name for p in plan.problems if p.code in ("transparent", "matte")})
     expert = "\n  expert: high  # or low: each is trained on its own; train both" if experts else ""
     text = TEMPLATE.format(
         family=family,
@@ -117,6 +124,7 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
         epochs=round(steps / len(probes)),
         every=max(50, steps // 8),
         prompts=PICTURES if model.images else PROMPTS + "".join(f"    - {_quoted(c)}\n" for c in captions),
+        alpha=TRANSPARENT.format(clear) if clear else "",
         sampling="" if experts else f"  every: {max(100, steps // 4)}\n",
     )
     path.write_text(_aligned(text), "utf-8")

@@ -14,13 +14,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
-from inlay import media
+from inlay import config, media
 from inlay.files import atomic
+
+SEEN = 64
+"""Alpha above which a pixel's colour can be judged."""
+
+NEAR = 4
+"""Pixels around what is visible in which nearly clear ones belong to a soft edge."""
 
 ALPHA_EPS = 2 / 255
 """Alpha below this counts as clear: lossy files leave more than 0 in empty regions."""
@@ -54,19 +58,30 @@ def unpremultiply(rgba: np.ndarray, under: np.ndarray | None = None) -> np.ndarr
     return np.concatenate([color.clip(0, 1), alpha], -1).astype(np.float32)
 
 
-def resize(rgba: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scales straight uint8 (t, h, w, 4) to cover `size` and crops the middle.
+def resize(
+    rgba: np.ndarray, size: tuple[int, int], *, sar: float = 1.0, premultiplied: bool = False
+) -> np.ndarray:
+    """Scales uint8 (t, h, w, 4) to cover `size` and crops the middle; the result is straight.
 
     Colour is weighted with alpha, so that none from behind transparent pixels gets into edges. The filter is
     bicubic with its overshoot cut off, which neither fills empty regions nor makes holes. Under alpha 0
     colour is scaled for itself.
+
+    Args:
+        rgba: straight, or premultiplied where it says so.
+        size: height and width.
+        sar: a pixel's width by its height.
+        premultiplied: colour was multiplied with alpha already; it is divided after scaling, as float.
     """
     height, width = rgba.shape[1:3]
-    if (height, width) == tuple(size):
-        return rgba
-    scale = max(size[0] / height, size[1] / width)
-    h, w = size[0] / scale, size[1] / scale
+    if (height, width) == tuple(size) and sar == 1:
+        if not premultiplied:
+            return rgba
+        return np.stack([to_uint8(unpremultiply(to_float(frame))) for frame in rgba])
+    scale = max(size[0] / height, size[1] / (width * sar))
+    h, w = size[0] / scale, size[1] / scale / sar
     box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+    box = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height))
 
     def scaled(plane: np.ndarray) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
@@ -75,11 +90,21 @@ def resize(rgba: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     out = []
     for frame in rgba:
         straight = to_float(frame)
-        weighted = premultiply(straight)
+        weighted = straight if premultiplied else premultiply(straight)
         planes = np.stack([scaled(weighted[..., i]) for i in range(4)], -1)
-        under = np.stack([scaled(straight[..., i]) for i in range(3)], -1)
+        under = None if premultiplied else np.stack([scaled(straight[..., i]) for i in range(3)], -1)
         out.append(to_uint8(unpremultiply(planes, under)))
     return np.stack(out)
+
+
+def mend(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
+    """What a recipe wants done with straight uint8 (t, h, w, 4) once it has its final size."""
+    if how.snap:
+        rgba = np.concatenate([rgba[..., :3], snap(rgba[..., 3:], how.snap / 255)], -1)
+    if how.decontaminate:
+        rgba = decontaminate(rgba)
+    behind = {"keep": lambda x: x, "grow": grow, "blur": blur_background}
+    return behind[how.background](rgba)
 
 
 # --- mending ------------------------------------------------------------------------------------------------
@@ -97,7 +122,7 @@ def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
         mean = (color * weight).sum((0, 1)) / total if total else np.zeros(3, np.float32)
         return color * weight + (1 - weight) * mean
     padded = [np.pad(x, ((0, h % 2), (0, w % 2), (0, 0)), "edge") for x in (color * weight, weight)]
-    half = [x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2, x.shape[2]).sum((1, 3)) for x in padded]
+    half = [x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2] for x in padded]
     there = half[1] > 0
     small = fill(np.where(there, half[0] / np.where(there, half[1], 1), 0), half[1].clip(0, 1))
     wide = np.stack([_enlarge(small[..., i], (h, w)) for i in range(3)], -1)
@@ -143,7 +168,7 @@ def grow(rgba: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
 
 
 def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
-    """Replaces what is behind the matte by a soft field of the foreground's colours.
+    """Puts a soft field of the foreground's colours behind the matte; what is visible stays as it is.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).
@@ -154,16 +179,20 @@ def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
     out = []
     for frame, grown in zip(rgba, grow(rgba), strict=True):
         soft = Image.fromarray(grown[..., :3]).filter(ImageFilter.GaussianBlur(radius))
-        alpha = to_float(frame[..., 3:])
-        color = to_float(grown[..., :3]) * alpha + to_float(np.asarray(soft)) * (1 - alpha)
-        out.append(np.concatenate([to_uint8(color), frame[..., 3:]], -1))
+        seen = frame[..., 3:] > 255 * ALPHA_EPS
+        out.append(np.concatenate([np.where(seen, frame[..., :3], np.asarray(soft)), frame[..., 3:]], -1))
     return np.stack(out)
 
 
 def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
     """Alpha (uint8) within eps of clear or opaque becomes just that."""
-    values = to_float(alpha)
-    return np.where(values <= eps, 0, np.where(values >= 1 - eps, 255, alpha)).astype(np.uint8)
+    level = round(255 * eps)
+    return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
+
+
+def binarise(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
+    """Alpha (uint8) as 255 where it is more than eps and 0 elsewhere, as a hard render has it."""
+    return np.where(alpha > round(255 * eps), 255, 0).astype(np.uint8)
 
 
 # --- compositing --------------------------------------------------------------------------------------------
@@ -202,6 +231,17 @@ def composite(
     return np.stack(out)
 
 
+def shown(rgba: np.ndarray) -> np.ndarray:
+    """What a person is shown of straight uint8 (t, h, w, 4): over a checkerboard, with its matte below.
+
+    Returns:
+        uint8 (t, 2 h, w, 3).
+    """
+    height, width = rgba.shape[1:3]
+    board = checkerboard(height, width, max(2, min(16, min(height, width) // 12)))
+    return np.concatenate([composite(rgba, board), rgba[..., 3:].repeat(3, -1)], 1)
+
+
 def composite_file(
     foreground: Path,
     background: str,
@@ -224,6 +264,8 @@ def composite_file(
     Raises:
         ValueError: naming what cannot be read, has no transparency, or is no background.
     """
+    if fps is not None and not fps > 0:
+        raise ValueError(f"--fps: {fps:g} is no frame rate; leave it out for the foreground's own")
     pixels = read(foreground)
     if measure(pixels).lowest == 255:
         raise ValueError(f"{foreground}: is opaque everywhere, there is nothing to see through")
@@ -235,6 +277,12 @@ def composite_file(
         behind = checkerboard(height, width)
     elif path.is_file():
         frames = 1 if media.kind(path) == "image" else len(pixels)
+        there = media.available(media.probe(path), rate)
+        if there < frames:
+            raise ValueError(
+                f"{path}: has {there} frames at {rate:g} fps and {foreground} has {frames}: put it over a "
+                "longer video, an image or a colour"
+            )
         behind = media.read(path, 0.0, frames, rate, (height, width))
         behind = behind[0] if frames == 1 else behind
     else:
@@ -252,9 +300,17 @@ def composite_file(
 
 
 def _rate(path: Path) -> float:
-    """A file's frame rate; 16 for images and folders, which have no clock."""
-    if path.is_dir() or path.suffix.lower() in (".zip", ".png", ".webp"):
+    """A file's frame rate; 16 for stills and folders, which have no clock."""
+    if path.is_dir() or path.suffix.lower() == ".zip":
         return 16.0
+    if path.suffix.lower() in (".png", ".webp"):
+        with Image.open(path) as image:
+            n, total = getattr(image, "n_frames", 1), 0.0
+            for i in range(n):
+                image.seek(i)
+                image.load()  # only then is its duration known
+                total += image.info.get("duration", 0)
+        return 1000 * n / total if total else 16.0
     return float(media.probe(path).fps or 16)
 
 
@@ -279,7 +335,7 @@ class Alpha:
     soft: float
     """Share between clear and opaque."""
     residue: float
-    """Share that is nearly clear and should be clear: what lossy coding leaves."""
+    """Share that is nearly clear and not beside anything visible: what lossy coding leaves."""
     lowest: int
     highest: int
     colored: float
@@ -292,9 +348,31 @@ class Alpha:
     """A guess: no value outside 14 to 237, as when limited range was read as full."""
 
     @property
+    def looks(self) -> str:
+        """The guesses in words: `straight`, or `premultiplied, inverted`."""
+        guesses = {"inverted": self.inverted, "limited range": self.limited}
+        first = "premultiplied" if self.premultiplied else "straight"
+        return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
+
+    @property
     def constant(self) -> bool:
         """Whether there is no transparency at all, or nothing but."""
         return self.lowest == self.highest
+
+
+def widened(mask: np.ndarray, by: int) -> np.ndarray:
+    """A mask (t, h, w) with all that is up to `by` pixels beside it, in a square."""
+    for axis in (1, 2):
+        wide = mask.copy()
+        for step in range(1, by + 1):
+            n = mask.shape[axis]
+            low, high = (np.take(mask, np.arange(*ends), axis) for ends in ((0, n - step), (step, n)))
+            head, tail = (slice(step, None), slice(None, -step)) if step < n else (slice(n, None),) * 2
+            at = (slice(None),) * axis
+            wide[(*at, head)] |= low
+            wide[(*at, tail)] |= high
+        mask = wide
+    return mask
 
 
 def measure(rgba: np.ndarray, eps: float = ALPHA_EPS) -> Alpha:
@@ -312,14 +390,14 @@ def measure(rgba: np.ndarray, eps: float = ALPHA_EPS) -> Alpha:
     return Alpha(
         coverage=float(alpha.mean() / 255),
         soft=float(soft.mean()),
-        residue=float(((alpha > 0) & (alpha <= low)).mean()),
+        residue=float(((alpha > 0) & ~widened(alpha > low, NEAR)).mean()),
         lowest=int(alpha.min()),
         highest=int(alpha.max()),
         colored=float((brightest[clear] > 2).mean()) if clear.any() else 0.0,
         premultiplied=bool(soft.sum() >= 50 and bright.any())
         and bool((brightest[soft] <= alpha[soft].astype(int) + 2).mean() > 0.995)
         and bool(not clear.any() or (brightest[clear] <= 2).mean() > 0.995),
-        inverted=bool(edge.mean() > 240 and inside.mean() < 128),
+        inverted=bool(edge.mean() > 240 and inside.mean() < 200),
         limited=bool(alpha.min() >= 14 and alpha.max() <= 237 and alpha.min() != alpha.max()),
     )
 
@@ -328,6 +406,12 @@ def measure(rgba: np.ndarray, eps: float = ALPHA_EPS) -> Alpha:
 
 CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
 """Suffixes of files that carry alpha, and how far it may be off on the average (0-255) when read back."""
+
+COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
+"""The same for the colour of visible pixels; VP9 has a quarter of it, which noise does not survive."""
+
+SUFFIXES = {"png": ".zip", **{name: f".{name}" for name in config.CARRIERS if name != "png"}}
+"""Of the files that `sample.transparent` names."""
 
 
 def write(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
@@ -360,12 +444,18 @@ def write(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
         there = read(part, suffix)
         if there.shape != rgba.shape:
             raise ValueError(f"{path}: {rgba.shape} was written and {there.shape} read back")
-        off = float(np.abs(there[..., 3].astype(int) - rgba[..., 3]).mean())
-        if off > CARRIERS[suffix]:
-            raise ValueError(
-                f"{path}: alpha read back is {off:.2f} of 255 off on the average, more than "
-                f"{CARRIERS[suffix]:g}: this build of FFmpeg writes it wrongly; use .zip"
-            )
+        off = np.abs(there.astype(np.int16) - rgba)
+        seen = rgba[..., 3] > SEEN
+        color = float(off[..., :3][seen].mean()) if seen.any() else 0.0
+        for what, found, most in (
+            ("alpha", float(off[..., 3].mean()), CARRIERS[suffix]),
+            ("colour", color, COLOR_OFF[suffix]),
+        ):
+            if found > most:
+                raise ValueError(
+                    f"{path}: {what} read back is {found:.2f} of 255 off on the average, more than "
+                    f"{most:g}: this build of FFmpeg writes it wrongly; use .zip"
+                )
     return path
 
 
@@ -384,6 +474,9 @@ _CODECS: dict[str, tuple[str, str, str, dict[str, str], str]] = {
 
 
 def _write_video(path: Path, rgba: np.ndarray, fps: Fraction, suffix: str) -> None:
+    import av
+    from av.video.reformatter import Colorspace, VideoReformatter
+
     codec, pix_fmt, container_name, options, source = _CODECS[suffix]
     loop = {"plays": "0"} if suffix == ".apng" else {}
     with av.open(str(path), "w", format=container_name, options=loop) as container:
@@ -427,7 +520,7 @@ def read(path: str | Path, suffix: str | None = None) -> np.ndarray:
     path = Path(path)
     suffix = (suffix or path.suffix).lower()
     if path.is_dir():
-        names = sorted((p for p in path.iterdir() if p.suffix.lower() == ".png"), key=_natural)
+        names = sorted((p for p in path.iterdir() if p.suffix.lower() == ".png"), key=natural)
         frames = [np.asarray(Image.open(p).convert("RGBA")) for p in names]
     elif suffix == ".zip":
         frames = list(_zipped(path))
@@ -443,7 +536,8 @@ def read(path: str | Path, suffix: str | None = None) -> np.ndarray:
     return np.stack(frames)
 
 
-def _natural(path: Path) -> list[Any]:
+def natural(path: Path) -> list[Any]:
+    """A key that sorts names as people count: f9 before f10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
@@ -451,7 +545,7 @@ def _zipped(path: Path) -> Iterator[np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = (Path(n) for n in archive.namelist() if n.lower().endswith(".png"))
-            for name in sorted(names, key=_natural):
+            for name in sorted(names, key=natural):
                 with archive.open(name.as_posix()) as file:
                     yield np.asarray(Image.open(file).convert("RGBA"))
     except (zipfile.BadZipFile, OSError, SyntaxError) as error:

@@ -536,7 +536,7 @@ class Meters:
     ctx: Context
     trackers: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    _losses: list[tuple[int, Tensor, Sequence[str]]] = field(default_factory=list, init=False)
+    _losses: list[tuple[int, Mapping[str, Tensor], Sequence[str]]] = field(default_factory=list, init=False)
     _norms: list[tuple[int, Tensor]] = field(default_factory=list, init=False)
     _writers: list[Any] = field(default_factory=list, init=False)
     _since: float = field(default_factory=time.perf_counter, init=False)
@@ -545,9 +545,10 @@ class Meters:
         for name in self.trackers if self.ctx.main else ():
             self._writers.append(_tracker(name, self.run, dict(self.settings)))
 
-    def add(self, step: int, losses: Tensor, names: Sequence[str]) -> None:
-        """Remembers the losses (n,) of a micro-batch."""
-        self._losses.append((step, losses, names))
+    def add(self, step: int, out: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Remembers the losses (n,) of a micro-batch, which a step gave as `losses` and `loss_NAME`."""
+        kept = {k.replace("losses", "loss"): v for k, v in out.items() if k.startswith(("losses", "loss_"))}
+        self._losses.append((step, kept, names))
 
     def norm(self, step: int, value: Tensor) -> None:
         """Remembers the norm of a step's gradient."""
@@ -561,7 +562,7 @@ class Meters:
         """
         bad = []
         for step, losses, names in self._losses:
-            finite = torch.isfinite(losses).tolist()
+            finite = torch.isfinite(losses["loss"]).tolist()
             bad += [(step, n) for n, ok in zip(names, finite, strict=True) if not ok]
         if not bad:
             bad = [(s, "gradient") for s, n in self._norms if not bool(torch.isfinite(n))]
@@ -575,16 +576,17 @@ class Meters:
             )
 
     def flush(self, step: int, **more: float) -> dict[str, float]:
-        """Writes the mean loss since the last call, and other values, as one line and to the trackers."""
-        sums = torch.zeros(2, device=self.ctx.device)
+        """Writes the mean losses since the last call, and other values, as one line and to the trackers."""
+        names = list(self._losses[0][1]) if self._losses else ["loss"]
+        sums = torch.zeros(len(names) + 1, device=self.ctx.device)
         if self._losses:
-            losses = torch.cat([x for _, x, _ in self._losses])
-            sums = torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=losses.device)])
-        total, count = self.ctx.total(sums).tolist()
+            each = [torch.cat([x[name] for _, x, _ in self._losses]) for name in names]
+            sums = torch.stack([*(x.sum() for x in each), torch.ones_like(each[0]).sum()])
+        *totals, count = self.ctx.total(sums).tolist()
         now = time.perf_counter()
         line: dict[str, float] = {"step": step}
         if count:
-            line["loss"] = total / count
+            line |= {name: total / count for name, total in zip(names, totals, strict=True)}
             line["seconds_per_step"] = (now - self._since) / max(1, len({s for s, _, _ in self._losses}))
         if self._norms:
             line["gradient_norm"] = float(torch.stack([n for _, n in self._norms]).mean())

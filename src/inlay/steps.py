@@ -1,8 +1,11 @@
-"""Steps: one micro-batch to losses. Noise and time of a micro-batch are functions of its generator alone."""
+"""Steps: one micro-batch to losses, and what is measured on held-out clips.
+
+Whatever is random in a micro-batch (noise, time, colours) is a function of its generator alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from inlay import config as recipe
+from inlay.console import say
 from inlay.families import Family
+from inlay.models import rgba_codec, rgba_metrics
+from inlay.models.rgba_losses import COLORS, Perceptual, RgbaLoss, hard_render
 from inlay.objectives import Objective, mean_squared_error
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -24,6 +31,9 @@ class Batch:
     latents: Tensor
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
+    preserve: Tensor | None = None
+    """Of each sample, the weight with which the network should go on predicting what it does untuned; 0 for
+    those that are learned: (n,)."""
 
     @classmethod
     def of(
@@ -46,41 +56,99 @@ class Batch:
         """The same on a device; the copy overlaps with computation where memory is pinned."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names)
+        preserve = None if self.preserve is None else move(self.preserve)
+        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names, preserve)
 
 
 class Step(Protocol):
-    """One micro-batch to losses; `loss` is required, `losses` has one value per sample."""
+    """One micro-batch to losses; `loss` is required, `losses` has one value per sample.
+
+    So has every `loss_NAME`, of which the means are reported too.
+    """
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws what is random from `generator`, on the CPU so that every device sees the same."""
         ...
 
+    def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
+        """One row of numbers per batch, the same in every call with the same network."""
+        ...
+
+    def summary(self, rows: Tensor) -> dict[str, float]:
+        """The mean row of all held-out batches as named numbers, `held_out_loss` among them."""
+        ...
+
+
+def of(
+    config: recipe.Config,
+    family: Family,
+    precision: AbstractContextManager[Any],
+    untuned: Callable[[nn.Module], AbstractContextManager[Any]],
+) -> Step:
+    """The step of a recipe."""
+    if isinstance(config.tuner, recipe.Codec):
+        return CodecStep.of(config.tuner, precision)
+    objective = family.objective(config.objective, config.data.size)
+    return DenoisingStep(family, objective, precision, untuned)
+
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """Corrupt, predict, compare: loss = mean of w(t) (prediction - target)^2 in float32."""
+    """Corrupt, predict, compare: loss = mean of w(t) (prediction - target)^2 in float32.
+
+    Samples to `preserve` are compared with the prediction of the untuned network in place of the target:
+    prior preservation (Ruiz et al. 2023, section 3.2) as learning without forgetting (Li & Hoiem 2016), which
+    has no noise.
+    """
 
     family: Family
     objective: Objective
     precision: AbstractContextManager[Any] = field(
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
+    untuned: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    """Switches off for a while what is trained; for batches with samples to preserve."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """See `Step`."""
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
-        losses = self.losses(denoiser, batch, t, noise)
-        return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
+        prediction, target, weight = self._predict(denoiser, batch, t, noise)
+        pairs = {"losses": (prediction, target)}
+        for name, part in self.family.parts(prediction.detach()).items():
+            pairs[f"loss_{name}"] = part, self.family.parts(target)[name]
+        found = {name: mean_squared_error(*pair, weight) for name, pair in pairs.items()}
+        return {"loss": found["losses"].mean(), **{k: v.detach() for k, v in found.items()}, "t": t}
 
     def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
         """The loss of each sample at given times (n,) and noise."""
+        return mean_squared_error(*self._predict(denoiser, batch, t, noise))
+
+    def _predict(
+        self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network says, what it should, and the weight of each sample."""
         x0 = batch.latents.float()
+        x_t, target = self.objective.corrupt(x0, noise, t), self.objective.target(x0, noise, t)
+        weight = self.objective.weight(t)
         with self.precision:
-            prediction = self.family.predict(denoiser, self.objective.corrupt(x0, noise, t), t, batch.cond)
-        return mean_squared_error(prediction, self.objective.target(x0, noise, t), self.objective.weight(t))
+            if batch.preserve is not None:
+                target = self._preserved(denoiser, batch, x_t, t, target)
+                weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
+            prediction = self.family.predict(denoiser, x_t, t, batch.cond)
+        return prediction, target, weight
+
+    @torch.no_grad()
+    def _preserved(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+        """The target, and for samples to preserve what the untuned network predicts."""
+        assert self.untuned is not None and batch.preserve is not None
+        rows = batch.preserve.nonzero()[:, 0]
+        with self.untuned(denoiser):
+            kept = self.family.predict(
+                denoiser, x_t[rows], t[rows], {k: v[rows] for k, v in batch.cond.items()}
+            )
+        return target.index_copy(0, rows, kept.to(target.dtype))
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
@@ -104,6 +172,102 @@ class DenoisingStep:
             rows.append(torch.stack(row))
         denoiser.train(was_training)
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
+
+    def summary(self, rows: Tensor) -> dict[str, float]:
+        """The mean over noise levels, and the loss at each."""
+        losses = rows.tolist()
+        values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
+        return {"held_out_loss": sum(losses) / len(losses), **values}
+
+
+@dataclass(frozen=True)
+class CodecStep:
+    """Merge, split, compare: the terms of `RgbaLoss` on colours drawn for each micro-batch."""
+
+    loss: RgbaLoss
+    anchor: float = 0.0
+    noise: float = 0.0
+    visible: float = 0.0
+    colors: Sequence[Sequence[float]] = COLORS
+    precision: AbstractContextManager[Any] = field(
+        default_factory=lambda: torch.autocast("cpu", enabled=False)
+    )
+
+    @classmethod
+    def of(
+        cls,
+        section: recipe.Codec,
+        precision: AbstractContextManager[Any] | None = None,
+        *,
+        quiet: bool = False,
+    ) -> CodecStep:
+        """As the recipe's tuner says; `quiet` does not say which terms are off.
+
+        Raises:
+            ValueError: when the perceptual network cannot be loaded.
+        """
+        from inlay.alpha.codec import perceptual_file
+
+        network = None
+        precision = precision or torch.autocast("cpu", enabled=False)
+        if section.perceptual == "none":
+            if not quiet:
+                say("note: no perceptual network (tuner.perceptual): its three of the nine terms are off")
+        else:
+            imagenet = section.vgg_normalize or ("imagenet" if section.loss == "paper" else "none")
+            file = perceptual_file(section.perceptual)
+            network = Perceptual.load(file, imagenet=imagenet == "imagenet")
+        loss = RgbaLoss(section.loss, network, section.alpha_eps, section.edge, section.hard_mask)
+        colors = [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
+        return cls(loss, section.anchor, section.noise, section.visible, colors, precision)
+
+    def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """See `Step`; the terms are means over the micro-batch, so every sample has the same."""
+        if isinstance(self.loss.perceptual, nn.Module):
+            self.loss.perceptual.to(batch.latents.device)
+        codec: Any = denoiser
+        with self.precision:
+            terms = rgba_codec.losses(
+                codec,
+                batch.latents,
+                self.loss,
+                generator,
+                anchor=self.anchor,
+                noise=self.noise,
+                visible=self.visible,
+                colors=self.colors,
+            )
+        each = {f"loss_{n}": t for n, t in terms.items() if n != "loss"} | {"losses": terms["loss"]}
+        n = len(batch.latents)
+        return {"loss": terms["loss"], **{k: v.detach().expand(n) for k, v in each.items()}}
+
+    @torch.no_grad()
+    def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
+        """Sums of `rgba_metrics.tally` over the clips of each batch, which are reconstructed."""
+        rows = [torch.zeros(len(rgba_metrics.COLUMNS), dtype=torch.float64, device=device)] * (not batches)
+        for batch in batches:
+            true = batch.latents.to(device)
+            got = reconstruct(denoiser, true, self.loss.alpha_eps, *batch.names, colors=self.colors)
+            rows.append(
+                torch.stack([rgba_metrics.tally(*pair) for pair in zip(true, got, strict=True)]).sum(0)
+            )
+        return torch.stack(rows)
+
+    def summary(self, rows: Tensor) -> dict[str, float]:
+        """`rgba_metrics.report`; `held_out_loss` is the mean of alpha's balanced error and colour's."""
+        found = rgba_metrics.report(rows)
+        loss = (found["alpha_mae_balanced"] + found["rgb_mae"]) / 2
+        return {"held_out_loss": loss, **{f"held_out_{n}": v for n, v in found.items()}}
+
+
+@torch.no_grad()
+def reconstruct(
+    codec: Any, clips: Tensor, eps: float, *names: str, colors: Sequence[Sequence[float]] = COLORS
+) -> Tensor:
+    """uint8 (b, 4, t, h, w) through a codec and back; the colour behind it is a function of `names`."""
+    rgb, alpha = rgba_codec.to_video(clips)
+    color = torch.tensor(colors[stable_hash("color", *names) % len(colors)])
+    return rgba_codec.to_pixels(*codec.decode(codec.encode(hard_render(rgb, alpha, color, eps=eps), alpha)))
 
 
 def stable_hash(*parts: Any) -> int:

@@ -29,12 +29,13 @@ from inlay import (
     memory,
     parallel,
     runtime,
+    steps,
     tuners,
 )
 from inlay import config as recipe
 from inlay.console import once, progress, say
 from inlay.runtime import Context, Run
-from inlay.steps import QUANTILES, Batch, DenoisingStep, Step, stable_hash
+from inlay.steps import Batch, Step, stable_hash
 
 HELD_OUT_AT_MOST = 16
 """Held-out clips that are measured each time."""
@@ -68,7 +69,7 @@ def train(config: recipe.Config) -> Path:
                     generator = torch.Generator().manual_seed(stable_hash(config.seed, "noise", index))
                     out = job.step(job.network, batch.to(ctx.device), generator)
                     job.strategy.backward(out["loss"] / t.accumulate, last=i + 1 == t.accumulate)
-                    meters.add(step, out["losses"], batch.names)
+                    meters.add(step, out, batch.names)
                 meters.norm(step, job.update(step))
                 last = step == t.steps
                 stop = (
@@ -118,7 +119,10 @@ class Loader:
         ]
         clips = [self.store.read("media", self.media[r]) for r in rows]
         names = [self.windows[r].clip.name for r in rows]
-        return Batch.of(self.family, clips, [self.store.read("text", n) for n in texts], names, self.seed, k)
+        words = [self.store.read("text", n) for n in texts]
+        batch = Batch.of(self.family, clips, words, names, self.seed, k)
+        kept = [self.preserve[self.windows[r].clip.source] for r in rows]
+        return replace(batch, preserve=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
         """This process's micro-batches from step `start` on, read one ahead."""
@@ -136,6 +140,8 @@ class Loader:
 
     per_step: int = 1
     """Micro-batches of one optimizer step over all processes."""
+    preserve: Sequence[float] = ()
+    """Of each source, the weight with which its clips are kept as the network predicts them untuned."""
 
 
 @dataclass
@@ -178,18 +184,15 @@ class Job:
         return norm
 
     def validate(self, step: int) -> None:
-        """Writes the held-out loss at fixed quantiles of the noise level."""
+        """Writes what the step measures on held-out clips, such as the loss at fixed noise levels."""
         if not self.held_out:
             return
-        assert isinstance(self.step, DenoisingStep)
         n, world = len(self.held_out), self.ctx.world
         mine = range(self.ctx.rank, -(-n // world) * world, world)  # as many passes in each, for shards
         with self.averaged():
             rows = self.step.held_out(self.denoiser, [self.held_out[i % n] for i in mine], self.ctx.device)
         rows = rows[: len(range(self.ctx.rank, n, world))]
-        losses = (self.ctx.total(rows.sum(0)) / n).tolist()
-        values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
-        self.meters.write({"step": step, "held_out_loss": sum(losses) / len(losses), **values})
+        self.meters.write({"step": step, **self.step.summary(self.ctx.total(rows.sum(0)) / n)})
         self.meters.pause()
 
     def sample(self, step: int) -> None:
@@ -216,13 +219,13 @@ class Job:
 
     def save(self, step: int, *, final: bool) -> None:
         """Writes a checkpoint and, at the end, what other programs load; whole tensors in every mode."""
-        gather, section = self.strategy.gather, self.config.tuner
+        gather, section, name = self.strategy.gather, self.config.tuner, tuners.folder(self.config.tuner)
         about = {"inlay_step": str(step), **self.family.about()}
         with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
             with self.averaged():
                 weights = gather(tuners.weights(section, self.denoiser))
                 if folder is not None:
-                    tuners.save(section, self.denoiser, weights, folder / "adapter", metadata=about)
+                    tuners.save(section, self.denoiser, weights, folder / name, metadata=about)
             tensors = {f"weights.{n}": w for n, w in gather(self.parameters).items()}
             tensors |= {f"ema.{n}": w for n, w in gather(self.ema.weights if self.ema else {}).items()}
             state, moments = self.strategy.optimizer_state(self.optimizer)
@@ -233,8 +236,8 @@ class Job:
         if self.ctx.main:
             self.run.keep(self.config.train.keep)
         if final and self.ctx.main:
-            with runtime.atomic(self.run.adapter) as folder:
-                shutil.copytree(self.run.checkpoint(str(step)) / "adapter", folder)
+            with runtime.atomic(self.run.folder / name) as folder:
+                shutil.copytree(self.run.checkpoint(str(step)) / name, folder)
                 card = generate.card(
                     self.config,
                     self.family,
@@ -304,15 +307,17 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         config.data.caption_dropout,
         config.seed,
         per_step,
+        [source.preserve for source in config.data.sources],
     )
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
-    full = config.tuner.kind == "full"
+    full = config.tuner.kind in ("full", "codec")  # what trains in float32 computes under autocast
     denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).train()
     memory.shrink(config.memory, denoiser, strategy.device, ctx.precision)
     if config.memory.gradient_checkpointing:
         memory.checkpoint(denoiser, config.memory.gradient_checkpointing)
     tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
+    family.attached(denoiser)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)
@@ -327,7 +332,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     precision = torch.autocast(
         ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
     )
-    step = DenoisingStep(family, family.objective(config.objective, config.data.size), precision)
+    step = steps.of(config, family, precision, tuners.disabled)
     meters = runtime.Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = runtime.EMA(config.optim.ema, held) if config.optim.ema else None
@@ -435,7 +440,8 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     store = cache.Cache(run.cache(config))
     medium = mediums.of(family.medium)
     with progress("look", 1, medium.one, show=ctx.main) as advance:
-        plan = medium.plan(config, family, lambda n, of: advance(done=n, total=of), store.probe)
+        look = (store.probe, store.look)
+        plan = medium.plan(config, family, lambda n, of: advance(done=n, total=of), *look)
     quarantined = {p.name: f"{p.code}: {p.message}" for p in data.require(plan, config.data.bad_clips)}
     windows = [*plan.train, *plan.held_out]
     names = store.media_names(family, windows)

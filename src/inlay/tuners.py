@@ -7,7 +7,8 @@ LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) g
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from inlay import config as recipe
 from inlay import formats, lycoris, memory
+from inlay.alpha import joint
+from inlay.models import rgba_codec
+from inlay.models.rgba_losses import COLORS
 
 ADAPTER = "default"
 """peft's name of the adapter that is trained."""
@@ -54,12 +58,23 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
     return [n for n in names if n in found]
 
 
-def select(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
+Section = recipe.LowRank | recipe.Full | recipe.Codec
+
+
+def folder(section: Section) -> str:
+    """Name of the folder, in a run and in each of its checkpoints, that other programs load."""
+    return "codec" if isinstance(section, recipe.Codec) else "adapter"
+
+
+def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
     """Names of the layers that get an adapter, or of the parameters that train; also of a network on meta.
 
     Raises:
         ValueError: when a target matches nothing.
     """
+    if isinstance(section, recipe.Codec):
+        trained = ("merge.",) if section.train == "merge" else ("merge.", "rgb.", "alpha.")
+        return [n for n, _ in denoiser.named_parameters() if n.startswith(trained)]
     if isinstance(section, recipe.Full):
         names = [n for n, _ in denoiser.named_parameters()]
         return match(section.targets, names, what="parameter") if section.targets else names
@@ -71,7 +86,7 @@ def select(section: recipe.LowRank | recipe.Full, targets: Sequence[str], denois
 
 
 def attach(
-    section: recipe.LowRank | recipe.Full, targets: Sequence[str], denoiser: nn.Module, *, seed: int
+    section: Section, targets: Sequence[str], denoiser: nn.Module, *, seed: int
 ) -> dict[str, nn.Parameter]:
     """Freezes the denoiser and opens what trains, in float32.
 
@@ -89,7 +104,9 @@ def attach(
     """
     denoiser.requires_grad_(False)
     chosen = select(section, targets, denoiser)
-    if isinstance(section, recipe.Full):
+    if isinstance(section, recipe.Codec) and section.start is None:
+        rgba_codec.draw(denoiser, seed, section.begin)  # type: ignore[arg-type]
+    if not isinstance(section, recipe.LowRank):
         for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(name in set(chosen))
     else:
@@ -105,6 +122,22 @@ def attach(
                 _start_again(denoiser)
     _float32(denoiser)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def disabled(denoiser: nn.Module) -> Iterator[None]:
+    """The network as it was before `attach`, for a while: adapters add nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers, "only adapters can be switched off"
+    for layer in layers:  # peft's own switch also freezes the adapter
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _float32(denoiser: nn.Module) -> None:
@@ -180,22 +213,24 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     return (squared + 2 * s * cross + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
 
 
-def weights(section: recipe.LowRank | recipe.Full, denoiser: nn.Module) -> dict[str, Tensor]:
+def weights(section: Section, denoiser: nn.Module) -> dict[str, Tensor]:
     """What `save` writes, by name: the trained tensors, or after full fine-tuning all of them."""
+    if isinstance(section, recipe.Codec):
+        return {n: p for n, p in denoiser.named_parameters() if not n.startswith("vae.")}
     if isinstance(section, recipe.Full):
         return denoiser.state_dict(keep_vars=True)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
 
 
 def save(
-    section: recipe.LowRank | recipe.Full,
+    section: Section,
     denoiser: nn.Module,
     weights: Mapping[str, Tensor],
     folder: Path,
     *,
     metadata: Mapping[str, str],
 ) -> Path:
-    """Writes what was trained for use elsewhere: an adapter, or after full fine-tuning a diffusers folder.
+    """Writes what was trained for use elsewhere: an adapter, a codec, or a whole network in diffusers layout.
 
     Args:
         section: the recipe's tuner.
@@ -205,6 +240,17 @@ def save(
         metadata: text for the file's header.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(section, recipe.Codec):
+        colors = [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
+        about = {"loss": section.loss, **{n.removeprefix("inlay_"): v for n, v in metadata.items()}}
+        about |= {
+            n: getattr(section, n) for n in ("hard_mask", "anchor", "noise", "visible") if getattr(section, n)
+        }
+        codec: Any = denoiser
+        rgba_codec.save(
+            codec, folder, alpha_eps=section.alpha_eps, colors=colors, about=about, weights=weights
+        )
+        return folder
     if isinstance(section, recipe.Full):
         with torch.device("meta"):  # a sharded network has no whole weights, and a class of its own
             kind = next(c for c in type(denoiser).__mro__ if not issubclass(c, FSDPModule))
@@ -215,6 +261,9 @@ def save(
     tensors = {
         n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): w for n, w in weights.items()
     }
+    vector = tensors.pop(f"{joint.NAME}.weight", None)
+    if vector is not None:
+        formats.write_tensors(folder / joint.EMBEDDING, {joint.NAME: vector}, metadata)
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
     if section.kind in lycoris.KINDS:
         return lycoris.write(folder, tensors, peft_config, metadata=dict(metadata))

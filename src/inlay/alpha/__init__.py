@@ -11,9 +11,12 @@ from typing import Any
 
 from inlay import config as recipe
 from inlay import families
+from inlay.alpha import codec
+from inlay.alpha.joint import Joint
+from inlay.alpha.merged import Merged
 from inlay.families import Family
 
-MIXINS: Mapping[str, type] = {}
+MIXINS: Mapping[str, type] = {"joint": Joint, "merged": Merged}
 """What stands before a family's class, by the kind of the recipe's `alpha`."""
 
 
@@ -24,6 +27,9 @@ def family(config: recipe.Config) -> Family:
         ValueError: when the checkpoint is not of the family, or the family has no such transparency.
     """
     kind, section = families.get(config.model.family), config.alpha
+    if isinstance(config.tuner, recipe.Codec):
+        trained: Any = type(f"Codec{kind.__name__}", (codec.CodecTraining, kind), {})
+        return trained(config.model, config.tuner)
     if section.kind == "opaque":
         return kind(config.model)
     if section.kind not in MIXINS:

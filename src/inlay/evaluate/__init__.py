@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from inlay import CallableModule, families, formats, generate, media, mediums, runtime, train
+from inlay import CallableModule, families, formats, generate, media, mediums, rgba, runtime, train
 from inlay import config as recipe
 from inlay.console import progress, say
 from inlay.data import Window
@@ -50,9 +50,12 @@ class Prompt:
     text: str
     group: str = ""
     judge: Callable[[np.ndarray], bool] | None = None
-    """Takes uint8 frames (t, h, w, 3)."""
+    """Takes uint8 frames (t, h, w, 3), or straight RGBA (t, h, w, 4) in a transparent run."""
     images: generate.Images = ()
     """For image-to-video: image files, or the window whose own frames are taken."""
+    truth: Callable[[np.ndarray], np.ndarray] | None = None
+    """In a transparent run, where it can be known from the frames that were drawn: takes them and gives the
+    matte that they should have, uint8 (t, h, w)."""
 
 
 def evaluate(
@@ -88,6 +91,8 @@ def evaluate(
     began = time.perf_counter()
     place = Run(Path(run))
     config = _config(place, device, overrides)
+    if isinstance(config.tuner, recipe.Codec):
+        raise ValueError(f"evaluate: {run} trained a codec, which has no prompts; use inlay.evaluate.codec")
     family = train.open_family(config)
     sides = _sides(place, family, against, checkpoint)
     with runtime.start(config) as ctx:
@@ -296,12 +301,13 @@ def _yardstick(
             except ValueError as error:
                 notes.append(f"A training clip could not be read again: {error}")
                 continue
-            found.append(video.measure(frames))
+            found.append(video.everything(frames))
+            frames = rgba.shown(frames) if window.alpha else frames
             rows.append(media.SheetRow(window.clip.name, window.caption, frames))
             advance()
     if rows and not sheet.is_file():
         media.contact_sheet(rows, folder / "clips.png", title="Training clips")
-    return {k: float(np.mean([f[k] for f in found])) for k in video.METRICS} if found else None
+    return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
@@ -366,9 +372,9 @@ class _Both:
         found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
 
         def seen(i: int, j: int, made: Any) -> None:
-            judge = self.prompts[i].judge
-            metrics, parts = self.gauge.gauge(made, self.prompts[i].images)
-            yes = self.gauge.right(metrics) if judge is None else bool(judge(made))
+            prompt = self.prompts[i]
+            metrics, parts = self.gauge.gauge(made, prompt)
+            yes = self.gauge.right(metrics) if prompt.judge is None else bool(prompt.judge(made))
             found.append((metrics, parts, yes, self.gauge.picture(made)))
             kept, now = self.scratch / f"{i}-{j}.npy", self.gauge.keep(made)
             if side.role == "base":

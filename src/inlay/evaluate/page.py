@@ -174,6 +174,9 @@ def _videos(report: Report, folder: Path) -> Html:
             rule if judged else "",
         ),
     ]
+    if "coverage" in report.metrics:
+        files = "What is transparent shows a checkerboard; files with alpha lie beside each video."
+        out.append(_soft(files))
     height, width = report.sampling.get("size") or (1, 1)
     card = 440 if width <= 1.2 * height else 560
     with TemporaryDirectory(prefix="inlay-") as scratch:
@@ -197,7 +200,7 @@ def _group_head(group: Group, names: tuple[str, str]) -> Html:
 def _card(pair: Pair, names: tuple[str, str], folder: Path, scratch: Path) -> Html:
     sides = zip(("base", "tuned"), names, (pair.base, pair.tuned), strict=True)
     facts = [f"seed {pair.seed}", f"difference {pair.distance:.1%}"]
-    for name in list(pair.base.metrics)[:2]:
+    for name in list(pair.base.metrics)[:2] + ["coverage"] * ("coverage" in pair.base.metrics):
         facts.append(f"{name} {show(name, pair.base.metrics[name])} → {show(name, pair.tuned.metrics[name])}")
     return tag(
         "article",
@@ -297,14 +300,15 @@ def _metrics(report: Report) -> Html:
     groups, total = report.groups, report.total
     assert total
     judged = total.judged > 0
-    made = f"{report.makes}s"
+    made, metrics = f"{report.makes}s", report.metrics
     heads = [("Group", ""), (made.capitalize(), "")]
     heads += [("As asked", made)] if judged else []
-    heads += [(m.name.capitalize(), m.unit) for m in report.metrics.values()]
+    heads += [(m.name.capitalize(), m.unit) for m in metrics.values()]
     heads.append(("Difference", f"of the two {made}"))
     foot = [_row(total, judged, "All")] if len(groups) != 1 else []
     if report.training:
-        values = [tag("td", show(k, report.training[k])) for k in report.metrics]
+        known = report.training
+        values = [tag("td", show(k, known[k]) if k in known else "") for k in metrics]
         gaps = [tag("td")] * (2 if judged else 1)
         title = tag("th", "Training clips, to compare", scope="row")
         foot.append(tag("tr", title, *gaps, *values, tag("td"), cls="yardstick"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from inlay.evaluate import scene, video
+from inlay.evaluate import matte, scene, video
 from inlay.evaluate.video import Metric
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of `report.json`; raised when a field changes its meaning."""
 
-METRICS: Mapping[str, Metric] = {**video.METRICS, **scene.METRICS}
+METRICS: Mapping[str, Metric] = {**video.METRICS, **matte.METRICS, **matte.TRUTH, **scene.METRICS}
 """How every number is told, whichever medium it is of."""
 
 TELLING = 0.01
@@ -32,6 +32,8 @@ TELLING_YES = 0.2
 """A judge's share of yes that changes by less tells nothing."""
 CHANGED = 0.002
 """Videos that differ by less (of the brightness range; half a level of 255) are the same to the eye."""
+FULL = 99.9
+"""Mean alpha in percent from which a video is opaque everywhere, and of 100 less this, clear."""
 EARLIER = 0.02
 """An earlier checkpoint is worth a look when its held-out loss is lower by this share."""
 
@@ -43,7 +45,8 @@ class Video:
     file: str
     """Relative to the report's folder; a PNG with some of its frames lies beside it."""
     metrics: Mapping[str, float]
-    """See `METRICS` of its medium."""
+    """See `METRICS` of its medium; of transparent videos also `matte.METRICS`, and `matte.TRUTH` where it is
+    known."""
     yes: bool | None = None
     """What the prompt's judge said, if it has one."""
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -159,14 +162,14 @@ class Report:
         object.__setattr__(self, "verdict", judge(self))
 
     @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What was measured of every video, in the order in which it is shown."""
+        return measured([v for p in self.pairs for v in (p.base, p.tuned)])
+
+    @property
     def path(self) -> Path:
         """The page for people."""
         return self.folder / "report.html"
-
-    @property
-    def metrics(self) -> Mapping[str, Metric]:
-        """How the numbers of what was drawn are told, in order."""
-        return {k: METRICS[k] for k in (self.pairs[0].base.metrics if self.pairs else video.METRICS)}
 
     @property
     def groups(self) -> list[Group]:
@@ -180,12 +183,17 @@ class Report:
         return summarise("all", self.pairs) if self.pairs else None
 
 
+def measured(videos: Sequence[Video]) -> Mapping[str, Metric]:
+    """The metrics that all of some videos have."""
+    return {k: m for k, m in METRICS.items() if all(k in v.metrics for v in videos)}
+
+
 def summarise(name: str, pairs: Sequence[Pair]) -> Group:
     """Means over pairs, of which there is at least one."""
     judged = [p for p in pairs if p.base.yes is not None and p.tuned.yes is not None]
 
     def means(videos: Sequence[Video]) -> dict[str, float]:
-        return {k: float(np.mean([v.metrics[k] for v in videos])) for k in videos[0].metrics}
+        return {k: float(np.mean([v.metrics[k] for v in videos])) for k in measured(videos)}
 
     return Group(
         name,
@@ -286,6 +294,10 @@ def _changes(report: Report) -> list[str]:
         out.append(
             f"Frames hold together less well: consistency {a['consistency']:.3f} to {b['consistency']:.3f}."
         )
+    covers = [p.tuned.metrics["coverage"] for p in report.pairs if "coverage" in p.tuned.metrics]
+    for what, same in (("opaque", [c > FULL for c in covers]), ("clear", [c < 100 - FULL for c in covers])):
+        if any(same):
+            out.append(f"{sum(same)} of {len(covers)} videos are {what} everywhere: they have no matte.")
     return out
 
 
@@ -387,27 +399,30 @@ def summary_table(report: Report) -> Table:
     options |= {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
     table = Table(title=escape(report.verdict.headline), caption=_caption(report), **options)
     total, groups = report.total, report.groups
-    told = {k: m for k, m in report.metrics.items() if m.brief}
     judged = total is not None and total.judged > 0
+    metrics = {k: m for k, m in report.metrics.items() if m.brief}
+    if "coverage" in metrics:  # more than 80 columns hold
+        metrics = {k: metrics[k] for k in ("motion", "coverage", "matte_flicker", "haze")}
     table.add_column(f"group ({report.makes}s)")
-    for name in (
-        "model",
-        *(["as asked"] if judged else []),
-        *(m.brief for m in told.values()),
-        "differ",
-    ):
+    for name in ("model", *(["as asked"] if judged else []), *(m.brief for m in metrics.values()), "differ"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for group in [*groups, *([total] if total and len(groups) != 1 else [])]:
         sides = ((group.base, group.base_yes), (group.tuned, group.tuned_yes))
-        for i, (name, (metrics, yes)) in enumerate(zip(report.names, sides, strict=True)):
+        for i, (name, (values, yes)) in enumerate(zip(report.names, sides, strict=True)):
             cells = ["" if i else escape(f"{group.name or 'prompts'} ({group.videos})"), name]
             if judged:
                 cells.append(f"{yes} of {group.judged}" if group.judged else "")
-            cells += [show(k, metrics[k]) for k in told]
+            cells += [show(k, values[k]) for k in metrics]
             table.add_row(*cells, f"{group.distance:.1%}" if i else "", end_section=i == 1)
     if report.training:
         gap = [""] if judged else []
-        table.add_row("training clips", "", *gap, *(show(k, report.training[k]) for k in told), "")
+        table.add_row(
+            "training clips",
+            "",
+            *gap,
+            *(show(k, report.training[k]) if k in report.training else "" for k in metrics),
+            "",
+        )
     return table
 
 

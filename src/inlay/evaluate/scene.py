@@ -71,14 +71,14 @@ METRICS: Mapping[str, Metric] = {
 _EMPTY = {"f_score": 0.0, "chamfer": NOWHERE, "object_f": 0.0, "iou": 0.0, "box_iou": 0.0, "off": NOWHERE / 2}
 
 
-def gauge(made: scenes.Made, window: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def gauge(made: scenes.Made, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """All of `METRICS` of a scene, and of each of its objects those that make sense for one.
 
     Args:
         made: what was drawn.
-        window: the scene that it was drawn from.
+        prompt: its `images` are the scene that it was drawn from.
     """
-    truth = {f"object_{one.number}": one.surface for one in window.read().objects}
+    truth = {f"object_{one.number}": one.surface for one in prompt.images.read().objects}
     whole = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
     drawn = {
         n: mesh.sample_surface(made.meshes[n], POINTS, seed=i) if n in made.meshes else None

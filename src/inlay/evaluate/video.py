@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from inlay import rgba
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,20 +100,34 @@ def right(metrics: Mapping[str, float]) -> None:
 
 
 def keep(frames: np.ndarray) -> np.ndarray:
-    """What the difference of two videos is measured on: all of it."""
-    return frames
+    """What the difference of two videos is measured on: all that is seen, alpha over a checkerboard."""
+    return rgba.composite(frames, rgba.checkerboard(*frames.shape[1:3])) if frames.shape[-1] == 4 else frames
 
 
 def picture(frames: np.ndarray) -> Image.Image:
     """Some of its frames in a row."""
     from inlay.evaluate import page
 
-    return page.strip(frames)
+    return page.strip(keep(frames))
 
 
-def gauge(frames: np.ndarray, window: object) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """`METRICS` of a video, which has no parts."""
-    return measure(frames), {}
+def gauge(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """`everything` about a video, which has no parts; its matte against the true one where that is known."""
+    metrics = everything(frames)
+    if prompt.truth is not None and frames.shape[-1] == 4:
+        from inlay.evaluate import matte
+
+        metrics |= matte.against(frames, prompt.truth(frames))
+    return metrics, {}
+
+
+def everything(frames: np.ndarray) -> dict[str, float]:
+    """`METRICS` of frames (t, h, w, 3); with alpha they are measured over grey, and their matte too."""
+    if frames.shape[-1] == 3:
+        return measure(frames)
+    from inlay.evaluate import matte
+
+    return measure(rgba.composite(frames, np.full(3, 128, np.uint8))) | matte.measure(frames)
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
@@ -122,7 +138,7 @@ def measure(frames: np.ndarray) -> dict[str, float]:
     after = compensate(small[2:], small[1:-1]).moved
     return {
         "motion": 100 * _motion(small, match),
-        "flicker": 100 * _flicker(match.moved[:-1], small[1:-1], after),
+        "flicker": 100 * unsteady(match.moved[:-1], small[1:-1], after),
         "consistency": _consistency(match.moved, small[1:]),
         "sharpness": _sharpness(y),
     }
@@ -152,7 +168,7 @@ def flicker(frames: np.ndarray) -> float:
     """
     small = shrink(luma(frames))
     middle = small[1:-1]
-    return _flicker(compensate(small[:-2], middle).moved, middle, compensate(small[2:], middle).moved)
+    return unsteady(compensate(small[:-2], middle).moved, middle, compensate(small[2:], middle).moved)
 
 
 def consistency(frames: np.ndarray) -> float:
@@ -264,7 +280,8 @@ def _motion(y: np.ndarray, match: Match) -> float:
     return float(lengths.mean(dtype=np.float64) / np.hypot(*y.shape[1:])) if lengths.size else 0.0
 
 
-def _flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
+def unsteady(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
+    """Mean distance of frames from the median of themselves and their neighbours, moved onto them."""
     if not len(middle):
         return 0.0
     median = np.maximum(np.minimum(before, middle), np.minimum(np.maximum(before, middle), after))

@@ -90,6 +90,8 @@ class Checkpoint:
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     """Hub ids and what must be known of their configuration before anything is downloaded; the first is the
     default."""
+    text_encoder: ClassVar[str] = "T5EncoderModel"
+    """Its class in transformers."""
 
     def __init__(self, model: recipe.Model) -> None:
         self.model = model
@@ -188,6 +190,20 @@ class Checkpoint:
                 raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
         return network
 
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Tokenizer and text encoder."""
+        import transformers
+
+        options: dict[str, Any] = {"revision": self.model.revision}
+        with self.loading("tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.source, subfolder="tokenizer", **options
+            )
+        with self.loading("text_encoder"):
+            kind: Any = getattr(transformers, self.text_encoder)
+            encoder = kind.from_pretrained(self.source, subfolder="text_encoder", dtype=dtype, **options)
+        return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
     def _class_name(self, component: str) -> str:
         return (self.read_config(component) or {})["_class_name"]
 
@@ -209,8 +225,6 @@ class Family(Checkpoint, ABC):
     """Module names inside a block or at the root, as the original code and as diffusers spells them."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published sizes by the width of their network, for messages."""
-    text_encoder: ClassVar[str] = "T5EncoderModel"
-    """Its class in transformers."""
     text_length: ClassVar[int]
     """Tokens of text that the network is given at most."""
     fps: float
@@ -224,8 +238,18 @@ class Family(Checkpoint, ABC):
     change neither what `encode_media` and `encode_text` give nor the network's shape."""
     channels: int = 3
     """Of the clips that `encode_media` takes and `sample` gives: RGB, or 4 for straight RGBA."""
+    media_key: Sequence[str] = ()
+    """What else than the encoder's files decides the numbers of a cached clip."""
     images: Sequence[str] = ()
     """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
+    video_layers: ClassVar[Sequence[str]] = ()
+    """Linear layers that all tokens of the video go through, as regular expressions over whole module names:
+    the only ones that joint transparency changes. None where the family has no such transparency."""
+    text_before: ClassVar[int] = 0
+    """Tokens of text that go through these layers before those of the video."""
+    joint_attention: ClassVar[Any] = None
+    """Makes an attention processor of a rule, see `models.attention`, where text and video share a
+    sequence."""
     grid: Grid
     encoded: Encoded | None = None
     """The layout of encoded clips that this family reads: VAE moments, one file for each of `stored`."""
@@ -244,9 +268,34 @@ class Family(Checkpoint, ABC):
             raise ValueError("; ".join(wrong))
         self.options = {key: model.options.get(key, values[0]) for key, values in self.choices.items()}
 
+    @property
+    def single(self) -> Family:
+        """The family of one clip: itself, but where two are in one sequence."""
+        return self
+
+    def encoded_in(self, folder: Path) -> Encoded | None:
+        """How encoded clips are laid out in a folder, if this family reads any."""
+        return self.encoded
+
     def about(self) -> dict[str, str]:
         """What a file of trained weights tells of what it was trained on, for its header."""
         return {"inlay_base": self.name, **{f"inlay_{k}": str(v) for k, v in self.options.items()}}
+
+    def warnings(self) -> list[str]:
+        """Paragraphs for the model card, of what surprises whoever uses the file."""
+        return []
+
+    def accept(self, header: Mapping[str, str]) -> None:
+        """Looks at what the header of an adapter says of what it was trained on.
+
+        Raises:
+            ValueError: when that is something else than this family.
+        """
+        said = header.get("inlay_alpha")
+        if said and self.channels == 3:
+            raise ValueError(
+                f"this adapter was trained with alpha.kind={said}; a run without it would only show noise"
+            )
 
     # --- shapes -------------------------------------------------------------------------------------------
 
@@ -269,20 +318,6 @@ class Family(Checkpoint, ABC):
         import torch
 
         return self.load("vae", torch.float32).to(device).eval().requires_grad_(False)
-
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Tokenizer and text encoder."""
-        import transformers
-
-        options: dict[str, Any] = {"revision": self.model.revision}
-        with self.loading("tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.source, subfolder="tokenizer", **options
-            )
-        with self.loading("text_encoder"):
-            kind: Any = getattr(transformers, self.text_encoder)
-            encoder = kind.from_pretrained(self.source, subfolder="text_encoder", dtype=dtype, **options)
-        return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
     @abstractmethod
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
@@ -318,6 +353,16 @@ class Family(Checkpoint, ABC):
                 return kind.from_pretrained(folder, torch_dtype=dtype)
         return self.load(self.component, dtype)
 
+    def share_positions(self, denoiser: nn.Module) -> None:
+        """Makes the network see twice the latent frames as two clips, of which both begin at the first place.
+
+        Only of a family with `video_layers`.
+        """
+        raise NotImplementedError
+
+    def attached(self, denoiser: nn.Module) -> None:
+        """Is told that the network has got its adapter; what else trains is opened here."""
+
     @abstractmethod
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:
         """The objective of the published checkpoint, with the recipe's section applied."""
@@ -338,6 +383,10 @@ class Family(Checkpoint, ABC):
             t: (n,), 0 = data, 1 = noise.
             cond: from `collate`, and the conditions that `draw` gave, stacked.
         """
+
+    def parts(self, latents: Tensor) -> dict[str, Tensor]:
+        """Parts of latents (n, c, t, h, w) whose losses are reported apart, by name; none where it is one."""
+        return {}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """The stock diffusers pipeline around `denoiser` (or the checkpoint's own), all in one precision.
@@ -366,9 +415,31 @@ class Family(Checkpoint, ABC):
         generator: torch.Generator,
         images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Runs the stock pipeline on encoded text and `images` uint8 (h, w, 3) -> uint8 (t, h, w, 3)."""
-        video = pipeline(
+        """Runs the stock pipeline on text and `images` uint8 (h, w, 3) -> uint8 (t, h, w, `channels`)."""
+        settings = {"size": size, "frames": frames, "steps": steps, "guidance": guidance}
+        video = self.run(pipeline, text, negative, images, generator=generator, **settings)
+        # Some decoders turn an even number of latent frames into a few more, all at the start.
+        return as_bytes(video[-frames:])
+
+    def run(
+        self,
+        pipeline: Any,
+        text: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        images: Sequence[np.ndarray],
+        *,
+        size: tuple[int, int],
+        frames: int,
+        steps: int,
+        guidance: float,
+        generator: torch.Generator,
+        noise: Tensor | None = None,
+    ) -> np.ndarray:
+        """What the stock pipeline gives, in [0, 1]; from `noise` (c, t, h, w), or from what it draws."""
+        start = {} if noise is None else {"latents": self.starts(noise, pipeline)}
+        return pipeline(
             **self.given(pipeline, text, negative, images),
+            **start,
             height=size[0],
             width=size[1],
             num_frames=frames,
@@ -377,8 +448,10 @@ class Family(Checkpoint, ABC):
             generator=generator,
             output_type="np",
         ).frames[0]
-        # Some decoders turn an even number of latent frames into a few more, all at the start.
-        return (video[-frames:] * 255).round().clip(0, 255).astype("uint8")
+
+    def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
+        """Noise (c, t, h, w) as the stock pipeline takes it."""
+        return noise[None]
 
     def given(
         self,
@@ -400,6 +473,10 @@ class Family(Checkpoint, ABC):
         """Loads `pytorch_lora_weights.safetensors` of a folder into a pipeline, under the name `inlay`."""
         pipeline.load_lora_weights(str(folder), adapter_name="inlay")
 
+    def weaken(self, pipeline: Any, strength: float) -> None:
+        """Scales a loaded adapter: 0 is the base, 1 what was trained."""
+        pipeline.set_adapters(["inlay"], [strength])
+
     def problems(self, config: recipe.Config) -> list[str]:
         """Sentences about what this checkpoint cannot do with this recipe; empty when all is well."""
         data, sample = config.data, config.sample
@@ -408,6 +485,10 @@ class Family(Checkpoint, ABC):
             asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
+        if self.channels == 3 and data.matte != recipe.Matte():
+            found.append(
+                "data.matte: this run is opaque and reads no mattes; leave it out, or set alpha.kind"
+            )
         try:
             self.objective(config.objective, data.size)
         except ValueError as error:
@@ -440,6 +521,11 @@ class Family(Checkpoint, ABC):
             except ValueError as error:
                 found.append(str(error))
         return found
+
+
+def as_bytes(video: np.ndarray) -> np.ndarray:
+    """[0, 1] -> uint8, rounded."""
+    return (video * 255).round().clip(0, 255).astype("uint8")
 
 
 TWIN = "twin:"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from inlay import config as recipe
 from inlay.families.base import Encoded, Family, Grid
+from inlay.models import attention
 from inlay.objectives import VPrediction
 
 COPIES = 4
@@ -63,7 +64,10 @@ class CogVideoX(Family):
         "THUDM/CogVideoX1.5-5B": _published(48, pairs=True),
         "THUDM/CogVideoX1.5-5B-I2V": _published(48, pairs=True, image=True),
     }
+    video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
+    joint_attention: ClassVar[Any] = attention.CogVideoX
     text_length: ClassVar[int] = 226
+    text_before: ClassVar[int] = 226
     widths: ClassVar[Mapping[int, str]] = {1920: "CogVideoX 2B", 3072: "CogVideoX 5B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -145,11 +149,6 @@ class CogVideoX(Family):
         found = [encoder.encode(v[None].to(like)).latent_dist.parameters[0].float() for v in shown]
         return {"moments": found[0], **({"image": torch.stack(found[1:])} if self.images else {})}
 
-    def adopt(self, moments: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Of an image that others encoded, without noise, all copies are the same."""
-        image = {"image": torch.stack([moments[1]] * COPIES)} if self.images else {}
-        return {"moments": moments[0], **image}
-
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Captions -> `text` (226, d) each: padding is encoded and attended to, as the network was taught."""
@@ -185,6 +184,14 @@ class CogVideoX(Family):
         embed = network.patch_embed
         embed._get_positional_embeddings = lru_cache(16)(embed._get_positional_embeddings)
         return network
+
+    def share_positions(self, denoiser: Any) -> None:
+        """Rotations are given, and the positions of 2B are a table."""
+        attention.halve_cogvideox(denoiser)
+
+    def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
+        """Frames come before channels, in the type of the network."""
+        return noise.transpose(0, 1)[None].to(pipeline.transformer.dtype)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> VPrediction:
         """v-prediction on the checkpoint's own schedule."""

@@ -119,7 +119,7 @@ class Midi(Family):
         notes, taught = list(self.lies), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != taught:
             notes.append(f"objects attend to each other in blocks {self.blocks}, the network knows {taught}")
-        return [*notes, *triposg.partial_heads(config.tuner.targets)]
+        return [*notes, *triposg.partial_heads(getattr(config.tuner, "targets", []))]
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
         """Pictures and segmentations that cannot be used; a scene has no prompt."""

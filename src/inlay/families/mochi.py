@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from inlay import config as recipe
 from inlay.families.base import Encoded, Family, Grid
+from inlay.models import attention
 from inlay.objectives import FlowMatching
 
 TOO_FEW = "sample.steps: the schedule that Mochi is sampled with has two parts; use 2 steps or more"
@@ -41,6 +42,10 @@ class Mochi(Family):
         }
     }
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"latent_space": ("normalized", "raw")}
+    video_layers: ClassVar[Sequence[str]] = (
+        r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
+    )
+    joint_attention: ClassVar[Any] = attention.Mochi
     text_length: ClassVar[int] = 256
     widths: ClassVar[Mapping[int, str]] = {3072: "Mochi 1"}
     fps, grid = 30.0, Grid(spatial=16, temporal=6)
@@ -140,8 +145,12 @@ class Mochi(Family):
         network.rope._create_rope = rotation
         network.time_embed.pooler.register_forward_pre_hook(_unmasked)
         for block in network.transformer_blocks:
-            block.attn1.processor = attend
+            block.attn1.processor = attention.mochi
         return network
+
+    def share_positions(self, denoiser: Any) -> None:
+        """Its positions are a module's, which is asked for so many frames."""
+        attention.halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Flow matching; noise levels without a shift at any size."""
@@ -167,13 +176,13 @@ class Mochi(Family):
             pipe.vae.register_to_config(latents_mean=None, latents_std=None)
         return pipe
 
-    def sample(self, pipeline: Any, *args: Any, steps: int, **options: Any) -> np.ndarray:
-        """As `Family.sample`; guidance and steps are float32, the network and the VAE compute in its type."""
+    def run(self, pipeline: Any, *args: Any, steps: int, **options: Any) -> np.ndarray:
+        """As `Family.run`; guidance and steps are float32, the network and the VAE compute in its type."""
         if steps < 2:
             raise ValueError(TOO_FEW)
         dtype, device = pipeline.transformer.dtype, pipeline._execution_device
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            return super().sample(pipeline, *args, steps=steps, **options)
+            return super().run(pipeline, *args, steps=steps, **options)
 
     def given(
         self,
@@ -188,41 +197,6 @@ class Mochi(Family):
             embeds, mask = padded(item["text"][None].float().to(pipeline._execution_device))
             found |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask}
         return found
-
-
-def attend(
-    attn: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    image_rotary_emb: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Attention over video (n, v, d) and text (n, m, e) together; without a mask (n, m) all text is real.
-
-    The stock processor looks for real tokens by `nonzero`, sample by sample, which breaks compiled graphs and
-    needs data. Here padding is left out before, in `collate`, and masked where a batch cannot do without.
-    What is computed for padded text is of no use, and nobody attends to it.
-    """
-    parts = hidden_states, encoder_hidden_states
-    layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    each = zip(parts, layers, strict=True)
-    video, text = ([layer(x).unflatten(2, (attn.heads, -1)) for layer in to] for x, to in each)
-    query = rotate(attn.norm_q(video[0]), *image_rotary_emb), attn.norm_added_q(text[0])
-    key = rotate(attn.norm_k(video[1]), *image_rotary_emb), attn.norm_added_k(text[1])
-    joint = [torch.cat(pair, 1).transpose(1, 2) for pair in (query, key, (video[2], text[2]))]
-    if attention_mask is not None:
-        before = (hidden_states.shape[1], 0)
-        attention_mask = nn.functional.pad(attention_mask.bool(), before, value=True)[:, None, None]
-    out = nn.functional.scaled_dot_product_attention(*joint, attn_mask=attention_mask)
-    seen, read = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in parts], 1)
-    seen = attn.to_out[1](attn.to_out[0](seen))
-    return seen, attn.to_add_out(read) if hasattr(attn, "to_add_out") else read
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of x (n, v, heads, d) by angles (v, heads, d / 2), in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from inlay import config as recipe
 from inlay.families.base import Family, Grid
+from inlay.models import attention
 from inlay.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
@@ -66,6 +67,31 @@ def _published(
     return parts
 
 
+ORIGINAL_NAMES = (
+    ("self_attn.q", "attn1.to_q"),
+    ("self_attn.k", "attn1.to_k"),
+    ("self_attn.v", "attn1.to_v"),
+    ("self_attn.o", "attn1.to_out.0"),
+    ("cross_attn.q", "attn2.to_q"),
+    ("cross_attn.k", "attn2.to_k"),
+    ("cross_attn.v", "attn2.to_v"),
+    ("cross_attn.o", "attn2.to_out.0"),
+    ("cross_attn.k_img", "attn2.add_k_proj"),
+    ("cross_attn.v_img", "attn2.add_v_proj"),
+    ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("head.head", "proj_out"),
+    ("patch_embedding", "patch_embedding"),
+)
+
+
 class Wan(Family):
     """Wan 2.1 / 2.2: flow matching on normalised VAE latents, text by cross-attention."""
 
@@ -74,6 +100,7 @@ class Wan(Family):
         r"blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)",
         r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
     )
+    video_layers: ClassVar[Sequence[str]] = (r"blocks\.\d+\.(attn1\..+|attn2\.to_(q|out\.0)|ffn\..+)",)
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _published(12, 30, 8960),
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": _published(40, 40, 13824),
@@ -88,29 +115,8 @@ class Wan(Family):
             40, 40, 13824, image=IMAGE, boundary_ratio=0.9, **EXPERTS
         ),
     }
-    original_names: ClassVar[Sequence[tuple[str, str]]] = (
-        ("self_attn.q", "attn1.to_q"),
-        ("self_attn.k", "attn1.to_k"),
-        ("self_attn.v", "attn1.to_v"),
-        ("self_attn.o", "attn1.to_out.0"),
-        ("cross_attn.q", "attn2.to_q"),
-        ("cross_attn.k", "attn2.to_k"),
-        ("cross_attn.v", "attn2.to_v"),
-        ("cross_attn.o", "attn2.to_out.0"),
-        ("cross_attn.k_img", "attn2.add_k_proj"),
-        ("cross_attn.v_img", "attn2.add_v_proj"),
-        ("ffn.0", "ffn.net.0.proj"),
-        ("ffn.2", "ffn.net.2"),
-        ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-        ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-        ("time_projection.1", "condition_embedder.time_proj"),
-        ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-        ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-        ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-        ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-        ("head.head", "proj_out"),
-        ("patch_embedding", "patch_embedding"),
-    )
+    original_names: ClassVar[Sequence[tuple[str, str]]] = ORIGINAL_NAMES
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
     """As the published models were trained and are sampled; `encode_prompt`'s own default of 226 is wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
@@ -175,6 +181,10 @@ class Wan(Family):
             raise ValueError(
                 f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; "
                 "a converted Wan 2.1 does not need it: remove boundary_ratio from model_index.json"
+            )
+        if self.clip and self.options["text"] == "short":
+            raise ValueError(
+                f"model.options.text: {name} finds what CLIP sees by the 512 tokens of text; leave it out"
             )
         if self.two_experts and self.model.expert is None:
             raise ValueError(
@@ -294,6 +304,10 @@ class Wan(Family):
 
     # --- after the cache ----------------------------------------------------------------------------------
 
+    def share_positions(self, denoiser: Any) -> None:
+        """Its positions are a module's, which is shown the latents."""
+        attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
+
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Flow matching; shift 3 at 480p and 5 at 720p; an expert sees its own side of the boundary."""
         by_size = SHIFT_720P if size[0] * size[1] > AREA_BETWEEN else SHIFT_480P
@@ -309,12 +323,23 @@ class Wan(Family):
             )
         return replace(objective, interval=(low, high))
 
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
+        """As `Family`; it may take less than 512 tokens of text where `options` say `text: short`."""
+        network = super().load_denoiser(dtype, meta=meta, folder=folder)
+        if self.options["text"] == "short":
+            from inlay.models import short_text
+
+            short_text.allow(network, self.text_length)
+        return network
+
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """`text` (n, 512, d), zero past each caption's length."""
-        padded = [
-            nn.functional.pad(item["text"], (0, 0, 0, self.text_length - len(item["text"]))) for item in text
-        ]
-        return {"text": torch.stack(padded)}
+        """`text` (n, 512, d), zero past each caption's length; with `text: short` (n, m, d), m <= 512."""
+        n, rows = self.text_length, [item["text"] for item in text]
+        if self.options["text"] == "short":
+            n = min(n, 8 * (max(map(len, rows)) // 8 + 1))  # kernels like eights; one zero at least is needed
+        return {"text": torch.stack([nn.functional.pad(x, (0, 0, 0, n - len(x))) for x in rows])}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token, 0 for an image's."""
@@ -341,7 +366,7 @@ class Wan(Family):
         import diffusers
 
         kind = diffusers.WanImageToVideoPipeline if self.images else diffusers.WanPipeline
-        vae, clip, processor = self.load_media_encoder(device)
+        vae, clip, processor = Wan.load_media_encoder(self, device)  # not what alpha encodes with
         parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae}
         if clip:
             parts |= {"image_encoder": clip, "image_processor": processor}

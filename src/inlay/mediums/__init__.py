@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay import config as recipe
-from inlay import data, media
+from inlay import cutouts, data, media
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +53,7 @@ class Medium(ABC):
         family: Family,
         progress: Progress | None = None,
         probe: Callable[[Path], media.Probe] = media.probe,
+        look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
     ) -> data.Plan:
         """Looks at every example and decides what a run sees; collects what is wrong."""
 
@@ -80,13 +81,13 @@ class Medium(ABC):
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """What is written beside each, of how it was made."""
 
-    def facts(self, made: Any) -> dict[str, Any]:
-        """What is written beside each, of how it came out."""
-        return {}
-
     @abstractmethod
-    def write(self, stem: Path, made: Any, settings: Mapping[str, Any]) -> Path:
-        """Writes what `Family.sample` gave, under a name without suffix; returns the main file."""
+    def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
+        """Writes what `Family.sample` gave, under a name without suffix.
+
+        Returns:
+            The main file, and what is written beside it of how it came out.
+        """
 
 
 def of(name: str) -> Medium:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from inlay import config as recipe
-from inlay import data, media, mesh, scenes
+from inlay import cutouts, data, media, mesh, scenes
 from inlay.console import say
 from inlay.files import atomic, sha256
 from inlay.mediums import Images, Medium, Picture, Progress, viewer
@@ -76,6 +76,7 @@ class Scenes(Medium):
         family: Family,
         progress: Progress | None = None,
         probe: Callable[[Path], media.Probe] = media.probe,
+        look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
     ) -> data.Plan:
         """Reads every scene, its surfaces too, since what is wrong with one is in there."""
         problems: list[data.Problem] = []
@@ -84,7 +85,7 @@ class Scenes(Medium):
         size = (family.extractor.crop,) * 2  # type: ignore[attr-defined]
         windows: dict[int, list[data.Window]] = {}
 
-        def look(clip: SceneClip) -> tuple[int, Sequence[mesh.Note]] | media.MediaError:
+        def inspect(clip: SceneClip) -> tuple[int, Sequence[mesh.Note]] | media.MediaError:
             try:
                 sample = clip.scene.read()
                 return len(sample.objects), sample.notes
@@ -92,7 +93,7 @@ class Scenes(Medium):
                 return error
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for i, seen in enumerate(pool.map(look, clips)):
+            for i, seen in enumerate(pool.map(inspect, clips)):
                 clip = clips[i]
                 if isinstance(seen, media.MediaError):
                     said = str(seen).removeprefix(f"{clip.path.parent}{os.sep}")
@@ -151,12 +152,11 @@ class Scenes(Medium):
         """How it was made."""
         return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles")}
 
-    def facts(self, made: Any) -> dict[str, Any]:
-        """Triangles of each object, and what is odd about the meshes."""
-        return {"objects": {n: len(m.faces) for n, m in made.meshes.items()}, "notes": list(made.notes)}
+    def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
+        """A glb with a named node for each object, a picture from all sides, and a page that turns it.
 
-    def write(self, stem: Path, made: Any, settings: Mapping[str, Any]) -> Path:
-        """A glb with a named node for each object, a picture from all sides, and a page that turns it."""
+        Beside it are the triangles of each object, and what is odd about the meshes.
+        """
         path = stem.with_name(f"{stem.name}.glb")
         for note in made.notes:
             say(f"note: {stem.name}: {note}")
@@ -165,7 +165,8 @@ class Scenes(Medium):
             Image.fromarray(strip(made)).save(part, format="PNG")
         with atomic(path.with_suffix(".html")) as part:
             part.write_text(viewer.page(made.meshes, stem.name), "utf-8")
-        return path
+        faces = {name: len(one.faces) for name, one in made.meshes.items()}
+        return path, {"objects": faces, "notes": list(made.notes)}
 
 
 MEDIUM = Scenes()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay import config as recipe
-from inlay import data, media
+from inlay import cutouts, data, media, rgba
+from inlay.console import say
 from inlay.mediums import Images, Medium, Picture, Progress
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ class Video(Medium):
         family: Family,
         progress: Progress | None = None,
         probe: Callable[[Path], media.Probe] = media.probe,
+        look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
     ) -> data.Plan:
         """Clips in any layout that `data` reads."""
-        return data.plan(config.data, family.grid, family.fps, config.seed, progress, family, probe)
+        return data.plan(config.data, family.grid, family.fps, config.seed, progress, family, probe, look)
 
     def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
         """A strip of frames for each, under its caption."""
@@ -38,6 +40,7 @@ class Video(Medium):
         for window, frames in rows:
             at = f"from {window.start:.2f} s   " if window.start else ""
             shape = f"{at}{window.frames} x {window.size[0]} x {window.size[1]} at {window.fps:g} fps"
+            frames = rgba.shown(frames) if window.alpha else frames
             made.append(media.SheetRow(window.clip.name, window.caption, frames, shape))
         media.contact_sheet(made, path, title=title)
 
@@ -61,14 +64,30 @@ class Video(Medium):
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """The sample section, without what it says of other videos, and the rate."""
-        other = ("prompts", "images", "every", "seed", "grid", "triangles")
+        other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
-    def write(self, stem: Path, made: Any, settings: Mapping[str, Any]) -> Path:
-        """An mp4."""
-        path = stem.with_name(f"{stem.name}.mp4")
-        media.write_video(path, made, settings["fps"])
-        return path
+    def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
+        """An mp4; of a video with alpha also the files of `sample.transparent`, which keep it.
+
+        The mp4 then shows it over a checkerboard. Every other file is read back and compared.
+
+        Raises:
+            ValueError: when a file does not hold the alpha that was written.
+        """
+        path, facts = stem.with_name(f"{stem.name}.mp4"), {}
+        if made.shape[-1] == 4:
+            files = [path.with_suffix(rgba.SUFFIXES[name]) for name in sample.transparent]
+            for file in files:
+                rgba.write(file, made, fps)
+            facts = {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
+            level = made[..., 3].min()
+            if level == made[..., 3].max():
+                how = {0: "clear", 255: "opaque"}.get(int(level), f"{level} of 255")
+                say(f"note: {path.name} is {how} everywhere: the model gave it no matte")
+            made = rgba.composite(made, rgba.checkerboard(*made.shape[1:3]))
+        media.write_video(path, made, fps)
+        return path, facts
 
 
 MEDIUM = Video()

@@ -5,7 +5,7 @@ Videos are (b, 3, t, h, w) in [-1, 1], alpha as a video too: -1 is clear, 1 opaq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -122,6 +122,8 @@ class RgbaLoss:
     perceptual: Callable[[Tensor], Tensor] | None = None
     """`Perceptual`, or None where no file was given: its three terms are then left out."""
     alpha_eps: float = ALPHA_EPS
+    edge: Edge | None = None
+    """Filter of the edge terms; None takes the preset's."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
     """Which alpha masks the hard render of the reconstruction; its own hovers around clear."""
 
@@ -149,7 +151,7 @@ class RgbaLoss:
             ),
         }
         terms: dict[str, Tensor] = {}
-        kind: Edge = "sobel" if self.preset == "paper" else "central"
+        kind: Edge = self.edge or ("sobel" if self.preset == "paper" else "central")
         for name, (got, true) in pairs.items():
             got, true = got.float(), true.float()
             terms[f"l1_{name}"] = (got - true).abs().mean()
@@ -163,7 +165,9 @@ class RgbaLoss:
         return {**terms, "loss": torch.stack(list(terms.values())).sum()}
 
 
-def draw_colors(generator: torch.Generator, n: int = 3) -> list[Tensor]:
+def draw_colors(
+    generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
+) -> list[Tensor]:
     """Background colours, each drawn for itself: for the encoder's input, the hard and the soft loss."""
-    picks: Any = torch.randint(len(COLORS), (n,), generator=generator).tolist()
-    return [torch.tensor(COLORS[i]) for i in picks]
+    picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
+    return [torch.tensor(among[i]) for i in picks]

@@ -101,18 +101,24 @@ class RgbaVae(nn.Module):
         super().__init__()
         self.vae = vae.requires_grad_(False)
         self.merge, self.rgb, self.alpha = merge, rgb, alpha
+        self.checkpointing = False
+        """Whether decoding recomputes each latent frame in the backward pass."""
 
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
         """Hard-rendered colour and alpha as videos (b, 3, t, h, w) in [-1, 1] -> latent, not normalised."""
         return self.merge(trunk(self.vae, rgb), trunk(self.vae, alpha))
 
-    def decode(self, z: Tensor, *, checkpointing: bool = False) -> tuple[Tensor, Tensor]:
+    def enable_gradient_checkpointing(self, *_: Any) -> None:
+        """Recompute the decoders, a latent frame at a time, in the backward pass."""
+        self.checkpointing = True
+
+    def decode(self, z: Tensor, *, checkpointing: bool | None = None) -> tuple[Tensor, Tensor]:
         """A latent -> straight colour and alpha (b, 3, t, h, w), about [-1, 1], not clamped."""
+        again = self.checkpointing if checkpointing is None else checkpointing
         x = self.vae.post_quant_conv(z)
         decoder = self.vae.decoder
         rgb, alpha = (
-            decode(decoder, x, lora.weights(decoder), checkpointing=checkpointing)
-            for lora in (self.rgb, self.alpha)
+            decode(decoder, x, lora.weights(decoder), checkpointing=again) for lora in (self.rgb, self.alpha)
         )
         return rgb, alpha
 

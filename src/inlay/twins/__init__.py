@@ -20,3 +20,14 @@ def path(name: str) -> Path:
     if name not in _FOLDERS:
         raise ValueError(f"no twin is called {name!r}: there is {', '.join(_FOLDERS)}")
     return Path(__file__).parent / _FOLDERS[name]
+
+
+def codec(name: str) -> Path:
+    """Folder of the RGBA codec of a shipped twin.
+
+    Raises:
+        ValueError: No twin of this name has one.
+    """
+    if name != "wan":
+        raise ValueError(f"no codec of a twin is called {name!r}: there is wan")
+    return Path(__file__).parent / "wan_rgba"

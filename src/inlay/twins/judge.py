@@ -313,3 +313,20 @@ def judge_subject(frames: np.ndarray) -> bool:
     scores = _shape_scores(view)
     star = max(scores, key=scores.__getitem__) == world.SUBJECT and scores[world.SUBJECT] >= LEAST_OVERLAP
     return star and _has_halves(view)
+
+
+# --- transparency -----------------------------------------------------------------------------------------
+
+LEAST_AGREEMENT = 0.8
+"""Intersection over union of alpha and of the foreground that is seen in colour."""
+
+
+def agreement(frames: np.ndarray) -> float:
+    """Straight uint8 (t, 64, 64, 4) -> overlap, in [0, 1], of its alpha with the foreground of its colour."""
+    seen, matte = _look(frames[..., :3]).mask, frames[..., 3] > 127
+    return float((seen & matte).sum() / max((seen | matte).sum(), 1))
+
+
+def judge_matte(frames: np.ndarray) -> bool:
+    """Whether a transparent clip's alpha is that of what its colour shows; a clip without anything is not."""
+    return agreement(frames) >= LEAST_AGREEMENT

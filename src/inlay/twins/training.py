@@ -41,11 +41,12 @@ class MuonAdamW:
                 self.flat.append((parameter, nn.Parameter(parameter.data.reshape(parameter.shape[0], -1))))
             else:
                 rest.append(parameter)
-        self.optimizers = [
-            torch.optim.Muon([view for _, view in self.flat], lr=muon, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=adamw, weight_decay=0.0, betas=(0.9, 0.99)),
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon([view for _, view in self.flat], lr=muon, weight_decay=0.0)
         ]
-        self.rates = (muon, adamw)
+        if rest:
+            self.optimizers.append(torch.optim.AdamW(rest, lr=adamw, weight_decay=0.0, betas=(0.9, 0.99)))
+        self.rates = (muon, adamw)[: len(self.optimizers)]
         self.parameters = [parameter for parameter, _ in self.flat] + rest
 
     def step(self, scale: float) -> None:

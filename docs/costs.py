@@ -1,0 +1,61 @@
+"""Fills in the cost tables of the how-to pages from the estimate of `inlay check`: `python docs/costs.py`.
+
+A row is a recipe, with overrides where it has any, and a size; its last three cells are made here. A test
+keeps them current.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from inlay import alpha, config, cost
+
+ROOT = Path(__file__).parent.parent
+PAGES = {name: ROOT / f"docs/how-to/train-{name}.md" for name in ("wan", "cogvideox", "mochi")}
+ROW = re.compile(r"\| `(?P<recipe>[^`]+)` \| (?P<size>\d+x\d+, \d+) \|[^|]*\|[^|]*\|[^|]*\|")
+
+
+def figures(family: str, recipe: str, size: str) -> tuple[str, str, str]:
+    """Tokens, peak memory and work per step on CUDA in bfloat16.
+
+    Args:
+        family: folder of the recipe.
+        recipe: its name, and overrides after it.
+        size: such as `480x832, 81`.
+    """
+    name, *overrides = recipe.split()
+    settings = config.load(ROOT / f"recipes/{family}/{name}.yaml", overrides)
+    opened = alpha.family(settings)
+    height, width, frames = map(int, re.findall(r"\d+", size))
+    window = (frames, height, width)
+    found = cost.estimate(
+        opened,
+        settings,
+        {window: 1},
+        {window: 1},
+        [],
+        device=torch.device("meta"),
+        precision=torch.bfloat16,
+        optimizer=settings.optim.name,
+    )
+    return f"{opened.tokens(*window):,}", f"{found.peak / 1e9:.1f} GB", f"{found.flops / 1e12:,.0f} TFLOP"
+
+
+def filled(family: str, text: str) -> Iterator[str]:
+    """Lines of a page with its cost table as it is now."""
+    for line in text.splitlines():
+        row = ROW.fullmatch(line)
+        if row:
+            cells = [f"`{row['recipe']}`", row["size"], *figures(family, row["recipe"], row["size"])]
+            yield f"| {' | '.join(cells)} |"
+        else:
+            yield line
+
+
+if __name__ == "__main__":
+    for family, page in PAGES.items():
+        page.write_text("\n".join(filled(family, page.read_text("utf-8"))) + "\n", "utf-8")

@@ -1,0 +1,108 @@
+"""A fixed judge of transparent clips: is the subject there, and is its alpha the subject's?
+
+Two answers that must both be yes. The colour, rendered hard over a dark plain ground, goes to the judge of
+opaque clips. The alpha is compared with a re-render: in every frame, the subject's own alpha at the place,
+size and angle that fit best. Nothing here is learned, and nothing knows which model made a clip.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from . import judge, rgba_world, world
+from .world import SIZE
+
+VISIBLE = 64
+"""Alpha (0-255) from which on a pixel counts as part of the subject."""
+LEAST_OVERLAP = 0.75
+"""Of the visible part with the re-render's, intersection over union."""
+MOST_ERROR = 12.0
+"""Mean error of alpha (0-255) over whole frames; all clear has 16 to 60 with this subject."""
+GLASS_RANGE = (0.3, 0.75)
+"""Alpha of the glass half, its median, for the two halves to count as different."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of one clip."""
+
+    subject: bool
+    """A star in two halves, orange and purple, by `judge.judge_subject`."""
+    alpha: bool
+    """Alpha of its shape: solid, glass and clear where they should be."""
+    error: float
+    """Mean absolute error of alpha against the re-render, 0-255."""
+    overlap: float
+    glass: float
+    """Median alpha of the glass half in [0, 1]; NaN where there is none."""
+
+    @property
+    def both(self) -> bool:
+        """Subject and alpha together."""
+        return self.subject and self.alpha
+
+
+def judge_subject(frames: np.ndarray) -> Verdict:
+    """Judges a clip `uint8 (17, 64, 64, 4)`, straight."""
+    subject = judge.judge_subject(hard_over_dark(frames))
+    again, glass_side = rerender(frames)
+    alpha = frames[..., 3].astype(np.float32)
+    error = float(np.abs(alpha - again * 255).mean())
+    seen, wanted = alpha >= VISIBLE, again * 255 >= VISIBLE
+    overlap = float((seen & wanted).sum() / max(1, (seen | wanted).sum()))
+    inner = glass_side & ~judge._neighbours(~(again > 0.4))
+    glass = float(np.median(alpha[inner]) / 255) if inner.any() else float("nan")
+    fits = overlap >= LEAST_OVERLAP and error <= MOST_ERROR
+    low, high = GLASS_RANGE
+    return Verdict(subject, bool(fits and low <= glass <= high), error, overlap, glass)
+
+
+def hard_over_dark(frames: np.ndarray) -> np.ndarray:
+    """Full colour wherever a pixel is visible, the dark ground elsewhere: `uint8 (t, h, w, 3)`."""
+    ground = np.array(rgba_world.BACKDROP, dtype=np.uint8)
+    return np.where(frames[..., 3:] >= VISIBLE, frames[..., :3], ground)
+
+
+@functools.cache
+def _template() -> tuple[np.ndarray, float, float, float]:
+    """The star's distance table, and of its visible area the size and centroid at unit radius."""
+    return judge._template(world.SUBJECT)
+
+
+def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The subject's alpha `(t, 64, 64)` in [0, 1] where it fits a clip best, and which pixels are glass.
+
+    Place and size are those of the visible part; the angle, and with it the side of the glass, is the one
+    with the least error of alpha, to 5 degrees.
+    """
+    table, unit, cx, cy = _template()
+    axis = np.arange(SIZE) + 0.5
+    angles = np.deg2rad(np.arange(0, 360, 5.0))
+    cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
+    out, side = np.zeros(frames.shape[:3], np.float32), np.zeros(frames.shape[:3], dtype=bool)
+    for t, alpha in enumerate(frames[..., 3].astype(np.float32) / 255):
+        seen = np.clip(alpha / rgba_world.GLASS, 0, 1) * (alpha * 255 >= VISIBLE / 2)
+        area = seen.sum()
+        if area < 20:
+            continue
+        radius = np.sqrt(area / unit)
+        x, y = (seen.sum(0) * axis).sum() / area, (seen.sum(1) * axis).sum() / area
+        dx, dy = (axis[None, :] - x) / radius, (axis[:, None] - y) / radius
+        u, v = cos * dx + sin * dy + cx, cos * dy - sin * dx + cy
+        star = np.clip(0.5 - world.look_up(table, u, v) * radius, 0, 1)
+        right = np.clip(0.5 + u * radius, 0, 1)
+        tried = star * (1 - right * (1 - rgba_world.GLASS))
+        best = int(np.abs(tried - alpha).mean((1, 2)).argmin())
+        out[t], side[t] = tried[best], (right[best] > 0.95) & (star[best] > 0.5)
+    return out, side
+
+
+def judge_world(frames: np.ndarray, scene: world.Scene) -> bool:
+    """Whether a clip shows a scene of the world on nothing: by `judge.judge_scene`, and clear around it."""
+    stated = replace(scene, background=None)
+    shown = judge.judge_scene(hard_over_dark(frames), stated)["all"]
+    around = ~judge._neighbours(frames[..., 3] >= VISIBLE, 4)
+    return bool(shown and around.any() and frames[..., 3][around].mean() <= 8)
