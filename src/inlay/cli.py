@@ -492,15 +492,21 @@ def demo(
     Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
     evaluates.
     """
-    demos = {"wan": "inlay.demo", "midi": "inlay.demo_scenes"}
-    if family not in demos:
-        raise ValueError(f"--family: no demo of `{family}`; there are: {', '.join(demos)}")
+    if family not in ("wan", "midi"):
+        raise ValueError(f"--family: no demo of `{family}`; there are: wan, midi")
+    if family != "wan" and alpha != "opaque":
+        raise ValueError(f"--alpha: scenes are not transparent; leave it out, or --family {family}")
     _quiet()
-    import importlib
+    if family != "wan":
+        from inlay import demo_scenes
 
-    if alpha != "opaque":
-        if family != "wan":
-            raise ValueError(f"--alpha: the demo of `{family}` has no `{alpha}`; leave it out")
-        importlib.import_module("inlay.demo_rgba").run(folder, alpha, dora=dora)
+        demo_scenes.demo(folder, dora=dora)
         return
-    importlib.import_module(demos[family]).demo(folder, dora=dora)
+    if alpha == "opaque":
+        from inlay.demo import demo
+
+        demo(folder, dora=dora)
+        return
+    from inlay import demo_rgba
+
+    demo_rgba.run(folder, alpha, dora=dora)
