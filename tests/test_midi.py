@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -358,15 +359,19 @@ def test_metrics_know_right_from_wrong() -> None:
         def read(self) -> scenes.Sample:
             return scenes.Sample("s", np.zeros((2, 2, 3), np.uint8), objects)
 
-    good, parts = scene.gauge(scenes.Made({"object_1": moved[0], "object_2": moved[1]}), Window())
+    good, parts = scene.gauge(
+        scenes.Made({"object_1": moved[0], "object_2": moved[1]}), SimpleNamespace(images=Window())
+    )
     assert good["f_score"] > 0.99 and good["iou"] > 0.9 and good["box_iou"] > 0.9 and good["off"] < 0.02
     assert scene.right(good) and set(parts) == {"object_1", "object_2"}
-    swapped, _ = scene.gauge(scenes.Made({"object_1": moved[1], "object_2": moved[0]}), Window())
+    swapped, _ = scene.gauge(
+        scenes.Made({"object_1": moved[1], "object_2": moved[0]}), SimpleNamespace(images=Window())
+    )
     assert swapped["f_score"] > 0.99 and swapped["iou"] == 0 and swapped["off"] == pytest.approx(1, abs=0.05)
     shifted = {f"object_{i + 1}": m.copy().apply_translation((0, 0.3, 0)) for i, m in enumerate(moved)}
-    apart, _ = scene.gauge(scenes.Made(shifted), Window())
+    apart, _ = scene.gauge(scenes.Made(shifted), SimpleNamespace(images=Window()))
     assert apart["f_score"] < 0.8 < 0.95 < apart["f_aligned"] and apart["object_f"] > 0.95
-    none, parts = scene.gauge(scenes.Made({}, ("object_1", "object_2")), Window())
+    none, parts = scene.gauge(scenes.Made({}, ("object_1", "object_2")), SimpleNamespace(images=Window()))
     assert none["f_score"] == 0 and none["chamfer"] == scene.NOWHERE and not scene.right(none)
     assert scene.distance(scene.keep(scenes.Made({"a": ball})), scene.keep(scenes.Made({"a": ball}))) == 0
 
