@@ -58,8 +58,9 @@ class Phase:
 PHASES = (
     Phase(1, 4, 124, (1.0, 0.752), 0.002),
     Phase(1, 4, 150, (1.0, 0.7), 0.01),
-    Phase(9, 1, 110, (0.7, 0.2), 0.01),
-    Phase(17, 1, 40, (0.2, 0.0), 0.01),
+    Phase(9, 1, 68, (0.7, 0.390909), 0.01),
+    Phase(9, 1, 146, (0.7, 0.198125), 0.01),
+    Phase(9, 1, 36, (0.198125, 0.0), 0.01),
 )
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
