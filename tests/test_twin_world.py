@@ -130,3 +130,12 @@ def test_judge_of_nothing_says_no():
     ):
         assert not judge.judge_scene(clip, scene)["all"]
         assert not judge.judge_subject(clip)
+
+
+def test_judge_wants_alpha_where_colour_shows_something():
+    made = [world.render_with_mask(scene, k) for k, (_, scene) in enumerate(world.world_prompts(6, 2))]
+    clips = [np.concatenate([f, (m[..., None] * 255).astype(np.uint8)], -1) for f, m in made]
+    assert min(map(judge.agreement, clips)) > 0.9 and all(map(judge.judge_matte, clips))
+    for clip, other in zip(clips, clips[1:] + clips[:1], strict=True):
+        for matte in (np.full_like(clip[..., 3], 255), np.zeros_like(clip[..., 3]), other[..., 3]):
+            assert not judge.judge_matte(np.concatenate([clip[..., :3], matte[..., None]], -1))
