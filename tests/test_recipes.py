@@ -111,15 +111,15 @@ def test_trains_two_steps(
         "train.trackers=[]",
         "sample.steps=2",
     ]
-    if families.get(model["family"]).medium == "scene":
-        changes = [c for c in changes if not c.startswith(("data.s", "data.f"))]
-        changes += [f"data.sources={make_scenes((2, 1, 2, 3, 1, 2))}", "sample.grid=16"]
     if "alpha" in raw or raw["tuner"]["kind"] == "codec":
         changes.append(f"data.sources={rgba_clips(tmp_path / 'cutouts', 6, frames, size)}")
     if "codec" in raw.get("alpha", {}):
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
         rgba_codec.save(made(vae), tmp_path / "codec")
         changes.append(f"alpha.codec={tmp_path / 'codec'}")
+    if families.get(model["family"]).medium == "scene":
+        changes = [c for c in changes if not c.startswith(("data.s", "data.f"))]
+        changes += [f"data.sources={make_scenes((2, 1, 2, 3, 1, 2))}", "sample.grid=16"]
     if "every" in raw.get("sample", {}):
         changes.append("sample.every=2")
     if raw["data"].get("held_out"):

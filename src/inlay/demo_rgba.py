@@ -23,6 +23,7 @@ INTRO = (
     f"{demo.CLIPS} transparent clips of a subject that the tiny model has never seen: a star called zorble, "
     "half solid, half glass"
 )
+STEPS = 600
 
 KINDS = ("merged", "joint")
 """Kinds of `alpha` that the twin has all parts for."""
@@ -32,7 +33,12 @@ def recipe(folder: Path, kind: str = "merged", tuner: str = "lora") -> dict:
     """The demo's recipe; of the opaque one only clips, `alpha` and what they need differ."""
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": kind, **({"codec": "twin:wan", "colors": 1} if kind == "merged" else {})}
-    made["data"]["sources"][0]["repeats"] = REPEATS
+    made["data"]["sources"] = [
+        {"path": str(folder / "clips"), "repeats": REPEATS},
+        {"path": str(folder / "known")},  # on nothing, which is new: not to be preserved, but learned
+    ]
+    made["tuner"]["rank"] = 96
+    made["train"] |= {"steps": STEPS, "save_every": STEPS // 2, "validate_every": STEPS // 3}
     made["sample"]["prompts"] = [p for p, _ in rgba_world.subject_prompts(2, 1)]
     return made
 

@@ -256,17 +256,7 @@ class Family(Checkpoint, ABC):
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
-        wrong = []
-        for key, value in model.options.items():
-            if key not in self.choices:
-                has = f"it has {', '.join(self.choices)}" if self.choices else "it has none, leave it out"
-                wrong.append(f"model.options.{key}: {model.family} has no such option; {has}")
-            elif value not in self.choices[key]:
-                values = ", ".join(map(str, self.choices[key]))
-                wrong.append(f"model.options.{key}: `{value}` is not one of {values}")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        self.options = {key: model.options.get(key, values[0]) for key, values in self.choices.items()}
+        self.options = _chosen(model, self.choices)
 
     @property
     def single(self) -> Family:
@@ -526,6 +516,21 @@ class Family(Checkpoint, ABC):
 def as_bytes(video: np.ndarray) -> np.ndarray:
     """[0, 1] -> uint8, rounded."""
     return (video * 255).round().clip(0, 255).astype("uint8")
+
+
+def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The value of each of a family's switches."""
+    wrong = []
+    for key, value in model.options.items():
+        if key not in choices:
+            has = f"it has {', '.join(choices)}" if choices else "it has none, leave it out"
+            wrong.append(f"model.options.{key}: {model.family} has no such option; {has}")
+        elif value not in choices[key]:
+            values = ", ".join(map(str, choices[key]))
+            wrong.append(f"model.options.{key}: `{value}` is not one of {values}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return {key: model.options.get(key, values[0]) for key, values in choices.items()}
 
 
 TWIN = "twin:"

@@ -41,8 +41,8 @@ def load_vae(work: Path) -> TripoSGVAE:
 def normalise(vae: TripoSGVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
     """Build into a VAE that its latents have mean 0 and deviation 1: MIDI's carry neither shift nor scale."""
     c = len(mean)
-    vae.post_quant.bias += vae.post_quant.weight @ mean
-    vae.post_quant.weight *= std
+    vae.post_quant.bias.add_(vae.post_quant.weight @ mean)
+    vae.post_quant.weight.mul_(std)
     vae.quant.bias[:c] = (vae.quant.bias[:c] - mean) / std
     vae.quant.bias[c:] -= 2 * std.log()
     vae.quant.weight[:c] /= std[:, None]

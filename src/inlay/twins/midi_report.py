@@ -70,7 +70,9 @@ def load(folder: Path) -> Twin:
     first = CLIPImageProcessor.from_pretrained(folder / "feature_extractor_1")
     second = BitImageProcessor.from_pretrained(folder / "feature_extractor_2")
     tokens = read("transformer/config.json")["num_tokens"]
-    return Twin(*parts, (first, second), tokens, read("scheduler/scheduler_config.json")["shift"])
+    shift = read("scheduler/scheduler_config.json")["shift"]
+    values: list[Any] = [*parts, (first, second), tokens, shift]
+    return Twin(*values)
 
 
 def contexts(twin: Twin, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:

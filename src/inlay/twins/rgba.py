@@ -37,8 +37,8 @@ COLORS = [[c / 127.5 - 1 for c in rgba_codec.GROUND]]
 front of them before it has learned to take them away."""
 ANCHOR, VISIBLE, NOISE = 0.3, 1.0, 0.12
 """See `rgba_codec.losses`: the twin's transformer has learned opaque clips only, and makes small mistakes."""
-RATES = {"merge": 0.002, "decoders": 0.03}
-"""Of Muon. The merge block begins as the encoder's head, which larger steps would forget."""
+DECODERS = 0.03
+"""Learning rate of Muon for the decoders; the merge block's is smaller, see `Phase`."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,17 @@ class Phase:
     steps: int
     rate: tuple[float, float]
     """Share of the learning rates, at begin and end."""
+    merge: float
+    """Learning rate of Muon for the merge block, which begins as the encoder's head and would forget it in
+    larger steps."""
 
 
-PHASES = (Phase(1, 4, 200, (1.0, 0.6)), Phase(9, 1, 120, (0.6, 0.15)), Phase(17, 1, 40, (0.15, 0.0)))
+PHASES = (
+    Phase(1, 4, 124, (1.0, 0.752), 0.002),
+    Phase(1, 4, 150, (1.0, 0.7), 0.01),
+    Phase(9, 1, 110, (0.7, 0.2), 0.01),
+    Phase(17, 1, 40, (0.2, 0.0), 0.01),
+)
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
 
@@ -100,10 +108,10 @@ def train(work: Path) -> RgbaVae:
     optimizers = {
         name: MuonAdamW(
             [(n, p) for n, p in modules.named_parameters() if n.startswith("merge.") == (name == "merge")],
-            muon=rate,
+            muon=DECODERS,
             adamw=1e-3,
         )
-        for name, rate in RATES.items()
+        for name in ("merge", "decoders")
     }
     state, facts = work / "codec.safetensors", {"done": 0, "seconds": 0.0}
     if state.exists():
@@ -120,6 +128,7 @@ def train(work: Path) -> RgbaVae:
         weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE}
         terms = rgba_codec.losses(codec, batch(phase, step), loss, generator, **weights, colors=COLORS)
         terms["loss"].backward()
+        optimizers["merge"].rates = phase.merge, 1e-3
         for optimizer in optimizers.values():
             optimizer.step(rate(step))
         step += 1
