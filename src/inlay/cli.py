@@ -492,12 +492,13 @@ def demo(
     Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
     evaluates.
     """
-    if family not in ("wan", "midi"):
-        raise ValueError(f"--family: no demo of `{family}`; there are: wan, midi")
-    if family != "wan" and alpha != "opaque":
-        raise ValueError(f"--alpha: scenes are not transparent; leave it out, or --family {family}")
+    demos = {"wan": "videos", "midi": "scenes"}
+    if family not in demos:
+        raise ValueError(f"--family: no demo of `{family}`; there are: {', '.join(demos)}")
+    if demos[family] == "scenes" and alpha != "opaque":
+        raise ValueError(f"--alpha: scenes are not transparent; leave out --alpha or --family {family}")
     _quiet()
-    if family != "wan":
+    if demos[family] == "scenes":
         from inlay import demo_scenes
 
         demo_scenes.demo(folder, dora=dora)

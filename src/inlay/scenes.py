@@ -461,7 +461,7 @@ def wrong_pairs(given: Sequence[Sequence[str]]) -> list[str]:
 
 VIDEO_KEYS = {
     "data": ("size", "aspects", "frames", "fps", "stride", "max_windows", "slow", "trigger", "caption_prefix",
-             "caption_dropout"),
+             "caption_dropout", "matte"),
     "sample": ("prompts", "negative_prompt", "size", "frames"),
 }  # fmt: skip
 """Keys of a recipe that mean nothing to a scene."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -491,8 +491,6 @@ class Family(Checkpoint, ABC):
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
         """Sentences about images that the prompts need, or must not have; empty when all is well."""
-        from inlay import media
-
         name = self.model.checkpoint
         if not self.images:
             return [f"{name} makes videos from text alone; leave images out"] if given else []
@@ -502,15 +500,22 @@ class Family(Checkpoint, ABC):
         wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(given, 1) if len(g) != len(self.images)]
         if wrong:
             return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
-        found = []
-        for path in dict.fromkeys(Path(file) for each in given for file in each):
-            try:
-                if path.suffix.lower() not in media.IMAGES:
-                    raise ValueError(f"{path}: not an image; name a file such as start.png")
-                media.probe(path)
-            except ValueError as error:
-                found.append(str(error))
-        return found
+        return _unreadable(dict.fromkeys(Path(file) for each in given for file in each))
+
+
+def _unreadable(images: Iterable[Path]) -> list[str]:
+    """Sentences about files that are no images."""
+    from inlay import media
+
+    found = []
+    for path in images:
+        try:
+            if path.suffix.lower() not in media.IMAGES:
+                raise ValueError(f"{path}: not an image; name a file such as start.png")
+            media.probe(path)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def as_bytes(video: np.ndarray) -> np.ndarray:
