@@ -130,25 +130,26 @@ class DenoisingStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the network says, what it should, and the weight of each sample."""
         x0 = batch.latents.float()
-        x_t, target = self.objective.corrupt(x0, noise, t), self.objective.target(x0, noise, t)
-        weight = self.objective.weight(t)
+        x_t = self.objective.corrupt(x0, noise, t)
         with self.precision:
-            if batch.preserve is not None:
-                target = self._preserved(denoiser, batch, x_t, t, target)
-                weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
+            kept = self._untuned(denoiser, batch, x_t, t)
             prediction = self.family.predict(denoiser, x_t, t, batch.cond)
+        target, weight = self.objective.target(x0, noise, t), self.objective.weight(t)
+        if kept is not None and batch.preserve is not None:
+            target = target.index_copy(0, batch.preserve.nonzero()[:, 0], kept.to(target.dtype))
+            weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
         return prediction, target, weight
 
     @torch.no_grad()
-    def _preserved(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
-        """The target, and for samples to preserve what the untuned network predicts."""
-        assert self.untuned is not None and batch.preserve is not None
+    def _untuned(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """What the untuned network predicts of the samples to preserve; None where there are none."""
+        if batch.preserve is None:
+            return None
+        assert self.untuned is not None
         rows = batch.preserve.nonzero()[:, 0]
         with self.untuned(denoiser):
-            kept = self.family.predict(
-                denoiser, x_t[rows], t[rows], {k: v[rows] for k, v in batch.cond.items()}
-            )
-        return target.index_copy(0, rows, kept.to(target.dtype))
+            cond = {k: v[rows] for k, v in batch.cond.items()}
+            return self.family.predict(denoiser, x_t[rows], t[rows], cond)
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:

@@ -324,8 +324,8 @@ LEAST_AGREEMENT = 0.8
 def agreement(frames: np.ndarray) -> float:
     """Straight uint8 (t, 64, 64, 4) -> overlap, in [0, 1], of what is seen in its alpha and in its colour.
 
-    Both are looked at in the same way: the twin's VAE blurs small shapes in either, and a fixed level of alpha
-    would be another contour than that of colour.
+    Both are looked at in the same way: the twin's VAE blurs small shapes in either, and a fixed level of
+    alpha would be another contour than that of colour.
     """
     seen, matte = (_look(part).mask for part in (frames[..., :3], np.repeat(frames[..., 3:], 3, -1)))
     return float((seen & matte).sum() / max((seen | matte).sum(), 1))
