@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import videos
 from commands import Done, files, inlay
-from inlay import cache, media, runtime, train
+from inlay import cache, media, runtime, steps
 
 WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
 NO_SPACE = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -856,7 +856,7 @@ def test_out_of_memory(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(train.DenoisingStep, "__call__", full)
+    monkeypatch.setattr(steps.DenoisingStep, "__call__", full)
     refused(inlay("train", ground.write()), "CUDA out of memory: lower data.size, data.frames or train.batch")
 
 

@@ -26,7 +26,7 @@ KEEP = {"background": "keep"}
 def plan(*sources: Any, channels: int = 4, look: Any = cutouts.look, **section: Any) -> data.Plan:
     """A plan of a transparent run that keeps pixels as they are."""
     section = {"size": SIZE, "frames": [make.T], "held_out": 0, "matte": KEEP} | section
-    family: Any = SimpleNamespace(channels=channels, encoded=None)
+    family: Any = SimpleNamespace(channels=channels, encoded=None, encoded_in=lambda folder: None)
     return data.plan(config.Data(sources=list(sources), **section), GRID, 16, 0, family=family, look=look)
 
 

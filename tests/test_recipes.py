@@ -112,7 +112,7 @@ def test_trains_two_steps(
         "sample.steps=2",
     ]
     if "alpha" in raw or raw["tuner"]["kind"] == "codec":
-        changes.append(f"data.sources={rgba_clips(tmp_path / 'cutouts', 6, frames, size)}")
+        changes.append(f"data.sources={rgba_clips(tmp_path / 'cutouts', 6, 3 * frames, size)}")
     if "codec" in raw.get("alpha", {}):
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
         rgba_codec.save(made(vae), tmp_path / "codec")

@@ -180,8 +180,8 @@ def meters(tmp_path: Path) -> Meters:
 
 def test_meters_average_and_write(tmp_path: Path) -> None:
     m = meters(tmp_path)
-    m.add(1, torch.tensor([1.0, 2.0]), ["a", "b"])
-    m.add(2, torch.tensor([6.0]), ["c"])
+    m.add(1, {"losses": torch.tensor([1.0, 2.0])}, ["a", "b"])
+    m.add(2, {"losses": torch.tensor([6.0])}, ["c"])
     m.norm(2, torch.tensor(4.0))
     m.check()
     line = m.flush(2, learning_rate=0.5)
@@ -195,8 +195,8 @@ def test_meters_average_and_write(tmp_path: Path) -> None:
 
 def test_meters_name_the_first_clips_that_are_not_finite(tmp_path: Path) -> None:
     m = meters(tmp_path)
-    m.add(7, torch.tensor([1.0, float("nan")]), ["good.mp4", "bad.mp4"])
-    m.add(8, torch.tensor([float("inf")]), ["later.mp4"])
+    m.add(7, {"losses": torch.tensor([1.0, float("nan")])}, ["good.mp4", "bad.mp4"])
+    m.add(8, {"losses": torch.tensor([float("inf")])}, ["later.mp4"])
     with pytest.raises(ValueError, match=r"at step 7 \(clips: bad\.mp4\)"):
         m.check()
 

@@ -483,26 +483,13 @@ def demo(
     alpha: Annotated[
         str, typer.Option(help="`opaque`, or transparent clips: `merged` or `joint`.")
     ] = "opaque",
-    family: Annotated[
-        str, typer.Option(help="`wan`: a subject in videos; `midi`: a thing in scenes.")
-    ] = "wan",
 ) -> None:
     """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
 
     Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
     evaluates.
     """
-    demos = {"wan": "videos", "midi": "scenes"}
-    if family not in demos:
-        raise ValueError(f"--family: no demo of `{family}`; there are: {', '.join(demos)}")
-    if demos[family] == "scenes" and alpha != "opaque":
-        raise ValueError(f"--alpha: scenes are not transparent; leave out --alpha or --family {family}")
     _quiet()
-    if demos[family] == "scenes":
-        from inlay import demo_scenes
-
-        demo_scenes.demo(folder, dora=dora)
-        return
     if alpha == "opaque":
         from inlay.demo import demo
 

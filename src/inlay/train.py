@@ -485,7 +485,7 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         listed = {**quarantined, **failed}
         (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
         say(
-            f"{len(listed)} {medium.one}(s) are left out; {run.folder / 'quarantine.json'} says which and why"
+            f"{len(listed)} {medium.one}(s) are left out; {run.folder / 'quarantine.json'} names them and says why"
         )
     train, held_out = (
         [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out)

@@ -111,8 +111,12 @@ class Midi(Family):
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Keys that only videos have, and images that do not go together."""
-        wrong = scenes.wrong_pairs(config.sample.images)
-        return [*scenes.not_of_scenes(config), *(f"sample.images: {p}" for p in wrong)]
+        wrong = [f"sample.images: {p}" for p in scenes.wrong_pairs(config.sample.images)]
+        if config.runtime.parallel != "ddp":
+            wrong.append(
+                "runtime.parallel: scenes train with ddp alone, the others are not yet exact for them"
+            )
+        return [*scenes.not_of_scenes(config), *wrong]
 
     def notes(self, config: recipe.Config) -> list[str]:
         """Adds what is allowed but rarely meant: other multi-instance blocks, heads changed in part."""

@@ -105,9 +105,8 @@ def _state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({str(error).splitlines()[0][:120]}); download it again"
-        ) from None
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read ({cause[:120]}); download it again") from None
     except Exception as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); download it again") from None
     for key in ("state_dict", "module"):
