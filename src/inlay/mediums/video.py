@@ -70,16 +70,20 @@ class Video(Medium):
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
         """An mp4; of a video with alpha also the files of `sample.transparent`, which keep it.
 
-        The mp4 then shows it over a checkerboard. Every other file is read back and compared.
-
-        Raises:
-            ValueError: when a file does not hold the alpha that was written.
+        The mp4 then shows it over a checkerboard. Every other file is read back and compared; in place of one
+        that does not hold the alpha that was written comes an exact one, and is told.
         """
         path, facts = stem.with_name(f"{stem.name}.mp4"), {}
         if made.shape[-1] == 4:
             files = [path.with_suffix(rgba.SUFFIXES[name]) for name in sample.transparent]
-            for file in files:
-                rgba.write(file, made, fps)
+            for i, file in enumerate(files):
+                try:
+                    rgba.write(file, made, fps)
+                except ValueError as error:  # noise, as of a network that has learned little, is hard to pack
+                    files[i] = path.with_suffix(rgba.SUFFIXES["png"])
+                    say(f"note: {error}: written as {files[i].name} instead")
+                    rgba.write(files[i], made, fps)
+            files = list(dict.fromkeys(files))
             facts = {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
             level = made[..., 3].min()
             if level == made[..., 3].max():
