@@ -484,8 +484,8 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     if ctx.main and (failed or quarantined):
         listed = {**quarantined, **failed}
         (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
-        names = run.folder / "quarantine.json"
-        say(f"{len(listed)} {medium.one}(s) are left out; {names} names them and says why")
+        where = run.folder / "quarantine.json"
+        say(f"{len(listed)} {medium.one}(s) are left out; {where} names them and says why")
     train, held_out = (
         [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out)
     )
