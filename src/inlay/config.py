@@ -265,6 +265,8 @@ class Codec(Section):
     visible: float = Field(default=0.0, ge=0)
     """Weight of the mean error of colour over visible pixels alone, which small subjects need. Not in the
     paper."""
+    visible_alpha: float = Field(default=0.0, ge=0)
+    """The same for alpha: glass and smoke need it."""
     noise: float = Field(default=0.0, ge=0)
     """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
     Not in the paper."""

@@ -189,6 +189,7 @@ class CodecStep:
     anchor: float = 0.0
     noise: float = 0.0
     visible: float = 0.0
+    visible_alpha: float = 0.0
     colors: Sequence[Sequence[float]] = COLORS
     precision: AbstractContextManager[Any] = field(
         default_factory=lambda: torch.autocast("cpu", enabled=False)
@@ -220,7 +221,8 @@ class CodecStep:
             network = Perceptual.load(file, imagenet=imagenet == "imagenet")
         loss = RgbaLoss(section.loss, network, section.alpha_eps, section.edge, section.hard_mask)
         colors = [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
-        return cls(loss, section.anchor, section.noise, section.visible, colors, precision)
+        weights = (section.anchor, section.noise, section.visible, section.visible_alpha)
+        return cls(loss, *weights, colors, precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """See `Step`; the terms are means over the micro-batch, so every sample has the same."""
@@ -236,6 +238,7 @@ class CodecStep:
                 anchor=self.anchor,
                 noise=self.noise,
                 visible=self.visible,
+                visible_alpha=self.visible_alpha,
                 colors=self.colors,
             )
         each = {f"loss_{n}": t for n, t in terms.items() if n != "loss"} | {"losses": terms["loss"]}

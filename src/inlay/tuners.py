@@ -244,7 +244,9 @@ def save(
         colors = [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
         about = {"loss": section.loss, **{n.removeprefix("inlay_"): v for n, v in metadata.items()}}
         about |= {
-            n: getattr(section, n) for n in ("hard_mask", "anchor", "noise", "visible") if getattr(section, n)
+            n: getattr(section, n)
+            for n in ("hard_mask", "anchor", "noise", "visible", "visible_alpha")
+            if getattr(section, n)
         }
         codec: Any = denoiser
         rgba_codec.save(

@@ -348,6 +348,7 @@ def losses(
     anchor: float = 0.0,
     noise: float = 0.0,
     visible: float = 0.0,
+    visible_alpha: float = 0.0,
     colors: Colors = COLORS,
 ) -> dict[str, Tensor]:
     """The terms of one micro-batch by name, and `loss`, their sum.
@@ -364,6 +365,7 @@ def losses(
             forgive what a network gets slightly wrong. Not in the paper.
         visible: weight of the mean error of colour over visible pixels alone. Not in the paper: where they
             are few, the means of the other terms hardly see them.
+        visible_alpha: the same for alpha.
         colors: those of the encoder's input, in [-1, 1].
     """
     (color,), (hard, soft) = draw_colors(generator, 1, colors), draw_colors(generator, 2)
@@ -381,9 +383,13 @@ def losses(
         amount = noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
         z = z + (amount * torch.randn(z.shape, generator=generator)).to(z.device) * spread
     got = codec.decode(z)
-    if visible:
-        mask = alpha > 2 * loss.alpha_eps - 1
-        terms["visible"] = visible * ((got[0] - rgb).abs() * mask).sum() / mask.sum().clamp_min(1)
+    mask = alpha > 2 * loss.alpha_eps - 1
+    for name, weight, one, two in (
+        ("visible", visible, got[0], rgb),
+        ("visible_alpha", visible_alpha, got[1], alpha),
+    ):
+        if weight:
+            terms[name] = weight * ((one - two).abs() * mask).sum() / mask.sum().clamp_min(1)
     more = list(terms.values())
     terms |= loss(*got, rgb, alpha, hard, soft)
     terms["loss"] = torch.stack([terms["loss"], *more]).sum()

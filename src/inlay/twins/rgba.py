@@ -53,6 +53,10 @@ class Phase:
     merge: float
     """Learning rate of Muon for the merge block, which begins as the encoder's head and would forget it in
     larger steps."""
+    visible_alpha: float = 0.0
+    """See `rgba_codec.losses`."""
+    halves: float = 0.0
+    """Share of clips of `rgba_world.halves`."""
 
 
 PHASES = (
@@ -61,6 +65,13 @@ PHASES = (
     Phase(9, 1, 68, (0.7, 0.390909), 0.01),
     Phase(9, 1, 146, (0.7, 0.198125), 0.01),
     Phase(9, 1, 36, (0.198125, 0.0), 0.01),
+    Phase(9, 1, 122, (0.6, 0.345833), 0.01),
+    Phase(1, 4, 120, (0.6, 0.6), 0.01, 1.0),
+    Phase(9, 1, 200, (0.6, 0.1), 0.01, 1.0),
+    Phase(17, 1, 40, (0.1, 0.0), 0.01, 1.0),
+    Phase(1, 4, 300, (0.7, 0.5), 0.01, 1.0, 0.35),
+    Phase(9, 1, 300, (0.5, 0.08), 0.01, 1.0, 0.35),
+    Phase(17, 1, 60, (0.08, 0.0), 0.01, 1.0, 0.35),
 )
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
@@ -68,7 +79,10 @@ ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 def batch(phase: Phase, key: int) -> Tensor:
     """Training batch `key`: uint8 (b, 4, t, 64, 64)."""
     rng = np.random.default_rng([phase.frames, key, 59])
-    clips = [rgba_world.training(int(rng.integers(1 << 40)), phase.frames) for _ in range(phase.batch)]
+    clips = [
+        rgba_world.training(int(rng.integers(1 << 40)), phase.frames, phase.halves)
+        for _ in range(phase.batch)
+    ]
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
 
 
@@ -126,7 +140,9 @@ def train(work: Path) -> RgbaVae:
     while step < total:
         phase = PHASES[bisect.bisect_right(ENDS, step)]
         generator = torch.Generator().manual_seed(step)
-        weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE}
+        weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE} | {
+            "visible_alpha": phase.visible_alpha
+        }
         terms = rgba_codec.losses(codec, batch(phase, step), loss, generator, **weights, colors=COLORS)
         terms["loss"].backward()
         optimizers["merge"].rates = phase.merge, 1e-3

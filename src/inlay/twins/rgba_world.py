@@ -201,10 +201,43 @@ def _wild_matte(rng: np.random.Generator, path: world._Path, u: np.ndarray, v: n
     return alpha
 
 
-def training(seed: int, frames: int = FRAMES) -> np.ndarray:
-    """A clip that the codec learns from: half world, half wild, now and then one that is opaque or empty."""
+def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
+    """One shape in two of the world's colours, each half see-through in its own way: `uint8 (t, 64, 64, 4)`.
+
+    Never the subject: its outline is not among them.
+    """
+    rng = np.random.default_rng([seed, 61])
+    path = world._wild_path(rng, frames)
+    path.radius[:] = path.radius * rng.uniform(9, 18) / path.radius.mean()
+    if rng.random() < 0.5:
+        table = world.distance_table(
+            "star", int(rng.choice((3, 4, 6, 7))), float(rng.choice((0.35, 0.45, 0.6)))
+        )
+    else:
+        table = world.distance_table(world.SHAPES[rng.integers(len(world.SHAPES))])
+    u, v = path.local()
+    alpha = np.clip(0.5 - _distance(table, u, v) * path.radius[:, None, None], 0, 1)
+    turned = rng.uniform(0, 2 * np.pi)
+    side = np.clip(0.5 + (u * np.cos(turned) + v * np.sin(turned)) * path.radius[:, None, None], 0, 1)
+    names = rng.choice(list(world.COLOURS), 2, replace=False)
+    first, second = (np.array(world.COLOURS[n], dtype=np.float32) * rng.uniform(0.9, 1.05) for n in names)
+    one, two = (1.0 if rng.random() < 0.5 else rng.uniform(0.3, 0.8) for _ in range(2))
+    colour = (first + side[..., None] * (second - first)) * _lit(path)
+    return _pixels(np.concatenate([colour, (alpha * (one + side * (two - one)))[..., None]], axis=-1))
+
+
+def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
+    """A clip that the codec learns from: half world, half wild, now and then one that is opaque or empty.
+
+    Args:
+        seed: Chooses everything.
+        frames: Length.
+        share: Of clips of `halves` among them.
+    """
     rng = np.random.default_rng([seed, 47])
     kind = rng.random()
+    if rng.random() < share:
+        return halves(seed, frames)
     if kind < 0.5:
         return wild(seed, frames)
     start = int(rng.integers(FRAMES - frames + 1))
