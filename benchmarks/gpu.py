@@ -137,6 +137,8 @@ def run(row: Row, shape: tuple[int, int, int], device: torch.device, steps: int)
         seconds, peak, loss = train(family, made, plan, shape, device, steps)
     except torch.OutOfMemoryError:
         return {**out, "outcome": "out of memory"}
+    except Exception as error:  # the rows after it are still worth their minutes
+        return {**out, "outcome": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     finally:
         gc.collect()
         if device.type == "cuda":

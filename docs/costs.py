@@ -45,15 +45,18 @@ def figures(family: str, recipe: str, size: str) -> tuple[str, str, str]:
     return f"{opened.tokens(*window):,}", f"{found.peak / 1e9:.1f} GB", f"{found.flops / 1e12:,.0f} TFLOP"
 
 
+def cells(family: str, row: re.Match[str]) -> str:
+    """A row of the table as it is now."""
+    found = figures(family, row["recipe"], row["size"])
+    words = [f"`{row['recipe']}`", row["size"], *found]
+    return f"| {' | '.join(words)} |"
+
+
 def filled(family: str, text: str) -> Iterator[str]:
     """Lines of a page with its cost table as it is now."""
     for line in text.splitlines():
         row = ROW.fullmatch(line)
-        if row:
-            cells = [f"`{row['recipe']}`", row["size"], *figures(family, row["recipe"], row["size"])]
-            yield f"| {' | '.join(cells)} |"
-        else:
-            yield line
+        yield cells(family, row) if row else line
 
 
 if __name__ == "__main__":

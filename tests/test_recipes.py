@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -226,13 +226,20 @@ def launch(command: list[str], recipe: Path, run: Path, tmp_path: Path, *overrid
     return [x["loss"] for x in runtime.read_metrics(run / "metrics.jsonl") if "loss" in x]
 
 
+def free_port() -> int:
+    """Of those that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("how", ["torchrun", "nodes", "accelerate", "slurm"])
 def test_launch_file_equals_accumulation_two(
     how: str, mode: str, recipe: Callable[..., dict], tmp_path: Path
 ) -> None:
-    nodes = f'{LAUNCH / "torchrun-nodes.sh"} 2 localhost:{random.randint(20000, 40000)} 1 "$@"'
+    nodes = f'{LAUNCH / "torchrun-nodes.sh"} 2 localhost:{free_port()} 1 "$@"'
     command = {
         "torchrun": [str(LAUNCH / "torchrun.sh"), "2"],
         "nodes": ["bash", "-c", f"{nodes} & other=$!; {nodes} && wait $other", "two machines"],

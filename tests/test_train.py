@@ -31,10 +31,9 @@ def command(recipe: Path, *extra: str, processes: int = 1) -> list[str]:
     launch = [
         "-m",
         "torch.distributed.run",
+        "--standalone",  # on a free port
         "--nproc-per-node",
         str(processes),
-        "--master-port",
-        str(random.randint(20000, 40000)),
     ]
     return [sys.executable, *(launch if processes > 1 else []), "-m", "inlay", "train", str(recipe), *extra]
 

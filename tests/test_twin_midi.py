@@ -170,7 +170,7 @@ shipped = pytest.mark.skipif(
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> midi_data.Scenes:
     monkeypatch.setattr(midi_data, "PIECE", 6)
     torch.manual_seed(0)
-    midi_data.cache(tmp_path, TripoSGVAE(**midi_vae.CONFIG).eval(), 6)
+    midi_data.cache(tmp_path, TripoSGVAE(**midi_vae.CONFIG).eval(), 6, 0)
     return midi_data.Scenes(tmp_path, 6)
 
 
@@ -204,14 +204,16 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
 
-        def losses(step: int) -> dict[str, torch.Tensor]:
+        def make(step: int) -> torch.Tensor:
             if step == until:
                 raise InterruptedError
-            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+        def losses(x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": (net(x) - x[:, :2]).square().mean()}
 
         optimizer = training.MuonAdamW(net.named_parameters(), 0.02, 1e-3)
-        file = training.run("test", tmp_path / name, net, optimizer, 9, losses)
+        file = training.run("test", tmp_path / name, net, optimizer, 9, make, losses)
         return training.load_state(file)[1]["average"]
 
     whole = train("whole")

@@ -100,6 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m inlay.twins.midi", description="Make the MIDI twin.")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where networks are trained")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw, and make batches ahead")
     parser.add_argument("--work", type=Path, default=Path(".work/twin-midi"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=path("midi"), help="the checkpoint folder")
     parser.add_argument(
@@ -115,15 +117,15 @@ def main() -> None:
         return
     args.work.mkdir(parents=True, exist_ok=True)
     stages = STAGES if args.stage == "all" else (args.stage,)
-    settings = midi_dit.Settings()
+    settings, place = midi_dit.Settings(), (torch.device(args.device), args.workers)
     if "vae" in stages:
-        midi_vae.train(args.work)
+        midi_vae.train(args.work, *place)
     if "scenes" in stages:
-        midi_data.cache(args.work, load_vae(args.work), settings.scenes)
+        midi_data.cache(args.work, load_vae(args.work), settings.scenes, args.workers)
     if "encoders" in stages:
-        midi_images.train(args.work, midi_data.Scenes(args.work, settings.scenes))
+        midi_images.train(args.work, midi_data.Scenes(args.work, settings.scenes), *place)
     if "dit" in stages:
-        midi_dit.train(args.work, midi_data.Scenes(args.work, settings.scenes), settings)
+        midi_dit.train(args.work, midi_data.Scenes(args.work, settings.scenes), settings, *place)
     if "export" in stages:
         export(args.work, args.out, settings.scenes)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +30,32 @@ SHIFT = 2.0
 
 
 @torch.no_grad()
-def cache(work: Path, vae: TripoSGVAE, n: int) -> None:
+def _piece(work: Path, vae: TripoSGVAE, start: int) -> None:
+    file = work / f"scenes-{start:05d}.safetensors"
+    if file.exists():
+        return
+    drawn = world.scenes(0, PIECE, counts=COUNTS, start=start)
+    parts = [midi_images.pictures(*world.render(scene)) for scene in drawn]
+    tensors = {k: torch.from_numpy(np.concatenate([p[k] for p in parts])).contiguous() for k in parts[0]}
+    things = [thing for scene in drawn for thing in scene.things]
+    surfaces = [world.surface(thing, 1024, [start, k]) for k, thing in enumerate(things)]
+    tensors["moments"] = midi_vae.moments(vae, surfaces, start)
+    tensors["facts"] = torch.from_numpy(np.stack([midi_images.describe(t) for t in things]))
+    tensors["rows"] = torch.tensor([len(s.things) for s in drawn])
+    save_file(tensors, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def cache(work: Path, vae: TripoSGVAE, n: int, workers: int) -> None:
     """Draw and encode `n` training scenes, in files of `PIECE` of them; those that are there are kept."""
-    progress = Progress("scenes", n)
-    for start in range(0, n, PIECE):
-        file = work / f"scenes-{start:05d}.safetensors"
-        if not file.exists():
-            drawn = world.scenes(0, PIECE, counts=COUNTS, start=start)
-            parts = [midi_images.pictures(*world.render(scene)) for scene in drawn]
-            tensors = {
-                k: torch.from_numpy(np.concatenate([p[k] for p in parts])).contiguous() for k in parts[0]
-            }
-            things = [thing for scene in drawn for thing in scene.things]
-            surfaces = [world.surface(thing, 1024, [start, k]) for k, thing in enumerate(things)]
-            tensors["moments"] = midi_vae.moments(vae, surfaces, start)
-            tensors["facts"] = torch.from_numpy(np.stack([midi_images.describe(t) for t in things]))
-            tensors["rows"] = torch.tensor([len(s.things) for s in drawn])
-            save_file(tensors, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
-        progress(start + PIECE)
+    starts, progress = range(0, n, PIECE), Progress("scenes", n)
+    with ExitStack() as stack:
+        each = map
+        if workers:
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+            each = stack.enter_context(pool).map
+        for done, _ in enumerate(each(_piece, repeat(work), repeat(vae), starts), 1):
+            progress(done * PIECE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,12 @@ class Batch:
     """Clean latents (rows, tokens, channels), and noise, and noise levels (rows,)."""
     noise: Tensor
     sigma: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        shown = {name: t.to(device) for name, t in self.shown.items()}
+        names = ("kept", "x0", "noise", "sigma")
+        return replace(self, shown=shown, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Scenes:
@@ -96,7 +113,8 @@ class Scenes:
             dropped: share of scenes that are shown without their images.
         """
         rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
-        shown, index, groups = self.shown(rng.integers(len(self.rows), size=scenes).tolist(), step)
+        chosen = sorted(rng.integers(len(self.rows), size=scenes).tolist(), key=self.rows.__getitem__)
+        shown, index, groups = self.shown(chosen, step)
         kept = (torch.rand(scenes, generator=generator) >= dropped).repeat_interleave(torch.tensor(groups))
         groups = groups * repeats
         moments = self.moments[index].repeat(repeats, 1, 1)

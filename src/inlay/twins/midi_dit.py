@@ -31,11 +31,11 @@ TRANSFORMER: dict[str, Any] = {
 class Settings:
     """How the transformer is trained."""
 
-    scenes: int = 2500
-    batch: int = 8
+    scenes: int = 8000
+    batch: int = 32
     """Scenes; each is shown with `repeats` noises, for which the encoders run once."""
-    repeats: int = 2
-    steps: int = 1200
+    repeats: int = 4
+    steps: int = 4000
     decay: float = 0.4
     """Share of the steps, at the end, over which the rates fall to zero."""
     muon: float = 0.02
@@ -68,7 +68,7 @@ def _by_adamw(name: str) -> bool:
     return not name.startswith("dit.blocks") and not name.startswith("dit.time_proj")
 
 
-def train(work: Path, data: Scenes, settings: Settings) -> Path:
+def train(work: Path, data: Scenes, settings: Settings, device: torch.device, workers: int) -> Path:
     """Train in `work`, continuing what is there; the encoders start from what they were taught.
 
     Returns:
@@ -77,12 +77,15 @@ def train(work: Path, data: Scenes, settings: Settings) -> Path:
     model, taught = build(), load_state(work / "encoders.safetensors")[1]["average"]
     taught = {name: t for name, t in taught.items() if not name.startswith("says")}
     assert not model.load_state_dict(taught, strict=False).unexpected_keys
+    model.to(device)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = data.batch(step, settings.batch, settings.repeats, settings.dropped)
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-            return {"loss": loss(model, batch)}
+    def make(step: int) -> Batch:
+        return data.batch(step, settings.batch, settings.repeats, settings.dropped)
+
+    def losses(batch: Batch) -> dict[str, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+            return {"loss": loss(model, batch.to(device))}
 
     optimizer = MuonAdamW(model.named_parameters(), settings.muon, settings.adamw, _by_adamw)
-    state, decay = work / "dit.safetensors", settings.decay
-    return run("dit", state, model, optimizer, settings.steps, losses, decay=decay, ema=settings.ema)
+    kept = {"decay": settings.decay, "ema": settings.ema, "workers": workers}
+    return run("dit", work / "dit.safetensors", model, optimizer, settings.steps, make, losses, **kept)

@@ -49,7 +49,7 @@ DINO: dict[str, Any] = {
 BY_ADAMW = re.compile(r"patch_embedding|position_embedding|cls_token|mask_token|visual_projection|says")
 """Matrices of the encoders that are no hidden layers."""
 
-STEPS, BATCH = 500, 16
+STEPS, BATCH = 1500, 64
 RATES = 0.02, 2e-3
 FACTS = 8 + len(world.KINDS)
 """Numbers of an object's description, see `describe`."""
@@ -105,7 +105,8 @@ def contexts(clip: Any, dino: Any, shown: dict[str, Tensor]) -> tuple[Tensor, Te
     """Both contexts of the transformer from `pictures`: (rows, 1, 64), (rows, 65, 96)."""
 
     def normal(x: Tensor, processor: Any) -> Tensor:
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+        known = processor.image_mean, processor.image_std
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in known)
         return (x / 255 - mean) / std
 
     first, second = processors()
@@ -123,12 +124,14 @@ def describe(thing: world.Thing) -> np.ndarray:
     return np.array([*box.mean(0), *np.ptp(box, axis=0) / 2, *turn, *kind], np.float32)
 
 
-def train(work: Path, data: Any, steps: int = STEPS) -> Path:
+def train(work: Path, data: Any, device: torch.device, workers: int, steps: int = STEPS) -> Path:
     """Teach both encoders to describe objects, in `work`, continuing what is there.
 
     Args:
         work: Folder for checkpoints.
         data: `midi_data.Scenes`.
+        device: Where.
+        workers: Processes that make batches ahead.
         steps: How many.
 
     Returns:
@@ -138,11 +141,15 @@ def train(work: Path, data: Any, steps: int = STEPS) -> Path:
     model["says"] = nn.ModuleList(
         [nn.Linear(c, FACTS) for c in (CLIP["projection_dim"], DINO["hidden_size"])]
     )
+    model.to(device)
 
-    def losses(step: int) -> dict[str, Tensor]:
+    def make(step: int) -> dict[str, Tensor]:
         chosen = np.random.default_rng([step, 72]).integers(len(data.rows), size=BATCH)
-        shown = data.shown(chosen.tolist(), step)[0]
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        return data.shown(chosen.tolist(), step)[0]
+
+    def losses(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        shown = {name: t.to(device) for name, t in batch.items()}
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
             seen = [c[:, 0] for c in contexts(model["clip"], model["dino"], shown)]
             said = [layer(c).float() for layer, c in zip(model["says"], seen, strict=True)]  # type: ignore[arg-type]
         true = shown["facts"]
@@ -153,4 +160,5 @@ def train(work: Path, data: Any, steps: int = STEPS) -> Path:
         return {"loss": loss, "off": off[1], "kind": kinds[1], "place": place}
 
     optimizer = MuonAdamW(model.named_parameters(), *RATES, lambda name: bool(BY_ADAMW.search(name)))
-    return run("encoders", work / "encoders.safetensors", model, optimizer, steps, losses)
+    state = work / "encoders.safetensors"
+    return run("encoders", state, model, optimizer, steps, make, losses, workers=workers)

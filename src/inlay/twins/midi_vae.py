@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ REACH = 0.1
 """Distance from the surface at which the field ends: it is distance / REACH, between -1 and 1."""
 
 KL = 5e-3
-THINGS, STEPS, BATCH, POINTS, ASKED = 4000, 2000, 24, 256, 256
+THINGS, STEPS, BATCH, POINTS, ASKED = 16000, 6000, 64, 256, 256
 RATES = 0.02, 2e-3
 
 
@@ -41,6 +41,19 @@ def moments(vae: TripoSGVAE, surfaces: Sequence[np.ndarray], seed: int) -> Tenso
     """Moments (n, TOKENS, 2 channels) of surfaces (p, 6) with as many points each."""
     chosen = np.stack([s[choose(s, TOKENS, seed)] for s in surfaces])
     return vae.encode(torch.from_numpy(np.stack(surfaces)), torch.from_numpy(chosen))
+
+
+class Batch(NamedTuple):
+    """A batch of the VAE."""
+
+    surfaces: Tensor
+    """(b, POINTS, 6), and chosen points of them (b, TOKENS, 6)."""
+    chosen: Tensor
+    places: Tensor
+    """(b, ASKED, 3), and distances there (b, ASKED)."""
+    distances: Tensor
+    noise: Tensor
+    """(b, TOKENS, channels)."""
 
 
 class Pool:
@@ -63,8 +76,8 @@ class Pool:
             self.places[k] = rng.permutation(np.concatenate([near, around, anywhere]))
             self.distances[k] = world.distance(thing, self.places[k])
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Batch `step`, a function of it: surfaces, chosen points of them, places, distances there.
+    def batch(self, step: int) -> Batch:
+        """Batch `step`, a function of it.
 
         Things come in any of the eight ways to mirror and swap the horizontal axes.
         """
@@ -77,20 +90,19 @@ class Pool:
             points = np.concatenate([points[:, axes] * signs, points[:, 3 + axes] * signs], -1)
             places = self.places[k, where][:, axes] * signs
             out.append((points, points[choose(points, TOKENS, step)], places, self.distances[k, where]))
-        a, b, c, d = (torch.from_numpy(np.stack(x)) for x in zip(*out, strict=True))
-        return a, b, c, d
+        shape = BATCH, TOKENS, CONFIG["latent_channels"]
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        return Batch(*(torch.from_numpy(np.stack(x)) for x in zip(*out, strict=True)), noise)
 
 
-def train(work: Path, steps: int = STEPS) -> Path:
+def train(work: Path, device: torch.device, workers: int, steps: int = STEPS) -> Path:
     """Train for `steps` steps in `work`, continuing what is there. Returns the file of the weights."""
     torch.manual_seed(0)
-    vae, pool = TripoSGVAE(**CONFIG), Pool()
-    shape = BATCH, TOKENS, CONFIG["latent_channels"]
+    vae, pool = TripoSGVAE(**CONFIG).to(device), Pool()
 
-    def losses(step: int) -> dict[str, Tensor]:
-        surfaces, chosen, places, distances = pool.batch(step)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(step))
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+    def losses(batch: Batch) -> dict[str, Tensor]:
+        surfaces, chosen, places, distances, noise = (t.to(device) for t in batch)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
             moments = vae.encode(surfaces, chosen).float()
             field = vae.field(vae.tokens(sample(moments, noise)), places).float()
         fit = (field - (distances / REACH).clamp(-1, 1)).abs().mean()
@@ -100,4 +112,4 @@ def train(work: Path, steps: int = STEPS) -> Path:
         return {"loss": fit + KL * kl, "fit": fit, "kl": kl, "wrong": wrong}
 
     optimizer = MuonAdamW(vae.named_parameters(), *RATES, lambda name: "proj_out" in name)
-    return run("vae", work / "vae.safetensors", vae, optimizer, steps, losses)
+    return run("vae", work / "vae.safetensors", vae, optimizer, steps, pool.batch, losses, workers=workers)

@@ -28,7 +28,7 @@ from inlay.models.rgba_vae import RgbaVae
 
 from . import codec as codec_path
 from . import path, rgba_judge, rgba_world
-from .training import MuonAdamW, Progress, load_state, save_state
+from .training import MuonAdamW, Progress, ahead, load_state, save_state
 from .wan_vae import fast_norm
 
 RANK = 16
@@ -72,6 +72,9 @@ PHASES = (
     Phase(1, 4, 300, (0.7, 0.5), 0.01, 1.0, 0.35),
     Phase(9, 1, 300, (0.5, 0.08), 0.01, 1.0, 0.35),
     Phase(17, 1, 60, (0.08, 0.0), 0.01, 1.0, 0.35),
+    Phase(9, 8, 955, (0.7, 0.2), 0.01, 1.0, 0.35),
+    Phase(17, 8, 274, (0.2, 0.0834), 0.01, 1.0, 0.35),
+    Phase(17, 1, 130, (0.0834, 0.0), 0.01, 1.0, 0.35),
 )
 ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
@@ -116,9 +119,10 @@ def begin() -> RgbaVae:
 
 
 @fast_norm()
-def train(work: Path) -> RgbaVae:
-    """Train in `work`, continuing what is there."""
+def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
+    """Train in `work`, continuing what is there; `workers` processes make batches ahead."""
     codec = begin()
+    codec.to(device)
     modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in rgba_codec.FILES})
     optimizers = {
         name: MuonAdamW(
@@ -137,13 +141,13 @@ def train(work: Path) -> RgbaVae:
     loss = RgbaLoss("paper", hard_mask="true")
     step, total = facts["done"], ENDS[-1]
     progress, saved = Progress("codec", total, step), time.monotonic()
-    while step < total:
+    for clips in ahead(lambda k: batch(PHASES[bisect.bisect_right(ENDS, k)], k), step, total, workers):
         phase = PHASES[bisect.bisect_right(ENDS, step)]
         generator = torch.Generator().manual_seed(step)
         weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE} | {
             "visible_alpha": phase.visible_alpha
         }
-        terms = rgba_codec.losses(codec, batch(phase, step), loss, generator, **weights, colors=COLORS)
+        terms = rgba_codec.losses(codec, clips.to(device), loss, generator, **weights, colors=COLORS)
         terms["loss"].backward()
         optimizers["merge"].rates = phase.merge, 1e-3
         for optimizer in optimizers.values():
@@ -212,6 +216,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m inlay.twins.rgba", description="Make the RGBA twin.")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where it is trained")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead")
     parser.add_argument("--work", type=Path, default=Path(".work/twin-rgba"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=codec_path("wan"), help="the codec's folder")
     parser.add_argument(
@@ -225,7 +231,7 @@ def main() -> None:
         return
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.export:
-        train(args.work)
+        train(args.work, torch.device(args.device), args.workers)
     print(json.dumps({"codec_id": export(args.work, args.out)}))
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+T = TypeVar("T")
 
 
 class MuonAdamW:
@@ -134,6 +137,20 @@ class Progress:
         return True
 
 
+class _Made(Dataset):
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, step: int) -> Any:
+        return self.make(step)
+
+
+def ahead(make: Callable[[int], T], first: int, last: int, workers: int) -> Iterator[T]:
+    """`make(step)` for each step in turn, made ahead by `workers` processes, or here if there are none."""
+    sampler: Any = range(first, last)
+    return iter(DataLoader(_Made(make), batch_size=None, sampler=sampler, num_workers=workers))
+
+
 SAVE_EVERY = 60.0
 """Seconds between checkpoints of `run`."""
 
@@ -144,22 +161,26 @@ def run(
     model: nn.Module,
     optimizer: MuonAdamW,
     steps: int,
-    losses: Callable[[int], dict[str, Tensor]],
+    make: Callable[[int], T],
+    losses: Callable[[T], dict[str, Tensor]],
     *,
     decay: float = 0.5,
     ema: float = 0.99,
+    workers: int = 0,
 ) -> Path:
     """Train `model` for `steps` steps, continuing what is in `state`.
 
     Args:
         what: Name for the progress line.
         state: File of `model`, `optimizer`, and the `average` of the parameters, which is what is wanted.
-        model: As it starts.
+        model: As it starts, where it is trained.
         optimizer: Of its parameters.
         steps: How many in all.
-        losses: What step k, a function of it, gives: `loss` to be minimised, others to be shown.
+        make: The batch of step k, a function of it.
+        losses: What a batch gives: `loss` to be minimised, others to be shown.
         decay: Share of the steps, at the end, over which the rates fall to zero.
         ema: How much of the average stays at each step.
+        workers: Processes that make batches ahead.
     """
     facts: dict[str, Any] = {"done": 0, "seconds": 0.0}
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -167,10 +188,10 @@ def run(
         facts, groups = load_state(state)
         model.load_state_dict(groups["model"])
         optimizer.load(groups["optimizer"])
-        average = {name: groups["average"][name] for name in average}
+        average = {name: groups["average"][name].to(p.device) for name, p in average.items()}
     progress, saved = Progress(what, steps, facts["done"]), time.monotonic()
-    for step in range(facts["done"], steps):
-        shown = losses(step)
+    for step, batch in enumerate(ahead(make, facts["done"], steps, workers), facts["done"]):
+        shown = losses(batch)
         shown["loss"].backward()
         optimizer.step(min(1.0, (step + 1) / 50, (steps - step) / (decay * steps)))
         keep = min(ema, (1 + step) / (10 + step))
