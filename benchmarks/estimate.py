@@ -28,6 +28,7 @@ SIZES = {
     "300 M": {"heads": 8, "head": 128, "layers": 18, "ffn": 4096},
 }
 COG_SIZES = {"30 M": {"heads": 8, "head": 64, "layers": 8}}
+MIDI_SIZES = {"80 M": {"heads": 8, "head": 64, "layers": 13, "tokens": 1024}}
 
 CLIP = (17, 128, 192)
 """Frames, height and width that are trained on, where a setting does not say."""
@@ -73,6 +74,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "family": "cogvideox",
         "size": "30 M",
         "tuner": {"kind": "full"},
+        "memory": {"gradient_checkpointing": False},
+    },
+    "midi 80 M, lora, 3 objects": {"family": "midi", "size": "80 M", "clip": (3, 1, 1)},
+    "midi 80 M, lora, 3 objects, bfloat16": {
+        "family": "midi",
+        "size": "80 M",
+        "clip": (3, 1, 1),
+        "runtime": {"precision": "bfloat16"},
+    },
+    "midi 80 M, dora, 4 objects, nothing recomputed": {
+        "family": "midi",
+        "size": "80 M",
+        "clip": (4, 1, 1),
+        "tuner": {"kind": "dora"},
         "memory": {"gradient_checkpointing": False},
     },
 }
@@ -169,7 +184,8 @@ def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
     n = made.train.batch
     drawn = {k: torch.randn(n, *s) for k, s in family.shapes(*clip).items()}
     width = cost.text_width(denoiser)
-    text = family.collate([{"text": torch.randn(family.text_length, width)}] * n)
+    read = {"text": torch.randn(family.text_length, width)} if family.text_length else {}
+    text = family.collate([read] * n)
     batch = Batch(drawn.pop("latents"), {**text, **drawn})
     settle()
     for i in range(times):
@@ -231,7 +247,7 @@ def measure(name: str, setting: dict[str, Any]) -> dict[str, Any]:
     family = setting.get("family", "wan")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tiny.build(family, folder / "model", **(SIZES | COG_SIZES)[setting["size"]])
+        tiny.build(family, folder / "model", **(SIZES | COG_SIZES | MIDI_SIZES)[setting["size"]])
         tiny.build(family, folder / "small")
         steady = {
             "MALLOC_ARENA_MAX": "1",

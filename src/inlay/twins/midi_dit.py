@@ -35,7 +35,7 @@ class Settings:
     batch: int = 32
     """Scenes; each is shown with `repeats` noises, for which the encoders run once."""
     repeats: int = 4
-    steps: int = 4000
+    steps: int = 600
     decay: float = 0.4
     """Share of the steps, at the end, over which the rates fall to zero."""
     muon: float = 0.02

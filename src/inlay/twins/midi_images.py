@@ -49,7 +49,7 @@ DINO: dict[str, Any] = {
 BY_ADAMW = re.compile(r"patch_embedding|position_embedding|cls_token|mask_token|visual_projection|says")
 """Matrices of the encoders that are no hidden layers."""
 
-STEPS, BATCH = 1500, 64
+STEPS, BATCH = 900, 64
 RATES = 0.02, 2e-3
 FACTS = 8 + len(world.KINDS)
 """Numbers of an object's description, see `describe`."""

@@ -33,7 +33,7 @@ REACH = 0.1
 """Distance from the surface at which the field ends: it is distance / REACH, between -1 and 1."""
 
 KL = 5e-3
-THINGS, STEPS, BATCH, POINTS, ASKED = 16000, 6000, 64, 256, 256
+THINGS, STEPS, BATCH, POINTS, ASKED = 16000, 2800, 64, 256, 256
 RATES = 0.02, 2e-3
 
 
