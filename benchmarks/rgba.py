@@ -1,11 +1,13 @@
-"""Does an adapter learn a transparent subject? The recipe of the demo with merged alpha, base against tuned.
+"""Does an adapter learn transparency? The recipes of the demos with alpha, base against tuned.
 
-    python benchmarks/rgba.py [--subject 40] [--world 40] [--out runs/rgba-merged]
+    python benchmarks/rgba.py [--kind merged] [--subject 40] [--world 40] [--out runs/rgba-merged]
+    python benchmarks/rgba.py --kind joint [--world 40]
 
-Trains on 16 transparent clips of the subject and clips of what the twin knows, then draws prompts of both
-with the same seeds. A fixed judge that learned nothing says whether the subject is there and its alpha is the
-subject's, both together; the error of alpha is that against the subject's own where it fits a clip best.
-Writes `benchmarks/results/rgba-merged.json`.
+`merged` trains on 16 transparent clips of the subject and clips of what the twin knows, then draws prompts of
+both with the same seeds. A fixed judge that learned nothing says whether the subject is there and its alpha
+is the subject's, both together; the error of alpha is that against the subject's own where it fits a clip
+best. `joint` trains on mattes of the twin's world and draws prompts of it: does alpha cover what colour
+shows, with an overlap (IoU) of 0.8 or more? Writes `benchmarks/results/rgba-KIND.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inlay import config, console, demo, demo_rgba
+from inlay import config, console, demo, demo_joint, demo_rgba
 from inlay.evaluate import Prompt, evaluate, summary_table
 from inlay.train import train
 from inlay.twins import rgba_judge
@@ -30,24 +32,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", choices=demo_rgba.KINDS, default="merged")
+    parser.add_argument("--kind", choices=("merged", "joint"), default="merged")
     parser.add_argument("--subject", type=int, default=40)
     parser.add_argument("--world", type=int, default=40)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     console.quiet()
     folder = args.out or Path(f"runs/rgba-{args.kind}")
-    demo_rgba.write_clips(folder)
-    train(config.build(demo_rgba.recipe(folder, args.kind)))
+    how = demo_rgba if args.kind == "merged" else demo_joint
+    how.write_clips(folder)
+    train(config.build(how.recipe(folder)))
     seen: list[rgba_judge.Verdict] = []
 
     def judged(frames: np.ndarray) -> bool:
         seen.append(rgba_judge.judge_subject(frames))
         return seen[-1].both
 
-    prompts = demo_rgba.prompts(max(args.subject, args.world))
+    prompts = how.prompts(max(args.subject, args.world))
     chosen = [Prompt(p.text, p.group, judged) for p in prompts if p.group == demo.SUBJECT][: args.subject]
-    chosen += [p for p in prompts if p.group == demo.OLD][: args.world]
+    chosen += [p for p in prompts if p.group != demo.SUBJECT][: args.world]
     report = evaluate(folder, prompts=chosen)
     console.console.print(summary_table(report))
     print(report.path)
@@ -66,6 +69,7 @@ def main() -> None:
                 "overlap": round(float(np.mean([v.overlap for v in verdicts])), 3),
             }
             for side, verdicts in sides.items()
+            if verdicts
         },
         "threads": torch.get_num_threads(),
         "packages": report.environment["packages"],

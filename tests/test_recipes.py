@@ -152,7 +152,7 @@ def test_the_joint_demo_is_its_recipe() -> None:
     from inlay import demo_joint
 
     ours = config.load(ROOT / "recipes/wan/twin-joint.yaml")
-    theirs = config.build(demo_joint.recipe(Path("runs/demo")))
+    theirs = config.build(demo_joint.recipe(Path("runs/demo-joint")))
     assert ours == theirs.model_copy(update={"run": ours.run, "sample": ours.sample})
 
 
@@ -160,7 +160,7 @@ def test_the_transparent_demo_is_its_recipe() -> None:
     from inlay import demo_rgba
 
     ours = config.load(ROOT / "recipes/wan/twin-rgba.yaml")
-    theirs = config.build(demo_rgba.recipe(Path("runs/demo")))
+    theirs = config.build(demo_rgba.recipe(Path("runs/demo-merged")))
     sources = [s.model_copy(update={"repeats": 1}) for s in theirs.data.sources]
     assert ours.tuner == theirs.tuner and ours.alpha == theirs.alpha and ours.optim == theirs.optim
     assert ours.data.sources == sources and ours.train == theirs.train and ours.memory == theirs.memory

@@ -478,23 +478,32 @@ def composite(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("runs/demo"),
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where to write.", show_default="`runs/demo`, `runs/demo-midi` ..."),
+    ] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
+    family: Annotated[str, typer.Option(help="`wan`, clips; or `midi`, scenes of meshes.")] = "wan",
     alpha: Annotated[
         str, typer.Option(help="`opaque`, or transparent clips: `merged` or `joint`.")
     ] = "opaque",
 ) -> None:
     """The whole main job on a tiny trained model that ships with inlay: no download, no GPU, minutes.
 
-    Makes 16 clips of a subject that the model has never seen, then checks, caches, trains, generates and
-    evaluates.
+    Makes 16 clips of a subject that the model has never seen, or 24 scenes with a new kind of object, then
+    checks, caches, trains, generates and evaluates.
     """
     _quiet()
-    if alpha == "opaque":
-        from inlay.demo import demo
+    from inlay import demo, demo_rgba, demo_scenes
 
-        demo(folder, dora=dora)
-        return
-    from inlay import demo_rgba
-
-    demo_rgba.run(folder, alpha, dora=dora)
+    demos = {
+        ("wan", "opaque"): ("runs/demo", demo.demo),
+        ("wan", "merged"): ("runs/demo-merged", demo_rgba.merged),
+        ("wan", "joint"): ("runs/demo-joint", demo_rgba.joint),
+        ("midi", "opaque"): ("runs/demo-midi", demo_scenes.demo),
+    }
+    if (family, alpha) not in demos:
+        there = ", ".join(f"--family {f} --alpha {a}" for f, a in demos)
+        raise ValueError(f"--family {family} --alpha {alpha}: there is no such demo, but {there}")
+    usual, run = demos[family, alpha]
+    run(folder or Path(usual), dora=dora)

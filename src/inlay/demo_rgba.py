@@ -25,14 +25,11 @@ INTRO = (
 )
 STEPS = 600
 
-KINDS = ("merged", "joint")
-"""Kinds of `alpha` that the twin has all parts for."""
 
-
-def recipe(folder: Path, kind: str = "merged", tuner: str = "lora") -> dict:
+def recipe(folder: Path, tuner: str = "lora") -> dict:
     """The demo's recipe; of the opaque one only clips, `alpha` and what they need differ."""
     made = demo.recipe(folder, tuner)
-    made["alpha"] = {"kind": kind, **({"codec": "twin:wan", "colors": 1} if kind == "merged" else {})}
+    made["alpha"] = {"kind": "merged", "codec": "twin:wan", "colors": 1}
     made["data"]["sources"] = [
         {"path": str(folder / "clips"), "repeats": REPEATS},
         {"path": str(folder / "known")},  # on nothing, which is new: not to be preserved, but learned
@@ -82,27 +79,36 @@ def write_clips(folder: Path) -> None:
                 advance()
 
 
-def run(folder: Path, kind: str = "merged", *, dora: bool = False) -> Path:
+def merged(folder: Path, *, dora: bool = False) -> Path:
     """Makes transparent clips of a new subject, then checks, caches, trains, generates and evaluates.
 
     Args:
         folder: run folder; run it again to go on where it stopped.
-        kind: one of `KINDS`.
         dora: train a DoRA instead of a LoRA.
 
     Returns:
         The report, a page that opens in any browser.
 
     Raises:
-        ValueError: when the kind is unknown, or the folder holds another run.
+        ValueError: when the folder holds another run.
     """
-    if kind not in KINDS:
-        raise ValueError(f"--alpha: `{kind}` is not one of opaque, {', '.join(KINDS)}")
-    start, tuner, joint = time.perf_counter(), "dora" if dora else "lora", kind == "joint"
-    say(demo_joint.INTRO if joint else INTRO)
-    (demo_joint.write_clips if joint else write_clips)(folder)
-    path, asked = folder / "recipe.yaml", (demo_joint if joint else demo).PROMPTS
-    made = demo_joint.recipe(folder, tuner) if joint else recipe(folder, kind, tuner)
+    start = time.perf_counter()
+    say(INTRO)
+    write_clips(folder)
+    return _job(folder, recipe(folder, "dora" if dora else "lora"), prompts(demo.PROMPTS), start)
+
+
+def joint(folder: Path, *, dora: bool = False) -> Path:
+    """The same for joint transparency, on clips of the twin's own world: see `demo_joint`."""
+    start = time.perf_counter()
+    say(demo_joint.INTRO)
+    demo_joint.write_clips(folder)
+    made = demo_joint.recipe(folder, "dora" if dora else "lora")
+    return _job(folder, made, demo_joint.prompts(demo_joint.PROMPTS), start)
+
+
+def _job(folder: Path, made: dict, asked: list[Prompt], start: float) -> Path:
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
     settings = config.load(path)
     demo.title(f"inlay check {path}")
@@ -113,7 +119,7 @@ def run(folder: Path, kind: str = "merged", *, dora: bool = False) -> Path:
     for file in generate(folder, settings.sample.prompts[:1]):
         say(str(file))
     demo.title(f"inlay evaluate {folder}")
-    result = evaluate(folder, prompts=(demo_joint.prompts if joint else prompts)(asked))
+    result = evaluate(folder, prompts=asked)
     console.print(summary_table(result))
     say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
     print(result.path)

@@ -1,4 +1,4 @@
-"""The main job on scenes, for a tiny trained model; `inlay demo` will offer it when that model ships."""
+"""`inlay demo --family midi`: the main job on scenes, on the tiny trained model that ships with inlay."""
 
 from __future__ import annotations
 
