@@ -1,4 +1,10 @@
-"""Makes the README's picture from a finished demo: `python docs/picture.py runs/demo`."""
+"""Makes a picture of the README or of a page from a finished demo.
+
+python docs/picture.py runs/demo demo
+python docs/picture.py runs/demo-merged demo-merged
+python docs/picture.py runs/demo-joint demo-joint
+python docs/picture.py runs/demo-midi demo-midi
+"""
 
 from __future__ import annotations
 
@@ -8,30 +14,50 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-ROWS, SCALE, PAD, TOP = 6, 2, 12, 40
-"""Prompts, enlargement of the videos' frames, and space around them, in pixels."""
+TITLES = {
+    "demo": "after training on 16 clips of a zorble",
+    "demo-merged": "after training on 16 transparent clips of a zorble, half solid, half glass",
+    "demo-joint": "alpha after training on 96 clips with mattes",
+    "demo-midi": "after training on 24 scenes with a chair",
+}
+NEW, OLD, PAD, TOP, LINE = 4, 2, 12, 40, 24
+"""Rows of the new subject and of the old world, and space around them, in pixels."""
+
+
+def row(base: Path, run: Path) -> list[Image.Image]:
+    """What goes side by side: for a scene also the picture that was given."""
+    pictures = [Image.open(p).convert("RGB") for p in (base, base.parent.parent / "tuned" / base.name)]
+    if not base.with_suffix(".glb").is_file():
+        return [p.resize((2 * p.width, 2 * p.height), Image.Resampling.LANCZOS) for p in pictures]
+    asked = run / json.loads(base.with_suffix(".json").read_text("utf-8"))["prompt"].replace(" ", "/")
+    given = Image.open(asked / "scene_rgb.png").convert("RGB")
+    pictures = [p.resize((p.width * 2 // 3, p.height * 2 // 3), Image.Resampling.LANCZOS) for p in pictures]
+    return [given.resize((pictures[0].height,) * 2, Image.Resampling.LANCZOS), *pictures]
 
 
 def main() -> None:
-    """Puts frames of base and tuned side by side: prompts of the new subject, then two of the old world."""
-    report = Path(sys.argv[1]) / "report"
-    pairs = [(p, report / "tuned" / p.name) for p in sorted((report / "base").glob("*.png"))]
-    half = len(pairs) // 2
-    chosen = [*pairs[: ROWS - 2], *pairs[half : half + 2]]
-    wide, high = (SCALE * n for n in Image.open(chosen[0][0]).size)
-    sheet = Image.new("RGB", (2 * wide + 3 * PAD, TOP + len(chosen) * (high + 34) + PAD), "white")
+    """Puts base and tuned side by side: prompts of the new subject, then some of the old world."""
+    run, name = Path(sys.argv[1]), sys.argv[2]
+    every = sorted((run / "report/base").glob("*.png"))
+    half = len(every) // 2
+    chosen = [*every[:NEW], *every[half : half + OLD]]
+    rows = [row(p, run) for p in chosen]
+    widths, high = [p.width for p in rows[0]], rows[0][0].height
+    starts = [PAD + sum(widths[:i]) + i * PAD for i in range(len(widths))]
+    line = 0 if len(widths) == 3 else LINE  # a scene has no prompt
+    size = (starts[-1] + widths[-1] + PAD, TOP + len(rows) * (high + line + 10) + PAD)
+    sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
-    for x, title in ((PAD, "before"), (2 * PAD + wide, "after training on 16 clips of a zorble")):
+    for x, title in zip(starts[::-1], (TITLES[name], "before", "picture"), strict=False):
         draw.text((x, 10), title, "black", font)
-    for i, (base, tuned) in enumerate(chosen):
-        y = TOP + i * (high + 34)
-        prompt = json.loads(base.with_suffix(".json").read_text("utf-8"))["prompt"]
-        draw.text((PAD, y), prompt, "dimgray", font)
-        for x, path in ((PAD, base), (2 * PAD + wide, tuned)):
-            sheet.paste(
-                Image.open(path).convert("RGB").resize((wide, high), Image.Resampling.LANCZOS), (x, y + 24)
-            )
-    out = Path(__file__).parent / "images" / "demo.png"
+    for i, (path, pictures) in enumerate(zip(chosen, rows, strict=True)):
+        y = TOP + i * (high + line + 10)
+        if line:
+            prompt = json.loads(path.with_suffix(".json").read_text("utf-8"))["prompt"]
+            draw.text((PAD, y), prompt, "dimgray", font)
+        for x, picture in zip(starts, pictures, strict=True):
+            sheet.paste(picture, (x, y + line))
+    out = Path(__file__).parent / "images" / f"{name}.png"
     out.parent.mkdir(exist_ok=True)
     sheet.save(out, optimize=True)
 

@@ -255,6 +255,7 @@ def test_the_way_from_scenes_to_a_glb(
     assert told["grid"] == 16 and len(told["objects"]) + sum("empty" in n for n in told["notes"]) == 4
     if told["objects"]:
         assert sorted(mesh.read_scene(out)) == sorted(told["objects"])
+    assert nodes(out) == [f"object_{n}" for n in (1, 2, 3, 4)], "also of what is empty"
     page = out.with_suffix(".html").read_text("utf-8")
     assert "src=" not in page and "http" not in page.replace("http-equiv", ""), "nothing from elsewhere"
     again = inlay("generate", tmp_path / "run", *pair, "-o", tmp_path / "again", "--grid", 16, "--steps", 2)
@@ -270,6 +271,30 @@ def test_the_way_from_scenes_to_a_glb(
     assert "turn it" in (tmp_path / "run/report/report.html").read_text("utf-8")
     assert inlay("export", tmp_path / "run", "--to", "merged").code == 0
     assert inlay("inspect", tmp_path / "run").code == 0
+
+
+def nodes(path: Path) -> list[str]:
+    """Names in a .glb, the root's aside, without its reader."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[12:16], "little")
+    return sorted(n["name"] for n in json.loads(raw[20 : 20 + length])["nodes"] if n["name"] != "world")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("bedroom", 4), ("cartoon01", 5)])
+def test_real_pictures_become_scenes_on_the_twin(
+    name: str, count: int, scene_recipe: Callable[..., dict], tmp_path: Path, media_root: Path
+) -> None:
+    run = train(config.build({**scene_recipe(model__checkpoint="twin:midi"), "train": {"steps": 1}}))
+    pair = ["--image", media_root / f"scenes/{name}_rgb.png", "--seg", media_root / f"scenes/{name}_seg.png"]
+    out = tmp_path / f"{name}.glb"
+    done = inlay("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
+    assert done.code == 0, done.said
+    assert nodes(out) == [f"object_{n}" for n in range(1, count + 1)]
+    there = mesh.read_scene(out)
+    assert len(there) >= count - 1, "at most one is empty"
+    for one in there.values():
+        assert np.isfinite(one.vertices).all() and np.abs(one.vertices).max() <= mesh.BOUND + 1e-5
 
 
 def metrics() -> list[str]:

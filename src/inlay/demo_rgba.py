@@ -23,7 +23,7 @@ INTRO = (
     f"{demo.CLIPS} transparent clips of a subject that the tiny model has never seen: a star called zorble, "
     "half solid, half glass"
 )
-STEPS = 600
+STEPS = 900
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:

@@ -272,13 +272,15 @@ def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
     return found
 
 
-def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh]) -> Path:
-    """Writes `.glb` with one named node per object; atomic."""
+def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
+    """Writes `.glb` with one named node per object, also for those of which nothing came out; atomic."""
     import trimesh
 
     scene = trimesh.Scene()
     for name, mesh in meshes.items():
         scene.add_geometry(mesh, node_name=name, geom_name=name)
+    for name in empty:
+        scene.graph.update(frame_to=name, frame_from=scene.graph.base_frame)
     with atomic(path) as part:
         part.write_bytes(scene.export(file_type="glb"))  # type: ignore[arg-type]
     return path

@@ -160,7 +160,7 @@ class Scenes(Medium):
         path = stem.with_name(f"{stem.name}.glb")
         for note in made.notes:
             say(f"note: {stem.name}: {note}")
-        mesh.write_scene(path, made.meshes)
+        mesh.write_scene(path, made.meshes, made.empty)
         with atomic(path.with_suffix(".png")) as part:
             Image.fromarray(strip(made)).save(part, format="PNG")
         with atomic(path.with_suffix(".html")) as part:

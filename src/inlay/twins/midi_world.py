@@ -119,12 +119,33 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
                 break
         taken.append((x, z, reach))
         things.append(replace(thing, place=(float(x), 0.0, float(z))))
+    return _framed(things, rng)
+
+
+def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
+    """Things in the middle of the box, as large as fits, before a camera."""
     every = np.stack([bounds(t) for t in things])
     low, high = every[:, 0].min(0), every[:, 1].max(0)
     scale = LONGEST / float((high - low).max())
-    things = [moved(t, scale, -scale * (low + high) / 2) for t in things]
     camera = (float(rng.uniform(*r)) for r in (AZIMUTHS, ELEVATIONS, DISTANCES))
-    return Scene(tuple(things), *camera)
+    return Scene(tuple(moved(t, scale, -scale * (low + high) / 2) for t in things), *camera)
+
+
+def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
+    """The same scene seen from another side, in the frame that belongs to it; all its things are visible."""
+    for attempt in range(100):
+        rng = np.random.default_rng([*np.atleast_1d(seed), attempt, 83])
+        angle = rng.uniform(-np.pi, np.pi)
+        c, s = np.cos(angle), np.sin(angle)
+        things = [
+            replace(t, yaw=t.yaw + angle, place=(c * x + s * z, y, c * z - s * x))
+            for t in scene.things
+            for x, y, z in [t.place]
+        ]
+        other = _framed(things, rng)
+        if _visible(other):
+            return other
+    return scene
 
 
 def _visible(scene: Scene) -> bool:
