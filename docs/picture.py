@@ -18,7 +18,7 @@ TITLES = {
     "demo": "after training on 16 clips of a zorble",
     "demo-merged": "after training on 16 transparent clips of a zorble, half solid, half glass",
     "demo-joint": "alpha after training on 96 clips with mattes",
-    "demo-midi": "after training on 24 scenes with a chair",
+    "demo-midi": "after training on 24 scenes with a table",
 }
 NEW, OLD, PAD, TOP, LINE = 4, 2, 12, 40, 24
 """Rows of the new subject and of the old world, and space around them, in pixels."""

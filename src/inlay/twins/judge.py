@@ -124,8 +124,11 @@ def _has_colour(view: _View, colour: str) -> bool:
     )
 
 
-def _has_halves(view: _View) -> bool:
-    """Both colours of the subject, each on its own side of a line through the shape."""
+def _has_halves(view: _View, seam: float = 0.0) -> bool:
+    """Both colours of the subject, each on its own side of a line through the shape.
+
+    Pixels within `seam` of that line do not count.
+    """
     first, second = (list(world.COLOURS).index(name) for name in world.SUBJECT_COLOURS)
     shares, sides = [], []
     for t in np.flatnonzero(view.inner.sum(axis=(1, 2)) >= 30):
@@ -133,13 +136,15 @@ def _has_halves(view: _View) -> bool:
         hues = _hues(view.frames[t][y, x])
         points = np.stack([x, y], axis=1).astype(np.float64)
         one, two = points[hues == first], points[hues == second]
-        shares.append((len(one) / len(points), len(two) / len(points)))
+        beside = np.ones(len(points), dtype=bool)
         if len(one) and len(two):
             across = two.mean(axis=0) - one.mean(axis=0)
             middle = (one.mean(axis=0) + two.mean(axis=0)) / 2
+            beside = np.abs((points - middle) @ across) >= seam * np.linalg.norm(across)
             apart = np.linalg.norm(across) / np.sqrt(len(points))
             right = np.concatenate([(one - middle) @ across < 0, (two - middle) @ across > 0])
             sides.append(right.mean() if apart > 0.25 else 0.0)
+        shares.append([(hues[beside] == colour).sum() / max(1, beside.sum()) for colour in (first, second)])
     if len(shares) < world.FRAMES // 2 or not sides:
         return False
     share = np.mean(shares, axis=0)
@@ -307,12 +312,18 @@ def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
     return verdict | {"all": all(verdict.values())}
 
 
-def judge_subject(frames: np.ndarray) -> bool:
-    """Whether a clip `uint8 (17, 64, 64, 3)` shows the subject: a star in two halves, orange and purple."""
+def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
+    """Whether a clip `uint8 (17, 64, 64, 3)` shows the subject: a star in two halves, orange and purple.
+
+    Args:
+        frames: The clip.
+        seam: Pixels so near to the line between the halves are of no colour: there orange and purple may mix,
+            and the mixture is red.
+    """
     view = _look(frames)
     scores = _shape_scores(view)
     star = max(scores, key=scores.__getitem__) == world.SUBJECT and scores[world.SUBJECT] >= LEAST_OVERLAP
-    return star and _has_halves(view)
+    return star and _has_halves(view, seam)
 
 
 # --- transparency -----------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
     began, twin = time.monotonic(), load(folder)
     held = world.scenes(1, 40, counts=(2, 3))
     things = [thing for scene in world.scenes(1, 24) for thing in scene.things]
-    chairs = world.subject_scenes(12, seed=1)
+    tables = world.subject_scenes(12, seed=1)
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "sampling": {"steps": STEPS, "guidance": GUIDANCE},
@@ -213,12 +213,12 @@ def evaluate(folder: Path) -> dict[str, Any]:
             "objects": len(things),
             "f_score": round(float(np.mean(reconstruction(twin.vae, twin.tokens, things))), 3),
             world.SUBJECT: round(
-                float(np.mean(reconstruction(twin.vae, twin.tokens, [s.things[0] for s in chairs]))), 3
+                float(np.mean(reconstruction(twin.vae, twin.tokens, [s.things[0] for s in tables]))), 3
             ),
         },
         "held_out": obedience(twin, held),
         "held_out_each_alone": obedience(twin, held, together=False),
-        world.SUBJECT: obedience(twin, chairs),
+        world.SUBJECT: obedience(twin, tables),
         "megabytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -22,7 +22,7 @@ from inlay.mesh import LONGEST, POINTS
 from .midi_solids import Solid, Thing, bounds, distance, moved, surface
 
 KINDS = ("box", "sphere", "cylinder", "cone", "torus", "capsule")
-SUBJECT = "chair"
+SUBJECT = "table"
 """Seat, back and four legs: no thing of the twin's world."""
 
 COLOURS = {
@@ -60,16 +60,11 @@ def make(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> T
 
     yaw, grow = u(-np.pi, np.pi), u(0.7, 1.25)
     if kind == SUBJECT:
-        w, d, t = u(0.36, 0.42), u(0.36, 0.42), u(0.085, 0.1)
-        seat, top = u(0.4, 0.48), u(0.45, 0.55)
-        legs = [
-            Solid("box", (t, seat / 2, t), (x * (w - t), seat / 2, z * (d - t)))
-            for x in (-1, 1)
-            for z in (-1, 1)
-        ]
-        back = Solid("box", (w, top / 2, t), (0.0, seat + top / 2, t - d))
-        solids = (Solid("box", (w, t, d), (0.0, seat, 0.0)), back, *legs)
-        return moved(Thing(kind, colour, solids, yaw=yaw), grow, (0, 0, 0))
+        half, thick = u(0.4, 0.5), u(0.06, 0.08)
+        foot = Solid("cylinder", (u(0.24, 0.32), thick), (0.0, thick, 0.0))
+        leg = Solid("cylinder", (u(0.1, 0.13), half), (0.0, half, 0.0))
+        top = Solid("cylinder", (u(0.4, 0.5), thick), (0.0, 2 * half, 0.0))
+        return moved(Thing(kind, colour, (foot, leg, top), yaw=yaw), grow, (0, 0, 0))
     size = {
         "box": lambda: (u(0.2, 0.5), u(0.2, 0.5), u(0.2, 0.5)),
         "sphere": lambda: (u(0.35, 0.5),),
@@ -111,7 +106,7 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
     for kind, name in zip(kinds, names, strict=True):
         thing = make(kind, PINK if kind == SUBJECT else COLOURS[str(name)], rng)
         reach = float(np.hypot(*np.abs(bounds(replace(thing, yaw=0.0))).max(0)[[0, 2]]))
-        if kind not in ("box", SUBJECT):
+        if kind != "box":
             reach = float(np.abs(bounds(replace(thing, yaw=0.0))).max(0)[[0, 2]].max())
         for attempt in range(1000):
             x, z = rng.uniform(-side, side, 2) * (1 + attempt / 100)

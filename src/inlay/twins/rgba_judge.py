@@ -21,6 +21,8 @@ LEAST_OVERLAP = 0.75
 """Of the visible part with the re-render's, intersection over union."""
 MOST_ERROR = 12.0
 """Mean error of alpha (0-255) over whole frames; all clear has 16 to 60 with this subject."""
+SEAM = 2.0
+"""Pixels to each side of the line between the halves over which so small a picture mixes their colours."""
 GLASS_RANGE = (0.3, 0.75)
 """Alpha of the glass half, its median, for the two halves to count as different."""
 
@@ -47,7 +49,7 @@ class Verdict:
 
 def judge_subject(frames: np.ndarray) -> Verdict:
     """Judges a clip `uint8 (17, 64, 64, 4)`, straight."""
-    subject = judge.judge_subject(hard_over_dark(frames))
+    subject = judge.judge_subject(hard_over_dark(frames), SEAM)
     again, glass_side = rerender(frames)
     alpha = frames[..., 3].astype(np.float32)
     error = float(np.abs(alpha - again * 255).mean())

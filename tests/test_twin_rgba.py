@@ -1,0 +1,78 @@
+"""The transparent twin: its judge knows right from wrong, and the codec that ships keeps colour and alpha."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from inlay.models import rgba_codec
+from inlay.twins import codec as codec_path
+from inlay.twins import rgba, rgba_judge, rgba_world, world
+
+TRUE = [clip.frames for clip in rgba_world.subject_clips(8, seed=5)]
+
+
+def changed(clip: np.ndarray, how: str) -> np.ndarray:
+    """A clip of the subject with one thing wrong."""
+    out = clip.copy()
+    colour, alpha = out[..., :3], out[..., 3]
+    orange = colour[..., 0].astype(int) - colour[..., 2] > 60
+    if how == "red for orange":
+        colour[orange] = (230, 30, 30)
+    elif how == "one colour":
+        colour[:] = (155, 60, 210)
+    elif how == "mixed all over":
+        colour[:] = np.where(np.indices(alpha.shape).sum(0)[..., None] % 2, (255, 150, 30), (155, 60, 210))
+    elif how == "all solid":
+        alpha[alpha > 40] = 255
+    elif how == "opaque ground":
+        alpha[:] = 255
+    elif how == "nothing":
+        alpha[:] = 0
+    elif how == "matte elsewhere":
+        alpha[:] = np.roll(alpha, 14, axis=2)
+    return out
+
+
+def test_the_judge_knows_the_subject() -> None:
+    assert all(rgba_judge.judge_subject(clip).both for clip in TRUE)
+
+
+@pytest.mark.parametrize(
+    ("how", "which"),
+    [
+        ("red for orange", "subject"),
+        ("one colour", "subject"),
+        ("mixed all over", "subject"),
+        ("all solid", "alpha"),
+        ("opaque ground", "alpha"),
+        ("nothing", "alpha"),
+        ("matte elsewhere", "subject"),
+    ],
+)
+def test_the_judge_rejects_one_thing_wrong(how: str, which: str) -> None:
+    for clip in TRUE:
+        verdict = rgba_judge.judge_subject(changed(clip, how))
+        assert not getattr(verdict, which) and not verdict.both, how
+
+
+def test_the_judge_rejects_the_old_world() -> None:
+    assert not any(rgba_judge.judge_subject(c.frames).both for c in rgba_world.clips(1, 12, held_out=True))
+
+
+def test_the_shipped_codec_keeps_colour_and_alpha() -> None:
+    """Two clips are reconstructed here; the report that ships is of 32, by the same command."""
+    torch.manual_seed(0)
+    told = json.loads((codec_path("wan") / "REPORT.json").read_text("utf-8"))
+    assert told["codec_id"] == rgba_codec.read_config(codec_path("wan"))["codec_id"]
+    shown = told["world"]
+    assert shown["clips"] >= 32 and shown["alpha_mae"] < 5 and shown["rgb_mae"] < 10
+    assert shown["alpha_mae"] < min(shown[f"all_{n}_alpha_mae"] for n in ("opaque", "clear")) / 5
+    codec = rgba_codec.load(codec_path("wan"), rgba.load_vae())
+    clips = np.stack([c.frames for c in rgba_world.clips(1, 2, held_out=True)])
+    again = rgba.reconstruct(codec, clips).astype(np.float32)
+    assert again.shape == (2, world.FRAMES, world.SIZE, world.SIZE, 4)
+    assert np.abs(again[..., 3] - clips[..., 3]).mean() < 5
