@@ -166,6 +166,13 @@ def test_the_transparent_demo_is_its_recipe() -> None:
     assert ours.data.sources == sources and ours.train == theirs.train and ours.memory == theirs.memory
 
 
+def test_the_demo_of_scenes_is_its_recipe() -> None:
+    from inlay import demo_scenes
+
+    ours = config.load(ROOT / "recipes/midi/twin-demo.yaml")
+    assert ours == config.build(demo_scenes.recipe(Path("runs/demo-midi")))
+
+
 def test_experts_share_their_cache() -> None:
     high, low = (config.load(ROOT / f"recipes/wan/a14b-{side}.yaml") for side in ("high", "low"))
     assert high.data == low.data and high.data.cache

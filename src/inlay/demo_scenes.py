@@ -15,35 +15,51 @@ from inlay.generate import generate
 from inlay.train import train
 from inlay.twins import midi_world as world
 
-SCENES, KNOWN, REPEATS, JUDGED = 24, 96, 8, 10
-"""Scenes of the new kind, scenes of what the twin knows, how often the new ones are shown for each of these,
-and scenes of each group that are judged, which were not trained on."""
+SCENES, VIEWS, JUDGED = 24, 4, 10
+"""Scenes of the new kind, pictures of each from different sides, as `inlay import meshes` makes them, and
+scenes of each group that are judged, which were not trained on."""
+
+KNOWN, REPEATS, PRESERVE = 192, 4, 4
+"""Scenes of what the twin knows already, how often pictures of the new ones are shown for each of these, and
+the weight of leaving the known ones as they were."""
 
 
 def recipe(folder: Path, kind: str = "lora", checkpoint: str = "twin:midi") -> dict:
     """The demo's recipe: what someone with a folder of scenes would write, for the twin's size."""
     return {
         "run": str(folder),
-        "model": {"family": "midi", "checkpoint": checkpoint},
+        "model": {
+            "family": "midi",
+            "checkpoint": checkpoint,
+            "options": {"ff": True, "skip_linear": True},
+        },
         "data": {
-            "sources": [{"path": str(folder / "new"), "repeats": REPEATS}, {"path": str(folder / "known")}],
+            "sources": [
+                {"path": str(folder / "new"), "repeats": REPEATS},
+                {"path": str(folder / "known"), "preserve": PRESERVE},
+            ],
             "held_out": 0.05,
         },
         "tuner": {"kind": kind, "rank": 64},
-        "optim": {"lr": 1e-3, "warmup": 20, "schedule": "linear"},
-        "train": {"steps": 400, "batch": 8, "save_every": 200, "validate_every": 200},
-        "sample": {"steps": 20, "guidance": 3.0, "grid": 64},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 800, "batch": 8, "save_every": 400, "validate_every": 400},
+        "sample": {"steps": 20, "guidance": 2.0, "grid": 64},
         "memory": {"gradient_checkpointing": False},
     }
 
 
-def write_scenes(folder: Path) -> None:
+def write_scenes(folder: Path, judged: int = JUDGED) -> None:
     """Writes scenes of a kind that the twin has never seen, and of its world: to learn from, and to judge."""
+    new = [
+        world.turned(scene, [i, view]) if view else scene
+        for i, scene in enumerate(world.subject_scenes(SCENES))
+        for view in range(VIEWS)
+    ]
     parts = {
-        "new": world.subject_scenes(SCENES),
+        "new": new,
         "known": world.scenes(7, KNOWN),
-        "judged/new": world.subject_scenes(JUDGED, seed=1),
-        "judged/known": world.scenes(8, JUDGED, counts=(2, 3)),
+        "judged/new": world.subject_scenes(judged, seed=1),
+        "judged/known": world.scenes(8, judged, counts=(2, 3)),
     }
     with progress("make scenes", sum(map(len, parts.values())), "scene") as advance:
         for name, scenes in parts.items():
@@ -80,7 +96,7 @@ def demo(folder: Path, *, dora: bool = False, checkpoint: str = "twin:midi") -> 
         ValueError: when the folder holds another run.
     """
     start = time.perf_counter()
-    say(f"{SCENES} scenes with a {world.SUBJECT}, which the tiny model has never seen")
+    say(f"{SCENES} scenes, {VIEWS} pictures of each, with a {world.SUBJECT}: new to the tiny model")
     write_scenes(folder)
     path = folder / "recipe.yaml"
     raw = recipe(folder, "dora" if dora else "lora", checkpoint)

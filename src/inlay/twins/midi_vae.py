@@ -92,13 +92,15 @@ class Pool:
             out.append((points, points[choose(points, TOKENS, step)], places, self.distances[k, where]))
         shape = BATCH, TOKENS, CONFIG["latent_channels"]
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(step))
-        return Batch(*(torch.from_numpy(np.stack(x)) for x in zip(*out, strict=True)), noise)
+        a, b, c, d = (torch.from_numpy(np.stack(x)) for x in zip(*out, strict=True))
+        return Batch(a, b, c, d, noise)
 
 
 def train(work: Path, device: torch.device, workers: int, steps: int = STEPS) -> Path:
     """Train for `steps` steps in `work`, continuing what is there. Returns the file of the weights."""
     torch.manual_seed(0)
-    vae, pool = TripoSGVAE(**CONFIG).to(device), Pool()
+    vae, pool = TripoSGVAE(**CONFIG), Pool()
+    torch.nn.Module.to(vae, device)
 
     def losses(batch: Batch) -> dict[str, Tensor]:
         surfaces, chosen, places, distances, noise = (t.to(device) for t in batch)
