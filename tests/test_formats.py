@@ -875,6 +875,22 @@ def test_inspect_runs_and_checkpoints(base, tmp_path: Path):
     assert formats.read(run_folder, WAN).modules == formats.read(step, WAN).modules
 
 
+@pytest.mark.parametrize("kind", ["lora", "lokr", "loha", "full"])
+def test_model_card_of_scenes(kind: str):
+    raw = {
+        "run": "runs/x",
+        "model": {"family": "midi", "checkpoint": "VAST-AI/MIDI-3D"},
+        "data": {"sources": "scenes"},
+        "tuner": {"kind": kind},
+    }
+    card = formats.model_card(recipes.Config.model_validate(raw), step=300, task="image-to-3d")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "inlay" and "image-to-3d" in front["tags"]
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "DiffusionPipeline" not in code and "| size |" not in card
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_model_card(kind: str, tiny_a14b: Path):
     tuner = {"kind": kind} if kind == "full" else {"kind": kind, "rank": 16}

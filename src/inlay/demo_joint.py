@@ -36,7 +36,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
         "tuner": {"kind": tuner, "rank": 64},
         "alpha": {"kind": "joint"},
         "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
-        "train": {"steps": 300, "batch": 8, "save_every": 150, "validate_every": 150},
+        "train": {"steps": 500, "batch": 8, "save_every": 250, "validate_every": 250},
         "sample": {"prompts": [p for p, _ in world.world_prompts(2, 1)], "steps": 20, "guidance": 2.0},
         "memory": {"gradient_checkpointing": False},
     }

@@ -962,6 +962,46 @@ def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
             assert torch.allclose(before, after), f"bias of {module} differs after export"
 
 
+def _use(config: recipe.Config, source: str) -> list[str]:
+    """Code that loads what was trained into a pipeline of diffusers."""
+    component = "transformer_2" if config.model.expert == "low" else "transformer"
+    kind = config.tuner.kind
+    if not isinstance(config.tuner, recipe.LowRank):
+        return [
+            "from diffusers import AutoModel, DiffusionPipeline\n",
+            f'{component} = AutoModel.from_pretrained("path/to/this/folder")',
+            f'pipe = DiffusionPipeline.from_pretrained("{source}", {component}={component})',
+        ]
+    expert = ", load_into_transformer_2=True" if component == "transformer_2" else ""
+    load = {
+        "lokr": f'pipe.{component}.load_lora_adapter("path/to/this/folder", prefix="transformer")',
+        "loha": f'inlay.lycoris.load(pipe.{component}, Path("path/to/this/folder"))',
+    }
+    return [
+        *(["from pathlib import Path\n", "import inlay.lycoris"] if kind == "loha" else []),
+        "from diffusers import DiffusionPipeline\n",
+        f'pipe = DiffusionPipeline.from_pretrained("{source}")',
+        load.get(kind, f'pipe.load_lora_weights("path/to/this/folder"{expert})'),
+    ]
+
+
+def _use_of_scenes(config: recipe.Config, source: str) -> list[str]:
+    """Code that loads what was trained into the network of MIDI and TripoSG."""
+    start, kind = "from inlay.models.triposg import TripoSGTransformer\n", config.tuner.kind
+    if not isinstance(config.tuner, recipe.LowRank):
+        return [start, 'network = TripoSGTransformer.from_pretrained("path/to/this/folder")']
+    load = {
+        "lokr": 'network.load_lora_adapter("path/to/this/folder", prefix="transformer")',
+        "loha": 'lycoris.load(network, Path("path/to/this/folder"))',
+    }
+    return [
+        *(["from pathlib import Path\n", "from inlay import lycoris"] if kind == "loha" else []),
+        start,
+        f'network = TripoSGTransformer.from_pretrained("{source}", subfolder="transformer")',
+        load.get(kind, 'network.load_lora_adapter("path/to/this/folder")'),
+    ]
+
+
 def model_card(
     config: recipe.Config,
     *,
@@ -989,40 +1029,24 @@ def model_card(
         config.model.checkpoint if on_hub else re.split(r"[/\\]", config.model.checkpoint.rstrip("/\\"))[-1]
     )
     source = name if on_hub else f"path/to/{name.split(':')[-1]}"
-    component = "transformer_2" if config.model.expert == "low" else "transformer"
-    if isinstance(tuner, recipe.LowRank):
-        how = {"rank": tuner.rank, "alpha": tuner.alpha or tuner.rank}
-        expert = ", load_into_transformer_2=True" if component == "transformer_2" else ""
-        load = {
-            "lokr": f'pipe.{component}.load_lora_adapter("path/to/this/folder", prefix="transformer")',
-            "loha": f'inlay.lycoris.load(pipe.{component}, Path("path/to/this/folder"))',
-        }
-        code = [
-            *(["from pathlib import Path\n", "import inlay.lycoris"] if tuner.kind == "loha" else []),
-            "from diffusers import DiffusionPipeline\n",
-            f'pipe = DiffusionPipeline.from_pretrained("{source}")',
-            load.get(tuner.kind, f'pipe.load_lora_weights("path/to/this/folder"{expert})'),
-        ]
-    else:
-        how = {}
-        code = [
-            "from diffusers import AutoModel, DiffusionPipeline\n",
-            f'{component} = AutoModel.from_pretrained("path/to/this/folder")',
-            f'pipe = DiffusionPipeline.from_pretrained("{source}", {component}={component})',
-        ]
+    scenes = task == "image-to-3d"  # diffusers has no such network; it is ours
+    code = (_use_of_scenes if scenes else _use)(config, source)
+    low_rank = isinstance(tuner, recipe.LowRank)
+    how = {"rank": tuner.rank, "alpha": tuner.alpha or tuner.rank} if low_rank else {}
     title = KINDS.get(tuner.kind, "Fine-tuned weights")
     front: dict[str, Any] = {"base_model": name} if on_hub else {}
     front |= {
-        "library_name": "diffusers",
+        "library_name": "inlay" if scenes else "diffusers",
         "tags": ["inlay", config.model.family, task, tuner.kind],
     }
     front |= {"instance_prompt": data.trigger} if data.trigger else {}
+    size = f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames"
     settings = {
         "base": name + (f", {config.model.expert}-noise expert" if config.model.expert else ""),
         "steps": step,
         **how,
         "targets": ", ".join(getattr(tuner, "targets", [])) or "the default of the family",
-        "size": f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames",
+        **({} if scenes else {"size": size}),
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
         "batch": f"{config.train.batch}, accumulated {config.train.accumulate} times",
         "objective": objective or config.objective.preset,

@@ -321,8 +321,8 @@ def card(
     return formats.model_card(
         config,
         step=step,
-        prompts=list(prompts),
-        task="image-to-video" if family.images else "text-to-video",
+        prompts=list(prompts) if family.text_length else [],
+        task=mediums.of(family.medium).task(family),
         objective=what,
         warnings=family.warnings(),
     )

@@ -58,6 +58,10 @@ class Medium(ABC):
         """Looks at every example and decides what a run sees; collects what is wrong."""
 
     @abstractmethod
+    def task(self, family: Family) -> str:
+        """What the Hub calls the purpose of what was trained."""
+
+    @abstractmethod
     def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
         """Draws windows and what `Window.read` gave of each into a PNG."""
 

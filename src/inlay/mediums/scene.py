@@ -113,6 +113,10 @@ class Scenes(Medium):
         together = _together if config.data.held_out else None
         return data.assemble(config.data, config.seed, found, windows, problems, {}, together, self.one)
 
+    def task(self, family: Family) -> str:
+        """What the Hub calls it."""
+        return "image-to-3d"
+
     def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
         """The picture, the objects over it, and their surfaces from two sides."""
         made = []

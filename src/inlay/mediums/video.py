@@ -34,6 +34,10 @@ class Video(Medium):
         """Clips in any layout that `data` reads."""
         return data.plan(config.data, family.grid, family.fps, config.seed, progress, family, probe, look)
 
+    def task(self, family: Family) -> str:
+        """What the Hub calls it."""
+        return "image-to-video" if family.images else "text-to-video"
+
     def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
         """A strip of frames for each, under its caption."""
         made = []
