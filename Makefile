@@ -27,7 +27,7 @@ docs: $(VENV)/installed  ## regenerate the reference and the cost tables
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q -c constraints.txt -e '.[mesh]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
