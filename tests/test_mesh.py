@@ -130,6 +130,13 @@ def test_scenes_keep_names_and_places(tmp_path: Path) -> None:
         mesh.read_scene(tmp_path / "bad.glb")
 
 
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh.require()
+    monkeypatch.setattr(mesh, "find_spec", lambda name: None if name == "fpsample" else object())
+    with pytest.raises(ValueError, match=r"not here \(fpsample\): pip install 'inlay\[mesh\]'"):
+        mesh.require()
+
+
 def test_measures_of_known_shapes() -> None:
     a = mesh.sample_surface(trimesh.creation.icosphere(radius=0.5), 4000, 0)[:, :3]
     b = mesh.sample_surface(trimesh.creation.icosphere(radius=0.5), 4000, 1)[:, :3]

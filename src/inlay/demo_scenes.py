@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from inlay import check, config, mediums
+from inlay import check, config, mediums, mesh
 from inlay.alpha import family as open_family
 from inlay.console import console, progress, say
 from inlay.evaluate import Prompt, evaluate, summary_table
@@ -93,9 +93,10 @@ def demo(folder: Path, *, dora: bool = False, checkpoint: str = "twin:midi") -> 
         The report, a page that opens in any browser.
 
     Raises:
-        ValueError: when the folder holds another run.
+        ValueError: when the folder holds another run, or packages for scenes are missing.
     """
     start = time.perf_counter()
+    mesh.require()
     say(f"{SCENES} scenes, {VIEWS} pictures of each, with a {world.SUBJECT}: new to the tiny model")
     write_scenes(folder)
     path = folder / "recipe.yaml"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,6 +271,19 @@ def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
     if len(mesh.faces) > most:
         found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}")
     return found
+
+
+def require() -> None:
+    """Stops where packages that scenes need are not installed.
+
+    Raises:
+        ValueError: naming them, and how to get them.
+    """
+    missing = [name for name in ("trimesh", "skimage", "fpsample") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"scenes need packages that are not here ({', '.join(missing)}): pip install 'inlay[mesh]'"
+        )
 
 
 def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import config as recipe
-from inlay import scenes
+from inlay import mesh, scenes
 from inlay.console import once
 from inlay.families.base import Family, Grid
 from inlay.models import scene_parts as parts
@@ -67,6 +67,7 @@ class Midi(Family):
     }
 
     def __init__(self, model: recipe.Model) -> None:
+        mesh.require()
         super().__init__(model)
         if model.task is not None or model.expert is not None:
             raise ValueError(f"model.{'expert' if model.expert else 'task'}: a scene has none; leave it out")
