@@ -236,7 +236,7 @@ def judge(report: Report) -> Verdict:
         )
     risen = [g for g in report.groups if g.risen >= TELLING_YES]
     fallen = [g for g in report.groups if g.risen <= -TELLING_YES]
-    warnings = [*_forgotten(fallen), *warnings]
+    warnings = [*_forgotten(fallen, report.makes), *warnings]
     tone, headline = _headline(loss, risen, fallen, f"{report.makes}s")
     return Verdict(tone, headline, _sentences(reasons), warnings)
 
@@ -328,11 +328,11 @@ def _checkpoints(report: Report) -> list[str]:
     return out
 
 
-def _forgotten(fallen: Sequence[Group]) -> list[str]:
+def _forgotten(fallen: Sequence[Group], makes: str) -> list[str]:
     return [
         "It forgot"
         + (f" \N{LEFT DOUBLE QUOTATION MARK}{g.name}\N{RIGHT DOUBLE QUOTATION MARK}" if g.name else "")
-        + f": {g.tuned_yes} of {g.judged} videos show what was "
+        + f": {g.tuned_yes} of {g.judged} {makes}s show what was "
         f"asked, {g.base_yes} did before."
         for g in fallen
     ]
