@@ -175,6 +175,19 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_one_token_is_looked_at_as_by_attention() -> None:
+    """What is asked of a single token does not matter, and its gradient is 0, not what rounding leaves."""
+    attention = Attention(12, 2, 8, qk_norm=True)
+    x, context = torch.randn(3, 5, 12), torch.randn(3, 1, 8)
+    out = attention(x, context)
+    out.square().mean().backward()
+    for weight in (attention.to_q.weight, attention.norm_q.weight, attention.norm_k.weight):  # type: ignore[union-attr]
+        assert weight.grad is not None and not weight.grad.any()
+    with torch.no_grad():
+        twice = attention(x, context.repeat(1, 2, 1))  # two equal tokens, through attention
+    assert torch.allclose(out, twice, atol=1e-6) and attention.to_v.weight.grad.any()  # type: ignore[union-attr]
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +193,10 @@ def test_all_that_is_trained_gets_a_gradient(data: midi_data.Scenes) -> None:
     model = midi_dit.build()
     midi_dit.loss(model, data.batch(0, 4, 1, 0.0)).backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert {n for n in idle if "mask_token" not in n and "bias" not in n} == set()
+    # who asks one token has no choice
+    alone = re.compile(r"blocks\.\d+\.(attn2\.(to_q|norm_q|norm_k)|norm2)\.")
+    idle = {n for n in idle if "mask_token" not in n and "bias" not in n and not alone.search(n)}
+    assert idle == set()
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(

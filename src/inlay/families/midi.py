@@ -113,10 +113,6 @@ class Midi(Family):
     def problems(self, config: recipe.Config) -> list[str]:
         """Keys that only videos have, and images that do not go together."""
         wrong = [f"sample.images: {p}" for p in scenes.wrong_pairs(config.sample.images)]
-        if config.runtime.parallel != "ddp":
-            wrong.append(
-                "runtime.parallel: scenes train with ddp alone, the others are not yet exact for them"
-            )
         return [*scenes.not_of_scenes(config), *wrong]
 
     def notes(self, config: recipe.Config) -> list[str]:
