@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,16 @@ def test_scenes_keep_names_and_places(tmp_path: Path) -> None:
     (tmp_path / "bad.glb").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read as a mesh"):
         mesh.read_scene(tmp_path / "bad.glb")
+
+
+def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
+    ball = trimesh.creation.icosphere(subdivisions=5, radius=0.6)
+    few = mesh.decimated(ball, 1000)
+    assert len(few.faces) <= 1000 < len(ball.faces) and not mesh.problems(few)
+    assert abs(few.volume / ball.volume - 1) < 0.02
+    monkeypatch.setitem(sys.modules, "fast_simplification", None)
+    with pytest.raises(ValueError, match=r"fast-simplification: pip install 'inlay\[mesh\]'"):
+        mesh.decimated(ball, 1000)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,7 @@ def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
     try:
         return mesh.simplify_quadric_decimation(face_count=triangles)
     except ModuleNotFoundError:
-        raise ValueError("sample.triangles: needs a package, `pip install fast-simplification`") from None
+        raise ValueError("sample.triangles: needs fast-simplification: pip install 'inlay[mesh]'") from None
 
 
 def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
