@@ -241,8 +241,10 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("how", ["torchrun", "nodes", "accelerate", "slurm"])
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [("torchrun", "ddp"), ("torchrun", "fsdp"), ("nodes", "ddp"), ("accelerate", "ddp"), ("slurm", "fsdp")],
+)
 def test_launch_file_equals_accumulation_two(
     how: str, mode: str, recipe: Callable[..., dict], tmp_path: Path
 ) -> None:
