@@ -1,9 +1,11 @@
 """Makes a picture of the README or of a page from a finished demo.
 
-python docs/picture.py runs/demo demo
-python docs/picture.py runs/demo-merged demo-merged
-python docs/picture.py runs/demo-joint demo-joint
-python docs/picture.py runs/demo-midi demo-midi
+    python docs/picture.py runs/demo demo
+    python docs/picture.py runs/demo-merged demo-merged
+    python docs/picture.py runs/demo-joint demo-joint
+    python docs/picture.py runs/demo-midi demo-midi
+
+Writes `docs/images/NAME.png`.
 """
 
 from __future__ import annotations

@@ -162,11 +162,6 @@ def test_pictures_are_what_the_processors_make() -> None:
     assert [int(m.sum()) > 0 for m in shown["mask"]] == [True] * 3
 
 
-shipped = pytest.mark.skipif(
-    not (path("midi") / "model_index.json").is_file(), reason="the MIDI twin is not trained yet"
-)
-
-
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> midi_data.Scenes:
     monkeypatch.setattr(midi_data, "PIECE", 6)
@@ -230,7 +225,6 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
 # --- what ships ---------------------------------------------------------------------------------------------
 
 
-@shipped
 def test_the_shipped_folder_is_small_and_laid_out_as_the_published_one() -> None:
     files = [file for file in path("midi").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 8_000_000
@@ -254,7 +248,6 @@ def twin() -> midi_report.Twin:
     return midi_report.load(path("midi"))
 
 
-@shipped
 def test_the_shipped_twin_loads_in_float32(twin: midi_report.Twin) -> None:
     assert {part.dtype for part in (twin.dit, twin.vae, twin.clip, twin.dino)} == {torch.float32}
     assert twin.dino.config.num_channels == 7
@@ -262,13 +255,11 @@ def test_the_shipped_twin_loads_in_float32(twin: midi_report.Twin) -> None:
     assert twin.tokens == midi_vae.TOKENS and twin.shift == midi_data.SHIFT
 
 
-@shipped
 def test_the_shipped_vae_keeps_shapes_it_never_saw(twin: midi_report.Twin) -> None:
     things = [thing for scene in world.scenes(9, 3) for thing in scene.things]
     assert np.mean(midi_report.reconstruction(twin.vae, twin.tokens, things)) > 0.8
 
 
-@shipped
 def test_the_shipped_twin_finds_scenes_in_pictures(twin: midi_report.Twin) -> None:
     found = midi_report.obedience(twin, world.scenes(9, 4, counts=(2, 3)), steps=12)
     assert found["f_score"] > 0.65

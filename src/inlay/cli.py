@@ -480,7 +480,7 @@ def composite(
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Where to write.", show_default="`runs/demo`, `runs/demo-midi` ..."),
+        typer.Option("--out", "-o", help="Where to write. Default: `runs/demo`, `runs/demo-midi` and so on."),
     ] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
     family: Annotated[str, typer.Option(help="`wan`, clips; or `midi`, scenes of meshes.")] = "wan",

@@ -112,8 +112,8 @@ class Midi(Family):
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Keys that only videos have, and images that do not go together."""
-        wrong = [f"sample.images: {p}" for p in scenes.wrong_pairs(config.sample.images)]
-        return [*scenes.not_of_scenes(config), *wrong]
+        wrong = scenes.wrong_pairs(config.sample.images)
+        return [*scenes.not_of_scenes(config), *(f"sample.images: {p}" for p in wrong)]
 
     def notes(self, config: recipe.Config) -> list[str]:
         """Adds what is allowed but rarely meant: other multi-instance blocks, heads changed in part."""

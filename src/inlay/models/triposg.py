@@ -85,9 +85,8 @@ class Attention(nn.Module):
             k, v = stacked.view(rows, stacked.shape[1], self.heads, -1).transpose(1, 2).chunk(2, -1)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        if (
-            k.shape[2] == 1
-        ):  # a softmax over one is 1: gradients are 0, where attention leaves some of rounding
+        if k.shape[2] == 1:
+            # a softmax over one is 1: gradients are 0 here, where attention leaves some of rounding
             out = v + 0 * (q + k)
         elif groups:
             out = _grouped(q, k, v, groups)

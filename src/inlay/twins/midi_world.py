@@ -23,7 +23,7 @@ from .midi_solids import Solid, Thing, bounds, distance, moved, surface
 
 KINDS = ("box", "sphere", "cylinder", "cone", "torus", "capsule")
 SUBJECT = "table"
-"""Seat, back and four legs: no thing of the twin's world."""
+"""A round top on one leg with a foot: no thing of the twin's world."""
 
 COLOURS = {
     "red": (214, 70, 60), "orange": (236, 140, 50), "yellow": (232, 200, 70), "green": (90, 170, 90),

@@ -144,9 +144,8 @@ def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
     for clips in ahead(lambda k: batch(PHASES[bisect.bisect_right(ENDS, k)], k), step, total, workers):
         phase = PHASES[bisect.bisect_right(ENDS, step)]
         generator = torch.Generator().manual_seed(step)
-        weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE} | {
-            "visible_alpha": phase.visible_alpha
-        }
+        weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE}
+        weights["visible_alpha"] = phase.visible_alpha
         terms = rgba_codec.losses(codec, clips.to(device), loss, generator, **weights, colors=COLORS)
         terms["loss"].backward()
         optimizers["merge"].rates = phase.merge, 1e-3
