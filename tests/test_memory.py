@@ -261,7 +261,7 @@ def test_runs_learn_with_less_memory(recipe: Callable[..., dict], section: dict)
     assert len(whole) > 1
 
 
-def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict]) -> None:
+def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], tmp_path: Path) -> None:
     """Each key arrives where it has its effect."""
     ctx = runtime.Context(CPU, torch.float32, "adamw4bit")
     section = {"quantize": "int8", "gradient_checkpointing": 2}
@@ -273,7 +273,7 @@ def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict]) -> None:
     }
     assert type(job.optimizer).__name__ == "AdamW4bit"
     assert job.denoiser.gradient_checkpointing
-    off = recipe(memory={"gradient_checkpointing": False}, run="other")
+    off = recipe(memory={"gradient_checkpointing": False}, run=str(tmp_path / "other"))
     assert not prepare(
         config.build(off), runtime.Context(CPU, torch.float32, "adamw")
     ).denoiser.gradient_checkpointing

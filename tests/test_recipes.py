@@ -241,10 +241,8 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("how", "mode"),
-    [("torchrun", "ddp"), ("torchrun", "fsdp"), ("nodes", "ddp"), ("accelerate", "ddp"), ("slurm", "fsdp")],
-)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["torchrun", "nodes", "accelerate", "slurm"])
 def test_launch_file_equals_accumulation_two(
     how: str, mode: str, recipe: Callable[..., dict], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +97,43 @@ def demo(folder: Path, *, dora: bool = False) -> Path:
     start = time.perf_counter()
     say(f"{CLIPS} clips of a subject that the tiny model has never seen: a two-coloured star called zorble")
     write_clips(folder)
+    return job(folder, recipe(folder, "dora" if dora else "lora"), lambda _: prompts(PROMPTS), start)
+
+
+def job(
+    folder: Path,
+    made: dict,
+    asked: Callable[[config.Config], list[Prompt]],
+    start: float,
+    pair: Sequence[str] = (),
+) -> Path:
+    """Checks, caches, trains, generates and evaluates: what every demo does once its examples are there.
+
+    Args:
+        folder: run folder.
+        made: the recipe.
+        asked: prompts of the evaluation, from the settings.
+        start: when the demo began, by `time.perf_counter`.
+        pair: picture and segmentation to generate from; without, the first prompt is taken.
+
+    Returns:
+        The report, a page that opens in any browser.
+    """
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(folder, "dora" if dora else "lora"), sort_keys=False), "utf-8")
+    path.write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
     settings = config.load(path)
     title(f"inlay check {path}")
     report = check.check(settings)
     check.print_report(report, console)
     title(f"inlay train {path}")
     train(settings)
-    title(f'inlay generate {folder} "{settings.sample.prompts[0]}"')
-    for video in generate(folder, settings.sample.prompts[:1]):
-        say(str(video))
+    prompt = settings.sample.prompts[:1]
+    what = f"--image {pair[0]} --seg {pair[1]}" if pair else f'"{prompt[0]}"'
+    title(f"inlay generate {folder} {what}")
+    for file in generate(folder, prompt, images=[pair] if pair else []):
+        say(str(file))
     title(f"inlay evaluate {folder}")
-    result = evaluate(folder, prompts=prompts(PROMPTS))
+    result = evaluate(folder, prompts=asked(settings))
     console.print(summary_table(result))
     say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
     print(result.path)

@@ -6,13 +6,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from inlay import check, config, demo, demo_joint, rgba
-from inlay.console import console, progress, say
-from inlay.evaluate import Prompt, evaluate, summary_table
-from inlay.generate import generate
-from inlay.train import train
+from inlay import demo, demo_joint, rgba
+from inlay.console import progress, say
+from inlay.evaluate import Prompt
 from inlay.twins import rgba_judge, rgba_world, world
 
 KNOWN, REPEATS = 240, 16
@@ -95,7 +92,8 @@ def merged(folder: Path, *, dora: bool = False) -> Path:
     start = time.perf_counter()
     say(INTRO)
     write_clips(folder)
-    return _job(folder, recipe(folder, "dora" if dora else "lora"), prompts(demo.PROMPTS), start)
+    made = recipe(folder, "dora" if dora else "lora")
+    return demo.job(folder, made, lambda _: prompts(demo.PROMPTS), start)
 
 
 def joint(folder: Path, *, dora: bool = False) -> Path:
@@ -104,23 +102,4 @@ def joint(folder: Path, *, dora: bool = False) -> Path:
     say(demo_joint.INTRO)
     demo_joint.write_clips(folder)
     made = demo_joint.recipe(folder, "dora" if dora else "lora")
-    return _job(folder, made, demo_joint.prompts(demo_joint.PROMPTS), start)
-
-
-def _job(folder: Path, made: dict, asked: list[Prompt], start: float) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
-    settings = config.load(path)
-    demo.title(f"inlay check {path}")
-    check.print_report(check.check(settings), console)
-    demo.title(f"inlay train {path}")
-    train(settings)
-    demo.title(f'inlay generate {folder} "{settings.sample.prompts[0]}"')
-    for file in generate(folder, settings.sample.prompts[:1]):
-        say(str(file))
-    demo.title(f"inlay evaluate {folder}")
-    result = evaluate(folder, prompts=asked)
-    console.print(summary_table(result))
-    say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
-    print(result.path)
-    return result.path
+    return demo.job(folder, made, lambda _: demo_joint.prompts(demo_joint.PROMPTS), start)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import yaml
-
-from inlay import check, config, mediums, mesh
+from inlay import config, mediums, mesh
 from inlay.alpha import family as open_family
-from inlay.console import console, progress, say
-from inlay.evaluate import Prompt, evaluate, summary_table
-from inlay.generate import generate
-from inlay.train import train
+from inlay.console import progress, say
+from inlay.demo import job
+from inlay.evaluate import Prompt
 from inlay.twins import midi_world as world
 
 SCENES, VIEWS, JUDGED = 24, 4, 10
@@ -99,25 +96,6 @@ def demo(folder: Path, *, dora: bool = False, checkpoint: str = "twin:midi") -> 
     mesh.require()
     say(f"{SCENES} scenes, {VIEWS} pictures of each, with a {world.SUBJECT}: new to the tiny model")
     write_scenes(folder)
-    path = folder / "recipe.yaml"
-    raw = recipe(folder, "dora" if dora else "lora", checkpoint)
-    path.write_text(yaml.safe_dump(raw, sort_keys=False), "utf-8")
-    settings = config.load(path)
-    _title(f"inlay check {path}")
-    check.print_report(check.check(settings), console)
-    _title(f"inlay train {path}")
-    train(settings)
+    made = recipe(folder, "dora" if dora else "lora", checkpoint)
     pair = [str(folder / "judged/new/000" / n) for n in ("scene_rgb.png", "seg.png")]
-    _title(f"inlay generate {folder} --image {pair[0]} --seg {pair[1]}")
-    for made in generate(folder, [], images=[pair]):
-        say(str(made))
-    _title(f"inlay evaluate {folder}")
-    result = evaluate(folder, prompts=prompts(folder, settings))
-    console.print(summary_table(result))
-    say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
-    print(result.path)
-    return result.path
-
-
-def _title(command: str) -> None:
-    console.rule(f"[bold]{command}", align="left")
+    return job(folder, made, lambda settings: prompts(folder, settings), start, pair)
