@@ -19,7 +19,7 @@ from commands import inlay
 trimesh = pytest.importorskip("trimesh")
 
 from inlay import config, cost, data, families, mediums, mesh, scenes  # noqa: E402
-from inlay.models import scene_parts, triposg  # noqa: E402
+from inlay.models import scene_pictures, triposg  # noqa: E402
 from inlay.train import train  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -90,15 +90,17 @@ def test_the_scheduler_s_shift_is_read_and_told_where_it_is_missing(
 
 
 def test_dino_of_three_channels_is_widened_to_seven(
-    copy: Path, checkpoint: Callable[[str, str], Path]
+    copy: Path, checkpoint: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
     shutil.rmtree(copy / "image_encoder_2")
     shutil.copytree(checkpoint("midi", "triposg") / "image_encoder_dinov2", copy / "image_encoder_2")
-    dino, note = scene_parts.load_dino(copy / "image_encoder_2", 7)
-    assert "untrained" in note
-    old, _ = scene_parts.load_dino(copy / "image_encoder_2", 3)
+    plain = checkpoint("midi", "triposg")
+    eye, alone = (family(c).sight.eyes["dino"] for c in (copy, plain))
+    dino = scene_pictures.build(eye, copy / "image_encoder_2", torch.float32)
+    assert "untrained" in capsys.readouterr().err
+    old = scene_pictures.build(alone, copy / "image_encoder_2", torch.float32)
     wide, narrow = (d.embeddings.patch_embeddings.projection.weight for d in (dino, old))
     assert torch.equal(wide, torch.cat([narrow, narrow, narrow[:, :1]], 1))
     seen = family(copy).load_pictures(CPU)(np.zeros((20, 30, 3), np.uint8), [np.ones((20, 30), bool)])
@@ -125,11 +127,14 @@ def test_extractors_do_what_transformers_do() -> None:
 
     pixels = np.random.default_rng(0).integers(0, 255, (70, 70, 3), dtype=np.uint8)
     said = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
-    for kind, ours in ((CLIPImageProcessorPil, scene_parts.CLIP), (BitImageProcessorPil, scene_parts.DINO)):
+    for kind, ours in (
+        (CLIPImageProcessorPil, scene_pictures.CLIP),
+        (BitImageProcessorPil, scene_pictures.DINO),
+    ):
         stock = kind(**said, image_mean=ours.mean, image_std=ours.std, do_convert_rgb=True)
         theirs = stock(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-        own = scene_parts.Extractor.of({**said, "image_mean": ours.mean, "image_std": ours.std}, ours)
-        assert (own(pixels) - theirs).abs().max() < 1e-5
+        own = scene_pictures.Extractor.of({**said, "image_mean": ours.mean, "image_std": ours.std}, ours)
+        assert (own.normalised(own.picture(pixels)[None])[0] - theirs).abs().max() < 1e-5
 
 
 # --- what the network is given ------------------------------------------------------------------------------

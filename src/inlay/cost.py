@@ -337,7 +337,11 @@ def _cache(
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
     """Bytes of the cache by kind, and a sentence about them."""
-    clips = sum(2 * sum(map(math.prod, family.stored(*s).values())) * n for s, n in windows.items())
+    size = {s: [(name, math.prod(v)) for name, v in family.stored(*s).items()] for s in windows}
+    clips = sum(
+        sum(count * (1 if name in family.bytewise else 2) for name, count in size[s]) * n
+        for s, n in windows.items()
+    )
     if not family.text_length:
         return {"clips": clips, "captions": 0}, "cache: latents and what is seen of pictures, in float16"
     tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -57,9 +57,11 @@ def export(
     if settings.tuner.kind in lycoris.KINDS:
         base = family.load_denoiser(torch.float32) if to == "merged" else None
         return lycoris.export(folder, to, target, base)
-    adapter = formats.read(
-        folder, family, shapes=formats.shapes(family.load_denoiser(torch.float32, meta=True))
-    )
+    network = family.load_denoiser(torch.float32, meta=True)
+    parts = formats.companions(network)
+    if parts and to not in ("diffusers", "merged"):
+        raise ValueError(f"--to: {to} has no place for {', '.join(parts)}; use `diffusers` or `merged`")
+    adapter = formats.read(folder, family, shapes=formats.shapes(network))
     needed = to in ("merged", "kohya") or (to == "comfyui" and adapter.dora)
     base = family.load_denoiser(torch.float32) if needed else None
     if then is not None and base is not None:
@@ -70,7 +72,21 @@ def export(
                 f"--then: {then} is a DoRA, which rescales the rows of what it is applied to and so comes "
                 "first; merge it into the base, and train on that"
             )
-    return formats.export(adapter, to, target, family=family, base=base)  # type: ignore[arg-type]
+    if not parts:
+        return formats.export(adapter, to, target, family=family, base=base)  # type: ignore[arg-type]
+    own = {n: formats.read(folder / n, family, shapes=formats.shapes(p)) for n, p in parts.items()}
+    with atomic(target) as whole:
+        for name, part in own.items():
+            if base is None:
+                shutil.copytree(folder / name, whole / name)
+                continue
+            encoder: Any = base.get_submodule(name)
+            formats.merge(encoder, part)
+            encoder.save_pretrained(whole / name)
+            delattr(base, name)
+        main = whole / family.component if base is not None else whole
+        formats.export(adapter, to, main, family=family, base=base)  # type: ignore[arg-type]
+    return target
 
 
 def _export_codec(

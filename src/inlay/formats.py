@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +43,9 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 """Kinds of adapters, as they are spelled in prose."""
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+"""The name that peft and transformers look for."""
 
 _METADATA = "lora_adapter_metadata"
 _DORA_RULE = "inlay_dora_scale"
@@ -236,7 +239,7 @@ def _locate(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    for name in (WEIGHTS, "adapter_model.safetensors", f"adapter/{WEIGHTS}"):
+    for name in (WEIGHTS, PEFT_WEIGHTS, f"adapter/{WEIGHTS}"):
         if (path / name).is_file():
             return path / name
     found = [p for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in sorted(path.glob(kind))]
@@ -264,7 +267,7 @@ def _open(path: Path, alpha: float | None = None) -> _File:
         tensors = _unpickle(path)
     raw, origin = header.get(_METADATA), f"the file's header ({_METADATA})"
     beside = path.with_name("adapter_config.json")
-    if raw is None and beside.is_file() and path.name == "adapter_model.safetensors":
+    if raw is None and beside.is_file() and path.name == PEFT_WEIGHTS:
         raw, origin = beside.read_text("utf-8"), beside.name
     try:
         config = json.loads(raw) if raw else {}
@@ -669,18 +672,30 @@ def merge(denoiser: nn.Module, adapter: Adapter) -> None:
             layer.bias.copy_(layer.bias.float() + adapter.scale(module) * added.to(layer.bias.device).float())
 
 
-def attach(denoiser: nn.Module, adapter: Adapter, name: str = "inlay") -> None:
-    """Puts an adapter on a network through the stock diffusers loader, and checks that all of it arrived.
+def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Networks of transformers inside a denoiser, by name: adapters of these are folders of their own."""
+    from transformers import PreTrainedModel
+
+    return {name: child for name, child in denoiser.named_children() if isinstance(child, PreTrainedModel)}
+
+
+def attach(network: nn.Module, adapter: Adapter, name: str = "inlay") -> None:
+    """Puts an adapter on a network of diffusers or transformers, and checks that all of it arrived.
 
     Raises:
         ValueError: when it does not fit.
     """
-    from peft import get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
-    _fit(adapter, shapes(denoiser))
-    load: Any = denoiser.load_lora_adapter
-    load(dict(adapter.tensors), prefix=None, adapter_name=name, metadata=adapter.peft_config())
-    arrived = get_peft_model_state_dict(denoiser, adapter_name=name)
+    _fit(adapter, shapes(network))
+    load: Any = getattr(network, "load_lora_adapter", None)
+    if load:
+        load(dict(adapter.tensors), prefix=None, adapter_name=name, metadata=adapter.peft_config())
+    else:
+        inject_adapter_in_model(LoraConfig(**adapter.peft_config()), network, name)
+        set_peft_model_state_dict(network, dict(adapter.tensors), name)
+        network.eval().requires_grad_(False)
+    arrived = get_peft_model_state_dict(network, adapter_name=name)
     assert arrived.keys() == adapter.tensors.keys(), "the stock loader left tensors out"
     for key, tensor in adapter.tensors.items():
         assert torch.equal(arrived[key].cpu(), tensor.to(arrived[key].dtype).cpu()), f"{key} was not loaded"
@@ -757,6 +772,30 @@ def write_diffusers(
     )
     path = Path(folder) / WEIGHTS
     write_tensors(path, dict(sorted(named.items())), {**metadata, **adapter_header(config)})
+    return path
+
+
+def write_peft(
+    folder: Path, tensors: Mapping[str, Tensor], peft_config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> Path:
+    """Writes an adapter that `peft.PeftModel.from_pretrained(network, folder)` restores.
+
+    `load_adapter` of transformers also takes a LoRA, but not the magnitudes of a DoRA (5.23).
+
+    Args:
+        folder: is created.
+        tensors: as `get_peft_model_state_dict` returns them.
+        peft_config: `LoraConfig.to_dict()`; only settings that change the function are taken.
+        metadata: text for the header of the weights.
+    """
+    from peft import LoraConfig
+
+    modules = sorted({k.split(".lora_")[0] for k in tensors})
+    path = folder / PEFT_WEIGHTS
+    named = {f"base_model.model.{k}": t for k, t in sorted(tensors.items())}
+    write_tensors(path, named, metadata)
+    config = {k: peft_config[k] for k in ("r", "lora_alpha", "use_dora")}
+    LoraConfig(**config, target_modules=modules, inference_mode=True).save_pretrained(folder)
     return path
 
 
@@ -1116,9 +1155,10 @@ def inspect(path: str | Path) -> Inspection:
     found = [_inspect_file(p) for p in sorted(path.glob("*.safetensors")) if p.name != joint.EMBEDDING]
     if not found:
         raise ValueError(f"{path}: no adapter, cached item, checkpoint, run or model in this folder")
-    return (
-        found[0] if len(found) == 1 else Inspection(path, "folder", {"size": _bytes(path)}, (), tuple(found))
-    )
+    beside = tuple(_inspect_file(p) for p in sorted(path.glob(f"*/{PEFT_WEIGHTS}")))  # see `companions`
+    if len(found) == 1:
+        return replace(found[0], parts=beside)
+    return Inspection(path, "folder", {"size": _bytes(path)}, (), (*found, *beside))
 
 
 def describe(inspection: Inspection, indent: str = "") -> str:
@@ -1169,6 +1209,10 @@ def _inspect_adapter(path: Path) -> Inspection:
         return _inspect_lycoris(file)
     known = {name: families.get(name) for name in families.names()}
     parsed = {name: _parse(file, family, ()) for name, family in known.items()}
+    any_family = next(iter(known.values()))
+    if path.name == PEFT_WEIGHTS and not any(p.parts for p in parsed.values()):
+        layers = file.config.get("target_modules") or ()
+        parsed = {f"none, it is for {path.parent.name}": _parse(file, any_family, layers)}
     most = max(len(p.parts) for p in parsed.values())
     names = [n for n, p in parsed.items() if len(p.parts) == most]
     sizes = {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in file.tensors.items()}
@@ -1178,7 +1222,7 @@ def _inspect_adapter(path: Path) -> Inspection:
             path, "adapter", _summary(sizes) | {"size": _bytes(path)} | _texts(file.header), notes
         )
     best = parsed[names[0]]
-    problems = _problems(best, known[names[0]])
+    problems = _problems(best, known.get(names[0], any_family))
     facts = {"family": " or ".join(names), "layout": best.layout, "modules": _modules(best.parts)}
     if file.header.get("inlay_alpha") == "joint":
         vector = "no" if file.vector is None else f"yes, {file.vector.numel()} numbers"

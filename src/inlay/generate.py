@@ -186,6 +186,8 @@ def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
         network = family.load_denoiser(torch.float32, meta=True)
         if not lycoris.load(network, folder):
             formats.read(folder, family, shapes=formats.shapes(network))
+            for name, part in formats.companions(network).items():
+                formats.read(folder / name, family, shapes=formats.shapes(part))
         try:
             for file in folder.glob("*.safetensors"):
                 family.accept(runtime.header(file))
@@ -227,8 +229,11 @@ def put(family: families.Family, pipeline: Any, folder: Path) -> None:
     Raises:
         ValueError: when the pipeline does not take it.
     """
-    if not lycoris.load(getattr(pipeline, family.component), folder):
+    network = getattr(pipeline, family.component)
+    if not lycoris.load(network, folder):
         family.load_adapter(pipeline, folder)
+        for name, part in formats.companions(network).items():
+            formats.attach(part, formats.read(folder / name, family, shapes=formats.shapes(part)))
     if not pipeline.get_list_adapters():
         raise ValueError(
             f"{folder}: the pipeline took nothing from it; `inlay inspect {folder}` says what is in it"

@@ -82,7 +82,11 @@ def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> lis
     if section.kind in lycoris.KINDS:
         layers, what = (nn.Linear, nn.Conv1d, nn.Conv2d), f"layer that {section.kind} can change"
     names = [n for n, m in denoiser.named_modules() if isinstance(m, layers)]
-    return match(section.targets or targets, names, what=what)
+    chosen = match(section.targets or targets, names, what=what)
+    for part in formats.companions(denoiser):
+        if not any(n.startswith(f"{part}.") for n in chosen):
+            raise ValueError(f"tuner.targets: no layer of {part}, which this recipe trains; name some of it")
+    return chosen
 
 
 def attach(
@@ -267,6 +271,10 @@ def save(
     if vector is not None:
         formats.write_tensors(folder / joint.EMBEDDING, {joint.NAME: vector}, metadata)
     peft_config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr]
+    for part in formats.companions(denoiser):
+        own = {n: tensors.pop(n) for n in [*tensors] if n.startswith(f"{part}.")}
+        own = {n.removeprefix(f"{part}."): w for n, w in own.items()}
+        formats.write_peft(folder / part, own, peft_config, metadata=dict(metadata))
     if section.kind in lycoris.KINDS:
         return lycoris.write(folder, tensors, peft_config, metadata=dict(metadata))
     return formats.write_diffusers(folder, tensors, peft_config, metadata=dict(metadata))

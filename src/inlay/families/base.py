@@ -235,11 +235,13 @@ class Family(Checkpoint, ABC):
     """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
     """The family's own switches, `model.options` of a recipe, each with its values, the default first. They
-    change neither what `encode_media` and `encode_text` give nor the network's shape."""
+    change what `encode_media` gives only together with `media_key`."""
     channels: int = 3
     """Of the clips that `encode_media` takes and `sample` gives: RGB, or 4 for straight RGBA."""
     media_key: Sequence[str] = ()
     """What else than the encoder's files decides the numbers of a cached clip."""
+    bytewise: Sequence[str] = ()
+    """Names of the tensors of a cached clip that take a byte a number, as pixels do, and not two."""
     images: Sequence[str] = ()
     """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
     video_layers: ClassVar[Sequence[str]] = ()

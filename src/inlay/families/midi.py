@@ -23,6 +23,7 @@ from inlay import mesh, scenes
 from inlay.console import once
 from inlay.families.base import Family, Grid
 from inlay.models import scene_parts as parts
+from inlay.models import scene_pictures as sight
 from inlay.models import triposg
 from inlay.models.scene_pipeline import ScenePipeline
 from inlay.objectives import FlowMatching
@@ -40,7 +41,7 @@ class Encoder:
     """What scenes are encoded with."""
 
     vae: triposg.TripoSGVAE
-    pictures: parts.PictureEncoders
+    pictures: sight.PictureEncoders
 
 
 class Midi(Family):
@@ -64,6 +65,7 @@ class Midi(Family):
         "image_dropout": _Open([0.1, r"0(\.\d+)?|1(\.0*)?"]),
         "ff": (False, True),
         "skip_linear": (False, True),
+        "image_encoders": ("frozen", "dino", "clip", "both"),
     }
 
     def __init__(self, model: recipe.Model) -> None:
@@ -78,26 +80,38 @@ class Midi(Family):
             self.transformer, self.lies = parts.transformer_config(said, there)
         c, self.fps, self.grid = self.transformer, 1.0, Grid(1, 1, 1)
         self.alone = c["cross_attention_2_dim"] is None
-        self.eyes = ("image_encoder_2", "feature_extractor_2", "image_encoder_1", "feature_extractor_1")
-        if self.alone:
-            self.eyes = ("image_encoder_dinov2", "feature_extractor_dinov2")
-        self.encoders = {"media": ("vae", *self.eyes), "text": ()}  # type: ignore[misc]
-        usual = parts.DINO_ALONE if self.alone else parts.DINO
-        self.extractor = parts.Extractor.of(self.read_config(self.eyes[1]) or {}, usual)
-        patch = (self.read_config(self.eyes[0]) or {}).get("patch_size", 14)
-        self.seen = (self.extractor.crop // patch) ** 2 + 1
+        self.sight = sight.Sight.of(self.read_config, self.alone, str(self.options["image_encoders"]))
+        self.extractor = self.sight.eyes["dino"].extractor
+        self.encoders = {"media": ("vae", *self.sight.needed), "text": ()}  # type: ignore[misc]
+        self.media_key = [f"pictures for {kind}" for kind in self.sight.taught]
+        self.bytewise = tuple(self.sight.taught)
         asked, layers = str(self.options["multi_instance"]), range(c["num_layers"])
         named = {"checkpoint": [i for i in c["multi_instance"] if i in layers], "none": [], "all": layers}
         self.blocks = sorted(named[asked] if asked in named else {int(n) for n in asked.split(",")})
         if not set(self.blocks) <= set(layers):
             raise ValueError(f"model.options.multi_instance: there are blocks 0 to {len(layers) - 1}")
         more = {"ff": r"blocks\.\d+\.ff\.net\.(0\.proj|2)", "skip_linear": r"blocks\.\d+\.skip_linear"}
-        self.targets = (*self.targets, *(t for name, t in more.items() if self.options[name]))
+        own = (t for name, t in more.items() if self.options[name])
+        self.targets = (*self.targets, *own, *self.sight.targets)
 
     def about(self) -> dict[str, str]:
         """Adds the blocks whose self-attention spans the scene, and the shift of noise levels."""
         blocks = ",".join(map(str, self.blocks))
         return {**super().about(), "inlay_multi_instance_blocks": blocks, "inlay_shift": f"{self.shift():g}"}
+
+    def warnings(self) -> list[str]:
+        """Says where adapters of the image encoders are."""
+        names = ", ".join(f"`{eye.name}`" for eye in self.sight.taught.values())
+        how = "are in folders of their names: `peft.PeftModel.from_pretrained(encoder, folder)` loads each."
+        return [f"Adapters of the image encoders {names} {how}"] if names else []
+
+    def accept(self, header: Mapping[str, str]) -> None:
+        """Also refuses an adapter that was taught together with other image encoders."""
+        super().accept(header)
+        key, own = "image_encoders", self.options["image_encoders"]
+        said = header.get(f"inlay_{key}", own)
+        if said != own:
+            raise ValueError(f"this adapter was trained with model.options.{key}={said}, not {own}")
 
     def shift(self) -> float:
         """Shift of noise levels, from the scheduler's own file."""
@@ -113,7 +127,13 @@ class Midi(Family):
     def problems(self, config: recipe.Config) -> list[str]:
         """Keys that only videos have, and images that do not go together."""
         wrong = scenes.wrong_pairs(config.sample.images)
-        return [*scenes.not_of_scenes(config), *(f"sample.images: {p}" for p in wrong)]
+        wrong = [*scenes.not_of_scenes(config), *(f"sample.images: {p}" for p in wrong)]
+        if self.sight.taught:
+            key = "model.options.image_encoders"
+            kind, parallel = config.tuner.kind, config.runtime.parallel
+            wrong += [f"{key}: they take a lora or a dora, not {kind}"] * (kind not in ("lora", "dora"))
+            wrong += [f"{key}: not with runtime.parallel={parallel}; use ddp"] * (parallel != "ddp")
+        return wrong
 
     def notes(self, config: recipe.Config) -> list[str]:
         """Adds what is allowed but rarely meant: other multi-instance blocks, heads changed in part."""
@@ -129,16 +149,16 @@ class Midi(Family):
     # --- shapes -------------------------------------------------------------------------------------------
 
     def shapes(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """`latents` (n, tokens, channels) of n objects, `clip` (n, 1, d) and `dino` (n, m, d)."""
+        """`latents` (n, tokens, channels) of n objects, and what is seen of them: see `Sight.shapes`."""
         c, n = self.transformer, min(frames, scenes.MOST)
-        widths = [c["cross_attention_dim"], c["cross_attention_2_dim"]]
-        clip = {} if self.alone else {"clip": (n, 1, widths.pop(0))}
-        return {"latents": (n, c["num_tokens"], c["in_channels"]), **clip, "dino": (n, self.seen, widths[0])}
+        widths = [w for w in (c["cross_attention_dim"], c["cross_attention_2_dim"]) if w]
+        return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.sight.shapes(n, widths)}
 
     def stored(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
         """`moments` (n, tokens, 2 channels) in place of latents, of all objects of a crowded scene too."""
-        (_, tokens, channels), *_ = self.shapes(frames).values()
-        seen = {k: (frames, *v[1:]) for k, v in self.shapes(frames).items() if k != "latents"}
+        drawn = self.shapes(frames)
+        _, tokens, channels = drawn["latents"]
+        seen = {k: (frames, *drawn[k][1:]) for k in self.sight.eyes}
         return {"moments": (frames, tokens, 2 * channels), **seen}
 
     def tokens(self, frames: int, height: int = 0, width: int = 0) -> int:
@@ -153,15 +173,21 @@ class Midi(Family):
         with self.loading("vae"):
             return parts.load_vae(folder).to(device)  # type: ignore[return-value]
 
-    def load_pictures(self, device: torch.device) -> parts.PictureEncoders:
-        """What is encoded of pictures, in float32."""
-        dino, *clip = (self.folder(eye) for eye in self.eyes[::2])
-        second = parts.Extractor.of(self.read_config(self.eyes[-1]) or {}, parts.CLIP)
-        with self.loading(" and ".join(self.eyes[::2])):
-            encoders, note = parts.load_pictures(dino, self.extractor, next(iter(clip), None), second)
-        if note:
-            once(f"warning: {note}")
-        return encoders.to(device)
+    def load_pictures(self, device: torch.device, network: Any = None) -> sight.PictureEncoders:
+        """Encoders of pictures: those that are frozen, in float32, and the others as `network` has them."""
+        found = {}
+        for kind, eye in self.sight.eyes.items():
+            if kind not in self.sight.taught:
+                found[kind] = self.load_eye(eye, torch.float32).to(device)
+            elif network is not None:
+                found[kind] = network.get_submodule(eye.name)
+        return sight.PictureEncoders(self.sight.eyes, found)
+
+    def load_eye(self, eye: sight.Eye, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
+        """One encoder of pictures, or its shape."""
+        folder = None if meta else self.folder(eye.name)
+        with self.loading(eye.name):
+            return sight.build(eye, folder, dtype)
 
     def load_media_encoder(self, device: torch.device) -> Encoder:
         """The shape VAE and the encoders of pictures."""
@@ -195,17 +221,20 @@ class Midi(Family):
         moments = item["moments"][kept].float()
         noise = torch.randn(moments.chunk(2, -1)[0].shape, generator=generator)
         shown = float(torch.rand(1, generator=generator)) >= float(self.options["image_dropout"])
-        seen = {k: item[k][kept] * shown for k in ("clip", "dino") if k in item}
-        return {"latents": triposg.sample(moments, noise), **seen}
+        return {"latents": triposg.sample(moments, noise), **self.sight.drawn(item, kept, shown)}
 
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """The transformer, with the recipe's blocks of multi-instance attention."""
+        """The transformer with its blocks of multi-instance attention, and encoders that are taught in it."""
         place = None if meta else folder or self.folder("transformer")
         config = {**self.transformer, "multi_instance": self.blocks}
         with self.loading("transformer", folder):
-            return parts.build(triposg.TripoSGTransformer, config, place, dtype)
+            network = parts.build(triposg.TripoSGTransformer, config, place, dtype)
+        if self.sight.taught:
+            taught = {i: e for i, e in enumerate(self.sight.eyes.values()) if e.kind in self.sight.taught}
+            sight.put(network, {i: (e, self.load_eye(e, dtype, meta=meta)) for i, e in taught.items()})
+        return network
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Rectified flow with the scheduler's shift."""
@@ -214,15 +243,15 @@ class Midi(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Scenes (b, n, tokens, channels) are rows of the network, n to a group; it predicts the opposite."""
         b, n = x_t.shape[:2]
-        seen = [cond[k].flatten(0, 1).to(denoiser.dtype) for k in ("clip", "dino") if k in cond]
-        times = 1000 * t.repeat_interleave(n)
-        return -denoiser(x_t.flatten(0, 1).to(denoiser.dtype), times, *seen, groups=[n] * b).view_as(x_t)
+        seen, told = self.sight.rows(cond, denoiser.dtype)
+        times, x = 1000 * t.repeat_interleave(n), x_t.flatten(0, 1).to(denoiser.dtype)
+        return -denoiser(x, times, *seen, groups=[n] * b, **told).view_as(x_t)
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Our own, there is no stock one; the VAE stays in float32."""
         network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype).to(device)
         pipe = ScenePipeline(network, self.load_vae(device), self.shift())
-        pipe.load_encoders = lambda: self.load_pictures(device)
+        pipe.load_encoders = lambda: self.load_pictures(device, network)
         return pipe
 
     def sample(self, pipeline: Any, text: Any, negative: Any, **how: Any) -> Any:

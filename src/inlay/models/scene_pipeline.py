@@ -11,7 +11,7 @@ from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from inlay.models.scene_parts import PictureEncoders
+from inlay.models.scene_pictures import PictureEncoders
 from inlay.models.triposg import TripoSGTransformer, TripoSGVAE
 
 
