@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check coverage docs clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/installed  ## the main job on a tiny trained model: no download, no GPU, minutes
 	$(BIN)/inlay demo
 
 test: $(VENV)/installed-dev check  ## lint, types, import contracts, all tests, coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --fail-under=90
 
 check: $(VENV)/installed-dev  ## what a commit must pass: seconds
 	$(BIN)/ruff format --check src tests benchmarks docs

@@ -1,11 +1,11 @@
 """Does an adapter learn a new kind of object? The recipe of the demo of scenes, base against tuned.
 
-    python benchmarks/scenes.py [--kind lora|dora] [--judged 30] [--out runs/scenes-lora]
+    python benchmarks/scenes.py [--kind lora|dora] [--image-encoders frozen|dino|clip|both] [--judged 30]
 
 Trains on 24 scenes of the new kind and scenes of what the twin knows, then makes held-out scenes of both from
 their pictures and segmentations with the same seeds. Measures are those of `inlay evaluate`, against the true
 surfaces: `f_score` of whole scenes at 0.1, in a frame whose box has sides of 2. Writes
-`benchmarks/results/scenes-KIND.json`.
+`benchmarks/results/scenes-KIND.json`, with encoders that are trained too `scenes-KIND-ENCODERS.json`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kind", choices=("lora", "dora"), default="lora")
+    parser.add_argument("--image-encoders", choices=("frozen", "dino", "clip", "both"), default="frozen")
     parser.add_argument("--judged", type=int, default=30)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     console.quiet()
-    folder = args.out or Path(f"runs/scenes-{args.kind}")
+    name = args.kind if args.image_encoders == "frozen" else f"{args.kind}-{args.image_encoders}"
+    folder = args.out or Path(f"runs/scenes-{name}")
     demo_scenes.write_scenes(folder, args.judged)
-    settings = config.build(demo_scenes.recipe(folder, args.kind))
+    taught = {"model": {"options": {"image_encoders": args.image_encoders}}}
+    settings = config.build(config.merge(demo_scenes.recipe(folder, args.kind), taught))
     train(settings)
     report = evaluate(folder, prompts=demo_scenes.prompts(folder, settings))
     console.console.print(summary_table(report))
@@ -47,10 +50,10 @@ def main() -> None:
         }
         for group in report.groups
     }
-    found = {"kind": args.kind, "date": report.created, "groups": sides, "threads": torch.get_num_threads()}
+    found = {"kind": name, "date": report.created, "groups": sides, "threads": torch.get_num_threads()}
     about = {"packages": report.environment["packages"], "settings": report.settings}
     RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"scenes-{args.kind}.json"
+    out = RESULTS / f"scenes-{name}.json"
     out.write_text(json.dumps(found | about, indent=1) + "\n", "utf-8")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
+import coverage
 import numpy as np
 import pytest
 
@@ -13,6 +15,19 @@ from inlay import console
 from inlay.twins import tiny
 
 console.quiet()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Switches coverage off for a while where a test asks for it."""
+    running = coverage.Coverage.current() if item.get_closest_marker("untraced") else None
+    if running:
+        running.stop()
+    try:
+        return (yield)
+    finally:
+        if running:
+            running.start()
 
 
 def _outside(variable: str, name: str) -> Path:

@@ -14,6 +14,8 @@ from inlay import config, families, memory, tuners
 from inlay.families import Family
 from inlay.twins import tiny
 
+pytestmark = pytest.mark.untraced
+
 CASES = tiny.cases()
 IDS = ["-".join(case) for case in CASES]
 FIRST = list({family: (family, variant) for family, variant in reversed(CASES)}.values())

@@ -265,6 +265,7 @@ def test_containers_are_those_that_were_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "mochi"])
 def test_costs_are_those_of_check(name: str) -> None:
     costs = script("costs")

@@ -361,6 +361,7 @@ def test_old_files_of_weights_are_imported(
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_the_plan_of_the_published_size_is_under_six_gigabytes() -> None:
     raw = {
         "run": "x", "model": {"family": "midi", "checkpoint": "VAST-AI/MIDI-3D"}, "data": {"sources": "x"},

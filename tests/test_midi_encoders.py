@@ -234,6 +234,7 @@ def test_damaged_and_foreign_adapters_are_told(scene_recipe: Callable[..., dict]
         generate.trained(place, None, one)
 
 
+@pytest.mark.untraced
 def test_what_it_costs_at_the_published_size() -> None:
     raw = {
         "run": "x",

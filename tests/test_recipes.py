@@ -59,6 +59,7 @@ def test_published_checkpoint_can_do_it(path: Path) -> None:
     assert family(settings).problems(settings) == []
 
 
+@pytest.mark.untraced
 @published
 def test_cost_is_known_and_comments_are_right(path: Path) -> None:
     """The network is made without weights, its tuner attached: targets and numbers are the real ones."""

@@ -795,7 +795,7 @@ def write_peft(
     named = {f"base_model.model.{k}": t for k, t in sorted(tensors.items())}
     write_tensors(path, named, metadata)
     config = {k: peft_config[k] for k in ("r", "lora_alpha", "use_dora")}
-    LoraConfig(**config, target_modules=modules, inference_mode=True).save_pretrained(folder)
+    LoraConfig(**config, target_modules=modules, inference_mode=True).save_pretrained(str(folder))
     return path
 
 

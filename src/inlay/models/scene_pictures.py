@@ -276,7 +276,8 @@ def put(network: TripoSGTransformer, eyes: Mapping[int, tuple[Eye, nn.Module]]) 
     for eye, encoder in eyes.values():
         network.add_module(eye.name, encoder)
     # Patches are made in the type that an encoder's weights are stored in: no casting of these.
-    network._skip_layerwise_casting_patterns = tuple(eye.name for eye, _ in eyes.values())
+    names = tuple(eye.name for eye, _ in eyes.values())
+    setattr(network, "_skip_layerwise_casting_patterns", names)  # noqa: B010 - declared as None
     network.register_forward_pre_hook(see, with_kwargs=True)
 
 
@@ -312,7 +313,7 @@ def build(eye: Eye, folder: Path | None, dtype: torch.dtype) -> nn.Module:
         new = nn.Conv2d(7, old.out_channels, old.kernel_size, old.stride, dtype=dtype)
         with torch.no_grad():
             new.weight.copy_(torch.cat([old.weight, old.weight, old.weight[:, :1]], 1))
-            new.bias.copy_(old.bias)
+            new.bias.copy_(old.bias)  # type: ignore[union-attr]
         embeddings.projection, embeddings.num_channels, network.config.num_channels = new, 7, 7
         why = "takes 3 channels; they were copied to 7, which is untrained: use the encoder of MIDI"
         once(f"warning: {eye.name} {why}")
