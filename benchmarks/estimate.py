@@ -28,7 +28,10 @@ SIZES = {
     "300 M": {"heads": 8, "head": 128, "layers": 18, "ffn": 4096},
 }
 COG_SIZES = {"30 M": {"heads": 8, "head": 64, "layers": 8}}
-MIDI_SIZES = {"80 M": {"heads": 8, "head": 64, "layers": 13, "tokens": 1024}}
+MIDI_SIZES = {
+    "80 M": {"heads": 8, "head": 64, "layers": 13, "tokens": 1024},
+    "80 M, encoders of 21 M": {"heads": 8, "head": 64, "layers": 13, "tokens": 1024, "sight": 384},
+}
 
 CLIP = (17, 128, 192)
 """Frames, height and width that are trained on, where a setting does not say."""
@@ -90,6 +93,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "tuner": {"kind": "dora"},
         "memory": {"gradient_checkpointing": False},
     },
+    "midi 80 M, lora on encoders of 21 M too, 3 objects": {
+        "family": "midi",
+        "size": "80 M, encoders of 21 M",
+        "clip": (3, 1, 1),
+        "options": {"image_encoders": "both"},
+    },
+    "midi 80 M, lora on encoders of 21 M too, 3 objects, nothing recomputed": {
+        "family": "midi",
+        "size": "80 M, encoders of 21 M",
+        "clip": (3, 1, 1),
+        "options": {"image_encoders": "both"},
+        "memory": {"gradient_checkpointing": False},
+    },
 }
 
 PUBLISHED: list[dict[str, Any]] = [
@@ -141,7 +157,11 @@ def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
     given = {k: v for k, v in setting.items() if k in ("tuner", "optim", "train", "memory", "runtime")}
     raw = {
         "run": "unused",
-        "model": {"family": setting.get("family", "wan"), "checkpoint": checkpoint},
+        "model": {
+            "family": setting.get("family", "wan"),
+            "checkpoint": checkpoint,
+            "options": setting.get("options", {}),
+        },
         "data": {"sources": "unused"},
         **given,
     }

@@ -27,8 +27,12 @@ def build(
     layers: int = 5,
     ffn: int = 0,
     tokens: int = 16,
+    sight: int = 0,
 ) -> None:
-    """Writes a random checkpoint in the published layout; `ffn` follows from the width."""
+    """Writes a random checkpoint in the published layout; `ffn` follows from the width.
+
+    With `sight` the image encoders are so wide, have 12 layers, and see 224 pixels.
+    """
     from transformers import (
         CLIPVisionConfig,
         CLIPVisionModelWithProjection,
@@ -39,7 +43,10 @@ def build(
     from inlay.models.triposg import TripoSGTransformer, TripoSGVAE
 
     alone = variant == "triposg"
-    seen, shown = 24, 12
+    seen, shown = sight or 24, 12
+    deep = {"num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
+    at = {"num_attention_heads": 2, "patch_size": 8}
+    size, small = (224, 224) if sight else (32, 16)
     TripoSGTransformer(
         num_attention_heads=heads,
         width=heads * head,
@@ -60,11 +67,8 @@ def build(
     ).save_pretrained(folder / "vae")
     dino = Dinov2Config(
         hidden_size=seen,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
         num_channels=3 if alone else 7,
+        **(deep if sight else {**at, "num_hidden_layers": 2, "image_size": size}),
     )
     eyes = (
         ("image_encoder_dinov2", "feature_extractor_dinov2")
@@ -72,19 +76,16 @@ def build(
         else ("image_encoder_2", "feature_extractor_2")
     )
     Dinov2Model(dino).save_pretrained(folder / eyes[0])
-    _write(folder / eyes[1] / "preprocessor_config.json", _extractor(32))
+    _write(folder / eyes[1] / "preprocessor_config.json", _extractor(size))
     if not alone:
         clip = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
+            hidden_size=sight or 16,
+            intermediate_size=4 * sight or 32,
             projection_dim=shown,
+            **(deep if sight else {**at, "num_hidden_layers": 1, "image_size": small}),
         )
         CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder_1")
-        _write(folder / "feature_extractor_1" / "preprocessor_config.json", _extractor(16))
+        _write(folder / "feature_extractor_1" / "preprocessor_config.json", _extractor(small))
     scheduler = {"num_train_timesteps": 1000, "shift": 1.0 if alone else 2.0, "use_dynamic_shifting": False}
     _write(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write(folder / "model_index.json", {"_class_name": "MIDIPipeline" if not alone else "TripoSGPipeline"})
