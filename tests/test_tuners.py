@@ -19,9 +19,11 @@ def wan(folder: Path) -> Wan:
     return Wan(config.Model(family="wan", checkpoint=str(folder)))
 
 
-def scrambled(folder: Path, section: config.LowRank) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+def scrambled(
+    folder: Path, section: config.LowRank, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
     """A denoiser whose adapter is far from its start."""
-    denoiser = wan(folder).load_denoiser(torch.float32)
+    denoiser = wan(folder).load_denoiser(dtype)
     trained = tuners.attach(section, Wan.targets, denoiser, seed=1)
     generator = torch.Generator().manual_seed(2)
     for name, p in trained.items():
@@ -32,7 +34,8 @@ def scrambled(folder: Path, section: config.LowRank) -> tuple[torch.nn.Module, d
 def predict(denoiser: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     x, text = torch.randn(2, 16, 3, 4, 4, generator=generator), torch.randn(2, 512, 32, generator=generator)
-    return denoiser(x, torch.tensor([900.0, 100.0]), text, return_dict=False)[0]
+    dtype: torch.dtype = denoiser.dtype  # type: ignore[assignment]
+    return denoiser(x.to(dtype), torch.tensor([900.0, 100.0]), text.to(dtype), return_dict=False)[0]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -93,6 +96,30 @@ def test_factored_dora_equals_peft(tiny_wan: Path, monkeypatch: pytest.MonkeyPat
     for name, p in our_weights.items():
         assert p.grad is not None and p.grad.norm() > 0
         assert (p.grad - peft_weights[name].grad).norm() < 1e-4 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_that_are_kept_as_they_come_change_no_bit(
+    kind: str, dtype: torch.dtype, tiny_wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = config.LowRank(kind=kind, rank=4)  # type: ignore[arg-type]
+    ours, our_weights = scrambled(tiny_wan, section, dtype)
+    monkeypatch.setattr(tuners, "_keep_inputs", lambda denoiser: None)
+    peft, peft_weights = scrambled(tiny_wan, section, dtype)
+    kinds = [{type(d.get_submodule("blocks.0.attn1.to_q").lora_A["default"]).__name__} for d in (ours, peft)]
+    assert kinds == [{"FirstFactor"}, {"Linear"}]
+    kept = []
+    for network in (ours, peft):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            out = predict(network)
+        out.float().square().mean().backward()
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        kept.append((out, sum(sizes.values())))
+    assert torch.equal(kept[0][0], kept[1][0])
+    assert all(torch.equal(p.grad, peft_weights[n].grad) for n, p in our_weights.items())  # type: ignore[arg-type]
+    assert (kept[0][1] < 0.95 * kept[1][1]) == (dtype is torch.bfloat16), "smaller where there were copies"
 
 
 def test_dora_starts_as_the_identity(tiny_wan: Path) -> None:

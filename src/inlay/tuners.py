@@ -118,6 +118,8 @@ def attach(
             torch.manual_seed(seed)
             denoiser.add_adapter(_peft_config(section, chosen), adapter_name=ADAPTER)  # type: ignore[operator]
             _factor_norms(denoiser)
+            if not section.dropout:
+                _keep_inputs(denoiser)
             lycoris.factor(denoiser, ADAPTER)
             # peft draws and computes in the type of the base, which may be float8: do it again in float32.
             rounded = {p.dtype for p in denoiser.parameters() if p.requires_grad} != {torch.float32}
@@ -195,9 +197,9 @@ def _factor_norms(denoiser: nn.Module) -> None:
     class FactoredDora(DoraLinearLayer):
         def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, **_):  # noqa: N803
             with torch.no_grad():
-                weight = memory.dense(base_layer).to(x.dtype)
+                weight = memory.dense(base_layer).to(lora_A.weight.dtype)
                 norm = row_norm(weight, lora_A.weight, lora_B.weight, scaling)
-            scale = (self.weight / norm).to(x.dtype)
+            scale = (self.weight / norm).to(lora_A.weight.dtype)
             if base_result is None:
                 base = nn.functional.linear(x, weight)
             else:
@@ -207,6 +209,40 @@ def _factor_norms(denoiser: nn.Module) -> None:
     for module in denoiser.modules():
         if type(module) is DoraLinearLayer:
             module.__class__ = FactoredDora
+
+
+def _keep_inputs(denoiser: nn.Module) -> None:
+    """Makes every low-rank linear layer keep its input as it comes for the backward pass.
+
+    peft casts it to the type of the factors first, and what is kept then is a float32 copy in each layer: of
+    one bfloat16 tensor six times its size for queries, keys and values alone. Cast again in the backward pass
+    the gradients are the same to the last bit.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    class FirstFactor(nn.Linear):
+        def forward(self, x):
+            return _Product.apply(x, self.weight)
+
+    for layer in denoiser.modules():
+        if isinstance(layer, LoraLayer) and type(layer.lora_A[ADAPTER]) is nn.Linear:
+            layer.lora_A[ADAPTER].__class__ = FirstFactor
+            layer.cast_input_dtype_enabled = False
+
+
+class _Product(torch.autograd.Function):
+    """x W^T in the type of W, of an x of any type, which is all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        return (grads[0] @ weight).to(x.dtype), grad.T @ x.flatten(0, -2).to(weight.dtype)
 
 
 def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
