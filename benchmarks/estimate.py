@@ -130,7 +130,7 @@ PUBLISHED: list[dict[str, Any]] = [
         "tuner": {"rank": 64},
         "memory": {"gradient_checkpointing": False},
         "published": 44.3,
-        "note": "adapters in 16 bits there, so that their inputs are not copied to float32 as here",
+        "note": "adapters in 16 bits there; here in float32, with inputs that are kept as they come",
     },
     {
         "name": "CogVideoX-5b, LoRA r128, recomputed, batch 1",
