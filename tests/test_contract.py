@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inlay import config, cost, families, generate, runtime
+from inlay import config, cost, families, generate, memory, runtime, tuners
 from inlay.families import Family
 from inlay.steps import Batch
 from inlay.train import train
@@ -226,6 +226,27 @@ def test_the_network_is_counted_on_shapes_alone(
         family, family.load_denoiser(torch.float32, meta=True), shape(family), 2, checkpointing=False
     )
     assert counts.activations > 0 and counts.linear > 0 and counts.attention > 0
+
+
+@every_case
+@pytest.mark.parametrize(
+    "small", [{"layerwise_casting": "float8"}, {"quantize": "int8"}], ids=lambda s: next(iter(s.values()))
+)
+def test_weights_can_be_kept_small(
+    small: dict[str, Any], case: tuple[str, str], checkpoint: Callable[[str, str], Path]
+) -> None:
+    family, half = open_family(checkpoint(*case), case), torch.bfloat16
+    batch, t = random_batch(family), torch.tensor([0.4])
+    predicted = []
+    for section in ({}, small):
+        denoiser = family.load_denoiser(half)
+        memory.shrink(config.Memory(**section), denoiser, CPU, half)
+        trained = tuners.attach(config.LowRank(rank=2), family.targets, denoiser, seed=0)
+        predicted.append(family.predict(denoiser, batch.latents, t, batch.cond).float())
+        predicted[-1].square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    error = (predicted[1] - predicted[0]).norm() / predicted[0].norm()
+    assert 0 < error < 0.1, "other weights, nearly the same network"
 
 
 @every_case

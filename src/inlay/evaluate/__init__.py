@@ -362,7 +362,8 @@ class _Both:
     ) -> None:
         """Held-out loss of one side."""
         self._losses[side.role] = []
-        with progress(f"loss, {side.name}", len(batches), "clip", show=bool(batches)) as advance:
+        one = mediums.of(step.family.medium).one
+        with progress(f"loss, {side.name}", len(batches), one, show=bool(batches)) as advance:
             for batch in batches:
                 self._losses[side.role] += step.held_out(denoiser, [batch], device).tolist()
                 advance()
@@ -405,7 +406,8 @@ class _Both:
             return None
         names = [name for b in batches for name in b.names]
         levels = step.objective.quantile(torch.tensor(QUANTILES)).tolist()
-        return HeldOut(names, list(QUANTILES), levels, self._losses["base"], self._losses["tuned"])
+        one = mediums.of(step.family.medium).one
+        return HeldOut(names, list(QUANTILES), levels, self._losses["base"], self._losses["tuned"], one)
 
 
 sys.modules[__name__].__class__ = CallableModule

@@ -363,7 +363,7 @@ def _losses(loss: HeldOut, names: tuple[str, str]) -> Html:
         *((n, "") for n in names),
     ]
     said = (
-        f"Loss on {_count(len(loss.clips), 'clip')} that training never saw, with the same noise for both: "
+        f"Loss on {_count(len(loss.clips), loss.one)} that training never saw, with the same noise for both: "
         "the two columns differ by the adapter alone. Low levels tell about detail, high ones about layout."
     )
     name = "Held-out loss by noise level"

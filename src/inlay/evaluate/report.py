@@ -78,6 +78,8 @@ class HeldOut:
     base: Sequence[Sequence[float]]
     """(clips, quantiles)"""
     tuned: Sequence[Sequence[float]]
+    one: str = "clip"
+    """What one of them is called."""
 
     @property
     def means(self) -> tuple[float, float]:
@@ -224,7 +226,7 @@ def judge(report: Report) -> Verdict:
         reasons.append(_loss_sentence(loss))
         if len(loss.clips) < 3:
             warnings.append(
-                f"Measured on only {_count(len(loss.clips), 'held-out clip')}: a hint, not a proof."
+                f"Measured on only {_count(len(loss.clips), f'held-out {loss.one}')}: a hint, not a proof."
             )
     if total and total.distance < CHANGED:
         same = "are the same, pixel for pixel" if total.distance == 0 else "look the same"
@@ -262,7 +264,10 @@ def _headline(loss: HeldOut | None, risen: list[Group], fallen: list[Group], mad
     if worse:
         return "bad", f"It did not learn to generalise: held-out loss rose {_percent(loss.change)}."
     if abs(loss.change) >= TELLING:
-        return "unclear", f"Unclear: held-out loss fell {_percent(-loss.change)}, but not on most clips."
+        return (
+            "unclear",
+            f"Unclear: held-out loss fell {_percent(-loss.change)}, but not on most {loss.one}s.",
+        )
     return "unclear", f"Unclear: held-out loss hardly moved ({signed(loss.change)})."
 
 
@@ -270,7 +275,7 @@ def _loss_sentence(loss: HeldOut) -> str:
     base, tuned = loss.means
     return (
         f"held-out loss went from {base:.4f} to {tuned:.4f} ({signed(loss.change)}), "
-        f"lower on {loss.better} of {_count(len(loss.clips), 'clip')}"
+        f"lower on {loss.better} of {_count(len(loss.clips), loss.one)}"
     )
 
 

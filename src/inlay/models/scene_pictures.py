@@ -276,8 +276,8 @@ def put(network: TripoSGTransformer, eyes: Mapping[int, tuple[Eye, nn.Module]]) 
     for eye, encoder in eyes.values():
         network.add_module(eye.name, encoder)
     # Patches are made in the type that an encoder's weights are stored in: no casting of these.
-    names = tuple(eye.name for eye, _ in eyes.values())
-    setattr(network, "_skip_layerwise_casting_patterns", names)  # noqa: B010 - declared as None
+    names = [eye.name for eye, _ in eyes.values()]
+    network._skip_layerwise_casting_patterns = [*network._skip_layerwise_casting_patterns, *names]
     network.register_forward_pre_hook(see, with_kwargs=True)
 
 

@@ -185,6 +185,8 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("Block",)
     _no_split_modules = ("Block",)
+    # Waves of time are made in the type that weights are stored in, which must not be a small one.
+    _skip_layerwise_casting_patterns: list[str] = ["time_proj", "norm"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
