@@ -98,6 +98,18 @@ def test_factored_dora_equals_peft(tiny_wan: Path, monkeypatch: pytest.MonkeyPat
         assert (p.grad - peft_weights[name].grad).norm() < 1e-4 * p.grad.norm(), name
 
 
+def test_gradients_that_are_written_by_hand() -> None:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    torch.manual_seed(0)
+    y, h, b, m, x, a = draw(2, 3, 5), draw(2, 3, 4), draw(5, 4), draw(5), draw(2, 3, 6), draw(4, 6)
+    assert torch.autograd.gradcheck(tuners._Rescaled.apply, (y, h, b, m, 0.7))
+    assert torch.autograd.gradcheck(tuners._Product.apply, (x, a))
+    whole = m * (y + 0.7 * h @ b.T) - y
+    assert torch.allclose(tuners._Rescaled.apply(y, h, b, m, 0.7), whole)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_inputs_that_are_kept_as_they_come_change_no_bit(

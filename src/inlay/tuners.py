@@ -204,7 +204,7 @@ def _factor_norms(denoiser: nn.Module) -> None:
                 base = nn.functional.linear(x, weight)
             else:
                 base = base_result if base_layer.bias is None else base_result - base_layer.bias
-            return (scale - 1) * base + scale * lora_B(lora_A(x)) * scaling
+            return _Rescaled.apply(base, lora_A(x), lora_B.weight, scale, scaling)
 
     for module in denoiser.modules():
         if type(module) is DoraLinearLayer:
@@ -243,6 +243,30 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         return (grads[0] @ weight).to(x.dtype), grad.T @ x.flatten(0, -2).to(weight.dtype)
+
+
+class _Rescaled(torch.autograd.Function):
+    """(m - 1) y + s m B h, of which y (..., out) and h (..., r) are kept, and no product with B."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, m: Tensor, s: float) -> Tensor:
+        ctx.save_for_backward(y, h, b, m)
+        ctx.s = s
+        return (m - 1) * y + m * nn.functional.linear(h, b) * s
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y, h, b, m), (grad,) = ctx.saved_tensors, grads
+        scaled = grad * ctx.s
+        rows = (grad * y).flatten(0, -2).sum(0) + (scaled * nn.functional.linear(h, b)).flatten(0, -2).sum(0)
+        inner = (scaled * m).flatten(0, -2)
+        return (
+            ((m - 1) * grad).to(y.dtype),
+            (inner @ b).view_as(h),
+            inner.T @ h.flatten(0, -2),
+            rows,
+            None,
+        )
 
 
 def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
