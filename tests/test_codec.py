@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from inlay import config
+from inlay import alpha, config
 from inlay.evaluate import codec as measured
 from inlay.models import rgba_codec, rgba_metrics
 from inlay.models.rgba_losses import RgbaLoss
@@ -254,6 +254,9 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
     codec_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
     run = train(codec_recipe(run=str(tmp_path / "whole")))
+    cached = load_file(next((run / "cache/media").rglob("*.safetensors")))
+    bytewise = alpha.family(config.load(run)).bytewise
+    assert {n for n, v in cached.items() if v.dtype is torch.uint8} == {*bytewise}, "as the estimate counts"
     codec = rgba_codec.load(run / "codec", vae)
     assert (run / "codec" / "README.md").is_file() and codec.rgb.rank == 2
     held_out = [m for m in metrics(run) if "held_out_loss" in m]

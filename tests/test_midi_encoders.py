@@ -79,6 +79,7 @@ def test_untrained_it_is_what_frozen_encoders_are(
         assert shown[0][kind].dtype == torch.uint8 and shown[0][kind].shape[1] == eye.channels
     assert all(shown[0][k].is_floating_point() for k in taught.sight.eyes.keys() - taught.sight.taught.keys())
     assert {k: tuple(v.shape) for k, v in shown[0].items()} == taught.stored(2)
+    assert {k for k, v in shown[0].items() if v.dtype == torch.uint8} == {*taught.bytewise}
     x, t = torch.randn(3, *frozen.shapes(2)["latents"]), torch.tensor([0.2, 0.6, 0.9])
     losses = []
     for one, cached in ((frozen, seen), (taught, shown)):

@@ -337,10 +337,10 @@ def _cache(
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
     """Bytes of the cache by kind, and a sentence about them."""
-    size = {s: [(name, math.prod(v)) for name, v in family.stored(*s).items()] for s in windows}
     clips = sum(
-        sum(count * (1 if name in family.bytewise else 2) for name, count in size[s]) * n
-        for s, n in windows.items()
+        n * math.prod(shape) * (1 if name in family.bytewise else 2)
+        for size, n in windows.items()
+        for name, shape in family.stored(*size).items()
     )
     if not family.text_length:
         return {"clips": clips, "captions": 0}, "cache: latents and what is seen of pictures, in float16"

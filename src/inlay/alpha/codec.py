@@ -28,6 +28,7 @@ class CodecTraining:
     encoders: Mapping[str, Sequence[str]] = {"media": (), "text": ()}
     images: Sequence[str] = ()
     media_key = ("pixels",)
+    bytewise = ("latents",)
 
     def __init__(self, model: recipe.Model, section: recipe.Codec) -> None:
         super().__init__(model)  # type: ignore[call-arg]

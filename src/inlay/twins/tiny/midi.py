@@ -44,7 +44,12 @@ def build(
 
     alone = variant == "triposg"
     seen, shown = sight or 24, 12
-    deep: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
+    deep: dict[str, Any] = {
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "image_size": 224,
+        "patch_size": 14,
+    }
     at: dict[str, Any] = {"num_attention_heads": 2, "patch_size": 8}
     size, small = (224, 224) if sight else (32, 16)
     TripoSGTransformer(
