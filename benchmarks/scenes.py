@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     console.quiet()
+    console.quiet_bars()
     name = args.kind if args.image_encoders == "frozen" else f"{args.kind}-{args.image_encoders}"
     folder = args.out or Path(f"runs/scenes-{name}")
     demo_scenes.write_scenes(folder, args.judged)
