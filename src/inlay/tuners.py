@@ -118,7 +118,8 @@ def attach(
             torch.manual_seed(seed)
             denoiser.add_adapter(_peft_config(section, chosen), adapter_name=ADAPTER)  # type: ignore[operator]
             _factor_norms(denoiser)
-            if not section.dropout:
+            half = (torch.bfloat16, torch.float16)
+            if not section.dropout and any(p.dtype in half for p in denoiser.parameters()):
                 _keep_inputs(denoiser)
             lycoris.factor(denoiser, ADAPTER)
             # peft draws and computes in the type of the base, which may be float8: do it again in float32.
