@@ -247,7 +247,8 @@ def test_the_way_from_scenes_to_a_glb(
     checked = inlay("check", recipe)
     assert checked.code == 0 and "ready to train" in checked.said and "objects" in checked.said
     assert (tmp_path / "run/check/contact_sheet.png").is_file()
-    assert inlay("train", recipe).code == 0
+    trained = inlay("train", recipe)
+    assert trained.code == 0 and "--image rgb.png --seg seg.png" in trained.said
     samples = tmp_path / "run/samples/step-000004"
     assert {p.suffix for p in samples.iterdir()} == {".glb", ".png", ".html", ".json"}
     header = json.loads(inlay_header(tmp_path / "run/adapter"))

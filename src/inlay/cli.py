@@ -191,7 +191,11 @@ def train_(recipe: Recipe, overrides: Overrides = None) -> None:
         _say(str(stop) or INTERRUPTED)
         sys.exit(130)
     if int(os.environ.get("RANK", "0")) == 0:
-        _say(f'{run}\nnext: inlay generate {run} "a prompt"   or   inlay evaluate {run}')
+        from inlay import families, mediums
+
+        asks = mediums.of(families.get(config.model.family).medium).asks
+        drawn = "" if config.tuner.kind == "codec" else f"inlay generate {run} {asks}   or   "
+        _say(f"{run}\nnext: {drawn}inlay evaluate {run}")
 
 
 @app.command("generate")

@@ -43,6 +43,8 @@ class Medium(ABC):
     """What an example is called."""
     makes: ClassVar[str]
     """What `generate` makes."""
+    asks: ClassVar[str]
+    """What `inlay generate` is given, for a line that shows it."""
     columns: ClassVar[tuple[str, str, str]]
     """Heads of the table of shapes: length, size, and how many."""
 

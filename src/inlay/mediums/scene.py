@@ -68,6 +68,7 @@ class Scenes(Medium):
 
     one: ClassVar[str] = "scene"
     makes: ClassVar[str] = "scene"
+    asks: ClassVar[str] = "--image rgb.png --seg seg.png"
     columns: ClassVar[tuple[str, str, str]] = ("objects", "seen at", "scenes")
 
     def plan(

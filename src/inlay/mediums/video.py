@@ -21,6 +21,7 @@ class Video(Medium):
 
     one: ClassVar[str] = "clip"
     makes: ClassVar[str] = "video"
+    asks: ClassVar[str] = '"a prompt"'
     columns: ClassVar[tuple[str, str, str]] = ("frames", "size", "windows")
 
     def plan(
