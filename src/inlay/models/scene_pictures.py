@@ -218,14 +218,15 @@ def look(eyes: Mapping[str, Eye], picture: np.ndarray, masks: Iterable[np.ndarra
         the mask.
     """
     scene = square(picture, 255)
+    whole = {kind: eye.extractor.picture(scene) for kind, eye in eyes.items() if eye.channels == 7}
     found: dict[str, list[Tensor]] = {kind: [] for kind in eyes}
     for mask in masks:
         mask = square(mask, 0)
         alone = np.where(mask[..., None], scene, np.uint8(255))
         for kind, eye in eyes.items():
             shown = [eye.extractor.picture(alone)]
-            if eye.channels == 7:
-                shown += [eye.extractor.picture(scene), eye.extractor.mask(mask)]
+            if kind in whole:
+                shown += [whole[kind], eye.extractor.mask(mask)]
             found[kind].append(torch.cat(shown))
     return {kind: torch.stack(each) for kind, each in found.items()}
 
