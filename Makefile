@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test check docs clean
 
 demo: $(VENV)/installed  ## the main job on a tiny trained model: no download, no GPU, minutes
-	$(BIN)/inlay demo
+	$(BIN)/inlaid demo
 
 test: $(VENV)/installed-dev check  ## lint, types, import contracts, all tests, coverage
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile

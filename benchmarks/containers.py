@@ -4,7 +4,7 @@
 
 Six clips of 17 frames, 240x416: three of real footage (a press, twice; a hiker) with mattes made of them (a
 soft ellipse, a key of what is bright, a key of what is dark), and three procedural ones (glass, smoke, hair).
-The first five containers are those that inlay writes, through `rgba.write`; the others are written here, as
+The first five containers are those that inlaid writes, through `rgba.write`; the others are written here, as
 artists' tools do, and read by `cutouts.read`, the way training reads. Errors are of 255, means over the
 clips, `max` over all; colour is compared where alpha is over 0. `ghosts` is the share of clear pixels that
 came back with some alpha.
@@ -27,7 +27,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from inlay import config, cutouts, media, rgba
+from inlaid import config, cutouts, media, rgba
 
 FRAMES, SIZE, FPS = 17, (240, 416), 16
 
@@ -114,7 +114,7 @@ WRITTEN = {
     "apng": ".apng",
     "mkv, FFV1": ".mkv",
 }
-"""What inlay writes: names, and suffixes for `rgba.write`."""
+"""What inlaid writes: names, and suffixes for `rgba.write`."""
 
 READ: dict[str, tuple[str, Write]] = {
     "mov, PNG": ("a.mov", lambda p, x: encode(p, x, "png", "rgba")),
@@ -126,7 +126,7 @@ READ: dict[str, tuple[str, Write]] = {
     "webp, animated, lossless": ("a.webp", webp),
     "mp4 pair, H.264 crf 18": ("a.mp4", pair),
 }
-"""What others write and inlay reads: names, file, and how it is made."""
+"""What others write and inlaid reads: names, file, and how it is made."""
 
 KEEP = config.Matte(background="keep", premultiplied=False)
 

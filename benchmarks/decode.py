@@ -23,7 +23,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from inlay import media
+from inlaid import media
 
 SOURCES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 FRAMES, FPS, SIZE = 81, 16, (480, 832)

@@ -152,7 +152,7 @@ PUBLISHED: list[dict[str, Any]] = [
 
 def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
     """The recipe of a setting."""
-    from inlay import config
+    from inlaid import config
 
     given = {k: v for k, v in setting.items() if k in ("tuner", "optim", "train", "memory", "runtime")}
     raw = {
@@ -173,7 +173,7 @@ def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
 
 def estimate(made: Any, clip: tuple[int, int, int], device: Any, precision: Any) -> Any:
     """What `check` would say."""
-    from inlay import cost, families
+    from inlaid import cost, families
 
     family = families.get(made.model.family)(made.model)
     options = {"device": device, "precision": precision, "optimizer": made.optim.name}
@@ -184,8 +184,8 @@ def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
     """Trains a few steps on random numbers, as `train` does."""
     import torch
 
-    from inlay import cost, families, memory, runtime, tuners
-    from inlay.steps import Batch, DenoisingStep
+    from inlaid import cost, families, memory, runtime, tuners
+    from inlaid.steps import Batch, DenoisingStep
 
     plan = runtime.resolve(made, runtime.Devices())
     family = families.get(made.model.family)(made.model)
@@ -239,7 +239,7 @@ def child(setting: dict[str, Any], folder: Path) -> None:
     """Measures one setting and prints a line of JSON."""
     import torch
 
-    from inlay import runtime
+    from inlaid import runtime
 
     clip = tuple(setting.get("clip", CLIP))
     small = {**setting, "train": {}, "size": None}
@@ -262,7 +262,7 @@ def child(setting: dict[str, Any], folder: Path) -> None:
 
 def measure(name: str, setting: dict[str, Any]) -> dict[str, Any]:
     """Runs one setting in a process of its own."""
-    from inlay.twins import tiny
+    from inlaid.twins import tiny
 
     family = setting.get("family", "wan")
     with tempfile.TemporaryDirectory() as temporary:
@@ -310,7 +310,7 @@ def against_published() -> list[dict[str, Any]]:
 def markdown(found: dict[str, Any]) -> str:
     """Both tables."""
     out = [
-        "# Memory: estimated by `inlay check`, and measured",
+        "# Memory: estimated by `inlaid check`, and measured",
         "",
         "Made by `python benchmarks/estimate.py`: three training steps on the CPU, largest resident size",
         "above what the process had before the network was loaded.",
@@ -352,7 +352,7 @@ def main() -> None:
     if args.child:
         child(SETTINGS[args.child], args.folder)
         return
-    from inlay import families, runtime
+    from inlaid import families, runtime
 
     RESULTS.parent.mkdir(exist_ok=True)
     found = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"settings": {}}

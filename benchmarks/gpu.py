@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --toy
 
 No download: the network is built from its published configuration and filled with cheap random numbers on the
-device. Tuner, recomputation, step and optimizer are those of `inlay train`. Each finished row is written at
+device. Tuner, recomputation, step and optimizer are those of `inlaid train`. Each finished row is written at
 once to `benchmarks/results/gpu-<device>.json` and `.md`, and skipped the next time, so the command can be
 stopped and run again; one that runs out of memory is a row too. Rows begin only while `--minutes` are left.
 `--toy` does the same with tiny networks on the CPU, so that this file stays alive.
@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from inlay import config, cost, families, memory, runtime, tuners
-from inlay.families import Family
-from inlay.steps import Batch, DenoisingStep
-from inlay.twins import tiny
+from inlaid import config, cost, families, memory, runtime, tuners
+from inlaid.families import Family
+from inlaid.steps import Batch, DenoisingStep
+from inlaid.twins import tiny
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,7 +31,7 @@ def measure(how: str, tokens: int) -> None:
     import torch
     import torch.nn.functional as F
 
-    from inlay.models import attention
+    from inlaid.models import attention
 
     tokens -= (tokens - TEXT) % 2
     generator = torch.Generator().manual_seed(0)

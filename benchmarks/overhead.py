@@ -1,9 +1,9 @@
-"""What inlay costs over a bare loop: same tensors, network, adapter and optimizer, in alternating processes.
+"""What inlaid costs over a bare loop: same tensors, network, adapter and optimizer, in alternating processes.
 
     python benchmarks/overhead.py [--steps 12] [--pairs 3] [--threads 2]
 
-Prints seconds per step and peak resident memory of `inlay train` and of a forward-backward-optimizer loop
-without any of inlay's code, and their ratios, and writes `benchmarks/results/overhead.json`. A random Wan
+Prints seconds per step and peak resident memory of `inlaid train` and of a forward-backward-optimizer loop
+without any of inlaid's code, and their ratios, and writes `benchmarks/results/overhead.json`. A random Wan
 transformer of about 50 M parameters, LoRA rank 16 on attention and feed-forward. The fastest step is compared
 besides the median: what else the machine does makes steps slower, never faster.
 """
@@ -28,8 +28,8 @@ RESULTS = Path(__file__).parent / "results/overhead.json"
 
 def prepare(folder: Path, steps: int) -> Path:
     """Writes a checkpoint, four clips, a recipe and the cache."""
-    from inlay import media
-    from inlay.twins import tiny
+    from inlaid import media
+    from inlaid.twins import tiny
 
     tiny.build("wan", folder / "model", heads=4, head=128, layers=12, ffn=2048)
     (folder / "clips").mkdir()
@@ -48,7 +48,7 @@ def prepare(folder: Path, steps: int) -> Path:
     recipe["data"]["cache"] = str(folder / "cache")
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe), "utf-8")
-    subprocess.run([sys.executable, "-m", "inlay", "cache", str(path)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "inlaid", "cache", str(path)], check=True, capture_output=True)
     return path
 
 
@@ -95,7 +95,7 @@ def measure(folder: Path, steps: int, kind: str, index: int) -> dict[str, float]
         command = [
             sys.executable,
             "-m",
-            "inlay",
+            "inlaid",
             "train",
             str(folder / "recipe.yaml"),
             f"run={folder}/run{index}",
@@ -127,30 +127,30 @@ def main() -> None:
     if args.bare:
         bare(args.bare, args.steps)
         return
-    from inlay import runtime
+    from inlaid import runtime
 
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args.steps)
         pairs = []
         for i in range(args.pairs):
-            order = ("inlay", "bare") if i % 2 else ("bare", "inlay")
+            order = ("inlaid", "bare") if i % 2 else ("bare", "inlaid")
             pairs.append({kind: measure(Path(folder), args.steps, kind, i) for kind in order})
     table = {}
     for name in pairs[0]["bare"]:
-        inlay, plain = ([pair[kind][name] for pair in pairs] for kind in ("inlay", "bare"))
-        ratios = [a / b for a, b in zip(inlay, plain, strict=True)]
-        row = {"inlay": statistics.median(inlay), "bare": statistics.median(plain)}
+        inlaid, plain = ([pair[kind][name] for pair in pairs] for kind in ("inlaid", "bare"))
+        ratios = [a / b for a, b in zip(inlaid, plain, strict=True)]
+        row = {"inlaid": statistics.median(inlaid), "bare": statistics.median(plain)}
         row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
         table[name] = {k: round(v, 4) for k, v in row.items()}
         print(
-            f"{name:<16} inlay {row['inlay']:9.3f}   bare {row['bare']:9.3f}   "
+            f"{name:<16} inlaid {row['inlaid']:9.3f}   bare {row['bare']:9.3f}   "
             f"ratio {row['ratio']:.3f} (lowest {row['lowest']:.3f}, highest {row['highest']:.3f})"
         )
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "inlay", "--help"], check=True, capture_output=True)
-    table["inlay --help, s"] = round(time.perf_counter() - start, 2)
-    print(f"inlay --help     {table['inlay --help, s']:.2f} s")
+    subprocess.run([sys.executable, "-m", "inlaid", "--help"], check=True, capture_output=True)
+    table["inlaid --help, s"] = round(time.perf_counter() - start, 2)
+    print(f"inlaid --help     {table['inlaid --help, s']:.2f} s")
     settings = {"steps": args.steps, "pairs": args.pairs, "threads": args.threads}
     RESULTS.parent.mkdir(exist_ok=True)
     text = json.dumps(settings | table | {"packages": runtime.environment()["packages"]}, indent=2)

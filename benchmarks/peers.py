@@ -29,10 +29,10 @@ TEXT = 32
 """Width of the text; the networks take any."""
 
 
-def inlay(folder: Path, precision: str) -> list[float]:
-    """Trains with `inlay train`; returns processor seconds at the end of each step."""
-    from inlay import config, console, media, train
-    from inlay.twins import tiny
+def inlaid(folder: Path, precision: str) -> list[float]:
+    """Trains with `inlaid train`; returns processor seconds at the end of each step."""
+    from inlaid import config, console, media, train
+    from inlaid.twins import tiny
 
     console.quiet()
     import numpy as np
@@ -68,7 +68,7 @@ def inlay(folder: Path, precision: str) -> list[float]:
 
     train.Job.update = timed  # type: ignore[method-assign]
     if not (folder / "cache").is_dir():  # encode in a process of its own: peers begin from cached tensors
-        with __import__("inlay.runtime").runtime.start(config.build(raw)) as ctx:
+        with __import__("inlaid.runtime").runtime.start(config.build(raw)) as ctx:
             built = config.build(raw)
             train.build_cache(built, train.open_family(built), train.open_run(built, ctx), ctx)
         return []
@@ -148,7 +148,7 @@ def child(side: str, folder: Path, precision: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    stamps = {"inlay": inlay, "diffsynth": diffsynth}[side](folder, precision)
+    stamps = {"inlaid": inlaid, "diffsynth": diffsynth}[side](folder, precision)
     steps = [b - a for a, b in zip(stamps[SKIPPED - 1 :], stamps[SKIPPED:], strict=False)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     value = {"seconds": statistics.median(steps) if steps else None, "peak": peak}
@@ -184,18 +184,18 @@ def main() -> None:
         parser.error("--diffsynth is needed: there is nothing to compare with otherwise")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        run(sys.executable, "inlay", folder, args.precision)  # makes the checkpoint and the cache
+        run(sys.executable, "inlaid", folder, args.precision)  # makes the checkpoint and the cache
         rows = []
         for i in range(args.pairs):
-            ours = run(sys.executable, "inlay", folder, args.precision)
+            ours = run(sys.executable, "inlaid", folder, args.precision)
             theirs = run(args.diffsynth, "diffsynth", folder, args.precision)
-            rows.append({"inlay": ours, "diffsynth": theirs})
+            rows.append({"inlaid": ours, "diffsynth": theirs})
             print(
                 f"pair {i + 1}: {ours['seconds']:.3f} s and {ours['peak'] / 2**20:.0f} MiB, DiffSynth-Studio "
                 f"{theirs['seconds']:.3f} s and {theirs['peak'] / 2**20:.0f} MiB",
                 flush=True,
             )
-    ratios = {key: [r["inlay"][key] / r["diffsynth"][key] for r in rows] for key in ("seconds", "peak")}
+    ratios = {key: [r["inlaid"][key] / r["diffsynth"][key] for r in rows] for key in ("seconds", "peak")}
     for key, values in ratios.items():
         print(
             f"{key}, ratio: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"

@@ -35,11 +35,11 @@ RESULTS = Path(__file__).parent / "results/real.json"
 
 
 def timed(*command: str) -> dict[str, float]:
-    """Runs a command of inlay, gives its seconds by the clock and of CPU time; stops if it fails."""
+    """Runs a command of inlaid, gives its seconds by the clock and of CPU time; stops if it fails."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "inlay", *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "inlaid", *command], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"inlay {' '.join(command)}: exit {done.returncode}\n{done.stderr}")
+        sys.exit(f"inlaid {' '.join(command)}: exit {done.returncode}\n{done.stderr}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(cpu, 1)}
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("media", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     args = parser.parse_args()
-    from inlay import runtime
-    from inlay.twins import tiny
+    from inlaid import runtime
+    from inlaid.twins import tiny
 
     args.out.mkdir(parents=True, exist_ok=True)
     model = tiny.build("wan", args.out / "model", layers=1)

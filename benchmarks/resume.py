@@ -50,7 +50,7 @@ def recipe(folder: Path, name: str) -> list[str]:
     }
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(values), "utf-8")
-    return [sys.executable, "-m", "inlay", "train", str(path)]
+    return [sys.executable, "-m", "inlaid", "train", str(path)]
 
 
 def main() -> None:
@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    from inlay import media, runtime
-    from inlay.twins import tiny
+    from inlaid import media, runtime
+    from inlaid.twins import tiny
 
     exact, tries = 0, []
     with tempfile.TemporaryDirectory() as name:

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inlay import config, console, demo, demo_joint, demo_rgba
-from inlay.evaluate import Prompt, evaluate, summary_table
-from inlay.train import train
-from inlay.twins import rgba_judge
+from inlaid import config, console, demo, demo_joint, demo_rgba
+from inlaid.evaluate import Prompt, evaluate, summary_table
+from inlaid.train import train
+from inlaid.twins import rgba_judge
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,7 +3,7 @@
     python benchmarks/scenes.py [--kind lora|dora] [--image-encoders frozen|dino|clip|both] [--judged 30]
 
 Trains on 24 scenes of the new kind and scenes of what the twin knows, then makes held-out scenes of both from
-their pictures and segmentations with the same seeds. Measures are those of `inlay evaluate`, against the true
+their pictures and segmentations with the same seeds. Measures are those of `inlaid evaluate`, against the true
 surfaces: `f_score` of whole scenes at 0.1, in a frame whose box has sides of 2. Writes
 `benchmarks/results/scenes-KIND.json`, with encoders that are trained too `scenes-KIND-ENCODERS.json`.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from inlay import config, console, demo_scenes
-from inlay.evaluate import evaluate, summary_table
-from inlay.train import train
+from inlaid import config, console, demo_scenes
+from inlaid.evaluate import evaluate, summary_table
+from inlaid.train import train
 
 RESULTS = Path(__file__).parent / "results"
 

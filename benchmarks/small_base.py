@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay import config, console, memory, runtime, tuners
-from inlay.families.wan import Wan
-from inlay.twins import tiny
+from inlaid import config, console, memory, runtime, tuners
+from inlaid.families.wan import Wan
+from inlaid.twins import tiny
 
 KINDS = ("lora", "dora", "lokr", "loha")
 SCHEMES: dict[str, dict[str, Any]] = {

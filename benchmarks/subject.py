@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from inlay import config, console, demo
-from inlay.evaluate import evaluate, summary_table
-from inlay.train import train
+from inlaid import config, console, demo
+from inlaid.evaluate import evaluate, summary_table
+from inlaid.train import train
 
 RESULTS = Path(__file__).parent / "results"
 

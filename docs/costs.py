@@ -1,4 +1,4 @@
-"""Fills in the cost tables of the how-to pages from the estimate of `inlay check`: `python docs/costs.py`.
+"""Fills in the cost tables of the how-to pages from the estimate of `inlaid check`: `python docs/costs.py`.
 
 A row is a recipe, with overrides where it has any, and a size; its last three cells are made here. A test
 keeps them current.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from inlay import alpha, config, cost
+from inlaid import alpha, config, cost
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: ROOT / f"docs/how-to/train-{name}.md" for name in ("wan", "cogvideox", "mochi")}

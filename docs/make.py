@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from inlay import cli, config
+from inlaid import cli, config
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -19,7 +19,7 @@ def commands() -> str:
     out = [
         "# Commands",
         "",
-        "Generated from `inlay --help` by `python docs/make.py`; a test keeps it current.",
+        "Generated from `inlaid --help` by `python docs/make.py`; a test keeps it current.",
         "",
         *_paragraphs(group.help),
         "Every command answers `--help`. A mistake of yours is one message and exit code 2; Ctrl-C is 130.",
@@ -28,8 +28,8 @@ def commands() -> str:
     for name, command in group.commands.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
-        usage = ["inlay", name, *map(_written, arguments), *(["[OPTIONS]"] if options else [])]
-        out += [f"## inlay {name}", "", *_paragraphs(command.help), "```", " ".join(usage), "```", ""]
+        usage = ["inlaid", name, *map(_written, arguments), *(["[OPTIONS]"] if options else [])]
+        out += [f"## inlaid {name}", "", *_paragraphs(command.help), "```", " ".join(usage), "```", ""]
         rows = [(_written(p).strip("[].").replace("]...", ""), p) for p in arguments]
         rows += [(", ".join(p.opts), p) for p in options]
         if rows:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from inlay import cli
+from inlaid import cli
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Done:
         return re.sub(r"[\s│╭╮╰╯─━]+", " ", self.out + self.err)
 
 
-def inlay(*arguments: object) -> Done:
-    """Runs `inlay ARGUMENTS...` and returns how it ended."""
+def inlaid(*arguments: object) -> Done:
+    """Runs `inlaid ARGUMENTS...` and returns how it ended."""
     out, err = io.StringIO(), io.StringIO()
-    argv = ["inlay", *map(str, arguments)]
+    argv = ["inlaid", *map(str, arguments)]
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

@@ -11,8 +11,8 @@ import coverage
 import numpy as np
 import pytest
 
-from inlay import console
-from inlay.twins import tiny
+from inlaid import console
+from inlaid.twins import tiny
 
 console.quiet()
 
@@ -41,13 +41,13 @@ def _outside(variable: str, name: str) -> Path:
 @pytest.fixture(scope="session")
 def media_root() -> Path:
     """Real clips, see its README."""
-    return _outside("INLAY_MEDIA", "media")
+    return _outside("INLAID_MEDIA", "media")
 
 
 @pytest.fixture(scope="session")
 def goldens_root() -> Path:
     """Numeric vectors made with the reference implementations."""
-    return _outside("INLAY_GOLDENS", "goldens")
+    return _outside("INLAID_GOLDENS", "goldens")
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def make_clips(tmp_path: Path) -> Callable[..., Path]:
     def make(
         n: int = 4, *, size: tuple[int, int] = (32, 32), frames: int = 9, fps: int = 16, name: str = "clips"
     ) -> Path:
-        from inlay import media
+        from inlaid import media
 
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from inlay import rgba
+from inlaid import rgba
 
 T, H, W = 9, 32, 64
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from commands import inlay
-from inlay.twins import tiny
+from commands import inlaid
+from inlaid.twins import tiny
 from test_encoded import CASES, Checkpoint, clips, recipe, write
 
 MOCHI, COG, I2V, PAIRS = CASES
@@ -186,7 +186,7 @@ def test_encoded_clip(
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(recipe(bad.kind, checkpoint, tmp_path / "run", str(source))), "utf-8")
     for command in ("check", "cache"):
-        done = inlay(command, path)
+        done = inlaid(command, path)
         assert done.code == 2 and "Traceback" not in done.said, done.said
         for word in bad.words:
             assert word in done.said, f"`{word}` is missing in: {done.said}"
@@ -195,9 +195,9 @@ def test_encoded_clip(
 
 
 def said(raw: dict, path: Path) -> str:
-    """What `inlay cache` says of a recipe that cannot work."""
+    """What `inlaid cache` says of a recipe that cannot work."""
     path.write_text(json.dumps(raw), "utf-8")
-    done = inlay("cache", path)
+    done = inlaid("cache", path)
     assert done.code == 2 and "Traceback" not in done.said, done.said
     return done.said
 
@@ -247,7 +247,7 @@ def test_a_trigger_that_comes_too_late(checkpoint: Checkpoint, tmp_path: Path) -
     path.write_text(
         json.dumps(recipe(COG, checkpoint, tmp_path / "run", source, data__trigger="zorble")), "utf-8"
     )
-    done = inlay("check", path)
+    done = inlaid("check", path)
     assert done.code == 0
     assert "4 of 4 clips have encoded captions" in done.said and "data.trigger" in done.said
 
@@ -258,7 +258,7 @@ def test_bad_ones_are_left_out_when_asked(checkpoint: Checkpoint, tmp_path: Path
     path = tmp_path / "r.yaml"
     raw = recipe(MOCHI, checkpoint, tmp_path / "run", str(source), data__bad_clips="quarantine")
     path.write_text(json.dumps(raw), "utf-8")
-    assert inlay("cache", path).code == 0
+    assert inlaid("cache", path).code == 0
     listed = json.loads((tmp_path / "run/quarantine.json").read_text("utf-8"))
     assert listed == {LATENT: "truncated: is cut off"}
 

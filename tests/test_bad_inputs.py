@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import videos
-from commands import Done, files, inlay
-from inlay import cache, media, runtime, steps
+from commands import Done, files, inlaid
+from inlaid import cache, media, runtime, steps
 
 WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
 NO_SPACE = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -84,7 +84,7 @@ def ground(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
         (folder / "clips" / f"{i}.txt").write_text(f"clip number {i}", "utf-8")
     made = Ground(folder / "clips", folder / "cache", tiny_wan, folder / "run")
     (folder / "r.yaml").write_text(json.dumps(made.recipe(run=str(made.run))), "utf-8")
-    assert inlay("train", folder / "r.yaml").code == 0
+    assert inlaid("train", folder / "r.yaml").code == 0
     return made
 
 
@@ -199,19 +199,19 @@ def test_recipe(ground: Ground, case: str) -> None:
         ground.write(**wrong)
     else:
         path.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
-    refused(inlay("cache", path, *overrides), *words)
+    refused(inlaid("cache", path, *overrides), *words)
     assert sorted(p.name for p in Path().iterdir()) == ["r.yaml"], "nothing is made"
 
 
 def test_no_such_recipe(ground: Ground) -> None:
-    refused(inlay("check", "nope.yaml"), "nope.yaml: no such recipe; `inlay new wan DATA` writes one")
-    refused(inlay("train", ground.clips), "config.yaml: no such recipe")
+    refused(inlaid("check", "nope.yaml"), "nope.yaml: no such recipe; `inlaid new wan DATA` writes one")
+    refused(inlaid("train", ground.clips), "config.yaml: no such recipe")
 
 
 def test_device_that_is_not_there(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.Devices, "here", classmethod(lambda cls: runtime.Devices()))
     path = ground.write(runtime={"device": "cuda"})
-    refused(inlay("train", path), "runtime.device: no `cuda` on this machine (there is: cpu)", "use `auto`")
+    refused(inlaid("train", path), "runtime.device: no `cuda` on this machine (there is: cpu)", "use `auto`")
 
 
 # --- checkpoints of the base --------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_base(ground: Ground, case: str) -> None:
     shutil.copytree(ground.checkpoint, "base")
     damage(Path("base"))
     # the cache knows the whole checkpoint by its encoders' content, so training alone loads its network
-    refused(inlay("train", ground.write(**{"model__checkpoint": "base", **changes})), *words)
+    refused(inlaid("train", ground.write(**{"model__checkpoint": "base", **changes})), *words)
     assert not Path("run/checkpoints").exists()
 
 
@@ -332,7 +332,7 @@ def test_no_such_base(ground: Ground, monkeypatch: pytest.MonkeyPatch, name: str
         raise ConnectionError("no network in tests")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    refused(inlay("cache", ground.write(model__checkpoint=name)), *words)
+    refused(inlaid("cache", ground.write(model__checkpoint=name)), *words)
 
 
 # --- clips --------------------------------------------------------------------------------------------------
@@ -608,9 +608,9 @@ def test_clips(ground: Ground, case: str) -> None:
     clips = files(Path("d"))
     changes = {"data__held_out": 2} if case == "nothing left to train on" else {}
     recipe = ground.write(data__sources=[source], data__cache="cache", **changes)
-    refused(inlay("cache", recipe), *words)
+    refused(inlaid("cache", recipe), *words)
     assert not Path("cache").exists(), "nothing is encoded before all is well"
-    checked = inlay("check", recipe)
+    checked = inlaid("check", recipe)
     assert checked.code == 2 and "not ready: " in checked.said
     assert all(word in checked.said for word in words), checked.said
     assert files(Path("d")) == clips, "the clips are only read"
@@ -642,15 +642,15 @@ def test_what_is_only_worth_a_warning(ground: Ground, case: str) -> None:
         shutil.copy(ground.clips / name, "d")
     damage(Path("d"))
     recipe = ground.write(data__sources="d", data__frames=[1, 9])
-    done = inlay("check", recipe)
+    done = inlaid("check", recipe)
     assert done.code == 0 and f"warning: {words}" in done.said and "ready to train: 0 errors" in done.said
-    assert inlay("cache", recipe, "data.cache=cache").code == 0
+    assert inlaid("cache", recipe, "data.cache=cache").code == 0
 
 
 def test_quarantine_names_what_is_left_out(ground: Ground) -> None:
     shutil.copytree(ground.clips, "d")
     captioned("9.mp4", b"this is no video")(Path("d"))
-    done = inlay("cache", ground.write(data__sources="d", data__bad_clips="quarantine"))
+    done = inlaid("cache", ground.write(data__sources="d", data__bad_clips="quarantine"))
     assert done.code == 0 and "1 clip(s) are left out; run/quarantine.json names them" in done.said
     assert "cannot be read" in json.loads(Path("run/quarantine.json").read_text("utf-8"))["9.mp4"]
 
@@ -691,10 +691,10 @@ def test_cache_that_cannot_be_written(
     recipe = ground.write(data__cache="cache", data__bad_clips=bad_clips)
     with monkeypatch.context() as patch:
         patch.setattr(cache, "save_file", full)
-        refused(inlay("cache", recipe), *words)
+        refused(inlaid("cache", recipe), *words)
     kept = {p: p.read_bytes() for p in items()}
     assert len(kept) == 2
-    done = inlay("cache", recipe)
+    done = inlaid("cache", recipe)
     assert done.code == 0 and "1 encoded, 2 there already" in done.said
     assert {p: p.read_bytes() for p in kept} == kept, "what was encoded stays as it was"
 
@@ -711,12 +711,12 @@ def test_ctrl_c_while_caching(ground: Ground, monkeypatch: pytest.MonkeyPatch) -
             save_file(tensors, path, metadata=metadata)
 
         monkeypatch.setattr(cache, "save_file", stopped)
-        done = inlay(command, ground.write(data__cache=command))
+        done = inlaid(command, ground.write(data__cache=command))
         refused(done, code=130)
         assert "interrupted: what is finished stays; run the same command again" in done.said
         assert len(items(command)) == 2 and not list(Path().rglob(".tmp-*"))
         monkeypatch.setattr(cache, "save_file", save_file)
-        done = inlay("cache", ground.write(data__cache=command))
+        done = inlaid("cache", ground.write(data__cache=command))
         assert done.code == 0 and "1 encoded, 2 there already" in done.said
 
 
@@ -737,7 +737,7 @@ def test_damaged_item_is_encoded_again(ground: Ground, case: str, kind: str) -> 
     damaged = items(f"cache/{kind}")[0]
     whole = {k: v.clone() for k, v in load_file(damaged).items()}  # not a view of what is cut
     damaged.write_bytes(GARBLED[case](damaged.read_bytes()))
-    done = inlay("cache", ground.write(data__cache="cache"))
+    done = inlaid("cache", ground.write(data__cache="cache"))
     assert done.code == 0 and "error" not in done.said
     again = load_file(damaged)
     assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
@@ -752,7 +752,7 @@ def test_item_that_was_changed(ground: Ground, kind: str) -> None:
         data[-5] ^= 1
         path.write_bytes(bytes(data))
     message = refused(
-        inlay("train", ground.write(data__cache="cache")),
+        inlaid("train", ground.write(data__cache="cache")),
         ".safetensors: this cached item was changed after it was written; delete it and run again",
     )
     assert f"cache/{kind}/" in message
@@ -763,7 +763,7 @@ def test_item_that_was_changed(ground: Ground, kind: str) -> None:
 def test_run_that_cannot_be_written(ground: Ground, place: str) -> None:
     Path("file").write_text("mine", "utf-8")
     refused(
-        inlay("train", ground.write(run=place)),
+        inlaid("train", ground.write(run=place)),
         f"{place}: the run cannot be written there (",
         "name another folder (run=...)",
     )
@@ -772,7 +772,7 @@ def test_run_that_cannot_be_written(ground: Ground, place: str) -> None:
 
 def test_cache_in_the_way_of_a_file(ground: Ground) -> None:
     Path("file").write_text("mine", "utf-8")
-    refused(inlay("cache", ground.write(data__cache="file")), "file: cannot be written (Not a directory)")
+    refused(inlaid("cache", ground.write(data__cache="file")), "file: cannot be written (Not a directory)")
     assert Path("file").read_text("utf-8") == "mine"
 
 
@@ -784,8 +784,8 @@ def test_run_on_a_read_only_disk(ground: Ground, monkeypatch: pytest.MonkeyPatch
         raise OSError(30, "Read-only file system", "x", None, "y")
 
     with monkeypatch.context() as patch:
-        patch.setattr("inlay.files.os.replace", replace)
-        done = inlay("train", ground.write(train__steps=3))
+        patch.setattr("inlaid.files.os.replace", replace)
+        done = inlaid("train", ground.write(train__steps=3))
     refused(done, "run: the run cannot be written there (Read-only file system)", "run=...")
     assert files(Path("run")) == before
 
@@ -806,28 +806,28 @@ def test_run_on_a_read_only_disk(ground: Ground, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_targets(ground: Ground, tuner: dict[str, Any], words: list[str]) -> None:
-    refused(inlay("train", ground.write(tuner=tuner, data__cache="cache")), "tuner.targets: ", *words)
+    refused(inlaid("train", ground.write(tuner=tuner, data__cache="cache")), "tuner.targets: ", *words)
     assert not Path("cache").exists(), "found before the clips are encoded"
 
 
 @pytest.mark.parametrize(
     ("changes", "module", "words"),
     [
-        ({"optim": {"name": "adamw8bit"}}, "bitsandbytes.optim", ["optim.name: `adamw8bit`", "inlay[bnb]"]),
-        ({"optim": {"name": "prodigy"}}, "prodigyopt", ["optim.name: `prodigy`", "inlay[prodigy]"]),
+        ({"optim": {"name": "adamw8bit"}}, "bitsandbytes.optim", ["optim.name: `adamw8bit`", "inlaid[bnb]"]),
+        ({"optim": {"name": "prodigy"}}, "prodigyopt", ["optim.name: `prodigy`", "inlaid[prodigy]"]),
         (
             {"train__trackers": ["tensorboard"]},
             "torch.utils.tensorboard",
             ["train.trackers: `tensorboard`", "pip install 'tensorboard'"],
         ),
-        ({"train__trackers": ["wandb"]}, "wandb", ["train.trackers: `wandb`", "pip install 'inlay[wandb]'"]),
+        ({"train__trackers": ["wandb"]}, "wandb", ["train.trackers: `wandb`", "pip install 'inlaid[wandb]'"]),
     ],
 )
 def test_missing_package(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], module: str, words: list[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    message = refused(inlay("train", ground.write(data__cache="cache", **changes)), *words)
+    message = refused(inlaid("train", ground.write(data__cache="cache", **changes)), *words)
     assert "needs a package that is not installed" in message
     assert not Path("cache").exists(), "found before the clips are encoded"
 
@@ -840,14 +840,14 @@ def test_tracker_that_does_not_start(ground: Ground, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)  # type: ignore[arg-type]
     refused(
-        inlay("train", ground.write(train__trackers=["wandb"])),
+        inlaid("train", ground.write(train__trackers=["wandb"])),
         "train.trackers: `wandb` does not start (api_key not configured); log in to it, or leave it out",
     )
 
 
 def test_loss_that_is_not_finite(ground: Ground) -> None:
     recipe = ground.write(optim={"lr": 1e30, "clip": None}, train__steps=20)
-    message = refused(inlay("train", recipe), "the loss stopped being finite at step", "lower optim.lr")
+    message = refused(inlaid("train", recipe), "the loss stopped being finite at step", "lower optim.lr")
     assert "(clips: " in message and ".mp4)" in message
     assert runtime.Run(Path("run")).checkpoints(), "the checkpoints before it stay"
 
@@ -857,7 +857,7 @@ def test_out_of_memory(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(steps.DenoisingStep, "__call__", full)
-    refused(inlay("train", ground.write()), "CUDA out of memory: lower data.size, data.frames or train.batch")
+    refused(inlaid("train", ground.write()), "CUDA out of memory: lower data.size, data.frames or train.batch")
 
 
 def test_disk_full_while_saving(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -874,10 +874,10 @@ def test_disk_full_while_saving(ground: Ground, monkeypatch: pytest.MonkeyPatch)
     recipe = ground.write()
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "save_file", full)
-        refused(inlay("train", recipe), "run/checkpoints/step-000002: No space left on device: free space")
+        refused(inlaid("train", recipe), "run/checkpoints/step-000002: No space left on device: free space")
     assert [p.name for p in runtime.Run(Path("run")).checkpoints()] == ["step-000001"]
     assert not list(Path().rglob(".tmp-*"))
-    assert inlay("train", recipe).code == 0
+    assert inlaid("train", recipe).code == 0
     ours, theirs = load_file(f"run/{WEIGHTS}"), load_file(ground.run / WEIGHTS)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
@@ -910,11 +910,11 @@ def test_damaged_checkpoint(ground: Ground, case: str) -> None:
     damage()
     before = files(Path("run/checkpoints"))
     recipe = ground.write(train__steps=3)
-    refused(inlay("train", recipe), f"{LAST}: this checkpoint is damaged (", *words, "delete the folder")
+    refused(inlaid("train", recipe), f"{LAST}: this checkpoint is damaged (", *words, "delete the folder")
     assert files(Path("run/checkpoints")) == before
     if case == "truncated weights":  # the way out that the message names
         shutil.rmtree(LAST)
-        done = inlay("train", recipe)
+        done = inlaid("train", recipe)
         assert done.code == 0 and "going on after step 1" in done.said
 
 
@@ -932,7 +932,7 @@ def test_damaged_checkpoint(ground: Ground, case: str) -> None:
 def test_another_recipe(ground: Ground, changes: dict[str, Any], words: list[str]) -> None:
     shutil.copytree(ground.run, "run")
     before = files(Path("run/checkpoints"))
-    refused(inlay("train", ground.write(train__steps=3, **changes)), *words)
+    refused(inlaid("train", ground.write(train__steps=3, **changes)), *words)
     assert files(Path("run/checkpoints")) == before
 
 
@@ -964,8 +964,8 @@ def untrained(ground: Ground) -> Path:
 
 GENERATE: dict[str, tuple[Callable[[Ground], Any], list[Any], list[str]]] = {
     "no such run": (lambda g: "nowhere", ["a cat"], ["nowhere: not a run folder (it has no config.yaml)"]),
-    "another folder": (lambda g: g.clips, ["a cat"], ["not a run folder", "`inlay train` makes one"]),
-    "nothing trained": (untrained, ["a cat"], ["new: nothing is trained yet; `inlay train` first", "base"]),
+    "another folder": (lambda g: g.clips, ["a cat"], ["not a run folder", "`inlaid train` makes one"]),
+    "nothing trained": (untrained, ["a cat"], ["new: nothing is trained yet; `inlaid train` first", "base"]),
     "no prompt": (lambda g: g.run, [], ["generate: give a prompt, or --file with one per line"]),
     "empty prompt": (lambda g: g.run, [" "], ["generate: needs a prompt that is not empty"]),
     "size": (lambda g: g.run, ["a", "--size", "32"], ["--size: `32` is not HEIGHTxWIDTH, such as 480x832"]),
@@ -1018,7 +1018,7 @@ def test_generate(ground: Ground, case: str) -> None:
     make, arguments, words = GENERATE[case]
     Path("blank.txt").write_text("\n \n", "utf-8")
     Path("latin.txt").write_bytes("Käse".encode("latin-1"))
-    refused(inlay("generate", make(ground), "--out", "videos", *arguments), *words)
+    refused(inlaid("generate", make(ground), "--out", "videos", *arguments), *words)
     assert not Path("videos").exists() and not Path("opened").exists()
 
 
@@ -1026,13 +1026,13 @@ def test_full_fine_tune(ground: Ground) -> None:
     run = untrained(ground)
     (run / "config.yaml").write_text(json.dumps(ground.recipe(tuner={"kind": "full"})), "utf-8")
     refused(
-        inlay("generate", run, "a cat", "--strength", "0.5"),
+        inlaid("generate", run, "a cat", "--strength", "0.5"),
         "the strength of a full fine-tune is 0 or 1, not 0.5; train a LoRA",
     )
     shutil.copytree(ground.checkpoint / "transformer", run / "adapter")
     cut(run / "adapter/diffusion_pytorch_model.safetensors")
     for command in (["generate", run, "a cat"], ["evaluate", run]):
-        refused(inlay(*command), "error: new/adapter cannot be loaded (", "is it whole?")
+        refused(inlaid(*command), "error: new/adapter cannot be loaded (", "is it whole?")
     assert not (run / "report").exists()
 
 
@@ -1050,7 +1050,7 @@ def test_full_fine_tune(ground: Ground) -> None:
 def test_evaluate(ground: Ground, make: Any, arguments: list[str], words: list[str]) -> None:
     Path("blank.txt").write_text("\n", "utf-8")
     run = make(ground)
-    refused(inlay("evaluate", run, *arguments), *words)
+    refused(inlaid("evaluate", run, *arguments), *words)
     assert not Path(run, "report").exists()
 
 
@@ -1163,7 +1163,7 @@ def test_import(ground: Ground, case: str) -> None:
     name, put, options, words = ADAPTERS[case]
     put(Path(name), ground)
     options = [ground.checkpoint if x == "BASE" else x for x in options]
-    refused(inlay("import", name, "out", *options), *words)
+    refused(inlaid("import", name, "out", *options), *words)
     assert not Path("out").exists() and not Path("opened").exists()
     if case in (
         "missing",
@@ -1174,7 +1174,7 @@ def test_import(ground: Ground, case: str) -> None:
         "empty",
         "noise",
     ):
-        refused(inlay("inspect", name), *words)
+        refused(inlaid("inspect", name), *words)
         assert not Path("opened").exists()
 
 
@@ -1183,7 +1183,7 @@ def test_import_onto_something(ground: Ground) -> None:
     Path("mine/notes").write_text("keep", "utf-8")
     for place in ("mine", "mine/notes"):
         refused(
-            inlay("import", ground.run / "adapter", place),
+            inlaid("import", ground.run / "adapter", place),
             f"{place} exists and is not empty; name another folder",
         )
     assert files(Path("mine")) == {"notes": b"keep"}
@@ -1201,15 +1201,15 @@ def test_import_onto_something(ground: Ground) -> None:
 )
 def test_export(ground: Ground, arguments: list[Any], words: list[str]) -> None:
     Path("there").write_text("keep", "utf-8")
-    refused(inlay("export", *[ground.run if x == "RUN" else x for x in arguments]), *words)
+    refused(inlaid("export", *[ground.run if x == "RUN" else x for x in arguments]), *words)
     assert files(Path()) == {"there": b"keep"}
 
 
 def test_inspect_what_is_nothing(ground: Ground) -> None:
     Path("folder").mkdir()
-    refused(inlay("inspect", "nowhere"), "nowhere: no such file or folder")
-    refused(inlay("inspect", "folder"), "folder: no adapter, cached item, checkpoint, run or model in this")
-    refused(inlay("inspect", ground.clips / "0.mp4"), "0.mp4: neither a safetensors nor a torch file")
+    refused(inlaid("inspect", "nowhere"), "nowhere: no such file or folder")
+    refused(inlaid("inspect", "folder"), "folder: no adapter, cached item, checkpoint, run or model in this")
+    refused(inlaid("inspect", ground.clips / "0.mp4"), "0.mp4: neither a safetensors nor a torch file")
 
 
 @pytest.mark.parametrize(
@@ -1226,7 +1226,7 @@ def test_new(ground: Ground, arguments: list[Any], words: list[str]) -> None:
     Path("empty").mkdir()
     Path("mine.yaml").write_text("keep", "utf-8")
     known = {"CLIPS": ground.clips, "BASE": ground.checkpoint}
-    refused(inlay("new", *[known.get(x, x) for x in arguments]), *words)
+    refused(inlaid("new", *[known.get(x, x) for x in arguments]), *words)
     assert files(Path()) == {"mine.yaml": b"keep"}
 
 
@@ -1236,7 +1236,7 @@ def test_new(ground: Ground, arguments: list[Any], words: list[str]) -> None:
 def test_a_process_of_its_own(ground: Ground) -> None:
     """What a shell sees: one line on standard error, nothing on standard output, the exit code."""
     Path("a.bin").write_bytes(pickle.dumps(Evil()))
-    command = [sys.executable, "-m", "inlay", "import", "a.bin", "out"]
+    command = [sys.executable, "-m", "inlaid", "import", "a.bin", "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: a.bin: neither a safetensors nor a torch file\n"
@@ -1244,5 +1244,5 @@ def test_a_process_of_its_own(ground: Ground) -> None:
 
 
 def test_misspelt_command(ground: Ground) -> None:
-    refused(inlay("trian", "r.yaml"), "No such command 'trian'", "train")
-    refused(inlay("train"), "Missing argument")
+    refused(inlaid("trian", "r.yaml"), "No such command 'trian'", "train")
+    refused(inlaid("train"), "Missing argument")

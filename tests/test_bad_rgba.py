@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 import cutout_clips as make
-from commands import inlay
-from inlay import alpha, media, rgba
+from commands import inlaid
+from inlaid import alpha, media, rgba
 
 SIZE = (32, 32)
 
@@ -158,7 +158,7 @@ def test_bad_clips_are_named_before_anything_is_encoded(
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw), "utf-8")
     for command in ("check", "train"):
-        done = inlay(command, path)
+        done = inlaid(command, path)
         assert done.code == 2 and "Traceback" not in done.said, done.said
         assert BAD[spoil] in done.said, done.said
     assert not list((tmp_path / "run/cache").glob("media/*/*")), "nothing was encoded"
@@ -189,7 +189,7 @@ def test_bad_manifests(ground: tuple[Path, dict[str, Any]], tmp_path: Path, case
     raw["data"]["sources"] = str(clips / "m.csv")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw), "utf-8")
-    done = inlay("check", path)
+    done = inlaid("check", path)
     assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
 
 
@@ -209,7 +209,7 @@ def test_bad_recipes(ground: tuple[Path, dict[str, Any]], tmp_path: Path, change
     _, raw = ground
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw), "utf-8")
-    done = inlay("check", path, change)
+    done = inlaid("check", path, change)
     assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
 
 
@@ -228,7 +228,7 @@ def test_bad_composites(tmp_path: Path) -> None:
         (front, "red", "--out", tmp_path / "a.gif"): "videos are written as .mp4",
         (front, "red", "--fps", "0"): "--fps: 0 is no frame rate",
     }.items():
-        done = inlay("composite", *arguments)
+        done = inlaid("composite", *arguments)
         assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
 
 
@@ -237,9 +237,9 @@ def test_bad_outputs(ground: tuple[Path, dict[str, Any]], tmp_path: Path, recipe
     run = Path(raw["run"])
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(raw))), "utf-8")
-    done = inlay("generate", run, "a disc", "--checkpoint", "base", "--transparent", "mov,mp4")
+    done = inlaid("generate", run, "a disc", "--checkpoint", "base", "--transparent", "mov,mp4")
     assert done.code == 2 and "sample.transparent: `mp4` cannot carry alpha" in done.said, done.said
     plain = {k: v for k, v in raw.items() if k != "alpha"}
     (run / "config.yaml").write_text(yaml.safe_dump(plain), "utf-8")
-    done = inlay("generate", run, "a disc", "--checkpoint", "base", "--transparent", "mov")
+    done = inlaid("generate", run, "a disc", "--checkpoint", "base", "--transparent", "mov")
     assert done.code == 2 and "is opaque (its alpha.kind), its videos have no alpha" in done.said, done.said

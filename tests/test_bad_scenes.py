@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from commands import inlay
+from commands import inlaid
 
 pytest.importorskip("trimesh")
 
@@ -22,7 +22,7 @@ pytest.importorskip("trimesh")
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, three scenes and a recipe."""
-    from inlay.twins import tiny
+    from inlaid.twins import tiny
 
     root = tmp_path_factory.mktemp("good")
     tiny.build("midi", root / "checkpoint")
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_bad_scene_is_named_by_check(name: str, place: Path) -> None:
     spoil, says = BAD[name]
     spoil(place / "scenes/s1")
-    done = inlay("check", "recipe.yaml")
+    done = inlaid("check", "recipe.yaml")
     assert (done.code, "Traceback" in done.said) == (2, False)
     assert says in done.said and "s1" in done.said and "not ready" in done.said
 
@@ -165,16 +165,16 @@ def test_what_is_odd_is_warned_of(name: str, place: Path) -> None:
     spoil, says = WARNED[name]
     for i in range(3):
         spoil(place / f"scenes/s{i}")
-    done = inlay("check", "recipe.yaml")
+    done = inlaid("check", "recipe.yaml")
     assert done.code == 0 and says in done.said
 
 
 def test_all_mistakes_are_told_at_once_and_can_be_left_out(place: Path) -> None:
     (place / "scenes/s1/seg.png").unlink()
     save(place / "scenes/s2/surface_1.npy", with_nan)
-    done = inlay("train", "recipe.yaml")
+    done = inlaid("train", "recipe.yaml")
     assert done.code == 2 and "s1: has no seg.png" in done.said and "s2" in done.said
-    left = inlay("train", "recipe.yaml", "data.bad_clips=quarantine", "data.held_out=0")
+    left = inlaid("train", "recipe.yaml", "data.bad_clips=quarantine", "data.held_out=0")
     assert left.code == 0, left.said
     told = json.loads((place / "run/quarantine.json").read_text("utf-8"))
     assert len(told) == 2
@@ -203,14 +203,14 @@ def test_generate_says_what_is_missing(name: str, place: Path) -> None:
     Image.fromarray(np.zeros((32, 32), np.uint8)).save("black.png")
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save("noise.png")
-    from inlay import config, runtime
+    from inlaid import config, runtime
 
     run = Path("run")
     run.mkdir()
     config.save(config.load("recipe.yaml"), run / "config.yaml")
     assert runtime.Run(run).config().model.family == "midi"
     arguments, says = GENERATE[name]
-    done = inlay("generate", "run", *arguments, "--checkpoint", "base")
+    done = inlaid("generate", "run", *arguments, "--checkpoint", "base")
     assert (done.code, "Traceback" in done.said) == (2, False)
     assert says in done.said, done.said
 
@@ -231,6 +231,6 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_bad_recipe_is_refused(name: str, place: Path) -> None:
     change, says = RECIPES[name]
-    done = inlay("train", "recipe.yaml", change)
+    done = inlaid("train", "recipe.yaml", change)
     assert (done.code, "Traceback" in done.said) == (2, False)
     assert says in done.said, done.said

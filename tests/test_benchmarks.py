@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inlay import families
-from inlay.twins import tiny
+from inlaid import families
+from inlaid.twins import tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

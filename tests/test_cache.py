@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import videos
-from inlay import cache, config, media, runtime, train
-from inlay.cache import Cache, ahead, identity
-from inlay.runtime import Context, Run
+from inlaid import cache, config, media, runtime, train
+from inlaid.cache import Cache, ahead, identity
+from inlaid.runtime import Context, Run
 
 CPU = Context(torch.device("cpu"), torch.float32, "adamw")
 

@@ -1,4 +1,4 @@
-"""`inlay check`: what it reports, writes and prints, for good recipes and bad ones."""
+"""`inlaid check`: what it reports, writes and prints, for good recipes and bad ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 import videos
-from inlay import check, config, families, media
+from inlaid import check, config, families, media
 
 
 def printed(report: check.Report) -> str:

@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from commands import Done, files, inlay
-from inlay import cli, config, media, runtime
+from commands import Done, files, inlaid
+from inlaid import cli, config, media, runtime
 
 ADAPTER = Path("runs/clips/adapter/pytorch_lora_weights.safetensors")
 SHORT = [
@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 def worked(*arguments: object) -> Done:
-    done = inlay(*arguments)
+    done = inlaid(*arguments)
     assert done.code == 0, done.out + done.err
     return done
 
@@ -62,7 +62,7 @@ def place(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         (folder / "clips" / f"{i}.txt").write_text(f"clip number {i}", "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert "next: inlay check clips.yaml" in worked("new", "wan", "clips", "--checkpoint", tiny_wan).said
+        assert "next: inlaid check clips.yaml" in worked("new", "wan", "clips", "--checkpoint", tiny_wan).said
         worked("train", "clips.yaml", *SHORT)
         yield folder
 
@@ -73,7 +73,7 @@ def _here(place: Path) -> None:
 
 
 def drawn(*arguments: object) -> list[np.ndarray]:
-    """Runs `inlay generate` with one step and gives the frames of the videos whose paths it prints.
+    """Runs `inlaid generate` with one step and gives the frames of the videos whose paths it prints.
 
     They are 64 wide: of narrower ones, x264 does not make the same file twice.
     """
@@ -87,7 +87,7 @@ def drawn(*arguments: object) -> list[np.ndarray]:
 def test_help_names_every_command() -> None:
     said = worked("--help").said
     assert all(f" {name} " in said for name in COMMANDS)
-    assert "inlay demo" in said and "no download, no GPU" in said
+    assert "inlaid demo" in said and "no download, no GPU" in said
     assert sorted(COMMANDS) == sorted(c.name or c.callback.__name__ for c in cli.app.registered_commands)  # type: ignore[union-attr]
 
 
@@ -101,8 +101,8 @@ def test_help_of_a_command_names_its_arguments(command: str) -> None:
 def test_help_imports_nothing_slow() -> None:
     code = (
         "import runpy, sys\n"
-        "sys.argv = ['inlay', '--help']\n"
-        "try:\n    runpy.run_module('inlay', run_name='__main__')\n"
+        "sys.argv = ['inlaid', '--help']\n"
+        "try:\n    runpy.run_module('inlaid', run_name='__main__')\n"
         "finally:\n    print([m for m in ('torch', 'diffusers', 'numpy', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -111,7 +111,7 @@ def test_help_imports_nothing_slow() -> None:
 
 
 def test_without_arguments_it_helps() -> None:
-    assert "Commands" in inlay().said
+    assert "Commands" in inlaid().said
 
 
 def test_our_own_mistakes_show_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +120,13 @@ def test_our_own_mistakes_show_a_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(config, "load", broken)
     with pytest.raises(AssertionError, match="what we promised"):
-        inlay("train", "clips.yaml")
+        inlaid("train", "clips.yaml")
 
 
 def test_a_developer_may_see_where_a_message_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INLAY_TRACEBACK", "1")
+    monkeypatch.setenv("INLAID_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no such recipe"):
-        inlay("train", "nowhere.yaml")
+        inlaid("train", "nowhere.yaml")
 
 
 # --- from clips to an adapter -------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_developer_may_see_where_a_message_comes_from(monkeypatch: pytest.Monk
 
 def test_new_writes_a_recipe_that_check_passes(tiny_wan: Path) -> None:
     text = Path("clips.yaml").read_text("utf-8")
-    assert "# Made by `inlay new wan clips` from 5 clips in folder layout." in text
+    assert "# Made by `inlaid new wan clips` from 5 clips in folder layout." in text
     assert yaml.safe_load(text)["data"]["frames"] == [9]
     worked("new", "wan", "clips", "--out", "other.yaml", "--checkpoint", tiny_wan)
     done = worked("check", "other.yaml")
@@ -165,7 +165,7 @@ def test_train_leaves_a_run() -> None:
 def test_a_finished_run_stays_as_it_is_and_goes_on_when_asked() -> None:
     before = files(Path("runs/clips/checkpoints"))
     done = worked("train", "runs/clips")
-    assert "runs/clips" in done.said and "next: inlay generate runs/clips" in done.said
+    assert "runs/clips" in done.said and "next: inlaid generate runs/clips" in done.said
     assert files(Path("runs/clips/checkpoints")) == before
     worked("train", "clips.yaml", *SHORT, "run=runs/more")
     done = worked("train", "runs/more", "train.steps=5")
@@ -232,7 +232,7 @@ def test_a_full_fine_tune_is_used_like_an_adapter() -> None:
     for target in ("diffusers", "merged"):
         folder = Path(worked("export", "runs/full", "--to", target).out.strip())
         assert files(folder) == files(Path("runs/full/adapter"))
-    assert inlay("export", "runs/full", "--to", "comfyui").code == 2
+    assert inlaid("export", "runs/full", "--to", "comfyui").code == 2
     assert "WanTransformer3DModel" in worked("inspect", "runs/full").said
 
 
@@ -306,10 +306,10 @@ def test_inspect_tells_what_each_thing_is(tiny_wan: Path) -> None:
             "rank 2",
             "alpha 2",
             "DoRA no",
-            "inlay_step 4",
+            "inlaid_step 4",
         ],
         ADAPTER.parent: ["adapter", "family wan"],
-        item: ["cached item", "latents float16 [16, 3, 4, 4]", "inlay_cache 1", "window"],
+        item: ["cached item", "latents float16 [16, 3, 4, 4]", "inlaid_cache 1", "window"],
         step: ["checkpoint", "step 4", "trainer.safetensors: tensors", "layout diffusers"],
         step / "trainer.safetensors": ["tensors"],
         Path("runs/clips"): ["run", "checkpoints 2, 4", "layout diffusers"],

@@ -14,13 +14,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from inlay import alpha, config
-from inlay.evaluate import codec as measured
-from inlay.models import rgba_codec, rgba_metrics
-from inlay.models.rgba_losses import RgbaLoss
-from inlay.models.rgba_vae import RgbaVae
-from inlay.runtime import Run
-from inlay.train import train
+from inlaid import alpha, config
+from inlaid.evaluate import codec as measured
+from inlaid.models import rgba_codec, rgba_metrics
+from inlaid.models.rgba_losses import RgbaLoss
+from inlaid.models.rgba_vae import RgbaVae
+from inlaid.runtime import Run
+from inlaid.train import train
 
 
 @pytest.fixture(scope="session")
@@ -354,7 +354,7 @@ def test_nine_terms_with_a_perceptual_network_and_a_note_without(
 def test_a_run_that_trained_a_codec_draws_no_prompts(
     codec_recipe: Callable[..., config.Config], tmp_path: Path
 ) -> None:
-    from inlay.generate import generate
+    from inlaid.generate import generate
 
     made_config = codec_recipe()
     Path(made_config.run).mkdir()

@@ -17,14 +17,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from commands import inlay
-from inlay import config, tuners
-from inlay.families import Grid, cogvideox
-from inlay.families.cogvideox import COPIES, CogVideoX
-from inlay.objectives import mean_squared_error
-from inlay.steps import Batch
-from inlay.train import train
-from inlay.twins import tiny
+from commands import inlaid
+from inlaid import config, tuners
+from inlaid.families import Grid, cogvideox
+from inlaid.families.cogvideox import COPIES, CogVideoX
+from inlaid.objectives import mean_squared_error
+from inlaid.steps import Batch
+from inlaid.train import train
+from inlaid.twins import tiny
 
 CPU = torch.device("cpu")
 VARIANTS = [variant for name, variant in tiny.cases() if name == "cogvideox"]
@@ -358,13 +358,13 @@ def test_adapter_without_alpha_comes_in_and_none_goes_to_comfyui(
     tensors |= {f"transformer.{n}.lora_B.weight": torch.randn(32, 4) for n in layers}
     save_file(tensors, tmp_path / "old.safetensors")
     base = ("--family", "cogvideox", "--checkpoint", folder)
-    done = inlay("import", tmp_path / "old.safetensors", tmp_path / "new", *base)
+    done = inlaid("import", tmp_path / "old.safetensors", tmp_path / "new", *base)
     assert done.code == 0 and "assumed alpha = rank" in done.said
     back = load_file(tmp_path / "new/pytorch_lora_weights.safetensors")
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
-    half = inlay("import", tmp_path / "old.safetensors", tmp_path / "half", *base, "--alpha", 2)
+    half = inlaid("import", tmp_path / "old.safetensors", tmp_path / "half", *base, "--alpha", 2)
     assert half.code == 0 and "alpha argument" in half.said
-    said = inlay("inspect", tmp_path / "new").said
+    said = inlaid("inspect", tmp_path / "new").said
     assert "family cogvideox" in said and "alpha 4" in said
 
 
@@ -426,7 +426,7 @@ def test_mistakes_end_in_one_sentence(
     (tmp_path / "r.yaml").write_text(json.dumps(raw), "utf-8")
     overrides = [f"{k}={json.dumps(v)}" for k, v in changes.items()]
     for command in ("check", "train"):
-        done = inlay(command, tmp_path / "r.yaml", *overrides)
+        done = inlaid(command, tmp_path / "r.yaml", *overrides)
         assert done.code in (1, 2) and message in done.said, done.said
         assert done.said.count(message) == 1 and "Traceback" not in done.said
     assert not (tmp_path / "run/cache").exists(), "nothing is encoded first"
@@ -465,9 +465,9 @@ def test_what_a_run_cannot_be_asked_for(
         (["a cat", "--image", tmp_path / "a.png", "--size", "32x48"], "learned them for 9 frames of 32x32"),
         (["a cat", "--image", tmp_path / "a.png", "--frames", "13"], "learned them for 9 frames of 32x32"),
     ):
-        done = inlay("generate", run, *options)
+        done = inlaid("generate", run, *options)
         assert done.code == 2 and message in done.said and "Traceback" not in done.said, done.said
     for to in ("comfyui", "kohya"):
-        done = inlay("export", run, "--to", to)
+        done = inlaid("export", run, "--to", to)
         assert done.code == 2 and f"no {to} layout is known for CogVideoX" in done.said, done.said
-    assert inlay("export", run, "--to", "merged").code == 0
+    assert inlaid("export", run, "--to", "merged").code == 0

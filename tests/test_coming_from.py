@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inlay import config
+from inlaid import config
 from test_docs import DOCS, ROOT, rows, schema
 
 PAGE = DOCS / "how-to/coming-from.md"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from inlay import config, families, memory, tuners
-from inlay.families import Family
-from inlay.twins import tiny
+from inlaid import config, families, memory, tuners
+from inlaid.families import Family
+from inlaid.twins import tiny
 
 pytestmark = pytest.mark.untraced
 

@@ -1,6 +1,6 @@
 """What every family owes, whichever checkpoint: learn, save, load elsewhere, go on, and be estimated.
 
-A new family is under test as soon as `inlay/twins/tiny` can make a checkpoint of it.
+A new family is under test as soon as `inlaid/twins/tiny` can make a checkpoint of it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inlay import config, cost, families, generate, memory, runtime, tuners
-from inlay.families import Family
-from inlay.steps import Batch
-from inlay.train import train
-from inlay.twins import tiny
+from inlaid import config, cost, families, generate, memory, runtime, tuners
+from inlaid.families import Family
+from inlaid.steps import Batch
+from inlaid.train import train
+from inlaid.twins import tiny
 
 CPU = torch.device("cpu")
 CASES = tiny.cases()
@@ -85,7 +85,7 @@ def example(family: Family) -> Any:
     """What `encode_media` is given: frames, or a scene."""
     if family.medium == "video":
         return np.random.default_rng(0).integers(0, 255, (*shape(family), 3), dtype=np.uint8)
-    from inlay.scenes import Object, Sample
+    from inlaid.scenes import Object, Sample
 
     rng, count = np.random.default_rng(0), shape(family)[0]
     masks = [np.arange(32)[:, None] // 8 + np.zeros((32, 32)) == i for i in range(count)]
@@ -134,7 +134,7 @@ def test_an_adapter_does_in_the_stock_pipeline_what_it_did_in_training(
 
 def trained_network(family: Family, cfg: config.Config, weights: dict) -> torch.nn.Module:
     """The network as training has it, with the weights that were saved put into its parameters."""
-    from inlay import tuners
+    from inlaid import tuners
 
     denoiser = family.load_denoiser(torch.float32)
     parameters = tuners.attach(cfg.tuner, family.targets, denoiser, seed=0)
@@ -211,7 +211,7 @@ def test_videos_come_out_of_the_stock_pipeline(
         generate.generate(run, ["a clip"], images=images, checkpoint=c, out=tmp_path / str(c))[0]
         for c in ("base", None)
     )
-    from inlay import media
+    from inlaid import media
 
     frames = [media.read(p, 0.0, shape(family)[0], family.fps, shape(family)[1:]) for p in (base, tuned)]
     assert frames[0].shape == (*shape(family), 3)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from inlay import config, cost, families, memory, tuners
-from inlay.twins import tiny
+from inlaid import config, cost, families, memory, tuners
+from inlaid.twins import tiny
 
 SHAPE = (9, 128, 192)
 LONG = (9, 256, 256)

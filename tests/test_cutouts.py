@@ -15,8 +15,8 @@ from PIL import Image
 
 import cutout_clips as make
 import videos
-from inlay import cache, config, cutouts, data, media, rgba
-from inlay.families.base import Grid
+from inlaid import cache, config, cutouts, data, media, rgba
+from inlaid.families.base import Grid
 
 GRID = Grid(spatial=16, temporal=4)
 SIZE = (make.H, make.W)

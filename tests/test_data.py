@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import videos
-from inlay import config, data, media
-from inlay.families.base import Grid
+from inlaid import config, data, media
+from inlaid.families.base import Grid
 
 GRID = Grid(spatial=16, temporal=4)
 SIZE = (32, 64)
@@ -55,7 +55,7 @@ def clips(tmp_path: Path) -> Path:
 
 
 def test_looking_at_data_needs_no_torch():
-    code = "import sys, inlay.data, inlay.media; sys.exit('torch' in sys.modules)"
+    code = "import sys, inlaid.data, inlaid.media; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

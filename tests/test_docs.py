@@ -3,7 +3,7 @@
 A fenced block marked `bash run` or `python run` is executed, in order, in an empty folder. A comment
 `<!-- quick: OLD -> NEW; ... -->` before a block names what makes the test quicker than the reader. A block
 marked `text shows` must have been shown: its lines are looked for in the output, numbers and units aside.
-`INLAY_DOCS_FULL=1` runs the tutorial as it is written.
+`INLAID_DOCS_FULL=1` runs the tutorial as it is written.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import pytest
 import typer
 import yaml
 
-from commands import inlay
-from inlay import cli, config, data, runtime
-from inlay.evaluate import matte, scene, video
+from commands import inlaid
+from inlaid import cli, config, data, runtime
+from inlaid.evaluate import matte, scene, video
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -38,7 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 TUTORIAL = DOCS / "tutorial/first-adapter.md"
 SECONDS = 90
 """Of CPU time that the tutorial may take in its quick form."""
-FULL = bool(os.environ.get("INLAY_DOCS_FULL"))
+FULL = bool(os.environ.get("INLAID_DOCS_FULL"))
 BASE = {
     "run": "runs/any",
     "model": {"family": "wan", "checkpoint": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"},
@@ -107,7 +107,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @page
 def test_paths_exist(page: Path) -> None:
     """Paths of this repository in backticks; NAME in capitals stands for anything."""
-    places = {"inlay": ROOT / "src", **dict.fromkeys(("src", "tests", "recipes", "benchmarks", "docs"), ROOT)}
+    places = {"inlaid": ROOT / "src", **dict.fromkeys(("src", "tests", "recipes", "benchmarks", "docs"), ROOT)}
     named = [c for c in inline(page.read_text("utf-8")) if re.fullmatch(r"[\w./-]+/[\w./-]*", c)]
     known = [c for c in named if c.split("/")[0] in places and not re.search(r"[A-Z]{3}", c)]
     assert [c for c in known if not (places[c.split("/")[0]] / c).exists()] == []
@@ -123,13 +123,13 @@ def test_named_tests_exist(page: Path) -> None:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Arguments of every `inlay` command in the shell blocks of a page."""
+    """Arguments of every `inlaid` command in the shell blocks of a page."""
     for block in blocks(text):
         if block.language in ("bash", "console"):
             for line in block.text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 for i, word in enumerate(words):
-                    if word == "inlay" and (i == 0 or words[i - 1] == "-m"):
+                    if word == "inlaid" and (i == 0 or words[i - 1] == "-m"):
                         yield words[i + 1 :]
 
 
@@ -141,8 +141,8 @@ def test_commands_are_understood(page: Path) -> None:
     for words in commands(page.read_text("utf-8")):
         if words == ["--help"]:
             continue
-        assert words[0] in GROUP.commands, f"no command `inlay {words[0]}`"
-        GROUP.commands[words[0]].make_context(f"inlay {words[0]}", list(words[1:]))
+        assert words[0] in GROUP.commands, f"no command `inlaid {words[0]}`"
+        GROUP.commands[words[0]].make_context(f"inlaid {words[0]}", list(words[1:]))
         changes = [w for w in words[1:] if re.match(r"[a-z]+(\.[a-z_]+)?=", w)]
         if words[0] in ("check", "cache", "train"):
             config.build(BASE, changes)
@@ -158,7 +158,7 @@ def test_options_in_prose_exist(page: Path) -> None:
     every |= {"--help", *OTHERS}
     for code in inline(page.read_text("utf-8")):
         words = code.split()
-        if words[0] == "inlay" and len(words) > 1 and words[1] != "--help":
+        if words[0] == "inlaid" and len(words) > 1 and words[1] != "--help":
             assert words[1] in GROUP.commands, f"`{code}`"
             known = {o for p in GROUP.commands[words[1]].params for o in p.opts}
             used = {w for w in words if re.fullmatch(r"-{1,2}[a-z][a-z-]*", w)}
@@ -241,7 +241,7 @@ def test_every_problem_of_a_clip_is_explained() -> None:
 
 def test_every_module_has_its_place() -> None:
     told = named(DOCS / "explanation/design.md", "Where things are")
-    source = ROOT / "src/inlay"
+    source = ROOT / "src/inlaid"
     there = {p.name + "/" * p.is_dir() for p in source.iterdir() if not p.name.startswith("_")}
     assert told == {n for n in there if n.endswith(("/", ".py"))}
 
@@ -295,12 +295,12 @@ def cpu() -> float:
 
 
 def shell(text: str) -> str:
-    """Runs lines: `inlay` in this process, anything else in a shell."""
+    """Runs lines: `inlaid` in this process, anything else in a shell."""
     said = ""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words[:1] == ["inlay"]:
-            done = inlay(*words[1:])
+        if words[:1] == ["inlaid"]:
+            done = inlaid(*words[1:])
             assert done.code == 0, f"{line}\n{done.out}{done.err}"
             said += done.out + done.err
         elif words:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from commands import inlay
-from inlay import cache, config, data, families, media, runtime, train
-from inlay.runtime import Context, Run
-from inlay.twins import tiny
+from commands import inlaid
+from inlaid import cache, config, data, families, media, runtime, train
+from inlaid.runtime import Context, Run
+from inlaid.twins import tiny
 
 CPU = Context(torch.device("cpu"), torch.float32, "adamw")
 SHAPES = {"mochi": (7, 32, 48), "5b": (9, 32, 64), "2b": (9, 48, 32), "1.5": (13, 32, 64), "i2v": (9, 32, 32)}
@@ -181,7 +181,7 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     kind, source = folder
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(recipe(kind, checkpoint, tmp_path / "run", str(source))), "utf-8")
-    done = inlay("check", path)
+    done = inlaid("check", path)
     assert done.code == 0, done.said
     assert "is read as encoded: 4 encoded clips," in done.said
     assert "4 windows are encoded already: they keep the size" in done.said
@@ -191,15 +191,15 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     assert sum(b["train"] + b["held_out"] for b in report["buckets"]) == 4
     assert len(report["buckets"]) == (1 if kind[1] == "i2v" else 2)
     run = Run(tmp_path / "run")
-    assert inlay("train", path).code == 0
+    assert inlaid("train", path).code == 0
     wanted, _ = runtime.load_state(run.checkpoint("4"))
     shutil.rmtree(run.checkpoint("4"))
-    assert inlay("train", path).code == 0
+    assert inlaid("train", path).code == 0
     got, _ = runtime.load_state(run.checkpoint("4"))
     assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in got)
     lines = runtime.read_metrics(run.metrics)
     assert [x["step"] for x in lines if "held_out_loss" in x] == [2, 4]
-    done = inlay("evaluate", run.folder)
+    done = inlaid("evaluate", run.folder)
     assert done.code == 0, done.said
     assert "cannot be used" not in done.said and "could not be read" not in done.said
 
@@ -273,10 +273,10 @@ def test_clips_beside_their_latents_are_not_encoded_again(checkpoint: Checkpoint
 def test_new_writes_a_recipe_for_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = write(tmp_path / "encoded", CASES[1], 6)
     out = tmp_path / "r.yaml"
-    done = inlay("new", "cogvideox", source, "--checkpoint", checkpoint(*CASES[1]), "-o", out)
+    done = inlaid("new", "cogvideox", source, "--checkpoint", checkpoint(*CASES[1]), "-o", out)
     assert done.code == 0, done.said
     assert "6 clips in encoded layout" in out.read_text("utf-8")
-    assert inlay("check", out, f"run={tmp_path / 'run'}").code == 0
+    assert inlaid("check", out, f"run={tmp_path / 'run'}").code == 0
 
 
 def test_items_are_whole_after_a_full_disk(

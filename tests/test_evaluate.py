@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from inlay import config, formats, media, runtime
-from inlay.evaluate import Prompt, evaluate, video
-from inlay.generate import generate
-from inlay.train import train
+from inlaid import config, formats, media, runtime
+from inlaid.evaluate import Prompt, evaluate, video
+from inlaid.generate import generate
+from inlaid.train import train
 
 
 def texture(h: int = 64, w: int = 64, seed: int = 0, smooth: int = 2) -> np.ndarray:

@@ -14,8 +14,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from inlay import config as recipes
-from inlay import families, formats
+from inlaid import config as recipes
+from inlaid import families, formats
 
 WAN = families.get("wan")
 LEAVES = {
@@ -300,7 +300,7 @@ def test_our_folder_loads_with_nothing_else(base, tmp_path: Path, dora: bool):
         rank_pattern={"blocks.1.attn1.to_q": 2, "ffn.net.2": 7},
         alpha_pattern={"blocks.0.attn2.to_v": 1, "ffn.net.2": 3.5},
     )
-    path = formats.write_diffusers(tmp_path / "adapter", tensors, config, {"inlay_step": "7"})
+    path = formats.write_diffusers(tmp_path / "adapter", tensors, config, {"inlaid_step": "7"})
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == [formats.WEIGHTS]
     assert path.name == formats.WEIGHTS
     pipe = pipeline(copy.deepcopy(base))
@@ -311,7 +311,7 @@ def test_our_folder_loads_with_nothing_else(base, tmp_path: Path, dora: bool):
     assert adapter.rank["blocks.0.attn1.to_q"] == 4
     assert adapter.alpha["blocks.1.ffn.net.2"] == 3.5
     assert adapter.alpha["blocks.0.attn2.to_v"] == 1
-    assert adapter.header == {"inlay_step": "7"}
+    assert adapter.header == {"inlaid_step": "7"}
     assert not adapter.notes
     check(adapter, base, run(model))
     formats.export(adapter, "diffusers", tmp_path / "again", family=WAN)
@@ -790,7 +790,7 @@ def test_folders_without_one_adapter(base, tmp_path: Path):
 
 def test_inspect_an_adapter(base, tmp_path: Path):
     _, tensors, config = trained(base, rank=4, alpha=8, dora=True)
-    formats.write_diffusers(tmp_path / "adapter", tensors, config, {"inlay_step": "120"})
+    formats.write_diffusers(tmp_path / "adapter", tensors, config, {"inlaid_step": "120"})
     for path in (tmp_path / "adapter", tmp_path / "adapter" / formats.WEIGHTS):
         found = formats.inspect(path)
         assert found.kind == "adapter"
@@ -799,7 +799,7 @@ def test_inspect_an_adapter(base, tmp_path: Path):
         assert facts["alpha"].startswith("8, from the file's header")
         assert facts["DoRA"].startswith("yes, magnitudes")
         assert facts["modules"].startswith("20 in 2 blocks: attn1.to_k")
-        assert facts["inlay_step"] == "120"
+        assert facts["inlaid_step"] == "120"
         assert facts["types"] == "float32"
     text = formats.describe(formats.inspect(tmp_path / "adapter"))
     assert "  layout      diffusers\n" in text
@@ -835,7 +835,7 @@ def test_inspect_other_things(base, tmp_path: Path, tiny_wan: Path):
     save_file(
         {"latents": torch.ones(16, 3, 4, 4)},
         tmp_path / "item.safetensors",
-        {"inlay_cache": "1", "caption": "x " * 90},
+        {"inlaid_cache": "1", "caption": "x " * 90},
     )
     found = formats.inspect(tmp_path / "item.safetensors")
     assert found.kind == "cached item"
@@ -885,7 +885,7 @@ def test_model_card_of_scenes(kind: str):
     }
     card = formats.model_card(recipes.Config.model_validate(raw), step=300, task="image-to-3d")
     front = yaml.safe_load(card.split("---")[1])
-    assert front["library_name"] == "inlay" and "image-to-3d" in front["tags"]
+    assert front["library_name"] == "inlaid" and "image-to-3d" in front["tags"]
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "DiffusionPipeline" not in code and "| size |" not in card
@@ -905,7 +905,7 @@ def test_model_card(kind: str, tiny_a14b: Path):
     assert front["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert front["library_name"] == "diffusers"
     assert front["instance_prompt"] == "sks: dog"
-    assert {"inlay", "wan", kind} <= set(front["tags"])
+    assert {"inlaid", "wan", kind} <= set(front["tags"])
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert ("load_lora_weights" in code) == (kind != "full")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from inlay import families, formats
+from inlaid import families, formats
 
 WAN = families.get("wan")
 LIMIT = 5e-5
@@ -96,7 +96,7 @@ def test_dora_through_the_stock_loader(golden, transformer, adapter):
 
 def test_another_ratio_scales_the_update_but_not_the_magnitude(golden, transformer, adapter):
     formats.attach(transformer, adapter)
-    transformer.set_adapters("inlay", golden[1]["other_ratio"])
+    transformer.set_adapters("inlaid", golden[1]["other_ratio"])
     assert difference(transformer, golden[0], "dora_other_ratio") <= LIMIT
 
 

@@ -1,4 +1,4 @@
-"""`inlay import meshes`: training scenes of meshes, of broken ones too, on whose surfaces the points lie."""
+"""`inlaid import meshes`: training scenes of meshes, of broken ones too, on whose surfaces the points lie."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands import inlay
+from commands import inlaid
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlay import mesh, scenes  # noqa: E402
+from inlaid import mesh, scenes  # noqa: E402
 
 
 def broken() -> trimesh.Trimesh:
@@ -53,7 +53,7 @@ def off(truth: trimesh.Trimesh, point: np.ndarray) -> float:
 
 def test_surfaces_lie_on_their_meshes_and_normals_point_out(tmp_path: Path) -> None:
     made = meshes(tmp_path / "in")
-    done = inlay("import", "meshes", tmp_path / "in", tmp_path / "out", "--views", 2, "--size", 64)
+    done = inlaid("import", "meshes", tmp_path / "in", tmp_path / "out", "--views", 2, "--size", 64)
     assert done.code == 0, done.said
     assert "broken.glb: `broken`: 2 of its pieces were inside out" in done.said
     assert "broken.glb: `broken` is not watertight" in done.said
@@ -103,5 +103,5 @@ def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:
         (("empty", "out"), "holds no meshes (.glb"),
         (("bad", "out"), "cannot be read as a mesh"),
     ):
-        done = inlay("import", "meshes", *(tmp_path / a for a in arguments))
+        done = inlaid("import", "meshes", *(tmp_path / a for a in arguments))
         assert (done.code, "Traceback" in done.said) == (2, False) and says in done.said

@@ -14,11 +14,11 @@ from diffusers import CogVideoXDDIMScheduler
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from inlay import alpha, config, cost, families, memory, tuners
-from inlay.alpha.joint import MERGE, Tail
-from inlay.models import attention
-from inlay.steps import Batch, DenoisingStep
-from inlay.twins import tiny
+from inlaid import alpha, config, cost, families, memory, tuners
+from inlaid.alpha.joint import MERGE, Tail
+from inlaid.models import attention
+from inlaid.steps import Batch, DenoisingStep
+from inlaid.twins import tiny
 
 CPU = torch.device("cpu")
 CASES = [("wan", "t2v"), ("wan", "ti2v"), ("mochi", "t2v"), *(("cogvideox", v) for v in ("5b", "2b", "1.5"))]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inlay import alpha, config, data, encoded
-from inlay.media import MediaError
-from inlay.twins import tiny
+from inlaid import alpha, config, data, encoded
+from inlaid.media import MediaError
+from inlaid.twins import tiny
 from test_encoded import CASES, Checkpoint, built, cogvideox, mochi, recipe, shape
 
 PAIRS = CASES[:2]

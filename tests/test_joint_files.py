@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from commands import inlay
-from inlay import alpha, config, families, formats
-from inlay.alpha import joint
-from inlay.twins import tiny
+from commands import inlaid
+from inlaid import alpha, config, families, formats
+from inlaid.alpha import joint
+from inlaid.twins import tiny
 
 WIDTH = 24
 LEAVES = ("to_q", "to_k", "to_v", "to_out.0")
@@ -77,7 +77,7 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
     name, make, count, rank, rule = FILES[family]
     there = make()
     path = write(tmp_path / name, there)
-    done = inlay("import", path, tmp_path / "out", "--family", family)
+    done = inlaid("import", path, tmp_path / "out", "--family", family)
     assert done.code == 0, done.said
     for words in ("joint transparency", "alpha is 1 in all such files", f"text_to_alpha: {rule}", "licence"):
         assert words in " ".join(done.said.split()), done.said
@@ -97,10 +97,10 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
         assert torch.equal(load_file(vector)[joint.NAME], given.flatten())
     with safe_open(tmp_path / "out" / joint.WEIGHTS, "pt") as file:
         header = file.metadata()
-    assert header["inlay_alpha"] == "joint" and header["inlay_text_to_alpha"] == rule
-    assert header["inlay_domain_embedding"] == ("no" if given is None else "yes")
+    assert header["inlaid_alpha"] == "joint" and header["inlaid_text_to_alpha"] == rule
+    assert header["inlaid_domain_embedding"] == ("no" if given is None else "yes")
     for place in (path, tmp_path / "out"):
-        said = " ".join(inlay("inspect", place).said.split())
+        said = " ".join(inlaid("inspect", place).said.split())
         assert "transparency joint" in said and "cannot be imported" not in said, said
         assert "vector for alpha" in said
 
@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[str, dict[str, Tensor], str]] = {
 def test_wrong_files_are_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
     family, tensors, says = WRONG[name]
     path = write(tmp_path / ("x.pt" if "Mochi" in name else "x.safetensors"), tensors)
-    done = inlay("import", path, tmp_path / "out", "--family", family)
+    done = inlaid("import", path, tmp_path / "out", "--family", family)
     assert done.code == 2 and "Traceback" not in done.said
     assert says.replace(" ", "") in "".join(done.said.split()), done.said
     assert not (tmp_path / "out").exists()
@@ -184,7 +184,7 @@ def test_wrong_files_are_refused_with_a_sentence(name: str, tmp_path: Path) -> N
 
 def test_made_for_another_size(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", cogvideox(2, width=24))
-    done = inlay(
+    done = inlaid(
         "import",
         path,
         tmp_path / "out",
@@ -216,12 +216,12 @@ def test_an_imported_file_does_what_its_numbers_say(
     family: Any = alpha.family(config.build(raw))
     there = fitting(family.load_denoiser(torch.float32, meta=True), case[0])
     path = write(tmp_path / ("x.safetensors" if case[0] == "cogvideox" else "x.pt"), there)
-    done = inlay("import", path, tmp_path / "out", "--family", case[0], "--checkpoint", checkpoint(*case))
+    done = inlaid("import", path, tmp_path / "out", "--family", case[0], "--checkpoint", checkpoint(*case))
     assert done.code == 0, done.said
     pipe = family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32)
     family.load_adapter(pipe, tmp_path / "out")
     layer = pipe.transformer.transformer_blocks[1].attn1.to_v
-    assert isinstance(layer, joint.Tail) and layer.scaling["inlay"] == 1 / 128  # type: ignore[attr-defined]
+    assert isinstance(layer, joint.Tail) and layer.scaling["inlaid"] == 1 / 128  # type: ignore[attr-defined]
     names = {"cogvideox": ["transformer.transformer_blocks.1.attn1.to_v.lora_A.weight", "lora_B"]}
     a, b = (
         (there[names["cogvideox"][0]], there[names["cogvideox"][0].replace("lora_A", "lora_B")])
@@ -248,11 +248,11 @@ def test_stock_pipelines_take_such_a_file_for_all_tokens_at_the_right_scale(
     pipe = family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(ValueError, match="lora"):
         pipe.load_lora_weights(str(raw))
-    assert inlay("import", raw, tmp_path / "out", "--family", "cogvideox").code == 0
-    pipe.load_lora_weights(str(tmp_path / "out"), adapter_name="inlay")
+    assert inlaid("import", raw, tmp_path / "out", "--family", "cogvideox").code == 0
+    pipe.load_lora_weights(str(tmp_path / "out"), adapter_name="inlaid")
     layer = pipe.transformer.transformer_blocks[0].attn1.to_q
     x = torch.randn(1, 234, layer.in_features)
-    assert layer.scaling["inlay"] == 1 / 128 and (layer(x) - layer.base_layer(x)).abs().amin(-1).min() > 0
+    assert layer.scaling["inlaid"] == 1 / 128 and (layer(x) - layer.base_layer(x)).abs().amin(-1).min() > 0
 
 
 def test_joint_and_other_adapters_are_not_mistaken_for_each_other(
@@ -268,7 +268,7 @@ def test_joint_and_other_adapters_are_not_mistaken_for_each_other(
     family: Any = alpha.family(config.build(raw))
     there = fitting(family.load_denoiser(torch.float32, meta=True), "cogvideox")
     write(tmp_path / "x.safetensors", there)
-    assert inlay("import", tmp_path / "x.safetensors", tmp_path / "out", "--family", "cogvideox").code == 0
+    assert inlaid("import", tmp_path / "x.safetensors", tmp_path / "out", "--family", "cogvideox").code == 0
     opaque = {k: v for k, v in there.items() if k != "domain_emb"}
     (tmp_path / "opaque").mkdir()
     write(tmp_path / "opaque" / joint.WEIGHTS, opaque)
@@ -276,7 +276,7 @@ def test_joint_and_other_adapters_are_not_mistaken_for_each_other(
     with pytest.raises(ValueError, match=r"trained with alpha.kind=opaque, for all tokens"):
         family.load_adapter(pipe, tmp_path / "opaque")
     with pytest.raises(ValueError, match=r"trained with alpha.kind=joint"):
-        family.single.accept({"inlay_alpha": "joint"})
+        family.single.accept({"inlaid_alpha": "joint"})
     (tmp_path / "out" / joint.EMBEDDING).unlink()
     with pytest.raises(ValueError, match=r"domain_embedding.safetensors is missing, which belongs to"):
         family.load_adapter(pipe, tmp_path / "out")

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import cutout_clips
-from inlay import alpha, config, exchange, generate, runtime, tuners
-from inlay.alpha import joint
-from inlay.train import train
-from inlay.twins import tiny
+from inlaid import alpha, config, exchange, generate, runtime, tuners
+from inlaid.alpha import joint
+from inlaid.train import train
+from inlaid.twins import tiny
 from test_joint import CASES, Checkpoint, given
 from test_parallel import difference, together
 
@@ -89,7 +89,7 @@ def test_an_adapter_does_in_the_pipeline_what_it_did_in_training(
     assert (after - ours).abs().max() <= (0 if kind == "lora" else 2e-6)
     assert (after - before).abs().max() > 1e-5 and not torch.equal(half, after)
     header = runtime.header(run / "adapter" / joint.WEIGHTS)
-    assert header["inlay_alpha"] == "joint" and header["inlay_alpha_tokens"] == joint.TOKENS
+    assert header["inlaid_alpha"] == "joint" and header["inlaid_alpha_tokens"] == joint.TOKENS
     assert "**transparent videos**" in (run / "adapter/README.md").read_text("utf-8")
     lines = runtime.read_metrics(run / "metrics.jsonl")
     for line in (x for x in lines if "loss" in x):

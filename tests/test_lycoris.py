@@ -11,10 +11,10 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from commands import inlay
-from inlay import config, formats, generate, lycoris, runtime, tuners
-from inlay.families.wan import Wan
-from inlay.train import train
+from commands import inlaid
+from inlaid import config, formats, generate, lycoris, runtime, tuners
+from inlaid.families.wan import Wan
+from inlaid.train import train
 
 KINDS = ["lokr", "loha"]
 FILE = "adapter/pytorch_lora_weights.safetensors"
@@ -72,9 +72,9 @@ def test_what_was_trained_reloads(tiny_wan: Path, tmp_path: Path, kind: str) -> 
     limit = 1e-5 * wanted.abs().max()
     pipe = WanPipeline.from_pretrained(tiny_wan)
     generate.put(wan(tiny_wan), pipe, tmp_path)
-    assert pipe.get_list_adapters() == {"transformer": ["inlay"]}
+    assert pipe.get_list_adapters() == {"transformer": ["inlaid"]}
     assert (predict(pipe.transformer) - wanted).abs().max() <= limit
-    pipe.set_adapters(["inlay"], [0.5])
+    pipe.set_adapters(["inlaid"], [0.5])
     assert limit < (predict(pipe.transformer) - wanted).abs().max() < (base - wanted).abs().max()
     pipe.unload_lora_weights()
     assert torch.equal(predict(pipe.transformer), base)
@@ -99,25 +99,25 @@ def test_the_whole_way(recipe: Callable[..., dict], tmp_path: Path, kind: str) -
     a, b = load_file(whole / FILE), load_file(folder / FILE)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     with safe_open(folder / FILE, "pt") as file:
-        assert file.metadata()["inlay_step"] == "6"
+        assert file.metadata()["inlaid_step"] == "6"
     videos = [
         generate.generate(folder, ["clip number 1"], strength=s, out=tmp_path / str(s))[0]
         for s in (0.0, 0.5, 1.0)
     ]
     assert len({v.read_bytes() for v in videos}) == 3
-    assert inlay("evaluate", folder).code == 0
-    seen = inlay("inspect", folder)
+    assert inlaid("evaluate", folder).code == 0
+    seen = inlaid("inspect", folder)
     assert {"lokr": "LoKr", "loha": "LoHa"}[kind] in seen.said and "rank 4" in seen.said
     assert kind in (folder / "adapter/README.md").read_text("utf-8")
-    assert inlay("export", folder, "--to", "merged").code == 0
+    assert inlaid("export", folder, "--to", "merged").code == 0
     family = wan(Path(raw["model"]["checkpoint"]))
     merged = family.load_denoiser(torch.float32, folder=folder / "export/merged")
     tuned = family.load_denoiser(torch.float32)
     lycoris.load(tuned, folder / "adapter")
     assert torch.allclose(predict(merged), predict(tuned), atol=1e-5)
-    assert inlay("export", folder, "--to", "diffusers").code == 0
+    assert inlaid("export", folder, "--to", "diffusers").code == 0
     for to in ("comfyui", "kohya"):
-        refused = inlay("export", folder, "--to", to)
+        refused = inlaid("export", folder, "--to", to)
         assert (
             refused.code
             and f"the {to} layout is for LoRA and DoRA; export this {kind} as merged" in refused.said

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cutout_clips as make
-from inlay import mattes, rgba
-from inlay.evaluate import matte
+from inlaid import mattes, rgba
+from inlaid.evaluate import matte
 
 
 def small_subject(seed: int = 0) -> np.ndarray:

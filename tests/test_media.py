@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import videos
-from inlay import media
+from inlaid import media
 
 RATES = [8, 16, 24, 30, Fraction(30000, 1001)]
 CONTAINERS = [
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     path = videos.write(tmp_path / "big.mp4", 60, 24, (1080, 1920), options={"preset": "ultrafast"})
     code = f"""
 import resource
-from inlay import media
+from inlaid import media
 path, peak = {str(path)!r}, lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 media.read(path, 0.0, 2, 24, (64, 64))
 before = peak()

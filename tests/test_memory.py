@@ -12,10 +12,10 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor, nn
 
-from inlay import config, memory, runtime, tuners
-from inlay.families.wan import Wan
-from inlay.train import prepare, train
-from inlay.twins import tiny
+from inlaid import config, memory, runtime, tuners
+from inlaid.families.wan import Wan
+from inlaid.train import prepare, train
+from inlaid.twins import tiny
 
 CPU = torch.device("cpu")
 RUNS = [(q, k) for q in ("int8", "float8", "int4", "nf4") for k in ("lora", "dora", "lokr", "loha")]
@@ -390,6 +390,6 @@ def test_a_missing_package_is_named(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        ValueError, match=rf"memory\.quantize: `{scheme}` needs a package .* pip install 'inlay\["
+        ValueError, match=rf"memory\.quantize: `{scheme}` needs a package .* pip install 'inlaid\["
     ):
         train(config.build(recipe(memory={"quantize": scheme})))

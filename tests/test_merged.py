@@ -13,12 +13,12 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inlay import alpha, cache, config, exchange, formats, generate, runtime
-from inlay.models import rgba_codec, rgba_files
-from inlay.models.rgba_losses import COLORS, hard_render
-from inlay.models.rgba_vae import MergeBlock
-from inlay.runtime import Run
-from inlay.train import train
+from inlaid import alpha, cache, config, exchange, formats, generate, runtime
+from inlaid.models import rgba_codec, rgba_files
+from inlaid.models.rgba_losses import COLORS, hard_render
+from inlaid.models.rgba_vae import MergeBlock
+from inlaid.runtime import Run
+from inlaid.train import train
 from test_codec import disc, made, rgba_clips
 
 
@@ -85,7 +85,7 @@ def test_latents_are_the_codec_s_before_several_colours(
 def test_cached_clips_are_named_by_codec_and_colours(
     merged: Callable[..., config.Config], codecs: list[Path], tmp_path: Path
 ) -> None:
-    from inlay import data
+    from inlaid import data
 
     names = set()
     for changes in ({}, {"alpha__codec": str(codecs[1])}, {"alpha__colors": 1}):
@@ -101,8 +101,8 @@ def test_a_run_learns_and_draws_with_its_codec_alone(
 ) -> None:
     run = train(merged(tuner={"kind": "dora", "rank": 2}))
     header = runtime.header(run / "adapter" / formats.WEIGHTS)
-    assert header["inlay_alpha"] == "merged"
-    assert header["inlay_codec"] == rgba_codec.read_config(codecs[0])["codec_id"]
+    assert header["inlaid_alpha"] == "merged"
+    assert header["inlaid_codec"] == rgba_codec.read_config(codecs[0])["codec_id"]
     place, made_config = Run(run), Run(run).config()
     family = alpha.family(made_config)
     folder = generate.trained(place, None, family)
@@ -161,7 +161,7 @@ def test_other_checkpoints_are_refused(
     model: dict,
     said: str,
 ) -> None:
-    from inlay.twins import tiny
+    from inlaid.twins import tiny
 
     variant = model["variant"] or next(v for f, v in tiny.cases() if f == model["family"])
     path = checkpoint(model["family"], variant)

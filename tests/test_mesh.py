@@ -12,7 +12,7 @@ from PIL import Image
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlay import mesh  # noqa: E402
+from inlaid import mesh  # noqa: E402
 
 
 def ball(center: tuple[float, float, float] = (0.0, 0.0, 0.0), radius: float = 0.5):
@@ -137,14 +137,14 @@ def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(few.faces) <= 1000 < len(ball.faces) and not mesh.problems(few)
     assert abs(few.volume / ball.volume - 1) < 0.02
     monkeypatch.setitem(sys.modules, "fast_simplification", None)
-    with pytest.raises(ValueError, match=r"fast-simplification: pip install 'inlay\[mesh\]'"):
+    with pytest.raises(ValueError, match=r"fast-simplification: pip install 'inlaid\[mesh\]'"):
         mesh.decimated(ball, 1000)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh.require()
     monkeypatch.setattr(mesh, "find_spec", lambda name: None if name == "fpsample" else object())
-    with pytest.raises(ValueError, match=r"not here \(fpsample\): pip install 'inlay\[mesh\]'"):
+    with pytest.raises(ValueError, match=r"not here \(fpsample\): pip install 'inlaid\[mesh\]'"):
         mesh.require()
 
 

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from commands import inlay
+from commands import inlaid
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlay import config, cost, data, families, mediums, mesh, scenes  # noqa: E402
-from inlay.models import scene_pictures, triposg  # noqa: E402
-from inlay.train import train  # noqa: E402
+from inlaid import config, cost, data, families, mediums, mesh, scenes  # noqa: E402
+from inlaid.models import scene_pictures, triposg  # noqa: E402
+from inlaid.train import train  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -84,7 +84,7 @@ def test_the_scheduler_s_shift_is_read_and_told_where_it_is_missing(
     path = copy / "scheduler/scheduler_config.json"
     path.write_text('{"shift": 3.5}', "utf-8")
     objective = family(copy).objective(config.Objective(), (1, 1))
-    assert objective.s == 3.5 and family(copy).about()["inlay_shift"] == "3.5"
+    assert objective.s == 3.5 and family(copy).about()["inlaid_shift"] == "3.5"
     path.unlink()
     assert family(copy).shift() == 2.0
 
@@ -244,18 +244,18 @@ def test_the_way_from_scenes_to_a_glb(
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump(scene_recipe(sample__every=4)), "utf-8")
-    checked = inlay("check", recipe)
+    checked = inlaid("check", recipe)
     assert checked.code == 0 and "ready to train" in checked.said and "objects" in checked.said
     assert (tmp_path / "run/check/contact_sheet.png").is_file()
-    trained = inlay("train", recipe)
+    trained = inlaid("train", recipe)
     assert trained.code == 0 and "--image rgb.png --seg seg.png" in trained.said
     samples = tmp_path / "run/samples/step-000004"
     assert {p.suffix for p in samples.iterdir()} == {".glb", ".png", ".html", ".json"}
-    header = json.loads(inlay_header(tmp_path / "run/adapter"))
-    assert header["inlay_multi_instance_blocks"] == "1,2" and header["inlay_shift"] == "2"
+    header = json.loads(inlaid_header(tmp_path / "run/adapter"))
+    assert header["inlaid_multi_instance_blocks"] == "1,2" and header["inlaid_shift"] == "2"
     out = tmp_path / "out/bed.glb"
     pair = ["--image", media_root / "scenes/bedroom_rgb.png", "--seg", media_root / "scenes/bedroom_seg.png"]
-    done = inlay("generate", tmp_path / "run", *pair, "--output", out, "--grid", 16, "--steps", 2)
+    done = inlaid("generate", tmp_path / "run", *pair, "--output", out, "--grid", 16, "--steps", 2)
     assert done.code == 0, done.said
     told = json.loads(out.with_suffix(".json").read_text("utf-8"))
     assert told["grid"] == 16 and len(told["objects"]) + sum("empty" in n for n in told["notes"]) == 4
@@ -264,19 +264,19 @@ def test_the_way_from_scenes_to_a_glb(
     assert nodes(out) == [f"object_{n}" for n in (1, 2, 3, 4)], "also of what is empty"
     page = out.with_suffix(".html").read_text("utf-8")
     assert "src=" not in page and "http" not in page.replace("http-equiv", ""), "nothing from elsewhere"
-    again = inlay("generate", tmp_path / "run", *pair, "-o", tmp_path / "again", "--grid", 16, "--steps", 2)
+    again = inlaid("generate", tmp_path / "run", *pair, "-o", tmp_path / "again", "--grid", 16, "--steps", 2)
     assert again.code == 0
     other = next((tmp_path / "again").glob("*.glb"))
     assert other.name == "00-bedroom-rgb-seed42.glb" and other.read_bytes() == out.read_bytes()
-    report = inlay("evaluate", tmp_path / "run")
+    report = inlaid("evaluate", tmp_path / "run")
     assert report.code == 0, report.said
     found = json.loads((tmp_path / "run/report/report.json").read_text("utf-8"))
     pair_ = found["pairs"][0]
     assert pair_["group"] == "held-out scenes" and set(pair_["tuned"]["metrics"]) == set(metrics())
     assert set(pair_["tuned"]["parts"]) <= {"object_1", "object_2", "object_3"}
     assert "turn it" in (tmp_path / "run/report/report.html").read_text("utf-8")
-    assert inlay("export", tmp_path / "run", "--to", "merged").code == 0
-    assert inlay("inspect", tmp_path / "run").code == 0
+    assert inlaid("export", tmp_path / "run", "--to", "merged").code == 0
+    assert inlaid("inspect", tmp_path / "run").code == 0
 
 
 def nodes(path: Path) -> list[str]:
@@ -294,7 +294,7 @@ def test_real_pictures_become_scenes_on_the_twin(
     run = train(config.build({**scene_recipe(model__checkpoint="twin:midi"), "train": {"steps": 1}}))
     pair = ["--image", media_root / f"scenes/{name}_rgb.png", "--seg", media_root / f"scenes/{name}_seg.png"]
     out = tmp_path / f"{name}.glb"
-    done = inlay("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
+    done = inlaid("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
     assert done.code == 0, done.said
     assert nodes(out) == [f"object_{n}" for n in range(1, count + 1)]
     there = mesh.read_scene(out)
@@ -304,12 +304,12 @@ def test_real_pictures_become_scenes_on_the_twin(
 
 
 def metrics() -> list[str]:
-    from inlay.evaluate import scene
+    from inlaid.evaluate import scene
 
     return [*scene.METRICS]
 
 
-def inlay_header(folder: Path) -> str:
+def inlaid_header(folder: Path) -> str:
     from safetensors import safe_open
 
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
@@ -351,7 +351,7 @@ def test_old_files_of_weights_are_imported(
     named = {k.replace("lora_B.", "lora_B.default."): v for k, v in named.items()}
     torch.save(named, old)
     for source, out in ((old.parent, "one"), (run / "adapter", "two")):
-        done = inlay("import", source, tmp_path / out, "--family", "midi",
+        done = inlaid("import", source, tmp_path / out, "--family", "midi",
                      "--checkpoint", checkpoint("midi", "scene"))  # fmt: skip
         assert done.code == 0, done.said
         made = load_file(tmp_path / out / "pytorch_lora_weights.safetensors")
@@ -378,7 +378,7 @@ def test_the_plan_of_the_published_size_is_under_six_gigabytes() -> None:
 
 
 def test_metrics_know_right_from_wrong() -> None:
-    from inlay.evaluate import scene
+    from inlaid.evaluate import scene
 
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
     moved = [ball.copy().apply_translation((x, 0, 0)) for x in (-0.5, 0.5)]
@@ -415,7 +415,7 @@ def test_scene_codes_are_told() -> None:
 
 def test_a_recipe_is_written_for_scenes(make_scenes: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_scenes()
-    done = inlay("new", "midi", folder, "--out", tmp_path / "new.yaml")
+    done = inlaid("new", "midi", folder, "--out", tmp_path / "new.yaml")
     assert done.code == 0, done.said
     text = (tmp_path / "new.yaml").read_text("utf-8")
     assert "4 scenes in folders layout" in text and "VAST-AI/TripoSG" in text

@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from commands import inlay
+from commands import inlaid
 
 pytest.importorskip("trimesh")
 
-from inlay import cache, config, cost, families, formats, generate, mediums, tuners
-from inlay.steps import Batch
-from inlay.train import train
+from inlaid import cache, config, cost, families, formats, generate, mediums, tuners
+from inlaid.steps import Batch
+from inlaid.train import train
 
 CPU = torch.device("cpu")
 CLIP, DINO = "image_encoder_1", "image_encoder_2"
@@ -114,9 +114,9 @@ def test_the_way_with_image_encoders(
     raw = scene_recipe(tuner__kind=kind, tuner__alpha=8, optim__ema=0.5)
     recipe, run = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(raw), "utf-8")
-    assert inlay("train", recipe).code == 0
+    assert inlaid("train", recipe).code == 0
     adapter = run / "adapter"
-    told = inlay("inspect", run)
+    told = inlaid("inspect", run)
     assert told.code == 0 and told.said.count("adapter_model.safetensors") == 2, told.said
     assert "`image_encoder_1`, `image_encoder_2`" in (adapter / "README.md").read_text("utf-8")
 
@@ -139,26 +139,26 @@ def test_the_way_with_image_encoders(
         assert (theirs - before).abs().max() > 1e-4, "it learned something"
 
     # Merged, the checkpoint's own folders hold it.
-    assert inlay("export", run, "--to", "merged").code == 0
+    assert inlaid("export", run, "--to", "merged").code == 0
     merged = run / "export/merged"
     assert sorted(p.name for p in merged.iterdir()) == [CLIP, DINO, "transformer"]
     assert json.loads((merged / "transformer/config.json").read_text())["_class_name"] == "TripoSGTransformer"
     whole = AutoModel.from_pretrained(merged / DINO)
     with torch.no_grad():
         assert (whole(pixel_values=pixels)[0] - ours).abs().max() < 1e-5
-    assert inlay("export", run, "--to", "diffusers").code == 0
+    assert inlaid("export", run, "--to", "diffusers").code == 0
     copied = run / "export/diffusers"
     assert load_file(copied / DINO / "adapter_model.safetensors").keys()
-    refused = inlay("export", run, "--to", "comfyui")
+    refused = inlaid("export", run, "--to", "comfyui")
     assert refused.code == 2 and "no place for image_encoder_1, image_encoder_2" in refused.said
 
     # Made with it, at half its strength, and without.
     pair = ["--image", media_root / "scenes/bedroom_rgb.png", "--seg", media_root / "scenes/bedroom_seg.png"]
     for strength in ("1", "0.5", "0"):
         out = tmp_path / f"{strength}.glb"
-        done = inlay("generate", run, *pair, "-o", out, "--grid", 16, "--steps", 2, "--strength", strength)
+        done = inlaid("generate", run, *pair, "-o", out, "--grid", 16, "--steps", 2, "--strength", strength)
         assert done.code == 0, done.said
-    pipe.set_adapters(["inlay"], [0.0])
+    pipe.set_adapters(["inlaid"], [0.0])
     with torch.no_grad():
         off = pipe.transformer.get_submodule(DINO)(pixel_values=pixels)[0]
     assert (off - before).abs().max() < 1e-5 or kind == "dora"

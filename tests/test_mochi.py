@@ -21,11 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from commands import inlay
-from inlay import config, objectives, tuners
-from inlay.families.mochi import Mochi, padded
-from inlay.steps import Batch, DenoisingStep
-from inlay.twins import tiny
+from commands import inlaid
+from inlaid import config, objectives, tuners
+from inlaid.families.mochi import Mochi, padded
+from inlaid.steps import Batch, DenoisingStep
+from inlaid.twins import tiny
 
 CPU = torch.device("cpu")
 SHAPE = (13, 32, 48)
@@ -440,31 +440,31 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_in_the_same_words(folder: Path, clips: Path, here: Path) -> None:
-    done = inlay("new", "mochi", clips, "--checkpoint", folder)
+    done = inlaid("new", "mochi", clips, "--checkpoint", folder)
     assert done.code == 0, done.said
     made = config.load(here / "clips.yaml")
     assert (made.model.family, made.data.size, made.data.frames) == ("mochi", (32, 48), [13])
     recipe = write(here / "r.yaml", folder, clips, model__options={"latent_space": "raw"})
     for command in (["check", recipe], ["train", recipe], ["generate", "run", "a cat"]):
-        done = inlay(*command)
+        done = inlaid(*command)
         assert done.code == 0, done.said
     assert len(list(here.glob("run/samples/generated/*.mp4"))) == 1
-    said = inlay("inspect", "run/adapter").out
-    for words in ("inlay_latent_space  raw", "8 in 2 blocks", "mochi", "alpha"):
+    said = inlaid("inspect", "run/adapter").out
+    for words in ("inlaid_latent_space  raw", "8 in 2 blocks", "mochi", "alpha"):
         assert words in said, said
     assert "| latent_space | raw |" in (here / "run/adapter/README.md").read_text("utf-8")
     for to in ("comfyui", "kohya"):
-        refused = inlay("export", "run", "--to", to)
+        refused = inlaid("export", "run", "--to", to)
         assert refused.code == 2 and f"no {to} layout is known for Mochi; use `diffusers`" in refused.said
     for to in ("diffusers", "merged"):
-        assert inlay("export", "run", "--to", to).code == 0
-    done = inlay("import", "run/export/diffusers", "again", "--family", "mochi")
+        assert inlaid("export", "run", "--to", to).code == 0
+    done = inlaid("import", "run/export/diffusers", "again", "--family", "mochi")
     assert done.code == 0, done.said
     again, before = (
         load_file(here / f / "pytorch_lora_weights.safetensors") for f in ("again", "run/adapter")
     )
     assert again.keys() == before.keys() and all(torch.equal(again[k], before[k]) for k in again)
-    changed = inlay("train", recipe, "model.options={latent_space: normalized}")
+    changed = inlaid("train", recipe, "model.options={latent_space: normalized}")
     assert changed.code == 2 and "begun with another recipe" in changed.said
 
 
@@ -502,7 +502,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_recipes_end_in_one_message(name: str, folder: Path, clips: Path, here: Path) -> None:
     changes, message = BAD[name]
     Image.new("RGB", (48, 32)).save(here / "start.png")
-    done = inlay("train", write(here / "r.yaml", folder, clips, **changes))
+    done = inlaid("train", write(here / "r.yaml", folder, clips, **changes))
     assert done.code == 2 and "Traceback" not in done.said
     assert message.replace("CHECKPOINT", str(folder)).replace(" ", "") in done.said.replace(" ", "")
     assert not (here / "run/cache").exists(), "nothing was encoded for nothing"

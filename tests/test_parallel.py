@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from inlay import config, parallel, runtime
-from inlay.train import train
+from inlaid import config, parallel, runtime
+from inlaid.train import train
 from test_contract import FIRST, contract_recipe  # noqa: F401 - a fixture
 
 EVERYTHING = {
@@ -39,7 +39,7 @@ def together(raw: dict, path: Path, mode: str, *overrides: str) -> Path:
     path.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
     launch = ["--standalone", "--nproc-per-node", "2"]  # on a free port
     words = [str(path), f"runtime.parallel={mode}", *overrides]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "inlay", "train", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "inlaid", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return Path(raw["run"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inlay import config, tuners
-from inlay.families.wan import Wan
-from inlay.steps import Batch, DenoisingStep
-from inlay.train import train
+from inlaid import config, tuners
+from inlaid.families.wan import Wan
+from inlaid.steps import Batch, DenoisingStep
+from inlaid.train import train
 
 KEPT = torch.tensor([3.0, 0.0])
 T = torch.tensor([0.3, 0.8])

@@ -17,10 +17,10 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file
 
-from inlay import alpha, config, cost, families, formats, generate, runtime
-from inlay.models import rgba_codec
-from inlay.train import train
-from inlay.twins import tiny
+from inlaid import alpha, config, cost, families, formats, generate, runtime
+from inlaid.models import rgba_codec
+from inlaid.train import train
+from inlaid.twins import tiny
 from test_codec import made, rgba_clips
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +150,7 @@ def test_trains_two_steps(
 
 
 def test_the_joint_demo_is_its_recipe() -> None:
-    from inlay import demo_joint
+    from inlaid import demo_joint
 
     ours = config.load(ROOT / "recipes/wan/twin-joint.yaml")
     theirs = config.build(demo_joint.recipe(Path("runs/demo-joint")))
@@ -158,7 +158,7 @@ def test_the_joint_demo_is_its_recipe() -> None:
 
 
 def test_the_transparent_demo_is_its_recipe() -> None:
-    from inlay import demo_rgba
+    from inlaid import demo_rgba
 
     ours = config.load(ROOT / "recipes/wan/twin-rgba.yaml")
     theirs = config.build(demo_rgba.recipe(Path("runs/demo-merged")))
@@ -168,7 +168,7 @@ def test_the_transparent_demo_is_its_recipe() -> None:
 
 
 def test_the_demo_of_scenes_is_its_recipe() -> None:
-    from inlay import demo_scenes
+    from inlaid import demo_scenes
 
     ours = config.load(ROOT / "recipes/midi/twin-demo.yaml")
     assert ours == config.build(demo_scenes.recipe(Path("runs/demo-midi")))
@@ -182,8 +182,8 @@ def test_experts_share_their_cache() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_demo_is_its_recipe(kind: str) -> None:
-    """`inlay demo` adds prompts and nothing else."""
-    from inlay import demo
+    """`inlaid demo` adds prompts and nothing else."""
+    from inlaid import demo
 
     ours = config.load(ROOT / "recipes/wan/twin-demo.yaml", [f"tuner.kind={kind}"])
     theirs = config.build(demo.recipe(Path("runs/demo"), kind))
@@ -206,7 +206,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(recipe: Callable[..., dict], t
 
 LAUNCH = ROOT / "recipes/launch"
 SLURM = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
-ACCELERATE = ["--num_processes", "2", "-m", "inlay", "train"]
+ACCELERATE = ["--num_processes", "2", "-m", "inlaid", "train"]
 SHIMS = {
     "scontrol": "echo localhost",
     "srun": 'for i in 1 0; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & p="$p $!"; done; '

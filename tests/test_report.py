@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from inlay import media
-from inlay.evaluate import charts, page, report, video
-from inlay.evaluate.report import HeldOut, Pair, Report, Video
+from inlaid import media
+from inlaid.evaluate import charts, page, report, video
+from inlaid.evaluate.report import HeldOut, Pair, Report, Video
 
 CALM = {"motion": 0.3, "flicker": 0.02, "consistency": 0.99, "sharpness": 200.0}
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import commands
-from inlay import config, media, rgba
+from inlaid import config, media, rgba
 
 T, H, W = 9, 72, 96
 
@@ -291,7 +291,7 @@ def test_composite_command(tmp_path: Path) -> None:
         str(back): (40, 40, 40),
     }.items():
         out = tmp_path / "out.mp4"
-        done = commands.inlay("composite", front, background, "--out", out)
+        done = commands.inlaid("composite", front, background, "--out", out)
         assert done.code == 0 and done.out.strip() == str(out), done.said
         video = media.read(out, 0, T, 12, (H, W))
         assert np.abs(video[:, :4, -4:].astype(int) - corner).max() < 12
@@ -304,5 +304,5 @@ def test_composite_command(tmp_path: Path) -> None:
         (tmp_path / "none.mov", "red"): "none.mov",
         (front, "red", "--out", tmp_path / "out.gif"): "written as .mp4",
     }.items():
-        done = commands.inlay("composite", *args)
+        done = commands.inlaid("composite", *args)
         assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said

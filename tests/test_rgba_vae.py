@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inlay.models import rgba_losses as losses
-from inlay.models import rgba_vae as codec
+from inlaid.models import rgba_losses as losses
+from inlaid.models import rgba_vae as codec
 
 LIMIT = 1e-5
 

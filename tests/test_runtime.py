@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from inlay import config, runtime
-from inlay.runtime import Context, Devices, Meters, Run
+from inlaid import config, runtime
+from inlaid.runtime import Context, Devices, Meters, Run
 
 
 def resolve(devices: Devices, **runtime_section: object) -> runtime.Plan:
@@ -109,7 +109,7 @@ def test_a_missing_optimizer_says_what_to_install(
     for module in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"optim\.name: `{name}` needs a package .* pip install 'inlay\["):
+    with pytest.raises(ValueError, match=rf"optim\.name: `{name}` needs a package .* pip install 'inlaid\["):
         runtime.optimizer(name, config.Optim(), [nn.Parameter(torch.ones(2, 2))])
 
 
@@ -216,7 +216,7 @@ def test_trackers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
     monkeypatch.setitem(sys.modules, name, Fake)  # type: ignore[arg-type]
     m = Meters(Run(tmp_path), Context(torch.device("cpu"), torch.float32, "adamw"), [name])
     m.write({"step": 3, "loss": 1.5})
-    assert calls == [("init", "inlay", tmp_path.name), (3, {"loss": 1.5})]
+    assert calls == [("init", "inlaid", tmp_path.name), (3, {"loss": 1.5})]
 
 
 def test_changes_that_make_another_run(recipe: Callable[..., dict]) -> None:

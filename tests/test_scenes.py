@@ -11,7 +11,7 @@ from PIL import Image
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlay import mesh, scenes  # noqa: E402
+from inlaid import mesh, scenes  # noqa: E402
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import inlay
+import inlaid
 
-SOURCE = Path(inlay.__file__).parent
+SOURCE = Path(inlaid.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -52,7 +52,7 @@ def test_no_pickle_is_written_and_none_is_read_unguarded() -> None:
             assert "allow_pickle=True" not in call, file
 
 
-@pytest.mark.parametrize("module", ["inlay", "inlay.cli", "inlay.config", "inlay.media", "inlay.data"])
+@pytest.mark.parametrize("module", ["inlaid", "inlaid.cli", "inlaid.config", "inlaid.media", "inlaid.data"])
 def test_help_and_data_need_no_torch(module: str) -> None:
     heavy = ("torch", "diffusers", "transformers")
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in {heavy}))"
@@ -60,21 +60,21 @@ def test_help_and_data_need_no_torch(module: str) -> None:
 
 
 def test_public_names_are_lazy_and_complete() -> None:
-    assert sorted(inlay.__all__) == ["Config", "evaluate", "generate", "load", "train"]
-    assert all(callable(getattr(inlay, name)) for name in inlay.__all__)
+    assert sorted(inlaid.__all__) == ["Config", "evaluate", "generate", "load", "train"]
+    assert all(callable(getattr(inlaid, name)) for name in inlaid.__all__)
     with pytest.raises(ValueError, match="no such recipe"):
-        inlay.load("nowhere.yaml")
-    for first in ("import inlay", "import inlay.generate", "from inlay import generate"):
+        inlaid.load("nowhere.yaml")
+    for first in ("import inlaid", "import inlaid.generate", "from inlaid import generate"):
         code = (
-            f"{first}; import inlay\ntry: inlay.generate('nowhere', ['x'])\nexcept ValueError as e: print(e)"
+            f"{first}; import inlaid\ntry: inlaid.generate('nowhere', ['x'])\nexcept ValueError as e: print(e)"
         )
         said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         assert "not a run folder" in said
     with pytest.raises(AttributeError, match="no attribute `nothing`"):
-        _ = inlay.nothing
+        _ = inlaid.nothing
 
 
 def test_version_is_the_package_s() -> None:
     from importlib.metadata import version
 
-    assert inlay.__version__ == version("inlay")
+    assert inlaid.__version__ == version("inlaid")

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inlay import config, runtime
-from inlay.generate import generate
-from inlay.train import prepare, train
+from inlaid import config, runtime
+from inlaid.generate import generate
+from inlaid.train import prepare, train
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 
@@ -35,7 +35,7 @@ def command(recipe: Path, *extra: str, processes: int = 1) -> list[str]:
         "--nproc-per-node",
         str(processes),
     ]
-    return [sys.executable, *(launch if processes > 1 else []), "-m", "inlay", "train", str(recipe), *extra]
+    return [sys.executable, *(launch if processes > 1 else []), "-m", "inlaid", "train", str(recipe), *extra]
 
 
 def write(raw: dict, path: Path) -> Path:

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import commands
 import cutout_clips as make
-from inlay import alpha, check, config, evaluate, generate, media, mediums, recipes, rgba, train
-from inlay.evaluate import matte
-from inlay.evaluate.video import METRICS
+from inlaid import alpha, check, config, evaluate, generate, media, mediums, recipes, rgba, train
+from inlaid.evaluate import matte
+from inlaid.evaluate.video import METRICS
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     samples = sorted(p.name for p in (trained / "samples/step-000002").iterdir())
     assert samples == [f"00-clip-number-1-seed42.{s}" for s in ("json", "mov", "mp4", "webm")]
 
-    made = commands.inlay("generate", trained, "a disc", "--transparent", "png,mov,webm,apng,mkv")
+    made = commands.inlaid("generate", trained, "a disc", "--transparent", "png,mov,webm,apng,mkv")
     assert made.code == 0, made.said
     files = [Path(line) for line in made.out.split()]
     assert [f.suffix for f in files] == [".zip", ".mov", ".webm", ".apng", ".mkv", ".mp4"]

@@ -11,8 +11,8 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora.dora import DoraLinearLayer
 from safetensors.torch import load_file
 
-from inlay import config, runtime, tuners
-from inlay.families.wan import Wan
+from inlaid import config, runtime, tuners
+from inlaid.families.wan import Wan
 
 
 def wan(folder: Path) -> Wan:

@@ -10,10 +10,10 @@ import pytest
 import torch
 import trimesh
 
-from inlay import mesh, scenes
-from inlay.models.triposg import TripoSGVAE
-from inlay.twins import midi, midi_data, midi_dit, midi_images, midi_report, midi_vae, path, training
-from inlay.twins import midi_world as world
+from inlaid import mesh, scenes
+from inlaid.models.triposg import TripoSGVAE
+from inlaid.twins import midi, midi_data, midi_dit, midi_images, midi_report, midi_vae, path, training
+from inlaid.twins import midi_world as world
 
 # --- the world ----------------------------------------------------------------------------------------------
 

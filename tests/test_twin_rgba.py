@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from inlay.models import rgba_codec
-from inlay.twins import codec as codec_path
-from inlay.twins import rgba, rgba_judge, rgba_world, world
+from inlaid.models import rgba_codec
+from inlaid.twins import codec as codec_path
+from inlaid.twins import rgba, rgba_judge, rgba_world, world
 
 TRUE = [clip.frames for clip in rgba_world.subject_clips(8, seed=5)]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from inlay.twins import path, training, wan_dit, wan_vae, world
+from inlaid.twins import path, training, wan_dit, wan_vae, world
 
 SMALL = wan_dit.TRANSFORMER | {
     "num_layers": 2,
@@ -162,7 +162,7 @@ def test_the_shipped_folder_is_small_and_holds_no_pickle():
 
 @needs_twin
 def test_the_shipped_twin_draws_what_it_is_told():
-    from inlay.twins import judge, wan_report
+    from inlaid.twins import judge, wan_report
 
     pipe = wan_report.load(path("wan"))
     assert {str(module.dtype) for module in (pipe.vae, pipe.transformer, pipe.text_encoder)} == {
@@ -178,7 +178,7 @@ def test_the_shipped_twin_draws_what_it_is_told():
 
 @needs_twin
 def test_the_shipped_autoencoder_reconstructs_what_it_never_saw():
-    from inlay.twins import wan_report
+    from inlaid.twins import wan_report
 
     vae = AutoencoderKLWan.from_pretrained(path("wan"), subfolder="vae")
     clips = np.stack([clip for clip, _ in world.subject_clips(4)])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from inlay.twins import judge, world
+from inlaid.twins import judge, world
 
 
 def test_same_seed_same_clip_and_caption():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-from inlay import config, tuners
-from inlay.families import Grid, get, names
-from inlay.families.wan import Wan
+from inlaid import config, tuners
+from inlaid.families import Grid, get, names
+from inlaid.families.wan import Wan
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
-from commands import inlay
-from inlay import config, media, tuners
-from inlay.families.wan import Wan
-from inlay.twins import tiny
+from commands import inlaid
+from inlaid import config, media, tuners
+from inlaid.families.wan import Wan
+from inlaid.twins import tiny
 
 CPU = torch.device("cpu")
 VARIANTS = ("i2v", "flf2v", "i2v-a14b", "ti2v-i2v")
@@ -233,7 +233,7 @@ BOTH = "needs a first image and a last image for each prompt: "
 def test_generate_refuses(
     variant: str, arguments: list[str], told: str, written: Callable[..., Path]
 ) -> None:
-    done = inlay("generate", written(variant).parent, *arguments)
+    done = inlaid("generate", written(variant).parent, *arguments)
     assert done.code == 2 and told in done.said and "Traceback" not in done.said, done.said
 
 
@@ -259,7 +259,7 @@ def test_generate_refuses(
 def test_check_refuses(
     variant: str, changes: dict[str, Any], told: str, written: Callable[..., Path]
 ) -> None:
-    done = inlay("check", written(variant, **changes))
+    done = inlaid("check", written(variant, **changes))
     assert done.code == 2 and told in done.said and "Traceback" not in done.said, done.said
 
 
@@ -274,14 +274,14 @@ def test_a_checkpoint_without_its_eyes_is_refused(part: str, checkpoint: Checkpo
 @pytest.mark.usefixtures("pictures")
 def test_the_json_beside_a_video_names_its_images(written: Callable[..., Path]) -> None:
     path = written("flf2v", data__cache="cache", sample__every=1)
-    assert inlay("train", path).code == 0
+    assert inlaid("train", path).code == 0
     run = path.parent
     (during,) = run.glob("samples/step-000001/00-*.json")
     assert json.loads(during.read_text("utf-8"))["images"] == [
         "first frame of 00.mp4",
         "last frame of 00.mp4",
     ]
-    done = inlay("generate", run, "a cat", "-i", "start.png", "--last-image", "end.png")
+    done = inlaid("generate", run, "a cat", "-i", "start.png", "--last-image", "end.png")
     assert done.code == 0, done.said
     (after,) = run.glob("samples/generated/*.json")
     assert json.loads(after.read_text("utf-8"))["images"] == ["start.png", "end.png"]

@@ -5,5 +5,5 @@
 set -euo pipefail
 machines=$1 first=$2 processes=$3
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that Ctrl-C leaves for saving; torchrun's own 30 are too few
-exec torchrun --nnodes "$machines" --nproc-per-node "$processes" --rdzv-backend c10d --rdzv-id inlay \
-    --rdzv-endpoint "$first" -m inlay train "${@:4}"
+exec torchrun --nnodes "$machines" --nproc-per-node "$processes" --rdzv-backend c10d --rdzv-id inlaid \
+    --rdzv-endpoint "$first" -m inlaid train "${@:4}"

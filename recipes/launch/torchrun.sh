@@ -5,4 +5,4 @@
 set -euo pipefail
 processes=$1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that Ctrl-C leaves for saving; torchrun's own 30 are too few
-exec torchrun --standalone --nproc-per-node "$processes" -m inlay train "${@:2}"
+exec torchrun --standalone --nproc-per-node "$processes" -m inlaid train "${@:2}"

@@ -1,0 +1,5 @@
+"""`python -m inlaid` is `inlaid`."""
+
+from inlaid.cli import main
+
+main()

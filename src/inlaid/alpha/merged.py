@@ -1,0 +1,180 @@
+"""Merged alpha (Wan-Alpha, Dong et al. 2025): colour and alpha in one latent, made and split by a codec.
+
+The network, its objective and its sampling stay the opaque ones; only what a latent means is another. Latents
+of one codec mean nothing to another, so its `codec_id` is in the names of cached clips and in the header of
+adapters, and both are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from inlaid import config as recipe
+from inlaid.alpha.codec import locate, refuse
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from inlaid.models.rgba_vae import RgbaVae
+
+HEADER = "inlaid_codec"
+"""Key of the codec_id in an adapter's header."""
+
+
+class Merged:
+    """Stands before `Wan` where the recipe says `alpha: {kind: merged}`."""
+
+    channels = 4
+
+    def __init__(self, model: recipe.Model, section: recipe.Merged) -> None:
+        from inlaid.models import rgba_codec
+
+        super().__init__(model)  # type: ignore[call-arg]
+        refuse(self)
+        if self.images:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"alpha.kind: merged makes clips from text; {model.checkpoint} starts from images, which "
+                "would need an encoder that knows alpha"
+            )
+        self.section, self.folder = section, locate(section.codec)
+        self.facts = rgba_codec.read_config(self.folder)
+        self.media_key = ("merged", self.codec_id, str(section.colors))
+
+    @property
+    def codec_id(self) -> str:
+        """Of the codec whose latents are learned."""
+        return str(self.facts["codec_id"])
+
+    def about(self) -> dict[str, str]:
+        """See `Family.about`; with the codec."""
+        return {**super().about(), "inlaid_alpha": "merged", HEADER: self.codec_id}  # type: ignore[misc]
+
+    # --- before the cache ---------------------------------------------------------------------------------
+
+    def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """`latents` (colors, z, t, h, w): the clip before so many colours, of which `draw` takes one."""
+        shape = self.shapes(frames, height, width)["latents"]  # type: ignore[attr-defined]
+        return {"latents": (min(self.section.colors, len(self.facts.get("colors", range(8)))), *shape)}
+
+    def load_media_encoder(self, device: torch.device) -> RgbaVae:
+        """The codec on the checkpoint's VAE, in float32."""
+        import torch
+
+        from inlaid.models import rgba_codec
+
+        if "merge" not in self.facts.get("parts", ["merge"]):
+            raise ValueError(
+                f"{self.folder}: this codec has no merge block, so it decodes but cannot encode clips; train "
+                f"one with tuner: {{kind: codec, train: merge, start: {self.folder}}}"
+            )
+        vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
+        return rgba_codec.load(self.folder, vae).to(device).eval().requires_grad_(False)
+
+    def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
+        """uint8 (t, h, w, 4) straight -> `latents` (colors, z, t', h', w'), (z - mean) / std per channel.
+
+        The codec's colours behind it, as many as it has at most, are a function of its content.
+        """
+        import numpy as np
+        import torch
+
+        from inlaid.models import rgba_codec
+        from inlaid.models.rgba_losses import COLORS, hard_render
+        from inlaid.models.rgba_vae import trunk
+
+        if frames.shape[-1] != 4:
+            raise ValueError("it has no alpha, which a transparent run learns from")
+        pixels = np.ascontiguousarray(frames)
+        seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "little") >> 1
+        colors = self.facts.get("colors", COLORS)
+        order = torch.randperm(len(colors), generator=torch.Generator().manual_seed(seed)).tolist()
+        device = encoder.merge.conv_in.weight.device
+        video = torch.from_numpy(pixels).to(device).permute(3, 0, 1, 2)[None]
+        rgb, alpha = rgba_codec.to_video(video)
+        with torch.no_grad():
+            clear = trunk(encoder.vae, alpha)
+            found = []
+            for which in order[: self.section.colors]:
+                color = torch.tensor(colors[which])
+                seen = hard_render(rgb, alpha, color, eps=float(self.facts.get("alpha_eps", 0)))
+                found.append(encoder.merge(trunk(encoder.vae, seen), clear)[0])
+            mean, std = statistics(encoder.vae, device)
+            return {"latents": (torch.stack(found).float() - mean) / std}
+
+    # --- after the cache ----------------------------------------------------------------------------------
+
+    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """One of the cached latents."""
+        import torch
+
+        which = int(torch.randint(len(item["latents"]), (), generator=generator))
+        return {**item, "latents": item["latents"][which]}
+
+    def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
+        """The stock pipeline, with the codec beside it as `codec`."""
+        from inlaid.models import rgba_codec
+
+        pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)  # type: ignore[misc]
+        pipe.codec = rgba_codec.load(self.folder, pipe.vae).to(device).eval().requires_grad_(False)
+        return pipe
+
+    def sample(
+        self,
+        pipeline: Any,
+        text: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        *,
+        size: tuple[int, int],
+        frames: int,
+        steps: int,
+        guidance: float,
+        generator: torch.Generator,
+        images: Sequence[np.ndarray] = (),
+    ) -> np.ndarray:
+        """Runs the stock pipeline to latents, which the codec splits: uint8 (t, h, w, 4), straight.
+
+        Colour is arbitrary where alpha is 0.
+        """
+        import torch
+
+        from inlaid.models import rgba_codec
+
+        z = pipeline(
+            **self.given(pipeline, text, negative, images),  # type: ignore[attr-defined]
+            height=size[0],
+            width=size[1],
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="latent",
+        ).frames
+        codec = pipeline.codec
+        mean, std = statistics(codec.vae, z.device)
+        with torch.no_grad():
+            pixels = rgba_codec.to_pixels(*codec.decode(z.float() * std + mean))[0]
+        return pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+    def accept(self, header: Mapping[str, str]) -> None:
+        """See `Family.accept`; the codec must be the same."""
+        said = header.get(HEADER)
+        if said != self.codec_id:
+            was = f"was trained on codec {said}" if said else "was not trained on a codec's latents"
+            raise ValueError(
+                f"this adapter {was}, alpha.codec is {self.codec_id}: their latents mean different things; "
+                "use the codec that it was trained on"
+            )
+
+
+def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and spread of a Wan VAE's latents, (z, 1, 1, 1) each."""
+    import torch
+
+    mean, std = (
+        torch.tensor(vae.config[k], device=device).view(-1, 1, 1, 1) for k in ("latents_mean", "latents_std")
+    )
+    return mean, std

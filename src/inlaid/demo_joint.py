@@ -1,0 +1,59 @@
+"""What `inlaid demo --alpha joint` is about: the twin learns the matte of what it draws.
+
+Joint transparency leaves colour to the base, so that the clips are of the twin's own world, whose shapes have
+mattes that are known.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from inlaid.console import progress
+from inlaid.evaluate import Prompt
+from inlaid.twins import judge, world
+
+INTRO = "96 clips of the tiny model's own world, with mattes: colour stays as it is, and alpha is learned"
+
+CLIPS, HELD_OUT, PROMPTS = 96, 4, 20
+"""Clips with mattes, those of them that are held out, and prompts that are judged."""
+
+
+def recipe(folder: Path, tuner: str = "lora") -> dict:
+    """The demo's recipe."""
+    return {
+        "run": str(folder),
+        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
+        "data": {
+            "sources": str(folder / "clips"),
+            "size": [64, 64],
+            "frames": 17,
+            "caption_dropout": 0.15,
+            "held_out": HELD_OUT,
+            "matte": {"background": "keep"},  # the twin draws backgrounds, and goes on doing so
+        },
+        "tuner": {"kind": tuner, "rank": 64},
+        "alpha": {"kind": "joint"},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 500, "batch": 8, "save_every": 250, "validate_every": 250},
+        "sample": {"prompts": [p for p, _ in world.world_prompts(2, 1)], "steps": 20, "guidance": 2.0},
+        "memory": {"gradient_checkpointing": False},
+    }
+
+
+def write_clips(folder: Path) -> None:
+    """Writes `clips`: shapes before backgrounds, straight, as arrays with captions."""
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    with progress("make clips", CLIPS, "clip") as advance:
+        for i, scene in enumerate(world.scenes(7, CLIPS)):
+            frames, matte = world.render_with_mask(scene, i)
+            straight = np.concatenate([frames, (matte[..., None] * 255).round().astype(np.uint8)], -1)
+            np.savez_compressed(folder / "clips" / f"{i:02d}.npz", frames=straight, fps=world.FPS)
+            (folder / "clips" / f"{i:02d}.txt").write_text(world.caption(scene, i) + "\n", "utf-8")
+            advance()
+
+
+def prompts(n: int) -> list[Prompt]:
+    """Prompts that none of the clips has, judged by whether alpha is that of what colour shows."""
+    return [Prompt(text, "alpha as in colour", judge.judge_matte) for text, _ in world.world_prompts(n, 2)]

@@ -1,0 +1,413 @@
+"""Base and tuned side by side: held-out loss, video metrics, a report that opens anywhere.
+
+Both are drawn through the stock pipeline for the same prompts with the same seeds, and both are measured on
+the same clips with the same noise, so that whatever differs was done by training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from inlaid import CallableModule, families, formats, generate, media, mediums, rgba, runtime, train
+from inlaid import config as recipe
+from inlaid.console import progress, say
+from inlaid.data import Window
+from inlaid.evaluate import video
+from inlaid.evaluate.report import HeldOut, Pair, Report, Verdict, Video, save, summary_table
+from inlaid.files import atomic
+from inlaid.generate import BASE
+from inlaid.runtime import Run
+from inlaid.steps import QUANTILES, Batch, DenoisingStep
+
+__all__ = ["HeldOut", "Pair", "Prompt", "Report", "Verdict", "Video", "evaluate", "summary_table"]
+
+YARDSTICK = 4
+"""Training clips that are measured to compare with."""
+
+SAMPLING = ("size", "frames", "steps", "guidance", "negative_prompt", "seed")
+"""Fields of the recipe's `sample` section that `evaluate` may be given."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to draw, the group that it counts for, and whether the result shows it."""
+
+    text: str
+    group: str = ""
+    judge: Callable[[np.ndarray], bool] | None = None
+    """Takes uint8 frames (t, h, w, 3), or straight RGBA (t, h, w, 4) in a transparent run."""
+    images: generate.Images = ()
+    """For image-to-video: image files, or the window whose own frames are taken."""
+    truth: Callable[[np.ndarray], np.ndarray] | None = None
+    """In a transparent run, where it can be known from the frames that were drawn: takes them and gives the
+    matte that they should have, uint8 (t, h, w)."""
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    against: str = BASE,
+    checkpoint: str | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    count: int = 1,
+    group_by: bool = True,
+    per_group: int = 2,
+    limit: int = 24,
+    device: str | None = None,
+    **overrides: Any,
+) -> Report:
+    """Compares what a run has trained with what it began from, and writes `report/` in the run folder.
+
+    Args:
+        run: run folder.
+        against: `base`, or a checkpoint to compare with.
+        checkpoint: `step-000500` or `500`. Default: the run's adapter.
+        prompts: Default: the recipe's sample prompts and captions of each group, else the first captions.
+        count: videos of each prompt; video i uses seed + i.
+        group_by: take captions of each group where a source names a `group_column`.
+        per_group: captions of each group, held-out clips first.
+        limit: most prompts that are chosen by default; each is drawn twice `count` times.
+        device: as `runtime.device`. Default: the recipe's.
+        overrides: fields of the recipe's `sample` section, see `SAMPLING`.
+
+    Raises:
+        ValueError: for everything that the user can mend.
+    """
+    began = time.perf_counter()
+    place = Run(Path(run))
+    config = _config(place, device, overrides)
+    if isinstance(config.tuner, recipe.Codec):
+        raise ValueError(f"evaluate: {run} trained a codec, which has no prompts; use inlaid.evaluate.codec")
+    family = train.open_family(config)
+    sides = _sides(place, family, against, checkpoint)
+    with runtime.start(config) as ctx:
+        if ctx.world > 1:
+            raise ValueError("evaluate: runs in one process; start it without torchrun")
+        clips, notes = _clips(config, family, place, ctx)
+        gauge = importlib.import_module(f"{__name__}.{family.medium}")
+        if prompts is not None:
+            chosen = list(prompts)
+        elif gauge.TRUTH:
+            chosen = truths(clips)
+        else:
+            chosen = choose(config, clips, group_by, per_group)
+        if prompts is None and len(chosen) > limit:
+            notes.append(f"Drawn for {limit} of {len(chosen)} prompts; `limit` sets how many.")
+            chosen = _spread(chosen, limit)
+        if not chosen or not all(p.text.strip() for p in chosen):
+            raise ValueError("evaluate: needs prompts that are not empty; give some, or set sample.prompts")
+        named = [p.images for p in chosen if not isinstance(p.images, Window)]
+        if gauge.TRUTH and named:
+            raise ValueError("evaluate: scenes are measured against their surfaces; give scenes, not images")
+        wrong = family.missing_images(len(named), [each for each in named if each])
+        if wrong:
+            raise ValueError(f"evaluate: {wrong[0]}")
+        texts, images = [p.text for p in chosen], [p.images for p in chosen]
+        encoded = generate.encode(config, family, place, texts, config.sample, ctx, images)
+        step = DenoisingStep(family, family.objective(config.objective, config.data.size))
+        with atomic(place.folder / "report") as folder, TemporaryDirectory(prefix="inlaid-") as scratch:
+            folder.mkdir(parents=True)
+            yardstick = None if gauge.TRUTH else _yardstick(place, clips, folder, notes)
+            both = _Both(chosen, encoded, count, folder, Path(scratch), gauge)
+            batches = clips.held_out_batches(family) if clips else []
+            for side, (denoiser, pipeline) in zip(sides, _networks(config, family, sides, ctx), strict=True):
+                both.measure(side, step, denoiser, batches, ctx.device)
+                both.draw(side, family, pipeline)
+            report = Report(
+                run=place.folder.resolve().name,
+                folder=place.folder / "report",
+                names=(sides[0].name, sides[1].name),
+                step=sides[1].step,
+                pairs=both.pairs(),
+                held_out=both.held_out(step, batches),
+                training=yardstick,
+                sampling=_sampling(family, encoded),
+                settings=json.loads(config.model_dump_json()),
+                environment=_environment(ctx),
+                adapter=_facts(config, sides[1].folder),
+                curves=runtime.read_metrics(place.metrics),
+                notes=notes,
+                created=f"{datetime.now():%Y-%m-%d %H:%M}",
+                seconds=time.perf_counter() - began,
+                makes=mediums.of(family.medium).makes,
+            )
+            save(report, folder)
+    return report
+
+
+def choose(config: recipe.Config, clips: train.Clips | None, group_by: bool, per_group: int) -> list[Prompt]:
+    """The recipe's sample prompts and captions of each group, held-out first; else the first captions."""
+    groups: dict[str, dict[str, Window]] = {}
+    windows: list[Window] = [*clips.plan.held_out, *clips.plan.train] if clips else []
+    for window in windows if group_by else ():
+        if window.clip.group:
+            groups.setdefault(window.clip.group, {}).setdefault(window.caption, window)
+    images = config.sample.images or [()] * len(config.sample.prompts)
+    asked = [
+        Prompt(text, images=each)
+        for text, each in dict(zip(config.sample.prompts, images, strict=True)).items()
+    ]
+    known = {p.text for p in asked}
+    found = [
+        Prompt(text, group, images=captions[text])
+        for group, captions in sorted(groups.items())
+        for text in [c for c in captions if c not in known][:per_group]
+    ]
+    shown = {w.caption: w for w in reversed(windows)}
+    first = [Prompt(text, images=shown.get(text, ())) for text in clips.prompts.texts] if clips else []
+    return [*asked, *found] or first
+
+
+def truths(clips: train.Clips | None) -> list[Prompt]:
+    """The examples themselves, where they have one right answer: those held out, else those trained on."""
+    if clips is None:
+        return []
+    held_out = clips.plan.held_out
+    group = "held-out scenes" if held_out else "training scenes"
+    return [Prompt(w.caption, group, images=w) for w in held_out or clips.plan.train]
+
+
+def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    """As many prompts as allowed, taking one of each group in turn, in their old order."""
+    turn: dict[str, int] = {}
+    rank = []
+    for i, prompt in enumerate(prompts):
+        turn[prompt.group] = turn.get(prompt.group, 0) + 1
+        rank.append((turn[prompt.group], i))
+    return [prompts[i] for i in sorted(i for _, i in sorted(rank)[:limit])]
+
+
+# --- what is compared ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two networks."""
+
+    role: str
+    """`base` or `tuned`, the name of its folder in the report."""
+    name: str
+    folder: Path | None
+    """What was trained; None for the base."""
+    step: int | None
+
+
+def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
+    """The run's recipe with the settings of this evaluation, which is one process whatever training was."""
+    wrong = [k for k in overrides if k not in SAMPLING]
+    if wrong:
+        raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; there are: {', '.join(SAMPLING)}")
+    config = place.config()
+    sample = generate.resolve_sample(config, **overrides)
+    values = {"sample": json.loads(sample.model_dump_json()), "runtime": {"world_size": None}}
+    if device:
+        values["runtime"]["device"] = device
+    return recipe.build(recipe.merge(json.loads(config.model_dump_json()), values))
+
+
+def _sides(place: Run, family: families.Family, against: str, checkpoint: str | None) -> tuple[_Side, _Side]:
+    def side(role: str, wanted: str | None) -> _Side:
+        if wanted == BASE:
+            return _Side(role, BASE, None, 0)
+        folder = generate.trained(place, wanted, family)
+        name = folder.parent.name if folder.parent.name.startswith("step-") else "tuned"
+        header = runtime.header(folder / formats.WEIGHTS) if (folder / formats.WEIGHTS).is_file() else {}
+        newest = place.checkpoints()[-1:]
+        number = name if name != "tuned" else header.get("inlaid_step") or (newest[0].name if newest else "")
+        step = number.removeprefix("step-")
+        return _Side(role, name, folder, int(step) if step.isdigit() else None)
+
+    sides = side("base", against), side("tuned", checkpoint)
+    if sides[0].folder == sides[1].folder:
+        raise ValueError(
+            f"evaluate: {sides[1].name} would be compared with itself; choose another `checkpoint`"
+        )
+    return sides
+
+
+def _networks(
+    config: recipe.Config, family: families.Family, sides: Sequence[_Side], ctx: runtime.Context
+) -> Iterator[tuple[nn.Module, Any]]:
+    """The network and its stock pipeline for each side in turn; only full fine-tunes need two."""
+    full = config.tuner.kind == "full"
+    denoiser: nn.Module | None = None
+    pipeline: Any = None
+    for side in sides:
+        if denoiser is None or full:
+            say(
+                f"loading {config.model.checkpoint}"
+                if side.folder is None or not full
+                else f"loading {side.folder}"
+            )
+            denoiser = pipeline = None  # two of them may not fit
+            denoiser = (
+                family.load_denoiser(ctx.precision, folder=side.folder if full else None)
+                .to(ctx.device)
+                .eval()
+            )
+            pipeline = family.pipeline(denoiser=denoiser, device=ctx.device, dtype=ctx.precision)
+        elif pipeline.get_list_adapters():
+            pipeline.unload_lora_weights()
+        if side.folder is not None and not full:
+            generate.put(family, pipeline, side.folder)
+        yield denoiser, pipeline
+
+
+def _clips(
+    config: recipe.Config, family: families.Family, place: Run, ctx: runtime.Context
+) -> tuple[train.Clips | None, list[str]]:
+    """The dataset of the run, cached; without it there is no held-out loss, and a note says so."""
+    try:
+        return train.build_cache(config, family, place, ctx), []
+    except ValueError as error:
+        note = f"No held-out loss: the training clips cannot be used any more. {error}"
+        say(note)
+        return None, [" ".join(note.split())]
+
+
+def _yardstick(
+    place: Run, clips: train.Clips | None, folder: Path, notes: list[str]
+) -> dict[str, float] | None:
+    """Measures some training clips, and puts a contact sheet of what the model saw into the report."""
+    sheet = place.folder / "check" / "contact_sheet.png"
+    if sheet.is_file():
+        shutil.copyfile(sheet, folder / "clips.png")
+    if clips is None:
+        return None
+    windows = [w for w in clips.plan.train if not w.clip.embedding]
+    if not windows:
+        return None
+    some = [windows[i] for i in np.unique(np.linspace(0, len(windows) - 1, YARDSTICK).round().astype(int))]
+    found, rows = [], []
+    with progress("read clips", len(some), "clip") as advance:
+        for window in some:
+            try:
+                frames = window.read()
+            except ValueError as error:
+                notes.append(f"A training clip could not be read again: {error}")
+                continue
+            found.append(video.everything(frames))
+            frames = rgba.shown(frames) if window.alpha else frames
+            rows.append(media.SheetRow(window.clip.name, window.caption, frames))
+            advance()
+    if rows and not sheet.is_file():
+        media.contact_sheet(rows, folder / "clips.png", title="Training clips")
+    return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None
+
+
+def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
+    """What was trained, in words."""
+    tuner = config.tuner
+    if tuner.kind == "full":
+        trained = "some weights" if tuner.targets else "all weights"
+    else:
+        trained = f"{formats.KINDS[tuner.kind]}, rank {tuner.rank}"
+    return {"trained": trained, **(formats.inspect(folder).facts if folder else {})}
+
+
+def _sampling(family: families.Family, encoded: generate.Prompts) -> dict[str, Any]:
+    """How the videos are drawn."""
+    if family.medium != "video":
+        return mediums.of(family.medium).settings(encoded.sample, encoded.fps)
+    return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}
+
+
+def _environment(ctx: runtime.Context) -> dict[str, Any]:
+    precision = str(ctx.precision).removeprefix("torch.")
+    return {**runtime.environment(), "device": str(ctx.device), "precision": precision}
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Both:
+    """Collects what both sides give for the same prompts and clips, the base first."""
+
+    prompts: Sequence[Prompt]
+    encoded: generate.Prompts
+    count: int
+    folder: Path
+    """Where the videos go, one folder per side."""
+    scratch: Path
+    """Where the frames of the base wait: two sets of long videos may not fit in memory."""
+    gauge: Any = video
+    """The module of this package that measures what is drawn."""
+    _losses: dict[str, list[list[float]]] = field(default_factory=dict)
+    _videos: dict[str, list[Video]] = field(default_factory=dict)
+    _distances: list[float] = field(default_factory=list)
+
+    def measure(
+        self,
+        side: _Side,
+        step: DenoisingStep,
+        denoiser: nn.Module,
+        batches: Sequence[Batch],
+        device: torch.device,
+    ) -> None:
+        """Held-out loss of one side."""
+        self._losses[side.role] = []
+        one = mediums.of(step.family.medium).one
+        with progress(f"loss, {side.name}", len(batches), one, show=bool(batches)) as advance:
+            for batch in batches:
+                self._losses[side.role] += step.held_out(denoiser, [batch], device).tolist()
+                advance()
+
+    def draw(self, side: _Side, family: families.Family, pipeline: Any) -> None:
+        """Draws and measures the videos of one side."""
+        found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
+
+        def seen(i: int, j: int, made: Any) -> None:
+            prompt = self.prompts[i]
+            metrics, parts = self.gauge.gauge(made, prompt)
+            yes = self.gauge.right(metrics) if prompt.judge is None else bool(prompt.judge(made))
+            found.append((metrics, parts, yes, self.gauge.picture(made)))
+            kept, now = self.scratch / f"{i}-{j}.npy", self.gauge.keep(made)
+            if side.role == "base":
+                np.save(kept, now)
+            else:
+                self._distances.append(self.gauge.distance(np.load(kept), now))
+                kept.unlink()
+
+        about = {"checkpoint": side.name, "strength": 0.0 if side.folder is None else 1.0}
+        out = self.folder / side.role
+        paths = generate.draw(family, pipeline, self.encoded, out, about, count=self.count, seen=seen)
+        self._videos[side.role] = []
+        for path, (metrics, parts, yes, image) in zip(paths, found, strict=True):
+            image.save(path.with_suffix(".png"))
+            name = path.relative_to(self.folder).as_posix()
+            self._videos[side.role].append(Video(name, metrics, yes, parts))
+
+    def pairs(self) -> list[Pair]:
+        """What was drawn."""
+        first = self.encoded.sample.seed
+        each = [(p, first + j) for p in self.prompts for j in range(self.count)]
+        columns = zip(each, self._videos["base"], self._videos["tuned"], self._distances, strict=True)
+        return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
+
+    def held_out(self, step: DenoisingStep, batches: Sequence[Batch]) -> HeldOut | None:
+        """The losses, where clips were held out."""
+        if not batches:
+            return None
+        names = [name for b in batches for name in b.names]
+        levels = step.objective.quantile(torch.tensor(QUANTILES)).tolist()
+        one = mediums.of(step.family.medium).one
+        return HeldOut(names, list(QUANTILES), levels, self._losses["base"], self._losses["tuned"], one)
+
+
+sys.modules[__name__].__class__ = CallableModule

@@ -1,0 +1,127 @@
+"""How well a codec reconstructs held-out clips: errors by region beside trivial predictors, and a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+
+from inlaid import alpha, rgba, runtime, train
+from inlaid import config as recipe
+from inlaid.files import atomic
+from inlaid.models import rgba_metrics
+from inlaid.runtime import Run
+from inlaid.steps import Batch, CodecStep, reconstruct
+
+SHOWN = 8
+"""Clips in the picture."""
+
+
+@dataclass(frozen=True)
+class CodecReport:
+    """What was measured, and where it was written."""
+
+    path: Path
+    """Of the JSON; the picture is beside it."""
+    clips: int
+    values: dict[str, float]
+    """Of `rgba_metrics.report`."""
+    warnings: list[str]
+    """Of `rgba_metrics.trivial`."""
+
+
+def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | None = None) -> CodecReport:
+    """Reconstructs the held-out clips of a run that trains a codec; writes `report/` in the run folder.
+
+    Args:
+        run: run folder.
+        checkpoint: `step-000500`. Default: the newest.
+        device: as `runtime.device`. Default: the recipe's.
+
+    Raises:
+        ValueError: when it trains no codec, nothing is trained yet, or no clip was held out.
+    """
+    place = Run(Path(run))
+    config = place.config()
+    values = {"world_size": None, "device": device or config.runtime.device}
+    config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
+    section = config.tuner
+    if not isinstance(section, recipe.Codec):
+        raise ValueError(f"{run}: this run trains no codec")
+    made = place.checkpoints()
+    folder = place.checkpoint(checkpoint) / "codec" if checkpoint else place.folder / "codec"
+    if not folder.is_dir():
+        if not made:
+            raise ValueError(f"{run}: nothing is trained yet; `inlaid train` first")
+        folder = made[-1] / "codec"
+    family = alpha.family(config)
+    with runtime.start(config) as ctx:
+        batches = train.build_cache(config, family, place, ctx).held_out_batches(family)
+        if not batches:
+            raise ValueError(f"{run}: no clip was held out; set data.held_out, and train on the others")
+        codec = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
+        step = CodecStep.of(section.model_copy(update={"perceptual": "none"}), quiet=True)
+        rows = step.held_out(codec, batches, ctx.device)
+        found = rgba_metrics.report(rows.sum(0))
+        picture = _picture(step, codec, batches[:SHOWN], ctx.device)
+    warnings = rgba_metrics.trivial(found)
+    path = place.folder / "report" / "codec.json"
+    with atomic(path) as part:
+        part.write_text(json.dumps({"clips": len(batches), **found, "warnings": warnings}, indent=1), "utf-8")
+    with atomic(path.with_suffix(".png")) as part:
+        picture.save(part)
+    return CodecReport(path, len(batches), found, warnings)
+
+
+def _picture(
+    step: CodecStep, codec: torch.nn.Module, batches: list[Batch], device: torch.device
+) -> Image.Image:
+    """A row per clip, its middle frame: original and reconstruction on a checkerboard, and their alphas."""
+    rows = []
+    for batch in batches:
+        true = batch.latents[:1]
+        got = reconstruct(codec, true.to(device), step.loss.alpha_eps, *batch.names, colors=step.colors).cpu()
+        pair = [x[0, :, x.shape[2] // 2].permute(1, 2, 0).numpy() for x in (true, got)]
+        ground = rgba.checkerboard(*pair[0].shape[:2], cell=max(4, pair[0].shape[0] // 8))
+        shown = [rgba.composite(x[None], ground)[0] for x in pair]
+        rows.append(np.concatenate([*shown, *(x[..., 3:].repeat(3, -1) for x in pair)], axis=1))
+    width = max(r.shape[1] for r in rows)
+    return Image.fromarray(
+        np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows])
+    )
+
+
+def table(report: CodecReport) -> Table:
+    """Mean errors of alpha, 0-255, of the codec and of what costs nothing, by region."""
+    out = Table(title=f"alpha: mean error, 0-255, {report.clips} held-out clips", title_justify="left")
+    columns = ("all", *rgba_metrics.REGIONS, "mean of regions")
+    for name in ("", *columns):
+        out.add_column(name, justify="left" if not name else "right")
+    keys = ("", *(f"_{r}" for r in rgba_metrics.REGIONS), "_balanced")
+    for who in ("codec", *rgba_metrics.GUESSES):
+        prefix = "" if who == "codec" else f"{who.replace(' ', '_')}_"
+        each = [report.values.get(f"{prefix}alpha_mae{key}") for key in keys]
+        out.add_row(who, *("-" if v is None else f"{v:.2f}" for v in each))
+    return out
+
+
+def text(report: CodecReport) -> list[str]:
+    """The other figures in words, and what is wrong."""
+    v = report.values
+    return [
+        (
+            f"colour where visible: mean error {v['rgb_mae']:.2f} (of the mean colour "
+            f"{v['mean_rgb_mae']:.2f}), PSNR {v['rgb_psnr']:.1f} dB"
+        ),
+        f"alpha: PSNR {v['alpha_psnr']:.1f} dB, SSIM {v['ssim_alpha']:.3f}",
+        (
+            f"on the eight corners of the colour cube: PSNR {v['composite_psnr']:.1f} dB, at worst "
+            f"{v['composite_psnr_worst']:.1f} dB; SSIM on black and white {v['ssim_composite']:.3f}"
+        ),
+        *(f"warning: {w}" for w in report.warnings),
+    ]

@@ -1,0 +1,438 @@
+"""What an evaluation found: numbers, what they mean in plain words, and the two files that hold them.
+
+`report.json` is for programs; `report.html` (see `page`) is for people. Both lie in a folder that is whole or
+not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from inlaid.evaluate import matte, scene, video
+from inlaid.evaluate.video import Metric
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = 1
+"""Of `report.json`; raised when a field changes its meaning."""
+
+METRICS: Mapping[str, Metric] = {**video.METRICS, **matte.METRICS, **matte.TRUTH, **scene.METRICS}
+"""How every number is told, whichever medium it is of."""
+
+TELLING = 0.01
+"""A held-out loss that changes by a smaller share tells nothing."""
+TELLING_YES = 0.2
+"""A judge's share of yes that changes by less tells nothing."""
+CHANGED = 0.002
+"""Videos that differ by less (of the brightness range; half a level of 255) are the same to the eye."""
+FULL = 99.9
+"""Mean alpha in percent from which a video is opaque everywhere, and of 100 less this, clear."""
+EARLIER = 0.02
+"""An earlier checkpoint is worth a look when its held-out loss is lower by this share."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """One drawn video."""
+
+    file: str
+    """Relative to the report's folder; a PNG with some of its frames lies beside it."""
+    metrics: Mapping[str, float]
+    """See `METRICS` of its medium; of transparent videos also `matte.METRICS`, and `matte.TRUTH` where it is
+    known."""
+    yes: bool | None = None
+    """What the prompt's judge said, if it has one."""
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Metrics of the objects of a scene."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt drawn twice with one seed."""
+
+    prompt: str
+    group: str
+    seed: int
+    base: Video
+    tuned: Video
+    distance: float
+    """Mean absolute difference of the two videos, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Losses of clips that were not trained on, with the same noise for base and tuned."""
+
+    clips: Sequence[str]
+    quantiles: Sequence[float]
+    """Of the distribution of noise levels."""
+    levels: Sequence[float]
+    """The noise levels t in [0, 1] at these quantiles."""
+    base: Sequence[Sequence[float]]
+    """(clips, quantiles)"""
+    tuned: Sequence[Sequence[float]]
+    one: str = "clip"
+    """What one of them is called."""
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Of base and tuned."""
+        return float(np.mean(self.base)), float(np.mean(self.tuned))
+
+    @property
+    def change(self) -> float:
+        """Relative change of the mean; negative is better."""
+        base, tuned = self.means
+        return tuned / base - 1
+
+    @property
+    def better(self) -> int:
+        """Clips on which tuned is better than base, over all noise levels."""
+        return int((np.mean(self.tuned, axis=1) < np.mean(self.base, axis=1)).sum())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Means over the pairs of one group."""
+
+    name: str
+    videos: int
+    base: Mapping[str, float]
+    tuned: Mapping[str, float]
+    distance: float
+    judged: int
+    """Videos with a judge."""
+    base_yes: int
+    tuned_yes: int
+
+    @property
+    def risen(self) -> float:
+        """By how much the share of yes rose, in [-1, 1]; 0 without a judge."""
+        return (self.tuned_yes - self.base_yes) / self.judged if self.judged else 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The evaluation in plain words."""
+
+    tone: Literal["good", "unclear", "bad"]
+    headline: str
+    reasons: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that an evaluation found; `save` writes it."""
+
+    run: str
+    """Name of the run's folder."""
+    folder: Path
+    """Where the report lies."""
+    names: tuple[str, str]
+    """Of the two networks: `base` or a checkpoint, and `tuned` or a checkpoint."""
+    step: int | None
+    """Optimizer step of the tuned network, where it is known."""
+    pairs: Sequence[Pair]
+    held_out: HeldOut | None
+    training: Mapping[str, float] | None
+    """`video.METRICS` of some training clips, a yardstick for both."""
+    sampling: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """The recipe."""
+    environment: Mapping[str, Any]
+    adapter: Mapping[str, str]
+    """Facts about what was trained."""
+    curves: Sequence[Mapping[str, float]] = ()
+    """Lines of `metrics.jsonl`."""
+    notes: Sequence[str] = ()
+    """What could not be measured, and why."""
+    created: str = ""
+    seconds: float = 0.0
+    makes: str = "video"
+    """What was drawn."""
+    verdict: Verdict = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verdict", judge(self))
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What was measured of every video, in the order in which it is shown."""
+        return measured([v for p in self.pairs for v in (p.base, p.tuned)])
+
+    @property
+    def path(self) -> Path:
+        """The page for people."""
+        return self.folder / "report.html"
+
+    @property
+    def groups(self) -> list[Group]:
+        """Means per group in order of appearance."""
+        names = dict.fromkeys(p.group for p in self.pairs)
+        return [summarise(name, [p for p in self.pairs if p.group == name]) for name in names]
+
+    @property
+    def total(self) -> Group | None:
+        """Means over all pairs; None where nothing was drawn."""
+        return summarise("all", self.pairs) if self.pairs else None
+
+
+def measured(videos: Sequence[Video]) -> Mapping[str, Metric]:
+    """The metrics that all of some videos have."""
+    return {k: m for k, m in METRICS.items() if all(k in v.metrics for v in videos)}
+
+
+def summarise(name: str, pairs: Sequence[Pair]) -> Group:
+    """Means over pairs, of which there is at least one."""
+    judged = [p for p in pairs if p.base.yes is not None and p.tuned.yes is not None]
+
+    def means(videos: Sequence[Video]) -> dict[str, float]:
+        return {k: float(np.mean([v.metrics[k] for v in videos])) for k in measured(videos)}
+
+    return Group(
+        name,
+        len(pairs),
+        means([p.base for p in pairs]),
+        means([p.tuned for p in pairs]),
+        float(np.mean([p.distance for p in pairs])),
+        len(judged),
+        sum(bool(p.base.yes) for p in judged),
+        sum(bool(p.tuned.yes) for p in judged),
+    )
+
+
+# --- in words -----------------------------------------------------------------------------------------------
+
+
+def judge(report: Report) -> Verdict:
+    """Says what the numbers show and what they do not; a judge of pixels counts before the loss."""
+    loss, total = report.held_out, report.total
+    reasons, warnings = [], [*_changes(report), *_checkpoints(report), *report.notes]
+    base, tuned = report.names
+    for group in report.groups:
+        if group.judged:
+            of = f"{group.tuned_yes} of {group.judged} {tuned} {report.makes}s show what was asked"
+            name = f"{group.name}: " if group.name else ""
+            reasons.append(f"{name}{of}, {group.base_yes} of {group.judged} {base} {report.makes}s")
+    if loss is not None:
+        reasons.append(_loss_sentence(loss))
+        if len(loss.clips) < 3:
+            warnings.append(
+                f"Measured on only {_count(len(loss.clips), f'held-out {loss.one}')}: a hint, not a proof."
+            )
+    if total and total.distance < CHANGED:
+        same = "are the same, pixel for pixel" if total.distance == 0 else "look the same"
+        return Verdict(
+            "bad",
+            f"Nothing changed: the {report.makes}s of {base} and {tuned} {same}.",
+            _sentences(reasons),
+            warnings,
+        )
+    risen = [g for g in report.groups if g.risen >= TELLING_YES]
+    fallen = [g for g in report.groups if g.risen <= -TELLING_YES]
+    warnings = [*_forgotten(fallen, report.makes), *warnings]
+    tone, headline = _headline(loss, risen, fallen, f"{report.makes}s")
+    return Verdict(tone, headline, _sentences(reasons), warnings)
+
+
+def _headline(loss: HeldOut | None, risen: list[Group], fallen: list[Group], made: str) -> tuple[Any, str]:
+    worse = loss is not None and loss.change >= TELLING
+    better = loss is not None and loss.change <= -TELLING and loss.better * 2 > len(loss.clips)
+    if risen:
+        best = max(risen, key=lambda g: g.risen)
+        it = f"It learned {best.name}".rstrip()
+        of = f"{best.tuned_yes} of {best.judged} {made} now show what was asked"
+        if fallen:
+            return "unclear", f"{it} and forgot: {of}, but elsewhere fewer do."
+        if worse:
+            return "unclear", f"{it}, narrowly: {of}, but held-out loss rose."
+        return "good", f"{it}: {of}, {best.base_yes} did before."
+    if fallen:
+        return "bad", f"It got worse: fewer {made} show what was asked than before."
+    if loss is None:
+        return "unclear", f"Not measured: no clips were held out. The {made} have to speak."
+    if better:
+        return "good", f"It learned: held-out loss fell {_percent(-loss.change)}."
+    if worse:
+        return "bad", f"It did not learn to generalise: held-out loss rose {_percent(loss.change)}."
+    if abs(loss.change) >= TELLING:
+        return (
+            "unclear",
+            f"Unclear: held-out loss fell {_percent(-loss.change)}, but not on most {loss.one}s.",
+        )
+    return "unclear", f"Unclear: held-out loss hardly moved ({signed(loss.change)})."
+
+
+def _loss_sentence(loss: HeldOut) -> str:
+    base, tuned = loss.means
+    return (
+        f"held-out loss went from {base:.4f} to {tuned:.4f} ({signed(loss.change)}), "
+        f"lower on {loss.better} of {_count(len(loss.clips), loss.one)}"
+    )
+
+
+def _changes(report: Report) -> list[str]:
+    """Warnings about how the videos changed, where that leads away from the training clips too."""
+    total, wanted = report.total, report.training or {}
+    if total is None or total.distance < CHANGED or report.makes != "video":
+        return []
+    out = []
+    a, b = total.base, total.tuned
+    if (
+        b["flicker"] > max(1.5 * a["flicker"], 1.5 * wanted.get("flicker", 0))
+        and b["flicker"] - a["flicker"] > 0.1
+    ):
+        out.append(f"The videos flicker more than before: {a['flicker']:.2f} to {b['flicker']:.2f} %.")
+    for name, what in (("motion", "move far less"), ("sharpness", "are far blurrier")):
+        if b[name] < 0.5 * min(a[name], wanted.get(name, np.inf)):
+            digits = METRICS[name].digits
+            out.append(f"The videos {what} than before: {name} {a[name]:.{digits}f} to {b[name]:.{digits}f}.")
+    if b["consistency"] < min(a["consistency"], wanted.get("consistency", 1)) - 0.05:
+        out.append(
+            f"Frames hold together less well: consistency {a['consistency']:.3f} to {b['consistency']:.3f}."
+        )
+    covers = [p.tuned.metrics["coverage"] for p in report.pairs if "coverage" in p.tuned.metrics]
+    for what, same in (("opaque", [c > FULL for c in covers]), ("clear", [c < 100 - FULL for c in covers])):
+        if any(same):
+            out.append(f"{sum(same)} of {len(covers)} videos are {what} everywhere: they have no matte.")
+    return out
+
+
+def _checkpoints(report: Report) -> list[str]:
+    """Warnings from the held-out curve: a better checkpoint before, or other clips than in training."""
+    curve = {int(x["step"]): x["held_out_loss"] for x in report.curves if "held_out_loss" in x}
+    here = (
+        report.step
+        if report.step in curve
+        else max((s for s in curve if s <= (report.step or 0)), default=None)
+    )
+    if report.held_out is None or here is None:
+        return []
+    out = []
+    best = min(curve, key=lambda s: curve[s])
+    if best < here and curve[best] < (1 - EARLIER) * curve[here]:
+        rise = curve[here] / curve[best] - 1
+        out.append(
+            f"Held-out loss was lowest at step {best} and has risen {_percent(rise)} since: "
+            "try a checkpoint near it."
+        )
+    measured = report.held_out.means[1]
+    if here == report.step and abs(measured / curve[here] - 1) > TELLING:
+        out.append(
+            f"Training measured a held-out loss of {curve[here]:.4f} at step {here}, here it is "
+            f"{measured:.4f}: have the clips changed since? Then some may have been trained on."
+        )
+    return out
+
+
+def _forgotten(fallen: Sequence[Group], makes: str) -> list[str]:
+    return [
+        "It forgot"
+        + (f" \N{LEFT DOUBLE QUOTATION MARK}{g.name}\N{RIGHT DOUBLE QUOTATION MARK}" if g.name else "")
+        + f": {g.tuned_yes} of {g.judged} {makes}s show what was "
+        f"asked, {g.base_yes} did before."
+        for g in fallen
+    ]
+
+
+def _sentences(texts: Sequence[str]) -> list[str]:
+    return [f"{t[0].upper()}{t[1:]}." for t in texts]
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def signed(share: float) -> str:
+    """A relative change, with a true minus sign."""
+    return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
+
+
+# --- files and terminal -------------------------------------------------------------------------------------
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as JSON values."""
+    values = asdict(report)
+    del values["folder"], values["curves"]
+    values["names"] = {"base": report.names[0], "tuned": report.names[1]}
+    values["groups"] = [asdict(g) for g in [*report.groups, *([report.total] if report.total else [])]]
+    if report.held_out:
+        base, tuned = report.held_out.means
+        values["held_out"] |= {"base_mean": base, "tuned_mean": tuned, "change": report.held_out.change}
+    return {"format": FORMAT, "verdict": values.pop("verdict"), **values}
+
+
+def save(report: Report, folder: Path) -> None:
+    """Writes `report.json` and `report.html` into a folder that already holds the videos."""
+    from inlaid.evaluate import page
+
+    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, default=str)
+    (folder / "report.json").write_text(text, "utf-8")
+    (folder / "report.html").write_text(page.render(report, folder), "utf-8")
+
+
+def show(metric: str, value: float) -> str:
+    """A metric as text."""
+    return f"{value:.{METRICS[metric].digits}f}"
+
+
+def summary_table(report: Report) -> Table:
+    """The report as a table for 80 columns: a row for each of the two networks in each group."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    options: Any = {
+        "title_justify": "left",
+        "caption_justify": "left",
+        "title_style": "bold",
+        "caption_style": "",
+    }
+    options |= {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    table = Table(title=escape(report.verdict.headline), caption=_caption(report), **options)
+    total, groups = report.total, report.groups
+    judged = total is not None and total.judged > 0
+    metrics = {k: m for k, m in report.metrics.items() if m.brief}
+    if "coverage" in metrics:  # more than 80 columns hold
+        metrics = {k: metrics[k] for k in ("motion", "coverage", "matte_flicker", "haze")}
+    table.add_column(f"group ({report.makes}s)")
+    for name in ("model", *(["as asked"] if judged else []), *(m.brief for m in metrics.values()), "differ"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for group in [*groups, *([total] if total and len(groups) != 1 else [])]:
+        sides = ((group.base, group.base_yes), (group.tuned, group.tuned_yes))
+        for i, (name, (values, yes)) in enumerate(zip(report.names, sides, strict=True)):
+            cells = ["" if i else escape(f"{group.name or 'prompts'} ({group.videos})"), name]
+            if judged:
+                cells.append(f"{yes} of {group.judged}" if group.judged else "")
+            cells += [show(k, values[k]) for k in metrics]
+            table.add_row(*cells, f"{group.distance:.1%}" if i else "", end_section=i == 1)
+    if report.training:
+        gap = [""] if judged else []
+        table.add_row(
+            "training clips",
+            "",
+            *gap,
+            *(show(k, report.training[k]) if k in report.training else "" for k in metrics),
+            "",
+        )
+    return table
+
+
+def _caption(report: Report) -> str:
+    from rich.markup import escape
+
+    lines = [] if report.held_out is None else _sentences([_loss_sentence(report.held_out)])
+    return escape("\n".join([*lines, *(f"! {w}" for w in report.verdict.warnings)]))

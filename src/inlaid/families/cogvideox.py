@@ -1,0 +1,250 @@
+"""CogVideoX 1.0 and 1.5 (Yang et al. 2024): https://arxiv.org/abs/2408.06072.
+
+Covers 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
+What surprises: the network takes frames before channels and attends to all 226 text tokens, padding too. It
+predicts v on a schedule of 1000 integers. Latents are a sample of the posterior, so the cache keeps moments.
+1.5 makes one token of two latent frames, hence lengths 8n+5. 1.5-I2V was taught with image latents *divided*
+by the scaling factor, and is always given 2 as `ofs`. The image of I2V is noised in pixels, which latents
+cannot redo: the cache keeps a few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from inspect import signature
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+from inlaid.families.base import Encoded, Family, Grid
+from inlaid.models import attention
+from inlaid.objectives import VPrediction
+
+COPIES = 4
+"""Noised encodings of a first frame that the cache keeps; each showing has one of them."""
+IMAGE_DROPOUT = 0.05
+"""Share of showings without an image, drawn for each clip."""
+
+
+def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
+    """Configuration of a published checkpoint, so that `check` and its estimates need no download."""
+    large = heads == 48
+    transformer = {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": heads}
+    transformer |= {"num_layers": 42 if large else 30, "in_channels": 32 if image else 16}
+    transformer |= {"use_rotary_positional_embeddings": large}
+    transformer |= {"use_learned_positional_embeddings": image and not pairs}
+    if pairs:
+        transformer |= {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 512 if image else None}
+        transformer |= {"sample_frames": 81, "sample_height": 300, "sample_width": 300}
+    vae = {"_class_name": "AutoencoderKLCogVideoX", "scaling_factor": 0.7 if large else 1.15258426}
+    vae |= {"invert_scale_latents": image and pairs}
+    scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler |= {"snr_shift_scale": 1.0 if large else 3.0}
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+
+
+class CogVideoX(Family):
+    """CogVideoX: v-prediction on sampled VAE latents, text and video in one sequence."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "data": {"size": [480, 720], "frames": [49]},
+        "sample": {"steps": 50, "guidance": 6.0},
+    }
+    targets: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",)
+    published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+        "THUDM/CogVideoX-5b": _published(48),
+        "THUDM/CogVideoX-2b": _published(30),
+        "THUDM/CogVideoX-5b-I2V": _published(48, image=True),
+        "THUDM/CogVideoX1.5-5B": _published(48, pairs=True),
+        "THUDM/CogVideoX1.5-5B-I2V": _published(48, pairs=True, image=True),
+    }
+    video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
+    joint_attention: ClassVar[Any] = attention.CogVideoX
+    text_length: ClassVar[int] = 226
+    text_before: ClassVar[int] = 226
+    widths: ClassVar[Mapping[int, str]] = {1920: "CogVideoX 2B", 3072: "CogVideoX 5B"}
+
+    def __init__(self, model: recipe.Model) -> None:
+        super().__init__(model)
+        from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+        unsaid = {k: p.default for k, p in signature(CogVideoXTransformer3DModel).parameters.items()}
+        self.transformer = c = unsaid | (self.read_config("transformer") or {})
+        self.vae, self.scheduler = (self.read_config(part) or {} for part in ("vae", "scheduler"))
+        self._refuse_unsupported()
+        scheduler: Any = CogVideoXDDIMScheduler.from_config(self.scheduler)
+        self.native = VPrediction(tuple(scheduler.alphas_cumprod.tolist()))
+        self.images = ("first",) if c["in_channels"] == 32 else ()
+        latents = ["video_latents/*.pt", *["image_latents/*.pt" for _ in self.images]]
+        self.encoded = Encoded(latents, "prompt_embeds/*.pt", "prompts/*.txt", "videos/*")
+        task = "i2v" if self.images else "t2v"
+        if model.task not in (None, task) or model.expert is not None:
+            key = "expert" if model.expert else "task"
+            raise ValueError(f"model.{key}: {model.checkpoint} is one {task} network; leave `{key}` out")
+        self.pair = c["patch_size_t"] or 1
+        self.fps = 16.0 if self.pair == 2 else 8.0
+        self.largest = (8 * c["sample_height"], 8 * c["sample_width"])
+        only = (c["sample_frames"], *self.largest) if c["use_learned_positional_embeddings"] else None
+        self.grid = Grid(16, 4 * self.pair, 4 * self.pair - 3, only)
+        self._tables: dict[tuple[Any, ...], Any] = {}
+
+    def _refuse_unsupported(self) -> None:
+        name, c, vae = self.model.checkpoint, self.transformer, self.vae
+        kinds = (c.get("_class_name"), vae.get("_class_name"))
+        if kinds != ("CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX"):
+            raise ValueError(
+                f"model.family: {name} is not a CogVideoX checkpoint, it holds {kinds[0]} and {kinds[1]}"
+            )
+        if c["in_channels"] not in (16, 32) or c["out_channels"] != 16:
+            raise ValueError(
+                f"model.checkpoint: {name} takes {c['in_channels']} channels and gives {c['out_channels']}; "
+                "text-to-video takes 16 and image-to-video 32, others this family does not train"
+            )
+        if self.scheduler.get("prediction_type") != "v_prediction":
+            raise ValueError(
+                f"model.checkpoint: its scheduler says {self.scheduler.get('prediction_type')}, not "
+                "v_prediction as CogVideoX needs; copy the folder `scheduler` of the original"
+            )
+
+    def problems(self, config: recipe.Config) -> list[str]:
+        """Adds that the positions of 1.5 are cut out of a table, which has an end."""
+        found = super().problems(config)
+        for section, size in (("data", config.data.size), ("sample", config.sample.size or (0, 0))):
+            if self.pair == 2 and (size[0] > self.largest[0] or size[1] > self.largest[1]):
+                limit, asked = ("x".join(map(str, s)) for s in (self.largest, size))
+                found.append(f"{section}: {asked} is more than the {limit} that has positions; use less")
+        return found
+
+    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """`latents` (16, t, h, w), and for I2V `image` (16, 1, h, w), which `predict` pads with zeros."""
+        latents = (16, 1 + (frames - 1) // 4, height // 8, width // 8)
+        return {"latents": latents} | ({"image": (16, 1, *latents[2:])} if self.images else {})
+
+    def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """`moments` (32, t, h, w), means and log-variances, and for I2V `image` (COPIES, 32, 1, h, w)."""
+        _, *latent = self.shapes(frames, height, width)["latents"]
+        image = {"image": (COPIES, 32, 1, *latent[1:])} if self.images else {}
+        return {"moments": (32, *latent), **image}
+
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Text and video tokens, which attend to each other."""
+        _, t, h, w = self.shapes(frames, height, width)["latents"]
+        return self.text_length + t // self.pair * (h // 2) * (w // 2)
+
+    # --- before the cache ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
+        """uint8 (t, h, w, 3) -> moments of the clip, and of its noised first frame: see `stored`."""
+        assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
+        like = next(encoder.parameters())
+        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 255 * 2 - 1
+        shown = [pixels, *(noised(pixels[:, :1]) if self.images else [])]
+        found = [encoder.encode(v[None].to(like)).latent_dist.parameters[0].float() for v in shown]
+        return {"moments": found[0], **({"image": torch.stack(found[1:])} if self.images else {})}
+
+    @torch.no_grad()
+    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Captions -> `text` (226, d) each: padding is encoded and attended to, as the network was taught."""
+        tokenizer, model = encoder
+        options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
+        ids = tokenizer(list(captions), return_tensors="pt", **options).input_ids
+        hidden = model(ids.to(next(model.parameters()).device)).last_hidden_state
+        return [{"text": h.clone()} for h in hidden]
+
+    # --- after the cache ----------------------------------------------------------------------------------
+
+    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Samples of the posteriors, scaled; of the noised images one, now and then none."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        def sample(moments: Tensor) -> Tensor:
+            return DiagonalGaussianDistribution(moments[None].float()).sample(generator)[0]
+
+        scale = self.vae["scaling_factor"]
+        out = {"latents": sample(item["moments"]) * scale}
+        if self.images:
+            chosen = int(torch.randint(len(item["image"]), (1,), generator=generator))
+            kept = float(torch.rand(1, generator=generator)) >= IMAGE_DROPOUT
+            by = 1 / scale if self.vae.get("invert_scale_latents") else scale
+            out["image"] = sample(item["image"][chosen]) * by * kept
+        return out
+
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
+        """The transformer; that of 2B makes its table of positions once for each size, not in each pass."""
+        network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
+        embed = network.patch_embed
+        embed._get_positional_embeddings = lru_cache(16)(embed._get_positional_embeddings)
+        return network
+
+    def share_positions(self, denoiser: Any) -> None:
+        """Rotations are given, and the positions of 2B are a table."""
+        attention.halve_cogvideox(denoiser)
+
+    def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
+        """Frames come before channels, in the type of the network."""
+        return noise.transpose(0, 1)[None].to(pipeline.transformer.dtype)
+
+    def objective(self, section: recipe.Objective, size: tuple[int, int]) -> VPrediction:
+        """v-prediction on the checkpoint's own schedule."""
+        return VPrediction.from_config(section, torch.tensor(self.native.alphas_cumprod))
+
+    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """The network takes frames before channels, and the image behind the channels of the first frame."""
+        dtype, x, c = denoiser.dtype, x_t, self.transformer
+        if self.images:
+            rest = (0, 0, 0, 0, 0, x_t.shape[2] - 1)
+            x = torch.cat([x_t, nn.functional.pad(cond["image"].to(x_t), rest)], 1)
+        v = denoiser(
+            x.transpose(1, 2).to(dtype),
+            cond["text"].to(dtype),
+            self.native.index(t),
+            ofs=x_t.new_full((1,), 2.0) if c["ofs_embed_dim"] else None,
+            image_rotary_emb=self._rotary(tuple(x_t.shape[2:]), x_t.device),
+            return_dict=False,
+        )[0]
+        return v.transpose(1, 2)
+
+    def _rotary(self, latent: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for latents (t, h, w) as the stock pipelines make them, once for each size."""
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+        c, (t, *grid) = self.transformer, (latent[0] // self.pair, latent[1] // 2, latent[2] // 2)
+        if not c["use_rotary_positional_embeddings"]:
+            return None
+        if (latent, device) not in self._tables:
+            base = (c["sample_height"] // 2, c["sample_width"] // 2)
+            how: dict[str, Any] = {"crops_coords": None, "grid_type": "slice", "max_size": base}
+            if self.pair == 1:
+                how = {"crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0])}
+            self._tables[latent, device] = get_3d_rotary_pos_embed(
+                c["attention_head_dim"], grid_size=grid, temporal_size=t, device=device, **how
+            )
+        return self._tables[latent, device]
+
+    def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
+        """The stock pipeline; its VAE works in tiles, as the model cards advise."""
+        pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
+        pipe.vae.enable_tiling()
+        return pipe
+
+
+def noised(frame: Tensor) -> Tensor:
+    """A frame (3, 1, h, w) in [-1, 1] -> COPIES of it, each with Gaussian noise of its own deviation.
+
+    The deviation is exp(N(-3, 0.5)), as the models were taught. The noise is a function of the frame, so that
+    a cache can be made again.
+    """
+    seed = int.from_bytes(hashlib.sha256(frame.numpy().tobytes()).digest()[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    sigma = torch.exp(-3 + 0.5 * torch.randn(COPIES, 1, 1, 1, 1, generator=generator))
+    return frame + sigma * torch.randn(COPIES, *frame.shape, generator=generator)

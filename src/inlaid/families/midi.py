@@ -1,0 +1,272 @@
+"""MIDI-3D (Huang et al. 2025, https://arxiv.org/abs/2412.03558), and TripoSG, from which it grew.
+
+A scene is what a clip is elsewhere: a picture, the objects in it, and the surface of each. What surprises:
+all objects share one frame, so latents say where a thing stands; the network predicts data - noise; a scene
+has one time for all its objects; and no text is read. Of the picture it is shown, per object, a CLIP token
+and DINO tokens, both or neither: guidance needs to know what it does without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+from inlaid import mesh, scenes
+from inlaid.console import once
+from inlaid.families.base import Family, Grid
+from inlaid.models import scene_parts as parts
+from inlaid.models import scene_pictures as sight
+from inlaid.models import triposg
+from inlaid.models.scene_pipeline import ScenePipeline
+from inlaid.objectives import FlowMatching
+
+
+class _Open(tuple[Any, ...]):
+    """Values of an option; besides these all that the last one, a pattern, matches."""
+
+    def __contains__(self, value: object) -> bool:
+        return re.fullmatch(str(self[-1]), str(value)) is not None or value in self[:-1]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What scenes are encoded with."""
+
+    vae: triposg.TripoSGVAE
+    pictures: sight.PictureEncoders
+
+
+class Midi(Family):
+    """MIDI (two contexts) and TripoSG (DINO alone): flow matching on the tokens of all objects of a scene."""
+
+    medium: ClassVar[str] = "scene"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "optim": {"lr": 5e-5},
+        "sample": {"steps": 50, "guidance": 7.0},
+    }
+    targets: Sequence[str] = (r"blocks\.\d+\.attn(1|2|2_2)\.(to_q|to_k|to_v|to_out\.0)",)  # type: ignore[misc]
+    published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+        "VAST-AI/MIDI-3D": {"transformer": {"cross_attention_dim": 768, "cross_attention_2_dim": 1024}},
+        "VAST-AI/TripoSG": {"transformer": {"cross_attention_dim": 1024, "cross_attention_2_dim": None}},
+    }
+    text_length: ClassVar[int] = 0
+    widths: ClassVar[Mapping[int, str]] = {2048: "MIDI and TripoSG"}
+    images: Sequence[str] = ("picture", "segmentation")
+    choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {
+        "multi_instance": _Open(["checkpoint", "none", "all", r"\d+(, ?\d+)*"]),
+        "image_dropout": _Open([0.1, r"0(\.\d+)?|1(\.0*)?"]),
+        "ff": (False, True),
+        "skip_linear": (False, True),
+        "image_encoders": ("frozen", "dino", "clip", "both"),
+    }
+
+    def __init__(self, model: recipe.Model) -> None:
+        mesh.require()
+        super().__init__(model)
+        if model.task is not None or model.expert is not None:
+            raise ValueError(f"model.{'expert' if model.expert else 'task'}: a scene has none; leave it out")
+        said = self.read_config("transformer") or {}
+        local = self.source / "transformer" if isinstance(self.source, Path) else None
+        with self.loading("transformer"):
+            there = parts.shapes(local) if local else None
+            self.transformer, self.lies = parts.transformer_config(said, there)
+        c, self.fps, self.grid = self.transformer, 1.0, Grid(1, 1, 1)
+        self.alone = c["cross_attention_2_dim"] is None
+        self.sight = sight.Sight.of(self.read_config, self.alone, str(self.options["image_encoders"]))
+        self.extractor = self.sight.eyes["dino"].extractor
+        self.encoders = {"media": ("vae", *self.sight.needed), "text": ()}  # type: ignore[misc]
+        self.media_key = [f"pictures for {kind}" for kind in self.sight.taught]
+        self.bytewise = tuple(self.sight.taught)
+        asked, layers = str(self.options["multi_instance"]), range(c["num_layers"])
+        named = {"checkpoint": [i for i in c["multi_instance"] if i in layers], "none": [], "all": layers}
+        self.blocks = sorted(named[asked] if asked in named else {int(n) for n in asked.split(",")})
+        if not set(self.blocks) <= set(layers):
+            raise ValueError(f"model.options.multi_instance: there are blocks 0 to {len(layers) - 1}")
+        more = {"ff": r"blocks\.\d+\.ff\.net\.(0\.proj|2)", "skip_linear": r"blocks\.\d+\.skip_linear"}
+        own = (t for name, t in more.items() if self.options[name])
+        self.targets = (*self.targets, *own, *self.sight.targets)
+
+    def about(self) -> dict[str, str]:
+        """Adds the blocks whose self-attention spans the scene, and the shift of noise levels."""
+        blocks = ",".join(map(str, self.blocks))
+        return {**super().about(), "inlaid_multi_instance_blocks": blocks, "inlaid_shift": f"{self.shift():g}"}
+
+    def warnings(self) -> list[str]:
+        """Says where adapters of the image encoders are."""
+        names = ", ".join(f"`{eye.name}`" for eye in self.sight.taught.values())
+        how = "are in folders of their names: `peft.PeftModel.from_pretrained(encoder, folder)` loads each."
+        return [f"Adapters of the image encoders {names} {how}"] if names else []
+
+    def accept(self, header: Mapping[str, str]) -> None:
+        """Also refuses an adapter that was taught together with other image encoders."""
+        super().accept(header)
+        key, own = "image_encoders", self.options["image_encoders"]
+        said = header.get(f"inlaid_{key}", own)
+        if said != own:
+            raise ValueError(f"this adapter was trained with model.options.{key}={said}, not {own}")
+
+    def shift(self) -> float:
+        """Shift of noise levels, from the scheduler's own file."""
+        try:
+            said = parts.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
+        except ValueError:
+            said = None
+        if said is None:
+            said = 1.0 if self.alone else 2.0
+            once(f"note: {self.name}: its scheduler_config.json is not at hand, a shift of {said:g} is taken")
+        return float(said)
+
+    def problems(self, config: recipe.Config) -> list[str]:
+        """Keys that only videos have, and images that do not go together."""
+        wrong = scenes.wrong_pairs(config.sample.images)
+        wrong = [*scenes.not_of_scenes(config), *(f"sample.images: {p}" for p in wrong)]
+        if self.sight.taught:
+            key = "model.options.image_encoders"
+            kind, parallel = config.tuner.kind, config.runtime.parallel
+            wrong += [f"{key}: they take a lora or a dora, not {kind}"] * (kind not in ("lora", "dora"))
+            wrong += [f"{key}: not with runtime.parallel={parallel}; use ddp"] * (parallel != "ddp")
+        return wrong
+
+    def notes(self, config: recipe.Config) -> list[str]:
+        """Adds what is allowed but rarely meant: other multi-instance blocks, heads changed in part."""
+        notes, taught = list(self.lies), sorted(self.transformer["multi_instance"])
+        if self.options["multi_instance"] != "checkpoint" and self.blocks != taught:
+            notes.append(f"objects attend to each other in blocks {self.blocks}, the network knows {taught}")
+        return [*notes, *triposg.partial_heads(getattr(config.tuner, "targets", []))]
+
+    def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
+        """Pictures and segmentations that cannot be used; a scene has no prompt."""
+        return scenes.wrong_pairs(given)
+
+    # --- shapes -------------------------------------------------------------------------------------------
+
+    def shapes(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
+        """`latents` (n, tokens, channels) of n objects, and what is seen of them: see `Sight.shapes`."""
+        c, n = self.transformer, min(frames, scenes.MOST)
+        widths = [w for w in (c["cross_attention_dim"], c["cross_attention_2_dim"]) if w]
+        return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.sight.shapes(n, widths)}
+
+    def stored(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
+        """`moments` (n, tokens, 2 channels) in place of latents, of all objects of a crowded scene too."""
+        drawn = self.shapes(frames)
+        _, tokens, channels = drawn["latents"]
+        seen = {k: (frames, *drawn[k][1:]) for k in self.sight.eyes}
+        return {"moments": (frames, tokens, 2 * channels), **seen}
+
+    def tokens(self, frames: int, height: int = 0, width: int = 0) -> int:
+        """Of a whole scene: they attend to each other in some blocks."""
+        return min(frames, scenes.MOST) * (1 + self.transformer["num_tokens"])
+
+    # --- before the cache ---------------------------------------------------------------------------------
+
+    def load_vae(self, device: torch.device) -> triposg.TripoSGVAE:
+        """The shape VAE, in float32."""
+        folder = self.folder("vae")
+        with self.loading("vae"):
+            return parts.load_vae(folder).to(device)  # type: ignore[return-value]
+
+    def load_pictures(self, device: torch.device, network: Any = None) -> sight.PictureEncoders:
+        """Encoders of pictures: those that are frozen, in float32, and the others as `network` has them."""
+        found = {}
+        for kind, eye in self.sight.eyes.items():
+            if kind not in self.sight.taught:
+                found[kind] = self.load_eye(eye, torch.float32).to(device)
+            elif network is not None:
+                found[kind] = network.get_submodule(eye.name)
+        return sight.PictureEncoders(self.sight.eyes, found)
+
+    def load_eye(self, eye: sight.Eye, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
+        """One encoder of pictures, or its shape."""
+        folder = None if meta else self.folder(eye.name)
+        with self.loading(eye.name):
+            return sight.build(eye, folder, dtype)
+
+    def load_media_encoder(self, device: torch.device) -> Encoder:
+        """The shape VAE and the encoders of pictures."""
+        return Encoder(self.load_vae(device), self.load_pictures(device))
+
+    @torch.no_grad()
+    def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
+        """A `scenes.Sample` -> moments of its surfaces, and what is seen of each object: see `stored`."""
+        found = []
+        for one in frames.objects:
+            points = scenes.thinned(one.surface)
+            queries = points[triposg.choose(points, self.transformer["num_tokens"], seed=0)]
+            given = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
+            found.append(encoder.vae.encode(*given)[0].float())
+        seen = encoder.pictures(frames.image, [one.mask for one in frames.objects])
+        return {"moments": torch.stack(found), **seen}
+
+    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Nothing: text is not read."""
+        return [{} for _ in captions]
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
+        """There is none."""
+
+    # --- after the cache ----------------------------------------------------------------------------------
+
+    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """A sample of each posterior; of a crowded scene some objects; now and then nothing is seen."""
+        n = len(item["moments"])
+        kept = torch.randperm(n, generator=generator)[: scenes.MOST].sort().values
+        moments = item["moments"][kept].float()
+        noise = torch.randn(moments.chunk(2, -1)[0].shape, generator=generator)
+        shown = float(torch.rand(1, generator=generator)) >= float(self.options["image_dropout"])
+        return {"latents": triposg.sample(moments, noise), **self.sight.drawn(item, kept, shown)}
+
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
+        """The transformer with its blocks of multi-instance attention, and encoders that are taught in it."""
+        place = None if meta else folder or self.folder("transformer")
+        config = {**self.transformer, "multi_instance": self.blocks}
+        with self.loading("transformer", folder):
+            network = parts.build(triposg.TripoSGTransformer, config, place, dtype)
+        if self.sight.taught:
+            taught = {i: e for i, e in enumerate(self.sight.eyes.values()) if e.kind in self.sight.taught}
+            sight.put(network, {i: (e, self.load_eye(e, dtype, meta=meta)) for i, e in taught.items()})
+        return network
+
+    def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
+        """Rectified flow with the scheduler's shift."""
+        return FlowMatching.from_config(section, family_shift=self.shift())
+
+    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Scenes (b, n, tokens, channels) are rows of the network, n to a group; it predicts the opposite."""
+        b, n = x_t.shape[:2]
+        seen, told = self.sight.rows(cond, denoiser.dtype)
+        times, x = 1000 * t.repeat_interleave(n), x_t.flatten(0, 1).to(denoiser.dtype)
+        return -denoiser(x, times, *seen, groups=[n] * b, **told).view_as(x_t)
+
+    def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
+        """Our own, there is no stock one; the VAE stays in float32."""
+        network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype).to(device)
+        pipe = ScenePipeline(network, self.load_vae(device), self.shift())
+        pipe.load_encoders = lambda: self.load_pictures(device, network)
+        return pipe
+
+    def sample(self, pipeline: Any, text: Any, negative: Any, **how: Any) -> Any:
+        """Runs the pipeline on a picture and a segmentation -> `scenes.Made`, a mesh of each object."""
+        picture, ids = how["images"]
+        numbers = [n for n in np.unique(ids).tolist() if n > 0]
+        seen = pipeline.encoders(picture, [ids == n for n in numbers])
+        drawn = {k: how[k] for k in ("steps", "guidance", "generator")}
+        latents, vae = pipeline(list(seen.values()), **drawn), pipeline.vae
+        fields = {f"object_{n}": triposg.Field(vae, x) for n, x in zip(numbers, latents, strict=True)}
+        return scenes.make(fields, how.get("grid") or 256, how.get("triangles"))
+
+    def load_adapter(self, pipeline: Any, folder: Path) -> None:
+        """Also takes up the blocks of multi-instance attention that the adapter was taught with."""
+        super().load_adapter(pipeline, folder)
+        blocks = triposg.stored_blocks(folder)
+        if blocks is not None:
+            pipeline.transformer.multi_instance = frozenset(blocks)

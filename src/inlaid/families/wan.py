@@ -1,0 +1,390 @@
+"""Wan 2.1 and 2.2 (Wan Team, 2025): https://arxiv.org/abs/2503.20314.
+
+From text: Wan 2.1 T2V, both experts of Wan 2.2 T2V-A14B, TI2V-5B. From text and a first image: Wan 2.1 I2V,
+both experts of 2.2 I2V-A14B, TI2V-5B with `task: i2v`. From text, a first and a last image: Wan 2.1 FLF2V.
+
+What surprises: the VAE has no scaling factor but a mean and a deviation per channel; text is 512 tokens, zero
+(not encoded padding) past its end; the model's clock is 1000 t as float, never rounded; and the VAE silently
+truncates lengths other than 4n+1. Images are shown in one of two ways. Most networks take, as more channels,
+a mask and an encoded video that is grey but for the images; those of 2.1 also what CLIP sees in them. TI2V-5B
+takes the image as its first latent frame, at time 0, and has nothing to learn there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+from inlaid.families.base import Family, Grid
+from inlaid.models import attention
+from inlaid.objectives import FlowMatching
+
+SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
+"""Noise-level shift by size (Wan's advice), and the area in pixels that divides the two."""
+
+EXPERTS: Mapping[str, Any] = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+IMAGE: Mapping[str, Any] = {"in_channels": 36}
+CLIP: Mapping[str, Any] = {**IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
+"""What checkpoints with two experts or with images have in `model_index.json` and in their transformers."""
+
+
+ORIGINAL_NAMES = (
+    ("self_attn.q", "attn1.to_q"),
+    ("self_attn.k", "attn1.to_k"),
+    ("self_attn.v", "attn1.to_v"),
+    ("self_attn.o", "attn1.to_out.0"),
+    ("cross_attn.q", "attn2.to_q"),
+    ("cross_attn.k", "attn2.to_k"),
+    ("cross_attn.v", "attn2.to_v"),
+    ("cross_attn.o", "attn2.to_out.0"),
+    ("cross_attn.k_img", "attn2.add_k_proj"),
+    ("cross_attn.v_img", "attn2.add_v_proj"),
+    ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("head.head", "proj_out"),
+    ("patch_embedding", "patch_embedding"),
+)
+"""Modules as the original code spells them, and as diffusers does."""
+
+
+def _published(
+    heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
+) -> dict[str, dict[str, Any]]:
+    """Configuration of a published checkpoint, so that `check` and its estimates need no download."""
+    transformer = {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        **image,
+    }
+    vae = {"_class_name": "AutoencoderKLWan", "z_dim": channels, "scale_factor_temporal": 4}
+    vae["scale_factor_spatial"] = 8 if channels == 16 else 16
+    kind = "WanImageToVideoPipeline" if image else "WanPipeline"
+    parts = {"": {"_class_name": kind, **index}, "transformer": transformer, "vae": vae}
+    if "transformer_2" in index:
+        parts["transformer_2"] = transformer
+    if "image_dim" in image:
+        parts["image_encoder"] = {"hidden_size": 1280, "image_size": 224, "patch_size": 14}
+    return parts
+
+
+class Wan(Family):
+    """Wan 2.1 / 2.2: flow matching on normalised VAE latents, text by cross-attention."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"data": {"size": [480, 832], "frames": [81]}}
+    targets: ClassVar[Sequence[str]] = (
+        r"blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)",
+        r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
+    )
+    video_layers: ClassVar[Sequence[str]] = (r"blocks\.\d+\.(attn1\..+|attn2\.to_(q|out\.0)|ffn\..+)",)
+    published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _published(12, 30, 8960),
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": _published(40, 40, 13824),
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _published(40, 40, 13824, boundary_ratio=0.875, **EXPERTS),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _published(24, 30, 14336, 48, expand_timesteps=True),
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _published(40, 40, 13824, image=CLIP),
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _published(40, 40, 13824, image=CLIP),
+        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _published(
+            40, 40, 13824, image={**CLIP, "pos_embed_seq_len": 514}
+        ),
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _published(
+            40, 40, 13824, image=IMAGE, boundary_ratio=0.9, **EXPERTS
+        ),
+    }
+    original_names: ClassVar[Sequence[tuple[str, str]]] = ORIGINAL_NAMES
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
+    text_length: ClassVar[int] = 512
+    """As the published models were trained and are sampled; `encode_prompt`'s own default of 226 is wrong."""
+    widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
+
+    def __init__(self, model: recipe.Model) -> None:
+        super().__init__(model)
+        index = self.read_config("") or {}
+        self.vae = self.read_config("vae")
+        self.boundary: float | None = index.get("boundary_ratio")
+        self.expand_timesteps = bool(index.get("expand_timesteps", False))
+        self.two_experts = (index.get("transformer_2") or [None])[0] is not None
+        self.component = "transformer_2" if model.expert == "low" else "transformer"
+        self.transformer = self.read_config(self.component)
+        self.clip = self.read_config("image_encoder") if (self.transformer or {}).get("image_dim") else None
+        self._refuse_unsupported()
+        assert self.vae and self.transformer
+        # Early diffusers releases wrote no scale factors; the class's own defaults are 8 and 4.
+        self.stride = (self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8))
+        if self.transformer["in_channels"] != self.vae["z_dim"] or model.task == "i2v":
+            self.images = ("first", "last") if self.transformer.get("pos_embed_seq_len") else ("first",)
+        patch = self.transformer["patch_size"]
+        shortest = 1 + self.stride[0] if self.images else 1  # where an image is shown, more is to follow
+        self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
+        self.fps = 24.0 if self.expand_timesteps else 16.0
+
+    def _refuse_unsupported(self) -> None:
+        name, t, vae, task = self.model.checkpoint, self.transformer, self.vae, self.model.task
+        if not self.two_experts and self.model.expert is not None:
+            raise ValueError(f"model.expert: {name} has one network; leave `expert` out")
+        if vae is None or t is None:
+            raise ValueError(
+                f"model.checkpoint: {name} has no `vae` or no `{self.component}` with a config.json"
+            )
+        kinds = (vae.get("_class_name"), t.get("_class_name"))
+        if kinds != ("AutoencoderKLWan", "WanTransformer3DModel"):
+            raise ValueError(
+                f"model.family: {name} is not a Wan text-to-video or image-to-video checkpoint, "
+                f"it holds {kinds[1]} and {kinds[0]}"
+            )
+        takes, z = t["in_channels"], vae["z_dim"]
+        shown = 2 * z + vae.get("scale_factor_temporal", 4)
+        if takes != z and (takes != shown or self.expand_timesteps):
+            raise ValueError(
+                f"model.checkpoint: {name} takes {takes} channels, not {z} for text-to-video or {shown} for "
+                "image-to-video: a control or inpainting checkpoint, which this family does not train"
+            )
+        made_for = "t2v" if takes == z else "i2v"
+        if task not in (None, made_for) and not self.expand_timesteps:
+            raise ValueError(
+                f"model.task: {name} was made for {made_for}, not for {task}; leave `task` out, or choose a "
+                f"checkpoint for {task}"
+            )
+        if t.get("image_dim") and self.clip is None:
+            raise ValueError(
+                f"model.checkpoint: {name} has no `image_encoder` with a config.json, which its network needs"
+            )
+        if self.two_experts and self.boundary is None:
+            raise ValueError(
+                f"model.checkpoint: {name} has a transformer_2 but no boundary_ratio in model_index.json"
+            )
+        if self.boundary is not None and not self.two_experts:
+            raise ValueError(
+                f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; "
+                "a converted Wan 2.1 does not need it: remove boundary_ratio from model_index.json"
+            )
+        if self.clip and self.options["text"] == "short":
+            raise ValueError(
+                f"model.options.text: {name} finds what CLIP sees by the 512 tokens of text; leave it out"
+            )
+        if self.two_experts and self.model.expert is None:
+            raise ValueError(
+                f"model.expert: {name} has two experts; choose `high` (t >= {self.boundary}) or `low`"
+            )
+
+    def problems(self, config: recipe.Config) -> list[str]:
+        """Adds what two experts forbid: sampling in training would need both in memory."""
+        found = super().problems(config)
+        if self.two_experts and config.sample.every:
+            found.append(
+                "sample.every: sampling needs both experts in memory; leave it out and use `inlaid generate`"
+            )
+        return found
+
+    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """`latents` (z, 1 + (frames - 1) / 4, height / 8, width / 8), and of images, see `encode_media`."""
+        z, t, h, w = self._latent(frames, height, width)
+        if not self.images:
+            return {"latents": (z, t, h, w)}
+        if self.expand_timesteps:
+            return {"latents": (z, t - 1, h, w), "first": (z, 1, h, w)}
+        found: dict[str, tuple[int, ...]] = {"latents": (z, t, h, w), "image_latents": (z, t, h, w)}
+        if self.clip:
+            patches = (self.clip["image_size"] // self.clip["patch_size"]) ** 2
+            found["image_embeds"] = (len(self.images), 1 + patches, self.clip["hidden_size"])
+        return found
+
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Video tokens; text and what CLIP sees are attended to apart."""
+        assert self.transformer
+        _, *latent = self._latent(frames, height, width)
+        return int(np.prod([n // p for n, p in zip(latent, self.transformer["patch_size"], strict=True)]))
+
+    def _latent(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        assert self.vae
+        t, s = self.stride
+        return self.vae["z_dim"], 1 + (frames - 1) // t, height // s, width // s
+
+    # --- before the cache ---------------------------------------------------------------------------------
+
+    encoders: ClassVar[Mapping[str, Sequence[str]]] = {
+        "media": ("vae", "image_encoder", "image_processor"),
+        "text": ("tokenizer", "text_encoder"),
+    }
+    text_encoder: ClassVar[str] = "UMT5EncoderModel"
+
+    def load_media_encoder(self, device: torch.device) -> tuple[Any, Any, Any]:
+        """The VAE, and where the network is shown what CLIP sees, CLIP and its processor; in float32."""
+        vae = super().load_media_encoder(device)
+        if not self.clip:
+            return vae, None, None
+        from transformers import CLIPImageProcessor, CLIPVisionModel
+
+        options: dict[str, Any] = {"revision": self.model.revision}
+        with self.loading("image_processor"):
+            processor = CLIPImageProcessor.from_pretrained(
+                self.source, subfolder="image_processor", **options
+            )
+        with self.loading("image_encoder"):
+            options |= {"subfolder": "image_encoder", "dtype": torch.float32}
+            clip: Any = CLIPVisionModel.from_pretrained(self.source, **options)
+        return vae, clip.to(device).eval().requires_grad_(False), processor
+
+    @torch.no_grad()
+    def encode_media(self, encoder: tuple[Any, Any, Any], frames: np.ndarray) -> dict[str, Tensor]:
+        """uint8 (t, h, w, 3) -> `latents` (z, t', h', w'): the mode, (z - mean) / std per channel.
+
+        And of the images: `first` (z, 1, h', w'), the first latent frame, which `latents` then lacks; or
+        `image_latents`, of a video that is zero (grey) but for them, and `image_embeds` (1 or 2, 257, 1280).
+        """
+        assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
+        vae, clip, processor = encoder
+        like = next(vae.parameters())
+        mean, std = (
+            torch.tensor(vae.config[k], device=like.device).view(-1, 1, 1, 1)
+            for k in ("latents_mean", "latents_std")
+        )
+
+        def latents(video: Tensor) -> Tensor:
+            return (vae.encode(video[None]).latent_dist.mode()[0].float() - mean) * (1 / std)
+
+        video = torch.from_numpy(np.ascontiguousarray(frames)).to(like).permute(3, 0, 1, 2) / 127.5 - 1
+        z = latents(video)
+        if not self.images:
+            return {"latents": z}
+        if self.expand_timesteps:
+            return {"latents": z[:, 1:], "first": z[:, :1]}
+        at = [0, -1][: len(self.images)]
+        shown = torch.zeros_like(video)
+        shown[:, at] = video[:, at]
+        item = {"latents": z, "image_latents": latents(shown)}
+        if clip:
+            pixels = processor(images=[Image.fromarray(frames[i]) for i in at], return_tensors="pt")
+            seen = clip(pixels.pixel_values.to(like.device), output_hidden_states=True)
+            item["image_embeds"] = seen.hidden_states[-2]
+        return item
+
+    @torch.no_grad()
+    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Captions -> `text` (n, d) each, n <= 512 real tokens; `collate` adds the zeros."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        tokenizer, model = encoder
+        device = next(model.parameters()).device
+        ids = tokenizer(
+            [prompt_clean(c) for c in captions],
+            padding="max_length",
+            max_length=self.text_length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        hidden = model(ids.input_ids.to(device), ids.attention_mask.to(device)).last_hidden_state
+        lengths = ids.attention_mask.sum(1).tolist()
+        return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
+
+    # --- after the cache ----------------------------------------------------------------------------------
+
+    def share_positions(self, denoiser: Any) -> None:
+        """Its positions are a module's, which is shown the latents."""
+        attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
+
+    def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
+        """Flow matching; shift 3 at 480p and 5 at 720p; an expert sees its own side of the boundary."""
+        by_size = SHIFT_720P if size[0] * size[1] > AREA_BETWEEN else SHIFT_480P
+        objective = FlowMatching.from_config(section, family_shift=by_size)
+        if self.boundary is None:
+            return objective
+        side = (self.boundary, 1.0) if self.model.expert == "high" else (0.0, self.boundary)
+        low, high = max(side[0], section.interval[0]), min(side[1], section.interval[1])
+        if low >= high:
+            raise ValueError(
+                f"objective.interval: {list(section.interval)} lies outside the {self.model.expert} expert's "
+                f"{list(side)}"
+            )
+        return replace(objective, interval=(low, high))
+
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
+        """As `Family`; it may take less than 512 tokens of text where `options` say `text: short`."""
+        network = super().load_denoiser(dtype, meta=meta, folder=folder)
+        if self.options["text"] == "short":
+            from inlaid.models import short_text
+
+            short_text.allow(network, self.text_length)
+        return network
+
+    def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """`text` (n, 512, d), zero past each caption's length; with `text: short` (n, m, d), m <= 512."""
+        n, rows = self.text_length, [item["text"] for item in text]
+        if self.options["text"] == "short":
+            n = min(n, 8 * (max(map(len, rows)) // 8 + 1))  # kernels like eights; one zero at least is needed
+        return {"text": torch.stack([nn.functional.pad(x, (0, 0, 0, n - len(x))) for x in rows])}
+
+    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token, 0 for an image's."""
+        dtype = denoiser.patch_embedding.weight.dtype
+        timestep, x, given = t.float() * 1000, x_t.to(dtype), 0
+        if self.expand_timesteps:
+            if self.images:
+                given = 1
+                x = torch.cat([cond["first"].to(dtype), x], dim=2)
+            _, h, w = (n // p for n, p in zip(x.shape[2:], denoiser.config.patch_size, strict=True))
+            frames = nn.functional.pad(timestep[:, None].expand(-1, x_t.shape[2]), (given, 0))
+            timestep = frames.repeat_interleave(h * w, dim=1)
+        elif self.images:
+            mask = torch.zeros_like(x[:, : self.stride[0]])  # of the frames in each latent frame, those given
+            mask[:, :, 0] = 1
+            if "last" in self.images:
+                mask[:, -1, -1] = 1
+            x = torch.cat([x, mask, cond["image_latents"].to(dtype)], dim=1)
+        seen = cond["image_embeds"].flatten(0, 1).to(dtype) if self.clip else None
+        return denoiser(x, timestep, cond["text"].to(dtype), seen, return_dict=False)[0][:, :, given:]
+
+    def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
+        """The stock pipeline without its text encoder: `sample` brings encoded text. VAE, CLIP in float32."""
+        import diffusers
+
+        kind = diffusers.WanImageToVideoPipeline if self.images else diffusers.WanPipeline
+        vae, clip, processor = Wan.load_media_encoder(self, device)  # not what alpha encodes with
+        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae}
+        if clip:
+            parts |= {"image_encoder": clip, "image_processor": processor}
+        parts[self.component] = denoiser if denoiser is not None else self.load_denoiser(dtype)
+        with self.loading("model_index.json"):
+            pipe = kind.from_pretrained(self.source, revision=self.model.revision, torch_dtype=dtype, **parts)
+        return pipe.to(device)
+
+    def load_adapter(self, pipeline: Any, folder: Path) -> None:
+        """Loads an adapter into the network that it was trained on."""
+        # Where a network has `add_k_proj` and an adapter has not, diffusers loads zeros, but of a DoRA no
+        # magnitudes: let peft make those first. It then warns of more layers than its settings name.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
+            pipeline.load_lora_weights(
+                str(folder),
+                adapter_name="inlaid",
+                load_into_transformer_2=self.model.expert == "low",
+                low_cpu_mem_usage=self.clip is None,
+            )

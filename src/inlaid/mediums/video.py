@@ -1,0 +1,102 @@
+"""Videos and images with captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from inlaid import config as recipe
+from inlaid import cutouts, data, media, rgba
+from inlaid.console import say
+from inlaid.mediums import Images, Medium, Picture, Progress
+
+if TYPE_CHECKING:
+    from inlaid.families import Family
+
+
+class Video(Medium):
+    """See `Medium`."""
+
+    one: ClassVar[str] = "clip"
+    makes: ClassVar[str] = "video"
+    asks: ClassVar[str] = '"a prompt"'
+    columns: ClassVar[tuple[str, str, str]] = ("frames", "size", "windows")
+
+    def plan(
+        self,
+        config: recipe.Config,
+        family: Family,
+        progress: Progress | None = None,
+        probe: Callable[[Path], media.Probe] = media.probe,
+        look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
+    ) -> data.Plan:
+        """Clips in any layout that `data` reads."""
+        return data.plan(config.data, family.grid, family.fps, config.seed, progress, family, probe, look)
+
+    def task(self, family: Family) -> str:
+        """What the Hub calls it."""
+        return "image-to-video" if family.images else "text-to-video"
+
+    def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
+        """A strip of frames for each, under its caption."""
+        made = []
+        for window, frames in rows:
+            at = f"from {window.start:.2f} s   " if window.start else ""
+            shape = f"{at}{window.frames} x {window.size[0]} x {window.size[1]} at {window.fps:g} fps"
+            frames = rgba.shown(frames) if window.alpha else frames
+            made.append(media.SheetRow(window.clip.name, window.caption, frames, shape))
+        media.contact_sheet(made, path, title=title)
+
+    def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
+        """The prompts."""
+        if not prompts or not all(p.strip() for p in prompts):
+            raise ValueError("generate: needs a prompt that is not empty")
+        return list(prompts)
+
+    def read(self, family: Family, source: Images, sample: recipe.Sample) -> list[Picture]:
+        """Images scaled and cropped to the size of the video."""
+        assert sample.size and sample.frames
+        if isinstance(source, data.Window):
+            if not family.images:
+                return []
+            frames = replace(source, frames=min(sample.frames, source.frames), size=sample.size).read()
+            place = {"first": 0, "last": -1}
+            named = {name: frames[place[name]] for name in family.images}
+            return [Picture(f"{name} frame of {source.clip.name}", f) for name, f in named.items()]
+        return [Picture(path, media.read(Path(path), 0.0, 1, 1.0, sample.size)[0]) for path in source]
+
+    def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
+        """The sample section, without what it says of other videos, and the rate."""
+        other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
+        return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
+
+    def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
+        """An mp4; of a video with alpha also the files of `sample.transparent`, which keep it.
+
+        The mp4 then shows it over a checkerboard. Every other file is read back and compared; in place of one
+        that does not hold the alpha that was written comes an exact one, and is told.
+        """
+        path, facts = stem.with_name(f"{stem.name}.mp4"), {}
+        if made.shape[-1] == 4:
+            files = [path.with_suffix(rgba.SUFFIXES[name]) for name in sample.transparent]
+            for i, file in enumerate(files):
+                try:
+                    rgba.write(file, made, fps)
+                except ValueError as error:  # noise, as of a network that has learned little, is hard to pack
+                    files[i] = path.with_suffix(rgba.SUFFIXES["png"])
+                    say(f"note: {error}: written as {files[i].name} instead")
+                    rgba.write(files[i], made, fps)
+            files = list(dict.fromkeys(files))
+            facts = {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
+            level = made[..., 3].min()
+            if level == made[..., 3].max():
+                how = {0: "clear", 255: "opaque"}.get(int(level), f"{level} of 255")
+                say(f"note: {path.name} is {how} everywhere: the model gave it no matte")
+            made = rgba.composite(made, rgba.checkerboard(*made.shape[1:3]))
+        media.write_video(path, made, fps)
+        return path, facts
+
+
+MEDIUM = Video()

@@ -1,0 +1,36 @@
+"""A page that shows meshes and lets them be turned: one file, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from inlaid import mesh
+
+if TYPE_CHECKING:
+    import trimesh
+
+
+def page(meshes: Mapping[str, trimesh.Trimesh], title: str) -> str:
+    """The page; coordinates are kept in 16 bits of the box."""
+    parts = []
+    for i, (name, one) in enumerate(meshes.items()):
+        steps = (one.vertices / mesh.BOUND * 32767).round().clip(-32767, 32767).astype("<i2")
+        parts.append(
+            {
+                "name": name,
+                "color": mesh.PALETTE[i % len(mesh.PALETTE)],
+                "points": base64.b64encode(steps.tobytes()).decode(),
+                "faces": base64.b64encode(np.asarray(one.faces, "<u4").tobytes()).decode(),
+            }
+        )
+    text = Template(Path(__file__).with_name("viewer.html").read_text("utf-8"))
+    data = json.dumps(parts).replace("</", "<\\/")
+    return text.substitute(title=escape(title), parts=data)

@@ -1,0 +1,517 @@
+"""Surfaces and meshes: reading, normalising, extracting from fields, checking, comparing, drawing.
+
+All objects of a scene share one frame, in which they stand where they stand; about [-1, 1], y up.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inlaid.files import atomic
+from inlaid.media import MediaError
+
+if TYPE_CHECKING:
+    import trimesh
+
+BOUND = 1.005
+"""Half the side of the box that fields are decoded in."""
+
+LONGEST = 1.9
+"""Longest side of a normalised scene, so that it stays inside the box."""
+
+POINTS = 20_480
+"""Points of a surface in the published training."""
+
+# --- surfaces -----------------------------------------------------------------------------------------------
+
+
+class Note(str):
+    """A sentence that a person should read about a surface or a scene; its code is one of `data.KINDS`."""
+
+    code: str
+
+    def __new__(cls, code: str, message: str) -> Note:
+        """The sentence, with its code."""
+        note = super().__new__(cls, message)
+        note.code = code
+        return note
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Points with outward unit normals of one object, and what had to be done to get them."""
+
+    points: np.ndarray
+    """float32 (n, 6)."""
+    notes: tuple[Note, ...] = ()
+
+
+def read_surface(path: Path) -> list[Surface]:
+    """Reads the surface of one object, or of several (k, n, 6).
+
+    (n, 6) is positions and normals; (n, 3) positions, whose normals are estimated; of (n, 4) the last column
+    is ignored, because a normal has three numbers. `.npz` has `surface_points` and `surface_normals`.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    try:
+        arrays: Any = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            found = arrays
+        else:
+            with arrays:
+                names = ("surface_points", "surface_normals")
+                if names[0] not in arrays:
+                    raise ValueError(f"has no array {names[0]}; there are: {', '.join(arrays.files)}")
+                parts = [arrays[n] for n in names if n in arrays]
+                found = np.concatenate(parts, -1)
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        head = path.read_bytes()[:6] if path.is_file() else b""
+        pickled = "pickle" in str(error) and (head[:1] == b"\x80" or head == b"\x93NUMPY")
+        why = "is a pickle, which may run code; save its arrays with numpy.savez" if pickled else str(error)
+        if "pickle" in str(error) and not pickled:
+            why = "is neither .npy nor .npz"
+        raise MediaError(path, why, "pickle" if pickled else "unreadable") from None
+    if (
+        found.ndim not in (2, 3)
+        or found.shape[-1] not in (3, 4, 6)
+        or not np.issubdtype(found.dtype, np.number)
+    ):
+        why = f"is {found.dtype} {found.shape}; a surface is (n, 6), positions and normals"
+        raise MediaError(path, why, "surface")
+    each = found if found.ndim == 3 else found[None]
+    return [_surface(path, np.asarray(one, np.float32)) for one in each]
+
+
+def _surface(path: Path, points: np.ndarray) -> Surface:
+    if len(points) < 16:
+        raise MediaError(path, f"has {len(points)} points; a surface has about {POINTS}", "surface")
+    if not np.isfinite(points).all():
+        wrong = int((~np.isfinite(points)).any(-1).sum())
+        raise MediaError(path, f"{wrong} of its points are not finite", "surface")
+    reach = float(np.abs(points[:, :3]).max())
+    if reach > 1.05:
+        why = f"reaches {reach:.2f}, outside of the box of {BOUND}: scale the whole scene to fit"
+        raise MediaError(path, why, "outside-box")
+    if np.ptp(points[:, :3], axis=0).max() < 1e-6:
+        raise MediaError(path, "all its points are in one place", "surface")
+    notes = []
+    if points.shape[1] == 4:
+        notes.append(Note("fourth-column", "a fourth column is ignored: a normal has three numbers"))
+    if points.shape[1] < 6:
+        why = "normals were estimated from neighbouring points; give (n, 6) to have the true ones"
+        notes.append(Note("estimated", why))
+        points = np.concatenate([points[:, :3], estimate_normals(points[:, :3])], -1)
+    length = np.linalg.norm(points[:, 3:], axis=-1, keepdims=True)
+    if (length < 1e-6).any():
+        raise MediaError(path, f"{int((length < 1e-6).sum())} normals are zero", "surface")
+    points = np.concatenate([points[:, :3], points[:, 3:] / length], -1)
+    if flipped(points):
+        notes.append(Note("flipped", "most normals point inward; the model takes them outward"))
+    if len(points) < POINTS:
+        why = f"{len(points)} points, fewer than {POINTS}: some are drawn more than once"
+        notes.append(Note("sparse", why))
+    return Surface(points.astype(np.float32), tuple(notes))
+
+
+def flipped(points: np.ndarray) -> bool:
+    """Whether the normals of (n, 6) point inward: then the volume by the divergence theorem is negative."""
+    return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
+
+
+def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
+    """Outward unit normals (n, 3): the flattest direction around each point, turned to agree.
+
+    Signs spread along a minimum spanning tree of neighbours whose planes differ least, from the topmost point
+    (Hoppe et al. 1992).
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
+    from scipy.spatial import KDTree
+
+    near = np.asarray(KDTree(points).query(points, k=min(neighbours, len(points)))[1])
+    local = points[near] - points[near].mean(1, keepdims=True)
+    _, _, axes = np.linalg.svd(local, full_matrices=False)
+    normals = axes[:, -1].astype(np.float32)
+    rows, columns = np.repeat(np.arange(len(points)), near.shape[1] - 1), near[:, 1:].ravel()
+    cost = 1.001 - np.abs((normals[rows] * normals[columns]).sum(-1))
+    tree = minimum_spanning_tree(coo_matrix((cost, (rows, columns)), (len(points),) * 2))
+    tree: Any = tree + tree.T
+    left = np.ones(len(points), bool)
+    while left.any():  # each connected part has a root of its own
+        root = int(np.flatnonzero(left)[points[left][:, 1].argmax()])
+        normals[root] *= 1 if normals[root, 1] >= 0 else -1
+        walk: Any = breadth_first_order(tree, root, directed=False)
+        order, parents = walk
+        for i in order[1:]:
+            if normals[i] @ normals[parents[i]] < 0:
+                normals[i] = -normals[i]
+        left[order] = False
+    return normals
+
+
+def sample_surface(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> np.ndarray:
+    """Points of a mesh with the normals of their faces: float32 (count, 6)."""
+    import trimesh
+
+    drawn: Any = trimesh.sample.sample_surface(mesh, count, seed=seed)
+    points, faces = drawn[:2]
+    return np.concatenate([points, mesh.face_normals[faces]], -1).astype(np.float32)
+
+
+def normalising(bounds: np.ndarray) -> np.ndarray:
+    """The one transform (4, 4) of a whole scene: middle of its bounds (2, 3) to 0, longest side to 1.9."""
+    size = float((bounds[1] - bounds[0]).max())
+    assert size > 0, "a scene has a size"
+    out = np.eye(4)
+    out[:3] *= LONGEST / size
+    out[:3, 3] = -bounds.mean(0) * LONGEST / size
+    return out
+
+
+# --- from a field to a mesh ---------------------------------------------------------------------------------
+
+Field = Callable[[np.ndarray], np.ndarray]
+"""Points (n, 3) -> values (n,), negative inside."""
+
+
+def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
+    """The zero surface of a field, and a note where it had to be turned round; None where there is none.
+
+    Values are asked for on a coarse grid, then on finer ones near changes of sign alone: about one
+    hundredth of a dense grid's.
+
+    Args:
+        field: negative inside.
+        resolution: cells per side; `coarse` times a power of two.
+        coarse: cells per side of the first grid.
+    """
+    import trimesh
+    from skimage.measure import marching_cubes
+
+    assert resolution % coarse == 0 and (resolution // coarse) & (resolution // coarse - 1) == 0
+    cells = coarse
+    values = field(_places(np.indices((cells + 1,) * 3).reshape(3, -1).T, cells)).reshape((cells + 1,) * 3)
+    note, corners = "", values[::cells, ::cells, ::cells]
+    sign = 1.0
+    if (corners < 0).sum() > 4:
+        sign, note = -1.0, "the field was positive inside and was turned round"
+        values = -values
+    while cells < resolution:
+        values, cells = _finer(values, field, sign), 2 * cells
+    if not (values.min() < 0 < values.max()):
+        return None, note
+    found: Any = marching_cubes(values, 0.0, method="lewiner")
+    vertices, faces = found[:2]
+    mesh = trimesh.Trimesh(_places(vertices, cells), faces, process=True)
+    if mesh.is_watertight and mesh.volume < 0:
+        mesh.invert()
+    return mesh, note
+
+
+def _places(index: np.ndarray, cells: int) -> np.ndarray:
+    """Grid indices, also between two, -> coordinates in the box; the last index is on its far side."""
+    return (index / cells * 2 - 1) * BOUND
+
+
+def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
+    """A grid of twice as many cells: interpolated, and asked anew around every change of sign."""
+    from scipy.ndimage import binary_dilation, zoom
+
+    n = values.shape[0]
+    fine: np.ndarray = np.asarray(zoom(values, (2 * n - 1) / n, order=1, grid_mode=False))
+    inside = values < 0
+    change = np.zeros_like(inside)
+    for axis in range(3):
+        differ = np.diff(inside, axis=axis)
+        low, high = ([slice(None)] * 3 for _ in range(2))
+        low[axis], high[axis] = slice(None, -1), slice(1, None)
+        change[tuple(low)] |= differ
+        change[tuple(high)] |= differ
+    change = np.asarray(binary_dilation(change, np.ones((3, 3, 3))), bool)
+    ask = np.zeros(fine.shape, bool)
+    ask[::2, ::2, ::2] = change
+    ask = np.asarray(binary_dilation(ask, np.ones((3, 3, 3))), bool)
+    where = np.argwhere(ask)
+    if len(where):
+        fine[ask] = sign * field(_places(where, 2 * (n - 1)))
+    return fine
+
+
+def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
+    """The mesh with at most so many triangles, by quadric error.
+
+    Raises:
+        ValueError: when the package that does it is missing.
+    """
+    try:
+        return mesh.simplify_quadric_decimation(face_count=triangles)
+    except ModuleNotFoundError:
+        raise ValueError("sample.triangles: needs fast-simplification: pip install 'inlaid[mesh]'") from None
+
+
+def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
+    """What is wrong with a mesh, one sentence each; empty when all is well."""
+    found = []
+    if not np.isfinite(mesh.vertices).all():
+        found.append("has vertices that are not finite")
+        return found
+    if not mesh.is_watertight:
+        found.append("is not watertight")
+    if np.abs(mesh.vertices).max() > BOUND + 1e-6:
+        found.append(f"leaves the box of {BOUND}")
+    if len(mesh.faces) > most:
+        found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}")
+    return found
+
+
+def require() -> None:
+    """Stops where packages that scenes need are not installed.
+
+    Raises:
+        ValueError: naming them, and how to get them.
+    """
+    missing = [name for name in ("trimesh", "skimage", "fpsample") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"scenes need packages that are not here ({', '.join(missing)}): pip install 'inlaid[mesh]'"
+        )
+
+
+def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
+    """Writes `.glb` with one named node per object, also for those of which nothing came out; atomic."""
+    import trimesh
+
+    scene = trimesh.Scene()
+    for name, mesh in meshes.items():
+        scene.add_geometry(mesh, node_name=name, geom_name=name)
+    for name in empty:
+        scene.graph.update(frame_to=name, frame_from=scene.graph.base_frame)
+    with atomic(path) as part:
+        part.write_bytes(scene.export(file_type="glb"))  # type: ignore[arg-type]
+    return path
+
+
+FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
+"""Suffixes of meshes that are read."""
+
+
+def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
+    """The mesh with the faces of each connected piece turned outward, and how many pieces were turned.
+
+    A piece is inside out where its volume, by the divergence theorem about its middle, is negative; one that
+    lies inside another's box is left alone, as it may be a cavity.
+    """
+    import trimesh
+
+    mesh = mesh.copy()
+    mesh.merge_vertices()
+    trimesh.repair.fix_winding(mesh)
+    labels = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    triangles = mesh.triangles
+    flux = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    faces, turned = mesh.faces.copy(), 0
+    boxes = [
+        np.stack([t.reshape(-1, 3).min(0), t.reshape(-1, 3).max(0)])
+        for t in (triangles[labels == i] for i in range(labels.max() + 1))
+    ]
+    for i, box in enumerate(boxes):
+        own = labels == i
+        within = any((o[0] < box[0]).all() and (o[1] > box[1]).all() for j, o in enumerate(boxes) if j != i)
+        middle = triangles[own].mean((0, 1))
+        if not within and float(((triangles[own].mean(1) - middle) * flux[own]).sum()) < 0:
+            faces[own] = faces[own][:, ::-1]
+            turned += 1
+    return trimesh.Trimesh(mesh.vertices, faces, process=False), turned
+
+
+def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
+    """The objects of a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` by name, where the scene puts them.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read or holds no triangles.
+    """
+    import trimesh
+
+    try:
+        scene: Any = trimesh.load(path, force="scene", process=False)
+        out = {}
+        for node in sorted(scene.graph.nodes_geometry):
+            transform, geometry = scene.graph[node]
+            mesh = scene.geometry[geometry]
+            if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
+                out[str(node)] = mesh.copy().apply_transform(transform)
+    except Exception as error:  # whatever its readers raise
+        raise ValueError(f"{path}: cannot be read as a mesh ({error})") from None
+    if not out:
+        raise ValueError(f"{path}: holds no triangles")
+    return out
+
+
+# --- comparing ----------------------------------------------------------------------------------------------
+
+
+def chamfer(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean distance from each point (n, 3) to the other set, both ways added."""
+    from scipy.spatial import KDTree
+
+    return float(KDTree(b).query(a)[0].mean() + KDTree(a).query(b)[0].mean())
+
+
+def f_score(a: np.ndarray, b: np.ndarray, threshold: float) -> float:
+    """Harmonic mean of the shares of points within a distance of the other set."""
+    from scipy.spatial import KDTree
+
+    precision = float((KDTree(b).query(a)[0] <= threshold).mean())
+    recall = float((KDTree(a).query(b)[0] <= threshold).mean())
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes with sides along the axes, as bounds (2, 3)."""
+    overlap = float(np.prod((np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])).clip(0)))
+    union = float(np.prod(a[1] - a[0]) + np.prod(b[1] - b[0])) - overlap
+    return overlap / union if union else 0.0
+
+
+def volume_iou(a: trimesh.Trimesh, b: trimesh.Trimesh, *, points: int = 20_000, seed: int = 0) -> float:
+    """Intersection over union of two watertight volumes, by random points of their common box."""
+    low = np.minimum(a.bounds[0], b.bounds[0])
+    high = np.maximum(a.bounds[1], b.bounds[1])
+    places = np.random.default_rng(seed).uniform(low, high, (points, 3))
+    inside = [m.contains(places) for m in (a, b)]
+    union = (inside[0] | inside[1]).sum()
+    return float((inside[0] & inside[1]).sum() / union) if union else 0.0
+
+
+def align(source: np.ndarray, target: np.ndarray, steps: int = 50) -> np.ndarray:
+    """Rigid motion (4, 4) that brings points onto others: iterative closest points (Besl & McKay 1992)."""
+    from scipy.spatial import KDTree
+
+    tree, moved, total = KDTree(target), source.copy(), np.eye(4)
+    for _ in range(steps):
+        nearest = target[tree.query(moved)[1]]
+        middle = moved.mean(0), nearest.mean(0)
+        u, _, v = np.linalg.svd((moved - middle[0]).T @ (nearest - middle[1]))
+        turn = (u @ np.diag([1, 1, np.sign(np.linalg.det(u @ v))]) @ v).T
+        step = np.eye(4)
+        step[:3, :3], step[:3, 3] = turn, middle[1] - turn @ middle[0]
+        moved, total = moved @ turn.T + step[:3, 3], step @ total
+        if np.abs(step - np.eye(4)).max() < 1e-6:
+            break
+    return total
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+PALETTE = (
+    (222, 96, 80), (80, 140, 220), (110, 185, 110), (235, 180, 70), (150, 115, 205), (90, 190, 190),
+    (225, 130, 185), (150, 130, 110),
+)  # fmt: skip
+"""Colours of objects, by their place in the scene."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera on a sphere around the scene, in degrees; perspective with a narrow field of view."""
+
+    azimuth: float = 30.0
+    elevation: float = 20.0
+    distance: float = 5.0
+    field: float = 30.0
+
+    def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Origins and unit directions (size^2, 3), row by row from the top left."""
+        a, e = np.radians([self.azimuth, self.elevation])
+        eye = self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+        forward = -eye / np.linalg.norm(eye)
+        right = np.cross(forward, [0.0, 1.0, 0.0])
+        right /= np.linalg.norm(right)
+        up = np.cross(right, forward)
+        reach = np.tan(np.radians(self.field) / 2)
+        y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
+        directions = forward + reach * (x[..., None] * right - y[..., None] * up)
+        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        return np.broadcast_to(eye, (size * size, 3)).copy(), directions.reshape(-1, 3)
+
+
+def render(
+    meshes: Sequence[trimesh.Trimesh],
+    view: View = View(),
+    size: int = 384,
+    colors: Sequence[Sequence[int]] = PALETTE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws objects by casting rays on the CPU.
+
+    Args:
+        meshes: in the scene's frame.
+        view: the camera.
+        size: of the square picture.
+        colors: RGB of each object, in turn.
+
+    Returns:
+        Picture uint8 (size, size, 3) on white; map of objects uint8 (size, size), 0 none, then 1, 2, ...
+    """
+    import trimesh
+
+    origins, directions = view.rays(size)
+    image = np.full((size * size, 3), 255, np.uint8)
+    ids = np.zeros(size * size, np.uint8)
+    if not meshes:
+        return image.reshape(size, size, 3), ids.reshape(size, size)
+    whole: Any = trimesh.util.concatenate(list(meshes))
+    owner = np.repeat(np.arange(len(meshes)), [len(m.faces) for m in meshes])
+    hit = whole.ray.intersects_first(origins, directions)
+    seen = hit >= 0
+    normals = whole.face_normals[hit[seen]]
+    facing = np.abs((normals * directions[seen]).sum(-1))
+    light = np.array([0.4, 0.8, 0.45]) / np.linalg.norm([0.4, 0.8, 0.45])
+    shade = 0.35 + 0.35 * facing + 0.3 * (normals @ light).clip(0)
+    paint = np.array([colors[i % len(colors)] for i in range(len(meshes))], np.float64)
+    image[seen] = (paint[owner[hit[seen]]] * shade[:, None]).round().clip(0, 255).astype(np.uint8)
+    ids[seen] = owner[hit[seen]] + 1
+    return image.reshape(size, size, 3), ids.reshape(size, size)
+
+
+def turntable(meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256) -> np.ndarray:
+    """Views all round: uint8 (frames, size, size, 3)."""
+    return np.stack([render(meshes, View(azimuth=360 * i / frames), size)[0] for i in range(frames)])
+
+
+# --- segmentations ------------------------------------------------------------------------------------------
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Object numbers of a segmentation: int (h, w), 0 is background.
+
+    A palette image gives its indices, a grey one its values, a coloured one a number per colour with black as
+    background: grey values of colours would merge objects.
+
+    Raises:
+        ValueError: naming the file, when it is no such image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in ("P", "L", "I;16", "I", "1"):
+                return np.asarray(image).astype(np.int64)
+            if image.mode not in ("RGB", "RGBA", "LA"):
+                raise ValueError(f"is {image.mode}; use a palette, grey or RGB image")
+            pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
+    except (OSError, SyntaxError) as error:
+        raise MediaError(path, f"cannot be read as a segmentation ({error})") from None
+    except ValueError as error:
+        raise MediaError(path, str(error)) from None
+    code = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
+    code[pixels[..., 3] == 0] = 0
+    return np.unique(np.concatenate([[0], code.ravel()]), return_inverse=True)[1][1:].reshape(code.shape)

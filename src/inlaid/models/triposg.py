@@ -1,0 +1,468 @@
+"""TripoSG and MIDI: a diffusion transformer over shape tokens, and the shape VAE they come from.
+
+Li et al. 2025 (https://arxiv.org/abs/2502.06608) and Huang et al. 2025 (https://arxiv.org/abs/2412.03558).
+Written from a description; the state dicts are those of the published files.
+
+What surprises: queries, keys and values of a head are spread over `to_q`, `to_k` and `to_v`; time is a token
+in front of the latents; a skip connection replaces the stream; the network predicts data - noise; and the
+VAE's field is negative inside.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import FeedForward
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from safetensors import safe_open
+from torch import Tensor, nn
+
+MIDDLE = (8, 9, 10, 11, 12)
+"""Blocks whose self-attention is over all instances of a scene, in every published script."""
+
+TOKENS = 2048
+"""Latent tokens of an instance."""
+
+
+class Attention(nn.Module):
+    """Attention whose heads run across the stacked projections.
+
+    Of the stacked output of `to_q`, `to_k` and `to_v`, head h owns the h-th slice, and within it come its
+    query, key and value. In cross-attention this holds for the stack of `to_k` and `to_v`. So an adapter on
+    `to_q` alone changes some heads, not the queries.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        context: int | None = None,
+        *,
+        qk_norm: bool = False,
+        norm_cross: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context or width, width, bias=False)
+        self.to_v = nn.Linear(context or width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
+        if qk_norm:
+            self.norm_q = RMSNorm(width // heads, eps=1e-6)
+            self.norm_k = RMSNorm(width // heads, eps=1e-6)
+        else:
+            self.norm_q = self.norm_k = None
+        self.norm_cross = FP32LayerNorm(context or width) if norm_cross else None
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, groups: Sequence[int] | None = None
+    ) -> Tensor:
+        """Attends within each row, to a context, or over the rows of each group.
+
+        Args:
+            x: (rows, n, width).
+            context: (rows, m, its width); None is self-attention.
+            groups: sizes of groups of consecutive rows that attend to each other as one sequence.
+        """
+        rows, n, _ = x.shape
+        if context is None:
+            stacked = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], -1)
+            q, k, v = stacked.view(rows, n, self.heads, -1).transpose(1, 2).chunk(3, -1)
+        else:
+            if self.norm_cross is not None:
+                context = self.norm_cross(context)
+            q = self.to_q(x).view(rows, n, self.heads, -1).transpose(1, 2)
+            stacked = torch.cat([self.to_k(context), self.to_v(context)], -1)
+            k, v = stacked.view(rows, stacked.shape[1], self.heads, -1).transpose(1, 2).chunk(2, -1)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        if k.shape[2] == 1:
+            # a softmax over one is 1: gradients are 0 here, where attention leaves some of rounding
+            out = v + 0 * (q + k)
+        elif groups:
+            out = _grouped(q, k, v, groups)
+        else:
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
+    """Attention over groups of rows, each merged into one sequence: nothing is repeated."""
+    assert sum(groups) == len(q), f"groups {list(groups)} do not make {len(q)} rows"
+
+    def attend(start: int, scenes: int, size: int) -> Tensor:
+        _, heads, n, d = q.shape
+
+        def merge(t: Tensor) -> Tensor:
+            part = t[start : start + scenes * size].view(scenes, size, heads, n, d)
+            return part.transpose(1, 2).reshape(scenes, heads, size * n, d)
+
+        out = nn.functional.scaled_dot_product_attention(merge(q), merge(k), merge(v))
+        return out.view(scenes, heads, size, n, d).transpose(1, 2).reshape(scenes * size, heads, n, d)
+
+    out, start = [], 0
+    while start < len(q):
+        size = groups[0]
+        scenes = next((i for i, g in enumerate(groups) if g != size), len(groups))
+        out.append(attend(start, scenes, size))
+        start, groups = start + scenes * size, groups[scenes:]
+    return torch.cat(out)
+
+
+class Block(nn.Module):
+    """Self-attention, up to two parallel cross-attentions, feed-forward; a skip comes in first."""
+
+    def __init__(
+        self, width: int, heads: int, contexts: Sequence[int], *, skip: bool = False, qk_norm: bool = True
+    ) -> None:
+        super().__init__()
+        self.norm1 = FP32LayerNorm(width, eps=1e-5)
+        self.attn1 = Attention(width, heads, qk_norm=qk_norm)
+        if contexts:
+            self.norm2 = FP32LayerNorm(width, eps=1e-5)
+            self.attn2 = Attention(width, heads, contexts[0], qk_norm=qk_norm)
+        if len(contexts) > 1:
+            self.norm2_2 = FP32LayerNorm(width, eps=1e-5)
+            self.attn2_2 = Attention(width, heads, contexts[1], qk_norm=qk_norm)
+        self.norm3 = FP32LayerNorm(width, eps=1e-5)
+        self.ff = FeedForward(width, activation_fn="gelu")
+        self.contexts = len(contexts)
+        if skip:
+            self.skip_linear = nn.Linear(2 * width, width)
+            self.skip_norm = FP32LayerNorm(width, eps=1e-5)
+
+    def forward(
+        self,
+        x: Tensor,
+        contexts: Sequence[Tensor] = (),
+        groups: Sequence[int] | None = None,
+        skip: Tensor | None = None,
+        scales: Sequence[float] = (1.0, 1.0),
+    ) -> Tensor:
+        """See `TripoSGTransformer`."""
+        if skip is not None:
+            x = self.skip_norm(self.skip_linear(torch.cat([skip, x], -1)))
+        x = x + self.attn1(self.norm1(x), groups=groups)
+        if self.contexts:
+            crossed = scales[0] * self.attn2(self.norm2(x), contexts[0])
+            if self.contexts > 1:
+                crossed = crossed + scales[1] * self.attn2_2(self.norm2_2(x), contexts[1])
+            x = x + crossed
+        return x + self.ff(self.norm3(x))
+
+
+class _Time(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.width // 2
+        steps = torch.arange(half, device=t.device, dtype=torch.float32) / half
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps)
+        waves = torch.cat([angles.sin(), angles.cos()], -1).to(self.linear_1.weight.dtype)
+        return self.linear_2(nn.functional.gelu(self.linear_1(waves)))
+
+
+class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The denoiser of TripoSG (one context) and MIDI (two): latents (rows, tokens, channels), one row each.
+
+    Rows of one scene attend to each other in the blocks of `multi_instance`. `num_tokens` is how many latent
+    tokens it was taught with; it takes any number.
+    """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ("Block",)
+    _no_split_modules = ("Block",)
+    # Waves of time are made in the type that weights are stored in, which must not be a small one.
+    _skip_layerwise_casting_patterns: list[str] = ["time_proj", "norm"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        width: int = 2048,
+        in_channels: int = 64,
+        num_layers: int = 21,
+        cross_attention_dim: int = 768,
+        cross_attention_2_dim: int | None = 1024,
+        multi_instance: Sequence[int] = MIDDLE,
+        num_tokens: int = TOKENS,
+    ) -> None:
+        super().__init__()
+        contexts = [cross_attention_dim] + ([cross_attention_2_dim] if cross_attention_2_dim else [])
+        self.time_proj = _Time(width)
+        self.proj_in = nn.Linear(in_channels, width)
+        self.blocks = nn.ModuleList(
+            Block(width, num_attention_heads, contexts, skip=i > num_layers // 2) for i in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_out = nn.Linear(width, in_channels)
+        self.multi_instance = frozenset(multi_instance)
+        self.gradient_checkpointing = False
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> None:
+        """Loads an adapter through peft, and takes up the multi-instance blocks in its header."""
+        path = pretrained_model_name_or_path_or_dict
+        if not isinstance(path, Mapping) and Path(path).exists():
+            options.setdefault("use_safetensors", True)
+            blocks = stored_blocks(Path(path))
+            if blocks is not None:
+                self.multi_instance = frozenset(blocks)
+        super().load_lora_adapter(path, **options)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_2: Tensor | None = None,
+        groups: Sequence[int] | None = None,
+        scales: Sequence[float] = (1.0, 1.0),
+    ) -> Tensor:
+        """Predicts data - noise.
+
+        Args:
+            hidden_states: (rows, n, channels), noisy.
+            timestep: (rows,), 0 to 1000, not rounded.
+            encoder_hidden_states: (rows, m, cross_attention_dim).
+            encoder_hidden_states_2: (rows, m2, cross_attention_2_dim), where the network has a second.
+            groups: rows of each scene, in order, adding up to `rows`. None: every row is alone.
+            scales: factors of the two cross-attentions.
+        """
+        contexts = [encoder_hidden_states]
+        if encoder_hidden_states_2 is not None:
+            contexts.append(encoder_hidden_states_2)
+        x = torch.cat([self.time_proj(timestep)[:, None], self.proj_in(hidden_states)], 1)
+        middle, skips = len(self.blocks) // 2, []
+        for i, block in enumerate(self.blocks):
+            args = (
+                x,
+                contexts,
+                groups if i in self.multi_instance else None,
+                skips.pop() if i > middle else None,
+                scales,
+            )
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, *args)  # type: ignore[misc]
+            else:
+                x = block(*args)
+            if i < middle:
+                skips.append(x)
+        return self.proj_out(self.norm_out(x)[:, 1:])
+
+
+def partial_heads(targets: Sequence[str]) -> list[str]:
+    """A sentence about adapter targets that take only some projections of an attention."""
+    layers = {
+        attention: [f"blocks.0.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
+        for attention in ("attn1", "attn2", "attn2_2")
+    }
+    hits = {a: sum(any(re.fullmatch(t, n) for t in targets) for n in names) for a, names in layers.items()}
+    partial = [a for a, n in hits.items() if 0 < n < 4]
+    if not partial:
+        return []
+    why = "heads run across to_q, to_k and to_v, so that changes some heads, not queries or values"
+    cure = "take these three and to_out.0"
+    return [f"tuner.targets: only some projections of {', '.join(partial)}: {why}; {cure}"]
+
+
+def stored_blocks(path: Path) -> list[int] | None:
+    """The blocks of multi-instance attention that an adapter was taught with; None where it does not say."""
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with safe_open(file, "pt") as opened:
+            said = (opened.metadata() or {}).get("inlaid_multi_instance_blocks")
+        if said is not None:
+            return [int(n) for n in said.split(",") if n]
+    return None
+
+
+def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """A transformer's configuration from the shapes in its file, where its `config.json` is missing or wrong.
+
+    Raises:
+        ValueError: when it is no such transformer.
+    """
+    try:
+        width, channels = shapes["proj_in.weight"]
+        head = shapes["blocks.0.attn1.norm_q.weight"][0]
+        second = shapes.get("blocks.0.attn2_2.to_k.weight")
+        layers = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
+        return {
+            "num_attention_heads": width // head,
+            "width": width,
+            "in_channels": channels,
+            "num_layers": layers,
+            "cross_attention_dim": shapes["blocks.0.attn2.to_k.weight"][1],
+            "cross_attention_2_dim": second[1] if second else None,
+        }
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not a TripoSG or MIDI transformer: {error} is not there") from None
+
+
+# --- the shape VAE ------------------------------------------------------------------------------------------
+
+
+class _Frequencies(nn.Module):
+    """Point -> point, sines and cosines of it times 2^k: (..., 3) -> (..., 3 + 6 n), in float32."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward(self, points: Tensor) -> Tensor:
+        points = points.float()
+        steps = 2.0 ** torch.arange(self.n, device=points.device, dtype=torch.float32)
+        angles = (points[..., None] * steps).flatten(-2)
+        return torch.cat([points, angles.sin(), angles.cos()], -1)
+
+
+class _CrossBlock(nn.Module):
+    """Cross-attention on a normalised context, feed-forward; no self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm2 = FP32LayerNorm(width, eps=1e-5)
+        self.attn2 = Attention(width, heads, width, norm_cross=True)
+        self.norm3 = FP32LayerNorm(width, eps=1e-5)
+        self.ff = FeedForward(width, activation_fn="gelu")
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, features: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(features, width)
+        own = (Block(width, heads, (), qk_norm=False) for _ in range(layers))
+        self.blocks = nn.ModuleList([_CrossBlock(width, heads), *own])
+        self.norm_out = FP32LayerNorm(width, eps=1e-5)
+
+    def forward(self, queries: Tensor, points: Tensor) -> Tensor:
+        x = self.blocks[0](self.proj_in(queries), self.proj_in(points))
+        for block in list(self.blocks)[1:]:
+            x = block(x)
+        return self.norm_out(x)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, features: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.proj_query = nn.Linear(features, width)
+        own = [Block(width, heads, (), qk_norm=False) for _ in range(layers)]
+        self.blocks = nn.ModuleList([*own, _CrossBlock(width, heads)])
+        self.norm_out = FP32LayerNorm(width, eps=1e-5)
+        self.proj_out = nn.Linear(width, 1)
+
+
+class TripoSGVAE(ModelMixin, ConfigMixin):
+    """Surface points with normals -> a set of latent tokens -> a field that is negative inside.
+
+    Latents carry neither scale nor shift. Keep it in float32: coordinates times 128 do not fit bfloat16.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 64,
+        num_attention_heads: int = 8,
+        width_encoder: int = 512,
+        width_decoder: int = 1024,
+        num_layers_encoder: int = 8,
+        num_layers_decoder: int = 16,
+        embedding_type: str = "frequency",
+        embed_frequency: int = 8,
+        embed_include_pi: bool = False,
+    ) -> None:
+        super().__init__()
+        if embedding_type != "frequency" or embed_include_pi:
+            raise ValueError("only the published embedding is known: frequencies 2^k without pi")
+        self.embedder = _Frequencies(embed_frequency)
+        features = 3 + 6 * embed_frequency
+        self.encoder = _Encoder(
+            features + in_channels, width_encoder, num_layers_encoder, num_attention_heads
+        )
+        self.quant = nn.Linear(width_encoder, 2 * latent_channels)
+        self.post_quant = nn.Linear(latent_channels, width_decoder)
+        self.decoder = _Decoder(features, width_decoder, num_layers_decoder, num_attention_heads)
+
+    def encode(self, surface: Tensor, queries: Tensor) -> Tensor:
+        """Moments (b, m, 2 channels): means, then log-variances.
+
+        Args:
+            surface: (b, p, 6), positions and outward unit normals.
+            queries: (b, m, 6), some of them; see `choose`.
+        """
+        dtype = self.quant.weight.dtype
+        h, c = (
+            torch.cat([self.embedder(s[..., :3]), s[..., 3:].float()], -1).to(dtype)
+            for s in (queries, surface)
+        )
+        mean, logvar = self.quant(self.encoder(h, c)).chunk(2, -1)
+        return torch.cat([mean, logvar.clamp(-30, 20)], -1)
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """Latents (b, m, channels) -> what every query point is answered from: computed once."""
+        x = self.post_quant(latents.to(self.post_quant.weight.dtype))
+        for block in list(self.decoder.blocks)[:-1]:
+            x = block(x)
+        return x
+
+    def field(self, tokens: Tensor, points: Tensor, chunk: int = 50_000) -> Tensor:
+        """The field (b, q) at points (b, q, 3): negative inside, its scale arbitrary."""
+        out = []
+        for part in points.split(chunk, 1):
+            y = self.decoder.proj_query(self.embedder(part).to(tokens.dtype))
+            y = self.decoder.blocks[-1](y, tokens)
+            out.append(-self.decoder.proj_out(self.decoder.norm_out(y))[..., 0])
+        return torch.cat(out, 1)
+
+
+class Field:
+    """The field of one object, for `mesh.extract`: points (n, 3) -> values (n,), negative inside."""
+
+    def __init__(self, vae: TripoSGVAE, latents: Tensor) -> None:
+        self.vae = vae
+        with torch.no_grad():
+            self.tokens = vae.tokens(latents[None])
+
+    @torch.no_grad()
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Asks the decoder, in parts."""
+        given = torch.from_numpy(points.astype(np.float32))[None].to(self.tokens.device)
+        return self.vae.field(self.tokens, given)[0].float().cpu().numpy()
+
+
+def sample(moments: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the posterior: mean + exp(logvar / 2) noise."""
+    mean, logvar = moments.chunk(2, -1)
+    return mean + (0.5 * logvar).exp() * noise
+
+
+def choose(points: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Indices of well-spread points: 4 `count` drawn at random, thinned by farthest-point sampling.
+
+    Args:
+        points: (p, 3) or more columns.
+        count: how many.
+        seed: of the draw; the same for every instance of a scene.
+    """
+    import fpsample
+
+    drawn = np.random.default_rng(seed).choice(len(points), 4 * count, replace=4 * count > len(points))
+    picked = fpsample.fps_sampling(np.ascontiguousarray(points[drawn, :3], np.float32), count, start_idx=0)
+    return drawn[picked.astype(np.int64)]

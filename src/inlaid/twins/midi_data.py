@@ -1,0 +1,130 @@
+"""The training scenes of the MIDI twin: drawn and encoded once, then batches as functions of their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from inlaid.models.triposg import TripoSGVAE, sample
+
+from . import midi_images, midi_vae
+from . import midi_world as world
+from .training import Progress
+
+PIECE = 250
+"""Scenes per file."""
+COUNTS = (1, 2, 3, 2, 3, 4)
+"""Things per scene, in turn."""
+SHIFT = 2.0
+"""Of noise levels, as the scheduler's file says."""
+
+
+@torch.no_grad()
+def _piece(work: Path, vae: TripoSGVAE, start: int) -> None:
+    file = work / f"scenes-{start:05d}.safetensors"
+    if file.exists():
+        return
+    drawn = world.scenes(0, PIECE, counts=COUNTS, start=start)
+    parts = [midi_images.pictures(*world.render(scene)) for scene in drawn]
+    tensors = {k: torch.from_numpy(np.concatenate([p[k] for p in parts])).contiguous() for k in parts[0]}
+    things = [thing for scene in drawn for thing in scene.things]
+    surfaces = [world.surface(thing, 1024, [start, k]) for k, thing in enumerate(things)]
+    tensors["moments"] = midi_vae.moments(vae, surfaces, start)
+    tensors["facts"] = torch.from_numpy(np.stack([midi_images.describe(t) for t in things]))
+    tensors["rows"] = torch.tensor([len(s.things) for s in drawn])
+    save_file(tensors, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def cache(work: Path, vae: TripoSGVAE, n: int, workers: int) -> None:
+    """Draw and encode `n` training scenes, in files of `PIECE` of them; those that are there are kept."""
+    starts, progress = range(0, n, PIECE), Progress("scenes", n)
+    with ExitStack() as stack:
+        each = map
+        if workers:
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+            each = stack.enter_context(pool).map
+        for done, _ in enumerate(each(_piece, repeat(work), repeat(vae), starts), 1):
+            progress(done * PIECE)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of the transformer; rows are objects, in the order of scenes, then again for every repeat."""
+
+    shown: dict[str, Tensor]
+    """`midi_images.pictures` of each object, once."""
+    kept: Tensor
+    """Whether an object's scene is shown with its images: bool (rows / repeats,)."""
+    groups: list[int]
+    x0: Tensor
+    """Clean latents (rows, tokens, channels), and noise, and noise levels (rows,)."""
+    noise: Tensor
+    sigma: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        shown = {name: t.to(device) for name, t in self.shown.items()}
+        names = ("kept", "x0", "noise", "sigma")
+        return replace(self, shown=shown, **{name: getattr(self, name).to(device) for name in names})
+
+
+class Scenes:
+    """The cached scenes, all in memory; latents have mean 0 and deviation 1 in every channel."""
+
+    def __init__(self, work: Path, n: int) -> None:
+        pieces = [load_file(work / f"scenes-{start:05d}.safetensors") for start in range(0, n, PIECE)]
+        self.tensors = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        rows = self.tensors.pop("rows")
+        self.starts, self.rows = (rows.cumsum(0) - rows).tolist(), rows.tolist()
+        mean, logvar = self.tensors.pop("moments").chunk(2, -1)
+        self.mean = mean.mean((0, 1))
+        self.std = (mean.var((0, 1)) + logvar.exp().mean((0, 1))).sqrt()
+        self.moments = torch.cat([(mean - self.mean) / self.std, logvar - 2 * self.std.log()], -1)
+
+    def shown(self, scenes: Sequence[int], seed: int) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+        """Pictures of scenes, their three colours swapped at random; indices of the rows; rows per scene."""
+        groups = [self.rows[k] for k in scenes]
+        index = torch.cat([torch.arange(self.starts[k], self.starts[k] + self.rows[k]) for k in scenes])
+        out = {name: t[index] for name, t in self.tensors.items()}
+        swap = torch.from_numpy(np.stack([np.random.default_rng([seed, k]).permutation(3) for k in scenes]))
+        swap = swap.repeat_interleave(torch.tensor(groups), 0)[:, :, None, None]
+        for name in ("clip", "own", "whole"):
+            out[name] = out[name].gather(1, swap.expand_as(out[name]))
+        return out, index, groups
+
+    def batch(self, step: int, scenes: int, repeats: int, dropped: float) -> Batch:
+        """Batch `step`, a function of it.
+
+        Args:
+            step: its number.
+            scenes: how many.
+            repeats: noises that each scene is shown with.
+            dropped: share of scenes that are shown without their images.
+        """
+        rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
+        chosen = sorted(rng.integers(len(self.rows), size=scenes).tolist(), key=self.rows.__getitem__)
+        shown, index, groups = self.shown(chosen, step)
+        kept = (torch.rand(scenes, generator=generator) >= dropped).repeat_interleave(torch.tensor(groups))
+        groups = groups * repeats
+        moments = self.moments[index].repeat(repeats, 1, 1)
+        a, b = (torch.randn(moments.chunk(2, -1)[0].shape, generator=generator) for _ in range(2))
+        sigma = sample_sigma(len(groups), generator).repeat_interleave(torch.tensor(groups))
+        return Batch(shown, kept, groups, sample(moments, a), b, sigma)
+
+
+def sample_sigma(n: int, generator: torch.Generator) -> Tensor:
+    """Logit-normal noise levels, stratified, in random order, shifted towards noise: (n,) in (0, 1)."""
+    even = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    u = torch.sigmoid(torch.special.ndtri(even.clamp(1e-5, 1 - 1e-5)))
+    return SHIFT * u / (1 + (SHIFT - 1) * u)

@@ -1,0 +1,91 @@
+"""The diffusion transformer of the MIDI twin: building and training, the image encoders along with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from inlaid.models.triposg import TripoSGTransformer
+
+from . import midi_images, midi_vae
+from .midi_data import Batch, Scenes
+from .training import MuonAdamW, load_state, run
+
+TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "width": 128,
+    "in_channels": midi_vae.CONFIG["latent_channels"],
+    "num_layers": 5,
+    "cross_attention_dim": midi_images.CLIP["projection_dim"],
+    "cross_attention_2_dim": midi_images.DINO["hidden_size"],
+    "multi_instance": (1, 2, 3),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the transformer is trained."""
+
+    scenes: int = 8000
+    batch: int = 32
+    """Scenes; each is shown with `repeats` noises, for which the encoders run once."""
+    repeats: int = 4
+    steps: int = 600
+    decay: float = 0.4
+    """Share of the steps, at the end, over which the rates fall to zero."""
+    muon: float = 0.02
+    adamw: float = 1e-3
+    """Also the encoders': they have been taught."""
+    dropped: float = 0.1
+    """Share of scenes that are shown without their images."""
+    ema: float = 0.99
+
+
+def build() -> nn.ModuleDict:
+    """All that is trained, fresh: `clip`, `dino`, `dit`."""
+    model = midi_images.build()
+    model["dit"] = TripoSGTransformer(**TRANSFORMER)
+    return model
+
+
+def loss(model: Any, batch: Batch) -> Tensor:
+    """Mean square of what is missing to data - noise."""
+    s, kept = batch.sigma[:, None, None], batch.kept[:, None, None]
+    repeats = len(s) // len(kept)
+    contexts = midi_images.contexts(model["clip"], model["dino"], batch.shown)
+    x = (1 - s) * batch.x0 + s * batch.noise
+    shown = [(c * kept).repeat(repeats, 1, 1) for c in contexts]
+    flow = model["dit"](x, 1000 * batch.sigma, *shown, groups=batch.groups)
+    return (flow.float() - (batch.x0 - batch.noise)).square().mean()
+
+
+def _by_adamw(name: str) -> bool:
+    return not name.startswith("dit.blocks") and not name.startswith("dit.time_proj")
+
+
+def train(work: Path, data: Scenes, settings: Settings, device: torch.device, workers: int) -> Path:
+    """Train in `work`, continuing what is there; the encoders start from what they were taught.
+
+    Returns:
+        The file of the weights; `average` in it is what ships.
+    """
+    model, taught = build(), load_state(work / "encoders.safetensors")[1]["average"]
+    taught = {name: t for name, t in taught.items() if not name.startswith("says")}
+    assert not model.load_state_dict(taught, strict=False).unexpected_keys
+    model.to(device)
+
+    def make(step: int) -> Batch:
+        return data.batch(step, settings.batch, settings.repeats, settings.dropped)
+
+    def losses(batch: Batch) -> dict[str, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+            return {"loss": loss(model, batch.to(device))}
+
+    optimizer = MuonAdamW(model.named_parameters(), settings.muon, settings.adamw, _by_adamw)
+    kept = {"decay": settings.decay, "ema": settings.ema, "workers": workers}
+    return run("dit", work / "dit.safetensors", model, optimizer, settings.steps, make, losses, **kept)

@@ -1,0 +1,93 @@
+"""Random checkpoints of real classes, as small as a test or as large as a benchmark wants; untrained.
+
+One module per family, found by name. Each has `VARIANTS`, which maps the kinds of checkpoint that it makes to
+the keys of a recipe's `model` section that train it, `STANDS_FOR`, which names the variant of each published
+checkpoint, and `build`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import string
+from pathlib import Path
+from typing import Any
+
+from inlaid import console
+
+TEXT_WIDTH = 32
+"""Width of the random text encoder."""
+
+
+def cases() -> list[tuple[str, str]]:
+    """Every family with every kind of checkpoint that can be made of it."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return [(name, variant) for name in names for variant in _module(name).VARIANTS]
+
+
+def model(family: str, variant: str) -> dict[str, Any]:
+    """The keys of a recipe's `model` section, besides the checkpoint, that train a variant."""
+    return {"family": family, **_module(family).VARIANTS[variant]}
+
+
+def sibling(family: str, checkpoint: str) -> str:
+    """The variant that is the tiny sibling of a published checkpoint."""
+    return _module(family).STANDS_FOR[checkpoint]
+
+
+def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -> Path:
+    """Writes a random checkpoint.
+
+    Args:
+        family: whose.
+        folder: where to.
+        variant: one of its module's `VARIANTS`. Default: the first.
+        sizes: of the network: `heads`, `head` (width of one), `layers`, `ffn` (width of the feed-forward
+            layers, where it can be chosen).
+    """
+    import torch
+
+    console.quiet_bars()
+    module = _module(family)
+    chosen = variant or next(iter(module.VARIANTS))
+    assert chosen in module.VARIANTS, f"{family} has no variant {chosen}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module.build(folder, chosen, **sizes)
+    return folder
+
+
+def tokenizer() -> Any:
+    """A T5 tokenizer that spells letter by letter."""
+    from transformers import T5Tokenizer
+
+    symbols = [(c, -3.0) for c in string.ascii_letters + string.digits + ".,'-!?"]
+    return T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *symbols],
+        extra_ids=0,
+        model_max_length=512,
+    )
+
+
+def text_encoder(kind: str = "T5") -> Any:
+    """A random `T5` or `UMT5` encoder of `TEXT_WIDTH`."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=TEXT_WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=128,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config).eval()
+
+
+def _module(family: str) -> Any:
+    return importlib.import_module(f"{__name__}.{family}")

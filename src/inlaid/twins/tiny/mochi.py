@@ -1,0 +1,54 @@
+"""Random Mochi checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from inlaid.twins import tiny
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {"t2v": {}, "raw": {"options": {"latent_space": "raw"}}}
+"""`raw` is the same checkpoint, taught on latents that are not normalised."""
+
+STANDS_FOR: Mapping[str, str] = {"genmo/mochi-1-preview": "t2v"}
+"""The variant that is a published checkpoint's tiny sibling."""
+
+
+def build(
+    folder: Path, variant: str, *, heads: int = 2, head: int = 32, layers: int = 2, ffn: int = 0
+) -> None:
+    """Writes a random Mochi checkpoint; `head` is even, `ffn` follows from the width."""
+    import torch
+    from diffusers import (
+        AutoencoderKLMochi,
+        FlowMatchEulerDiscreteScheduler,
+        MochiPipeline,
+        MochiTransformer3DModel,
+    )
+
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head,
+        num_layers=layers,
+        pooled_projection_dim=16,
+        text_embed_dim=tiny.TEXT_WIDTH,
+        time_embed_dim=16,
+    )
+    torch.nn.init.normal_(transformer.pos_frequencies, std=0.5)  # zero, as made, hides mistakes in positions
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:  # gates as made are nearly shut, and hide the rest
+            block.norm1.linear.weight *= 4  # type: ignore[union-attr, operator]
+    channels: Any = {f"{part}_block_out_channels": (32, 32, 32, 32) for part in ("encoder", "decoder")}
+    vae = AutoencoderKLMochi(layers_per_block=(1, 1, 1, 1, 1), **channels)
+    with torch.no_grad():  # as a trained one: means of unit variance, and little noise about them
+        means, variances = vae.encoder.proj_out.weight.chunk(2)
+        means *= 3
+        variances.fill_(-1)
+    MochiPipeline(
+        tokenizer=tiny.tokenizer(),
+        text_encoder=tiny.text_encoder(),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        transformer=transformer,
+    ).save_pretrained(folder)

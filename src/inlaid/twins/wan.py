@@ -1,0 +1,124 @@
+"""Make the Wan twin: `python -m inlaid.twins.wan`, then `python -m inlaid.twins.wan --evaluate`.
+
+A real `WanPipeline` in miniature, trained on the procedural world of `inlaid.twins.world`. The stages are
+
+1. `vae`: the video autoencoder, on pictures, then short clips, then whole clips (`wan_vae`);
+2. `latents`: the training clips of the transformer, encoded once (`wan_dit.cache`);
+3. `dit`: transformer and text encoder (`wan_dit`);
+4. `decoder`: the autoencoder's decoder goes on alone, its latents unchanged, so it may run beside stage 3;
+5. `export`: the folder that ships, weights in float16.
+
+Every stage continues from its last checkpoint in the work folder. Each batch is a function of its number, so
+a repetition on the same machine, library versions and thread count gives the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+from . import path, wan_dit, wan_vae
+from .training import load_state
+
+STAGES = ("vae", "latents", "dit", "decoder", "export")
+
+
+def load_vae(work: Path, *, decoder: bool = False) -> AutoencoderKLWan:
+    """The trained autoencoder, its weights rounded to float16 as they will ship, computing in float32.
+
+    Args:
+        work: The work folder.
+        decoder: Take the decoder of the `decoder` stage where it has written one.
+    """
+    vae = AutoencoderKLWan(**wan_vae.CONFIG)
+    weights = load_state(work / "vae.safetensors")[1]["model"]
+    if decoder and (work / "decoder.safetensors").exists():
+        weights |= load_state(work / "decoder.safetensors")[1]["model"]
+    vae.load_state_dict({name: t.half().float() for name, t in weights.items()})
+    return vae.eval()
+
+
+def export(work: Path, out: Path, clips: int) -> None:
+    """Write what has been trained so far as a pipeline folder; model card and report there stay.
+
+    Args:
+        work: The work folder.
+        out: Folder of the pipeline.
+        clips: Number of cached latents.
+    """
+    _, mean, std = wan_dit.load_latents(work, clips)
+    vae = load_vae(work, decoder=True)
+    vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
+    average = load_state(work / "dit.safetensors")[1]["average"]
+    words = wan_dit.tokenizer()
+    text = wan_dit.text_encoder(len(words))
+    dit = wan_dit.transformer(average["dit.blocks.0.ffn.net.2.weight"].shape[1])
+    for prefix, module in (("text.", text), ("dit.", dit)):
+        mine = {name.removeprefix(prefix): t for name, t in average.items() if name.startswith(prefix)}
+        missing = module.load_state_dict(mine, strict=False).missing_keys
+        tied = {"encoder.embed_tokens.weight"}
+        assert set(missing) <= tied, f"not in the checkpoint: {missing}"
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=wan_dit.SHIFT
+    )
+    parts: dict[str, Any] = {"tokenizer": words, "text_encoder": text.half(), "vae": vae.half()}
+    pipeline = WanPipeline(**parts, scheduler=cast(Any, scheduler), transformer=dit.half())
+    for part in ("vae", "transformer", "text_encoder", "tokenizer", "scheduler"):
+        shutil.rmtree(out / part, ignore_errors=True)
+    pipeline.save_pretrained(out)
+    config = out / "text_encoder" / "config.json"
+    facts = json.loads(config.read_text()) | {
+        "dtype": "float32"
+    }  # transformers loads in the precision named here
+    config.write_text(json.dumps(facts, indent=2) + "\n")
+    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {total / 1e6:.2f} MB")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m inlaid.twins.wan", description="Make the Wan twin.")
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--minutes", type=float, help="scale the stage's training to this time")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path(".work/twin-wan"), help="checkpoints")
+    parser.add_argument("--out", type=Path, default=path("wan"), help="the pipeline folder")
+    parser.add_argument(
+        "--part", default="0/1", help="stage latents: which share, as in 0/2 and 1/2 side by side"
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="measure the pipeline in --out, write its REPORT.json"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.evaluate:
+        from .wan_report import evaluate
+
+        report = evaluate(args.out)
+        (args.out / "REPORT.json").write_text(json.dumps(report, indent=1) + "\n")
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    settings = wan_dit.Settings()
+    if "vae" in stages:
+        wan_vae.train(args.work, args.minutes)
+    if "latents" in stages:
+        part, parts = map(int, args.part.split("/"))
+        wan_dit.cache(args.work, load_vae(args.work), settings.clips, part, parts)
+    if "dit" in stages:
+        latents, mean, std = wan_dit.load_latents(args.work, settings.clips)
+        wan_dit.train(args.work, (latents - mean) / std, settings, args.minutes)
+    if "decoder" in stages:
+        wan_vae.train_decoder(args.work, load_vae(args.work), args.minutes)
+    if "export" in stages:
+        export(args.work, args.out, settings.clips)
+
+
+if __name__ == "__main__":
+    main()
