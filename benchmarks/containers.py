@@ -1,15 +1,15 @@
-"""What is left of alpha and colour after a file was written and read again, for each container.
+"""Measure how well each container preserves alpha and color when a file is written and read back.
 
     python benchmarks/containers.py [--media FOLDER] [--out benchmarks/results]
 
-Six clips of 17 frames, 240x416: three of real footage (a press, twice; a hiker) with mattes made of them (a
-soft ellipse, a key of what is bright, a key of what is dark), and three procedural ones (glass, smoke, hair).
-The first five containers are those that inlaid writes, through `rgba.write`; the others are written here, as
-artists' tools do, and read by `cutouts.read`, the way training reads. Errors are of 255, means over the
-clips, `max` over all; colour is compared where alpha is over 0. `ghosts` is the share of clear pixels that
-came back with some alpha.
+Six clips of 17 frames, 240x416: three of real footage (a press, twice; a hiker) with synthetic alpha (a soft
+ellipse, a luma key of bright pixels, a luma key of dark pixels), and three procedural clips (glass, smoke,
+hair). The first five containers are written by inlaid; the others are written here with typical encoder
+settings. All are read with the reader that training uses. Errors are of 255: means over the clips, maximum
+over all clips; color is compared where alpha is above 0. `ghosts` is the share of transparent pixels that
+were read back with alpha above 0.
 
-Without `--media` (the folder with `press` and `clips`) only the procedural clips are measured. Prints the
+Without `--media` (a folder with `press` and `clips`), only the procedural clips are measured. Prints the
 table and writes `containers.json` and `containers.md`.
 """
 
@@ -33,7 +33,7 @@ FRAMES, SIZE, FPS = 17, (240, 416), 16
 
 
 def real(folder: Path, frames: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Real footage with mattes made of it."""
+    """Return real footage with synthetic alpha."""
     height, width = size
     y, x = np.mgrid[:height, :width].astype(np.float32)
     press = sorted((folder / "press").glob("*.mp4"))
@@ -55,7 +55,7 @@ def real(folder: Path, frames: int, size: tuple[int, int]) -> dict[str, np.ndarr
 
 
 def procedural(frames: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Partial alpha of three kinds over textured colour."""
+    """Return three kinds of partial alpha with textured color."""
     height, width = size
     y, x = np.mgrid[:height, :width].astype(np.float32)
     t = np.arange(frames, dtype=np.float32)[:, None, None]
@@ -71,7 +71,7 @@ def procedural(frames: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def join(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colour and alpha in [0, 1] as straight uint8."""
+    """Convert color and alpha in [0, 1] to straight uint8 RGBA."""
     return rgba.to_uint8(np.concatenate([color, alpha[..., None].clip(0, 1)], -1).clip(0, 1))
 
 
@@ -79,7 +79,7 @@ def join(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def encode(path: Path, pixels: np.ndarray, codec: str, pix_fmt: str, **options: str) -> None:
-    """Writes frames as a tool would."""
+    """Encode frames with one codec and pixel format."""
     source = {1: "gray", 3: "rgb24", 4: "rgba"}[pixels.shape[-1]]
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(FPS))
@@ -94,13 +94,13 @@ def encode(path: Path, pixels: np.ndarray, codec: str, pix_fmt: str, **options: 
 
 
 def webp(path: Path, pixels: np.ndarray) -> None:
-    """Writes an animated WebP."""
+    """Write an animated WebP."""
     first, *rest = [Image.fromarray(f) for f in pixels]
     first.save(path, save_all=True, append_images=rest, duration=62, lossless=True)
 
 
 def pair(path: Path, pixels: np.ndarray) -> None:
-    """Writes colour and matte as two H.264 files."""
+    """Write color and alpha matte as two H.264 files."""
     for end, part in (("_rgb", pixels[..., :3]), ("_alpha", pixels[..., 3:].repeat(3, -1))):
         encode(path.with_name(f"{path.stem}{end}.mp4"), part, "libx264", "yuv420p", crf="18")
 
@@ -114,7 +114,7 @@ WRITTEN = {
     "apng": ".apng",
     "mkv, FFV1": ".mkv",
 }
-"""What inlaid writes: names, and suffixes for `rgba.write`."""
+"""Containers written by inlaid: name to file suffix."""
 
 READ: dict[str, tuple[str, Write]] = {
     "mov, PNG": ("a.mov", lambda p, x: encode(p, x, "png", "rgba")),
@@ -126,13 +126,13 @@ READ: dict[str, tuple[str, Write]] = {
     "webp, animated, lossless": ("a.webp", webp),
     "mp4 pair, H.264 crf 18": ("a.mp4", pair),
 }
-"""What others write and inlaid reads: names, file, and how it is made."""
+"""Containers that inlaid only reads: name to file name and writer."""
 
 KEEP = config.Matte(background="keep", premultiplied=False)
 
 
 def back(path: Path, pixels: np.ndarray) -> np.ndarray:
-    """Reads as training does."""
+    """Read a clip with the reader that training uses."""
     matte = None
     if not path.is_file():
         matte, path = (path.with_name(f"{path.stem}{end}.mp4") for end in ("_alpha", "_rgb"))
@@ -140,7 +140,7 @@ def back(path: Path, pixels: np.ndarray) -> np.ndarray:
 
 
 def compare(found: np.ndarray, pixels: np.ndarray) -> dict[str, float]:
-    """Errors of one clip."""
+    """Return the errors of one clip."""
     off = np.abs(found.astype(np.int16) - pixels)
     clear, hidden = pixels[..., 3] == 0, off[..., :3][pixels[..., 3] == 0]
     return {
@@ -153,7 +153,7 @@ def compare(found: np.ndarray, pixels: np.ndarray) -> dict[str, float]:
 
 
 def measure(clips: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Every container over every clip."""
+    """Measure every container on every clip."""
     rows: dict[str, Any] = {}
     makers: dict[str, tuple[str, Write]] = {
         n: (f"a{s}", lambda p, x: rgba.write(p, x, FPS)) for n, s in WRITTEN.items()
@@ -174,7 +174,7 @@ def measure(clips: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def plain_vp9(pixels: np.ndarray) -> int:
-    """The lowest alpha that FFmpeg's own VP9 decoder gives of a file whose alpha goes down to 0."""
+    """Return the lowest alpha that FFmpeg's native VP9 decoder returns for a file with alpha down to 0."""
     with tempfile.TemporaryDirectory() as folder:
         path = rgba.write(Path(folder) / "a.webm", pixels, FPS)
         with av.open(str(path)) as container:
@@ -182,12 +182,12 @@ def plain_vp9(pixels: np.ndarray) -> int:
 
 
 HEAD = """\
-| container | alpha, mean | alpha, max | ghosts | colour, mean | under clear | kB |
+| container | alpha, mean | alpha, max | ghosts | color, mean | RGB at alpha 0 | kB |
 |---|---|---|---|---|---|---|"""
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Format a row of the table."""
     m = found["mean"]
     exact = m["alpha_max"] == 0 and m["color"] == 0
     under = "kept" if m["hidden"] < 8 else "lost"
@@ -196,7 +196,7 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 
 def keep(folder: Path, clips: dict[str, np.ndarray]) -> None:
-    """Writes clips with captions, each in another of the forms that training reads."""
+    """Write clips with captions, cycling through the formats that training reads."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (name, pixels) in enumerate(clips.items()):
         path = folder / name.replace(" ", "-")
@@ -213,12 +213,12 @@ def keep(folder: Path, clips: dict[str, np.ndarray]) -> None:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Run the benchmark, print the table and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--media", type=Path, help="folder with `press` and `clips`")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--toy", action="store_true", help="a few small frames, for the test")
-    parser.add_argument("--clips", type=Path, help="only write the clips there, in several forms, to try")
+    parser.add_argument("--toy", action="store_true", help="a few small frames, for tests")
+    parser.add_argument("--clips", type=Path, help="only write the clips to this folder, in several formats")
     options = parser.parse_args()
     frames, size = (3, (48, 64)) if options.toy else (FRAMES, SIZE)
     clips = real(options.media, frames, size) if options.media else {}
@@ -240,7 +240,7 @@ def main() -> None:
     (options.out / "containers.json").write_text(json.dumps(found, indent=2), "utf-8")
     table = "\n".join([HEAD, *(row(n, r) for n, r in rows.items())])
     (options.out / "containers.md").write_text(table + "\n", "utf-8")
-    print(f"\nFFmpeg's own VP9 decoder: alpha {found['plain_vp9_lowest_alpha']} or more, everywhere")
+    print(f"\nFFmpeg's native VP9 decoder: alpha is {found['plain_vp9_lowest_alpha']} or more everywhere")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Seconds to read one clip on one core: decode, choose 81 frames by time, scale and crop them to 480x832.
+"""Measure the time to read one clip on one core: decode, select 81 frames by time, scale and crop to 480x832.
 
     python benchmarks/decode.py [--repeats 5] [--out decode.json]
 
-Makes H.264 sources of 8 s (24 fps, a key frame every 250 frames, moving texture with grain) at 480, 720 and
-1080 lines, reads a window at 16 fps from the start and one from 2 s on, and prints a table and JSON. `cpu` is
-what the process used on all cores, which is what counts where cores are shared; `wall` is what the clock said
-on the one core that it may use.
+Generates 8 s H.264 sources (24 fps, a key frame every 250 frames, moving texture with grain) at 480p, 720p
+and 1080p, reads a window at 16 fps from the start and one from 2 s, and prints a table and JSON. `cpu` is CPU
+time on all cores; `wall` is wall-clock time with the process pinned to one core.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ FRAMES, FPS, SIZE = 81, 16, (480, 832)
 
 
 def source(path: Path, height: int, width: int, *, seconds: int = 8, fps: int = 24) -> None:
-    """Writes a texture that moves under grain, about as hard to code as a hand-held shot."""
+    """Write a moving texture with grain, about as hard to encode as a hand-held shot."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (height // 12, width // 6, 3), dtype=np.uint8))
     texture = np.asarray(coarse.resize((2 * width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -49,7 +48,7 @@ def source(path: Path, height: int, width: int, *, seconds: int = 8, fps: int = 
 
 
 def measure(path: Path, start: float, repeats: int) -> dict[str, float]:
-    """The fastest of several readings."""
+    """Return wall and CPU seconds of the fastest of several reads."""
     walls, cpus = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -61,10 +60,10 @@ def measure(path: Path, start: float, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -1,12 +1,12 @@
-"""The memory that `check` estimates against what training takes, on the CPU; and against published numbers.
+"""Compare the memory estimate of `inlaid check` with measured memory on the CPU and with published numbers.
 
     python benchmarks/estimate.py [--only NAME]
 
-Each setting trains three steps in a process of its own. What is measured is the largest resident size while
-they run, less what the process had before the network was loaded: imports, and the kernels that one step of a
-tiny network loads. Blocks of 64 KB and more are mapped and returned one by one (`MALLOC_MMAP_THRESHOLD_`),
-so that what is resident is what is alive. Writes `benchmarks/results/estimate.json` and `.md`; finished
-settings are kept, and measured again only with `--only` or when the files are gone.
+Each setting trains three steps in a separate process. The measured value is the peak resident set size minus
+the resident size before the network was loaded (imports, and kernels loaded by one step of a tiny network).
+Allocations of 64 KB and more are mapped and unmapped individually (`MALLOC_MMAP_THRESHOLD_`), so that
+resident memory equals live memory. Writes `benchmarks/results/estimate.json` and `.md`; finished settings are
+kept and measured again only with `--only` or if the files are missing.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ MIDI_SIZES = {
 }
 
 CLIP = (17, 128, 192)
-"""Frames, height and width that are trained on, where a setting does not say."""
+"""Default frames, height and width of a setting."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "wan 4 M, lora": {"size": "4 M", "clip": (33, 192, 320)},
-    "wan 4 M, lora, nothing recomputed": {"size": "4 M", "memory": {"gradient_checkpointing": False}},
+    "wan 4 M, lora, no checkpointing": {"size": "4 M", "memory": {"gradient_checkpointing": False}},
     "wan 50 M, lora": {"size": "50 M"},
     "wan 50 M, lora, batch 2, every 3rd": {
         "size": "50 M",
         "train": {"batch": 2},
         "memory": {"gradient_checkpointing": 3},
     },
-    "wan 50 M, dora, nothing recomputed": {
+    "wan 50 M, dora, no checkpointing": {
         "size": "50 M",
         "tuner": {"kind": "dora"},
         "memory": {"gradient_checkpointing": False},
@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "runtime": {"precision": "bfloat16"},
     },
     "wan 50 M, full": {"size": "50 M", "tuner": {"kind": "full"}},
-    "wan 50 M, full, nothing recomputed, accumulate 2": {
+    "wan 50 M, full, no checkpointing, accumulate 2": {
         "size": "50 M",
         "tuner": {"kind": "full"},
         "train": {"accumulate": 2},
@@ -73,7 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "wan 50 M, lokr": {"size": "50 M", "tuner": {"kind": "lokr"}},
     "cogvideox 30 M, lora": {"family": "cogvideox", "size": "30 M"},
-    "cogvideox 30 M, full, nothing recomputed": {
+    "cogvideox 30 M, full, no checkpointing": {
         "family": "cogvideox",
         "size": "30 M",
         "tuner": {"kind": "full"},
@@ -86,7 +86,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "clip": (3, 1, 1),
         "runtime": {"precision": "bfloat16"},
     },
-    "midi 80 M, dora, 4 objects, nothing recomputed": {
+    "midi 80 M, dora, 4 objects, no checkpointing": {
         "family": "midi",
         "size": "80 M",
         "clip": (4, 1, 1),
@@ -99,7 +99,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "clip": (3, 1, 1),
         "options": {"image_encoders": "both"},
     },
-    "midi 80 M, lora on encoders of 21 M too, 3 objects, nothing recomputed": {
+    "midi 80 M, lora on encoders of 21 M too, 3 objects, no checkpointing": {
         "family": "midi",
         "size": "80 M, encoders of 21 M",
         "clip": (3, 1, 1),
@@ -110,48 +110,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 PUBLISHED: list[dict[str, Any]] = [
     {
-        "name": "CogVideoX-5b, LoRA r64, recomputed, batch 1",
+        "name": "CogVideoX-5b, LoRA r64, checkpointed, batch 1",
         "checkpoint": "THUDM/CogVideoX-5b",
         "tuner": {"rank": 64},
         "published": 20.8,
-        "note": "which counter was read is not said",
+        "note": "the source does not state which counter was read",
     },
     {
-        "name": "CogVideoX-5b, LoRA r64, recomputed, batch 4",
+        "name": "CogVideoX-5b, LoRA r64, checkpointed, batch 4",
         "checkpoint": "THUDM/CogVideoX-5b",
         "tuner": {"rank": 64},
         "train": {"batch": 4},
         "published": 47.8,
-        "note": "27 more for three more samples leaves 11.8 that do not grow: no encoder was resident",
+        "note": "27 GiB more for three more samples leaves 11.8 GiB constant: no encoder was resident",
     },
     {
-        "name": "CogVideoX-2b, LoRA r64, nothing recomputed, batch 1",
+        "name": "CogVideoX-2b, LoRA r64, no checkpointing, batch 1",
         "checkpoint": "THUDM/CogVideoX-2b",
         "tuner": {"rank": 64},
         "memory": {"gradient_checkpointing": False},
         "published": 44.3,
-        "note": "adapters in 16 bits there; here in float32, with inputs that are kept as they come",
+        "note": "adapters are 16-bit there; float32 here, with inputs kept in their dtype",
     },
     {
-        "name": "CogVideoX-5b, LoRA r128, recomputed, batch 1",
+        "name": "CogVideoX-5b, LoRA r128, checkpointed, batch 1",
         "checkpoint": "THUDM/CogVideoX-5b",
         "tuner": {"rank": 128},
         "published": 20.7,
-        "note": "the most that was reserved, reached before training already: an upper bound",
+        "note": "peak reserved memory, reached before training: an upper bound",
     },
     {
-        "name": "CogVideoX-5b, full, recomputed, batch 1",
+        "name": "CogVideoX-5b, full, checkpointed, batch 1",
         "checkpoint": "THUDM/CogVideoX-5b",
         "tuner": {"kind": "full"},
         "published": 52.9,
-        "note": "weights, gradients and moments in bfloat16 there; here all of them are float32",
+        "note": "weights, gradients and moments are bfloat16 there and float32 here",
     },
 ]
-"""Peaks in GiB that a trainer of CogVideoX published for 49x480x720 in bfloat16 on a GPU of 80 GB."""
+"""Peak memory in GiB published by a CogVideoX trainer for 49x480x720 in bfloat16 on an 80 GB GPU."""
 
 
 def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
-    """The recipe of a setting."""
+    """Return the recipe of a setting."""
     from inlaid import config
 
     given = {k: v for k, v in setting.items() if k in ("tuner", "optim", "train", "memory", "runtime")}
@@ -172,7 +172,7 @@ def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
 
 
 def estimate(made: Any, clip: tuple[int, int, int], device: Any, precision: Any) -> Any:
-    """What `check` would say."""
+    """Return the estimate of `inlaid check`."""
     from inlaid import cost, families
 
     family = families.get(made.model.family)(made.model)
@@ -181,7 +181,7 @@ def estimate(made: Any, clip: tuple[int, int, int], device: Any, precision: Any)
 
 
 def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
-    """Trains a few steps on random numbers, as `train` does."""
+    """Train a few steps on random tensors, in the same way as `inlaid train`."""
     import torch
 
     from inlaid import cost, families, memory, runtime, tuners
@@ -192,7 +192,7 @@ def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
     full, device = made.tuner.kind == "full", torch.device("cpu")
     denoiser = family.load_denoiser(torch.float32 if full else plan.precision)
     for tensor in [*denoiser.parameters(), *denoiser.buffers()]:
-        tensor.data = tensor.data.clone()  # else the whole file stays mapped for the few that kept their type
+        tensor.data = tensor.data.clone()  # otherwise the whole file stays mapped
     memory.shrink(made.memory, denoiser, device, plan.precision)
     if made.memory.gradient_checkpointing:
         memory.checkpoint(denoiser, made.memory.gradient_checkpointing)
@@ -220,7 +220,7 @@ def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
 
 
 def settle() -> None:
-    """Returns free memory, and forgets the largest resident size so far."""
+    """Return free memory to the system, and reset the peak resident size."""
     import ctypes
     import gc
 
@@ -230,13 +230,13 @@ def settle() -> None:
 
 
 def resident(name: str) -> int:
-    """`VmRSS` or `VmHWM`, in bytes."""
+    """Return `VmRSS` or `VmHWM` in bytes."""
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def child(setting: dict[str, Any], folder: Path) -> None:
-    """Measures one setting and prints a line of JSON."""
+    """Measure one setting and print a line of JSON."""
     import torch
 
     from inlaid import runtime
@@ -261,7 +261,7 @@ def child(setting: dict[str, Any], folder: Path) -> None:
 
 
 def measure(name: str, setting: dict[str, Any]) -> dict[str, Any]:
-    """Runs one setting in a process of its own."""
+    """Measure one setting in a separate process."""
     from inlaid.twins import tiny
 
     family = setting.get("family", "wan")
@@ -287,7 +287,7 @@ def measure(name: str, setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def against_published() -> list[dict[str, Any]]:
-    """The estimate of published settings; no weights are needed."""
+    """Return estimates for the published settings; loads no weights."""
     import torch
 
     rows = []
@@ -308,12 +308,12 @@ def against_published() -> list[dict[str, Any]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Both tables."""
+    """Format both tables."""
     out = [
-        "# Memory: estimated by `inlaid check`, and measured",
+        "# Memory: estimate of `inlaid check` against measurements",
         "",
-        "Made by `python benchmarks/estimate.py`: three training steps on the CPU, largest resident size",
-        "above what the process had before the network was loaded.",
+        "Generated by `python benchmarks/estimate.py`: three training steps on the CPU, peak resident size",
+        "minus the resident size before the network was loaded. Gradient checkpointing is on unless noted.",
         "",
         "| setting | parameters | measured, MB | estimated, MB | ratio |",
         "|---|---:|---:|---:|---:|",
@@ -327,9 +327,9 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "## Against published numbers",
         "",
-        "Largest memory while training at 49x480x720 in bfloat16, in GiB.",
+        "Peak memory while training at 49x480x720 in bfloat16, in GiB.",
         "",
-        "| setting | published | estimated | ratio | to know |",
+        "| setting | published | estimated | ratio | note |",
         "|---|---:|---:|---:|---|",
     ]
     for row in found.get("published", []):
@@ -341,11 +341,11 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures what is missing, and writes both files after each setting."""
+    """Measure the missing settings, and write both files after each setting."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="part of a setting's name: measure these anew")
+    parser.add_argument("--only", help="part of a setting's name: measure these again")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Seconds, memory and FLOP utilisation of training steps: published networks, real shapes, random weights.
+"""Measure time, memory and FLOP utilization of training steps: published sizes, random weights.
 
     python benchmarks/gpu.py [--only NAME] [--steps 4]
     python benchmarks/gpu.py --toy
 
-No download: the network is built from its published configuration and filled with cheap random numbers on the
-device. Tuner, recomputation, step and optimizer are those of `inlaid train`. Each finished row is written at
-once to `benchmarks/results/gpu-<device>.json` and `.md`, and skipped the next time, so the command can be
-stopped and run again; one that runs out of memory is a row too. Rows begin only while `--minutes` are left.
-`--toy` does the same with tiny networks on the CPU, so that this file stays alive.
+No download: the network is built from its published configuration and initialized with random weights on the
+device. Tuner, gradient checkpointing, step and optimizer are those of `inlaid train`. Each row is written to
+`benchmarks/results/gpu-<device>.json` and `.md` as soon as it is finished and skipped in later runs, so the
+command can be stopped and run again. Out of memory is recorded as a result. No row starts after `--minutes`.
+`--toy` runs tiny networks on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from inlaid.twins import tiny
 RESULTS = Path(__file__).parent / "results"
 
 DENSE_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Peak of dense bfloat16 products with float32 sums, by the makers' sheets (H100: SXM)."""
+"""Peak dense bfloat16 throughput with float32 accumulation, from the data sheets (H100: SXM)."""
 
 SHAPES = {"wan": (81, 480, 832), "cogvideox": (49, 480, 720), "mochi": (79, 480, 848)}
-"""Frames, height and width by family."""
+"""Frames, height and width per family."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """LoRA of every size, full fine-tuning and other savings where they fit."""
+    """Return the measurements: LoRA for every size; full fine-tuning, int8 and compile where they fit."""
     lora, full = {"rank": 32}, {"kind": "full"}
     quantised = {"memory": {"quantize": "int8"}}
     compiled = {"runtime": {"compile": True}}
@@ -69,7 +69,7 @@ def rows() -> list[Row]:
 
 
 def toys(folder: Path) -> list[Row]:
-    """Every family's first variant, tiny."""
+    """Return a tiny version of the first variant of every family."""
     out = []
     for name in dict.fromkeys(family for family, _ in tiny.cases()):
         if name in SHAPES:
@@ -84,7 +84,7 @@ def toys(folder: Path) -> list[Row]:
 def network(
     family: Family, made: config.Config, device: torch.device, precision: torch.dtype
 ) -> torch.nn.Module:
-    """The published network with random weights, made where it will be, parameter by parameter."""
+    """Return the published network with random weights, created parameter by parameter on the device."""
     full = made.tuner.kind == "full"
     denoiser = family.load_denoiser(precision, meta=True)
     for module in denoiser.modules():
@@ -105,13 +105,13 @@ def network(
 
 
 def rebuilt(kind: Any, denoiser: Any, path: str, device: torch.device) -> torch.Tensor:
-    """A table that a network computes when it is made: from one of a single layer, which is cheap."""
+    """Return a buffer that the constructor computes, from a cheap network with a single layer."""
     few = {k: 1 for k in ("num_layers",) if k in denoiser.config}
     return dict(kind.from_config({**denoiser.config, **few}).named_buffers())[path].to(device)
 
 
 def run(row: Row, shape: tuple[int, int, int], device: torch.device, steps: int) -> dict[str, Any]:
-    """Measures one row; `out of memory` is a result."""
+    """Measure one row; `out of memory` is a result."""
     rest = {"runtime": {**row.rest.get("runtime", {}), "device": device.type}}
     raw = {
         "run": "x",
@@ -137,7 +137,7 @@ def run(row: Row, shape: tuple[int, int, int], device: torch.device, steps: int)
         seconds, peak, loss = train(family, made, plan, shape, device, steps)
     except torch.OutOfMemoryError:
         return {**out, "outcome": "out of memory"}
-    except Exception as error:  # the rows after it are still worth their minutes
+    except Exception as error:  # continue with the next row
         return {**out, "outcome": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     finally:
         gc.collect()
@@ -162,7 +162,7 @@ def train(
     device: torch.device,
     steps: int,
 ) -> tuple[float, int, float]:
-    """Median seconds of a step after the first, largest allocated bytes, and the last loss."""
+    """Return the median step time after the first step, peak allocated bytes, and the last loss."""
     full = made.tuner.kind == "full"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -187,27 +187,27 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss = loss.detach()
-        loss.item()  # waits for the device
+        loss.item()  # synchronizes with the device
         seconds.append(time.perf_counter() - start)
     later = sorted(seconds[1:] or seconds)
     return later[len(later) // 2], runtime.peak_memory(device), float(loss)
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table."""
+    """Format the table."""
     out = [
         f"# Training steps on {found['device']}",
         "",
         (
             f"{found['date']}, torch {found['packages']['torch']}, diffusers "
-            f"{found['packages']['diffusers']}; random weights, batch 1, blocks "
-            "recomputed. Made by `python benchmarks/gpu.py`."
+            f"{found['packages']['diffusers']}; random weights, batch 1, gradient "
+            "checkpointing. Generated by `python benchmarks/gpu.py`."
         ),
-        "FLOPs are those executed, recomputation included; matrix products reach "
+        "FLOPs are those executed, including recomputation; matrix multiplication reaches "
         f"{found['matrix_tflops']:.1f} TFLOP/s here"
-        + (f", the maker says {found['sheet_tflops']:.0f}." if found["sheet_tflops"] else "."),
+        + (f", the data sheet states {found['sheet_tflops']:.0f}." if found["sheet_tflops"] else "."),
         "",
-        "| row | shape | weights | s/step | peak GB | estimated GB | TFLOP/step | of products | of sheet |",
+        "| row | shape | weights | s/step | peak GB | estimated GB | TFLOP/step | of matmul | of sheet |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in found["rows"]:
@@ -227,18 +227,18 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs the rows that are missing."""
+    """Measure the missing rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="part of a row's name: measure these anew")
+    parser.add_argument("--only", help="part of a row's name: measure these again")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin no row after so many")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no row after this many minutes")
     parser.add_argument("--toy", action="store_true", help="tiny networks on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if not args.toy and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here; `--toy` runs tiny networks on the CPU")
+        raise SystemExit("no CUDA device; use `--toy` to run tiny networks on the CPU")
     start = time.perf_counter()
     device = torch.device("cpu" if args.toy else "cuda")
     precision = torch.float32 if args.toy else torch.bfloat16
@@ -261,7 +261,7 @@ def main() -> None:
             if not again and (row.name in have or args.only is not None):
                 continue
             if time.perf_counter() - start > args.minutes * 60:
-                print("time is up: run the same command again for the other rows")
+                print("time limit reached: run the same command again for the remaining rows")
                 break
             family = families.get(row.family)(config.Model(family=row.family, checkpoint=row.checkpoint))
             grid = family.grid

@@ -1,8 +1,8 @@
-"""Memory of joint transparency's attention: two exact calls, and one with a mask for all pairs of tokens.
+"""Measure the memory of attention for joint alpha: two exact calls against one call with a full mask.
 
     python benchmarks/joint_attention.py
 
-Each measurement is a process of its own: by how much its largest resident size grows over queries, keys and
+Each measurement runs in a separate process: the growth of the peak resident set size beyond queries, keys and
 values, on the CPU in float32. Writes `results/joint-attention.json`.
 """
 
@@ -16,18 +16,18 @@ from pathlib import Path
 
 HEADS, WIDTH, TEXT = 2, 64, 256
 FULL = 44_776
-"""Tokens of Mochi at 79 x 480 x 848: twice 22,260 of video and 256 of text."""
+"""Tokens of Mochi at 79x480x848: twice 22,260 of video, 256 of text."""
 MEASURED = (FULL // 8, FULL // 4)
 RESULTS = Path(__file__).parent / "results/joint-attention.json"
 
 
 def mask_bytes(tokens: int, item: int = 1) -> int:
-    """Of one sample, for all its heads."""
+    """Return the bytes of a mask for one sample, shared by all heads."""
     return tokens * tokens * item
 
 
 def measure(how: str, tokens: int) -> None:
-    """Prints the growth of the largest resident size, in bytes, and the first numbers of the answer."""
+    """Print the growth of the peak resident set size in bytes, and some output values."""
     import torch
     import torch.nn.functional as F
 
@@ -37,7 +37,7 @@ def measure(how: str, tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, tokens, WIDTH, generator=generator) for _ in range(3))
     half = (tokens - TEXT) // 2
-    F.scaled_dot_product_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64])  # what the first call loads
+    F.scaled_dot_product_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64])  # load the kernels
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if how == "split":
         out = attention.attention(q, k, v, text=TEXT, first=False, rule="block")
@@ -60,7 +60,7 @@ def main() -> None:
     for tokens in MEASURED:
         split, masked = child("split", tokens), child("mask", tokens)
         worst = max(abs(a - b) for a, b in zip(split["numbers"], masked["numbers"], strict=True))
-        assert worst < 1e-5, "they must be the same"
+        assert worst < 1e-5, "both must give the same result"
         row = {
             "tokens": tokens,
             "split_mib": round(split["bytes"] / 2**20, 1),

@@ -1,11 +1,12 @@
-"""What inlaid costs over a bare loop: same tensors, network, adapter and optimizer, in alternating processes.
+"""Measure the overhead of inlaid over a bare loop with the same tensors, network, adapter and optimizer.
 
     python benchmarks/overhead.py [--steps 12] [--pairs 3] [--threads 2]
 
-Prints seconds per step and peak resident memory of `inlaid train` and of a forward-backward-optimizer loop
-without any of inlaid's code, and their ratios, and writes `benchmarks/results/overhead.json`. A random Wan
-transformer of about 50 M parameters, LoRA rank 16 on attention and feed-forward. The fastest step is compared
-besides the median: what else the machine does makes steps slower, never faster.
+Prints time per step and peak resident memory of `inlaid train` and of a forward-backward-optimizer loop
+without inlaid, with their ratios, and writes `benchmarks/results/overhead.json`. Uses a random Wan
+transformer of about 50 M parameters and a LoRA of rank 16 on attention and feed-forward layers. Runs
+alternate. The fastest step is reported besides the median, because other load on the machine only makes steps
+slower.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).parent / "results/overhead.json"
 
 
 def prepare(folder: Path, steps: int) -> Path:
-    """Writes a checkpoint, four clips, a recipe and the cache."""
+    """Write a checkpoint, four clips, a recipe and the cache."""
     from inlaid import media
     from inlaid.twins import tiny
 
@@ -53,7 +54,7 @@ def prepare(folder: Path, steps: int) -> Path:
 
 
 def bare(folder: Path, steps: int) -> None:
-    """The loop that anyone would write: what must be done, and nothing else."""
+    """Train with a minimal loop."""
     import torch
     from diffusers import WanTransformer3DModel
     from diffusers.training_utils import cast_training_params
@@ -88,7 +89,7 @@ def bare(folder: Path, steps: int) -> None:
 
 
 def measure(folder: Path, steps: int, kind: str, index: int) -> dict[str, float]:
-    """Seconds of the fastest and the median step after the second, and peak resident MiB, of one process."""
+    """Return fastest and median step time after the second step, and peak resident MiB, of one process."""
     if kind == "bare":
         command = [sys.executable, __file__, "--bare", str(folder), "--steps", str(steps)]
     else:
@@ -115,7 +116,7 @@ def measure(folder: Path, steps: int, kind: str, index: int) -> dict[str, float]
 
 
 def main() -> None:
-    """Runs the pairs and prints the table."""
+    """Run the pairs and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,12 @@
-"""Seconds per step and peak memory beside a peer, on the same task, in one run.
+"""Compare time per step and peak memory with DiffSynth-Studio on the same task.
 
     python benchmarks/peers.py --diffsynth /path/to/a/venv/bin/python [--pairs 3] [--precision float32]
 
-The peer lives in an environment of its own: `pip install torch==2.13.0 diffsynth==2.1.12 librosa`. Each side
-trains a LoRA of rank 16 on the attention of a random Wan of 22 M parameters through its own training loop:
-latents 16 x 5 x 16 x 16, 512 text tokens, batch 1, AdamW, gradient checkpointing, one thread, 16 steps. Both
-begin from cached tensors. Seconds are of the processor, median over the steps after the fourth; memory is the
-process's largest resident set, imports included. Runs alternate, so that both see the same machine.
+DiffSynth-Studio needs a separate environment: `pip install torch==2.13.0 diffsynth==2.1.12 librosa`. Each
+side trains a LoRA of rank 16 on the attention layers of a random Wan of 22 M parameters with its own training
+loop: latents 16 x 5 x 16 x 16, 512 text tokens, batch 1, AdamW, gradient checkpointing, one thread, 16 steps.
+Both start from cached tensors. Times are CPU time, median over the steps after the fourth; memory is the peak
+resident set size of the process, including imports. Runs alternate so that both see the same machine load.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 STEPS, SKIPPED = 16, 4
 SIZES = {"heads": 3, "head": 128, "layers": 8, "ffn": 1536}
 TEXT = 32
-"""Width of the text; the networks take any."""
+"""Width of the text embeddings (arbitrary)."""
 
 
 def inlaid(folder: Path, precision: str) -> list[float]:
-    """Trains with `inlaid train`; returns processor seconds at the end of each step."""
+    """Train with `inlaid train`; return the CPU time at the end of each step."""
     from inlaid import config, console, media, train
     from inlaid.twins import tiny
 
@@ -67,7 +67,7 @@ def inlaid(folder: Path, precision: str) -> list[float]:
         return norm
 
     train.Job.update = timed  # type: ignore[method-assign]
-    if not (folder / "cache").is_dir():  # encode in a process of its own: peers begin from cached tensors
+    if not (folder / "cache").is_dir():  # encode in a separate process
         with __import__("inlaid.runtime").runtime.start(config.build(raw)) as ctx:
             built = config.build(raw)
             train.build_cache(built, train.open_family(built), train.open_run(built, ctx), ctx)
@@ -77,10 +77,10 @@ def inlaid(folder: Path, precision: str) -> list[float]:
 
 
 def diffsynth(folder: Path, precision: str) -> list[float]:
-    """Trains with DiffSynth-Studio's own loop, loss and LoRA; returns processor seconds after each step."""
+    """Train with DiffSynth-Studio's loop, loss and LoRA; return the CPU time at the end of each step."""
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")  # its wheel is built for CUDA: no operator is used
+    library = torch.library.Library("torchvision", "DEF")  # the wheel is for CUDA; no operator is used
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from accelerate import Accelerator
@@ -156,7 +156,7 @@ def child(side: str, folder: Path, precision: str) -> None:
 
 
 def run(python: str, side: str, folder: Path, precision: str) -> dict[str, float]:
-    """One run of one side in a process of its own."""
+    """Run one side in a separate process."""
     command = [python, __file__, "--child", side, "--folder", str(folder), "--precision", precision]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -166,11 +166,11 @@ def run(python: str, side: str, folder: Path, precision: str) -> dict[str, float
 
 
 def main() -> None:
-    """Runs pairs and prints their ratios."""
+    """Run the pairs and print their ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--diffsynth", help="python of the environment that DiffSynth-Studio is installed in")
+    parser.add_argument("--diffsynth", help="python of the environment with DiffSynth-Studio")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path)
@@ -181,10 +181,10 @@ def main() -> None:
         child(args.child, args.folder, args.precision)
         return
     if not args.diffsynth:
-        parser.error("--diffsynth is needed: there is nothing to compare with otherwise")
+        parser.error("--diffsynth is required")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        run(sys.executable, "inlaid", folder, args.precision)  # makes the checkpoint and the cache
+        run(sys.executable, "inlaid", folder, args.precision)  # creates the checkpoint and the cache
         rows = []
         for i in range(args.pairs):
             ours = run(sys.executable, "inlaid", folder, args.precision)

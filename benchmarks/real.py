@@ -1,11 +1,10 @@
-"""Real clips at real size through the whole job: check, cache, train and generate at 480x832x81.
+"""Run check, cache, train and generate on real clips at 480x832x81.
 
     python benchmarks/real.py MEDIA [--out runs/real]    # writes benchmarks/results/real.json, row by row
 
 MEDIA holds `clips/` (prompts.txt + videos.txt, metadata.csv, train.jsonl) and `press/` (videos with sidecar
-captions). The cache is shared, so the later layouts of the same clips encode nothing. The network is a
-random Wan of real classes, small enough for two cores; the sizes of clips, latents and text are the real
-ones.
+captions). The cache is shared, so later layouts of the same clips encode nothing. The network is a random Wan
+of the real classes, small enough for two cores; clips, latents and text have real sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 
 def layouts(media: Path) -> dict[str, dict]:
-    """Sources by name."""
+    """Return the sources by name."""
     clips = media / "clips"
     return {
         "press folder": {"path": str(media / "press")},
@@ -35,7 +34,7 @@ RESULTS = Path(__file__).parent / "results/real.json"
 
 
 def timed(*command: str) -> dict[str, float]:
-    """Runs a command of inlaid, gives its seconds by the clock and of CPU time; stops if it fails."""
+    """Run an inlaid command and return its wall-clock and CPU time; exit if it fails."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "inlaid", *command], capture_output=True, text=True)
     if done.returncode:
@@ -46,7 +45,7 @@ def timed(*command: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Runs the four layouts and prints a line each."""
+    """Run the four layouts and print a line for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,7 +100,7 @@ def main() -> None:
 
 
 def items(out: Path) -> dict[Path, int]:
-    """Cached clips and their bytes."""
+    """Return the sizes of the cached clips in bytes."""
     return {p: p.stat().st_size for p in (out / "cache/media").rglob("*.safetensors")}
 
 

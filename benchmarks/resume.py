@@ -1,9 +1,9 @@
-"""Exact resume: `kill -9` at random moments, and the same command again, must end in the same bits.
+"""Test exact resume: after `kill -9` at random times and a restart, results must be bit-identical.
 
     python benchmarks/resume.py [--times 10] [--seed N]
 
-Trains a tiny random Wan LoRA once without interruption, then `--times` times with one to three kills each,
-and compares every tensor of the last checkpoint: weights, average and optimizer state. Writes
+Trains a tiny random Wan DoRA once without interruption, then `--times` times with one to three kills each,
+and compares every tensor of the last checkpoint: weights, EMA and optimizer state. Writes
 `benchmarks/results/resume.json`.
 """
 
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results/resume.json"
 
 
 def recipe(folder: Path, name: str) -> list[str]:
-    """Writes a recipe and gives the command that trains it."""
+    """Write a recipe and return the command that trains it."""
     values = {
         "run": str(folder / name),
         "model": {"family": "wan", "checkpoint": str(folder / "model")},
@@ -54,7 +54,7 @@ def recipe(folder: Path, name: str) -> list[str]:
 
 
 def main() -> None:
-    """Runs it and prints a line per try."""
+    """Run the benchmark and print a line per trial."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,7 +98,7 @@ def main() -> None:
             exact += same
             tries.append({"killed_after": kills, "bit_identical": same})
             print(
-                f"try {i + 1}: killed after {', '.join(kills)}: {'bit-identical' if same else 'DIFFERENT'}",
+                f"trial {i + 1}: killed after {', '.join(kills)}: {'bit-identical' if same else 'DIFFERENT'}",
                 flush=True,
             )
     found = {"times": args.times, "bit_identical": exact, "tensors": len(wanted), "seed": args.seed}

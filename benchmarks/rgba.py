@@ -1,13 +1,13 @@
-"""Does an adapter learn transparency? The recipes of the demos with alpha, base against tuned.
+"""Measure whether an adapter learns transparency: base against tuned, with the recipes of the alpha demos.
 
     python benchmarks/rgba.py [--kind merged] [--subject 40] [--world 40] [--out runs/rgba-merged]
     python benchmarks/rgba.py --kind joint [--world 40]
 
-`merged` trains on 16 transparent clips of the subject and clips of what the twin knows, then draws prompts of
-both with the same seeds. A fixed judge that learned nothing says whether the subject is there and its alpha
-is the subject's, both together; the error of alpha is that against the subject's own where it fits a clip
-best. `joint` trains on mattes of the twin's world and draws prompts of it: does alpha cover what colour
-shows, with an overlap (IoU) of 0.8 or more? Writes `benchmarks/results/rgba-KIND.json`.
+`merged` trains on 16 transparent clips of a new subject and clips of original subjects, then generates
+prompts of both with the same seeds. A fixed, untrained judge determines whether the subject is visible and
+whether alpha matches it; the alpha error is computed against the best-fitting template of the subject.
+`joint` trains on alpha mattes of original subjects and generates prompts of them; alpha is correct if it
+covers the visible subject with an IoU of at least 0.8. Writes `benchmarks/results/rgba-KIND.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Trains, draws, judges, prints the table, writes the figures."""
+    """Train, generate, judge, print the table and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

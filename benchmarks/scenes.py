@@ -1,11 +1,11 @@
-"""Does an adapter learn a new kind of object? The recipe of the demo of scenes, base against tuned.
+"""Measure whether an adapter learns a new kind of object: base against tuned, recipe of the MIDI demo.
 
     python benchmarks/scenes.py [--kind lora|dora] [--image-encoders frozen|dino|clip|both] [--judged 30]
 
-Trains on 24 scenes of the new kind and scenes of what the twin knows, then makes held-out scenes of both from
-their pictures and segmentations with the same seeds. Measures are those of `inlaid evaluate`, against the true
-surfaces: `f_score` of whole scenes at 0.1, in a frame whose box has sides of 2. Writes
-`benchmarks/results/scenes-KIND.json`, with encoders that are trained too `scenes-KIND-ENCODERS.json`.
+Trains on 24 scenes of the new kind and scenes of known kinds, then generates validation scenes of both from
+their images and segmentations with the same seeds. Metrics are those of `inlaid evaluate`, against the true
+surfaces: `f_score` of whole scenes at 0.1, in a coordinate frame with a box of side 2. Writes
+`benchmarks/results/scenes-KIND.json`, or `scenes-KIND-ENCODERS.json` when image encoders are trained too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Trains, makes, measures, prints the table, writes the figures."""
+    """Train, generate, measure, print the table and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""What a small base costs in precision, and what it and recomputed blocks save: measured, on this device.
+"""Measure gradient error and memory of quantized base models, and memory of gradient checkpointing.
 
     python benchmarks/small_base.py [--device cpu]
 
-A random Wan transformer of 5 M parameters, adapters far from their start, one forward and backward pass: for
-every scheme, tuner and precision the relative error of the adapter's gradient against float32 and the bytes
-that the network takes; for `gradient_checkpointing` the bytes kept for the backward pass. Prints Markdown and
-writes `benchmarks/results/small-base-DEVICE.json`.
+One forward and backward pass of a random Wan transformer of 5 M parameters, with adapters far from their
+initialization. For every scheme, tuner and precision: the relative error of the adapter's gradient against
+float32, and the size of the model. For `gradient_checkpointing`: the bytes stored for the backward pass.
+Prints Markdown and writes `benchmarks/results/small-base-DEVICE.json`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def network(family: Wan, kind: str, device: torch.device, dtype: torch.dtype, section: dict) -> tuple:
-    """A network with the same adapter whatever it is stored in, and its trained weights."""
+    """Return a network and its trained weights; the adapter is the same for every storage scheme."""
     denoiser = family.load_denoiser(dtype).train()
     memory.shrink(config.Memory(**section), denoiser, device, dtype)
     tuner = config.LowRank(kind=kind, rank=16)  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def network(family: Wan, kind: str, device: torch.device, dtype: torch.dtype, se
 
 
 def loss(denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Of a fixed batch."""
+    """Return the loss of a fixed batch."""
     g = torch.Generator().manual_seed(3)
     x, text = (torch.randn(*s, generator=g).to(device, dtype) for s in ((1, 16, 3, 16, 16), (1, 512, 32)))
     return (
@@ -59,7 +59,7 @@ def loss(denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes of a tensor, or of the plain ones that it is made of."""
+    """Return the bytes of a tensor, or of the plain tensors a tensor subclass consists of."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(size(getattr(tensor, n)) for n in tensor.__tensor_flatten__()[0])
     state = getattr(tensor, "quant_state", None)
@@ -67,7 +67,7 @@ def size(tensor: Tensor) -> int:
 
 
 def gradients(family: Wan, device: torch.device) -> list[dict[str, Any]]:
-    """One row for each scheme and precision."""
+    """Return one row per scheme and precision."""
     rows = []
     wanted = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -95,7 +95,7 @@ def gradients(family: Wan, device: torch.device) -> list[dict[str, Any]]:
 
 
 def activations(family: Wan, device: torch.device) -> dict[str, int]:
-    """Bytes kept for the backward pass by `gradient_checkpointing`."""
+    """Return the bytes stored for the backward pass per value of `gradient_checkpointing`."""
     out = {}
     for every in (False, 4, 2, True):
         denoiser, _ = network(family, "lora", device, torch.float32, {})
@@ -117,7 +117,7 @@ def activations(family: Wan, device: torch.device) -> dict[str, int]:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark, print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     device = torch.device(parser.parse_args().device)
@@ -132,13 +132,13 @@ def main() -> None:
     path = Path(__file__).parent / f"results/small-base-{device.type}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(f"| scheme | computing in | bytes of the network | {' | '.join(KINDS)} |")
+    print(f"| scheme | compute dtype | model size | {' | '.join(KINDS)} |")
     print("|---|---|---|" + "---|" * len(KINDS))
     for r in rows:
         share = f"{r['of_float32']:.0%}" if "of_float32" in r else ""
         cells = [r[k] if isinstance(r[k], str) else f"{r[k]:.1%}" for k in KINDS]
         print(f"| `{r['scheme']}` | {r['precision']} | {share} | {' | '.join(cells)} |")
-    print("\n| `gradient_checkpointing` | kept for the backward pass |\n|---|---|")
+    print("\n| `gradient_checkpointing` | stored for the backward pass |\n|---|---|")
     for every, n in kept.items():
         print(f"| `{every}` | {n / 1e6:.1f} MB |")
 

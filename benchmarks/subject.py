@@ -1,10 +1,11 @@
-"""Does the adapter learn? A LoRA or DoRA of the demo's subject, judged from pixels, base against tuned.
+"""Measure whether a LoRA or DoRA learns the subject of the demo: base against tuned, judged from pixels.
 
     python benchmarks/subject.py [--kind lora|dora] [--subject 40] [--world 100] [--out runs/subject-lora]
 
-Trains with the demo's own recipe on 16 clips, then draws held-out prompts of the new subject and of the old
-world with the same seeds through the stock pipeline. A fixed judge that learned nothing (colour, shape and
-motion read from pixels) says yes or no. Writes `benchmarks/results/subject-KIND.json`.
+Trains with the recipe of the demo on 16 clips, then generates validation prompts of the new subject and of
+original subjects with the same seeds through the stock pipeline. A fixed, untrained judge (color, shape and
+motion computed from pixels) returns whether each video matches its prompt. Writes
+`benchmarks/results/subject-KIND.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Trains, draws, judges, prints the table, writes the figures."""
+    """Train, generate, judge, print the table and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Fills in the cost tables of the how-to pages from the estimate of `inlaid check`: `python docs/costs.py`.
+"""Fill in the memory tables of the how-to pages from the estimate of `inlaid check`: `python docs/costs.py`.
 
-A row is a recipe, with overrides where it has any, and a size; its last three cells are made here. A test
-keeps them current.
+A row has a recipe (with optional overrides) and a size; this script writes its last three cells. A test
+checks that they are current.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ ROW = re.compile(r"\| `(?P<recipe>[^`]+)` \| (?P<size>\d+x\d+, \d+) \|[^|]*\|[^|
 
 
 def figures(family: str, recipe: str, size: str) -> tuple[str, str, str]:
-    """Tokens, peak memory and work per step on CUDA in bfloat16.
+    """Return tokens, peak memory and compute per step on CUDA in bfloat16.
 
     Args:
         family: folder of the recipe.
-        recipe: its name, and overrides after it.
-        size: such as `480x832, 81`.
+        recipe: name of the recipe, followed by overrides.
+        size: height, width and frames, such as `480x832, 81`.
     """
     name, *overrides = recipe.split()
     settings = config.load(ROOT / f"recipes/{family}/{name}.yaml", overrides)
@@ -46,14 +46,14 @@ def figures(family: str, recipe: str, size: str) -> tuple[str, str, str]:
 
 
 def cells(family: str, row: re.Match[str]) -> str:
-    """A row of the table as it is now."""
+    """Return a row of the table with current values."""
     found = figures(family, row["recipe"], row["size"])
     words = [f"`{row['recipe']}`", row["size"], *found]
     return f"| {' | '.join(words)} |"
 
 
 def filled(family: str, text: str) -> Iterator[str]:
-    """Lines of a page with its cost table as it is now."""
+    """Yield the lines of a page with current table rows."""
     for line in text.splitlines():
         row = ROW.fullmatch(line)
         yield cells(family, row) if row else line

@@ -1,4 +1,4 @@
-"""Writes the generated pages of the reference: `python docs/make.py`. A test keeps them current."""
+"""Generate the reference pages: `python docs/make.py`. A test checks that they are current."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REFERENCE = Path(__file__).parent / "reference"
 
 
 def commands() -> str:
-    """The page of the commands, from their own help."""
+    """Return the page of commands, generated from their help."""
     group: Any = typer.main.get_command(cli.app)
     out = [
         "# Commands",
@@ -22,7 +22,7 @@ def commands() -> str:
         "Generated from `inlaid --help` by `python docs/make.py`; a test keeps it current.",
         "",
         *_paragraphs(group.help),
-        "Every command answers `--help`. A mistake of yours is one message and exit code 2; Ctrl-C is 130.",
+        "Every command has `--help`. Invalid input exits with one message and code 2, Ctrl-C with code 130.",
         "",
     ]
     for name, command in group.commands.items():
@@ -48,7 +48,7 @@ def _line(text: str | None) -> str:
 
 
 def _written(argument: Any) -> str:
-    """As it is typed, such as `RUN` or `[PROMPT]...`."""
+    """Return an argument in usage notation, such as `RUN` or `[PROMPT]...`."""
     name = argument.metavar or argument.name.upper()
     return name if argument.required or name.startswith("[") else f"[{name}]" + "..." * (argument.nargs != 1)
 

@@ -1,4 +1,4 @@
-"""Makes a picture of the README or of a page from a finished demo.
+"""Make a before-and-after image for the README or a docs page from a finished demo run.
 
     python docs/picture.py runs/demo demo
     python docs/picture.py runs/demo-merged demo-merged
@@ -19,15 +19,15 @@ from PIL import Image, ImageDraw, ImageFont
 TITLES = {
     "demo": "after training on 16 clips of a zorble",
     "demo-merged": "after training on 16 transparent clips of a zorble, half solid, half glass",
-    "demo-joint": "alpha after training on 96 clips with mattes",
+    "demo-joint": "alpha after training on 96 clips with alpha mattes",
     "demo-midi": "after training on 24 scenes with a table",
 }
 NEW, OLD, PAD, TOP, LINE = 4, 2, 12, 40, 24
-"""Rows of the new subject and of the old world, and space around them, in pixels."""
+"""Rows of the new subject and of original subjects; spacing in pixels."""
 
 
 def row(base: Path, run: Path) -> list[Image.Image]:
-    """What goes side by side: for a scene also the picture that was given."""
+    """Return the images of one row: base and tuned; for a scene, the input image first."""
     pictures = [Image.open(p).convert("RGB") for p in (base, base.parent.parent / "tuned" / base.name)]
     if not base.with_suffix(".glb").is_file():
         return [p.resize((2 * p.width, 2 * p.height), Image.Resampling.LANCZOS) for p in pictures]
@@ -38,7 +38,7 @@ def row(base: Path, run: Path) -> list[Image.Image]:
 
 
 def main() -> None:
-    """Puts base and tuned side by side: prompts of the new subject, then some of the old world."""
+    """Lay out base and tuned side by side: prompts of the new subject, then some of the original subjects."""
     run, name = Path(sys.argv[1]), sys.argv[2]
     every = sorted((run / "report/base").glob("*.png"))
     half = len(every) // 2

@@ -115,10 +115,10 @@ def refused(done: Done, *words: str, code: int = 2) -> str:
 RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = {
     "broken YAML": ("run: [a\nmodel: {", [], ["r.yaml: not valid YAML: line 2, column 6", "expected ','"]),
     "tab": ("run: x\nmodel:\n\tfamily: wan", [], ["r.yaml: not valid YAML: line 3", "'\\t'"]),
-    "binary": (b"\xff\xfe\x00", [], ["r.yaml: not a recipe, it is not UTF-8 text"]),
+    "binary": (b"\xff\xfe\x00", [], ["r.yaml: not a recipe, the file is not UTF-8"]),
     "empty": ("# nothing yet\n", [], ["a recipe is a mapping of sections (run, model, data", "empty"]),
     "a list": ("- run\n- model", [], ["a recipe is a mapping of sections (run, model, data", "found list"]),
-    "a section twice": ("run: x\ntrain: {}\ntrain: {}", [], ["line 3", "`train` comes twice; write it once"]),
+    "a section twice": ("run: x\ntrain: {}\ntrain: {}", [], ["line 3", "duplicate key `train`; keep one"]),
     "unknown key": ({"train__step": 5}, [], ["train.step: unknown key; did you mean `steps`?"]),
     "far key": ({"optim__wd": 0}, [], ["optim.wd: unknown key; known keys: name, lr, betas"]),
     "unknown section": ({"optimizer": {}}, [], ["optimizer: unknown key; did you mean `optim`?"]),
@@ -132,7 +132,7 @@ RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = 
         [],
         ["tuner.rank: unknown key; known keys: kind, targets"],
     ),
-    "empty section": ({"train": []}, [], ["train: needs keys below it (steps, batch", "(got [])"]),
+    "empty section": ({"train": []}, [], ["train: needs a mapping with keys (steps", "(got [])"]),
     "no model": ({"model": None}, [], ["r.yaml: 1 mistake", "model: missing"]),
     "no run": ({"run": None}, [], ["run: missing"]),
     "empty run": ({"run": ""}, [], ["run: String should have at least 1 character (got '')"]),
@@ -146,24 +146,28 @@ RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = 
     "size off the grid": ({"data__size": [32, 40]}, [], ["data: 32x40 is not a multiple of 16: use 32x32"]),
     "negative size": ({"data__size": [-32, 32]}, [], ["data: -32x32 is not a multiple of 16: use 16x32"]),
     "80 frames": ({"data__frames": 80}, [], ["data: 80 frames is not 4n+1: use 77 or 81"]),
-    "no frames": ({"data__frames": 0}, [], ["data.frames: needs one or more lengths of at least 1 frame"]),
+    "no frames": ({"data__frames": 0}, [], ["data.frames: needs at least one length"]),
     "sample size": ({"sample__size": [40, 40]}, [], ["sample: 40x40 is not a multiple of 16: use 32x32"]),
     "negative rate": ({"optim": {"lr": -1}}, [], ["optim.lr: should be greater than 0 (got -1)"]),
     "infinite rate": ({}, ["optim.lr=.inf"], ["optim.lr: should be a finite number (got inf)"]),
     "betas": ({"optim": {"betas": [0.9, 1.5]}}, [], ["optim.betas: needs two numbers", "[0.9, 1.5]"]),
     "aspect": ({"data__aspects": ["16x9"]}, [], ["data.aspects: `16x9` is not an aspect ratio", "`16:9`"]),
     "no sources": ({"data__sources": []}, [], ["data.sources: needs at least one source"]),
-    "empty prompt": ({"sample__prompts": [" "]}, [], ["sample.prompts: holds an empty prompt; remove it"]),
+    "empty prompt": ({"sample__prompts": [" "]}, [], ["sample.prompts: contains an empty prompt"]),
     "noise levels": (
         {"objective": {"interval": [0.9, 0.1]}},
         [],
         ["objective.interval: needs 0 <= low < high <= 1 (got [0.9, 0.1])"],
     ),
-    "unknown family": ({"model__family": "sora"}, [], ["model.family: no family `sora`; there are: ", "wan"]),
+    "unknown family": (
+        {"model__family": "sora"},
+        [],
+        ["model.family: no family `sora`; choose from: ", "wan"],
+    ),
     "unknown tuner": (
         {"tuner__kind": "oft"},
         [],
-        ["tuner.kind: no `oft`; there are: lora, dora, lokr, loha, full"],
+        ["tuner.kind: no kind `oft`; choose from: lora, dora, lokr, loha, full"],
     ),
     "unknown optimizer": (
         {"optim": {"name": "lion"}},
@@ -174,7 +178,7 @@ RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = 
     "world size": (
         {"runtime": {"world_size": 2}},
         [],
-        ["runtime.world_size: the recipe is meant for 2 process(es), this launch has 1", "torchrun"],
+        ["runtime.world_size: the recipe requires 2 process(es), this launch has 1", "torchrun"],
     ),
     "override without =": ({}, ["optim.lr"], ["`optim.lr` is not an override; write section.key=value"]),
     "override of no key": ({}, ["optim..lr=1"], ["`optim..lr=1` is not an override", "optim.lr=2e-4"]),
@@ -183,11 +187,11 @@ RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = 
     "override inside a list": (
         {},
         ["data.sources.0.path=x"],
-        ["`data.sources.0.path=x`: data.sources is a list; write it whole, such as data.sources=[a, b]"],
+        ["`data.sources.0.path=x`: data.sources is a list; set all of it, such as data.sources=[a, b]"],
     ),
     "endless seed": ({"sample__seed": 10**30}, [], ["sample.seed: should be less than 9223372036854775808"]),
     "keys that are no text": ("1: 2\nrun: x\n", [], ["1: Keys should be strings"]),
-    "override of a section": ({}, ["train=5"], ["train: needs keys below it (steps", "(got 5)"]),
+    "override of a section": ({}, ["train=5"], ["train: needs a mapping with keys (steps", "(got 5)"]),
 }
 
 
@@ -204,14 +208,14 @@ def test_recipe(ground: Ground, case: str) -> None:
 
 
 def test_no_such_recipe(ground: Ground) -> None:
-    refused(inlaid("check", "nope.yaml"), "nope.yaml: no such recipe; `inlaid new wan DATA` writes one")
+    refused(inlaid("check", "nope.yaml"), "nope.yaml: no such recipe; `inlaid new FAMILY DATA` writes")
     refused(inlaid("train", ground.clips), "config.yaml: no such recipe")
 
 
 def test_device_that_is_not_there(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.Devices, "here", classmethod(lambda cls: runtime.Devices()))
     path = ground.write(runtime={"device": "cuda"})
-    refused(inlaid("train", path), "runtime.device: no `cuda` on this machine (there is: cpu)", "use `auto`")
+    refused(inlaid("train", path), "runtime.device: no `cuda` on this machine (available: cpu)", "use `auto`")
 
 
 # --- checkpoints of the base --------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
     "a control checkpoint": (
         lambda base: edit(base / "transformer/config.json", in_channels=48),
         {},
-        ["takes 48 channels, not 16 for text-to-video or 36", "does not train"],
+        ["takes 48 channels, not 16 for text-to-video or 36", "not supported"],
     ),
     "another family": (
         lambda base: edit(base / "transformer/config.json", _class_name="FluxTransformer2DModel"),
@@ -323,7 +327,7 @@ def test_base(ground: Ground, case: str) -> None:
     ("name", "words"),
     [
         ("./nothing", ["model.checkpoint: `./nothing` is neither a folder in diffusers layout nor a Hub id"]),
-        ("twin:sora", ["no twin is called 'sora': there is wan"]),
+        ("twin:sora", ["there is no tiny model 'sora': use wan"]),
         ("some/one", ["model.checkpoint: `some/one` is not a local folder", "the Hub", "check the name"]),
     ],
 )
@@ -431,7 +435,7 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
     "empty caption": (
         lambda d: (d / "0.txt").write_text(" \n"),
         "d",
-        ["1 of 2 clips has an empty caption (0.mp4): write what is seen"],
+        ["1 of 2 clips has an empty caption (0.mp4): describe the clip"],
     ),
     "caption in another encoding": (
         lambda d: (d / "0.txt").write_bytes("Käse".encode("latin-1")),
@@ -446,29 +450,29 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
     "empty folder": (
         lambda d: [f.unlink() for f in d.iterdir()],
         "d",
-        ["d: holds no clips"],
+        ["d: contains no clips"],
     ),
     "clip of another kind": (
         captioned("9.wmv", b"something"),
         "d",
-        ["1 of 3 clips cannot be read (9.wmv: `.wmv` files are not read)", "convert or remove the file"],
+        ["1 of 3 clips cannot be read (9.wmv: `.wmv` files are not supported)", "convert or remove the file"],
     ),
     "no such folder": (lambda d: None, "nowhere", ["nowhere: no such file or folder"]),
     "not a manifest": (lambda d: None, "d/0.txt", ["d/0.txt: is neither a folder nor a manifest (.csv"]),
     "no such root": (
         manifest("m.csv", CSV),
         {"path": "d/m.csv", "root": "nowhere"},
-        ["d/m.csv: its root nowhere is not a folder"],
+        ["d/m.csv: `root` nowhere is not a folder"],
     ),
     "two layouts": (
         lambda d: (d / "m.csv").write_text(CSV),
         "d",
-        ["d: is ambiguous: it holds m.csv; 2 clips", "Name the manifest in `path`, or set `layout`"],
+        ["d: is ambiguous: it contains m.csv; 2 clips", "Set `path` to the manifest, or set `layout`"],
     ),
     "layout that is not there": (
         lambda d: None,
         {"path": "d", "layout": "lines"},
-        ["d: holds no prompts.txt and videos.txt"],
+        ["d: contains no prompts.txt and videos.txt"],
     ),
     "missing file": (
         manifest("m.csv", CSV + "gone.mp4,bye\n"),
@@ -478,39 +482,39 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
     "escape in CSV": (
         manifest("m.csv", CSV + "../../etc/passwd,root\n"),
         "d/m.csv",
-        ["1 of 2 clips leads out of its folder (../../etc/passwd: line 3)", "`root`"],
+        ["1 of 2 clips is outside of its source (../../etc/passwd: line 3)", "`root`"],
     ),
     "escape in JSONL": (
         manifest("m.jsonl", '{"video": "../../etc/passwd", "caption": "root"}\n'),
         "d/m.jsonl",
-        ["leads out of its folder (../../etc/passwd: line 1)", "`root`"],
+        ["is outside of its source (../../etc/passwd: line 1)", "`root`"],
     ),
     "escape in lines": (
         lines("one\ntwo", "0.mp4\n../../etc/passwd"),
         "d",
-        ["leads out of its folder (../../etc/passwd: line 2)", "`root`"],
+        ["is outside of its source (../../etc/passwd: line 2)", "`root`"],
     ),
     "absolute path": (
         manifest("m.csv", CSV + "/etc/passwd,root\n"),
         "d/m.csv",
-        ["leads out of its folder (/etc/passwd: line 3)"],
+        ["is outside of its source (/etc/passwd: line 3)"],
     ),
     "drive of Windows": (
         manifest("m.csv", CSV + "C:\\clips\\0.mp4,root\n"),
         "d/m.csv",
-        ["leads out of its folder (C:\\clips\\0.mp4: line 3)"],
+        ["is outside of its source (C:\\clips\\0.mp4: line 3)"],
     ),
-    "link out of the folder": (link("9.mp4", "/etc/passwd"), "d", ["leads out of its folder (9.mp4)"]),
+    "link out of the folder": (link("9.mp4", "/etc/passwd"), "d", ["is outside of its source (9.mp4)"]),
     "links in a circle": (link("9.mp4", "9.mp4"), "d", ["1 of 3 clips does not exist (9.mp4)"]),
     "name that is no text": (
         lambda d: captioned(os.fsdecode(b"\xff.mp4"), b"")(d),
         "d",
-        ["1 of 3 clips cannot be read (?.mp4: its name is not UTF-8, rename it)"],
+        ["1 of 3 clips cannot be read (?.mp4: the file name is not UTF-8, rename the file)"],
     ),
     "half of a character": (
         manifest("m.jsonl", '{"video": "0.mp4", "caption": "a \\ud83d cat"}\n'),
         "d/m.jsonl",
-        ["1 of 1 clips has no caption (0.mp4: line 1: half of a character in `a ? cat`)"],
+        ["1 of 1 clips has no caption (0.mp4: line 1: invalid Unicode in `a ? cat`)"],
     ),
     "path with a null": (
         manifest("m.jsonl", '{"video": "0\\u0000.mp4", "caption": "x"}\n'),
@@ -522,33 +526,37 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
         "d/m.csv",
         ["1 of 1 clips does not exist (aaaa", "line 2)"],
     ),
-    "caption linked out": (link("0.txt", "/etc/passwd"), "d", ["leads out of its folder (0.txt)"]),
+    "caption linked out": (link("0.txt", "/etc/passwd"), "d", ["is outside of its source (0.txt)"]),
     "unequal lines": (
         lines("one\ntwo\nthree", "0.mp4\n1.mp4"),
         "d",
         ["d: prompts.txt has 3 lines and videos.txt has 2"],
     ),
     "empty manifest": (manifest("m.csv", ""), "d/m.csv", ["d/m.csv: m.csv is empty"]),
-    "manifest without rows": (manifest("m.csv", "video,caption\n"), "d/m.csv", ["d/m.csv: holds no clips"]),
+    "manifest without rows": (
+        manifest("m.csv", "video,caption\n"),
+        "d/m.csv",
+        ["d/m.csv: contains no clips"],
+    ),
     "unknown columns": (
         manifest("m.csv", "clip,words\n0.mp4,hello\n"),
         "d/m.csv",
-        ["none of the columns video, file_name", "there are: clip, words. Set `video_column`"],
+        ["none of the columns video, file_name", "its columns are clip, words: set `video_column`"],
     ),
     "no such column": (
         manifest("m.csv", CSV),
         {"path": "d/m.csv", "caption_column": "text"},
-        ["d/m.csv: has no column `text`; there are: video, caption. Set `caption_column`"],
+        ["d/m.csv: has no column `text`; its columns are video, caption: set `caption_column`"],
     ),
     "comma without quotes": (
         manifest("m.csv", "video,caption\n0.mp4,hello, world\n"),
         "d/m.csv",
-        ["has a broken row (line 2: 3 cells under 2 columns, quote texts with commas)"],
+        ["has a broken row (line 2: 3 cells for 2 columns: quote texts that contain commas)"],
     ),
     "open quotation mark": (
         manifest("m.csv", 'video,caption\n0.mp4,"hello\n1.mp4,bye\n'),
         "d/m.csv",
-        ["d/m.csv: is not valid CSV", "is a quotation mark not closed?"],
+        ["d/m.csv: is not valid CSV", "look for an unclosed quote"],
     ),
     "broken JSONL": (
         manifest("m.jsonl", '{"video": "0.mp4", "caption": "x"}\n{"video": \n'),
@@ -558,12 +566,12 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
     "JSONL of lists": (
         manifest("m.jsonl", '["0.mp4", "x"]\n'),
         "d/m.jsonl",
-        ["m.jsonl, line 1: not an object with a path and a caption"],
+        ["m.jsonl, line 1: expected an object with a path and a caption"],
     ),
     "JSONL of other types": (
         manifest("m.jsonl", '{"video": "0.mp4", "caption": 5}\n{"video": 7, "caption": "x"}\n'),
         "d/m.jsonl",
-        ["line 2: `video` names no file", "0.mp4: line 1: int, not text"],
+        ["line 2: `video` is not a file name", "0.mp4: line 1: int, not text"],
     ),
     "npz with pickled objects": (
         array(frames=np.array([Evil()], object)),
@@ -583,7 +591,7 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
     "npz without frames": (
         array(video=np.zeros((9, 32, 32, 3), np.uint8)),
         "d/m.jsonl",
-        ["a.npz: has no array `frames`; there are: video"],
+        ["a.npz: has no array `frames`; its arrays are: video"],
     ),
     "truncated npz": (
         lambda d: [array(frames=np.zeros((9, 32, 32, 3), np.uint8))(d), cut(d / "a.npz")],
@@ -593,7 +601,7 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
     "nothing left to train on": (
         lambda d: None,
         "d",
-        ["data.held_out=2 of 2 clips leaves none to train on"],
+        ["data.validation=2 of 2 clips leaves none to train on"],
     ),
 }
 
@@ -621,7 +629,7 @@ UNEVEN = [k / 16 + 0.02 * (k % 2) for k in range(14)]
 WARNINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "duplicate": (
         lambda d: captioned("9.mp4", (d / "0.mp4").read_bytes())(d),
-        "1 of 3 clips is a copy (9.mp4: same content as 0.mp4): keep one, or raise `repeats`",
+        "1 of 3 clips is a copy (9.mp4: same content as 0.mp4): keep one copy, or set `repeats`",
     ),
     "odd size": (
         lambda d: [Image.new("RGB", (33, 31)).save(d / "9.png"), (d / "9.txt").write_text("a square")],
@@ -651,7 +659,7 @@ def test_quarantine_names_what_is_left_out(ground: Ground) -> None:
     shutil.copytree(ground.clips, "d")
     captioned("9.mp4", b"this is no video")(Path("d"))
     done = inlaid("cache", ground.write(data__sources="d", data__bad_clips="quarantine"))
-    assert done.code == 0 and "1 clip(s) are left out; run/quarantine.json names them" in done.said
+    assert done.code == 0 and "excluded 1 clip(s) with errors; run/quarantine.json lists" in done.said
     assert "cannot be read" in json.loads(Path("run/quarantine.json").read_text("utf-8"))["9.mp4"]
 
 
@@ -695,7 +703,7 @@ def test_cache_that_cannot_be_written(
     kept = {p: p.read_bytes() for p in items()}
     assert len(kept) == 2
     done = inlaid("cache", recipe)
-    assert done.code == 0 and "1 encoded, 2 there already" in done.said
+    assert done.code == 0 and "1 encoded, 2 already cached" in done.said
     assert {p: p.read_bytes() for p in kept} == kept, "what was encoded stays as it was"
 
 
@@ -713,11 +721,11 @@ def test_ctrl_c_while_caching(ground: Ground, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(cache, "save_file", stopped)
         done = inlaid(command, ground.write(data__cache=command))
         refused(done, code=130)
-        assert "interrupted: what is finished stays; run the same command again" in done.said
+        assert "interrupted: finished work is kept; run the same command again" in done.said
         assert len(items(command)) == 2 and not list(Path().rglob(".tmp-*"))
         monkeypatch.setattr(cache, "save_file", save_file)
         done = inlaid("cache", ground.write(data__cache=command))
-        assert done.code == 0 and "1 encoded, 2 there already" in done.said
+        assert done.code == 0 and "1 encoded, 2 already cached" in done.said
 
 
 GARBLED: Mapping[str, Callable[[bytes], bytes]] = {
@@ -753,7 +761,7 @@ def test_item_that_was_changed(ground: Ground, kind: str) -> None:
         path.write_bytes(bytes(data))
     message = refused(
         inlaid("train", ground.write(data__cache="cache")),
-        ".safetensors: this cached item was changed after it was written; delete it and run again",
+        ".safetensors: cached item was modified after it was written: delete the file and run again",
     )
     assert f"cache/{kind}/" in message
     assert not Path("run/checkpoints").exists()
@@ -764,8 +772,8 @@ def test_run_that_cannot_be_written(ground: Ground, place: str) -> None:
     Path("file").write_text("mine", "utf-8")
     refused(
         inlaid("train", ground.write(run=place)),
-        f"{place}: the run cannot be written there (",
-        "name another folder (run=...)",
+        f"{place}: the run folder cannot be written (",
+        "choose another folder (run=...)",
     )
     assert Path("file").read_text("utf-8") == "mine"
 
@@ -786,7 +794,7 @@ def test_run_on_a_read_only_disk(ground: Ground, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr("inlaid.files.os.replace", replace)
         done = inlaid("train", ground.write(train__steps=3))
-    refused(done, "run: the run cannot be written there (Read-only file system)", "run=...")
+    refused(done, "run: the run folder cannot be written (Read-only file system)", "run=...")
     assert files(Path("run")) == before
 
 
@@ -841,7 +849,7 @@ def test_tracker_that_does_not_start(ground: Ground, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "wandb", Wandb)  # type: ignore[arg-type]
     refused(
         inlaid("train", ground.write(train__trackers=["wandb"])),
-        "train.trackers: `wandb` does not start (api_key not configured); log in to it, or leave it out",
+        "train.trackers: `wandb` does not start (api_key not configured); log in to it, or remove it",
     )
 
 
@@ -857,7 +865,9 @@ def test_out_of_memory(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(steps.DenoisingStep, "__call__", full)
-    refused(inlaid("train", ground.write()), "CUDA out of memory: lower data.size, data.frames or train.batch")
+    refused(
+        inlaid("train", ground.write()), "CUDA out of memory: lower data.size, data.frames or train.batch"
+    )
 
 
 def test_disk_full_while_saving(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -874,7 +884,7 @@ def test_disk_full_while_saving(ground: Ground, monkeypatch: pytest.MonkeyPatch)
     recipe = ground.write()
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "save_file", full)
-        refused(inlaid("train", recipe), "run/checkpoints/step-000002: No space left on device: free space")
+        refused(inlaid("train", recipe), "run/checkpoints/step-000002: No space left on device: free disk")
     assert [p.name for p in runtime.Run(Path("run")).checkpoints()] == ["step-000001"]
     assert not list(Path().rglob(".tmp-*"))
     assert inlaid("train", recipe).code == 0
@@ -886,13 +896,13 @@ LAST = "run/checkpoints/step-000002"
 DAMAGED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "truncated weights": (
         lambda: cut(Path(LAST, "trainer.safetensors")),
-        ["missing, cut off or changed: trainer.safetensors"],
+        ["missing, truncated or changed: trainer.safetensors"],
     ),
     "no weights": (
         lambda: Path(LAST, "trainer.safetensors").unlink(),
-        ["missing, cut off or changed: trainer.safetensors"],
+        ["missing, truncated or changed: trainer.safetensors"],
     ),
-    "truncated adapter": (lambda: cut(Path(LAST, WEIGHTS)), [f"missing, cut off or changed: {WEIGHTS}"]),
+    "truncated adapter": (lambda: cut(Path(LAST, WEIGHTS)), [f"missing, truncated or changed: {WEIGHTS}"]),
     "no state": (lambda: Path(LAST, "state.json").unlink(), ["state.json: No such file or directory"]),
     "garbled state": (lambda: Path(LAST, "state.json").write_text("{{"), ["state.json: Expecting property"]),
     "state of another kind": (lambda: Path(LAST, "state.json").write_text("[]"), ["state.json"]),
@@ -915,7 +925,7 @@ def test_damaged_checkpoint(ground: Ground, case: str) -> None:
     if case == "truncated weights":  # the way out that the message names
         shutil.rmtree(LAST)
         done = inlaid("train", recipe)
-        assert done.code == 0 and "going on after step 1" in done.said
+        assert done.code == 0 and "resuming after step 1" in done.said
 
 
 @pytest.mark.parametrize(
@@ -923,9 +933,9 @@ def test_damaged_checkpoint(ground: Ground, case: str) -> None:
     [
         (
             {"optim": {"lr": 0.5}},
-            ["run: this run was begun with another recipe", "optim.lr was 0.0001, is 0.5"],
+            ["run: this run was started with another recipe", "optim.lr was 0.0001, is 0.5"],
         ),
-        ({"tuner__rank": 8}, ["tuner.rank was 2, is 8", "put these back to go on, or name another folder"]),
+        ({"tuner__rank": 8}, ["tuner.rank was 2, is 8", "restore these values to resume, or choose another"]),
         ({"train__accumulate": 2}, ["1 micro-batches per step", "this launch has 2", "train.accumulate"]),
     ],
 )
@@ -964,23 +974,31 @@ def untrained(ground: Ground) -> Path:
 
 GENERATE: dict[str, tuple[Callable[[Ground], Any], list[Any], list[str]]] = {
     "no such run": (lambda g: "nowhere", ["a cat"], ["nowhere: not a run folder (it has no config.yaml)"]),
-    "another folder": (lambda g: g.clips, ["a cat"], ["not a run folder", "`inlaid train` makes one"]),
-    "nothing trained": (untrained, ["a cat"], ["new: nothing is trained yet; `inlaid train` first", "base"]),
-    "no prompt": (lambda g: g.run, [], ["generate: give a prompt, or --file with one per line"]),
-    "empty prompt": (lambda g: g.run, [" "], ["generate: needs a prompt that is not empty"]),
-    "size": (lambda g: g.run, ["a", "--size", "32"], ["--size: `32` is not HEIGHTxWIDTH, such as 480x832"]),
+    "another folder": (lambda g: g.clips, ["a cat"], ["not a run folder", "`inlaid train` creates"]),
+    "nothing trained": (
+        untrained,
+        ["a cat"],
+        ["new: nothing is trained yet; run `inlaid train` first", "base"],
+    ),
+    "no prompt": (lambda g: g.run, [], ["generate: no prompt; pass prompts or --file"]),
+    "empty prompt": (lambda g: g.run, [" "], ["generate: prompt is missing or empty"]),
+    "size": (lambda g: g.run, ["a", "--size", "32"], ["--size: `32` is not HEIGHTxWIDTH; write for"]),
     "odd size": (lambda g: g.run, ["a", "--size", "33x32"], ["33x32 is not a multiple of 16: use 32x32"]),
     "length": (lambda g: g.run, ["a", "--frames", "8"], ["8 frames is not 4n+1: use 5 or 9"]),
     "no frames": (lambda g: g.run, ["a", "--frames", "0"], ["sample.frames", "equal to 1 (got 0)"]),
     "no steps": (lambda g: g.run, ["a", "--steps", "0"], ["sample.steps", "equal to 1 (got 0)"]),
     "guidance": (lambda g: g.run, ["a", "--guidance", "-1"], ["sample.guidance", "equal to 0 (got -1.0)"]),
-    "strength": (lambda g: g.run, ["a", "--strength", "nan"], ["strength nan is not a number such as 0.5"]),
+    "strength": (
+        lambda g: g.run,
+        ["a", "--strength", "nan"],
+        ["strength nan is not a finite number such as 0.5"],
+    ),
     "steps in words": (lambda g: g.run, ["a", "--steps", "few"], ["Invalid value for '--steps'"]),
     "no videos": (lambda g: g.run, ["a", "--count", "0"], ["Invalid value for '--count'"]),
     "folder that is a file": (
         lambda g: g.run,
         ["a", "--out", "blank.txt"],
-        ["generate: blank.txt is a file; name a folder with --out"],
+        ["generate: blank.txt is a file; pass a folder with --out"],
     ),
     "endless seed": (lambda g: g.run, ["a", "--seed", "9" * 30], ["sample.seed: should be less than"]),
     "misspelt option": (
@@ -991,10 +1009,14 @@ GENERATE: dict[str, tuple[Callable[[Ground], Any], list[Any], list[str]]] = {
     "unknown checkpoint": (
         lambda g: g.run,
         ["a", "--checkpoint", "step-9"],
-        ["no checkpoint `step-9`; there are: step-000001, step-000002"],
+        ["no checkpoint `step-9`; available: step-000001, step-000002"],
     ),
     "no such file": (lambda g: g.run, ["--file", "no.txt"], ["no.txt: No such file or directory"]),
-    "file without prompts": (lambda g: g.run, ["--file", "blank.txt"], ["blank.txt holds no prompt", "line"]),
+    "file without prompts": (
+        lambda g: g.run,
+        ["--file", "blank.txt"],
+        ["blank.txt contains no prompt", "line"],
+    ),
     "file that is no text": (lambda g: g.run, ["--file", "latin.txt"], ["latin.txt is not UTF-8 text; save"]),
     "unknown device": (lambda g: g.run, ["a", "--device", "tpu"], ["runtime.device", "'cpu' (got 'tpu')"]),
     "truncated adapter": (broken_run(cut), ["a"], [WEIGHTS, "truncated or damaged", "copy it again"]),
@@ -1003,12 +1025,12 @@ GENERATE: dict[str, tuple[Callable[[Ground], Any], list[Any], list[str]]] = {
     "adapter of a wider network": (
         broken_run(widened),
         ["a"],
-        ["made for another size of network", "24 x 999 in the adapter and 24 x 24 in the network"],
+        ["trained on a network of another size", "24 x 999 in the adapter and 24 x 24 in the network"],
     ),
     "pickle for an adapter": (
         broken_run(lambda p: p.write_bytes(pickle.dumps(Evil()))),
         ["a"],
-        ["a pickle under the name of a safetensors file: refused, it could run code"],
+        ["a pickle with the extension of a safetensors file: not loaded, it could run code"],
     ),
 }
 
@@ -1027,12 +1049,12 @@ def test_full_fine_tune(ground: Ground) -> None:
     (run / "config.yaml").write_text(json.dumps(ground.recipe(tuner={"kind": "full"})), "utf-8")
     refused(
         inlaid("generate", run, "a cat", "--strength", "0.5"),
-        "the strength of a full fine-tune is 0 or 1, not 0.5; train a LoRA",
+        "strength 0.5 is not possible for a full fine-tune; use 0 or 1, or train a LoRA",
     )
     shutil.copytree(ground.checkpoint / "transformer", run / "adapter")
     cut(run / "adapter/diffusion_pytorch_model.safetensors")
     for command in (["generate", run, "a cat"], ["evaluate", run]):
-        refused(inlaid(*command), "error: new/adapter cannot be loaded (", "is it whole?")
+        refused(inlaid(*command), "error: new/adapter cannot be loaded (", "may be incomplete")
     assert not (run / "report").exists()
 
 
@@ -1041,9 +1063,13 @@ def test_full_fine_tune(ground: Ground) -> None:
     [
         (lambda g: "nowhere", [], ["nowhere: not a run folder"]),
         (untrained, [], ["new: nothing is trained yet"]),
-        (lambda g: g.run, ["--checkpoint", "7"], ["no checkpoint `7`; there are: step-000001, step-000002"]),
-        (lambda g: g.run, ["--checkpoint", "base"], ["base would be compared with itself; choose another"]),
-        (lambda g: g.run, ["--file", "blank.txt"], ["blank.txt holds no prompt; write one per line"]),
+        (lambda g: g.run, ["--checkpoint", "7"], ["no checkpoint `7`; available: step-000001, step-000002"]),
+        (
+            lambda g: g.run,
+            ["--checkpoint", "base"],
+            ["base would be compared with itself; choose"],
+        ),
+        (lambda g: g.run, ["--file", "blank.txt"], ["blank.txt contains no prompt; write one per line"]),
         (broken_run(cut), [], [WEIGHTS, "truncated or damaged", "copy it again"]),
     ],
 )
@@ -1079,27 +1105,27 @@ ADAPTERS: dict[str, tuple[str, Any, list[Any], list[str]]] = {
         "a.safetensors",
         raw(lambda b: pickle.dumps(Evil())),
         [],
-        ["a.safetensors: a pickle under the name of a safetensors file: refused, it could run code"],
+        ["a.safetensors: a pickle with the extension of a safetensors file: not loaded, it could run code"],
     ),
     "torch file": (
         "a.safetensors",
         lambda p, g: torch.save({"x": torch.zeros(2)}, p),
         [],
-        ["a.safetensors: a pickle under the name of a safetensors file"],
+        ["a.safetensors: a pickle with the extension of a safetensors file"],
     ),
     "malicious pickle": ("a.bin", raw(lambda b: pickle.dumps(Evil())), [], ["a.bin: neither a safetensors"]),
     "malicious torch file": (
         "a.pt",
         lambda p, g: torch.save({"x": Evil()}, p),
         [],
-        ["a.pt: a pickle that calls posix.mkdir: refused"],
+        ["a.pt: a pickle that calls posix.mkdir: not loaded"],
     ),
     "truncated": ("a.safetensors", raw(lambda b: b[:-40]), [], ["truncated or damaged", "copy it again"]),
     "cut in its header": (
         "a.safetensors",
         raw(lambda b: b[:30]),
         [],
-        ["a.safetensors: truncated, its header alone needs", "bytes of 30: copy it again"],
+        ["a.safetensors: truncated: the header alone needs", "bytes, the file has 30: copy it again"],
     ),
     "empty": ("a.safetensors", raw(lambda b: b""), [], ["a.safetensors: the file is empty"]),
     "empty torch file": ("a.bin", raw(lambda b: b""), [], ["a.bin: the file is empty"]),
@@ -1115,19 +1141,19 @@ ADAPTERS: dict[str, tuple[str, Any, list[Any], list[str]]] = {
         "a.safetensors",
         adapter(lambda t: {"unet.down.lora_A.weight": torch.zeros(2, 3)}),
         [],
-        ["no layer of Wan is named in it (unet.down.lora_A.weight): another architecture, or no adapter"],
+        ["no tensor matches a layer of Wan (unet.down.lora_A.weight): another architecture, or not an"],
     ),
     "unknown key": (
         "a.safetensors",
         adapter(lambda t: {**t, "something.else": torch.zeros(2)}),
         [],
-        ["1 tensors that belong to no known layer of Wan (something.else)"],
+        ["1 tensors match no layer of Wan (something.else)"],
     ),
     "half of the factors": (
         "a.safetensors",
         adapter(lambda t: {k: v for k, v in t.items() if "lora_A" in k}),
         [],
-        ["20 layers without both factors (blocks.0.attn1.to_k has A"],
+        ["20 layers lack a factor, A or B (blocks.0.attn1.to_k has A"],
     ),
     "not finite": (
         "a.safetensors",
@@ -1139,15 +1165,20 @@ ADAPTERS: dict[str, tuple[str, Any, list[Any], list[str]]] = {
         "a.safetensors",
         adapter(lambda t: {k: torch.zeros(2, 999) if "lora_A" in k else v for k, v in t.items()}),
         ["--checkpoint", "BASE"],
-        ["made for another size of network", "24 x 999 in the adapter and 24 x 24 in the network"],
+        ["trained on a network of another size", "24 x 999 in the adapter and 24 x 24 in the network"],
     ),
     "unknown family": ("a.safetensors", raw(bytes), ["--family", "sora"], ["model.family: no family `sora`"]),
-    "alpha of zero": ("a.safetensors", raw(bytes), ["--alpha", "0"], ["--alpha: 0 is not a number above 0"]),
+    "alpha of zero": (
+        "a.safetensors",
+        raw(bytes),
+        ["--alpha", "0"],
+        ["--alpha: 0 is not a finite number above 0"],
+    ),
     "alpha that differs": (
         "a.safetensors",
         raw(bytes),
         ["--alpha", "7"],
-        ["alpha 7 was asked for, but the file says 2: leave it out"],
+        ["--alpha is 7, but the file stores alpha 2: omit --alpha"],
     ),
     "unknown rule": (
         "a.safetensors",
@@ -1184,7 +1215,7 @@ def test_import_onto_something(ground: Ground) -> None:
     for place in ("mine", "mine/notes"):
         refused(
             inlaid("import", ground.run / "adapter", place),
-            f"{place} exists and is not empty; name another folder",
+            f"{place} exists and is not empty; choose another folder",
         )
     assert files(Path("mine")) == {"notes": b"keep"}
 
@@ -1195,8 +1226,11 @@ def test_import_onto_something(ground: Ground) -> None:
         (["nowhere", "--to", "merged"], ["nowhere: not a run folder"]),
         (["RUN", "--to", "onnx"], ["--to: `onnx` is not one of diffusers, comfyui, kohya, merged"]),
         (["RUN"], ["Missing option '--to'"]),
-        (["RUN", "--to", "merged", "--checkpoint", "7"], ["no checkpoint `7`; there are: step-000001"]),
-        (["RUN", "--to", "comfyui", "--out", "there"], ["there exists; name another with --out"]),
+        (["RUN", "--to", "merged", "--checkpoint", "7"], ["no checkpoint `7`; available: step-000001"]),
+        (
+            ["RUN", "--to", "comfyui", "--out", "there"],
+            ["there already exists; choose another path with --out"],
+        ),
     ],
 )
 def test_export(ground: Ground, arguments: list[Any], words: list[str]) -> None:
@@ -1215,11 +1249,11 @@ def test_inspect_what_is_nothing(ground: Ground) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sora", "CLIPS"], ["model.family: no family `sora`; there are: ", "wan"]),
+        (["sora", "CLIPS"], ["model.family: no family `sora`; choose from: ", "wan"]),
         (["wan", "nowhere"], ["nowhere: no such file or folder"]),
-        (["wan", "empty"], ["empty: holds no clips"]),
+        (["wan", "empty"], ["empty: contains no clips"]),
         (["wan", "CLIPS", "--checkpoint", "CLIPS"], ["clips is not a diffusers folder"]),
-        (["wan", "CLIPS", "--checkpoint", "BASE", "--out", "mine.yaml"], ["mine.yaml exists; name another"]),
+        (["wan", "CLIPS", "--checkpoint", "BASE", "--out", "mine.yaml"], ["mine.yaml: already exists"]),
     ],
 )
 def test_new(ground: Ground, arguments: list[Any], words: list[str]) -> None:

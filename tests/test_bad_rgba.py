@@ -126,26 +126,26 @@ def too_short(clips: Path) -> None:
 
 
 BAD: dict[Callable[[Path], None], str] = {
-    lone_color: "1 of 3 clips has no alpha (01_rgb.mkv: no alpha channel in it",
-    lone_matte: "has no alpha (01_alpha.mkv: a matte without its colour: 01_rgb or 01 is not beside",
-    shorter: "not match its matte (01_rgb.mkv: 9 frames and 7 in 01_alpha.mkv): cut and scale both alike",
-    smaller: "does not match its matte (01_rgb.mkv: 32x32 and 16x16 in 01_alpha.mkv)",
-    faster: "does not match its matte (01_rgb.mkv: 16 fps and 30 in 01_alpha.mkv)",
-    two_mattes: "there are 01_alpha.mkv and 01_seg.mkv: keep one, or name it in a manifest",
-    opaque: "has the same alpha everywhere (01_rgb.mkv: 255 of 255 in every pixel: it is opaque everywhere)",
-    empty: "has the same alpha everywhere (01_rgb.mkv: 0 of 255 in every pixel: it is clear everywhere)",
+    lone_color: "1 of 3 clips has no alpha (01_rgb.mkv: no alpha channel",
+    lone_matte: "has no alpha (01_alpha.mkv: an alpha matte without color file: 01_rgb or 01 is missing",
+    shorter: "not match its alpha matte (01_rgb.mkv: 9 frames and 7 in 01_alpha.mkv): trim and scale both",
+    smaller: "does not match its alpha matte (01_rgb.mkv: 32x32 and 16x16 in 01_alpha.mkv)",
+    faster: "does not match its alpha matte (01_rgb.mkv: 16 fps and 30 in 01_alpha.mkv)",
+    two_mattes: "has several alpha mattes (01_alpha.mkv and 01_seg.mkv): keep one, or use a manifest",
+    opaque: "has constant alpha (01_rgb.mkv: alpha is 255 of 255 in every pixel (opaque))",
+    empty: "has constant alpha (01_rgb.mkv: alpha is 0 of 255 in every pixel (clear))",
     damaged: "01_rgb.mkv",
-    nothing: "cannot be read (01_rgb.mkv: its matte 01_alpha.mkv: the file is empty)",
-    no_alpha_inside: "has no alpha (plain.mp4: no alpha channel in it (h264 yuv420p), and no matte such as",
-    dropped_by_the_pixel_format: "has no alpha (vp9.webm: no alpha channel in it (vp9 yuv420p)",
+    nothing: "cannot be read (01_rgb.mkv: its alpha matte 01_alpha.mkv: the file is empty)",
+    no_alpha_inside: "has no alpha (plain.mp4: no alpha channel (h264 yuv420p) and no alpha matte such as",
+    dropped_by_the_pixel_format: "has no alpha (vp9.webm: no alpha channel (vp9 yuv420p)",
     sizes_differ: "smoke: its images differ in size (32x32 and 40x32)",
-    broken_image: "smoke: its f7.png cannot be read",
-    opaque_images: "has no alpha (smoke: no alpha channel in it (frames)",
+    broken_image: "smoke: image f7.png cannot be read",
+    opaque_images: "has no alpha (smoke: no alpha channel (frames)",
     broken_zip: "a.zip: cannot be read",
     wrong_array: "`frames` is uint8 (9, 32, 32, 2); it must be uint8 and (t, h, w, 4)",
     cut_off_webp: "a.webp: ",
     no_caption: "1 of 3 clips has no caption (01_rgb.mkv)",
-    too_short: "is too short (01_rgb.mkv: 9 frames at 16 fps need 0.56 s, 0.19 s there)",
+    too_short: "is too short (01_rgb.mkv: 9 frames at 16 fps need 0.56 s, it has 0.19 s)",
 }
 
 
@@ -171,10 +171,10 @@ COLUMNS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "a matte from elsewhere": (
         {"rgb": "00_rgb.mkv", "alpha": "../x.mkv"},
-        "leads out of its folder (../x.mkv",
+        "is outside of its source (../x.mkv",
     ),
     "a stem of nothing": ({"video": "nobody"}, "does not exist (nobody: line 2)"),
-    "a matte of another suffix": ({"rgb": "00_rgb.mkv", "alpha": "00.txt"}, "`.txt` files are not read"),
+    "a matte of another suffix": ({"rgb": "00_rgb.mkv", "alpha": "00.txt"}, "`.txt` files are not supported"),
     "a matte of another length": ({"rgb": "00_rgb.mkv", "alpha": "long.mkv"}, "9 frames and 12 in long.mkv"),
 }
 
@@ -196,12 +196,12 @@ def test_bad_manifests(ground: tuple[Path, dict[str, Any]], tmp_path: Path, case
 @pytest.mark.parametrize(
     ("change", "says"),
     {
-        "sample.transparent=[mp4]": "sample.transparent: `mp4` cannot carry alpha; there are: mov, webm, png",
+        "sample.transparent=[mp4]": "sample.transparent: `mp4` cannot carry alpha; choose from: mov, webm",
         "data.matte.premultiplied=maybe": "data.matte.premultiplied",
         "data.matte.snap=300": "data.matte.snap",
         "data.matte.background=white": "data.matte.background",
         "data.matte.grow=true": "data.matte.grow: unknown key",
-        "data.matte=auto": "data.matte: needs keys below it (premultiplied, invert, limited, snap",
+        "data.matte=auto": "data.matte: needs a mapping with keys (premultiplied, invert, limited",
         "alpha.kind=merged": "alpha.codec: missing",
     }.items(),
 )
@@ -220,13 +220,13 @@ def test_bad_composites(tmp_path: Path) -> None:
     media.write_video(tmp_path / "short.mp4", pixels[:3, ..., :3], 16)
     (tmp_path / "broken.mov").write_bytes(b"no")
     for arguments, says in {
-        (tmp_path / "opaque.mp4", "red"): "opaque.mp4: is opaque everywhere",
+        (tmp_path / "opaque.mp4", "red"): "opaque.mp4: is fully opaque",
         (tmp_path / "nobody.mov", "red"): "nobody.mov",
         (tmp_path / "broken.mov", "red"): "broken.mov",
-        (front, "no-colour"): "`no-colour` is neither a file nor a colour",
+        (front, "no-colour"): "`no-colour` is neither a file nor a color",
         (front, tmp_path / "short.mp4"): "short.mp4: has 3 frames at 16 fps and",
         (front, "red", "--out", tmp_path / "a.gif"): "videos are written as .mp4",
-        (front, "red", "--fps", "0"): "--fps: 0 is no frame rate",
+        (front, "red", "--fps", "0"): "--fps: 0 is not positive",
     }.items():
         done = inlaid("composite", *arguments)
         assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
@@ -242,4 +242,4 @@ def test_bad_outputs(ground: tuple[Path, dict[str, Any]], tmp_path: Path, recipe
     plain = {k: v for k, v in raw.items() if k != "alpha"}
     (run / "config.yaml").write_text(yaml.safe_dump(plain), "utf-8")
     done = inlaid("generate", run, "a disc", "--checkpoint", "base", "--transparent", "mov")
-    assert done.code == 2 and "is opaque (its alpha.kind), its videos have no alpha" in done.said, done.said
+    assert done.code == 2 and "has alpha.kind: opaque, so its videos have no alpha" in done.said, done.said

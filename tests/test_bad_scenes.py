@@ -91,21 +91,21 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no segmentation": (lambda s: (s / "seg.png").unlink(), "has no seg.png"),
     "no picture": (lambda s: (s / "scene_rgb.png").unlink(), "has no scene_rgb.png"),
     "no surface": (lambda s: [p.unlink() for p in s.glob("*.npy")], "has no surface.npy"),
-    "an id without surface": (lambda s: (s / "surface_2.npy").unlink(), "object 2 of the segmentation"),
-    "three ids, two surfaces": (seg(HALVES), "add surface_3.npy, or paint it as background"),
-    "a surface without id": (seg(HALVES * (HALVES < 2)), "does not show object 2"),
-    "an empty segmentation": (seg(np.zeros((32, 32))), "it shows none"),
+    "an id without surface": (lambda s: (s / "surface_2.npy").unlink(), "object 2 in the segmentation"),
+    "three ids, two surfaces": (seg(HALVES), "add surface_3.npy, or set its pixels to background"),
+    "a surface without id": (seg(HALVES * (HALVES < 2)), "does not contain object 2"),
+    "an empty segmentation": (seg(np.zeros((32, 32))), "it contains none"),
     "another size": (seg(np.ones((16, 16))), "is 16x16, but scene_rgb.png is 32x32"),
     "one pixel": (
-        lambda s: (seg(DOT)(s), (s / "surface_2.npy").unlink()), "no object of s1 fills enough of the picture"
+        lambda s: (seg(DOT)(s), (s / "surface_2.npy").unlink()), "every object of s1 covers too little of the"
     ),
-    "not a number": (lambda s: save(s / "surface_1.npy", with_nan), "1 of its points are not finite"),
-    "a pickle": (lambda s: pickled(s / "surface_1.npy"), "is a pickle, which may run code"),
+    "not a number": (lambda s: save(s / "surface_1.npy", with_nan), "1 points are not finite"),
+    "a pickle": (lambda s: pickled(s / "surface_1.npy"), "is a pickle, which can run code"),
     "no points": (lambda s: save(s / "surface_1.npy", lambda p: p[:0]), "has 0 points"),
     "few points": (lambda s: save(s / "surface_1.npy", lambda p: p[:5]), "has 5 points"),
-    "one place": (lambda s: save(s / "surface_1.npy", lambda p: 0 * p + 0.1), "points are in one place"),
-    "five columns": (lambda s: save(s / "surface_1.npy", lambda p: p[:, :5]), "a surface is (n, 6)"),
-    "words": (lambda s: np.save(s / "surface_1.npy", np.array(["a", "b"])), "a surface is (n, 6)"),
+    "one place": (lambda s: save(s / "surface_1.npy", lambda p: 0 * p + 0.1), "have the same position"),
+    "five columns": (lambda s: save(s / "surface_1.npy", lambda p: p[:, :5]), "a surface must be (n, 6)"),
+    "words": (lambda s: np.save(s / "surface_1.npy", np.array(["a", "b"])), "a surface must be (n, 6)"),
     "zero normals": (
         lambda s: save(s / "surface_1.npy", lambda p: p * (np.arange(6) < 3)), "400 normals are zero"
     ),
@@ -126,10 +126,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "one surface for two": (
         lambda s: ((s / "surface_1.npy").rename(s / "surface.npy"), (s / "surface_2.npy").unlink()),
-        "shows 2 objects for one surface.npy",
+        "contains 2 objects for one surface.npy",
     ),
     "two surfaces in one": (
-        lambda s: save(s / "surface_1.npy", lambda p: np.stack([p, p])), "holds 2 surfaces for one object"
+        lambda s: save(s / "surface_1.npy", lambda p: np.stack([p, p])), "contains 2 surfaces for one object"
     ),
 }  # fmt: skip
 
@@ -145,7 +145,7 @@ def test_a_bad_scene_is_named_by_check(name: str, place: Path) -> None:
 
 WARNED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no normals": (lambda s: save(s / "surface_1.npy", lambda p: p[:, :3]), "normals were estimated"),
-    "a fourth column": (lambda s: save(s / "surface_1.npy", lambda p: p[:, :4]), "a fourth column is"),
+    "a fourth column": (lambda s: save(s / "surface_1.npy", lambda p: p[:, :4]), "the fourth column is"),
     "normals inside": (
         lambda s: save(s / "surface_1.npy", lambda p: p * np.array([1] * 3 + [-1] * 3)), "point inward"
     ),
@@ -154,7 +154,7 @@ WARNED: dict[str, tuple[Callable[[Path], Any], str]] = {
             save(s / f"surface_{n}.npy", spread)
             for n in (1, 2)
         ],
-        "one transform must serve the whole scene",
+        "use one transform for the whole scene",
     ),
     "sparse": (lambda s: None, "fewer than 20480"),
 }  # fmt: skip
@@ -181,13 +181,13 @@ def test_all_mistakes_are_told_at_once_and_can_be_left_out(place: Path) -> None:
 
 
 GENERATE: dict[str, tuple[list[str], str]] = {
-    "no segmentation": (["--image", "a.png"], "of scenes --image and --seg"),
-    "words": (["a chair"], "made from a picture, not from words"),
-    "one of two": (["--image", "a.png", "--image", "a.png", "--seg", "s.png"], "need as many segmentations"),
+    "no segmentation": (["--image", "a.png"], "for scenes --image and --seg"),
+    "words": (["a chair"], "scenes take no prompt (`a chair`)"),
+    "one of two": (["--image", "a.png", "--image", "a.png", "--seg", "s.png"], "the same number of --seg"),
     "no such picture": (["--image", "gone.png", "--seg", "s.png"], "gone.png"),
     "another size": (["--image", "a.png", "--seg", "small.png"], "small.png is 8x8, but a.png is 32x32"),
-    "nothing seen": (["--image", "a.png", "--seg", "black.png"], "shows no object"),
-    "a photo": (["--image", "a.png", "--seg", "noise.png"], "is it a photo?"),
+    "nothing seen": (["--image", "a.png", "--seg", "black.png"], "contains no object"),
+    "a photo": (["--image", "a.png", "--seg", "noise.png"], "objects, more than 64: use a segmentation"),
     "an odd grid": (["--image", "a.png", "--seg", "s.png", "--grid", "100"], "not a power of two"),
     "one file for two": (
         ["--image", "a.png", "--seg", "s.png", "--count", "2", "-o", "x.glb"], "is one file for 2 scenes"
@@ -216,12 +216,12 @@ def test_generate_says_what_is_missing(name: str, place: Path) -> None:
 
 
 RECIPES = {
-    "frames": ("data.frames=9", "data.frames: only videos have that"),
-    "a caption": ("data.trigger=zorble", "data.trigger: only videos have that"),
-    "prompts": ("sample.prompts=[a chair]", "sample.prompts: only videos have that"),
+    "frames": ("data.frames=9", "data.frames: applies only to videos"),
+    "a caption": ("data.trigger=zorble", "data.trigger: applies only to videos"),
+    "prompts": ("sample.prompts=[a chair]", "sample.prompts: applies only to videos"),
     "a column": ("data.sources=[{path: scenes, caption_column: text}]", "a source of scenes is a folder"),
     "no folder": ("data.sources=nowhere", "no such folder"),
-    "a block that is not there": ("model.options={multi_instance: '7'}", "there are blocks 0 to 4"),
+    "a block that is not there": ("model.options={multi_instance: '7'}", "choose from blocks 0 to 4"),
     "a wrong option": ("model.options={image_dropout: 2}", "image_dropout: `2` is not one of"),
     "a wrong target": ("tuner.targets=[to_q]", "matches no linear or convolution layer"),
     "another checkpoint": ("model.checkpoint=scenes", "is not a diffusers folder"),

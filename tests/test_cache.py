@@ -93,7 +93,7 @@ def test_a_changed_item_stops_with_its_name(recipe: Callable[..., dict]) -> None
     content[-1] ^= 1
     broken.write_bytes(content)
     with pytest.raises(
-        ValueError, match=f"{broken.name}: this cached item was changed.*delete it and run again"
+        ValueError, match=f"{broken.name}: cached item was modified.*delete the file and run again"
     ):
         train.train(config.build(raw))
 
@@ -115,7 +115,7 @@ def test_a_full_disk_keeps_what_is_there(
     with monkeypatch.context() as patch:
         patch.setattr(cache, "save_file", full)
         with pytest.raises(
-            ValueError, match=r"the disk is full; 2 of 4 items are cached and stay\. Free space"
+            ValueError, match=r"the disk is full; 2 of 4 items are cached and kept\. Free space"
         ):
             build(raw)
     assert len(files(raw, "media")) == 2 and not list(Path(raw["run"]).rglob(".tmp-*"))

@@ -52,11 +52,11 @@ def test_a_good_recipe(run, tmp_path):
     assert saved["estimate"]["peak"] == sum(saved["estimate"]["memory"].values()) == report.estimate.peak
     text = printed(report)
     assert "ready to train: 0 errors, 0 warnings" in text
-    assert "is read as folder: 4 clips, 4 of them with a .txt beside" in text
+    assert "is read as folder: 4 clips, 4 with a .txt beside" in text
     assert "16 x 3 x 4 x 4" in text
     assert "6 steps are 2.0 epochs of 3 batches" in text
     assert "memory while training" in text
-    assert "no clip is held out" not in text
+    assert "no validation clips" not in text
     assert not list((tmp_path / "run").glob("**/.tmp*"))
 
 
@@ -109,7 +109,7 @@ def test_nothing_to_show(run, tmp_path):
     report = run()
     assert not report.ok
     assert (report.contact_sheet, report.estimate, report.buckets) == (None, None, [])
-    assert "holds no clips" in printed(report)
+    assert "contains no clips" in printed(report)
 
 
 def test_sizes_that_the_family_cannot_make(run):
@@ -157,10 +157,10 @@ def test_notes_on_what_is_right_but_surprising(run, tmp_path):
         videos.write(folder / f"{k}.mp4", 12 + k, 16, (32, 32))
         (folder / f"{k}.txt").write_text("x")
     notes = run(data__held_out=0.1).notes
-    assert any("no clip is held out (there are only 3 clips)" in n for n in notes)
-    assert any("3 of 3 files do not name their colour matrix" in n for n in notes)
-    assert any("data.held_out is 0" in n for n in run(data__held_out=0).notes)
-    assert not any("held out" in n for n in run(data__held_out=1).notes)
+    assert any("no validation clips (there are only 3 clips)" in n for n in notes)
+    assert any("3 of 3 files do not specify a color matrix" in n for n in notes)
+    assert any("data.validation is 0" in n for n in run(data__held_out=0).notes)
+    assert not any("no validation clips" in n for n in run(data__held_out=1).notes)
 
 
 def test_a_device_that_is_not_here(run):

@@ -146,10 +146,10 @@ def test_new_writes_a_recipe_that_check_passes(tiny_wan: Path) -> None:
 
 def test_cache_encodes_once() -> None:
     first = worked("cache", "clips.yaml", "run=runs/cached", "data.held_out=0")
-    assert first.said.endswith("5 encoded, 0 there already: runs/cached/cache ")
+    assert first.said.endswith("5 encoded, 0 already cached: runs/cached/cache ")
     kept = files(Path("runs/cached/cache/media"))
     second = worked("cache", "clips.yaml", "run=runs/cached", "data.held_out=0")
-    assert second.said.endswith("0 encoded, 5 there already: runs/cached/cache ")
+    assert second.said.endswith("0 encoded, 5 already cached: runs/cached/cache ")
     assert files(Path("runs/cached/cache/media")) == kept
 
 
@@ -169,7 +169,7 @@ def test_a_finished_run_stays_as_it_is_and_goes_on_when_asked() -> None:
     assert files(Path("runs/clips/checkpoints")) == before
     worked("train", "clips.yaml", *SHORT, "run=runs/more")
     done = worked("train", "runs/more", "train.steps=5")
-    assert "going on after step 4" in done.said
+    assert "resuming after step 4" in done.said
     assert runtime.Run(Path("runs/more")).checkpoints()[-1].name == "step-000005"
 
 

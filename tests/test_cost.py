@@ -162,7 +162,7 @@ def test_gradients_wait_for_the_next_micro_batch(wan):
 
 def test_offloaded_state_is_not_on_the_gpu(wan):
     found = estimate(wan, recipe(memory={"offload_optimizer": True}))
-    assert found.memory["adamw state"] == 0 and any("computer's memory" in line for line in found.how)
+    assert found.memory["adamw state"] == 0 and any("CPU memory" in line for line in found.how)
 
 
 def test_cache_size(wan):
@@ -186,12 +186,12 @@ def test_time_is_measured_or_refused(wan):
     cpu = torch.device("cpu")
     little = estimate(wan, recipe(), device=cpu, shapes={(1, 16, 16): 1})
     assert little.seconds is None
-    assert "so few that overhead decides" in little.how[-1]
+    assert "overhead dominates" in little.how[-1]
     much = estimate(wan, recipe(train={"accumulate": 1000}), device=cpu)
     assert much.seconds is not None
     assert 0 < much.seconds[0] < much.seconds[1]
     assert much.seconds[1] / much.seconds[0] == pytest.approx(cost.USED[1] / cost.USED[0])
-    assert "just measured" in much.how[-1]
+    assert "measured now" in much.how[-1]
     assert much.device == "the CPU"
     assert much.capacity > 2**28
 

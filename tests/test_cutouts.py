@@ -329,7 +329,7 @@ def test_halves_are_named(clips: Path) -> None:
     (clips / "a_alpha.mkv").unlink()
     (clips / "b_rgb.mkv").unlink()
     says = {p.name: p.message for p in plan(str(clips)).problems if p.code == "no-alpha"}
-    assert "a_alpha.mp4" in says["a_rgb.mkv"] and "b_rgb or b is not beside" in says["b_alpha.mkv"]
+    assert "a_alpha.mp4" in says["a_rgb.mkv"] and "b_rgb or b is missing" in says["b_alpha.mkv"]
 
 
 def test_alpha_that_is_the_same_everywhere_is_refused(clips: Path) -> None:

@@ -79,7 +79,7 @@ def test_folder_with_captions_beside(clips):
     ]
     assert made.problems == []
     assert made.sources[0].layout == "folder"
-    assert "3 clips, 3 of them with a .txt beside" in made.sources[0].why
+    assert "3 clips, 3 with a .txt beside" in made.sources[0].why
     assert [w.read().shape for w in made.train] == [(9, *SIZE, 3)] * 3
 
 
@@ -177,13 +177,13 @@ def test_csv_with_named_columns(clips):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"video_column": "movie"}, "has no column `movie`; there are: clip, words. Set `video_column`"),
+        ({"video_column": "movie"}, "has no column `movie`; its columns are clip, words: set `video_column`"),
         (
             {"video_column": "clip", "caption_column": "x"},
-            "no column `x`; there are: clip, words. Set `caption_column`",
+            "no column `x`; its columns are clip, words: set `caption_column`",
         ),
-        ({}, "has none of the columns video, file_name, file, path, image, frames_path; there are: clip,"),
-        ({"video_column": "clip"}, "has none of the columns caption, prompt, text; there are: clip, words"),
+        ({}, "has none of the columns video, file_name, file, path, image, frames_path; its columns are"),
+        ({"video_column": "clip"}, "has none of the columns caption, prompt, text; its columns are"),
         ({"video_column": "clip", "caption_column": "words", "group_column": "g"}, "no column `g`"),
     ],
 )
@@ -198,7 +198,7 @@ def test_csv_that_lost_its_quotes(clips):
     (clips / "m.csv").write_text("video,caption\na.mp4,a cat, black\nc.mp4,fine\n")
     made = plan(str(clips / "m.csv"))
     assert codes(made) == {"row": ["line 2"]}
-    assert "3 cells under 2 columns" in message(made)
+    assert "3 cells for 2 columns" in message(made)
     assert [c.name for c in made.clips] == ["c.mp4"]
 
 
@@ -213,13 +213,13 @@ def test_csv_with_short_rows(clips):
         ("m.csv", b"", "m.csv is empty"),
         ("m.csv", b'video,caption\na.mp4,"open\n', "unexpected end of data"),
         ("m.csv", b"video,caption\na.mp4,\xff\xfe\n", "m.csv is not UTF-8"),
-        ("m.csv", b"video,caption\n", "holds no clips"),
+        ("m.csv", b"video,caption\n", "contains no clips"),
         ("m.jsonl", b'{"video": "a.mp4", "caption": "x"}\n{oops}\n', "m.jsonl, line 2: not valid JSON"),
-        ("m.jsonl", b"[1, 2]\n", "m.jsonl, line 1: not an object"),
+        ("m.jsonl", b"[1, 2]\n", "m.jsonl, line 1: expected an object"),
         ("m.jsonl", b"\n\n", "m.jsonl is empty"),
         ("m.json", b'[{"video": "a.mp4",\n "caption" "x"}]', "m.json, line 2: not valid JSON"),
-        ("m.json", b"3", "m.json, line 1: not valid JSON"),
-        ("m.json", b'{"video": "a.mp4"}', "m.json, entry 1: not an object"),
+        ("m.json", b"3", "m.json, line 1: not a JSON list"),
+        ("m.json", b'{"video": "a.mp4"}', "m.json, entry 1: expected an object"),
         ("m.yaml", b"", "is neither a folder nor a manifest"),
     ],
 )
@@ -268,7 +268,7 @@ def test_a_root_elsewhere(clips, tmp_path):
     assert [c.name for c in made.clips] == ["clips/a.mp4"]
     assert made.problems == []
     assert "is not a folder" in message(plan({"path": str(tmp_path / "lists" / "m.csv"), "root": "nowhere"}))
-    assert "is its own root" in message(plan({"path": str(clips), "root": str(tmp_path)}))
+    assert "`root` is only for manifests" in message(plan({"path": str(clips), "root": str(tmp_path)}))
 
 
 def test_auto_says_when_it_cannot_tell(clips):
@@ -278,7 +278,7 @@ def test_auto_says_when_it_cannot_tell(clips):
     text = message(plan(str(clips)))
     assert "is ambiguous" in text
     assert all(
-        n in text for n in ("prompts.txt and videos.txt", "metadata.csv", "3 of them with a .txt beside")
+        n in text for n in ("prompts.txt and videos.txt", "metadata.csv", "3 with a .txt beside")
     )
     for layout, count in (("folder", 3), ("csv", 1), ("lines", 1)):
         made = plan({"path": str(clips), "layout": layout})
@@ -289,9 +289,9 @@ def test_auto_says_when_it_cannot_tell(clips):
 @pytest.mark.parametrize(
     ("layout", "says"),
     [
-        ("jsonl", "holds no .jsonl or .json"),
-        ("csv", "holds no .csv"),
-        ("lines", "holds no prompts.txt and videos.txt"),
+        ("jsonl", "contains no .jsonl or .json"),
+        ("csv", "contains no .csv"),
+        ("lines", "contains no prompts.txt and videos.txt"),
     ],
 )
 def test_a_named_layout_that_is_not_there(clips, layout, says):
@@ -301,10 +301,10 @@ def test_a_named_layout_that_is_not_there(clips, layout, says):
 def test_nothing_there(tmp_path, clips):
     assert "no such file or folder" in message(plan(str(tmp_path / "nowhere")))
     (tmp_path / "bare").mkdir()
-    assert "holds no clips" in message(plan(str(tmp_path / "bare")))
-    assert "holds no clips" in message(plan({"path": str(tmp_path / "bare"), "layout": "folder"}))
+    assert "contains no clips" in message(plan(str(tmp_path / "bare")))
+    assert "contains no clips" in message(plan({"path": str(tmp_path / "bare"), "layout": "folder"}))
     (clips / "m.csv").write_text("video,caption\n")
-    assert "is csv, but layout says jsonl" in message(plan({"path": str(clips / "m.csv"), "layout": "jsonl"}))
+    assert "is csv, but `layout` is jsonl" in message(plan({"path": str(clips / "m.csv"), "layout": "jsonl"}))
 
 
 def test_two_manifests_in_a_folder(clips):
@@ -335,7 +335,7 @@ def test_paths_stay_inside(clips, name):
     made = plan(str(clips / "m.jsonl"))
     assert codes(made) == {"outside": [name]}
     assert [c.name for c in made.clips] == ["a.mp4"]
-    assert f"1 of 2 clips leads out of its folder ({name}: line 2)" in message(made)
+    assert f"1 of 2 clips is outside of its source ({name}: line 2)" in message(made)
 
 
 def test_links_that_leave_a_folder(clips):
@@ -366,12 +366,12 @@ def test_captions_that_are_not_there(clips):
     assert codes(made) == {"no-caption": ["a.mp4"], "empty-caption": ["c.mp4"]}
     assert message(made).splitlines() == [
         "1 of 3 clips has no caption (a.mp4): add a .txt beside each",
-        "1 of 3 clips has an empty caption (c.mp4): write what is seen",
+        "1 of 3 clips has an empty caption (c.mp4): describe the clip",
     ]
     (clips / "c.txt").write_bytes(b"\xff\xfe caption")
     made = plan(str(clips))
     assert codes(made) == {"no-caption": ["a.mp4", "c.mp4"]}
-    assert "c.mp4: c.txt is not UTF-8): give each a caption, as UTF-8 text" in message(made)
+    assert "c.mp4: c.txt is not UTF-8): add a caption to each, as UTF-8 text" in message(made)
     assert sum(s.clips for s in made.sources) == 3
 
 
@@ -381,7 +381,7 @@ def test_files_that_cannot_be_read(clips):
     (clips / "c.mp4").write_bytes(b"<html>")
     made = plan(str(clips))
     assert codes(made) == {"unreadable": ["c.mp4"], "truncated": ["a.mp4"]}
-    assert "1 of 3 clips is truncated (a.mp4: is cut off: its index (moov) is not there)" in message(made)
+    assert "1 of 3 clips is truncated (a.mp4: is incomplete: its index (moov) is missing)" in message(made)
     assert [w.clip.name for w in made.train] == ["b.final.mp4"]
 
 
@@ -404,7 +404,7 @@ def test_captioned_files_are_not_passed_over(clips):
 def test_too_short_says_by_how_much(clips):
     made = plan(str(clips), frames=[13, 33])
     assert codes(made) == {"too-short": ["a.mp4"]}
-    assert "a.mp4: 13 frames at 16 fps need 0.81 s, 0.75 s there" in message(made)
+    assert "a.mp4: 13 frames at 16 fps need 0.81 s, it has 0.75 s" in message(made)
     assert sorted({w.frames for w in made.train}) == [13]
 
 
@@ -765,7 +765,7 @@ def test_real_layouts(media_root, source, layout, first):
 def test_real_folder_with_all_layouts_is_ambiguous(media_root):
     text = message(plan(str(media_root / "clips")))
     assert all(
-        n in text for n in ("prompts.txt and videos.txt", "metadata.csv", "train.jsonl", "Name the manifest")
+        n in text for n in ("prompts.txt and videos.txt", "metadata.csv", "train.jsonl", "Set `path` to")
     )
 
 

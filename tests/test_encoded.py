@@ -183,8 +183,8 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     path.write_text(json.dumps(recipe(kind, checkpoint, tmp_path / "run", str(source))), "utf-8")
     done = inlaid("check", path)
     assert done.code == 0, done.said
-    assert "is read as encoded: 4 encoded clips," in done.said
-    assert "4 windows are encoded already: they keep the size" in done.said
+    assert "is read as encoded: 4 clips of precomputed latents," in done.said
+    assert "4 windows are precomputed latents: their size" in done.said
     assert not (tmp_path / "run/check/contact_sheet.png").exists()
     report = json.loads((tmp_path / "run/check/report.json").read_text("utf-8"))
     assert report["clips"] == 4 and report["contact_sheet"] is None
@@ -265,7 +265,8 @@ def test_clips_beside_their_latents_are_not_encoded_again(checkpoint: Checkpoint
         for end in ("mp4", "txt"):
             (tmp_path / f"more/{i}.{end}").rename(mixed / f"deep/{i}.{end}")
     unclear = plan(CASES[0], checkpoint, str(mixed)).problems
-    assert "is ambiguous: it holds 2 encoded clips, NAME.latent.pt + NAME.embed.pt; 3 clips" in str(unclear)
+    options = "2 clips of precomputed latents, NAME.latent.pt + NAME.embed.pt; 3 clips"
+    assert f"is ambiguous: it contains {options}" in str(unclear)
     named = plan(CASES[0], checkpoint, {"path": str(mixed), "layout": "encoded"})
     assert [c.caption for c in named.clips] == ["clip number 0", "clip number 1"]
 

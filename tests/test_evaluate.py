@@ -214,7 +214,7 @@ def test_evaluate_compares_base_and_tuned(run: Path) -> None:
     assert found.path == run / "report/report.html" and found.step == 20 and found.names == ("base", "tuned")
     assert (
         found.verdict.tone == "good"
-        and "2 of 2 videos now show what was asked, 0 did before" in found.verdict.headline
+        and "2 of 2 videos match the prompt, 0 before training" in found.verdict.headline
     )
     for pair in found.pairs:
         assert pair.distance > 0
@@ -238,7 +238,7 @@ def test_held_out_loss_is_the_one_of_training(run: Path) -> None:
     assert found.held_out and len(found.held_out.clips) == 2
     assert found.held_out.means[1] == pytest.approx(last["held_out_loss"], rel=1e-4)
     assert found.held_out.change < -0.05, "it learned"
-    assert not found.notes and not any("clips changed" in w for w in found.verdict.warnings)
+    assert not found.notes and not any("clips have changed" in w for w in found.verdict.warnings)
 
 
 def test_videos_are_those_of_generate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_an_adapter_that_changes_nothing_is_called_so(run: Path) -> None:
     tensors = {k: v * 0 if "lora_B" in k else v for k, v in load_file(path).items()}
     save_file(tensors, path, metadata=header)
     found = evaluate(run)
-    assert found.verdict.tone == "bad" and "pixel for pixel" in found.verdict.headline
+    assert found.verdict.tone == "bad" and "identical in every pixel" in found.verdict.headline
     assert found.total and found.total.distance == 0
     assert found.held_out and found.held_out.change == pytest.approx(0, abs=1e-6)
 
@@ -316,7 +316,7 @@ def test_without_the_clips_the_videos_remain(trained: Path, run: Path) -> None:
     finally:
         (trained / "moved").rename(clips)
     assert found.held_out is None and found.training is None
-    assert "No held-out loss" in found.notes[0] and found.notes[0] in found.verdict.warnings
+    assert "No validation loss" in found.notes[0] and found.notes[0] in found.verdict.warnings
     assert [p.prompt for p in found.pairs] == ["a clip"]
 
 
@@ -335,11 +335,11 @@ def test_a_failure_leaves_the_old_report(run: Path) -> None:
     ("options", "message"),
     [
         ({"checkpoint": "base"}, "compared with itself"),
-        ({"checkpoint": "77"}, "no checkpoint `77`; there are: step-000010, step-000020"),
+        ({"checkpoint": "77"}, "no checkpoint `77`; available: step-000010, step-000020"),
         ({"against": "tuned"}, "no checkpoint `tuned`"),
-        ({"prompts": []}, "needs prompts"),
-        ({"prompts": [Prompt(" ")]}, "needs prompts"),
-        ({"stepz": 3}, "unknown setting `stepz`; there are: size, frames"),
+        ({"prompts": []}, "no prompts, or an empty prompt"),
+        ({"prompts": [Prompt(" ")]}, "no prompts, or an empty prompt"),
+        ({"stepz": 3}, "unknown setting `stepz`; available: size, frames"),
         ({"frames": 8}, "8 frames is not 4n\\+1"),
         ({"steps": 0}, "sample.steps"),
     ],

@@ -55,7 +55,7 @@ def test_surfaces_lie_on_their_meshes_and_normals_point_out(tmp_path: Path) -> N
     made = meshes(tmp_path / "in")
     done = inlaid("import", "meshes", tmp_path / "in", tmp_path / "out", "--views", 2, "--size", 64)
     assert done.code == 0, done.said
-    assert "broken.glb: `broken`: 2 of its pieces were inside out" in done.said
+    assert "broken.glb: `broken`: 2 of its parts were inside out" in done.said
     assert "broken.glb: `broken` is not watertight" in done.said
     found = scenes.find(tmp_path / "out")
     assert len(found.scenes) == 8 and not found.findings
@@ -100,7 +100,7 @@ def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad/x.glb").write_bytes(b"no")
     for arguments, says in (
         (("nowhere", "out"), "no such folder"),
-        (("empty", "out"), "holds no meshes (.glb"),
+        (("empty", "out"), "contains no meshes (.glb"),
         (("bad", "out"), "cannot be read as a mesh"),
     ):
         done = inlaid("import", "meshes", *(tmp_path / a for a in arguments))

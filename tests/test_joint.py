@@ -546,11 +546,14 @@ def test_the_base_may_be_small(scheme: Any, kind: str, checkpoint: Checkpoint) -
 # --- what it cannot do --------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "full": ({"tuner": {"kind": "full"}}, "`joint` trains the tokens of alpha only, which full cannot"),
-    "lokr": ({"tuner": {"kind": "lokr"}}, "which lokr cannot; use lora or dora"),
+    "full": (
+        {"tuner": {"kind": "full"}},
+        "`joint` trains the alpha tokens only, which full does not support",
+    ),
+    "lokr": ({"tuner": {"kind": "lokr"}}, "which lokr does not support; use lora or dora"),
     "text": (
         {"tuner": {"kind": "lora", "targets": [r"blocks\.\d+\.attn2\.to_k"]}},
-        "takes in 2 layers that have no tokens of alpha, such as blocks.0.attn2.to_k; leave them out",
+        "matches 2 layers that process no alpha tokens, such as blocks.0.attn2.to_k: exclude them",
     ),
 }
 
@@ -577,12 +580,12 @@ def test_recipes_that_cannot_be(name: str, checkpoint: Checkpoint) -> None:
 def test_images_have_no_place(case: tuple[str, str], checkpoint: Checkpoint) -> None:
     if case not in tiny.cases():
         pytest.skip(f"there is no tiny {case}")
-    with pytest.raises(ValueError, match="is shown images, which `joint` has no place for"):
+    with pytest.raises(ValueError, match="is conditioned on images, which `joint` does not support"):
         opened(checkpoint, case)
 
 
 def test_what_wan_has_no_use_for(checkpoint: Checkpoint) -> None:
-    with pytest.raises(ValueError, match="text never looks at alpha: leave `bias` out"):
+    with pytest.raises(ValueError, match="text never attends to alpha: remove `bias`"):
         opened(checkpoint, CASES[0], text_to_alpha="bias")
 
 

@@ -92,7 +92,7 @@ def test_alpha_of_another_clip(kind: tuple[str, str], checkpoint: Checkpoint, tm
     wide = torch.cat([moments(kind, 5)] * 2, 3)
     torch.save({"ldist": wide[None]} if kind[0] == "mochi" else wide, alpha_of(tmp_path, kind, "2"))
     said = problems(kind, checkpoint, tmp_path)
-    assert "those of its colour are" in said and "2." in said
+    assert "the color latents are" in said and "2." in said
 
 
 def test_one_clip_is_not_two(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -101,5 +101,5 @@ def test_one_clip_is_not_two(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path.parent.mkdir()
     torch.save(moments(kind, 0), path)
     family = alpha.family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
-    with pytest.raises(MediaError, match="its 3 latent frames are not those of colour and of alpha"):
+    with pytest.raises(MediaError, match="has 3 latent frames: color and alpha"):
         encoded.item(family, [path])

@@ -79,7 +79,12 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
     path = write(tmp_path / name, there)
     done = inlaid("import", path, tmp_path / "out", "--family", family)
     assert done.code == 0, done.said
-    for words in ("joint transparency", "alpha is 1 in all such files", f"text_to_alpha: {rule}", "licence"):
+    for words in (
+        "joint transparency",
+        "alpha is 1 in all published files",
+        f"text_to_alpha: {rule}",
+        "license",
+    ):
         assert words in " ".join(done.said.split()), done.said
     found = load_file(tmp_path / "out" / joint.WEIGHTS)
     assert len(found) == count
@@ -102,7 +107,7 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
     for place in (path, tmp_path / "out"):
         said = " ".join(inlaid("inspect", place).said.split())
         assert "transparency joint" in said and "cannot be imported" not in said, said
-        assert "vector for alpha" in said
+        assert "domain embedding" in said
 
 
 def test_another_alpha_may_be_given(tmp_path: Path) -> None:
@@ -129,44 +134,44 @@ WRONG: dict[str, tuple[str, dict[str, Tensor], str]] = {
     "half of a layer": (
         "cogvideox",
         drop(cogvideox(2), f"{Q}.lora_B"),
-        "not whole: 1 tensors are missing, such as of to_q of block 1",
+        "incomplete: 1 tensors are missing, such as those of to_q of block 1",
     ),
-    "a layer": ("cogvideox", drop(cogvideox(2), Q), "not whole: 2 tensors are missing"),
+    "a layer": ("cogvideox", drop(cogvideox(2), Q), "incomplete: 2 tensors are missing"),
     "a block": (
         "cogvideox",
         drop(cogvideox(3), ".1."),
-        "not whole: 8 tensors are missing, such as of to_k of",
+        "incomplete: 8 tensors are missing, such as those of to_k of",
     ),
-    "only the vector": ("cogvideox", {"domain_emb": torch.zeros(1, 1, 8)}, "not whole"),
+    "only the vector": ("cogvideox", {"domain_emb": torch.zeros(1, 1, 8)}, "incomplete"),
     "more": (
         "cogvideox",
         cogvideox(1, extra=torch.zeros(2)),
-        "1 tensors that do not belong to such a file (extra)",
+        "1 unexpected tensors (extra)",
     ),
     "more layers": (
         "cogvideox",
         cogvideox(1, **{"transformer.transformer_blocks.0.ff.net.2.lora_A.weight": torch.zeros(2, 2)}),
-        "do not belong to such a file (transformer.transformer_blocks.0.ff.net.2.lora_A.weight)",
+        "unexpected tensors (transformer.transformer_blocks.0.ff.net.2.lora_A.weight)",
     ),
     "ranks": ("cogvideox", other(cogvideox(2), Q), "different ranks, 128 (7), 64 (1)"),
     "a vector for each token": (
         "cogvideox",
         cogvideox(1, domain_emb=torch.zeros(1, 4, WIDTH)),
-        "its vector for alpha has shape (1, 4, 24)",
+        "the domain embedding has shape (1, 4, 24)",
     ),
-    "half a Mochi": ("mochi", drop(mochi(2), "block_1.to_out_lora.1"), "such as of out of block 1"),
-    "more of Mochi": ("mochi", {**mochi(1), "step": torch.zeros(1)}, "do not belong to such a file (step)"),
+    "half a Mochi": ("mochi", drop(mochi(2), "block_1.to_out_lora.1"), "such as those of out of block 1"),
+    "more of Mochi": ("mochi", {**mochi(1), "step": torch.zeros(1)}, "unexpected tensors (step)"),
     "ranks of Mochi": ("mochi", other(mochi(2), "block_0.to_k"), "different ranks"),
     "of Wan and something": (
         "wan",
         {**wan(1), "transformer.x": torch.zeros(1)},
-        "such a file (transformer.x)",
+        "unexpected tensors (transformer.x)",
     ),
-    "half a Wan": ("wan", drop(wan(2), "blocks.1.ffn.2.lora_B"), "1 layers without both factors"),
+    "half a Wan": ("wan", drop(wan(2), "blocks.1.ffn.2.lora_B"), "1 layers lack a factor, A or B"),
     "no layer of Wan": (
         "wan",
         {**wan(1), "diffusion_model.x.lora_A.weight": torch.zeros(256, 2)},
-        "no known layer",
+        "match no layer",
     ),
     "another family": ("wan", cogvideox(1), "with layers that this family does not have"),
 }
@@ -193,7 +198,7 @@ def test_made_for_another_size(checkpoint: Checkpoint, tmp_path: Path) -> None:
         "--checkpoint",
         checkpoint("cogvideox", "5b"),
     )
-    assert done.code == 2 and "made for another size of network" in " ".join(done.said.split())
+    assert done.code == 2 and "trained on a network of another size" in " ".join(done.said.split())
 
 
 def fitting(network: Any, family: str) -> dict[str, Tensor]:
@@ -278,7 +283,7 @@ def test_joint_and_other_adapters_are_not_mistaken_for_each_other(
     with pytest.raises(ValueError, match=r"trained with alpha.kind=joint"):
         family.single.accept({"inlaid_alpha": "joint"})
     (tmp_path / "out" / joint.EMBEDDING).unlink()
-    with pytest.raises(ValueError, match=r"domain_embedding.safetensors is missing, which belongs to"):
+    with pytest.raises(ValueError, match=r"domain_embedding.safetensors of this adapter is missing"):
         family.load_adapter(pipe, tmp_path / "out")
     with pytest.raises(ValueError, match=r"is missing"):
         formats.read(tmp_path / "out", families.get("cogvideox"))

@@ -133,7 +133,7 @@ def test_two_processes_are_one_that_accumulates(
 def test_such_an_adapter_is_not_written_for_others(joint_recipe: Callable[..., dict], tmp_path: Path) -> None:
     run = train(config.build(joint_recipe(FEW[0], train__steps=1)))
     for to in ("merged", "comfyui", "kohya"):
-        with pytest.raises(ValueError, match=f"--to: {to} is for updates of all tokens.*cannot be merged"):
+        with pytest.raises(ValueError, match=f"--to: {to} applies an adapter to all tokens.*cannot be merged"):
             exchange.export(run, to, tmp_path / to)
     exchange.export(run, "diffusers", tmp_path / "out")
     before, after = (

@@ -120,7 +120,7 @@ def test_the_whole_way(recipe: Callable[..., dict], tmp_path: Path, kind: str) -
         refused = inlaid("export", folder, "--to", to)
         assert (
             refused.code
-            and f"the {to} layout is for LoRA and DoRA; export this {kind} as merged" in refused.said
+            and f"the {to} layout supports LoRA and DoRA only; export this {kind} as merged" in refused.said
         )
 
 
@@ -139,9 +139,11 @@ def test_files_that_do_not_fit_are_refused(tiny_wan: Path, tmp_path: Path) -> No
     first = next(iter(tensors))
     refuse(lambda t: {k: v for k, v in t.items() if k != first}, "1 tensors do not fit")
     refuse(lambda t: {**t, first: torch.cat([t[first], t[first]])}, "1 tensors do not fit")
-    refuse(lambda t: {**t, first: t[first] * float("nan")}, "not finite numbers")
+    refuse(lambda t: {**t, first: t[first] * float("nan")}, "contain NaN or infinity")
     other = {"lora_adapter_metadata": header["lora_adapter_metadata"].replace("blocks.0", "layers.0")}
     refuse(
-        lambda t: {k.replace("blocks.0", "layers.0"): v for k, v in t.items()}, "made for another", **other
+        lambda t: {k.replace("blocks.0", "layers.0"): v for k, v in t.items()},
+        "trained on another network",
+        **other,
     )
     refuse(lambda t: t, "without peft's configuration", lora_adapter_metadata="{}")

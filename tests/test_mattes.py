@@ -47,7 +47,7 @@ def test_predictors_that_learned_nothing_pass_the_mean_and_not_the_regions() -> 
     assert good.mae < nothing.mae and good.balanced < 30
     dim = (truth * 0.45).astype(np.uint8)
     found = mattes.faults(mattes.score(dim, truth), trivial)
-    assert any("what is opaque" in f for f in found), "half of the subject is gone"
+    assert any("where opaque" in f for f in found), "half of the subject is gone"
 
 
 def test_regions_share_all_pixels_once() -> None:

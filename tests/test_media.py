@@ -411,7 +411,7 @@ def test_arrays_with_a_rate_are_sampled_by_time(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "cause"),
     [
-        ({"video": np.zeros((2, 8, 8, 3), np.uint8)}, "no array `frames`; there are: video"),
+        ({"video": np.zeros((2, 8, 8, 3), np.uint8)}, "no array `frames`; its arrays are: video"),
         ({"frames": np.zeros((2, 8, 8, 3), np.float32)}, "float32"),
         ({"frames": np.zeros((8, 8, 3), np.uint8)}, "it must be uint8 and"),
         ({"frames": np.zeros((2, 8, 8, 4), np.uint8)}, "it must be uint8 and"),

@@ -128,12 +128,12 @@ def test_a_run_learns_and_draws_with_its_codec_alone(
         ]
     assert drawn[0].shape == (5, 32, 32, 4) and drawn[0].dtype == np.uint8
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
-    with pytest.raises(ValueError, match="this adapter was trained on codec"):
+    with pytest.raises(ValueError, match="the adapter was trained with RGBA VAE"):
         generate.trained(place, None, alpha.family(merged(alpha__codec=str(codecs[1]))))
     opaque = merged(alpha={"kind": "opaque"})
     with pytest.raises(ValueError, match=r"trained with alpha\.kind=merged"):
         generate.trained(place, None, alpha.family(opaque))
-    with pytest.raises(ValueError, match=r"begun with another recipe:\n.*alpha\.codec"):
+    with pytest.raises(ValueError, match=r"started with another recipe:\n.*alpha\.codec"):
         train(merged(tuner={"kind": "dora", "rank": 2}, alpha__codec=str(codecs[1])))
 
 
@@ -150,7 +150,7 @@ def test_a_codec_may_have_colours_of_its_own(
     ("model", "said"),
     [
         ({"family": "wan", "variant": "ti2v"}, "has 48 channels"),
-        ({"family": "wan", "variant": "i2v"}, "merged makes clips from text"),
+        ({"family": "wan", "variant": "i2v"}, "merged supports text-to-video only"),
         ({"family": "cogvideox", "variant": None}, "16-channel VAE of Wan 2.1"),
     ],
     ids=["48 channels", "from images", "another family"],
@@ -172,7 +172,11 @@ def test_other_checkpoints_are_refused(
 
 @pytest.mark.parametrize(
     ("codec", "said"),
-    [("nowhere", "nowhere is no folder"), ("twin:mochi", "no codec of a twin"), (".", "is not a codec")],
+    [
+        ("nowhere", "nowhere is not a folder"),
+        ("twin:mochi", "no RGBA VAE of a tiny model"),
+        (".", "is not an RGBA VAE"),
+    ],
 )
 def test_a_codec_must_be_one(
     merged: Callable[..., config.Config],
@@ -231,7 +235,7 @@ def test_every_layout_imports_and_does_the_same(
     again = rgba_codec.load(out, vae)
     for one, two in zip(codec.decode(Z), again.decode(Z), strict=True):
         assert (one - two).abs().max() <= (1e-4 if "folded" in layout or layout == "comfyui" else 0)
-    assert "codec" in notes[0]
+    assert "RGBA VAE" in notes[0]
     whole = layout.endswith("whole")
     assert rgba_codec.read_config(out)["parts"] == (["merge", "rgb", "alpha"] if whole else ["rgb", "alpha"])
     assert any("no merge block" in n for n in notes) != whole
@@ -240,7 +244,7 @@ def test_every_layout_imports_and_does_the_same(
         for name, tensor in codec.merge.state_dict().items():
             assert torch.equal(tensor, again.merge.state_dict()[name])
     if layout == "lightning":
-        assert any("1 other tensors were left, such as loss.weight" in n for n in notes)
+        assert any("1 other tensors were ignored, such as loss.weight" in n for n in notes)
     assert formats.inspect(out).kind == "codec"
     assert "codec_id" in formats.describe(formats.inspect(out))
 
@@ -258,17 +262,17 @@ def _other_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_without("vae_pha."), "half of it is missing.*nothing under vae_pha"),
-        (_without("vae_fgr."), "half of it is missing.*nothing under vae_fgr"),
+        (_without("vae_pha."), "a decoder is missing.*no tensors vae_pha"),
+        (_without("vae_fgr."), "a decoder is missing.*no tensors vae_fgr"),
         (_without("conv1.conv3D.lora_B"), "factors are missing, such as conv_in.lora_B"),
         (
             lambda t: {**t, "vae_fgr.decoder.extra.lora_A.default.weight": torch.ones(2, 2)},
-            "have no place in a codec",
+            "match no part of an RGBA VAE",
         ),
-        (lambda t: {**t, "middle.block.extra.weight": torch.ones(2)}, "have no place in a codec"),
+        (lambda t: {**t, "middle.block.extra.weight": torch.ones(2)}, "match no part of an RGBA VAE"),
         (_other_rank, "ranks differ"),
         (lambda t: {n: torch.cat([x, x], 1) if "lora_A" in n else x for n, x in t.items()}, "this VAE needs"),
-        (lambda t: {n: [1] for n in t}, "holds no tensors by name"),
+        (lambda t: {n: [1] for n in t}, "is not a mapping of names to tensors"),
     ],
     ids=["no alpha", "no colour", "no factor", "extra", "extra merge", "rank", "width", "no tensors"],
 )
@@ -288,14 +292,14 @@ def test_wrong_pairs_of_folded_decoders_are_refused(
     one = next(folder.glob("*alpha_channel*"))
     torch.manual_seed(3)
     other = AutoencoderKLWan.from_config(vae.config)
-    with pytest.raises(ValueError, match="another VAE"):
+    with pytest.raises(ValueError, match="use another --checkpoint"):
         rgba_files.convert(folder, tmp_path / "out", other)
     one.rename(tmp_path / "decoder.safetensors")
     with pytest.raises(ValueError, match="the file with `alpha_channel` in its name is missing"):
         exchange.convert(folder, tmp_path / "out", "wan", str(tiny_wan))
-    with pytest.raises(ValueError, match="name them alike with `rgb_channel` and `alpha_channel`"):
+    with pytest.raises(ValueError, match="put both into one folder, with `rgb_channel` and `alpha_channel`"):
         exchange.convert(tmp_path / "decoder.safetensors", tmp_path / "out", "wan", str(tiny_wan))
-    with pytest.raises(ValueError, match="name it with --checkpoint"):
+    with pytest.raises(ValueError, match="pass it with --checkpoint"):
         exchange.convert(folder, tmp_path / "out", "wan")
 
 
@@ -304,7 +308,7 @@ def test_a_whole_vae_of_another_base_is_refused(
 ) -> None:
     path = write(codec, "whole", tmp_path / "in")
     torch.manual_seed(3)
-    with pytest.raises(ValueError, match="its VAE is not the checkpoint's"):
+    with pytest.raises(ValueError, match=r"made for another VAE: .* is not the checkpoint's"):
         rgba_files.convert(path, tmp_path / "out", AutoencoderKLWan.from_config(vae.config))
 
 
@@ -313,7 +317,7 @@ def test_decoders_without_a_merge_block_decode_and_cannot_encode(
 ) -> None:
     rgba_files.convert(write(codec, "decoder", tmp_path / "in"), tmp_path / "half", vae)
     family = alpha.family(merged(alpha__codec=str(tmp_path / "half")))
-    with pytest.raises(ValueError, match=r"no merge block.*train: merge, start:"):
+    with pytest.raises(ValueError, match=r"no merge block.*train: merge, init_from:"):
         family.load_media_encoder(torch.device("cpu"))
     assert hasattr(family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32), "codec")
 

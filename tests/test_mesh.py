@@ -44,7 +44,7 @@ def test_extraction_is_exact_cheap_and_closed() -> None:
 def test_extraction_of_nothing_and_of_a_field_that_is_positive_inside() -> None:
     assert mesh.extract(lambda p: np.ones(len(p)), resolution=32, coarse=32) == (None, "")
     found, note = mesh.extract(lambda p: -ball()(p), resolution=64, coarse=32)
-    assert found is not None and "turned round" in note and found.volume > 0.5
+    assert found is not None and "sign was inverted" in note and found.volume > 0.5
 
 
 def test_problems_are_told() -> None:
@@ -52,7 +52,7 @@ def test_problems_are_told() -> None:
     assert mesh.problems(good) == []
     open_one = trimesh.Trimesh(good.vertices, good.faces[:-1], process=False)
     assert mesh.problems(open_one) == ["is not watertight"]
-    assert "leaves the box" in mesh.problems(trimesh.creation.icosphere(radius=1.2))[0]
+    assert "extends beyond the box" in mesh.problems(trimesh.creation.icosphere(radius=1.2))[0]
     assert "triangles" in mesh.problems(good, most=10)[0]
     broken = good.copy()
     broken.vertices[0] = np.nan
@@ -91,9 +91,9 @@ def test_bad_surfaces_are_named(tmp_path: Path) -> None:
         "not finite": bad,
         "normals are zero": zero,
         "outside of the box": points * 3,
-        "a surface is": points[:, :5],
+        "a surface must be": points[:, :5],
         "has 3 points": points[:3],
-        "a surface has": points[:15],
+        "a surface needs": points[:15],
     }
     for says, array in cases.items():
         np.save(tmp_path / "bad.npy", array)
@@ -144,7 +144,7 @@ def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh.require()
     monkeypatch.setattr(mesh, "find_spec", lambda name: None if name == "fpsample" else object())
-    with pytest.raises(ValueError, match=r"not here \(fpsample\): pip install 'inlaid\[mesh\]'"):
+    with pytest.raises(ValueError, match=r"not installed \(fpsample\): pip install 'inlaid\[mesh\]'"):
         mesh.require()
 
 

@@ -118,7 +118,7 @@ def test_damaged_checkpoints_say_so(copy: Path) -> None:
     with pytest.raises(ValueError, match="not a TripoSG or MIDI transformer"):
         family(copy)
     file.unlink()
-    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+    with pytest.raises(ValueError, match=r"has no \.safetensors file"):
         family(copy)
 
 
@@ -202,7 +202,7 @@ def test_options_and_targets_that_change_the_function_are_told(
     with pytest.raises(ValueError, match="multi_instance: `8-12` is not one of"):
         family(place, multi_instance="8-12")
     notes = family(place, multi_instance="0").notes(config.build(scene_recipe()))
-    assert "in blocks [0], the network knows [1, 2]" in notes[0]
+    assert "in blocks [0], pretrained in blocks [1, 2]" in notes[0]
     some = config.build(scene_recipe(tuner__targets=[r"blocks\.\d+\.attn1\.to_(q|v)"]))
     assert "only some projections of attn1" in family(place).notes(some)[0]
     assert family(place).notes(config.build(scene_recipe())) == []
@@ -272,9 +272,9 @@ def test_the_way_from_scenes_to_a_glb(
     assert report.code == 0, report.said
     found = json.loads((tmp_path / "run/report/report.json").read_text("utf-8"))
     pair_ = found["pairs"][0]
-    assert pair_["group"] == "held-out scenes" and set(pair_["tuned"]["metrics"]) == set(metrics())
+    assert pair_["group"] == "validation scenes" and set(pair_["tuned"]["metrics"]) == set(metrics())
     assert set(pair_["tuned"]["parts"]) <= {"object_1", "object_2", "object_3"}
-    assert "turn it" in (tmp_path / "run/report/report.html").read_text("utf-8")
+    assert "open 3D view" in (tmp_path / "run/report/report.html").read_text("utf-8")
     assert inlaid("export", tmp_path / "run", "--to", "merged").code == 0
     assert inlaid("inspect", tmp_path / "run").code == 0
 

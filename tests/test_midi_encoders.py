@@ -150,7 +150,7 @@ def test_the_way_with_image_encoders(
     copied = run / "export/diffusers"
     assert load_file(copied / DINO / "adapter_model.safetensors").keys()
     refused = inlaid("export", run, "--to", "comfyui")
-    assert refused.code == 2 and "no place for image_encoder_1, image_encoder_2" in refused.said
+    assert refused.code == 2 and "cannot represent image_encoder_1, image_encoder_2" in refused.said
 
     # Made with it, at half its strength, and without.
     pair = ["--image", media_root / "scenes/bedroom_rgb.png", "--seg", media_root / "scenes/bedroom_seg.png"]
@@ -205,15 +205,17 @@ def test_what_cannot_be_is_told(
     raw = scene_recipe()
     one = family(raw["model"]["checkpoint"], image_encoders="both")
     for changes, said in (
-        ({"tuner": {"kind": "full"}}, "they take a lora or a dora, not full"),
-        ({"tuner__kind": "lokr"}, "they take a lora or a dora, not lokr"),
-        ({"runtime": {"parallel": "fsdp"}}, "not with runtime.parallel=fsdp; use ddp"),
+        ({"tuner": {"kind": "full"}}, "needs tuner.kind lora or dora, not full"),
+        ({"tuner__kind": "lokr"}, "needs tuner.kind lora or dora, not lokr"),
+        ({"runtime": {"parallel": "fsdp"}}, "not supported with runtime.parallel=fsdp; use ddp"),
     ):
         assert said in "; ".join(one.problems(config.build(scene_recipe(**changes))))
     assert one.problems(config.build(raw)) == []
-    with pytest.raises(ValueError, match="this checkpoint has DINO alone; write dino"):
+    with pytest.raises(ValueError, match="this checkpoint has DINO only: set it to dino"):
         family(checkpoint("midi", "triposg"), image_encoders="both")
-    with pytest.raises(ValueError, match="no layer of image_encoder_1, which this recipe trains"):
+    with pytest.raises(
+        ValueError, match="no pattern matches a layer of image_encoder_1, which this recipe trains"
+    ):
         train(config.build(scene_recipe(tuner__targets=[rf"({DINO}|blocks).*(to_|_proj).*"])))
 
 

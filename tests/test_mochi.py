@@ -465,7 +465,7 @@ def test_every_command_in_the_same_words(folder: Path, clips: Path, here: Path) 
     )
     assert again.keys() == before.keys() and all(torch.equal(again[k], before[k]) for k in again)
     changed = inlaid("train", recipe, "model.options={latent_space: normalized}")
-    assert changed.code == 2 and "begun with another recipe" in changed.said
+    assert changed.code == 2 and "started with another recipe" in changed.said
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -473,7 +473,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "12 frames": ({"data__frames": [7, 12]}, "data: 12 frames is not 6n+1: use 7 or 13"),
     "frames to sample": ({"sample__frames": 14}, "sample: 14 frames is not 6n+1: use 13 or 19"),
     "odd size": ({"data__size": [32, 40]}, "data: 32x40 is not a multiple of 16: use 32x32"),
-    "an image": ({"sample__images": ["start.png"]}, "makes videos from text alone; leave images out"),
+    "an image": ({"sample__images": ["start.png"]}, "is text-to-video and uses no images; leave"),
     "a task": ({"model__task": "i2v"}, "model.task: CHECKPOINT has one network, for t2v; leave `task` out"),
     "an expert": (
         {"model__expert": "low"},
@@ -481,7 +481,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an option": (
         {"model__options": {"latents": "raw"}},
-        "model.options.latents: mochi has no such option; it has latent_space",
+        "model.options.latents: mochi has no such option; its options are latent_space",
     ),
     "its value": (
         {"model__options": {"latent_space": "row"}},
@@ -489,7 +489,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one step": (
         {"sample__steps": 1},
-        "sample.steps: the schedule that Mochi is sampled with has two parts; use 2 steps",
+        "sample.steps: the sampling schedule of Mochi has two parts; use 2 steps",
     ),
     "a made-up target": (
         {"tuner__targets": [r"time_embed\.pooler\.to_z"]},
@@ -519,17 +519,13 @@ def edited(source: Path, target: Path, **components: dict[str, Any]) -> Path:
 def test_checkpoints_that_are_something_else_are_refused(
     folder: Path, tiny_wan: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ValueError, match="is not a Mochi checkpoint, it holds WanTransformer3DModel and Auto"
-    ):
+    with pytest.raises(ValueError, match="is not a Mochi checkpoint, it contains WanTransformer3DModel and"):
         family(tiny_wan)
     wide = edited(folder, tmp_path / "wide", transformer={"in_channels": 24})
-    with pytest.raises(
-        ValueError, match="takes 24 channels for a 12-channel VAE; Mochi text-to-video takes 12"
-    ):
+    with pytest.raises(ValueError, match="takes 24 channels for a 12-channel VAE; only Mochi text-to-video"):
         family(wide)
     shutil.rmtree(wide / "vae")
-    with pytest.raises(ValueError, match="it holds MochiTransformer3DModel and None"):
+    with pytest.raises(ValueError, match="it contains MochiTransformer3DModel and None"):
         family(wide)
 
 

@@ -138,16 +138,16 @@ def test_reductions_are_cut_into_parts_that_cover_everything_once() -> None:
     [
         (
             {"runtime__parallel": "fsdp"},
-            r"fsdp shards over several processes, this launch has one: .*torchrun",
+            r"fsdp needs several processes, this launch has one: .*torchrun",
         ),
         (
             {"runtime__parallel": "fsdp", "optim__name": "adamw8bit"},
-            r"optim\.name: adamw8bit does not step on sha",
+            r"optim\.name: adamw8bit does not support sharded",
         ),
-        ({"runtime": {"parallel": "fsdp", "compile": True}}, r"runtime\.compile: not with .*fsdp"),
+        ({"runtime": {"parallel": "fsdp", "compile": True}}, r"runtime\.compile: not supported with .*fsdp"),
         (
             {"runtime": {"parallel": "zero3", "precision": "bfloat16"}, "tuner": {"kind": "full"}},
-            r"runtime\.precision: full fine-tuning with zero3 only in float32 .* use fsdp",
+            r"runtime\.precision: full fine-tuning with zero3 needs float32 .* use fsdp",
         ),
     ],
 )

@@ -79,30 +79,30 @@ def made(**parts: Any) -> Report:
 @pytest.mark.parametrize(
     ("parts", "tone", "says"),
     [
-        ({}, "good", "It learned: held-out loss fell 20.0%."),
-        ({"held_out": losses(0.5, 0.498, 0.499)}, "unclear", "hardly moved (−0.3%)"),
-        ({"held_out": losses(0.5, 0.52, 0.55)}, "bad", "held-out loss rose 7.0%"),
+        ({}, "good", "Improved: validation loss fell 20.0%."),
+        ({"held_out": losses(0.5, 0.498, 0.499)}, "unclear", "hardly changed (−0.3%)"),
+        ({"held_out": losses(0.5, 0.52, 0.55)}, "bad", "validation loss rose 7.0%"),
         ({"held_out": losses(0.5, 0.3, 0.51, 0.51)}, "unclear", "fell 12.0%, but not on most clips"),
-        ({"held_out": None}, "unclear", "no clips were held out"),
+        ({"held_out": None}, "unclear", "there are no validation clips"),
         (
             {"pairs": [pair(distance=0.0)]},
             "bad",
-            "Nothing changed: the videos of base and tuned are the same, pixel for pixel",
+            "Nothing changed: the videos of base and tuned are identical in every pixel",
         ),
-        ({"pairs": [pair(distance=0.001)]}, "bad", "look the same"),
+        ({"pairs": [pair(distance=0.001)]}, "bad", "look identical"),
         (
             {"pairs": [pair("cat", False, True)] * 4},
             "good",
-            "It learned cat: 4 of 4 videos now show what was asked, 0 did before",
+            "Improved cat: 4 of 4 videos match the prompt, 0 before training",
         ),
-        ({"pairs": [pair("cat", True, False)] * 4}, "bad", "It got worse"),
+        ({"pairs": [pair("cat", True, False)] * 4}, "bad", "Worse: fewer videos"),
         (
             {"pairs": [pair("new", False, True), pair("old", True, False)]},
             "unclear",
-            "It learned new and forgot",
+            "Improved new, but other prompts got worse",
         ),
-        ({"pairs": [pair("cat", False, True)], "held_out": losses(0.5, 0.6)}, "unclear", "narrowly"),
-        ({"pairs": []}, "good", "held-out loss fell"),
+        ({"pairs": [pair("cat", False, True)], "held_out": losses(0.5, 0.6)}, "unclear", "validation loss"),
+        ({"pairs": []}, "good", "validation loss fell"),
     ],
 )
 def test_the_verdict_says_what_the_numbers_show(parts: dict, tone: str, says: str) -> None:
@@ -113,29 +113,29 @@ def test_the_verdict_says_what_the_numbers_show(parts: dict, tone: str, says: st
 def test_reasons_name_counts() -> None:
     verdict = made(pairs=[pair("cat", False, True)] * 3 + [pair("cat", True, False)]).verdict
     assert verdict.reasons == [
-        "Cat: 3 of 4 tuned videos show what was asked, 1 of 4 base videos.",
-        "Held-out loss went from 0.5000 to 0.4000 (−20.0%), lower on 3 of 3 clips.",
+        "Cat: 3 of 4 tuned videos match the prompt, 1 of 4 base videos.",
+        "Validation loss changed from 0.5000 to 0.4000 (−20.0%), lower on 3 of 3 clips.",
     ]
 
 
 @pytest.mark.parametrize(
     ("parts", "warns"),
     [
-        ({"held_out": losses(0.5, 0.4)}, "only 1 held-out clip: a hint"),
+        ({"held_out": losses(0.5, 0.4)}, "Only 1 validation clip measured"),
         ({"pairs": [pair(flicker=0.5)]}, "flicker more than before: 0.02 to 0.50 %"),
-        ({"pairs": [pair(motion=0.05)]}, "move far less than before: motion 0.30 to 0.05"),
-        ({"pairs": [pair(sharpness=50)]}, "far blurrier than before: sharpness 200 to 50"),
-        ({"pairs": [pair(consistency=0.7)]}, "hold together less well"),
+        ({"pairs": [pair(motion=0.05)]}, "have much less motion than before: motion 0.30 to 0.05"),
+        ({"pairs": [pair(sharpness=50)]}, "much blurrier than before: sharpness 200 to 50"),
+        ({"pairs": [pair(consistency=0.7)]}, "Frames are less consistent"),
         (
             {"pairs": [pair("old", True, False)] * 2},
-            "It forgot “old”: 0 of 2 videos show what was asked, 2 did before",
+            "Worse on prompts “old”: 0 of 2 videos match the prompt, 2 before training",
         ),
         ({"notes": ["clips are gone"]}, "clips are gone"),
         (
             {"curves": [{"step": 50, "held_out_loss": 0.3}, {"step": 100, "held_out_loss": 0.4}]},
             "lowest at step 50 and has risen 33.3%",
         ),
-        ({"curves": [{"step": 100, "held_out_loss": 0.44}]}, "have the clips changed since?"),
+        ({"curves": [{"step": 100, "held_out_loss": 0.44}]}, "if the clips have changed since"),
     ],
 )
 def test_warnings(parts: dict, warns: str) -> None:
@@ -281,18 +281,18 @@ def test_the_page_shows_all_there_is(full: Report) -> None:
     labels = [str(a.get("aria-label")) for a in found.all("svg") if a.get("role") == "img"]
     assert [x.split(" over ")[0] for x in labels] == [
         "Training loss",
-        "Held-out loss, mean",
+        "Validation loss, mean",
         *(f"at noise level {t:.2f}" for t in (0.3, 0.6, 0.7, 0.8, 0.9)),
         "Learning rate",
         "Gradient norm",
     ]
-    assert "base: 0.5 to 0.5; held out: 0.5 to 0.4" in labels[1], "the curve begins at the base"
+    assert "base: 0.5 to 0.5; validation loss: 0.5 to 0.4" in labels[1], "the curve begins at the base"
     assert 'class="mark"' in text, "step 75 of 100 was evaluated"
     for word in (
-        "as asked",
-        "not as asked",
-        "Training clips, to compare",
-        "What the model saw",
+        "matches the prompt",
+        "does not match",
+        "Training clips, for reference",
+        "Frames of training clips",
         "LoRA, rank 4",
         "torch",
     ):

@@ -299,8 +299,8 @@ def test_composite_command(tmp_path: Path) -> None:
     opaque[..., 3] = 255
     rgba.write(tmp_path / "opaque.zip", opaque, 12)
     for args, says in {
-        (front, "no-such-thing"): "neither a file nor a colour",
-        (tmp_path / "opaque.zip", "red"): "opaque everywhere",
+        (front, "no-such-thing"): "neither a file nor a color",
+        (tmp_path / "opaque.zip", "red"): "fully opaque",
         (tmp_path / "none.mov", "red"): "none.mov",
         (front, "red", "--out", tmp_path / "out.gif"): "written as .mp4",
     }.items():

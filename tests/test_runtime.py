@@ -58,7 +58,7 @@ def test_one_recipe_on_every_machine(
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no `cuda` on this machine \(there is: mps, cpu\)"):
+    with pytest.raises(ValueError, match=r"no `cuda` on this machine \(available: mps, cpu\)"):
         resolve(Devices(mps=True), device="cuda")
 
 
@@ -147,7 +147,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, damage: str) -> None:
         content = bytearray(file.read_bytes())
         content[-3] ^= 1
         file.write_bytes(content if damage == "change" else content[:-4])
-    with pytest.raises(ValueError, match=f"is damaged.*{file.name}.*go on from the one before"):
+    with pytest.raises(ValueError, match=f"is damaged.*{file.name}.*resume from the previous one"):
         runtime.load_state(tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_run_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/.tmp-1-step-000015").mkdir()
     assert [p.name for p in run.checkpoints()] == ["step-000005", "step-000010", "step-100000"]
     assert run.checkpoint("10") == run.checkpoint("step-000010") == tmp_path / "checkpoints/step-000010"
-    with pytest.raises(ValueError, match="no checkpoint `7`; there are: step-000005, step-000010"):
+    with pytest.raises(ValueError, match="no checkpoint `7`; available: step-000005, step-000010"):
         run.checkpoint("7")
     run.keep(2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-100000"]

@@ -105,12 +105,12 @@ def test_three_d_front(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "surfaces", "says"),
     [
-        (halves(), {"surface.npy": ball()}, "shows 2 objects for one surface"),
-        (halves(), {"surface_3.npy": ball()}, "does not show object 3"),
-        (np.zeros((32, 32), int), {"surface_1.npy": ball()}, "it shows none"),
+        (halves(), {"surface.npy": ball()}, "contains 2 objects for one surface"),
+        (halves(), {"surface_3.npy": ball()}, "does not contain object 3"),
+        (np.zeros((32, 32), int), {"surface_1.npy": ball()}, "it contains none"),
         (halves(), {"surface_1.npy": ball() * 4}, "outside of the box"),
-        (halves(), {"surface_1.npy": ball()[:, :5]}, "a surface is"),
-        (np.eye(32, dtype=int) * (np.arange(32) < 1), {"surface_1.npy": ball()}, "fills enough"),
+        (halves(), {"surface_1.npy": ball()[:, :5]}, "a surface must be"),
+        (np.eye(32, dtype=int) * (np.arange(32) < 1), {"surface_1.npy": ball()}, "covers too little"),
     ],
 )
 def test_wrong_scenes_say_what_is_wrong(
@@ -139,7 +139,7 @@ def test_incomplete_folders_are_named_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         scenes.find(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no scenes"):
+    with pytest.raises(ValueError, match="contains no scenes"):
         scenes.find(tmp_path / "empty")
 
 

@@ -157,7 +157,7 @@ def test_another_recipe_does_not_go_on(recipe: Callable[..., dict]) -> None:
 
 
 def test_number_of_processes_is_checked(recipe: Callable[..., dict]) -> None:
-    with pytest.raises(ValueError, match=r"meant for 2 process"):
+    with pytest.raises(ValueError, match=r"requires 2 process"):
         run(recipe(runtime__world_size=2))
 
 

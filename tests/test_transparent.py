@@ -38,7 +38,7 @@ def test_check_shows_what_alpha_is_like(raw: Any, tmp_path: Path) -> None:
     out = io.StringIO()
     check.print_report(report, Console(file=out, width=140, color_system=None))
     text = " ".join(out.getvalue().split())
-    assert "coverage soft residue colour under clear range looks" in text
+    assert "coverage soft residue color where transparent range looks" in text
     assert f"00_rgb.mkv {found['coverage']:.1%}" in text and "0-255 straight" in text and "all 4" in text
     sheet = np.asarray(Image.open(report.contact_sheet or "").convert("RGB"))
     board = [int((sheet == level).all(-1).sum()) for level in (204, 255)]
@@ -55,8 +55,8 @@ def test_check_names_what_is_wrong_with_alpha(raw: Any, tmp_path: Path) -> None:
     out = io.StringIO()
     check.print_report(report, Console(file=out, width=140, color_system=None))
     text = " ".join(out.getvalue().split())
-    assert "1 of 4 clips does not match its matte (01_rgb.mkv: 9 frames and 8 in 01_alpha.mkv)" in text
-    assert "1 of 4 clips has no alpha (02_rgb.mkv: no alpha channel in it (ffv1 bgr0)" in text
+    assert "1 of 4 clips does not match its alpha matte (01_rgb.mkv: 9 frames and 8 in 01_alpha.mkv)" in text
+    assert "1 of 4 clips has no alpha (02_rgb.mkv: no alpha channel (ffv1 bgr0)" in text
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_what_has_no_matte_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     frames[..., 3] = 255
     path, facts = mediums.of("video").write(tmp_path / "a", frames, config.Sample(transparent=["png"]), 16)
     path.with_suffix(".json").write_text(json.dumps(facts), "utf-8")
-    assert "a.mp4 is opaque everywhere: the model gave it no matte" in capsys.readouterr().err
+    assert "a.mp4: alpha is constant (opaque): the model generated no alpha" in capsys.readouterr().err
     assert generate.outputs(tmp_path / "a.mp4") == [tmp_path / "a.zip", tmp_path / "a.mp4"]
 
 
@@ -138,7 +138,7 @@ def test_opaque_videos_are_written_as_before(tmp_path: Path) -> None:
 def test_matte_options_need_a_transparent_run(recipe: Any, raw: Any) -> None:
     options = {"data__matte": {"snap": 2}}
     report = check.check(config.build(recipe(**options)))
-    assert [m for m in report.mistakes if "data.matte: this run is opaque" in m] and not report.ok
+    assert [m for m in report.mistakes if "data.matte: an opaque run" in m] and not report.ok
     assert check.check(config.build(raw(**options))).ok
 
 
@@ -149,4 +149,4 @@ def test_new_says_that_clips_have_alpha(tmp_path: Path, tiny_wan: Path, make_cli
         path = recipes.new("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
         text = path.read_text("utf-8")
         assert (says in text) if says else ("alpha" not in text)
-    assert "2 files have alpha or are mattes" in (tmp_path / "cutouts.yaml").read_text("utf-8")
+    assert "2 files have alpha or are alpha mattes" in (tmp_path / "cutouts.yaml").read_text("utf-8")

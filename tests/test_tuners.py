@@ -161,7 +161,7 @@ def test_attaching_leaves_the_random_state_alone(tiny_wan: Path) -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["proj_in"], r"`proj_in` matches no layer; there is, for one, a\.to_q"),
+        (["proj_in"], r"`proj_in` matches no layer; an existing name is a\.to_q"),
         (["to_q"], r"`to_q` matches no layer, but `\.\*to_q` would match 2, such as a\.to_q"),
         (["("], r"`\(` is not a regular expression"),
         (["nothing", "nowhere"], r"`nothing` matches no layer.*; `nowhere` matches no layer"),

@@ -245,10 +245,12 @@ def test_checkpoints_that_are_something_else_are_refused(tiny_wan: Path, tmp_pat
         family(tmp_path)
     with pytest.raises(ValueError, match="neither a folder in diffusers layout nor a Hub id"):
         family("no-such-thing")
-    with pytest.raises(ValueError, match=r"model\.options\.vae: wan has no such option; it has text"):
+    with pytest.raises(
+        ValueError, match=r"model\.options\.vae: wan has no such option; its options are text"
+    ):
         family(tiny_wan, options={"vae": "raw"})
     assert "wan" in names() and get("wan") is Wan
-    with pytest.raises(ValueError, match=r"no family `van`; there are: .*wan"):
+    with pytest.raises(ValueError, match=r"no family `van`; choose from: .*wan"):
         get("van")
 
 

@@ -1,8 +1,7 @@
-"""inlaid teaches diffusion transformers a new subject.
+"""inlaid: fine-tune diffusion transformers on a folder of clips.
 
-From a folder of clips to an adapter that diffusers and ComfyUI load. `Config`, `load`, `train`, `generate`
-and `evaluate` are the public names; they are imported when first used, because torch and diffusers take
-seconds.
+The result is an adapter that diffusers and ComfyUI load. `Config`, `load`, `train`, `generate` and `evaluate`
+are the public names. They are imported on first use, because importing torch and diffusers takes seconds.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ _CALLABLE = ("train", "generate", "evaluate")
 
 
 class CallableModule(ModuleType):
-    """A module that is also its function of the same name.
+    """Module that can be called like its function of the same name.
 
-    Importing `inlaid.train` binds the module over the public function `inlaid.train`; so that both always mean
-    the same, the three modules that share their function's name take this class.
+    Importing the module `inlaid.train` binds it over the public function `inlaid.train`. The three modules
+    that share the name of their function use this class, so that the name can be called in both cases.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function."""
+        """Call the function."""
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""The cache: named tensors, content-addressed, so that training loads neither VAE nor text encoder.
+"""Content-addressed cache of latents and text embeddings; training loads neither VAE nor text encoder.
 
-An item's name is the hash of everything that decides its numbers: format version, family, the encoder's
-files, the window of the clip, and the clip's content. So nothing is ever stale, two runs may share a folder,
-and a stopped build goes on where it was.
+An item's name is a hash of everything that determines its values: format version, family, the encoder's
+files, the window of the clip, and the clip's content. Items are never stale, runs can share a folder, and an
+interrupted build resumes.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from inlaid.data import Window
 
 VERSION = 1
-"""Of the format; raised when an item's numbers or names change."""
+"""Version of the format; raise it when the values or names of an item's tensors change."""
 
 T = TypeVar("T")
 
 
 def identity(*parts: Any) -> str:
-    """A hash of JSON values: the name of an item."""
+    """Return an item's name: a hash of JSON values, 40 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, types, shapes and bytes."""
+    """Return a SHA-256 of the names, types, shapes and bytes of tensors."""
     out = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()
@@ -53,14 +53,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _now(path: Path) -> str:
-    """A file as it is now: its path, size and time."""
+    """Return a string of a file's path, size and modification time."""
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 @dataclass
 class Cache:
-    """A folder of items, media and text apart."""
+    """Folder of cached items, with media and text in separate subfolders."""
 
     folder: Path
     _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
@@ -76,15 +76,15 @@ class Cache:
         try:
             found = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
         except (OSError, ValueError):
-            found = None  # only a memo: files are looked at again
+            found = None  # only saves time: files are probed again
         return found if isinstance(found, dict) else {}
 
     def path(self, kind: str, name: str) -> Path:
-        """Where an item is or will be."""
+        """Return the path of an item, which may not exist yet."""
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether an item is there and whole, by its header and length; its content is verified by `read`."""
+        """Return True if an item exists with the length in its header; `read` verifies the content."""
         path = self.path(kind, name)
         try:
             with path.open("rb") as file:
@@ -97,17 +97,17 @@ class Cache:
             return False
 
     def write(self, kind: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Writes an item atomically, with its digest in the header."""
+        """Write an item atomically, with its digest in the header."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         header = {**metadata, "inlaid_cache": str(VERSION), "digest": digest(tensors)}
         with atomic(self.path(kind, name)) as temporary:
             save_file(tensors, temporary, metadata=header)
 
     def read(self, kind: str, name: str) -> dict[str, Tensor]:
-        """Reads and verifies an item.
+        """Read and verify an item.
 
         Raises:
-            ValueError: when it is missing, cut off or changed.
+            ValueError: if the item is missing, truncated or modified.
         """
         path = self.path(kind, name)
         try:
@@ -116,26 +116,26 @@ class Cache:
                 header = file.metadata() or {}
         except Exception as error:
             raise ValueError(
-                f"{path}: this cached item cannot be read ({error}); delete it and run again"
+                f"{path}: cached item cannot be read ({error}): delete the file and run again"
             ) from None
         if header.get("digest") != digest(tensors):
             raise ValueError(
-                f"{path}: this cached item was changed after it was written; delete it and run again"
+                f"{path}: cached item was modified after it was written: delete the file and run again"
             )
         return tensors
 
     def content(self, path: Path) -> str:
-        """A hash of a file's content, remembered by its size and time."""
+        """Return a SHA-256 of a file's content, memoized by size and modification time."""
         key = _now(path)
         if key not in self._hashes:
             self._hashes[key] = sha256(path)
         return self._hashes[key]
 
     def probe(self, path: Path) -> media.Probe:
-        """`media.probe`, remembered by size and time, so that going on with a run opens no video.
+        """Return `media.probe`, memoized by size and modification time; resuming a run opens no video.
 
         Raises:
-            ValueError: when the file cannot be used.
+            ValueError: if the file cannot be used.
         """
         if not path.is_file():
             return media.probe(path)
@@ -144,10 +144,10 @@ class Cache:
         return known or self._learn(key, media.probe(path))
 
     def look(self, path: Path, matte: Path | None = None) -> cutouts.Look:
-        """`cutouts.look`, remembered in the same way.
+        """Return `cutouts.look`, memoized by size and modification time of all files.
 
         Raises:
-            ValueError: when the clip cannot be used.
+            ValueError: if the clip cannot be used.
         """
         files = [f for part in (path, matte) if part for f in cutouts.files(part)]
         if not files or not all(f.is_file() for f in files):
@@ -178,7 +178,7 @@ class Cache:
         return found
 
     def remember(self) -> None:
-        """Writes what is known of files: hashes of their content, probes, what alpha is like."""
+        """Write the memoized content hashes, probes and alpha statistics."""
         for name, memo in (("hashes", self._hashes), ("probes", self._probes), ("alphas", self._alphas)):
             if not memo and name == "alphas":
                 continue
@@ -186,7 +186,7 @@ class Cache:
                 temporary.write_text(json.dumps(memo), "utf-8")
 
     def encoder(self, family: Family, part: str) -> list[str]:
-        """Identity of an encoder: the commit of a Hub checkpoint, else the content of its files."""
+        """Return an encoder's identity: the commit of a Hub checkpoint, or hashes of its files."""
         if not isinstance(family.source, Path):
             from huggingface_hub import hf_hub_download
 
@@ -202,14 +202,14 @@ class Cache:
         ]
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
-        """Names of the items of windows."""
+        """Return the item names of windows."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
         what += family.media_key
         files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
     def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
-        """Names of the items of captions, and of files that hold one encoded."""
+        """Return the item names of captions, and of files with precomputed text embeddings."""
         what, encoder = [VERSION, family.model.family], self.encoder(family, "text")
         return [
             identity(*what, encoder, str(dtype), w)
@@ -220,7 +220,7 @@ class Cache:
 
 
 def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
-    """Runs jobs in threads, a few ahead of the reader; yields results in order, an error as a result."""
+    """Run jobs in threads ahead of the consumer; yield results in order, with exceptions as results."""
 
     def caught(job: Callable[[], T]) -> T | Exception:
         try:
@@ -243,7 +243,7 @@ def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Excepti
 
 @dataclass
 class Built:
-    """What a build did: how many items were made and which clips failed."""
+    """Result of a build: the number of items made and reused, and the errors of failed clips by path."""
 
     made: int = 0
     reused: int = 0
@@ -263,12 +263,12 @@ def build_media(
     workers: int,
     advance: Advance,
 ) -> Built:
-    """Encodes windows that are not there yet.
+    """Encode the windows that are not cached.
 
-    Latents are kept as float16, with more digits than bfloat16, pixels as they are.
+    Stores latents as float16, which is more precise than bfloat16, and pixels unchanged.
 
     Raises:
-        ValueError: when the cache cannot be written. What was made stays; run it again.
+        ValueError: if the cache cannot be written. Items already written stay valid; run again to continue.
     """
     missing = [i for i, name in enumerate(names) if not cache.has("media", name)]
     built = Built(reused=len(names) - len(missing))
@@ -290,7 +290,7 @@ def build_media(
                 item = family.encode_media(encoder, frames)
             wrong = [k for k, v in item.items() if not torch.isfinite(v).all()]
             if wrong:
-                raise ValueError(f"its {', '.join(wrong)} are not finite")
+                raise ValueError(f"NaN or infinite values in {', '.join(wrong)}")
         except (OSError, ValueError) as error:
             built.failed[str(window.clip.path)] = str(error)
         else:
@@ -316,12 +316,12 @@ def build_text(
     dtype: torch.dtype,
     advance: Advance,
 ) -> Built:
-    """Encodes captions that are not there yet, at their true length and in the encoder's own precision.
+    """Encode the captions that are not cached, without padding and in the encoder's precision.
 
-    Words that are a file hold theirs encoded.
+    A path in `words` is a file with a precomputed text embedding.
 
     Raises:
-        ValueError: when the cache cannot be written. What was made stays; run it again.
+        ValueError: if the cache cannot be written. Items already written stay valid; run again to continue.
     """
     missing = [i for i, name in enumerate(names) if not cache.has("text", name)]
     built = Built(reused=len(names) - len(missing))
@@ -346,14 +346,14 @@ def build_text(
 
 @contextmanager
 def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
-    """Counts an item that is written, and says what became of the others when it cannot be."""
+    """Count a written item; on failure raise an error with the number of items already cached."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ValueError(
             f"{folder}: {'the disk is full' if full else f'cannot be written ({error.strerror})'}; "
-            f"{built.made + built.reused} of {total} items are cached and stay. "
-            f"{'Free space, or point' if full else 'Point'} data.cache at another disk, and run again"
+            f"{built.made + built.reused} of {total} items are cached and kept. "
+            f"{'Free space, or point' if full else 'Point'} data.cache to another disk, and run again"
         ) from None
     built.made += 1

@@ -1,6 +1,6 @@
-"""`inlaid check`: what is there, what is wrong with it, what the model will see, and what it will cost.
+"""`inlaid check`: report sources, problems, buckets and an estimate of memory and time.
 
-Loads no weights. Reads every clip's header and end, and a few windows whole, for the contact sheet.
+Loads no weights. Reads the header and the end of every clip, and a few whole windows for the contact sheet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from inlaid.console import progress
 from inlaid.files import atomic
 
 ROWS = 12
-"""Clips on the contact sheet."""
+"""Maximum number of rows on the contact sheet and in the table of alpha statistics."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,18 @@ class Bucket:
     height: int
     width: int
     train: int
-    """Windows to train on."""
+    """Number of training windows."""
     held_out: int
+    """Number of validation windows."""
     batches: int
-    """Per epoch, with repeats and weights."""
+    """Batches per epoch, with repeats and weights."""
     latent: tuple[int, ...]
     tokens: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that `inlaid check` found."""
+    """Results of `inlaid check`."""
 
     run: str
     family: str
@@ -51,26 +52,26 @@ class Report:
     steps: int
     clips: int
     problems: list[data.Problem]
-    """Of clips and sources."""
+    """Problems of clips and sources."""
     mistakes: list[str]
-    """Of the recipe, for this checkpoint."""
+    """Problems of the recipe with this checkpoint."""
     sources: list[data.SourceReport]
     buckets: list[Bucket]
     estimate: cost.Estimate | None
-    """None where mistakes or missing clips make it meaningless."""
+    """None if the recipe has mistakes or if there are no training windows."""
     notes: list[str] = field(default_factory=list)
     alphas: dict[str, rgba.Alpha] = field(default_factory=dict)
-    """What the alpha of each clip is like, in a transparent run."""
+    """Alpha statistics by clip name; empty unless the run is transparent."""
     contact_sheet: str | None = None
     medium: str = "video"
 
     @property
     def ok(self) -> bool:
-        """Whether training can start: no mistakes, and no errors that stop."""
+        """True if training can start: no mistakes in the recipe and no errors in the data."""
         return not self.mistakes and not any(p.severity == "error" for p in self.problems)
 
     def to_json(self) -> str:
-        """The report as JSON."""
+        """Return the report as JSON."""
         peak = {} if self.estimate is None else {"peak": self.estimate.peak}
         out = {"ok": self.ok, **asdict(self)}
         if self.estimate is not None:
@@ -79,10 +80,10 @@ class Report:
 
 
 def check(config: recipe.Config) -> Report:
-    """Looks at the data and the recipe; writes `report.json` and `contact_sheet.png` into `RUN/check`.
+    """Check the data and the recipe; write `report.json` and `contact_sheet.png` to `RUN/check`.
 
     Raises:
-        ValueError: when the family or the checkpoint's configuration is not to be had.
+        ValueError: if the family is unknown or the checkpoint's configuration cannot be read.
     """
     family = alpha.family(config)
     medium = mediums.of(family.medium)
@@ -133,15 +134,15 @@ def _buckets(config: recipe.Config, family: families.Family, plan: data.Plan) ->
 
 
 def _notes(config: recipe.Config, family: families.Family, plan: data.Plan) -> list[str]:
-    """What is right but worth knowing."""
+    """Return notes that are not problems."""
     notes = family.notes(config)
     if not plan.train:
         return notes
     clips = {w.clip.path for w in (*plan.train, *plan.held_out)}
     if not plan.held_out:
         few = f"there are only {len(clips)} {plan.noun}s"
-        why = "data.held_out is 0" if not config.data.held_out else few
-        notes.append(f"no {plan.noun} is held out ({why}): there will be no held-out loss")
+        why = "data.validation is 0" if not config.data.held_out else few
+        notes.append(f"no validation {plan.noun}s ({why}): no validation loss is computed")
     sampler = data.sampler(plan.train, config.data.sources, config.train.batch, config.seed)
     epochs = config.train.steps * config.train.accumulate / len(sampler)
     notes.append(
@@ -149,15 +150,15 @@ def _notes(config: recipe.Config, family: families.Family, plan: data.Plan) -> l
     )
     ready = sum(bool(w.clip.embedding) for w in (*plan.train, *plan.held_out))
     if ready:
-        image = ", their images have no noise of their own" if family.images else ""
+        image = ", their image latents lack the noise that is added before encoding" if family.images else ""
         notes.append(
-            f"{ready} windows are encoded already: they keep the size and length that they have{image}, and "
-            "there are no pixels to put on the contact sheet"
+            f"{ready} windows are precomputed latents: their size and length are fixed{image}, and they are "
+            "not on the contact sheet"
         )
     assumed = sum(p.untagged for p in plan.probes.values())
     if assumed:
         notes.append(
-            f"{assumed} of {len(plan.probes)} files do not name their colour matrix: BT.601 is assumed under "
+            f"{assumed} of {len(plan.probes)} files do not specify a color matrix: BT.601 is assumed below "
             "720 lines, else BT.709"
         )
     return notes
@@ -207,7 +208,7 @@ def _relief(config: recipe.Config) -> str:
 def _contact_sheet(
     config: recipe.Config, medium: mediums.Medium, plan: data.Plan, path: Path
 ) -> tuple[str, list[data.Problem]]:
-    """Draws evenly chosen windows as the model will see them; those that cannot be read become problems."""
+    """Draw evenly spaced windows as read for training; return the path and problems of unreadable windows."""
     there = [w for w in plan.train if not w.clip.embedding]
     picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
     rows, problems = [], []
@@ -223,16 +224,16 @@ def _contact_sheet(
                 advance()
     if not rows:
         return "", problems
-    title = f"What the model will see: {config.run} ({len(rows)} of {len(plan.train)} {medium.columns[2]})"
+    title = f"Training data of {config.run} ({len(rows)} of {len(plan.train)} {medium.columns[2]})"
     medium.sheet(rows, path, title)
     return str(path), problems
 
 
-# --- telling ------------------------------------------------------------------------------------------------
+# --- printing ---------------------------------------------------------------------------------------------
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Prints a report for a person: sources, buckets, cost, notes, and last what is wrong."""
+    """Print a report: sources, buckets, estimate, notes, and problems last."""
     console.print(Text.assemble(("check ", "bold"), f"{report.run}: {report.family}, {report.checkpoint}\n"))
     rows = [
         (
@@ -248,7 +249,7 @@ def print_report(report: Report, console: Console) -> None:
         for s in report.sources
     ]
     examples = f"{mediums.of(report.medium).one}s"
-    columns = ("source", "layout", examples, "usable", "windows", "held out", "seconds", "shown")
+    columns = ("source", "layout", examples, "usable", "windows", "validation set", "seconds", "shown")
     console.print(_table(columns, rows))
     for source in report.sources:
         console.print(Text(f"  {_short(source.path)} is read as {source.layout}: {source.why}", "dim"))
@@ -267,7 +268,7 @@ def print_report(report: Report, console: Console) -> None:
             for b in report.buckets
         ]
         length, size, count = mediums.of(report.medium).columns
-        columns = (length, size, count, "held out", "batches", "latent", "tokens")
+        columns = (length, size, count, "validation set", "batches", "latent", "tokens")
         console.print(_table(columns, rows))
     if report.alphas:
         _print_alphas(report.alphas, console)
@@ -282,7 +283,7 @@ def print_report(report: Report, console: Console) -> None:
     for mistake in report.mistakes:
         console.print(Text(f"error: {mistake}", "red"))
     if report.contact_sheet:
-        console.print(Text(f"\nlook at {report.contact_sheet}"))
+        console.print(Text(f"\ncontact sheet: {report.contact_sheet}"))
     errors = len(report.mistakes) + sum(p.severity == "error" for p in report.problems)
     warnings = sum(p.severity == "warning" for p in report.problems)
     counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
@@ -291,15 +292,15 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_alphas(alphas: Mapping[str, rgba.Alpha], console: Console) -> None:
-    """What alpha is like, measured as stored; the first clips, and the mean of all."""
+    """Print alpha statistics, measured as stored: the first clips and the mean of all clips."""
     rows = [(_short(name), *_alpha_cells(a), a.looks) for name, a in list(alphas.items())[:ROWS]]
     if len(alphas) > 1:
         mean = [sum(getattr(a, key) for a in alphas.values()) / len(alphas) for key in _SHARES]
         left = len(alphas) - len(rows)
         rows.append(
-            (f"all {len(alphas)}", *(f"{v:.1%}" for v in mean), "", f"{left} not shown" if left else "")
+            (f"all {len(alphas)}", *(f"{v:.1%}" for v in mean), "", f"{left} more clips" if left else "")
         )
-    columns = ("alpha", "coverage", "soft", "residue", "colour under clear", "range", "looks")
+    columns = ("alpha", "coverage", "soft", "residue", "color where transparent", "range", "looks")
     console.print(_table(columns, rows))
     console.print()
 
@@ -323,7 +324,7 @@ def _by(numbers: Iterable[int]) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        left = column in ("source", "layout", "size", "seen at", "latent", "alpha", "looks")
+        left = column in ("source", "layout", "size", "image size", "latent", "alpha", "looks")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))

@@ -1,4 +1,4 @@
-"""The commands. Each is a thin function: heavy imports happen inside, so that help answers at once."""
+"""The command line. Commands import heavy modules inside their bodies, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="""Teach diffusion transformers a new subject: from a folder of clips to an adapter that others load.
+    help="""Fine-tune diffusion transformers on your clips; diffusers and ComfyUI load the adapter.
 
-    **See it work** (no download, no GPU): `inlaid demo`
+    **Demo** (no download, no GPU): `inlaid demo`
 
-    **Your own clips**: `inlaid new wan data/pets` writes a recipe, `inlaid check pets.yaml` looks at the data,
+    **Your own clips**: `inlaid new wan data/pets` writes a recipe, `inlaid check pets.yaml` checks the data,
     `inlaid train pets.yaml` trains; then `inlaid generate runs/pets "a corgi surfing"` and `inlaid evaluate
     runs/pets`.
 
-    Any value of a recipe can be changed on the command line:
+    Override any value of a recipe on the command line:
     `inlaid train pets.yaml optim.lr=2e-4 train.steps=500`.""",
 )
 
-Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML), or a run folder.", show_default=False)]
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML) or run folder.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Values that override the recipe.", show_default=False
+    ),
 ]
 ClickException: Any = typer.BadParameter.__mro__[2]
-"""The base of typer's usage errors; which package it comes from depends on typer's version."""
+"""Base class of typer's usage errors; the package that defines it depends on the version of typer."""
 
-INTERRUPTED = "interrupted: what is finished stays; run the same command again to go on"
+INTERRUPTED = "interrupted: finished work is kept; run the same command again to resume"
 
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run folder, as `inlaid train` made it.", show_default=False)
+    Path, typer.Argument(metavar="RUN", help="Run folder written by `inlaid train`.", show_default=False)
 ]
 
 
@@ -51,35 +53,39 @@ Image = Annotated[
     typer.Option(
         "--image",
         "-i",
-        help="Image-to-video: the first image of each prompt, or one for all.",
+        help="Image-to-video: first image of each prompt, or one image for all prompts.",
         show_default=False,
     ),
 ]
 LastImage = Annotated[
     list[Path] | None,
-    typer.Option(
-        help="The last image, for checkpoints that take a first and a last one.", show_default=False
-    ),
+    typer.Option(help="Last image, for checkpoints that use a first and a last image.", show_default=False),
 ]
 Size = Annotated[
-    str | None, typer.Option(metavar="HxW", help="Height x width, such as 480x832.", show_default=False)
+    str | None,
+    typer.Option(metavar="HxW", help="Height x width in pixels, such as 480x832.", show_default=False),
 ]
 Frames = Annotated[int | None, typer.Option(help="Frames.", show_default=False)]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default=False)]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default=False)]
-Negative = Annotated[str | None, typer.Option(help="What to steer away from.", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Seed of the first video.", show_default=False)]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the recipe's.")]
+Negative = Annotated[str | None, typer.Option(help="Negative prompt.", show_default=False)]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Seed of the first video; video i of a prompt uses seed + i.", show_default=False),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, mps or cpu. Default: `runtime.device` of the recipe.")
+]
 
 
 def main() -> None:
-    """Runs a command; a user's mistake is one message and exit code 2, Ctrl-C is 130.
+    """Run a command and exit: code 2 with one message for a user's mistake, 130 for Ctrl-C.
 
-    Only our own mistakes show a traceback.
+    Only bugs of inlaid show a traceback; set INLAID_TRACEBACK to see it for user errors as well.
     """
     try:
         code = app(standalone_mode=False) or 0  # the code of a typer.Exit, or None
-        if code == 130:  # what some versions of typer make of Ctrl-C
+        if code == 130:  # some versions of typer return this for Ctrl-C
             raise KeyboardInterrupt
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
@@ -94,13 +100,13 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno is None:  # a library's way to say something else
+        if error.errno is None:  # a library's own error, not one of the system
             raise
-        full = ": free space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        full = ": free disk space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         _say(f"error: {error.filename or 'a file could not be written'}: {error.strerror}{full}")
         sys.exit(2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported here
+        if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch is not imported here
             raise
         _say(f"error: {str(error).split('.')[0]}: lower data.size, data.frames or train.batch, and run again")
         sys.exit(2)
@@ -114,7 +120,7 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
     _quiet(bars=False)
     from inlaid import config
 
-    loaded = config.load(path, overrides or ())  # a mistake is told before anything slow is imported
+    loaded = config.load(path, overrides or ())  # reports mistakes before anything slow is imported
     _quiet()
     return loaded
 
@@ -129,19 +135,22 @@ def _quiet(bars: bool = True) -> None:
 
 @app.command()
 def new(
-    family: Annotated[str, typer.Argument(help="Model family: `wan`.")],
+    family: Annotated[str, typer.Argument(help="Model family: wan, cogvideox, mochi or midi.")],
     clips: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Folder or manifest with clips and captions.")
+        Path,
+        typer.Argument(
+            metavar="DATA", help="Folder or manifest with clips and captions (midi: folder of scenes)."
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Recipe to write. Default: the folder's name + `.yaml`."),
+        typer.Option("--out", "-o", help="Recipe to write. Default: name of the data folder + `.yaml`."),
     ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Hub id or folder. Default: the family's smallest.")
+        str | None, typer.Option(help="Base model: Hub id or folder. Default: the family's smallest.")
     ] = None,
 ) -> None:
-    """Look at your clips and write a commented recipe that fits them."""
+    """Inspect your clips and write a commented recipe that fits them."""
     _quiet(bars=False)
     from inlaid import recipes
 
@@ -151,10 +160,10 @@ def new(
 
 @app.command()
 def check(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Show what is there, what is wrong with it, what the model will see and what it costs. Loads no weights.
+    """Check data and recipe, and estimate memory and time. Loads no weights.
 
-    Writes `check/report.json` and `check/contact_sheet.png` into the run folder; exit code 2 when there are
-    errors.
+    Writes `check/report.json` and `check/contact_sheet.png` into the run folder. Exits with code 2 if there
+    are errors.
     """
     config = _load(recipe, overrides)
     from inlaid import check as checks
@@ -167,20 +176,24 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def cache(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Encode clips and captions; `train` does it too when needed. Run it again to go on where it stopped."""
+    """Encode clips and captions into the cache. Run it again to resume.
+
+    `train` runs this step automatically.
+    """
     config = _load(recipe, overrides)
     from inlaid import runtime, train
 
     with runtime.start(config) as ctx:
         clips = train.build_cache(config, train.open_family(config), train.open_run(config, ctx), ctx)
-    _say(f"{clips.built.made} encoded, {clips.built.reused} there already: {clips.store.folder}")
+    _say(f"{clips.built.made} encoded, {clips.built.reused} already cached: {clips.store.folder}")
 
 
 @app.command("train")
 def train_(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Cache, train, sample and measure. Run it again to go on; Ctrl-C saves first.
+    """Train a model from a recipe. Ctrl-C saves a checkpoint; run the same command again to resume.
 
-    Several processes: `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
+    Fills the cache first, and validates and generates samples as the recipe says. Several processes:
+    `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
     """
     config = _load(recipe, overrides)
     from inlaid import train
@@ -208,12 +221,17 @@ def generate_(
     image: Image = None,
     last_image: LastImage = None,
     count: Annotated[
-        int, typer.Option("--count", "-n", min=1, help="Videos of each prompt, with seeds one apart.")
+        int, typer.Option("--count", "-n", min=1, help="Videos per prompt, with consecutive seeds.")
     ] = 1,
     checkpoint: Annotated[
-        str | None, typer.Option(help="`step-000500`, or `base` for the untuned model.")
+        str | None,
+        typer.Option(
+            help="Checkpoint such as `step-000500`, or `base` for the base model. Default: the final weights."
+        ),
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 is the base, 1 what was trained.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(help="Scale of the adapter: 0 is the base model, 1 the trained model.")
+    ] = 1.0,
     size: Size = None,
     frames: Frames = None,
     steps: Steps = None,
@@ -224,39 +242,41 @@ def generate_(
         str | None,
         typer.Option(
             metavar="mov,webm,png",
-            help="Files of each video in a transparent run, also apng, mkv. Default: the recipe's.",
+            help="File formats of transparent videos, also apng, mkv. Default: `sample.transparent`.",
             show_default=False,
         ),
     ] = None,
     seg: Annotated[
         list[Path] | None,
-        typer.Option(help="Scenes: the segmentation of each --image.", show_default=False),
+        typer.Option(help="Scenes: segmentation of each --image.", show_default=False),
     ] = None,
     grid: Annotated[
-        int | None, typer.Option(help="Scenes: cells per side of the box.", show_default=False)
+        int | None,
+        typer.Option(help="Scenes: cells per side of the grid, a power of two.", show_default=False),
     ] = None,
     triangles: Annotated[
-        int | None, typer.Option(help="Scenes: most triangles of an object.", show_default=False)
+        int | None, typer.Option(help="Scenes: maximum number of triangles per object.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "--output", "-o", help="Folder, or a .glb. Default: samples/generated in the run."
+            "--out", "--output", "-o", help="Output folder, or a .glb. Default: samples/generated in the run."
         ),
     ] = None,
     device: Device = None,
 ) -> None:
-    """Make videos with what a run has learned: mp4 with a JSON of all settings beside each.
+    """Generate videos with a trained run: mp4 files, each with its settings in a JSON file beside it.
 
-    Scenes are made from pictures: `inlaid generate RUN --image rgb.png --seg seg.png -o scene.glb`.
+    Scenes are generated from an image and its segmentation: `inlaid generate RUN --image rgb.png --seg
+    seg.png -o scene.glb`.
     """
     texts = list(prompts or [])
     if file:
         texts += _lines(file)
     if not texts and not (image and seg):
-        raise ValueError("generate: give a prompt, or --file with one per line; of scenes --image and --seg")
+        raise ValueError("generate: no prompt; pass prompts or --file, or for scenes --image and --seg")
     if seg and len(seg) != len(image or []):
-        raise ValueError(f"--seg: {len(image or [])} pictures need as many segmentations, not {len(seg)}")
+        raise ValueError(f"--seg: {len(image or [])} images need the same number of --seg, not {len(seg)}")
     pairs = [[str(a), str(b)] for a, b in zip(image or [], seg or [], strict=True)] if seg else None
     area = _size(size)
     _quiet()
@@ -288,19 +308,19 @@ def _lines(file: Path) -> list[str]:
     try:
         found = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise ValueError(f"--file: {file} is not UTF-8 text; save it as such, one prompt per line") from None
+        raise ValueError(f"--file: {file} is not UTF-8 text; save it as UTF-8, one prompt per line") from None
     if not found:
-        raise ValueError(f"--file: {file} holds no prompt; write one per line")
+        raise ValueError(f"--file: {file} contains no prompt; write one per line")
     return found
 
 
 def _images(first: list[Path] | None, last: list[Path] | None, prompts: int) -> list[list[str]]:
-    """The images of each prompt; one that is given once counts for all."""
+    """Return the images of each prompt; a single image is used for all prompts."""
     parts = [each * prompts if len(each) == 1 else each for each in (first or [], last or []) if each]
     wrong = [len(each) for each in parts if len(each) != prompts]
     if wrong or (last and not first):
         raise ValueError(
-            f"--image: {prompts} prompt(s) need one image, or {prompts}, and as many last images if any"
+            f"--image: {prompts} prompt(s) need one --image, or {prompts}; the same holds for --last-image"
         )
     return [[str(path) for path in each] for each in zip(*parts, strict=True)]
 
@@ -310,7 +330,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(p.isdigit() for p in parts):
-        raise ValueError(f"--size: `{text}` is not HEIGHTxWIDTH, such as 480x832")
+        raise ValueError(f"--size: `{text}` is not HEIGHTxWIDTH; write for example 480x832")
     return int(parts[0]), int(parts[1])
 
 
@@ -318,14 +338,19 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def evaluate_(
     run: RunFolder,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Prompts, one per line. Default: the recipe's.")
+        Path | None,
+        typer.Option(
+            "--file", "-f", help="Text file with one prompt per line. Default: the prompts of the recipe."
+        ),
     ] = None,
     image: Image = None,
     last_image: LastImage = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos of each prompt.")] = 1,
-    checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos per prompt.")] = 1,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Such as `step-000500`. Default: the final weights.")
+    ] = None,
     against: Annotated[
-        str, typer.Option(help="What to compare with: `base` or another checkpoint.")
+        str, typer.Option(help="Model to compare with: `base` or another checkpoint of the run.")
     ] = "base",
     size: Size = None,
     frames: Frames = None,
@@ -335,7 +360,10 @@ def evaluate_(
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Compare base and tuned side by side, same seeds: held-out loss, video metrics, `report.html`."""
+    """Compare the base model and the trained model on the same prompts and seeds.
+
+    Measures the validation loss and video metrics, and writes `report.html`.
+    """
     _quiet()
     from inlaid.console import console
     from inlaid.evaluate import Prompt, codec, evaluate, summary_table
@@ -349,7 +377,7 @@ def evaluate_(
         print(found.path)
         return
     if (image or last_image) and not file:
-        raise ValueError("--image: goes with --file; the recipe's own prompts have theirs in sample.images")
+        raise ValueError("--image: needs --file; images for the prompts of the recipe are sample.images")
     texts = _lines(file) if file else []
     images = _images(image, last_image, len(texts)) or [[]] * len(texts)
     prompts = [Prompt(t, images=each) for t, each in zip(texts, images, strict=True)] or None
@@ -377,18 +405,20 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); a codec: `wan-alpha`, `comfyui`."
+            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); RGBA VAE: `wan-alpha`, `comfyui`."
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File or folder. Default: export/ in the run.")
+        Path | None, typer.Option("--out", "-o", help="File or folder to write. Default: export/ in the run.")
     ] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="`step-000500`. Default: the run's adapter.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Such as `step-000500`. Default: the final weights.")
+    ] = None,
     then: Annotated[
-        Path | None, typer.Option(help="With `merged`: a LoRA on top, such as one that distils steps.")
+        Path | None, typer.Option(help="With `merged`: LoRA to merge on top, such as a step distillation.")
     ] = None,
 ) -> None:
-    """Write what a run has trained in another program's layout, read it back, and compare."""
+    """Export the trained weights of a run in another program's layout, and verify the written file."""
     _quiet()
     from inlaid import exchange
 
@@ -401,24 +431,27 @@ def import_(
         list[Path],
         typer.Argument(
             metavar="ADAPTER OUT | meshes DIR OUT",
-            help="An adapter in any layout and the folder to write; or `meshes` and two folders.",
+            help="Adapter in any layout and output folder; or `meshes`, mesh folder and output folder.",
             show_default=False,
         ),
     ],
-    family: Annotated[str, typer.Option(help="Model family.")] = "wan",
+    family: Annotated[str, typer.Option(help="Model family: wan, cogvideox, mochi or midi.")] = "wan",
     checkpoint: Annotated[
-        str | None, typer.Option(help="Base checkpoint: checks shapes, converts `dora_scale`.")
+        str | None, typer.Option(help="Base model; needed to check shapes and convert `dora_scale`.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Alpha, where the file has none.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha, if the file does not store it.")] = None,
     dora_scale: Annotated[
-        str | None, typer.Option(help="`comfyui` or `merged`: what a `dora_scale` is relative to.")
+        str | None, typer.Option(help="Convention of `dora_scale` in the file: `comfyui` or `merged`.")
     ] = None,
-    views: Annotated[int, typer.Option(min=1, help="Meshes: pictures of each, all round.")] = 4,
-    size: Annotated[int, typer.Option(min=16, help="Meshes: side of a picture in pixels.")] = 512,
+    views: Annotated[
+        int, typer.Option(min=1, help="Meshes: images rendered of each mesh, from all sides.")
+    ] = 4,
+    size: Annotated[int, typer.Option(min=16, help="Meshes: height and width of an image in pixels.")] = 512,
 ) -> None:
-    """Convert another trainer's adapter to diffusers layout; every tensor is used, or nothing is written.
+    """Convert another trainer's adapter to diffusers layout. Fails unless every tensor of the file is used.
 
-    `inlaid import meshes DIR OUT` makes training scenes of the .glb, .gltf, .obj, .ply and .stl files of DIR.
+    `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
+    DIR.
     """
     if [str(p) for p in paths[:1]] == ["meshes"] and len(paths) == 3:
         _quiet(bars=False)
@@ -429,7 +462,7 @@ def import_(
         print(paths[2])
         return
     if len(paths) != 2:
-        raise ValueError("import: give an adapter and a folder to write, or `meshes`, a folder and a folder")
+        raise ValueError("import: needs ADAPTER OUT, or `meshes` DIR OUT; see `inlaid import --help`")
     adapter, out = paths
     _quiet()
     from inlaid import exchange
@@ -442,9 +475,11 @@ def import_(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Adapter, cached item, checkpoint, run or model folder.")],
+    path: Annotated[
+        Path, typer.Argument(help="Adapter, cache item, checkpoint, run folder or model folder.")
+    ],
 ) -> None:
-    """Say what is in a file or folder."""
+    """Describe the content of a file or folder."""
     _quiet(bars=False)
     from inlaid import formats
 
@@ -455,22 +490,24 @@ def inspect(
 def composite(
     foreground: Annotated[
         Path,
-        typer.Argument(help="Transparent video, .zip or folder of PNGs, image.", show_default=False),
+        typer.Argument(help="Transparent video, image, or PNGs in a folder or .zip.", show_default=False),
     ],
     background: Annotated[
         str,
-        typer.Argument(help="`#20a040`, `red`, `checkerboard`, an image or a video.", show_default=False),
+        typer.Argument(help="Color (`#20a040`, `red`), `checkerboard`, image or video.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 to write.")] = Path("composite.mp4"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 file to write.")] = Path("composite.mp4"),
     premultiplied: Annotated[
-        bool, typer.Option("--premultiplied", help="Colour was multiplied with alpha already.")
+        bool, typer.Option("--premultiplied", help="Color in the foreground is premultiplied with alpha.")
     ] = False,
     linear: Annotated[
-        bool, typer.Option("--linear", help="Mix light, not code values; most tools do not.")
+        bool, typer.Option("--linear", help="Blend in linear light; most tools blend code values.")
     ] = False,
-    fps: Annotated[float | None, typer.Option(help="Frame rate. Default: the foreground's, or 16.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frame rate. Default: that of the foreground, else 16.")
+    ] = None,
 ) -> None:
-    """Put transparent video over a colour, an image or a video."""
+    """Composite a transparent video over a color, an image or a video."""
     _quiet(bars=False)
     from inlaid import rgba
 
@@ -484,18 +521,18 @@ def composite(
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Where to write. Default: `runs/demo`, `runs/demo-midi` and so on."),
+        typer.Option("--out", "-o", help="Output folder. Default: `runs/demo`, `runs/demo-midi`, ..."),
     ] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
-    family: Annotated[str, typer.Option(help="`wan`, clips; or `midi`, scenes of meshes.")] = "wan",
+    family: Annotated[str, typer.Option(help="`wan` (video) or `midi` (scenes of meshes).")] = "wan",
     alpha: Annotated[
-        str, typer.Option(help="`opaque`, or transparent clips: `merged` or `joint`.")
+        str, typer.Option(help="`opaque`; or `merged` or `joint` for transparent clips.")
     ] = "opaque",
 ) -> None:
-    """The whole main job on a tiny trained model that ships with inlaid: no download, no GPU, minutes.
+    """Run the whole workflow on a tiny trained model that ships with inlaid: no download, no GPU, minutes.
 
-    Makes 16 clips of a subject that the model has never seen, or 24 scenes with a new kind of object, then
-    checks, caches, trains, generates and evaluates.
+    Makes 16 clips of a subject that the model has not been trained on, or 24 scenes with a new kind of
+    object, then checks, caches, trains, generates and evaluates.
     """
     _quiet()
     from inlaid import demo, demo_rgba, demo_scenes
@@ -508,6 +545,6 @@ def demo(
     }
     if (family, alpha) not in demos:
         there = ", ".join(f"--family {f} --alpha {a}" for f, a in demos)
-        raise ValueError(f"--family {family} --alpha {alpha}: there is no such demo, but {there}")
+        raise ValueError(f"--family {family} --alpha {alpha}: no such demo; choose from: {there}")
     usual, run = demos[family, alpha]
     run(folder or Path(usual), dora=dora)

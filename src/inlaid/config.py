@@ -1,7 +1,8 @@
-"""Recipes: every section, its help, and how a recipe is loaded, overridden, saved and described.
+"""Recipe schema: sections, help texts, loading, overrides, saving and the reference page.
 
-A recipe is a YAML file of sections. Values are layered: section default < family default < YAML <
-`key=value`. An unknown key is an error, and all errors of a recipe are reported at once.
+A recipe is a YAML file of sections. Later layers override earlier ones: section default, family default, YAML
+file, `key=value` on the command line. An unknown key is an error. All errors of a recipe are reported at
+once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from inlaid.files import atomic
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe; attribute docstrings are its help."""
+    """Frozen section of a recipe; its attribute docstrings are the help texts of its keys."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -31,115 +32,122 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which network is taught."""
+    """The network to train."""
 
     family: str
-    """Architecture, the name of a file in `inlaid/families` or of an installed plug-in: `wan`."""
+    """Architecture: `wan`, `cogvideox`, `mochi`, `midi`, or the name of an installed plug-in (entry point
+    group `inlaid.families`)."""
     checkpoint: str
-    """Hub id, local folder in diffusers layout, or `twin:wan` for the tiny trained model that ships with
-    inlaid."""
+    """Base model: Hub id, local folder in diffusers layout, or `tiny:wan` or `tiny:midi` for the tiny trained
+    models that ship with inlaid."""
     revision: str | None = None
     """Branch, tag or commit of a Hub checkpoint."""
     task: Literal["t2v", "i2v"] | None = None
-    """`t2v`: from text. `i2v`: from text and a first image. Default: what the checkpoint was made for; only
-    Wan 2.2 TI2V-5B does both."""
+    """`t2v` trains text-to-video, `i2v` trains text and first image to video. Default: the task of the
+    checkpoint; only Wan 2.2 TI2V-5B supports both."""
     expert: Literal["high", "low"] | None = None
-    """Wan 2.2 A14B only: the network for high or for low noise. Each is trained on its own time interval."""
+    """Wan 2.2 A14B only: which of the two experts to train, `high` noise or `low` noise. Each expert trains
+    on its own interval of noise levels."""
     options: dict[str, str | int | float | bool] = {}
-    """Switches that only this family has, by name; its how-to page lists them."""
+    """Options specific to the family, as `name: value`; the how-to page of the family lists them."""
 
 
 class Source(Section):
-    """One place where clips come from."""
+    """One source of training clips."""
 
     path: str = Field(min_length=1)
-    """Folder, manifest (`.csv`, `.jsonl`, `.json`), folder with `prompts.txt` and `videos.txt`, or folder of
-    clips that another trainer has encoded."""
+    """Folder of clips, manifest (`.csv`, `.jsonl`, `.json`), folder with `prompts.txt` and `videos.txt`, or
+    folder of precomputed latents from another trainer."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl", "encoded"] = "auto"
-    """How captions are stored; `auto` looks. `encoded` reads latents and embeddings instead of clips, and is
-    chosen where every clip of a folder has them."""
+    """How captions are stored; `auto` detects it. `precomputed` reads latents and text embeddings instead of
+    clips; `auto` selects it if every clip of the folder has both."""
     root: str | None = None
-    """Folder that the manifest's paths are relative to, and may not leave. Default: the manifest's folder."""
+    """Folder that the paths in the manifest are relative to; paths that lead out of it are errors. Default:
+    the folder of the manifest."""
     video_column: str | None = None
-    """Column with the clip's path. Default: the first of video, file_name, file, path, image,
-    frames_path, and in transparent runs video_rgb, video_fgr, rgb, fgr. With `lines` the name of the file, by
-    default `videos.txt`."""
+    """Column with the path of the clip. Default: the first that exists of video, file_name, file, path,
+    image, frames_path and, for transparent runs, video_rgb, video_fgr, rgb, fgr. With `layout: lines`, the
+    file that lists the clips; default `videos.txt`."""
     caption_column: str | None = None
-    """Column with the caption. Default: the first of caption, prompt, text. With `lines` the name of the
-    file, by default `prompts.txt`, `prompt.txt` or `captions.txt`."""
+    """Column with the caption. Default: the first that exists of caption, prompt, text. With `layout: lines`,
+    the file that lists the captions; default `prompts.txt`, `prompt.txt` or `captions.txt`."""
     alpha_column: str | None = None
-    """Column with the path of the matte, for transparent runs. Default: the first of video_alpha, video_pha,
-    alpha, pha, matte; without such a column the matte beside the clip, if there is one."""
+    """Column with the path of the alpha matte, for transparent runs. Default: the first that exists of
+    video_alpha, video_pha, alpha, pha, matte; without such a column, the alpha matte beside the clip if there
+    is one."""
     group_column: str | None = None
-    """Column by which `inlaid evaluate` groups its table, such as an activity or a subject."""
+    """Column that groups the table of `inlaid evaluate`, for example an activity or a subject."""
     repeats: int = Field(default=1, ge=1)
-    """How many times each clip appears in one epoch."""
+    """Number of times each clip appears in one epoch."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source relative to the others, on top of `repeats`; 0.5 shows each clip every second
-    epoch."""
+    """Sampling weight of this source relative to the others, on top of `repeats`; with 0.5 each clip appears
+    in every second epoch."""
     preserve: float = Field(default=0.0, ge=0)
-    """Above 0, clips of what the network knows and should not forget: of them the adapter learns to predict
-    what the network predicts without it, not what is in the clip. The number is their weight in the loss; 10
-    keeps nearly everything, 0 is for clips that are learned."""
+    """Weight of the prior preservation loss for clips of this source. Above 0, the target is the prediction
+    of the network without the adapter instead of the clip, which preserves what the base model generates for
+    such captions. 10 preserves nearly all of it; 0 trains on the clips."""
 
 
 class Matte(Section):
-    """How the alpha of transparent clips is read and mended; unused where the recipe's `alpha` is opaque."""
+    """How alpha is read from clips and alpha mattes, and corrected. Ignored when `alpha.kind` is `opaque`."""
 
     premultiplied: bool | Literal["auto"] = "auto"
-    """Whether colour was multiplied with alpha already, and is to be divided; `auto` guesses for each clip,
-    and `inlaid check` says what it took for such."""
+    """Color in the files is premultiplied with alpha, and is divided by alpha when read. `auto` decides for
+    each clip; `inlaid check` lists the clips it treats as premultiplied."""
     invert: bool = False
-    """White is clear in the mattes."""
+    """White means transparent in the alpha mattes."""
     limited: bool = False
-    """Black is 16 and white is 235 in the mattes: files that do not say that their range is limited."""
+    """Alpha mattes use limited range (black 16, white 235) without declaring it in the file."""
     snap: int = Field(default=0, ge=0, le=127)
-    """Alpha within so many levels of 255 of clear or opaque becomes just that: 2 takes out what lossy files
-    leave in empty regions."""
+    """Alpha values within this many levels (of 255) of fully transparent or fully opaque are set to exactly
+    that. 2 removes the residue that lossy codecs leave in empty regions."""
     decontaminate: bool = False
-    """Take the colour of an old background out of soft edges: colour grows outward from opaque pixels. Not
-    for smoke or glass, whose own colour is in soft pixels."""
+    """Remove the color of an old background from soft edges by growing color outward from opaque pixels. Do
+    not use it for smoke or glass, whose own color is in soft pixels."""
     background: Literal["grow", "blur", "keep"] = "grow"
-    """What stands where alpha is clear: colour that grew out of the visible pixels, the same as a `blur`red
-    field, or what the file has there. No composite shows it, but a network that learns colour does."""
+    """Color of fully transparent pixels: `grow` extends the color of the visible pixels, `blur` fills with a
+    blurred field of it, `keep` leaves what the file contains. A composite never shows this color, but a
+    network that learns color sees it."""
 
 
 class Data(Section):
-    """The clips and what the model sees of them."""
+    """The training clips, and how they are cropped, sampled and captioned."""
 
     sources: list[Source]
     """One path, a list of paths, or a list of sources."""
     size: tuple[int, int] = (480, 832)
-    """Height and width in pixels. With several `aspects` it sets the area."""
+    """Height and width in pixels. With several `aspects` only the area (height x width) is used."""
     aspects: list[str] = []
-    """Aspect ratios as `width:height`, such as `16:9`, `1:1` or `9:16`; clips go to the nearest. Empty: only
-    `size`."""
+    """Aspect ratio buckets as `width:height`, such as `16:9`, `1:1` or `9:16`; each clip goes to the nearest.
+    Empty: one bucket of `size`."""
     frames: list[int] = [81]
-    """Lengths in frames; each clip goes to the longest that it fills. One number or a list."""
+    """Clip lengths in frames, one number or a list; each clip goes to the longest length that it fills."""
     fps: float | None = Field(default=None, gt=0)
-    """Frame rate at which clips are sampled. Default: the rate that the family was trained at."""
+    """Frame rate at which clips are sampled. Default: the frame rate the base model was trained at."""
     stride: int | None = Field(default=None, ge=1)
-    """Frames (at `fps`) between the starts of two windows of a long clip. Default: the window's length (no
+    """Frames (at `fps`) between the starts of two windows of a long clip. Default: the length of a window (no
     overlap)."""
     max_windows: int = Field(default=1, ge=1)
-    """At most so many windows of one clip, spread evenly over it."""
+    """Maximum number of windows per clip, spread evenly over it."""
     slow: Literal["repeat", "keep"] = "repeat"
-    """A clip slower than `fps`: `repeat` frames to keep its speed, or `keep` its frames, which plays it
-    faster."""
+    """Clips with a frame rate below `fps`: `repeat` duplicates frames and keeps the speed, `keep` uses the
+    frames unchanged, which plays the clip faster."""
     matte: Matte = Matte()
     trigger: str = ""
-    """Word put before every caption that does not contain it."""
+    """Trigger word, put before every caption that does not contain it."""
     caption_prefix: str = ""
     """Text put before every caption."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
-    """Share of training samples that see the empty caption, so that guidance keeps working."""
+    """Fraction of training samples that use the empty caption, so that classifier-free guidance keeps
+    working."""
     held_out: float = Field(default=0.1, ge=0)
-    """Clips kept away from training for the held-out loss: a share below 1, else a count."""
+    """Clips excluded from training to measure the validation loss: a fraction if below 1, else a count."""
     cache: str | None = Field(default=None, min_length=1)
-    """Folder of encoded clips and captions; runs may share one. Default: `cache` in the run folder."""
+    """Folder for cached latents and text embeddings; runs may share one. Default: `cache` in the run
+    folder."""
     bad_clips: Literal["stop", "quarantine"] = "stop"
-    """What `cache` and `train` do about clips with errors: `stop`, or go on without them and list them in the
-    run."""
+    """What `cache` and `train` do with clips that have errors: `stop`, or `quarantine` to continue without
+    them and list them in `quarantine.json` of the run."""
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -163,7 +171,7 @@ class Data(Section):
     @classmethod
     def _positive(cls, value: list[int]) -> list[int]:
         if min(value) < 1:
-            raise ValueError("needs one or more lengths of at least 1 frame")
+            raise ValueError("needs at least one length, each of at least 1 frame")
         return value
 
     @field_validator("aspects")
@@ -179,20 +187,21 @@ class Data(Section):
 
 
 class Objective(Section):
-    """Which noise levels are learned, and with what weight; the corruption itself is the family's."""
+    """Distribution and weight of the noise levels in training; the family defines the noising process."""
 
     preset: Literal["inlaid", "diffsynth", "uniform"] = "inlaid"
-    """`inlaid`: logit-normal, weight 1. `diffsynth`: 1000-entry table, shift 5, bell weight. `uniform`: weight
-    1."""
+    """`logit_normal`: logit-normal noise levels, weight 1. `diffsynth`: table of 1000 levels, shift 5,
+    bell-shaped weight. `uniform`: uniform levels, weight 1."""
     shift: float | None = Field(default=None, gt=0)
-    """Noise-level shift s, as in s u / (1 + (s - 1) u). Default: the preset's, else the family's for this
-    size."""
+    """Noise level shift s in s u / (1 + (s - 1) u). Default: the shift of the preset, else that of the family
+    for this size."""
     mean: float = 0.0
-    """Mean of the normal distribution behind `inlaid`."""
+    """Mean of the normal distribution of `logit_normal`."""
     std: float = Field(default=1.0, gt=0)
-    """Standard deviation of the normal distribution behind `inlaid`."""
+    """Standard deviation of the normal distribution of `logit_normal`."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Train only on noise levels in this interval of [0, 1]; an expert of Wan 2.2 A14B sets it by itself."""
+    """Train only on noise levels in this interval, within [0, 1]. The experts of Wan 2.2 A14B are limited to
+    their own interval automatically."""
 
     @field_validator("interval")
     @classmethod
@@ -203,159 +212,172 @@ class Objective(Section):
 
 
 class LowRank(Section):
-    """A small adapter on a frozen network, through peft."""
+    """Low-rank adapter on a frozen network, through peft."""
 
     kind: Literal["lora", "dora", "lokr", "loha"] = "lora"
-    """`lora`: low-rank update. `dora`: the same with a trained magnitude per output row; slower, often
-    better. `lokr`: Kronecker product, a far smaller file. `loha`: product of two low-rank updates, of higher
-    rank."""
+    """`lora`: low-rank update. `dora`: LoRA plus a trained magnitude per output row; slower, often better.
+    `lokr`: Kronecker product; a much smaller file. `loha`: product of two low-rank updates, which has a
+    higher rank."""
     rank: int = Field(default=32, ge=1)
-    """Rank of the update; higher holds more and costs more."""
+    """Rank of the update. A higher rank has more capacity and needs more memory."""
     alpha: float | None = Field(default=None, gt=0)
-    """The update is scaled by alpha / rank. Default: rank, which survives tools that drop alpha."""
+    """The update is scaled by alpha / rank. Default: alpha = rank, a scale of 1 that stays correct in tools
+    that drop alpha."""
     targets: list[str] = []
-    """Regular expressions over whole module names; one that matches nothing stops. Default: the family's."""
+    """Regular expressions over full module names; an expression without a match is an error. Default: the
+    targets of the family."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the low-rank update; LoRA and DoRA only."""
+    """Dropout before the low-rank update, LoRA and DoRA only."""
 
 
 class Full(Section):
     """Full fine-tuning."""
 
     kind: Literal["full"] = "full"
-    """All weights of the denoiser train, or those of `targets`."""
+    """Trains all weights of the denoiser, or those that `targets` match."""
     targets: list[str] = []
-    """Regular expressions over whole parameter names; one that matches nothing stops. Default: everything."""
+    """Regular expressions over full parameter names; an expression without a match is an error. Default: all
+    parameters."""
 
 
 class Codec(Section):
-    """Train a codec for merged alpha instead of the denoiser: a merge block and two decoders."""
+    """Train an RGBA VAE instead of the denoiser: a merge block and two decoders on the frozen VAE."""
 
     kind: Literal["codec"]
-    """Colour and alpha of clips into one latent and back (after Wan-Alpha), on the frozen VAE; no text."""
+    """Encodes color and alpha of a clip into one latent and decodes both (after Wan-Alpha). No text is
+    used."""
     train: Literal["merge+decoders", "merge"] = "merge+decoders"
-    """`merge+decoders`: all three. `merge`: the merge block alone, towards the decoders of `start`."""
+    """`merge+decoders` trains the merge block and both decoders. `merge` trains only the merge block, with
+    the frozen decoders of `init_from`."""
     rank: int = Field(default=128, ge=1)
-    """Rank of the update of each decoder; of `start` where one is given."""
+    """Rank of the low-rank update of each decoder; with `init_from`, the rank of that RGBA VAE."""
     start: str | None = Field(default=None, min_length=1)
-    """Folder of a codec to begin with. Default: a random merge block and the VAE's own decoders."""
+    """Folder of an RGBA VAE to initialize from. Default: a new merge block (see `init`) and the decoders of
+    the base VAE."""
     begin: Literal["random", "encoder"] = "random"
-    """Without `start`, the merge block is random, or at first gives what the encoder does of colour: then
-    colour is right at once, and alpha is what is left to learn."""
+    """Initialization of the merge block without `init_from`. `random`: random weights. `encoder`: the block
+    initially reproduces the VAE's encoding of the color, so color is correct from the start and only alpha
+    remains to be learned."""
     loss: Literal["paper", "reference"] = "paper"
-    """`paper`: Sobel edges, norm of ImageNet-normalised features. `reference`, the released trainer: central
-    differences, squared error of plain features."""
+    """Preset of the loss. `paper`: Sobel edges, and the norm of the difference of ImageNet-normalized
+    features. `reference` (the released trainer): central differences, and squared error of features without
+    normalization."""
     perceptual: str = Field(default="none", min_length=1)
-    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` leaves
-    these three of the nine terms out."""
+    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` disables
+    these three of the nine loss terms."""
     edge: Literal["sobel", "central"] | None = None
-    """Filter of the edge terms. Default: the preset's."""
+    """Filter of the edge terms. Default: the filter of the preset."""
     vgg_normalize: Literal["imagenet", "none"] | None = None
-    """Normalisation before the perceptual network. Default: the preset's."""
+    """Normalization of images before VGG16. Default: that of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Which alpha masks the hard render of the reconstruction."""
+    """Alpha that masks the hard render of the reconstruction: the `reconstructed` or the `true` one."""
     alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
-    """Alpha up to this counts as clear; lossy files leave more than 0 in empty regions. 0 is the paper's."""
+    """Alpha up to this value, in [0, 1], counts as transparent; lossy codecs leave small values in empty
+    regions. The paper uses 0."""
     colors: list[tuple[int, int, int]] = []
-    """Colours, 0-255, that clips are put on before they are encoded. Empty: the eight corners of the colour
-    cube, as in the paper, so that no colour means transparency."""
+    """Background colors, RGB in 0-255, on which clips are encoded. Empty: the eight corners of the RGB cube
+    as in the paper, so that no color stands for transparency."""
     anchor: float = Field(default=0.0, ge=0)
-    """Weight of a term that holds latents near the VAE's own of the clip on dark grey, so that a network that
-    learned opaque clips has less to learn. Not in the paper."""
+    """Weight of a loss term that keeps latents close to the base VAE's latents of the clip on dark gray, so
+    that a denoiser trained on opaque clips adapts faster. Not in the paper."""
     visible: float = Field(default=0.0, ge=0)
-    """Weight of the mean error of colour over visible pixels alone, which small subjects need. Not in the
+    """Weight of the mean color error over visible pixels only; needed for small subjects. Not in the
     paper."""
     visible_alpha: float = Field(default=0.0, ge=0)
-    """The same for alpha: glass and smoke need it."""
+    """Weight of the mean alpha error over visible pixels only; needed for glass and smoke. Not in the
+    paper."""
     noise: float = Field(default=0.0, ge=0)
-    """Most noise, in units of the latents' spread, that they are decoded with, so that the decoders forgive.
-    Not in the paper."""
+    """Maximum standard deviation of the noise added to latents before decoding, in units of their own
+    standard deviation; makes the decoders robust to imperfect latents. Not in the paper."""
 
 
 class Optim(Section):
-    """The optimizer and its schedule."""
+    """The optimizer and its learning rate schedule."""
 
     name: Literal["adamw", "adamw8bit", "adamw4bit", "prodigy"] = "adamw"
-    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the state), `adamw4bit` (torchao, an eighth),
-    `prodigy` (prodigyopt, finds its own rate; use lr 1)."""
+    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the optimizer state), `adamw4bit` (torchao, an
+    eighth), `prodigy` (prodigyopt, finds the learning rate itself; set `lr` to 1)."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moments."""
+    """Decay rates of the first and second moments."""
     eps: float = Field(default=1e-8, gt=0)
-    """Term against division by zero."""
+    """Term added to the denominator for numerical stability."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay; norms, biases and DoRA magnitudes are excluded."""
     warmup: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After warm-up: constant, or down to zero at the last step."""
+    """Learning rate after warm-up: `constant`, or `cosine` or `linear` decay to zero at the last step."""
     clip: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the gradient; null switches clipping off."""
+    """Maximum gradient norm; null disables clipping."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of the trained weights, which then is what is sampled and
-    exported."""
+    """Decay of an exponential moving average (EMA) of the trained weights. If set, validation, samples and
+    exports use the EMA weights."""
 
     @field_validator("betas")
     @classmethod
     def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("needs two numbers of at least 0 and less than 1")
+            raise ValueError("needs two numbers >= 0 and < 1")
         return value
 
 
 class Train(Section):
-    """How long, how much at once, and what is written on the way."""
+    """Length of training, batch size, and what is written during training."""
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
     batch: int = Field(default=1, ge=1)
-    """Samples per device and micro-batch."""
+    """Samples per micro-batch on each device."""
     accumulate: int = Field(default=1, ge=1)
-    """Micro-batches per optimizer step and device."""
+    """Gradient accumulation: micro-batches per optimizer step on each device."""
     save_every: int = Field(default=250, ge=1)
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    """Steps between checkpoints. The last step and Ctrl-C also write one."""
     keep: int = Field(default=3, ge=1)
-    """How many checkpoints stay on disk."""
+    """Number of checkpoints kept on disk; older ones are deleted."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between lines of `metrics.jsonl` and the trackers."""
+    """Steps between lines in `metrics.jsonl` and the trackers."""
     validate_every: int = Field(default=100, ge=1)
-    """Steps between measurements of the held-out loss."""
+    """Steps between measurements of the validation loss."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = ["tensorboard"]
-    """Where metrics go besides `metrics.jsonl`."""
+    """Where metrics are sent besides `metrics.jsonl`."""
 
 
 CARRIERS = ("mov", "webm", "png", "apng", "mkv")
-"""What transparent videos are written as."""
+"""File formats for transparent videos."""
 
 
 class Sample(Section):
-    """Videos made during training and the settings of `inlaid generate`."""
+    """Samples generated during training, and the defaults of `inlaid generate`."""
 
     prompts: list[str] = []
-    """Prompts to sample during training and to compare in `inlaid evaluate`. Empty: the first captions."""
+    """Prompts sampled during training and compared by `inlaid evaluate`. Empty: the first captions of the
+    data."""
     images: list[list[str]] = []
-    """Image-to-video only: the image that each prompt starts from, or a list of the first and the last one.
-    Without prompts, the clips' own."""
+    """Image-to-video only: for each prompt the first image, or a list of the first and the last image.
+    Without prompts, the images come from the clips."""
     every: int | None = Field(default=None, ge=1)
-    """Steps between samples. Default: none during training."""
+    """Steps between samples. Default: no samples during training."""
     negative_prompt: str = ""
-    """What to steer away from."""
+    """Negative prompt of classifier-free guidance."""
     size: tuple[int, int] | None = None
-    """Height and width. Default: as trained."""
+    """Height and width in pixels. Default: `data.size`."""
     frames: int | None = Field(default=None, ge=1)
-    """Frames. Default: the longest trained."""
+    """Length in frames. Default: the longest of `data.frames`."""
     steps: int = Field(default=30, ge=1)
     """Denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
     transparent: list[str] = ["mov", "webm"]
-    """Files of each transparent video, besides the mp4 on a checkerboard: `mov` (ProRes 4444, for editing),
-    `webm` (VP9, small, for browsers), `png` (a .zip of images, exact), `apng` or `mkv` (FFV1), exact too."""
+    """File formats written for each transparent video, besides an mp4 over a checkerboard: `mov` (ProRes
+    4444, for editing), `webm` (VP9, small, for browsers), `png` (a .zip of images, lossless), `apng`
+    (lossless), `mkv` (FFV1, lossless)."""
     grid: int = Field(default=256, ge=16, le=1024)
-    """Scenes: cells per side of the box that objects are meshed in, a power of two."""
+    """Scenes: cells per side of the grid on which meshes are extracted, a power of two."""
     triangles: int | None = Field(default=None, ge=100)
-    """Scenes: most triangles of an object; larger meshes are simplified. Default: as they come."""
+    """Scenes: maximum number of triangles per object; larger meshes are simplified. Default: no
+    simplification."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video; video i of a prompt uses seed + i."""
 
@@ -376,86 +398,90 @@ class Sample(Section):
     def _carriers(cls, value: list[str]) -> list[str]:
         wrong = [name for name in value if name not in CARRIERS]
         if wrong:
-            raise ValueError(f"`{wrong[0]}` cannot carry alpha; there are: {', '.join(CARRIERS)}")
+            raise ValueError(f"`{wrong[0]}` cannot carry alpha; choose from: {', '.join(CARRIERS)}")
         return value
 
     @field_validator("prompts")
     @classmethod
     def _said(cls, value: list[str]) -> list[str]:
         if not all(text.strip() for text in value):
-            raise ValueError("holds an empty prompt; remove it, or write what you want to see")
+            raise ValueError("contains an empty prompt; remove it or write a prompt")
         return value
 
 
 class Memory(Section):
-    """What is traded for memory."""
+    """Options that reduce memory at the price of speed or precision."""
 
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = True
-    """Recompute activations in the backward pass: far less memory, about a third more time. A number n
-    recomputes every n-th block only."""
+    """Gradient checkpointing: recompute activations in the backward pass, which needs far less memory and
+    about a third more time. A number n checkpoints every n-th block only."""
     quantize: Literal["int8", "int4", "float8", "nf4"] | None = None
-    """Keep the linear layers of the frozen blocks in so few bits (int8, float8: torchao; nf4: bitsandbytes).
-    For adapters only."""
+    """Quantize the linear layers of the frozen blocks to this format (`int8`, `float8`: torchao; `nf4`:
+    bitsandbytes; `int4`: built in). Adapters only."""
     layerwise_casting: Literal["float8", "bfloat16"] | None = None
-    """Keep the frozen base in this type and compute in the run's precision, layer by layer. For adapters
-    only."""
+    """Store the frozen base model in this type and cast each layer to the precision of the run while it
+    computes. Adapters only."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in the computer's memory instead of the GPU's, and step there (AdamW,
-    CUDA)."""
+    """Keep the optimizer state in CPU memory and step there (`optim.name: adamw` on CUDA only)."""
 
 
 class Runtime(Section):
-    """Where and how it runs; never changes what is learned, up to rounding."""
+    """Device, precision and processes. These settings change the result only by rounding."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: CUDA, else Apple MPS, else CPU."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the frozen base and its activations; adapters, losses and the optimizer are float32. `auto`:
-    bfloat16 on CUDA, else float32."""
+    """Precision of the frozen base model and its activations; adapters, losses and optimizer state are
+    float32. `auto`: bfloat16 on CUDA, else float32."""
     world_size: int | None = Field(default=None, ge=1)
-    """Number of processes that this recipe is meant for; another number stops at the start. Default: any."""
+    """Number of processes that this recipe requires; a launch with another number is an error. Default: any
+    number."""
     workers: int = Field(default=2, ge=0)
-    """Decoding threads while caching."""
+    """Threads that decode clips while caching."""
     compile: bool = False
-    """Compile the repeated blocks (torch.compile): minutes at the start and again at the second shape, faster
-    steps."""
+    """Compile the repeated blocks with torch.compile: faster steps, but minutes of compilation at the start
+    and again at the second shape."""
     parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
-    """Several processes: `ddp` has all in each; `fsdp` (FSDP2) shards weights, gradients and optimizer state;
-    so does `zero3`, and `zero2` all but the weights, both with DeepSpeed."""
+    """How several processes share the work. `ddp`: each holds all weights. `fsdp` (FSDP2): weights, gradients
+    and optimizer state are sharded. `zero3` (DeepSpeed): the same. `zero2` (DeepSpeed): only gradients and
+    optimizer state are sharded."""
 
 
 class Opaque(Section):
-    """No transparency: clips are RGB."""
+    """RGB clips without transparency."""
 
     kind: Literal["opaque"] = "opaque"
-    """Clips without alpha; what a transparent clip shows is put on white."""
+    """RGB only; transparent clips are composited over white."""
 
 
 class Joint(Section):
-    """Colour and alpha side by side: two clips in one sequence of tokens, at the same positions."""
+    """Color and alpha as two clips in one token sequence that share their positions."""
 
     kind: Literal["joint"]
-    """Two latents, colour first; what is trained changes the tokens of alpha only (after TransPixeler)."""
+    """Two latents, color first; the adapter changes the tokens of alpha only (after TransPixeler)."""
     text_to_alpha: Literal["block", "bias", "open"] = "block"
-    """Whether text looks at alpha where both share a sequence: not at all (`block`), e times less (`bias`, as
-    published for CogVideoX), or as at colour (`open`). Wan has no such sequence and takes `block` only."""
+    """Attention from text to alpha in models where both are in one sequence: none (`block`), with weights e
+    times smaller (`bias`, as published for CogVideoX), or the same as to color (`open`). Wan uses
+    cross-attention and accepts `block` only."""
     domain_embedding: bool = True
-    """A trained vector, zero at first, added to every token of alpha."""
+    """Add a trained vector, initialized to zero, to every token of alpha."""
     shared_noise: bool = True
-    """Samples start from the same noise in both halves; in training each has its own."""
+    """Sampling starts from the same noise for color and alpha. Training uses independent noise for each."""
     alpha_from: Literal["mean", "max"] = "mean"
-    """Of the three channels that alpha is decoded to; `max` as published."""
+    """How the three decoded channels of alpha become one; TransPixeler uses `max`."""
 
 
 class Merged(Section):
-    """Colour and alpha in one latent, made and split by a trained codec."""
+    """Color and alpha in one latent that an RGBA VAE encodes and decodes."""
 
     kind: Literal["merged"]
-    """One latent of the usual size (after Wan-Alpha); needs a `codec`."""
+    """One latent of the usual size (after Wan-Alpha); needs an RGBA VAE, see `vae`."""
     codec: str = Field(min_length=1)
-    """Folder of a codec: of a run that trained one, or of an import; `twin:wan` ships with inlaid."""
+    """Folder of an RGBA VAE: from a run that trained one or from an import. `tiny:wan` selects the one that
+    ships with inlaid."""
     colors: int = Field(default=4, ge=1, le=8)
-    """Colours that each clip is encoded on; every showing takes one of them."""
+    """Number of background colors each clip is encoded on; each training sample uses one of the resulting
+    latents."""
 
 
 Tuner = Annotated[LowRank | Full | Codec, Field(discriminator="kind")]
@@ -466,9 +492,9 @@ class Config(Section):
     """A whole recipe."""
 
     run: str = Field(min_length=1)
-    """Folder that the run is written to and that every later command takes."""
+    """Run folder: where the run is written, and the argument of every later command."""
     seed: int = Field(default=0, ge=0)
-    """Order, noise and times are functions of it."""
+    """Seed; the order of clips, the noise and the noise levels are functions of it."""
     model: Model
     data: Data
     objective: Objective = Objective()
@@ -499,82 +525,96 @@ class Config(Section):
 
 
 def _conflicts(config: Config) -> Iterator[str]:
-    """Keys that are fine alone, but not together."""
+    """Yield errors about keys that are valid alone but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
     if any(source.preserve for source in config.data.sources):
         if tuner.kind == "full":
-            yield "data.sources.preserve: full fine-tuning keeps no untuned network; train an adapter"
+            yield (
+                "data.sources.prior_preservation: needs the network without its adapter, which full "
+                "fine-tuning does not keep: train an adapter (tuner.kind=lora)"
+            )
         elif parallel in ("fsdp", "zero3"):
-            yield f"data.sources.preserve: not with runtime.parallel={parallel}; use ddp or zero2"
+            yield (
+                f"data.sources.prior_preservation: not supported with runtime.parallel={parallel}: "
+                "use ddp or zero2"
+            )
         if config.alpha.kind != "opaque":
-            yield "data.sources.preserve: the untuned network draws no alpha that could be kept; leave it out"
+            yield (
+                "data.sources.prior_preservation: not supported in transparent runs, the base model has "
+                "no alpha to preserve: remove it, or set alpha.kind=opaque"
+            )
         if all(source.preserve for source in config.data.sources):
-            yield "data.sources.preserve: every source has it, and nothing new is learned; leave one without"
+            yield (
+                "data.sources.prior_preservation: is set on every source, so nothing new is trained: "
+                "remove it from the sources to train on"
+            )
     small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
     if tuner.kind == "full":
         for key in small:
             yield (
-                f"memory.{key}: only for a base that stays frozen; full fine-tuning trains it in float32: "
-                "leave it out, or train an adapter (tuner.kind=lora)"
+                f"memory.{key}: needs a frozen base model, full fine-tuning trains it in float32: "
+                "remove it, or train an adapter (tuner.kind=lora)"
             )
     elif isinstance(tuner, LowRank) and tuner.kind in ("lokr", "loha") and tuner.dropout:
-        yield f"tuner.dropout: {tuner.kind} has none before its update; leave it out"
+        yield f"tuner.dropout: not supported with tuner.kind={tuner.kind}: remove it, or use lora or dora"
     if len(small) == 2:
-        yield "memory.layerwise_casting: memory.quantize makes the base small already; leave one of them out"
+        yield "memory.layerwise_casting: cannot be combined with memory.quantize: remove one of them"
     elif memory.layerwise_casting == "float8" and tuner.kind == "dora":
         yield (
-            "memory.layerwise_casting: a DoRA takes norms of weights, which plain float8 does not have: use "
-            "memory.quantize=float8, which costs the same"
+            "memory.layerwise_casting: DoRA needs norms of weights, which float8 tensors do not "
+            "support: use memory.quantize=float8, which needs the same memory"
         )
     if memory.quantize in ("int4", "nf4") and tuner.kind == "loha":
-        yield f"memory.quantize: LoHa needs unpacked weights: use int8 or float8, not {memory.quantize}"
+        yield f"memory.quantize: LoHa does not support packed weights ({memory.quantize}): use int8 or float8"
     if memory.offload_optimizer and config.optim.name != "adamw":
-        yield f"memory.offload_optimizer: for optim.name=adamw; {config.optim.name} is small already"
+        yield f"memory.offload_optimizer: needs optim.name=adamw (got {config.optim.name}): remove it"
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
-            yield f"memory.{key}: runtime.parallel={parallel} shards instead; use ddp, or leave it out"
+            yield f"memory.{key}: not supported with runtime.parallel={parallel}: use ddp, or remove it"
     if tuner.kind == "codec":
         yield from _codec_conflicts(config, tuner)
     if config.runtime.compile and memory.layerwise_casting:
-        yield "runtime.compile: memory.layerwise_casting moves weights between layers; leave one of them out"
+        yield "runtime.compile: cannot be combined with memory.layerwise_casting: remove one of them"
 
 
 def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
-    """What training a codec leaves no room for."""
+    """Yield errors about keys that cannot be combined with training an RGBA VAE."""
     if config.alpha.kind != "opaque":
-        yield f"alpha.kind: a codec is what makes {config.alpha.kind} alpha possible; leave `alpha` out"
+        yield f"alpha.kind: {config.alpha.kind} does not apply to training an RGBA VAE: leave `alpha` out"
     if tuner.train == "merge" and tuner.start is None:
         yield (
-            "tuner.start: train=merge learns what frozen decoders can split, and the VAE's own know no "
-            "alpha; name a codec whose decoders were trained, or use train=merge+decoders"
+            "rgba_vae.init_from: missing, and train=merge needs decoders that were trained on alpha: set the "
+            "folder of an RGBA VAE, or use train=merge+decoders"
         )
     if config.runtime.parallel != "ddp":
-        yield f"runtime.parallel: every process holds a whole codec: use ddp, not {config.runtime.parallel}"
+        yield f"runtime.parallel: an RGBA VAE trains with ddp only, not {config.runtime.parallel}: use ddp"
     if config.runtime.compile:
-        yield "runtime.compile: the codec has no repeated blocks to compile; leave it out"
+        yield "runtime.compile: an RGBA VAE has no repeated blocks to compile: remove it"
     for key in ("quantize", "layerwise_casting"):
         if getattr(config.memory, key) is not None:
-            yield f"memory.{key}: the VAE of a codec stays in float32; leave it out"
+            yield f"memory.{key}: not supported for an RGBA VAE, which stays in float32: remove it"
     if config.sample.every:
-        yield "sample.every: a codec draws nothing, validation reconstructs held-out clips; leave it out"
+        yield (
+            "sample.every: an RGBA VAE generates no samples, validation reconstructs clips instead: remove it"
+        )
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML would keep the last and say nothing."""
+    """YAML loader that rejects duplicate keys, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"`{key.value}` comes twice; write it once", problem_mark=key.start_mark
+                    problem=f"duplicate key `{key.value}`; keep one", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges two nested mappings; `over` wins, lists are replaced whole."""
+    """Merge two nested mappings; values of `over` win and lists are replaced whole."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
@@ -583,10 +623,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Loads a recipe, or the recipe of a run folder.
+    """Load a recipe, or the recipe of a run folder.
 
     Args:
-        path: YAML file, or a run folder (its `config.yaml`), whose `run` then is where it lies now.
+        path: YAML file, or a run folder (its `config.yaml` is read, and `run` becomes the folder itself, so
+            that runs can be moved).
         overrides: `section.key=value`, the value in YAML.
 
     Raises:
@@ -596,11 +637,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if path.is_dir():
         path, moved = path / "config.yaml", {"run": str(path)}
     if not path.is_file():
-        raise ValueError(f"{path}: no such recipe; `inlaid new wan DATA` writes one")
+        raise ValueError(f"{path}: no such recipe; `inlaid new FAMILY DATA` writes one")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a recipe, it is not UTF-8 text") from None
+        raise ValueError(f"{path}: not a recipe, the file is not UTF-8 text") from None
     except yaml.YAMLError as error:
         mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -612,7 +653,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = "recipe") -> Config:
-    """Makes a config from a nested mapping: adds the family's defaults and overrides, then validates.
+    """Return the validated config of a nested mapping, with the family's defaults and overrides applied.
 
     Raises:
         ValueError: with every mistake, one per line.
@@ -632,7 +673,7 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
             nested = {part: nested}
         raw = merge(raw, nested)
         if len(parts) > 2 and parts[:2] == ["data", "sources"]:
-            raise ValueError(f"`{text}`: data.sources is a list; write it whole, such as data.sources=[a, b]")
+            raise ValueError(f"`{text}`: data.sources is a list; set all of it, such as data.sources=[a, b]")
     section = raw.get("model")
     family = section.get("family") if isinstance(section, Mapping) else None
     defaults = families.get(family).defaults if isinstance(family, str) else {}
@@ -643,12 +684,12 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
 
 
 def explain(error: ValidationError, name: str, section: str | None = None) -> str:
-    """What is wrong with a recipe, one line per mistake.
+    """Describe the mistakes of a recipe, one per line.
 
     Args:
-        error: of `Config`, or of one section.
-        name: of the recipe.
-        section: name of the section, where the error is of one.
+        error: validation error of `Config`, or of one section.
+        name: name of the recipe.
+        section: name of the section if the error belongs to a single section.
     """
     found = [line for e in error.errors() for line in _mistake(e, [section] if section else []).splitlines()]
     return "\n".join([f"{name}: {len(found)} mistake{'s' if len(found) > 1 else ''}", *found])
@@ -660,7 +701,7 @@ _TAGS: dict[tuple[str, ...], type[Section]] = {
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
-"""The section of each kind, for sections that come in kinds."""
+"""Section class of each (section, kind), for the sections with a `kind`."""
 
 
 def _mistake(error: Any, within: list[str]) -> str:
@@ -678,9 +719,9 @@ def _mistake(error: Any, within: list[str]) -> str:
         return f"  {name}: missing"
     if kind == "union_tag_invalid":
         kinds = [k for section, k in _TAGS if section == where[0]]
-        return f"  {name}.kind: no `{error['ctx']['tag']}`; there are: {', '.join(kinds)}"
+        return f"  {name}.kind: no kind `{error['ctx']['tag']}`; choose from: {', '.join(kinds)}"
     if kind in ("model_type", "model_attributes_type"):
-        says = f"needs keys below it ({', '.join(_keys(where))})"
+        says = f"needs a mapping with keys ({', '.join(_keys(where))})"
     elif kind in ("tuple_type", "list_type"):
         says = "needs a list, such as [a, b]"
     else:
@@ -703,19 +744,19 @@ def _keys(where: list[str]) -> list[str]:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes the fully resolved recipe as YAML."""
+    """Write the fully resolved recipe as YAML."""
     values = json.loads(config.model_dump_json())
     with atomic(path) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors."""
+    """Return the JSON schema of a recipe, for editors."""
     return Config.model_json_schema()
 
 
 def reference() -> str:
-    """The reference page of all sections in Markdown (`docs/reference/config.md`)."""
+    """Return the reference page of all sections in Markdown (`docs/reference/config.md`)."""
     sections = {
         "(top level)": Config,
         "model": Model,

@@ -1,4 +1,4 @@
-"""What is said to a person: one console, and progress bars on whatever takes longer than two seconds."""
+"""Terminal output: one console, and progress bars for operations that take longer than two seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _said: set[str] = set()
 
 
 class _Speed(ProgressColumn):
-    """Things per second, or seconds per thing."""
+    """Progress column: items per second, or seconds per item when slower than one per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -44,7 +44,10 @@ class _Speed(ProgressColumn):
 def progress(
     title: str, total: int, unit: str, *, show: bool = True, done: int = 0
 ) -> Iterator[Callable[..., None]]:
-    """A bar; its function advances it by n (default 1), or sets `done`, `total` and a `note` behind it."""
+    """Show a progress bar; yields a function that advances it.
+
+    The function advances by n (default 1), or sets `done`, `total` and a `note` printed after the bar.
+    """
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(),
@@ -65,20 +68,20 @@ def progress(
 
 
 def say(text: str, *, show: bool = True) -> None:
-    """One line."""
+    """Print one line."""
     if show:
         console.print(text, markup=False)
 
 
 def once(text: str) -> None:
-    """One line, unless it was said before."""
+    """Print one line, unless the same line was printed before."""
     if text not in _said:
         _said.add(text)
         say(text)
 
 
 def quiet() -> None:
-    """Silences what the libraries say on import and loading; what matters is said by us, once."""
+    """Silence import and loading messages of the libraries; inlaid reports what matters once."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,7 +93,7 @@ def quiet() -> None:
 
 
 def quiet_bars() -> None:
-    """Switches off the libraries' own progress bars for files that load in a moment."""
+    """Disable the libraries' progress bars for files that load within a moment."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,8 +1,8 @@
-"""What a run will cost, before anything is downloaded or loaded: parameters, memory, disk and time.
+"""Estimate of a run's parameters, memory, disk space and time, before anything is downloaded or loaded.
 
-No rules of thumb: the network is built on the meta device, the tuner is attached, and one forward and
-backward pass runs on shapes alone, recomputed blocks included. Every tensor is followed from its birth to its
-death, and the operations are counted. The speed of the device is measured, with matrix products.
+The network is built on the meta device, the tuner is attached, and one forward and backward pass runs on
+shapes alone, with gradient checkpointing. The lifetime of every tensor is tracked and the operations are
+counted. The speed of the device is measured with matrix products.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from inlaid import tuners
 from inlaid.families import Family
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "adamw4bit": 1.06, "prodigy": 16.0}
-"""Bytes of optimizer state per trained weight: two moments, with their scales where small; Prodigy: four."""
+"""Bytes of optimizer state per trained weight: two moments, plus scales if quantized; Prodigy: four."""
 
 QUANTIZED_BYTES = {"int8": 1.0, "float8": 1.0, "int4": 0.5, "nf4": 0.5}
-"""Bytes per weight of a quantised layer, without its scales."""
+"""Bytes per weight of a quantized layer, without scales."""
 
 USED = (0.25, 0.7)
-"""Share of the speed of large matrix products that training reaches: much overhead, or very good kernels."""
+"""Range of training speed relative to large matrix products: high overhead to very good kernels."""
 
 SMALL = 0.05
-"""Seconds per step below which overhead decides and an estimate would mislead."""
+"""Seconds per step below which overhead dominates and no time is estimated."""
 
 WORDS_TO_TOKENS = 1.5
 TEXT_WIDTHS = ("text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim")
-"""Keys of a network's configuration that hold the width of its text input."""
+"""Keys of a network's configuration for the width of its text input."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one micro-batch, forward and backward: bytes at the worst moment, and floating-point operations."""
+    """Peak bytes and floating-point operations of one micro-batch, forward and backward."""
 
     activations: int
-    """Everything that is alive then besides weights, gradients of weights and the optimizer."""
+    """Bytes alive at the peak, except weights, their gradients and the optimizer state."""
     gradients: int
-    """Of the trained weights, as far as they exist by then, in float32."""
+    """Bytes of the gradients of trained weights that exist at the peak, in float32."""
     linear: float
     attention: float
-    """Between all pairs of tokens: quadratic in their number."""
+    """Operations of self-attention, quadratic in the number of tokens."""
     across: float
-    """From tokens to a text of fixed length."""
+    """Operations of cross-attention from tokens to text of fixed length."""
 
 
 class _Attention(torch.autograd.Function):
-    """Stands in for fused attention: keeps queries, keys, values and result, never the matrix of weights."""
+    """Stand-in for fused attention: keeps queries, keys, values and output, not the attention matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[[float], None]) -> Tensor:
@@ -79,9 +79,9 @@ class _Attention(torch.autograd.Function):
 
 
 class _Fused:
-    """While it is open, attention is `_Attention`, in recomputed blocks too, and its operations are counted.
+    """Context manager that replaces attention with `_Attention` and counts its operations.
 
-    A mode for torch functions would not reach what is recomputed in a backward pass.
+    Also covers checkpointed blocks. A `TorchFunctionMode` would miss the recomputation in the backward pass.
     """
 
     def __init__(self, video: int, text: int) -> None:
@@ -108,9 +108,9 @@ class _Fused:
 
 
 class _Ledger(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made, remembers the worst moment, and counts operations.
+    """Dispatch mode that tracks the bytes of all created tensors and their peak, and counts operations.
 
-    torch's own `FlopCounterMode` watches modules with hooks that keep tensors alive.
+    torch's `FlopCounterMode` is not used: its module hooks keep tensors alive.
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -119,7 +119,7 @@ class _Ledger(TorchDispatchMode):
         self.now = self.gradients = 0
         self.flops = 0.0
         self.worst = (0, 0)
-        """Bytes in all, and of gradients among them."""
+        """Total bytes at the peak, and the bytes of gradients among them."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -139,25 +139,25 @@ class _Ledger(TorchDispatchMode):
         return out
 
     def add(self, size: int) -> None:
-        """Notes that so many bytes more are alive."""
+        """Record `size` new live bytes and update the peak."""
         self.now += size
         if self.now > self.worst[0]:
             self.worst = (self.now, self.gradients)
 
     def free(self, key: int, size: int) -> None:
-        """Notes that a storage is gone."""
+        """Record that a storage was freed."""
         self.live.discard(key)
         self.now -= size
 
     def gradient(self, parameter: Tensor) -> None:
-        """Notes a finished gradient: float32, whatever the pass is simulated in."""
+        """Record a finished gradient, as float32 regardless of the precision of the simulated pass."""
         assert parameter.grad is not None
         self.gradients += parameter.numel() * 4
         self.add(parameter.numel() * 4 - parameter.grad.nbytes)
 
 
 def _drop(parameter: Tensor) -> None:
-    """Frees a gradient, which is added to an earlier one."""
+    """Free a gradient after it is added to the accumulated gradient."""
     parameter.grad = None
 
 
@@ -170,15 +170,15 @@ def count(
     checkpointing: bool | int,
     accumulating: bool = False,
 ) -> Counts:
-    """Runs one forward and backward pass of a network on the meta device and counts.
+    """Run one forward and backward pass of a network on the meta device and count memory and operations.
 
     Args:
-        family: of the network.
-        denoiser: on the meta device, with its tuner attached.
+        family: family of the network.
+        denoiser: network on the meta device, with its tuner attached.
         shape: frames, height, width.
-        batch: samples.
-        checkpointing: recompute blocks, or every n-th one, in the backward pass.
-        accumulating: gradients of an earlier micro-batch are there already.
+        batch: number of samples.
+        checkpointing: gradient checkpointing of all blocks, or of every n-th block.
+        accumulating: gradients of an earlier micro-batch already exist.
     """
     if checkpointing:
         savings.checkpoint(denoiser, checkpointing)
@@ -210,35 +210,35 @@ def count(
 
 
 def text_width(denoiser: nn.Module) -> int:
-    """Width of the text that a network takes, by its configuration; 4096 (T5-XXL) where it does not say."""
+    """Return the width of a network's text input from its configuration; 4096 (T5-XXL) if it is missing."""
     config: Any = getattr(denoiser, "config", {})
     return next((int(config[k]) for k in TEXT_WIDTHS if config.get(k)), 4096)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will cost on this machine, per process."""
+    """Estimated resources of a run on this machine, per process."""
 
     parameters: int
     trained: int
     memory: dict[str, int]
-    """Bytes by purpose, while training."""
+    """Bytes of device memory by purpose during training."""
     cache: dict[str, int]
-    """Bytes on disk: clips and captions."""
+    """Bytes on disk of cached clips and captions."""
     flops: float
     """Floating-point operations of one optimizer step."""
     seconds: tuple[float, float] | None
-    """Shortest and longest time of one optimizer step."""
+    """Minimum and maximum time of one optimizer step; None if unknown."""
     device: str
     capacity: int
-    """Bytes of memory that the device has."""
+    """Bytes of device memory; 0 if unknown."""
     precision: str
     how: tuple[str, ...]
-    """Sentences that say how the numbers came about, and why one is missing."""
+    """Explanations of the numbers, and of missing numbers."""
 
     @property
     def peak(self) -> int:
-        """Bytes of memory at the worst moment of a step."""
+        """Peak bytes of memory during a step."""
         return sum(self.memory.values())
 
 
@@ -253,20 +253,20 @@ def estimate(
     precision: torch.dtype,
     optimizer: str,
 ) -> Estimate:
-    """Estimates a run.
+    """Estimate the resources of a run.
 
     Args:
-        family: built, nothing loaded.
+        family: family instance; no weights need to be loaded.
         config: the recipe.
-        shapes: batches per epoch of each (frames, height, width).
-        windows: items to cache of each.
-        captions: those that are cached.
-        device: where it will run.
-        precision: of the frozen base.
-        optimizer: its name, after what the device allows.
+        shapes: batches per epoch for each (frames, height, width).
+        windows: items to cache for each (frames, height, width).
+        captions: captions to cache.
+        device: device of the run.
+        precision: precision of the frozen base model.
+        optimizer: name of the optimizer that the device supports.
 
     Raises:
-        ValueError: when the tuner's targets match nothing.
+        ValueError: if the tuner's targets match no layer.
     """
     full = not isinstance(config.tuner, recipe.LowRank)
     denoiser, trained = _network(family, config, precision)
@@ -287,7 +287,7 @@ def estimate(
     memory = {
         "frozen weights": frozen,
         "trained weights": trained * 4,
-        # Full fine-tuning keeps float32 weights and computes under autocast, on copies of them.
+        # Full fine-tuning keeps float32 weights; autocast computes on low-precision copies.
         "unpacked weights": temporary
         + (trained * precision.itemsize if full and precision.itemsize < 4 else 0),
         f"{optimizer} state": 0 if offloaded else round(trained * STATE_BYTES[optimizer]),
@@ -304,23 +304,23 @@ def estimate(
     cache, kept = _cache(
         family, windows, captions, text_width(denoiser), precision.itemsize if device.type == "cuda" else 4
     )
-    weights = f"weights: {parameters / 1e6:,.1f} M in all, {trained / 1e6:,.2f} M trained, in float32"
+    weights = f"weights: {parameters / 1e6:,.1f} M in total, {trained / 1e6:,.2f} M trained, in float32"
     small = config.memory.quantize or config.memory.layerwise_casting
     nth = f"every {checkpointing}th block"
     recomputed = "no block" if not checkpointing else "all blocks" if checkpointing == 1 else nth
     how = (
         weights if full else f"{weights}; the others in {small or _name(precision)}",
         (
-            f"activations: a pass of {'x'.join(map(str, largest))} at batch {config.train.batch}, forward "
-            f"and backward with {recomputed} recomputed, was run on shapes alone; what is alive at its worst "
-            "moment was added up, with the gradients that exist by then; attention is fused, with no matrix"
+            f"activations: peak of a simulated forward and backward pass of {'x'.join(map(str, largest))} at "
+            f"batch {config.train.batch}, with gradient checkpointing of {recomputed}, including gradients "
+            "that exist at the peak; assumes fused attention"
         ),
         *([sharding] if sharding else []),
-        *(["the optimizer's state is in the computer's memory"] if offloaded else []),
+        *(["the optimizer state is offloaded to CPU memory"] if offloaded else []),
         (
-            "not counted: what kernels take inside (on the CPU: packed copies of bfloat16 weights)"
+            "not counted: workspaces of kernels (on the CPU: packed copies of bfloat16 weights)"
             if device.type == "cpu"
-            else "not counted: what CUDA takes for itself (about 1 GB), fragmentation, encoders while caching"
+            else "not counted: the CUDA context (about 1 GB), fragmentation, encoders while caching"
         ),
         kept,
         f"time: {why}",
@@ -336,21 +336,24 @@ def _cache(
     width: int,
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
-    """Bytes of the cache by kind, and a sentence about them."""
+    """Return the bytes of the cache by kind, and an explanation."""
     clips = sum(
         n * math.prod(shape) * (1 if name in family.bytewise else 2)
         for size, n in windows.items()
         for name, shape in family.stored(*size).items()
     )
     if not family.text_length:
-        return {"clips": clips, "captions": 0}, "cache: latents and what is seen of pictures, in float16"
+        return {"clips": clips, "captions": 0}, "cache: latents and image embeddings in float16"
     tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
-    said = f"cache: latents in float16; captions of {WORDS_TO_TOKENS:g} tokens per word, {width} wide"
+    said = f"cache: latents in float16; captions at {WORDS_TO_TOKENS:g} tokens per word, width {width}"
     return {"clips": clips, "captions": tokens * width * itemsize}, said
 
 
 def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> tuple[nn.Module, int]:
-    """The network with its tuner on the meta device, as it computes, and the number of trained weights."""
+    """Return the network with its tuner on the meta device, and the number of trained weights.
+
+    All weights have the precision used for computation.
+    """
     denoiser = family.load_denoiser(precision, meta=True)
     for parameter in denoiser.parameters():
         parameter.data = parameter.data.to(precision)
@@ -367,7 +370,7 @@ def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> t
 def _frozen(
     config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
 ) -> tuple[int, int]:
-    """Bytes of the frozen weights, and of those that are unpacked at a time where they are kept small."""
+    """Return the bytes of the frozen weights, and of the temporary copies of quantized or cast layers."""
     section = config.memory
     plain = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad) * precision.itemsize
     names = dict(denoiser.named_parameters())
@@ -381,19 +384,19 @@ def _frozen(
     if section.quantize:
         scales = {"int4": 2 * precision.itemsize / savings.GROUP, "nf4": 4 / 64}.get(section.quantize, 0.0)
         held = sum(sizes.values()) * (QUANTIZED_BYTES[section.quantize] + scales)
-        # Unpacking makes the codes one by one, then the values, in the forward and in the backward pass.
+        # Dequantization unpacks the codes, then the values, in the forward and in the backward pass.
         temporary = max(dense.values()) * (2 if section.quantize == "int4" else 1)
     else:
         assert section.layerwise_casting is not None
         held = sum(sizes.values()) * savings.CASTS[section.layerwise_casting].itemsize
         blocks = [sum(v for n, v in dense.items() if n.startswith(f"{b}.")) for b in savings.blocks(denoiser)]
-        # The backward pass needs the copies that a layer computed with; of a recomputed block those alone.
+        # The backward pass needs the copies used in the forward pass; checkpointing limits them to one block.
         temporary = max(blocks, default=0) if recomputed else sum(dense.values())
     return round(plain - sum(dense.values()) + held), temporary
 
 
 def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
-    """Names of the layers that a recipe keeps small."""
+    """Return the names of the layers that a recipe quantizes or casts for storage."""
     if section.quantize:
         return [n.removesuffix(".base_layer") for n in savings.linears(denoiser) if "lora_" not in n]
     if not section.layerwise_casting:
@@ -407,7 +410,7 @@ def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
 def _sharded(
     memory: dict[str, int], config: recipe.Config, denoiser: nn.Module, optimizer: str
 ) -> tuple[dict[str, int], str]:
-    """What one of several processes holds of it, and a sentence about that."""
+    """Return the memory of one of several processes, and an explanation of the sharding."""
     world, parallel = config.runtime.world_size or 1, config.runtime.parallel
     if world == 1 or parallel == "ddp":
         return memory, ""
@@ -417,26 +420,26 @@ def _sharded(
     if config.train.accumulate == 1 or parallel != "fsdp":
         own += ["gradients"]
     out = {k: -(-v // world) if k in own else v for k, v in memory.items()}
-    said = f"{parallel}: each of {world} processes holds its share of {', '.join(own)}"
+    said = f"{parallel}: each of {world} processes holds a shard of {', '.join(own)}"
     if parallel == "zero2":
         return out, said
     sizes = [sum(p.nbytes for p in b.parameters()) for b in savings.blocks(denoiser).values()]
-    return {**out, "gathered blocks": 2 * max(sizes, default=0)}, f"{said}, and two whole blocks"
+    return {**out, "gathered blocks": 2 * max(sizes, default=0)}, f"{said}, and two complete blocks"
 
 
 def _time(
     flops: float, device: torch.device, precision: torch.dtype
 ) -> tuple[tuple[float, float] | None, str]:
-    """Shortest and longest seconds for a step, and how they came about or why there are none."""
+    """Return the minimum and maximum seconds per step, or None, and an explanation."""
     if device.type == "meta":
-        return None, "unknown, the device of the recipe is not on this machine"
+        return None, "unknown, the recipe's device is not on this machine"
     rate = speed(device, precision)
     bounds = (flops / rate / USED[1], flops / rate / USED[0])
     if bounds[0] < SMALL:
-        return None, f"{flops / 1e9:,.1f} GFLOP per step are so few that overhead decides"
+        return None, f"not estimated, overhead dominates at {flops / 1e9:,.1f} GFLOP per step"
     return bounds, (
         f"{flops / 1e12:,.1f} TFLOP per step at {USED[0]:.0%} to {USED[1]:.0%} of the {rate / 1e12:,.2f} "
-        f"TFLOP/s that matrix products in {_name(precision)} reach here, just measured"
+        f"TFLOP/s measured now on this device with matrix products in {_name(precision)}"
     )
 
 
@@ -445,7 +448,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2) -> float:
-    """Floating-point operations per second of large matrix products, measured now."""
+    """Measure the floating-point operations per second of large matrix products."""
     n = 4096 if device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=device).to(precision) for _ in range(2))
 
@@ -464,7 +467,7 @@ def speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2)
 
 
 def describe(device: torch.device) -> tuple[str, int]:
-    """Name of a device and its memory in bytes; 0 where unknown."""
+    """Return the name of a device and its memory in bytes; 0 if unknown."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory

@@ -1,8 +1,8 @@
-"""Cut-outs: clips with alpha on disk, as one file, as a folder of images, or as colour and matte.
+"""RGBA clips on disk: a file with alpha, a folder of images, or a color file with an alpha matte.
 
-What belongs together is found by name (`Pairs`), looked at (`look`) and read by time (`read`), straight RGBA.
-Colour and matte are cut by the same frame numbers and scaled as one picture; a pair that does not match is
-refused, never cut to the shorter one.
+`Pairs` finds color and alpha matte by name, `look` probes a clip and measures its alpha, `read` reads frames
+by time as straight RGBA. Color and alpha matte are read at the same frame numbers and scaled together. A pair
+that does not match raises an error; it is never trimmed to the shorter file.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from inlaid import config, media, rgba
 from inlaid.media import MediaError, Probe
 
 READER = 1
-"""Version of what `read` returns for the same files and arguments; part of the cache's identity."""
+"""Version of the output of `read`, part of cache keys; raise it when the same files give other pixels."""
 
 KNOWN = (*media.KNOWN, *media.ANIMATED, ".zip")
-"""Suffixes that are looked for in transparent runs."""
+"""File suffixes of clips in transparent runs."""
 
 COLORS, MATTES = ("_rgb", "_fgr"), ("_alpha", "_pha", "_matte", "_seg")
-"""Ends of names without suffix. `dog_alpha.mp4` is the matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
+"""Endings of file stems. `dog_alpha.mp4` is the alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
 
 COLOR_FOLDERS, MATTE_FOLDERS = ("rgb", "fgr"), ("alpha", "pha", "matte", "seg")
-"""How names of folders begin: `pha/07.mp4` is the matte of `fgr/07.mp4`."""
+"""Prefixes of folder names: `pha/07.mp4` is the alpha matte of `fgr/07.mp4`."""
 
 FRAMES = (*media.IMAGES, ".tif", ".tiff")
-"""Images that the frames of a folder may be."""
+"""Suffixes of images in a folder of frames."""
 
 CHANNELS = (4, 3)
-"""Of arrays, the likelier number first."""
+"""Channel counts of arrays, the more likely first."""
 
 FAR = 24
-"""Frames between two that are read, from which seeking is worth it."""
+"""Gap in frames between two wanted frames above which the reader seeks instead of decoding."""
 
 LOOKED_AT, LONG = 8, 512
-"""Frames that are measured of a clip, and pixels of their longer side."""
+"""Number of frames on which alpha is measured, and the longer side in pixels to which they are subsampled."""
 
 Kind = media.Kind | Literal["frames"]
 
 
-# --- what belongs together ----------------------------------------------------------------------------------
+# --- file names and pairs -----------------------------------------------------------------------------------
 
 
 def kind(path: Path) -> Kind:
-    """Whether a cut-out is read as a video, an image (maybe an animated one), an array, or as frames.
+    """Return how an RGBA clip is read: as video, image (possibly animated), array or frames.
 
     Raises:
-        MediaError: for other names.
+        MediaError: if the file type is unknown.
     """
     if path.suffix.lower() == ".zip" or path.is_dir():
         return "frames"
@@ -63,7 +63,7 @@ def kind(path: Path) -> Kind:
 
 
 def frames_in(folder: Path) -> list[Path]:
-    """The images of a folder that is a clip, in natural order: 9 before 10. Empty where it is none."""
+    """Return the images of a folder of frames in natural order (9 before 10); empty without images."""
     try:
         there = [f for f in folder.iterdir() if f.suffix.lower() in FRAMES and not f.name.startswith(".")]
     except OSError:
@@ -72,9 +72,9 @@ def frames_in(folder: Path) -> list[Path]:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Files below a folder that may be clips, and in place of its images each folder of frames.
+    """Return the clip files below a folder; a folder of frames replaces its images.
 
-    A folder below is a clip where none of its images has a caption of its own.
+    A subfolder with images is one clip unless one of the images has a caption file.
     """
     found: list[Path] = []
     for parent, folders, files in os.walk(folder):
@@ -90,31 +90,31 @@ def entries(folder: Path) -> list[Path]:
 
 
 def stem(path: Path) -> str:
-    """A clip's name without its suffix; a folder's is its name."""
+    """Return a clip's name without suffix, or the whole name of a folder."""
     return path.stem if path.suffix.lower() in KNOWN else path.name
 
 
 def captions(path: Path) -> list[Path]:
-    """Where a clip's caption may be: `dog_rgb.txt` or `dog.txt` beside `dog_rgb.mp4`."""
+    """Return the possible caption files of a clip: `dog_rgb.txt` or `dog.txt` beside `dog_rgb.mp4`."""
     own = stem(path)
     ends = [own.removesuffix(e) for e in COLORS if own.endswith(e)]
     return [path.with_name(f"{name}.txt") for name in (own, *ends)]
 
 
 def files(path: Path) -> list[Path]:
-    """The files whose content is a clip's: itself, or the images of a folder."""
+    """Return the files with a clip's content: the file itself, or the images of a folder."""
     return frames_in(path) if path.is_dir() else [path]
 
 
 class Pairs:
-    """Finds mattes and their colour below a root."""
+    """Index of color files and alpha mattes below a root folder."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._known: dict[Path, dict[str, list[Path]]] = {}
 
     def matte(self, color: Path) -> list[Path]:
-        """The mattes that go with a colour file or folder; none where it is alone."""
+        """Return the alpha mattes of a color file or folder; empty if there are none."""
         own = stem(color)
         if own.endswith(MATTES):
             return []
@@ -124,19 +124,19 @@ class Pairs:
         return found or self._across(color, COLOR_FOLDERS, MATTE_FOLDERS)
 
     def color(self, matte: Path) -> list[Path]:
-        """What a matte is the matte of; empty where it is none, or where that is not there."""
+        """Return the color files of an alpha matte; empty if there are none or if the path is not a matte."""
         own, beside = stem(matte), self._there(matte.parent)
         bases = [own.removesuffix(e) for e in MATTES if own.endswith(e)]
         found = [p for b in bases for end in ("", *COLORS) for p in beside.get(b + end, [])]
         return found or self._across(matte, MATTE_FOLDERS, COLOR_FOLDERS)
 
     def named(self, path: Path) -> list[Path]:
-        """The colour that is meant by a path without an ending: `clips/dog` for `clips/dog_rgb.mp4`."""
+        """Return the color files for a path without ending: `clips/dog` gives `clips/dog_rgb.mp4`."""
         beside = self._there(path.parent)
         return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
 
     def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
-        """What has the same name in a folder beside one of those that the path is in."""
+        """Return files of the same stem in the parallel folder, such as `pha/07.mp4` for `fgr/07.mp4`."""
         for folder in path.parents:
             if folder == self._root or not folder.is_relative_to(self._root):
                 break
@@ -147,7 +147,7 @@ class Pairs:
         return []
 
     def _there(self, folder: Path) -> dict[str, list[Path]]:
-        """What a folder holds, by name without suffix."""
+        """Return the clips of a folder by stem."""
         if folder not in self._known:
             found: dict[str, list[Path]] = {}
             for p in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -158,31 +158,31 @@ class Pairs:
         return self._known[folder]
 
 
-# --- looking ------------------------------------------------------------------------------------------------
+# --- probing ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Look:
-    """What is known of a cut-out without reading all of it."""
+    """Probe and alpha statistics of an RGBA clip, obtained without reading all frames."""
 
     probe: Probe
     alpha: rgba.Alpha
-    """Measured on `LOOKED_AT` frames."""
+    """Statistics of `LOOKED_AT` frames."""
 
 
 def look(path: Path, matte: Path | None = None) -> Look:
-    """Probes a cut-out and measures its alpha.
+    """Probe an RGBA clip and measure its alpha.
 
     Raises:
-        MediaError: when it cannot be read (`unreadable`, `truncated`), has no alpha (`no-alpha`), the same
-            everywhere (`constant-alpha`), or is a pair of two that do not match (`pair`).
+        MediaError: if the clip cannot be read (`unreadable`, `truncated`), has no alpha (`no-alpha`), has the
+            same alpha in all pixels (`constant-alpha`), or if color and alpha matte do not match (`pair`).
     """
     probe = _probe(path)
     if matte is not None:
         try:
             other = _probe(matte)
         except MediaError as error:
-            raise MediaError(path, f"its matte {matte.name}: {error.cause}", error.code) from None
+            raise MediaError(path, f"its alpha matte {matte.name}: {error.cause}", error.code) from None
         _match(path, probe, matte, other)
     elif not probe.transparent:
         raise MediaError(path, _lonely(path), "no-alpha")
@@ -192,15 +192,15 @@ def look(path: Path, matte: Path | None = None) -> Look:
         every = _few(path, matte, np.arange(probe.frames))
         alpha = rgba.measure(every)
     if alpha.constant:
-        how = {0: "clear", 255: "opaque"}.get(alpha.lowest, "the same")
+        how = {0: "clear", 255: "opaque"}.get(alpha.lowest, "neither transparent nor opaque")
         raise MediaError(
-            path, f"{alpha.lowest} of 255 in every pixel: it is {how} everywhere", "constant-alpha"
+            path, f"alpha is {alpha.lowest} of 255 in every pixel ({how})", "constant-alpha"
         )
     return Look(replace(probe, transparent=True), alpha)
 
 
 def _few(path: Path, matte: Path | None, indices: np.ndarray) -> np.ndarray:
-    """Some frames, with pixels left out and none mixed: what is measured should be what is there."""
+    """Read frames, subsampled without interpolation so that alpha values stay as stored."""
     out = []
     for pixels, _ in _joined(path, matte, indices):
         step = -(-max(pixels.shape[:2]) // LONG)
@@ -212,9 +212,9 @@ def _lonely(path: Path) -> str:
     own = stem(path)
     if own.endswith(MATTES):
         base = next(own.removesuffix(e) for e in MATTES if own.endswith(e))
-        return f"a matte without its colour: {base}_rgb or {base} is not beside it"
+        return f"an alpha matte without color file: {base}_rgb or {base} is missing beside it"
     base = next((own.removesuffix(e) for e in COLORS if own.endswith(e)), own)
-    return f"no alpha channel in it ({_format(path)}), and no matte such as {base}_alpha.mp4 beside it"
+    return f"no alpha channel ({_format(path)}) and no alpha matte such as {base}_alpha.mp4 beside it"
 
 
 def _format(path: Path) -> str:
@@ -223,7 +223,7 @@ def _format(path: Path) -> str:
 
 
 def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
-    """Refuses a matte that was not cut as its colour."""
+    """Raise if color and alpha matte differ in frame count, size or frame rate."""
     wrong = []
     if probe.frames != other.frames:
         wrong.append(f"{probe.frames} frames and {other.frames} in {matte.name}")
@@ -237,12 +237,12 @@ def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
 
 
 def _probe(path: Path) -> Probe:
-    """`media.probe` for all that a cut-out can be; folders and archives of frames have no clock."""
+    """Probe any kind of RGBA clip; folders and archives of frames have no timestamps."""
     what = kind(path)
     if what == "frames":
         names = _names(path)
         if not names:
-            raise MediaError(path, "holds no images")
+            raise MediaError(path, "contains no images")
         first = next(_frames(path, [0], grey=False))
         sizes = {_size(path, name) for name in names}
         if len(sizes) > 1:
@@ -259,7 +259,7 @@ def _probe(path: Path) -> Probe:
 
 
 def _probe_image(path: Path) -> Probe:
-    """Of a still or animated image; every frame is decoded, which shows whether the file is whole."""
+    """Probe a still or animated image; decodes every frame to detect truncated files."""
     if not path.is_file():
         raise MediaError(path, "no such file")
     times = _times(path)
@@ -292,19 +292,19 @@ def read(
     size: tuple[int, int],
     how: config.Matte,
 ) -> np.ndarray:
-    """Reads a window of a cut-out: straight uint8 (t, h, w, 4), scaled to cover `size` and cropped.
+    """Read a window of an RGBA clip: uint8 (t, h, w, 4), straight alpha, scaled to cover `size`, cropped.
 
     Args:
-        path: a file, or a folder of images; colour where there is a matte.
-        matte: white where the clip is opaque.
-        start: seconds after the clip's first frame.
-        frames: how many; frame k is the one shown nearest to start + k / fps.
-        fps: frames per second at which the clip is sampled, and its own where it has no clock.
-        size: height and width.
-        how: of the recipe, with `premultiplied` decided.
+        path: a file or a folder of images; the color if there is an alpha matte.
+        matte: the alpha matte, white where the clip is opaque.
+        start: seconds from the clip's first frame.
+        frames: number of frames; frame k is the frame displayed nearest to start + k / fps.
+        fps: sampling rate in frames per second; also the clip's own rate if it has no timestamps.
+        size: height and width in pixels.
+        how: the recipe's `data.matte` with `premultiplied` resolved to a bool.
 
     Raises:
-        MediaError: naming the file, when it cannot be read to the window's end.
+        MediaError: if the file cannot be read to the end of the window; the message names the file.
     """
     wanted = start + np.arange(frames) / float(fps)
     out = []
@@ -322,7 +322,7 @@ def read(
 def _joined(
     path: Path, matte: Path | None, indices: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """RGBA frames by number, as stored: uint8 (h, w, 4), and a pixel's width by its height."""
+    """Yield RGBA frames by number, as stored: uint8 (h, w, 4), and pixel aspect ratios (width / height)."""
     colors = _pick(path, indices, grey=False)
     if matte is None:
         for pixels, sar in colors:
@@ -339,7 +339,10 @@ def _joined(
 def _pick(
     path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Frames by ascending number: uint8 (h, w, 1) or (h, w, 3 or 4), and a pixel's width by its height."""
+    """Yield frames by ascending number and the pixel aspect ratio (width / height).
+
+    Frames are uint8 (h, w, 1) if `grey`, else (h, w, 3) or (h, w, 4).
+    """
     what = kind(path)
     if what == "video":
         times, numbers = media.stamps(path), np.asarray(indices)
@@ -355,14 +358,15 @@ def _pick(
 
 
 def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
-    """The number of the frame for each wanted time; what has no clock has the rate `fps`.
+    """Return the frame number for each wanted time; a clip without timestamps has the rate `fps`.
 
     Raises:
-        MediaError: when the clip ends before.
+        MediaError: if the clip ends before the last wanted time.
     """
     what = kind(path)
     if what == "image" and (ends := _times(path))[-1]:
-        # Equal frames are stored as one that is held: the one that is shown then, not the nearest beginning.
+        # Animated images store repeated frames as one long frame: select the frame displayed at the wanted
+        # time, not the frame with the nearest start.
         step = float(np.diff(ends).min())
         last, times = float(ends[-1]) - step, ends[:-1]
         chosen = np.searchsorted(times, wanted + step / 2 - media.EPSILON, side="right") - 1
@@ -371,13 +375,13 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
         step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         last, chosen = float(times[-1]), media.nearest(times, wanted)
     if wanted[-1] > last + max(step, 1 / fps) / 2 + media.EPSILON:
-        told = f"{len(times)} frames, before the window of {len(wanted)} frames from {wanted[0]:.3f} s does"
+        told = f"{len(times)} frames, the window needs {len(wanted)} frames from {wanted[0]:.3f} s"
         raise MediaError(path, f"ends after {told}", "truncated")
     return chosen
 
 
 def _even(path: Path, fps: float) -> np.ndarray:
-    """When the frames of what is no video are shown, evenly, at an array's own rate or at `fps`."""
+    """Return evenly spaced times of non-video frames in seconds, at an array's own rate or at `fps`."""
     if kind(path) == "array":
         probe = media.probe_array(path, CHANNELS)
         return np.arange(probe.frames) / float(probe.fps or fps)
@@ -385,12 +389,12 @@ def _even(path: Path, fps: float) -> np.ndarray:
 
 
 def _pixels(image: Image.Image, *, grey: bool) -> np.ndarray:
-    """An image, upright: (h, w, 1), or (h, w, 4) where it has alpha, else (h, w, 3)."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
+    """Return an image, EXIF-rotated, as uint8: (h, w, 1) if `grey`, (h, w, 4) with alpha, else (h, w, 3)."""
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
         return level.astype(np.uint8)[..., None].repeat(1 if grey else 3, -1)
     if image.mode == "F":
-        raise ValueError("its pixels are floats: save it as 8-bit")
+        raise ValueError("pixels are floating-point: save the image as 8-bit")
     upright = ImageOps.exif_transpose(image)
     alpha = "A" in image.getbands() or "transparency" in image.info
     made = upright.convert("L" if grey else "RGBA" if alpha else "RGB")
@@ -398,7 +402,7 @@ def _pixels(image: Image.Image, *, grey: bool) -> np.ndarray:
 
 
 def _names(path: Path) -> list[str]:
-    """The images of a folder or a `.zip`, in natural order."""
+    """Return the names of the images of a folder or `.zip` in natural order."""
     if path.is_dir():
         return [f.name for f in frames_in(path)]
     try:
@@ -410,7 +414,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _opened(path: Path, name: str) -> Image.Image:
-    """An image of a folder or a `.zip`, loaded."""
+    """Load an image of a folder or `.zip`."""
     try:
         if path.is_dir():
             image = Image.open(path / name)
@@ -421,7 +425,7 @@ def _opened(path: Path, name: str) -> Image.Image:
         image.load()
         return image
     except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-        raise MediaError(path, f"its {name} cannot be read ({error})") from None
+        raise MediaError(path, f"image {name} cannot be read ({error})") from None
 
 
 def _size(path: Path, name: str) -> tuple[int, int]:
@@ -431,7 +435,7 @@ def _size(path: Path, name: str) -> tuple[int, int]:
         with Image.open(path / name) as image:  # the header only
             return image.size
     except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError(path, f"its {name} cannot be read ({error})") from None
+        raise MediaError(path, f"image {name} cannot be read ({error})") from None
 
 
 def _frames(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> Iterator[np.ndarray]:
@@ -446,16 +450,16 @@ def _frames(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> I
 
 
 def _times(path: Path) -> np.ndarray:
-    """When the frames of a still or animated image begin, and the last one's end, in seconds.
+    """Return the start times of an image's frames and the end of the last frame, in seconds.
 
-    All 0 where the file does not say, and for a still.
+    All times are 0 for still images and for files without durations.
     """
     try:
         with Image.open(path) as image:
             durations = []
             for i in range(getattr(image, "n_frames", 1)):
                 image.seek(i)
-                image.load()  # only then is its duration known
+                image.load()  # Pillow sets the duration only on load
                 durations.append(float(image.info.get("duration", 0)))
     except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
         cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
@@ -464,7 +468,7 @@ def _times(path: Path) -> np.ndarray:
 
 
 def _animated(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> Iterator[np.ndarray]:
-    """Frames of a still or animated image, which FFmpeg may not read."""
+    """Yield frames of a still or animated image with Pillow, since FFmpeg cannot read all formats."""
     try:
         with Image.open(path) as image:
             for i in indices:

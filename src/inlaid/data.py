@@ -1,7 +1,8 @@
-"""Clips on disk: finding them in any layout, saying what is wrong with them, windows, buckets, order.
+"""Clips on disk: source layouts, problems with clips, windows, buckets and the order of batches.
 
-`plan` looks at every file and decides what a run will see. It never stops at a mistake; `require` does, with
-all of them in one message. `BucketSampler` turns windows into batches, each a pure function of its index.
+`plan` probes every file and selects the windows of a run. It collects problems and does not stop; `require`
+raises all errors in one message. `BucketSampler` groups windows into batches; each batch is a pure function
+of its index.
 """
 
 from __future__ import annotations
@@ -39,46 +40,46 @@ MANIFESTS = (".csv", ".jsonl", ".json")
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",)
 
 UPSCALE = 1.5
-"""Enlarging a clip by more than this is worth a warning: the model learns the blur."""
+"""Scale factor above which a clip gets a warning: the model learns the blur of an enlarged clip."""
 
 CROPPED = 0.3
-"""Losing more than this share of the picture to cropping is worth a warning."""
+"""Cropped share of the frame, 0 to 1, above which a clip gets a warning."""
 
 RESIDUE = 0.005
-"""A larger share of pixels with nearly clear alpha is worth a warning."""
+"""Share of pixels with nearly transparent alpha, 0 to 1, above which a clip gets a warning."""
 
 ODD = 0.4
-"""A clip whose mean alpha is so far from the median of all is worth a warning."""
+"""Distance of a clip's coverage from the median of all clips above which the clip gets a warning."""
 
 FOLDER_CURE = "add a .txt beside each"
-MANIFEST_CURE = "give each a caption, as UTF-8 text"
-CHOSEN_BY_TIME = "nothing to do, frames are chosen by time"
+MANIFEST_CURE = "add a caption to each, as UTF-8 text"
+CHOSEN_BY_TIME = "nothing to do, frames are selected by time"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One raw example on disk."""
+    """A training example on disk."""
 
     path: Path
     name: str
-    """Relative to the source's root, with forward slashes."""
+    """Path relative to the source's root, with forward slashes."""
     caption: str
-    """As stored, with runs of white space made one space; empty where there is none: only encoded clips have
-    windows then."""
+    """Caption as stored, with each run of white space replaced by one space. Empty if the clip has none; then
+    only precomputed latents have windows."""
     source: int
     """Index into `data.sources`."""
     group: str | None
     kind: cutouts.Kind | Literal["encoded", "scene"]
     latents: tuple[Path, ...] = ()
-    """Of an encoded clip: `path` is the first; then those of the images that it is shown."""
+    """Files of precomputed latents: `path` first, then the latents of the conditioning images."""
     embedding: Path | None = None
-    """Of an encoded clip: its caption, encoded."""
+    """File with the text embedding that belongs to precomputed latents."""
     matte: Path | None = None
-    """The file or folder with the alpha of `path`, where that is apart."""
+    """File or folder with the alpha matte of `path`, if alpha is stored separately."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files whose content decides the pixels, or the latents."""
+        """Files whose content determines the pixels or the latents."""
         if self.latents:
             return self.latents
         return tuple(f for part in (self.path, self.matte) if part for f in cutouts.files(part))
@@ -86,29 +87,29 @@ class Clip:
 
 @dataclass(frozen=True)
 class Window:
-    """What the model sees of a clip."""
+    """Part of a clip that is one training example."""
 
     clip: Clip
     start: float
-    """Seconds after the clip's first frame."""
+    """Seconds from the clip's first frame."""
     frames: int
     fps: float
-    """Rate at which the clip is sampled."""
+    """Sampling rate in frames per second."""
     size: Size
-    """Height and width."""
+    """Height and width in pixels."""
     caption: str
-    """With prefix and trigger."""
+    """Caption with prefix and trigger."""
     alpha: config.Matte | None = None
-    """How alpha is read and mended; None where clips are read as opaque."""
+    """Settings for reading and correcting alpha; None if the clip is read as opaque."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Frames, height, width: what must be equal within a batch."""
+        """Frames, height and width; equal for all windows of a batch."""
         return (self.frames, *self.size)
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """All that decides the pixels besides the file's content."""
+        """Cache key: everything except the files' content that determines the pixels."""
         if self.clip.embedding:
             return ("encoded", encoded.READER)
         shape = (self.start, self.frames, self.fps, *self.size)
@@ -119,16 +120,18 @@ class Window:
 
     @property
     def words(self) -> str | Path:
-        """What the model reads: the caption, or the file that holds it encoded."""
+        """Text condition: the caption, or the file with its precomputed embedding."""
         return self.clip.embedding or self.caption
 
     def read(self) -> Any:
-        """The pixels, uint8: (t, h, w, 3), or straight (t, h, w, 4) in a transparent run; of scenes theirs.
+        """Read the pixels as uint8: (t, h, w, 3), or (t, h, w, 4) with straight alpha in a transparent run.
+
+        Windows of scenes return a `scenes.Sample`.
 
         Raises:
-            ValueError: naming the file, when it cannot be read to the window's end.
+            ValueError: if the file cannot be read to the end of the window; the message names the file.
         """
-        assert not self.clip.embedding, "an encoded clip has no pixels"
+        assert not self.clip.embedding, "precomputed latents have no pixels"
         place = (self.start, self.frames, self.fps, self.size)
         if self.alpha:
             return cutouts.read(self.clip.path, self.clip.matte, *place, self.alpha)
@@ -137,65 +140,65 @@ class Window:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with one clip, or with a whole source (`layout`, `held-out`)."""
+    """A problem with one clip, or with a whole source (codes `layout` and `held-out`)."""
 
     severity: Severity
     code: str
     name: str
-    """Of the clip, or of the source."""
+    """Name of the clip or of the source."""
     message: str
-    """What is special about this case; may be empty where the code says it all."""
+    """Details of this case; may be empty if the code is sufficient."""
     source: int = 0
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What one source holds."""
+    """Summary of one source."""
 
     path: str
     layout: str
     why: str
-    """How the layout was recognised."""
+    """Reason why this layout was chosen."""
     clips: int = 0
     usable: int = 0
     windows: int = 0
     held_out: int = 0
-    """Windows of held-out clips."""
+    """Windows of validation clips."""
     seconds: float = 0.0
     repeats: int = 1
     weight: float = 1.0
 
     @property
     def shown(self) -> float:
-        """How often each window is shown per epoch."""
+        """Number of times each window is used per epoch."""
         return self.repeats * self.weight
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will see, and what is wrong."""
+    """Clips and windows of a run, with the problems found."""
 
     clips: list[Clip]
-    """Every clip that was found, usable or not."""
+    """All clips found, usable or not."""
     train: list[Window]
     held_out: list[Window]
     problems: list[Problem]
     sources: list[SourceReport]
     probes: dict[Path, media.Probe] = field(default_factory=dict)
     alphas: dict[Path, rgba.Alpha] = field(default_factory=dict)
-    """What the alpha of each clip is like, in a transparent run."""
+    """Alpha statistics of each clip by path; empty unless the run is transparent."""
     noun: str = "clip"
-    """What an example is called."""
+    """Name of an example in messages."""
 
     @property
     def errors(self) -> list[Problem]:
-        """Problems that stop, or that put a clip into quarantine."""
+        """Problems that stop the run or put a clip into quarantine."""
         return [p for p in self.problems if p.severity == "error"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a code of problems is told: `3 of 40 clips` + says (one / many) + names + cure."""
+    """Wording of a problem code: `3 of 40 clips` + `one` or `many` + (names) + `cure`."""
 
     severity: Severity
     one: str
@@ -207,41 +210,47 @@ KINDS: dict[str, Kind] = {
     "layout": Kind("error", "", ""),
     "held-out": Kind("error", "", ""),
     "outside": Kind(
-        "error", "leads out of its folder", "lead out of their folder", "stay inside the source's `root`"
+        "error",
+        "is outside of its source",
+        "are outside of their source",
+        "use paths inside the source's `root`",
     ),
     "missing": Kind("error", "does not exist", "do not exist", "correct the manifest or `root`"),
     "row": Kind("error", "has a broken row", "have a broken row", "correct the manifest"),
     "no-caption": Kind("error", "has no caption", "have no caption", FOLDER_CURE),
-    "empty-caption": Kind("error", "has an empty caption", "have an empty caption", "write what is seen"),
+    "empty-caption": Kind("error", "has an empty caption", "have an empty caption", "describe the clip"),
     "unreadable": Kind("error", "cannot be read", "cannot be read", "convert or remove the file"),
-    "truncated": Kind("error", "is truncated", "are truncated", "copy the file again or cut off its end"),
+    "truncated": Kind("error", "is truncated", "are truncated", "copy the file again or trim its end"),
     "unfitting": Kind(
         "error",
         "does not fit the checkpoint",
         "do not fit the checkpoint",
-        "encode it again for model.checkpoint, or remove it",
+        "encode again for model.checkpoint, or remove",
     ),
     "pair": Kind(
         "error",
-        "does not match its matte",
-        "do not match their mattes",
-        "cut and scale both alike, nothing is cut off here",
+        "does not match its alpha matte",
+        "do not match their alpha mattes",
+        "trim and scale both files in the same way, inlaid does not trim them",
     ),
     "no-alpha": Kind(
-        "error", "has no alpha", "have no alpha", "add a matte, NAME_alpha.mp4 beside NAME.mp4, or remove it"
+        "error",
+        "has no alpha",
+        "have no alpha",
+        "add an alpha matte, NAME_alpha.mp4 beside NAME.mp4, or remove",
     ),
     "constant-alpha": Kind(
         "error",
-        "has the same alpha everywhere",
-        "have the same alpha everywhere",
-        "export it again with its transparency, or remove it",
+        "has constant alpha",
+        "have constant alpha",
+        "export again with transparency, or remove",
     ),
-    "half": Kind("error", "is half there", "are half there", "encode it again, or remove the rest"),
+    "half": Kind("error", "is incomplete", "are incomplete", "encode again, or remove the remaining files"),
     "too-short": Kind(
-        "error", "is too short", "are too short", "remove it or add a smaller length to data.frames"
+        "error", "is too short", "are too short", "remove, or add a smaller length to data.frames"
     ),
     "image": Kind("error", "is an image", "are images", "add 1 to data.frames to train on images too"),
-    "duplicate": Kind("warning", "is a copy", "are copies", "keep one, or raise `repeats` on purpose"),
+    "duplicate": Kind("warning", "is a copy", "are copies", "keep one copy, or set `repeats`"),
     "odd-size": Kind(
         "warning", "has an odd size", "have an odd size", "nothing to do, clips are scaled and cropped"
     ),
@@ -256,83 +265,124 @@ KINDS: dict[str, Kind] = {
     ),
     "upscaled": Kind("warning", "is enlarged", "are enlarged", "lower data.size or use larger clips"),
     "cropped": Kind(
-        "warning", "loses much to cropping", "lose much to cropping", "add a fitting ratio to data.aspects"
+        "warning", "is cropped a lot", "are cropped a lot", "add a closer aspect ratio to data.aspects"
     ),
     "fixed-caption": Kind(
         "warning",
-        "has an encoded caption",
-        "have encoded captions",
-        "data.trigger and data.caption_prefix were not added: encode it with them",
+        "has a precomputed text embedding",
+        "have precomputed text embeddings",
+        "data.trigger and data.caption_prefix do not apply: add them to the caption and encode it again",
     ),
-    "no-picture": Kind("error", "has no picture", "have no picture", "add scene_rgb.png"),
+    "no-picture": Kind("error", "has no input image", "have no input image", "add scene_rgb.png"),
     "no-segmentation": Kind("error", "has no segmentation", "have no segmentation", "add seg.png"),
     "no-surface": Kind(
-        "error", "lacks a surface", "lack surfaces", "each object that is seen needs surface_ID.npy"
+        "error", "lacks a surface", "lack surfaces", "add surface_ID.npy for each visible object"
     ),
-    "names": Kind("error", "has odd names", "have odd names", "surface_ID.npy, or surface.npy of one object"),
+    "names": Kind(
+        "error",
+        "has unexpected file names",
+        "have unexpected file names",
+        "use surface_ID.npy, or surface.npy for a single object",
+    ),
     "picture-size": Kind(
-        "error", "does not fit its segmentation", "do not fit their segmentations", "make both of one size"
+        "error",
+        "differs in size from its segmentation",
+        "differ in size from their segmentations",
+        "save image and segmentation in the same size",
     ),
-    "several": Kind("error", "mixes up its objects", "mix up their objects", "one surface for each object"),
-    "absent": Kind("error", "does not show its object", "do not show their objects", "correct seg.png"),
-    "hidden": Kind("error", "shows too little", "show too little", "take a view that shows the objects"),
-    "pickle": Kind("error", "holds a pickle", "hold pickles", "save with numpy.savez"),
+    "several": Kind(
+        "error",
+        "has surfaces that do not match its objects",
+        "have surfaces that do not match their objects",
+        "save one surface per object",
+    ),
+    "absent": Kind("error", "lacks an object", "lack objects", "correct seg.png"),
+    "hidden": Kind(
+        "error",
+        "has no visible object",
+        "have no visible object",
+        "use a view in which the objects are larger",
+    ),
+    "pickle": Kind("error", "contains a pickle", "contain pickles", "save with numpy.savez"),
     "surface": Kind("error", "has a broken surface", "have broken surfaces", "sample the mesh again"),
     "outside-box": Kind(
-        "error", "leaves the box", "leave the box", "one transform of the whole scene, longest side 1.9"
+        "error",
+        "exceeds the box",
+        "exceed the box",
+        "normalize the whole scene with one transform, longest side 1.9",
     ),
-    "unaligned": Kind("warning", "is torn apart", "are torn apart", "keep the scene's own frame"),
-    "flipped": Kind("warning", "has normals inside", "have normals inside", "turn them outward"),
-    "sparse": Kind("warning", "has few points", "have few points", "sample about 20,480 of each object"),
+    "unaligned": Kind(
+        "warning",
+        "has objects normalized separately",
+        "have objects normalized separately",
+        "keep all objects in the frame of the scene",
+    ),
+    "flipped": Kind(
+        "warning", "has normals that point inward", "have normals that point inward", "flip the normals"
+    ),
+    "sparse": Kind("warning", "has few points", "have few points", "sample about 20,480 per object"),
     "estimated": Kind("warning", "has no normals", "have no normals", "save them: (n, 6)"),
     "fourth-column": Kind(
         "warning", "has a fourth column", "have a fourth column", "save normals instead: (n, 6)"
     ),
-    "small": Kind("warning", "has tiny objects", "have tiny objects", "they are not learned"),
-    "bare": Kind("warning", "has objects without surface", "have objects without surface", "none is learned"),
-    "crowded": Kind(
-        "warning", "is crowded", "are crowded", "each showing has some of its objects, drawn at random"
+    "small": Kind("warning", "has tiny objects", "have tiny objects", "tiny objects are not trained on"),
+    "bare": Kind(
+        "warning",
+        "has objects without a surface",
+        "have objects without a surface",
+        "objects without a surface are not trained on",
     ),
-    "transparent": Kind("warning", "is transparent", "are transparent", "it is put on white"),
+    "crowded": Kind(
+        "warning",
+        "has many objects",
+        "have many objects",
+        "each step trains on a random subset of the objects",
+    ),
+    "transparent": Kind(
+        "warning", "is transparent", "are transparent", "composited over white, this run is opaque"
+    ),
     "matte": Kind(
         "warning",
-        "is the matte of another",
-        "are mattes of others",
-        "left out, this run is opaque: alpha.kind=joint or merged trains on them",
+        "is an alpha matte",
+        "are alpha mattes",
+        "left out, this run is opaque: set alpha.kind=joint or merged to train on them",
     ),
     "inverted": Kind(
         "warning",
         "looks inverted",
         "look inverted",
-        "data.matte.invert=true, if white is clear in them",
+        "set data.matte.invert=true if white means transparent",
     ),
     "limited": Kind(
         "warning",
         "has no alpha outside 14 to 237",
         "have no alpha outside 14 to 237",
-        "data.matte.limited=true, if the range of the mattes is 16 to 235",
+        "set data.matte.limited=true if the alpha mattes have limited range, 16 to 235",
     ),
     "premultiplied": Kind(
         "warning",
         "looks premultiplied",
         "look premultiplied",
-        "colour is divided by alpha; data.matte.premultiplied=true or false, if that is wrong for one",
+        "color is divided by alpha; if that is wrong, set data.matte.premultiplied=true or false",
     ),
     "residue": Kind(
         "warning",
-        "is not quite clear outside",
-        "are not quite clear outside",
-        "data.matte.snap=2 clears what lossy coding has left",
+        "has a background that is nearly but not fully transparent",
+        "have backgrounds that are nearly but not fully transparent",
+        "set data.matte.snap=2 to remove residue of lossy compression",
     ),
     "odd-alpha": Kind(
-        "warning", "is unlike the others", "are unlike the others", "look at the contact sheet"
+        "warning",
+        "has unusual alpha",
+        "have unusual alpha",
+        "inspect the contact sheet",
     ),
-    "hdr": Kind("warning", "is HDR", "are HDR", "colours will look pale: convert to SDR"),
+    "hdr": Kind("warning", "is HDR", "are HDR", "colors will look pale: convert to SDR"),
 }
-"""Every code of problem, in the order in which they are reported."""
+"""All problem codes, in the order of reporting."""
 
 SOURCE_CODES = ("layout", "held-out")
-"""Codes that concern a source and not a clip: no quarantine helps."""
+"""Codes of problems with a source rather than a clip; quarantine does not apply to them."""
 
 
 # --- finding clips ------------------------------------------------------------------------------------------
@@ -340,7 +390,7 @@ SOURCE_CODES = ("layout", "held-out")
 
 @dataclass(frozen=True)
 class Found:
-    """A source as found: clips whose files are there, and problems."""
+    """Contents of a source: clips whose files exist, and problems."""
 
     layout: str
     why: str
@@ -350,7 +400,7 @@ class Found:
 
 
 class _Scan:
-    """Collects the clips of one source; anything wrong with a row or file becomes a problem."""
+    """Collector of the clips and problems of one source."""
 
     def __init__(self, source: config.Source, index: int, root: Path, channels: int = 3) -> None:
         self.source, self.index, self.root, self.channels = source, index, root, channels
@@ -363,7 +413,7 @@ class _Scan:
         self.problems.append(Problem(KINDS[code].severity, code, name, message, self.index))
 
     def file(self, text: str, where: str) -> Path | None:
-        """What is at `text` (relative to the root), if it may be read; else it becomes a problem."""
+        """Return the path `text` (relative to the root) if it can be read; else record a problem."""
         path = self.root / Path(os.path.normpath(text)).as_posix()
         transparent = self.channels == 4
         try:
@@ -372,42 +422,44 @@ class _Scan:
                 there = bool(cutouts.frames_in(path))
                 named = [] if there or not inside else self.pairs.named(path)
                 path, there = (named[0], True) if named else (path, there)
-        except (OSError, ValueError):  # too long for a path, or with a null character
+        except (OSError, ValueError):  # path too long, or contains a null character
             inside, there = True, False
         if Path(text).is_absolute() or PureWindowsPath(text).drive or not inside:
             self.problem("outside", text, where)
         elif _legible(text) != text:
-            self.problem("unreadable", _legible(text), "its name is not UTF-8, rename it")
+            self.problem("unreadable", _legible(text), "the file name is not UTF-8, rename the file")
         elif not there:
             self.problem("missing", text[:200].replace("\0", "\\0"), where)
         elif path.is_file() and path.suffix.lower() not in (cutouts.KNOWN if transparent else media.KNOWN):
-            self.problem("unreadable", text, f"`{path.suffix}` files are not read")
+            self.problem("unreadable", text, f"`{path.suffix}` files are not supported")
         else:
             return path
         return None
 
     def matte(self, path: Path, text: str | None, where: str) -> tuple[Path | None, bool]:
-        """The matte of a clip, named or beside it, and whether all is well."""
+        """Return the alpha matte of a clip, given by `text` or found beside it, and True without problems."""
         if text is not None:
             named = self.file(text.strip(), where)
             return named, named is not None
         found = self.pairs.matte(path)
         if len(found) > 1:
             shown = " and ".join(f.name for f in found)
-            self.problem("pair", self.name(path), f"there are {shown}: keep one, or name it in a manifest")
+            self.problem(
+                "pair", self.name(path), f"has several alpha mattes ({shown}): keep one, or use a manifest"
+            )
         outside = [f for f in found if not _inside(f, self.root)]
         if outside:
             self.problem("outside", self.name(outside[0]), where)
         return (found[0] if found else None), len(found) < 2 and not outside
 
     def name(self, path: Path) -> str:
-        """A path as it is told: from the root."""
+        """Return the path relative to the root, for messages."""
         return Path(os.path.relpath(path, self.root)).as_posix()
 
     def add(
         self, text: str, caption: Any, group: Any = None, *, where: str = "", matte: str | None = None
     ) -> None:
-        """Adds the clip at `text` (relative to the root), if it may be read, with its matte."""
+        """Add the clip at `text` (relative to the root) with its alpha matte, if both can be read."""
         self.count += 1
         text = text.strip()
         path, alpha, well = self.file(text, where), None, True
@@ -425,7 +477,7 @@ class _Scan:
                 self.problem("empty-caption", name, where)
             elif _legible(caption) != caption:
                 shown = _legible(caption)[:40]
-                self.problem("no-caption", name, f"{where}: half of a character in `{shown}`")
+                self.problem("no-caption", name, f"{where}: invalid Unicode in `{shown}`")
                 caption = ""
             text = " ".join(caption.split()) if isinstance(caption, str) else ""
             group = None if group is None else str(group)
@@ -433,38 +485,41 @@ class _Scan:
 
 
 def _inside(path: Path, root: Path) -> bool:
-    """Whether a path leads to a place under the root; links in a circle too, where `Path.resolve` stops."""
+    """Return True if the path is under the root after resolving links.
+
+    Accepts circular links, for which `Path.resolve` raises.
+    """
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _legible(text: str) -> str:
-    """Text as it can be printed and stored; names of files and JSON may hold what is no Unicode."""
+    """Replace invalid Unicode, which file names and JSON may contain, so that text can be printed."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _find(source: config.Source, index: int, patterns: Encoded | None, channels: int) -> Found:
-    """Finds the clips of a source in whatever layout it has."""
+    """Find the clips of a source in any layout."""
     path = Path(source.path).expanduser()
     root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
     scan = _Scan(source, index, root, channels)
-    layout, why = source.layout, "as told"
+    layout, why = source.layout, "as configured"
     try:
         if not path.exists():
             raise ValueError("no such file or folder")
         layout, why, target = _detect(path, source, patterns, channels)
         if source.root and layout in ("folder", "encoded"):
-            raise ValueError("is its own root: leave `root` to manifests")
+            raise ValueError("`root` is only for manifests: remove it")
         if source.root and not root.is_dir():
-            raise ValueError(f"its root {root} is not a folder")
+            raise ValueError(f"`root` {root} is not a folder")
         if layout == "encoded":
             assert patterns
             _encoded(target, scan, patterns)
         else:
             {"folder": _folder, "lines": _lines, "csv": _table, "jsonl": _objects}[layout](target, scan)
         if not scan.count:
-            raise ValueError(f"holds no clips ({why})")
+            raise ValueError(f"contains no clips ({why})")
     except csv.Error as error:
-        scan.problem("layout", source.path, f"is not valid CSV ({error}): is a quotation mark not closed?")
+        scan.problem("layout", source.path, f"is not valid CSV ({error}): look for an unclosed quote")
     except (ValueError, OSError) as error:
         scan.problem("layout", source.path, str(error))
     return Found(layout, why, scan.clips, scan.problems, scan.count)
@@ -473,10 +528,10 @@ def _find(source: config.Source, index: int, patterns: Encoded | None, channels:
 def _detect(
     path: Path, source: config.Source, patterns: Encoded | None, channels: int
 ) -> tuple[str, str, Path]:
-    """Layout, the reason for it, and the file or folder to read.
+    """Return the layout, the reason for it, and the file or folder to read.
 
     Raises:
-        ValueError: when nothing fits, or more than one thing.
+        ValueError: if no layout or more than one layout matches.
     """
     wanted = source.layout
     if path.is_file():
@@ -484,7 +539,7 @@ def _detect(
         if found is None:
             raise ValueError("is neither a folder nor a manifest (.csv, .jsonl, .json)")
         if wanted not in ("auto", found):
-            raise ValueError(f"is {found}, but layout says {wanted}")
+            raise ValueError(f"is {found}, but `layout` is {wanted}")
         return found, f"a {path.suffix.lower()} manifest", path
     files = _files(path)
     if channels == 4:
@@ -494,9 +549,9 @@ def _detect(
     options: list[tuple[str, str, Path]] = []
     if patterns and wanted in ("auto", "encoded"):
         names = {n for part in (patterns.media[0], patterns.text) for n in _matching(path, part)}
-        option = ("encoded", f"{len(names)} encoded clips, {patterns.says}", path)
+        option = ("encoded", f"{len(names)} clips of precomputed latents, {patterns.says}", path)
         if names and names >= {*_matching(path, patterns.video, media.KNOWN)}:
-            return option  # what they were made from lies beside them
+            return option  # the videos in the folder are those the latents were computed from
         options += [option] if names else []
     lines = _line_files(path, source)
     if lines:
@@ -506,36 +561,36 @@ def _detect(
         options.append(("csv" if file.suffix.lower() == ".csv" else "jsonl", file.name, file))
     beside = sum(_caption_file(f).is_file() for f in files)
     if beside or (files and not options) or wanted == "folder":
-        options.append(("folder", f"{len(files)} clips, {beside} of them with a .txt beside", path))
+        options.append(("folder", f"{len(files)} clips, {beside} with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
     if not options:
         raise ValueError(_nothing(path, wanted, patterns))
     if len(options) > 1:
         held = "; ".join(o[1] for o in options)
-        raise ValueError(f"is ambiguous: it holds {held}. Name the manifest in `path`, or set `layout`")
+        raise ValueError(f"is ambiguous: it contains {held}. Set `path` to the manifest, or set `layout`")
     return options[0]
 
 
 def _nothing(path: Path, wanted: str, patterns: Encoded | None) -> str:
-    """What to say of a folder in which nothing was recognised."""
-    reads = f"this model reads {patterns.says}" if patterns else "this model reads none"
+    """Return the message for a folder without any known layout."""
+    reads = f"this model reads {patterns.says}" if patterns else "this model does not read any"
     needs = {
-        "lines": "prompts.txt and videos.txt; name others in `caption_column` and `video_column`",
+        "lines": "prompts.txt and videos.txt; set `caption_column` and `video_column` for other file names",
         "csv": ".csv",
         "jsonl": ".jsonl or .json",
-        "encoded": f"encoded clips; {reads}",
+        "encoded": f"precomputed latents; {reads}",
     }
     tensors = len(_files(path, (".pt",)))
-    aside = f"; of its {tensors} .pt files, {reads}" if tensors else ""
+    aside = f"; it contains {tensors} .pt files, but {reads}" if tensors else ""
     readable = " ".join(media.KNOWN)
-    return f"holds no {needs.get(wanted) or f'clips ({readable}){aside}'}"
+    return f"contains no {needs.get(wanted) or f'clips ({readable}){aside}'}"
 
 
 def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None:
-    """The files with captions and with paths, if both are there.
+    """Return the file of captions and the file of paths, if both exist.
 
     Raises:
-        ValueError: when several could be meant.
+        ValueError: if several files match.
     """
     found = []
     for key, named, defaults in (
@@ -544,13 +599,13 @@ def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None
     ):
         there = [n for n in ([named] if named else defaults) if (folder / n).is_file()]
         if len(there) > 1 and source.layout == "lines":
-            raise ValueError(f"holds {' and '.join(there)}; name one in `{key}`")
+            raise ValueError(f"contains {' and '.join(there)}; set `{key}` to one of these files")
         found += [folder / n for n in there[:1]]
     return (found[0], found[1]) if len(found) == 2 else None
 
 
 def _matching(folder: Path, pattern: str, suffixes: tuple[str, ...] = ("",)) -> dict[str, Path]:
-    """Files by what stands for the `*` of a pattern such as `latents/*.pt`, below its folder."""
+    """Return the files that match a pattern such as `latents/*.pt`, by the text that replaces `*`."""
     head, tail = pattern.split("*")
     ends = tuple(tail + s for s in suffixes)
     found = {f.relative_to(folder / head).as_posix(): f for f in _files(folder / head, ends)}
@@ -558,7 +613,7 @@ def _matching(folder: Path, pattern: str, suffixes: tuple[str, ...] = ("",)) -> 
 
 
 def _encoded(folder: Path, scan: _Scan, patterns: Encoded) -> None:
-    """Clips that another trainer has encoded; what is in the files is looked at later, see `encoded.look`."""
+    """Collect precomputed latents; `encoded.look` later inspects the content of the files."""
     parts = [_matching(folder, part) for part in (*patterns.media, patterns.text)]
     captions = _matching(folder, patterns.caption)
     for name in sorted({*parts[0], *parts[-1]}):
@@ -593,7 +648,7 @@ def _files(folder: Path, suffixes: tuple[str, ...] = media.KNOWN) -> list[Path]:
 
 
 def _caption_file(clip: Path) -> Path:
-    """Where a clip's caption is, or would be."""
+    """Return the path of a clip's caption file, which may not exist."""
     places = cutouts.captions(clip)
     return next((p for p in places if p.is_file()), places[0])
 
@@ -605,11 +660,11 @@ def _folder(folder: Path, scan: _Scan) -> None:
         if caption.with_suffix("") in stems:
             continue
         for file in sorted(caption.parent.glob(f"{glob.escape(caption.stem)}.*")):
-            # what somebody has captioned and would be passed over, such as .wmv
+            # a file with a caption but an unsupported format, such as .wmv: report it instead of skipping it
             if file.is_file() and file.suffix.lower() not in (".txt", ".md", *MANIFESTS):
                 scan.count += 1
                 name = file.relative_to(folder).as_posix()
-                scan.problem("unreadable", name, f"`{file.suffix}` files are not read")
+                scan.problem("unreadable", name, f"`{file.suffix}` files are not supported")
     for file in clips:
         beside = _caption_file(file)
         name = file.relative_to(folder).as_posix()
@@ -633,7 +688,7 @@ def _lines(folder: Path, scan: _Scan) -> None:
     files = _line_files(folder, scan.source)
     assert files
     prompts, videos = (list(enumerate(_text(f).rstrip().split("\n"), 1)) for f in files)
-    if len(prompts) != len(videos):  # blank lines may be what one file has more of
+    if len(prompts) != len(videos):  # the files may differ only in blank lines
         prompts, videos = ([line for line in part if line[1].strip()] for part in (prompts, videos))
     if len(prompts) != len(videos):
         told = " and ".join(
@@ -666,7 +721,7 @@ def _table(path: Path, scan: _Scan) -> None:
         if len(cells) > len(header):
             scan.count += 1
             scan.problem(
-                "row", where, f"{len(cells)} cells under {len(header)} columns, quote texts with commas"
+                "row", where, f"{len(cells)} cells for {len(header)} columns: quote texts that contain commas"
             )
         elif any(c.strip() for c in cells):
             _row(dict(zip(header, cells, strict=False)), columns, scan, where)
@@ -688,22 +743,22 @@ def _objects(path: Path, scan: _Scan) -> None:
                 f"{path.name}, line {at}: not valid JSON (column {error.colno}: {error.msg})"
             ) from None
         except TypeError:
-            raise ValueError(f"{path.name}, line {number}: not valid JSON, a list of objects") from None
+            raise ValueError(f"{path.name}, line {number}: not a JSON list of objects") from None
     if not rows:
         raise ValueError(f"{path.name} is empty")
     wrong = next((where for where, r in rows if not isinstance(r, dict)), None)
     if wrong:
-        raise ValueError(f"{path.name}, {wrong}: not an object with a path and a caption")
+        raise ValueError(f"{path.name}, {wrong}: expected an object with a path and a caption")
     columns = _columns(scan, list(dict.fromkeys(k for _, r in rows for k in r)))
     for where, row in rows:
         _row(row, columns, scan, where)
 
 
 def _columns(scan: _Scan, there: list[str]) -> Columns:
-    """The columns of path, caption, group and matte.
+    """Return the names of the columns with path, caption, group and alpha matte.
 
     Raises:
-        ValueError: listing the columns that are there.
+        ValueError: if a column is missing; the message lists the existing columns.
     """
     source, transparent = scan.source, scan.channels == 4
     out = []
@@ -716,7 +771,7 @@ def _columns(scan: _Scan, there: list[str]) -> Columns:
         found = next((c for c in ([named] if named else defaults) if c in there), None)
         if found is None and (named or (defaults and key != "alpha_column")):
             want = f"no column `{named}`" if named else f"none of the columns {', '.join(defaults)}"
-            raise ValueError(f"has {want}; there are: {', '.join(there)}. Set `{key}`")
+            raise ValueError(f"has {want}; its columns are {', '.join(there)}: set `{key}`")
         out.append(found)
     return out[0], out[1], out[2], out[3]
 
@@ -728,11 +783,11 @@ def _row(row: Mapping[str, Any], columns: Columns, scan: _Scan, where: str) -> N
     video = row.get(columns[0])
     if not isinstance(video, str) or not video.strip():
         scan.count += 1
-        scan.problem("row", where, f"`{columns[0]}` names no file")
+        scan.problem("row", where, f"`{columns[0]}` is not a file name")
         return
     group, alpha = (row.get(c) if c else None for c in columns[2:])
     if columns[3] and not (isinstance(alpha, str) and alpha.strip()):
-        alpha = None  # a row may name a clip that has its own
+        alpha = None  # the clip of this row may have an alpha channel
     scan.add(video, row.get(columns[1]), group, where=where, matte=alpha)
 
 
@@ -740,7 +795,7 @@ def _row(row: Mapping[str, Any], columns: Columns, scan: _Scan, where: str) -> N
 
 
 def caption(text: str, data: config.Data) -> str:
-    """The caption that the model reads: with the prefix, and the trigger unless it is in there as a word."""
+    """Return the caption with the prefix, and with the trigger unless the caption contains it as a word."""
     text = f"{data.caption_prefix.strip()} {text}".strip()
     trigger = data.trigger.strip()
     if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
@@ -749,7 +804,7 @@ def caption(text: str, data: config.Data) -> str:
 
 
 def sizes(data: config.Data, grid: Grid) -> list[Size]:
-    """Heights and widths of the buckets: `size`, or one of about its area for each aspect ratio."""
+    """Return height and width of each bucket: `size`, or one size of about that area per aspect ratio."""
     if not data.aspects:
         return [data.size]
     area = data.size[0] * data.size[1]
@@ -758,14 +813,14 @@ def sizes(data: config.Data, grid: Grid) -> list[Size]:
 
 
 def spread(there: int, length: int, stride: int, most: int) -> list[int]:
-    """First frames of at most `most` windows, `stride` or more apart, spread over `there` frames."""
+    """Return first frames of at most `most` windows, at least `stride` apart, spread over `there` frames."""
     room = there - length
     count = min(most, 1 + room // stride)
     return [room // 2] if count == 1 else [i * room // (count - 1) for i in range(count)]
 
 
 def _there(probe: media.Probe, data: config.Data, fps: float) -> tuple[int, float]:
-    """How many frames a clip gives, and the rate at which it is sampled."""
+    """Return the number of frames available in a clip and its sampling rate in frames per second."""
     if data.slow == "keep" and probe.fps and probe.fps < fps * 0.99:
         return probe.frames, float(probe.fps)
     return media.available(probe, fps), fps
@@ -803,7 +858,7 @@ def _clip_problems(
     size: Size | None,
     alpha: rgba.Alpha | None,
 ) -> list[Problem]:
-    """What is wrong with a readable clip; `size` is its bucket's, None where it has no window."""
+    """Return the problems of a readable clip; `size` is its bucket's, or None if the clip has no window."""
     out: list[Problem] = []
 
     def add(code: str, message: str) -> None:
@@ -818,14 +873,15 @@ def _clip_problems(
     elif size is None:
         need, (there, rate) = min(data.frames), _there(probe, data, fps)
         add(
-            "too-short", f"{need} frames at {rate:g} fps need {need / rate:.2f} s, {there / rate:.2f} s there"
+            "too-short",
+            f"{need} frames at {rate:g} fps need {need / rate:.2f} s, it has {there / rate:.2f} s",
         )
     if probe.width % 2 or probe.height % 2:
         add("odd-size", f"{probe.width}x{probe.height}")
     if probe.variable:
         add("variable-rate", f"{float(probe.fps or 0):.2f} fps on average")
     if probe.fps and probe.fps < fps * 0.99:
-        told = "frames are repeated" if data.slow == "repeat" else "it will play faster"
+        told = "frames are repeated" if data.slow == "repeat" else "the video plays faster"
         add("slow", f"{float(probe.fps):g} fps of {fps:g}: {told}")
     if alpha:
         out += _alpha_problems(clip, alpha, data.matte)
@@ -844,7 +900,7 @@ def _clip_problems(
 
 
 def _alpha_problems(clip: Clip, alpha: rgba.Alpha, how: config.Matte) -> list[Problem]:
-    """What looks wrong with a clip's alpha and the recipe does not mend."""
+    """Return the problems of a clip's alpha that the recipe does not correct."""
     found = {
         "inverted": alpha.inverted and not how.invert,
         "limited": alpha.limited and not how.limited,
@@ -864,7 +920,7 @@ def _alpha_problems(clip: Clip, alpha: rgba.Alpha, how: config.Matte) -> list[Pr
 
 
 def _odd_ones(clips: Sequence[Clip], alphas: Mapping[Path, rgba.Alpha]) -> list[Problem]:
-    """Clips that look made in another way than nearly all others."""
+    """Return a warning for each clip whose alpha differs from that of nearly all other clips."""
     there = [(c, alphas[c.path]) for c in clips if c.path in alphas]
     if len(there) < 4:
         return []
@@ -874,7 +930,7 @@ def _odd_ones(clips: Sequence[Clip], alphas: Mapping[Path, rgba.Alpha]) -> list[
     for clip, alpha in there:
         says = []
         if abs(alpha.coverage - typical) > ODD:
-            says.append(f"covers {alpha.coverage:.0%}, {typical:.0%} is usual")
+            says.append(f"covers {alpha.coverage:.0%}, the median is {typical:.0%}")
         same = divided if alpha.premultiplied else len(there) - divided
         if same * 10 <= len(there):
             says.append("premultiplied" if alpha.premultiplied else "straight, the others look premultiplied")
@@ -897,17 +953,19 @@ def plan(
     probe: Callable[[Path], media.Probe] = media.probe,
     look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
 ) -> Plan:
-    """Looks at every clip and decides what a run sees; decodes only the first frame and the end of each file.
+    """Probe every clip and select the windows of a run.
+
+    Decodes only the first frame and the end of each file.
 
     Args:
-        data: the recipe's section; its `fps` wins over the argument.
-        grid: what the family can represent.
-        fps: the family's rate.
-        seed: decides which clips are held out.
+        data: the recipe's `data` section; its `fps` overrides the argument.
+        grid: frame counts and sizes that the family supports.
+        fps: the family's frame rate.
+        seed: determines the validation clips.
         progress: called with (done, total) while files are probed.
-        family: its layout of encoded clips is read too.
-        probe: looks at a file; a cache remembers what it found.
-        look: in its place where the family is transparent; takes a matte too.
+        family: adds its layout of precomputed latents, and alpha if it has 4 channels.
+        probe: probes a file; a cache can supply a memoized version.
+        look: replaces `probe` if the family is transparent; also takes the alpha matte.
     """
     fps = float(data.fps or fps)
     patterns = [family.encoded_in(Path(s.path).expanduser()) if family else None for s in data.sources]
@@ -942,18 +1000,19 @@ def assemble(
     noun: str = "clip",
     alphas: dict[Path, rgba.Alpha] | None = None,
 ) -> Plan:
-    """Decides what is held out, and reports.
+    """Split the windows into training and validation and build the plan.
 
     Args:
-        data: the recipe's section.
-        seed: decides which clips are held out.
-        found: what each source holds.
-        windows: of usable clips, by their place among all that were found.
-        problems: of clips; those of the whole are added.
-        probes: by path.
-        alike: marks clips that must not be torn apart, by path; those of equal content always are.
-        noun: what an example is called.
-        alphas: what the alpha of each clip is like, by path.
+        data: the recipe's `data` section.
+        seed: determines the validation clips.
+        found: contents of each source.
+        windows: windows of usable clips, by index among all clips found.
+        problems: problems of clips; duplicates and validation problems are appended.
+        probes: probes by path.
+        alike: returns a mark by path; clips with equal marks go to the same side of the split. Default: clips
+            with equal content.
+        noun: name of an example in messages.
+        alphas: alpha statistics by path.
     """
     clips = [c for f in found for c in f.clips]
     usable = [clips[i] for i in windows]
@@ -990,11 +1049,11 @@ def _look_all(
     fps: float,
     see: Callable[..., media.Probe | cutouts.Look],
 ) -> tuple[dict[Path, media.Probe | cutouts.Look], list[Problem]]:
-    """Looks at every clip once, in threads."""
+    """Probe every clip once, in threads."""
     first = {c.path: c for c in reversed(clips)}
     probes: dict[Path, media.Probe | cutouts.Look] = {}
     problems = [
-        Problem("error", "pair", c.name, "it is listed with another matte too", c.source)
+        Problem("error", "pair", c.name, "it is listed with two different alpha mattes", c.source)
         for c in clips
         if c.matte != first[c.path].matte
     ]
@@ -1023,7 +1082,7 @@ def _look_all(
 
 
 def _duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
-    """A content mark per path, equal for equal files, and a warning for each further copy."""
+    """Return a mark per path, equal for files of equal content, and a warning for each further copy."""
 
     def files(clip: Clip) -> tuple[Path, ...]:
         return (clip.path,) if clip.latents else clip.files
@@ -1051,7 +1110,10 @@ def _duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
 def _hold_out(
     clips: Sequence[Clip], marks: Mapping[Path, str], wanted: float, seed: int
 ) -> tuple[set[Path], list[Problem]]:
-    """Paths of the clips kept from training: those with the lowest hash of seed and name, copies together."""
+    """Return the paths of the validation clips: those with the lowest hash of seed and name.
+
+    Clips with equal marks stay together.
+    """
     groups: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
         groups[marks[clip.path]].append(clip)
@@ -1059,7 +1121,7 @@ def _hold_out(
     if not clips or not count:
         return set(), []
     if count >= len(clips):
-        message = f"data.held_out={wanted:g} of {len(clips)} clips leaves none to train on"
+        message = f"data.validation={wanted:g} of {len(clips)} clips leaves none to train on: lower it"
         return set(), [Problem("error", "held-out", "data.held_out", message)]
 
     def rank(group: list[Clip]) -> bytes:
@@ -1073,7 +1135,7 @@ def _hold_out(
 
 
 def describe(problems: Sequence[Problem], total: int, shown: int = 5, noun: str = "clip") -> list[str]:
-    """One sentence per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
+    """Return one line per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
     groups: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         groups[problem.code].append(problem)
@@ -1093,13 +1155,13 @@ def describe(problems: Sequence[Problem], total: int, shown: int = 5, noun: str 
 
 
 def require(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Problem]:
-    """Stops if the plan has errors; with `quarantine` only for those that no clip's absence cures.
+    """Raise if the plan has errors; with `quarantine`, only for errors of sources or if no clip remains.
 
     Returns:
-        The errors of the clips that are left out, for the caller to write down; empty when all is well.
+        The errors of the clips left out, for the caller to record; empty without errors.
 
     Raises:
-        ValueError: with every error, one line per kind.
+        ValueError: with all errors, one line per code.
     """
     total = sum(s.clips for s in plan.sources)
     stops = [p for p in plan.errors if bad_clips == "stop" or p.code in SOURCE_CODES]
@@ -1112,16 +1174,17 @@ def require(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Proble
 
 
 def _permutation(n: int, *key: Hashable) -> list[int]:
-    """A permutation that depends on the key alone, on every machine and in every version."""
+    """Return a permutation of `n` that depends only on the key, on every machine and in every version."""
     entropy = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32)
     return np.random.RandomState(entropy).permutation(n).tolist()
 
 
 class BucketSampler:
-    """Batches of window indices, one shape each; batch k is a function of the arguments and k alone.
+    """Sampler of batches of window indices; all windows of a batch have the same shape.
 
-    In every epoch each (source, shape) shows max(1, round(n * repeats * weight)) of its n windows, taken from
-    an endless chain of permutations, so that none is ever shown more than once more than another.
+    Batch k is a function of the arguments and k only. Per epoch, each (source, shape) contributes
+    max(1, round(n * repeats * weight)) of its n windows, taken from an endless sequence of permutations: the
+    use counts of two of these windows never differ by more than one.
     """
 
     def __init__(
@@ -1131,16 +1194,16 @@ class BucketSampler:
         batch: int,
         seed: int,
     ) -> None:
-        """Prepares the order.
+        """Prepare the order.
 
         Args:
             entries: source index and shape of each window.
             repeats: per source, repeats * weight.
             batch: windows per batch; the last of a shape may be smaller.
-            seed: decides the order.
+            seed: determines the order.
 
         Raises:
-            ValueError: when there are no windows.
+            ValueError: if there are no windows.
         """
         if not entries:
             raise ValueError("no windows to train on")
@@ -1156,11 +1219,11 @@ class BucketSampler:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Return the number of batches per epoch."""
         return self._length
 
     def batch(self, k: int) -> list[int]:
-        """Indices of the windows of batch k, for any k >= 0."""
+        """Return the indices of the windows of batch k, for any k >= 0."""
         epoch, at = divmod(k, self._length)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._batches(epoch))
@@ -1186,6 +1249,6 @@ class BucketSampler:
 def sampler(
     windows: Sequence[Window], sources: Sequence[config.Source], batch: int, seed: int
 ) -> BucketSampler:
-    """The sampler of a plan's training windows."""
+    """Return the batch sampler of a plan's training windows."""
     shares = [s.repeats * s.weight for s in sources]
     return BucketSampler([(w.clip.source, w.shape) for w in windows], shares, batch, seed)

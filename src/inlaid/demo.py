@@ -1,4 +1,4 @@
-"""`inlaid demo`: the whole main job in public, on the tiny trained model that ships with the package."""
+"""`inlaid demo`: the complete workflow on the pretrained tiny model that ships with the package."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from inlaid.train import train
 from inlaid.twins import judge, world
 
 SUBJECT, OLD = "the new subject", "the old world"
-"""Groups of prompts in the demo's table."""
+"""Names of the prompt groups in the demo's report."""
 
 CLIPS, PROMPTS = 16, 10
-"""Clips that are learned from, and prompts of each group that are judged."""
+"""Number of training clips, and of judged prompts per group."""
 
 KNOWN, REPEATS, PRESERVE = 320, 30, 6
-"""Clips of what the twin knows already, how often the new ones are shown for each of these, and the weight of
-leaving the known ones as they were. Without them the twin forgets the rest of its small world."""
+"""Clips of the tiny model's pretraining domain, `repeats` of the new clips, and weight of prior preservation.
+
+Without prior preservation the tiny model forgets its pretraining domain."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
-    """The demo's recipe: what someone with a folder of clips would write, for the twin's size."""
+    """Return the demo's recipe, a usual recipe for a folder of clips at the size of the tiny model."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
@@ -51,7 +52,10 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Prompts for the new subject and for the old world, with the judge of each; none was trained on."""
+    """Return `n` prompts of the new subject and `n` of the pretraining domain, with judges.
+
+    None of the prompts is used for training.
+    """
     new = [Prompt(t, SUBJECT, judge.judge_subject) for t, _ in world.subject_prompts(n, 2)]
     old = [
         Prompt(t, OLD, lambda frames, s=s: judge.judge_scene(frames, s)["all"])
@@ -61,10 +65,10 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def write_clips(folder: Path) -> None:
-    """Writes `clips`, of a subject that the twin has never seen, and `known`, of its world, with captions.
+    """Write `clips` (a new subject) and `known` (the tiny model's pretraining domain), with captions.
 
-    An mp4 halves the resolution of colour, and the twin would unlearn its sharp outlines: the clips of the
-    subject are enlarged to twice their size, and what is known is written as arrays.
+    H.264 in 4:2:0 halves the chroma resolution, which would blur outlines: clips of the subject are enlarged
+    to twice their size, and known clips are written as arrays.
     """
     scenes = world.scenes(7, KNOWN)
     known = [(world.render(scene, i), world.caption(scene, i)) for i, scene in enumerate(scenes)]
@@ -82,20 +86,20 @@ def write_clips(folder: Path) -> None:
 
 
 def demo(folder: Path, *, dora: bool = False) -> Path:
-    """Makes clips of a new subject, then checks, caches, trains, generates and evaluates.
+    """Create clips of a new subject, then check, cache, train, generate and evaluate.
 
     Args:
-        folder: run folder; run it again to go on where it stopped.
+        folder: run folder; an interrupted demo resumes when run again.
         dora: train a DoRA instead of a LoRA.
 
     Returns:
-        The report, a page that opens in any browser.
+        Path of the HTML report.
 
     Raises:
-        ValueError: when the folder holds another run.
+        ValueError: if the folder holds a different run.
     """
     start = time.perf_counter()
-    say(f"{CLIPS} clips of a subject that the tiny model has never seen: a two-coloured star called zorble")
+    say(f"{CLIPS} clips of a subject that is new to the tiny model: a two-colored star called zorble")
     write_clips(folder)
     return job(folder, recipe(folder, "dora" if dora else "lora"), lambda _: prompts(PROMPTS), start)
 
@@ -107,17 +111,17 @@ def job(
     start: float,
     pair: Sequence[str] = (),
 ) -> Path:
-    """Checks, caches, trains, generates and evaluates: what every demo does once its examples are there.
+    """Check, cache, train, generate and evaluate: the part common to all demos.
 
     Args:
-        folder: run folder.
+        folder: run folder; contains the examples.
         made: the recipe.
-        asked: prompts of the evaluation, from the settings.
-        start: when the demo began, by `time.perf_counter`.
-        pair: picture and segmentation to generate from; without, the first prompt is taken.
+        asked: function from the settings to the prompts of the evaluation.
+        start: start time of the demo, by `time.perf_counter`.
+        pair: input image and segmentation for generation. Default: the first prompt.
 
     Returns:
-        The report, a page that opens in any browser.
+        Path of the HTML report.
     """
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
@@ -135,11 +139,11 @@ def job(
     title(f"inlaid evaluate {folder}")
     result = evaluate(folder, prompts=asked(settings))
     console.print(summary_table(result))
-    say(f"{time.perf_counter() - start:.0f} s in all. Open in a browser:")
+    say(f"Total time {time.perf_counter() - start:.0f} s. Report, open in a browser:")
     print(result.path)
     return result.path
 
 
 def title(command: str) -> None:
-    """A line with the command that comes next."""
+    """Print a line with the next command."""
     console.rule(f"[bold]{command}", align="left")

@@ -1,7 +1,7 @@
-"""What `inlaid demo --alpha joint` is about: the twin learns the matte of what it draws.
+"""`inlaid demo --alpha joint`: training the tiny model to generate alpha together with color.
 
-Joint transparency leaves colour to the base, so that the clips are of the twin's own world, whose shapes have
-mattes that are known.
+Joint alpha keeps the color of the base model, so the clips come from the tiny model's pretraining domain,
+whose shapes have known alpha.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from inlaid.console import progress
 from inlaid.evaluate import Prompt
 from inlaid.twins import judge, world
 
-INTRO = "96 clips of the tiny model's own world, with mattes: colour stays as it is, and alpha is learned"
+INTRO = "96 clips of the tiny model's pretraining domain with alpha: color is kept, and alpha is trained"
 
 CLIPS, HELD_OUT, PROMPTS = 96, 4, 20
-"""Clips with mattes, those of them that are held out, and prompts that are judged."""
+"""Number of RGBA clips, of validation clips among them, and of judged prompts."""
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """The demo's recipe."""
+    """Return the demo's recipe."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
@@ -31,7 +31,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
             "frames": 17,
             "caption_dropout": 0.15,
             "held_out": HELD_OUT,
-            "matte": {"background": "keep"},  # the twin draws backgrounds, and goes on doing so
+            "matte": {"background": "keep"},  # the tiny model keeps generating backgrounds
         },
         "tuner": {"kind": tuner, "rank": 64},
         "alpha": {"kind": "joint"},
@@ -43,7 +43,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def write_clips(folder: Path) -> None:
-    """Writes `clips`: shapes before backgrounds, straight, as arrays with captions."""
+    """Write `clips`: shapes on backgrounds with straight alpha, as arrays, with captions."""
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     with progress("make clips", CLIPS, "clip") as advance:
         for i, scene in enumerate(world.scenes(7, CLIPS)):
@@ -55,5 +55,5 @@ def write_clips(folder: Path) -> None:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Prompts that none of the clips has, judged by whether alpha is that of what colour shows."""
+    """Return `n` prompts not in the clips, with a judge that checks alpha against the generated color."""
     return [Prompt(text, "alpha as in colour", judge.judge_matte) for text, _ in world.world_prompts(n, 2)]

@@ -1,4 +1,4 @@
-"""`inlaid demo --alpha`: the main job with transparency, on the tiny models that ship with the package."""
+"""`inlaid demo --alpha`: the workflow with transparency on the tiny models that ship with the package."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from inlaid.evaluate import Prompt
 from inlaid.twins import rgba_judge, rgba_world, world
 
 KNOWN, REPEATS = 240, 16
-"""Transparent clips of what the twin knows as opaque ones, and how often those of the new subject are shown
-for each of these: what it learns is also that backgrounds are clear."""
+"""RGBA clips of the tiny model's pretraining domain, and `repeats` of the clips of the new subject.
+
+The known clips train transparent backgrounds: the tiny model was pretrained on opaque clips."""
 
 INTRO = (
-    f"{demo.CLIPS} transparent clips of a subject that the tiny model has never seen: a star called zorble, "
-    "half solid, half glass"
+    f"{demo.CLIPS} transparent clips of a subject that is new to the tiny model: a star called zorble, "
+    "half opaque, half translucent"
 )
 STEPS = 900
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """The demo's recipe; of the opaque one only clips, `alpha` and what they need differ."""
+    """Return the demo's recipe: the opaque demo's recipe with other clips, `alpha`, rank and steps."""
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": "merged", "codec": "twin:wan", "colors": 1}
     made["data"]["sources"] = [
         {"path": str(folder / "clips"), "repeats": REPEATS},
-        {"path": str(folder / "known")},  # on nothing, which is new: not to be preserved, but learned
+        {"path": str(folder / "known")},  # no prior preservation: transparent backgrounds are new
     ]
     made["tuner"]["rank"] = 96
     made["train"] |= {"steps": STEPS, "save_every": STEPS // 2, "validate_every": STEPS // 3}
@@ -38,7 +39,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Prompts for the new subject and for the old world on nothing, with the judge of each."""
+    """Return `n` prompts of the new subject and `n` of the pretraining domain, with judges of RGBA."""
     new = [
         Prompt(t, demo.SUBJECT, lambda frames: rgba_judge.judge_subject(frames).both, truth=_again)
         for t, _ in rgba_world.subject_prompts(n, 2)
@@ -51,14 +52,14 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def _again(frames: np.ndarray) -> np.ndarray:
-    """The matte of the subject where it fits a clip best."""
+    """Return the true alpha, uint8 (t, h, w), of the rendered subject that best fits the frames."""
     return (rgba_judge.rerender(frames)[0] * 255).round().astype(np.uint8)
 
 
 def write_clips(folder: Path) -> None:
-    """Writes `clips`, of a subject that the twin has never seen, and `known`, of its world, with captions.
+    """Write `clips` (a new subject) and `known` (the tiny model's pretraining domain), with captions.
 
-    The subject's as PNGs in a .zip, which are exact, the known ones as arrays.
+    Clips of the subject are lossless PNGs in a .zip, known clips are arrays.
     """
     with progress("make clips", demo.CLIPS + KNOWN, "clip") as advance:
         for name, clips in (
@@ -77,17 +78,17 @@ def write_clips(folder: Path) -> None:
 
 
 def merged(folder: Path, *, dora: bool = False) -> Path:
-    """Makes transparent clips of a new subject, then checks, caches, trains, generates and evaluates.
+    """Create transparent clips of a new subject, then check, cache, train, generate and evaluate.
 
     Args:
-        folder: run folder; run it again to go on where it stopped.
+        folder: run folder; an interrupted demo resumes when run again.
         dora: train a DoRA instead of a LoRA.
 
     Returns:
-        The report, a page that opens in any browser.
+        Path of the HTML report.
 
     Raises:
-        ValueError: when the folder holds another run.
+        ValueError: if the folder holds a different run.
     """
     start = time.perf_counter()
     say(INTRO)
@@ -97,7 +98,10 @@ def merged(folder: Path, *, dora: bool = False) -> Path:
 
 
 def joint(folder: Path, *, dora: bool = False) -> Path:
-    """The same for joint transparency, on clips of the twin's own world: see `demo_joint`."""
+    """Run the demo of joint alpha on clips of the tiny model's pretraining domain, see `demo_joint`.
+
+    Arguments, result and errors are those of `merged`.
+    """
     start = time.perf_counter()
     say(demo_joint.INTRO)
     demo_joint.write_clips(folder)

@@ -1,4 +1,4 @@
-"""`inlaid demo --family midi`: the main job on scenes, on the tiny trained model that ships with inlaid."""
+"""`inlaid demo --family midi`: the workflow on scenes with the tiny model that ships with inlaid."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from inlaid.evaluate import Prompt
 from inlaid.twins import midi_world as world
 
 SCENES, VIEWS, JUDGED = 24, 4, 10
-"""Scenes of the new kind, pictures of each from different sides, as `inlaid import meshes` makes them, and
-scenes of each group that are judged, which were not trained on."""
+"""Number of scenes with the new object, of views per scene (as `inlaid import meshes` creates them), and of
+judged scenes per group, which are not used for training."""
 
 KNOWN, REPEATS, PRESERVE = 192, 4, 4
-"""Scenes of what the twin knows already, how often pictures of the new ones are shown for each of these, and
-the weight of leaving the known ones as they were."""
+"""Scenes of the tiny model's pretraining domain, `repeats` of the new scenes, and weight of prior
+preservation."""
 
 
 def recipe(folder: Path, kind: str = "lora", checkpoint: str = "twin:midi") -> dict:
-    """The demo's recipe: what someone with a folder of scenes would write, for the twin's size."""
+    """Return the demo's recipe, a usual recipe for a folder of scenes at the size of the tiny model."""
     return {
         "run": str(folder),
         "model": {
@@ -46,7 +46,7 @@ def recipe(folder: Path, kind: str = "lora", checkpoint: str = "twin:midi") -> d
 
 
 def write_scenes(folder: Path, judged: int = JUDGED) -> None:
-    """Writes scenes of a kind that the twin has never seen, and of its world: to learn from, and to judge."""
+    """Write scenes with a new object and scenes of the pretraining domain, for training and evaluation."""
     new = [
         world.turned(scene, [i, view]) if view else scene
         for i, scene in enumerate(world.subject_scenes(SCENES))
@@ -67,7 +67,7 @@ def write_scenes(folder: Path, judged: int = JUDGED) -> None:
 
 
 def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
-    """The scenes that are judged, in two groups."""
+    """Return the scenes of the evaluation as prompts in two groups."""
     found = []
     for group, name in (("the new kind", "judged/new"), ("the old world", "judged/known")):
         changes = {"sources": [{"path": str(folder / name)}], "held_out": 0}
@@ -79,22 +79,22 @@ def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
 
 
 def demo(folder: Path, *, dora: bool = False, checkpoint: str = "twin:midi") -> Path:
-    """Makes scenes with a new kind of thing, then checks, caches, trains, generates and evaluates.
+    """Create scenes with a new object, then check, cache, train, generate and evaluate.
 
     Args:
-        folder: run folder; run it again to go on where it stopped.
+        folder: run folder; an interrupted demo resumes when run again.
         dora: train a DoRA instead of a LoRA.
-        checkpoint: another than the twin.
+        checkpoint: checkpoint to train. Default: the tiny model.
 
     Returns:
-        The report, a page that opens in any browser.
+        Path of the HTML report.
 
     Raises:
-        ValueError: when the folder holds another run, or packages for scenes are missing.
+        ValueError: if the folder holds a different run, or packages for scenes are missing.
     """
     start = time.perf_counter()
     mesh.require()
-    say(f"{SCENES} scenes, {VIEWS} pictures of each, with a {world.SUBJECT}: new to the tiny model")
+    say(f"{SCENES} scenes with {VIEWS} views each, with a {world.SUBJECT}, new to the tiny model")
     write_scenes(folder)
     made = recipe(folder, "dora" if dora else "lora", checkpoint)
     pair = [str(folder / "judged/new/000" / n) for n in ("scene_rgb.png", "seg.png")]

@@ -1,4 +1,4 @@
-"""`inlaid export` and `inlaid import`: adapters between a run folder and other programs."""
+"""Commands `inlaid export` and `inlaid import`: adapters and RGBA VAEs to and from other programs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from inlaid.runtime import Run
 def export(
     run: Path, to: str, out: Path | None = None, checkpoint: str | None = None, then: Path | None = None
 ) -> Path:
-    """Writes what a run has trained in another program's layout, and verifies it by reading it back.
+    """Export the trained weights of a run to another program's layout, and verify them by reading them back.
 
     Args:
         run: run folder.
-        to: `diffusers`, `comfyui`, `kohya` or `merged`; of a codec `wan-alpha` or `comfyui`.
+        to: `diffusers`, `comfyui`, `kohya` or `merged`; for an RGBA VAE `wan-alpha` or `comfyui`.
         out: file or folder. Default: `export/` in the run.
-        checkpoint: `step-000500`. Default: the run's adapter.
-        then: a LoRA merged on top of what was trained, such as one that distils steps; for `merged`. A DoRA
-            rescales the rows of whatever it is applied to, so it always comes first.
+        checkpoint: checkpoint name such as `step-000500`. Default: the final weights of the run.
+        then: LoRA to merge after the trained weights, such as a step-distillation LoRA; only for `merged`. A
+            DoRA rescales the rows of the weights it is applied to, so it must come first.
 
     Raises:
-        ValueError: when the target is unknown or cannot hold it.
+        ValueError: if the target is unknown or cannot represent the weights.
     """
     place = Run(run)
     settings = place.config()
@@ -40,17 +40,15 @@ def export(
     if to not in get_args(formats.Target):
         raise ValueError(f"--to: `{to}` is not one of {', '.join(get_args(formats.Target))}")
     if then is not None and (to != "merged" or settings.tuner.kind not in ("lora", "dora")):
-        raise ValueError(
-            "--then: only LoRA and DoRA runs that are exported with --to merged take another on top"
-        )
+        raise ValueError("--then: requires a LoRA or DoRA run and --to merged; export without --then")
     family = alpha.family(settings)
     folder = generate.trained(place, checkpoint, family)
     target = out or run / "export" / (f"{run.name}-{to}.safetensors" if to in ("comfyui", "kohya") else to)
     if target.exists():
-        raise ValueError(f"{target} exists; name another with --out")
+        raise ValueError(f"{target} already exists; choose another path with --out")
     if settings.tuner.kind == "full":
         if to not in ("diffusers", "merged"):
-            raise ValueError(f"--to: a full fine-tune has no adapter to write for {to}; use `merged`")
+            raise ValueError(f"--to: full fine-tuning has no adapter to export to {to}; use `merged`")
         with atomic(target) as temporary:
             shutil.copytree(folder, temporary)
         return target
@@ -60,7 +58,7 @@ def export(
     network = family.load_denoiser(torch.float32, meta=True)
     parts = formats.companions(network)
     if parts and to not in ("diffusers", "merged"):
-        raise ValueError(f"--to: {to} has no place for {', '.join(parts)}; use `diffusers` or `merged`")
+        raise ValueError(f"--to: {to} cannot represent {', '.join(parts)}; use `diffusers` or `merged`")
     adapter = formats.read(folder, family, shapes=formats.shapes(network))
     needed = to in ("merged", "kohya") or (to == "comfyui" and adapter.dora)
     base = family.load_denoiser(torch.float32) if needed else None
@@ -69,8 +67,8 @@ def export(
         adapter = formats.read(then, family, shapes=formats.shapes(base), base=base)
         if adapter.dora:
             raise ValueError(
-                f"--then: {then} is a DoRA, which rescales the rows of what it is applied to and so comes "
-                "first; merge it into the base, and train on that"
+                f"--then: {then} is a DoRA, which rescales the rows of the weights it is applied to and must "
+                "come first; merge it into the base model, and train on the result"
             )
     if not parts:
         return formats.export(adapter, to, target, family=family, base=base)  # type: ignore[arg-type]
@@ -92,12 +90,12 @@ def export(
 def _export_codec(
     place: Run, settings: config.Config, to: str, out: Path | None, checkpoint: str | None
 ) -> Path:
-    """Writes the codec of a run that trained one in published layouts."""
+    """Export the RGBA VAE of a run in the published layouts."""
     family = alpha.family(settings)
     folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / "codec"
     target = out or place.folder / "export" / to
     if target.exists():
-        raise ValueError(f"{target} exists; name another with --out")
+        raise ValueError(f"{target} already exists; choose another path with --out")
     trained = rgba_codec.load(folder, family.load("vae", torch.float32))
     return rgba_files.export(trained, to, target)
 
@@ -110,24 +108,24 @@ def convert(
     alpha: float | None = None,
     dora_scale: str | None = None,
 ) -> tuple[Path, Sequence[str]]:
-    """Rewrites an adapter of any known layout as one that diffusers loads.
+    """Convert an adapter of any known layout to diffusers, or a published RGBA VAE to a folder.
 
     Args:
         adapter: file or folder.
-        out: folder to write; of an RGBA VAE's file a codec.
+        out: folder to write: an adapter, or an RGBA VAE if the file is one.
         family: name of a model family.
-        checkpoint: base network; checks the shapes, and is needed where a file's numbers are relative to it.
-        alpha: where the file has none.
-        dora_scale: `comfyui` or `merged`, what a file's `dora_scale` is relative to.
+        checkpoint: base model; used to check shapes, and required if values in the file are relative to it.
+        alpha: alpha for files that store none.
+        dora_scale: `comfyui` or `merged`: the norm that the file's `dora_scale` is relative to.
 
     Returns:
-        The file and what a user should know about it.
+        The written path, and notes for the user.
 
     Raises:
-        ValueError: when it is damaged or unknown, or when anything of it would be lost.
+        ValueError: if the file is damaged or unknown, or if a tensor would be lost.
     """
     if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"--alpha: {alpha:g} is not a number above 0")
+        raise ValueError(f"--alpha: {alpha:g} is not a finite number above 0")
     if dora_scale not in (None, *get_args(formats.DoraRule)):
         rules = " or ".join(get_args(formats.DoraRule))
         raise ValueError(f"--dora-scale: `{dora_scale}` is not {rules}")
@@ -158,15 +156,15 @@ def convert(
 
 def _refuse_taken(out: Path) -> None:
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ValueError(f"{out} exists and is not empty; name another folder")
+        raise ValueError(f"{out} exists and is not empty; choose another folder")
 
 
 def _convert_codec(path: Path, out: Path, family: str, checkpoint: str | None) -> tuple[Path, Sequence[str]]:
-    """Rewrites the decoders or the whole VAE of a published codec as a codec's folder."""
+    """Convert the decoders or the whole VAE of a published RGBA VAE to a folder of inlaid."""
     if checkpoint is None:
         raise ValueError(
-            f"{path}: an RGBA VAE's file, which belongs to a checkpoint's VAE; name it with --checkpoint, "
-            "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            f"{path}: an RGBA VAE, which extends the VAE of a checkpoint; pass it with --checkpoint, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     _refuse_taken(out)
     base = families.get(family)(config.Model(family=family, checkpoint=checkpoint))

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic file writing: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from safetensors import SafetensorError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; on success it becomes `path`, on failure nothing is left.
+    """Yield a temporary path beside `path` that becomes `path` on success and is deleted on failure.
 
-    The temporary name keeps the suffix, for writers that choose a format by it. It may be made a file or a
-    folder.
+    The temporary name keeps the suffix, because some writers choose the format by it. The caller may create a
+    file or a folder there.
+
+    Raises:
+        OSError: naming `path`, when the system cannot write it (disk full, read-only, no permission).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -31,7 +34,7 @@ def atomic(path: Path) -> Iterator[Path]:
         if error.errno and str(error.filename or temporary).startswith(str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-    except SafetensorError as error:  # it wraps the system's error in text
+    except SafetensorError as error:  # contains the system's error only as text
         number = re.search(r"os error (\d+)", str(error))
         if not number:
             raise
@@ -44,7 +47,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content."""
+    """Return the SHA-256 of a file's content in hex."""
     out = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,9 +1,12 @@
-"""Adapter files: every layout that trainers write in; diffusers, ComfyUI, kohya and merged weights out.
+"""Reader and writer of adapter files.
 
-Inside, an adapter has one form: diffusers module names, alpha beside the factors, a DoRA magnitude per row.
-What surprises: the stock loaders read most foreign layouts as *nothing*, with only a warning, and drop alpha
-without one; so `read` uses every tensor or says which it cannot, and `export` reads back what it wrote.
-DoRA is peft's (Liu et al. 2024, https://arxiv.org/abs/2402.09353), W' = m (W + s B A) / ||W + s B A|| a row.
+`read` accepts the layouts of the common trainers; `export` writes diffusers, ComfyUI, kohya and merged
+weights. In memory an adapter has one form: diffusers module names, alpha beside the factors, a DoRA magnitude
+per row. The stock loaders ignore every tensor of most foreign layouts with only a warning, and drop alpha
+without any.
+`read` therefore uses every tensor or raises, and `export` reads back the file that it wrote.
+DoRA follows peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): W' = m (W + s B A) / ||W + s B A|| per
+row.
 """
 
 from __future__ import annotations
@@ -39,13 +42,13 @@ Target = Literal["diffusers", "comfyui", "kohya", "merged"]
 DoraRule = Literal["comfyui", "merged"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-"""The name that `load_lora_weights(folder)` looks for."""
+"""File name that `load_lora_weights(folder)` looks for."""
 
 KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
-"""Kinds of adapters, as they are spelled in prose."""
+"""Display names of the adapter kinds."""
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-"""The name that peft and transformers look for."""
+"""File name that peft and transformers look for."""
 
 _METADATA = "lora_adapter_metadata"
 _DORA_RULE = "inlaid_dora_scale"
@@ -86,50 +89,50 @@ _CONFIG = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA or DoRA in one form, whatever file it came from."""
+    """LoRA or DoRA in the internal form, independent of the file layout."""
 
     tensors: Mapping[str, Tensor]
-    """`<module>.lora_A.weight` (r, in), `.lora_B.weight` (out, r), and where trained `.lora_B.bias` (out) and
-    `.lora_magnitude_vector` (out); modules in diffusers names, convolutions with their kernel's dims."""
+    """`<module>.lora_A.weight` (r, in), `.lora_B.weight` (out, r) and, if trained, `.lora_B.bias` (out) and
+    `.lora_magnitude_vector` (out). Modules have diffusers names; convolutions keep their kernel axes."""
     alpha: Mapping[str, float]
-    """By module; the update is scaled by alpha / rank."""
+    """Alpha of each module; the update is scaled by alpha / rank."""
     layout: Layout
-    """Layout of the file that it was read from."""
+    """Layout of the source file."""
     alpha_from: str = "alpha argument"
-    """Where alpha was found."""
+    """Source of alpha."""
     notes: Sequence[str] = ()
-    """What a user should know about the import."""
+    """Notes for the user about the import."""
     header: Mapping[str, str] = field(default_factory=dict)
-    """The file's other metadata."""
+    """Remaining metadata of the file."""
     vector: Tensor | None = None
-    """Of joint transparency: what is added to the tokens of alpha, (d,)."""
+    """Domain embedding of joint transparency, added to the alpha tokens, (d,)."""
 
     @property
     def joint(self) -> bool:
-        """Whether it is for the tokens of alpha alone, see `alpha.joint`."""
+        """True if the adapter applies to the alpha tokens only (`alpha.joint`)."""
         return self.header.get("inlaid_alpha") == "joint"
 
     @property
     def modules(self) -> list[str]:
-        """Names of the layers that it changes."""
+        """Names of the adapted layers."""
         return list(self.alpha)
 
     @property
     def rank(self) -> dict[str, int]:
-        """By module."""
+        """Rank of each module."""
         return {m: self.tensors[f"{m}.lora_A.weight"].shape[0] for m in self.alpha}
 
     @property
     def dora(self) -> bool:
-        """Whether it has magnitudes; then all its modules have."""
+        """True if the adapter has magnitudes; then every module has one."""
         return f"{next(iter(self.alpha))}.lora_magnitude_vector" in self.tensors
 
     def scale(self, module: str) -> float:
-        """Factor s of the update s B A."""
+        """Return the factor s of the update s B A."""
         return self.alpha[module] / self.tensors[f"{module}.lora_A.weight"].shape[0]
 
     def peft_config(self) -> dict[str, Any]:
-        """Keyword arguments for `peft.LoraConfig` that restore it exactly."""
+        """Return the arguments of `peft.LoraConfig` that restore this adapter exactly."""
         rank, alpha = self.rank, {m: int(a) if float(a).is_integer() else a for m, a in self.alpha.items()}
         r, a = (Counter(values.values()).most_common(1)[0][0] for values in (rank, alpha))
         return {
@@ -156,27 +159,29 @@ def read(
     base: nn.Module | None = None,
     dora_scale: DoraRule | None = None,
 ) -> Adapter:
-    """Reads an adapter in any known layout; every tensor of the file is used, or the file is refused.
+    """Read an adapter in any known layout, using every tensor of the file.
 
     Args:
-        path: a file, the folder of one, or a run.
-        family: whose module names are expected.
-        alpha: for files that store none. Default: the rank of each module, with a note.
+        path: adapter file, folder that contains one, or run folder.
+        family: model family that defines the module names.
+        alpha: value for files that store no alpha. Default: the rank of each module, with a note.
         shapes: (out, in) of the network's layers, from `shapes`; the adapter must fit them.
-        base: the network without adapters; needed for files with `dora_scale`, which is relative to it.
+        base: network without adapters; required for files with `dora_scale`, which is relative to its
+            weights.
         dora_scale: what a `dora_scale` of shape (out, 1) multiplies: (W + s B A) / ||W|| (`comfyui`), or
-            (W + s B A) / ||W + s B A|| (`merged`, as LyCORIS). Files that inlaid wrote say it themselves.
+            (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Files written by inlaid record it.
 
     Raises:
-        ValueError: when the file is damaged, unknown, does not fit, or holds what an adapter cannot.
+        ValueError: if the file is damaged, has an unknown layout, does not fit the network, or contains
+            tensors that cannot be represented as a LoRA or DoRA.
     """
     file = _open(_locate(Path(path)), alpha)
     parsed = _parse(file, family, shapes or {})
     problems = _problems(parsed, family)
     strange = [m for m in parsed.parts if not any(re.fullmatch(t, m) for t in family.targets)]
-    if file.notes and strange:  # of other files a checkpoint's shapes say it
+    if file.notes and strange:  # other files are checked against the checkpoint's shapes
         problems.append(
-            f"{file.config_from}'s, with layers that this family does not have ({_some(strange)})"
+            f"adapter for {file.config_from}, with layers that this family does not have ({_some(strange)})"
         )
     if problems:
         raise ValueError(f"{file.path}: " + "; ".join(problems))
@@ -185,16 +190,16 @@ def read(
     notes = list(parsed.notes)
     if source == "rank":
         notes.append(
-            "warning: the file stores no alpha; assumed alpha = rank (a scale of 1). The other common value "
-            "is alpha = 1 (a scale of 1 / rank): pass alpha if the result is far too strong"
+            "warning: the file stores no alpha; alpha = rank is assumed (scale 1). The other common "
+            "convention is alpha = 1 (scale 1 / rank): pass --alpha 1 if the effect is far too strong"
         )
     elif sources["rank"]:
-        notes.append(f"{sources['rank']} layers store no alpha: taken as their rank, as other programs do")
+        notes.append(f"{sources['rank']} layers store no alpha: alpha = rank is used, as in other programs")
     tensors, full = _normalised(parsed, alphas, base, dora_scale)
     if full:
         notes.append(
-            f"{full} layers scale input columns, which peft's DoRA cannot: converted to an exact LoRA of "
-            "full rank, which is as large as the network; better export it as merged"
+            f"{full} layers have a dora_scale per input column, which peft's DoRA does not support: "
+            "converted to an exact LoRA of full rank, which is as large as the network; better export merged"
         )
     header = {k: v for k, v in file.header.items() if k not in (_METADATA, _DORA_RULE, "format")}
     adapter = Adapter(tensors, alphas, parsed.layout, source, tuple(notes), header, file.vector)
@@ -204,7 +209,10 @@ def read(
 
 
 def shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of all linear and convolution layers by name, kernels flattened into `in`; also on meta."""
+    """Return (out, in) of all linear and convolution layers by name, with kernels flattened into `in`.
+
+    Also works on a network on the meta device.
+    """
     return {
         name.removesuffix(".base_layer"): (m.weight.shape[0], math.prod(m.weight.shape[1:]))
         for name, m in denoiser.named_modules()
@@ -224,17 +232,17 @@ class _File:
 
 
 def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
-    """Tensors, peft configuration and file of an adapter of any kind, as they are.
+    """Return the tensors, peft configuration and file path of an adapter of any kind, unchanged.
 
     Raises:
-        ValueError: when it is damaged or not there.
+        ValueError: if the file is damaged or missing.
     """
     file = _open(_locate(path))
     return file.tensors, file.config, file.path
 
 
 def _locate(path: Path) -> Path:
-    """The weights file of a folder; a file as it is."""
+    """Return the weights file of a folder, or `path` itself if it is a file."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -247,16 +255,16 @@ def _locate(path: Path) -> Path:
         what = (
             "no adapter file"
             if not found
-            else f"{len(found)} files ({_some(p.name for p in found)}); name one of them"
+            else f"{len(found)} candidate files ({_some(p.name for p in found)}); pass one of these files"
         )
         raise ValueError(f"{path}: {what}")
     return found[0]
 
 
 def _open(path: Path, alpha: float | None = None) -> _File:
-    """All tensors of a file, its header, and the LoRA configuration in its header or beside it.
+    """Return the tensors and header of a file, and the LoRA configuration in the header or beside the file.
 
-    Published files of joint transparency have their names and their alpha put right, unless one is given.
+    In published files of joint transparency, tensor names and alpha are corrected, unless `alpha` is given.
     """
     header: dict[str, str] = {}
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
@@ -275,11 +283,11 @@ def _open(path: Path, alpha: float | None = None) -> _File:
         for value in [config.get("lora_alpha", 1), *(config.get("alpha_pattern") or {}).values()]:
             float(value)
     except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"{path}: {origin} is not the JSON of a LoRA configuration") from None
+        raise ValueError(f"{path}: {origin} is not a LoRA configuration in JSON") from None
     try:
         found = published.recognise(tensors)
     except ValueError as error:
-        raise ValueError(f"{path}: of joint transparency, but {error}") from None
+        raise ValueError(f"{path}: adapter of joint transparency that cannot be used: {error}") from None
     if found is None:
         return _File(path, tensors, header, config, origin, joint.embedding(path.parent, header))
     config = {} if alpha is not None else {"lora_alpha": published.ALPHA}
@@ -288,7 +296,7 @@ def _open(path: Path, alpha: float | None = None) -> _File:
 
 
 def _head(path: Path) -> tuple[bytes, int]:
-    """First nine bytes and size."""
+    """Return the first nine bytes and the size of a file."""
     try:
         with path.open("rb") as stream:
             head, size = stream.read(9), path.stat().st_size
@@ -301,22 +309,23 @@ def _head(path: Path) -> tuple[bytes, int]:
 
 @contextmanager
 def _safetensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file.
+    """Open a safetensors file.
 
     Raises:
-        ValueError: saying what the file is instead.
+        ValueError: if it is another kind of file, truncated or damaged.
     """
     head, size = _head(path)
     announced = struct.unpack("<Q", head[:8])[0] if len(head) > 8 else 0
     if head[8:] != b"{":
         if head[:2] == b"PK" or head[:1] == b"\x80":
             raise ValueError(
-                f"{path}: a pickle under the name of a safetensors file: refused, it could run code"
+                f"{path}: a pickle with the extension of a safetensors file: not loaded, it could run code"
             )
         raise ValueError(f"{path}: not a safetensors file")
     if announced + 8 > size:
         raise ValueError(
-            f"{path}: truncated, its header alone needs {announced + 8} bytes of {size}: copy it again"
+            f"{path}: truncated: the header alone needs {announced + 8} bytes, the file has {size}: "
+            "copy it again"
         )
     try:
         opened = safe_open(path, "pt")
@@ -327,7 +336,7 @@ def _safetensors(path: Path) -> Iterator[Any]:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a torch file, by torch's restricted loader."""
+    """Load the tensors of a torch file with `weights_only=True`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -335,7 +344,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
         what = (
-            f"a pickle that calls {called[1]}: refused"
+            f"a pickle that calls {called[1]}: not loaded"
             if called
             else "neither a safetensors nor a torch file"
         )
@@ -353,13 +362,13 @@ class _Parsed:
     file: _File
     layout: Layout
     parts: dict[str, dict[str, Tensor]]
-    """Module -> A, B, and alpha, magnitude, dora_scale, bias, diff_b where the file has them."""
+    """By module: A and B, plus alpha, magnitude, dora_scale, bias and diff_b if the file has them."""
     problems: list[str]
     notes: list[str]
 
 
 def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) -> _Parsed:
-    """Sorts the tensors of a file by module, in diffusers names."""
+    """Group the tensors of a file by module, under diffusers names."""
     find = _finder(family, layers)
     parts: dict[str, dict[str, Tensor]] = {}
     prefixes: dict[str, str] = {}
@@ -370,10 +379,10 @@ def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) ->
         prefix = next(p for p in _PREFIXES if key.startswith(p))
         match = _KEY.fullmatch(key.removeprefix(prefix))
         if ".base_layer." in key:
-            dropped["base weights"] += 1
+            dropped["weights of the base model"] += 1
             continue
         if match and match["part"].startswith("diff") and not tensor.any():
-            dropped["differences that are all zero"] += 1
+            dropped["weight differences that are all zero"] += 1
             continue
         found = find(match["module"], prefix == "lora_unet_") if match else None
         if match and match["part"].startswith("diff") and (match["part"] != "diff_b" or not found):
@@ -387,26 +396,32 @@ def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) ->
         adapters.add(match["name"] or "")
         part = "bias" if match["leaf"] == "bias" else _PARTS.get(match["part"], match["part"])
         if part in parts.setdefault(found[0], {}):
-            problems.append(f"`{key}` comes twice, under two spellings")
+            problems.append(f"`{key}` is present twice, under two names")
         parts[found[0]][part] = tensor
     if len(prefixes) > 1:
-        problems.append(f"mixes layouts ({' and '.join(f'`{k}`' for k in prefixes.values())}): split it")
+        problems.append(
+            f"mixes layouts ({' and '.join(f'`{k}`' for k in prefixes.values())}): "
+            "split it into one file per layout"
+        )
     if len(adapters - {""}) > 1:
-        problems.append(f"holds several adapters ({', '.join(sorted(adapters))}): split it")
+        problems.append(
+            f"contains several adapters ({', '.join(sorted(adapters))}): split it into one file per adapter"
+        )
     if differences:
         problems.append(
-            f"{len(differences)} full weight differences that an adapter cannot hold ({_some(differences)})"
+            f"{len(differences)} full weight differences, which an adapter cannot represent "
+            f"({_some(differences)})"
         )
     if unknown:
         problems.append(_unknown(unknown, family, bool(parts)))
     layout = _PREFIXES[next(iter(prefixes), "")]
     layout = "original" if layout == "bare" and "original" in spellings else layout
-    notes = [*file.notes, *(f"left out {n} {what}" for what, n in dropped.items())]
+    notes = [*file.notes, *(f"ignored {n} {what}" for what, n in dropped.items())]
     return _Parsed(file, layout, parts, problems, notes)
 
 
 def _finder(family: type[Family] | Family, layers: Iterable[str]):
-    """A function from a module's name in a file to its diffusers name and whose spelling it was."""
+    """Return a function that maps a module name of a file to its diffusers name and its naming scheme."""
     layers = set(layers)
     dotted = {ours: (ours, "diffusers") for _, ours in family.original_names}
     dotted = {**{original: (ours, "original") for original, ours in family.original_names}, **dotted}
@@ -431,7 +446,7 @@ def _finder(family: type[Family] | Family, layers: Iterable[str]):
 
 
 def _split(module: str) -> tuple[str, str]:
-    """`blocks.0.attn1.to_q` -> (`blocks.0.`, `attn1.to_q`); (``, name) outside the blocks."""
+    """Split `blocks.0.attn1.to_q` into (`blocks.0.`, `attn1.to_q`); outside the blocks return (``, name)."""
     match = _BLOCK.fullmatch(module)
     assert match
     return match[1] or "", match[2]
@@ -440,12 +455,12 @@ def _split(module: str) -> tuple[str, str]:
 def _unknown(keys: Sequence[str], family: type[Family] | Family, some_known: bool) -> str:
     name = (family if isinstance(family, type) else type(family)).__name__
     if any(k in key for key in keys for k in ("lokr_", "hada_")):
-        return f"a LyCORIS adapter, not a LoRA ({_some(keys)}): merge it with its own tool"
+        return f"a LyCORIS adapter, not a LoRA ({_some(keys)}): merge it with LyCORIS"
     if any(key.startswith("transformer_2.") for key in keys):
-        return f"holds a second expert ({_some(keys)}): write one file per expert"
+        return f"contains a second expert ({_some(keys)}): write one file per expert"
     if not some_known:
-        return f"no layer of {name} is named in it ({_some(keys)}): another architecture, or no adapter"
-    return f"{len(keys)} tensors that belong to no known layer of {name} ({_some(keys)})"
+        return f"no tensor matches a layer of {name} ({_some(keys)}): another architecture, or not an adapter"
+    return f"{len(keys)} tensors match no layer of {name} ({_some(keys)})"
 
 
 def _some(names: Iterable[object], most: int = 4) -> str:
@@ -454,14 +469,14 @@ def _some(names: Iterable[object], most: int = 4) -> str:
 
 
 def _problems(parsed: _Parsed, family: type[Family] | Family) -> list[str]:
-    """Sentences about what makes a sorted file unusable."""
+    """Return the problems that make a parsed file unusable."""
     out = list(parsed.problems)
     if not parsed.parts and not out:
         out.append(_unknown([*parsed.file.tensors] or ["no tensors at all"], family, False))
     half = {m: p for m, p in parsed.parts.items() if not {"A", "B"} <= p.keys()}
     if half:
         have = _some(f"{m} has {_some(p)}" for m, p in half.items())
-        out.append(f"{len(half)} layers without both factors ({have})")
+        out.append(f"{len(half)} layers lack a factor, A or B ({have})")
     for module, parts in parsed.parts.items():
         if module not in half:
             out += _misshapen(module, parts)
@@ -478,17 +493,17 @@ def _problems(parsed: _Parsed, family: type[Family] | Family) -> list[str]:
     bare = [m for m in parsed.parts if m not in magnitudes]
     config = parsed.file.config
     if magnitudes and any({"bias", "diff_b"} & p.keys() for p in parsed.parts.values()):
-        out.append("DoRA with changed biases, which peft does not have: merge it with its own tool")
+        out.append("DoRA with trained biases, which peft does not support: merge it with its own trainer")
     if magnitudes and bare:
-        out.append(f"DoRA with {len(bare)} layers that have no magnitude ({_some(bare)})")
+        out.append(f"DoRA with {len(bare)} layers without a magnitude ({_some(bare)})")
     if config.get("use_dora") and not magnitudes:
-        out.append("its configuration says DoRA but it has no magnitudes")
+        out.append("the configuration has use_dora, but the file has no magnitudes")
     if str(config.get("peft_type", "LORA")).rsplit(".")[-1] != "LORA":
-        out.append(f"its configuration says {config['peft_type']}, not LoRA")
+        out.append(f"the configuration has peft_type {config['peft_type']}, not LORA")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq", "mica")):
         out.append(
-            f"trained with init_lora_weights={init}, which changes the base: convert it with peft first"
+            f"trained with init_lora_weights={init}, which changes the base model: convert it with peft first"
         )
     return out
 
@@ -496,7 +511,7 @@ def _problems(parsed: _Parsed, family: type[Family] | Family) -> list[str]:
 def _misshapen(module: str, parts: Mapping[str, Tensor]) -> list[str]:
     a, b, out = parts["A"], parts["B"], []
     if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        return [f"{module}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)} do not multiply"]
+        return [f"{module}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied"]
     for name in ("magnitude", "bias", "diff_b"):
         if name in parts and parts[name].numel() != b.shape[0]:
             out.append(f"{module}: {name} has {parts[name].numel()} values for {b.shape[0]} outputs")
@@ -506,7 +521,10 @@ def _misshapen(module: str, parts: Mapping[str, Tensor]) -> list[str]:
 
 
 def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Counter[str]]:
-    """Alpha of every module and where it was found; the file's own word comes first."""
+    """Return alpha of every module, and how many modules have it from which source.
+
+    The file takes precedence over the `alpha` argument.
+    """
     config, out, sources = parsed.file.config, {}, Counter[str]()
     patterns = config.get("alpha_pattern") or {}
     for module, parts in parsed.parts.items():
@@ -526,7 +544,7 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
     if alpha is not None and "alpha argument" not in sources and any(a != alpha for a in out.values()):
         stored = _some(sorted({f"{a:g}" for a in out.values()}))
         raise ValueError(
-            f"{parsed.file.path}: alpha {alpha:g} was asked for, but the file says {stored}: leave it out"
+            f"{parsed.file.path}: --alpha is {alpha:g}, but the file stores alpha {stored}: omit --alpha"
         )
     return out, sources
 
@@ -534,7 +552,10 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
 def _normalised(
     parsed: _Parsed, alphas: dict[str, float], base: nn.Module | None, dora_scale: DoraRule | None
 ) -> tuple[dict[str, Tensor], int]:
-    """Tensors as `Adapter` holds them, and how many layers became factors of full rank, with new `alphas`."""
+    """Return the tensors in the form of `Adapter`, and the number of layers converted to full rank.
+
+    Sets alpha of the converted layers in `alphas`.
+    """
     path, rule = parsed.file.path, parsed.file.header.get(_DORA_RULE, dora_scale)
     tensors: dict[str, Tensor] = {}
     full = 0
@@ -549,25 +570,33 @@ def _normalised(
             parts = {**parts, "bias": parts["diff_b"].float() / scale}
         tensors |= _named(module, parts)
     if 0 < full < len(parsed.parts):
-        raise ValueError(f"{path}: its dora_scale is by input in some layers and by output in others")
+        raise ValueError(
+            f"{path}: dora_scale is per input column in some layers and per output row in others: "
+            "merge it with its own trainer"
+        )
     return tensors, full
 
 
 def _base_weight(base: nn.Module | None, module: str, path: Path) -> Tensor:
     if base is None:
         raise ValueError(
-            f"{path}: its DoRA is stored as dora_scale, relative to the base's weights: give the base too"
+            f"{path}: dora_scale is relative to the weights of the base model: pass the base model "
+            "(inlaid import --checkpoint)"
         )
     try:
         return _layer(base, module).weight.detach().float()
     except AttributeError:
-        raise ValueError(f"{path}: the base has no layer {module}") from None
+        raise ValueError(f"{path}: the base model has no layer {module}") from None
 
 
 def _from_dora_scale(
     parts: Mapping[str, Tensor], scale: float, weight: Tensor, rule: str | None, path: Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """Parts with a magnitude for dora_scale; for the input axis (and then True) with factors of full rank."""
+    """Replace dora_scale by a magnitude, or, if it is per input column, by factors of full rank.
+
+    Returns:
+        The new parts, and True if dora_scale is per input column.
+    """
     given = parts["dora_scale"].float()
     rest = {k: v for k, v in parts.items() if k != "dora_scale"}
     merged = weight + _product(parts["A"], parts["B"], scale).reshape(weight.shape)
@@ -582,15 +611,15 @@ def _from_dora_scale(
         )
     if rule not in ("comfyui", "merged"):
         raise ValueError(
-            f"{path}: its dora_scale can mean two things; say `comfyui` (relative to ||W||, as ComfyUI "
-            "applies it) or `merged` (relative to ||W + BA||, as LyCORIS trains it)"
+            f"{path}: the norm that dora_scale refers to is ambiguous: pass --dora-scale comfyui (||W||, as "
+            "ComfyUI applies it) or merged (||W + BA||, as LyCORIS trains it)"
         )
     given = given.reshape(-1)
     return {**rest, "magnitude": given if rule == "merged" else given * _rows(merged) / _rows(weight)}, False
 
 
 def _full_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact factors A, B of a difference, one of them the identity."""
+    """Return exact factors A and B of a weight difference; one of the two is the identity."""
     flat = delta.flatten(1)
     n_out, n_in = flat.shape
     a, b = (torch.eye(n_in), flat) if n_in <= n_out else (flat, torch.eye(n_out))
@@ -602,7 +631,7 @@ def _named(module: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "bias" in parts:
         out[f"{module}.lora_B.bias"] = parts["bias"].reshape(-1)
     if "magnitude" in parts:
-        # peft keeps the magnitudes of a convolution as (1, out, 1, ...).
+        # peft stores the magnitudes of a convolution as (1, out, 1, ...).
         shape = (-1,) if parts["A"].ndim == 2 else (1, -1, *[1] * (parts["A"].ndim - 2))
         out[f"{module}.lora_magnitude_vector"] = parts["magnitude"].reshape(shape)
     return out
@@ -626,7 +655,7 @@ def _fit(
         (own, theirs), module = next(iter(wrong.items()))
         of, other = (f" ({widths[w]})" if w in widths else "" for w in (own[1], theirs[1]))
         problems.append(
-            f"made for another size of network: {module} is {own[0]} x {own[1]}{of} in the adapter and "
+            f"trained on a network of another size: {module} is {own[0]} x {own[1]}{of} in the adapter and "
             f"{theirs[0]} x {theirs[1]}{other} in the network"
         )
     if missing:
@@ -636,11 +665,11 @@ def _fit(
         raise ValueError(f"{where}: " + "; ".join(problems))
 
 
-# --- what an adapter does to weights ------------------------------------------------------------------------
+# --- applying and merging -----------------------------------------------------------------------------------
 
 
 def effective_delta(adapter: Adapter, module: str, base_weight: Tensor) -> Tensor:
-    """What the adapter adds to a layer's weight, float32: s B A, or for DoRA W' - W."""
+    """Return the change of a layer's weight, float32: s B A, or for DoRA W' - W."""
     if not adapter.dora:
         return _delta(adapter, module).to(base_weight.device).reshape(base_weight.shape)
     return _merged(adapter, module, base_weight) - base_weight.float()
@@ -648,23 +677,23 @@ def effective_delta(adapter: Adapter, module: str, base_weight: Tensor) -> Tenso
 
 @torch.no_grad()
 def merge(denoiser: nn.Module, adapter: Adapter) -> None:
-    """Merges an adapter into a network in place: in float32, each weight then cast to its own type.
+    """Merge an adapter into a network in place, in float32, and cast each weight back to its own dtype.
 
     Raises:
-        ValueError: when the network has adapters attached, is quantised, or does not fit.
+        ValueError: if the network has an adapter attached, is quantized, or does not fit.
     """
     if adapter.joint:
         raise ValueError(joint.MERGE)
     if any(".lora_" in n for n, _ in denoiser.named_parameters()):
-        raise ValueError("this network has an adapter attached; merge into a fresh one")
+        raise ValueError("the network has an adapter attached: merge into a network without adapters")
     _fit(adapter, shapes(denoiser))
     layers = {module: _layer(denoiser, module) for module in adapter.modules}
     biases = {m: adapter.tensors.get(f"{m}.lora_B.bias") for m in layers}
     for module, layer in layers.items():
         if not layer.weight.is_floating_point():
-            raise ValueError(f"{module} is quantised: merge into a bfloat16 or float32 network")
+            raise ValueError(f"{module} is quantized: merge into a bfloat16 or float32 network")
         if biases[module] is not None and layer.bias is None:
-            raise ValueError(f"{module} has no bias, but the adapter changes it")
+            raise ValueError(f"{module} has no bias in the network, but the adapter has one")
     for module, layer in layers.items():
         layer.weight.copy_(_merged(adapter, module, layer.weight))
         added = biases[module]
@@ -673,17 +702,17 @@ def merge(denoiser: nn.Module, adapter: Adapter) -> None:
 
 
 def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Networks of transformers inside a denoiser, by name: adapters of these are folders of their own."""
+    """Return the transformers models inside a denoiser by name; their adapters are stored in subfolders."""
     from transformers import PreTrainedModel
 
     return {name: child for name, child in denoiser.named_children() if isinstance(child, PreTrainedModel)}
 
 
 def attach(network: nn.Module, adapter: Adapter, name: str = "inlaid") -> None:
-    """Puts an adapter on a network of diffusers or transformers, and checks that all of it arrived.
+    """Load an adapter into a diffusers or transformers network, and check that every tensor was loaded.
 
     Raises:
-        ValueError: when it does not fit.
+        ValueError: if the adapter does not fit the network.
     """
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -696,13 +725,13 @@ def attach(network: nn.Module, adapter: Adapter, name: str = "inlaid") -> None:
         set_peft_model_state_dict(network, dict(adapter.tensors), name)
         network.eval().requires_grad_(False)
     arrived = get_peft_model_state_dict(network, adapter_name=name)
-    assert arrived.keys() == adapter.tensors.keys(), "the stock loader left tensors out"
+    assert arrived.keys() == adapter.tensors.keys(), "the stock loader ignored tensors"
     for key, tensor in adapter.tensors.items():
         assert torch.equal(arrived[key].cpu(), tensor.to(arrived[key].dtype).cpu()), f"{key} was not loaded"
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The update s B A in float32, (out, in) with kernels flattened."""
+    """Return the update s B A in float32, (out, in) with kernels flattened."""
     return scale * (b.float().flatten(1) @ a.float().flatten(1))
 
 
@@ -712,7 +741,7 @@ def _delta(adapter: Adapter, module: str) -> Tensor:
 
 
 def _rows(weight: Tensor) -> Tensor:
-    """Norm of each output row."""
+    """Return the norm of each output row."""
     return torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(1e-8)
 
 
@@ -740,27 +769,28 @@ def write_diffusers(
     peft_config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Writes an adapter that `load_lora_weights(folder)` alone restores: alpha, ranks, DoRA.
+    """Write an adapter that `load_lora_weights(folder)` restores completely: alpha, ranks, DoRA.
 
-    Only settings that change the function go into the header: other releases of peft refuse unknown ones.
+    Only settings that change the function go into the header, because other releases of peft reject unknown
+    settings.
 
     Args:
-        folder: is created.
-        tensors: as `get_peft_model_state_dict` returns them.
+        folder: created if missing.
+        tensors: state dict from `get_peft_model_state_dict`.
         peft_config: `LoraConfig.to_dict()`.
-        metadata: other text for the header.
+        metadata: additional header entries.
 
     Returns:
-        The file, written whole or not at all.
+        Path of the file, written atomically.
 
     Raises:
-        ValueError: when there is nothing to write, or no way to load what there is.
+        ValueError: if there are no tensors, or tensors that diffusers cannot load.
     """
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if not match or match["part"] not in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            raise ValueError(f"`{key}` cannot be part of a LoRA file; diffusers would refuse all of it")
+            raise ValueError(f"`{key}` is no LoRA tensor: diffusers would reject the whole file")
         suffix = "" if match["part"] == "lora_magnitude_vector" else f".{match['leaf'] or 'weight'}"
         named[f"transformer.{match['module']}.{match['part']}{suffix}"] = tensor
     if not named:
@@ -778,15 +808,15 @@ def write_diffusers(
 def write_peft(
     folder: Path, tensors: Mapping[str, Tensor], peft_config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Path:
-    """Writes an adapter that `peft.PeftModel.from_pretrained(network, folder)` restores.
+    """Write an adapter that `peft.PeftModel.from_pretrained(network, folder)` restores.
 
-    `load_adapter` of transformers also takes a LoRA, but not the magnitudes of a DoRA (5.23).
+    `load_adapter` of transformers (5.23) also loads a LoRA, but ignores the magnitudes of a DoRA.
 
     Args:
-        folder: is created.
-        tensors: as `get_peft_model_state_dict` returns them.
-        peft_config: `LoraConfig.to_dict()`; only settings that change the function are taken.
-        metadata: text for the header of the weights.
+        folder: created if missing.
+        tensors: state dict from `get_peft_model_state_dict`.
+        peft_config: `LoraConfig.to_dict()`; only settings that change the function are used.
+        metadata: header entries of the weights file.
     """
     from peft import LoraConfig
 
@@ -800,7 +830,7 @@ def write_peft(
 
 
 def adapter_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """The header entry that diffusers looks for: peft's configuration."""
+    """Return the header entry in which diffusers expects peft's configuration."""
     packed = json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
     return {_METADATA: packed}
 
@@ -813,37 +843,37 @@ def export(
     family: type[Family] | Family,
     base: nn.Module | None = None,
 ) -> Path:
-    """Writes an adapter for another program, and reads it back to prove that it does the same.
+    """Write an adapter for another program, and read it back to verify that it is equivalent.
 
     Args:
-        adapter: what `read` returned.
-        to: `diffusers`: a folder. `comfyui`: a file, original names under `diffusion_model.`. `kohya`: a file
-            as kohya and musubi spell it, zeros where nothing was trained. `merged`: the whole network, a
-            diffusers folder.
+        adapter: adapter from `read`.
+        to: `diffusers`: a folder. `comfyui`: a file with original names under `diffusion_model.`. `kohya`: a
+            file with the names of kohya and musubi, and zeros for untrained layers. `merged`: the whole
+            network as a diffusers folder.
         out: file for `comfyui` and `kohya`, folder for the others.
-        family: whose module names are written.
-        base: the network without adapters. Needed for `merged`, which changes it into the merged network, for
-            `comfyui` with DoRA, and for the sizes of untrained layers in `kohya`.
+        family: model family that defines the module names.
+        base: network without adapters. Required for `merged`, which merges into it in place, for `comfyui`
+            with DoRA, and for the sizes of untrained layers in `kohya`.
 
     Returns:
-        The file, or the folder of `merged`.
+        The file, or the folder for `merged`.
 
     Raises:
-        ValueError: when the target cannot hold this adapter, or `out` is taken.
+        ValueError: if the target layout cannot represent the adapter, or `out` exists.
     """
     out = Path(out)
     if adapter.joint and to != "diffusers":
         raise ValueError(
-            f"--to: {to} is for updates of all tokens. {joint.MERGE[0].upper()}{joint.MERGE[1:]}"
+            f"--to: {to} applies an adapter to all tokens. {joint.MERGE[0].upper()}{joint.MERGE[1:]}"
         )
     if to in ("comfyui", "kohya") and not family.original_names:
         name = (family if isinstance(family, type) else type(family)).__name__
         raise ValueError(f"--to: no {to} layout is known for {name}; use `diffusers` or `merged`")
     if to == "merged":
         if base is None:
-            raise ValueError("merged weights need the base")
+            raise ValueError("merging requires the base model: pass base")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out}: exists already; name a new folder")
+            raise ValueError(f"{out}: already exists: choose a new folder")
         merge(base, adapter)
         return write_network(out, base)
     if to == "diffusers":
@@ -864,10 +894,10 @@ def export(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Writes a safetensors file whole or not at all.
+    """Write a safetensors file atomically.
 
     Raises:
-        ValueError: when it cannot be written.
+        ValueError: if it cannot be written.
     """
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     try:
@@ -878,15 +908,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """Original names and one alpha per layer.
+    """Return the tensors for ComfyUI: original names and one alpha per layer.
 
-    ComfyUI multiplies W + s B A by dora_scale / ||W||, where DoRA means ||W + s B A||; so dora_scale is
-    m ||W|| / ||W + s B A||, which makes both the same. Stock converters know no alpha outside the blocks:
-    it is folded there.
+    ComfyUI multiplies W + s B A by dora_scale / ||W||, while DoRA is defined with ||W + s B A||. dora_scale
+    is therefore m ||W|| / ||W + s B A||, which makes the two equal. Stock converters support no alpha outside
+    the blocks; there it is folded into B.
     """
     if adapter.dora and base is None:
         raise ValueError(
-            "DoRA for ComfyUI is relative to the base's weights: give the base too, or export as merged"
+            "DoRA for ComfyUI is relative to the weights of the base model: pass base, or export as merged"
         )
     originals = {ours: original for original, ours in family.original_names}
     out: dict[str, Tensor] = {}
@@ -911,11 +941,14 @@ def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | 
 
 
 def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """All default targets up to the last trained block: stock converters fail where one is absent."""
+    """Return the tensors for kohya: all default targets up to the last trained block.
+
+    Stock converters fail if a default target is missing, so untrained targets are zero.
+    """
     if adapter.dora:
-        raise ValueError("the kohya layout has no DoRA that others read: export as merged, or for comfyui")
+        raise ValueError("no other program reads DoRA in the kohya layout: export as merged or comfyui")
     if any(k.endswith(".bias") for k in adapter.tensors):
-        raise ValueError("the kohya layout has no biases: export for comfyui")
+        raise ValueError("the kohya layout has no biases: export as comfyui")
     stem = next((s for s, _ in map(_split, adapter.modules) if s), "")
     originals = {
         ours: original
@@ -927,7 +960,7 @@ def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | No
     wanted = [f"{blocks}.{i}.{leaf}" for i in range(last + 1) for leaf in originals]
     outside = [m for m in adapter.modules if m not in wanted]
     if outside:
-        raise ValueError(f"the kohya layout cannot hold {_some(outside)}: export for comfyui")
+        raise ValueError(f"the kohya layout cannot represent {_some(outside)}: export as comfyui")
     rank = Counter(adapter.rank.values()).most_common(1)[0][0]
     like = {_split(m)[1]: _size(adapter, m) for m in adapter.modules}
     layers = shapes(base) if base is not None else {}
@@ -941,7 +974,7 @@ def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | No
             size = layers.get(module) or like.get(leaf)
             if size is None:
                 raise ValueError(
-                    f"the kohya layout needs zeros for {module}, whose size is not known: give the base too"
+                    f"the kohya layout needs zeros for {module}, but its size is unknown: pass the base model"
                 )
             a, b = torch.zeros(rank, size[1]), torch.zeros(size[0], rank)
         out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = a, b
@@ -950,16 +983,16 @@ def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | No
 
 
 def _size(adapter: Adapter, module: str) -> tuple[int, int]:
-    """(out, in) of the layer that a module of the adapter is made for."""
+    """Return (out, in) of the layer that a module of the adapter applies to."""
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return b.shape[0], math.prod(a.shape[1:])
 
 
 def write_network(out: Path, base: nn.Module) -> Path:
-    """Writes a whole network as a diffusers folder in files of at most 5 GB, and verifies what is on disk.
+    """Write a whole network as a diffusers folder with shards of at most 5 GB, and verify the written files.
 
     Raises:
-        ValueError: when it cannot be written.
+        ValueError: if it cannot be written.
     """
     try:
         with files.atomic(out) as folder:
@@ -978,9 +1011,9 @@ def write_network(out: Path, base: nn.Module) -> Path:
 
 
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
-    """Both do the same to every layer; layers that only one has change nothing."""
-    assert (wanted.vector is None) == (got.vector is None), "the vector of alpha was lost"
-    assert wanted.vector is None or torch.equal(wanted.vector, got.vector), "the vector of alpha differs"  # type: ignore[arg-type]
+    """Assert that two adapters have the same effect on every layer; extra layers must be zero."""
+    assert (wanted.vector is None) == (got.vector is None), "the domain embedding was lost in export"
+    assert wanted.vector is None or torch.equal(wanted.vector, got.vector), "the domain embedding differs"  # type: ignore[arg-type]
     for module in got.modules:
         if module not in wanted.alpha:
             assert not got.tensors[f"{module}.lora_B.weight"].any(), f"{module} is not part of the adapter"
@@ -990,7 +1023,7 @@ def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
         assert [t is None for t in old] == [t is None for t in new], f"{module} lost a part in export"
         pairs = [(a, b) for a, b in zip(old, new, strict=True) if a is not None and b is not None]
         if all(torch.equal(a, b) for a, b in pairs) and wanted.scale(module) == got.scale(module):
-            continue  # the product need not be made
+            continue  # equal factors: no need to compute the products
         assert base is not None or not wanted.dora, f"magnitudes of {module} differ after export"
         weight = torch.zeros(_size(wanted, module)) if base is None else _layer(base, module).weight
         one, two = effective_delta(wanted, module, weight), effective_delta(got, module, weight)
@@ -1002,7 +1035,7 @@ def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
 
 
 def _use(config: recipe.Config, source: str) -> list[str]:
-    """Code that loads what was trained into a pipeline of diffusers."""
+    """Return code that loads the trained weights into a diffusers pipeline."""
     component = "transformer_2" if config.model.expert == "low" else "transformer"
     kind = config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
@@ -1025,7 +1058,7 @@ def _use(config: recipe.Config, source: str) -> list[str]:
 
 
 def _use_of_scenes(config: recipe.Config, source: str) -> list[str]:
-    """Code that loads what was trained into the network of MIDI and TripoSG."""
+    """Return code that loads the trained weights into the network of MIDI and TripoSG."""
     start, kind = "from inlaid.models.triposg import TripoSGTransformer\n", config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
         return [start, 'network = TripoSGTransformer.from_pretrained("path/to/this/folder")']
@@ -1050,15 +1083,15 @@ def model_card(
     objective: str = "",
     warnings: Sequence[str] = (),
 ) -> str:
-    """The README of what a run trained: front matter that the Hub reads, how to load it, how it was trained.
+    """Return the model card of trained weights: front matter for the Hub, loading code, training settings.
 
     Args:
-        config: the run's recipe. Of a local checkpoint only the name is told.
-        step: how far training went.
-        prompts: examples to try.
-        task: what the Hub calls the pipeline's purpose.
-        objective: what was learned, where the recipe's preset does not say it.
-        warnings: paragraphs of what surprises.
+        config: recipe of the run. For a local checkpoint only the folder name is included.
+        step: number of training steps.
+        prompts: example prompts.
+        task: pipeline tag of the Hub.
+        objective: description of the objective; default: the recipe's preset.
+        warnings: paragraphs with limitations.
     """
     import yaml
 
@@ -1068,7 +1101,7 @@ def model_card(
         config.model.checkpoint if on_hub else re.split(r"[/\\]", config.model.checkpoint.rstrip("/\\"))[-1]
     )
     source = name if on_hub else f"path/to/{name.split(':')[-1]}"
-    scenes = task == "image-to-3d"  # diffusers has no such network; it is ours
+    scenes = task == "image-to-3d"  # diffusers has no such network; inlaid provides it
     code = (_use_of_scenes if scenes else _use)(config, source)
     low_rank = isinstance(tuner, recipe.LowRank)
     how = {"rank": tuner.rank, "alpha": tuner.alpha or tuner.rank} if low_rank else {}
@@ -1084,10 +1117,10 @@ def model_card(
         "base": name + (f", {config.model.expert}-noise expert" if config.model.expert else ""),
         "steps": step,
         **how,
-        "targets": ", ".join(getattr(tuner, "targets", [])) or "the default of the family",
+        "targets": ", ".join(getattr(tuner, "targets", [])) or "default of the family",
         **({} if scenes else {"size": size}),
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
-        "batch": f"{config.train.batch}, accumulated {config.train.accumulate} times",
+        "batch": f"{config.train.batch}, {config.train.accumulate} gradient accumulation steps",
         "objective": objective or config.objective.preset,
         **config.model.options,
         "seed": config.seed,
@@ -1098,36 +1131,38 @@ def model_card(
         *([f"Use `{data.trigger}` in the prompt.\n"] if data.trigger else []),
         *[f"{paragraph}\n" for paragraph in warnings],
         *["```python", *code, "```\n"],
-        *(["Prompts to try:\n", *[f"- {' '.join(p.split())}" for p in prompts], ""] if prompts else []),
+        *(["Example prompts:\n", *[f"- {' '.join(p.split())}" for p in prompts], ""] if prompts else []),
         "| setting | value |\n|---|---|",
         *[f"| {k} | {str(v).replace('|', chr(92) + '|')} |" for k, v in settings.items()],
     ]
     return "\n".join(lines) + "\n"
 
 
-# --- looking ------------------------------------------------------------------------------------------------
+# --- inspection ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file or folder holds."""
+    """Contents of a file or folder."""
 
     path: Path
     kind: Literal[
         "adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder", "codec"
     ]
     facts: Mapping[str, str]
-    """In the order in which they are shown."""
+    """Properties by name, in display order."""
     notes: Sequence[str] = ()
     parts: Sequence[Inspection] = ()
-    """What a folder's files hold."""
+    """Inspections of the files in a folder."""
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Looks into an adapter in any layout, a cached item, a checkpoint, a run or a model; loads no network.
+    """Inspect an adapter in any layout, a cached item, a checkpoint, a run or a model.
+
+    Loads no network.
 
     Raises:
-        ValueError: when there is nothing, or it is damaged.
+        ValueError: if nothing is found, or a file is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -1155,14 +1190,14 @@ def inspect(path: str | Path) -> Inspection:
     found = [_inspect_file(p) for p in sorted(path.glob("*.safetensors")) if p.name != joint.EMBEDDING]
     if not found:
         raise ValueError(f"{path}: no adapter, cached item, checkpoint, run or model in this folder")
-    beside = tuple(_inspect_file(p) for p in sorted(path.glob(f"*/{PEFT_WEIGHTS}")))  # see `companions`
+    beside = tuple(_inspect_file(p) for p in sorted(path.glob(f"*/{PEFT_WEIGHTS}")))  # of `companions`
     if len(found) == 1:
         return replace(found[0], parts=beside)
     return Inspection(path, "folder", {"size": _bytes(path)}, (), (*found, *beside))
 
 
 def describe(inspection: Inspection, indent: str = "") -> str:
-    """An inspection as text for a terminal."""
+    """Format an inspection as text for a terminal."""
     width = max(map(len, inspection.facts), default=0)
     lines = [f"{indent}{inspection.path}: {inspection.kind}"]
     lines += [f"{indent}  {k:<{width}}  {v}" for k, v in inspection.facts.items()]
@@ -1192,7 +1227,7 @@ def _inspect_file(path: Path) -> Inspection:
 
 
 def _sizes(file: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of each tensor of an open safetensors file, without reading any."""
+    """Return shape and dtype of each tensor of an open safetensors file, without reading any data."""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8", "I64": "int64"}
     slices = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
     return {
@@ -1212,12 +1247,12 @@ def _inspect_adapter(path: Path) -> Inspection:
     any_family = next(iter(known.values()))
     if path.name == PEFT_WEIGHTS and not any(p.parts for p in parsed.values()):
         layers = file.config.get("target_modules") or ()
-        parsed = {f"none, it is for {path.parent.name}": _parse(file, any_family, layers)}
+        parsed = {f"none (adapter of {path.parent.name})": _parse(file, any_family, layers)}
     most = max(len(p.parts) for p in parsed.values())
     names = [n for n, p in parsed.items() if len(p.parts) == most]
     sizes = {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in file.tensors.items()}
     if not most:
-        notes = (f"of no family that is installed ({', '.join(known)}), such as {next(iter(sizes))}",)
+        notes = (f"matches no installed family ({', '.join(known)}); first tensor: {next(iter(sizes))}",)
         return Inspection(
             path, "adapter", _summary(sizes) | {"size": _bytes(path)} | _texts(file.header), notes
         )
@@ -1225,9 +1260,9 @@ def _inspect_adapter(path: Path) -> Inspection:
     problems = _problems(best, known.get(names[0], any_family))
     facts = {"family": " or ".join(names), "layout": best.layout, "modules": _modules(best.parts)}
     if file.header.get("inlaid_alpha") == "joint":
-        vector = "no" if file.vector is None else f"yes, {file.vector.numel()} numbers"
+        vector = "no" if file.vector is None else f"yes, {file.vector.numel()} values"
         facts |= {"transparency": f"joint, {file.config_from}" * bool(file.notes) or "joint"}
-        facts |= {"vector for alpha": vector}
+        facts |= {"domain embedding": vector}
     notes = [*best.notes, *(f"cannot be imported: {p}" for p in problems)]
     if not problems:
         alphas, sources = _alphas(best, None)
@@ -1235,10 +1270,10 @@ def _inspect_adapter(path: Path) -> Inspection:
         facts["rank"] = _counted(p["A"].shape[0] for p in best.parts.values())
         values = _counted(f"{a:g}" for a in alphas.values())
         facts["alpha"] = (
-            f"{values}, from {source}" if source != "rank" else f"not stored; the rank {values} is assumed"
+            f"{values}, from {source}" if source != "rank" else f"not stored; alpha = rank = {values} assumed"
         )
     kinds = {k for p in best.parts.values() for k in p}
-    relative = f"relative to {file.header.get(_DORA_RULE, 'an unnamed norm')}; import needs the base"
+    relative = f"relative to {file.header.get(_DORA_RULE, 'an unnamed norm')}; import needs the base model"
     dora = "yes, magnitudes as in peft" if "magnitude" in kinds else f"yes, dora_scale {relative}"
     facts["DoRA"] = dora if {"magnitude", "dora_scale"} & kinds else "no"
     facts |= _summary(sizes) | {"size": _bytes(path)} | _texts(file.header)

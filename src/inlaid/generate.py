@@ -1,4 +1,7 @@
-"""From a run folder and prompts to videos, through the stock pipeline; also samples during training."""
+"""Generation of videos or scenes from a run folder and prompts, through the stock pipeline.
+
+Also used for samples during training.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ from inlaid.objectives import FlowMatching
 from inlaid.runtime import Run
 
 BASE = "base"
-"""Name of the checkpoint that is the untuned network."""
+"""Checkpoint name of the base model."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts, encoded, with the settings they are drawn with."""
+    """Encoded prompts with their sampling settings."""
 
     texts: Sequence[str]
     items: Sequence[Mapping[str, Tensor]]
@@ -36,11 +39,11 @@ class Prompts:
     sample: recipe.Sample
     fps: float
     images: Sequence[Sequence[Picture]] = ()
-    """Of each prompt the images that the family wants; empty where it wants none."""
+    """Input images of each prompt; empty if the family takes none."""
 
 
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
-    """The sample section with size and frames filled in from the data, and overrides that are not None."""
+    """Return the `sample` section with overrides that are not None, and size and frames taken from `data`."""
     given = {k: v for k, v in overrides.items() if v is not None}
     try:
         sample = recipe.Sample.model_validate({**config.sample.model_dump(), **given})
@@ -63,31 +66,33 @@ def generate(
     device: str | None = None,
     **overrides: Any,
 ) -> list[Path]:
-    """Makes videos with what a run has learned.
+    """Generate videos or scenes with the trained weights of a run.
 
     Args:
         run: run folder.
-        prompts: one or more.
-        images: for image-to-video, of each prompt the first image, and the last where the checkpoint has it.
-        count: videos of each prompt; video i uses seed + i.
-        checkpoint: `step-000500` or `500`; `base` for the untuned network. Default: the run's adapter.
-        strength: 0 is the base, 1 what was trained. Linear for LoRA, not for DoRA; 0 or 1 after full
+        prompts: one or more prompts.
+        images: for image-to-video, the first image of each prompt and the last image if the checkpoint takes
+            it; for scenes, input image and segmentation.
+        count: videos per prompt; video i uses seed + i.
+        checkpoint: `step-000500` or `500`; `base` for the base model. Default: the run's final adapter.
+        strength: 0 is the base model, 1 the trained model. Linear for LoRA, not for DoRA; 0 or 1 after full
             fine-tuning.
-        out: a folder. Default: `samples/generated` in the run.
-        device: as `runtime.device`. Default: the recipe's.
+        out: output folder. Default: `samples/generated` in the run.
+        device: same values as `runtime.device`. Default: the recipe's device.
         overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
             negative_prompt, transparent.
 
     Returns:
-        Paths of the mp4 files; each has a JSON beside it, and in a transparent run what `outputs` lists.
+        Paths of the mp4 files (glb for scenes). Each has a JSON file beside it; in a transparent run also the
+        files listed by `outputs`.
 
     Raises:
-        ValueError: for everything that the user can mend.
+        ValueError: for any problem the user can fix.
     """
     if not all(p.strip() for p in prompts) or not (prompts or images):
         raise ValueError("generate: needs a prompt that is not empty")
     if not math.isfinite(strength):
-        raise ValueError(f"generate: strength {strength} is not a number such as 0.5")
+        raise ValueError(f"generate: strength {strength} is not a finite number such as 0.5")
     place = Run(Path(run))
     config = place.config()
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
@@ -95,33 +100,33 @@ def generate(
     family = alpha.family(config)
     if isinstance(config.tuner, recipe.Codec):
         raise ValueError(
-            f"{run}: this run trained a codec, which draws nothing from prompts: name "
-            f"{place.folder / 'codec'} as alpha.codec of a recipe that trains the network, or look at its "
-            "clips with `inlaid evaluate`"
+            f"{run}: this run trained an RGBA VAE, which cannot generate from prompts: set alpha.vae to "
+            f"{place.folder / 'codec'} in a recipe that trains the denoiser, or view reconstructions "
+            "with `inlaid evaluate`"
         )
     prompts = mediums.of(family.medium).texts(prompts, images)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     if overrides.get("transparent") and family.channels != 4:
-        wrong.append(f"--transparent: {run} is opaque (its alpha.kind), its videos have no alpha")
+        wrong.append(f"--transparent: {run} has alpha.kind: opaque, so its videos have no alpha; omit it")
     wrong += [f"--image: {p}" for p in family.missing_images(len(prompts), images)]
     if wrong:
         raise ValueError("generate: " + "; ".join(wrong))
     if config.tuner.kind == "full" and strength not in (0, 1):
         raise ValueError(
-            f"generate: the strength of a full fine-tune is 0 or 1, not {strength:g}; train a LoRA to have "
-            "it in between"
+            f"generate: strength {strength:g} is not possible for a full fine-tune; use 0 or 1, or train a "
+            "LoRA"
         )
     folder = out or place.folder / "samples" / "generated"
     name = None
     if folder.suffix == ".glb" and mediums.of(family.medium).makes == "scene":
         if len(prompts) * count > 1:
             raise ValueError(
-                f"generate: {folder} is one file for {len(prompts) * count} scenes; name a folder"
+                f"generate: {folder} is one file for {len(prompts) * count} scenes; pass a folder"
             )
         folder, name = folder.parent, folder.stem
     if folder.is_file():
-        raise ValueError(f"generate: {folder} is a file; name a folder with --out")
+        raise ValueError(f"generate: {folder} is a file; pass a folder with --out")
     weights = None if checkpoint == BASE or strength == 0 else trained(place, checkpoint, family)
     with runtime.start(config) as ctx:
         encoded = encode(config, family, place, prompts, sample, ctx, images)
@@ -139,14 +144,14 @@ def encode(
     ctx: runtime.Context,
     images: Sequence[Images] = (),
 ) -> Prompts:
-    """Encodes prompts through the run's cache: known ones need no text encoder. Reads their images."""
+    """Encode prompts through the run's cache and read their images; cached prompts need no text encoder."""
     medium = mediums.of(family.medium)
     pictures = [medium.read(family, each, sample) for each in images]
     store = cache.Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))
     names = dict(zip(texts, store.text_names(family, texts, dtype), strict=True))
-    with progress("read prompts", len(texts), "prompt") as advance:
+    with progress("encode prompts", len(texts), "prompt") as advance:
         cache.build_text(
             store, family, texts, list(names.values()), device=ctx.device, dtype=dtype, advance=advance
         )
@@ -163,12 +168,13 @@ def encode(
 
 
 def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
-    """The folder of what a run, or one of its checkpoints, has trained.
+    """Return the folder of the trained weights of a run or of one of its checkpoints.
 
-    Adapters are read here, before anything large is loaded: a pipeline would refuse them late, or not at all.
+    Adapters are validated here, before anything large is loaded: a pipeline would reject them late or not at
+    all.
 
     Raises:
-        ValueError: when there is nothing yet, or the adapter is damaged or made for another network.
+        ValueError: if nothing is trained yet, or the adapter is damaged or belongs to a different network.
     """
     if checkpoint is not None:
         folder = run.checkpoint(checkpoint) / "adapter"
@@ -176,11 +182,11 @@ def trained(run: Run, checkpoint: str | None, family: families.Family) -> Path:
         folder = run.adapter
     elif run.checkpoints():
         newest = run.checkpoints()[-1]
-        say(f"the run is not finished: using {newest.name}")
+        say(f"the run is not finished; using checkpoint {newest.name}")
         folder = newest / "adapter"
     else:
         raise ValueError(
-            f"{run.folder}: nothing is trained yet; `inlaid train` first, or use --checkpoint base"
+            f"{run.folder}: nothing is trained yet; run `inlaid train` first, or use --checkpoint base"
         )
     if run.config().tuner.kind != "full":
         network = family.load_denoiser(torch.float32, meta=True)
@@ -203,10 +209,10 @@ def load_pipeline(
     strength: float,
     ctx: runtime.Context,
 ) -> Any:
-    """The stock pipeline with what a run has trained, or without where `folder` is None.
+    """Return the stock pipeline with the trained weights in `folder`, or of the base model if it is None.
 
     Raises:
-        ValueError: when the pipeline does not take it.
+        ValueError: if the pipeline does not accept the weights.
     """
     options: dict[str, Any] = {"device": ctx.device, "dtype": ctx.precision}
     if folder is None:
@@ -219,15 +225,15 @@ def load_pipeline(
     if strength != 1:
         family.weaken(pipeline, strength)
         if config.tuner.kind == "dora":
-            say("note: DoRA is not linear in its strength; 0.5 is not half of the effect")
+            say("note: DoRA is not linear in its strength; 0.5 is not half the effect")
     return pipeline
 
 
 def put(family: families.Family, pipeline: Any, folder: Path) -> None:
-    """Loads an adapter into a stock pipeline, under the name `inlaid`.
+    """Load an adapter into a stock pipeline, under the name `inlaid`.
 
     Raises:
-        ValueError: when the pipeline does not take it.
+        ValueError: if the pipeline does not accept the adapter.
     """
     network = getattr(pipeline, family.component)
     if not lycoris.load(network, folder):
@@ -236,7 +242,7 @@ def put(family: families.Family, pipeline: Any, folder: Path) -> None:
             formats.attach(part, formats.read(folder / name, family, shapes=formats.shapes(part)))
     if not pipeline.get_list_adapters():
         raise ValueError(
-            f"{folder}: the pipeline took nothing from it; `inlaid inspect {folder}` says what is in it"
+            f"{folder}: the pipeline loaded no weights from it; `inlaid inspect {folder}` lists its content"
         )
 
 
@@ -252,18 +258,22 @@ def draw(
     name: str | None = None,
     seen: Callable[[int, int, Any], None] | None = None,
 ) -> list[Path]:
-    """Draws `count` times what each prompt asks for, as the medium writes it, with a JSON beside each.
+    """Generate `count` outputs per prompt and write each in the format of its modality, with a JSON file.
 
     Args:
-        family: whose pipeline it is.
-        pipeline: from `load_pipeline`.
-        prompts: what to draw and how.
-        folder: is created; None writes nothing, for processes that only hold a share of the weights.
-        about: other values for each JSON.
-        count: videos of each prompt.
-        show: whether there is a progress bar.
-        name: of the one file. Default: number, prompt and seed.
-        seen: is given (prompt index, video index, what `Family.sample` gave) of each.
+        family: family of the pipeline.
+        pipeline: result of `load_pipeline`.
+        prompts: encoded prompts and sampling settings.
+        folder: output folder, created if missing. None writes nothing, for processes that only hold a shard
+            of the weights.
+        about: additional values for each JSON file.
+        count: outputs per prompt.
+        show: show a progress bar.
+        name: file name without suffix, for a single output. Default: number, prompt and seed.
+        seen: callback with (prompt index, output index, result of `Family.sample`) for each output.
+
+    Returns:
+        Paths of the written files.
     """
     pipeline.set_progress_bar_config(disable=True)
     sample, paths, medium = prompts.sample, [], mediums.of(family.medium)
@@ -306,20 +316,20 @@ def draw(
 
 
 def outputs(path: Path) -> list[Path]:
-    """The transparent files of a video that was drawn, by its JSON; then the mp4 itself."""
+    """Return the files with alpha of a generated video, as listed in its JSON file, then the mp4 file."""
     values = json.loads(path.with_suffix(".json").read_text("utf-8"))
     return [*(path.with_name(name) for name in values.get("files", ())), path]
 
 
 def slug(text: str) -> str:
-    """The first words of a prompt as a file name."""
+    """Return the first words of a prompt as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"
 
 
 def card(
     config: recipe.Config, family: families.Family, step: int, prompts: Sequence[str], objective: object
 ) -> str:
-    """The model card of a run."""
+    """Return the model card of a run."""
     if isinstance(config.tuner, recipe.Codec):
         return alpha.codec.card(config, config.tuner, family.name, step)
     what = "" if isinstance(objective, FlowMatching) else "v-prediction on the checkpoint's schedule"

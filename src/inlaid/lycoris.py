@@ -1,8 +1,8 @@
 """LoKr and LoHa (Yeh et al. 2023, https://arxiv.org/abs/2309.14859): faster layers, files, and a loader.
 
-The stock pipelines refuse both, `transformer.load_lora_adapter` takes a LoKr, and nothing in diffusers takes
-a LoHa. The file is that of a LoRA all the same: `pytorch_lora_weights.safetensors`, peft's names under
-`transformer.` and its configuration in the header, as `load_lora_adapter` expects it.
+The stock pipelines load neither, `transformer.load_lora_adapter` loads a LoKr, and nothing in diffusers loads
+a LoHa. The file layout is that of a LoRA: `pytorch_lora_weights.safetensors`, peft's names under
+`transformer.` and peft's configuration in the header, as `load_lora_adapter` expects.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from inlaid import formats
 from inlaid.files import atomic
 
 KINDS = ("lokr", "loha")
-"""Values of `tuner.kind` that are at home here."""
+"""Values of `tuner.kind` that this module implements."""
 
 _CONFIG: Mapping[str, tuple[str, ...]] = {
     "lokr": ("peft_type", "r", "alpha", "decompose_both", "decompose_factor", "use_effective_conv2d"),
     "loha": ("peft_type", "r", "alpha", "use_effective_conv2d"),
 }
-"""Settings that change the function, and therefore go into the header."""
+"""Settings that change the function and are therefore stored in the header."""
 
 
 def factor(denoiser: nn.Module, name: str) -> None:
-    """Makes linear layers with adapter `name` compute less, for the same numbers up to rounding.
+    """Make linear layers with adapter `name` faster, with the same results up to rounding.
 
-    peft builds the update (out, in) in float32 in every pass. A Kronecker product need not be built:
-    (w1 x w2) x is two small products. LoHa's has to be, and is then used in the type of the activations.
-    Without peft's random choice of layers (off by default) a layer is one graph.
+    peft computes the update (out, in) in float32 in every pass. A Kronecker product need not be materialized:
+    (w1 x w2) x is two small products. The update of LoHa must be, and is applied in the dtype of the
+    activations. peft's random choice of layers (off by default) is dropped, so that a layer is one graph.
     """
     from peft.tuners.loha.layer import Linear as LoHaLinear
     from peft.tuners.lokr.layer import Linear as LoKrLinear
@@ -53,7 +53,7 @@ def factor(denoiser: nn.Module, name: str) -> None:
 
         @property
         def split(self) -> int:
-            """Columns of the second factor."""
+            """Number of columns of the second factor."""
             return (self.lokr_w2 if name in self.lokr_w2 else self.lokr_w2_b)[name].shape[1]
 
     class FactoredLoHa(LoHaLinear):
@@ -79,16 +79,16 @@ def write(
     peft_config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Writes an adapter.
+    """Write a LoKr or LoHa adapter.
 
     Args:
-        folder: is created.
-        tensors: `<module>.lokr_w1` and so on.
-        peft_config: of `LoKrConfig` or `LoHaConfig`, as a mapping.
-        metadata: other text for the header.
+        folder: created if missing.
+        tensors: tensors by name, such as `<module>.lokr_w1`.
+        peft_config: `LoKrConfig` or `LoHaConfig` as a mapping.
+        metadata: additional header entries.
 
     Raises:
-        ValueError: when it cannot be written.
+        ValueError: if the file cannot be written.
     """
     kind = str(peft_config["peft_type"]).rsplit(".")[-1].lower()
     modules = sorted({key.rsplit(".", 1)[0] for key in tensors})
@@ -103,10 +103,10 @@ def write(
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and configuration of a LoKr or LoHa that `write` or peft wrote; None for any other adapter.
+    """Return tensors and configuration of a LoKr or LoHa written by `write` or peft; None for other adapters.
 
     Raises:
-        ValueError: when the file is damaged.
+        ValueError: if the file is damaged, or stores no peft configuration.
     """
     tensors, config, file = formats.open_adapter(path)
     if not any(mark in key for key in tensors for mark in ("lokr_", "hada_")):
@@ -114,22 +114,24 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     kind = str(config.get("peft_type", "")).rsplit(".")[-1].lower()
     if kind not in KINDS:
         raise ValueError(
-            f"{file}: a LyCORIS adapter without peft's configuration in its header, which has its alpha: "
-            "merge it with its own tool"
+            f"{file}: a LyCORIS adapter without peft's configuration in the header, so its alpha is unknown: "
+            "merge it with LyCORIS"
         )
     wild = [k for k, t in tensors.items() if not t.isfinite().all()]
     if wild:
         raise ValueError(
-            f"{file}: {len(wild)} tensors with values that are not finite numbers, such as {wild[0]}"
+            f"{file}: {len(wild)} tensors contain NaN or infinity, such as {wild[0]}: use another checkpoint"
         )
     return {k.removeprefix("transformer."): t for k, t in tensors.items()}, dict(config)
 
 
 def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
-    """Puts a LoKr or LoHa on a network, also on a meta one to see whether it fits; False for other adapters.
+    """Load a LoKr or LoHa into a network; return False for other adapters.
+
+    On a meta network this only checks that the adapter fits.
 
     Raises:
-        ValueError: when the file is damaged, or not all of it belongs to the network.
+        ValueError: if the file is damaged, or a tensor does not fit the network.
     """
     import peft
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -143,14 +145,16 @@ def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
     make = peft.LoKrConfig if kind == "lokr" else peft.LoHaConfig
     missing = set(options["target_modules"]) - {n for n, _ in denoiser.named_modules()}
     if missing:
-        raise ValueError(f"{path}: made for another network: it has no {', '.join(sorted(missing)[:4])}")
+        raise ValueError(
+            f"{path}: trained on another network: this one has no {', '.join(sorted(missing)[:4])}"
+        )
     denoiser.add_adapter(make(**options), adapter_name=name)  # type: ignore[operator]
     mine = get_peft_model_state_dict(denoiser, adapter_name=name)
     wrong = sorted(tensors.keys() ^ mine.keys())
     wrong += [k for k in sorted(tensors.keys() & mine.keys()) if tensors[k].shape != mine[k].shape]
     if wrong:
         raise ValueError(
-            f"{path}: made for another network: {len(wrong)} tensors do not fit, such as {wrong[0]}"
+            f"{path}: trained on another network: {len(wrong)} tensors do not fit, such as {wrong[0]}"
         )
     if not next(iter(mine.values())).is_meta:
         set_peft_model_state_dict(denoiser, dict(tensors), adapter_name=name)
@@ -159,22 +163,22 @@ def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
 
 
 def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
-    """Writes an adapter for another program: itself for `diffusers`, or `merged` into `base`.
+    """Export an adapter: a copy for `diffusers`, or merged into `base` for `merged`.
 
     Args:
         path: folder of the adapter.
-        to: of `formats.Target`.
+        to: a `formats.Target`.
         out: folder to write.
-        base: the network without adapters, float32, for `merged`; changed into the merged network.
+        base: for `merged`, network without adapters in float32; merged in place.
 
     Raises:
-        ValueError: for programs that would not read it.
+        ValueError: if `to` is a layout for LoRA and DoRA only.
     """
     found = read(path)
     assert found
     kind = found[1]["peft_type"].lower()
     if to in ("comfyui", "kohya"):
-        raise ValueError(f"--to: the {to} layout is for LoRA and DoRA; export this {kind} as merged")
+        raise ValueError(f"--to: the {to} layout supports LoRA and DoRA only; export this {kind} as merged")
     if to == "merged":
         assert base is not None
         merge(base, path)
@@ -187,7 +191,7 @@ def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
 
 @torch.no_grad()
 def merge(base: nn.Module, path: Path) -> None:
-    """Merges an adapter into a network of float32 weights, in place."""
+    """Merge an adapter into a network of float32 weights, in place."""
     from peft.tuners.lycoris_utils import LycorisLayer
 
     load(base, path)

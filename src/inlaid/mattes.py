@@ -1,10 +1,11 @@
-"""How far a matte is from the true one, by region, and what predictors that learned nothing would get.
+"""Alpha metrics by region, and those of trivial predictors.
 
-Most of a clip is clear, so that predicting nothing at all has a small error on the average: all clear has
-under 15 of 255 wherever the foreground covers less than 6 %. So errors are told for what is opaque, soft and
-clear in the truth, and beside them those of all clear, all opaque and the mean.
+Most of a clip is transparent, so a trivial prediction has a small mean error: alpha 0 everywhere has under 15
+of 255 if the foreground covers less than 6 %. Therefore errors are reported separately for the opaque, soft
+and transparent regions of the ground truth, next to the errors of a fully transparent clip, a fully opaque
+clip and the mean alpha.
 
-Mattes are uint8 (t, h, w), straight RGBA is uint8 (t, h, w, 4).
+Alpha is uint8 (t, h, w), straight RGBA is uint8 (t, h, w, 4).
 """
 
 from __future__ import annotations
@@ -16,44 +17,44 @@ import numpy as np
 
 REGIONS = ("opaque", "soft", "clear")
 TRIVIAL = ("all clear", "all opaque", "the mean")
-"""Names of the predictors that learned nothing."""
+"""Names of the trivial predictors: alpha 0, alpha 255, and the mean alpha of the ground truth."""
 
 EPS = 2 / 255
-"""The truth counts as clear up to this alpha, and as opaque from 1 less this."""
+"""Ground-truth alpha up to which a pixel is transparent; it is opaque from 1 minus this."""
 
 HALF = 128
-"""Alpha from which a pixel belongs to the subject, where there is only yes and no."""
+"""Alpha from which a pixel belongs to the binary foreground."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How far a matte is from the truth; errors are of 255, and None where a region has no pixels."""
+    """Alpha metrics of a clip; errors are in 0-255, and None for a region without pixels."""
 
     mae: float
     """Mean absolute error."""
     mse: float
-    """Mean squared error, of alpha in [0, 1]."""
+    """Mean squared error of alpha in [0, 1]."""
     gradient: float
-    """Mean absolute difference of the slopes along both axes: edges in the wrong place or too soft."""
+    """Mean absolute difference of the gradients along both axes: misplaced or blurred edges."""
     temporal: float
-    """Root mean square of the difference of changes from frame to frame (dtSSD, Erofeev et al. 2015), the
-    mean over pairs of frames: flicker and lag. 0 for one frame."""
+    """Root mean square difference of the frame-to-frame changes (dtSSD, Erofeev et al. 2015), averaged over
+    pairs of frames: flicker and lag. 0 for one frame."""
     iou: float
-    """Intersection over union of the subjects, alpha at least half; 1 where neither has any."""
+    """Intersection over union of the foregrounds, alpha at least `HALF`; 1 if both are empty."""
     opaque: float | None
-    """Mean absolute error where the truth is opaque."""
+    """Mean absolute error in the opaque region of the ground truth; likewise `soft` and `clear`."""
     soft: float | None
     clear: float | None
 
     @property
     def balanced(self) -> float:
-        """Mean of the errors of the regions that are there, each with the same weight."""
+        """Mean of the errors of the nonempty regions, with equal weights."""
         there = [v for v in (self.opaque, self.soft, self.clear) if v is not None]
         return sum(there) / len(there)
 
 
 def score(found: np.ndarray, truth: np.ndarray, eps: float = EPS) -> Scores:
-    """Compares a matte with the true one.
+    """Return the metrics of predicted alpha against the ground truth.
 
     Args:
         found: uint8 (t, h, w).
@@ -83,38 +84,37 @@ def _mean(values: np.ndarray) -> float:
 
 
 def regions(truth: np.ndarray, eps: float = EPS) -> dict[str, np.ndarray]:
-    """Masks of what is opaque, soft and clear in a matte."""
+    """Return masks of the opaque, soft and transparent (`clear`) regions of alpha."""
     level = round(255 * eps)
     opaque, clear = truth >= 255 - level, truth <= level
     return {"opaque": opaque, "soft": ~opaque & ~clear, "clear": clear}
 
 
 def baselines(truth: np.ndarray, eps: float = EPS) -> dict[str, Scores]:
-    """Scores of the predictors of `TRIVIAL` for a truth."""
+    """Return the metrics of the predictors of `TRIVIAL` against a ground truth."""
     values = (0, 255, round(float(truth.mean())))
     return {n: score(np.full_like(truth, v), truth, eps) for n, v in zip(TRIVIAL, values, strict=True)}
 
 
 def mean(scores: list[Scores]) -> Scores:
-    """Means over clips; those of a region over the clips that have it."""
+    """Return the means over clips; the mean of a region is over the clips that contain it."""
     names = Scores.__dataclass_fields__
     columns = {n: [v for s in scores if (v := getattr(s, n)) is not None] for n in names}
     return Scores(**{n: sum(c) / len(c) if c else None for n, c in columns.items()})  # type: ignore[arg-type]
 
 
 MARGIN = 0.5
-"""A matte has to have less than this share of the best trivial predictor's error."""
+"""Maximum error of predicted alpha, as a share of that of the best trivial predictor."""
 
 
 def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN) -> list[str]:
-    """Why a matte is not better than what learned nothing; empty when it is.
+    """Return the reasons why predicted alpha is not better than a trivial predictor; empty if it is.
 
-    The error that counts has each region with the same weight. All clear, all opaque and a grey each get one
-    region right or all of them half wrong, whatever the share of the foreground; the plain mean lets them
-    pass.
+    The comparison uses `Scores.balanced`. A trivial predictor gets one region right, or all of them half
+    wrong, whatever the share of the foreground; a mean over pixels would accept it.
 
     Args:
-        found: of the matte, or the `mean` over clips.
+        found: metrics of a clip, or their `mean` over clips.
         trivial: from `baselines`, or their means.
         margin: see `MARGIN`.
     """
@@ -123,11 +123,11 @@ def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN)
     out = []
     if found.balanced >= margin * best:
         out.append(
-            f"regions are {found.balanced:.1f} of 255 off on the average, {name} is {best:.1f} off: it "
-            f"should be under {margin * best:.1f}"
+            f"the mean alpha error over regions is {found.balanced:.1f} of 255, that of the trivial "
+            f"prediction `{name}` {best:.1f}: it should be below {margin * best:.1f}"
         )
     for region in REGIONS:
         off, known = (getattr(s, region) for s in (found, trivial[name]))
         if off is not None and off > 127.5:
-            out.append(f"what is {region} is {off:.1f} of 255 off, {name} is {known:.1f} off there")
+            out.append(f"the alpha error where {region} is {off:.1f} of 255, that of `{name}` {known:.1f}")
     return out

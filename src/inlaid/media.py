@@ -1,9 +1,9 @@
-"""Pixels in and out of files: what a clip is made of, reading a window of it by time, writing previews.
+"""Media files: probing clips, reading a time window, writing previews.
 
-Pixels are uint8 (t, h, w, 3) RGB at rest. Frames are chosen by time and never by index, because containers
-round stamps to milliseconds, start late and change rate. Frames are scaled one by one while they are decoded,
-so a window at source size is never held in memory. FFmpeg (25 MB) is loaded when a video is first touched:
-training from a full cache never does.
+Pixels are uint8 (t, h, w, 3) RGB at rest. Frames are selected by time, never by index, because containers
+round timestamps to milliseconds, start late and change rate. Each frame is scaled as soon as it is decoded,
+so a window at source size is never held in memory. FFmpeg (25 MB) is imported when the first video is opened;
+training from a complete cache never imports it.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAYS = (".npz",)
 KNOWN = (*VIDEOS, *IMAGES, *ARRAYS)
 ANIMATED = (".apng",)
-"""Videos too, but looked for in transparent runs only."""
+"""Further video suffixes, which only transparent runs search for."""
 
 READER = 1
-"""Version of what `read` returns for the same file and arguments; part of the cache's identity."""
+"""Version of the output of `read` for the same file and arguments; part of the cache identity."""
 
 EPSILON = 1e-6
-"""Seconds below which two distances in time are a tie; far under any clock, far over float64 rounding."""
+"""Seconds below which two time differences are equal; far below any clock, far above float64 rounding."""
 
 WHOLE = (".gif", ".apng")
-"""Frames of these are differences to the frame before although each is marked as a key frame: never seek."""
+"""Suffixes that must not be seeked: every frame is marked as a key frame but depends on the one before."""
 
 UNSTAMPED = (".avi",)
-"""Packets of these may carry only the order in which they are stored: number the decoded frames instead."""
+"""Suffixes whose packets may lack presentation times; decoded frames take their times in order."""
 
 PIXEL_LIMIT = 200_000_000
-"""Pixels of one scaled frame before cropping; only absurd aspect ratios get there."""
+"""Maximum pixels of a scaled frame before cropping; only extreme aspect ratios reach it."""
 
 UNTAGGED = 2
-"""FFmpeg's number for a stream that does not name its YUV matrix."""
+"""FFmpeg's code for an unspecified YUV matrix."""
 
 HDR = (16, 18)
-"""FFmpeg's numbers for the transfer curves PQ and HLG."""
+"""FFmpeg's codes for the transfer functions PQ and HLG."""
 
 _FILTER = 0x4 | 0x40000 | 0x2000
-"""FFmpeg's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT; PyAV names the flags only since 18."""
+"""FFmpeg's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT; PyAV has names for the flags only since version 18."""
 
 
 class MediaError(ValueError):
-    """A file that cannot be used, with the path, the cause and a code."""
+    """Error for an unusable file, with its path, the cause and a code."""
 
     def __init__(self, path: Path, cause: str, code: str = "unreadable") -> None:
         super().__init__(f"{path}: {cause}")
@@ -68,39 +68,39 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class Probe:
-    """What is known of a clip without decoding all of it.
+    """Properties of a clip that are known without decoding all of it.
 
-    Height and width are as shown: turned, with square pixels.
+    Height and width are those of the displayed frame: rotated, with square pixels.
     """
 
     frames: int
     fps: Fraction | None
-    """Mean frame rate; None where frames carry no time (images, arrays without `fps`)."""
+    """Mean frame rate; None for frames without times (images, arrays without `fps`)."""
     height: int
     width: int
     duration: float
-    """Seconds, including the last frame's own; 0 without a clock."""
+    """Seconds, including the duration of the last frame; 0 for frames without times."""
     interval: float = 0.0
     """Median seconds between frames."""
     variable: bool = False
-    """Whether frame intervals differ by more than a container's rounding."""
+    """True if frame intervals differ by more than the container's rounding."""
     first: float = 0.0
-    """Seconds on the file's own clock at which the first frame is shown; window starts count from there."""
+    """Time of the first frame in the file, in seconds; window starts are relative to it."""
     codec: str = ""
     pix_fmt: str = ""
     transparent: bool = False
-    """Has an alpha channel, which `read` composites over white."""
+    """True with an alpha channel, which `read` composites over white."""
     hdr: bool = False
-    """Has an HDR transfer curve (PQ or HLG), which `read` does not tone-map."""
+    """True with an HDR transfer function (PQ or HLG), which `read` does not tone-map."""
     untagged: bool = False
-    """Does not say which YUV matrix it uses; `read` assumes BT.601 under 720 lines, else BT.709."""
+    """True if the YUV matrix is unspecified; `read` assumes BT.601 below 720 lines, else BT.709."""
 
 
 def kind(path: Path) -> Kind:
-    """Whether a file is read as a video, an image or an array, by its name.
+    """Return the kind of a media file by its suffix: video, image or array.
 
     Raises:
-        ValueError: for other names.
+        MediaError: (a ValueError) the suffix is not supported.
     """
     suffix = path.suffix.lower()
     if suffix in (*VIDEOS, *ANIMATED):
@@ -109,14 +109,14 @@ def kind(path: Path) -> Kind:
         return "image"
     if suffix in ARRAYS:
         return "array"
-    raise MediaError(path, f"`{suffix}` files are not read, only {' '.join(KNOWN)}")
+    raise MediaError(path, f"`{suffix}` files are not read; convert it to one of {' '.join(KNOWN)}")
 
 
 # --- time ---------------------------------------------------------------------------------------------------
 
 
 def nearest(stamps: Sequence[float] | np.ndarray, wanted: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Index of the stamp nearest to each wanted time; the earlier of two that are equally near.
+    """Return the index of the timestamp nearest to each wanted time; the earlier one of a tie.
 
     Args:
         stamps: ascending times in seconds, at least one.
@@ -128,9 +128,9 @@ def nearest(stamps: Sequence[float] | np.ndarray, wanted: Sequence[float] | np.n
 
 
 def available(probe: Probe, fps: float) -> int:
-    """Frames that a clip gives at `fps`, with no wanted time more than half an interval past its last frame.
+    """Return the number of frames of a clip at `fps`; none is over half an interval past the last frame.
 
-    Frames without a clock are counted as they are.
+    For frames without times it is the number of frames in the file.
     """
     if probe.fps is None:
         return probe.frames
@@ -142,10 +142,10 @@ def available(probe: Probe, fps: float) -> int:
 
 
 def probe(path: str | Path) -> Probe:
-    """Reads what a clip is made of: stamps by demuxing, the picture by decoding its first frame and its end.
+    """Return the properties of a clip, by demuxing all of it and decoding its first and last frames.
 
     Raises:
-        MediaError: (a ValueError) naming the file and the cause, when it is unreadable or truncated.
+        MediaError: (a ValueError) with path and cause: the file is unreadable or truncated.
     """
     path = Path(path)
     if not path.is_file():
@@ -169,10 +169,10 @@ def _probe_image(path: Path) -> Probe:
 
 
 def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
-    """`probe` of an `.npz` that may have so many channels; four are RGBA.
+    """Return the properties of an `.npz` clip with one of the given channel counts; four channels are RGBA.
 
     Raises:
-        MediaError: when it holds no such frames.
+        MediaError: the file has no such frames.
     """
     (t, h, w), (_, c), fps = _header(path, channels)
     interval, names = float(1 / fps) if fps else 0.0, "rgba" if c == 4 else "rgb24"
@@ -181,13 +181,13 @@ def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
 
 def _probe_video(path: Path) -> Probe:
     if _no_index(path):
-        raise MediaError(path, "is cut off: its index (moov) is not there", "truncated")
+        raise MediaError(path, "is incomplete: its index (moov) is missing", "truncated")
     with _opened(path) as (container, stream):
         stamps, last_key, promised, cut = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
         base = float(stream.time_base or 0)
         rate, sar, codec = stream.average_rate, stream.sample_aspect_ratio, stream.codec_context.name
     if not stamps or not base:
-        raise MediaError(path, "holds no frames")
+        raise MediaError(path, "has no frames")
     head = next(decode(path), None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
@@ -203,7 +203,7 @@ def _probe_video(path: Path) -> Probe:
     lost = max(0, sum(s >= last_key for s in stamps) - tail)
     if cut or lost > 1 or len(stamps) < promised - max(2, 0.02 * promised):
         there = f"{len(stamps) - lost}{f' of {promised}' if promised else ''} frames"
-        raise MediaError(path, f"is cut off or damaged at its end: {there} can be decoded", "truncated")
+        raise MediaError(path, f"is incomplete or damaged at its end: {there} can be decoded", "truncated")
     steps = np.diff(times)
     mean = float(times[-1] - times[0]) / len(steps) if len(steps) else 0.0
     interval = float(np.median(steps)) if len(steps) else float(1 / rate) if rate else 0.0
@@ -229,7 +229,7 @@ def _probe_video(path: Path) -> Probe:
 
 
 def _demux(container: Any, stream: Any, unstamped: bool) -> tuple[list[int], int, int, bool]:
-    """Ascending stamps, the last key frame's, how many frames the header promises, whether one is cut."""
+    """Return ascending timestamps, the last key frame's, the header's frame count, and a damage flag."""
     stamps: list[int] = []
     last_key, cut = 0, False
     for packet in container.demux(stream):
@@ -255,18 +255,18 @@ def _demux(container: Any, stream: Any, unstamped: bool) -> tuple[list[int], int
 
 
 def read(path: str | Path, start: float, frames: int, fps: float, size: tuple[int, int]) -> np.ndarray:
-    """Reads a window of a clip, scaled to cover `size` and cropped to its middle: uint8 (t, h, w, 3).
+    """Read a window of a clip, scaled to cover `size` and center-cropped: uint8 (t, h, w, 3).
 
     Args:
         path: video, image (one frame) or `.npz`.
         start: seconds after the clip's first frame.
-        frames: how many; frame k is the one shown nearest to start + k / fps.
-        fps: frames per second at which the clip is sampled.
+        frames: number of frames; frame k is the one nearest in time to start + k / fps.
+        fps: sampling rate in frames per second.
         size: height and width.
 
     Raises:
-        MediaError: (a ValueError) naming the file and the cause: the clip ends before the window, or the
-            decoder reports damage (H.264 mostly does; HEVC and VP9 often cannot tell).
+        MediaError: (a ValueError) with path and cause: the clip ends before the window, or the decoder
+            reports damage (H.264 decoders usually do; HEVC and VP9 decoders often do not detect it).
     """
     path = Path(path)
     wanted = start + np.arange(frames) / float(fps)
@@ -285,7 +285,7 @@ def read(path: str | Path, start: float, frames: int, fps: float, size: tuple[in
 
 
 def _too_short(there: int, wanted: np.ndarray) -> str:
-    return f"ends after {there} frames, before the window of {len(wanted)} frames from {wanted[0]:.3f} s does"
+    return f"ends after {there} frames, but the window is {len(wanted)} frames from {wanted[0]:.3f} s"
 
 
 def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -302,10 +302,12 @@ def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.nda
 
 
 def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
-    """The decoded frame nearest to each wanted time, and its pixels' width by height; repeats are one object.
+    """Yield the decoded frame nearest to each wanted time, and its pixel aspect ratio (width / height).
+
+    A repeated frame is the same object.
 
     Raises:
-        MediaError: when the video ends before.
+        MediaError: the video ends before the last wanted time.
     """
     with _opened(path) as (_, stream):
         base, sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
@@ -322,16 +324,16 @@ def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
 
 
 def native(path: Path, wanted: np.ndarray, *, grey: bool = False) -> Iterator[tuple[np.ndarray, float]]:
-    """Frames of a video as they are stored, only turned: uint8 (h, w, c), and a pixel's width by its height.
+    """Yield frames at source size, rotated: uint8 (h, w, c), and the pixel aspect ratio (width / height).
 
     Args:
         path: a video.
         wanted: ascending seconds after the first frame.
-        grey: one channel, 0 to 255 whatever range the file has; else RGB, or straight RGBA where it has
-            alpha.
+        grey: return one channel, 0 to 255 for full and limited range; else RGB, or straight RGBA if the
+            video has alpha.
 
     Raises:
-        MediaError: when the video ends before the last wanted time, or is damaged.
+        MediaError: the video ends before the last wanted time, or is damaged.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -348,10 +350,10 @@ def native(path: Path, wanted: np.ndarray, *, grey: bool = False) -> Iterator[tu
 
 
 def stamps(path: Path) -> np.ndarray:
-    """When the frames of a video are shown, in seconds after the first.
+    """Return the timestamps of a video's frames, in seconds after the first.
 
     Raises:
-        MediaError: when there are none.
+        MediaError: no frame can be decoded.
     """
     with _opened(path) as (container, stream):
         found, _, _, _ = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
@@ -364,7 +366,7 @@ def stamps(path: Path) -> np.ndarray:
 
 
 def _matrix(frame: Any) -> Any:
-    """The YUV matrix of a frame that does not name one; None where it does."""
+    """Return the assumed YUV matrix of an untagged frame; None for a tagged one."""
     from av.video.reformatter import Colorspace
 
     if frame.colorspace != UNTAGGED:
@@ -373,7 +375,7 @@ def _matrix(frame: Any) -> Any:
 
 
 def _from(path: Path, pts: float) -> Generator[Any, None, None]:
-    """Decoded frames from the key frame at or before `pts`, or from the start where seeking overshoots."""
+    """Yield decoded frames from the key frame at or before `pts`, or from the start if seeking overshoots."""
     frames = decode(path, int(pts))
     first = next(frames, None)
     if first is None or first.pts is None or first.pts > pts:
@@ -385,9 +387,9 @@ def _from(path: Path, pts: float) -> Generator[Any, None, None]:
 
 
 def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float) -> Iterator[Any]:
-    """The frame nearest to each wanted stamp, as `nearest` would choose, while frames arrive in order.
+    """Yield the frame nearest to each wanted timestamp, by the rule of `nearest`, as frames arrive in order.
 
-    Planning is strict about a clip's end (`available`); here a wanted time may lie a frame past it, no more.
+    `available` is strict about the end of a clip; here a wanted time may be at most one frame past it.
     """
     last, longest, done = None, 0.0, 0
     for frame in frames:
@@ -409,7 +411,7 @@ def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float) -> Iterator[An
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; FFmpeg's errors become ours."""
+    """Open a container and its first video stream; FFmpeg errors become `MediaError`."""
     import av
     import av.error
     from av.stream import Disposition
@@ -426,7 +428,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _no_index(path: Path) -> bool:
-    """Whether a file starts as mp4 or mov does and ends before its index is whole."""
+    """Return True for an mp4 or mov file that ends before its index (moov) is complete."""
     whole, at, end = [], 0, path.stat().st_size
     with path.open("rb") as file:
         while len(head := file.read(16)) >= 8:
@@ -441,13 +443,13 @@ def _no_index(path: Path) -> bool:
 
 
 def decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
-    """Decoded frames in order of time, from the key frame at or before `pts`."""
+    """Yield decoded frames in presentation order, from the key frame at or before `pts`."""
     from av import CodecContext
 
     with _opened(path) as (container, stream):
         decoder: Any = stream.codec_context
         if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
-            # FFmpeg's own VP8 and VP9 decoders drop alpha without a word.
+            # FFmpeg's native VP8 and VP9 decoders silently drop alpha.
             decoder = CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
         unstamped = path.suffix.lower() in UNSTAMPED
         if pts is not None and not unstamped and path.suffix.lower() not in WHOLE:
@@ -462,10 +464,10 @@ def decode(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
             for frame in decoder.decode(packet):
                 if unstamped and stamps:
                     frame.pts = stamps.pop(0)
-                # Frames before the first key frame after a seek may lack what they refer to; none is used.
+                # After a seek, frames before the first key frame may lack their reference frames: skip them.
                 keyed = keyed or frame.key_frame
                 if keyed and frame.is_corrupt:
-                    raise MediaError(path, f"is damaged {frame.time or 0:.2f} s after its start")
+                    raise MediaError(path, f"is damaged at {frame.time or 0:.2f} s")
                 yield frame
 
 
@@ -474,7 +476,7 @@ def _has_alpha(frame: Any) -> bool:
 
 
 def _fit(path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float) -> np.ndarray:
-    """Turns, scales to cover and crops one decoded frame: uint8 (h, w, 3)."""
+    """Rotate, scale to cover and center-crop one decoded frame: uint8 (h, w, 3)."""
     turns = round(frame.rotation / 90) % 4
     if _has_alpha(frame):
         pixels = frame.to_ndarray(format="rgba")
@@ -498,7 +500,7 @@ def _fit(path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float)
 
 
 def _fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np.ndarray:
-    """Scales RGB pixels (h, w, 3) to cover `size` and crops the middle: antialiased bicubic."""
+    """Scale RGB pixels (h, w, 3) to cover `size` and center-crop them: antialiased bicubic."""
     height, width = pixels.shape[:2]
     scale = max(size[0] / height, size[1] / (width * sar))
     h, w = size[0] / scale, size[1] / scale / sar
@@ -509,7 +511,7 @@ def _fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> n
 
 
 def _on_white(rgba: np.ndarray) -> np.ndarray:
-    """Composites straight RGBA over white; both uint8."""
+    """Composite straight RGBA over white; both uint8."""
     alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
@@ -533,7 +535,7 @@ def _image(path: Path) -> Iterator[Image.Image]:
 
 
 def _rgb(path: Path, image: Image.Image) -> np.ndarray:
-    """All pixels, upright, over white where transparent: uint8 (h, w, 3)."""
+    """Return the pixels of an image, with EXIF orientation applied, over white: uint8 (h, w, 3)."""
     if image.mode.startswith(("I", "F")):
         raise MediaError(path, f"has more than 8 bits per channel ({image.mode}): save it as 8-bit RGB")
     alpha = "A" in image.getbands() or "transparency" in image.info
@@ -544,12 +546,12 @@ def _rgb(path: Path, image: Image.Image) -> np.ndarray:
 def _header(
     path: Path, channels: Sequence[int]
 ) -> tuple[tuple[int, int, int], tuple[int, int], Fraction | None]:
-    """Frames, height and width; the channels' axis and number; `fps`: of an `.npz`, its frames not loaded."""
+    """Return (t, h, w), the channel axis and count, and `fps` of an `.npz`, without loading its frames."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist()]
             if "frames" not in names:
-                raise MediaError(path, f"has no array `frames`; there are: {', '.join(names) or 'none'}")
+                raise MediaError(path, f"has no array `frames`; its arrays are: {', '.join(names) or 'none'}")
             with archive.open("frames.npy") as file:
                 version = np.lib.format.read_magic(file)
                 reader = (
@@ -572,20 +574,20 @@ def _header(
         wants = f"uint8 and {wants}"
         raise MediaError(path, f"`frames` is {dtype} {tuple(shape)}; it must be {wants}")
     if fps is not None and fps <= 0:
-        raise MediaError(path, f"`fps` is {fps}")
+        raise MediaError(path, f"`fps` is {fps}; it must be positive")
     t, h, w = (n for i, n in enumerate(shape) if i != places[0][0])
     return (t, h, w), places[0], fps
 
 
 def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[np.ndarray, Fraction | None]:
-    """Frames of an `.npz`, uint8 (t, h, w, c), and its rate.
+    """Return the frames of an `.npz`, uint8 (t, h, w, c), and its frame rate.
 
     Args:
-        path: of the array.
-        channels: how many it may have, the likelier number first.
+        path: the `.npz` file.
+        channels: accepted channel counts, the preferred one first.
 
     Raises:
-        MediaError: when it holds no such frames.
+        MediaError: the file has no such frames.
     """
     _, (axis, _), fps = _header(path, channels)
     try:
@@ -599,16 +601,16 @@ def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[np.ndarray, 
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, crf: int = 17) -> None:
-    """Writes H.264 mp4 that plays everywhere (yuv420p, tagged BT.709); atomic.
+    """Write an H.264 mp4 (yuv420p, tagged BT.709) atomically.
 
     Args:
         path: ends in `.mp4`.
         frames: uint8 (t, h, w, 3), even height and width.
         fps: frames per second.
-        crf: quality, 0 (lossless) to 51; 17 looks lossless.
+        crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.
 
     Raises:
-        ValueError: when the frames cannot be an H.264 video.
+        ValueError: the frames cannot be stored as H.264.
     """
     import av
     from av.video.reformatter import Colorspace, VideoReformatter
@@ -623,7 +625,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, 
             f"{path}: H.264 needs an even height and width, got {height}x{width}: crop to {even}"
         )
     if path.suffix.lower() != ".mp4":
-        raise ValueError(f"{path}: videos are written as .mp4")
+        raise ValueError(f"{path}: videos are written as .mp4: change the suffix")
     with (
         atomic(path) as part,
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
@@ -653,7 +655,7 @@ class SheetRow:
     frames: np.ndarray
     """uint8 (t, h, w, 3)."""
     note: str = ""
-    """Shown in grey at the right of the label."""
+    """Gray text to the right of the label."""
 
 
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
@@ -663,14 +665,14 @@ INK, GREY, PAPER, LINE = "#1d2128", "#6b7280", "#fafaf8", "#d9dade"
 def contact_sheet(
     rows: Sequence[SheetRow], path: str | Path, *, title: str = "", columns: int = 6, width: int = 1440
 ) -> None:
-    """Writes a PNG with one strip of evenly spaced frames per clip, under its label and caption; atomic.
+    """Write a PNG with one strip of evenly spaced frames per clip, below its label and caption; atomic.
 
     Args:
         rows: the clips, at least one.
         path: ends in `.png`.
         title: header line.
-        columns: most frames per strip.
-        width: of the sheet in pixels.
+        columns: maximum frames per strip.
+        width: sheet width in pixels.
     """
     margin, gap, tallest = 32, 6, 240
     inner = width - 2 * margin
@@ -698,7 +700,7 @@ def contact_sheet(
 
 
 def _strip(frames: np.ndarray, columns: int, width: int, gap: int, tallest: int) -> Image.Image:
-    """Evenly spaced frames side by side, none repeated, the first and the last among them."""
+    """Return evenly spaced frames side by side, without repeats, including the first and the last."""
     picked = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
     scale = min((width - gap * (columns - 1)) / columns / frames.shape[2], tallest / frames.shape[1])
     w, h = max(1, int(frames.shape[2] * scale)), max(1, int(frames.shape[1] * scale))
@@ -709,7 +711,7 @@ def _strip(frames: np.ndarray, columns: int, width: int, gap: int, tallest: int)
 
 
 def _font(size: int, text: str) -> Any:
-    """Pillow's own font, or one of the system's where the text goes beyond Latin letters."""
+    """Return Pillow's default font, or a system font for text beyond Latin letters."""
     if any(ord(c) > 0x24F for c in text):
         for name in (
             "NotoSansCJK-Regular.ttc",
@@ -726,7 +728,7 @@ def _font(size: int, text: str) -> Any:
 
 
 def _wrap(text: str, font: Any, width: float, most: int) -> list[str]:
-    """Lines of at most `width` pixels, breaking words at need; an ellipsis where text is left over."""
+    """Wrap text to `width` pixels, breaking long words; an ellipsis marks text beyond `most` lines."""
     lines = [""]
     for word in " ".join(text.split()).split(" "):
         wider = f"{lines[-1]} {word}".strip()

@@ -1,8 +1,8 @@
-"""What is traded for memory and speed: recomputed blocks, a small base, offloaded state, compiled blocks.
+"""Memory savings and compilation: gradient checkpointing, quantized base, optimizer state offload.
 
-Functions on a network that know no family. What they share is the network's lists of repeated blocks, where
-nearly all of its weights and time are. Only linear layers in there are made small: norms, embeddings and the
-last projection are few, and sensitive.
+All functions work on any network, independent of family. They use the network's lists of repeated blocks,
+which hold nearly all of its weights and time. Only linear layers in these blocks are quantized: norms,
+embeddings and the last projection are small and sensitive.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from inlaid import config as recipe
 
 CASTS = {"float8": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}
-"""Types of `memory.layerwise_casting`."""
+"""Storage types of `memory.layerwise_casting`."""
 
 COMPILED_SHAPES = 64
-"""Graphs that one block may be compiled to; torch's own limit of 8 would stop a run with many buckets."""
+"""Maximum number of compiled graphs per block; torch's limit of 8 would stop a run with many buckets."""
 
 GROUP = 64
-"""Neighbouring weights that share a scale in `int4`."""
+"""Number of adjacent weights that share a scale in `int4`."""
 
 
 def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks by name, in order: all that is in a list of modules at the network's root."""
+    """Return the repeated blocks by name, in order: entries of module lists at the root of the network."""
     return {
         f"{name}.{i}": block
         for name, child in denoiser.named_children()
@@ -40,7 +40,7 @@ def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks by name, without those that make a norm's scale."""
+    """Return the linear layers of the blocks by name, except those that compute the scale of a norm."""
     return {
         f"{name}.{inner}": layer
         for name, block in blocks(denoiser).items()
@@ -50,20 +50,20 @@ def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
 
 
 def problems(config: recipe.Config, device: torch.device, precision: torch.dtype) -> list[str]:
-    """Sentences about what a recipe asks that this device does not do; empty when all is well."""
+    """Return messages about settings that this device does not support; empty if all are supported."""
     memory, out = config.memory, []
     if memory.offload_optimizer and device.type != "cuda":
         out.append(
-            f"memory.offload_optimizer: on {device.type} the state is in the computer's memory already"
+            f"memory.offload_optimizer: has no effect on {device.type}, it needs a CUDA device; remove it"
         )
     if memory.quantize in ("int8", "float8", "nf4") and device.type not in ("cpu", "cuda"):
-        out.append(f"memory.quantize: {memory.quantize} has no kernels for {device.type}; int4 needs none")
+        out.append(f"memory.quantize: {memory.quantize} has no kernels for {device.type}; use int4")
     if memory.layerwise_casting == "float8" and device.type not in ("cpu", "cuda"):
         out.append(f"memory.layerwise_casting: {device.type} has no float8; use bfloat16")
     if memory.layerwise_casting == "bfloat16" and precision is torch.bfloat16:
-        out.append("memory.layerwise_casting: the base is bfloat16 already; use float8, or leave it out")
+        out.append("memory.layerwise_casting: the base model is already bfloat16; use float8, or remove it")
     if config.runtime.compile and device.type not in ("cpu", "cuda"):
-        out.append(f"runtime.compile: torch does not compile a training step for {device.type}; leave it out")
+        out.append(f"runtime.compile: torch cannot compile a training step for {device.type}; remove it")
     return out
 
 
@@ -71,9 +71,9 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
 
 
 def checkpoint(denoiser: nn.Module, every: bool | int) -> None:
-    """Recomputes activations of all blocks (True), or of every n-th one, in the backward pass.
+    """Enable gradient checkpointing for all blocks (True), or for every n-th block.
 
-    The blocks that are recomputed keep only their input; the others keep everything, and cost no time.
+    Checkpointed blocks store only their input. The others store all activations and need no extra time.
     Gradients are the same.
     """
     known = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
@@ -90,14 +90,14 @@ def checkpoint(denoiser: nn.Module, every: bool | int) -> None:
 
 
 def shrink(section: recipe.Memory, denoiser: nn.Module, device: torch.device, compute: torch.dtype) -> None:
-    """Makes a frozen network small and moves it to its device; adapters are attached afterwards.
+    """Quantize or cast a frozen network and move it to its device; attach adapters afterwards.
 
     Args:
-        section: of the recipe.
-        denoiser: all of it frozen; changed in place, block by block, so that a network that fits only when it
-            is small never has to fit before.
-        device: where it is going.
-        compute: type of the activations.
+        section: `memory` section of the recipe.
+        denoiser: frozen network, changed in place block by block, so that a network that fits only when
+            quantized never has to fit unquantized.
+        device: target device.
+        compute: dtype of the activations.
     """
     denoiser.requires_grad_(False)
     if section.layerwise_casting is not None:
@@ -115,7 +115,7 @@ def shrink(section: recipe.Memory, denoiser: nn.Module, device: torch.device, co
 
 
 def dense(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer as numbers, whatever it is stored in; free where it is plain already."""
+    """Return the weight of a linear layer dequantized; without a copy if it is not quantized."""
     weight: Any = layer.weight
     if isinstance(layer, Int4Linear):
         return layer.dequantize()
@@ -129,14 +129,14 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def _torchao(scheme: str, layer: nn.Linear) -> None:
-    """Weight-only, one scale per row: products in the type of the activations, and right gradients."""
+    """Quantize weights only, one scale per row; matrix products use the dtype of the activations."""
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     quantize_(layer, {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[scheme]())
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
-    """QLoRA's 4-bit normal float (Dettmers et al. 2023) with one scale per 64 weights."""
+    """Return the layer in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023), one scale per 64 weights."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     own: dict[str, Any] = {"compute_dtype": layer.weight.dtype, "quant_type": "nf4"}
@@ -145,15 +145,16 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     make: Any = Params4bit
     out.weight = make(layer.weight.data, requires_grad=False, quant_type="nf4")
     out.bias = layer.bias  # type: ignore[assignment]
-    out.support_avx512bf16_for_cpu = False  # or the held-out loss repacks it for good, without a gradient
+    out.support_avx512bf16_for_cpu = False  # else validation repacks the weight, without a gradient
     return out.to(layer.weight.device)
 
 
 class Int4Linear(nn.Linear):
-    """A frozen linear layer in 4 bits a weight, with a scale and an offset for each group of up to 64.
+    """Frozen linear layer with 4 bits per weight, and scale and offset per group of up to 64 weights.
 
-    torchao's packed int4 has no gradient, and its unpacked one takes as much as int8. This one is plain
-    tensors: it runs on every device, compiles, and keeps nothing dense for the backward pass.
+    torchao's packed int4 has no gradient, and its unpacked int4 uses as much memory as int8. This layer
+    consists of plain tensors: it runs on every device, compiles, and saves nothing dense for the backward
+    pass.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -171,15 +172,15 @@ class Int4Linear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802
-        """The packed weight; peft asks layers that have this for their `dequantize()`."""
+        """Packed weight; peft calls `dequantize()` of layers with this attribute."""
         return self.weight
 
     def dequantize(self) -> Tensor:
-        """The weight (out, in), in the type of its scales."""
+        """Return the weight (out, in) in the dtype of its scales."""
         return _unpack(self.weight, self.scale, self.low)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Apply the layer: (..., in) to (..., out)."""
         out = _Int4Product.apply(x, self.weight, self.scale.to(x.dtype), self.low.to(x.dtype))
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
@@ -190,7 +191,7 @@ def _unpack(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 
 class _Int4Product(torch.autograd.Function):
-    """x W^T that saves the packed weight for the backward pass, and unpacks it again there."""
+    """Product x W^T that saves the packed weight for the backward pass and unpacks it again there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -210,11 +211,11 @@ def _int4(layer: nn.Linear) -> nn.Module:
 
 
 class Offloaded(torch.optim.Optimizer):
-    """Any optimizer, stepping on copies in the computer's memory, where its state then is.
+    """Wrapper of any optimizer that steps on copies in CPU memory and keeps the optimizer state there.
 
-    torchao has one too (`CPUOffloadOptimizer`), but it copies gradients while the backward pass runs, before
-    they are averaged over processes and clipped. This one does at `step` what the optimizer would have done
-    on the device, and its state is that optimizer's own.
+    torchao's `CPUOffloadOptimizer` copies gradients during the backward pass, before they are averaged over
+    processes and clipped. This class does in `step` what the optimizer would do on the device, and its state
+    is that of the wrapped optimizer.
     """
 
     def __init__(
@@ -233,17 +234,17 @@ class Offloaded(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's, so that their rates can be set."""
+        """Parameter groups of the inner optimizer, so that learning rates can be set."""
         return self.inner.param_groups
 
     @property
     def state(self) -> Mapping[Any, Any]:  # type: ignore[override]
-        """The inner optimizer's."""
+        """State of the inner optimizer."""
         return self.inner.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Gradients down, a step, weights up."""
+        """Copy gradients to the CPU, step, and copy the weights back."""
         for here, there in zip(self.here, self.there, strict=True):
             if there.grad is None:
                 here.grad = None
@@ -259,16 +260,16 @@ class Offloaded(torch.optim.Optimizer):
             there.copy_(here, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Frees the device's gradients; the copies are overwritten."""
+        """Free the gradients on the device; the CPU copies are overwritten in the next step."""
         for there in self.there:
             there.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As the inner optimizer alone would have it."""
+        """Return the state dict of the inner optimizer."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """After the parameters themselves are restored."""
+        """Load the state of the inner optimizer; call it after the parameters are restored."""
         self.inner.load_state_dict(state_dict)
         self._fetch()
 
@@ -277,10 +278,10 @@ class Offloaded(torch.optim.Optimizer):
 
 
 def compile_blocks(denoiser: nn.Module, backend: str = "inductor") -> None:
-    """Compiles each repeated block whole; a block that would not be one graph stops.
+    """Compile each repeated block as one full graph; a graph break is an error.
 
-    The first shape is compiled for itself and the second with its sizes left open, which then serves all
-    others: a run with buckets compiles twice, and once more for the held-out loss and for samples.
+    The first shape is compiled statically, the second with dynamic sizes, which then serve all others: a run
+    with buckets compiles twice, and once more each for the validation loss and for samples.
     """
     import torch._dynamo.config as dynamo
 

@@ -1,6 +1,6 @@
-"""Surfaces and meshes: reading, normalising, extracting from fields, checking, comparing, drawing.
+"""Surfaces and meshes: reading, normalization, extraction from fields, checks, comparison, rendering.
 
-All objects of a scene share one frame, in which they stand where they stand; about [-1, 1], y up.
+All objects of a scene share one coordinate frame, about [-1, 1], y up.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     import trimesh
 
 BOUND = 1.005
-"""Half the side of the box that fields are decoded in."""
+"""Half the side of the box in which fields are decoded."""
 
 LONGEST = 1.9
-"""Longest side of a normalised scene, so that it stays inside the box."""
+"""Longest side of a normalized scene, which keeps it inside the box."""
 
 POINTS = 20_480
-"""Points of a surface in the published training."""
+"""Points per surface in the published training."""
 
 # --- surfaces -----------------------------------------------------------------------------------------------
 
 
 class Note(str):
-    """A sentence that a person should read about a surface or a scene; its code is one of `data.KINDS`."""
+    """Message about a surface or a scene, with a code of `data.KINDS`."""
 
     code: str
 
     def __new__(cls, code: str, message: str) -> Note:
-        """The sentence, with its code."""
+        """Create a message with its code."""
         note = super().__new__(cls, message)
         note.code = code
         return note
@@ -46,7 +46,7 @@ class Note(str):
 
 @dataclass(frozen=True)
 class Surface:
-    """Points with outward unit normals of one object, and what had to be done to get them."""
+    """Surface points of one object with outward unit normals, and messages about their quality."""
 
     points: np.ndarray
     """float32 (n, 6)."""
@@ -54,13 +54,13 @@ class Surface:
 
 
 def read_surface(path: Path) -> list[Surface]:
-    """Reads the surface of one object, or of several (k, n, 6).
+    """Read the surface of one object, or of several (k, n, 6).
 
-    (n, 6) is positions and normals; (n, 3) positions, whose normals are estimated; of (n, 4) the last column
+    (n, 6) is positions and normals; (n, 3) positions, whose normals are estimated; the last column of (n, 4)
     is ignored, because a normal has three numbers. `.npz` has `surface_points` and `surface_normals`.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        MediaError: (a ValueError) with path and cause.
     """
     try:
         arrays: Any = np.load(path, allow_pickle=False)
@@ -70,13 +70,13 @@ def read_surface(path: Path) -> list[Surface]:
             with arrays:
                 names = ("surface_points", "surface_normals")
                 if names[0] not in arrays:
-                    raise ValueError(f"has no array {names[0]}; there are: {', '.join(arrays.files)}")
+                    raise ValueError(f"has no array {names[0]}; its arrays are: {', '.join(arrays.files)}")
                 parts = [arrays[n] for n in names if n in arrays]
                 found = np.concatenate(parts, -1)
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         head = path.read_bytes()[:6] if path.is_file() else b""
         pickled = "pickle" in str(error) and (head[:1] == b"\x80" or head == b"\x93NUMPY")
-        why = "is a pickle, which may run code; save its arrays with numpy.savez" if pickled else str(error)
+        why = "is a pickle, which can run code; save its arrays with numpy.savez" if pickled else str(error)
         if "pickle" in str(error) and not pickled:
             why = "is neither .npy nor .npz"
         raise MediaError(path, why, "pickle" if pickled else "unreadable") from None
@@ -85,7 +85,7 @@ def read_surface(path: Path) -> list[Surface]:
         or found.shape[-1] not in (3, 4, 6)
         or not np.issubdtype(found.dtype, np.number)
     ):
-        why = f"is {found.dtype} {found.shape}; a surface is (n, 6), positions and normals"
+        why = f"is {found.dtype} {found.shape}; a surface must be (n, 6), positions and normals"
         raise MediaError(path, why, "surface")
     each = found if found.ndim == 3 else found[None]
     return [_surface(path, np.asarray(one, np.float32)) for one in each]
@@ -93,21 +93,21 @@ def read_surface(path: Path) -> list[Surface]:
 
 def _surface(path: Path, points: np.ndarray) -> Surface:
     if len(points) < 16:
-        raise MediaError(path, f"has {len(points)} points; a surface has about {POINTS}", "surface")
+        raise MediaError(path, f"has {len(points)} points; a surface needs about {POINTS}", "surface")
     if not np.isfinite(points).all():
         wrong = int((~np.isfinite(points)).any(-1).sum())
-        raise MediaError(path, f"{wrong} of its points are not finite", "surface")
+        raise MediaError(path, f"{wrong} points are not finite", "surface")
     reach = float(np.abs(points[:, :3]).max())
     if reach > 1.05:
-        why = f"reaches {reach:.2f}, outside of the box of {BOUND}: scale the whole scene to fit"
+        why = f"extends to {reach:.2f}, outside of the box of {BOUND}: scale the whole scene to fit"
         raise MediaError(path, why, "outside-box")
     if np.ptp(points[:, :3], axis=0).max() < 1e-6:
-        raise MediaError(path, "all its points are in one place", "surface")
+        raise MediaError(path, "all points have the same position", "surface")
     notes = []
     if points.shape[1] == 4:
-        notes.append(Note("fourth-column", "a fourth column is ignored: a normal has three numbers"))
+        notes.append(Note("fourth-column", "the fourth column is ignored: a normal has three numbers"))
     if points.shape[1] < 6:
-        why = "normals were estimated from neighbouring points; give (n, 6) to have the true ones"
+        why = "normals were estimated from neighboring points; store (n, 6) for exact normals"
         notes.append(Note("estimated", why))
         points = np.concatenate([points[:, :3], estimate_normals(points[:, :3])], -1)
     length = np.linalg.norm(points[:, 3:], axis=-1, keepdims=True)
@@ -115,23 +115,23 @@ def _surface(path: Path, points: np.ndarray) -> Surface:
         raise MediaError(path, f"{int((length < 1e-6).sum())} normals are zero", "surface")
     points = np.concatenate([points[:, :3], points[:, 3:] / length], -1)
     if flipped(points):
-        notes.append(Note("flipped", "most normals point inward; the model takes them outward"))
+        notes.append(Note("flipped", "most normals point inward; the model expects outward normals"))
     if len(points) < POINTS:
-        why = f"{len(points)} points, fewer than {POINTS}: some are drawn more than once"
+        why = f"{len(points)} points, fewer than {POINTS}: some are sampled more than once"
         notes.append(Note("sparse", why))
     return Surface(points.astype(np.float32), tuple(notes))
 
 
 def flipped(points: np.ndarray) -> bool:
-    """Whether the normals of (n, 6) point inward: then the volume by the divergence theorem is negative."""
+    """Return True if the normals of (n, 6) point inward: the volume by the divergence theorem is negative."""
     return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
 
 
 def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
-    """Outward unit normals (n, 3): the flattest direction around each point, turned to agree.
+    """Estimate outward unit normals (n, 3): the direction of least variance around each point.
 
-    Signs spread along a minimum spanning tree of neighbours whose planes differ least, from the topmost point
-    (Hoppe et al. 1992).
+    Signs propagate from the topmost point along a minimum spanning tree over neighbors whose planes differ
+    least (Hoppe et al. 1992).
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
@@ -146,7 +146,7 @@ def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
     tree = minimum_spanning_tree(coo_matrix((cost, (rows, columns)), (len(points),) * 2))
     tree: Any = tree + tree.T
     left = np.ones(len(points), bool)
-    while left.any():  # each connected part has a root of its own
+    while left.any():  # one root for each connected component
         root = int(np.flatnonzero(left)[points[left][:, 1].argmax()])
         normals[root] *= 1 if normals[root, 1] >= 0 else -1
         walk: Any = breadth_first_order(tree, root, directed=False)
@@ -159,7 +159,7 @@ def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
 
 
 def sample_surface(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Points of a mesh with the normals of their faces: float32 (count, 6)."""
+    """Sample points of a mesh with the normals of their faces: float32 (count, 6)."""
     import trimesh
 
     drawn: Any = trimesh.sample.sample_surface(mesh, count, seed=seed)
@@ -168,7 +168,7 @@ def sample_surface(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) ->
 
 
 def normalising(bounds: np.ndarray) -> np.ndarray:
-    """The one transform (4, 4) of a whole scene: middle of its bounds (2, 3) to 0, longest side to 1.9."""
+    """Return the transform (4, 4) of a whole scene: center of its bounds (2, 3) to 0, longest side to 1.9."""
     size = float((bounds[1] - bounds[0]).max())
     assert size > 0, "a scene has a size"
     out = np.eye(4)
@@ -180,14 +180,14 @@ def normalising(bounds: np.ndarray) -> np.ndarray:
 # --- from a field to a mesh ---------------------------------------------------------------------------------
 
 Field = Callable[[np.ndarray], np.ndarray]
-"""Points (n, 3) -> values (n,), negative inside."""
+"""Function from points (n, 3) to values (n,), negative inside."""
 
 
 def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
-    """The zero surface of a field, and a note where it had to be turned round; None where there is none.
+    """Return the zero surface of a field, or None without one, and a note if the field's sign was inverted.
 
-    Values are asked for on a coarse grid, then on finer ones near changes of sign alone: about one
-    hundredth of a dense grid's.
+    The field is evaluated on a coarse grid, then on finer grids only near sign changes: about one hundredth
+    of the evaluations of a dense grid.
 
     Args:
         field: negative inside.
@@ -203,7 +203,7 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
     note, corners = "", values[::cells, ::cells, ::cells]
     sign = 1.0
     if (corners < 0).sum() > 4:
-        sign, note = -1.0, "the field was positive inside and was turned round"
+        sign, note = -1.0, "the field was positive inside, so its sign was inverted"
         values = -values
     while cells < resolution:
         values, cells = _finer(values, field, sign), 2 * cells
@@ -218,12 +218,12 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
 
 
 def _places(index: np.ndarray, cells: int) -> np.ndarray:
-    """Grid indices, also between two, -> coordinates in the box; the last index is on its far side."""
+    """Convert (fractional) grid indices to coordinates in the box; the last index is on its far side."""
     return (index / cells * 2 - 1) * BOUND
 
 
 def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
-    """A grid of twice as many cells: interpolated, and asked anew around every change of sign."""
+    """Return the grid at twice the resolution: interpolated, and evaluated again around sign changes."""
     from scipy.ndimage import binary_dilation, zoom
 
     n = values.shape[0]
@@ -247,10 +247,10 @@ def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
 
 
 def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
-    """The mesh with at most so many triangles, by quadric error.
+    """Decimate a mesh to at most `triangles` triangles, by quadric error.
 
     Raises:
-        ValueError: when the package that does it is missing.
+        ValueError: the package fast-simplification is missing.
     """
     try:
         return mesh.simplify_quadric_decimation(face_count=triangles)
@@ -259,7 +259,7 @@ def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
 
 
 def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
-    """What is wrong with a mesh, one sentence each; empty when all is well."""
+    """Return the problems of a mesh, one sentence each; empty for a valid mesh."""
     found = []
     if not np.isfinite(mesh.vertices).all():
         found.append("has vertices that are not finite")
@@ -267,27 +267,27 @@ def problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
     if not mesh.is_watertight:
         found.append("is not watertight")
     if np.abs(mesh.vertices).max() > BOUND + 1e-6:
-        found.append(f"leaves the box of {BOUND}")
+        found.append(f"extends beyond the box of {BOUND}")
     if len(mesh.faces) > most:
         found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}")
     return found
 
 
 def require() -> None:
-    """Stops where packages that scenes need are not installed.
+    """Check that the packages for scenes are installed.
 
     Raises:
-        ValueError: naming them, and how to get them.
+        ValueError: packages are missing, with the command that installs them.
     """
     missing = [name for name in ("trimesh", "skimage", "fpsample") if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"scenes need packages that are not here ({', '.join(missing)}): pip install 'inlaid[mesh]'"
+            f"scenes need packages that are not installed ({', '.join(missing)}): pip install 'inlaid[mesh]'"
         )
 
 
 def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
-    """Writes `.glb` with one named node per object, also for those of which nothing came out; atomic."""
+    """Write a `.glb` with one named node per object, also for each object of `empty`; atomic."""
     import trimesh
 
     scene = trimesh.Scene()
@@ -301,14 +301,14 @@ def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequen
 
 
 FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
-"""Suffixes of meshes that are read."""
+"""Suffixes of supported mesh files."""
 
 
 def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
-    """The mesh with the faces of each connected piece turned outward, and how many pieces were turned.
+    """Return the mesh with the faces of each connected component facing outward, and the number flipped.
 
-    A piece is inside out where its volume, by the divergence theorem about its middle, is negative; one that
-    lies inside another's box is left alone, as it may be a cavity.
+    A component is inside out if its volume, by the divergence theorem about its center, is negative. A
+    component inside the bounding box of another is unchanged, because it may be a cavity.
     """
     import trimesh
 
@@ -334,10 +334,10 @@ def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
 
 
 def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
-    """The objects of a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` by name, where the scene puts them.
+    """Read the objects of a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` by name, in scene coordinates.
 
     Raises:
-        ValueError: naming the file, when it cannot be read or holds no triangles.
+        ValueError: with the path: the file cannot be read or has no triangles.
     """
     import trimesh
 
@@ -349,10 +349,10 @@ def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
             mesh = scene.geometry[geometry]
             if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
                 out[str(node)] = mesh.copy().apply_transform(transform)
-    except Exception as error:  # whatever its readers raise
+    except Exception as error:  # trimesh's readers raise many types
         raise ValueError(f"{path}: cannot be read as a mesh ({error})") from None
     if not out:
-        raise ValueError(f"{path}: holds no triangles")
+        raise ValueError(f"{path}: has no triangles")
     return out
 
 
@@ -360,14 +360,14 @@ def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
 
 
 def chamfer(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean distance from each point (n, 3) to the other set, both ways added."""
+    """Return the sum of the mean distances from each point set (n, 3) to the other."""
     from scipy.spatial import KDTree
 
     return float(KDTree(b).query(a)[0].mean() + KDTree(a).query(b)[0].mean())
 
 
 def f_score(a: np.ndarray, b: np.ndarray, threshold: float) -> float:
-    """Harmonic mean of the shares of points within a distance of the other set."""
+    """Return the harmonic mean of both shares of points within `threshold` of the other set."""
     from scipy.spatial import KDTree
 
     precision = float((KDTree(b).query(a)[0] <= threshold).mean())
@@ -376,14 +376,14 @@ def f_score(a: np.ndarray, b: np.ndarray, threshold: float) -> float:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes with sides along the axes, as bounds (2, 3)."""
+    """Return the intersection over union of two axis-aligned boxes, as bounds (2, 3)."""
     overlap = float(np.prod((np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])).clip(0)))
     union = float(np.prod(a[1] - a[0]) + np.prod(b[1] - b[0])) - overlap
     return overlap / union if union else 0.0
 
 
 def volume_iou(a: trimesh.Trimesh, b: trimesh.Trimesh, *, points: int = 20_000, seed: int = 0) -> float:
-    """Intersection over union of two watertight volumes, by random points of their common box."""
+    """Return the intersection over union of two watertight volumes, by random points of their common box."""
     low = np.minimum(a.bounds[0], b.bounds[0])
     high = np.maximum(a.bounds[1], b.bounds[1])
     places = np.random.default_rng(seed).uniform(low, high, (points, 3))
@@ -393,7 +393,7 @@ def volume_iou(a: trimesh.Trimesh, b: trimesh.Trimesh, *, points: int = 20_000, 
 
 
 def align(source: np.ndarray, target: np.ndarray, steps: int = 50) -> np.ndarray:
-    """Rigid motion (4, 4) that brings points onto others: iterative closest points (Besl & McKay 1992)."""
+    """Return the rigid transform (4, 4) that aligns points: iterative closest point (Besl & McKay 1992)."""
     from scipy.spatial import KDTree
 
     tree, moved, total = KDTree(target), source.copy(), np.eye(4)
@@ -410,18 +410,18 @@ def align(source: np.ndarray, target: np.ndarray, steps: int = 50) -> np.ndarray
     return total
 
 
-# --- drawing ------------------------------------------------------------------------------------------------
+# --- rendering ----------------------------------------------------------------------------------------------
 
 PALETTE = (
     (222, 96, 80), (80, 140, 220), (110, 185, 110), (235, 180, 70), (150, 115, 205), (90, 190, 190),
     (225, 130, 185), (150, 130, 110),
 )  # fmt: skip
-"""Colours of objects, by their place in the scene."""
+"""Colors of objects, by their index in the scene."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A camera on a sphere around the scene, in degrees; perspective with a narrow field of view."""
+    """Perspective camera on a sphere around the scene, in degrees, with a narrow field of view."""
 
     azimuth: float = 30.0
     elevation: float = 20.0
@@ -429,7 +429,7 @@ class View:
     field: float = 30.0
 
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Origins and unit directions (size^2, 3), row by row from the top left."""
+        """Return ray origins and unit directions (size^2, 3), row by row from the top left."""
         a, e = np.radians([self.azimuth, self.elevation])
         eye = self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
         forward = -eye / np.linalg.norm(eye)
@@ -449,16 +449,16 @@ def render(
     size: int = 384,
     colors: Sequence[Sequence[int]] = PALETTE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws objects by casting rays on the CPU.
+    """Render objects by ray casting on the CPU.
 
     Args:
-        meshes: in the scene's frame.
+        meshes: in scene coordinates.
         view: the camera.
-        size: of the square picture.
-        colors: RGB of each object, in turn.
+        size: height and width of the image.
+        colors: RGB of each object, repeated cyclically.
 
     Returns:
-        Picture uint8 (size, size, 3) on white; map of objects uint8 (size, size), 0 none, then 1, 2, ...
+        Image uint8 (size, size, 3) on white; object IDs uint8 (size, size), 0 for none, then 1, 2, ...
     """
     import trimesh
 
@@ -482,7 +482,7 @@ def render(
 
 
 def turntable(meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256) -> np.ndarray:
-    """Views all round: uint8 (frames, size, size, 3)."""
+    """Render views from all sides: uint8 (frames, size, size, 3)."""
     return np.stack([render(meshes, View(azimuth=360 * i / frames), size)[0] for i in range(frames)])
 
 
@@ -490,13 +490,13 @@ def turntable(meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 25
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Object numbers of a segmentation: int (h, w), 0 is background.
+    """Read the object IDs of a segmentation: int (h, w), 0 is background.
 
-    A palette image gives its indices, a grey one its values, a coloured one a number per colour with black as
-    background: grey values of colours would merge objects.
+    The IDs of a palette image are its indices, those of a gray image its values. An RGB image has one ID per
+    color, with black as background: conversion to gray could merge objects.
 
     Raises:
-        ValueError: naming the file, when it is no such image.
+        MediaError: (a ValueError) with the path: the file is not such an image.
     """
     from PIL import Image
 
@@ -506,7 +506,7 @@ def read_ids(path: Path) -> np.ndarray:
             if image.mode in ("P", "L", "I;16", "I", "1"):
                 return np.asarray(image).astype(np.int64)
             if image.mode not in ("RGB", "RGBA", "LA"):
-                raise ValueError(f"is {image.mode}; use a palette, grey or RGB image")
+                raise ValueError(f"is {image.mode}; save it as a palette, gray or RGB image")
             pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
     except (OSError, SyntaxError) as error:
         raise MediaError(path, f"cannot be read as a segmentation ({error})") from None

@@ -1,7 +1,7 @@
-"""Objectives: how data is corrupted, what is predicted, which noise levels are drawn. They know no family.
+"""Training objectives: noise schedule, prediction target and sampling of noise levels, for any family.
 
-Convention of the whole package: time t in [0, 1] with 0 = data and 1 = noise; a flow prediction is noise -
-data.
+Convention of the whole package: time t is in [0, 1], with 0 = data and 1 = noise; a flow prediction is
+noise - data.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from inlaid import config as recipe
 
 
 class Objective(Protocol):
-    """Pure functions in float32; `t` has shape (n,), data and noise (n, ...)."""
+    """Interface of a training objective: pure float32 functions; `t` is (n,), data and noise (n, ...)."""
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws n noise levels in [0, 1]."""
+        """Sample n noise levels in [0, 1]."""
         ...
 
     def quantile(self, q: Tensor) -> Tensor:
-        """The noise levels at quantiles q in [0, 1] of that distribution, for the held-out loss."""
+        """Return the noise levels at quantiles q in [0, 1] of their distribution, for the validation loss."""
         ...
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noisy input at time t."""
+        """Return the noisy input at time t."""
         ...
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict."""
+        """Return the prediction target."""
         ...
 
     def weight(self, t: Tensor) -> Tensor:
-        """Weight of the squared error, shape (n,)."""
+        """Return the weight of the squared error, shape (n,)."""
         ...
 
 
 def shift(u: Tensor, s: float) -> Tensor:
-    """Moves noise levels towards noise for s > 1: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23)."""
+    """Shift noise levels toward noise for s > 1: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23)."""
     return s * u / (1 + (s - 1) * u)
 
 
 def unshift(sigma: Tensor, s: float) -> Tensor:
-    """Inverse of `shift`: sigma / (s - (s - 1) sigma)."""
+    """Invert `shift`: sigma / (s - (s - 1) sigma)."""
     return sigma / (s - (s - 1) * sigma)
 
 
@@ -61,9 +61,9 @@ TABLE = 1000
 class FlowMatching:
     """Rectified flow: x_t = (1 - t) x0 + t noise, target noise - x0 (Liu et al. 2022, Lipman et al. 2022).
 
-    Time is drawn as u and shifted: logit-normal (`inlaid`), uniform (`uniform`), or uniform over a table of
-    1000 entries with a bell-shaped weight (`diffsynth`). It is drawn only inside `interval`, from the
-    distribution cut off there.
+    u is sampled and then shifted: logit-normal (preset `logit_normal`), uniform (`uniform`), or uniform over
+    a table of 1000 entries with a bell-shaped loss weight (`diffsynth`). Samples are from the distribution
+    truncated to `interval`.
     """
 
     preset: str = "inlaid"
@@ -74,17 +74,17 @@ class FlowMatching:
 
     @classmethod
     def from_config(cls, section: recipe.Objective, *, family_shift: float) -> FlowMatching:
-        """Resolves a recipe's section; `family_shift` is for where neither recipe nor preset names one."""
+        """Create from a recipe section; `family_shift` applies if neither recipe nor preset sets a shift."""
         preset_shift = {"diffsynth": 5.0, "uniform": 1.0}.get(section.preset, family_shift)
         s = section.shift if section.shift is not None else preset_shift
         return cls(section.preset, s, section.mean, section.std, section.interval)
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws n noise levels in `interval`, float32."""
+        """Sample n noise levels in `interval`, float32."""
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Inverse of the cumulative distribution of the noise level, float32."""
+        """Return the inverse cumulative distribution of the noise level, float32."""
         q = q.double()
         if self.preset == "diffsynth":
             table = self._table()
@@ -99,16 +99,16 @@ class FlowMatching:
         return shift(torch.sigmoid(torch.special.ndtri(inside) * self.std + self.mean), self.s).float()
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """(1 - t) x0 + t noise."""
+        """Return (1 - t) x0 + t noise."""
         t = _expand(t, x0)
         return (1 - t) * x0 + t * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Noise - x0, at every time."""
+        """Return noise - x0, for every t."""
         return noise - x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """1, or for `diffsynth` exp(-2 (t - 0.5)^2), lowered to 0 and scaled to mean 1 over its table."""
+        """Return 1, or for `diffsynth` exp(-2 (t - 0.5)^2) with minimum 0 and mean 1 over its table."""
         if self.preset != "diffsynth":
             return torch.ones_like(t)
         table = _bell(self._table())
@@ -123,40 +123,41 @@ class VPrediction:
     """v-prediction on a discrete variance-preserving schedule (Salimans & Ho 2022, appendix D).
 
     x_t = sqrt(abar) x0 + sqrt(1 - abar) noise, target sqrt(abar) noise - sqrt(1 - abar) x0. Entry i of n is
-    time t = (i + 1) / n, so that t = 1 is the noisiest. The plain squared error of v, in float32: it equals
-    the squared error of x0 weighted by 1 / (1 - abar), which in bfloat16 is wrong by far at small t.
+    time t = (i + 1) / n, so t = 1 is the noisiest. The loss is the unweighted squared error of v, in float32.
+    It equals the squared error of x0 weighted by 1 / (1 - abar), which is very inaccurate in bfloat16 at
+    small t.
     """
 
     alphas_cumprod: tuple[float, ...]
-    """abar of each entry, falling."""
+    """abar of each entry, decreasing."""
     interval: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def from_config(cls, section: recipe.Objective, alphas_cumprod: Tensor) -> VPrediction:
-        """Resolves a recipe's section.
+        """Create from a recipe section.
 
         Raises:
-            ValueError: for what only flow matching has.
+            ValueError: the section sets an option of flow matching.
         """
         plain = recipe.Objective(interval=section.interval)
         wrong = [k for k, v in section if v != getattr(plain, k) and (k, v) != ("preset", "uniform")]
         if wrong:
             raise ValueError(
-                f"objective.{wrong[0]}: this checkpoint predicts v on a fixed schedule, with times drawn "
-                "uniformly; only `interval` can be set"
+                f"objective.{wrong[0]}: this checkpoint predicts v on a fixed schedule and samples times "
+                "uniformly; remove the key, only `interval` can be set"
             )
         return cls(tuple(alphas_cumprod.tolist()), section.interval)
 
     def index(self, t: Tensor) -> Tensor:
-        """Entry of the schedule at time t, int64: what the network is given."""
+        """Return the schedule entry at time t, int64: the network's timestep."""
         return (t * len(self.alphas_cumprod)).round().long() - 1
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws n entries inside `interval` uniformly, as times, float32."""
+        """Sample n entries inside `interval` uniformly, as times, float32."""
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """The entry at a quantile of `interval`, as time, float32."""
+        """Return the entries at quantiles of `interval`, as times, float32."""
         n = len(self.alphas_cumprod)
         low, high = (round(edge * n) for edge in self.interval)
         chosen = low + (q.double() * (high - low)).long().clamp(max=max(high - low, 1) - 1)
@@ -167,17 +168,17 @@ class VPrediction:
         return _expand(abar.sqrt(), like), _expand((1 - abar).sqrt(), like)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """sqrt(abar) x0 + sqrt(1 - abar) noise."""
+        """Return sqrt(abar) x0 + sqrt(1 - abar) noise."""
         signal, sigma = self._scales(t, x0)
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """V = sqrt(abar) noise - sqrt(1 - abar) x0."""
+        """Return v = sqrt(abar) noise - sqrt(1 - abar) x0."""
         signal, sigma = self._scales(t, x0)
         return signal * noise - sigma * x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """1, at every time."""
+        """Return 1, for every t."""
         return torch.ones_like(t)
 
 
@@ -186,6 +187,6 @@ def _bell(t: Tensor) -> Tensor:
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted squared error of each sample in float32: shape (n,)."""
+    """Return the weighted squared error of each sample in float32, shape (n,)."""
     error = (prediction.float() - target.float()) ** 2
     return error.flatten(1).mean(1) * weight

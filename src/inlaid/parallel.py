@@ -1,7 +1,7 @@
-"""What several processes hold and exchange: all in each (`ddp`), or shares (`fsdp`, `zero2`, `zero3`).
+"""Parallel strategies: replication (`ddp`) and sharding (`fsdp`, `zero2`, `zero3`).
 
-The loop, the tuners and the optimizer do not know which. A checkpoint holds whole tensors under the same
-names in every mode, so that a run may go on in another one, or alone.
+The loop, the tuners and the optimizer are independent of the strategy. A checkpoint stores whole tensors
+under the same names in every mode, so a run can resume in another mode or in a single process.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from inlaid.runtime import Context
 
 
 class Replicated:
-    """`ddp`, and a single process: every process holds the whole network, and gradients are averaged."""
+    """`ddp` and single process: every process holds the whole network, and gradients are averaged."""
 
     sharded = False
-    """Whether one process alone cannot run the network."""
+    """True if a forward pass needs all processes."""
 
     def __init__(self, ctx: Context, config: recipe.Config) -> None:
         self.ctx, self.config = ctx, config
 
     @property
     def device(self) -> torch.device:
-        """Where the network is put before `shard`."""
+        """Device of the network before `shard`."""
         return self.ctx.device
 
     def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
-        """Leaves this process its share of the network; returns what trains by name."""
+        """Keep this process's share of the network; returns the trained parameters by name."""
         return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
 
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """What the step is given as the network, and the trained weights as this process holds them."""
+        """Return the network that the step receives, and the trained weights as this process holds them."""
         return denoiser, parameters
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds to the gradients; `last` says whether they are complete, over processes too, afterwards."""
+        """Accumulate gradients; after `last` they are complete in modes that reduce them here."""
         loss.backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """Clips and applies the gradients; returns the norm they had, on the device."""
+        """Clip and apply the gradients; returns their norm before clipping, on the device."""
         self._average(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
         optimizer.step()
@@ -58,10 +58,10 @@ class Replicated:
         return norm
 
     def _average(self, parameters: Sequence[Tensor]) -> None:
-        """Once, after the last micro-batch of a step.
+        """Average gradients over processes, once after the last micro-batch of a step.
 
-        Adapters are small, so nothing is gained by overlapping it with the backward pass, and without a
-        wrapper around the network, its names, checkpointing and compilation stay as they are.
+        Adapters are small, so overlapping this with the backward pass gains nothing. Without a wrapper around
+        the network, its names, gradient checkpointing and compilation stay unchanged.
         """
         if self.ctx.world == 1:
             return
@@ -75,37 +75,37 @@ class Replicated:
                 p.grad = g.view_as(p)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors for the first process to write, empty for the others; all must call it together."""
+        """Return whole tensors on the main process, nothing on the others; all processes must call it."""
         return {n: t.detach() for n, t in held.items()} if self.ctx.main else {}
 
     @torch.no_grad()
     def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-        """The reverse, in place: every process has `whole` and takes its share."""
+        """Copy each process's share of `whole` into `held`; every process has `whole`."""
         for name, tensor in held.items():
             tensor.copy_(whole[name])
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """Its state as JSON and, on the first process, the whole tensors of it; all call it together."""
+        """Return the optimizer state as JSON and, on the main process, its tensors; all must call it."""
         moments: dict[str, Tensor] = {}
         return runtime.pack(optimizer.state_dict(), "optimizer", moments), self.gather(moments)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Restores the state of an optimizer from whole tensors."""
+        """Restore the optimizer state from whole tensors."""
         optimizer.load_state_dict(state)
 
 
 class FSDP(Replicated):
-    """FSDP2: a process holds a share of every weight, gradient and moment; blocks are whole while they run.
+    """FSDP2: each process holds a shard of every weight, gradient and moment; running blocks are gathered.
 
-    Frozen weights are sharded as well. They may be bfloat16 beside trained ones in float32: only what is
-    reduced must have one type, and everything that trains is float32.
+    Frozen weights are sharded too. They may be bfloat16 beside trained float32 weights: only tensors that are
+    reduced must share one dtype, and everything trained is float32.
     """
 
     sharded = True
-    device = torch.device("cpu")  # type: ignore[assignment]  # moved block by block: the whole may not fit
+    device = torch.device("cpu")  # type: ignore[assignment]  # moved in blocks: may not fit whole
 
     def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
-        """Each repeated block is a group, and what is left is one."""
+        """Shard each repeated block as one group, and everything else as another."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -114,27 +114,27 @@ class FSDP(Replicated):
         mesh = init_device_mesh(self.ctx.device.type, (self.ctx.world,))
         for block in memory.blocks(denoiser).values():
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        # The root too: else its weights stay gathered after a pass without gradients, and an average that was
-        # swapped in for the held-out loss would be trained on.
+        # The root too: else its weights stay gathered after a pass without gradients, and training would
+        # continue with the EMA weights that were swapped in for validation.
         self.root = fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
         return super().shard(denoiser)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients stay whole until the last micro-batch, and are then reduced once."""
+        """Accumulate whole gradients until the last micro-batch, then reduce them once."""
         self.root.set_requires_gradient_sync(last)
         loss.backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """See `Replicated.step`; the norm is over all shares."""
+        """Step as `Replicated.step`; the norm is over all shards."""
         return whole(super().step(optimizer, parameters, clip))
 
     def _average(self, parameters: Sequence[Tensor]) -> None:
-        """The backward pass did."""
+        """Do nothing: the backward pass has reduced the gradients."""
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `Replicated.gather`; one tensor is whole at a time, except on the first process's host."""
+        """Gather as `Replicated.gather`, one tensor at a time; whole tensors go to the main process's CPU."""
         out = {}
         for name, tensor in held.items():
             value = whole(tensor.detach())
@@ -144,12 +144,12 @@ class FSDP(Replicated):
 
     @torch.no_grad()
     def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-        """See `Replicated.scatter`."""
+        """Scatter as `Replicated.scatter`."""
         for name, tensor in held.items():
             tensor.copy_(_share(whole[name], tensor))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Moments are sharded as their weights are; the rest, such as the number of steps, is everyone's."""
+        """Shard moments like their weights; other values, such as step counts, are kept whole."""
         own = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = [i for group in state["param_groups"] for i in group["params"]]
         shares = {
@@ -164,10 +164,10 @@ class FSDP(Replicated):
 
 
 class Zero(Replicated):
-    """DeepSpeed: gradients and moments are shared out (ZeRO-2), or the weights too (ZeRO-3).
+    """DeepSpeed: gradients and moments are sharded (ZeRO-2), or the weights too (ZeRO-3).
 
-    Its optimizer keeps flat copies of the weights that train, which `scatter` has to renew; gradients are
-    reduced after each micro-batch. Its own precision settings are not used: every weight keeps its type.
+    Its optimizer keeps flat copies of the trained weights, which `scatter` must refresh. Gradients are
+    reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its dtype.
     """
 
     def __init__(self, ctx: Context, config: recipe.Config) -> None:
@@ -177,13 +177,13 @@ class Zero(Replicated):
         if ctx.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self.deepspeed = runtime.package("runtime.parallel", "deepspeed")
-        # On a CPU it would compile an operation for minutes that only inference uses.
+        # On a CPU, DeepSpeed would spend minutes compiling an operation that only inference uses.
         self.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = ctx.device.type != "cpu"
 
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """See `Replicated.own`; frozen weights are shared out by ZeRO-3 as well."""
+        """Wrap the network as in `Replicated.own`; ZeRO-3 shards frozen weights too."""
         self.groups = optimizer.state_dict()["param_groups"]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.shapes = {n: p.shape for n, p in denoiser.named_parameters()}
@@ -193,7 +193,7 @@ class Zero(Replicated):
             "gradient_clipping": self.config.optim.clip or 0.0,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 40,
-            # Weights are let go after each use: nothing may outlive an average that was swapped in.
+            # Release weights after each use: no gathered weight may outlive a swap with the EMA.
             "zero_optimization": {
                 "stage": self.stage,
                 "stage3_param_persistence_threshold": 0,
@@ -207,20 +207,20 @@ class Zero(Replicated):
         return self.engine, {n: p.ds_tensor for n, p in parameters.items()}  # type: ignore[attr-defined]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See `Replicated.backward`."""
+        """Accumulate gradients as in `Replicated.backward`."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """See `Replicated.step`."""
+        """Step as `Replicated.step`."""
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.ctx.device)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `Replicated.gather`."""
-        if self.stage == 2:  # weights are slices of one tensor here; a file of them needs each alone
+        """Gather as `Replicated.gather`."""
+        if self.stage == 2:  # weights are slices of one tensor; safetensors needs separate ones
             return {n: t.clone() for n, t in super().gather(held).items()}
         out = {}
         for name, tensor in held.items():
@@ -235,7 +235,7 @@ class Zero(Replicated):
 
     @torch.no_grad()
     def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-        """See `Replicated.scatter`."""
+        """Scatter as `Replicated.scatter`."""
         for name, tensor in held.items():
             value = whole[name]
             if self.stage == 3:
@@ -247,7 +247,7 @@ class Zero(Replicated):
         self.engine.optimizer.refresh_fp32_params()
 
     def _share(self, parameter: Tensor) -> tuple[Tensor, int, int, int] | None:
-        """The flat tensor with this process's part of a weight: where in it, how many, from which number."""
+        """Locate this process's part of a weight: flat tensor, offset in it, length, offset in the weight."""
         zero: Any = self.engine.optimizer
         if self.stage == 3:
             group, at, n = zero.grad_position[zero.get_param_id(parameter)]
@@ -260,7 +260,7 @@ class Zero(Replicated):
         return flat, here.start, here.numel, there.start
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """See `Replicated.optimizer_state`; as AdamW alone would have it."""
+        """Return the state as `Replicated.optimizer_state`, in the form of AdamW without DeepSpeed."""
         state: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(self.trained):
             shape = getattr(p, "ds_shape", p.shape)
@@ -286,7 +286,7 @@ class Zero(Replicated):
 
     @torch.no_grad()
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """See `Replicated.load_optimizer`."""
+        """Restore the state as `Replicated.load_optimizer`."""
         for i, p in enumerate(self.trained):
             share = self._share(p)
             if share is None or i not in state["state"]:
@@ -302,18 +302,18 @@ class Zero(Replicated):
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's, by the names of its state."""
+"""Names of the moments in the state of AdamW."""
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor as a plain one, on all processes, which must call it together."""
+    """Return a sharded tensor as a plain one; all processes must call it together."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _share(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded and placed as another is; no process asks the others."""
+    """Shard a whole tensor like another one, without communication."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -323,7 +323,7 @@ def _share(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def parts(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Tensor]]:
-    """Neighbours of together at most so many numbers, so that reducing needs little memory of its own."""
+    """Group adjacent tensors up to `most` elements in total, so that reducing needs little extra memory."""
     part: list[Tensor] = []
     for p in parameters:
         if part and sum(q.numel() for q in part) + p.numel() > most:
@@ -335,34 +335,32 @@ def parts(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Te
 
 
 def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
-    """Sentences about what a recipe asks that sharding does not do; empty when all is well."""
+    """Return messages about settings that sharding does not support; empty if all are supported."""
     mode, out = config.runtime.parallel, []
     if mode == "ddp":
         return out
     if world == 1:
         out.append(
-            f"runtime.parallel: {mode} shards over several processes, this launch has one: start it with "
+            f"runtime.parallel: {mode} needs several processes, this launch has one: start it with "
             "`torchrun --nproc-per-node N -m inlaid train RECIPE`, or use ddp"
         )
     if config.optim.name != "adamw":
-        out.append(
-            f"optim.name: {config.optim.name} does not step on shares of weights; use adamw with {mode}"
-        )
+        out.append(f"optim.name: {config.optim.name} does not support sharded weights; use adamw with {mode}")
     if mode != "fsdp" and config.tuner.kind == "full" and precision is not torch.float32:
         out.append(
-            f"runtime.precision: full fine-tuning with {mode} only in float32 (DeepSpeed switches autocast "
-            "off); for bfloat16 use fsdp"
+            f"runtime.precision: full fine-tuning with {mode} needs float32 (DeepSpeed disables autocast); "
+            "for bfloat16 use fsdp"
         )
     if config.runtime.compile:
-        out.append(f"runtime.compile: not with runtime.parallel={mode}; use ddp, or leave it out")
+        out.append(f"runtime.compile: not supported with runtime.parallel={mode}; use ddp, or remove it")
     return out
 
 
 def strategy(config: recipe.Config, ctx: Context) -> Replicated:
-    """The one that a recipe names.
+    """Return the parallel strategy of a recipe.
 
     Raises:
-        ValueError: with everything that it cannot do.
+        ValueError: with everything that it does not support.
     """
     wrong = problems(config, ctx.world, ctx.precision)
     if wrong:

@@ -1,4 +1,4 @@
-"""`inlaid new`: looks at clips and writes a commented recipe that fits them."""
+"""`inlaid new`: write a commented recipe with settings that fit a folder of clips."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from inlaid import config, data, families, media, mediums
 from inlaid.families import Family, Grid
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
-"""Ratios that clips of mixed shapes are sorted into."""
+"""Aspect ratios offered as buckets for clips of mixed shapes."""
 
 TEMPLATE = """\
 # Made by `inlaid new {family} {clips}` from {found}.
-# Next: inlaid check {name}     what is there, what is wrong, what it will cost
-#       inlaid train {name}     run it again to go on where it stopped
-# Every key: docs/reference/config.md. Any value can be changed on the command line: optim.lr=2e-4
+# Next: inlaid check {name}     report clips, problems, memory and time
+#       inlaid train {name}     train; run the same command again to resume
+# All keys: docs/reference/config.md. Override any key on the command line: optim.lr=2e-4
 
-run: {run}  # everything is written here
+run: {run}  # folder of all output
 
 model:
   family: {family}
@@ -28,11 +28,11 @@ data:
   sources: {clips}
   size: [{size[0]}, {size[1]}]  # height, width: multiples of {grid.spatial}
 {aspects}  frames: {frames}  # {grid.temporal}n+{grid.offset} each, at {fps:g} frames per second
-{windows}{held_out}  caption_dropout: 0.05  # now and then the empty caption, so that guidance keeps working
-  # trigger: zorble  # a rare word put before every caption, to call the subject by
+{windows}{held_out}  caption_dropout: 0.05  # share of empty captions, for classifier-free guidance
+  # trigger: zorble  # rare word added to every caption; use it in prompts to get the subject
 
 {alpha}tuner:
-  kind: lora  # or dora (slower, often better), or full
+  kind: lora  # or dora (slower, often better) or full
   rank: 32
 
 optim:
@@ -40,7 +40,7 @@ optim:
   warmup: 20
 
 train:
-  steps: {steps}  # about {epochs} times each clip
+  steps: {steps}  # each clip is used about {epochs} times
   save_every: {every}
   validate_every: {every}
 
@@ -49,26 +49,26 @@ sample:
 
 TRANSPARENT = """\
 # alpha:
-#   kind: joint  # or merged: {} files have alpha or are mattes; opaque runs put them on white, or aside
+#   kind: joint  # or merged; {} files have alpha or are alpha mattes (opaque runs: over white, or left out)
 
 """
 
-PROMPTS = "  prompts:  # drawn during training; compared with the base by `inlaid evaluate`\n"
-PICTURES = "  seed: 42  # without prompts and images, the first clips are drawn from their own\n"
-"""What stands for prompts where each needs an image."""
+PROMPTS = "  prompts:  # generated during training; `inlaid evaluate` compares them with the base model\n"
+PICTURES = "  seed: 42  # without prompts and images, samples use captions and images of the first clips\n"
+"""Replacement for `prompts` in families that need an image per prompt."""
 
 
 def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> Path:
-    """Writes a recipe.
+    """Write a recipe.
 
     Args:
         family: name of a model family.
         clips: folder or manifest.
-        out: where to. Default: the name of `clips` + `.yaml` in the current folder.
-        checkpoint: Hub id or folder. Default: the family's first published one.
+        out: path of the recipe. Default: the name of `clips` + `.yaml` in the current folder.
+        checkpoint: Hub id or folder. Default: the family's first published checkpoint.
 
     Raises:
-        ValueError: when there are no readable clips, or the recipe exists already.
+        ValueError: if there are no readable clips, or if the recipe already exists.
     """
     kind = families.get(family)
     name = checkpoint or next(iter(kind.published))
@@ -91,18 +91,18 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
         )
     path = out or Path(f"{clips.stem or 'clips'}.yaml")
     if path.exists():
-        raise ValueError(f"{path} exists; name another with --out")
+        raise ValueError(f"{path}: already exists: pass another path with --out")
     size = _size(model, probes)
     ratios = _aspects(probes, size)
     frames = _frames(probes, model)
     windows = min(8, max(media.available(p, model.fps) // max(frames) for p in probes))
     captions = list(dict.fromkeys(c.caption for c in plan.clips if c.caption))[:2] or [
-        "describe what you want to see"
+        "describe the video to generate"
     ]
     steps = max(200, min(4000, 100 * len(probes)))
     others = [c for c in kind.published if c != name]
     clear = len({p.name for p in plan.problems if p.code in ("transparent", "matte")})
-    expert = "\n  expert: high  # or low: each is trained on its own; train both" if experts else ""
+    expert = "\n  expert: high  # or low; train both, in separate runs" if experts else ""
     text = TEMPLATE.format(
         family=family,
         clips=_plain(str(clips)),
@@ -113,13 +113,13 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
         choices=expert + ("".join(f"\n  # or {c}" for c in others) if name in kind.published else ""),
         size=size,
         grid=model.grid,
-        aspects=f"  aspects: {ratios}  # each clip goes to the nearest\n" if ratios else "",
+        aspects=f"  aspects: {ratios}  # each clip uses the nearest ratio\n" if ratios else "",
         frames=frames,
         fps=model.fps,
-        windows=f"  max_windows: {windows}  # long clips are seen at up to so many places\n"
+        windows=f"  max_windows: {windows}  # maximum number of windows per long clip\n"
         if windows > 1
         else "",
-        held_out="" if len(probes) > 4 else "  held_out: 0  # too few clips to keep one apart\n",
+        held_out="" if len(probes) > 4 else "  held_out: 0  # too few clips for a validation set\n",
         steps=steps,
         epochs=round(steps / len(probes)),
         every=max(50, steps // 8),
@@ -134,11 +134,11 @@ def new(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> P
 
 SCENES = """\
 # Made by `inlaid new {family} {clips}` from {found}.
-# Next: inlaid check {name}     what is there, what is wrong, what it will cost
-#       inlaid train {name}     run it again to go on where it stopped
-# Every key: docs/reference/config.md. Any value can be changed on the command line: optim.lr=2e-4
+# Next: inlaid check {name}     report clips, problems, memory and time
+#       inlaid train {name}     train; run the same command again to resume
+# All keys: docs/reference/config.md. Override any key on the command line: optim.lr=2e-4
 
-run: {run}  # everything is written here
+run: {run}  # folder of all output
 
 model:
   family: {family}
@@ -148,7 +148,7 @@ data:
   sources: {clips}
 {held_out}
 tuner:
-  kind: lora  # or dora (slower, often better), or full
+  kind: lora  # or dora (slower, often better) or full
   rank: 16
 
 optim:
@@ -156,20 +156,20 @@ optim:
   warmup: 20
 
 train:
-  steps: {steps}  # about {epochs} times each scene
+  steps: {steps}  # each scene is used about {epochs} times
   save_every: {every}
   validate_every: {every}
 
 sample:
-  every: {sampled}  # held-out and other scenes, drawn from their own pictures
+  every: {sampled}  # generates validation and training scenes from their input images
 """
 
 
 def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str) -> Path:
-    """Writes a recipe for scenes.
+    """Write a recipe for scenes.
 
     Raises:
-        ValueError: when there are no scenes that can be read, or the recipe exists already.
+        ValueError: if there are no readable scenes, or if the recipe already exists.
     """
     raw = {"run": "unused", "model": {"family": family, "checkpoint": name}, "data": {"sources": str(folder)}}
     settings = config.build(raw)
@@ -178,7 +178,7 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
     if not count:
         raise ValueError("\n".join(data.describe(plan.problems, len(plan.clips), noun=plan.noun)))
     if path.exists():
-        raise ValueError(f"{path} exists; name another with --out")
+        raise ValueError(f"{path}: already exists: pass another path with --out")
     steps = max(200, min(4000, 50 * count))
     others = [c for c in kind.published if c != name]
     text = SCENES.format(
@@ -189,7 +189,7 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
         found=f"{count} scenes in {plan.sources[0].layout} layout",
         checkpoint=name,
         choices="".join(f"\n  # or {c}" for c in others) if name in kind.published else "",
-        held_out="" if count > 4 else "  held_out: 0  # too few scenes to keep one apart\n",
+        held_out="" if count > 4 else "  held_out: 0  # too few scenes for a validation set\n",
         steps=steps,
         epochs=round(steps / count),
         every=max(50, steps // 8),
@@ -201,7 +201,7 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
 
 
 def _aligned(text: str) -> str:
-    """Comments behind values, one under the other."""
+    """Align the trailing comments of a YAML text."""
     lines = []
     for line in text.splitlines():
         value, mark, comment = line.partition("  # ")
@@ -210,7 +210,7 @@ def _aligned(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A path as YAML: bare where it can be."""
+    """Return a path as a YAML scalar, quoted only if necessary."""
     return text if re.fullmatch(r"[\w./-]*[A-Za-z/][\w./-]*", text) and text[0] not in "-" else _quoted(text)
 
 
@@ -219,7 +219,7 @@ def _quoted(text: str) -> str:
 
 
 def _size(model: Family, probes: list[media.Probe]) -> tuple[int, int]:
-    """The family's size, or 704p for checkpoints with a larger grid; portrait or smaller where most are."""
+    """Return the family's size (704p for a grid above 16), adapted to small or portrait clips."""
     height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
     typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]
     scale = min(1.0, math.sqrt(typical / (height * width)))
@@ -232,7 +232,7 @@ def _size(model: Family, probes: list[media.Probe]) -> tuple[int, int]:
 
 
 def _aspects(probes: list[media.Probe], size: tuple[int, int]) -> list[str]:
-    """No ratios where one size suits nearly all clips, else the standard ones that are there."""
+    """Return the standard aspect ratios that occur, or none if one size fits nearly all clips."""
 
     def off(probe: media.Probe, ratio: float) -> float:
         return abs(math.log(probe.width / probe.height / ratio))
@@ -245,12 +245,12 @@ def _aspects(probes: list[media.Probe], size: tuple[int, int]) -> list[str]:
 
 
 def _frames(probes: list[media.Probe], model: Family) -> list[int]:
-    """The family's length, and for shorter clips the longest that they fill, so that none is left out."""
+    """Return the family's frame count, and up to three smaller counts for shorter clips."""
     grid: Grid = model.grid
     longest = grid.snap_frames(max(model.defaults["data"]["frames"]))
     fills = {min(longest, grid.snap_frames(media.available(p, model.fps))) for p in probes}
     ordered = sorted(n for n in fills if n)
-    while len(ordered) > 4:  # the shortest and longest stay, the closest neighbours go
+    while len(ordered) > 4:  # keep shortest and longest, remove one of the two closest neighbors
         gaps = [ordered[i + 1] / ordered[i] for i in range(len(ordered) - 1)]
         ordered.pop(max(1, gaps.index(min(gaps))))
     return ordered

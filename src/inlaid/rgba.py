@@ -1,6 +1,6 @@
-"""Transparent video: reading, measuring, mending, compositing, and files that were read back.
+"""Transparent video: reading, measuring, cleanup, compositing, and writing with verification.
 
-Pixels at rest are straight RGBA, uint8 (t, h, w, 4). Inside, values are float32 in [0, 1].
+Pixels at rest are straight RGBA, uint8 (t, h, w, 4). Computations use float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from inlaid import config, media
 from inlaid.files import atomic
 
 SEEN = 64
-"""Alpha above which a pixel's colour can be judged."""
+"""Alpha above which the color of a pixel is compared."""
 
 NEAR = 4
-"""Pixels around what is visible in which nearly clear ones belong to a soft edge."""
+"""Distance in pixels from visible pixels within which nearly transparent ones belong to a soft edge."""
 
 ALPHA_EPS = 2 / 255
-"""Alpha below this counts as clear: lossy files leave more than 0 in empty regions."""
+"""Alpha up to which a pixel counts as transparent: lossy files leave small values in empty regions."""
 
 # --- straight and premultiplied -----------------------------------------------------------------------------
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [0, 1]."""
+    """Convert uint8 to float32 in [0, 1]."""
     return pixels.astype(np.float32) / 255
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Float in [0, 1] -> uint8."""
+    """Convert float in [0, 1] to uint8."""
     return (values * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def premultiply(rgba: np.ndarray) -> np.ndarray:
-    """Straight float (..., 4) -> colour times alpha."""
+    """Multiply the color of straight float RGBA (..., 4) by its alpha."""
     return np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
 
 
 def unpremultiply(rgba: np.ndarray, under: np.ndarray | None = None) -> np.ndarray:
-    """Premultiplied float (..., 4) -> straight; where alpha is 0 the colour of `under`, or black.
+    """Convert premultiplied float RGBA (..., 4) to straight; at alpha 0, color is that of `under`, or black.
 
-    8-bit premultiplied colour has few digits left at low alpha; what was lost cannot come back.
+    8-bit premultiplied color has low precision at low alpha; the lost precision cannot be restored.
     """
     alpha = rgba[..., 3:]
     there = alpha > 1e-4
@@ -61,17 +61,17 @@ def unpremultiply(rgba: np.ndarray, under: np.ndarray | None = None) -> np.ndarr
 def resize(
     rgba: np.ndarray, size: tuple[int, int], *, sar: float = 1.0, premultiplied: bool = False
 ) -> np.ndarray:
-    """Scales uint8 (t, h, w, 4) to cover `size` and crops the middle; the result is straight.
+    """Scale uint8 (t, h, w, 4) to cover `size` and center-crop it; the result is straight.
 
-    Colour is weighted with alpha, so that none from behind transparent pixels gets into edges. The filter is
-    bicubic with its overshoot cut off, which neither fills empty regions nor makes holes. Under alpha 0
-    colour is scaled for itself.
+    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. The filter
+    is bicubic with clipped overshoot, which neither fills empty regions nor makes holes. At alpha 0, color is
+    scaled without weights.
 
     Args:
-        rgba: straight, or premultiplied where it says so.
+        rgba: straight, or premultiplied with `premultiplied`.
         size: height and width.
-        sar: a pixel's width by its height.
-        premultiplied: colour was multiplied with alpha already; it is divided after scaling, as float.
+        sar: pixel aspect ratio, width / height.
+        premultiplied: `rgba` is premultiplied; it is converted to straight after scaling, in float.
     """
     height, width = rgba.shape[1:3]
     if (height, width) == tuple(size) and sar == 1:
@@ -98,7 +98,7 @@ def resize(
 
 
 def mend(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
-    """What a recipe wants done with straight uint8 (t, h, w, 4) once it has its final size."""
+    """Apply the cleanup of `data.matte` to straight uint8 (t, h, w, 4) at its final size."""
     if how.snap:
         rgba = np.concatenate([rgba[..., :3], snap(rgba[..., 3:], how.snap / 255)], -1)
     if how.decontaminate:
@@ -107,14 +107,14 @@ def mend(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
     return behind[how.background](rgba)
 
 
-# --- mending ------------------------------------------------------------------------------------------------
+# --- cleanup ------------------------------------------------------------------------------------------------
 
 
 def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Extends colour (h, w, 3) from where weight (h, w, 1) is 1 to everywhere else, smoothly.
+    """Extrapolate color (h, w, 3) smoothly from pixels of weight (h, w, 1) 1 to all others.
 
-    Push and pull over a pyramid: averages weighted by `weight` on the way down, their blend on the way up.
-    Kept exactly where weight is 1.
+    Push-pull on a pyramid: averages weighted by `weight` on the way down, blended on the way up. Pixels of
+    weight 1 do not change.
     """
     h, w = weight.shape[:2]
     if min(h, w) <= 1 or weight.min() >= 1:
@@ -135,7 +135,7 @@ def _enlarge(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _each(rgba: np.ndarray, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Changes the colour of every frame: `change` takes colour and alpha as floats."""
+    """Apply `change` to the color of every frame; it takes color and alpha as floats."""
     frames = (to_float(frame) for frame in rgba)
     return np.stack(
         [to_uint8(np.concatenate([change(f[..., :3], f[..., 3:]), f[..., 3:]], -1)) for f in frames]
@@ -143,11 +143,11 @@ def _each(rgba: np.ndarray, change: Callable[[np.ndarray, np.ndarray], np.ndarra
 
 
 def decontaminate(rgba: np.ndarray, opaque: float = 0.95) -> np.ndarray:
-    """Takes the old background's colour out of soft edges: pure foreground colour grows outward over them.
+    """Remove the background color from soft edges, by extrapolating the color of opaque pixels over them.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).
-        opaque: alpha above which colour is pure. A frame without any is left as it is.
+        opaque: alpha from which a pixel counts as opaque. A frame without such pixels is unchanged.
     """
 
     def change(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -158,7 +158,7 @@ def decontaminate(rgba: np.ndarray, opaque: float = 0.95) -> np.ndarray:
 
 
 def grow(rgba: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Puts the colour of visible pixels under invisible ones, so that nothing foreign is behind an edge."""
+    """Extrapolate the color of visible pixels under transparent ones, so that edges have no foreign color."""
 
     def change(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         seen = (alpha > eps).astype(np.float32)
@@ -168,11 +168,11 @@ def grow(rgba: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
 
 
 def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
-    """Puts a soft field of the foreground's colours behind the matte; what is visible stays as it is.
+    """Fill transparent pixels with a blur of the foreground colors; visible pixels do not change.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).
-        radius: of the Gaussian blur, in pixels.
+        radius: radius of the Gaussian blur in pixels.
     """
     from PIL import ImageFilter
 
@@ -185,13 +185,13 @@ def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
 
 
 def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Alpha (uint8) within eps of clear or opaque becomes just that."""
+    """Set alpha (uint8) within `eps` of 0 or 1 to exactly 0 or 255."""
     level = round(255 * eps)
     return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
 
 
 def binarise(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Alpha (uint8) as 255 where it is more than eps and 0 elsewhere, as a hard render has it."""
+    """Return alpha (uint8) as 255 where it is above `eps` and 0 elsewhere, as in a hard render."""
     return np.where(alpha > round(255 * eps), 255, 0).astype(np.uint8)
 
 
@@ -199,7 +199,7 @@ def binarise(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
 
 
 def checkerboard(height: int, width: int, cell: int = 16) -> np.ndarray:
-    """The usual sign for transparency: uint8 (h, w, 3)."""
+    """Return a checkerboard, the usual background of transparency: uint8 (h, w, 3)."""
     y, x = np.mgrid[:height, :width] // cell
     return np.where(((x + y) % 2)[..., None], 255, 204).astype(np.uint8).repeat(3, -1)
 
@@ -207,15 +207,15 @@ def checkerboard(height: int, width: int, cell: int = 16) -> np.ndarray:
 def composite(
     rgba: np.ndarray, background: np.ndarray, *, premultiplied: bool = False, linear: bool = False
 ) -> np.ndarray:
-    """Puts a foreground over a background: uint8 (t, h, w, 3).
+    """Composite a foreground over a background: uint8 (t, h, w, 3).
 
-    com = rgb a + (1 - a) background for straight colour, com = rgb + (1 - a) background for premultiplied.
+    com = rgb a + (1 - a) background for straight color, com = rgb + (1 - a) background for premultiplied.
 
     Args:
         rgba: uint8 (t, h, w, 4).
-        background: uint8, a colour (3,), an image (h, w, 3) or a video (t, h, w, 3).
-        premultiplied: colour was multiplied with alpha already.
-        linear: mix light (sRGB decoded) instead of code values, as physically right; most tools do not.
+        background: uint8, a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
+        premultiplied: `rgba` is premultiplied.
+        linear: mix linear light (decoded sRGB) instead of code values; physically correct, but uncommon.
     """
     out = []
     for i, frame in enumerate(rgba):
@@ -232,7 +232,7 @@ def composite(
 
 
 def shown(rgba: np.ndarray) -> np.ndarray:
-    """What a person is shown of straight uint8 (t, h, w, 4): over a checkerboard, with its matte below.
+    """Return the preview of straight uint8 (t, h, w, 4): over a checkerboard, with its alpha below.
 
     Returns:
         uint8 (t, 2 h, w, 3).
@@ -251,24 +251,24 @@ def composite_file(
     linear: bool = False,
     fps: float | None = None,
 ) -> Path:
-    """Puts a transparent file over a colour, an image or a video, and writes mp4.
+    """Composite a transparent file over a color, an image or a video, and write an mp4.
 
     Args:
-        foreground: whatever `read` reads.
-        background: `#rrggbb` or a colour's name, `checkerboard`, or a file; it is scaled to cover.
+        foreground: any file that `read` supports.
+        background: `#rrggbb`, a color name, `checkerboard`, or a file, which is scaled to cover.
         out: ends in `.mp4`.
         premultiplied: as in `composite`.
         linear: as in `composite`.
-        fps: frames per second. Default: the foreground's, or 16 where it has no clock.
+        fps: frames per second. Default: that of the foreground, or 16 if it has none.
 
     Raises:
-        ValueError: naming what cannot be read, has no transparency, or is no background.
+        ValueError: a file cannot be read, the foreground is opaque, or the background is invalid.
     """
     if fps is not None and not fps > 0:
-        raise ValueError(f"--fps: {fps:g} is no frame rate; leave it out for the foreground's own")
+        raise ValueError(f"--fps: {fps:g} is not positive; omit it to use the foreground's frame rate")
     pixels = read(foreground)
     if measure(pixels).lowest == 255:
-        raise ValueError(f"{foreground}: is opaque everywhere, there is nothing to see through")
+        raise ValueError(f"{foreground}: is fully opaque; composite needs a file with transparency")
     height, width = (n // 2 * 2 for n in pixels.shape[1:3])  # H.264 needs even sizes
     pixels = pixels[:, :height, :width]
     rate = fps or _rate(foreground)
@@ -280,8 +280,8 @@ def composite_file(
         there = media.available(media.probe(path), rate)
         if there < frames:
             raise ValueError(
-                f"{path}: has {there} frames at {rate:g} fps and {foreground} has {frames}: put it over a "
-                "longer video, an image or a colour"
+                f"{path}: has {there} frames at {rate:g} fps, but {foreground} has {frames}: use a longer "
+                "video, an image or a color"
             )
         behind = media.read(path, 0.0, frames, rate, (height, width))
         behind = behind[0] if frames == 1 else behind
@@ -292,7 +292,7 @@ def composite_file(
             behind = np.array(ImageColor.getrgb(background)[:3], np.uint8)
         except ValueError:
             raise ValueError(
-                f"`{background}` is neither a file nor a colour such as #20a040, red or checkerboard"
+                f"`{background}` is neither a file nor a color such as #20a040, red or checkerboard"
             ) from None
     video = composite(pixels, behind, premultiplied=premultiplied, linear=linear)
     media.write_video(out, video, rate)
@@ -300,7 +300,7 @@ def composite_file(
 
 
 def _rate(path: Path) -> float:
-    """A file's frame rate; 16 for stills and folders, which have no clock."""
+    """Return the frame rate of a file; 16 for still images and folders, which have none."""
     if path.is_dir() or path.suffix.lower() == ".zip":
         return 16.0
     if path.suffix.lower() in (".png", ".webp"):
@@ -308,14 +308,14 @@ def _rate(path: Path) -> float:
             n, total = getattr(image, "n_frames", 1), 0.0
             for i in range(n):
                 image.seek(i)
-                image.load()  # only then is its duration known
+                image.load()  # sets its duration
                 total += image.info.get("duration", 0)
         return 1000 * n / total if total else 16.0
     return float(media.probe(path).fps or 16)
 
 
 def _decode(value: np.ndarray) -> np.ndarray:
-    """SRGB code values -> light (IEC 61966-2-1)."""
+    """Convert sRGB code values to linear light (IEC 61966-2-1)."""
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
@@ -328,40 +328,40 @@ def _encode(light: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alpha:
-    """What the transparency of a clip is like; shares are of all pixels, in [0, 1]."""
+    """Alpha statistics of a clip; shares are of all pixels, in [0, 1], unless stated otherwise."""
 
     coverage: float
     """Mean alpha."""
     soft: float
-    """Share between clear and opaque."""
+    """Share of pixels between transparent and opaque."""
     residue: float
-    """Share that is nearly clear and not beside anything visible: what lossy coding leaves."""
+    """Share of nearly transparent pixels away from visible ones: residue of lossy coding."""
     lowest: int
     highest: int
     colored: float
-    """Of the clear pixels, the share that has a colour."""
+    """Share of the transparent pixels whose color is not black."""
     premultiplied: bool
-    """A guess: no soft pixel is brighter than its alpha, and clear ones are black."""
+    """Estimate: no soft pixel is brighter than its alpha, and transparent pixels are black."""
     inverted: bool
-    """A guess: the frame's rim is opaque and its inside is not."""
+    """Estimate: the border of the frame is opaque and its middle is not."""
     limited: bool
-    """A guess: no value outside 14 to 237, as when limited range was read as full."""
+    """Estimate: no value outside 14 to 237, as if limited range was read as full range."""
 
     @property
     def looks(self) -> str:
-        """The guesses in words: `straight`, or `premultiplied, inverted`."""
+        """Estimates in words: `straight`, or `premultiplied, inverted`."""
         guesses = {"inverted": self.inverted, "limited range": self.limited}
         first = "premultiplied" if self.premultiplied else "straight"
         return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
 
     @property
     def constant(self) -> bool:
-        """Whether there is no transparency at all, or nothing but."""
+        """True if alpha has one value everywhere."""
         return self.lowest == self.highest
 
 
 def widened(mask: np.ndarray, by: int) -> np.ndarray:
-    """A mask (t, h, w) with all that is up to `by` pixels beside it, in a square."""
+    """Dilate a mask (t, h, w) by a square of `by` pixels to each side."""
     for axis in (1, 2):
         wide = mask.copy()
         for step in range(1, by + 1):
@@ -376,7 +376,7 @@ def widened(mask: np.ndarray, by: int) -> np.ndarray:
 
 
 def measure(rgba: np.ndarray, eps: float = ALPHA_EPS) -> Alpha:
-    """Measures straight or premultiplied uint8 (t, h, w, 4)."""
+    """Measure the alpha of straight or premultiplied uint8 (t, h, w, 4)."""
     alpha, color = rgba[..., 3], rgba[..., :3]
     low, high = 255 * eps, 255 * (1 - eps)
     clear, soft = alpha == 0, (alpha > low) & (alpha < high)
@@ -405,28 +405,28 @@ def measure(rgba: np.ndarray, eps: float = ALPHA_EPS) -> Alpha:
 # --- files --------------------------------------------------------------------------------------------------
 
 CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Suffixes of files that carry alpha, and how far it may be off on the average (0-255) when read back."""
+"""Suffixes of files with alpha, and the maximum mean error (0-255) of alpha read back."""
 
 COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""The same for the colour of visible pixels; VP9 has a quarter of it, which noise does not survive."""
+"""Maximum mean error (0-255) of the color of visible pixels; VP9 subsamples color, which loses noise."""
 
 SUFFIXES = {"png": ".zip", **{name: f".{name}" for name in config.CARRIERS if name != "png"}}
-"""Of the files that `sample.transparent` names."""
+"""Suffixes of the formats of `sample.transparent`."""
 
 
 def write(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
-    """Writes straight RGBA, reads it back and compares; atomic.
+    """Write straight RGBA, read it back and compare; atomic.
 
     `.mov` is ProRes 4444, `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, `.mkv` FFV1; the last
-    three are exact.
+    three are lossless.
 
     Args:
-        path: its suffix decides.
+        path: output file; its suffix selects the format.
         rgba: uint8 (t, h, w, 4).
         fps: frames per second.
 
     Raises:
-        ValueError: when the container cannot carry alpha, or what was read back is not what was written.
+        ValueError: the format cannot carry alpha, or the file read back differs from the input.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -443,7 +443,7 @@ def write(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
             _write_video(part, rgba, Fraction(fps).limit_denominator(1001), suffix)
         there = read(part, suffix)
         if there.shape != rgba.shape:
-            raise ValueError(f"{path}: {rgba.shape} was written and {there.shape} read back")
+            raise ValueError(f"{path}: {rgba.shape} was written, but {there.shape} read back")
         off = np.abs(there.astype(np.int16) - rgba)
         seen = rgba[..., 3] > SEEN
         color = float(off[..., :3][seen].mean()) if seen.any() else 0.0
@@ -453,8 +453,8 @@ def write(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
         ):
             if found > most:
                 raise ValueError(
-                    f"{path}: {what} read back is {found:.2f} of 255 off on the average, more than "
-                    f"{most:g}: this build of FFmpeg writes it wrongly; use .zip"
+                    f"{path}: {what} read back has a mean error of {found:.2f} of 255, more than {most:g}: "
+                    "this FFmpeg build writes the format incorrectly; use .zip"
                 )
     return path
 
@@ -506,16 +506,16 @@ def _write_zip(path: Path, rgba: np.ndarray) -> None:
 
 
 def read(path: str | Path, suffix: str | None = None) -> np.ndarray:
-    """Every frame of a transparent file or a folder of PNGs: straight uint8 (t, h, w, 4).
+    """Read every frame of a transparent file or a folder of PNGs: straight uint8 (t, h, w, 4).
 
-    VP8 and VP9 go through libvpx, because FFmpeg's own decoders drop alpha without a word.
+    VP8 and VP9 are decoded with libvpx, because FFmpeg's native decoders silently drop alpha.
 
     Args:
-        path: video, animated or still image, `.zip` of PNGs, or a folder of images in natural order.
-        suffix: in place of the path's own.
+        path: video, animated or still image, `.zip` of PNGs, or a folder of PNGs; images in natural order.
+        suffix: overrides the suffix of the path.
 
     Raises:
-        MediaError: (a ValueError) naming the file, when it cannot be read or its images differ in size.
+        MediaError: (a ValueError) with the path: the file cannot be read, or its images differ in size.
     """
     path = Path(path)
     suffix = (suffix or path.suffix).lower()
@@ -529,15 +529,15 @@ def read(path: str | Path, suffix: str | None = None) -> np.ndarray:
     else:
         frames = [frame.to_ndarray(format="rgba") for frame in media.decode(path)]
     if not frames:
-        raise media.MediaError(path, "holds no frames")
+        raise media.MediaError(path, "has no frames")
     sizes = sorted({f.shape[:2] for f in frames})
     if len(sizes) > 1:
-        raise media.MediaError(path, f"its images differ in size ({sizes[0]} and {sizes[1]})")
+        raise media.MediaError(path, f"its images differ in size ({sizes[0]} and {sizes[1]}); resize them")
     return np.stack(frames)
 
 
 def natural(path: Path) -> list[Any]:
-    """A key that sorts names as people count: f9 before f10."""
+    """Return a natural sort key of a file name: f9 before f10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
@@ -553,7 +553,7 @@ def _zipped(path: Path) -> Iterator[np.ndarray]:
 
 
 def _animated(path: Path) -> Iterator[np.ndarray]:
-    """Frames of a still or animated PNG or WebP; FFmpeg does not read animated WebP."""
+    """Yield the frames of a still or animated PNG or WebP; FFmpeg does not read animated WebP."""
     try:
         with Image.open(path) as image:
             for i in range(getattr(image, "n_frames", 1)):

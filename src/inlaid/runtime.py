@@ -1,4 +1,4 @@
-"""Where a run happens and what it leaves: devices, processes, optimizer, run folder, checkpoints, meters."""
+"""Runtime of a run: devices, processes, optimizer, run folder, checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from inlaid.files import atomic, sha256
 
 @dataclass(frozen=True)
 class Devices:
-    """What this machine offers; a value, so that a laptop can test what a cluster would answer."""
+    """Devices of a machine, as a value so that tests can describe any machine."""
 
     cuda: int = 0
     cuda_bfloat16: bool = False
@@ -43,7 +43,7 @@ class Devices:
 
     @classmethod
     def here(cls) -> Devices:
-        """Looks at this machine."""
+        """Detect the devices of this machine."""
         cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return cls(
             cuda,
@@ -54,7 +54,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe becomes on a machine, with a sentence for everything that was replaced."""
+    """Resolved device, precision and optimizer of a recipe, with a note for every replaced setting."""
 
     device: str
     precision: torch.dtype
@@ -63,17 +63,17 @@ class Plan:
 
 
 def resolve(config: recipe.Config, devices: Devices) -> Plan:
-    """Chooses device, precision and optimizer.
+    """Choose device, precision and optimizer.
 
     Raises:
-        ValueError: when the recipe names a device that is not there.
+        ValueError: when the recipe names a device that this machine does not have.
     """
     wanted, notes = config.runtime.device, []
     there = {"cuda": devices.cuda > 0, "mps": devices.mps, "cpu": True}
     if wanted != "auto" and not there[wanted]:
         have = ", ".join(k for k, v in there.items() if v)
         raise ValueError(
-            f"runtime.device: no `{wanted}` on this machine (there is: {have}); use `auto` or one of these"
+            f"runtime.device: no `{wanted}` on this machine (available: {have}); use `auto` or one of these"
         )
     device = next(k for k, v in there.items() if v) if wanted == "auto" else wanted
     precision = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.runtime.precision)
@@ -81,12 +81,12 @@ def resolve(config: recipe.Config, devices: Devices) -> Plan:
         precision = torch.bfloat16 if device == "cuda" else torch.float32
     if precision is torch.bfloat16 and device == "cuda" and not devices.cuda_bfloat16:
         precision = torch.float32
-        notes.append("this GPU has no bfloat16: computing in float32 (twice the memory for the base)")
+        notes.append("this GPU has no bfloat16: using float32 (twice the memory for the base model)")
     optimizer = config.optim.name
     if optimizer in ("adamw8bit", "adamw4bit") and device == "mps":
         notes.append(
-            f"{optimizer} does not run on Apple MPS: using adamw (same up to rounding, "
-            f"{'four' if optimizer == 'adamw8bit' else 'eight'} times the state)"
+            f"{optimizer} does not run on Apple MPS: using adamw (same result up to rounding, "
+            f"{'four' if optimizer == 'adamw8bit' else 'eight'} times the optimizer state)"
         )
         optimizer = "adamw"
     return Plan(device, precision, optimizer, tuple(notes))
@@ -94,7 +94,7 @@ def resolve(config: recipe.Config, devices: Devices) -> Plan:
 
 @dataclass
 class Context:
-    """The device and place of this process among the others."""
+    """Device, precision and rank of this process."""
 
     device: torch.device
     precision: torch.dtype
@@ -105,22 +105,22 @@ class Context:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Wait for all processes."""
         if self.world > 1:
             dist.barrier()
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum of a tensor over processes."""
+        """Return the sum of a tensor over all processes; changes it in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """One picklable value of each process, in order."""
+        """Return one picklable value per process, ordered by rank."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
@@ -129,21 +129,22 @@ class Context:
 
 
 PATIENCE = timedelta(hours=4)
-"""How long processes wait for one that encodes, draws or saves; ten minutes, the default, are too short."""
+"""Timeout of collective operations; the default of 10 minutes is too short while one process encodes, samples
+or saves."""
 
 
 @contextmanager
 def start(config: recipe.Config) -> Iterator[Context]:
-    """Joins the processes that `torchrun` or `accelerate launch` started, and leaves them at the end.
+    """Join the processes started by `torchrun` or `accelerate launch`, and leave the group at the end.
 
     Raises:
-        ValueError: when the recipe expects another number of processes, or a device that is not there.
+        ValueError: when the recipe requires another number of processes or a missing device.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     plan = resolve(config, Devices.here())
     if config.runtime.world_size not in (None, world):
         raise ValueError(
-            f"runtime.world_size: the recipe is meant for {config.runtime.world_size} process(es), "
+            f"runtime.world_size: the recipe requires {config.runtime.world_size} process(es), "
             f"this launch has {world}; start it with "
             f"`torchrun --nproc-per-node {config.runtime.world_size} -m inlaid train RECIPE`"
         )
@@ -161,7 +162,7 @@ def start(config: recipe.Config) -> Iterator[Context]:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; a second one stops at once."""
+    """Handle the first Ctrl-C or SIGTERM as a request to stop after this step; the second stops at once."""
 
     def __init__(self) -> None:
         self.wanted = False
@@ -171,7 +172,7 @@ class Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._old[number] = signal.signal(number, self._handle)
-            except ValueError:  # not in the main thread: whoever runs us handles signals
+            except ValueError:  # not in the main thread: the caller handles signals
                 break
         return self
 
@@ -183,7 +184,7 @@ class Interrupt:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
-        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
+        print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
 
 
 # --- optimizer --------------------------------------------------------------------------------------------
@@ -201,11 +202,11 @@ PACKAGES = {
     "trackio": ("trackio", "inlaid[trackio]"),
     "wandb": ("wandb", "inlaid[wandb]"),
 }
-"""Module of an optimizer, way to quantise or tracker by its name in recipes, and what to install for it."""
+"""Module and installation name of optimizers, quantization methods and trackers, by their name in recipes."""
 
 
 def package(key: str, name: str) -> Any:
-    """Imports the module of `PACKAGES` that a recipe's `key` names.
+    """Import the module in `PACKAGES` that `key` of a recipe names.
 
     Raises:
         ValueError: when it is not installed.
@@ -222,13 +223,13 @@ def package(key: str, name: str) -> Any:
 def optimizer(
     name: str, section: recipe.Optim, parameters: Sequence[nn.Parameter], *, offload: bool = False
 ) -> torch.optim.Optimizer:
-    """Makes an optimizer by name; one-dimensional weights (norms, biases, DoRA magnitudes) are not decayed.
+    """Create an optimizer by name; one-dimensional weights (norms, biases, DoRA magnitudes) do not decay.
 
     Args:
-        name: of `optim.name`.
-        section: the recipe's.
-        parameters: what trains.
-        offload: keep the state in the computer's memory and step there.
+        name: one of `optim.name`.
+        section: the `optim` section of the recipe.
+        parameters: parameters to train.
+        offload: keep the optimizer state in CPU memory and step there.
 
     Raises:
         ValueError: when its package is not installed.
@@ -257,13 +258,13 @@ def optimizer(
 
 
 def _tensor_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """For torchao, whose compiled step wants rates as tensors: a new number would be a new graph."""
+    """Convert learning rates to tensors: torchao's compiled step would recompile for every new number."""
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
 
 
 def rate(section: recipe.Optim, step: int, steps: int) -> float:
-    """Learning rate of a step (counted from 0), a pure function."""
+    """Return the learning rate of a step (counted from 0); a pure function."""
     if step < section.warmup:
         return section.lr * (step + 1) / section.warmup
     done = (step - section.warmup) / max(1, steps - section.warmup)
@@ -273,7 +274,10 @@ def rate(section: recipe.Optim, step: int, steps: int) -> float:
 
 
 class EMA:
-    """An exponential moving average of trained weights; its decay warms up as (1 + step) / (10 + step)."""
+    """Exponential moving average of the trained weights.
+
+    The decay warms up as (1 + step) / (10 + step).
+    """
 
     def __init__(self, decay: float, weights: Mapping[str, Tensor]) -> None:
         self.decay = decay
@@ -281,7 +285,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Moves the average towards the weights after a step."""
+        """Update the EMA after a step."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.weights.items():
             average.lerp_(weights[name].detach(), 1 - decay)
@@ -289,7 +293,10 @@ class EMA:
 
 @contextmanager
 def swapped(held: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Exchanges the contents of two sets of tensors for a while; where they lie may be known to others."""
+    """Swap the contents of two sets of tensors inside the context, in place.
+
+    In place, because other objects hold references to the tensors.
+    """
 
     @torch.no_grad()
     def exchange(weights: Mapping[str, Tensor]) -> None:
@@ -313,11 +320,11 @@ def swapped(held: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) ->
 
 FREE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clips")
 FREE_TRAIN = ("steps", "save_every", "keep", "log_every", "validate_every", "trackers", "accumulate")
-"""Parts of a recipe that may change when a run goes on; everything else would make it another run."""
+"""Parts of a recipe that may change when a run is resumed; any other change makes it a different run."""
 
 
 def changes(old: recipe.Config, new: recipe.Config) -> list[str]:
-    """Sentences about what differs between a run and the recipe that would continue it, but may not."""
+    """Return messages about differences between a run and the recipe to resume it that are not allowed."""
 
     def flat(config: recipe.Config) -> dict[str, Any]:
         out = {}
@@ -334,7 +341,7 @@ def changes(old: recipe.Config, new: recipe.Config) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for `environment.json`."""
+    """Return package versions and machine for `environment.json`."""
     packages = {}
     for name in (
         "inlaid",
@@ -367,11 +374,11 @@ def environment() -> dict[str, Any]:
 
 
 SUBCLASSES = ("OptimState4bit",)
-"""Tensors of torchao that are several plain ones."""
+"""Tensor subclasses of torchao that consist of several plain tensors."""
 
 
 def pack(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Takes the tensors out of a nested optimizer state, by path; what is left is JSON."""
+    """Move the tensors of a nested optimizer state to `tensors`, keyed by path; the result is JSON."""
     if type(state).__name__ in SUBCLASSES:
         parts, rest = state.__tensor_flatten__()
         kept = {n: pack(getattr(state, n), f"{prefix}.{n}", tensors) for n in parts}
@@ -393,7 +400,7 @@ def pack(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Puts the tensors back."""
+    """Restore a state that `pack` returned."""
     if isinstance(state, dict) and "__tensor__" in state:
         return tensors[state["__tensor__"]]
     if isinstance(state, dict) and "__subclass__" in state:
@@ -409,19 +416,19 @@ def unpack(state: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Writes `trainer.safetensors` and, with the hash of every file of the folder, `state.json`."""
+    """Write `trainer.safetensors`, and `state.json` with the hash of every file of the folder."""
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "trainer.safetensors")
     files = {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     (folder / "state.json").write_text(json.dumps({**values, "files": files}), "utf-8")
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads and verifies a checkpoint.
+    """Read and verify a checkpoint.
 
     Raises:
-        ValueError: when a file is missing, cut off or changed.
+        ValueError: when a file is missing, truncated or changed.
     """
-    out = f"{folder}: this checkpoint is damaged (%s); delete the folder to go on from the one before it"
+    out = f"{folder}: this checkpoint is damaged (%s); delete the folder to resume from the previous one"
     try:
         values = json.loads((folder / "state.json").read_text("utf-8"))
         bad = [
@@ -434,7 +441,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         cause = error.strerror if isinstance(error, OSError) else error
         raise ValueError(out % f"state.json: {cause}") from None
     if bad:
-        raise ValueError(out % f"missing, cut off or changed: {', '.join(bad)}")
+        raise ValueError(out % f"missing, truncated or changed: {', '.join(bad)}")
     try:
         return load_file(folder / "trainer.safetensors"), values
     except (SafetensorError, OSError) as error:
@@ -443,55 +450,55 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: where each thing is."""
+    """Run folder and the paths in it."""
 
     folder: Path
 
     @property
     def adapter(self) -> Path:
-        """What was trained, for other programs: an adapter, or a diffusers transformer."""
+        """Trained weights for other programs: an adapter, or a diffusers transformer (full fine-tuning)."""
         return self.folder / "adapter"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object per line."""
+        """Metrics file, one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     def config(self) -> recipe.Config:
-        """The recipe that the run was started with.
+        """Return the recipe that the run was started with.
 
         Raises:
-            ValueError: when this is no run folder.
+            ValueError: when the folder is not a run folder.
         """
         if not (self.folder / "config.yaml").is_file():
             raise ValueError(
-                f"{self.folder}: not a run folder (it has no config.yaml); `inlaid train` makes one"
+                f"{self.folder}: not a run folder (it has no config.yaml); `inlaid train` creates one"
             )
         return recipe.load(self.folder)
 
     def cache(self, config: recipe.Config) -> Path:
-        """The folder of cached items."""
+        """Return the folder of cached items."""
         return Path(config.data.cache) if config.data.cache else self.folder / "cache"
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         found = [p for p in (self.folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(found, key=lambda p: int(p.name[5:]))
 
     def checkpoint(self, name: str) -> Path:
-        """A checkpoint by name or step.
+        """Return a checkpoint by name or step.
 
         Raises:
-            ValueError: when there is none.
+            ValueError: when it does not exist.
         """
         wanted = [p for p in self.checkpoints() if name in (p.name, p.name[5:], p.name[5:].lstrip("0"))]
         if not wanted:
             have = ", ".join(p.name for p in self.checkpoints()) or "none"
-            raise ValueError(f"{self.folder}: no checkpoint `{name}`; there are: {have}")
+            raise ValueError(f"{self.folder}: no checkpoint `{name}`; available: {have}")
         return wanted[0]
 
     def keep(self, n: int) -> None:
-        """Deletes all but the newest n checkpoints, and what a killed run left half-written."""
+        """Delete all but the newest n checkpoints, and partial files of a killed run."""
         for old in self.checkpoints()[:-n]:
             shutil.rmtree(old)
         for left in (self.folder / "checkpoints").glob(".tmp-*"):
@@ -499,13 +506,13 @@ class Run:
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """A temporary folder that becomes checkpoint `step`."""
+        """Yield a temporary folder that becomes checkpoint `step`."""
         with atomic(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
             folder.mkdir(parents=True)
             yield folder
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops lines after a step, which a resumed run will write again."""
+        """Delete the lines after a step, which a resumed run writes again."""
         if not self.metrics.is_file():
             return
         kept = []
@@ -514,13 +521,13 @@ class Run:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError):
-                continue  # the last line of a killed run
+                continue  # partial line of a killed run
         with atomic(self.metrics) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`, without the one that a killed run may have left half-written."""
+    """Return the lines of `metrics.jsonl`, without a partial last line of a killed run."""
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -530,7 +537,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Meters:
-    """Collects losses on the device and reads them only when asked, so that no step waits for the host."""
+    """Collect losses on the device and read them only on `flush`, so that no step waits for the host."""
 
     run: Run
     ctx: Context
@@ -546,16 +553,16 @@ class Meters:
             self._writers.append(_tracker(name, self.run, dict(self.settings)))
 
     def add(self, step: int, out: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """Remembers the losses (n,) of a micro-batch, which a step gave as `losses` and `loss_NAME`."""
+        """Record the losses (n,) of a micro-batch from a step's output, keys `losses` and `loss_NAME`."""
         kept = {k.replace("losses", "loss"): v for k, v in out.items() if k.startswith(("losses", "loss_"))}
         self._losses.append((step, kept, names))
 
     def norm(self, step: int, value: Tensor) -> None:
-        """Remembers the norm of a step's gradient."""
+        """Record the gradient norm of a step."""
         self._norms.append((step, value))
 
     def check(self) -> None:
-        """Stops when a loss or gradient since the last `flush` was not finite.
+        """Check that all losses and gradients since the last `flush` are finite.
 
         Raises:
             ValueError: naming the step and the clips.
@@ -570,13 +577,13 @@ class Meters:
             first = min(s for s, _ in bad)
             clips = sorted({n for s, n in bad if s == first})
             raise ValueError(
-                f"the loss stopped being finite at step {first} (clips: {', '.join(clips)}); "
-                "checkpoints before it are good. Look at these clips, lower optim.lr, or use "
+                f"the loss stopped being finite at step {first} (clips: {', '.join(clips)}); earlier "
+                "checkpoints are valid. Inspect these clips, lower optim.lr or set "
                 "runtime.precision=float32, and run again"
             )
 
     def flush(self, step: int, **more: float) -> dict[str, float]:
-        """Writes the mean losses since the last call, and other values, as one line and to the trackers."""
+        """Write the mean losses since the last call and `more` to `metrics.jsonl` and the trackers."""
         names = list(self._losses[0][1]) if self._losses else ["loss"]
         sums = torch.zeros(len(names) + 1, device=self.ctx.device)
         if self._losses:
@@ -596,7 +603,7 @@ class Meters:
         return line
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Writes one line to `metrics.jsonl` and the trackers."""
+        """Write one line to `metrics.jsonl` and the trackers."""
         if not self.ctx.main:
             return
         with self.run.metrics.open("a", encoding="utf-8") as file:
@@ -606,12 +613,12 @@ class Meters:
             writer(values, int(line["step"]))
 
     def pause(self) -> None:
-        """Leaves what happened since the last step (saving, sampling) out of the time per step."""
+        """Exclude the time since the last step (saving, sampling) from the time per step."""
         self._since = time.perf_counter()
 
 
 def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
-    """A function (values, step) that sends metrics somewhere.
+    """Return a function (values, step) that sends metrics to a tracker.
 
     Raises:
         ValueError: when its package is not installed.
@@ -629,15 +636,15 @@ def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
     options = {"dir": str(run.folder), "resume": "allow", "id": run.folder.name} if name == "wandb" else {}
     try:
         module.init(project="inlaid", name=run.folder.name, config=settings, **options)
-    except Exception as error:  # no login, no network: each says so in its own way
+    except Exception as error:  # no login, no network: every tracker has its own exceptions
         raise ValueError(
-            f"train.trackers: `{name}` does not start ({error}); log in to it, or leave it out"
+            f"train.trackers: `{name}` does not start ({error}); log in to it, or remove it"
         ) from error
     return lambda values, step: module.log(values, step=step)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on CUDA, else the largest resident size of this process."""
+    """Return the peak memory in bytes: allocated on CUDA, else the resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -646,6 +653,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def header(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
+    """Return the metadata of a safetensors file."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}

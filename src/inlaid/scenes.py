@@ -1,7 +1,7 @@
-"""Scenes on disk: an image, a segmentation and the surface of each object in it; and how meshes become them.
+"""Scenes on disk: an input image, a segmentation, and the surface of each object; import of meshes as scenes.
 
 Three layouts: a folder per scene with `scene_rgb.png`, `seg.png` and `surface_ID.npy` for each object; the
-same with one `surface.npy`, a scene of one object; and 3D-FRONT as MIDI's authors processed it.
+same with a single `surface.npy` for a scene of one object; and 3D-FRONT as processed by MIDI's authors.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     import trimesh
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
-"""Names of the picture of the whole scene, the first that is there; `rgb` is the object alone, on white."""
+"""File names of the input image; the first that exists is used. `rgb` is a single object on white."""
 
 READER = 1
-"""Of `Scene.read`; raised when what it gives changes."""
+"""Version of the output of `Scene.read`; raise it when the output changes."""
 
 SMALL = 0.001
-"""Objects that fill less than this share of the picture are left out."""
+"""Objects that cover at most this share of the input image are left out."""
 
 MOST_DRAWN = 64
-"""Objects that one picture is made into at most; more are soft edges of a picture that is no segmentation."""
+"""Maximum number of objects generated from one input image; more mean that the file is no segmentation."""
 
 MOST = 7
-"""Objects of a scene that are learned at once."""
+"""Maximum number of objects of a scene in one training step."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one scene that a person should know; an error keeps it from training."""
+    """A problem with one scene; a scene with an error is not trained on."""
 
     severity: Literal["error", "warning"]
     name: str
@@ -54,27 +54,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene on disk: which files it is made of."""
+    """Files of one scene."""
 
     name: str
     image: Path
     segmentation: Path
     surfaces: dict[int, Path] = field(hash=False)
-    """By number in the segmentation; 0 stands for all that is not background."""
+    """Surface files by number in the segmentation; key 0 means all objects, in order of number."""
     view: str = ""
     strict: bool = True
-    """Whether every object that is seen must have a surface."""
+    """True if every visible object must have a surface."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All that it is read from."""
+        """All files of the scene."""
         return (self.image, self.segmentation, *self.surfaces.values())
 
     def read(self) -> Sample:
-        """Reads everything.
+        """Read image, segmentation and surfaces.
 
         Raises:
-            MediaError: naming the file and what is wrong with it.
+            MediaError: if a file is invalid; the message names the file and the problem.
         """
         picture, ids = read_image(self.image), mesh.read_ids(self.segmentation)
         if picture.shape[:2] != ids.shape:
@@ -84,7 +84,7 @@ class Scene:
         read = self._surfaces(numbers)
         absent = sorted(set(read) - set(numbers))
         if absent:
-            why = f"does not show object {absent[0]}, whose surface is there; it shows " + (
+            why = f"does not contain object {absent[0]}, which has a surface; it contains " + (
                 ", ".join(map(str, numbers)) or "none"
             )
             raise MediaError(self.segmentation, why, "absent")
@@ -92,41 +92,41 @@ class Scene:
         for number, surface in sorted(read.items()):
             mask = ids == number
             if mask.mean() <= SMALL:
-                why = f"object {number} fills {mask.mean():.2%} of the picture and is left out"
+                why = f"object {number} covers {mask.mean():.2%} of the input image and is left out"
                 notes.append(Note("small", why))
                 continue
             objects.append(Object(number, mask, surface.points))
             notes += [Note(note.code, f"object {number}: {note}") for note in surface.notes]
         if not objects:
-            why = f"no object of {self.name} fills enough of the picture"
+            why = f"every object of {self.name} covers too little of the input image"
             raise MediaError(self.segmentation, why, "hidden")
         spare = [n for n in numbers if n not in read and (ids == n).mean() > SMALL]
         if spare:
             which = f"object{'s' * (len(spare) > 1)} {', '.join(map(str, spare))}"
-            why = f"{which} of the segmentation {'have' if len(spare) > 1 else 'has'} no surface"
+            why = f"{which} in the segmentation {'have' if len(spare) > 1 else 'has'} no surface"
             if self.strict:
-                cure = f"add surface_{spare[0]}.npy, or paint it as background"
+                cure = f"add surface_{spare[0]}.npy, or set its pixels to background"
                 raise MediaError(self.segmentation, f"{why}: {cure}", "no-surface")
             notes.append(Note("bare", why))
         notes += _frame_notes(objects)
         return Sample(self.name, picture, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, mesh.Surface]:
-        """Surfaces by number; a single file stands for all that is seen, in the order of numbers."""
+        """Return surfaces by number; a single file holds all visible objects in order of number."""
         if list(self.surfaces) != [0]:
             out = {}
             for number, path in self.surfaces.items():
                 found = mesh.read_surface(path)
                 if len(found) != 1:
-                    raise MediaError(path, f"holds {len(found)} surfaces for one object", "several")
+                    raise MediaError(path, f"contains {len(found)} surfaces for one object", "several")
                 out[number] = found[0]
             return out
         path = self.surfaces[0]
         found = mesh.read_surface(path)
         if len(found) != len(numbers):
             surfaces = f"one {path.name}" if len(found) == 1 else f"the {len(found)} surfaces of {path.name}"
-            why = f"shows {len(numbers)} objects for {surfaces}"
-            cure = "name the surfaces surface_ID.npy after their numbers in it"
+            why = f"contains {len(numbers)} objects for {surfaces}"
+            cure = "name the files surface_ID.npy, with the object's number in the segmentation as ID"
             raise MediaError(self.segmentation, f"{why}; {cure}", "several")
         return dict(zip(numbers, found, strict=True))
 
@@ -139,12 +139,12 @@ class Object:
     mask: np.ndarray
     """bool (h, w)."""
     surface: np.ndarray
-    """float32 (n, 6), in the scene's frame."""
+    """Points and normals, float32 (n, 6), in the scene's frame."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A scene, read."""
+    """Content of a scene."""
 
     name: str
     image: np.ndarray
@@ -153,28 +153,28 @@ class Sample:
     notes: tuple[Note, ...] = ()
 
     def alone(self, index: int) -> np.ndarray:
-        """The picture of one object: uint8 (h, w, 3), its own pixels, the rest white, not cropped."""
+        """Return the image of one object: uint8 (h, w, 3), all other pixels white, not cropped."""
         return np.where(self.objects[index].mask[..., None], self.image, np.uint8(255))
 
 
 def _frame_notes(objects: Sequence[Object]) -> list[Note]:
-    """Signs that objects were normalised each for itself, not the scene as a whole."""
+    """Return a note if objects appear to be normalized separately instead of as a whole scene."""
     if len(objects) < 2:
         return []
     bounds = np.stack([[o.surface[:, :3].min(0), o.surface[:, :3].max(0)] for o in objects])
-    why = "one transform must serve the whole scene, or the model cannot learn where things stand"
+    why = "use one transform for the whole scene, or the model cannot learn object positions"
     if np.ptp(bounds, axis=1).max(-1).min() > 1.7:
         return [Note("unaligned", f"every object spans the whole box: {why}")]
     if np.abs(bounds.mean(1)).max() < 0.01:
-        return [Note("unaligned", f"every object is centred at the origin: {why}")]
+        return [Note("unaligned", f"every object is centered at the origin: {why}")]
     return []
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A picture over white: uint8 (h, w, 3).
+    """Read an image composited over white: uint8 (h, w, 3).
 
     Raises:
-        MediaError: naming the file.
+        MediaError: if the file cannot be read; the message names the file.
     """
     try:
         with Image.open(path) as image:
@@ -194,7 +194,7 @@ def _size(image: np.ndarray) -> str:
 
 @dataclass
 class Found:
-    """What a folder holds."""
+    """Scenes and problems found in a folder."""
 
     layout: Literal["folders", "3d-front"]
     scenes: list[Scene] = field(default_factory=list)
@@ -202,18 +202,18 @@ class Found:
 
 
 def find(root: Path) -> Found:
-    """Finds the scenes of a folder, in order of their names; what is wrong with one is a finding.
+    """Find the scenes of a folder, in order of names; problems are returned as findings.
 
     Raises:
-        ValueError: when the folder holds none.
+        ValueError: if the folder contains no scenes.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     found = _front(root) if (root / "midi_room_ids.json").is_file() else _folders(root)
     if not found.scenes and not found.findings:
         raise ValueError(
-            f"{root}: holds no scenes; a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy of "
-            "each object"
+            f"{root}: contains no scenes; a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy "
+            "for each object"
         )
     return found
 
@@ -245,16 +245,20 @@ def _folders(root: Path) -> Found:
 
 
 def _front(root: Path) -> Found:
-    """MIDI's own layout: rooms, the furniture of each, rendered views."""
+    """Find scenes in MIDI's layout of 3D-FRONT: rooms, the furniture of each room, rendered views."""
     found = Found("3d-front")
     try:
         rooms, furniture = (
             json.loads((root / f"midi_{n}_ids.json").read_text("utf-8")) for n in ("room", "furniture")
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"{root}: its midi_room_ids.json and midi_furniture_ids.json: {error}") from None
+        raise ValueError(
+            f"{root}: midi_room_ids.json and midi_furniture_ids.json cannot be read: {error}"
+        ) from None
     if len(rooms) != len(furniture):
-        raise ValueError(f"{root}: {len(rooms)} rooms, but furniture of {len(furniture)}")
+        raise ValueError(
+            f"{root}: midi_room_ids.json has {len(rooms)} rooms, midi_furniture_ids.json {len(furniture)}"
+        )
     for room, names in zip(rooms, furniture, strict=True):
         views = sorted((root / "3D-FRONT-RENDER" / room).glob("semantic_*.png"))
         surfaces = {i: root / "3D-FRONT-SURFACE" / room / f"{n}.npy" for i, n in enumerate(names, 1)}
@@ -276,11 +280,11 @@ def _front(root: Path) -> Found:
     return found
 
 
-# --- from meshes --------------------------------------------------------------------------------------------
+# --- import of meshes ---------------------------------------------------------------------------------------
 
 
 def views(count: int, seed: int) -> Iterator[mesh.View]:
-    """Cameras as MIDI was trained with: all round, 0 to 30 degrees up."""
+    """Yield cameras as in MIDI's training data: azimuths over 360 degrees, elevation 0 to 30 degrees."""
     random = np.random.default_rng(seed)
     for i in range(count):
         yield mesh.View(
@@ -289,18 +293,18 @@ def views(count: int, seed: int) -> Iterator[mesh.View]:
 
 
 def import_meshes(folder: Path, out: Path, *, count: int = 4, size: int = 512) -> list[Finding]:
-    """Turns the files of a folder into training scenes: see `prepare`.
+    """Convert the mesh files of a folder to training scenes with `prepare`.
 
     Raises:
-        ValueError: when there are none, when nothing came of them, or when `out` is not empty.
+        ValueError: if the folder has no meshes, if no scene was written, or if `out` is not empty.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     sources = sorted(p for p in folder.iterdir() if p.suffix.lower() in mesh.FILES)
     if not sources:
-        raise ValueError(f"{folder}: holds no meshes ({' '.join(mesh.FILES)})")
+        raise ValueError(f"{folder}: contains no meshes ({' '.join(mesh.FILES)})")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; name another folder")
+        raise ValueError(f"{out}: exists and is not empty: use another folder")
     findings = prepare(sources, out, count=count, size=size)
     if not out.is_dir():
         raise ValueError("\n".join(f"{f.name}: {f.message}" for f in findings))
@@ -308,10 +312,10 @@ def import_meshes(folder: Path, out: Path, *, count: int = 4, size: int = 512) -
 
 
 def _supplied(source: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pictures and segmentations that lie beside a mesh: `NAME_rgb.png` and `NAME_seg.png`, of any view.
+    """Return images and segmentations beside a mesh: `NAME*_rgb.png` and `NAME*_seg.png`, one pair per view.
 
     Raises:
-        MediaError: when one cannot be read, or they do not fit.
+        MediaError: if a file cannot be read, a segmentation is missing, or sizes differ.
     """
     found = []
     for path in sorted(source.parent.glob(f"{glob.escape(source.stem)}*_rgb.png")):
@@ -334,21 +338,20 @@ def prepare(
     points: int = mesh.POINTS,
     seed: int = 0,
 ) -> list[Finding]:
-    """Turns files of meshes into training scenes: one transform each, surfaces, pictures, segmentations.
+    """Convert mesh files to training scenes: normalize each file, sample surfaces, render views.
 
-    Pictures that lie beside a mesh are taken, with objects numbered in the order of their names; else they
-    are drawn.
+    Images and segmentations beside a mesh replace renders; object numbers follow the order of object names.
 
     Args:
         sources: files with a mesh per object.
-        out: gets a folder per source and view.
-        count: views of each.
-        size: of the square pictures.
-        points: of each surface.
-        seed: of cameras and points.
+        out: output folder; gets a folder per source and view.
+        count: number of rendered views per source.
+        size: width and height of the renders in pixels.
+        points: number of points per surface.
+        seed: seed of cameras and points.
 
     Returns:
-        What should be known: files that cannot be read, objects that are not watertight or not seen.
+        Files that cannot be read, and objects that are inside out, not watertight or hidden.
     """
     findings = []
     for source in sources:
@@ -364,10 +367,10 @@ def prepare(
             whole, turned = mesh.outward(one.apply_transform(transform))
             moved.append(whole)
             if turned:
-                many = f"{turned} of its pieces were inside out and were turned"
+                many = f"{turned} of its parts were inside out and were flipped"
                 findings.append(Finding("warning", source.name, f"`{name}`: {many}", "flipped"))
             if not whole.is_watertight:
-                why = "is not watertight: its normals may point anywhere"
+                why = "is not watertight: normals may be wrong"
                 findings.append(Finding("warning", source.name, f"`{name}` {why}", "surface"))
         surfaces = [mesh.sample_surface(m, points, seed + i) for i, m in enumerate(moved)]
         shown = given or [mesh.render(moved, view, size) for view in views(count, seed)]
@@ -392,26 +395,27 @@ def _write(folder: Path, image: np.ndarray, ids: np.ndarray, surfaces: dict[int,
             np.save(part / f"surface_{number}.npy", points)
 
 
-# --- what is made -------------------------------------------------------------------------------------------
+# --- generated scenes ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a picture was made into: a mesh of each object by name, in the scene's frame, and what is odd."""
+    """Generated scene: the mesh of each object by name, in the scene's frame, with notes on defects."""
 
     meshes: dict[str, trimesh.Trimesh]
     empty: tuple[str, ...] = ()
-    """Objects of which nothing came out."""
+    """Names of objects without a mesh."""
     notes: tuple[str, ...] = ()
 
 
 def make(fields: Mapping[str, mesh.Field], resolution: int, triangles: int | None = None) -> Made:
-    """Meshes of fields, checked.
+    """Extract meshes from fields and check the meshes.
 
     Args:
-        fields: of each object by name, negative inside.
-        resolution: cells per side.
-        triangles: most of each object; more are merged. Needs the package fast-simplification.
+        fields: field of each object by name, negative inside.
+        resolution: grid cells per side.
+        triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
+            package fast-simplification.
     """
     meshes, empty, notes = {}, [], []
     coarse = min(64, resolution)
@@ -420,7 +424,7 @@ def make(fields: Mapping[str, mesh.Field], resolution: int, triangles: int | Non
         notes += [f"{name}: {note}"] if note else []
         if found is None:
             empty.append(name)
-            notes.append(f"{name} is empty: its field has no surface in the box")
+            notes.append(f"{name} is empty: the field has no surface in the box")
             continue
         if triangles and len(found.faces) > triangles:
             found = mesh.decimated(found, triangles)
@@ -430,17 +434,17 @@ def make(fields: Mapping[str, mesh.Field], resolution: int, triangles: int | Non
 
 
 def thinned(surface: np.ndarray, count: int = mesh.POINTS) -> np.ndarray:
-    """So many points of a surface (n, 6), drawn without replacement where there are enough."""
+    """Sample `count` points of a surface (n, 6) -> (count, 6), without replacement if n >= count."""
     drawn = np.random.default_rng(0).choice(len(surface), count, replace=len(surface) < count)
     return surface if len(surface) == count else surface[drawn]
 
 
 def wrong_pairs(given: Sequence[Sequence[str]]) -> list[str]:
-    """Sentences about pictures and segmentations that cannot be used together."""
+    """Return a message for each invalid pair of input image and segmentation."""
     found = []
     for pair in given:
         if len(pair) != 2:
-            found.append(f"a scene needs a picture and a segmentation, not {len(pair)} image(s)")
+            found.append(f"a scene needs an input image and a segmentation, got {len(pair)} image(s)")
             continue
         try:
             picture, ids = read_image(Path(pair[0])), mesh.read_ids(Path(pair[1]))
@@ -450,11 +454,11 @@ def wrong_pairs(given: Sequence[Sequence[str]]) -> list[str]:
         if picture.shape[:2] != ids.shape:
             found.append(f"{pair[1]} is {_size(ids)}, but {pair[0]} is {_size(picture)}")
         elif not ids.any():
-            found.append(f"{pair[1]} shows no object: all of it is background")
+            found.append(f"{pair[1]} contains no object: all pixels are background")
         elif len(np.unique(ids)) > MOST_DRAWN + 1:
             found.append(
-                f"{pair[1]} shows {len(np.unique(ids)) - 1} objects, more than {MOST_DRAWN}: is it a photo? "
-                "A segmentation has one colour or number for each object, without soft edges"
+                f"{pair[1]} contains {len(np.unique(ids)) - 1} objects, more than {MOST_DRAWN}: use a "
+                "segmentation, with one color or number for each object and without soft edges"
             )
     return found
 
@@ -464,11 +468,11 @@ VIDEO_KEYS = {
              "caption_dropout", "matte"),
     "sample": ("prompts", "negative_prompt", "size", "frames"),
 }  # fmt: skip
-"""Keys of a recipe that mean nothing to a scene."""
+"""Recipe keys that do not apply to scenes."""
 
 
 def not_of_scenes(config: recipe.Config) -> list[str]:
-    """Sentences about what a recipe asks of videos."""
+    """Return a message for each recipe key that applies only to videos."""
     derived = {"size": config.data.size, "frames": max(config.data.frames)}
     out = []
     for section, keys in VIDEO_KEYS.items():
@@ -476,22 +480,22 @@ def not_of_scenes(config: recipe.Config) -> list[str]:
         for key in keys:
             usual = type(given).model_fields[key].get_default(call_default_factory=True)
             if getattr(given, key) not in (usual, derived.get(key) if section == "sample" else usual):
-                out.append(f"{section}.{key}: only videos have that; leave it out")
+                out.append(f"{section}.{key}: applies only to videos: remove it")
     return out
 
 
-# --- looking ------------------------------------------------------------------------------------------------
+# --- rendering ----------------------------------------------------------------------------------------------
 
 
 def sheet(samples: Sequence[Sample], path: Path, *, cell: int = 256) -> None:
-    """A picture of scenes: image, objects over it, and their surfaces; one row each. Atomic PNG."""
+    """Write a PNG with a row per scene: input image, object overlay and surfaces. The write is atomic."""
     rows = [np.concatenate(list(tiles(sample, cell)), 1) for sample in samples]
     with atomic(path) as part:
         Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
 
 
 def tiles(sample: Sample, cell: int = 240) -> np.ndarray:
-    """The picture, the objects over it, and their surfaces from two sides: uint8 (4, cell, cell, 3)."""
+    """Return input image, object overlay and surfaces from two sides: uint8 (4, cell, cell, 3)."""
     overlay = sample.image.astype(np.float32)
     for i, one in enumerate(sample.objects):
         color = np.array(mesh.PALETTE[i % len(mesh.PALETTE)], np.float32)
@@ -501,7 +505,7 @@ def tiles(sample: Sample, cell: int = 240) -> np.ndarray:
 
 
 def _tile(image: np.ndarray, cell: int) -> np.ndarray:
-    """Fits a picture into a white square."""
+    """Fit an image into a white square."""
     picture = Image.fromarray(image)
     picture.thumbnail((cell, cell))
     out = Image.new("RGB", (cell, cell), "white")
@@ -510,7 +514,7 @@ def _tile(image: np.ndarray, cell: int) -> np.ndarray:
 
 
 def _cloud(sample: Sample, size: int, azimuth: float) -> np.ndarray:
-    """Surface points from one side, each in its object's colour, shaded by its normal."""
+    """Render surface points from one side, colored by object and shaded by normal."""
     a, e = np.radians([azimuth, 20.0])
     toward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
     right = np.cross([0.0, 1.0, 0.0], toward)
@@ -519,7 +523,7 @@ def _cloud(sample: Sample, size: int, azimuth: float) -> np.ndarray:
     out = np.full((size, size, 3), 255, np.uint8)
     points = np.concatenate([o.surface for o in sample.objects])
     owner = np.repeat(np.arange(len(sample.objects)), [len(o.surface) for o in sample.objects])
-    order = np.argsort(points[:, :3] @ toward)  # nearer ones over farther ones
+    order = np.argsort(points[:, :3] @ toward)  # nearer points cover farther points
     points, owner = points[order], owner[order]
     x = ((points[:, :3] @ right) / 3.2 + 0.5) * size
     y = (0.5 - (points[:, :3] @ up) / 3.2) * size

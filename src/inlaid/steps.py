@@ -1,6 +1,6 @@
-"""Steps: one micro-batch to losses, and what is measured on held-out clips.
+"""Training steps: the losses of one micro-batch, and the measurements on validation clips.
 
-Whatever is random in a micro-batch (noise, time, colours) is a function of its generator alone.
+All randomness of a micro-batch (noise, time, colors) is a function of its generator.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from inlaid.models.rgba_losses import COLORS, Perceptual, RgbaLoss, hard_render
 from inlaid.objectives import Objective, mean_squared_error
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Quantiles of the noise-level distribution at which the held-out loss is measured."""
+"""Quantiles of the noise level distribution at which the validation loss is measured."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: latents (n, c, t, h, w), conditions, and the clips' names."""
+    """Micro-batch: latents (n, c, t, h, w), conditions, and names of the clips."""
 
     latents: Tensor
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
     preserve: Tensor | None = None
-    """Of each sample, the weight with which the network should go on predicting what it does untuned; 0 for
-    those that are learned: (n,)."""
+    """Weight of the prior preservation loss of each sample, (n,); 0 trains on the clip itself."""
 
     @classmethod
     def of(
@@ -44,7 +43,7 @@ class Batch:
         names: Sequence[str],
         *seed: Any,
     ) -> Batch:
-        """Cached clips and captions as a micro-batch; what is random in a clip is a function of `seed`."""
+        """Return a micro-batch of cached clips and captions; randomness in a clip is a function of `seed`."""
         drawn = [
             family.draw(clip, torch.Generator().manual_seed(stable_hash(*seed, "clip", i)))
             for i, clip in enumerate(clips)
@@ -53,7 +52,7 @@ class Batch:
         return cls(stacked.pop("latents"), {**family.collate(text), **stacked}, names)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; the copy overlaps with computation where memory is pinned."""
+        """Move the batch to a device; on CUDA from pinned memory, so the copy overlaps with computation."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
         preserve = None if self.preserve is None else move(self.preserve)
@@ -61,21 +60,21 @@ class Batch:
 
 
 class Step(Protocol):
-    """One micro-batch to losses; `loss` is required, `losses` has one value per sample.
+    """Callable that returns the losses of one micro-batch; `loss` is required.
 
-    So has every `loss_NAME`, of which the means are reported too.
+    `losses` and every `loss_NAME` have one value per sample; their means are reported.
     """
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draws what is random from `generator`, on the CPU so that every device sees the same."""
+        """Return the losses; randomness comes from `generator` on the CPU, the same for every device."""
         ...
 
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """One row of numbers per batch, the same in every call with the same network."""
+        """Return one row of numbers per batch, the same in every call with the same network."""
         ...
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """The mean row of all held-out batches as named numbers, `held_out_loss` among them."""
+        """Return the mean row of all validation batches as named numbers, including the validation loss."""
         ...
 
 
@@ -85,7 +84,7 @@ def of(
     precision: AbstractContextManager[Any],
     untuned: Callable[[nn.Module], AbstractContextManager[Any]],
 ) -> Step:
-    """The step of a recipe."""
+    """Return the step of a recipe."""
     if isinstance(config.tuner, recipe.Codec):
         return CodecStep.of(config.tuner, precision)
     objective = family.objective(config.objective, config.data.size)
@@ -94,11 +93,11 @@ def of(
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """Corrupt, predict, compare: loss = mean of w(t) (prediction - target)^2 in float32.
+    """Denoising loss: mean of w(t) (prediction - target)^2 in float32.
 
-    Samples to `preserve` are compared with the prediction of the untuned network in place of the target:
-    prior preservation (Ruiz et al. 2023, section 3.2) as learning without forgetting (Li & Hoiem 2016), which
-    has no noise.
+    For samples with prior preservation (Ruiz et al. 2023, section 3.2) the target is the prediction of the
+    network without its adapter, as in learning without forgetting (Li & Hoiem 2016). This target contains no
+    noise.
     """
 
     family: Family
@@ -107,10 +106,10 @@ class DenoisingStep:
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
     untuned: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
-    """Switches off for a while what is trained; for batches with samples to preserve."""
+    """Context that disables the trained weights; needed for batches with prior preservation."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """See `Step`."""
+        """Return the losses of a micro-batch; see `Step`."""
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
@@ -122,13 +121,13 @@ class DenoisingStep:
         return {"loss": found["losses"].mean(), **{k: v.detach() for k, v in found.items()}, "t": t}
 
     def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
-        """The loss of each sample at given times (n,) and noise."""
+        """Return the loss of each sample at given times (n,) and noise."""
         return mean_squared_error(*self._predict(denoiser, batch, t, noise))
 
     def _predict(
         self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the network says, what it should, and the weight of each sample."""
+        """Return prediction, target and weight of each sample."""
         x0 = batch.latents.float()
         x_t = self.objective.corrupt(x0, noise, t)
         with self.precision:
@@ -142,7 +141,7 @@ class DenoisingStep:
 
     @torch.no_grad()
     def _untuned(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor | None:
-        """What the untuned network predicts of the samples to preserve; None where there are none."""
+        """Return the base model's prediction for samples with prior preservation; None if there are none."""
         if batch.preserve is None:
             return None
         assert self.untuned is not None
@@ -153,9 +152,9 @@ class DenoisingStep:
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Loss of each batch at each of `QUANTILES`, with fixed noise: shape (batches, quantiles).
+        """Return the loss of each batch at each of `QUANTILES` with fixed noise: shape (batches, quantiles).
 
-        Noise levels and noise are the same in every call, so two calls differ by the network alone.
+        Noise levels and noise are the same in every call, so two calls differ only by the network.
         """
         times = self.objective.quantile(torch.tensor(QUANTILES))
         was_training = denoiser.training
@@ -175,7 +174,7 @@ class DenoisingStep:
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """The mean over noise levels, and the loss at each."""
+        """Return the mean over noise levels, and the loss at each level."""
         losses = rows.tolist()
         values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
         return {"held_out_loss": sum(losses) / len(losses), **values}
@@ -183,7 +182,7 @@ class DenoisingStep:
 
 @dataclass(frozen=True)
 class CodecStep:
-    """Merge, split, compare: the terms of `RgbaLoss` on colours drawn for each micro-batch."""
+    """RGBA VAE loss: the terms of `RgbaLoss` over background colors sampled for each micro-batch."""
 
     loss: RgbaLoss
     anchor: float = 0.0
@@ -203,7 +202,7 @@ class CodecStep:
         *,
         quiet: bool = False,
     ) -> CodecStep:
-        """As the recipe's tuner says; `quiet` does not say which terms are off.
+        """Create the step of a recipe; `quiet` suppresses the note about disabled loss terms.
 
         Raises:
             ValueError: when the perceptual network cannot be loaded.
@@ -214,7 +213,7 @@ class CodecStep:
         precision = precision or torch.autocast("cpu", enabled=False)
         if section.perceptual == "none":
             if not quiet:
-                say("note: no perceptual network (tuner.perceptual): its three of the nine terms are off")
+                say("note: rgba_vae.perceptual is none: three of the nine terms of the loss are disabled")
         else:
             imagenet = section.vgg_normalize or ("imagenet" if section.loss == "paper" else "none")
             file = perceptual_file(section.perceptual)
@@ -225,7 +224,7 @@ class CodecStep:
         return cls(loss, *weights, colors, precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """See `Step`; the terms are means over the micro-batch, so every sample has the same."""
+        """Return the losses of a micro-batch, see `Step`; terms are batch means, equal for all samples."""
         if isinstance(self.loss.perceptual, nn.Module):
             self.loss.perceptual.to(batch.latents.device)
         codec: Any = denoiser
@@ -247,7 +246,7 @@ class CodecStep:
 
     @torch.no_grad()
     def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Sums of `rgba_metrics.tally` over the clips of each batch, which are reconstructed."""
+        """Return sums of `rgba_metrics.tally` over the reconstructed clips of each batch."""
         rows = [torch.zeros(len(rgba_metrics.COLUMNS), dtype=torch.float64, device=device)] * (not batches)
         for batch in batches:
             true = batch.latents.to(device)
@@ -258,7 +257,10 @@ class CodecStep:
         return torch.stack(rows)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """`rgba_metrics.report`; `held_out_loss` is the mean of alpha's balanced error and colour's."""
+        """Return `rgba_metrics.report` and the validation loss.
+
+        The validation loss is the mean of the balanced alpha error and the color error.
+        """
         found = rgba_metrics.report(rows)
         loss = (found["alpha_mae_balanced"] + found["rgb_mae"]) / 2
         return {"held_out_loss": loss, **{f"held_out_{n}": v for n, v in found.items()}}
@@ -268,14 +270,14 @@ class CodecStep:
 def reconstruct(
     codec: Any, clips: Tensor, eps: float, *names: str, colors: Sequence[Sequence[float]] = COLORS
 ) -> Tensor:
-    """uint8 (b, 4, t, h, w) through a codec and back; the colour behind it is a function of `names`."""
+    """Encode and decode uint8 (b, 4, t, h, w); the background color is a function of `names`."""
     rgb, alpha = rgba_codec.to_video(clips)
     color = torch.tensor(colors[stable_hash("color", *names) % len(colors)])
     return rgba_codec.to_pixels(*codec.decode(codec.encode(hard_render(rgb, alpha, color, eps=eps), alpha)))
 
 
 def stable_hash(*parts: Any) -> int:
-    """A 63-bit hash that is the same in every process: the seed of a micro-batch."""
+    """Return a 63-bit hash that is the same in every process; seeds the micro-batches."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

@@ -1,7 +1,8 @@
-"""Training: prepare a job, then the loop.
+"""Training: job preparation and the training loop.
 
-Order, noise and times are functions of (seed, index of the micro-batch). So a run that was killed goes on bit
-for bit where its last checkpoint was, and N processes do what one process does with accumulation N.
+The order of samples, the noise and the noise levels are functions of (seed, index of the micro-batch). A
+killed run therefore resumes bit-identically from its last checkpoint, and N processes do the same as one
+process with gradient accumulation N.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from inlaid.runtime import Context, Run
 from inlaid.steps import Batch, Step, stable_hash
 
 HELD_OUT_AT_MOST = 16
-"""Held-out clips that are measured each time."""
+"""Maximum number of validation clips measured each time."""
 
 
 def train(config: recipe.Config) -> Path:
-    """Caches, trains, samples and measures; goes on where it was when run again.
+    """Fill the cache, train, validate and sample; resumes an interrupted run.
 
     Args:
         config: the recipe.
@@ -51,8 +52,8 @@ def train(config: recipe.Config) -> Path:
         The run folder.
 
     Raises:
-        ValueError: for everything that the user can mend.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is written.
+        ValueError: for every mistake that the user can fix.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the checkpoint is written.
     """
     with runtime.start(config) as ctx:
         job = prepare(config, ctx)
@@ -90,13 +91,15 @@ def train(config: recipe.Config) -> Path:
                     job.save(step, final=last or stop)
                 advance(note=note)
                 if stop and not last:
-                    raise KeyboardInterrupt(f"stopped after step {step}; run the same command again to go on")
+                    raise KeyboardInterrupt(
+                        f"stopped after step {step}; run the same command again to resume"
+                    )
     return job.run.folder
 
 
 @dataclass
 class Loader:
-    """Micro-batch k of a run, for any k."""
+    """Random access to the micro-batches of a run by index."""
 
     family: families.Family
     store: cache.Cache
@@ -109,7 +112,7 @@ class Loader:
     seed: int
 
     def batch(self, k: int) -> Batch:
-        """Reads micro-batch k."""
+        """Read micro-batch k."""
         rows = self.sampler.batch(k)
         drop = torch.rand(
             len(rows), generator=torch.Generator().manual_seed(stable_hash(self.seed, "caption", k))
@@ -125,7 +128,7 @@ class Loader:
         return replace(batch, preserve=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
-        """This process's micro-batches from step `start` on, read one ahead."""
+        """Yield the micro-batches of this process from step `start` on, prefetching one."""
         total = self.per_step
         indices = [
             k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)
@@ -139,14 +142,14 @@ class Loader:
                 yield index, batch
 
     per_step: int = 1
-    """Micro-batches of one optimizer step over all processes."""
+    """Micro-batches per optimizer step over all processes."""
     preserve: Sequence[float] = ()
-    """Of each source, the weight with which its clips are kept as the network predicts them untuned."""
+    """Weight of the prior preservation loss, for each source."""
 
 
 @dataclass
 class Job:
-    """Everything that a run needs between two steps."""
+    """State of a run between two steps."""
 
     config: recipe.Config
     ctx: Context
@@ -167,15 +170,15 @@ class Job:
     _pipeline: object = field(default=None, init=False)
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         return runtime.rate(self.config.optim, step - 1, self.config.train.steps)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The average in place of the weights for a while, if there is one."""
+        """Return a context in which the EMA replaces the weights, if there is an EMA."""
         return runtime.swapped(self.parameters, self.ema.weights if self.ema else None)
 
     def update(self, step: int) -> Tensor:
-        """Averages, clips and applies the gradients; returns their norm, on the device."""
+        """Average gradients over processes, clip and apply them; returns their norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         norm = self.strategy.step(self.optimizer, list(self.parameters.values()), self.config.optim.clip)
@@ -184,11 +187,13 @@ class Job:
         return norm
 
     def validate(self, step: int) -> None:
-        """Writes what the step measures on held-out clips, such as the loss at fixed noise levels."""
+        """Measure and write the validation metrics, such as the loss at fixed noise levels."""
         if not self.held_out:
             return
         n, world = len(self.held_out), self.ctx.world
-        mine = range(self.ctx.rank, -(-n // world) * world, world)  # as many passes in each, for shards
+        mine = range(
+            self.ctx.rank, -(-n // world) * world, world
+        )  # same number of passes in each process, as sharding needs
         with self.averaged():
             rows = self.step.held_out(self.denoiser, [self.held_out[i % n] for i in mine], self.ctx.device)
         rows = rows[: len(range(self.ctx.rank, n, world))]
@@ -196,7 +201,7 @@ class Job:
         self.meters.pause()
 
     def sample(self, step: int) -> None:
-        """Draws the prompts with the weights as they are now; where these are sharded, all take part."""
+        """Generate the sample prompts with the current weights; sharded weights need all processes."""
         if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:
                 self._pipeline = self.family.pipeline(
@@ -218,7 +223,7 @@ class Job:
         self.meters.pause()
 
     def save(self, step: int, *, final: bool) -> None:
-        """Writes a checkpoint and, at the end, what other programs load; whole tensors in every mode."""
+        """Write a checkpoint and, at the end, the files for other programs; tensors are never sharded."""
         gather, section, name = self.strategy.gather, self.config.tuner, tuners.folder(self.config.tuner)
         about = {"inlaid_step": str(step), **self.family.about()}
         with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
@@ -250,10 +255,10 @@ class Job:
         self.meters.pause()
 
     def resume(self) -> None:
-        """Takes up the newest checkpoint, if there is one.
+        """Load the newest checkpoint, if there is one.
 
         Raises:
-            ValueError: when it is damaged or was made with another number of samples per step.
+            ValueError: when it is damaged or was written with another number of micro-batches per step.
         """
         found = self.run.checkpoints()
         if not found:
@@ -271,24 +276,24 @@ class Job:
         self.start = values["step"]
         if self.ctx.main:
             self.run.truncate_metrics(self.start)
-        say(f"going on after step {self.start} ({found[-1]})", show=self.ctx.main)
+        say(f"resuming after step {self.start} ({found[-1]})", show=self.ctx.main)
 
 
 def prepare(config: recipe.Config, ctx: Context) -> Job:
-    """Everything before the first step: the run folder, the cache, the network with its tuner, the optimizer.
+    """Prepare the job: run folder, cache, network with its tuner, and optimizer.
 
     Raises:
-        ValueError: for everything that the user can mend.
+        ValueError: for every mistake that the user can fix.
     """
     for note in ctx.notes:
         say(f"note: {note}", show=ctx.main)
     strategy, family = parallel.strategy(config, ctx), open_family(config)
     wrong = memory.problems(config, ctx.device, ctx.precision)
     if wrong:
-        raise ValueError("this device cannot do this:\n" + "\n".join(f"  {w}" for w in wrong))
+        raise ValueError("this device does not support this recipe:\n" + "\n".join(f"  {w}" for w in wrong))
     named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
     named.append(("memory.quantize", config.memory.quantize or ""))
-    for key, name in named:  # what is sure to fail later should not cost a cache first
+    for key, name in named:  # fail before the cache is filled, not after
         if name in runtime.PACKAGES:
             runtime.package(key, name)
     tuners.select(config.tuner, family.targets, family.load_denoiser(torch.float32, meta=True))
@@ -311,7 +316,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     )
     held_out = clips.held_out_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
-    full = config.tuner.kind in ("full", "codec")  # what trains in float32 computes under autocast
+    full = config.tuner.kind in ("full", "codec")  # float32 weights, computed under autocast
     denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).train()
     memory.shrink(config.memory, denoiser, strategy.device, ctx.precision)
     if config.memory.gradient_checkpointing:
@@ -359,34 +364,36 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
 
 
 def open_family(config: recipe.Config) -> families.Family:
-    """The family of a recipe, once it is sure that it can do what the recipe asks.
+    """Return the family of a recipe, after checking that it supports everything in the recipe.
 
     Raises:
-        ValueError: with everything that it cannot.
+        ValueError: with everything that it does not support.
     """
     family = alpha.family(config)
     wrong = family.problems(config)
     if wrong:
-        raise ValueError(f"{config.model.checkpoint} cannot do this:\n" + "\n".join(f"  {w}" for w in wrong))
+        raise ValueError(
+            f"{config.model.checkpoint} does not support this recipe:\n" + "\n".join(f"  {w}" for w in wrong)
+        )
     for note in family.notes(config):
         once(f"note: {note}")
     return family
 
 
 def open_run(config: recipe.Config, ctx: Context) -> Run:
-    """Makes the run folder, or checks that the recipe is the one it was begun with.
+    """Create the run folder, or check that the recipe matches the one the run was started with.
 
     Raises:
-        ValueError: when it is another.
+        ValueError: when it does not match.
     """
     run = Run(Path(config.run))
     if run.checkpoints():
         differ = runtime.changes(run.config(), config)
         if differ:
             raise ValueError(
-                f"{run.folder}: this run was begun with another recipe:\n"
+                f"{run.folder}: this run was started with another recipe:\n"
                 + "\n".join(f"  {d}" for d in differ)
-                + "\nput these back to go on, or name another folder (run=...)"
+                + "\nrestore these values to resume, or choose another folder (run=...)"
             )
     if ctx.main:
         try:
@@ -394,8 +401,8 @@ def open_run(config: recipe.Config, ctx: Context) -> Run:
             recipe.save(config, run.folder / "config.yaml")
         except OSError as error:
             raise ValueError(
-                f"{run.folder}: the run cannot be written there ({error.strerror}); name another folder "
-                "(run=...), or make room"
+                f"{run.folder}: the run folder cannot be written ({error.strerror}); choose another folder "
+                "(run=...), or free disk space"
             ) from None
         (run.folder / "environment.json").write_text(json.dumps(runtime.environment(), indent=2), "utf-8")
     ctx.barrier()
@@ -404,7 +411,7 @@ def open_run(config: recipe.Config, ctx: Context) -> Run:
 
 @dataclass(frozen=True)
 class Clips:
-    """The dataset of a run, all of it cached: names of items beside the windows of the plan."""
+    """Dataset of a run, fully cached: names of cached items for each window of the plan."""
 
     plan: data.Plan
     store: cache.Cache
@@ -417,7 +424,7 @@ class Clips:
     built: cache.Built
 
     def held_out_batches(self, family: families.Family) -> list[Batch]:
-        """The first held-out clips, each alone: what the held-out loss is measured on."""
+        """Return the first validation clips, one per batch, on which the validation loss is measured."""
         rows = zip(self.plan.held_out, self.held_out_media, self.held_out_text, strict=True)
         return [
             Batch.of(
@@ -432,10 +439,10 @@ class Clips:
 
 
 def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: Context) -> Clips:
-    """Plans the dataset and encodes what is missing: clips, captions, the empty caption, sample prompts.
+    """Plan the dataset and encode what is not cached: clips, captions, empty caption and sample prompts.
 
     Raises:
-        ValueError: when clips are bad and the recipe says to stop.
+        ValueError: when clips have errors and the recipe says to stop.
     """
     store = cache.Cache(run.cache(config))
     medium = mediums.of(family.medium)
@@ -479,13 +486,13 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
         raise ValueError(
             f"{len(failed)} {medium.one}(s) could not be encoded:\n{lines}\n"
-            "mend or remove them, or set data.bad_clips=quarantine; the others are cached"
+            "fix or remove them, or set data.bad_clips=quarantine; the others are cached"
         )
     if ctx.main and (failed or quarantined):
         listed = {**quarantined, **failed}
         (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
         where = run.folder / "quarantine.json"
-        say(f"{len(listed)} {medium.one}(s) are left out; {where} names them and says why")
+        say(f"excluded {len(listed)} {medium.one}(s) with errors; {where} lists them with the reasons")
     train, held_out = (
         [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out)
     )
@@ -500,7 +507,7 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         each: Sequence[generate.Images] = sample.images or [first[t] for t in texts]
         images = [medium.read(family, e, sample) for e in each]
     if sample.every and not texts:
-        raise ValueError("sample.every: nothing to draw, the clips are encoded; write sample.prompts")
+        raise ValueError("sample.every: precomputed latents provide no prompts; set sample.prompts")
     return Clips(
         plan,
         store,

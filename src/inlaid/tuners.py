@@ -1,7 +1,7 @@
-"""Tuners: which weights train, and how they are stored. They know no model family.
+"""Tuners: selection of the trainable weights and their storage, independent of model families.
 
-LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) go through peft's
-`add_adapter`; full fine-tuning opens the weights.
+LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) use peft's `add_adapter`; full
+fine-tuning makes the weights themselves trainable.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from inlaid.models import rgba_codec
 from inlaid.models.rgba_losses import COLORS
 
 ADAPTER = "default"
-"""peft's name of the adapter that is trained."""
+"""Name of the trained adapter in peft."""
 
 
 def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[str]:
-    """The names that any pattern matches as a whole.
+    """Return the names that fully match any of the patterns.
 
     Raises:
-        ValueError: for patterns that are no regular expression or match nothing.
+        ValueError: if a pattern is no regular expression or matches nothing.
     """
     found: set[str] = set()
     wrong = []
@@ -49,7 +49,7 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
             near = (
                 f", but `.*{pattern}` would match {len(like)}, such as {like[0]}"
                 if like
-                else f"; there is, for one, {names[0]}"
+                else f"; an existing name is {names[0]}"
             )
             wrong.append(f"`{pattern}` matches no {what}{near}")
         found |= hits
@@ -62,15 +62,17 @@ Section = recipe.LowRank | recipe.Full | recipe.Codec
 
 
 def folder(section: Section) -> str:
-    """Name of the folder, in a run and in each of its checkpoints, that other programs load."""
+    """Return the name of the folder with the exported weights, in a run and in each of its checkpoints."""
     return "codec" if isinstance(section, recipe.Codec) else "adapter"
 
 
 def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
-    """Names of the layers that get an adapter, or of the parameters that train; also of a network on meta.
+    """Return the names of the layers that get an adapter, or of the trainable parameters.
+
+    Also works on a network on the meta device.
 
     Raises:
-        ValueError: when a target matches nothing.
+        ValueError: if a target matches nothing.
     """
     if isinstance(section, recipe.Codec):
         trained = ("merge.",) if section.train == "merge" else ("merge.", "rgb.", "alpha.")
@@ -80,31 +82,33 @@ def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> lis
         return match(section.targets, names, what="parameter") if section.targets else names
     layers, what = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "linear or convolution layer"
     if section.kind in lycoris.KINDS:
-        layers, what = (nn.Linear, nn.Conv1d, nn.Conv2d), f"layer that {section.kind} can change"
+        layers, what = (nn.Linear, nn.Conv1d, nn.Conv2d), f"layer that {section.kind} supports"
     names = [n for n, m in denoiser.named_modules() if isinstance(m, layers)]
     chosen = match(section.targets or targets, names, what=what)
     for part in formats.companions(denoiser):
         if not any(n.startswith(f"{part}.") for n in chosen):
-            raise ValueError(f"tuner.targets: no layer of {part}, which this recipe trains; name some of it")
+            raise ValueError(
+                f"tuner.targets: no pattern matches a layer of {part}, which this recipe trains: add one"
+            )
     return chosen
 
 
 def attach(
     section: Section, targets: Sequence[str], denoiser: nn.Module, *, seed: int
 ) -> dict[str, nn.Parameter]:
-    """Freezes the denoiser and opens what trains, in float32.
+    """Freeze the denoiser and make the selected weights or new adapters trainable, in float32.
 
     Args:
-        section: the recipe's tuner.
-        targets: the family's default targets.
-        denoiser: the frozen network; changed in place.
-        seed: the low-rank factors are a function of it.
+        section: tuner section of the recipe.
+        targets: default targets of the family.
+        denoiser: network; changed in place.
+        seed: seed of the initial low-rank factors.
 
     Returns:
         The trainable parameters by name.
 
     Raises:
-        ValueError: when a target matches nothing.
+        ValueError: if a target matches nothing.
     """
     denoiser.requires_grad_(False)
     chosen = select(section, targets, denoiser)
@@ -122,7 +126,7 @@ def attach(
             if not section.dropout and any(p.dtype in half for p in denoiser.parameters()):
                 _keep_inputs(denoiser)
             lycoris.factor(denoiser, ADAPTER)
-            # peft draws and computes in the type of the base, which may be float8: do it again in float32.
+            # peft initializes in the dtype of the base model, which may be float8: repeat it in float32.
             rounded = {p.dtype for p in denoiser.parameters() if p.requires_grad} != {torch.float32}
             _float32(denoiser)
             if rounded:
@@ -133,12 +137,12 @@ def attach(
 
 @contextmanager
 def disabled(denoiser: nn.Module) -> Iterator[None]:
-    """The network as it was before `attach`, for a while: adapters add nothing."""
+    """Disable the adapters within the context, which restores the network before `attach`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
-    assert layers, "only adapters can be switched off"
-    for layer in layers:  # peft's own switch also freezes the adapter
+    assert layers, "only adapters can be disabled"
+    for layer in layers:  # peft's own switch would also freeze the adapter
         layer._disable_adapters = True
     try:
         yield
@@ -186,12 +190,12 @@ def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
 
 
 def _factor_norms(denoiser: nn.Module) -> None:
-    """Makes every DoRA linear layer compute its norm from the factors.
+    """Make every DoRA linear layer compute its norm from the factors.
 
-    peft builds B A through an identity of in x in numbers and adds it to a copy of W, in each layer and pass.
-    The squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs nothing
-    larger than W A^T (out, r). The same numbers up to rounding, for the layers' first and only use of them:
-    the norm is a constant to the gradient (Liu et al. 2024, section 4.3).
+    peft computes B A through an identity matrix (in, in) and adds it to a copy of W, in each layer and pass.
+    The squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, whose largest
+    intermediate is W A^T (out, r). The result is equal up to rounding. It needs no gradient, because DoRA
+    treats the norm as a constant (Liu et al. 2024, section 4.3).
     """
     from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -213,11 +217,11 @@ def _factor_norms(denoiser: nn.Module) -> None:
 
 
 def _keep_inputs(denoiser: nn.Module) -> None:
-    """Makes every low-rank linear layer keep its input as it comes for the backward pass.
+    """Make every low-rank linear layer save its input for the backward pass in the original dtype.
 
-    peft casts it to the type of the factors first, and what is kept then is a float32 copy in each layer: of
-    one bfloat16 tensor six times its size for queries, keys and values alone. Cast again in the backward pass
-    the gradients are the same to the last bit.
+    peft first casts the input to the dtype of the factors and so saves a float32 copy in each layer: six
+    times the size of one bfloat16 tensor for queries, keys and values alone. Casting again in the backward
+    pass gives bit-identical gradients.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -232,7 +236,7 @@ def _keep_inputs(denoiser: nn.Module) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in the type of W, of an x of any type, which is all that is kept."""
+    """x W^T in the dtype of W for x of any dtype; saves only x and W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -247,7 +251,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Rescaled(torch.autograd.Function):
-    """(m - 1) y + s m B h, of which y (..., out) and h (..., r) are kept, and no product with B."""
+    """(m - 1) y + s m B h; saves y (..., out) and h (..., r), but not the product with B."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, m: Tensor, s: float) -> Tensor:
@@ -271,7 +275,7 @@ class _Rescaled(torch.autograd.Function):
 
 
 def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """Norm of each row of W + s B A, from W (out, in), A (r, in) and B (out, r): shape (out,), float32."""
+    """Return the row norms (out,) of W + s B A, float32, from W (out, in), A (r, in) and B (out, r)."""
     w, a, b = weight, a.float(), b.float()
     squared = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) ** 2
     cross = ((w @ a.T.to(w.dtype)).float() * b).sum(1)
@@ -279,7 +283,7 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
 
 
 def weights(section: Section, denoiser: nn.Module) -> dict[str, Tensor]:
-    """What `save` writes, by name: the trained tensors, or after full fine-tuning all of them."""
+    """Return the tensors that `save` writes, by name: the trained ones, or all after full fine-tuning."""
     if isinstance(section, recipe.Codec):
         return {n: p for n, p in denoiser.named_parameters() if not n.startswith("vae.")}
     if isinstance(section, recipe.Full):
@@ -295,14 +299,14 @@ def save(
     *,
     metadata: Mapping[str, str],
 ) -> Path:
-    """Writes what was trained for use elsewhere: an adapter, a codec, or a whole network in diffusers layout.
+    """Write the trained weights: an adapter, an RGBA VAE, or a whole network in diffusers layout.
 
     Args:
-        section: the recipe's tuner.
-        denoiser: the network that `attach` changed; only its configuration is read.
-        weights: of the function of this name, whole.
-        folder: is created.
-        metadata: text for the file's header.
+        section: tuner section of the recipe.
+        denoiser: network that `attach` changed; only its configuration is read.
+        weights: tensors from the function `weights`, unsharded.
+        folder: created if missing.
+        metadata: header entries of the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(section, recipe.Codec):
@@ -319,7 +323,7 @@ def save(
         )
         return folder
     if isinstance(section, recipe.Full):
-        with torch.device("meta"):  # a sharded network has no whole weights, and a class of its own
+        with torch.device("meta"):  # FSDP replaces the class of a sharded network and shards its weights
             kind = next(c for c in type(denoiser).__mro__ if not issubclass(c, FSDPModule))
             shell = kind.from_config(denoiser.config)  # type: ignore[attr-defined]
         shell.load_state_dict(weights, assign=True)

@@ -1,7 +1,7 @@
-"""Transparency: how a family carries alpha. `family` is how a recipe's family is opened.
+"""Transparency: mixins that add an alpha channel to a model family. `family` creates the family of a recipe.
 
-A transparent family is the opaque one with a mixin in front, which calls `super()`: its clips are straight
-RGBA, and everything else in the package goes on knowing nothing but the contract of a family.
+A transparent family is the opaque class with a mixin before it in the MRO, which calls `super()`. Its clips
+are straight RGBA; the rest of the package only uses the family contract.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from inlaid.alpha.merged import Merged
 from inlaid.families import Family
 
 MIXINS: Mapping[str, type] = {"joint": Joint, "merged": Merged}
-"""What stands before a family's class, by the kind of the recipe's `alpha`."""
+"""Mixin by the recipe's `alpha.kind`."""
 
 
 def family(config: recipe.Config) -> Family:
-    """The family of a recipe, transparent where it says so.
+    """Create the family of a recipe, with the transparency of its `alpha` section.
 
     Raises:
-        ValueError: when the checkpoint is not of the family, or the family has no such transparency.
+        ValueError: if the checkpoint is not of the family, or the family does not support the transparency.
     """
     kind, section = families.get(config.model.family), config.alpha
     if isinstance(config.tuner, recipe.Codec):
@@ -33,6 +33,6 @@ def family(config: recipe.Config) -> Family:
     if section.kind == "opaque":
         return kind(config.model)
     if section.kind not in MIXINS:
-        raise ValueError(f"alpha.kind: {config.model.family} has no `{section.kind}` transparency")
+        raise ValueError(f"alpha.kind: {config.model.family} does not support `{section.kind}` transparency")
     mixed: Any = type(f"{section.kind.capitalize()}{kind.__name__}", (MIXINS[section.kind], kind), {})
     return mixed(config.model, section)

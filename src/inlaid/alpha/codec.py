@@ -1,8 +1,8 @@
-"""Training a codec: the family whose network is the RGBA VAE itself, and whose items are pixels.
+"""Training of an RGBA VAE: a family whose network is the RGBA VAE itself and whose items are pixels.
 
-The loop stays as it is. An item is a clip as straight RGBA uint8, so after the cache no video is decoded
-again; the frozen encoder runs in the step, because the background colour behind each clip is drawn anew at
-every showing. There is no text and no noise level.
+The training loop is the same. An item is a clip as straight RGBA uint8, so no video is decoded after the
+cache is built. The frozen encoder runs in the training step, because each step samples a new background color
+for each clip. There is no text and no noise level.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CodecTraining:
-    """Stands before `Wan` where the recipe's tuner is a codec."""
+    """Mixin before `Wan` for recipes with an `rgba_vae` section."""
 
     channels = 4
     encoders: Mapping[str, Sequence[str]] = {"media": (), "text": ()}
@@ -37,41 +37,41 @@ class CodecTraining:
         self.images = ()
 
     def about(self) -> dict[str, str]:
-        """See `Family.about`."""
+        """Return the metadata of trained files (`Family.about`)."""
         return {"inlaid_base": self.name}  # type: ignore[attr-defined]
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`latents` are the pixels, (4, t, h, w)."""
+        """Return the shape of `latents`, which are the pixels: (4, t, h, w)."""
         return {"latents": (4, frames, height, width)}
 
     def load_media_encoder(self, device: torch.device) -> None:
-        """Nothing: pixels are kept as they are."""
+        """Return None: pixels are cached without encoding."""
 
     def encode_media(self, encoder: None, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 4) -> `latents` uint8 (4, t, h, w)."""
+        """Return pixels uint8 (t, h, w, 4) as `latents` uint8 (4, t, h, w)."""
         import numpy as np
         import torch
 
         if frames.shape[-1] != 4:
             raise ValueError(
-                "it has no alpha; a codec learns from transparent clips: a file with alpha, or NAME_rgb and "
-                "NAME_alpha beside each other"
+                "clip without alpha: an RGBA VAE trains on RGBA clips; use a file with an alpha channel, or "
+                "a pair NAME_rgb and NAME_alpha in one folder"
             )
         return {"latents": torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))}
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Nothing: a codec reads no text."""
+        """Return None: an RGBA VAE has no text input."""
 
     def encode_text(self, encoder: None, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Nothing of each."""
+        """Return an empty mapping for each caption."""
         return [{} for _ in captions]
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """No conditions."""
+        """Return no conditions."""
         return {}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> RgbaVae:
-        """The RGBA VAE, in float32: of the recipe's `start`, of `folder`, or untrained."""
+        """Load the RGBA VAE in float32 from `folder` or `rgba_vae.init_from`, or create an untrained one."""
         import diffusers
         import torch
 
@@ -88,13 +88,13 @@ class CodecTraining:
         loaded = rgba_codec.load(locate(str(start)), vae)
         if self.codec.train == "merge" and not any(b.any() for b in loaded.alpha.b):
             raise ValueError(
-                f"tuner.start: the decoders of {start} are the VAE's own still, which know no alpha; use "
-                "train=merge+decoders"
+                f"rgba_vae.init_from: the decoders of {start} are untrained and cannot decode alpha; set "
+                "rgba_vae.train: merge+decoders"
             )
         return loaded
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Pixels of any type -> reconstructed colour and alpha (n, 4, t, h, w), about [-1, 1]."""
+        """Return reconstructed color and alpha (n, 4, t, h, w), about [-1, 1], of pixels of any dtype."""
         import torch
 
         codec: Any = denoiser
@@ -103,7 +103,7 @@ class CodecTraining:
         return torch.cat([rgb, alpha.mean(1, keepdim=True)], 1)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Sizes, and what a perceptual network or a codec to begin with lacks."""
+        """Return problems of sizes, of the perceptual network's file and of `rgba_vae.init_from`."""
         found = [
             f"data: {p}"
             for frames in config.data.frames
@@ -117,31 +117,31 @@ class CodecTraining:
             if self.codec.perceptual != "none":
                 perceptual_file(self.codec.perceptual)
         except ValueError as error:
-            found.append(f"tuner: {error}")
+            found.append(f"rgba_vae: {error}")
         return found
 
 
 def refuse(family: Any) -> None:
-    """Refuses families whose latents the method does not fit.
+    """Check that merged alpha supports the VAE of a family.
 
     Raises:
-        ValueError: saying which it fits.
+        ValueError: if the VAE is not the 16-channel VAE of Wan.
     """
     vae = getattr(family, "vae", None) or {}
     z = vae.get("z_dim")
     if vae.get("_class_name") != "AutoencoderKLWan" or z != 16 or vae.get("patch_size"):
         has = f"{family.model.checkpoint} has {z} channels" if z else f"{family.model.family} has another VAE"
         raise ValueError(
-            "alpha.kind: merged alpha needs the 16-channel VAE of Wan 2.1 or Wan 2.2 A14B; "
+            "alpha.kind: merged alpha requires the 16-channel VAE of Wan 2.1 or Wan 2.2 A14B; "
             f"{has}: use alpha.kind=joint, or another checkpoint"
         )
 
 
 def locate(codec: str) -> Path:
-    """The folder of a codec; `twin:wan` is the one that ships with inlaid, a run's is its `codec`.
+    """Return the folder of an RGBA VAE: a folder, a run that trained one, or `tiny:wan`, shipped with inlaid.
 
     Raises:
-        ValueError: when it is not there.
+        ValueError: if it does not exist.
     """
     from inlaid import twins
 
@@ -152,38 +152,38 @@ def locate(codec: str) -> Path:
         return path / "codec"
     if not path.is_dir():
         raise ValueError(
-            f"{codec} is no folder: name the `codec` folder of a run that trained one, or of `inlaid import`, "
-            "or twin:wan"
+            f"{codec} is not a folder: use a run that trained an RGBA VAE, a folder from `inlaid import`, "
+            "or tiny:wan"
         )
     return path
 
 
 def perceptual_file(name: str) -> Path:
-    """A perceptual network's file: local, or `OWNER/NAME/FILE` on the Hub.
+    """Return the file of a perceptual network: a local path, or `OWNER/NAME/FILE` on the Hub.
 
     Raises:
-        ValueError: when it is not to be had.
+        ValueError: if it is not found or cannot be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
     parts = name.split("/")
-    how = "give the path of torchvision's vgg16 file, OWNER/NAME/FILE on the Hub, or none"
+    how = "use the path of torchvision's vgg16 file, OWNER/NAME/FILE on the Hub, or none"
     if len(parts) < 3 or name.startswith((".", "/", "~")):
-        raise ValueError(f"perceptual: {name} is not there; {how}")
+        raise ValueError(f"perceptual: {name} does not exist; {how}")
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:
         raise ValueError(
-            f"perceptual: {name} is no local file and could not be read from the Hub "
+            f"perceptual: {name} is not a local file and could not be downloaded from the Hub "
             f"({type(error).__name__}); {how}"
         ) from None
 
 
 def card(config: recipe.Config, section: recipe.Codec, base: str, step: int) -> str:
-    """The README of a codec's folder."""
+    """Return the README of an RGBA VAE's folder."""
     data, optim = config.data, config.optim
     settings = {
         "VAE of": base,
@@ -191,16 +191,16 @@ def card(config: recipe.Config, section: recipe.Codec, base: str, step: int) -> 
         "samples seen": step * config.train.batch * config.train.accumulate,
         "trained": section.train,
         "rank of the decoders": section.rank,
-        "loss": section.loss + (", without its perceptual terms" if section.perceptual == "none" else ""),
-        "alpha that counts as clear": f"{section.alpha_eps:.4f}",
+        "loss": section.loss + (", without perceptual terms" if section.perceptual == "none" else ""),
+        "largest alpha treated as transparent": f"{section.alpha_eps:.4f}",
         "size": f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames",
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
     }
     lines = [
         "---\nlibrary_name: inlaid\ntags: [inlaid, wan, rgba, vae]\n---\n",
-        f"# RGBA codec for the VAE of {base}\n",
-        "A merge block and two low-rank decoders: colour and alpha of a transparent clip in one latent.\n",
-        "```yaml\nalpha: {kind: merged, codec: path/to/this/folder}\n```\n",
+        f"# RGBA VAE for the VAE of {base}\n",
+        "A merge block and two low-rank decoders that store color and alpha of a clip in one latent.\n",
+        "```yaml\nalpha: {kind: merged, vae: path/to/this/folder}\n```\n",
         "| setting | value |\n|---|---|",
         *[f"| {k} | {v} |" for k, v in settings.items()],
     ]

@@ -1,12 +1,12 @@
-"""Joint transparency: colour and alpha are two clips in one sequence of tokens (arXiv 2501.03006).
+"""Joint transparency: color and alpha are two clips in one token sequence (arXiv 2501.03006).
 
-Alpha is encoded as a grey video by the VAE as it is, and follows colour along the latent frames, at the same
-positions. An adapter changes the tokens of alpha only; a vector, zero at first, may tell them apart. Where
-text shares the sequence it does not look at alpha: see `models.attention`.
+The unchanged VAE encodes alpha as a gray video, and alpha follows color along the latent frame axis with the
+same positions. An adapter changes the alpha tokens only; an optional domain embedding, initially zero, is
+added to them. If text shares the sequence, text does not attend to alpha (`models.attention`).
 
-What surprises: an untrained network draws alpha as a second picture of the same, with equal noise in both
-halves to the last bit. And an update of some tokens only is no change of weights: such an adapter cannot be
-merged, and a program that does not know of it applies it to all tokens.
+An untrained network generates alpha as a second copy of the color clip; with the same noise in both halves
+the copies are bit-identical. An update of some tokens only is no change of weights, so such an adapter cannot
+be merged, and a program without support for it applies it to all tokens.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from inlaid import config as recipe
 from inlaid.families.base import Encoded, Family, as_bytes
 
 WEIGHTS, EMBEDDING = "pytorch_lora_weights.safetensors", "domain_embedding.safetensors"
-"""Files of an adapter: the low-rank update as all programs have it, and beside it the vector of alpha."""
+"""Files of an adapter: the low-rank update in the usual layout, and the domain embedding."""
 
 NAME = "domain_embedding"
-"""The vector's module in the network, and its tensor in the file."""
+"""Name of the domain embedding's module in the network and of its tensor in the file."""
 
 TOKENS = "the second half of the video's"
-"""Which tokens an adapter changes, as its file says it."""
+"""Metadata value that names the tokens an adapter changes."""
 
 ALPHA = "alpha_"
-"""What the names of alpha's tensors in a cached item begin with."""
+"""Prefix of the names of alpha's tensors in a cached item."""
 
 if TYPE_CHECKING:
     _Base = Family
@@ -45,7 +45,7 @@ else:
 
 
 class Joint(_Base):
-    """Goes before the class of a family, whose network then sees two clips; itself knows no family."""
+    """Mixin before any family class; the network then processes two clips."""
 
     channels = 4
 
@@ -55,16 +55,16 @@ class Joint(_Base):
         kind: Any = type(self).__mro__[2]
         name, rules = model.checkpoint, ("block", "bias", "open") if self.joint_attention else ("block",)
         if not self.video_layers:
-            raise ValueError(f"alpha.kind: {model.family} has no `joint` transparency")
+            raise ValueError(f"alpha.kind: {model.family} does not support `joint` transparency")
         if self.images:
             raise ValueError(
-                f"alpha.kind: {name} is shown images, which `joint` has no place for; choose a checkpoint "
-                "for text-to-video, or model.task=t2v where it does both"
+                f"alpha.kind: {name} is conditioned on images, which `joint` does not support; use a "
+                "text-to-video checkpoint, or model.task=t2v if the checkpoint supports both"
             )
         if section.text_to_alpha not in rules:
             raise ValueError(
                 f"alpha.text_to_alpha: text and video do not share a sequence in {model.family}, so text "
-                f"never looks at alpha: leave `{section.text_to_alpha}` out"
+                f"never attends to alpha: remove `{section.text_to_alpha}`"
             )
         self._single: Family = kind(model)
         video = "|".join(self.video_layers)
@@ -72,7 +72,7 @@ class Joint(_Base):
         self.media_key = ("joint",)
 
     def about(self) -> dict[str, str]:
-        """Adds what decides how the adapter is applied."""
+        """Return the metadata of trained files, with the settings needed to apply the adapter."""
         said = {
             "alpha": "joint",
             "alpha_tokens": TOKENS,
@@ -83,11 +83,14 @@ class Joint(_Base):
 
     @property
     def single(self) -> Family:
-        """The family of one clip."""
+        """Opaque family, for a single clip."""
         return self._single
 
     def encoded_in(self, folder: Path) -> Encoded | None:
-        """Pairs in two folders, where there is one for alpha; else both joined in one file, colour first."""
+        """Return the layout of precomputed latents.
+
+        Color and alpha are in two folders if a folder for alpha exists; otherwise in one file, color first.
+        """
         one = self.single.encoded
         if one is None:
             return None
@@ -99,29 +102,29 @@ class Joint(_Base):
         return pair if (folder / pair.media[1]).parent.is_dir() else one
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """As `Family.accept`; only what was trained in this way is applied in it."""
+        """Check that an adapter was trained with joint transparency (`Family.accept`)."""
         said = header.get("inlaid_alpha", "opaque")
         if said != "joint":
             raise ValueError(
-                f"this adapter was trained with alpha.kind={said}, for all tokens; `joint` would apply it to "
-                "those of alpha"
+                f"the adapter was trained with alpha.kind={said}, for all tokens, but alpha.kind is `joint`, "
+                "which applies it to the alpha tokens only: change alpha.kind, or use another adapter"
             )
 
     def warnings(self) -> list[str]:
-        """For the model card."""
+        """Return the warning for the model card."""
         what = (
-            "This adapter makes **transparent videos**: colour and alpha are drawn as two clips in one "
-            "sequence, at the same positions, and the update is for the tokens of alpha alone. inlaid applies "
-            "it so. A pipeline that loads it as any other applies it to all tokens and knows no alpha. Do "
-            "not fuse it."
+            "This adapter generates **transparent videos**: color and alpha are two clips in one token "
+            "sequence, with the same positions, and the adapter applies to the alpha tokens only, as inlaid "
+            "does. A pipeline that loads it as an ordinary LoRA applies it to all tokens and generates no "
+            "alpha. Do not fuse it."
         )
         return [what]
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Adds what an update of alpha's tokens alone forbids."""
+        """Return problems, including tuner kinds and targets that do not support alpha tokens only."""
         found, tuner = super().problems(config), config.tuner
         if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):
-            only = f"tuner.kind: `joint` trains the tokens of alpha only, which {tuner.kind} cannot"
+            only = f"tuner.kind: `joint` trains the alpha tokens only, which {tuner.kind} does not support"
             return [*found, f"{only}; use lora or dora"]
         names = [
             n
@@ -132,12 +135,12 @@ class Joint(_Base):
             try:
                 hit = [n for n in names if re.fullmatch(target, n)]
             except re.error:
-                continue  # the tuner says it
+                continue  # the tuner reports it
             wrong = [n for n in hit if not self._sees_video(n)]
             if wrong:
                 found.append(
-                    f"tuner.targets: `{target}` takes in {len(wrong)} layers that have no tokens of "
-                    f"alpha, such as {wrong[0]}; leave them out"
+                    f"tuner.targets: `{target}` matches {len(wrong)} layers that process no alpha tokens, "
+                    f"such as {wrong[0]}: exclude them"
                 )
         return found
 
@@ -145,31 +148,31 @@ class Joint(_Base):
         return any(re.fullmatch(p, layer) for p in self.video_layers)
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`latents` (c, 2 t, h, w): colour, then alpha."""
+        """Return the shape of `latents`, (c, 2 t, h, w): color, then alpha."""
         c, t, h, w = self.single.shapes(frames, height, width)["latents"]
         return {"latents": (c, 2 * t, h, w)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """All that is kept of one clip, and again of alpha."""
+        """Return the shapes of the cached tensors, for color and again for alpha."""
         return _both(*[self.single.stored(frames, height, width)] * 2)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Twice the video's."""
+        """Return the number of tokens, with twice the video tokens of a single clip."""
         return 2 * self.single.tokens(frames, height, width) - self.text_before
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 4), straight -> what is kept of colour, and of alpha as a grey video."""
+        """Encode uint8 (t, h, w, 4), straight alpha, as color and as a gray alpha video."""
         clips = frames[..., :3], np.repeat(frames[..., 3:], 3, -1)
         return _both(*(self.single.encode_media(encoder, clip) for clip in clips))
 
     def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Both clips as they are drawn alone, one after the other."""
+        """Sample the latents of color, then of alpha, from their cached posteriors."""
         alpha = {k.removeprefix(ALPHA): v for k, v in item.items() if k.startswith(ALPHA)}
         clips = {k: item[k] for k in alpha}, alpha
         return {"latents": torch.cat([self.single.draw(clip, generator)["latents"] for clip in clips], 1)}
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
-        """Colour and alpha."""
+        """Split latents into color and alpha."""
         return dict(zip(("rgb", "alpha"), latents.chunk(2, 2), strict=True))
 
     # --- the network --------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class Joint(_Base):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """The network as it sees two clips."""
+        """Load the network, prepared for two clips."""
         return self._join(super().load_denoiser(dtype, meta=meta, folder=folder))
 
     def _join(self, network: Any) -> nn.Module:
@@ -194,7 +197,7 @@ class Joint(_Base):
         return network
 
     def attached(self, denoiser: nn.Module) -> None:
-        """The adapter's layers change alpha only, and the vector trains."""
+        """Restrict the adapter to the alpha tokens, and make the domain embedding trainable."""
         self._tail(denoiser)
         if self.section.domain_embedding:
             denoiser.get_submodule(NAME).requires_grad_(True)
@@ -205,7 +208,10 @@ class Joint(_Base):
         layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
         for name, layer in layers.items():
             if not self._sees_video(name):
-                raise ValueError(f"{name} has no tokens of alpha, which are all that `joint` changes")
+                raise ValueError(
+                    f"{name} processes no alpha tokens, but `joint` changes these only: use an adapter "
+                    "without this layer"
+                )
             if not isinstance(layer, Tail):
                 layer.__class__ = _tail(type(layer), self.text_before)
         if self.section.domain_embedding:
@@ -215,7 +221,10 @@ class Joint(_Base):
     # --- sampling -----------------------------------------------------------------------------------------
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The stock pipeline; its VAE decodes the two clips apart, and its other networks see two as well."""
+        """Return the stock pipeline, with all its networks prepared for two clips.
+
+        The VAE decodes the two clips separately.
+        """
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         decode = pipe.vae.decode
 
@@ -242,7 +251,7 @@ class Joint(_Base):
         images: Sequence[np.ndarray] = (),
         **settings: Any,
     ) -> np.ndarray:
-        """Runs the stock pipeline from noise for two clips -> uint8 (t, h, w, 4), straight."""
+        """Run the stock pipeline with noise for two clips; return uint8 (t, h, w, 4), straight alpha."""
         shape = self.single.shapes(frames, *size)["latents"]
         noise = [
             torch.randn(shape, generator=generator) for _ in range(1 if self.section.shared_noise else 2)
@@ -254,10 +263,11 @@ class Joint(_Base):
         return as_bytes(np.concatenate([colour[-frames:], grey], -1))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Loads an adapter as any other, then keeps it to alpha's tokens, and loads its vector.
+        """Load an adapter, restrict it to the alpha tokens, and load its domain embedding.
 
         Raises:
-            ValueError: when it was not trained for joint transparency, or is without a part of it.
+            ValueError: if it was not trained with joint transparency, or its domain embedding is missing or
+                not expected.
         """
         with safe_open(folder / WEIGHTS, "pt") as file:
             header = file.metadata() or {}
@@ -268,7 +278,8 @@ class Joint(_Base):
         self._tail(network)
         if vector is not None and not self.section.domain_embedding:
             raise ValueError(
-                f"{folder}: has a domain embedding, which alpha.domain_embedding=false leaves out"
+                f"{folder}: the adapter has a domain embedding, but alpha.domain_embedding is false: set it "
+                "to true"
             )
         if self.section.domain_embedding:
             weight = network.get_submodule(NAME).weight
@@ -276,7 +287,7 @@ class Joint(_Base):
                 weight.zero_() if vector is None else weight.copy_(vector.view_as(weight))
 
     def weaken(self, pipeline: Any, strength: float) -> None:
-        """The vector too."""
+        """Scale the adapter and the domain embedding by `strength`."""
         super().weaken(pipeline, strength)
         if self.section.domain_embedding:
             with torch.no_grad():
@@ -284,21 +295,21 @@ class Joint(_Base):
 
 
 class Domain(nn.Module):
-    """A vector for the tokens of alpha; a module, so that sharding gathers it when it is called."""
+    """Domain embedding of the alpha tokens; a module, so that FSDP gathers it when it is called."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
         self.beside: list[Any] = []
-        """A layer of the adapter that it belongs to, with which it is switched off; no child of this one."""
+        """A layer of the adapter, not a child module; if it is disabled, the embedding is too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, 2 v, d) -> the same with the vector added to the second half."""
+        """Add the embedding to the second half of the tokens (n, 2 v, d)."""
         colour, alpha = x.chunk(2, 1)
         return torch.cat([colour, alpha + self.weight.to(x.dtype)], 1)
 
     def before(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
-        """Does so before the first block, which is given the tokens of the video by position or by name."""
+        """Pre-forward hook of the first block, which receives the video tokens by position or by keyword."""
         if any(layer.disable_adapters for layer in self.beside):
             return args, given
         if args:
@@ -307,17 +318,17 @@ class Domain(nn.Module):
 
 
 class Tail:
-    """Of a peft layer: one that changes the second half of the video's tokens, and no other.
+    """Mixin of a peft layer that changes only the second half of the video tokens.
 
-    Its own `forward`, because peft's has no place between the layer and its update. What is to be honoured of
-    peft's is in here: adapters that are switched off or not active, dropout, variants such as DoRA.
+    It has its own `forward`, because peft's has no hook between the layer and its update. It supports
+    disabled and inactive adapters, dropout, and variants such as DoRA.
     """
 
     text = 0
-    """Tokens of text before the video's."""
+    """Number of text tokens before the video tokens."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(n, text + 2 v, in) -> (n, text + 2 v, out)."""
+        """Map (n, text + 2 v, in) to (n, text + 2 v, out)."""
         out = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return out
@@ -335,7 +346,7 @@ class Tail:
         return torch.cat([out[:, :head], last.to(out.dtype)], 1)
 
     def merge(self, *_: Any, **__: Any) -> None:
-        """Refuses.
+        """Raise an error, because the update cannot be merged.
 
         Raises:
             ValueError: always.
@@ -343,7 +354,7 @@ class Tail:
         raise ValueError(MERGE)
 
 
-MERGE = "this adapter changes the tokens of alpha only, which no change of weights does: it cannot be merged"
+MERGE = "the adapter changes the alpha tokens only, which no change of weights can do: it cannot be merged"
 
 
 @lru_cache
@@ -361,15 +372,15 @@ def _both(colour: Mapping[str, Any], alpha: Mapping[str, Any]) -> dict[str, Any]
 
 
 def embedding(folder: Path, header: Mapping[str, str]) -> Tensor | None:
-    """The vector of an adapter in a folder, float32 (d,); None where it was trained without.
+    """Return the domain embedding of an adapter folder, float32 (d,); None if it was trained without one.
 
     Raises:
-        ValueError: when the file is not there although the adapter was trained with it.
+        ValueError: if the adapter was trained with a domain embedding but its file is missing.
     """
     path = folder / EMBEDDING
     if header.get(f"inlaid_{NAME}") != "yes":
         return None
     if not path.is_file():
-        raise ValueError(f"{folder}: {EMBEDDING} is missing, which belongs to this adapter: copy it too")
+        raise ValueError(f"{folder}: {EMBEDDING} of this adapter is missing: copy it into the folder")
     with safe_open(path, "pt") as file:
         return file.get_tensor(NAME).float().flatten()

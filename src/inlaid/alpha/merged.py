@@ -1,8 +1,8 @@
-"""Merged alpha (Wan-Alpha, Dong et al. 2025): colour and alpha in one latent, made and split by a codec.
+"""Merged alpha (Wan-Alpha, Dong et al. 2025): color and alpha in one latent of an RGBA VAE.
 
-The network, its objective and its sampling stay the opaque ones; only what a latent means is another. Latents
-of one codec mean nothing to another, so its `codec_id` is in the names of cached clips and in the header of
-adapters, and both are compared.
+Network, objective and sampling are those of the opaque family; only the latents differ. Latents of two RGBA
+VAEs are incompatible, so the `codec_id` is part of the cache key and of the header of adapters, and both are
+checked.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from inlaid.models.rgba_vae import RgbaVae
 
 HEADER = "inlaid_codec"
-"""Key of the codec_id in an adapter's header."""
+"""Header key of the RGBA VAE's `codec_id` in an adapter."""
 
 
 class Merged:
-    """Stands before `Wan` where the recipe says `alpha: {kind: merged}`."""
+    """Mixin before `Wan` for recipes with `alpha: {kind: merged}`."""
 
     channels = 4
 
@@ -37,8 +37,8 @@ class Merged:
         refuse(self)
         if self.images:  # type: ignore[attr-defined]
             raise ValueError(
-                f"alpha.kind: merged makes clips from text; {model.checkpoint} starts from images, which "
-                "would need an encoder that knows alpha"
+                f"alpha.kind: merged supports text-to-video only, but {model.checkpoint} is conditioned on "
+                "images: use a text-to-video checkpoint"
             )
         self.section, self.folder = section, locate(section.codec)
         self.facts = rgba_codec.read_config(self.folder)
@@ -46,38 +46,42 @@ class Merged:
 
     @property
     def codec_id(self) -> str:
-        """Of the codec whose latents are learned."""
+        """ID of the RGBA VAE that encodes the latents."""
         return str(self.facts["codec_id"])
 
     def about(self) -> dict[str, str]:
-        """See `Family.about`; with the codec."""
+        """Return the metadata of trained files (`Family.about`), including the ID of the RGBA VAE."""
         return {**super().about(), "inlaid_alpha": "merged", HEADER: self.codec_id}  # type: ignore[misc]
 
     # --- before the cache ---------------------------------------------------------------------------------
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`latents` (colors, z, t, h, w): the clip before so many colours, of which `draw` takes one."""
+        """Return the shape of `latents`, (colors, z, t, h, w).
+
+        The clip is encoded over several background colors, one of which is sampled at each step.
+        """
         shape = self.shapes(frames, height, width)["latents"]  # type: ignore[attr-defined]
         return {"latents": (min(self.section.colors, len(self.facts.get("colors", range(8)))), *shape)}
 
     def load_media_encoder(self, device: torch.device) -> RgbaVae:
-        """The codec on the checkpoint's VAE, in float32."""
+        """Load the RGBA VAE on the checkpoint's VAE, in float32."""
         import torch
 
         from inlaid.models import rgba_codec
 
         if "merge" not in self.facts.get("parts", ["merge"]):
             raise ValueError(
-                f"{self.folder}: this codec has no merge block, so it decodes but cannot encode clips; train "
-                f"one with tuner: {{kind: codec, train: merge, start: {self.folder}}}"
+                f"{self.folder}: this RGBA VAE has no merge block, so it can decode but not encode clips; "
+                f"train one with rgba_vae: {{train: merge, init_from: {self.folder}}}"
             )
         vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
         return rgba_codec.load(self.folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 4) straight -> `latents` (colors, z, t', h', w'), (z - mean) / std per channel.
+        """Encode uint8 (t, h, w, 4), straight alpha, as `latents` (colors, z, t', h', w').
 
-        The codec's colours behind it, as many as it has at most, are a function of its content.
+        Latents are normalized per channel, (z - mean) / std. The background colors are a subset of the RGBA
+        VAE's colors that depends on the content of the clip.
         """
         import numpy as np
         import torch
@@ -87,7 +91,7 @@ class Merged:
         from inlaid.models.rgba_vae import trunk
 
         if frames.shape[-1] != 4:
-            raise ValueError("it has no alpha, which a transparent run learns from")
+            raise ValueError("clip without alpha: a recipe with alpha.kind=merged trains on RGBA clips")
         pixels = np.ascontiguousarray(frames)
         seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "little") >> 1
         colors = self.facts.get("colors", COLORS)
@@ -108,14 +112,14 @@ class Merged:
     # --- after the cache ----------------------------------------------------------------------------------
 
     def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """One of the cached latents."""
+        """Sample one of the cached latents."""
         import torch
 
         which = int(torch.randint(len(item["latents"]), (), generator=generator))
         return {**item, "latents": item["latents"][which]}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The stock pipeline, with the codec beside it as `codec`."""
+        """Return the stock pipeline, with the RGBA VAE as its attribute `codec`."""
         from inlaid.models import rgba_codec
 
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)  # type: ignore[misc]
@@ -135,9 +139,10 @@ class Merged:
         generator: torch.Generator,
         images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Runs the stock pipeline to latents, which the codec splits: uint8 (t, h, w, 4), straight.
+        """Run the stock pipeline and decode its latents with the RGBA VAE.
 
-        Colour is arbitrary where alpha is 0.
+        Returns:
+            uint8 (t, h, w, 4), straight alpha. Color is arbitrary where alpha is 0.
         """
         import torch
 
@@ -160,18 +165,18 @@ class Merged:
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """See `Family.accept`; the codec must be the same."""
+        """Check that an adapter was trained on latents of the same RGBA VAE (`Family.accept`)."""
         said = header.get(HEADER)
         if said != self.codec_id:
-            was = f"was trained on codec {said}" if said else "was not trained on a codec's latents"
+            was = f"was trained with RGBA VAE {said}" if said else "was trained without an RGBA VAE"
             raise ValueError(
-                f"this adapter {was}, alpha.codec is {self.codec_id}: their latents mean different things; "
-                "use the codec that it was trained on"
+                f"the adapter {was}, but alpha.vae is {self.codec_id}, whose latents are incompatible: use "
+                "the RGBA VAE that the adapter was trained with"
             )
 
 
 def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and spread of a Wan VAE's latents, (z, 1, 1, 1) each."""
+    """Return mean and standard deviation of a Wan VAE's latents, (z, 1, 1, 1) each."""
     import torch
 
     mean, std = (

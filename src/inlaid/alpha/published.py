@@ -1,8 +1,8 @@
-"""Adapters of joint transparency as their authors wrote them, in the names that all other adapters have.
+"""Conversion of published TransPixeler adapters (joint transparency) to the usual tensor names.
 
-None of these files holds its alpha, which was 1 with every rank; read as an ordinary adapter they are rank
-times too strong, and for all tokens. The authors' code is not the source of anything here, only how their
-files are laid out.
+These files do not store LoRA alpha, which was 1 for every rank. Read as ordinary adapters their update is
+too strong by a factor of the rank, and applies to all tokens. This module is based on the layout of the
+files, not on the authors' code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from inlaid.alpha import joint
 
 ALPHA = 1.0
-"""Of all published files: the update is divided by the rank."""
+"""LoRA alpha of all published files: the update is divided by the rank."""
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _MOCHI = re.compile(r"block_(\d+)\.to_(q|k|v|out)_lora\.([01])\.weight")
@@ -25,23 +25,23 @@ _MOCHI = re.compile(r"block_(\d+)\.to_(q|k|v|out)_lora\.([01])\.weight")
 
 @dataclass(frozen=True)
 class Published:
-    """An adapter of joint transparency, recognised."""
+    """Recognized adapter of joint transparency."""
 
     tensors: Mapping[str, Tensor]
-    """Without the vector, under names that have a prefix of a known layout."""
+    """Tensors without the domain embedding, under names with the prefix of a known layout."""
     vector: Tensor | None
-    """What is added to the tokens of alpha, (d,)."""
+    """Domain embedding, added to the alpha tokens, (d,)."""
     header: Mapping[str, str]
-    """As inlaid writes it."""
+    """Header in the form that inlaid writes."""
     name: str
     notes: Sequence[str]
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> Published | None:
-    """What a file is that was published for joint transparency; None for all others.
+    """Recognize a published adapter of joint transparency; return None for other files.
 
     Raises:
-        ValueError: when it is one, but not whole, or holds more than such a file does.
+        ValueError: if it is such a file, but tensors are missing or unexpected.
     """
     if "domain_emb" in tensors:
         rest = {k: v for k, v in tensors.items() if k != "domain_emb"}
@@ -52,7 +52,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> Published | None:
         rest = {k: v for k, v in tensors.items() if k != "transformer.modality_embedding"}
         wrong = [k for k in rest if not k.startswith("diffusion_model.")]
         if wrong:
-            raise ValueError(f"{len(wrong)} tensors that do not belong to such a file ({_some(wrong)})")
+            raise ValueError(f"{len(wrong)} unexpected tensors ({_some(wrong)})")
         return _made(rest, tensors["transformer.modality_embedding"], "Wan (TransPixeler)", "block", "mean")
     if any(_MOCHI.fullmatch(k) for k in tensors):
         _whole(tensors, _MOCHI, {"0", "1"}, ("q", "k", "v", "out"))
@@ -69,18 +69,22 @@ def _mochi(match: re.Match[str]) -> str:
 def _whole(
     tensors: Mapping[str, Tensor], key: re.Pattern[str], halves: set[str], layers: Sequence[str]
 ) -> None:
-    """Such a file has both halves of every layer in all blocks from the first on, and nothing else."""
+    """Check that a file has both factors of every layer in all blocks from the first, and nothing else.
+
+    Raises:
+        ValueError: if tensors are missing or unexpected.
+    """
     found = {k: key.fullmatch(k) for k in tensors}
     extra = [k for k, match in found.items() if not match or match[2] not in layers]
     if extra:
-        raise ValueError(f"{len(extra)} tensors that do not belong to such a file ({_some(extra)})")
+        raise ValueError(f"{len(extra)} unexpected tensors ({_some(extra)})")
     there = {(int(m[1]), m[2], m[3]) for m in found.values() if m}
     last = max((block for block, *_ in there), default=-1)
     wanted = {(i, layer, half) for i in range(last + 1) for layer in layers for half in halves}
     missing = sorted(f"{layer} of block {i}" for i, layer, _ in wanted - there)
     if missing or not wanted:
         raise ValueError(
-            f"not whole: {len(missing)} tensors are missing, such as of {_some(missing) or 'all'}"
+            f"incomplete: {len(missing)} tensors are missing, such as those of {_some(missing) or 'all'}"
         )
 
 
@@ -89,10 +93,11 @@ def _made(rest: Mapping[str, Tensor], vector: Tensor | None, name: str, rule: st
     if len(ranks) > 1:
         said = ", ".join(f"{r} ({n})" for r, n in ranks.most_common())
         raise ValueError(
-            f"its layers have different ranks, {said}, which no such file has: is it two in one?"
+            f"the layers have different ranks, {said}, but published files have one rank: it may be two "
+            "files in one"
         )
     if vector is not None and (vector.ndim == 0 or vector.numel() != vector.shape[-1]):
-        raise ValueError(f"its vector for alpha has shape {tuple(vector.shape)}, which is not a vector")
+        raise ValueError(f"the domain embedding has shape {tuple(vector.shape)}, which is not a vector")
     said = {
         "alpha": "joint",
         "alpha_tokens": joint.TOKENS,
@@ -101,12 +106,12 @@ def _made(rest: Mapping[str, Tensor], vector: Tensor | None, name: str, rule: st
     }
     notes = [
         (
-            "joint transparency: the update is for the tokens of alpha alone. Use it in a recipe with "
+            "joint transparency: the adapter applies to the alpha tokens only. Use it in a recipe with "
             f"`alpha: {{kind: joint, text_to_alpha: {rule}, alpha_from: {mean}, domain_embedding: "
-            f"{'false' if vector is None else 'true'}}}`; loaded as any other it changes all tokens"
+            f"{'false' if vector is None else 'true'}}}`; loaded as an ordinary LoRA it changes all tokens"
         ),
-        f"scale: alpha is {ALPHA:g} in all such files, none of which says so",
-        "its licence is not known here: ask whoever published it",
+        f"scale: LoRA alpha is {ALPHA:g} in all published files, although no file stores it",
+        "license: unknown; ask the publisher of the file",
     ]
     header = {f"inlaid_{k}": v for k, v in said.items()}
     return Published(rest, None if vector is None else vector.float().flatten(), header, name, notes)

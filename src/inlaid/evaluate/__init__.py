@@ -1,7 +1,7 @@
-"""Base and tuned side by side: held-out loss, video metrics, a report that opens anywhere.
+"""Comparison of the base and the tuned model: validation loss, metrics and a self-contained HTML report.
 
-Both are drawn through the stock pipeline for the same prompts with the same seeds, and both are measured on
-the same clips with the same noise, so that whatever differs was done by training.
+Both models generate through the stock pipeline with the same prompts and seeds, and both losses use the same
+validation clips and noise, so every difference is an effect of training.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ from inlaid.steps import QUANTILES, Batch, DenoisingStep
 __all__ = ["HeldOut", "Pair", "Prompt", "Report", "Verdict", "Video", "evaluate", "summary_table"]
 
 YARDSTICK = 4
-"""Training clips that are measured to compare with."""
+"""Number of training clips measured as a reference for the metrics."""
 
 SAMPLING = ("size", "frames", "steps", "guidance", "negative_prompt", "seed")
-"""Fields of the recipe's `sample` section that `evaluate` may be given."""
+"""Fields of the recipe's `sample` section that `evaluate` accepts as overrides."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, the group that it counts for, and whether the result shows it."""
+    """Prompt of an evaluation, with its group and an optional check of the result."""
 
     text: str
     group: str = ""
     judge: Callable[[np.ndarray], bool] | None = None
-    """Takes uint8 frames (t, h, w, 3), or straight RGBA (t, h, w, 4) in a transparent run."""
+    """Return True if the result matches the prompt. Takes uint8 frames (t, h, w, 3), or straight RGBA
+    (t, h, w, 4) in a transparent run."""
     images: generate.Images = ()
-    """For image-to-video: image files, or the window whose own frames are taken."""
+    """For image-to-video: image files, or the window whose frames are used."""
     truth: Callable[[np.ndarray], np.ndarray] | None = None
-    """In a transparent run, where it can be known from the frames that were drawn: takes them and gives the
-    matte that they should have, uint8 (t, h, w)."""
+    """For a transparent run: compute the true alpha, uint8 (t, h, w), from the generated RGBA frames. None if
+    it is unknown."""
 
 
 def evaluate(
@@ -71,33 +72,35 @@ def evaluate(
     device: str | None = None,
     **overrides: Any,
 ) -> Report:
-    """Compares what a run has trained with what it began from, and writes `report/` in the run folder.
+    """Compare the trained model of a run with its base model and write `report/` in the run folder.
 
     Args:
         run: run folder.
         against: `base`, or a checkpoint to compare with.
-        checkpoint: `step-000500` or `500`. Default: the run's adapter.
+        checkpoint: `step-000500` or `500`. Default: the run's final adapter.
         prompts: Default: the recipe's sample prompts and captions of each group, else the first captions.
-        count: videos of each prompt; video i uses seed + i.
-        group_by: take captions of each group where a source names a `group_column`.
-        per_group: captions of each group, held-out clips first.
-        limit: most prompts that are chosen by default; each is drawn twice `count` times.
-        device: as `runtime.device`. Default: the recipe's.
-        overrides: fields of the recipe's `sample` section, see `SAMPLING`.
+        count: videos per prompt; video i uses seed + i.
+        group_by: use captions of each group if a source sets `group_column`.
+        per_group: captions per group; captions of validation clips come first.
+        limit: maximum number of prompts chosen by default. Each is generated `count` times per model.
+        device: same values as `runtime.device`. Default: the recipe's device.
+        overrides: fields of the recipe's `sample` section, listed in `SAMPLING`.
 
     Raises:
-        ValueError: for everything that the user can mend.
+        ValueError: for any problem the user can fix.
     """
     began = time.perf_counter()
     place = Run(Path(run))
     config = _config(place, device, overrides)
     if isinstance(config.tuner, recipe.Codec):
-        raise ValueError(f"evaluate: {run} trained a codec, which has no prompts; use inlaid.evaluate.codec")
+        raise ValueError(
+            f"evaluate: {run} trained an RGBA VAE, which has no prompts; use inlaid.evaluate.codec"
+        )
     family = train.open_family(config)
     sides = _sides(place, family, against, checkpoint)
     with runtime.start(config) as ctx:
         if ctx.world > 1:
-            raise ValueError("evaluate: runs in one process; start it without torchrun")
+            raise ValueError("evaluate: does not support several processes; start it without torchrun")
         clips, notes = _clips(config, family, place, ctx)
         gauge = importlib.import_module(f"{__name__}.{family.medium}")
         if prompts is not None:
@@ -107,13 +110,15 @@ def evaluate(
         else:
             chosen = choose(config, clips, group_by, per_group)
         if prompts is None and len(chosen) > limit:
-            notes.append(f"Drawn for {limit} of {len(chosen)} prompts; `limit` sets how many.")
+            notes.append(f"Generated for {limit} of {len(chosen)} prompts; raise `limit` to include more.")
             chosen = _spread(chosen, limit)
         if not chosen or not all(p.text.strip() for p in chosen):
-            raise ValueError("evaluate: needs prompts that are not empty; give some, or set sample.prompts")
+            raise ValueError("evaluate: no prompts, or an empty prompt: pass `prompts` or set sample.prompts")
         named = [p.images for p in chosen if not isinstance(p.images, Window)]
         if gauge.TRUTH and named:
-            raise ValueError("evaluate: scenes are measured against their surfaces; give scenes, not images")
+            raise ValueError(
+                "evaluate: a scene is measured against its true surfaces: pass scenes, not image files"
+            )
         wrong = family.missing_images(len(named), [each for each in named if each])
         if wrong:
             raise ValueError(f"evaluate: {wrong[0]}")
@@ -151,7 +156,10 @@ def evaluate(
 
 
 def choose(config: recipe.Config, clips: train.Clips | None, group_by: bool, per_group: int) -> list[Prompt]:
-    """The recipe's sample prompts and captions of each group, held-out first; else the first captions."""
+    """Return the recipe's sample prompts and captions of each group, validation clips first.
+
+    Without either, return the first captions of the dataset.
+    """
     groups: dict[str, dict[str, Window]] = {}
     windows: list[Window] = [*clips.plan.held_out, *clips.plan.train] if clips else []
     for window in windows if group_by else ():
@@ -174,16 +182,19 @@ def choose(config: recipe.Config, clips: train.Clips | None, group_by: bool, per
 
 
 def truths(clips: train.Clips | None) -> list[Prompt]:
-    """The examples themselves, where they have one right answer: those held out, else those trained on."""
+    """Return the validation examples, or the training examples if there are none, as prompts.
+
+    For modalities in which each example has one correct output (scenes).
+    """
     if clips is None:
         return []
     held_out = clips.plan.held_out
-    group = "held-out scenes" if held_out else "training scenes"
+    group = "validation scenes" if held_out else "training scenes"
     return [Prompt(w.caption, group, images=w) for w in held_out or clips.plan.train]
 
 
 def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    """As many prompts as allowed, taking one of each group in turn, in their old order."""
+    """Select `limit` prompts, round-robin over the groups, and keep their original order."""
     turn: dict[str, int] = {}
     rank = []
     for i, prompt in enumerate(prompts):
@@ -192,26 +203,26 @@ def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
     return [prompts[i] for i in sorted(i for _, i in sorted(rank)[:limit])]
 
 
-# --- what is compared ---------------------------------------------------------------------------------------
+# --- models to compare --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two networks."""
+    """One of the two models to compare."""
 
     role: str
-    """`base` or `tuned`, the name of its folder in the report."""
+    """`base` or `tuned`; also the name of its folder in the report."""
     name: str
     folder: Path | None
-    """What was trained; None for the base."""
+    """Folder of the trained weights; None for the base model."""
     step: int | None
 
 
 def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
-    """The run's recipe with the settings of this evaluation, which is one process whatever training was."""
+    """Return the run's recipe with the overrides of this evaluation, always for a single process."""
     wrong = [k for k in overrides if k not in SAMPLING]
     if wrong:
-        raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; there are: {', '.join(SAMPLING)}")
+        raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; available: {', '.join(SAMPLING)}")
     config = place.config()
     sample = generate.resolve_sample(config, **overrides)
     values = {"sample": json.loads(sample.model_dump_json()), "runtime": {"world_size": None}}
@@ -235,7 +246,7 @@ def _sides(place: Run, family: families.Family, against: str, checkpoint: str | 
     sides = side("base", against), side("tuned", checkpoint)
     if sides[0].folder == sides[1].folder:
         raise ValueError(
-            f"evaluate: {sides[1].name} would be compared with itself; choose another `checkpoint`"
+            f"evaluate: {sides[1].name} would be compared with itself; choose a different `checkpoint`"
         )
     return sides
 
@@ -243,7 +254,7 @@ def _sides(place: Run, family: families.Family, against: str, checkpoint: str | 
 def _networks(
     config: recipe.Config, family: families.Family, sides: Sequence[_Side], ctx: runtime.Context
 ) -> Iterator[tuple[nn.Module, Any]]:
-    """The network and its stock pipeline for each side in turn; only full fine-tunes need two."""
+    """Yield the network and its stock pipeline for each side; only full fine-tunes load two networks."""
     full = config.tuner.kind == "full"
     denoiser: nn.Module | None = None
     pipeline: Any = None
@@ -254,7 +265,7 @@ def _networks(
                 if side.folder is None or not full
                 else f"loading {side.folder}"
             )
-            denoiser = pipeline = None  # two of them may not fit
+            denoiser = pipeline = None  # free memory first: two networks may not fit
             denoiser = (
                 family.load_denoiser(ctx.precision, folder=side.folder if full else None)
                 .to(ctx.device)
@@ -271,11 +282,11 @@ def _networks(
 def _clips(
     config: recipe.Config, family: families.Family, place: Run, ctx: runtime.Context
 ) -> tuple[train.Clips | None, list[str]]:
-    """The dataset of the run, cached; without it there is no held-out loss, and a note says so."""
+    """Return the cached dataset of the run, or None and a note that the validation loss is missing."""
     try:
         return train.build_cache(config, family, place, ctx), []
     except ValueError as error:
-        note = f"No held-out loss: the training clips cannot be used any more. {error}"
+        note = f"No validation loss: the training clips can no longer be used. {error}"
         say(note)
         return None, [" ".join(note.split())]
 
@@ -283,7 +294,7 @@ def _clips(
 def _yardstick(
     place: Run, clips: train.Clips | None, folder: Path, notes: list[str]
 ) -> dict[str, float] | None:
-    """Measures some training clips, and puts a contact sheet of what the model saw into the report."""
+    """Return mean metrics of some training clips, and add a contact sheet of them to the report."""
     sheet = place.folder / "check" / "contact_sheet.png"
     if sheet.is_file():
         shutil.copyfile(sheet, folder / "clips.png")
@@ -299,7 +310,7 @@ def _yardstick(
             try:
                 frames = window.read()
             except ValueError as error:
-                notes.append(f"A training clip could not be read again: {error}")
+                notes.append(f"A training clip could not be read: {error}")
                 continue
             found.append(video.everything(frames))
             frames = rgba.shown(frames) if window.alpha else frames
@@ -311,7 +322,7 @@ def _yardstick(
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
-    """What was trained, in words."""
+    """Return a text description of the trained weights."""
     tuner = config.tuner
     if tuner.kind == "full":
         trained = "some weights" if tuner.targets else "all weights"
@@ -321,7 +332,7 @@ def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
 
 
 def _sampling(family: families.Family, encoded: generate.Prompts) -> dict[str, Any]:
-    """How the videos are drawn."""
+    """Return the sampling settings of the generated outputs."""
     if family.medium != "video":
         return mediums.of(family.medium).settings(encoded.sample, encoded.fps)
     return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}
@@ -332,22 +343,22 @@ def _environment(ctx: runtime.Context) -> dict[str, Any]:
     return {**runtime.environment(), "device": str(ctx.device), "precision": precision}
 
 
-# --- measuring ----------------------------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Both:
-    """Collects what both sides give for the same prompts and clips, the base first."""
+    """Collector of the outputs and losses of both sides, base first, for the same prompts and clips."""
 
     prompts: Sequence[Prompt]
     encoded: generate.Prompts
     count: int
     folder: Path
-    """Where the videos go, one folder per side."""
+    """Output folder; holds one folder of videos per side."""
     scratch: Path
-    """Where the frames of the base wait: two sets of long videos may not fit in memory."""
+    """Temporary folder for the frames of the base side: two sets of long videos may not fit in memory."""
     gauge: Any = video
-    """The module of this package that measures what is drawn."""
+    """Module of this package that measures the generated outputs."""
     _losses: dict[str, list[list[float]]] = field(default_factory=dict)
     _videos: dict[str, list[Video]] = field(default_factory=dict)
     _distances: list[float] = field(default_factory=list)
@@ -360,7 +371,7 @@ class _Both:
         batches: Sequence[Batch],
         device: torch.device,
     ) -> None:
-        """Held-out loss of one side."""
+        """Compute the validation loss of one side."""
         self._losses[side.role] = []
         one = mediums.of(step.family.medium).one
         with progress(f"loss, {side.name}", len(batches), one, show=bool(batches)) as advance:
@@ -369,7 +380,7 @@ class _Both:
                 advance()
 
     def draw(self, side: _Side, family: families.Family, pipeline: Any) -> None:
-        """Draws and measures the videos of one side."""
+        """Generate and measure the outputs of one side."""
         found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
 
         def seen(i: int, j: int, made: Any) -> None:
@@ -394,14 +405,14 @@ class _Both:
             self._videos[side.role].append(Video(name, metrics, yes, parts))
 
     def pairs(self) -> list[Pair]:
-        """What was drawn."""
+        """Return the outputs of both sides, paired by prompt and seed."""
         first = self.encoded.sample.seed
         each = [(p, first + j) for p in self.prompts for j in range(self.count)]
         columns = zip(each, self._videos["base"], self._videos["tuned"], self._distances, strict=True)
         return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
 
     def held_out(self, step: DenoisingStep, batches: Sequence[Batch]) -> HeldOut | None:
-        """The losses, where clips were held out."""
+        """Return the validation losses; None without validation clips."""
         if not batches:
             return None
         names = [name for b in batches for name in b.names]

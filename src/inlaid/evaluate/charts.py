@@ -1,4 +1,4 @@
-"""Line charts as SVG that takes its colours from the page around it."""
+"""Line charts as SVG, colored by the CSS of the enclosing page."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ class Line:
     name: str
     points: Sequence[Point]
     style: str
-    """CSS class: `raw` (thin and pale), `main` (strong) or `base` (dashed, with its name on it)."""
+    """CSS class: `raw` (thin and pale), `main` (bold) or `base` (dashed and labeled)."""
     dots: bool = False
-    """Mark each point and tell its values when pointed at."""
+    """Mark each point and show its values on hover."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with labelled axes; its width and height are in pixels."""
+    """Chart with labeled axes; width and height in pixels."""
 
     title: str
     x: str
-    """Label of the horizontal axis, which begins at 0."""
+    """Label of the horizontal axis, which starts at 0."""
     y: str
     """Label of the vertical axis."""
     lines: Sequence[Line]
     width: int = 640
     height: int = 260
     mark: float | None = None
-    """A place on the horizontal axis to mark, such as the step that was evaluated."""
+    """Position to mark on the horizontal axis, such as the evaluated step."""
     mark_name: str = ""
     zero: bool = False
-    """Whether the vertical axis begins at 0."""
+    """Start the vertical axis at 0."""
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where data lies on the picture."""
+    """Mapping from data coordinates to pixels of the chart."""
 
     x: Point
-    """Range of the data."""
+    """Range of the data along x."""
     y: Point
     left: float
     right: float
@@ -63,7 +63,7 @@ class _Frame:
 
 
 def render(chart: Chart) -> Html:
-    """The chart as `<svg>`; empty when there is nothing to draw. Values that are not finite are left out."""
+    """Render a chart as `<svg>`; empty if it has no points. Non-finite values are dropped."""
     finite = (replace(n, points=[p for p in n.points if math.isfinite(p[1])]) for n in chart.lines)
     lines = [line for line in finite if line.points]
     if not lines:
@@ -119,7 +119,7 @@ def _mark(chart: Chart, frame: _Frame) -> list[Html]:
 
 
 def _legend(lines: Sequence[Line], right: float) -> list[Html]:
-    """Names beside a sample of each line; a line alone needs none, a base line bears its own."""
+    """Return the legend: a name and a sample per line. A single line needs none; base lines are labeled."""
     named = [line for line in lines if line.style != "base"]
     out, x = [], right
     for line in reversed(named if len(named) > 1 else []):
@@ -148,7 +148,7 @@ def _axes(chart: Chart, frame: _Frame) -> list[Html]:
 
 
 def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
-    """What the axes span; a few wild values of a raw line do not flatten the rest."""
+    """Return the ranges of both axes; outliers above the 98th percentile do not compress the rest."""
     x = np.array([p[0] for line in lines for p in line.points])
     y = np.array([p[1] for line in lines for p in line.points])
     low, high = float(y.min()), float(y.max())
@@ -162,14 +162,14 @@ def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
 
 
 def _thin(points: Sequence[Point], most: int = 1200) -> list[Point]:
-    """At most so many points, evenly chosen, the last included: more would be finer than a pixel."""
+    """Return at most `most` points, evenly spaced, including the last: more would exceed pixel resolution."""
     if len(points) <= most:
         return list(points)
     return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round values inside an interval, about `most` of them: multiples of 1, 2 or 5 times a power of ten."""
+    """Return about `most` tick values inside an interval: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
@@ -178,7 +178,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number in few characters."""
+    """Format a number in few characters."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -189,7 +189,7 @@ def short(value: float) -> str:
 
 
 def smooth(points: Sequence[Point], share: float = 0.05) -> list[Point]:
-    """The mean over a window of `share` of all points around each, shorter at the ends; needs no padding."""
+    """Return the moving average over `share` of all points, with shorter windows at the ends (no padding)."""
     half = max(1, round(len(points) * share / 2))
     x, y = (np.array([p[i] for p in points], np.float64) for i in (0, 1))
     total = np.concatenate([[0.0], np.cumsum(y)])

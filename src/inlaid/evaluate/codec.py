@@ -1,4 +1,4 @@
-"""How well a codec reconstructs held-out clips: errors by region beside trivial predictors, and a picture."""
+"""Evaluation of an RGBA VAE on validation clips: errors by region beside trivial predictors, and an image."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from inlaid.runtime import Run
 from inlaid.steps import Batch, CodecStep, reconstruct
 
 SHOWN = 8
-"""Clips in the picture."""
+"""Number of clips in the image."""
 
 
 @dataclass(frozen=True)
 class CodecReport:
-    """What was measured, and where it was written."""
+    """Measured errors of an RGBA VAE and the path of the report."""
 
     path: Path
-    """Of the JSON; the picture is beside it."""
+    """Path of the JSON file; the image has the same name with `.png`."""
     clips: int
     values: dict[str, float]
-    """Of `rgba_metrics.report`."""
+    """Result of `rgba_metrics.report`."""
     warnings: list[str]
-    """Of `rgba_metrics.trivial`."""
+    """Result of `rgba_metrics.trivial`."""
 
 
 def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | None = None) -> CodecReport:
-    """Reconstructs the held-out clips of a run that trains a codec; writes `report/` in the run folder.
+    """Reconstruct the validation clips of a run that trains an RGBA VAE; write `report/` in the run folder.
 
     Args:
         run: run folder.
         checkpoint: `step-000500`. Default: the newest.
-        device: as `runtime.device`. Default: the recipe's.
+        device: same values as `runtime.device`. Default: the recipe's device.
 
     Raises:
-        ValueError: when it trains no codec, nothing is trained yet, or no clip was held out.
+        ValueError: if the run trains no RGBA VAE, nothing is trained yet, or there are no validation clips.
     """
     place = Run(Path(run))
     config = place.config()
@@ -52,18 +52,18 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     section = config.tuner
     if not isinstance(section, recipe.Codec):
-        raise ValueError(f"{run}: this run trains no codec")
+        raise ValueError(f"{run}: this run does not train an RGBA VAE; its recipe has no rgba_vae section")
     made = place.checkpoints()
     folder = place.checkpoint(checkpoint) / "codec" if checkpoint else place.folder / "codec"
     if not folder.is_dir():
         if not made:
-            raise ValueError(f"{run}: nothing is trained yet; `inlaid train` first")
+            raise ValueError(f"{run}: nothing is trained yet; run `inlaid train` first")
         folder = made[-1] / "codec"
     family = alpha.family(config)
     with runtime.start(config) as ctx:
         batches = train.build_cache(config, family, place, ctx).held_out_batches(family)
         if not batches:
-            raise ValueError(f"{run}: no clip was held out; set data.held_out, and train on the others")
+            raise ValueError(f"{run}: no validation clips; set data.validation and train again")
         codec = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
         step = CodecStep.of(section.model_copy(update={"perceptual": "none"}), quiet=True)
         rows = step.held_out(codec, batches, ctx.device)
@@ -81,7 +81,7 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
 def _picture(
     step: CodecStep, codec: torch.nn.Module, batches: list[Batch], device: torch.device
 ) -> Image.Image:
-    """A row per clip, its middle frame: original and reconstruction on a checkerboard, and their alphas."""
+    """Return one row per clip: middle frame of original and reconstruction on a checkerboard, then alphas."""
     rows = []
     for batch in batches:
         true = batch.latents[:1]
@@ -97,8 +97,8 @@ def _picture(
 
 
 def table(report: CodecReport) -> Table:
-    """Mean errors of alpha, 0-255, of the codec and of what costs nothing, by region."""
-    out = Table(title=f"alpha: mean error, 0-255, {report.clips} held-out clips", title_justify="left")
+    """Return a table of mean alpha errors (0-255) of the RGBA VAE and of trivial predictors, by region."""
+    out = Table(title=f"alpha: mean error, 0-255, {report.clips} validation clips", title_justify="left")
     columns = ("all", *rgba_metrics.REGIONS, "mean of regions")
     for name in ("", *columns):
         out.add_column(name, justify="left" if not name else "right")
@@ -111,17 +111,17 @@ def table(report: CodecReport) -> Table:
 
 
 def text(report: CodecReport) -> list[str]:
-    """The other figures in words, and what is wrong."""
+    """Return the remaining metrics as sentences, then the warnings."""
     v = report.values
     return [
         (
-            f"colour where visible: mean error {v['rgb_mae']:.2f} (of the mean colour "
+            f"visible color: mean error {v['rgb_mae']:.2f} (mean-color predictor: "
             f"{v['mean_rgb_mae']:.2f}), PSNR {v['rgb_psnr']:.1f} dB"
         ),
         f"alpha: PSNR {v['alpha_psnr']:.1f} dB, SSIM {v['ssim_alpha']:.3f}",
         (
-            f"on the eight corners of the colour cube: PSNR {v['composite_psnr']:.1f} dB, at worst "
-            f"{v['composite_psnr_worst']:.1f} dB; SSIM on black and white {v['ssim_composite']:.3f}"
+            f"composited over the eight corner colors of the RGB cube: PSNR {v['composite_psnr']:.1f} dB, "
+            f"worst {v['composite_psnr_worst']:.1f} dB; SSIM over black and white {v['ssim_composite']:.3f}"
         ),
         *(f"warning: {w}" for w in report.warnings),
     ]

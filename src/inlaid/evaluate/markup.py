@@ -1,4 +1,4 @@
-"""Elements of HTML and SVG as text in which nothing is ever escaped twice or not at all."""
+"""Builders for HTML and SVG text that escape plain text exactly once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ VOID = ("img",)
 
 
 class Html(str):
-    """Text that is markup already."""
+    """Text that is already markup and is not escaped."""
 
 
 def tag(name: str, *inside: str, **attributes: str | float | bool | None) -> Html:
-    """An element.
+    """Return an HTML or SVG element.
 
     Args:
-        name: of the element.
-        inside: its content; plain text is escaped, `Html` is not.
-        attributes: `cls` is `class`, `_` is `-`; True has no value, None and False are left out.
+        name: name of the element.
+        inside: content; plain text is escaped, `Html` is not.
+        attributes: `cls` becomes `class` and `_` becomes `-`; True writes the name alone, None and False omit
+            the attribute.
     """
     parts = [name]
     for key, value in attributes.items():
@@ -32,11 +33,11 @@ def tag(name: str, *inside: str, **attributes: str | float | bool | None) -> Htm
 
 
 def join(*parts: str) -> Html:
-    """Parts one after another; plain text is escaped."""
+    """Concatenate parts; plain text is escaped."""
     return Html("".join(p if isinstance(p, Html) else escape(p) for p in parts))
 
 
 def code(text: str) -> Html:
-    """Text in which what stands in backticks is code."""
+    """Convert text to HTML, with backticked parts as `<code>`."""
     parts = text.split("`")
     return join(*(tag("code", p) if i % 2 else p for i, p in enumerate(parts)))

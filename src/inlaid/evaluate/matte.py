@@ -1,7 +1,7 @@
-"""What can be measured of a transparent video's matte without knowing the true one.
+"""Alpha metrics of transparent videos, with and without ground truth.
 
-None of these says that a matte is good: smoke is soft and glass has no edge of its own. They say what changed
-between two videos of one prompt. Where the truth is known, see `inlaid.mattes`.
+Without ground truth, no metric proves that alpha is good: smoke is soft, and glass has no distinct edge. The
+metrics show what changed between two videos of one prompt. `inlaid.mattes` compares alpha with ground truth.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from inlaid.evaluate import video
 from inlaid.evaluate.video import Metric
 
 AWAY = 0.08
-"""What is further from the subject than this share of the picture's longer side should be clear."""
+"""Share of the frame's longer side; pixels farther than this from the subject should be transparent."""
 SOME = 16
-"""Frames of a long video in which edges are looked for."""
+"""Number of frames of a long video in which edges are detected."""
 REACH = 2
-"""Pixels that an edge of colour may be away from an edge of the matte."""
+"""Maximum distance in pixels between an alpha edge and a matching color edge."""
 
 METRICS: Mapping[str, Metric] = {
     "coverage": Metric(
-        "coverage", "cover", "% of picture", 1, "", "Mean alpha: how much of the picture is covered."
+        "coverage", "cover", "% of frame", 1, "", "Mean alpha: the share of the frame that is covered."
     ),
     "soft": Metric(
-        "soft share", "soft", "% of pixels", 1, "", "Share of pixels that are neither clear nor opaque."
+        "soft share", "soft", "% of pixels", 1, "", "Share of pixels that are neither transparent nor opaque."
     ),
     "matte_flicker": Metric(
-        "matte flicker",
+        "alpha flicker",
         "m.flick",
         "% of range",
         2,
         "lower",
-        "Alpha that jumps and comes back where motion does not explain it, in percent of its range.",
+        "Alpha changes that revert in the next frame and that motion does not explain, in percent of range.",
     ),
     "haze": Metric(
         "haze",
@@ -42,7 +42,7 @@ METRICS: Mapping[str, Metric] = {
         "% of range",
         2,
         "lower",
-        "Mean alpha away from the subject, where it should be clear: a background that was left in.",
+        "Mean alpha far from the subject, where it should be 0: leftover background.",
     ),
     "edges": Metric(
         "edge agreement",
@@ -50,35 +50,35 @@ METRICS: Mapping[str, Metric] = {
         "% of edge",
         0,
         "",
-        "Share of the matte's edge that has an edge of the straight colour beside it.",
+        "Share of the alpha edge with an edge of the straight color next to it.",
     ),
 }
-"""What `measure` gives, in the order in which it is shown."""
+"""Metrics returned by `measure`, in display order."""
 
 TRUTH: Mapping[str, Metric] = {
     "matte_error": Metric(
-        "matte error",
+        "alpha error",
         "m.error",
         "of 255",
         1,
         "lower",
-        "Mean absolute error of alpha against the known truth.",
+        "Mean absolute error of alpha against the ground truth.",
     ),
     "matte_regions": Metric(
-        "matte error by region",
+        "alpha error by region",
         "regions",
         "of 255",
         1,
         "lower",
-        "The same, with opaque, soft and clear pixels of the truth weighted alike: all clear and all opaque "
-        "have about 128.",
+        "Mean absolute error of alpha, with opaque, soft and transparent ground-truth regions weighted "
+        "equally: fully transparent and fully opaque predictions score about 128.",
     ),
 }
-"""What `against` gives, where a prompt says what the true matte is."""
+"""Metrics returned by `against`, for prompts with a known true alpha."""
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """All of `METRICS` for straight uint8 (t, h, w, 4); shares in percent."""
+    """Return all of `METRICS` for straight RGBA uint8 (t, h, w, 4); shares in percent."""
     found = rgba.measure(frames)
     alpha = frames[..., 3].astype(np.float32) / 255
     return {
@@ -91,13 +91,13 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """All of `TRUTH` for uint8 RGBA (t, h, w, 4) and the true matte, uint8 (t, h, w)."""
+    """Return all of `TRUTH` for uint8 RGBA (t, h, w, 4) and the true alpha, uint8 (t, h, w)."""
     scores = mattes.score(frames[..., 3], truth)
     return {"matte_error": scores.mae, "matte_regions": scores.balanced}
 
 
 def flicker(alpha: np.ndarray) -> float:
-    """`video.flicker` of alpha (t, h, w) in [0, 1]."""
+    """Return `video.flicker` of alpha (t, h, w) in [0, 1]."""
     small = video.shrink(alpha)
     middle = small[1:-1]
     before, after = (video.compensate(x, middle).moved for x in (small[:-2], small[2:]))
@@ -105,9 +105,9 @@ def flicker(alpha: np.ndarray) -> float:
 
 
 def haze(alpha: np.ndarray) -> float:
-    """Mean alpha (t, h, w) in [0, 1] further than `AWAY` from all that is at least half opaque.
+    """Return mean alpha (t, h, w) in [0, 1] over pixels farther than `AWAY` from the subject (alpha >= 0.5).
 
-    0 where nothing is that far; a picture without any subject counts whole.
+    0 if no pixel is that far. In a frame without a subject, all pixels count.
     """
     alpha = video.shrink(alpha)
     subject = alpha >= 0.5
@@ -116,10 +116,10 @@ def haze(alpha: np.ndarray) -> float:
 
 
 def edges(frames: np.ndarray) -> float:
-    """Share of the matte's edge within `REACH` pixels of an edge of the colour; 0 where it has no edge.
+    """Return the share of the alpha edge within `REACH` pixels of a color edge; 0 without an alpha edge.
 
-    Colour is looked at as it is, straight: it has to show the subject by itself. An edge of colour is where
-    the slope is among the steepest tenth of its picture and over 8 of 255, one of alpha where it is over 64.
+    Uses straight color, not a composite. A color edge has a slope in the steepest tenth of its frame and
+    above 8 of 255; an alpha edge has a slope above 64.
     """
     frames = frames[:: max(1, len(frames) // SOME)]
     alpha = frames[..., 3].astype(np.float32)
@@ -131,7 +131,7 @@ def edges(frames: np.ndarray) -> float:
 
 
 def _slope(y: np.ndarray) -> np.ndarray:
-    """Central differences along both axes, their length: (t, h, w)."""
+    """Return the gradient magnitude by central differences, (t, h, w)."""
     padded = np.pad(y, ((0, 0), (1, 1), (1, 1)), mode="edge")
     down, across = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1], padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
     return np.hypot(down, across)

@@ -1,4 +1,4 @@
-"""The report as one HTML file: everything is inside it, so it opens from a disk, a mail or a web server."""
+"""Evaluation report as a single self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from inlaid.evaluate.markup import Html, code, join, tag
 from inlaid.evaluate.report import Group, HeldOut, Pair, Report, Video, show, signed
 
 TINY = 160
-"""Videos whose longer side has at most so many pixels are enlarged without smoothing."""
+"""Videos with a longer side of at most this many pixels are enlarged without smoothing."""
 LARGE = 512
-"""Videos with a longer side are made smaller for the page."""
+"""Videos with a longer side above this many pixels are downscaled for the page."""
 SHEET = 1600
-"""Contact sheets that are wider are made smaller for the page."""
+"""Contact sheets wider than this many pixels are downscaled for the page."""
 
 UNNAMED = "Prompts of the recipe"
-"""Heading of the group without a name."""
+"""Heading of the unnamed group."""
 
 OTHER_CURVES = (
     ("learning_rate", "Learning rate", "rate"),
     ("gradient_norm", "Gradient norm", "norm before clipping"),
     ("seconds_per_step", "Time per step", "seconds"),
 )
-"""Keys of `metrics.jsonl`, titles and units."""
+"""Keys of `metrics.jsonl`, chart titles and units."""
 
-TONES = {"good": "it learned", "unclear": "unclear", "bad": "not as wished"}
+TONES = {"good": "model improved", "unclear": "unclear", "bad": "not improved"}
 
 
 def render(report: Report, folder: Path) -> str:
-    """The page.
+    """Render the HTML page.
 
     Args:
-        report: what was found.
-        folder: holds the report's videos, a PNG beside each, and perhaps `clips.png` with what the model saw.
+        report: results of the evaluation.
+        folder: folder with the report's videos, a PNG for each, and optionally `clips.png`, the contact sheet
+            of training clips.
     """
     made = {
         "videos": (f"{report.makes.capitalize()}s", _videos(report, folder)),
@@ -80,7 +81,7 @@ def _icon(name: str, cls: str = "") -> Html:
 
 
 def _key(role: str) -> Html:
-    """The sign of `base` or `tuned`, which differ in shape as well as in colour."""
+    """Return the icon of `base` or `tuned`; the icons differ in shape as well as in color."""
     return _icon(f"k-{role}", f"key is-{role}")
 
 
@@ -88,14 +89,14 @@ def _soft(*inside: str) -> Html:
     return tag("p", *inside, cls="soft")
 
 
-# --- head and foot ------------------------------------------------------------------------------------------
+# --- header, footer -----------------------------------------------------------------------------------------
 
 
 def _header(report: Report) -> Html:
     verdict = report.verdict
     name = tag("span", tag("strong", "inlaid"), " evaluation of ", tag("span", report.run, cls="mono"))
     warnings = tag("ul", *(tag("li", code(w)) for w in verdict.warnings))
-    box = tag("div", tag("strong", "Look out"), warnings, cls="warnings", role="note")
+    box = tag("div", tag("strong", "Warnings for this run"), warnings, cls="warnings", role="note")
     return tag(
         "header",
         tag(
@@ -111,21 +112,21 @@ def _header(report: Report) -> Html:
 
 
 def _tiles(report: Report) -> Html:
-    """The few figures that everyone asks for."""
+    """Return the key figures."""
     tiles: list[tuple[str, str, str]] = []
     base, tuned = report.names
     if report.held_out:
         a, b = report.held_out.means
         tiles.append(
-            ("Held-out loss", signed(report.held_out.change), f"{a:.4f} ({base}) to {b:.4f} ({tuned})")
+            ("Validation loss", signed(report.held_out.change), f"{a:.4f} ({base}) to {b:.4f} ({tuned})")
         )
     for group in sorted((g for g in report.groups if g.judged), key=lambda g: -abs(g.risen))[:2]:
-        said = f"{report.makes}s show what was asked; of {base}, {group.base_yes}"
-        tiles.append((group.name or "As asked", f"{group.tuned_yes} of {group.judged}", said))
+        said = f"{report.makes}s match the prompt; {base}: {group.base_yes}"
+        tiles.append((group.name or "Prompt matched", f"{group.tuned_yes} of {group.judged}", said))
     total = report.total
     if total:
-        said = f"mean over {_count(total.videos, 'pair')}, of the brightness range"
-        tiles.append((f"{base.capitalize()} and {tuned} differ by", f"{total.distance:.1%}", said))
+        said = f"mean over {_count(total.videos, 'pair')}, of the value range"
+        tiles.append((f"{base.capitalize()} and {tuned}: difference", f"{total.distance:.1%}", said))
     trained = report.adapter.get("trained", "")
     if trained:
         step = f"step {report.step:,}" if report.step is not None else ""
@@ -135,10 +136,10 @@ def _tiles(report: Report) -> Html:
 
 
 def _footer(report: Report) -> Html:
-    took = f" It took {_duration(report.seconds)}." if report.seconds else ""
-    made = f"Made by inlaid {_version()}{f' on {report.created}' if report.created else ''}.{took} "
-    full = "videos in full quality" if report.makes == "video" else f"{report.makes}s"
-    files = code(f"The {full}, their settings and `report.json` lie beside this file.")
+    took = f" Duration: {_duration(report.seconds)}." if report.seconds else ""
+    made = f"Created by inlaid {_version()}{f' on {report.created}' if report.created else ''}.{took} "
+    full = "full-quality videos" if report.makes == "video" else f"{report.makes}s"
+    files = code(f"The {full}, their settings and `report.json` are in the same folder as this file.")
     return tag("footer", tag("div", made, files))
 
 
@@ -164,18 +165,18 @@ def _videos(report: Report, folder: Path) -> Html:
     groups = report.groups
     judged = any(g.judged for g in groups)
     reads = "reads pixels" if report.makes == "video" else "compares surfaces"
-    rule = join(" ", tag("em", "As asked"), f" is the answer of a fixed rule that {reads}, not of a network.")
+    rule = join(" ", tag("em", "Matches the prompt"), f" is decided by a fixed rule that {reads}.")
     out = [
         tag("h2", "Side by side"),
         _soft(
-            "The same prompt and the same seed, so the same noise to begin with: ",
+            "Same prompt, seed and initial noise: ",
             *(_key("base"), " ", tag("strong", base), " on the left, "),
             *(_key("tuned"), " ", tag("strong", tuned), " on the right."),
             rule if judged else "",
         ),
     ]
     if "coverage" in report.metrics:
-        files = "What is transparent shows a checkerboard; files with alpha lie beside each video."
+        files = "Transparent pixels show a checkerboard; files with alpha are beside each video."
         out.append(_soft(files))
     height, width = report.sampling.get("size") or (1, 1)
     card = 440 if width <= 1.2 * height else 560
@@ -193,7 +194,9 @@ def _videos(report: Report, folder: Path) -> Html:
 def _group_head(group: Group, names: tuple[str, str]) -> Html:
     said = _count(group.videos, "pair")
     if group.judged:
-        said += f"; as asked: {names[0]} {group.base_yes}, {names[1]} {group.tuned_yes} of {group.judged}"
+        said += (
+            f"; prompt matched: {names[0]} {group.base_yes}, {names[1]} {group.tuned_yes} of {group.judged}"
+        )
     return tag("div", tag("h3", group.name or UNNAMED), tag("span", said, cls="soft"), cls="group")
 
 
@@ -215,13 +218,13 @@ def _side(role: str, name: str, video: Video, prompt: str, folder: Path, scratch
     path = folder / video.file
     answer, image = Html(""), Html("")
     if video.yes is not None:
-        word, sign = ("as asked", "good") if video.yes else ("not as asked", "bad")
+        word, sign = ("matches the prompt", "good") if video.yes else ("does not match", "bad")
         answer = tag("span", _icon(f"i-{sign}", f"key {sign}"), word, cls="answer")
     strip = path.with_suffix(".png")
     head = tag("figcaption", _key(role), name, answer, cls=f"is-{role}")
     if path.suffix != ".mp4":
-        picture = tag("img", src=_uri(strip.read_bytes(), "image/png"), alt=f"The {role} {prompt}, all round")
-        turn = tag("a", "turn it", href=Path(video.file).with_suffix(".html").as_posix())
+        picture = tag("img", src=_uri(strip.read_bytes(), "image/png"), alt=f"Turntable, {role}: {prompt}")
+        turn = tag("a", "open 3D view", href=Path(video.file).with_suffix(".html").as_posix())
         return tag("figure", head, picture, turn, cls="side")
     data, (height, width) = _video(path, scratch)
     tiny = "tiny" if max(height, width) <= TINY else ""
@@ -240,7 +243,7 @@ def _side(role: str, name: str, video: Video, prompt: str, folder: Path, scratch
 
 
 def _video(path: Path, scratch: Path) -> tuple[str, tuple[int, int]]:
-    """A video as a data URI, with height and width; large ones are made smaller first."""
+    """Return a video as a data URI with its height and width; videos larger than `LARGE` are downscaled."""
     seen = media.probe(path)
     size = (seen.height, seen.width)
     scale = LARGE / max(size)
@@ -254,12 +257,12 @@ def _video(path: Path, scratch: Path) -> tuple[str, tuple[int, int]]:
 
 
 def strip(frames: np.ndarray, count: int = 6, wide: int = 160) -> Image.Image:
-    """Some frames of a clip, evenly chosen, in a row with transparent gaps.
+    """Return evenly spaced frames of a clip in a row with transparent gaps.
 
     Args:
         frames: uint8 (t, h, w, 3).
-        count: how many frames.
-        wide: longest side of a frame in pixels; smaller ones keep their size.
+        count: number of frames.
+        wide: maximum longer side of a frame in pixels; smaller frames keep their size.
     """
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
     height, width = frames.shape[1:3]
@@ -289,7 +292,7 @@ def _numbers(report: Report) -> Html:
 
 
 def _table(name: str, heads: Iterable[tuple[str, str]], rows: Iterable[Html], foot: Iterable[Html]) -> Html:
-    """A table that scrolls by itself where it is too wide; heads are titles with a small line under each."""
+    """Return a table that scrolls if it is too wide; each head is a title and a small subtitle."""
     cells = [tag("th", title, tag("small", under) if under else "", scope="col") for title, under in heads]
     table = tag("table", tag("thead", tag("tr", *cells)), tag("tbody", *rows), tag("tfoot", *foot))
     return tag("div", table, cls="scroll", tabindex=0, role="region", aria_label=name)
@@ -302,15 +305,15 @@ def _metrics(report: Report) -> Html:
     judged = total.judged > 0
     made, metrics = f"{report.makes}s", report.metrics
     heads = [("Group", ""), (made.capitalize(), "")]
-    heads += [("As asked", made)] if judged else []
+    heads += [("Prompt matched", made)] if judged else []
     heads += [(m.name.capitalize(), m.unit) for m in metrics.values()]
-    heads.append(("Difference", f"of the two {made}"))
+    heads.append(("Difference", f"between the {made}"))
     foot = [_row(total, judged, "All")] if len(groups) != 1 else []
     if report.training:
         known = report.training
         values = [tag("td", show(k, known[k]) if k in known else "") for k in metrics]
         gaps = [tag("td")] * (2 if judged else 1)
-        title = tag("th", "Training clips, to compare", scope="row")
+        title = tag("th", "Training clips, for reference", scope="row")
         foot.append(tag("tr", title, *gaps, *values, tag("td"), cls="yardstick"))
     caption = _soft(_key("base"), f" {base} → ", _key("tuned"), f" {tuned}, means over the {made}")
     return join(caption, _table("Metrics by group", heads, [_row(g, judged) for g in groups], foot))
@@ -336,10 +339,10 @@ def _meanings(report: Report) -> Html:
         m.name: f"{m.meaning} {m.better.capitalize()} is better." if m.better else m.meaning
         for m in report.metrics.values()
     }
-    what = "Mean absolute difference of the two videos' pixels"
+    what = "Mean absolute pixel difference of the two videos"
     if report.makes != "video":
-        what = "Share of the two surfaces that is not near the other"
-    told["difference"] = f"{what}; 0 means that the adapter changed nothing."
+        what = "Share of both surfaces that is not close to the other surface"
+    told["difference"] = f"{what}; 0 means that training changed nothing."
     cells = [tag("div", tag("dt", name.capitalize()), tag("dd", text)) for name, text in told.items()]
     return tag("dl", *cells, cls="means")
 
@@ -359,14 +362,14 @@ def _losses(loss: HeldOut, names: tuple[str, str]) -> Html:
     rows = [row(f"{t:.3f}", f"{q:.0%}", a, b, b / a - 1) for q, t, a, b in columns]
     heads = [
         ("Noise level", "0 data, 1 noise"),
-        ("Quantile", "of training's levels"),
+        ("Quantile", "of training noise levels"),
         *((n, "") for n in names),
     ]
     said = (
-        f"Loss on {_count(len(loss.clips), loss.one)} that training never saw, with the same noise for both: "
-        "the two columns differ by the adapter alone. Low levels tell about detail, high ones about layout."
+        f"Loss on {_count(len(loss.clips), loss.one)} not used for training, with the same noise for both "
+        "models: differences come from training alone. Low noise levels measure detail, high ones layout."
     )
-    name = "Held-out loss by noise level"
+    name = "Validation loss by noise level"
     foot = [row("mean", "", *loss.means, loss.change)]
     return join(tag("h3", name, cls="later"), _soft(said), _table(name, [*heads, ("Change", "")], rows, foot))
 
@@ -398,10 +401,10 @@ def _curves(report: Report) -> Html:
     if not wide and not drawn:
         return Html("")
     said = (
-        "Training loss is noisy by nature: each step draws other noise levels. Held-out loss, with fixed "
-        "noise, is the one to read."
+        "Training loss is noisy because each step samples new noise levels. Use the validation loss, which "
+        "has fixed noise, to judge progress."
     )
-    dashes = " Dashed: the base." if report.held_out and report.names[0] == "base" else ""
+    dashes = " Dashed: the base model." if report.held_out and report.names[0] == "base" else ""
     head = join(tag("h2", "Curves"), _soft(said + dashes))
     return join(
         head, tag("figure", wide, cls="wide", tabindex=0) if wide else "", tag("div", *drawn, cls="charts")
@@ -409,7 +412,7 @@ def _curves(report: Report) -> Html:
 
 
 def _held_out_charts(report: Report, points: Callable[[str], list[charts.Point]]) -> Iterable[charts.Chart]:
-    """One chart for the mean and one for each quantile, with the base as step 0 and as a dashed line."""
+    """Yield a chart of the mean loss and of each quantile; the base model is step 0 and a dashed line."""
     keys = list(dict.fromkeys(k for x in report.curves for k in x if k.startswith("held_out_q")))
     loss = report.held_out
     known = {} if loss is None else {f"held_out_q{q:.1f}": i for i, q in enumerate(loss.quantiles)}
@@ -418,7 +421,7 @@ def _held_out_charts(report: Report, points: Callable[[str], list[charts.Point]]
         if not curve:
             continue
         title = (
-            "Held-out loss, mean"
+            "Validation loss, mean"
             if key == "held_out_loss"
             else f"at quantile {key.removeprefix('held_out_q')}"
         )
@@ -428,7 +431,7 @@ def _held_out_charts(report: Report, points: Callable[[str], list[charts.Point]]
             base = float(np.mean(loss.base, axis=0)[known[key]])
         begin = [] if base is None or report.names[0] != "base" else [(0.0, base)]
         lines = [charts.Line("base", [(0, y), (curve[-1][0], y)], "base") for _, y in begin]
-        lines.append(charts.Line("held out", [*begin, *curve], "main", dots=len(curve) <= 40))
+        lines.append(charts.Line("validation loss", [*begin, *curve], "main", dots=len(curve) <= 40))
         yield charts.Chart(title, "step", "loss", lines)
 
 
@@ -446,8 +449,8 @@ def _clips(folder: Path) -> Html:
         data = io.BytesIO()
         image.save(data, "PNG", optimize=True)
     sheet = tag("img", src=_uri(data.getvalue(), "image/png"), alt="Contact sheet of training clips")
-    said = _soft("Frames of training clips as the model sees them: chosen by time, scaled and cropped.")
-    return join(tag("h2", "What the model saw"), said, tag("div", sheet, cls="sheet"))
+    said = _soft("Frames of training clips as passed to the model, after sampling, scaling and cropping.")
+    return join(tag("h2", "Training clips"), said, tag("div", sheet, cls="sheet"))
 
 
 def _settings(report: Report) -> Html:
@@ -455,8 +458,8 @@ def _settings(report: Report) -> Html:
     sections = {k: v for k, v in report.settings.items() if isinstance(v, Mapping)}
     top = {k: v for k, v in report.settings.items() if k not in sections}
     parts = {
-        "What was trained": _facts({"Adapter": report.adapter}),
-        "How the videos were drawn": _facts({"Sampling": report.sampling}),
+        "Trained weights": _facts({"Adapter": report.adapter}),
+        "Sampling settings": _facts({"Sampling": report.sampling}),
         "Recipe": _facts({"top level": top, **sections}),
         "Environment": _facts({"Packages": report.environment.get("packages", {}), "Machine": machine}),
     }
@@ -474,7 +477,7 @@ def _facts(blocks: Mapping[str, Mapping[str, Any]]) -> Html:
 
 
 def _value(value: Any) -> str:
-    """A setting as text."""
+    """Format a setting as text."""
     if value is None or value in ("", [], {}):
         return "\N{EN DASH}"
     if not isinstance(value, list | tuple):

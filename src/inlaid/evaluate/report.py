@@ -1,7 +1,7 @@
-"""What an evaluation found: numbers, what they mean in plain words, and the two files that hold them.
+"""Results of an evaluation: metrics, a verdict in plain text, `report.json` and `report.html`.
 
-`report.json` is for programs; `report.html` (see `page`) is for people. Both lie in a folder that is whole or
-not there.
+`report.json` is for programs; `report.html` (written by `page`) is for people. Their folder is written
+atomically.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 1
-"""Of `report.json`; raised when a field changes its meaning."""
+"""Format version of `report.json`; increased when a field changes its meaning."""
 
 METRICS: Mapping[str, Metric] = {**video.METRICS, **matte.METRICS, **matte.TRUTH, **scene.METRICS}
-"""How every number is told, whichever medium it is of."""
+"""Names, units and meanings of the metrics of all modalities."""
 
 TELLING = 0.01
-"""A held-out loss that changes by a smaller share tells nothing."""
+"""Smallest relative change of the validation loss that counts as a change."""
 TELLING_YES = 0.2
-"""A judge's share of yes that changes by less tells nothing."""
+"""Smallest change in the share of outputs that match the prompt that counts as a change."""
 CHANGED = 0.002
-"""Videos that differ by less (of the brightness range; half a level of 255) are the same to the eye."""
+"""Videos with a smaller mean difference look identical (share of the value range; half a level of 255)."""
 FULL = 99.9
-"""Mean alpha in percent from which a video is opaque everywhere, and of 100 less this, clear."""
+"""Mean alpha in percent above which a video is fully opaque; below 100 minus this, fully transparent."""
 EARLIER = 0.02
-"""An earlier checkpoint is worth a look when its held-out loss is lower by this share."""
+"""Relative decrease in validation loss above which an earlier checkpoint is recommended."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """One drawn video."""
+    """One generated video or scene."""
 
     file: str
-    """Relative to the report's folder; a PNG with some of its frames lies beside it."""
+    """Path relative to the report's folder; a PNG preview has the same name."""
     metrics: Mapping[str, float]
-    """See `METRICS` of its medium; of transparent videos also `matte.METRICS`, and `matte.TRUTH` where it is
-    known."""
+    """`METRICS` of its modality; for transparent videos also `matte.METRICS`, and `matte.TRUTH` if the true
+    alpha is known."""
     yes: bool | None = None
-    """What the prompt's judge said, if it has one."""
+    """Result of the prompt's `judge`; None if it has none."""
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Metrics of the objects of a scene."""
+    """Metrics of each object of a scene."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt drawn twice with one seed."""
+    """Outputs of both models for one prompt and seed."""
 
     prompt: str
     group: str
@@ -68,33 +68,33 @@ class Pair:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses of clips that were not trained on, with the same noise for base and tuned."""
+    """Losses on validation clips, with the same noise for base and tuned."""
 
     clips: Sequence[str]
     quantiles: Sequence[float]
-    """Of the distribution of noise levels."""
+    """Quantiles of the noise level distribution."""
     levels: Sequence[float]
-    """The noise levels t in [0, 1] at these quantiles."""
+    """Noise levels t in [0, 1] at these quantiles."""
     base: Sequence[Sequence[float]]
     """(clips, quantiles)"""
     tuned: Sequence[Sequence[float]]
     one: str = "clip"
-    """What one of them is called."""
+    """Singular noun for a validation example, `clip` or `scene`."""
 
     @property
     def means(self) -> tuple[float, float]:
-        """Of base and tuned."""
+        """Mean loss of base and tuned."""
         return float(np.mean(self.base)), float(np.mean(self.tuned))
 
     @property
     def change(self) -> float:
-        """Relative change of the mean; negative is better."""
+        """Relative change of the mean loss; negative is better."""
         base, tuned = self.means
         return tuned / base - 1
 
     @property
     def better(self) -> int:
-        """Clips on which tuned is better than base, over all noise levels."""
+        """Number of clips on which the mean loss of tuned is below that of base."""
         return int((np.mean(self.tuned, axis=1) < np.mean(self.base, axis=1)).sum())
 
 
@@ -108,19 +108,19 @@ class Group:
     tuned: Mapping[str, float]
     distance: float
     judged: int
-    """Videos with a judge."""
+    """Number of pairs with a judge."""
     base_yes: int
     tuned_yes: int
 
     @property
     def risen(self) -> float:
-        """By how much the share of yes rose, in [-1, 1]; 0 without a judge."""
+        """Increase in the share of outputs that match the prompt, in [-1, 1]; 0 without a judge."""
         return (self.tuned_yes - self.base_yes) / self.judged if self.judged else 0.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The evaluation in plain words."""
+    """Summary of an evaluation in plain text."""
 
     tone: Literal["good", "unclear", "bad"]
     headline: str
@@ -130,34 +130,34 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """All that an evaluation found; `save` writes it."""
+    """Complete results of an evaluation; written by `save`."""
 
     run: str
-    """Name of the run's folder."""
+    """Name of the run folder."""
     folder: Path
-    """Where the report lies."""
+    """Folder of the report."""
     names: tuple[str, str]
-    """Of the two networks: `base` or a checkpoint, and `tuned` or a checkpoint."""
+    """Names of the two models: `base` or a checkpoint, and `tuned` or a checkpoint."""
     step: int | None
-    """Optimizer step of the tuned network, where it is known."""
+    """Optimizer step of the tuned model; None if unknown."""
     pairs: Sequence[Pair]
     held_out: HeldOut | None
     training: Mapping[str, float] | None
-    """`video.METRICS` of some training clips, a yardstick for both."""
+    """`video.METRICS` of some training clips, as a reference for both models."""
     sampling: Mapping[str, Any]
     settings: Mapping[str, Any]
-    """The recipe."""
+    """Recipe of the run."""
     environment: Mapping[str, Any]
     adapter: Mapping[str, str]
-    """Facts about what was trained."""
+    """Facts about the trained weights."""
     curves: Sequence[Mapping[str, float]] = ()
-    """Lines of `metrics.jsonl`."""
+    """Records of `metrics.jsonl`."""
     notes: Sequence[str] = ()
-    """What could not be measured, and why."""
+    """Missing measurements, with reasons."""
     created: str = ""
     seconds: float = 0.0
     makes: str = "video"
-    """What was drawn."""
+    """Singular noun for an output, `video` or `scene`."""
     verdict: Verdict = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,33 +165,33 @@ class Report:
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """What was measured of every video, in the order in which it is shown."""
+        """Metrics available for every video, in display order."""
         return measured([v for p in self.pairs for v in (p.base, p.tuned)])
 
     @property
     def path(self) -> Path:
-        """The page for people."""
+        """Path of the HTML page."""
         return self.folder / "report.html"
 
     @property
     def groups(self) -> list[Group]:
-        """Means per group in order of appearance."""
+        """Means per group, in order of appearance."""
         names = dict.fromkeys(p.group for p in self.pairs)
         return [summarise(name, [p for p in self.pairs if p.group == name]) for name in names]
 
     @property
     def total(self) -> Group | None:
-        """Means over all pairs; None where nothing was drawn."""
+        """Means over all pairs; None without pairs."""
         return summarise("all", self.pairs) if self.pairs else None
 
 
 def measured(videos: Sequence[Video]) -> Mapping[str, Metric]:
-    """The metrics that all of some videos have."""
+    """Return the metrics that all the videos have."""
     return {k: m for k, m in METRICS.items() if all(k in v.metrics for v in videos)}
 
 
 def summarise(name: str, pairs: Sequence[Pair]) -> Group:
-    """Means over pairs, of which there is at least one."""
+    """Return means over at least one pair."""
     judged = [p for p in pairs if p.base.yes is not None and p.tuned.yes is not None]
 
     def means(videos: Sequence[Video]) -> dict[str, float]:
@@ -209,27 +209,27 @@ def summarise(name: str, pairs: Sequence[Pair]) -> Group:
     )
 
 
-# --- in words -----------------------------------------------------------------------------------------------
+# --- verdict ------------------------------------------------------------------------------------------------
 
 
 def judge(report: Report) -> Verdict:
-    """Says what the numbers show and what they do not; a judge of pixels counts before the loss."""
+    """Summarize the results; the judges' results take precedence over the loss."""
     loss, total = report.held_out, report.total
     reasons, warnings = [], [*_changes(report), *_checkpoints(report), *report.notes]
     base, tuned = report.names
     for group in report.groups:
         if group.judged:
-            of = f"{group.tuned_yes} of {group.judged} {tuned} {report.makes}s show what was asked"
+            of = f"{group.tuned_yes} of {group.judged} {tuned} {report.makes}s match the prompt"
             name = f"{group.name}: " if group.name else ""
             reasons.append(f"{name}{of}, {group.base_yes} of {group.judged} {base} {report.makes}s")
     if loss is not None:
         reasons.append(_loss_sentence(loss))
         if len(loss.clips) < 3:
             warnings.append(
-                f"Measured on only {_count(len(loss.clips), f'held-out {loss.one}')}: a hint, not a proof."
+                f"Only {_count(len(loss.clips), f'validation {loss.one}')} measured: unreliable result."
             )
     if total and total.distance < CHANGED:
-        same = "are the same, pixel for pixel" if total.distance == 0 else "look the same"
+        same = "are identical in every pixel" if total.distance == 0 else "look identical"
         return Verdict(
             "bad",
             f"Nothing changed: the {report.makes}s of {base} and {tuned} {same}.",
@@ -248,39 +248,39 @@ def _headline(loss: HeldOut | None, risen: list[Group], fallen: list[Group], mad
     better = loss is not None and loss.change <= -TELLING and loss.better * 2 > len(loss.clips)
     if risen:
         best = max(risen, key=lambda g: g.risen)
-        it = f"It learned {best.name}".rstrip()
-        of = f"{best.tuned_yes} of {best.judged} {made} now show what was asked"
+        it = f"Improved {best.name}".rstrip()
+        of = f"{best.tuned_yes} of {best.judged} {made} match the prompt"
         if fallen:
-            return "unclear", f"{it} and forgot: {of}, but elsewhere fewer do."
+            return "unclear", f"{it}, but other prompts got worse: {of}, with fewer matches elsewhere."
         if worse:
-            return "unclear", f"{it}, narrowly: {of}, but held-out loss rose."
-        return "good", f"{it}: {of}, {best.base_yes} did before."
+            return "unclear", f"{it}, but validation loss rose: {of}."
+        return "good", f"{it}: {of}, {best.base_yes} before training."
     if fallen:
-        return "bad", f"It got worse: fewer {made} show what was asked than before."
+        return "bad", f"Worse: fewer {made} match the prompt than before training."
     if loss is None:
-        return "unclear", f"Not measured: no clips were held out. The {made} have to speak."
+        return "unclear", f"No validation loss: there are no validation clips. Compare the {made}."
     if better:
-        return "good", f"It learned: held-out loss fell {_percent(-loss.change)}."
+        return "good", f"Improved: validation loss fell {_percent(-loss.change)}."
     if worse:
-        return "bad", f"It did not learn to generalise: held-out loss rose {_percent(loss.change)}."
+        return "bad", f"The model does not generalize: validation loss rose {_percent(loss.change)}."
     if abs(loss.change) >= TELLING:
         return (
             "unclear",
-            f"Unclear: held-out loss fell {_percent(-loss.change)}, but not on most {loss.one}s.",
+            f"Unclear: validation loss fell {_percent(-loss.change)}, but not on most {loss.one}s.",
         )
-    return "unclear", f"Unclear: held-out loss hardly moved ({signed(loss.change)})."
+    return "unclear", f"Unclear: validation loss hardly changed ({signed(loss.change)})."
 
 
 def _loss_sentence(loss: HeldOut) -> str:
     base, tuned = loss.means
     return (
-        f"held-out loss went from {base:.4f} to {tuned:.4f} ({signed(loss.change)}), "
+        f"validation loss changed from {base:.4f} to {tuned:.4f} ({signed(loss.change)}), "
         f"lower on {loss.better} of {_count(len(loss.clips), loss.one)}"
     )
 
 
 def _changes(report: Report) -> list[str]:
-    """Warnings about how the videos changed, where that leads away from the training clips too."""
+    """Return warnings about metrics that got worse and also moved away from the training clips."""
     total, wanted = report.total, report.training or {}
     if total is None or total.distance < CHANGED or report.makes != "video":
         return []
@@ -291,23 +291,23 @@ def _changes(report: Report) -> list[str]:
         and b["flicker"] - a["flicker"] > 0.1
     ):
         out.append(f"The videos flicker more than before: {a['flicker']:.2f} to {b['flicker']:.2f} %.")
-    for name, what in (("motion", "move far less"), ("sharpness", "are far blurrier")):
+    for name, what in (("motion", "have much less motion"), ("sharpness", "are much blurrier")):
         if b[name] < 0.5 * min(a[name], wanted.get(name, np.inf)):
             digits = METRICS[name].digits
             out.append(f"The videos {what} than before: {name} {a[name]:.{digits}f} to {b[name]:.{digits}f}.")
     if b["consistency"] < min(a["consistency"], wanted.get("consistency", 1)) - 0.05:
         out.append(
-            f"Frames hold together less well: consistency {a['consistency']:.3f} to {b['consistency']:.3f}."
+            f"Frames are less consistent: consistency {a['consistency']:.3f} to {b['consistency']:.3f}."
         )
     covers = [p.tuned.metrics["coverage"] for p in report.pairs if "coverage" in p.tuned.metrics]
     for what, same in (("opaque", [c > FULL for c in covers]), ("clear", [c < 100 - FULL for c in covers])):
         if any(same):
-            out.append(f"{sum(same)} of {len(covers)} videos are {what} everywhere: they have no matte.")
+            out.append(f"{sum(same)} of {len(covers)} videos are {what} everywhere: no usable alpha.")
     return out
 
 
 def _checkpoints(report: Report) -> list[str]:
-    """Warnings from the held-out curve: a better checkpoint before, or other clips than in training."""
+    """Return warnings from the validation curve: a better earlier checkpoint or changed clips."""
     curve = {int(x["step"]): x["held_out_loss"] for x in report.curves if "held_out_loss" in x}
     here = (
         report.step
@@ -321,24 +321,24 @@ def _checkpoints(report: Report) -> list[str]:
     if best < here and curve[best] < (1 - EARLIER) * curve[here]:
         rise = curve[here] / curve[best] - 1
         out.append(
-            f"Held-out loss was lowest at step {best} and has risen {_percent(rise)} since: "
-            "try a checkpoint near it."
+            f"Validation loss was lowest at step {best} and has risen {_percent(rise)} since: "
+            "try a checkpoint near that step."
         )
     measured = report.held_out.means[1]
     if here == report.step and abs(measured / curve[here] - 1) > TELLING:
         out.append(
-            f"Training measured a held-out loss of {curve[here]:.4f} at step {here}, here it is "
-            f"{measured:.4f}: have the clips changed since? Then some may have been trained on."
+            f"Training measured a validation loss of {curve[here]:.4f} at step {here}, this evaluation "
+            f"{measured:.4f}: if the clips have changed since, some may have been used for training."
         )
     return out
 
 
 def _forgotten(fallen: Sequence[Group], makes: str) -> list[str]:
     return [
-        "It forgot"
+        "Worse on prompts"
         + (f" \N{LEFT DOUBLE QUOTATION MARK}{g.name}\N{RIGHT DOUBLE QUOTATION MARK}" if g.name else "")
-        + f": {g.tuned_yes} of {g.judged} {makes}s show what was "
-        f"asked, {g.base_yes} did before."
+        + f": {g.tuned_yes} of {g.judged} {makes}s match the "
+        f"prompt, {g.base_yes} before training."
         for g in fallen
     ]
 
@@ -356,7 +356,7 @@ def _percent(share: float) -> str:
 
 
 def signed(share: float) -> str:
-    """A relative change, with a true minus sign."""
+    """Format a relative change, with a typographic minus sign."""
     return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -364,7 +364,7 @@ def signed(share: float) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON values."""
+    """Return the report as JSON-compatible values."""
     values = asdict(report)
     del values["folder"], values["curves"]
     values["names"] = {"base": report.names[0], "tuned": report.names[1]}
@@ -376,7 +376,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def save(report: Report, folder: Path) -> None:
-    """Writes `report.json` and `report.html` into a folder that already holds the videos."""
+    """Write `report.json` and `report.html` into a folder that already contains the videos."""
     from inlaid.evaluate import page
 
     text = json.dumps(as_json(report), indent=2, ensure_ascii=False, default=str)
@@ -385,12 +385,12 @@ def save(report: Report, folder: Path) -> None:
 
 
 def show(metric: str, value: float) -> str:
-    """A metric as text."""
+    """Format a metric as text."""
     return f"{value:.{METRICS[metric].digits}f}"
 
 
 def summary_table(report: Report) -> Table:
-    """The report as a table for 80 columns: a row for each of the two networks in each group."""
+    """Return the report as a table of at most 80 columns, with one row per model and group."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -406,10 +406,10 @@ def summary_table(report: Report) -> Table:
     total, groups = report.total, report.groups
     judged = total is not None and total.judged > 0
     metrics = {k: m for k, m in report.metrics.items() if m.brief}
-    if "coverage" in metrics:  # more than 80 columns hold
+    if "coverage" in metrics:  # all metrics exceed 80 columns
         metrics = {k: metrics[k] for k in ("motion", "coverage", "matte_flicker", "haze")}
     table.add_column(f"group ({report.makes}s)")
-    for name in ("model", *(["as asked"] if judged else []), *(m.brief for m in metrics.values()), "differ"):
+    for name in ("model", *(["judge ok"] if judged else []), *(m.brief for m in metrics.values()), "differ"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for group in [*groups, *([total] if total and len(groups) != 1 else [])]:
         sides = ((group.base, group.base_yes), (group.tuned, group.tuned_yes))

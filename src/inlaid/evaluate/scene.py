@@ -1,9 +1,9 @@
-"""How near made scenes are to the true surfaces: distances, volumes and places, of each object and in all.
+"""Metrics of generated scenes against the true surfaces, per object and overall.
 
-Points are drawn evenly from meshes and surfaces, `POINTS` of each object, with fixed seeds: the same meshes
-give the same numbers. Lengths are in units of the scene's frame, whose longest side is about 2. What is
-measured in place needs the model's frame to be the data's; what is measured aligned forgives a rigid motion
-(iterative closest points), of the whole scene or of each object.
+`POINTS` points per object are sampled uniformly from meshes and surfaces with fixed seeds, so the same meshes
+give the same numbers. Lengths are in units of the scene's coordinate frame, whose longest side is about 2.
+Metrics "in place" assume that model and data share a coordinate frame; "aligned" metrics first remove a rigid
+motion (iterative closest points) of the whole scene or of each object.
 """
 
 from __future__ import annotations
@@ -20,63 +20,64 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TRUTH = True
-"""Scenes are measured against their own surfaces, so those that were held out are made."""
+"""Each scene has a ground truth, its surfaces, so validation scenes are generated."""
 
 POINTS = 2048
-"""Points of each object."""
+"""Points sampled per object."""
 
 NEAR = 0.1
 """Threshold of the F-score, as in the published evaluation."""
 
 GOOD = 0.8
-"""A scene whose F-score is at least this counts as right."""
+"""Smallest F-score of a scene that counts as correct."""
 
 NOWHERE = 2 * mesh.BOUND * 3**0.5
-"""Distance that counts for an object of which nothing was made: the diagonal of the box."""
+"""Distance assigned to an object that was not generated: the diagonal of the bounding box."""
 
 METRICS: Mapping[str, Metric] = {
     "f_score": Metric(
         "F-score", "F", f"within {NEAR:g}", 3, "higher",
-        f"How much of the true scene is within {NEAR:g} of the made one, and the other way, in place.",
+        f"Share of the true surface within {NEAR:g} of the generated one, and the reverse, in place.",
     ),
     "f_aligned": Metric(
         "F-score, aligned", "F al.", f"within {NEAR:g}", 3, "higher",
-        "The same after a rigid motion of the whole scene onto the truth.",
+        "F-score after rigid alignment of the whole scene to the ground truth.",
     ),
     "chamfer": Metric(
         "Chamfer distance", "", "length", 3, "lower",
-        "Mean distance from each point to the other scene, both ways added, in place.",
+        "Mean distance from each point to the other scene, summed over both directions, in place.",
     ),
     "chamfer_aligned": Metric(
-        "Chamfer distance, aligned", "", "length", 3, "lower", "The same after alignment."
+        "Chamfer distance, aligned", "", "length", 3, "lower", "Chamfer distance after alignment."
     ),
     "object_f": Metric(
         "F-score of objects", "", f"within {NEAR:g}", 3, "higher",
-        "Mean over objects, each aligned by itself: are the shapes right, wherever they stand?",
+        "Mean over objects, each aligned separately: correctness of shapes, regardless of position.",
     ),
     "iou": Metric(
         "volume overlap", "IoU", "share", 3, "higher",
-        "Intersection over union of the volumes of each object in place, the mean over objects.",
+        "Intersection over union of the volumes of each object in place, averaged over objects.",
     ),
     "box_iou": Metric(
-        "box overlap", "", "share", 3, "higher", "The same of their boxes."
+        "box overlap", "", "share", 3, "higher",
+        "Intersection over union of the bounding boxes, averaged over objects.",
     ),
     "off": Metric(
-        "off centre", "off", "length", 3, "lower",
-        "Distance between the middles of the made and the true box of each object, the mean over objects.",
+        "center offset", "off", "length", 3, "lower",
+        "Distance between the centers of the generated and the true box, averaged over objects.",
     ),
 }  # fmt: skip
-"""What `gauge` gives, in the order in which it is shown."""
+"""Metrics returned by `gauge`, in display order."""
 
 _EMPTY = {"f_score": 0.0, "chamfer": NOWHERE, "object_f": 0.0, "iou": 0.0, "box_iou": 0.0, "off": NOWHERE / 2}
 
 
 def gauge(made: scenes.Made, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """All of `METRICS` of a scene, and of each of its objects those that make sense for one.
+    """Return all of `METRICS` of a scene, and the metrics of each object.
 
     Args:
-        made: what was drawn.
-        prompt: its `images` are the scene that it was drawn from.
+        made: generated scene.
+        prompt: prompt whose `images` is the source scene.
     """
     truth = {f"object_{one.number}": one.surface for one in prompt.images.read().objects}
     whole = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
@@ -102,23 +103,23 @@ def gauge(made: scenes.Made, prompt: Any) -> tuple[dict[str, float], dict[str, d
 
 
 def right(metrics: Mapping[str, float]) -> bool:
-    """Whether a scene counts as made as it was shown."""
+    """Return True if a scene counts as correct, see `GOOD`."""
     return metrics["f_score"] >= GOOD
 
 
 def keep(made: scenes.Made) -> np.ndarray:
-    """What the difference of two made scenes is measured on: points (n, 3)."""
+    """Return the points (n, 3) on which the difference of two generated scenes is measured."""
     found = [mesh.sample_surface(m, POINTS, seed=i)[:, :3] for i, m in enumerate(made.meshes.values())]
     return np.concatenate(found) if found else np.full((1, 3), NOWHERE)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of two surfaces that is not near the other one, in [0, 1]."""
+    """Return the share of both surfaces that is not close to the other surface, in [0, 1]."""
     return 0.0 if np.array_equal(a, b) else 1 - mesh.f_score(a, b, NEAR / 5)
 
 
 def picture(made: scenes.Made) -> Image.Image:
-    """A turntable in a row."""
+    """Render turntable views in a row."""
     from PIL import Image
 
     views = mesh.turntable(list(made.meshes.values()), 5, 192)
@@ -126,7 +127,7 @@ def picture(made: scenes.Made) -> Image.Image:
 
 
 def _points(surface: np.ndarray, seed: int) -> np.ndarray:
-    """So many of a surface's points (n, 6)."""
+    """Sample `POINTS` points of a surface (n, 6)."""
     rng = np.random.default_rng(seed)
     return surface[rng.choice(len(surface), POINTS, replace=len(surface) < POINTS)]
 
@@ -137,7 +138,7 @@ def _moved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _object(made: np.ndarray | None, true: np.ndarray) -> dict[str, float]:
-    """Of one object (n, 6), made and true."""
+    """Return the metrics of one object, given generated and true surfaces (n, 6)."""
     if made is None:
         return dict(_EMPTY)
     a, b = made[:, :3], true[:, :3]
@@ -153,7 +154,10 @@ def _object(made: np.ndarray | None, true: np.ndarray) -> dict[str, float]:
 
 
 def _overlap(a: np.ndarray, b: np.ndarray, boxes: list[np.ndarray], count: int = 8000) -> float:
-    """Intersection over union of two volumes: a point is inside where the nearest normal points away."""
+    """Return the intersection over union of two volumes.
+
+    A point is inside a volume if the normal of the nearest surface point faces away from it.
+    """
     from scipy.spatial import KDTree
 
     low, high = np.minimum(boxes[0][0], boxes[1][0]), np.maximum(boxes[0][1], boxes[1][1])

@@ -1,13 +1,12 @@
-"""What can be measured of a video without a learned judge: motion, flicker, consistency, sharpness.
+"""Video metrics without a learned model: motion, flicker, consistency, sharpness.
 
-Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. None of
-them says that a video is good. They say what changed between two videos of one prompt, and whether that went
-towards the training clips.
+Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. No metric
+proves that a video is good. The metrics show what changed between two videos of one prompt, and whether the
+change is towards the training clips.
 
-Motion, flicker and consistency are measured on luma, scaled down by whole factors until its longer side is at
-most `LONG` pixels, so that they mean the same at every size and cost little; sharpness and distance see every
-pixel. The motion behind them is found by matching blocks, as video codecs do, so that no network for optical
-flow is needed.
+Motion, flicker and consistency use luma, downscaled by an integer factor until its longer side is at most
+`LONG` pixels, so that they are comparable across sizes and fast. Sharpness and distance use every pixel.
+Motion is estimated by block matching, as in video codecs, without an optical flow network.
 """
 
 from __future__ import annotations
@@ -24,17 +23,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LONG = 128
-"""Pixels of the longer side at which motion is searched."""
+"""Maximum longer side in pixels for motion estimation."""
 BLOCK = 8
-"""Height and width of a block, at that size."""
+"""Height and width of a block in pixels, after downscaling to `LONG`."""
 RADIUS = 6
-"""Furthest displacement from frame to frame that is looked for, in pixels along each axis, at that size."""
+"""Maximum displacement between frames in pixels along each axis, after downscaling to `LONG`."""
 GAIN = 0.5
-"""A block has moved when that leaves less than this share of its difference; noise leaves two thirds."""
+"""A block counts as moved if motion compensation leaves less than this share of its difference.
+
+Noise leaves two thirds."""
 STRIDE = 4
-"""Displacements are searched over so many frames too, so that slow motion counts."""
+"""Displacements are also searched across this many frames, to detect slow motion."""
 STILL = 1 / 255
-"""A block that differs by less than one level (mean absolute) is at rest."""
+"""Mean absolute difference (one level of 255) below which a block is static."""
 
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
 """BT.709 weights, from uint8 to [0, 1]."""
@@ -42,15 +43,15 @@ _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is told."""
+    """Display name, unit and meaning of a metric."""
 
     name: str
     brief: str
-    """For narrow tables; empty where they leave it out."""
+    """Short name for narrow tables; empty to omit the metric from them."""
     unit: str
     digits: int
     better: str
-    """`lower`, `higher`, or empty where neither is better by itself."""
+    """`lower`, `higher`, or empty if neither direction is better."""
     meaning: str
 
 
@@ -61,7 +62,7 @@ METRICS: Mapping[str, Metric] = {
         "% per frame",
         2,
         "",
-        "How far the picture moves from frame to frame, in percent of its diagonal; a still has 0.",
+        "Mean displacement from frame to frame, in percent of the diagonal; 0 for a still.",
     ),
     "flicker": Metric(
         "flicker",
@@ -69,7 +70,8 @@ METRICS: Mapping[str, Metric] = {
         "% of range",
         2,
         "lower",
-        "Brightness that jumps and comes back where motion does not explain it, in percent of its range.",
+        "Brightness changes that revert in the next frame and that motion does not explain, in percent of "
+        "range.",
     ),
     "consistency": Metric(
         "consistency",
@@ -77,7 +79,7 @@ METRICS: Mapping[str, Metric] = {
         "correlation",
         3,
         "higher",
-        "How well each frame is the one before, moved. 1 is perfect, and a still gets it for nothing.",
+        "Correlation of each frame with the motion-compensated previous frame. A still also scores 1.",
     ),
     "sharpness": Metric(
         "sharpness",
@@ -85,34 +87,34 @@ METRICS: Mapping[str, Metric] = {
         "Laplacian",
         0,
         "",
-        "Variance of the Laplacian: fine detail, noise included; blur lowers it.",
+        "Variance of the Laplacian: amount of fine detail, including noise; blur lowers it.",
     ),
 }
-"""What `measure` gives, in the order in which it is shown."""
+"""Metrics returned by `measure`, in display order."""
 
 
 TRUTH = False
-"""A video has no one right answer."""
+"""Videos have no ground truth."""
 
 
 def right(metrics: Mapping[str, float]) -> None:
-    """Says nothing: no metric knows whether a video is as asked."""
+    """Return None: no metric decides whether a video matches its prompt."""
 
 
 def keep(frames: np.ndarray) -> np.ndarray:
-    """What the difference of two videos is measured on: all that is seen, alpha over a checkerboard."""
+    """Return the frames on which differences are measured; RGBA is composited over a checkerboard."""
     return rgba.composite(frames, rgba.checkerboard(*frames.shape[1:3])) if frames.shape[-1] == 4 else frames
 
 
 def picture(frames: np.ndarray) -> Image.Image:
-    """Some of its frames in a row."""
+    """Return some of the frames in a row."""
     from inlaid.evaluate import page
 
     return page.strip(keep(frames))
 
 
 def gauge(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """`everything` about a video, which has no parts; its matte against the true one where that is known."""
+    """Return the metrics of a video, with `matte.TRUTH` if the true alpha is known, and no parts."""
     metrics = everything(frames)
     if prompt.truth is not None and frames.shape[-1] == 4:
         from inlaid.evaluate import matte
@@ -122,7 +124,10 @@ def gauge(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, 
 
 
 def everything(frames: np.ndarray) -> dict[str, float]:
-    """`METRICS` of frames (t, h, w, 3); with alpha they are measured over grey, and their matte too."""
+    """Return `METRICS` of RGB or RGBA frames (t, h, w, 3 or 4).
+
+    RGBA is composited over gray, and `matte.METRICS` are added.
+    """
     if frames.shape[-1] == 3:
         return measure(frames)
     from inlaid.evaluate import matte
@@ -131,7 +136,7 @@ def everything(frames: np.ndarray) -> dict[str, float]:
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """All of `METRICS` for uint8 frames (t, h, w, 3); motion and flicker in percent."""
+    """Return all of `METRICS` for uint8 frames (t, h, w, 3); motion and flicker in percent."""
     y = luma(frames)
     small = shrink(y)
     match = compensate(small[:-1], small[1:])
@@ -145,26 +150,26 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def motion(frames: np.ndarray) -> float:
-    """Mean displacement of blocks from frame to frame, as a share of the picture's diagonal.
+    """Return the mean displacement of blocks between frames, as a share of the frame's diagonal.
 
-    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still picture and for noise without motion. A picture that
-    moves as a whole by d pixels a frame gives d / diagonal, up to the strip that enters; an object that fills
-    a tenth of it a tenth of that. The slowest motion that counts is a pixel in `STRIDE` frames, at the scale
-    of `LONG`.
+    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still and for noise without motion. A frame that moves as a
+    whole by d pixels per frame gives d / diagonal, apart from the strip that enters; an object that fills a
+    tenth of the frame gives a tenth of that. The slowest detected motion is one pixel in `STRIDE` frames, at
+    the scale of `LONG`.
     """
     small = shrink(luma(frames))
     return _motion(small, compensate(small[:-1], small[1:]))
 
 
 def flicker(frames: np.ndarray) -> float:
-    """Mean brightness by which a pixel jumps away from both neighbours in time, along its motion; in [0, 1].
+    """Return the mean brightness deviation from both temporal neighbors along the motion, in [0, 1].
 
-    |Y_k - median(P, Y_k, N)|, with P and N the frames before and after, moved onto frame k: what a
-    motion-compensated temporal median filter would take out. 0 for stills, for any motion that matching
-    follows, for fades and for cuts, which change but do not come back. Brightness that alternates by a gives
-    a; independent noise of deviation s without motion gives s / sqrt(pi). Fewer than three frames give 0.
-    (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighbours: it counts motion
-    as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
+    |Y_k - median(P, Y_k, N)|, with P and N the previous and next frames, motion-compensated to frame k: the
+    part that a motion-compensated temporal median filter would remove. 0 for stills, for motion that block
+    matching follows, and for fades and cuts, which do not revert. Brightness that alternates by a gives a;
+    independent noise of deviation s without motion gives s / sqrt(pi). Fewer than three frames give 0.
+    (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighboring frames: it counts
+    motion as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
     """
     small = shrink(luma(frames))
     middle = small[1:-1]
@@ -172,28 +177,28 @@ def flicker(frames: np.ndarray) -> float:
 
 
 def consistency(frames: np.ndarray) -> float:
-    """Mean correlation of each frame with the one before, moved onto it; in [-1, 1].
+    """Return the mean correlation of each frame with the motion-compensated previous frame; in [-1, 1].
 
-    1 for stills and for motion that matching follows, near 0 for unrelated frames, whatever their brightness
-    and contrast. Frames without contrast count as 1 where both are flat and as 0 where one is. One frame
-    alone gives 1.
+    1 for stills and for motion that block matching follows; near 0 for unrelated frames, independent of
+    brightness and contrast. A pair of flat frames counts as 1, a pair with one flat frame as 0. One frame
+    gives 1.
     """
     small = shrink(luma(frames))
     return _consistency(compensate(small[:-1], small[1:]).moved, small[1:])
 
 
 def sharpness(frames: np.ndarray) -> float:
-    """Variance of the Laplacian of luma in levels of 255, the mean over frames (Pech-Pacheco et al. 2000).
+    """Return the variance of the Laplacian of luma (0-255), averaged over frames (Pech-Pacheco et al. 2000).
 
-    0 for pictures without detail, ramps included; a checkerboard of single black and white pixels has the
-    most, 1020^2.
+    0 for frames without detail, including ramps. The maximum, 1020^2, is reached by a checkerboard of single
+    black and white pixels.
     """
     return _sharpness(luma(frames))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference of two videos of one shape, in [0, 1]: 1 is black against white."""
-    assert a.shape == b.shape, "videos of one prompt have one shape"
+    """Return the mean absolute difference of two videos of equal shape; 1 is black against white."""
+    assert a.shape == b.shape, "videos of one prompt have equal shapes"
     total = sum(
         float(np.abs(x.astype(np.int16) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)
     )
@@ -201,7 +206,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
-    """BT.709 luma of uint8 RGB (t, h, w, 3) as float32 (t, h, w) in [0, 1]."""
+    """Return the BT.709 luma of uint8 RGB (t, h, w, 3) as float32 (t, h, w) in [0, 1]."""
     assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames), (
         frames.shape
     )
@@ -210,7 +215,10 @@ def luma(frames: np.ndarray) -> np.ndarray:
 
 
 def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
-    """(t, h, w) with the longer side scaled down to `long` by the least whole factor, averaging squares."""
+    """Downscale (t, h, w) by the smallest integer factor that brings the longer side to at most `long`.
+
+    Averages squares of pixels.
+    """
     t, h, w = y.shape
     n = -(-max(h, w) // long)
     h, w = h // n or 1, w // n or 1
@@ -219,26 +227,26 @@ def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Match:
-    """Frames moved onto other frames, block by block."""
+    """Frames motion-compensated block by block to target frames."""
 
     moved: np.ndarray
-    """(t, h, w)"""
+    """Motion-compensated frames (t, h, w)."""
     lengths: np.ndarray
-    """Of the displacements in pixels: (t, blocks down, blocks across)."""
+    """Lengths of the displacements in pixels, (t, block rows, block columns)."""
     errors: np.ndarray
-    """Mean absolute differences that are left: (t, blocks down, blocks across)."""
+    """Remaining mean absolute differences, (t, block rows, block columns)."""
 
 
 def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> Match:
-    """Moves the blocks of each source frame to where they are in the target frame.
+    """Move the blocks of each source frame to their positions in the target frame.
 
-    A block stays where it is unless moving it removes most of its difference (`GAIN`); of equally good
-    displacements the shortest is taken. So neither noise nor plain areas move.
+    A block moves only if this removes most of its difference (`GAIN`), and by the shortest of equally good
+    displacements. Noise and flat areas therefore do not move.
 
     Args:
         source: (t, h, w) in [0, 1].
-        target: the same shape.
-        radius: furthest displacement along each axis.
+        target: same shape as `source`.
+        radius: maximum displacement along each axis in pixels.
     """
     t, h, w = target.shape
     far = np.pad(source, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
@@ -266,7 +274,7 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
 
 
 def _motion(y: np.ndarray, match: Match) -> float:
-    """Mean displacement of (t, h, w), given the match of each frame with the one before."""
+    """Return the mean displacement in (t, h, w), given the match of each frame with the previous frame."""
     lengths = match.lengths
     if len(y) > STRIDE:
         slow, fast, lengths = (
@@ -274,14 +282,14 @@ def _motion(y: np.ndarray, match: Match) -> float:
             match.errors[STRIDE - 1 :],
             lengths[STRIDE - 1 :],
         )
-        # Over several frames, what moves fast is out of reach, and something else may fit half as badly.
+        # Across several frames, fast motion exceeds the radius, and an unrelated block may match better.
         good = (slow.lengths > 0) & ((lengths == 0) | (slow.errors <= fast + STILL))
         lengths = np.where(good, slow.lengths / STRIDE, lengths)
     return float(lengths.mean(dtype=np.float64) / np.hypot(*y.shape[1:])) if lengths.size else 0.0
 
 
 def unsteady(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
-    """Mean distance of frames from the median of themselves and their neighbours, moved onto them."""
+    """Return the mean distance of frames from the median of themselves and their aligned neighbors."""
     if not len(middle):
         return 0.0
     median = np.maximum(np.minimum(before, middle), np.minimum(np.maximum(before, middle), after))

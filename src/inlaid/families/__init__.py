@@ -1,4 +1,4 @@
-"""Model families: one file each. A new one needs no change elsewhere."""
+"""Model families, one file each; adding a family requires no change elsewhere."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["Encoded", "Family", "Grid", "get", "names"]
 
 
 def names() -> list[str]:
-    """Names of all families: the files of this folder and the entry points of group `inlaid.families`."""
+    """Return the names of all families: files of this folder and entry points of group `inlaid.families`."""
     own = {m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"}
     return sorted(own | {e.name for e in entry_points(group="inlaid.families")})
 
 
 def get(name: str) -> type[Family]:
-    """The class of a family.
+    """Return the class of a family.
 
     Raises:
         ValueError: when no such family is installed.
     """
     if name not in names():
-        raise ValueError(f"model.family: no family `{name}`; there are: {', '.join(names())}")
+        raise ValueError(f"model.family: no family `{name}`; choose from: {', '.join(names())}")
     for entry in entry_points(group="inlaid.families"):
         if entry.name == name:
             return entry.load()

@@ -1,8 +1,8 @@
-"""The contract of a model family: everything the rest of the package may ask of an architecture.
+"""Contract of a model family: the interface through which the package uses an architecture.
 
-A family translates at its edge. Inside the package, pixels are uint8 (t, h, w, c), latents (c, t, h, w) per
-sample and normalised, time runs from 0 (data) to 1 (noise), and nobody else knows schedulers, scalings or
-module names.
+A family converts at its boundary. Everywhere else in the package pixels are uint8 (t, h, w, c), latents are
+normalized and (c, t, h, w) per sample, and time runs from 0 (data) to 1 (noise). Schedulers, scaling factors
+and module names are known only to families.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes that a family can represent: pixels a multiple of `spatial`, frames `temporal` n + `offset`."""
+    """Valid clip sizes: height and width are multiples of `spatial`, frames are `temporal` n + `offset`."""
 
     spatial: int
     temporal: int
     offset: int = 1
     only: tuple[int, int, int] | None = None
-    """The one length, height and width of a network that learned its positions by heart."""
+    """The only valid (frames, height, width), for a network with learned positional embeddings."""
 
     def snap_frames(self, n: int) -> int:
-        """The largest possible length of at most n frames; 0 where there is none."""
+        """Return the largest valid length of at most n frames, or 0 if there is none."""
         if self.only:
             return self.only[0] if n >= self.only[0] else 0
         return 0 if n < self.offset else (n - self.offset) // self.temporal * self.temporal + self.offset
 
     def snap_size(self, height: float, width: float) -> tuple[int, int]:
-        """The nearest possible height and width."""
+        """Return the nearest valid height and width."""
         if self.only:
             return self.only[1:]
         return max(1, round(height / self.spatial)) * self.spatial, max(
@@ -50,11 +50,11 @@ class Grid:
         ) * self.spatial
 
     def problems(self, frames: int, height: int, width: int) -> list[str]:
-        """Sentences that say what is impossible and what is near; empty when all is well."""
+        """Return messages about invalid sizes, each with the nearest valid size; empty if valid."""
         if self.only:
             there, asked = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
-            how = f"{asked} has no positions: this checkpoint learned them for {there}, use that"
-            return [] if there == asked else [f"{how} or a checkpoint without learned positions"]
+            how = f"{asked}: the positional embeddings of this checkpoint were learned for {there}; use that"
+            return [] if there == asked else [f"{how}, or a checkpoint without learned embeddings"]
         out = []
         low = self.snap_frames(frames)
         if low != frames:
@@ -68,30 +68,30 @@ class Grid:
 
 @dataclass(frozen=True)
 class Encoded:
-    """How another trainer lays out the clips that it has encoded: paths, where `*` is a clip's name."""
+    """File layout of another trainer's precomputed latents, as paths in which `*` is the name of a clip."""
 
     media: Sequence[str]
-    """Latents of the clip, by which it is found, and of the images that it is shown."""
+    """Latents of the clip, which identify it, and of its conditioning images."""
     text: str
     caption: str = "*.txt"
-    """What was encoded, where it was kept."""
+    """Caption of the clip, if the trainer kept it."""
     video: str = "*"
-    """Where the clips lie that were encoded, without suffix."""
+    """Source video of the clip, without suffix."""
 
     @property
     def says(self) -> str:
-        """For messages."""
+        """Layout as text, for messages."""
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
 
 
 class Checkpoint:
-    """A checkpoint in diffusers layout, on the Hub or in a folder: its configurations and components."""
+    """Checkpoint in diffusers layout, on the Hub or in a folder: its configurations and components."""
 
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    """Hub ids and what must be known of their configuration before anything is downloaded; the first is the
-    default."""
+    """Configuration values of published checkpoints by Hub id, needed before anything is downloaded; the
+    first id is the default."""
     text_encoder: ClassVar[str] = "T5EncoderModel"
-    """Its class in transformers."""
+    """Class of the text encoder in transformers."""
 
     def __init__(self, model: recipe.Model) -> None:
         self.model = model
@@ -99,11 +99,11 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The checkpoint's Hub id, or only the name of a local folder, for files that are given away."""
+        """Hub id, or the bare name of a local folder, for files that are shared with others."""
         return self.source.name if isinstance(self.source, Path) else self.source
 
     def read_config(self, component: str) -> dict[str, Any] | None:
-        """A component's configuration, or for the empty name `model_index.json`; None where there is none.
+        """Return the configuration of a component, or `model_index.json` for the empty name; None if absent.
 
         Raises:
             ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
@@ -123,7 +123,9 @@ class Checkpoint:
             except ValueError:
                 found = None
             if not isinstance(found, dict):
-                raise ValueError(f"model.checkpoint: {path} is not a JSON object; copy or download it again")
+                raise ValueError(
+                    f"model.checkpoint: {path} is not a JSON object; copy or download the checkpoint again"
+                )
             return found
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
@@ -137,15 +139,15 @@ class Checkpoint:
         except Exception as error:
             raise ValueError(
                 f"model.checkpoint: `{self.source}` is not a local folder and could not be read from the Hub "
-                f"({type(error).__name__}); check the name, the network, or `hf auth login`"
+                f"({type(error).__name__}); check the name and the network, or run `hf auth login`"
             ) from None
 
     @contextmanager
     def loading(self, part: str, folder: Path | None = None) -> Iterator[None]:
-        """One sentence for whatever the libraries raise while they load a part of the checkpoint or a folder.
+        """Convert any exception of the libraries while loading a component or a folder to a ValueError.
 
         Raises:
-            ValueError: when it cannot be loaded.
+            ValueError: naming the component or folder that cannot be loaded.
         """
         try:
             yield
@@ -155,14 +157,14 @@ class Checkpoint:
             what = folder or f"model.checkpoint: `{part}` of {self.model.checkpoint}"
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(
-                f"{what} cannot be loaded ({cause}); is it whole? Copy or download it again"
+                f"{what} cannot be loaded ({cause}); it may be incomplete: copy or download it again"
             ) from error
 
     def folder(self, component: str) -> Path:
-        """Where the files of a component are, downloaded when they are not there.
+        """Return the folder with the files of a component; downloads them if needed.
 
         Raises:
-            ValueError: when they are not to be had.
+            ValueError: when they cannot be downloaded.
         """
         if isinstance(self.source, Path):
             return self.source / component
@@ -174,10 +176,10 @@ class Checkpoint:
         return Path(found) / component
 
     def load(self, component: str, dtype: torch.dtype) -> Any:
-        """A component of the checkpoint, whole, in the diffusers class that its configuration names.
+        """Load a component with all its weights, as the diffusers class that its configuration names.
 
         Raises:
-            ValueError: when it cannot be loaded.
+            ValueError: when it cannot be loaded, or weights are missing from its files.
         """
         import diffusers
 
@@ -191,7 +193,7 @@ class Checkpoint:
         return network
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Tokenizer and text encoder."""
+        """Load the tokenizer and the text encoder."""
         import transformers
 
         options: dict[str, Any] = {"revision": self.model.revision}
@@ -209,52 +211,54 @@ class Checkpoint:
 
 
 class Family(Checkpoint, ABC):
-    """One architecture and its conventions. Building one reads configuration files, never weights."""
+    """An architecture and its conventions. The constructor reads configuration files, never weights."""
 
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Recipe values that differ from the sections' defaults, as a nested mapping."""
+    """Recipe values that differ from the defaults of the sections, as a nested mapping."""
     targets: ClassVar[Sequence[str]]
-    """Default adapter targets: regular expressions over whole module names."""
+    """Default adapter targets: regular expressions over full module names."""
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae",),
         "text": ("tokenizer", "text_encoder"),
     }
-    """Components of the checkpoint that `media` and `text` are encoded with; they decide what a cached item
-    is."""
+    """Components of the checkpoint that encode `media` and `text`; they are part of the identity of a cached
+    item."""
     original_names: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Module names inside a block or at the root, as the original code and as diffusers spells them."""
+    """Module names inside a block or at the root: (name in the original code, name in diffusers)."""
     widths: ClassVar[Mapping[int, str]] = {}
-    """Names of the published sizes by the width of their network, for messages."""
+    """Names of the published model sizes by hidden width, for messages."""
     text_length: ClassVar[int]
-    """Tokens of text that the network is given at most."""
+    """Maximum number of text tokens of the network."""
     fps: float
-    """Frame rate of the published checkpoint's training data."""
+    """Frame rate of the training data of the published checkpoint."""
     medium: ClassVar[str] = "video"
-    """What it is shown and makes, the name of a file in `inlaid/mediums`."""
+    """Modality of inputs and outputs: the name of a file in `inlaid/mediums`."""
     component: str = "transformer"
     """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
-    """The family's own switches, `model.options` of a recipe, each with its values, the default first. They
-    change what `encode_media` gives only together with `media_key`."""
+    """Options specific to the family (`model.options` in a recipe) and their values, the default first. An
+    option may change the result of `encode_media` only if `media_key` includes it."""
     channels: int = 3
-    """Of the clips that `encode_media` takes and `sample` gives: RGB, or 4 for straight RGBA."""
+    """Channels of the clips that `encode_media` accepts and `sample` returns: 3 for RGB, 4 for straight
+    RGBA."""
     media_key: Sequence[str] = ()
-    """What else than the encoder's files decides the numbers of a cached clip."""
+    """Everything besides the files of the encoder that determines the values of a cached clip."""
     bytewise: Sequence[str] = ()
-    """Names of the tensors of a cached clip that take a byte a number, as pixels do, and not two."""
+    """Tensors of a cached clip with one byte per value, such as pixels; the others have two."""
     images: Sequence[str] = ()
-    """Frames that the network is shown besides the text: none, `first`, or `first` and `last`."""
+    """Conditioning frames besides the text: none, `first`, or `first` and `last`."""
     video_layers: ClassVar[Sequence[str]] = ()
-    """Linear layers that all tokens of the video go through, as regular expressions over whole module names:
-    the only ones that joint transparency changes. None where the family has no such transparency."""
+    """Linear layers that all video tokens pass through, as regular expressions over full module names; joint
+    transparency adapts only these. Empty if the family does not support it."""
     text_before: ClassVar[int] = 0
-    """Tokens of text that go through these layers before those of the video."""
+    """Number of text tokens that precede the video tokens in these layers."""
     joint_attention: ClassVar[Any] = None
-    """Makes an attention processor of a rule, see `models.attention`, where text and video share a
-    sequence."""
+    """Factory of an attention processor for a rule, see `models.attention`, in families where text and video
+    share a sequence."""
     grid: Grid
     encoded: Encoded | None = None
-    """The layout of encoded clips that this family reads: VAE moments, one file for each of `stored`."""
+    """Layout of precomputed latents that this family reads: VAE moments, one file for each entry of
+    `stored`."""
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
@@ -262,69 +266,69 @@ class Family(Checkpoint, ABC):
 
     @property
     def single(self) -> Family:
-        """The family of one clip: itself, but where two are in one sequence."""
+        """Family of a single clip; differs from self only where a sequence holds two clips."""
         return self
 
     def encoded_in(self, folder: Path) -> Encoded | None:
-        """How encoded clips are laid out in a folder, if this family reads any."""
+        """Return the layout of the precomputed latents in a folder, or None if the family reads none."""
         return self.encoded
 
     def about(self) -> dict[str, str]:
-        """What a file of trained weights tells of what it was trained on, for its header."""
+        """Return the header metadata of a weights file that describes what it was trained on."""
         return {"inlaid_base": self.name, **{f"inlaid_{k}": str(v) for k, v in self.options.items()}}
 
     def warnings(self) -> list[str]:
-        """Paragraphs for the model card, of what surprises whoever uses the file."""
+        """Return paragraphs for the model card about surprises in using the file."""
         return []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Looks at what the header of an adapter says of what it was trained on.
+        """Check the header of an adapter against this family.
 
         Raises:
-            ValueError: when that is something else than this family.
+            ValueError: when the adapter was trained for something else.
         """
         said = header.get("inlaid_alpha")
         if said and self.channels == 3:
             raise ValueError(
-                f"this adapter was trained with alpha.kind={said}; a run without it would only show noise"
+                f"this adapter was trained with alpha.kind={said} and gives only noise without it"
             )
 
     # --- shapes -------------------------------------------------------------------------------------------
 
     @abstractmethod
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Shape of a clip's `latents` (c, t, h, w), which are learned, and of its conditions, as `draw`n."""
+        """Return the shapes of a clip's `latents` (c, t, h, w) and of its conditions; see `draw`."""
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of a clip that `encode_media` gives and the cache keeps."""
+        """Return the shapes of a clip's tensors as `encode_media` returns them and the cache stores them."""
         return self.shapes(frames, height, width)
 
     @abstractmethod
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Length of the sequence that the denoiser attends over."""
+        """Return the length of the sequence that the denoiser attends over."""
 
     # --- before the cache ---------------------------------------------------------------------------------
 
     def load_media_encoder(self, device: torch.device) -> Any:
-        """What `encode_media` needs, in the precision it encodes with: the VAE in float32."""
+        """Load the argument of `encode_media` in the precision of encoding: the VAE in float32."""
         import torch
 
         return self.load("vae", torch.float32).to(device).eval().requires_grad_(False)
 
     @abstractmethod
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, `channels`) -> all that is needed of a clip, float32, for the cache: see `draw`."""
+        """Encode uint8 (t, h, w, `channels`) to the float32 tensors that the cache stores; see `draw`."""
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Captions -> one item each: `text` (n, d), n the true length where the network is told it."""
+        """Encode captions to one item each: `text` (n, d), n without padding if the network masks padding."""
 
     # --- after the cache ----------------------------------------------------------------------------------
 
     def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """A cached clip -> `latents`, normalised, which are learned, and conditions, for one showing.
+        """Return `latents` (normalized, the training target) and conditions of a cached clip for one sample.
 
-        What is random in a clip (a sample of the posterior, a noised or dropped image) comes from
+        Everything random in a clip (a sample of the posterior, a noised or dropped image) comes from
         `generator`, so that it is a function of the seed and the index of the micro-batch.
         """
         return dict(item)
@@ -332,7 +336,7 @@ class Family(Checkpoint, ABC):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """The network that is taught, or a fine-tuned one from `folder`; with `meta` its shape only."""
+        """Load the denoiser, or a fine-tuned one from `folder`; `meta` returns it without weights."""
         import diffusers
         import torch
 
@@ -346,44 +350,47 @@ class Family(Checkpoint, ABC):
         return self.load(self.component, dtype)
 
     def share_positions(self, denoiser: nn.Module) -> None:
-        """Makes the network see twice the latent frames as two clips, of which both begin at the first place.
+        """Make the network treat twice the latent frames as two clips whose positions both start at 0.
 
-        Only of a family with `video_layers`.
+        Called only for families with `video_layers`.
         """
         raise NotImplementedError
 
     def attached(self, denoiser: nn.Module) -> None:
-        """Is told that the network has got its adapter; what else trains is opened here."""
+        """Hook called after the adapter was attached; enables gradients of further trained parameters."""
 
     @abstractmethod
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:
-        """The objective of the published checkpoint, with the recipe's section applied."""
+        """Return the objective of the published checkpoint with the recipe's section applied."""
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Text items of a batch -> what `predict` takes as `cond`, besides the clips' own conditions."""
+        """Collate the text items of a batch to the `cond` of `predict`, without the clips' conditions."""
         import torch
 
         return {name: torch.stack([item[name] for item in text]) for name in text[0]}
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Canonical in, canonical out: noise - data for flow matching, v for v-prediction.
+        """Predict noise - data (flow matching) or v (v-prediction), in the package's conventions.
 
         Args:
             denoiser: from `load_denoiser`.
             x_t: noisy latents (n, c, t, h, w).
             t: (n,), 0 = data, 1 = noise.
-            cond: from `collate`, and the conditions that `draw` gave, stacked.
+            cond: from `collate`, and the stacked conditions from `draw`.
         """
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
-        """Parts of latents (n, c, t, h, w) whose losses are reported apart, by name; none where it is one."""
+        """Return parts of latents (n, c, t, h, w) whose losses are reported separately, by name.
+
+        Empty if latents have a single part.
+        """
         return {}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The stock diffusers pipeline around `denoiser` (or the checkpoint's own), all in one precision.
+        """Return the stock diffusers pipeline around `denoiser`, or around the checkpoint's own denoiser.
 
-        It has no text encoder: `sample` brings encoded text.
+        All components have one precision. It has no text encoder: `sample` receives encoded text.
         """
         from diffusers import DiffusionPipeline
 
@@ -407,10 +414,13 @@ class Family(Checkpoint, ABC):
         generator: torch.Generator,
         images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Runs the stock pipeline on text and `images` uint8 (h, w, 3) -> uint8 (t, h, w, `channels`)."""
+        """Generate uint8 (t, h, w, `channels`) from text and `images` uint8 (h, w, 3).
+
+        Runs the stock pipeline.
+        """
         settings = {"size": size, "frames": frames, "steps": steps, "guidance": guidance}
         video = self.run(pipeline, text, negative, images, generator=generator, **settings)
-        # Some decoders turn an even number of latent frames into a few more, all at the start.
+        # Some decoders return a few extra frames, all at the start, for an even number of latent frames.
         return as_bytes(video[-frames:])
 
     def run(
@@ -427,7 +437,10 @@ class Family(Checkpoint, ABC):
         generator: torch.Generator,
         noise: Tensor | None = None,
     ) -> np.ndarray:
-        """What the stock pipeline gives, in [0, 1]; from `noise` (c, t, h, w), or from what it draws."""
+        """Return the video of the stock pipeline in [0, 1].
+
+        It starts from `noise` (c, t, h, w) if given, else from noise that the pipeline samples.
+        """
         start = {} if noise is None else {"latents": self.starts(noise, pipeline)}
         return pipeline(
             **self.given(pipeline, text, negative, images),
@@ -442,7 +455,7 @@ class Family(Checkpoint, ABC):
         ).frames[0]
 
     def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Noise (c, t, h, w) as the stock pipeline takes it."""
+        """Convert noise (c, t, h, w) to the layout of the stock pipeline."""
         return noise[None]
 
     def given(
@@ -452,7 +465,7 @@ class Family(Checkpoint, ABC):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """What the stock pipeline is called with in place of prompts, in the types that it computes in."""
+        """Return the pipeline arguments that replace prompts and images, in the dtype of the network."""
         from PIL import Image
 
         device, dtype = pipeline._execution_device, getattr(pipeline, self.component).dtype
@@ -462,15 +475,15 @@ class Family(Checkpoint, ABC):
         return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, **shown}
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Loads `pytorch_lora_weights.safetensors` of a folder into a pipeline, under the name `inlaid`."""
+        """Load `pytorch_lora_weights.safetensors` of a folder into a pipeline as adapter `inlaid`."""
         pipeline.load_lora_weights(str(folder), adapter_name="inlaid")
 
     def weaken(self, pipeline: Any, strength: float) -> None:
-        """Scales a loaded adapter: 0 is the base, 1 what was trained."""
+        """Scale a loaded adapter: 0 is the base model, 1 the trained model."""
         pipeline.set_adapters(["inlaid"], [strength])
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Sentences about what this checkpoint cannot do with this recipe; empty when all is well."""
+        """Return messages about what this checkpoint cannot do with this recipe; empty if valid."""
         data, sample = config.data, config.sample
         asked = [("data", frames, data.size) for frames in data.frames]
         if sample.frames or sample.size:
@@ -478,9 +491,7 @@ class Family(Checkpoint, ABC):
         found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
         if self.channels == 3 and data.matte != recipe.Matte():
-            found.append(
-                "data.matte: this run is opaque and reads no mattes; leave it out, or set alpha.kind"
-            )
+            found.append("data.matte: an opaque run reads no alpha mattes; remove it, or set alpha.kind")
         try:
             self.objective(config.objective, data.size)
         except ValueError as error:
@@ -488,14 +499,14 @@ class Family(Checkpoint, ABC):
         return list(dict.fromkeys(found))
 
     def notes(self, config: recipe.Config) -> list[str]:
-        """Sentences about what this recipe asks that is allowed but should be known."""
+        """Return messages about settings of this recipe that are valid but worth knowing."""
         return []
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
-        """Sentences about images that the prompts need, or must not have; empty when all is well."""
+        """Return messages about images that prompts lack or must not have; empty if all match."""
         name = self.model.checkpoint
         if not self.images:
-            return [f"{name} makes videos from text alone; leave images out"] if given else []
+            return [f"{name} is text-to-video and uses no images; leave images out"] if given else []
         what = " and a ".join(f"{each} image" for each in self.images)
         if prompts != len(given):
             return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(given)} with images"]
@@ -506,14 +517,14 @@ class Family(Checkpoint, ABC):
 
 
 def _unreadable(images: Iterable[Path]) -> list[str]:
-    """Sentences about files that are no images."""
+    """Return messages about files that are not images."""
     from inlaid import media
 
     found = []
     for path in images:
         try:
             if path.suffix.lower() not in media.IMAGES:
-                raise ValueError(f"{path}: not an image; name a file such as start.png")
+                raise ValueError(f"{path}: not an image; use a file such as start.png")
             media.probe(path)
         except ValueError as error:
             found.append(str(error))
@@ -521,16 +532,16 @@ def _unreadable(images: Iterable[Path]) -> list[str]:
 
 
 def as_bytes(video: np.ndarray) -> np.ndarray:
-    """[0, 1] -> uint8, rounded."""
+    """Convert [0, 1] to uint8 with rounding."""
     return (video * 255).round().clip(0, 255).astype("uint8")
 
 
 def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The value of each of a family's switches."""
+    """Return the value of each family option."""
     wrong = []
     for key, value in model.options.items():
         if key not in choices:
-            has = f"it has {', '.join(choices)}" if choices else "it has none, leave it out"
+            has = f"its options are {', '.join(choices)}" if choices else "it has none, leave it out"
             wrong.append(f"model.options.{key}: {model.family} has no such option; {has}")
         elif value not in choices[key]:
             values = ", ".join(map(str, choices[key]))
@@ -544,7 +555,7 @@ TWIN = "twin:"
 
 
 def locate(checkpoint: str) -> Path | str:
-    """A local folder as a path, a Hub id as it is; `twin:NAME` is the tiny checkpoint that ships with inlaid.
+    """Return a local folder as a path and a Hub id unchanged; `tiny:NAME` is a model that ships with inlaid.
 
     Raises:
         ValueError: when it can be neither.

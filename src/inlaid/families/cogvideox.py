@@ -1,11 +1,12 @@
 """CogVideoX 1.0 and 1.5 (Yang et al. 2024): https://arxiv.org/abs/2408.06072.
 
-Covers 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
-What surprises: the network takes frames before channels and attends to all 226 text tokens, padding too. It
-predicts v on a schedule of 1000 integers. Latents are a sample of the posterior, so the cache keeps moments.
-1.5 makes one token of two latent frames, hence lengths 8n+5. 1.5-I2V was taught with image latents *divided*
-by the scaling factor, and is always given 2 as `ofs`. The image of I2V is noised in pixels, which latents
-cannot redo: the cache keeps a few.
+Supports 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
+
+Surprises: The network takes frames before channels and attends to all 226 text tokens, including padding. It
+predicts v on a schedule of 1000 integer timesteps. Latents are samples of the posterior, so the cache stores
+moments. 1.5 makes one token from two latent frames, hence lengths 8n+5. 1.5-I2V was trained with image
+latents *divided* by the scaling factor, and its `ofs` input is always 2. The image of I2V is noised in pixel
+space, which cannot be reproduced on latents: the cache stores several noised encodings.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from inlaid.models import attention
 from inlaid.objectives import VPrediction
 
 COPIES = 4
-"""Noised encodings of a first frame that the cache keeps; each showing has one of them."""
+"""Number of noised encodings of a first frame in the cache; each training sample uses one of them."""
 IMAGE_DROPOUT = 0.05
-"""Share of showings without an image, drawn for each clip."""
+"""Probability of training without the image, sampled for each clip."""
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
-    """Configuration of a published checkpoint, so that `check` and its estimates need no download."""
+    """Return the configuration of a published checkpoint, so that `check` needs no download to estimate."""
     large = heads == 48
     transformer = {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": heads}
     transformer |= {"num_layers": 42 if large else 30, "in_channels": 32 if image else 16}
@@ -99,41 +100,44 @@ class CogVideoX(Family):
         kinds = (c.get("_class_name"), vae.get("_class_name"))
         if kinds != ("CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX"):
             raise ValueError(
-                f"model.family: {name} is not a CogVideoX checkpoint, it holds {kinds[0]} and {kinds[1]}"
+                f"model.family: {name} is not a CogVideoX checkpoint, it contains {kinds[0]} and {kinds[1]}"
             )
         if c["in_channels"] not in (16, 32) or c["out_channels"] != 16:
             raise ValueError(
-                f"model.checkpoint: {name} takes {c['in_channels']} channels and gives {c['out_channels']}; "
-                "text-to-video takes 16 and image-to-video 32, others this family does not train"
+                f"model.checkpoint: {name} has {c['in_channels']} input and {c['out_channels']} output "
+                "channels; supported are 16 (text-to-video) or 32 (image-to-video) input and 16 output"
             )
         if self.scheduler.get("prediction_type") != "v_prediction":
             raise ValueError(
-                f"model.checkpoint: its scheduler says {self.scheduler.get('prediction_type')}, not "
-                "v_prediction as CogVideoX needs; copy the folder `scheduler` of the original"
+                f"model.checkpoint: its prediction_type is {self.scheduler.get('prediction_type')}, not "
+                "v_prediction as CogVideoX needs; copy the folder `scheduler` of the original checkpoint"
             )
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Adds that the positions of 1.5 are cut out of a table, which has an end."""
+        """Add the maximum size of 1.5, whose positions are a slice of a table of fixed size."""
         found = super().problems(config)
         for section, size in (("data", config.data.size), ("sample", config.sample.size or (0, 0))):
             if self.pair == 2 and (size[0] > self.largest[0] or size[1] > self.largest[1]):
                 limit, asked = ("x".join(map(str, s)) for s in (self.largest, size))
-                found.append(f"{section}: {asked} is more than the {limit} that has positions; use less")
+                found.append(f"{section}: {asked} exceeds {limit}, the largest size of the model; use less")
         return found
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`latents` (16, t, h, w), and for I2V `image` (16, 1, h, w), which `predict` pads with zeros."""
+        """Return `latents` (16, t, h, w) and for I2V `image` (16, 1, h, w), padded in `predict`."""
         latents = (16, 1 + (frames - 1) // 4, height // 8, width // 8)
         return {"latents": latents} | ({"image": (16, 1, *latents[2:])} if self.images else {})
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`moments` (32, t, h, w), means and log-variances, and for I2V `image` (COPIES, 32, 1, h, w)."""
+        """Return `moments` (32, t, h, w) and for I2V `image` (COPIES, 32, 1, h, w).
+
+        Moments are means and log-variances.
+        """
         _, *latent = self.shapes(frames, height, width)["latents"]
         image = {"image": (COPIES, 32, 1, *latent[1:])} if self.images else {}
         return {"moments": (32, *latent), **image}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Text and video tokens, which attend to each other."""
+        """Return the number of text and video tokens, which attend to each other."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return self.text_length + t // self.pair * (h // 2) * (w // 2)
 
@@ -141,7 +145,7 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 3) -> moments of the clip, and of its noised first frame: see `stored`."""
+        """Encode uint8 (t, h, w, 3) to moments of the clip and its noised first frame; see `stored`."""
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         like = next(encoder.parameters())
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 255 * 2 - 1
@@ -151,7 +155,7 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Captions -> `text` (226, d) each: padding is encoded and attended to, as the network was taught."""
+        """Encode captions to `text` (226, d); padding is encoded and attended to, as in pretraining."""
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).input_ids
@@ -161,7 +165,7 @@ class CogVideoX(Family):
     # --- after the cache ----------------------------------------------------------------------------------
 
     def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Samples of the posteriors, scaled; of the noised images one, now and then none."""
+        """Return scaled samples of the posteriors; for I2V of one noised image, or zeros at IMAGE_DROPOUT."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         def sample(moments: Tensor) -> Tensor:
@@ -179,26 +183,26 @@ class CogVideoX(Family):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """The transformer; that of 2B makes its table of positions once for each size, not in each pass."""
+        """Load the transformer, with the position table of 2B cached by size."""
         network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
         embed = network.patch_embed
         embed._get_positional_embeddings = lru_cache(16)(embed._get_positional_embeddings)
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Rotations are given, and the positions of 2B are a table."""
+        """Halve the rotary positions that `predict` passes, and the position table of 2B."""
         attention.halve_cogvideox(denoiser)
 
     def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Frames come before channels, in the type of the network."""
+        """Put frames before channels and convert to the dtype of the network."""
         return noise.transpose(0, 1)[None].to(pipeline.transformer.dtype)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> VPrediction:
-        """v-prediction on the checkpoint's own schedule."""
+        """Return v-prediction on the schedule of the checkpoint."""
         return VPrediction.from_config(section, torch.tensor(self.native.alphas_cumprod))
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The network takes frames before channels, and the image behind the channels of the first frame."""
+        """Predict v; the image is concatenated to the channels of the first frame, zeros to the others."""
         dtype, x, c = denoiser.dtype, x_t, self.transformer
         if self.images:
             rest = (0, 0, 0, 0, 0, x_t.shape[2] - 1)
@@ -214,7 +218,7 @@ class CogVideoX(Family):
         return v.transpose(1, 2)
 
     def _rotary(self, latent: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines for latents (t, h, w) as the stock pipelines make them, once for each size."""
+        """Return cosines and sines for latents (t, h, w) as in the stock pipelines, cached by size."""
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
@@ -232,17 +236,17 @@ class CogVideoX(Family):
         return self._tables[latent, device]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The stock pipeline; its VAE works in tiles, as the model cards advise."""
+        """Return the stock pipeline; its VAE decodes in tiles, as the model cards recommend."""
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         pipe.vae.enable_tiling()
         return pipe
 
 
 def noised(frame: Tensor) -> Tensor:
-    """A frame (3, 1, h, w) in [-1, 1] -> COPIES of it, each with Gaussian noise of its own deviation.
+    """Return COPIES of a frame (3, 1, h, w) in [-1, 1], each with Gaussian noise of its own deviation.
 
-    The deviation is exp(N(-3, 0.5)), as the models were taught. The noise is a function of the frame, so that
-    a cache can be made again.
+    The standard deviation is exp(N(-3, 0.5)), as in pretraining. The noise is a function of the frame, so
+    that a cache can be reproduced.
     """
     seed = int.from_bytes(hashlib.sha256(frame.numpy().tobytes()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)

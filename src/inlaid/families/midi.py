@@ -1,9 +1,10 @@
-"""MIDI-3D (Huang et al. 2025, https://arxiv.org/abs/2412.03558), and TripoSG, from which it grew.
+"""MIDI-3D (Huang et al. 2025, https://arxiv.org/abs/2412.03558), and TripoSG, its base.
 
-A scene is what a clip is elsewhere: a picture, the objects in it, and the surface of each. What surprises:
-all objects share one frame, so latents say where a thing stands; the network predicts data - noise; a scene
-has one time for all its objects; and no text is read. Of the picture it is shown, per object, a CLIP token
-and DINO tokens, both or neither: guidance needs to know what it does without.
+A scene takes the place of a clip: an input image, the objects in it, and the surface of each object.
+Surprises: All objects share one coordinate frame, so latents encode where an object is. The network predicts
+data - noise. All objects of a scene have the same time. Text is not used. The image conditioning of each
+object is a CLIP token and DINO tokens; dropout drops both together, because classifier-free guidance needs
+the unconditional prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from inlaid.objectives import FlowMatching
 
 
 class _Open(tuple[Any, ...]):
-    """Values of an option; besides these all that the last one, a pattern, matches."""
+    """Values of an option: the listed ones and all that match the last one, a regular expression."""
 
     def __contains__(self, value: object) -> bool:
         return re.fullmatch(str(self[-1]), str(value)) is not None or value in self[:-1]
@@ -38,14 +39,14 @@ class _Open(tuple[Any, ...]):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What scenes are encoded with."""
+    """Encoders of scenes: shape VAE and image encoders."""
 
     vae: triposg.TripoSGVAE
     pictures: sight.PictureEncoders
 
 
 class Midi(Family):
-    """MIDI (two contexts) and TripoSG (DINO alone): flow matching on the tokens of all objects of a scene."""
+    """MIDI (CLIP and DINO) and TripoSG (DINO only): flow matching on the tokens of all objects of a scene."""
 
     medium: ClassVar[str] = "scene"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -72,7 +73,7 @@ class Midi(Family):
         mesh.require()
         super().__init__(model)
         if model.task is not None or model.expert is not None:
-            raise ValueError(f"model.{'expert' if model.expert else 'task'}: a scene has none; leave it out")
+            raise ValueError(f"model.{'expert' if model.expert else 'task'}: not used by midi; leave it out")
         said = self.read_config("transformer") or {}
         local = self.source / "transformer" if isinstance(self.source, Path) else None
         with self.loading("transformer"):
@@ -89,24 +90,30 @@ class Midi(Family):
         named = {"checkpoint": [i for i in c["multi_instance"] if i in layers], "none": [], "all": layers}
         self.blocks = sorted(named[asked] if asked in named else {int(n) for n in asked.split(",")})
         if not set(self.blocks) <= set(layers):
-            raise ValueError(f"model.options.multi_instance: there are blocks 0 to {len(layers) - 1}")
+            raise ValueError(f"model.options.multi_instance: choose from blocks 0 to {len(layers) - 1}")
         more = {"ff": r"blocks\.\d+\.ff\.net\.(0\.proj|2)", "skip_linear": r"blocks\.\d+\.skip_linear"}
         own = (t for name, t in more.items() if self.options[name])
         self.targets = (*self.targets, *own, *self.sight.targets)
 
     def about(self) -> dict[str, str]:
-        """Adds the blocks whose self-attention spans the scene, and the shift of noise levels."""
+        """Add the blocks whose self-attention spans the scene, and the noise level shift."""
         blocks = ",".join(map(str, self.blocks))
-        return {**super().about(), "inlaid_multi_instance_blocks": blocks, "inlaid_shift": f"{self.shift():g}"}
+        return {
+            **super().about(),
+            "inlaid_multi_instance_blocks": blocks,
+            "inlaid_shift": f"{self.shift():g}",
+        }
 
     def warnings(self) -> list[str]:
-        """Says where adapters of the image encoders are."""
+        """Add where the adapters of the image encoders are."""
         names = ", ".join(f"`{eye.name}`" for eye in self.sight.taught.values())
-        how = "are in folders of their names: `peft.PeftModel.from_pretrained(encoder, folder)` loads each."
+        how = (
+            "are in folders of the same names: `peft.PeftModel.from_pretrained(encoder, folder)` loads each."
+        )
         return [f"Adapters of the image encoders {names} {how}"] if names else []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Also refuses an adapter that was taught together with other image encoders."""
+        """Also reject an adapter that was trained together with other image encoders."""
         super().accept(header)
         key, own = "image_encoders", self.options["image_encoders"]
         said = header.get(f"inlaid_{key}", own)
@@ -114,67 +121,67 @@ class Midi(Family):
             raise ValueError(f"this adapter was trained with model.options.{key}={said}, not {own}")
 
     def shift(self) -> float:
-        """Shift of noise levels, from the scheduler's own file."""
+        """Return the noise level shift from the file of the scheduler."""
         try:
             said = parts.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
         except ValueError:
             said = None
         if said is None:
             said = 1.0 if self.alone else 2.0
-            once(f"note: {self.name}: its scheduler_config.json is not at hand, a shift of {said:g} is taken")
+            once(f"note: {self.name}: scheduler_config.json or its shift is missing, using shift {said:g}")
         return float(said)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Keys that only videos have, and images that do not go together."""
+        """Return errors about keys that apply only to videos, and about images that do not match."""
         wrong = scenes.wrong_pairs(config.sample.images)
         wrong = [*scenes.not_of_scenes(config), *(f"sample.images: {p}" for p in wrong)]
         if self.sight.taught:
             key = "model.options.image_encoders"
             kind, parallel = config.tuner.kind, config.runtime.parallel
-            wrong += [f"{key}: they take a lora or a dora, not {kind}"] * (kind not in ("lora", "dora"))
-            wrong += [f"{key}: not with runtime.parallel={parallel}; use ddp"] * (parallel != "ddp")
+            wrong += [f"{key}: needs tuner.kind lora or dora, not {kind}"] * (kind not in ("lora", "dora"))
+            wrong += [f"{key}: not supported with runtime.parallel={parallel}; use ddp"] * (parallel != "ddp")
         return wrong
 
     def notes(self, config: recipe.Config) -> list[str]:
-        """Adds what is allowed but rarely meant: other multi-instance blocks, heads changed in part."""
+        """Add valid but unusual settings: other multi-instance blocks, attention heads adapted in part."""
         notes, taught = list(self.lies), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != taught:
-            notes.append(f"objects attend to each other in blocks {self.blocks}, the network knows {taught}")
+            notes.append(f"multi-instance attention in blocks {self.blocks}, pretrained in blocks {taught}")
         return [*notes, *triposg.partial_heads(getattr(config.tuner, "targets", []))]
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
-        """Pictures and segmentations that cannot be used; a scene has no prompt."""
+        """Return errors about images and segmentations; a scene has no prompt."""
         return scenes.wrong_pairs(given)
 
     # --- shapes -------------------------------------------------------------------------------------------
 
     def shapes(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """`latents` (n, tokens, channels) of n objects, and what is seen of them: see `Sight.shapes`."""
+        """Return `latents` (n, tokens, channels) of n objects, and the conditions of `Sight.shapes`."""
         c, n = self.transformer, min(frames, scenes.MOST)
         widths = [w for w in (c["cross_attention_dim"], c["cross_attention_2_dim"]) if w]
         return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.sight.shapes(n, widths)}
 
     def stored(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """`moments` (n, tokens, 2 channels) in place of latents, of all objects of a crowded scene too."""
+        """Return `moments` (n, tokens, 2 channels) in place of latents; n counts all objects of a scene."""
         drawn = self.shapes(frames)
         _, tokens, channels = drawn["latents"]
         seen = {k: (frames, *drawn[k][1:]) for k in self.sight.eyes}
         return {"moments": (frames, tokens, 2 * channels), **seen}
 
     def tokens(self, frames: int, height: int = 0, width: int = 0) -> int:
-        """Of a whole scene: they attend to each other in some blocks."""
+        """Return the tokens of a whole scene, whose objects attend to each other in some blocks."""
         return min(frames, scenes.MOST) * (1 + self.transformer["num_tokens"])
 
     # --- before the cache ---------------------------------------------------------------------------------
 
     def load_vae(self, device: torch.device) -> triposg.TripoSGVAE:
-        """The shape VAE, in float32."""
+        """Load the shape VAE in float32."""
         folder = self.folder("vae")
         with self.loading("vae"):
             return parts.load_vae(folder).to(device)  # type: ignore[return-value]
 
     def load_pictures(self, device: torch.device, network: Any = None) -> sight.PictureEncoders:
-        """Encoders of pictures: those that are frozen, in float32, and the others as `network` has them."""
+        """Load the frozen image encoders in float32; trained ones are taken from `network`."""
         found = {}
         for kind, eye in self.sight.eyes.items():
             if kind not in self.sight.taught:
@@ -184,18 +191,18 @@ class Midi(Family):
         return sight.PictureEncoders(self.sight.eyes, found)
 
     def load_eye(self, eye: sight.Eye, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
-        """One encoder of pictures, or its shape."""
+        """Load one image encoder; `meta` returns it without weights."""
         folder = None if meta else self.folder(eye.name)
         with self.loading(eye.name):
             return sight.build(eye, folder, dtype)
 
     def load_media_encoder(self, device: torch.device) -> Encoder:
-        """The shape VAE and the encoders of pictures."""
+        """Load the shape VAE and the image encoders."""
         return Encoder(self.load_vae(device), self.load_pictures(device))
 
     @torch.no_grad()
     def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """A `scenes.Sample` -> moments of its surfaces, and what is seen of each object: see `stored`."""
+        """Encode a `scenes.Sample` to moments of its surfaces and image conditions; see `stored`."""
         found = []
         for one in frames.objects:
             points = scenes.thinned(one.surface)
@@ -206,16 +213,16 @@ class Midi(Family):
         return {"moments": torch.stack(found), **seen}
 
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Nothing: text is not read."""
+        """Return empty items: text is not used."""
         return [{} for _ in captions]
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """There is none."""
+        """Return None: there is no text encoder."""
 
     # --- after the cache ----------------------------------------------------------------------------------
 
     def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """A sample of each posterior; of a crowded scene some objects; now and then nothing is seen."""
+        """Return samples of the posteriors, of at most `scenes.MOST` objects, and conditions with dropout."""
         n = len(item["moments"])
         kept = torch.randperm(n, generator=generator)[: scenes.MOST].sort().values
         moments = item["moments"][kept].float()
@@ -226,7 +233,7 @@ class Midi(Family):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """The transformer with its blocks of multi-instance attention, and encoders that are taught in it."""
+        """Load the transformer with its multi-instance blocks, and inside it the trained image encoders."""
         place = None if meta else folder or self.folder("transformer")
         config = {**self.transformer, "multi_instance": self.blocks}
         with self.loading("transformer", folder):
@@ -237,25 +244,28 @@ class Midi(Family):
         return network
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Rectified flow with the scheduler's shift."""
+        """Return rectified flow with the shift of the scheduler."""
         return FlowMatching.from_config(section, family_shift=self.shift())
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Scenes (b, n, tokens, channels) are rows of the network, n to a group; it predicts the opposite."""
+        """Predict noise - data for scenes (b, n, tokens, channels).
+
+        The network takes one object per row, n rows to a group, and predicts data - noise.
+        """
         b, n = x_t.shape[:2]
         seen, told = self.sight.rows(cond, denoiser.dtype)
         times, x = 1000 * t.repeat_interleave(n), x_t.flatten(0, 1).to(denoiser.dtype)
         return -denoiser(x, times, *seen, groups=[n] * b, **told).view_as(x_t)
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Our own, there is no stock one; the VAE stays in float32."""
+        """Return inlaid's own pipeline, since diffusers has none; the VAE stays in float32."""
         network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype).to(device)
         pipe = ScenePipeline(network, self.load_vae(device), self.shift())
         pipe.load_encoders = lambda: self.load_pictures(device, network)
         return pipe
 
     def sample(self, pipeline: Any, text: Any, negative: Any, **how: Any) -> Any:
-        """Runs the pipeline on a picture and a segmentation -> `scenes.Made`, a mesh of each object."""
+        """Generate a `scenes.Made`, one mesh per object, from an input image and its segmentation."""
         picture, ids = how["images"]
         numbers = [n for n in np.unique(ids).tolist() if n > 0]
         seen = pipeline.encoders(picture, [ids == n for n in numbers])
@@ -265,7 +275,7 @@ class Midi(Family):
         return scenes.make(fields, how.get("grid") or 256, how.get("triangles"))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Also takes up the blocks of multi-instance attention that the adapter was taught with."""
+        """Load an adapter and set the multi-instance blocks that it was trained with."""
         super().load_adapter(pipeline, folder)
         blocks = triposg.stored_blocks(folder)
         if blocks is not None:

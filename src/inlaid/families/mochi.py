@@ -1,8 +1,8 @@
 """Mochi 1 (Genmo 2024): https://github.com/genmoai/mochi.
 
-What surprises: the clock runs backwards, the model sees 1000 (1 - t) and predicts data - noise. Latents are a
-sample of the posterior, so the cache keeps moments; they are normalised by channel, which public trainers
-left out. The condition without text is no token at all, not an encoded "". T5 works in float32. The VAE
+Surprises: The clock runs backwards: the model sees 1000 (1 - t) and predicts data - noise. Latents are
+samples of the posterior, so the cache stores moments; they are normalized per channel, which public trainers
+omitted. The unconditional input has no tokens at all, it is not an encoded "". T5 runs in float32. The VAE
 silently truncates lengths other than 6n+1.
 """
 
@@ -23,11 +23,11 @@ from inlaid.families.base import Encoded, Family, Grid
 from inlaid.models import attention
 from inlaid.objectives import FlowMatching
 
-TOO_FEW = "sample.steps: the schedule that Mochi is sampled with has two parts; use 2 steps or more"
+TOO_FEW = "sample.steps: the sampling schedule of Mochi has two parts; use 2 steps or more"
 
 
 class Mochi(Family):
-    """Mochi 1: flow matching on sampled, normalised VAE latents, text and video in one attention."""
+    """Mochi 1: flow matching on sampled, normalized VAE latents, text and video in one attention."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"size": [480, 848], "frames": [37]},
@@ -58,44 +58,47 @@ class Mochi(Family):
         kinds = (transformer.get("_class_name"), self.vae.get("_class_name"))
         if kinds != ("MochiTransformer3DModel", "AutoencoderKLMochi"):
             raise ValueError(
-                f"model.family: {name} is not a Mochi checkpoint, it holds {kinds[0]} and {kinds[1]}"
+                f"model.family: {name} is not a Mochi checkpoint, it contains {kinds[0]} and {kinds[1]}"
             )
         channels = transformer.get("in_channels", 12), self.vae.get("latent_channels", 12)
         if channels != (12, 12):
             raise ValueError(
                 f"model.checkpoint: {name} takes {channels[0]} channels for a {channels[1]}-channel VAE; "
-                "Mochi text-to-video takes 12, which is all that this family trains"
+                "only Mochi text-to-video, with 12 and 12, is supported"
             )
         if model.task not in (None, "t2v") or model.expert is not None:
             key = "expert" if model.expert else "task"
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Adds what the schedule of sampling needs."""
+        """Add the minimum number of sampling steps of the schedule."""
         return super().problems(config) + ([TOO_FEW] if config.sample.steps < 2 else [])
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`latents` (12, 1 + (frames - 1) / 6, height / 8, width / 8)."""
+        """Return `latents` (12, 1 + (frames - 1) / 6, height / 8, width / 8)."""
         return {"latents": (12, 1 + (frames - 1) // 6, height // 8, width // 8)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`moments` (24, t, h, w): means and log-variances, as the VAE gives them."""
+        """Return `moments` (24, t, h, w): means and log-variances of the VAE."""
         return {"moments": (24, *self.shapes(frames, height, width)["latents"][1:])}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Video tokens; those of the caption, 256 at most, join them in attention."""
+        """Return the number of video tokens; up to 256 text tokens join them in attention."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 
     # --- before the cache ---------------------------------------------------------------------------------
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Tokenizer and T5, in float32 whatever is asked for: in bfloat16 its numbers are other ones."""
+        """Load the tokenizer and T5, always in float32: its output in bfloat16 differs too much."""
         return super().load_text_encoder(device, torch.float32)
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 3) -> `moments` (24, t', h', w'); on CUDA in bfloat16, as the references do."""
+        """Encode uint8 (t, h, w, 3) to `moments` (24, t', h', w').
+
+        On CUDA it computes in bfloat16, as the reference implementations do.
+        """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         device = next(encoder.parameters()).device
         x = torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1
@@ -104,7 +107,7 @@ class Mochi(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Captions -> `text` (n, d) each, n <= 256 real tokens; an empty caption has none."""
+        """Encode captions to `text` (n, d), n <= 256 tokens without padding; 0 for an empty caption."""
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).to(next(model.parameters()).device)
@@ -118,7 +121,10 @@ class Mochi(Family):
 
     @cached_property
     def statistics(self) -> list[Tensor]:
-        """Mean and deviation of each latent channel, (12, 1, 1, 1); by default those of the published VAE."""
+        """Mean and standard deviation per latent channel, (12, 1, 1, 1).
+
+        Default: those of the published VAE.
+        """
         from diffusers import AutoencoderKLMochi
 
         known = inspect.signature(AutoencoderKLMochi.__init__).parameters
@@ -126,7 +132,7 @@ class Mochi(Family):
         return [torch.tensor(values).view(-1, 1, 1, 1) for values in found]
 
     def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """A sample of the posterior, (z - mean) / std by channel, or for `latent_space: raw` as it is."""
+        """Return a sample of the posterior, (z - mean) / std per channel, or z for `latent_space: raw`."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         z = DiagonalGaussianDistribution(item["moments"][None].float()).sample(generator)[0]
@@ -136,11 +142,11 @@ class Mochi(Family):
         return {"latents": (z - mean) / std}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> Any:
-        """The transformer with an attention that needs no look at the data; positions stay float32."""
+        """Load the transformer with attention that has no data-dependent shapes; positions stay float32."""
         from diffusers import MochiTransformer3DModel
 
         kind: Any = MochiTransformer3DModel
-        kind._keep_in_fp32_modules = ["pos_frequencies"]  # rounded to bfloat16 they turn far places wrongly
+        kind._keep_in_fp32_modules = ["pos_frequencies"]  # in bfloat16, far positions rotate wrongly
         network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
         network.rope._create_rope = rotation
         network.time_embed.pooler.register_forward_pre_hook(_unmasked)
@@ -149,15 +155,15 @@ class Mochi(Family):
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Its positions are a module's, which is asked for so many frames."""
+        """Halve the number of frames passed to the module that computes positions."""
         attention.halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Flow matching; noise levels without a shift at any size."""
+        """Return flow matching without a noise level shift at any size."""
         return FlowMatching.from_config(section, family_shift=1.0)
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """`text` (n, m, d), m the longest of the batch, and `mask` (n, m) where not all are that long."""
+        """Return `text` (n, m, d), m the longest of the batch, and `mask` (n, m) if lengths differ."""
         lengths = [len(item["text"]) for item in text]
         found = {"text": nn.utils.rnn.pad_sequence([item["text"] for item in text], batch_first=True)}
         if len(set(lengths)) > 1:
@@ -165,19 +171,19 @@ class Mochi(Family):
         return found
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Noise - data: the network is asked at 1000 (1 - t) and answers data - noise."""
+        """Predict noise - data: the network gets timestep 1000 (1 - t) and returns data - noise."""
         x, text = x_t.to(denoiser.dtype), cond["text"].to(denoiser.dtype)
         return -denoiser(x, text, (1 - t.float()) * 1000, cond.get("mask"), return_dict=False)[0]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """As `Family.pipeline`; `raw` latents are decoded as they come."""
+        """Return `Family.pipeline`; with `latent_space: raw` it decodes latents as given."""
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         if self.options["latent_space"] == "raw":
             pipe.vae.register_to_config(latents_mean=None, latents_std=None)
         return pipe
 
     def run(self, pipeline: Any, *args: Any, steps: int, **options: Any) -> np.ndarray:
-        """As `Family.run`; guidance and steps are float32, the network and the VAE compute in its type."""
+        """Run `Family.run`; guidance and steps are float32, network and VAE use the network's dtype."""
         if steps < 2:
             raise ValueError(TOO_FEW)
         dtype, device = pipeline.transformer.dtype, pipeline._execution_device
@@ -191,7 +197,7 @@ class Mochi(Family):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """Text padded to 256 with masks; without a negative prompt zeros and a mask that lets nothing by."""
+        """Return text padded to 256 tokens with masks; an empty negative prompt is zeros, fully masked."""
         found = {}
         for prefix, item in {"": text, "negative_": negative}.items():
             embeds, mask = padded(item["text"][None].float().to(pipeline._execution_device))
@@ -200,7 +206,7 @@ class Mochi(Family):
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (v, heads, d / 2); the autocast of the stock method is not for the CPU and `meta`."""
+    """Return cosines and sines (v, heads, d / 2); the stock autocast supports neither the CPU nor `meta`."""
     device = "cpu" if frequencies.is_meta else frequencies.device.type
     with torch.autocast(device, enabled=False):
         angles = torch.einsum("va,ahf->vhf", positions.float(), frequencies.float())
@@ -208,11 +214,11 @@ def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tensor]:
-    """Text (n, m, d) without padding -> (n, length, d) and its mask (n, length)."""
+    """Pad text (n, m, d) to (n, length, d) and return it with its mask (n, length)."""
     mask = torch.arange(length, device=text.device) < text.shape[1]
     return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), mask.expand(len(text), -1)
 
 
 def _unmasked(pooler: nn.Module, args: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Lets the average of the text know no mask too; it is padded so that it is the same to the last bit."""
+    """Let the text pooler work without a mask; pads the text so that results are identical to the bit."""
     return padded(args[0]) if args[1] is None else args

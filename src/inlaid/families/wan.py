@@ -1,13 +1,14 @@
 """Wan 2.1 and 2.2 (Wan Team, 2025): https://arxiv.org/abs/2503.20314.
 
-From text: Wan 2.1 T2V, both experts of Wan 2.2 T2V-A14B, TI2V-5B. From text and a first image: Wan 2.1 I2V,
-both experts of 2.2 I2V-A14B, TI2V-5B with `task: i2v`. From text, a first and a last image: Wan 2.1 FLF2V.
+Text-to-video: Wan 2.1 T2V, both experts of Wan 2.2 T2V-A14B, TI2V-5B. Text and first image: Wan 2.1 I2V, both
+experts of 2.2 I2V-A14B, TI2V-5B with `task: i2v`. Text, first and last image: Wan 2.1 FLF2V.
 
-What surprises: the VAE has no scaling factor but a mean and a deviation per channel; text is 512 tokens, zero
-(not encoded padding) past its end; the model's clock is 1000 t as float, never rounded; and the VAE silently
-truncates lengths other than 4n+1. Images are shown in one of two ways. Most networks take, as more channels,
-a mask and an encoded video that is grey but for the images; those of 2.1 also what CLIP sees in them. TI2V-5B
-takes the image as its first latent frame, at time 0, and has nothing to learn there.
+Surprises: The VAE has a mean and a standard deviation per channel instead of a scaling factor, and silently
+truncates lengths other than 4n+1. Text has 512 tokens, and those after its end are zero, not encoded padding.
+The timestep is 1000 t as a float, never rounded. There are two kinds of image conditioning. Most networks
+have additional input channels with a mask and an encoded video that is gray except for the images; those of
+2.1 also receive CLIP embeddings of the images. TI2V-5B receives the image as its first latent frame at time
+0, without a loss on this frame.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from inlaid.models import attention
 from inlaid.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
-"""Noise-level shift by size (Wan's advice), and the area in pixels that divides the two."""
+"""Noise level shift at 480p and 720p (recommended by Wan), and the area in pixels that separates them."""
 
 EXPERTS: Mapping[str, Any] = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
 IMAGE: Mapping[str, Any] = {"in_channels": 36}
 CLIP: Mapping[str, Any] = {**IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
-"""What checkpoints with two experts or with images have in `model_index.json` and in their transformers."""
+"""Entries of `model_index.json` and of transformer configs of checkpoints with two experts or with images."""
 
 
 ORIGINAL_NAMES = (
@@ -60,13 +61,13 @@ ORIGINAL_NAMES = (
     ("head.head", "proj_out"),
     ("patch_embedding", "patch_embedding"),
 )
-"""Modules as the original code spells them, and as diffusers does."""
+"""Module names in the original code and in diffusers."""
 
 
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
 ) -> dict[str, dict[str, Any]]:
-    """Configuration of a published checkpoint, so that `check` and its estimates need no download."""
+    """Return the configuration of a published checkpoint, so that `check` needs no download to estimate."""
     transformer = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
@@ -94,7 +95,7 @@ def _published(
 
 
 class Wan(Family):
-    """Wan 2.1 / 2.2: flow matching on normalised VAE latents, text by cross-attention."""
+    """Wan 2.1 / 2.2: flow matching on normalized VAE latents, text through cross-attention."""
 
     defaults: ClassVar[Mapping[str, Any]] = {"data": {"size": [480, 832], "frames": [81]}}
     targets: ClassVar[Sequence[str]] = (
@@ -119,7 +120,8 @@ class Wan(Family):
     original_names: ClassVar[Sequence[tuple[str, str]]] = ORIGINAL_NAMES
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
-    """As the published models were trained and are sampled; `encode_prompt`'s own default of 226 is wrong."""
+    """Length in training and sampling of the published models; the default of `encode_prompt`, 226, is
+    wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -134,12 +136,14 @@ class Wan(Family):
         self.clip = self.read_config("image_encoder") if (self.transformer or {}).get("image_dim") else None
         self._refuse_unsupported()
         assert self.vae and self.transformer
-        # Early diffusers releases wrote no scale factors; the class's own defaults are 8 and 4.
+        # Early diffusers releases saved no scale factors; the defaults of the class are 8 and 4.
         self.stride = (self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8))
         if self.transformer["in_channels"] != self.vae["z_dim"] or model.task == "i2v":
             self.images = ("first", "last") if self.transformer.get("pos_embed_seq_len") else ("first",)
         patch = self.transformer["patch_size"]
-        shortest = 1 + self.stride[0] if self.images else 1  # where an image is shown, more is to follow
+        shortest = (
+            1 + self.stride[0] if self.images else 1
+        )  # an image is frame 1, at least one more latent frame follows
         self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
@@ -155,24 +159,24 @@ class Wan(Family):
         if kinds != ("AutoencoderKLWan", "WanTransformer3DModel"):
             raise ValueError(
                 f"model.family: {name} is not a Wan text-to-video or image-to-video checkpoint, "
-                f"it holds {kinds[1]} and {kinds[0]}"
+                f"it contains {kinds[1]} and {kinds[0]}"
             )
         takes, z = t["in_channels"], vae["z_dim"]
         shown = 2 * z + vae.get("scale_factor_temporal", 4)
         if takes != z and (takes != shown or self.expand_timesteps):
             raise ValueError(
                 f"model.checkpoint: {name} takes {takes} channels, not {z} for text-to-video or {shown} for "
-                "image-to-video: a control or inpainting checkpoint, which this family does not train"
+                "image-to-video: control and inpainting checkpoints are not supported"
             )
         made_for = "t2v" if takes == z else "i2v"
         if task not in (None, made_for) and not self.expand_timesteps:
             raise ValueError(
-                f"model.task: {name} was made for {made_for}, not for {task}; leave `task` out, or choose a "
+                f"model.task: {name} is for {made_for}, not for {task}; leave `task` out, or choose a "
                 f"checkpoint for {task}"
             )
         if t.get("image_dim") and self.clip is None:
             raise ValueError(
-                f"model.checkpoint: {name} has no `image_encoder` with a config.json, which its network needs"
+                f"model.checkpoint: {name} needs an `image_encoder` with a config.json, which is missing"
             )
         if self.two_experts and self.boundary is None:
             raise ValueError(
@@ -181,11 +185,11 @@ class Wan(Family):
         if self.boundary is not None and not self.two_experts:
             raise ValueError(
                 f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; "
-                "a converted Wan 2.1 does not need it: remove boundary_ratio from model_index.json"
+                "if it is a converted Wan 2.1, remove boundary_ratio from model_index.json"
             )
         if self.clip and self.options["text"] == "short":
             raise ValueError(
-                f"model.options.text: {name} finds what CLIP sees by the 512 tokens of text; leave it out"
+                f"model.options.text: {name} needs 512 text tokens to locate CLIP embeddings; leave it out"
             )
         if self.two_experts and self.model.expert is None:
             raise ValueError(
@@ -193,16 +197,19 @@ class Wan(Family):
             )
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Adds what two experts forbid: sampling in training would need both in memory."""
+        """Add that checkpoints with two experts cannot sample in training: it needs both in memory."""
         found = super().problems(config)
         if self.two_experts and config.sample.every:
             found.append(
-                "sample.every: sampling needs both experts in memory; leave it out and use `inlaid generate`"
+                "sample.every: sampling needs both experts in memory; remove it and use `inlaid generate`"
             )
         return found
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """`latents` (z, 1 + (frames - 1) / 4, height / 8, width / 8), and of images, see `encode_media`."""
+        """Return `latents` (z, 1 + (frames - 1) / 4, height / 8, width / 8) and shapes of the conditions.
+
+        For the conditions see `encode_media`. The VAE of TI2V-5B has 16 in place of 8.
+        """
         z, t, h, w = self._latent(frames, height, width)
         if not self.images:
             return {"latents": (z, t, h, w)}
@@ -215,7 +222,7 @@ class Wan(Family):
         return found
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Video tokens; text and what CLIP sees are attended to apart."""
+        """Return the number of video tokens; text and CLIP embeddings are in cross-attention."""
         assert self.transformer
         _, *latent = self._latent(frames, height, width)
         return int(np.prod([n // p for n, p in zip(latent, self.transformer["patch_size"], strict=True)]))
@@ -234,7 +241,7 @@ class Wan(Family):
     text_encoder: ClassVar[str] = "UMT5EncoderModel"
 
     def load_media_encoder(self, device: torch.device) -> tuple[Any, Any, Any]:
-        """The VAE, and where the network is shown what CLIP sees, CLIP and its processor; in float32."""
+        """Load VAE, CLIP and its processor in float32; the last two are None if the network uses no CLIP."""
         vae = super().load_media_encoder(device)
         if not self.clip:
             return vae, None, None
@@ -252,10 +259,11 @@ class Wan(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: tuple[Any, Any, Any], frames: np.ndarray) -> dict[str, Tensor]:
-        """uint8 (t, h, w, 3) -> `latents` (z, t', h', w'): the mode, (z - mean) / std per channel.
+        """Encode uint8 (t, h, w, 3) to `latents` (z, t', h', w'), the mode, (z - mean) / std per channel.
 
-        And of the images: `first` (z, 1, h', w'), the first latent frame, which `latents` then lacks; or
-        `image_latents`, of a video that is zero (grey) but for them, and `image_embeds` (1 or 2, 257, 1280).
+        With image conditioning also `first` (z, 1, h', w'), the first latent frame, which `latents` then
+        lacks; or `image_latents`, of a video that is gray (zero) except for the images, and with CLIP
+        `image_embeds` (1 or 2, 257, 1280).
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         vae, clip, processor = encoder
@@ -286,7 +294,7 @@ class Wan(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Captions -> `text` (n, d) each, n <= 512 real tokens; `collate` adds the zeros."""
+        """Encode captions to `text` (n, d), n <= 512 tokens without padding; `collate` appends the zeros."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         tokenizer, model = encoder
@@ -306,11 +314,14 @@ class Wan(Family):
     # --- after the cache ----------------------------------------------------------------------------------
 
     def share_positions(self, denoiser: Any) -> None:
-        """Its positions are a module's, which is shown the latents."""
+        """Halve the frames passed to the module that computes positions from the latents."""
         attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Flow matching; shift 3 at 480p and 5 at 720p; an expert sees its own side of the boundary."""
+        """Return flow matching with shift 3 at 480p and 5 at 720p.
+
+        The interval of an expert is limited to its side of the boundary.
+        """
         by_size = SHIFT_720P if size[0] * size[1] > AREA_BETWEEN else SHIFT_480P
         objective = FlowMatching.from_config(section, family_shift=by_size)
         if self.boundary is None:
@@ -319,15 +330,15 @@ class Wan(Family):
         low, high = max(side[0], section.interval[0]), min(side[1], section.interval[1])
         if low >= high:
             raise ValueError(
-                f"objective.interval: {list(section.interval)} lies outside the {self.model.expert} expert's "
-                f"{list(side)}"
+                f"objective.interval: {list(section.interval)} lies outside the interval "
+                f"{list(side)} of the {self.model.expert} expert; choose one inside"
             )
         return replace(objective, interval=(low, high))
 
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """As `Family`; it may take less than 512 tokens of text where `options` say `text: short`."""
+        """Load the denoiser; with `text: short` it accepts fewer than 512 text tokens."""
         network = super().load_denoiser(dtype, meta=meta, folder=folder)
         if self.options["text"] == "short":
             from inlaid.models import short_text
@@ -336,14 +347,19 @@ class Wan(Family):
         return network
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """`text` (n, 512, d), zero past each caption's length; with `text: short` (n, m, d), m <= 512."""
+        """Return `text` (n, 512, d), zero after each caption; with `text: short` (n, m, d), m <= 512."""
         n, rows = self.text_length, [item["text"] for item in text]
         if self.options["text"] == "short":
-            n = min(n, 8 * (max(map(len, rows)) // 8 + 1))  # kernels like eights; one zero at least is needed
+            n = min(
+                n, 8 * (max(map(len, rows)) // 8 + 1)
+            )  # multiples of 8 are faster; at least one zero is needed
         return {"text": torch.stack([nn.functional.pad(x, (0, 0, 0, n - len(x))) for x in rows])}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Noise - data. The model's clock is 1000 t; TI2V-5B takes one per token, 0 for an image's."""
+        """Predict noise - data.
+
+        The timestep is 1000 t; TI2V-5B takes one per token, 0 for the tokens of an image.
+        """
         dtype = denoiser.patch_embedding.weight.dtype
         timestep, x, given = t.float() * 1000, x_t.to(dtype), 0
         if self.expand_timesteps:
@@ -354,7 +370,7 @@ class Wan(Family):
             frames = nn.functional.pad(timestep[:, None].expand(-1, x_t.shape[2]), (given, 0))
             timestep = frames.repeat_interleave(h * w, dim=1)
         elif self.images:
-            mask = torch.zeros_like(x[:, : self.stride[0]])  # of the frames in each latent frame, those given
+            mask = torch.zeros_like(x[:, : self.stride[0]])  # per latent frame: which of its frames are given
             mask[:, :, 0] = 1
             if "last" in self.images:
                 mask[:, -1, -1] = 1
@@ -363,11 +379,14 @@ class Wan(Family):
         return denoiser(x, timestep, cond["text"].to(dtype), seen, return_dict=False)[0][:, :, given:]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The stock pipeline without its text encoder: `sample` brings encoded text. VAE, CLIP in float32."""
+        """Return the stock pipeline without its text encoder, with VAE and CLIP in float32.
+
+        `sample` receives encoded text.
+        """
         import diffusers
 
         kind = diffusers.WanImageToVideoPipeline if self.images else diffusers.WanPipeline
-        vae, clip, processor = Wan.load_media_encoder(self, device)  # not what alpha encodes with
+        vae, clip, processor = Wan.load_media_encoder(self, device)  # not overridden by transparency
         parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae}
         if clip:
             parts |= {"image_encoder": clip, "image_processor": processor}
@@ -377,9 +396,9 @@ class Wan(Family):
         return pipe.to(device)
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Loads an adapter into the network that it was trained on."""
-        # Where a network has `add_k_proj` and an adapter has not, diffusers loads zeros, but of a DoRA no
-        # magnitudes: let peft make those first. It then warns of more layers than its settings name.
+        """Load an adapter into the expert that it was trained on."""
+        # If the network has `add_k_proj` and the adapter has not, diffusers loads zeros, but no magnitudes of
+        # DoRA: let peft initialize the layers first. It then warns about layers missing in its config.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
             pipeline.load_lora_weights(

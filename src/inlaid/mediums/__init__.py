@@ -1,7 +1,7 @@
-"""Mediums: what a family is shown and makes. One module each, found by name; the rest asks its family's.
+"""Modalities, `video` and `scene`: the kind of media that a family is trained on and generates.
 
-A medium knows how examples are found on disk, how they are put on a sheet for a person, what a generated one
-is given, and how it is written. `Family.medium` names it.
+A modality defines how examples are found on disk and drawn on a contact sheet, and how generated media are
+conditioned and written. Each modality is a module of this package; `Family.medium` is its name.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that something is made from: its origin, and uint8 (h, w, 3), or a map of numbers (h, w)."""
+    """A conditioning image: a name, and pixels uint8 (h, w, 3) or a segmentation (h, w) of object numbers."""
 
     name: str
     pixels: np.ndarray
 
 
 Images = Sequence[str] | data.Window
-"""Image files, or the window whose own are taken."""
+"""Image files, or a window whose frames are used."""
 
 
 class Medium(ABC):
-    """What differs between kinds of examples. Stateless."""
+    """Interface of a modality. Stateless."""
 
     one: ClassVar[str]
-    """What an example is called."""
+    """Name of an example in messages."""
     makes: ClassVar[str]
-    """What `generate` makes."""
+    """Name of what `generate` makes."""
     asks: ClassVar[str]
-    """What `inlaid generate` is given, for a line that shows it."""
+    """Arguments of `inlaid generate` in printed example commands."""
     columns: ClassVar[tuple[str, str, str]]
-    """Heads of the table of shapes: length, size, and how many."""
+    """Headings of the table of shapes: length, size and count."""
 
     @abstractmethod
     def plan(
@@ -57,45 +57,45 @@ class Medium(ABC):
         probe: Callable[[Path], media.Probe] = media.probe,
         look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
     ) -> data.Plan:
-        """Looks at every example and decides what a run sees; collects what is wrong."""
+        """Probe every example, select the windows of a run and collect problems."""
 
     @abstractmethod
     def task(self, family: Family) -> str:
-        """What the Hub calls the purpose of what was trained."""
+        """Return the Hub's `pipeline_tag`, such as `text-to-video`."""
 
     @abstractmethod
     def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
-        """Draws windows and what `Window.read` gave of each into a PNG."""
+        """Draw pairs of a window and the result of `Window.read` as a contact sheet in PNG."""
 
     @abstractmethod
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """What each of those that are asked for is called.
+        """Return the prompt or name of each requested generation.
 
         Raises:
-            ValueError: when there are none, or of a kind that this medium does not take.
+            ValueError: if there are none, or if this modality does not accept prompts.
         """
 
     @abstractmethod
     def read(self, family: Family, source: Images, sample: recipe.Sample) -> list[Picture]:
-        """The images that one is made from."""
+        """Read the conditioning images of one generation."""
 
     def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """What `Family.sample` is told besides steps and size."""
+        """Return arguments of `Family.sample` besides steps and size."""
         return {}
 
     @abstractmethod
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """What is written beside each, of how it was made."""
+        """Return the sampling settings that are recorded beside each generated file."""
 
     @abstractmethod
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """Writes what `Family.sample` gave, under a name without suffix.
+        """Write the result of `Family.sample` to `stem` plus suffixes.
 
         Returns:
-            The main file, and what is written beside it of how it came out.
+            The main file, and facts about the result that are recorded beside it.
         """
 
 
 def of(name: str) -> Medium:
-    """A medium by its name."""
+    """Return a modality by name."""
     return importlib.import_module(f"{__name__}.{name}").MEDIUM

@@ -1,6 +1,6 @@
-"""Scenes: a picture, the objects in it, and the surface of each; what is made of a picture is meshes.
+"""Scene modality: an input image with segmented objects and their surfaces, generated as one mesh per object.
 
-A scene has no caption. Its name stands where one is shown, and nothing of it is read by a network.
+A scene has no caption. Its name replaces the caption in reports and is not passed to a network.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneClip(data.Clip):
-    """A scene on disk, where data speaks of clips."""
+    """A scene on disk as a clip of `data`."""
 
     scene: scenes.Scene
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The picture, the segmentation and the surfaces."""
+        """The input image, the segmentation and the surfaces."""
         return self.scene.files
 
 
 @dataclass(frozen=True)
 class SceneWindow(data.Window):
-    """What the model sees of a scene: all of it. Its length is the number of objects."""
+    """A whole scene as a window of `data`; `frames` is the number of objects."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """What decides its item besides the content of its files."""
+        """Cache key: everything except the files' content that determines the item."""
         assert isinstance(self.clip, SceneClip)
         return ("scene", scenes.READER, *self.shape, *self.clip.scene.surfaces)
 
     @property
     def words(self) -> str:
-        """Nothing is read."""
+        """Empty: scenes have no text condition."""
         return ""
 
     def read(self) -> scenes.Sample:
-        """The scene.
+        """Read the scene.
 
         Raises:
-            MediaError: naming the file and what is wrong with it.
+            MediaError: if a file is invalid; the message names the file and the problem.
         """
         assert isinstance(self.clip, SceneClip)
         return self.clip.scene.read()
 
 
 class Scenes(Medium):
-    """See `Medium`."""
+    """Scenes of an input image and the surfaces of its objects."""
 
     one: ClassVar[str] = "scene"
     makes: ClassVar[str] = "scene"
     asks: ClassVar[str] = "--image rgb.png --seg seg.png"
-    columns: ClassVar[tuple[str, str, str]] = ("objects", "seen at", "scenes")
+    columns: ClassVar[tuple[str, str, str]] = ("objects", "image size", "scenes")
 
     def plan(
         self,
@@ -79,7 +79,7 @@ class Scenes(Medium):
         probe: Callable[[Path], media.Probe] = media.probe,
         look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
     ) -> data.Plan:
-        """Reads every scene, its surfaces too, since what is wrong with one is in there."""
+        """Read every scene with its surfaces, since most problems are in the surfaces."""
         problems: list[data.Problem] = []
         found = [_find(source, i, problems) for i, source in enumerate(config.data.sources)]
         clips: list[Any] = [c for f in found for c in f.clips]
@@ -106,7 +106,7 @@ class Scenes(Medium):
                         more = f", and {len(alike) - 1} more" if len(alike) > 1 else ""
                         problems.append(_problem(clip, code, alike[0] + more))
                     if count > scenes.MOST:
-                        many = f"{count} objects, {scenes.MOST} at once"
+                        many = f"{count} objects, at most {scenes.MOST} per step"
                         problems.append(_problem(clip, "crowded", many))
                     windows[i] = [SceneWindow(clip, 0.0, count, 1.0, size, clip.name)]
                 if progress:
@@ -115,11 +115,11 @@ class Scenes(Medium):
         return data.assemble(config.data, config.seed, found, windows, problems, {}, together, self.one)
 
     def task(self, family: Family) -> str:
-        """What the Hub calls it."""
+        """Return the Hub's `pipeline_tag`."""
         return "image-to-3d"
 
     def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
-        """The picture, the objects over it, and their surfaces from two sides."""
+        """Draw per scene the input image, an object overlay and the surfaces from two sides."""
         made = []
         for window, sample in rows:
             count = len(sample.objects)
@@ -129,15 +129,19 @@ class Scenes(Medium):
         media.contact_sheet(made, path, title=title, columns=4, width=1024)
 
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Names of the pictures."""
+        """Return the stems of the input images.
+
+        Raises:
+            ValueError: if there are prompts, or no input image.
+        """
         if prompts:
-            raise ValueError(f"generate: a scene is made from a picture, not from words: `{prompts[0]}`")
+            raise ValueError(f"generate: scenes take no prompt (`{prompts[0]}`): pass --image and --seg")
         if not images:
-            raise ValueError("generate: give --image rgb.png --seg seg.png")
+            raise ValueError("generate: no input image: pass --image rgb.png --seg seg.png")
         return [Path(pair[0]).stem for pair in images]
 
     def read(self, family: Family, source: Images, sample: recipe.Sample) -> list[Picture]:
-        """The picture and the numbers of its objects."""
+        """Read the input image and the segmentation."""
         if not isinstance(source, data.Window):
             return [
                 Picture(source[0], scenes.read_image(Path(source[0]))),
@@ -150,17 +154,17 @@ class Scenes(Medium):
         return [Picture(f"{seen.name} {n}", p) for n, p in zip(family.images, (seen.image, ids), strict=True)]
 
     def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """How finely it is meshed."""
+        """Return the mesh resolution and the maximum number of triangles."""
         return {"grid": sample.grid, "triangles": sample.triangles}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """How it was made."""
+        """Return steps, guidance and mesh settings."""
         return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles")}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """A glb with a named node for each object, a picture from all sides, and a page that turns it.
+        """Write a glb with a named node per object, a PNG of views from all sides, and an HTML viewer.
 
-        Beside it are the triangles of each object, and what is odd about the meshes.
+        The returned facts are the triangle counts of the objects and notes on mesh defects.
         """
         path = stem.with_name(f"{stem.name}.glb")
         for note in made.notes:
@@ -178,12 +182,12 @@ MEDIUM = Scenes()
 
 
 def strip(made: scenes.Made, frames: int = 6, size: int = 192) -> np.ndarray:
-    """A turntable as one picture: uint8 (size, frames size, 3)."""
+    """Render a turntable as one image: uint8 (size, frames * size, 3)."""
     return np.concatenate(list(mesh.turntable(list(made.meshes.values()), frames, size)), 1)
 
 
 def _find(source: recipe.Source, index: int, problems: list[data.Problem]) -> data.Found:
-    """The scenes of a source; what is wrong is added to the problems."""
+    """Find the scenes of a source; append its problems to `problems`."""
     root = Path(source.path).expanduser()
     clips: list[data.Clip] = []
     own: list[data.Problem] = []
@@ -192,7 +196,7 @@ def _find(source: recipe.Source, index: int, problems: list[data.Problem]) -> da
     try:
         if named or source.layout not in ("auto", "folder"):
             what = named[0] if named else f"layout {source.layout}"
-            raise ValueError(f"`{what}` is for clips; a source of scenes is a folder")
+            raise ValueError(f"`{what}` applies only to clips: remove it, a source of scenes is a folder")
         found = scenes.find(root)
         layout, count = found.layout, len(found.scenes) + len({f.name for f in found.findings})
         own = [data.Problem(f.severity, f.code, f.name, f.message, index) for f in found.findings]
@@ -208,7 +212,7 @@ def _problem(clip: data.Clip, code: str, message: str) -> data.Problem:
 
 
 def _together(clips: Sequence[data.Clip]) -> dict[Path, str]:
-    """Marks by path, equal for scenes that share a surface: views of one scene are held out together."""
+    """Return marks by path, equal for scenes that share a file, so that views of one scene stay together."""
     owner: dict[str, int] = {}
     parent = list(range(len(clips)))
 

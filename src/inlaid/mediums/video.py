@@ -1,4 +1,4 @@
-"""Videos and images with captions."""
+"""Video modality: videos and images with captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Video(Medium):
-    """See `Medium`."""
+    """Videos and images with captions."""
 
     one: ClassVar[str] = "clip"
     makes: ClassVar[str] = "video"
@@ -32,15 +32,15 @@ class Video(Medium):
         probe: Callable[[Path], media.Probe] = media.probe,
         look: Callable[[Path, Path | None], cutouts.Look] = cutouts.look,
     ) -> data.Plan:
-        """Clips in any layout that `data` reads."""
+        """Plan the clips of any layout that `data` reads."""
         return data.plan(config.data, family.grid, family.fps, config.seed, progress, family, probe, look)
 
     def task(self, family: Family) -> str:
-        """What the Hub calls it."""
+        """Return the Hub's `pipeline_tag`."""
         return "image-to-video" if family.images else "text-to-video"
 
     def sheet(self, rows: Sequence[tuple[data.Window, Any]], path: Path, title: str) -> None:
-        """A strip of frames for each, under its caption."""
+        """Draw a strip of frames per window, below the caption."""
         made = []
         for window, frames in rows:
             at = f"from {window.start:.2f} s   " if window.start else ""
@@ -50,13 +50,17 @@ class Video(Medium):
         media.contact_sheet(made, path, title=title)
 
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """The prompts."""
+        """Return the prompts.
+
+        Raises:
+            ValueError: if there is no prompt, or an empty prompt.
+        """
         if not prompts or not all(p.strip() for p in prompts):
-            raise ValueError("generate: needs a prompt that is not empty")
+            raise ValueError("generate: prompt is missing or empty: pass a prompt")
         return list(prompts)
 
     def read(self, family: Family, source: Images, sample: recipe.Sample) -> list[Picture]:
-        """Images scaled and cropped to the size of the video."""
+        """Read images, scaled and cropped to the size of the video."""
         assert sample.size and sample.frames
         if isinstance(source, data.Window):
             if not family.images:
@@ -68,15 +72,15 @@ class Video(Medium):
         return [Picture(path, media.read(Path(path), 0.0, 1, 1.0, sample.size)[0]) for path in source]
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """The sample section, without what it says of other videos, and the rate."""
+        """Return the keys of `sample` that affect one video, and the frame rate."""
         other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """An mp4; of a video with alpha also the files of `sample.transparent`, which keep it.
+        """Write an mp4; for a video with alpha also the formats of `sample.transparent`, which keep alpha.
 
-        The mp4 then shows it over a checkerboard. Every other file is read back and compared; in place of one
-        that does not hold the alpha that was written comes an exact one, and is told.
+        The mp4 of a video with alpha is a preview over a checkerboard. Every file with alpha is read back and
+        compared; if alpha differs, PNG frames replace the file and a note is printed.
         """
         path, facts = stem.with_name(f"{stem.name}.mp4"), {}
         if made.shape[-1] == 4:
@@ -84,7 +88,7 @@ class Video(Medium):
             for i, file in enumerate(files):
                 try:
                     rgba.write(file, made, fps)
-                except ValueError as error:  # noise, as of a network that has learned little, is hard to pack
+                except ValueError as error:  # noise, from a barely trained network, compresses badly
                     files[i] = path.with_suffix(rgba.SUFFIXES["png"])
                     say(f"note: {error}: written as {files[i].name} instead")
                     rgba.write(files[i], made, fps)
@@ -93,7 +97,7 @@ class Video(Medium):
             level = made[..., 3].min()
             if level == made[..., 3].max():
                 how = {0: "clear", 255: "opaque"}.get(int(level), f"{level} of 255")
-                say(f"note: {path.name} is {how} everywhere: the model gave it no matte")
+                say(f"note: {path.name}: alpha is constant ({how}): the model generated no alpha")
             made = rgba.composite(made, rgba.checkerboard(*made.shape[1:3]))
         media.write_video(path, made, fps)
         return path, facts

@@ -1,4 +1,4 @@
-"""A page that shows meshes and lets them be turned: one file, nothing loaded from elsewhere."""
+"""HTML viewer of meshes as a single file without external resources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def page(meshes: Mapping[str, trimesh.Trimesh], title: str) -> str:
-    """The page; coordinates are kept in 16 bits of the box."""
+    """Return the HTML page; vertex coordinates are quantized to 16 bits of the box."""
     parts = []
     for i, (name, one) in enumerate(meshes.items()):
         steps = (one.vertices / mesh.BOUND * 32767).round().clip(-32767, 32767).astype("<i2")

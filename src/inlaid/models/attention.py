@@ -1,9 +1,9 @@
-"""Two clips in one sequence, colour and alpha: attention and positions, for networks that know one clip.
+"""Attention and positions for two clips, color and alpha, in one sequence of a network made for one clip.
 
-Where text shares the sequence it does not see alpha, while everything else sees everything (arXiv 2501.03006,
-section 3). A mask for that has a place for each pair of tokens, 1.9 GiB for the 44,776 of Mochi, and keeps
-fused kernels away. Two calls, one for the queries of the video and one for those of the text without the keys
-of alpha, give the same numbers. Both clips have the positions that the first would have alone.
+If text shares the sequence, it does not attend to alpha; all other pairs of tokens attend to each other
+(arXiv 2501.03006, section 3). An attention mask for this has an entry for each pair of tokens, 1.9 GiB for
+the 44,776 tokens of Mochi, and rules out fused kernels. Two calls are equivalent: one for the video queries,
+and one for the text queries without the alpha keys. Both clips have the positions of a single clip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rule = Literal["open", "block", "bias"]
-"""Whether text looks at the second half of the video: as at the first, not at all, or e times less."""
+"""Attention of text to the second half of the video: full, none, or with a logit bias of -1."""
 
 
 def attention(
@@ -30,16 +30,20 @@ def attention(
     rule: Rule = "open",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention among all tokens, but for what text sees of the second half of the video.
+    """Compute attention among all tokens, with restricted attention of text to the second half of the video.
 
     Args:
-        query: (n, heads, tokens, d), as `key` and `value`.
-        key: see there.
-        value: see there.
-        text: number of its tokens.
-        first: whether they stand before those of the video, or after them.
-        rule: what they see of its second half; `bias` takes 1 from their logits, exp(-1) = 0.37.
-        mask: (n, 1, 1, tokens), true for keys that are there.
+        query: (n, heads, tokens, d).
+        key: same shape as `query`.
+        value: same shape as `query`.
+        text: number of text tokens.
+        first: True if text tokens precede the video tokens, False if they follow.
+        rule: attention of text to the second half of the video; `bias` subtracts 1 from the logits, a factor
+            of exp(-1) = 0.37.
+        mask: (n, 1, 1, tokens), True for valid keys.
+
+    Returns:
+        (n, heads, tokens, d).
     """
     if rule == "open":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -60,32 +64,32 @@ def attention(
 
 
 def _without(x: Tensor, start: int, length: int, dim: int) -> Tensor:
-    """All but `length` places from `start`; a view where these are the last."""
+    """Remove `length` entries from `start` along `dim`; returns a view if they are the last ones."""
     before = x.narrow(dim, 0, start)
     rest = x.shape[dim] - start - length
     return torch.cat([before, x.narrow(dim, start + length, rest)], dim) if rest else before
 
 
 def halve(positions: nn.Module, ask: Callable[..., tuple[Any, ...]], dim: int) -> None:
-    """Makes a module of positions give those of one clip twice, where it is asked for two in a row.
+    """Make a positional embedding module return the positions of one clip twice for a sequence of two clips.
 
     Args:
-        positions: gives tensors with a place for each token.
-        ask: from what it is called with to what it would be called with for the first clip alone.
-        dim: of the tokens.
+        positions: module that returns tensors with one entry per token.
+        ask: maps the arguments of a call to those for the first clip alone.
+        dim: token axis.
     """
     positions.register_forward_pre_hook(lambda _, given: ask(*given))
     positions.register_forward_hook(lambda _, given, out: tuple(torch.cat([x, x], dim) for x in out))
 
 
 class Mochi:
-    """`mochi` with a rule for what text sees."""
+    """Attention processor that calls `mochi` with a rule."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule: Rule = rule
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `mochi`."""
+        """Call `mochi`."""
         return mochi(*args, **kwargs, rule=self.rule)
 
 
@@ -97,11 +101,12 @@ def mochi(
     image_rotary_emb: tuple[Tensor, Tensor],
     rule: Rule = "open",
 ) -> tuple[Tensor, Tensor]:
-    """Mochi's attention over video (n, v, d) and text (n, m, e); without a mask (n, m) all text is real.
+    """Compute Mochi's attention over video (n, v, d) and text (n, m, e).
 
-    The stock processor looks for real tokens by `nonzero`, sample by sample, which breaks compiled graphs and
-    needs data. Here padding is left out before, in `collate`, and masked where a batch cannot do without.
-    What is computed for padded text is of no use, and nobody attends to it.
+    The stock processor finds valid text tokens with `nonzero`, sample by sample, which breaks compiled graphs
+    and does not work on meta tensors. Here `collate` removes the padding, and `attention_mask` (n, m) masks
+    the padding that a batch still needs; without a mask all text is valid. Outputs for padded text are
+    meaningless, and no token attends to padding.
     """
     parts = hidden_states, encoder_hidden_states
     layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -120,13 +125,13 @@ def mochi(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of x (n, v, heads, d) by angles (v, heads, d / 2), in float32."""
+    """Rotate adjacent pairs of x (n, v, heads, d) by angles (v, heads, d / 2), in float32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 class CogVideoX:
-    """CogVideoX's attention over text (n, m, d), then video (n, v, d), with a rule for the two."""
+    """Attention processor of CogVideoX over text (n, m, d), then video (n, v, d), with a rule."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule: Rule = rule
@@ -139,10 +144,10 @@ class CogVideoX:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Named arguments are those that the stock layer looks for; it drops others with a warning only."""
+        """Compute attention. The stock layer drops arguments that are not named here, with only a warning."""
         from diffusers.models.embeddings import apply_rotary_emb
 
-        assert attention_mask is None, "text is attended to with its padding"
+        assert attention_mask is None, "CogVideoX attends to padded text"
         m = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = (
@@ -162,9 +167,10 @@ class CogVideoX:
 
 
 def halve_cogvideox(network: Any) -> None:
-    """As `halve`: rotations come with each call, and the table of 2B is made for a size.
+    """Make a CogVideoX network use the positions of one clip for two, as `halve` does.
 
-    That table is otherwise the one that the network was built with, wherever a clip is as long as that.
+    Rotary embeddings are arguments of each call. The learned table of the 2B model is computed for each size;
+    the stock code would use the table built with the network for any clip of that length.
     """
 
     def first(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

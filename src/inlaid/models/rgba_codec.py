@@ -1,8 +1,9 @@
-"""A codec: the trained parts of an RGBA VAE as a folder, what they learn from, and how well they do.
+"""Storage and training losses of the trained parts of an RGBA VAE.
 
-The folder holds `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
-`decoder_alpha_lora.safetensors`. Its `codec_id` is a hash of the weights and of what they were trained on:
-latents of one codec mean nothing to another, so caches and adapters carry it and loading compares it.
+The folder of an RGBA VAE contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
+`decoder_alpha_lora.safetensors`. Its `codec_id` is a hash of the weights, the base VAE, the transparency
+threshold and the background colors. Latents of two RGBA VAEs are incompatible, so caches and adapters store
+the ID, and loading checks it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from inlaid.models.rgba_losses import ALPHA_EPS, COLORS, RgbaLoss, draw_colors, 
 from inlaid.models.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions
 
 FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
-"""Parts of an `RgbaVae` that train, and their files."""
+"""File stem of each trainable part of an `RgbaVae`."""
 
 FORMAT = 1
 
@@ -29,17 +30,17 @@ Colors = Sequence[Sequence[float]]
 
 
 def new(vae: Any, rank: int, seed: int, begin: Begin = "random") -> RgbaVae:
-    """An untrained codec on a Wan VAE: decoders are still the VAE's own.
+    """Create an untrained RGBA VAE on a Wan VAE; both decoders are equal to the VAE's decoder.
 
     Args:
-        vae: what it belongs to.
-        rank: of the decoders' updates.
-        seed: of what is random.
-        begin: the merge block is `random`, or gives what the `encoder` does of colour alone; then colour is
-            right from the first step on.
+        vae: the Wan VAE.
+        rank: rank of the decoders' updates.
+        seed: seed of the random weights.
+        begin: initialization of the merge block: `random`, or `encoder`, which reproduces the encoder's
+            output for color alone, so that color is correct from the first step.
 
     Raises:
-        ValueError: when the VAE is not one that the method fits.
+        ValueError: if the VAE is not supported.
     """
     width, z = fits(vae)
     with torch.random.fork_rng(devices=[]):
@@ -56,7 +57,7 @@ Begin = Literal["random", "encoder"]
 
 @torch.no_grad()
 def _as_encoder(merge: Any, vae: Any) -> None:
-    """Passes the features of colour through to the encoder's own head; alpha has weight 0."""
+    """Initialize a merge block as the encoder's own head on the color features; alpha has weight 0."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
     nn.init.zeros_(merge.conv_in.bias)
@@ -72,7 +73,7 @@ def _as_encoder(merge: Any, vae: Any) -> None:
 
 @torch.no_grad()
 def draw(codec: RgbaVae, seed: int, begin: Begin) -> None:
-    """Draws an untrained codec's weights anew, in place."""
+    """Initialize the weights of an RGBA VAE, in place."""
     if codec.merge.conv_in.weight.is_meta:
         return
     fresh = new(codec.vae, codec.rgb.rank, seed, begin)
@@ -81,22 +82,23 @@ def draw(codec: RgbaVae, seed: int, begin: Begin) -> None:
 
 
 def fits(vae: Any) -> tuple[int, int]:
-    """Width of the encoder's trunk and channels of the latent.
+    """Return the width of the encoder's trunk and the number of latent channels.
 
     Raises:
-        ValueError: when the VAE is Wan 2.2 TI2V-5B's, or another one with a trunk of its own.
+        ValueError: if the VAE has another architecture, such as that of Wan 2.2 TI2V-5B.
     """
     z = vae.config.z_dim
     if z != 16 or vae.config.patch_size:
         raise ValueError(
-            f"merged alpha is made for the 16-channel VAE of Wan 2.1 and Wan 2.2 A14B; this one has {z}"
+            f"merged alpha supports the 16-channel VAE of Wan 2.1 and Wan 2.2 A14B only; this VAE has {z} "
+            "channels: use another checkpoint"
         )
     return vae.encoder.mid_block.resnets[-1].conv2.weight.shape[0], z
 
 
 @torch.no_grad()
 def new_merge(codec: RgbaVae, seed: int) -> RgbaVae:
-    """The same with an untrained merge block, drawn anew in place."""
+    """Initialize the merge block of an RGBA VAE, in place, and return the RGBA VAE."""
     codec.merge.load_state_dict(new(codec.vae, 1, seed).merge.state_dict())
     return codec
 
@@ -105,13 +107,13 @@ def new_merge(codec: RgbaVae, seed: int) -> RgbaVae:
 
 
 def parts(codec: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-    """The weights of a codec by part, named as they are stored.
+    """Return the weights of an RGBA VAE by part, under the names used in files.
 
-    Of a decoder `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r) of every convolution.
+    A decoder has `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r) for every convolution.
 
     Args:
-        codec: whose names they are.
-        weights: by parameter name of the codec, in place of its own, such as an average.
+        codec: RGBA VAE that defines the names.
+        weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
     """
     held = dict(codec.state_dict()) if weights is None else weights
     out: dict[str, dict[str, Tensor]] = {
@@ -124,7 +126,7 @@ def parts(codec: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[s
 
 
 def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: float, colors: Colors) -> str:
-    """The codec_id: of weights as stored, the VAE they belong to, what counts as clear, and the colours."""
+    """Return the `codec_id`: a hash of the stored weights, base VAE, transparency threshold and colors."""
     digest = hashlib.sha256(json.dumps([FORMAT, base, alpha_eps, colors]).encode())
     for part in sorted(weights):
         for name in sorted(weights[part]):
@@ -135,7 +137,7 @@ def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: 
 
 
 def base_hash(vae: Any) -> str:
-    """Of a VAE's weights rounded to bfloat16, so that copies in float32 and bfloat16 are the same."""
+    """Return a hash of a VAE's weights rounded to bfloat16, equal for copies in float32 and bfloat16."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -155,16 +157,16 @@ def save(
     dtype: torch.dtype = torch.float32,
     weights: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Writes a codec's folder, whole or not at all; returns its codec_id.
+    """Write the folder of an RGBA VAE atomically; return its `codec_id`.
 
     Args:
-        codec: what to write; the VAE itself is not written.
-        folder: replaced when it is there.
-        alpha_eps: what counted as clear when it was trained.
-        colors: behind clips that are encoded, in [-1, 1].
-        about: what else `config.json` tells, such as the losses and the number of steps.
-        dtype: of the weights on disk.
-        weights: by parameter name, in place of the codec's own, such as an average.
+        codec: RGBA VAE; its base VAE is not written.
+        folder: replaced if it exists.
+        alpha_eps: largest alpha that was treated as transparent in training.
+        colors: background colors of encoded clips, in [-1, 1].
+        about: further entries of `config.json`, such as the losses and the number of steps.
+        dtype: dtype of the weights on disk.
+        weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
     """
     from safetensors.torch import save_file
 
@@ -196,34 +198,34 @@ def save(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a codec's `config.json` says.
+    """Return the `config.json` of an RGBA VAE.
 
     Raises:
-        ValueError: when the folder is not a codec.
+        ValueError: if the folder is not an RGBA VAE, or files are missing.
     """
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text("utf-8"))
         if not isinstance(values, dict) or "codec_id" not in values:
-            raise ValueError("it names no codec_id")
+            raise ValueError("it has no codec_id")
     except (OSError, ValueError) as error:
-        cause = "there is none" if isinstance(error, FileNotFoundError) else str(error)
+        cause = "file not found" if isinstance(error, FileNotFoundError) else str(error)
         raise ValueError(
-            f"{folder} is not a codec: its config.json cannot be used ({cause}); name the `codec` folder of "
-            "a run that trained one, or of `inlaid import`"
+            f"{folder} is not an RGBA VAE: config.json cannot be used ({cause}); use a run that trained an "
+            "RGBA VAE, or a folder from `inlaid import`"
         ) from None
     wanted = [FILES[part] for part in values.get("parts", FILES)]
     missing = [f"{f}.safetensors" for f in wanted if not (folder / f"{f}.safetensors").is_file()]
     if missing:
-        raise ValueError(f"{folder}: this codec lacks {', '.join(missing)}; copy it again, whole")
+        raise ValueError(f"{folder}: RGBA VAE without {', '.join(missing)}; copy the whole folder again")
     return values
 
 
 def load(folder: Path, vae: Any) -> RgbaVae:
-    """A codec on its VAE, in float32; shapes come from the tensors.
+    """Load an RGBA VAE on its base VAE, in float32; ranks are inferred from the tensors.
 
     Raises:
-        ValueError: when files are missing, damaged, of different codecs, or of another VAE.
+        ValueError: if files are missing, damaged, from different RGBA VAEs, or for another base VAE.
     """
     from safetensors.torch import load_file
 
@@ -233,28 +235,33 @@ def load(folder: Path, vae: Any) -> RgbaVae:
         weights = {part: load_file(folder / f"{FILES[part]}.safetensors") for part in parts}
     except Exception as error:
         raise ValueError(
-            f"{folder}: a file of this codec is damaged ({str(error).splitlines()[0]}); copy it again"
+            f"{folder}: a file of this RGBA VAE is damaged ({str(error).splitlines()[0]}); copy it again"
         ) from None
     base = base_hash(vae)
     if said.get("base_vae") not in (None, base):
         raise ValueError(
-            f"{folder}: this codec was trained on another VAE ({said['base_vae']}, not {base}); "
+            f"{folder}: this RGBA VAE was trained on another VAE ({said['base_vae']}, not {base}); "
             "use the checkpoint that it was trained on"
         )
     eps = float(said.get("alpha_eps", ALPHA_EPS))
     if identity(weights, base, eps, said.get("colors", COLORS)) != said["codec_id"]:
         raise ValueError(
-            f"{folder}: its weights are not those of codec {said['codec_id']}: parts of different codecs "
+            f"{folder}: weights do not match the codec_id {said['codec_id']}: files of different RGBA VAEs "
             "were mixed, or a file was changed; copy the whole folder again"
         )
     return assemble(vae, weights, str(folder))
 
 
 def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) -> RgbaVae:
-    """A codec of its parts' weights, every tensor of which must find its place; `merge` may be left out.
+    """Create an RGBA VAE from the weights of its parts; `merge` may be missing.
+
+    Args:
+        vae: the Wan VAE.
+        weights: tensors by part and name; all must be used.
+        where: prefix of error messages.
 
     Raises:
-        ValueError: when tensors are missing, left over or of the wrong shape; it begins with `where`.
+        ValueError: if tensors are missing, unexpected or of the wrong shape.
     """
     width, z = fits(vae)
     merge = MergeBlock(width, z)
@@ -269,46 +276,46 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Loads weights into a module, every tensor of which must find its place; `where` begins the message.
+    """Load weights into a module strictly; `where` is the prefix of error messages.
 
     Raises:
-        ValueError: when some are missing, left over or of another shape.
+        ValueError: if tensors are missing, unexpected or of another shape.
     """
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     given = {n: tuple(t.shape) for n, t in weights.items()}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
         what = [f"{len(missing)} tensors are missing, such as {missing[0]}"] if missing else []
-        what += [f"{len(extra)} belong nowhere, such as {extra[0]}"] if extra else []
+        what += [f"{len(extra)} are unexpected, such as {extra[0]}"] if extra else []
         raise ValueError(f"{where} does not fit: {' and '.join(what)}")
     wrong = [n for n in wanted if wanted[n] != given[n]]
     if wrong:
         raise ValueError(
             f"{where} does not fit: {wrong[0]} has shape {list(given[wrong[0]])}, this VAE needs "
-            f"{list(wanted[wrong[0]])}; it belongs to a VAE of another width"
+            f"{list(wanted[wrong[0]])}; use the checkpoint that it was trained on"
         )
     module.load_state_dict({n: t.float() for n, t in weights.items()})
 
 
 def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> DecoderLora:
-    """A decoder's low-rank update of its stored factors; the rank comes from the tensors.
+    """Create the low-rank update of a decoder from stored factors; the rank is inferred from the tensors.
 
     Raises:
-        ValueError: when a convolution lacks factors, some belong nowhere, or ranks differ.
+        ValueError: if factors are missing or unexpected, or ranks differ.
     """
     found = dict(convolutions(decoder))
     wanted = {f"{name}.lora_{side}" for name in found for side in "AB"}
     missing, extra = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
     if missing or extra:
         what = [f"{len(missing)} factors are missing, such as {missing[0]}"] if missing else []
-        what += [f"{len(extra)} belong nowhere, such as {extra[0]}"] if extra else []
+        what += [f"{len(extra)} are unexpected, such as {extra[0]}"] if extra else []
         raise ValueError(f"{where} does not fit: {' and '.join(what)}")
     ranks = {name: weights[f"{name}.lora_A"].shape[0] for name in found}
     if len(set(ranks.values())) > 1:
         low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
         raise ValueError(
-            f"{where}: ranks differ, {ranks[low]} in {low} and {ranks[high]} in {high}; its update is scaled "
-            "by 1 / rank, which must be one number"
+            f"{where}: ranks differ, {ranks[low]} in {low} and {ranks[high]} in {high}; the update is scaled "
+            "by 1 / rank, so all layers must have the same rank"
         )
     rank = next(iter(ranks.values()))
     lora = DecoderLora({n: m.weight.shape for n, m in found.items()}, rank)
@@ -324,17 +331,17 @@ def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) 
     return lora
 
 
-# --- learning ---------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------
 
 
 def to_video(rgba: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (b, 4, t, h, w), straight -> colour and alpha, each (b, 3, t, h, w) in [-1, 1]."""
+    """Split uint8 (b, 4, t, h, w), straight, into color and alpha, each (b, 3, t, h, w) in [-1, 1]."""
     video = rgba.float() / 127.5 - 1
     return video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)
 
 
 def to_pixels(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """Decoded colour and alpha -> uint8 (b, 4, t, h, w); alpha is the mean of its three channels, clamped."""
+    """Join decoded color and alpha to uint8 (b, 4, t, h, w); alpha is the mean of its clamped channels."""
     video = torch.cat([rgb.clamp(-1, 1), alpha.clamp(-1, 1).mean(1, keepdim=True)], 1)
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -351,22 +358,24 @@ def losses(
     visible_alpha: float = 0.0,
     colors: Colors = COLORS,
 ) -> dict[str, Tensor]:
-    """The terms of one micro-batch by name, and `loss`, their sum.
+    """Return the loss terms of one micro-batch by name, and `loss`, their sum.
 
     Args:
-        codec: what learns.
+        codec: RGBA VAE that is trained.
         rgba: clips, uint8 (b, 4, t, h, w), straight.
-        loss: the terms.
-        generator: draws the colours of the encoder's input and of both renders, and the noise; on the CPU.
-        anchor: weight of the term that holds latents near the VAE's own of the clip, rendered hard over
-            `GROUND`, in units of their spread. Not in the paper: the VAE's own decoder then shows the colour
-            as it is, and a network that knows opaque latents has less to learn.
-        noise: latents are decoded with up to so much noise, in units of their spread, so that decoders
-            forgive what a network gets slightly wrong. Not in the paper.
-        visible: weight of the mean error of colour over visible pixels alone. Not in the paper: where they
-            are few, the means of the other terms hardly see them.
+        loss: terms of the paper.
+        generator: CPU generator of the background colors of the encoder's input and of both renders, and of
+            the noise.
+        anchor: weight of the squared distance between the latents and the VAE's own latents of the clip,
+            hard-rendered over `GROUND`, in units of their standard deviation. Not in the paper: it makes the
+            VAE's own decoder reproduce the color, and a denoiser pretrained on opaque latents has less to
+            learn.
+        noise: largest amount of noise added to latents before decoding, in units of their standard deviation,
+            which makes the decoders robust to errors of the denoiser. Not in the paper.
+        visible: weight of the mean absolute error of color over visible pixels only. Not in the paper: if few
+            pixels are visible, they contribute little to the means of the other terms.
         visible_alpha: the same for alpha.
-        colors: those of the encoder's input, in [-1, 1].
+        colors: background colors of the encoder's input, in [-1, 1].
     """
     (color,), (hard, soft) = draw_colors(generator, 1, colors), draw_colors(generator, 2)
     rgb, alpha = to_video(rgba)
@@ -397,4 +406,4 @@ def losses(
 
 
 GROUND = (62, 66, 70)
-"""The dark plain colour under the clips that `anchor` compares with."""
+"""Dark background color (0-255) of the clips that `anchor` compares with."""

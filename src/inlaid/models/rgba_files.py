@@ -1,14 +1,14 @@
-"""Published files of RGBA VAEs, in and out: decoder updates, whole VAEs, folded decoders.
+"""Import and export of published RGBA VAE files: decoder updates, whole VAEs, merged decoders.
 
-Layouts, by the names inside them:
+Layouts, recognized by tensor names:
 
 - `decoder.bin`: low-rank updates, `vae_fgr.decoder.PATH[.conv3D].lora_{A,B}.default.weight` and `vae_pha.`;
-- a whole VAE: the same with base weights beside them or folded in, and the merge block as `middle.`;
-- two decoders for ComfyUI, folded, each a VAE under the original Wan names, `..._rgb_channel.safetensors` and
+- a whole VAE: updates beside base weights or merged into them, and the merge block as `middle.`;
+- two merged decoders for ComfyUI, each a VAE under the original Wan names, `..._rgb_channel.safetensors` and
   `..._alpha_channel.safetensors`.
 
-What is read becomes a codec's folder (`rgba_codec`). Every tensor of the updates and of the merge block finds
-its place, or nothing is written.
+Import writes the folder of an RGBA VAE (`rgba_codec`). Every tensor of the updates and of the merge block is
+used, or nothing is written.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from inlaid.models.rgba_losses import ALPHA_EPS
 from inlaid.models.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions, merge_name, vae_name
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
-"""Groups of names in published files, and the parts of a codec that they are."""
+"""Part of an RGBA VAE for each name prefix of published files."""
 
 HALVES = ("rgb_channel", "alpha_channel")
-"""Parts of the names of the two files for ComfyUI."""
+"""Substrings of the names of the two files for ComfyUI."""
 
 RANK = 128
-"""Rank to which folded decoders are taken apart, that of the published updates."""
+"""Rank of the updates extracted from merged decoders, that of the published updates."""
 
 FOLDED_LEFT = 0.02
-"""Largest share of a folded layer that an update of `RANK` may leave; bfloat16 alone rounds by 0.003."""
+"""Largest relative error of a merged layer after extraction to `RANK`; bfloat16 rounding alone is 0.003."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a published file holds, under the codec's own names."""
+    """Contents of a published file, under the names of `rgba_codec`."""
 
     layout: str
     parts: Mapping[str, Mapping[str, Tensor]]
-    """Of `rgb` and `alpha` factors or whole decoder weights, of `merge` its weights."""
+    """For `rgb` and `alpha`, factors or whole decoder weights; for `merge`, its weights."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
-    """Weights of the VAE that came along."""
+    """Weights of the base VAE in the file."""
     notes: Sequence[str] = ()
 
 
 def is_codec(path: Path) -> bool:
-    """Whether a file or folder is one of these layouts, by its names."""
+    """Return True if a file or folder has one of these layouts, judged by names."""
     if path.is_dir():
         return any(half in p.name for half in HALVES for p in path.glob("*.safetensors"))
     if not path.is_file():
@@ -77,22 +77,22 @@ def is_codec(path: Path) -> bool:
 
 
 def read(path: Path, residuals: int = 2) -> Found:
-    """Reads a published file, or of ComfyUI's two files either one or their folder.
+    """Read a published file.
 
     Args:
-        path: the file or folder.
+        path: file; for ComfyUI, either of the two files or their folder.
         residuals: residual blocks per stage of the VAE.
 
     Raises:
-        ValueError: when a half is missing, or a tensor has no place.
+        ValueError: if a decoder is missing, or a tensor is unexpected.
     """
     if path.is_dir() or any(half in path.name for half in HALVES):
         return _comfyui(path, residuals)
     state = _state(path)
     if _folded(list(state)):
         raise ValueError(
-            f"{path}: a whole decoder under its original names, one of the two that ComfyUI takes; name them "
-            "alike with `rgb_channel` and `alpha_channel` in the names, in one folder, and import that folder"
+            f"{path}: a single merged decoder in the layout for ComfyUI, which has two files: put both into "
+            "one folder, with `rgb_channel` and `alpha_channel` in their names, and import the folder"
         )
     return _grouped(path, state, residuals)
 
@@ -113,12 +113,12 @@ def _state(path: Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path} holds no tensors by name; this is not a decoder file")
+        raise ValueError(f"{path} is not a mapping of names to tensors, so it is no RGBA VAE file")
     return dict(state)
 
 
 def _group(name: str) -> tuple[str, str]:
-    """The group of a name and the rest of it; nothing where it has none."""
+    """Split a name into its group prefix and the rest; the group is empty if it has none."""
     found = re.search(r"(?:^|\.)(vae_fgr|vae_pha|middle)\.(.+)$", name)
     if not found or (found[1] == "middle" and not found[2].startswith("block.")):
         return "", name
@@ -156,32 +156,32 @@ def _grouped(path: Path, state: Mapping[str, Tensor], residuals: int) -> Found:
         else:
             parts[GROUPS[group]][own] = tensor.float()
     if lost:
-        raise ValueError(f"{path}: {len(lost)} tensors have no place in a codec, such as {lost[0]}")
+        raise ValueError(f"{path}: {len(lost)} tensors match no part of an RGBA VAE, such as {lost[0]}")
     for part, weights in whole.items():
         if weights and not parts[part]:
-            parts[part] = weights  # the update is folded in
+            parts[part] = weights  # the update is merged into the weights
     groups = [g for g, part in GROUPS.items() if parts[part]]
     for one, two in (("vae_fgr", "vae_pha"), ("vae_pha", "vae_fgr")):
         if one not in groups:
             raise ValueError(
-                f"{path}: half of it is missing: it has {', '.join(groups) or 'no group that is known'}, but "
-                f"nothing under {one}., and a codec needs both decoders; download it again"
+                f"{path}: a decoder is missing: it has {', '.join(groups) or 'no group that is known'}, but "
+                f"no tensors {one}.*, and an RGBA VAE needs both decoders; download it again"
                 if two in groups or parts["merge"]
-                else f"{path}: no decoders in it (vae_fgr., vae_pha.), such as {next(iter(state), 'nothing')}"
+                else f"{path}: no decoders (vae_fgr., vae_pha.); first tensor: {next(iter(state), 'nothing')}"
             )
     notes = [f"groups found: {', '.join(groups)}"]
-    notes += [f"{len(other)} other tensors were left, such as {other[0]}"] if other else []
+    notes += [f"{len(other)} other tensors were ignored, such as {other[0]}"] if other else []
     if not parts["merge"]:
         notes.append(
-            "no merge block (middle.): this codec decodes, and encodes once one is trained: tuner: {kind: "
-            "codec, train: merge, start: THIS FOLDER}"
+            "no merge block (middle.): this RGBA VAE can decode; to encode, train a merge block with "
+            "rgba_vae: {train: merge, init_from: THIS FOLDER}"
         )
     folded = whole["rgb"] is parts["rgb"]
     return Found("whole VAE" if parts["merge"] else "decoder.bin", parts, {} if folded else base, notes)
 
 
 def _factor_name(rest: str, residuals: int) -> str | None:
-    """`decoder.conv1.conv3D.lora_A.default.weight` -> `conv_in.lora_A`."""
+    """Map `decoder.conv1.conv3D.lora_A.default.weight` to `conv_in.lora_A`."""
     found = re.fullmatch(r"decoder\.(.+?)(?:\.conv3D)?\.lora_([AB])(?:\.\w+)?\.weight", rest)
     own = vae_name(f"decoder.{found[1]}", residuals) if found else None
     return f"{own.removeprefix('decoder.')}.lora_{found[2]}" if own and found else None
@@ -196,10 +196,10 @@ def _comfyui(path: Path, residuals: int) -> Found:
             other = HALVES[1 - HALVES.index(half)]
             files = [p for p in files if p.name in (path.name, path.name.replace(other, half))]
         if len(files) != 1:
-            what = "is missing" if not files else f"is there {len(files)} times"
+            what = "is missing" if not files else f"exists {len(files)} times"
             raise ValueError(
-                f"{folder}: the file with `{half}` in its name {what}; a codec needs both decoders, in one "
-                "folder"
+                f"{folder}: the file with `{half}` in its name {what}; an RGBA VAE needs both decoders, "
+                "in one folder"
             )
         weights, lost = {}, []
         for name, tensor in _state(files[0]).items():
@@ -210,33 +210,36 @@ def _comfyui(path: Path, residuals: int) -> Found:
                 weights[own.removeprefix("decoder.")] = tensor
         if lost or not weights:
             raise ValueError(
-                f"{files[0]}: not a VAE under the original Wan names, such as {(lost or ['?'])[0]}"
+                f"{files[0]}: not a VAE under the original Wan names: unknown tensor {(lost or ['?'])[0]}"
             )
         parts[part] = weights
     note = (
-        "no merge block in this layout: this codec decodes, and encodes once one is trained: tuner: {kind: "
-        "codec, train: merge, start: THIS FOLDER}"
+        "no merge block in this layout: this RGBA VAE can decode; to encode, train a merge block with "
+        "rgba_vae: {train: merge, init_from: THIS FOLDER}"
     )
     return Found("decoders for ComfyUI", parts, {}, [note])
 
 
 def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
-    """A codec of a published file on the VAE it belongs to, and what should be known about it.
+    """Create an RGBA VAE from a published file on its base VAE; return it with notes for the user.
 
     Raises:
-        ValueError: when shapes, ranks or the VAE do not fit.
+        ValueError: if shapes, ranks or the base VAE do not fit.
     """
     notes, own = list(found.notes), vae.state_dict()
     for name, tensor in found.base.items():
         if name not in own or own[name].numel() != tensor.numel():
-            raise ValueError(f"{where}: its VAE is another one: {name} has shape {list(tensor.shape)}")
+            raise ValueError(
+                f"{where}: made for another VAE: {name} has shape {list(tensor.shape)}; "
+                "use another --checkpoint"
+            )
         mine, given = own[name].float().flatten(), tensor.float().flatten()
         if (mine - given).norm() > 0.02 * mine.norm().clamp_min(1e-6):
             raise ValueError(
-                f"{where}: its VAE is not the checkpoint's: {name} differs; name the right checkpoint"
+                f"{where}: made for another VAE: {name} is not the checkpoint's; use another --checkpoint"
             )
     if found.base:
-        notes.append(f"{len(found.base)} weights of the VAE itself are those of the checkpoint")
+        notes.append(f"{len(found.base)} weights of the base VAE are equal to those of the checkpoint")
     loras = {}
     for part, what in (("rgb", "colour"), ("alpha", "alpha")):
         weights, label = found.parts[part], f"{where}: the {what} decoder"
@@ -245,7 +248,7 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
         else:
             loras[part], left = _apart(vae.decoder, weights, label)
             notes.append(
-                f"the {what} decoder is folded: taken apart to rank {RANK}, leaving {left:.2%} at most"
+                f"the {what} decoder is merged: extracted an update of rank {RANK}, largest error {left:.2%}"
             )
     width, z = rgba_codec.fits(vae)
     if not found.parts["merge"]:
@@ -259,12 +262,19 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
 
 @torch.no_grad()
 def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tuple[DecoderLora, float]:
-    """The update that folded weights hold, of `RANK` at most, and the largest share of a layer it leaves."""
+    """Extract the low-rank update, at most `RANK`, from merged weights.
+
+    Returns:
+        The update, and the largest relative error of a layer.
+
+    Raises:
+        ValueError: if tensors do not fit, or the error exceeds `FOLDED_LEFT`.
+    """
     own = decoder.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         what = [f"{len(missing)} tensors are missing, such as {missing[0]}"] if missing else []
-        what += [f"{len(extra)} belong nowhere, such as {extra[0]}"] if extra else []
+        what += [f"{len(extra)} are unexpected, such as {extra[0]}"] if extra else []
         raise ValueError(f"{where} does not fit: {' and '.join(what)}")
     layers = {n: m.weight for n, m in convolutions(decoder)}
     rank = min(RANK, max(min(w.shape[0], w[0].numel()) for w in layers.values()))
@@ -279,7 +289,8 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
             mine, given = own[name].float().flatten(), tensor.float().flatten()
             if (mine - given).norm() > 0.02 * mine.norm().clamp_min(1e-6):
                 raise ValueError(
-                    f"{where}: {name}, which no update changes, differs: folded into another VAE"
+                    f"{where}: {name} differs from the checkpoint's VAE, but updates do not change it: use "
+                    "another --checkpoint"
                 )
             continue
         i, goal = lora.names.index(layer), tensor.float().flatten(1)
@@ -293,17 +304,17 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
         lora.b[i][:, :k] = u[:, :k] * root
     if worst > FOLDED_LEFT:
         raise ValueError(
-            f"{where}: what was folded in is no update of rank {RANK} of this checkpoint's VAE ({worst:.0%} "
-            "of a layer is left): it belongs to another VAE"
+            f"{where}: the merged weights are no update of rank {RANK} of the checkpoint's VAE (relative "
+            f"error of a layer {worst:.0%}): use another --checkpoint"
         )
     return lora, worst
 
 
 def convert(path: Path, out: Path, vae: Any) -> list[str]:
-    """Writes a published file as a codec's folder; returns what should be known about it.
+    """Convert a published file to the folder of an RGBA VAE; return notes for the user.
 
     Raises:
-        ValueError: when it does not fit the VAE, or is not whole.
+        ValueError: if it does not fit the VAE, or is incomplete.
     """
     found = read(path, vae.config.num_res_blocks)
     codec, notes = assemble(found, vae, str(path))
@@ -311,15 +322,15 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
     about = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
     name = rgba_codec.save(codec, out, alpha_eps=ALPHA_EPS, about=about)
     sizes = {p: sum(t.numel() for t in found.parts[p].values()) for p in parts}
-    said = ", ".join(f"{p} {n:,} numbers" for p, n in sizes.items())
-    return [f"{found.layout}: {said}; codec {name}", *notes]
+    said = ", ".join(f"{p} {n:,} values" for p, n in sizes.items())
+    return [f"{found.layout}: {said}; RGBA VAE {name}", *notes]
 
 
-# --- out --------------------------------------------------------------------------------------------------
+# --- export -----------------------------------------------------------------------------------------------
 
 
 def original_names(residuals: int, stages: int) -> dict[str, str]:
-    """Every module of a Wan VAE as diffusers spells it, and its original name."""
+    """Return the original name of every module of a Wan VAE by its diffusers name."""
     inside = [
         *(f"residual.{i}" for i in (0, 2, 3, 6)),
         "shortcut",
@@ -353,7 +364,7 @@ _INNER = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def _released(name: str) -> str:
-    """A parameter of the merge block as published, after `middle.`."""
+    """Return the published name, after `middle.`, of a merge block's parameter."""
     for own, released in (
         ("conv_in", "block.conv1"),
         ("norm_out", "block.head.0"),
@@ -366,7 +377,7 @@ def _released(name: str) -> str:
 
 
 def decoder_layout(codec: RgbaVae) -> dict[str, Tensor]:
-    """The low-rank updates under the names of `decoder.bin`."""
+    """Return the low-rank updates under the names of `decoder.bin`."""
     config: Any = codec.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     kinds = dict(convolutions(codec.vae.decoder))
@@ -381,7 +392,7 @@ def decoder_layout(codec: RgbaVae) -> dict[str, Tensor]:
 
 
 def whole_layout(codec: RgbaVae) -> dict[str, Tensor]:
-    """The whole VAE twice with updates beside its weights, `vae_fgr.` and `vae_pha.`, and `middle.`."""
+    """Return the VAE twice with updates beside its weights, `vae_fgr.` and `vae_pha.`, and `middle.`."""
     config: Any = codec.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     base = _original(codec.vae.state_dict(), names)
@@ -391,7 +402,7 @@ def whole_layout(codec: RgbaVae) -> dict[str, Tensor]:
 
 
 def folded_layout(codec: RgbaVae) -> dict[str, dict[str, Tensor]]:
-    """Two VAEs with the updates folded in, under the original names, by half."""
+    """Return two VAEs with merged updates under the original names, by entry of `HALVES`."""
     config: Any = codec.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     out = {}
@@ -402,22 +413,22 @@ def folded_layout(codec: RgbaVae) -> dict[str, dict[str, Tensor]]:
 
 
 TARGETS = ("wan-alpha", "comfyui")
-"""What a codec is exported to."""
+"""Export targets of an RGBA VAE."""
 
 
 def export(codec: RgbaVae, to: str, out: Path) -> Path:
-    """Writes a codec in published layouts, as safetensors, and reads them back.
+    """Export an RGBA VAE in published layouts, as safetensors, and verify the files by reading them back.
 
-    `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, names and shapes as in `decoder.bin` and the
-    whole VAE; no pickle is written. `comfyui`: two folded VAEs in bfloat16.
+    `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, with the names and shapes of `decoder.bin` and
+    the whole VAE; no pickle is written. `comfyui`: two VAEs with merged updates, in bfloat16.
 
     Raises:
-        ValueError: when the target is unknown.
+        ValueError: if the target is unknown.
     """
     from safetensors.torch import load_file, save_file
 
     if to not in TARGETS:
-        raise ValueError(f"--to: a codec is exported to {' or '.join(TARGETS)}, not `{to}`")
+        raise ValueError(f"--to: an RGBA VAE can be exported to {' or '.join(TARGETS)}, not to `{to}`")
     if to == "comfyui":
         files = {
             f"vae_{half}": {n: t.bfloat16().contiguous() for n, t in tensors.items()}

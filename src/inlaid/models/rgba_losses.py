@@ -1,6 +1,6 @@
-"""What the RGBA VAE learns from: two renders and nine terms (Dong et al. 2025, section 3.2).
+"""Losses of the RGBA VAE: two renders and nine terms (Dong et al. 2025, section 3.2).
 
-Videos are (b, 3, t, h, w) in [-1, 1], alpha as a video too: -1 is clear, 1 opaque.
+Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is a video too: -1 is transparent, 1 is opaque.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import torch
 from torch import Tensor, nn
 
 COLORS = tuple(product((-1.0, 1.0), repeat=3))
-"""The corners of the colour cube, which backgrounds are drawn from."""
+"""Corners of the color cube, from which background colors are sampled."""
 
 ALPHA_EPS = 2 / 255
-"""Alpha below this counts as clear: lossy files leave more than 0 in empty regions. 0 is the paper's rule."""
+"""Alpha up to this value is treated as transparent, because lossy video codecs leave values above 0 in empty
+regions. The paper uses 0."""
 
 
 def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
-    """Colour over a background (3,): rgb a + color (1 - a), a = (alpha + 1) / 2."""
+    """Composite color over a background (3,): rgb a + color (1 - a), a = (alpha + 1) / 2."""
     a = (alpha + 1) / 2
     return rgb * a + _background(color, rgb) * (1 - a)
 
 
 def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor, *, eps: float = ALPHA_EPS) -> Tensor:
-    """The colour only where alpha is at most eps; no gradient reaches alpha."""
+    """Replace rgb by the background color where alpha is at most eps, without a gradient to alpha."""
     visible = (alpha.detach() + 1) / 2 > eps
     return torch.where(visible, rgb, _background(color, rgb).to(rgb.dtype))
 
@@ -38,7 +39,7 @@ def _background(color: Tensor, like: Tensor) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Grey of a video, (b, 1, t, h, w)."""
+    """Convert a video to gray, (b, 1, t, h, w)."""
     weights = torch.tensor([65.738, 129.057, 25.064], device=x.device, dtype=x.dtype) / 256
     return (x * weights.view(1, 3, 1, 1, 1)).sum(1, keepdim=True)
 
@@ -49,7 +50,7 @@ _SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "cen
 
 
 def edges(x: Tensor, kind: Edge) -> Tensor:
-    """Size of the gradient of the grey video, frame by frame, with zeros outside: (b, 1, t, h, w)."""
+    """Return the gradient magnitude of the gray video per frame, zero-padded: (b, 1, t, h, w)."""
     grey = luma(x)
     flat = grey.transpose(1, 2).flatten(0, 1)
     slope = torch.tensor([-1.0, 0.0, 1.0], device=x.device, dtype=x.dtype)
@@ -61,9 +62,10 @@ def edges(x: Tensor, kind: Edge) -> Tensor:
 
 
 class Perceptual(nn.Module):
-    """The first two stages of VGG16 (Simonyan & Zisserman 2014), to the second stage's last activation.
+    """First two stages of VGG16 (Simonyan & Zisserman 2014), up to the last activation of the second stage.
 
-    Reads the keys `features.{0,2,5,7}.{weight,bias}` of torchvision's file; widths come from the tensors.
+    Uses the keys `features.{0,2,5,7}.{weight,bias}` of torchvision's file; widths are inferred from the
+    tensors.
     """
 
     def __init__(self, weights: dict[str, Tensor], *, imagenet: bool) -> None:
@@ -85,10 +87,10 @@ class Perceptual(nn.Module):
 
     @classmethod
     def load(cls, path: Path, *, imagenet: bool) -> Perceptual:
-        """From a local `.safetensors` or `.pth` file.
+        """Load a local `.safetensors` or `.pth` file.
 
         Raises:
-            ValueError: when it is not there, or not such a network.
+            ValueError: if the file is missing, or is not such a network.
         """
         try:
             if path.suffix == ".safetensors":
@@ -101,44 +103,45 @@ class Perceptual(nn.Module):
         except Exception as error:
             raise ValueError(
                 f"{path}: not the weights of a VGG16 ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                "give torchvision's vgg16 file, or leave the perceptual term out"
+                "use torchvision's vgg16 file, or set rgba_vae.perceptual: none"
             ) from None
 
     def forward(self, x: Tensor) -> Tensor:
-        """A video (b, 3, t, h, w) in [-1, 1] -> features of each frame."""
+        """Return the features of each frame of a video (b, 3, t, h, w) in [-1, 1]."""
         frames = ((x + 1) / 2).transpose(1, 2).flatten(0, 1)
         return self.features((frames - self.mean) / self.std)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class RgbaLoss:
-    """Nine terms: absolute error, perceptual distance and edges, of alpha and of two renders of the colour.
+    """Nine loss terms: absolute, perceptual and edge error of alpha and of two renders of the color.
 
-    `paper`: Sobel edges, and the L2 norm of perceptual features of ImageNet-normalised frames. `reference`
-    (the released trainer): central differences and the mean squared error of features.
+    The preset `paper` uses Sobel edges and the L2 norm of perceptual features of ImageNet-normalized frames;
+    `reference` (the released trainer) uses central differences and the mean squared error of features.
     """
 
     preset: Literal["paper", "reference"] = "paper"
     perceptual: Callable[[Tensor], Tensor] | None = None
-    """`Perceptual`, or None where no file was given: its three terms are then left out."""
+    """Perceptual network; None omits the three perceptual terms."""
     alpha_eps: float = ALPHA_EPS
     edge: Edge | None = None
-    """Filter of the edge terms; None takes the preset's."""
+    """Filter of the edge terms; default: that of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Which alpha masks the hard render of the reconstruction; its own hovers around clear."""
+    """Alpha that masks the hard render of the reconstruction: reconstructed alpha fluctuates around the
+    threshold in transparent regions, true alpha does not."""
 
     def __call__(
         self, rgb: Tensor, alpha: Tensor, true_rgb: Tensor, true_alpha: Tensor, hard: Tensor, soft: Tensor
     ) -> dict[str, Tensor]:
-        """The terms by name, and `loss`, their sum.
+        """Return the terms by name, and `loss`, their sum.
 
         Args:
-            rgb: reconstructed straight colour.
-            alpha: reconstructed.
-            true_rgb: the clip's colour.
-            true_alpha: the clip's.
-            hard: colour (3,) behind both hard renders.
-            soft: colour behind both soft renders.
+            rgb: reconstructed straight color.
+            alpha: reconstructed alpha.
+            true_rgb: color of the clip.
+            true_alpha: alpha of the clip.
+            hard: background color (3,) of both hard renders.
+            soft: background color (3,) of both soft renders.
         """
         eps = self.alpha_eps
         mask = alpha if self.hard_mask == "reconstructed" else true_alpha
@@ -168,6 +171,6 @@ class RgbaLoss:
 def draw_colors(
     generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
 ) -> list[Tensor]:
-    """Background colours, each drawn for itself: for the encoder's input, the hard and the soft loss."""
+    """Sample `n` background colors independently, by default for encoder input, hard and soft render."""
     picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
     return [torch.tensor(among[i]) for i in picks]

@@ -1,10 +1,10 @@
-"""How well RGBA clips are reconstructed, beside what costs nothing: predicting one alpha everywhere.
+"""Reconstruction metrics of RGBA clips, with baselines that predict a constant alpha.
 
-A plain mean error of alpha lets a codec pass that says "clear" everywhere, wherever the subject is small. So
-the error is told by region, opaque, soft and clear of the true alpha, and `balanced` is the mean of the
-three, which no constant can make small. Everything is on 0-255.
+If the subject is small, an RGBA VAE that decodes fully transparent clips has a small mean error of alpha. The
+error is therefore also reported by region of the true alpha (opaque, soft, transparent), and `balanced` is
+the mean of the three, which no constant alpha can make small. All values are on the scale 0-255.
 
-A clip becomes a vector of sums: clips add up whatever their sizes, and whichever process measured them.
+Each clip is reduced to a vector of sums, which are added over clips of any size and over processes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 CLEAR, OPAQUE = 2, 253
-"""Alpha up to the first counts as clear, from the second on as opaque."""
+"""Largest alpha treated as transparent, and smallest treated as opaque."""
 
 REGIONS = ("opaque", "soft", "clear")
 GUESSES = ("all opaque", "all clear", "mean")
-"""Alphas that cost nothing: 255, 0, and the clip's own mean."""
+"""Constant-alpha baselines: 255, 0, and the mean of the clip."""
 
 COLORS = tuple(product((0.0, 255.0), repeat=3))
 
@@ -31,12 +31,17 @@ COLUMNS = (
     *(f"composite {i}" for i in range(len(COLORS))),
     *("clips", "ssim alpha", "ssim composite"),
 )
-"""What `tally` sums: pixels and absolute errors of alpha by region, errors of colour where it is visible,
+"""Sums of `tally`: pixels and absolute errors of alpha by region, errors of color where it is visible,
 squared errors, and structural similarities."""
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
-    """Sums over one clip, both uint8 (4, t, h, w), straight: float64, one number for each of `COLUMNS`."""
+    """Return the sums of one clip, float64, one value for each of `COLUMNS`.
+
+    Args:
+        true: clip, uint8 (4, t, h, w), straight alpha.
+        got: its reconstruction, likewise.
+    """
     true, got = true.float(), got.float()
     alpha, guess = true[3], got[3]
     masks = (alpha >= OPAQUE, (alpha > CLEAR) & (alpha < OPAQUE), alpha <= CLEAR)
@@ -66,7 +71,7 @@ def tally(true: Tensor, got: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of (c, t, h, w) on 0-255, windows of 7 x 7, mean of all."""
+    """Return the mean structural similarity (Wang et al. 2004) of (c, t, h, w) on 0-255, windows of 7 x 7."""
 
     def mean(x: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(x.transpose(0, 1), min(7, *x.shape[-2:]), 1)
@@ -78,12 +83,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def report(sums: Tensor) -> dict[str, float]:
-    """Named numbers of added-up `tally` vectors; regions that no clip has are left out.
+    """Return metrics by name from summed `tally` vectors; regions without pixels are omitted.
 
-    `alpha_mae`, `alpha_mae_REGION`, `alpha_mae_balanced`, the same for each of `GUESSES` (such as
-    `all_clear_alpha_mae_opaque`), `rgb_mae` where alpha is visible and of the clips' mean colour, PSNR in dB
-    of colour, alpha and composites on the eight corners of the colour cube, mean and worst, and SSIM of
-    alpha and of the composites on black and white.
+    The metrics are `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`; the same for each of `GUESSES`
+    (such as `all_clear_alpha_mae_opaque`); `rgb_mae` where alpha is visible, and of the clip's mean color;
+    PSNR in dB of color, alpha and composites over the eight corners of the color cube, mean and worst; SSIM
+    of alpha and of composites over black and white.
     """
     value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
     pixels = {r: value[f"pixels {r}"] for r in REGIONS}
@@ -110,21 +115,22 @@ def report(sums: Tensor) -> dict[str, float]:
 
 
 def trivial(found: Mapping[str, float]) -> list[str]:
-    """Sentences about a codec that does little more than predict one alpha everywhere; else empty.
+    """Return warnings about an RGBA VAE that is hardly better than a constant alpha; empty if it is better.
 
     Args:
-        found: from `report`.
+        found: metrics from `report`.
     """
     out = []
     for who in GUESSES:
         name = who.replace(" ", "_")
         if found["alpha_mae_balanced"] > found[f"{name}_alpha_mae_balanced"] / 2:
             out.append(
-                f"alpha is hardly better than {who} in the mean of regions: "
-                f"{found['alpha_mae_balanced']:.1f} of 255, and {found[f'{name}_alpha_mae_balanced']:.1f}"
+                f"alpha is hardly better than the baseline `{who}` in the mean of the regions: mean absolute "
+                f"error {found['alpha_mae_balanced']:.1f} of 255, baseline "
+                f"{found[f'{name}_alpha_mae_balanced']:.1f}"
             )
     for region in REGIONS:
         error = found.get(f"alpha_mae_{region}", 0.0)
         if error > 64:
-            out.append(f"alpha is off by {error:.0f} of 255 where the clips are {region}")
+            out.append(f"mean absolute error of alpha is {error:.0f} of 255 where the clips are {region}")
     return out

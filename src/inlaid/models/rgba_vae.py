@@ -1,11 +1,11 @@
 """The RGBA VAE of Wan-Alpha (Dong et al. 2025): https://arxiv.org/abs/2509.24979.
 
-Colour and transparency share one latent. The frozen Wan encoder reads both as RGB videos; a merge block
-takes the features of its trunk, not its latents, and predicts the latent directly; two low-rank copies of the
-frozen decoder split it again. Written from a description of the method.
+Color and alpha share one latent. The frozen Wan encoder reads both as RGB videos; a merge block takes the
+features of the encoder's trunk, not its latents, and predicts the shared latent directly; two low-rank
+adaptations of the frozen decoder decode color and alpha. Implemented from a description of the method.
 
-What surprises: the latent is in the VAE's own scale, not normalised; the decoders' low-rank update is scaled
-by 1 / rank; decoded colour is straight, and arbitrary where alpha is 0.
+The latent is in the VAE's own scale, not normalized. The low-rank update of the decoders is scaled by
+1 / rank. Decoded color is straight, and arbitrary where alpha is 0.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, CHANNELS = 384, 16
-"""Channels of the encoder's trunk and of the latent, in the published checkpoints."""
+"""Channels of the encoder's trunk and of the latent in the published checkpoints."""
 
 
 class MergeBlock(nn.Module):
-    """Trunk features of both streams -> one latent: (b, 2 width, t, h, w) -> (b, channels, t, h, w).
+    """Block that merges the trunk features of color and alpha, (b, width, t, h, w), into one latent.
 
-    Runs over the whole latent sequence at once, which equals the published form, frame by frame with a cache.
+    The latent is (b, channels, t, h, w). The block processes the whole latent sequence at once, which is
+    equivalent to the published form, frame by frame with a cache.
     """
 
     def __init__(self, width: int = WIDTH, channels: int = CHANNELS) -> None:
@@ -45,11 +46,11 @@ class MergeBlock(nn.Module):
         self.norm_out = WanRMS_norm(width, images=False)
         self.conv_out = WanCausalConv3d(width, channels, 3, padding=1)
         for name, parameter in self.att.named_parameters():
-            if ".proj." in name:  # as published; diffusers' class begins with a random projection
+            if ".proj." in name:  # as published; the class of diffusers initializes the projection randomly
                 nn.init.zeros_(parameter)
 
     def forward(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Features of colour first, of alpha second."""
+        """Return the latent (b, channels, t, h, w) of color and alpha features, each (b, width, t, h, w)."""
         x = self.res[0](self.conv_in(torch.cat([rgb, alpha], 1)))
         for attention, residual in zip(self.att, list(self.res)[1:], strict=True):
             x = residual(attention(x))
@@ -57,14 +58,14 @@ class MergeBlock(nn.Module):
 
 
 class DecoderLora(nn.Module):
-    """A low-rank update of every convolution of a decoder, in weight space: W + B A / rank.
+    """Low-rank update of every convolution of a decoder, in weight space: W + B A / rank.
 
-    peft cannot wrap Wan's causal convolutions, which are called with a cache. The effective weights are made
-    once per decoding and serve all its chunks.
+    peft cannot wrap Wan's causal convolutions, which are called with a cache. The effective weights are
+    computed once per clip and used for all its chunks.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], rank: int = 128) -> None:
-        """`shapes` maps each convolution's name to its weight's shape (out, in, *kernel)."""
+        """Create the factors; `shapes` maps names of convolutions to weight shapes (out, in, *kernel)."""
         super().__init__()
         self.names = list(shapes)
         self.rank = rank
@@ -75,11 +76,11 @@ class DecoderLora(nn.Module):
 
     @classmethod
     def of(cls, decoder: nn.Module, rank: int = 128) -> DecoderLora:
-        """For every convolution of a decoder; no change until it is trained."""
+        """Create an update for every convolution of a decoder; it is zero until trained."""
         return cls({n: m.weight.shape for n, m in convolutions(decoder)}, rank)
 
     def weights(self, decoder: nn.Module) -> dict[str, Tensor]:
-        """Effective weights by parameter name."""
+        """Return the effective weights by parameter name."""
         found = dict(convolutions(decoder))
         out = {}
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
@@ -90,30 +91,30 @@ class DecoderLora(nn.Module):
 
 
 def convolutions(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every 2-D and 3-D convolution by name."""
+    """Iterate over all 2-D and 3-D convolutions by name."""
     yield from ((n, m) for n, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
 
 
 class RgbaVae(nn.Module):
-    """A frozen Wan VAE with a merge block and two low-rank decoders."""
+    """Frozen Wan VAE with a merge block and two low-rank decoders."""
 
     def __init__(self, vae: Any, merge: MergeBlock, rgb: DecoderLora, alpha: DecoderLora) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False)
         self.merge, self.rgb, self.alpha = merge, rgb, alpha
         self.checkpointing = False
-        """Whether decoding recomputes each latent frame in the backward pass."""
+        """Use gradient checkpointing in decoding, one latent frame at a time."""
 
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Hard-rendered colour and alpha as videos (b, 3, t, h, w) in [-1, 1] -> latent, not normalised."""
+        """Encode hard-rendered color and alpha, (b, 3, t, h, w) in [-1, 1], as a latent, not normalized."""
         return self.merge(trunk(self.vae, rgb), trunk(self.vae, alpha))
 
     def enable_gradient_checkpointing(self, *_: Any) -> None:
-        """Recompute the decoders, a latent frame at a time, in the backward pass."""
+        """Enable gradient checkpointing of the decoders, one latent frame at a time."""
         self.checkpointing = True
 
     def decode(self, z: Tensor, *, checkpointing: bool | None = None) -> tuple[Tensor, Tensor]:
-        """A latent -> straight colour and alpha (b, 3, t, h, w), about [-1, 1], not clamped."""
+        """Decode a latent to straight color and alpha, each (b, 3, t, h, w), about [-1, 1], not clamped."""
         again = self.checkpointing if checkpointing is None else checkpointing
         x = self.vae.post_quant_conv(z)
         decoder = self.vae.decoder
@@ -125,13 +126,13 @@ class RgbaVae(nn.Module):
 
 @torch.no_grad()
 def trunk(vae: Any, video: Tensor) -> Tensor:
-    """Features of a Wan encoder after its middle block, before its head: (b, width, t', h', w').
+    """Return the features of a Wan encoder between its middle block and its head, (b, width, t', h', w').
 
     Raises:
-        ValueError: when the VAE is tiled, which would give features of tiles.
+        ValueError: if tiling is enabled, which would return the features of tiles.
     """
     if vae.use_tiling:
-        raise ValueError("the encoder's features cannot be taken from a tiled VAE; call disable_tiling()")
+        raise ValueError("encoder features are not available from a tiled VAE; call disable_tiling()")
     chunks: list[Tensor] = []
     hook = vae.encoder.mid_block.register_forward_hook(lambda module, args, output: chunks.append(output))
     try:
@@ -144,14 +145,14 @@ def trunk(vae: Any, video: Tensor) -> Tensor:
 def decode(
     decoder: nn.Module, x: Tensor, weights: Mapping[str, Tensor], *, checkpointing: bool = False
 ) -> Tensor:
-    """Decodes latent frames one after the other, with gradients and without a clamp.
+    """Decode latent frames one by one, with gradients and without clamping.
 
     Args:
-        decoder: of a Wan VAE.
+        decoder: decoder of a Wan VAE.
         x: (b, c, t, h, w), after `post_quant_conv`.
-        weights: by parameter name, in place of the decoder's own.
-        checkpointing: recompute each chunk in the backward pass. The convolutions' caches then go in and come
-            out as values, so that recomputing sees what the forward pass saw.
+        weights: weights by parameter name that replace the decoder's own.
+        checkpointing: use gradient checkpointing per chunk. The caches of the convolutions are inputs and
+            outputs of each chunk, so that the recomputation uses the same caches as the forward pass.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -188,7 +189,7 @@ _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
 
 def merge_name(released: str) -> str | None:
-    """A merge block's parameter by its published name (after `middle.`), or None."""
+    """Map the published name of a merge block's parameter (after `middle.`) to its own name, or None."""
     for pattern, name in _MERGE.items():
         found = re.fullmatch(pattern, released)
         if found:
@@ -198,10 +199,10 @@ def merge_name(released: str) -> str | None:
 
 
 def vae_name(original: str, residuals: int = 2) -> str | None:
-    """A Wan VAE's module or parameter by its original name, as diffusers spells it, or None.
+    """Map the original name of a Wan VAE's module or parameter to its diffusers name, or None.
 
     Args:
-        original: such as `decoder.upsamples.3.resample.1.weight`.
+        original: original name, such as `decoder.upsamples.3.resample.1.weight`.
         residuals: residual blocks per stage, `num_res_blocks` of the configuration.
     """
     top = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
@@ -229,7 +230,7 @@ def vae_name(original: str, residuals: int = 2) -> str | None:
 
 
 def _inside(rest: str) -> str:
-    """Names within a residual block, an attention block or a resampler."""
+    """Map a name within a residual block, an attention block or a resampler."""
     found = re.match(r"residual\.([0236])(?=\.|$)", rest)
     if found:
         return _RESIDUAL[found[1]] + rest[found.end() :]

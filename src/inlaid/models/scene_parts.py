@@ -1,7 +1,7 @@
-"""The parts of a MIDI or TripoSG checkpoint, loaded from their folders alone.
+"""Components of a MIDI or TripoSG checkpoint, loaded from their folders.
 
-Their `model_index.json` names the modules of another package, and some `config.json` are missing or wrong: so
-shapes in the files decide what a network is.
+Their `model_index.json` names modules of another package, and some `config.json` are missing or wrong, so the
+tensor shapes determine the configuration of a network.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from inlaid.models.triposg import TripoSGTransformer, TripoSGVAE, infer_config
 
 
 def weights(folder: Path) -> list[Path]:
-    """The files of a component: whole, in shards, or as the `.fp16` variant where there is no other.
+    """Return the weight files of a component: one, shards, or the `.fp16` variant if there is no other.
 
     Raises:
-        ValueError: when there are none.
+        ValueError: the folder has no weights.
     """
     found = sorted(folder.glob("*.safetensors"))
     plain = [f for f in found if ".fp16." not in f.name]
     if not found:
-        raise ValueError(f"{folder} holds no .safetensors file")
+        raise ValueError(f"{folder} has no .safetensors file: download the checkpoint again")
     return plain or found
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a component's tensors, from the headers of its files."""
+    """Return names and shapes of the tensors of a component, from its file headers."""
     out: dict[str, tuple[int, ...]] = {}
     for path in weights(folder):
         with safe_open(path, "pt") as file:
@@ -45,14 +45,14 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def transformer_config(
     said: Mapping[str, Any], there: Mapping[str, Sequence[int]] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a transformer is, and sentences about where its `config.json` says something else.
+    """Return the configuration of a transformer, and warnings about wrong values in its `config.json`.
 
     Args:
-        said: its configuration, as far as there is one.
-        there: shapes of its tensors, where they are at hand.
+        said: values of its `config.json`; empty if it is missing.
+        there: tensor shapes, or None if unknown.
 
     Raises:
-        ValueError: when it is no such transformer.
+        ValueError: the tensors are not those of such a transformer.
     """
     known = {k: p.default for k, p in signature(TripoSGTransformer).parameters.items()}
     out = {k: said.get(k, v) for k, v in known.items()}
@@ -60,15 +60,15 @@ def transformer_config(
         return out, []
     found = infer_config(there)
     lies = [f"{k} {said[k]} (it is {v})" for k, v in found.items() if k in said and said[k] != v]
-    notes = [f"the transformer's config.json says {', '.join(lies)}: its tensors decide"] if lies else []
+    notes = [f"the transformer's config.json has {', '.join(lies)}: using the tensor shapes"] if lies else []
     return out | found, notes
 
 
 def vae_config(said: Mapping[str, Any], there: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What a shape VAE is; only its number of heads is not seen in its tensors.
+    """Return the configuration of a shape VAE from its tensor shapes; only the head count is from `said`.
 
     Raises:
-        ValueError: when it is no such VAE.
+        ValueError: the tensors are not those of such a VAE.
     """
     known = {k: p.default for k, p in signature(TripoSGVAE).parameters.items()}
     out = {k: said.get(k, v) for k, v in known.items()}
@@ -89,14 +89,14 @@ def vae_config(said: Mapping[str, Any], there: Mapping[str, Sequence[int]]) -> d
             "embed_frequency": frequencies,
         }
     except (KeyError, ValueError) as error:
-        raise ValueError(f"not a TripoSG shape VAE: {error} is not there") from None
+        raise ValueError(f"not a TripoSG shape VAE: {error} is missing") from None
 
 
 def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Any:
-    """A network with the weights of a folder; without one on the meta device.
+    """Build a network with the weights of a folder; on the meta device without a folder.
 
     Raises:
-        ValueError: when its tensors are not all there, or there are others.
+        ValueError: tensors are missing or unknown.
     """
     with torch.device("meta"):
         network = kind(**config)
@@ -104,18 +104,18 @@ def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None,
         return network
     state = {k: v.to(dtype) for path in weights(folder) for k, v in load_file(path).items()}
     missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
-    for what, names in (("lacks", missing), ("holds unknown", unexpected)):
+    for what, names in (("lacks", missing), ("has unknown", unexpected)):
         if names:
             raise ValueError(f"{folder} {what} {len(names)} tensors, such as {names[0]}")
     return network.eval()
 
 
 def load_vae(folder: Path) -> TripoSGVAE:
-    """The shape VAE, in float32: coordinates times 128 do not fit bfloat16."""
+    """Load the shape VAE in float32: coordinates times 128 exceed bfloat16 precision."""
     config = vae_config(read_json(folder / "config.json"), shapes(folder))
     return build(TripoSGVAE, config, folder, torch.float32).requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file; empty where there is none."""
+    """Read a configuration file; empty if it does not exist."""
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}

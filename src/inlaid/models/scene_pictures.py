@@ -1,7 +1,7 @@
-"""What MIDI and TripoSG see of a picture: a CLIP token (MIDI alone) and DINO tokens of each object.
+"""Image conditioning of MIDI and TripoSG: a CLIP token (MIDI only) and DINO tokens of each object.
 
-Encoders are transformers' own. Usually they are frozen, and what they say is cached; or pictures are, and
-the encoders are taught along, inside the network.
+The encoders are those of transformers. Frozen encoders (the default) have their outputs cached. For trained
+encoders the preprocessed images are cached, and the encoders run inside the network.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ DINO_LARGE = {
     "image_size": 518,
     "patch_size": 14,
 }
-"""DINOv2-large, the other one."""
+"""DINOv2-large, the published `image_encoder_2`."""
 
 RANDOM = {
     "clip": ("attention_dropout",),
     "dino": ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
 }
-"""Rates of dropout in their configurations: all zero in those that are published, and held there."""
+"""Dropout rates of the encoder configurations: zero in the published ones, and always set to zero."""
 
 PROJECTIONS = r"(q_proj|k_proj|v_proj|out_proj|o_proj|query|key|value|attention\.output\.dense)"
-"""Ends of the names of the attention's layers, in all spellings of transformers."""
+"""Regular expression for the names of attention projections, in all versions of transformers."""
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """What a `preprocessor_config.json` does to a square picture."""
+    """Preprocessing of a square image, as in `preprocessor_config.json`."""
 
     edge: int
     crop: int
@@ -59,7 +59,7 @@ class Extractor:
 
     @classmethod
     def of(cls, said: Mapping[str, Any], default: Extractor) -> Extractor:
-        """From a file's values; what it does not say is the published one's."""
+        """Create from the values of a file, with those of `default` for missing ones."""
 
         def number(value: Any, fallback: int) -> int:
             if isinstance(value, Mapping):
@@ -72,15 +72,15 @@ class Extractor:
         return cls(edge, crop, mean, std)
 
     def picture(self, picture: np.ndarray) -> Tensor:
-        """uint8 (n, n, 3) -> uint8 (3, crop, crop): bicubic, cut out of the middle."""
+        """Resize (bicubic) and center-crop an image: uint8 (n, n, 3) to uint8 (3, crop, crop)."""
         return self._small(Image.fromarray(picture), Image.Resampling.BICUBIC).permute(2, 0, 1)
 
     def mask(self, mask: np.ndarray) -> Tensor:
-        """Booleans (n, n) -> uint8 (1, crop, crop) of 0 and 255."""
+        """Resize (nearest) and center-crop a mask: bool (n, n) to uint8 (1, crop, crop) of 0 and 255."""
         return self._small(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.NEAREST)[None]
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, channels, h, w) -> float32: an object's colours, the scene's, and a mask as 0 and 1."""
+        """Normalize uint8 (n, channels, h, w) to float32: RGB of object and scene; the mask to 0 and 1."""
         mean, std = ([*x, *x, y][: pixels.shape[1]] for x, y in ((self.mean, 0.0), (self.std, 1.0)))
         shift, scale = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))
         return (pixels.float() / 255 - shift) / scale
@@ -92,54 +92,54 @@ class Extractor:
 
 
 CLIP = Extractor(224, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""The published extractor of `image_encoder_1`."""
+"""Published preprocessing of `image_encoder_1`."""
 DINO = Extractor(512, 512, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Of `image_encoder_2`."""
+"""Published preprocessing of `image_encoder_2`."""
 DINO_ALONE = Extractor(256, 224, DINO.mean, DINO.std)
-"""Of TripoSG's only encoder."""
+"""Published preprocessing of TripoSG's single encoder."""
 
 
 @dataclass(frozen=True)
 class Eye:
-    """One encoder of pictures of a checkpoint."""
+    """One image encoder of a checkpoint."""
 
     kind: Literal["clip", "dino"]
     name: str
-    """Of its folder, and inside a transformer that it is taught with, see `put`."""
+    """Name of its folder, and of the module in a transformer that trains it (see `put`)."""
     extractor: Extractor
     channels: int
-    """Three; or seven, an object, the whole picture and the mask of the object."""
+    """3, RGB of the object; or 7, RGB of the object, RGB of the whole image, and the object mask."""
     config: Mapping[str, Any]
-    """What its `config.json` says, over what the published one does."""
+    """Values of its `config.json`, with the published ones for missing values."""
 
     @property
     def patches(self) -> int:
-        """DINO's tokens besides the first."""
+        """Number of patch tokens of DINO, without the class token."""
         return (self.extractor.crop // self.config["patch_size"]) ** 2
 
 
 @dataclass(frozen=True)
 class Sight:
-    """The encoders of a checkpoint by kind, in the order in which the network takes what they say."""
+    """Image encoders of a checkpoint by kind, in the order of the network's contexts."""
 
     eyes: Mapping[str, Eye]
     taught: Mapping[str, Eye]
-    """Those that are trained: of them pictures are cached, not what they say."""
+    """Trained encoders: their input images are cached instead of their outputs."""
 
     @classmethod
     def of(cls, read: Callable[[str], Mapping[str, Any] | None], alone: bool, chosen: str) -> Sight:
-        """From the configurations of a checkpoint.
+        """Create from the configurations of a checkpoint.
 
         Args:
-            read: gives the configuration of a component.
-            alone: whether there is DINO alone, as in TripoSG.
-            chosen: which are taught: `frozen`, `dino`, `clip` or `both`.
+            read: returns the configuration of a component.
+            alone: True if DINO is the only encoder, as in TripoSG.
+            chosen: trained encoders: `frozen` (none), `dino`, `clip` or `both`.
 
         Raises:
-            ValueError: when one is chosen that is not there.
+            ValueError: a chosen encoder is not in the checkpoint.
         """
         if alone and chosen in ("clip", "both"):
-            raise ValueError("model.options.image_encoders: this checkpoint has DINO alone; write dino")
+            raise ValueError("model.options.image_encoders: this checkpoint has DINO only: set it to dino")
 
         def eye(kind: Literal["clip", "dino"], end: str, usual: Extractor, channels: int) -> Eye:
             extractor = Extractor.of(read(f"feature_extractor_{end}") or {}, usual)
@@ -155,19 +155,22 @@ class Sight:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Components that decide what is cached of a picture."""
+        """Components that determine the cached tensors of an image."""
         pairs = [(e, e.name.replace("image_encoder", "feature_extractor")) for e in self.eyes.values()]
         found = [[extractor] if e.kind in self.taught else [e.name, extractor] for e, extractor in pairs]
         return tuple(name for names in reversed(found) for name in names)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Projections of attention of those that are taught, as a regular expression over their names."""
+        """Regular expression for the names of the trained encoders' attention projections."""
         names = "|".join(e.name for e in self.taught.values())
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Of n objects `clip` (n, 1, d) and `dino` (n, m, d), or pictures (n, channels, s, s) and `shown`."""
+        """Return the shapes for n objects: `clip` (n, 1, d) and `dino` (n, m, d).
+
+        For trained encoders: images (n, channels, s, s) instead, and `shown` ().
+        """
         out: dict[str, tuple[int, ...]] = {}
         for (kind, eye), width in zip(self.eyes.items(), widths, strict=True):
             out[kind] = (n, 1 if kind == "clip" else eye.patches + 1, width)
@@ -176,12 +179,12 @@ class Sight:
         return {**out, **({"shown": ()} if self.taught else {})}
 
     def drawn(self, item: Mapping[str, Tensor], kept: Tensor, shown: bool) -> dict[str, Tensor]:
-        """What some objects of a cached scene are shown: zeros for all, or what is there."""
+        """Return the conditions of some objects of a cached scene, or zeros if `shown` is False."""
         out = {k: item[k][kept] if k in self.taught else item[k][kept] * shown for k in self.eyes}
         return {**out, **({"shown": torch.tensor(float(shown))} if self.taught else {})}
 
     def rows(self, cond: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Conditions of scenes (b, n, ...) -> contexts (b n, ...) of the network, and what else it takes."""
+        """Convert conditions of scenes (b, n, ...) to contexts (b n, ...) and further network arguments."""
         rows = {k: cond[k].flatten(0, 1) for k in self.eyes}
         contexts = [v if k in self.taught else v.to(dtype) for k, v in rows.items()]
         n = len(contexts[0]) // len(cond[next(iter(rows))])
@@ -189,7 +192,7 @@ class Sight:
 
 
 def square(pixels: np.ndarray, fill: int) -> np.ndarray:
-    """Pads (h, w, ...) to a square, the picture in the middle: its camera looks along the middle."""
+    """Pad (h, w, ...) to a centered square: the optical axis of the camera is at the center."""
     height, width = pixels.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -198,7 +201,7 @@ def square(pixels: np.ndarray, fill: int) -> np.ndarray:
 
 
 def encode(eye: Eye, network: nn.Module, pixels: Tensor) -> Tensor:
-    """Runs an encoder on pictures, uint8 (n, channels, h, w): CLIP's token (n, 1, d), DINO's (n, m, d)."""
+    """Encode images uint8 (n, channels, h, w): the CLIP token (n, 1, d), or the DINO tokens (n, m, d)."""
     weight = next(network.parameters())
     given = eye.extractor.normalised(pixels.to(weight.device)).to(weight.dtype)
     out: Any = network(pixel_values=given)
@@ -206,15 +209,15 @@ def encode(eye: Eye, network: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def look(eyes: Mapping[str, Eye], picture: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
-    """What each encoder is shown of each object of a picture.
+    """Return the encoder inputs for each object of an image.
 
     Args:
-        eyes: by kind.
+        eyes: encoders by kind.
         picture: uint8 (h, w, 3).
         masks: bool (h, w) of each object.
 
     Returns:
-        uint8 (n, channels, s, s) by kind: the object on white, and for seven channels the whole picture and
+        uint8 (n, channels, s, s) by kind: the object on white, and for 7 channels also the whole image and
         the mask.
     """
     scene = square(picture, 255)
@@ -233,22 +236,22 @@ def look(eyes: Mapping[str, Eye], picture: np.ndarray, masks: Iterable[np.ndarra
 
 @dataclass(frozen=True)
 class PictureEncoders:
-    """Encoders of pictures by kind, as far as they are needed."""
+    """Loaded image encoders by kind."""
 
     eyes: Mapping[str, Eye]
     networks: Mapping[str, nn.Module]
 
     @torch.no_grad()
     def __call__(self, picture: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
-        """Encodes the objects of a picture.
+        """Encode the objects of an image.
 
         Args:
             picture: uint8 (h, w, 3).
             masks: bool (h, w) of each object.
 
         Returns:
-            `clip` (n, 1, d) where there is such an encoder, and `dino` (n, m, d), float32. Of an encoder
-            whose network is not at hand, what it would be shown, see `look`.
+            `clip` (n, 1, d), if the checkpoint has this encoder, and `dino` (n, m, d), float32. For an
+            encoder whose network is not loaded, its input (see `look`).
         """
         seen = look(self.eyes, picture, masks)
         for kind, network in self.networks.items():
@@ -258,11 +261,11 @@ class PictureEncoders:
 
 
 def put(network: TripoSGTransformer, eyes: Mapping[int, tuple[Eye, nn.Module]]) -> None:
-    """Puts encoders into a transformer, by the place of their context, so that they are taught along with it.
+    """Add encoders to a transformer, by the index of their context, so that they train together.
 
-    They become children of their names in the checkpoint. Contexts in these places may then be pictures,
-    uint8 (rows, channels, h, w), and the transformer takes `shown` (rows,): 0 for a row that is shown nothing
-    of its pictures, as guidance needs it, else 1.
+    They become submodules with their names in the checkpoint. The contexts at these indices may then be
+    images, uint8 (rows, channels, h, w), and the transformer accepts `shown` (rows,): 0 for a row without
+    image conditioning (for classifier-free guidance), else 1.
     """
 
     def see(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -276,7 +279,7 @@ def put(network: TripoSGTransformer, eyes: Mapping[int, tuple[Eye, nn.Module]]) 
 
     for eye, encoder in eyes.values():
         network.add_module(eye.name, encoder)
-    # Patches are made in the type that an encoder's weights are stored in: no casting of these.
+    # Patch embeddings are computed in the storage dtype of the encoder weights: do not cast these layerwise.
     names = [eye.name for eye, _ in eyes.values()]
     network._skip_layerwise_casting_patterns = [*network._skip_layerwise_casting_patterns, *names]
     network.register_forward_pre_hook(see, with_kwargs=True)
@@ -286,13 +289,13 @@ def put(network: TripoSGTransformer, eyes: Mapping[int, tuple[Eye, nn.Module]]) 
 
 
 def build(eye: Eye, folder: Path | None, dtype: torch.dtype) -> nn.Module:
-    """A frozen encoder with the weights of a folder; without one on the meta device.
+    """Build a frozen encoder with the weights of a folder; on the meta device without a folder.
 
-    MIDI shows DINO the object, the scene and the mask. Of a network that takes RGB alone, the kernels of the
-    first layer are copied: to the scene's channels, and the red one to the mask.
+    The DINO encoder of MIDI has 7 input channels: object, scene and mask. For a network with RGB input, the
+    kernels of the first layer are copied to the scene channels, and the red one to the mask.
 
     Raises:
-        ValueError: when it takes another number of channels.
+        ValueError: the encoder has another number of input channels.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
@@ -316,8 +319,8 @@ def build(eye: Eye, folder: Path | None, dtype: torch.dtype) -> nn.Module:
             new.weight.copy_(torch.cat([old.weight, old.weight, old.weight[:, :1]], 1))
             new.bias.copy_(old.bias)  # type: ignore[union-attr]
         embeddings.projection, embeddings.num_channels, network.config.num_channels = new, 7, 7
-        why = "takes 3 channels; they were copied to 7, which is untrained: use the encoder of MIDI"
+        why = "has 3 input channels, copied to 7, which is untrained: use the encoder of MIDI"
         once(f"warning: {eye.name} {why}")
     elif there != eye.channels:
-        raise ValueError(f"{folder} takes {there} channels, not {eye.channels}")
+        raise ValueError(f"{folder} has {there} input channels, expected {eye.channels}")
     return network.eval().requires_grad_(False)

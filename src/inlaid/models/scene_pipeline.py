@@ -1,4 +1,4 @@
-"""A pipeline from encoded pictures to shape latents, in the manner of diffusers, which has none for MIDI."""
+"""Pipeline from encoded images to shape latents, in diffusers style; diffusers has none for MIDI."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from inlaid.models.triposg import TripoSGTransformer, TripoSGVAE
 
 
 class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
-    """Rectified flow over the instances of a scene; adapters load into `transformer` as in any pipeline.
+    """Rectified-flow sampler for the instances of a scene; adapters load into `transformer` as usual.
 
-    The network predicts data - noise, so a step adds. Pictures are encoded by encoders that are loaded when
-    they are first needed.
+    The network predicts data - noise, so a step adds the prediction. The image encoders are loaded on first
+    use.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -29,12 +29,12 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(shift=shift)
         self.load_encoders: Callable[[], PictureEncoders] | None = None
-        """Set by whoever made the pipeline."""
+        """Loader of the image encoders, set by the code that creates the pipeline."""
         self._encoders: PictureEncoders | None = None
 
     @property
     def encoders(self) -> PictureEncoders:
-        """The encoders of pictures."""
+        """Image encoders, loaded on first use."""
         if self._encoders is None:
             assert self.load_encoders is not None
             self._encoders = self.load_encoders()
@@ -49,13 +49,14 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         guidance: float = 7.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws the latents (n, tokens, channels) of the n objects of a scene, float32.
+        """Generate the latents (n, tokens, channels) of the n objects of a scene, float32.
 
         Args:
-            contexts: one or two, each (n, m, its width), in the order in which the network takes them.
-            steps: of Euler's method.
-            guidance: of classifier-free guidance, whose other branch is given zeros; 1 and less is without.
-            generator: of the noise.
+            contexts: one or two, each (n, m, context width), in the order of the network's arguments.
+            steps: Euler steps.
+            guidance: classifier-free guidance scale; the unconditional contexts are zeros. No guidance if at
+                most 1.
+            generator: random generator of the noise.
         """
         network: Any = self.transformer
         device, dtype = network.device, network.dtype

@@ -1,4 +1,4 @@
-"""Wan's 512 text tokens at the price of those that say something."""
+"""Cross-attention of Wan to its 512 text tokens at the cost of the non-padding tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class ShortText(WanAttnProcessor):
-    """Cross-attention in which each zero token of the text counts as many.
+    """Cross-attention in which each zero token of the text stands for several.
 
-    Wan pads its text to 512 tokens with zeros and attends to all of them. They are equal, so `m` of them
-    weigh as much as `n` once `log(n / m)` is added to their logit: the same output, up to rounding, from a
-    few tokens.
+    Wan pads text to 512 tokens with zeros and attends to all of them. The zero tokens are equal, so `m` of
+    them have the weight of `n` if `log(n / m)` is added to their logits: the same output up to rounding, from
+    fewer tokens.
     """
 
     bias: Tensor | None = None
-    """`(b, 1, 1, tokens)`, of the text that the network was given last; None where all of it was."""
+    """Logit bias (b, 1, 1, tokens) of the text in the current forward pass; None for text of full length."""
 
     def __call__(
         self,
@@ -28,14 +28,14 @@ class ShortText(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """As `WanAttnProcessor`, with `bias` for a mask."""
+        """Call `WanAttnProcessor` with `bias` as attention mask."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 
 def allow(transformer: Any, length: int = 512) -> None:
-    """Lets a Wan transformer take text with fewer zeros at its end than `length` tokens have: at least one.
+    """Let a Wan transformer accept text padded to fewer than `length` tokens.
 
-    Text of the full length is attended to as ever.
+    Such text must have at least one zero token. Text of the full length is processed as in the stock network.
     """
     processor = ShortText()
 

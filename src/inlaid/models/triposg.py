@@ -1,11 +1,11 @@
-"""TripoSG and MIDI: a diffusion transformer over shape tokens, and the shape VAE they come from.
+"""TripoSG and MIDI: diffusion transformer over shape tokens, and the shape VAE.
 
 Li et al. 2025 (https://arxiv.org/abs/2502.06608) and Huang et al. 2025 (https://arxiv.org/abs/2412.03558).
-Written from a description; the state dicts are those of the published files.
+Written from a description; the state dicts match the published files.
 
-What surprises: queries, keys and values of a head are spread over `to_q`, `to_k` and `to_v`; time is a token
-in front of the latents; a skip connection replaces the stream; the network predicts data - noise; and the
-VAE's field is negative inside.
+Unusual: queries, keys and values of a head are spread over `to_q`, `to_k` and `to_v`; time is a token in
+front of the latents; a skip connection replaces the hidden states; the network predicts data - noise; the
+field of the VAE is negative inside.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 MIDDLE = (8, 9, 10, 11, 12)
-"""Blocks whose self-attention is over all instances of a scene, in every published script."""
+"""Blocks with self-attention over all instances of a scene, in every published script."""
 
 TOKENS = 2048
-"""Latent tokens of an instance."""
+"""Latent tokens per instance."""
 
 
 class Attention(nn.Module):
-    """Attention whose heads run across the stacked projections.
+    """Attention whose heads span the concatenated projections.
 
-    Of the stacked output of `to_q`, `to_k` and `to_v`, head h owns the h-th slice, and within it come its
-    query, key and value. In cross-attention this holds for the stack of `to_k` and `to_v`. So an adapter on
-    `to_q` alone changes some heads, not the queries.
+    The h-th slice of the concatenated outputs of `to_q`, `to_k` and `to_v` belongs to head h and holds its
+    query, key and value. In cross-attention this applies to `to_k` and `to_v`. So an adapter on `to_q` alone
+    changes some heads, not the queries.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, groups: Sequence[int] | None = None
     ) -> Tensor:
-        """Attends within each row, to a context, or over the rows of each group.
+        """Compute attention within each row, to a context, or over the rows of each group.
 
         Args:
             x: (rows, n, width).
-            context: (rows, m, its width); None is self-attention.
+            context: (rows, m, context width); None for self-attention.
             groups: sizes of groups of consecutive rows that attend to each other as one sequence.
         """
         rows, n, _ = x.shape
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if k.shape[2] == 1:
-            # a softmax over one is 1: gradients are 0 here, where attention leaves some of rounding
+            # A softmax over one key is 1. This gives zero gradients of q and k, without rounding errors.
             out = v + 0 * (q + k)
         elif groups:
             out = _grouped(q, k, v, groups)
@@ -96,8 +96,8 @@ class Attention(nn.Module):
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
-    """Attention over groups of rows, each merged into one sequence: nothing is repeated."""
-    assert sum(groups) == len(q), f"groups {list(groups)} do not make {len(q)} rows"
+    """Compute attention over groups of rows, each merged into one sequence, without repeated tokens."""
+    assert sum(groups) == len(q), f"groups {list(groups)} do not make {len(q)} rows in total"
 
     def attend(start: int, scenes: int, size: int) -> Tensor:
         _, heads, n, d = q.shape
@@ -119,7 +119,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
 
 
 class Block(nn.Module):
-    """Self-attention, up to two parallel cross-attentions, feed-forward; a skip comes in first."""
+    """Transformer block: optional skip, self-attention, up to two parallel cross-attentions, feed-forward."""
 
     def __init__(
         self, width: int, heads: int, contexts: Sequence[int], *, skip: bool = False, qk_norm: bool = True
@@ -148,7 +148,7 @@ class Block(nn.Module):
         skip: Tensor | None = None,
         scales: Sequence[float] = (1.0, 1.0),
     ) -> Tensor:
-        """See `TripoSGTransformer`."""
+        """Run the block; arguments as in `TripoSGTransformer.forward`."""
         if skip is not None:
             x = self.skip_norm(self.skip_linear(torch.cat([skip, x], -1)))
         x = x + self.attn1(self.norm1(x), groups=groups)
@@ -176,16 +176,16 @@ class _Time(nn.Module):
 
 
 class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The denoiser of TripoSG (one context) and MIDI (two): latents (rows, tokens, channels), one row each.
+    """Denoiser of TripoSG (one context) and MIDI (two): latents (rows, tokens, channels), a row per instance.
 
-    Rows of one scene attend to each other in the blocks of `multi_instance`. `num_tokens` is how many latent
-    tokens it was taught with; it takes any number.
+    Rows of one scene attend to each other in the blocks of `multi_instance`. `num_tokens` is the number of
+    latent tokens in training; the network accepts any number.
     """
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("Block",)
     _no_split_modules = ("Block",)
-    # Waves of time are made in the type that weights are stored in, which must not be a small one.
+    # The time embedding is computed in the storage dtype of these weights: do not cast them to fp8.
     _skip_layerwise_casting_patterns: list[str] = ["time_proj", "norm"]  # noqa: RUF012
 
     @register_to_config
@@ -213,7 +213,7 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> None:
-        """Loads an adapter through peft, and takes up the multi-instance blocks in its header."""
+        """Load an adapter through peft, and set `multi_instance` to the blocks in its metadata."""
         path = pretrained_model_name_or_path_or_dict
         if not isinstance(path, Mapping) and Path(path).exists():
             options.setdefault("use_safetensors", True)
@@ -231,14 +231,14 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         groups: Sequence[int] | None = None,
         scales: Sequence[float] = (1.0, 1.0),
     ) -> Tensor:
-        """Predicts data - noise.
+        """Predict data - noise.
 
         Args:
-            hidden_states: (rows, n, channels), noisy.
+            hidden_states: noisy latents (rows, n, channels).
             timestep: (rows,), 0 to 1000, not rounded.
             encoder_hidden_states: (rows, m, cross_attention_dim).
-            encoder_hidden_states_2: (rows, m2, cross_attention_2_dim), where the network has a second.
-            groups: rows of each scene, in order, adding up to `rows`. None: every row is alone.
+            encoder_hidden_states_2: (rows, m2, cross_attention_2_dim), for a network with a second context.
+            groups: number of rows of each scene, in order, with sum `rows`. None: no attention across rows.
             scales: factors of the two cross-attentions.
         """
         contexts = [encoder_hidden_states]
@@ -264,7 +264,7 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def partial_heads(targets: Sequence[str]) -> list[str]:
-    """A sentence about adapter targets that take only some projections of an attention."""
+    """Return a warning about adapter targets that match only some projections of an attention layer."""
     layers = {
         attention: [f"blocks.0.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
         for attention in ("attn1", "attn2", "attn2_2")
@@ -273,13 +273,13 @@ def partial_heads(targets: Sequence[str]) -> list[str]:
     partial = [a for a, n in hits.items() if 0 < n < 4]
     if not partial:
         return []
-    why = "heads run across to_q, to_k and to_v, so that changes some heads, not queries or values"
-    cure = "take these three and to_out.0"
-    return [f"tuner.targets: only some projections of {', '.join(partial)}: {why}; {cure}"]
+    why = "a head spans to_q, to_k and to_v, so this changes some heads, not queries or values"
+    cure = "target all three and to_out.0"
+    return [f"tuner.targets: match only some projections of {', '.join(partial)}: {why}; {cure}"]
 
 
 def stored_blocks(path: Path) -> list[int] | None:
-    """The blocks of multi-instance attention that an adapter was taught with; None where it does not say."""
+    """Return the multi-instance blocks an adapter was trained with; None if its metadata lack them."""
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with safe_open(file, "pt") as opened:
             said = (opened.metadata() or {}).get("inlaid_multi_instance_blocks")
@@ -289,10 +289,10 @@ def stored_blocks(path: Path) -> list[int] | None:
 
 
 def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """A transformer's configuration from the shapes in its file, where its `config.json` is missing or wrong.
+    """Infer the configuration of a transformer from its tensor shapes, for a missing or wrong `config.json`.
 
     Raises:
-        ValueError: when it is no such transformer.
+        ValueError: the tensors are not those of such a transformer.
     """
     try:
         width, channels = shapes["proj_in.weight"]
@@ -308,14 +308,14 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
             "cross_attention_2_dim": second[1] if second else None,
         }
     except (KeyError, ValueError) as error:
-        raise ValueError(f"not a TripoSG or MIDI transformer: {error} is not there") from None
+        raise ValueError(f"not a TripoSG or MIDI transformer: {error} is missing") from None
 
 
 # --- the shape VAE ------------------------------------------------------------------------------------------
 
 
 class _Frequencies(nn.Module):
-    """Point -> point, sines and cosines of it times 2^k: (..., 3) -> (..., 3 + 6 n), in float32."""
+    """Frequency embedding: points, sines and cosines of 2^k points; (..., 3) to (..., 3 + 6 n), float32."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class _Frequencies(nn.Module):
 
 
 class _CrossBlock(nn.Module):
-    """Cross-attention on a normalised context, feed-forward; no self-attention."""
+    """Cross-attention to a normalized context and feed-forward, without self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -369,9 +369,9 @@ class _Decoder(nn.Module):
 
 
 class TripoSGVAE(ModelMixin, ConfigMixin):
-    """Surface points with normals -> a set of latent tokens -> a field that is negative inside.
+    """Shape VAE: surface points with normals to latent tokens, and these to a field that is negative inside.
 
-    Latents carry neither scale nor shift. Keep it in float32: coordinates times 128 do not fit bfloat16.
+    Latents are neither scaled nor shifted. Use float32: coordinates times 128 exceed bfloat16 precision.
     """
 
     @register_to_config
@@ -390,7 +390,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if embedding_type != "frequency" or embed_include_pi:
-            raise ValueError("only the published embedding is known: frequencies 2^k without pi")
+            raise ValueError("only the published embedding is supported: type `frequency`, without pi")
         self.embedder = _Frequencies(embed_frequency)
         features = 3 + 6 * embed_frequency
         self.encoder = _Encoder(
@@ -401,11 +401,11 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         self.decoder = _Decoder(features, width_decoder, num_layers_decoder, num_attention_heads)
 
     def encode(self, surface: Tensor, queries: Tensor) -> Tensor:
-        """Moments (b, m, 2 channels): means, then log-variances.
+        """Return the posterior's moments (b, m, 2 channels): means, then log-variances.
 
         Args:
             surface: (b, p, 6), positions and outward unit normals.
-            queries: (b, m, 6), some of them; see `choose`.
+            queries: (b, m, 6), a subset of `surface` (see `choose`).
         """
         dtype = self.quant.weight.dtype
         h, c = (
@@ -416,14 +416,14 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         return torch.cat([mean, logvar.clamp(-30, 20)], -1)
 
     def tokens(self, latents: Tensor) -> Tensor:
-        """Latents (b, m, channels) -> what every query point is answered from: computed once."""
+        """Return the decoder tokens of latents (b, m, channels), computed once for all query points."""
         x = self.post_quant(latents.to(self.post_quant.weight.dtype))
         for block in list(self.decoder.blocks)[:-1]:
             x = block(x)
         return x
 
     def field(self, tokens: Tensor, points: Tensor, chunk: int = 50_000) -> Tensor:
-        """The field (b, q) at points (b, q, 3): negative inside, its scale arbitrary."""
+        """Return the field (b, q) at points (b, q, 3): negative inside, with arbitrary scale."""
         out = []
         for part in points.split(chunk, 1):
             y = self.decoder.proj_query(self.embedder(part).to(tokens.dtype))
@@ -433,7 +433,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
 
 
 class Field:
-    """The field of one object, for `mesh.extract`: points (n, 3) -> values (n,), negative inside."""
+    """Field of one object, for `mesh.extract`: points (n, 3) to values (n,), negative inside."""
 
     def __init__(self, vae: TripoSGVAE, latents: Tensor) -> None:
         self.vae = vae
@@ -442,24 +442,24 @@ class Field:
 
     @torch.no_grad()
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        """Asks the decoder, in parts."""
+        """Return the field at points (n, 3), evaluated in chunks."""
         given = torch.from_numpy(points.astype(np.float32))[None].to(self.tokens.device)
         return self.vae.field(self.tokens, given)[0].float().cpu().numpy()
 
 
 def sample(moments: Tensor, noise: Tensor) -> Tensor:
-    """A sample of the posterior: mean + exp(logvar / 2) noise."""
+    """Sample the posterior: mean + exp(logvar / 2) noise."""
     mean, logvar = moments.chunk(2, -1)
     return mean + (0.5 * logvar).exp() * noise
 
 
 def choose(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Indices of well-spread points: 4 `count` drawn at random, thinned by farthest-point sampling.
+    """Return indices of evenly spread points: 4 `count` random points, thinned by farthest point sampling.
 
     Args:
         points: (p, 3) or more columns.
-        count: how many.
-        seed: of the draw; the same for every instance of a scene.
+        count: number of indices.
+        seed: random seed; the same for every instance of a scene.
     """
     import fpsample
 

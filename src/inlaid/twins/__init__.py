@@ -1,4 +1,4 @@
-"""Twins: tiny trained checkpoints that ship with the package, in the real classes and file layout."""
+"""Tiny trained models shipped with the package, with the classes and file layout of the real ones."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ _FOLDERS = {"wan": "wan_t2v", "midi": "midi_scenes"}
 
 
 def path(name: str) -> Path:
-    """Folder of a shipped twin, ready for `from_pretrained`.
+    """Return the folder of a shipped tiny model, usable with `from_pretrained`.
 
     Args:
         name: "wan", a Wan 2.1 text-to-video pipeline for 17 frames of 64 x 64; "midi", a MIDI-3D checkpoint
-            for scenes of 1 to 4 things.
+            for scenes of 1 to 4 objects.
 
     Raises:
-        ValueError: No twin has this name.
+        ValueError: there is no tiny model of this name.
     """
     if name not in _FOLDERS:
-        raise ValueError(f"no twin is called {name!r}: there is {', '.join(_FOLDERS)}")
+        raise ValueError(f"there is no tiny model {name!r}: use {', '.join(_FOLDERS)}")
     return Path(__file__).parent / _FOLDERS[name]
 
 
 def codec(name: str) -> Path:
-    """Folder of the RGBA codec of a shipped twin.
+    """Return the folder of the RGBA VAE of a shipped tiny model.
 
     Raises:
-        ValueError: No twin of this name has one.
+        ValueError: there is no RGBA VAE for this name.
     """
     if name != "wan":
-        raise ValueError(f"no codec of a twin is called {name!r}: there is wan")
+        raise ValueError(f"there is no RGBA VAE of a tiny model {name!r}: use wan")
     return Path(__file__).parent / "wan_rgba"

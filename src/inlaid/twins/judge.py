@@ -1,9 +1,9 @@
-"""A fixed judge of clips: does this clip show what its caption says?
+"""Rule-based evaluation of clips: check that a clip matches its caption.
 
-Nothing in it is learned and nothing in it knows which model made a clip. The foreground is what differs from
-the colour of the border; its hues, outlines, centroids, moments and gradients are compared with the world's
-definition. The thresholds are set on true renders alone: it says yes to at least 98 % of them, and no when
-one attribute differs.
+It has no learned parts and no information about the model that generated a clip. The foreground is what
+differs from the border color; its hues, outlines, centroids, moments and gradients are compared with the
+definition of the world. Thresholds are calibrated on ground-truth renders only: at least 98 % of them are
+accepted, and clips with one wrong attribute are rejected.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from . import world
 from .world import SIZE, Scene
 
 CONTRAST, EDGE = 42, 0.42
-"""A foreground pixel differs from the border's median, in some channel (0-255), by the first number
-and by this share of what the foreground's median pixel does: outlines stay put when edges are soft."""
+"""Minimum difference of a foreground pixel from the median border color, in its largest channel: absolute
+(0-255), and relative to the median foreground difference, so that soft edges do not move the outline."""
 LEAST_OVERLAP = 0.7
-"""Soft intersection over union with the best fitting template of the stated shape."""
+"""Minimum soft intersection over union with the best fitting template of the expected shape."""
 SOFTNESS = 2
-"""Times that mattes and templates are blurred before they are compared, each over 3 x 3 pixels: what an
-autoencoder of stride 8 keeps of an outline. A hole that is half filled still tells a ring from a circle."""
+"""Number of 3 x 3 blurs of soft masks and templates before comparison, to match the outline detail that an
+autoencoder of stride 8 preserves. A half-filled hole still distinguishes a ring from a circle."""
 LEAST_COLOUR = 0.75
-"""Share of the shape's inner pixels that have the stated colour."""
+"""Minimum share of the shape's inner pixels that have the expected color."""
 LEAST_TRAVEL, MOST_DRIFT = 9.0, 6.5
-"""Pixels from first to last frame: a moving shape at least, a spinning or growing one at most."""
+"""Pixels between first and last frame: minimum for a moving shape, maximum for a spinning or growing one."""
 LEAST_TURN, LEAST_GROWTH = 60.0, 2.0
-"""Degrees turned by a spinning shape; factor on its area by a growing one."""
+"""Minimum rotation of a spinning shape in degrees; minimum area factor of a growing one."""
 
 HOLES = (0.3, 0.4, 0.5, 0.6, 0.7)
-"""Inner radii, of an outer one of 1, of what counts as a ring: any circle with a hole."""
+"""Inner radii of the ring templates, for an outer radius of 1."""
 
 _SYMMETRY = {"square": 4, "triangle": 3, "cross": 4, "heart": 1, world.SUBJECT: 5}
 
 
 @dataclass(frozen=True)
 class _View:
-    """What is measured once per clip."""
+    """Measurements of a clip that all checks share."""
 
     frames: np.ndarray
     """float32 (t, 64, 64, 3), 0-255."""
     mask: np.ndarray
-    """bool (t, 64, 64), the foreground."""
+    """Foreground, bool (t, 64, 64)."""
     matte: np.ndarray
-    """float (t, 64, 64) in [0, 1], how much of a pixel is foreground, blurred."""
+    """Blurred soft foreground mask, float (t, 64, 64) in [0, 1]."""
     inner: np.ndarray
-    """bool (t, 64, 64), the foreground without its outermost pixels."""
+    """Foreground eroded by one pixel, bool (t, 64, 64)."""
     area: np.ndarray
-    """(t,) pixels."""
+    """Foreground area (t,) in pixels."""
     centre: np.ndarray
-    """(t, 2) as x, y in pixels; NaN where there is no foreground."""
+    """Foreground centroid (t, 2) as x, y in pixels; NaN without foreground."""
 
 
 def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
-    """Grow a mask by `steps` pixels."""
+    """Dilate a mask by `steps` pixels."""
     for _ in range(steps):
         padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
         mask = padded[:, 1:-1, 1:-1] | padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2]
@@ -66,7 +66,7 @@ def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
 
 
 def _blurred(images: np.ndarray) -> np.ndarray:
-    """`(n, h, w)` after `SOFTNESS` passes of the binomial filter 1 2 1 in both directions."""
+    """Return `(n, h, w)` after `SOFTNESS` passes of the binomial filter 1 2 1 along both axes."""
     for _ in range(SOFTNESS):
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), mode="edge")
         rows = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
@@ -95,11 +95,11 @@ def _look(frames: np.ndarray) -> _View:
     return _View(pixels, mask, matte, ~_neighbours(~mask), area, centre)
 
 
-# --- colour -----------------------------------------------------------------------------------------------
+# --- color ------------------------------------------------------------------------------------------------
 
 
 def _hues(pixels: np.ndarray) -> np.ndarray:
-    """Index into `COLOURS` of each pixel `(n, 3)`: white when hardly saturated, otherwise the nearest hue."""
+    """Return the index into `COLOURS` of each pixel `(n, 3)`: white at low saturation, else nearest hue."""
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     spread = np.maximum(high - low, 1e-3)
     r, g, b = pixels.T
@@ -125,9 +125,9 @@ def _has_colour(view: _View, colour: str) -> bool:
 
 
 def _has_halves(view: _View, seam: float = 0.0) -> bool:
-    """Both colours of the subject, each on its own side of a line through the shape.
+    """Return True if both colors of the subject are present, on opposite sides of a line through the shape.
 
-    Pixels within `seam` of that line do not count.
+    Pixels within `seam` of that line are ignored.
     """
     first, second = (list(world.COLOURS).index(name) for name in world.SUBJECT_COLOURS)
     shares, sides = [], []
@@ -156,7 +156,7 @@ def _has_halves(view: _View, seam: float = 0.0) -> bool:
 
 @functools.cache
 def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, float]:
-    """Distance table, area and centroid of a shape of unit radius; a ring with a hole of its own."""
+    """Return distance table, area and centroid of a shape of unit radius; `hole` is a ring's inner radius."""
     table = world.distance_table(name)
     cells = len(table)
     axis = ((np.arange(cells) + 0.5) / cells * 2 - 1) * world.TABLE_EXTENT
@@ -174,14 +174,14 @@ def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, f
 
 
 def _fit(view: _View, t: int, name: str) -> tuple[float, float]:
-    """Of frame `t` with a shape of its area and centroid: the best overlap, and the radius in pixels."""
+    """Return the best overlap of frame `t` with a shape of its area and centroid, and the radius (pixels)."""
     if view.area[t] == 0:
         return 0.0, 0.0
     return max(_overlap(view, t, name, hole) for hole in (HOLES if name == "ring" else (0.0,)))
 
 
 def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]:
-    """Best soft intersection over union over rotations, and the radius."""
+    """Return the best soft intersection over union over all rotations, and the radius."""
     table, unit, cx, cy = _template(name, hole)
     matte = view.matte[t]
     radius = np.sqrt(matte.sum() / unit)
@@ -197,7 +197,7 @@ def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]
 
 
 def shape_scores(frames: np.ndarray) -> dict[str, float]:
-    """Overlap in [0, 1] with each shape of the world and the subject's star, where the object is large."""
+    """Return the overlap in [0, 1] with each shape and the subject, in frames where the object is large."""
     return _shape_scores(_look(frames))
 
 
@@ -214,7 +214,7 @@ def _shape_scores(view: _View) -> dict[str, float]:
 
 
 def _turned(view: _View, shape: str) -> tuple[float, float]:
-    """Degrees turned in the whole clip (clockwise positive) and the share of frames that turn that way."""
+    """Return the total rotation in degrees (clockwise positive), and the share of steps of the same sign."""
     fold = _SYMMETRY[shape]
     axis = np.arange(SIZE) + 0.5
     phases = []
@@ -254,7 +254,7 @@ def _has_size(view: _View, scene: Scene) -> bool:
 
 
 def background_of(frames: np.ndarray) -> str:
-    """One of `BACKGROUNDS`: by the contrast of what is uncovered, then by the direction of its gradients."""
+    """Return one of `BACKGROUNDS`, by the contrast and the gradient directions outside the foreground."""
     return _background(_look(frames))
 
 
@@ -298,27 +298,27 @@ def _verdict(view: _View, scene: Scene) -> dict[str, bool]:
 
 
 def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Compare a clip with what its caption states.
+    """Compare a clip with the scene of its caption.
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        scene: What the caption says; `shape` may be the subject, whose colour is then its two halves.
+        scene: content of the caption; for the subject, "color" checks its two halves.
 
     Returns:
-        One answer for "shape", "colour" and "motion", for "size" and "background" where the scene
-        states them, and "all".
+        Results for "shape", "color" and "motion", for "size" and "background" if the scene sets them, and
+        for "all".
     """
     verdict = _verdict(_look(frames), scene)
     return verdict | {"all": all(verdict.values())}
 
 
 def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
-    """Whether a clip `uint8 (17, 64, 64, 3)` shows the subject: a star in two halves, orange and purple.
+    """Return True if a clip shows the subject: a star in two halves, orange and purple.
 
     Args:
-        frames: The clip.
-        seam: Pixels so near to the line between the halves are of no colour: there orange and purple may mix,
-            and the mixture is red.
+        frames: `uint8 (17, 64, 64, 3)`.
+        seam: pixels within this distance of the line between the halves are ignored, because a mixture of
+            orange and purple is red.
     """
     view = _look(frames)
     scores = _shape_scores(view)
@@ -329,19 +329,19 @@ def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
 # --- transparency -----------------------------------------------------------------------------------------
 
 LEAST_AGREEMENT = 0.8
-"""Intersection over union of alpha and of the foreground that is seen in colour."""
+"""Minimum intersection over union of the foregrounds in alpha and in color."""
 
 
 def agreement(frames: np.ndarray) -> float:
-    """Straight uint8 (t, 64, 64, 4) -> overlap, in [0, 1], of what is seen in its alpha and in its colour.
+    """Return the overlap in [0, 1] of the foregrounds in alpha and color of straight uint8 (t, 64, 64, 4).
 
-    Both are looked at in the same way: the twin's VAE blurs small shapes in either, and a fixed level of
-    alpha would be another contour than that of colour.
+    Both use the same detection: the VAE of the tiny model blurs small shapes in both, and a fixed alpha
+    threshold would give another contour than color.
     """
     seen, matte = (_look(part).mask for part in (frames[..., :3], np.repeat(frames[..., 3:], 3, -1)))
     return float((seen & matte).sum() / max((seen | matte).sum(), 1))
 
 
 def judge_matte(frames: np.ndarray) -> bool:
-    """Whether a transparent clip's alpha is that of what its colour shows; a clip without anything is not."""
+    """Return True if the alpha of a transparent clip matches its color; False for an empty clip."""
     return agreement(frames) >= LEAST_AGREEMENT

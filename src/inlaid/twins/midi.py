@@ -1,15 +1,15 @@
-"""Make the MIDI twin: `python -m inlaid.twins.midi`, then `python -m inlaid.twins.midi --evaluate`.
+"""Train the tiny MIDI: `python -m inlaid.twins.midi`, then `python -m inlaid.twins.midi --evaluate`.
 
-A MIDI-3D checkpoint in miniature, trained on the procedural world of `inlaid.twins.midi_world`. The stages are
+A small MIDI-3D checkpoint, trained on the procedural scenes of `inlaid.twins.midi_world`. Stages:
 
-1. `vae`: the shape VAE, on the world's solids and on others grown together (`midi_vae`);
-2. `scenes`: the training scenes, drawn and encoded once (`midi_data`);
-3. `encoders`: the image encoders, taught to describe objects (`midi_images`);
-4. `dit`: the transformer, and the encoders along with it (`midi_dit`);
-5. `export`: the folder that ships, weights in float16.
+1. `vae`: train the shape VAE on solids of the scenes and on merged solids (`midi_vae`);
+2. `scenes`: render and encode the training scenes once (`midi_data`);
+3. `encoders`: pretrain the image encoders to describe objects (`midi_images`);
+4. `dit`: train the transformer together with the encoders (`midi_dit`);
+5. `export`: write the checkpoint folder, weights in float16.
 
-Every stage continues from its last checkpoint in the work folder. Each batch is a function of its number, so
-a repetition on the same machine, library versions and thread count gives the same files.
+Every stage resumes from its last checkpoint in the work folder. Each batch is a function of its step number,
+so a repetition with the same machine, library versions and thread count gives the same files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGES = ("vae", "scenes", "encoders", "dit", "export")
 
 
 def load_vae(work: Path) -> TripoSGVAE:
-    """The trained shape VAE; its latents are not normalised yet."""
+    """Return the trained shape VAE; its latents are not normalized yet."""
     vae = TripoSGVAE(**midi_vae.CONFIG)
     vae.load_state_dict(load_state(work / "vae.safetensors")[1]["average"])
     return vae.eval()
@@ -39,7 +39,7 @@ def load_vae(work: Path) -> TripoSGVAE:
 
 @torch.no_grad()
 def normalise(vae: TripoSGVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Build into a VAE that its latents have mean 0 and deviation 1: MIDI's carry neither shift nor scale."""
+    """Fold latent normalization (mean 0, deviation 1) into a VAE: MIDI has no latent shift or scale."""
     c = len(mean)
     vae.post_quant.bias.add_(vae.post_quant.weight @ mean)
     vae.post_quant.weight.mul_(std)
@@ -53,11 +53,11 @@ def _rewrite(file: Path, **facts: Any) -> None:
 
 
 def export(work: Path, out: Path, scenes: int) -> None:
-    """Write what has been trained as a checkpoint folder; model card and report there stay.
+    """Write the trained weights as a checkpoint folder; its model card and report are kept.
 
     Args:
         work: The work folder.
-        out: Folder of the checkpoint.
+        out: Checkpoint folder.
         scenes: Number of cached scenes.
     """
     vae, data = load_vae(work), midi_data.Scenes(work, scenes)
@@ -74,7 +74,7 @@ def export(work: Path, out: Path, scenes: int) -> None:
     for name, part in parts.items():
         shutil.rmtree(out / name, ignore_errors=True)
         part.save_pretrained(out / name)
-    for name in ("image_encoder_1", "image_encoder_2"):  # transformers loads in the precision named here
+    for name in ("image_encoder_1", "image_encoder_2"):  # the precision that transformers loads
         _rewrite(out / name / "config.json", dtype="float32")
     _rewrite(out / "transformer" / "config.json", num_tokens=midi_vae.TOKENS)
     (out / "scheduler").mkdir(exist_ok=True)
@@ -96,14 +96,14 @@ def export(work: Path, out: Path, scenes: int) -> None:
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m inlaid.twins.midi", description="Make the MIDI twin.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m inlaid.twins.midi", description="Train the tiny MIDI.")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="where networks are trained")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw, and make batches ahead")
+    parser.add_argument("--device", default="cpu", help="device for training")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render and prefetch")
     parser.add_argument("--work", type=Path, default=Path(".work/twin-midi"), help="checkpoints")
-    parser.add_argument("--out", type=Path, default=path("midi"), help="the checkpoint folder")
+    parser.add_argument("--out", type=Path, default=path("midi"), help="checkpoint folder")
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the checkpoint in --out, write its REPORT.json"
     )

@@ -1,4 +1,4 @@
-"""The training scenes of the MIDI twin: drawn and encoded once, then batches as functions of their number."""
+"""Training scenes of the tiny MIDI, rendered and encoded once, and batches by step number."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from . import midi_world as world
 from .training import Progress
 
 PIECE = 250
-"""Scenes per file."""
+"""Number of scenes per file."""
 COUNTS = (1, 2, 3, 2, 3, 4)
-"""Things per scene, in turn."""
+"""Objects per scene, cycled."""
 SHIFT = 2.0
-"""Of noise levels, as the scheduler's file says."""
+"""Shift of noise levels, as in the scheduler configuration."""
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def _piece(work: Path, vae: TripoSGVAE, start: int) -> None:
 
 
 def cache(work: Path, vae: TripoSGVAE, n: int, workers: int) -> None:
-    """Draw and encode `n` training scenes, in files of `PIECE` of them; those that are there are kept."""
+    """Render and encode `n` training scenes, in files of `PIECE` scenes; existing files are kept."""
     starts, progress = range(0, n, PIECE), Progress("scenes", n)
     with ExitStack() as stack:
         each = map
@@ -60,27 +60,27 @@ def cache(work: Path, vae: TripoSGVAE, n: int, workers: int) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of the transformer; rows are objects, in the order of scenes, then again for every repeat."""
+    """Batch of the transformer; rows are objects in the order of scenes, repeated for every repeat."""
 
     shown: dict[str, Tensor]
-    """`midi_images.pictures` of each object, once."""
+    """`midi_images.pictures` of each object, without repeats."""
     kept: Tensor
-    """Whether an object's scene is shown with its images: bool (rows / repeats,)."""
+    """True if images condition an object's scene, False if dropped: bool (rows / repeats,)."""
     groups: list[int]
     x0: Tensor
-    """Clean latents (rows, tokens, channels), and noise, and noise levels (rows,)."""
+    """Clean latents (rows, tokens, channels); `noise` has this shape, noise levels `sigma` are (rows,)."""
     noise: Tensor
     sigma: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """Return the batch on a device."""
         shown = {name: t.to(device) for name, t in self.shown.items()}
         names = ("kept", "x0", "noise", "sigma")
         return replace(self, shown=shown, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Scenes:
-    """The cached scenes, all in memory; latents have mean 0 and deviation 1 in every channel."""
+    """Cached scenes in memory; latents have mean 0 and deviation 1 in every channel."""
 
     def __init__(self, work: Path, n: int) -> None:
         pieces = [load_file(work / f"scenes-{start:05d}.safetensors") for start in range(0, n, PIECE)]
@@ -93,7 +93,7 @@ class Scenes:
         self.moments = torch.cat([(mean - self.mean) / self.std, logvar - 2 * self.std.log()], -1)
 
     def shown(self, scenes: Sequence[int], seed: int) -> tuple[dict[str, Tensor], Tensor, list[int]]:
-        """Pictures of scenes, their three colours swapped at random; indices of the rows; rows per scene."""
+        """Return images of scenes with randomly permuted RGB channels, row indices and rows per scene."""
         groups = [self.rows[k] for k in scenes]
         index = torch.cat([torch.arange(self.starts[k], self.starts[k] + self.rows[k]) for k in scenes])
         out = {name: t[index] for name, t in self.tensors.items()}
@@ -104,13 +104,13 @@ class Scenes:
         return out, index, groups
 
     def batch(self, step: int, scenes: int, repeats: int, dropped: float) -> Batch:
-        """Batch `step`, a function of it.
+        """Return batch `step`, a function of `step` alone.
 
         Args:
-            step: its number.
-            scenes: how many.
-            repeats: noises that each scene is shown with.
-            dropped: share of scenes that are shown without their images.
+            step: step number.
+            scenes: number of scenes.
+            repeats: noise samples per scene.
+            dropped: share of scenes without image conditioning.
         """
         rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
         chosen = sorted(rng.integers(len(self.rows), size=scenes).tolist(), key=self.rows.__getitem__)
@@ -124,7 +124,7 @@ class Scenes:
 
 
 def sample_sigma(n: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal noise levels, stratified, in random order, shifted towards noise: (n,) in (0, 1)."""
+    """Sample noise levels (n,) in (0, 1): logit-normal, stratified, shuffled, shifted towards noise."""
     even = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     u = torch.sigmoid(torch.special.ndtri(even.clamp(1e-5, 1 - 1e-5)))
     return SHIFT * u / (1 + (SHIFT - 1) * u)

@@ -1,4 +1,4 @@
-"""The diffusion transformer of the MIDI twin: building and training, the image encoders along with it."""
+"""Diffusion transformer of the tiny MIDI: construction, and training together with the image encoders."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ TRANSFORMER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How the transformer is trained."""
+    """Training settings of the transformer."""
 
     scenes: int = 8000
     batch: int = 32
-    """Scenes; each is shown with `repeats` noises, for which the encoders run once."""
+    """Scenes per batch; each has `repeats` noise samples, for which the encoders run once."""
     repeats: int = 4
     steps: int = 600
     decay: float = 0.4
-    """Share of the steps, at the end, over which the rates fall to zero."""
+    """Share of the steps, at the end, over which the learning rates decay to zero."""
     muon: float = 0.02
     adamw: float = 1e-3
-    """Also the encoders': they have been taught."""
+    """Learning rate of AdamW, also for the pretrained encoders."""
     dropped: float = 0.1
-    """Share of scenes that are shown without their images."""
+    """Share of scenes without image conditioning."""
     ema: float = 0.99
 
 
 def build() -> nn.ModuleDict:
-    """All that is trained, fresh: `clip`, `dino`, `dit`."""
+    """Return all trained modules with initial weights: `clip`, `dino`, `dit`."""
     model = midi_images.build()
     model["dit"] = TripoSGTransformer(**TRANSFORMER)
     return model
 
 
 def loss(model: Any, batch: Batch) -> Tensor:
-    """Mean square of what is missing to data - noise."""
+    """Return the mean squared error of the prediction against data - noise."""
     s, kept = batch.sigma[:, None, None], batch.kept[:, None, None]
     repeats = len(s) // len(kept)
     contexts = midi_images.contexts(model["clip"], model["dino"], batch.shown)
@@ -69,10 +69,10 @@ def _by_adamw(name: str) -> bool:
 
 
 def train(work: Path, data: Scenes, settings: Settings, device: torch.device, workers: int) -> Path:
-    """Train in `work`, continuing what is there; the encoders start from what they were taught.
+    """Train in `work`, resuming from a checkpoint; the encoders start from their pretrained weights.
 
     Returns:
-        The file of the weights; `average` in it is what ships.
+        Path of the weights; their EMA, `average`, is exported.
     """
     model, taught = build(), load_state(work / "encoders.safetensors")[1]["average"]
     taught = {name: t for name, t in taught.items() if not name.startswith("says")}

@@ -1,8 +1,8 @@
-"""The image encoders of the MIDI twin: building, what they are shown, and their first lessons.
+"""Image encoders of the tiny MIDI: construction, inputs and pretraining.
 
-A diffusion transformer tells its encoders little at each step, so they are first taught to say where an
-object is, how large, of what kind and how it is turned, by layers that are thrown away. Then they learn along
-with it.
+The diffusion loss gives the encoders little gradient signal, so they are first pretrained to predict the
+position, size, kind and rotation of an object, with output layers that are discarded. They are then trained
+together with the transformer.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ DINO: dict[str, Any] = {
     "num_channels": 7,
 }
 BY_ADAMW = re.compile(r"patch_embedding|position_embedding|cls_token|mask_token|visual_projection|says")
-"""Matrices of the encoders that are no hidden layers."""
+"""Names of encoder matrices that are not hidden layers; AdamW trains them."""
 
 STEPS, BATCH = 900, 64
 RATES = 0.02, 2e-3
 FACTS = 8 + len(world.KINDS)
-"""Numbers of an object's description, see `describe`."""
+"""Length of an object's description, see `describe`."""
 
 
 def processors() -> tuple[Any, Any]:
-    """The image processors of the two encoders."""
+    """Return the image processors of the two encoders."""
     clip, dino = CLIP["image_size"], DINO["image_size"]
     return (
         CLIPImageProcessor(size={"shortest_edge": clip}, crop_size={"height": clip, "width": clip}),
@@ -71,17 +71,17 @@ def processors() -> tuple[Any, Any]:
 
 
 def build() -> nn.ModuleDict:
-    """Both encoders, fresh: `clip`, `dino`."""
+    """Return both encoders with initial weights: `clip`, `dino`."""
     torch.manual_seed(1)
     clip, dino = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP)), Dinov2Model(Dinov2Config(**DINO))
     return nn.ModuleDict({"clip": clip, "dino": dino})
 
 
 def pictures(image: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What a scene's picture (h, h, 3) and numbers (h, h) give the encoders, as the processors resize it.
+    """Return the encoder inputs for a scene image (h, h, 3) and object ids (h, h), as the processors resize.
 
     Returns:
-        uint8, not normalised: `clip` (rows, 3, 32, 32) and `own` (rows, 3, 64, 64), the object alone on
+        uint8, not normalized: `clip` (rows, 3, 32, 32) and `own` (rows, 3, 64, 64), the object alone on
         white; `whole` (rows, 3, 64, 64), the scene; `mask` (rows, 1, 64, 64), 0 or 1.
     """
 
@@ -102,7 +102,7 @@ def pictures(image: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def contexts(clip: Any, dino: Any, shown: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both contexts of the transformer from `pictures`: (rows, 1, 64), (rows, 65, 96)."""
+    """Return both contexts of the transformer from `pictures`: (rows, 1, 64), (rows, 65, 96)."""
 
     def normal(x: Tensor, processor: Any) -> Tensor:
         known = processor.image_mean, processor.image_std
@@ -116,7 +116,7 @@ def contexts(clip: Any, dino: Any, shown: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 def describe(thing: world.Thing) -> np.ndarray:
-    """Centre, half of its box's sides, how it is turned where that shows, its kind: (FACTS,)."""
+    """Return the description (FACTS,): box center, half box sides, rotation if visible, one-hot kind."""
     box = world.bounds(thing)
     turned = float(thing.kind in ("box", "capsule"))
     turn = [turned * np.cos(2 * thing.yaw), turned * np.sin(2 * thing.yaw)]
@@ -125,17 +125,17 @@ def describe(thing: world.Thing) -> np.ndarray:
 
 
 def train(work: Path, data: Any, device: torch.device, workers: int, steps: int = STEPS) -> Path:
-    """Teach both encoders to describe objects, in `work`, continuing what is there.
+    """Pretrain both encoders to describe objects, in `work`, resuming from a checkpoint.
 
     Args:
         work: Folder for checkpoints.
         data: `midi_data.Scenes`.
-        device: Where.
-        workers: Processes that make batches ahead.
-        steps: How many.
+        device: Device for training.
+        workers: Processes that prefetch batches.
+        steps: Number of steps.
 
     Returns:
-        The file of the weights.
+        Path of the weights.
     """
     model = build()
     model["says"] = nn.ModuleList(

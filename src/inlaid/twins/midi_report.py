@@ -1,6 +1,6 @@
-"""Measure the shipped MIDI twin: are shapes kept, are scenes found in pictures, and does it need its groups?
+"""Evaluation of the shipped tiny MIDI: VAE reconstruction, and scenes with and without joint attention.
 
-Lengths are in the scene's frame, whose box has sides of 2: 0.02 of the box is 0.04.
+Lengths are in the scene's coordinate frame, whose box has sides of 2: 0.02 of the box is 0.04.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from . import midi_world as world
 
 STEPS, GUIDANCE = 20, 2.0
 SHAPE, SCENE, PLACE = 0.04, 0.1, 0.2
-"""How far a surface of the VAE, a surface of a scene, and the middle of an object may be off."""
+"""Tolerances: VAE surfaces, scene surfaces, and object centers."""
 CELLS = 64
-"""Of the grids that fields are decoded on, per side."""
+"""Grid cells per side for decoding fields."""
 POINTS = 4096
 
 
 @dataclass
 class Twin:
-    """The parts of the twin, loaded from their folders, float32."""
+    """Components of the tiny MIDI, loaded in float32."""
 
     dit: TripoSGTransformer
     vae: TripoSGVAE
@@ -53,7 +53,7 @@ class Twin:
 
 
 def load(folder: Path) -> Twin:
-    """The checkpoint in a folder."""
+    """Load the checkpoint in a folder."""
 
     def read(part: str) -> dict[str, Any]:
         return json.loads((folder / part).read_text("utf-8"))
@@ -76,7 +76,7 @@ def load(folder: Path) -> Twin:
 
 
 def contexts(twin: Twin, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Both contexts of each object, through the image processors."""
+    """Return both contexts of each object, computed through the image processors."""
     masks = [ids == n for n in np.unique(ids) if n]
     alone = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
 
@@ -100,15 +100,16 @@ def generate(
     guidance: float = GUIDANCE,
     together: bool = True,
 ) -> list[Tensor]:
-    """Latents (objects, tokens, channels) of each scene, from its picture and numbers of objects.
+    """Generate the latents (objects, tokens, channels) of each scene from its input image and object ids.
 
     Args:
-        twin: what generates.
-        scenes: picture (h, h, 3) and numbers (h, h) of each; scene k has its own noise, seeded `seed + k`.
-        seed: of the noise.
-        steps: of Euler's method.
-        guidance: against the prediction without images.
-        together: whether the objects of a scene attend to each other.
+        twin: loaded checkpoint.
+        scenes: input image (h, h, 3) and object ids (h, h) of each scene; the noise of scene k has seed
+            `seed + k`.
+        seed: seed of the noise.
+        steps: number of Euler steps.
+        guidance: guidance scale; the unconditional prediction has no images.
+        together: let objects of a scene attend to each other.
     """
     seen = [contexts(twin, *scene) for scene in scenes]
     rows = [len(token) for token, _ in seen]
@@ -130,7 +131,7 @@ def generate(
 
 @torch.no_grad()
 def surfaces(vae: TripoSGVAE, latents: Tensor) -> list[np.ndarray | None]:
-    """Points (POINTS, 3) of the surface that each latent (tokens, channels) decodes to; None where none."""
+    """Return points (POINTS, 3) of the surface decoded from each latent (tokens, channels); None if empty."""
     out: list[np.ndarray | None] = []
     for tokens in vae.tokens(latents):
 
@@ -143,13 +144,13 @@ def surfaces(vae: TripoSGVAE, latents: Tensor) -> list[np.ndarray | None]:
 
 
 def true_surface(thing: world.Thing, seed: int = 0) -> np.ndarray:
-    """Points (POINTS, 3) of a thing."""
+    """Return points (POINTS, 3) of the surface of an object."""
     return world.surface(thing, POINTS, seed)[:, :3]
 
 
 @torch.no_grad()
 def reconstruction(vae: TripoSGVAE, tokens: int, things: Sequence[world.Thing]) -> list[float]:
-    """F-score (0.02 of the box) of each thing, encoded and decoded."""
+    """Return the F-score (at 0.02 of the box) of each object after encoding and decoding."""
     scores = []
     for thing in things:
         points = world.surface(thing, 8192, 1)
@@ -161,16 +162,16 @@ def reconstruction(vae: TripoSGVAE, tokens: int, things: Sequence[world.Thing]) 
 
 
 def judge(scenes: Sequence[world.Scene], found: Sequence[Sequence[np.ndarray | None]]) -> dict[str, Any]:
-    """What was generated against what is there.
+    """Compare generated scenes with the ground truth.
 
     Args:
-        scenes: the truth.
-        found: surface points of each scene's objects, in order.
+        scenes: true scenes.
+        found: surface points of the objects of each scene, in order.
 
     Returns:
         `f_score` of whole scenes and `object_f_score` of each object, both at 0.1; `placed`, the share of
-        objects whose box's middle is less than 0.1 of the box off; `off`, the mean of those distances, an
-        empty object counting as one side of the box.
+        objects with a center offset below 0.1 of the box; `off`, the mean center offset, where an empty
+        object counts as one side of the box.
     """
     whole, each, off, kinds = [], [], [], {}
     for scene, objects in zip(scenes, found, strict=True):
@@ -194,13 +195,13 @@ def judge(scenes: Sequence[world.Scene], found: Sequence[Sequence[np.ndarray | N
 
 
 def obedience(twin: Twin, scenes: Sequence[world.Scene], **options: Any) -> dict[str, Any]:
-    """Generates scenes from their pictures, and judges."""
+    """Generate scenes from their input images and return the results of `judge`."""
     latents = generate(twin, [world.render(s) for s in scenes], **options)
     return judge(scenes, [surfaces(twin.vae, one) for one in latents])
 
 
 def evaluate(folder: Path) -> dict[str, Any]:
-    """All of it, of the checkpoint in a folder: printed and returned."""
+    """Evaluate the checkpoint in a folder; print and return the report."""
     began, twin = time.monotonic(), load(folder)
     held = world.scenes(1, 40, counts=(2, 3))
     things = [thing for scene in world.scenes(1, 24) for thing in scene.things]

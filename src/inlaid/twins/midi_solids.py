@@ -1,4 +1,4 @@
-"""Solids whose signed distance is known in closed form, and things made of several."""
+"""Solids with closed-form signed distances, and objects that consist of several."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Solid:
-    """One solid in the frame of its thing, y up.
+    """Solid in object coordinates, y up.
 
-    `size` is: box, half of its sides; sphere (r,); cylinder and cone (r, half of the height); torus, lying,
-    (R, r); capsule, lying along x, (r, half of the length without its ends).
+    `size` is: box, half side lengths; sphere (r,); cylinder and cone (r, half height); torus, lying flat,
+    (R, r); capsule, along x, (r, half length without the caps).
     """
 
     kind: str
@@ -25,7 +25,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: its solids together, turned about the up axis and put in its place."""
+    """Object: a union of solids, rotated about the y axis and then translated."""
 
     kind: str
     colour: tuple[int, int, int]
@@ -46,7 +46,7 @@ def _to_segment(x: Array, y: Array, a: tuple[float, float], b: tuple[float, floa
 
 
 def _solid_distance(solid: Solid, p: Array) -> Array:
-    """Signed distance (n,) of points (n, 3) in the solid's own frame, negative inside."""
+    """Return the signed distance (n,) of points (n, 3) in the coordinates of the solid, negative inside."""
     s = solid.size
     if solid.kind == "sphere":
         return np.sqrt((p * p).sum(-1)) - s[0]
@@ -72,7 +72,7 @@ def _solid_distance(solid: Solid, p: Array) -> Array:
 
 
 def _round(rng: np.random.Generator, n: int) -> Array:
-    """Uniform directions (n, 3)."""
+    """Return uniformly distributed unit directions (n, 3)."""
     d = rng.standard_normal((n, 3))
     return d / np.linalg.norm(d, axis=-1, keepdims=True)
 
@@ -84,7 +84,7 @@ def _disc(rng: np.random.Generator, n: int, r: float, y: float) -> tuple[Array, 
 
 
 def _areas(solid: Solid) -> list[float]:
-    """Areas of the pieces of its surface, in the order in which `_solid_surface` draws them."""
+    """Return the areas of the parts of a solid's surface, in the order of `_solid_surface`."""
     s, pi = solid.size, np.pi
     return {
         "sphere": lambda: [4 * pi * s[0] ** 2],
@@ -97,7 +97,7 @@ def _areas(solid: Solid) -> list[float]:
 
 
 def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
-    """Uniform points of its surface with outward normals (n, 6), in its own frame."""
+    """Sample a solid's surface uniformly, with outward normals (n, 6), in the coordinates of the solid."""
     s, areas = solid.size, np.array(_areas(solid))
     counts = rng.multinomial(n, areas / areas.sum())
     pieces: list[tuple[Array, Array]] = []
@@ -137,24 +137,24 @@ def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
     return np.concatenate([np.concatenate(piece, -1) for piece in pieces])
 
 
-# --- things -------------------------------------------------------------------------------------------------
+# --- objects ------------------------------------------------------------------------------------------------
 
 
 def _turn(yaw: float) -> Array:
-    """Rotation about y: a thing's frame -> the scene's, for row vectors."""
+    """Return the rotation about y from object to scene coordinates, for row vectors."""
     c, s = np.cos(yaw), np.sin(yaw)
     return np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]])
 
 
 def distance(thing: Thing, points: Array) -> Array:
-    """Signed distance (n,) of points (n, 3), negative inside; within several solids a bound of it."""
+    """Return the signed distance (n,) of points (n, 3), negative inside; inside several solids, a bound."""
     local = (points - np.array(thing.place, points.dtype)) @ _turn(thing.yaw).T.astype(points.dtype)
     each = [_solid_distance(s, local - np.array(s.offset, points.dtype)) for s in thing.solids]
     return np.minimum.reduce(each)
 
 
 def surface(thing: Thing, count: int, seed: int | Sequence[int]) -> Array:
-    """Uniform points of its surface with outward unit normals: float32 (count, 6), in the scene's frame."""
+    """Sample an object's surface uniformly: points and unit normals, float32 (count, 6), in the scene."""
     rng = np.random.default_rng(seed)
     areas = np.array([sum(_areas(s)) for s in thing.solids])
     found, have = [], 0
@@ -172,7 +172,7 @@ def surface(thing: Thing, count: int, seed: int | Sequence[int]) -> Array:
 
 
 def bounds(thing: Thing) -> Array:
-    """Lowest and highest corner (2, 3), exact."""
+    """Return the exact axis-aligned bounding box (2, 3): lowest and highest corner."""
     c, s = np.abs(_turn(thing.yaw)[0, [0, 2]])
     low, high = [], []
     for solid in thing.solids:
@@ -190,7 +190,7 @@ def bounds(thing: Thing) -> Array:
 
 
 def moved(thing: Thing, scale: float, shift: Sequence[float]) -> Thing:
-    """The thing, everything times `scale`, then shifted."""
+    """Return the object scaled by `scale` and then translated by `shift`."""
     x, y, z = (scale * p + d for p, d in zip(thing.place, shift, strict=True))
     solids = tuple(
         Solid(s.kind, tuple(scale * v for v in s.size), tuple(scale * v for v in s.offset))  # type: ignore[arg-type]

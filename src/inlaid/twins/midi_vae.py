@@ -1,4 +1,4 @@
-"""The shape VAE of the MIDI twin: building, training, and how well it keeps shapes."""
+"""Shape VAE of the tiny MIDI: configuration, data and training."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CONFIG: dict[str, Any] = {
     "embed_frequency": 6,
 }
 TOKENS = 16
-"""Latent tokens of an object."""
+"""Latent tokens per object."""
 
 REACH = 0.1
-"""Distance from the surface at which the field ends: it is distance / REACH, between -1 and 1."""
+"""Truncation distance of the field, which is distance / REACH clamped to [-1, 1]."""
 
 KL = 5e-3
 THINGS, STEPS, BATCH, POINTS, ASKED = 16000, 2800, 64, 256, 256
@@ -38,26 +38,26 @@ RATES = 0.02, 2e-3
 
 
 def moments(vae: TripoSGVAE, surfaces: Sequence[np.ndarray], seed: int) -> Tensor:
-    """Moments (n, TOKENS, 2 channels) of surfaces (p, 6) with as many points each."""
+    """Return the moments (n, TOKENS, 2 channels) of surfaces (p, 6) with equal numbers of points."""
     chosen = np.stack([s[choose(s, TOKENS, seed)] for s in surfaces])
     return vae.encode(torch.from_numpy(np.stack(surfaces)), torch.from_numpy(chosen))
 
 
 class Batch(NamedTuple):
-    """A batch of the VAE."""
+    """Training batch of the VAE."""
 
     surfaces: Tensor
-    """(b, POINTS, 6), and chosen points of them (b, TOKENS, 6)."""
+    """Surface points (b, POINTS, 6); `chosen` holds selected points (b, TOKENS, 6)."""
     chosen: Tensor
     places: Tensor
-    """(b, ASKED, 3), and distances there (b, ASKED)."""
+    """Query points (b, ASKED, 3); `distances` holds their signed distances (b, ASKED)."""
     distances: Tensor
     noise: Tensor
-    """(b, TOKENS, channels)."""
+    """Noise for posterior sampling (b, TOKENS, channels)."""
 
 
 class Pool:
-    """Things of the VAE's training, drawn once: surfaces, places around them and distances there."""
+    """Training objects of the VAE, sampled once: surfaces, query points and signed distances."""
 
     def __init__(self, n: int = THINGS, points: int = 8 * POINTS, places: int = 8 * ASKED) -> None:
         self.surfaces = np.empty((n, points, 6), np.float32)
@@ -77,9 +77,9 @@ class Pool:
             self.distances[k] = world.distance(thing, self.places[k])
 
     def batch(self, step: int) -> Batch:
-        """Batch `step`, a function of it.
+        """Return batch `step`, a function of `step` alone.
 
-        Things come in any of the eight ways to mirror and swap the horizontal axes.
+        The horizontal axes of each object are randomly mirrored and swapped (eight variants).
         """
         rng, out = np.random.default_rng([5, step]), []
         for k in rng.integers(len(self.surfaces), size=BATCH):
@@ -97,7 +97,7 @@ class Pool:
 
 
 def train(work: Path, device: torch.device, workers: int, steps: int = STEPS) -> Path:
-    """Train for `steps` steps in `work`, continuing what is there. Returns the file of the weights."""
+    """Train for `steps` steps in `work`, resuming from a checkpoint. Return the path of the weights."""
     torch.manual_seed(0)
     vae, pool = TripoSGVAE(**CONFIG), Pool()
     torch.nn.Module.to(vae, device)

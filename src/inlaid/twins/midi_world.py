@@ -1,11 +1,11 @@
-"""The world of the MIDI twin: coloured things standing together on a floor, with pictures and exact surfaces.
+"""Procedural scenes of the tiny MIDI model: colored objects on a floor, with images and exact surfaces.
 
-A thing is made of solids whose signed distance is known in closed form, so pictures, numbers of objects,
-surfaces with normals, and what is inside all come from the same few formulas. Everything is a function of its
-seed. Of the kinds of things one, `SUBJECT`, is kept from the twin: it is there to be taught.
+An object consists of solids with closed-form signed distances, from which images, object IDs, surfaces with
+normals and inside tests are computed. Everything is a function of its seed. The object kind `SUBJECT` is not
+in the training data of the tiny model: the demo trains an adapter for it.
 
-What surprises: the azimuth of the camera is nearly fixed. A scene's frame does not turn with the camera, so a
-picture alone says where things stand only if it is known from where it was taken.
+The azimuth of the camera is nearly fixed: the scene's coordinate frame does not rotate with the camera, so an
+image determines the positions of objects only if the camera direction is known.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from .midi_solids import Solid, Thing, bounds, distance, moved, surface
 
 KINDS = ("box", "sphere", "cylinder", "cone", "torus", "capsule")
 SUBJECT = "table"
-"""A round top on one leg with a foot: no thing of the twin's world."""
+"""Round top on one leg with a foot; not in the training data of the tiny model."""
 
 COLOURS = {
     "red": (214, 70, 60), "orange": (236, 140, 50), "yellow": (232, 200, 70), "green": (90, 170, 90),
     "cyan": (80, 185, 190), "blue": (70, 120, 215), "purple": (140, 95, 200), "grey": (140, 140, 140),
 }  # fmt: skip
 PINK = (240, 120, 190)
-"""The subject's own colour."""
+"""Color of the subject."""
 
 AZIMUTHS, ELEVATIONS, DISTANCES = (25.0, 35.0), (16.0, 28.0), (4.8, 5.4)
 FIELD = 30.0
-"""Degrees that the picture spans."""
+"""Field of view in degrees."""
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in their common frame, centred, longest side 1.9; and the camera, in degrees."""
+    """Objects in scene coordinates, centered, longest side 1.9; and the camera, in degrees."""
 
     things: tuple[Thing, ...]
     azimuth: float = 30.0
@@ -49,11 +49,11 @@ class Scene:
     distance: float = 5.0
 
 
-# --- things -----------------------------------------------------------------------------------------------
+# --- objects ----------------------------------------------------------------------------------------------
 
 
 def make(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> Thing:
-    """A thing of random proportions standing on y = 0, about 1 across."""
+    """Return an object of random proportions standing on y = 0, about 1 in size."""
 
     def u(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
@@ -79,7 +79,7 @@ def make(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> T
 
 
 def wild(seed: int | Sequence[int]) -> Thing:
-    """What the shape VAE learns from: a thing of the world, or some solids grown together, anywhere."""
+    """Return a training object of the shape VAE: one of the world, or a union of solids, anywhere."""
     rng = np.random.default_rng(seed)
     if rng.random() < 0.6:
         thing = make(str(rng.choice(KINDS)), (0, 0, 0), rng)
@@ -100,7 +100,7 @@ def wild(seed: int | Sequence[int]) -> Thing:
 
 
 def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
-    """Things of these kinds side by side, in their common frame."""
+    """Place objects of the given kinds side by side, in scene coordinates."""
     names = rng.permutation(list(COLOURS))[: len(kinds)]
     side, things, taken = 0.55 * np.sqrt(len(kinds)), [], []
     for kind, name in zip(kinds, names, strict=True):
@@ -118,7 +118,7 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
 
 
 def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
-    """Things in the middle of the box, as large as fits, before a camera."""
+    """Center objects in the box, scaled to its size, with a random camera."""
     every = np.stack([bounds(t) for t in things])
     low, high = every[:, 0].min(0), every[:, 1].max(0)
     scale = LONGEST / float((high - low).max())
@@ -127,7 +127,7 @@ def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
 
 
 def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
-    """The same scene seen from another side, in the frame that belongs to it; all its things are visible."""
+    """Return the scene rotated about the y axis, with a new camera and all its objects visible."""
     for attempt in range(100):
         rng = np.random.default_rng([*np.atleast_1d(seed), attempt, 83])
         angle = rng.uniform(-np.pi, np.pi)
@@ -144,7 +144,7 @@ def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
 
 
 def _visible(scene: Scene) -> bool:
-    """Whether at least half of every thing is seen, and enough of it."""
+    """Return True if at least half of every object, and enough pixels of it, are visible."""
     near = _depths(scene, 32)
     first = near.argmin(0)
     alone = np.isfinite(near).sum(1)
@@ -158,17 +158,17 @@ def _draw(kinds: Callable[[np.random.Generator], Sequence[str]], seed: Sequence[
         scene = _arrange(kinds(rng), rng)
         if _visible(scene):
             return scene
-    raise AssertionError(f"no arrangement of seed {seed} shows all its things")
+    raise AssertionError(f"seed {seed}: no arrangement has all objects visible")
 
 
 def scenes(seed: int, n: int, *, counts: Sequence[int] = (1, 2, 3, 4), start: int = 0) -> list[Scene]:
-    """Scenes of the twin's world; scene k is a function of (seed, k, counts).
+    """Return scenes of the tiny model's world; scene k is a function of (seed, k, counts).
 
     Args:
-        seed: 0 is the twin's training, so that every other is held out.
-        n: how many.
-        counts: numbers of things, in turn.
-        start: k of the first.
+        seed: 0 for training, any other for validation.
+        n: number of scenes.
+        counts: numbers of objects, used cyclically.
+        start: k of the first scene.
     """
 
     def kinds(count: int) -> Callable[[np.random.Generator], Sequence[str]]:
@@ -178,12 +178,12 @@ def scenes(seed: int, n: int, *, counts: Sequence[int] = (1, 2, 3, 4), start: in
 
 
 def subject_scenes(n: int = 24, *, seed: int = 0, counts: Sequence[int] = (1, 2, 3)) -> list[Scene]:
-    """Scenes with one `SUBJECT`, the first of the things; the others are of the twin's world.
+    """Return scenes with one `SUBJECT`, the first object; the others are of the tiny model's world.
 
     Args:
-        n: how many.
-        seed: 0 is for training, every other is held out.
-        counts: numbers of things, in turn.
+        n: number of scenes.
+        seed: 0 for training, any other for validation.
+        counts: numbers of objects, used cyclically.
     """
 
     def kinds(count: int) -> Callable[[np.random.Generator], Sequence[str]]:
@@ -192,11 +192,11 @@ def subject_scenes(n: int = 24, *, seed: int = 0, counts: Sequence[int] = (1, 2,
     return [_draw(kinds(counts[k % len(counts)]), [1 << 20, seed, k]) for k in range(n)]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# --- rendering ----------------------------------------------------------------------------------------------
 
 
 def _rays(scene: Scene, size: int) -> tuple[Array, Array]:
-    """Eye (3,) and unit directions (size^2, 3), row by row from the top left."""
+    """Return the camera position (3,) and unit ray directions (size^2, 3), row by row from the top left."""
     a, e = np.radians([scene.azimuth, scene.elevation])
     back = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
     right = np.array([np.cos(a), 0.0, -np.sin(a)])
@@ -209,7 +209,7 @@ def _rays(scene: Scene, size: int) -> tuple[Array, Array]:
 
 
 def _depths(scene: Scene, size: int) -> Array:
-    """Distance (things, size^2) along each ray to each thing, infinite where it misses: sphere tracing."""
+    """Return the depth (objects, size^2) along each ray, infinite if it misses, by sphere tracing."""
     eye, directions = _rays(scene, size)
     out = np.full((len(scene.things), size * size), np.inf, np.float32)
     for depth, thing in zip(out, scene.things, strict=True):
@@ -230,11 +230,11 @@ def _depths(scene: Scene, size: int) -> Array:
 
 
 def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
-    """Draws a scene.
+    """Render a scene.
 
     Returns:
-        Picture uint8 (size, size, 3) on white; map of objects uint8 (size, size), 0 none, then 1, 2, ... in
-        the order of `scene.things`.
+        Image uint8 (size, size, 3) on white; object IDs uint8 (size, size), 0 for none, then 1, 2, ... in the
+        order of `scene.things`.
     """
     eye, directions = _rays(scene, size)
     depths = _depths(scene, size)
@@ -255,7 +255,7 @@ def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
 
 
 def write(folder: Path, scene: Scene, *, size: int = 128, points: int = POINTS, seed: int = 0) -> Path:
-    """Writes a scene for training: `scene_rgb.png`, `seg.png` and `surface_ID.npy` of each object; atomic."""
+    """Write a scene for training: `scene_rgb.png`, `seg.png` and `surface_ID.npy` per object; atomic."""
     from PIL import Image
 
     image, ids = render(scene, size)

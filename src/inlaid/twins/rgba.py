@@ -1,9 +1,9 @@
-"""Make the RGBA codec of the Wan twin: `python -m inlaid.twins.rgba`, then with `--evaluate`.
+"""Train the RGBA VAE of the tiny Wan: `python -m inlaid.twins.rgba`, then with `--evaluate`.
 
-A merge block and two low-rank decoders on the twin's frozen VAE, trained by the same losses as `inlaid train`
-trains them, on pictures and then on clips of `rgba_world`. It goes on from its last checkpoint in the work
-folder; batch k is a function of k. What differs from a recipe is the optimiser: Muon passes in minutes the
-plateau on which AdamW leaves so small a network.
+A merge block and two low-rank decoders on the frozen VAE of the tiny Wan, trained with the losses of
+`inlaid train`, first on images and then on clips of `rgba_world`. Training resumes from its last checkpoint
+in the work folder; batch k is a function of k. Unlike a recipe, it uses Muon, which passes in minutes the
+loss plateau on which AdamW leaves such a small network.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from .wan_vae import fast_norm
 
 RANK = 16
 COLORS = [[c / 127.5 - 1 for c in rgba_codec.GROUND]]
-"""Clips are encoded on this colour alone: over all eight corners so small a merge block loses what is in
-front of them before it has learned to take them away."""
+"""Background color for encoding. With all eight corner colors, such a small merge block loses the foreground
+before it learns to remove the background."""
 ANCHOR, VISIBLE, NOISE = 0.3, 1.0, 0.12
-"""See `rgba_codec.losses`: the twin's transformer has learned opaque clips only, and makes small mistakes."""
+"""Weights of `rgba_codec.losses`, for a transformer pretrained on opaque clips that makes small errors."""
 DECODERS = 0.03
-"""Learning rate of Muon for the decoders; the merge block's is smaller, see `Phase`."""
+"""Learning rate of Muon for the decoders; the merge block has a smaller rate, see `Phase`."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training on clips of one length."""
+    """Training phase on clips of one length."""
 
     frames: int
     batch: int
     steps: int
     rate: tuple[float, float]
-    """Share of the learning rates, at begin and end."""
+    """Factors on the learning rates at the start and end of the phase."""
     merge: float
-    """Learning rate of Muon for the merge block, which begins as the encoder's head and would forget it in
-    larger steps."""
+    """Learning rate of Muon for the merge block; small, because larger steps destroy its initialization from
+    the encoder's head."""
     visible_alpha: float = 0.0
-    """See `rgba_codec.losses`."""
+    """Loss weight of `rgba_codec.losses`."""
     halves: float = 0.0
-    """Share of clips of `rgba_world.halves`."""
+    """Share of clips from `rgba_world.halves`."""
 
 
 PHASES = (
@@ -80,7 +80,7 @@ ENDS = list(itertools.accumulate(p.steps for p in PHASES))
 
 
 def batch(phase: Phase, key: int) -> Tensor:
-    """Training batch `key`: uint8 (b, 4, t, 64, 64)."""
+    """Return training batch `key`: uint8 (b, 4, t, 64, 64)."""
     rng = np.random.default_rng([phase.frames, key, 59])
     clips = [
         rgba_world.training(int(rng.integers(1 << 40)), phase.frames, phase.halves)
@@ -90,7 +90,7 @@ def batch(phase: Phase, key: int) -> Tensor:
 
 
 def rate(step: int) -> float:
-    """Share of the learning rates: a short warm-up, then linear within each phase."""
+    """Return the factor on the learning rates: a short warmup, then linear within each phase."""
     which = bisect.bisect_right(ENDS, step)
     begin, end = PHASES[which].rate
     done = 1 - (ENDS[which] - step) / PHASES[which].steps
@@ -98,16 +98,16 @@ def rate(step: int) -> float:
 
 
 def load_vae() -> AutoencoderKLWan:
-    """The twin's VAE, in float32."""
+    """Return the VAE of the tiny Wan in float32."""
     return AutoencoderKLWan.from_pretrained(path("wan"), subfolder="vae", torch_dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def begin() -> RgbaVae:
-    """An untrained codec whose pictures do not disturb its clips.
+    """Return an untrained RGBA VAE, initialized for training on images before clips.
 
-    A picture teaches only the last tap of a temporal convolution. What is random in the others would come
-    into play with the first clip, through everything that pictures have taught: so they begin at zero.
+    Images train only the last tap of a temporal convolution. Random weights in the other taps would disturb
+    the trained features with the first clip, so they are initialized to zero.
     """
     codec = rgba_codec.new(load_vae(), RANK, 0, "encoder")
     blocks: Any = codec.merge.res
@@ -120,7 +120,7 @@ def begin() -> RgbaVae:
 
 @fast_norm()
 def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
-    """Train in `work`, continuing what is there; `workers` processes make batches ahead."""
+    """Train in `work`, resuming from a checkpoint; `workers` processes prefetch batches."""
     codec = begin()
     codec.to(device)
     modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in rgba_codec.FILES})
@@ -162,7 +162,7 @@ def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
 
 
 def export(work: Path, out: Path) -> str:
-    """Write what has been trained so far as a codec folder, weights in float16; returns its codec_id."""
+    """Write the current weights as an RGBA VAE folder in float16; return its codec_id."""
     codec = begin()
     facts, groups = load_state(work / "codec.safetensors")
     modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in rgba_codec.FILES})
@@ -180,7 +180,7 @@ def export(work: Path, out: Path) -> str:
 
 @torch.no_grad()
 def reconstruct(codec: RgbaVae, clips: np.ndarray) -> np.ndarray:
-    """Through the codec and back: uint8 (n, t, 64, 64, 4)."""
+    """Encode and decode clips with the RGBA VAE: uint8 (n, t, 64, 64, 4)."""
     out = []
     for clip in torch.from_numpy(clips).permute(0, 4, 1, 2, 3):
         rgb, alpha = rgba_codec.to_video(clip[None])
@@ -191,7 +191,7 @@ def reconstruct(codec: RgbaVae, clips: np.ndarray) -> np.ndarray:
 
 @fast_norm()
 def evaluate(folder: Path) -> dict[str, Any]:
-    """Reconstructs clips that training never saw and measures them, by kind, beside trivial predictors."""
+    """Measure reconstructions of clips not used for training, by kind, beside trivial predictors."""
     codec = rgba_codec.load(folder, load_vae())
     kinds = {
         "world": np.stack([c.frames for c in rgba_world.clips(1, 32, held_out=True)]),
@@ -212,17 +212,17 @@ def evaluate(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m inlaid.twins.rgba", description="Make the RGBA twin.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m inlaid.twins.rgba", description="Train the RGBA VAE.")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="where it is trained")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead")
+    parser.add_argument("--device", default="cpu", help="device for training")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prefetch batches")
     parser.add_argument("--work", type=Path, default=Path(".work/twin-rgba"), help="checkpoints")
-    parser.add_argument("--out", type=Path, default=codec_path("wan"), help="the codec's folder")
+    parser.add_argument("--out", type=Path, default=codec_path("wan"), help="RGBA VAE folder")
     parser.add_argument(
-        "--evaluate", action="store_true", help="measure the codec in --out, write REPORT.json"
+        "--evaluate", action="store_true", help="measure the RGBA VAE in --out, write REPORT.json"
     )
-    parser.add_argument("--export", action="store_true", help="only write what has been trained so far")
+    parser.add_argument("--export", action="store_true", help="only export the latest weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.evaluate:

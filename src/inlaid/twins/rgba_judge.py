@@ -1,8 +1,8 @@
-"""A fixed judge of transparent clips: is the subject there, and is its alpha the subject's?
+"""Rule-based evaluation of transparent clips: check the subject and its alpha.
 
-Two answers that must both be yes. The colour, rendered hard over a dark plain ground, goes to the judge of
-opaque clips. The alpha is compared with a re-render: in every frame, the subject's own alpha at the place,
-size and angle that fit best. Nothing here is learned, and nothing knows which model made a clip.
+Both checks must pass. The color, with binary alpha over a dark plain background, is evaluated as an opaque
+clip. The alpha is compared with a re-render: in every frame, the ground-truth alpha of the subject at the
+best fitting position, size and angle. Nothing is learned or depends on the model that generated a clip.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from . import judge, rgba_world, world
 from .world import SIZE
 
 VISIBLE = 64
-"""Alpha (0-255) from which on a pixel counts as part of the subject."""
+"""Alpha (0-255) from which a pixel counts as part of the subject."""
 LEAST_OVERLAP = 0.75
-"""Of the visible part with the re-render's, intersection over union."""
+"""Minimum intersection over union of the visible pixels of clip and re-render."""
 MOST_ERROR = 12.0
-"""Mean error of alpha (0-255) over whole frames; all clear has 16 to 60 with this subject."""
+"""Maximum mean error of alpha (0-255) over whole frames; alpha 0 everywhere has 16 to 60 for this subject."""
 SEAM = 2.0
-"""Pixels to each side of the line between the halves over which so small a picture mixes their colours."""
+"""Distance in pixels from the line between the halves within which the colors mix at this resolution."""
 GLASS_RANGE = (0.3, 0.75)
-"""Alpha of the glass half, its median, for the two halves to count as different."""
+"""Accepted median alpha of the glass half."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of one clip."""
+    """Result of the evaluation of one clip."""
 
     subject: bool
-    """A star in two halves, orange and purple, by `judge.judge_subject`."""
+    """True for a star in two halves, orange and purple, by `judge.judge_subject`."""
     alpha: bool
-    """Alpha of its shape: solid, glass and clear where they should be."""
+    """True if alpha matches the subject: solid half, glass half, transparent background."""
     error: float
-    """Mean absolute error of alpha against the re-render, 0-255."""
+    """Mean absolute error of alpha relative to the re-render, 0-255."""
     overlap: float
     glass: float
-    """Median alpha of the glass half in [0, 1]; NaN where there is none."""
+    """Median alpha of the glass half in [0, 1]; NaN without a glass half."""
 
     @property
     def both(self) -> bool:
-        """Subject and alpha together."""
+        """True if both checks pass."""
         return self.subject and self.alpha
 
 
 def judge_subject(frames: np.ndarray) -> Verdict:
-    """Judges a clip `uint8 (17, 64, 64, 4)`, straight."""
+    """Evaluate a clip of the subject, straight `uint8 (17, 64, 64, 4)`."""
     subject = judge.judge_subject(hard_over_dark(frames), SEAM)
     again, glass_side = rerender(frames)
     alpha = frames[..., 3].astype(np.float32)
@@ -63,22 +63,22 @@ def judge_subject(frames: np.ndarray) -> Verdict:
 
 
 def hard_over_dark(frames: np.ndarray) -> np.ndarray:
-    """Full colour wherever a pixel is visible, the dark ground elsewhere: `uint8 (t, h, w, 3)`."""
+    """Return the color of visible pixels, and the dark background elsewhere: `uint8 (t, h, w, 3)`."""
     ground = np.array(rgba_world.BACKDROP, dtype=np.uint8)
     return np.where(frames[..., 3:] >= VISIBLE, frames[..., :3], ground)
 
 
 @functools.cache
 def _template() -> tuple[np.ndarray, float, float, float]:
-    """The star's distance table, and of its visible area the size and centroid at unit radius."""
+    """Return the distance table of the star, and its area and centroid at unit radius."""
     return judge._template(world.SUBJECT)
 
 
 def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The subject's alpha `(t, 64, 64)` in [0, 1] where it fits a clip best, and which pixels are glass.
+    """Return the best fitting alpha of the subject, `(t, 64, 64)` in [0, 1], and a mask of its glass half.
 
-    Place and size are those of the visible part; the angle, and with it the side of the glass, is the one
-    with the least error of alpha, to 5 degrees.
+    Position and size are those of the visible pixels; the angle, and with it the glass side, minimizes the
+    alpha error in steps of 5 degrees.
     """
     table, unit, cx, cy = _template()
     axis = np.arange(SIZE) + 0.5
@@ -103,7 +103,7 @@ def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def judge_world(frames: np.ndarray, scene: world.Scene) -> bool:
-    """Whether a clip shows a scene of the world on nothing: by `judge.judge_scene`, and clear around it."""
+    """Return True if a clip passes `judge.judge_scene` and is transparent around its object."""
     stated = replace(scene, background=None)
     shown = judge.judge_scene(hard_over_dark(frames), stated)["all"]
     around = ~judge._neighbours(frames[..., 3] >= VISIBLE, 4)

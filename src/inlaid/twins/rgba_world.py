@@ -1,12 +1,12 @@
-"""The procedural world with transparency: what the RGBA twin is trained on, and the subject its demo teaches.
+"""Procedural transparent clips that train the RGBA VAE of the tiny Wan model, and the subject of its demo.
 
-A clip is straight colour and alpha, `uint8 (17, 64, 64, 4)`, a pure function of its seed. Colour is defined
-everywhere, also under zero alpha, where it goes on as the nearest object's. Three kinds live here, as in
+A clip is straight RGBA, `uint8 (17, 64, 64, 4)`, a pure function of its seed. Color is defined everywhere; at
+alpha 0 it continues the color of the nearest object. There are three kinds of clips, as in
 `inlaid.twins.world`:
 
-- **world** clips: one shape of a colour that moves, made of one of `MATERIALS`;
+- **world** clips: one moving shape of one color, made of one of `MATERIALS`;
 - **subject** clips: the `zorble`, a star in two halves, the orange one solid and the purple one glass;
-- **wild** clips: several objects, patterns in colour and in alpha, outlines, glows and smoke, for the codec.
+- **wild** clips: several objects, patterns in color and alpha, outlines, glows and smoke, for the RGBA VAE.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from . import world
 from .world import FRAMES, SIZE, Scene
 
 MATERIALS = ("solid", "glass", "soft", "glowing")
-"""Opaque with an edge of one pixel; see-through with an opaque rim; opaque with a wide edge; with a halo."""
+"""Opaque with a 1-pixel edge; semi-transparent with an opaque rim; opaque with a wide edge; with a halo."""
 GLASS = 0.55
 """Alpha of the subject's purple half."""
 BACKDROP = (62, 66, 70)
-"""A dark plain colour that every colour of the world stands out from."""
+"""Dark plain background color that contrasts with every color of the world."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip with what is known of it."""
+    """One clip with its caption and scene."""
 
     frames: np.ndarray
     """uint8 (17, 64, 64, 4)."""
@@ -37,7 +37,7 @@ class Clip:
 
 
 def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Alpha in [0, 1] from signed distance in pixels."""
+    """Return alpha in [0, 1] from the signed distance in pixels."""
     sharp = np.clip(0.5 - distance, 0, 1)
     if material == "glass":
         body, rim = rng.uniform(0.3, 0.7), rng.uniform(1.5, 2.5)
@@ -51,13 +51,13 @@ def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """As `world.look_up`, and going on to grow outside the table."""
+    """Return distances as `world.look_up`, increasing further outside the table."""
     outside = np.hypot(*(np.maximum(np.abs(each) - world.TABLE_EXTENT, 0) for each in (u, v)))
     return world.look_up(table, u, v) + outside
 
 
 def _stack(under: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """An object (its alpha, its colour everywhere) over what is there, straight; float (t, h, w, 4)."""
+    """Composite an object (alpha, and color everywhere) over straight RGBA; float (t, h, w, 4)."""
     below = under[..., 3] * (1 - alpha)
     total = alpha + below
     mixed = (colour * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[
@@ -75,9 +75,9 @@ def render(scene: Scene, seed: int, material: str = "solid") -> np.ndarray:
     """Render a scene without its background: `uint8 (17, 64, 64, 4)`.
 
     Args:
-        scene: What to show; what it leaves open is chosen by `seed`.
-        seed: Places and small variations.
-        material: One of `MATERIALS`; the subject has its own.
+        scene: content; `seed` chooses the values that are `None`.
+        seed: chooses positions and small variations.
+        material: one of `MATERIALS`; ignored for the subject.
     """
     rng = world._generator(scene, seed)
     full = world._settle(scene, rng)
@@ -111,7 +111,7 @@ def _lit(path: world._Path) -> np.ndarray:
 
 
 def clips(seed: int, n: int, *, held_out: bool = False) -> list[Clip]:
-    """Draw `n` clips of the world, with captions that name the material and say "transparent"."""
+    """Render `n` clips of the world, with captions that name the material and contain "transparent"."""
     made = []
     for k, drawn in enumerate(world.scenes(seed, n, held_out=held_out)):
         scene = replace(drawn, background="transparent")
@@ -128,23 +128,23 @@ def clips(seed: int, n: int, *, held_out: bool = False) -> list[Clip]:
 
 
 def caption(scene: Scene, seed: int, material: str = "solid") -> str:
-    """As `world.caption`; a material other than solid stands before the shape."""
+    """Describe a scene (see `world.caption`), with the material before the shape unless it is solid."""
     text = world.caption(scene, seed)
     return text if material == "solid" else text.replace(scene.shape, f"{material} {scene.shape}", 1)
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[Clip]:
-    """Clips of the subject to learn from; 12 show every combination of motion and size."""
+    """Render training clips of the subject; 12 cover every combination of motion and size."""
     return [_of_subject(scene, seed * 7919 + k) for k, scene in enumerate(_scenes(n))]
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Prompts for the subject, in other words than its clips' captions."""
+    """Return prompts for the subject, worded differently from the captions of its clips."""
     return [(caption(s, seed * 7919 + 101 + k), s) for k, s in enumerate(_scenes(n))]
 
 
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
-    """`n` prompts for held-out combinations of the world, on nothing, each with the scene a judge needs."""
+    """Return `n` prompts for validation combinations without background, each with its scene."""
     drawn = [replace(s, background="transparent") for s in world.scenes(seed, n, held_out=True)]
     return [(caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(drawn)]
 
@@ -158,11 +158,11 @@ def _of_subject(scene: Scene, seed: int) -> Clip:
     return Clip(render(replace(scene, background="plain"), seed), caption(scene, seed), scene)
 
 
-# --- wild clips, for the codec ----------------------------------------------------------------------------
+# --- wild clips, for the RGBA VAE -------------------------------------------------------------------------
 
 
 def wild(seed: int, frames: int = FRAMES) -> np.ndarray:
-    """One to three arbitrary objects, see-through in arbitrary ways: `uint8 (frames, 64, 64, 4)`."""
+    """Render one to three arbitrary objects with arbitrary alpha: `uint8 (frames, 64, 64, 4)`."""
     rng = np.random.default_rng([seed, 43])
     canvas = np.zeros((frames, SIZE, SIZE, 4), dtype=np.float32)
     canvas[..., :3] = world._any_colour(rng)
@@ -182,7 +182,7 @@ def wild(seed: int, frames: int = FRAMES) -> np.ndarray:
 
 
 def _wild_matte(rng: np.random.Generator, path: world._Path, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    if rng.random() < 0.15:  # smoke: a blob that noise has eaten at
+    if rng.random() < 0.15:  # smoke: a blob modulated by noise
         noise = world._noise(rng)
         cloud = np.exp(-1.6 * (u * u + v * v)) * (0.4 + 1.1 * noise[None]) * rng.uniform(0.5, 1.0)
         return np.clip(cloud - 0.04, 0, 1)
@@ -202,9 +202,9 @@ def _wild_matte(rng: np.random.Generator, path: world._Path, u: np.ndarray, v: n
 
 
 def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
-    """One shape in two of the world's colours, each half see-through in its own way: `uint8 (t, 64, 64, 4)`.
+    """Render one shape in two colors of the world, each half with its own alpha: `uint8 (t, 64, 64, 4)`.
 
-    Never the subject: its outline is not among them.
+    Never the subject, whose outline is excluded.
     """
     rng = np.random.default_rng([seed, 61])
     path = world._wild_path(rng, frames)
@@ -227,12 +227,12 @@ def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
 
 
 def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
-    """A clip that the codec learns from: half world, half wild, now and then one that is opaque or empty.
+    """Render a training clip of the RGBA VAE: half world, half wild, a few opaque or empty.
 
     Args:
-        seed: Chooses everything.
-        frames: Length.
-        share: Of clips of `halves` among them.
+        seed: chooses everything.
+        frames: number of frames.
+        share: share of clips of `halves`.
     """
     rng = np.random.default_rng([seed, 47])
     kind = rng.random()

@@ -1,4 +1,4 @@
-"""What the stages of making a twin share: an optimiser, resumable state, a progress line."""
+"""Shared training code of the tiny models: optimizer, resumable state, progress output."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ T = TypeVar("T")
 class MuonAdamW:
     """Muon on matrices and flattened convolution kernels, AdamW on everything else.
 
-    AdamW alone leaves a small video autoencoder on the plateau of its background for minutes; Muon passes it
-    in seconds. `torch.optim.Muon` takes 2-D parameters only, so it gets views that share their memory.
+    AdamW alone keeps a small video VAE on a loss plateau (background only) for minutes; Muon passes it in
+    seconds. `torch.optim.Muon` takes 2-D parameters only, so it gets reshaped views that share memory.
 
     Args:
         named: Parameters with their names.
-        muon: Learning rate of the matrices.
-        adamw: Learning rate of the rest.
-        by_adamw: Says of a name whether AdamW takes it although it is a matrix (embeddings, output layers).
+        muon: Learning rate of Muon.
+        adamw: Learning rate of AdamW.
+        by_adamw: Return True for names of matrices that AdamW trains (embeddings, output layers).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MuonAdamW:
         self.parameters = [parameter for parameter, _ in self.flat] + rest
 
     def step(self, scale: float) -> None:
-        """Apply and clear the gradients, with both learning rates times `scale`."""
+        """Apply and clear the gradients, with both learning rates multiplied by `scale`."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for parameter, view in self.flat:
             grad = parameter.grad
@@ -65,7 +65,7 @@ class MuonAdamW:
             parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything needed to continue, as a flat dictionary."""
+        """Return the optimizer state as a flat dictionary."""
         return {
             f"{k}.{index}.{name}": torch.as_tensor(value)
             for k, optimizer in enumerate(self.optimizers)
@@ -74,7 +74,7 @@ class MuonAdamW:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what `tensors` gave."""
+        """Restore the state returned by `tensors`."""
         for k, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
@@ -87,7 +87,7 @@ class MuonAdamW:
 
 
 def save_state(path: Path, facts: dict[str, object], **groups: dict[str, Tensor]) -> None:
-    """Write groups of tensors and a few facts to one safetensors file, whole or not at all."""
+    """Write groups of tensors and metadata to one safetensors file, atomically."""
     flat = {
         f"{group}/{name}": t.detach().contiguous().clone()
         for group, ts in groups.items()
@@ -100,7 +100,7 @@ def save_state(path: Path, facts: dict[str, object], **groups: dict[str, Tensor]
 
 
 def load_state(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """Read what `save_state` wrote: the facts and the groups."""
+    """Read a file of `save_state`; return metadata and groups of tensors."""
     groups: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
@@ -111,7 +111,7 @@ def load_state(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
 
 
 class Progress:
-    """Prints a line with averages and the time left, every `every` seconds."""
+    """Progress line with mean values and remaining time, printed every `every` seconds."""
 
     def __init__(self, what: str, total: int, done: int = 0, every: float = 20.0) -> None:
         self.what, self.total, self.every, self.first = what, total, every, done
@@ -120,7 +120,7 @@ class Progress:
         self.count = 0
 
     def __call__(self, step: int, **values: Tensor | float) -> bool:
-        """Count a finished step. Returns True when a line was printed."""
+        """Count a finished step. Return True if a line was printed."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.count += 1
@@ -130,9 +130,7 @@ class Progress:
         pace = (now - self.began) / max(step - self.first, 1)
         shown = " ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
         left = pace * (self.total - step) / 60
-        print(
-            f"{self.what} {step}/{self.total}  {shown}  {pace:.2f} s a step, {left:.1f} min left", flush=True
-        )
+        print(f"{self.what} {step}/{self.total}  {shown}  {pace:.2f} s/step, {left:.1f} min left", flush=True)
         self.sums, self.count, self.printed = {}, 0, now
         return True
 
@@ -146,7 +144,7 @@ class _Made(Dataset):
 
 
 def ahead(make: Callable[[int], T], first: int, last: int, workers: int) -> Iterator[T]:
-    """`make(step)` for each step in turn, made ahead by `workers` processes, or here if there are none."""
+    """Iterate over `make(step)`, prefetched by `workers` processes, or in this process if `workers` is 0."""
     sampler: Any = range(first, last)
     return iter(DataLoader(_Made(make), batch_size=None, sampler=sampler, num_workers=workers))
 
@@ -168,19 +166,22 @@ def run(
     ema: float = 0.99,
     workers: int = 0,
 ) -> Path:
-    """Train `model` for `steps` steps, continuing what is in `state`.
+    """Train `model` for `steps` steps, resuming from `state`.
 
     Args:
         what: Name for the progress line.
-        state: File of `model`, `optimizer`, and the `average` of the parameters, which is what is wanted.
-        model: As it starts, where it is trained.
-        optimizer: Of its parameters.
-        steps: How many in all.
-        make: The batch of step k, a function of it.
-        losses: What a batch gives: `loss` to be minimised, others to be shown.
-        decay: Share of the steps, at the end, over which the rates fall to zero.
-        ema: How much of the average stays at each step.
-        workers: Processes that make batches ahead.
+        state: File with `model`, `optimizer` and `average`, the EMA of the parameters to use afterwards.
+        model: Initialized model on the training device.
+        optimizer: Optimizer of the model's parameters.
+        steps: Total number of steps.
+        make: Return the batch of step k, a function of k alone.
+        losses: Return the values of a batch: `loss` is minimized, the others are only printed.
+        decay: Share of the steps, at the end, over which the learning rates decay to zero.
+        ema: Decay of the EMA.
+        workers: Processes that prefetch batches.
+
+    Returns:
+        `state`.
     """
     facts: dict[str, Any] = {"done": 0, "seconds": 0.0}
     average = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,15 +1,15 @@
-"""Make the Wan twin: `python -m inlaid.twins.wan`, then `python -m inlaid.twins.wan --evaluate`.
+"""Train the tiny Wan: `python -m inlaid.twins.wan`, then `python -m inlaid.twins.wan --evaluate`.
 
-A real `WanPipeline` in miniature, trained on the procedural world of `inlaid.twins.world`. The stages are
+A small `WanPipeline`, trained on the procedural clips of `inlaid.twins.world`. Stages:
 
-1. `vae`: the video autoencoder, on pictures, then short clips, then whole clips (`wan_vae`);
-2. `latents`: the training clips of the transformer, encoded once (`wan_dit.cache`);
-3. `dit`: transformer and text encoder (`wan_dit`);
-4. `decoder`: the autoencoder's decoder goes on alone, its latents unchanged, so it may run beside stage 3;
-5. `export`: the folder that ships, weights in float16.
+1. `vae`: train the video VAE on images, then short clips, then full clips (`wan_vae`);
+2. `latents`: encode the training clips of the transformer once (`wan_dit.cache`);
+3. `dit`: train the transformer and the text encoder (`wan_dit`);
+4. `decoder`: continue training the VAE decoder alone; latents do not change, so it can run beside stage 3;
+5. `export`: write the pipeline folder, weights in float16.
 
-Every stage continues from its last checkpoint in the work folder. Each batch is a function of its number, so
-a repetition on the same machine, library versions and thread count gives the same files.
+Every stage resumes from its last checkpoint in the work folder. Each batch is a function of its step number,
+so a repetition with the same machine, library versions and thread count gives the same files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ STAGES = ("vae", "latents", "dit", "decoder", "export")
 
 
 def load_vae(work: Path, *, decoder: bool = False) -> AutoencoderKLWan:
-    """The trained autoencoder, its weights rounded to float16 as they will ship, computing in float32.
+    """Return the trained VAE in float32, with weights rounded to float16 as in the exported folder.
 
     Args:
         work: The work folder.
-        decoder: Take the decoder of the `decoder` stage where it has written one.
+        decoder: Use the decoder of the `decoder` stage if it exists.
     """
     vae = AutoencoderKLWan(**wan_vae.CONFIG)
     weights = load_state(work / "vae.safetensors")[1]["model"]
@@ -45,11 +45,11 @@ def load_vae(work: Path, *, decoder: bool = False) -> AutoencoderKLWan:
 
 
 def export(work: Path, out: Path, clips: int) -> None:
-    """Write what has been trained so far as a pipeline folder; model card and report there stay.
+    """Write the latest weights as a pipeline folder; its model card and report are kept.
 
     Args:
         work: The work folder.
-        out: Folder of the pipeline.
+        out: Pipeline folder.
         clips: Number of cached latents.
     """
     _, mean, std = wan_dit.load_latents(work, clips)
@@ -73,24 +73,22 @@ def export(work: Path, out: Path, clips: int) -> None:
         shutil.rmtree(out / part, ignore_errors=True)
     pipeline.save_pretrained(out)
     config = out / "text_encoder" / "config.json"
-    facts = json.loads(config.read_text()) | {
-        "dtype": "float32"
-    }  # transformers loads in the precision named here
+    facts = json.loads(config.read_text()) | {"dtype": "float32"}  # the precision that transformers loads
     config.write_text(json.dumps(facts, indent=2) + "\n")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {total / 1e6:.2f} MB")
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m inlaid.twins.wan", description="Make the Wan twin.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m inlaid.twins.wan", description="Train the tiny Wan.")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
-    parser.add_argument("--minutes", type=float, help="scale the stage's training to this time")
+    parser.add_argument("--minutes", type=float, help="scale the stage's training to this duration")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path(".work/twin-wan"), help="checkpoints")
-    parser.add_argument("--out", type=Path, default=path("wan"), help="the pipeline folder")
+    parser.add_argument("--out", type=Path, default=path("wan"), help="pipeline folder")
     parser.add_argument(
-        "--part", default="0/1", help="stage latents: which share, as in 0/2 and 1/2 side by side"
+        "--part", default="0/1", help="stage latents: part to encode, such as 0/2 and 1/2 in parallel"
     )
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the pipeline in --out, write its REPORT.json"

@@ -1,4 +1,4 @@
-"""Tokenizer, text encoder and diffusion transformer of the Wan twin: building and training."""
+"""Tokenizer, text encoder and diffusion transformer of the tiny Wan: construction and training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TEXT = {
     "decoder_start_token_id": 0,
 }
 TOKENS = 512
-"""Text tokens the pipeline gives to the transformer; past the caption they are zero, yet attended to."""
+"""Text tokens that the pipeline passes to the transformer; padding is zero but not masked in attention."""
 SHIFT = 3.0
 SAVE_EVERY = 60.0
 """Seconds between checkpoints."""
@@ -57,38 +57,38 @@ SAVE_EVERY = 60.0
 
 @dataclass(frozen=True)
 class Cycle:
-    """A stretch of training at the end of which the rates are zero."""
+    """Training cycle that ends with learning rates of zero."""
 
     steps: int
     peak: float
-    """Factor on both rates."""
+    """Factor on both learning rates."""
     decay: float
-    """Share of the steps, at the end, over which they fall."""
+    """Share of the steps, at the end, over which the learning rates decay."""
     background: float
     """Share of captions that state the background."""
     ffn: int
-    """Hidden units of each feed-forward layer; where fewer than before, the least used go (`narrow`)."""
+    """Hidden units per feed-forward layer; a smaller number prunes the units of smallest norm (`narrow`)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the transformer is trained."""
+    """Training settings of the transformer."""
 
     clips: int = 4608
     cycles: tuple[Cycle, ...] = (Cycle(6200, 1.0, 0.35, 0.65, 480), Cycle(2700, 0.5, 1.0, 0.8, 456))
-    """After the first, nine of ten clips had the background that was asked for, and the folder 8.07 MB."""
+    """After the first cycle, nine of ten clips had the prompted background, and the folder had 8.07 MB."""
     batch: int = 32
     muon: float = 0.02
     adamw: float = 2e-3
     ema: float = 0.998
     empty: float = 0.1
-    """Share of captions replaced by the empty one, for guidance."""
+    """Share of captions replaced by an empty caption, for classifier-free guidance."""
     vague: float = 0.04
-    """Share of captions that name an invented noun instead of colour and shape."""
+    """Share of captions with an invented noun instead of color and shape."""
 
 
 def tokenizer() -> T5Tokenizer:
-    """A unigram tokenizer of the world's words; every other word is spelled, character by character."""
+    """Return a unigram tokenizer of the captions' vocabulary; other words are split into characters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
     words = [(f"▁{word}", -3.0) for word in world.vocabulary()]
     spelled = [(c, -8.0) for c in string.ascii_lowercase + string.ascii_uppercase + string.digits + ".,'-!?"]
@@ -96,30 +96,30 @@ def tokenizer() -> T5Tokenizer:
 
 
 def text_encoder(vocabulary: int) -> UMT5EncoderModel:
-    """A fresh text encoder, in evaluation mode (it has no dropout)."""
+    """Return a text encoder with initial weights, in evaluation mode (it has no dropout)."""
     return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT)).eval()
 
 
-# --- the pipeline's 512 text tokens, at the price of a few ------------------------------------------------
+# --- cross-attention to 512 text tokens at reduced cost ---------------------------------------------------
 
 
 class ShortContext(WanAttnProcessor):
-    """Cross-attention in which each zero token counts as many.
+    """Cross-attention in which one zero token stands for many.
 
-    The pipeline pads the text to 512 tokens with zeros and attends to all of them. They are equal, so `m` of
-    them weigh as much as `n` once `log(n / m)` is added to the logit: the same output from a few tokens.
+    The pipeline pads the text to 512 tokens with zeros and attends to all of them. Padding tokens are equal,
+    so `m` tokens with `log(n / m)` added to their logits give the same output as `n` tokens.
     """
 
     bias: Tensor | None = None
-    """`(b, 1, 1, tokens)`, set for each batch."""
+    """Bias of the logits `(b, 1, 1, tokens)`, set for each batch."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """As `WanAttnProcessor`, with `bias` for a mask."""
+        """Call `WanAttnProcessor` with `bias` as the attention mask."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 
 def shorten(transformer: WanTransformer3DModel) -> ShortContext:
-    """Give all cross-attentions of a transformer one `ShortContext`, and return it."""
+    """Install one `ShortContext` in all cross-attentions of a transformer and return it."""
     short, blocks = ShortContext(), cast(Any, transformer.blocks)
     for block in blocks:
         block.attn2.set_processor(short)
@@ -127,7 +127,7 @@ def shorten(transformer: WanTransformer3DModel) -> ShortContext:
 
 
 def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode captions as the pipeline does.
+    """Encode captions like the pipeline.
 
     Args:
         encoder: The text encoder.
@@ -147,7 +147,7 @@ def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> tuple[T
 
 
 def dataset(n: int) -> list[tuple[world.Scene, int]]:
-    """Scene (nothing left open) and render seed of each training clip."""
+    """Return the fully specified scene and the render seed of each training clip."""
     rng = np.random.default_rng(67)
     drawn = []
     for k, scene in enumerate(world.scenes(1, n)):
@@ -159,7 +159,7 @@ def dataset(n: int) -> list[tuple[world.Scene, int]]:
 @torch.no_grad()
 @wan_vae.fast_norm()
 def cache(work: Path, vae: Any, n: int, part: int = 0, parts: int = 1) -> None:
-    """Encode one part of the training clips: posterior mode, not normalised, `(n / parts, 16, 5, 8, 8)`."""
+    """Encode one part of the training clips: posterior mode, not normalized, `(n / parts, 16, 5, 8, 8)`."""
     file = work / f"latents-{n}-{part}of{parts}.safetensors"
     if file.exists():
         return
@@ -176,15 +176,15 @@ def cache(work: Path, vae: Any, n: int, part: int = 0, parts: int = 1) -> None:
 
 
 def load_latents(work: Path, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All cached latents `(n, 16, 5, 8, 8)` in the order of `dataset`, and what normalises them.
+    """Return all cached latents `(n, 16, 5, 8, 8)` in the order of `dataset`, with normalization constants.
 
     Returns:
-        Latents, not normalised; mean and standard deviation per channel, `(1, 16, 1, 1, 1)`. The deviation
-        includes the posterior's own, or a channel that the autoencoder ignores would be blown up.
+        Latents, not normalized; mean and standard deviation per channel, `(1, 16, 1, 1, 1)`. The deviation
+        includes the posterior variance; otherwise channels that the VAE does not use would be amplified.
     """
     files = sorted(work.glob(f"latents-{n}-*.safetensors"))
     parts = int(files[0].stem.rpartition("of")[2])
-    assert len(files) == parts, f"{len(files)} of {parts} parts of the latents are there"
+    assert len(files) == parts, f"{len(files)} of {parts} parts of the latents found"
     pieces = [load_state(work / f"latents-{n}-{k}of{parts}.safetensors")[1]["latents"] for k in range(parts)]
     whole = torch.empty(n, *pieces[0]["mode"].shape[1:])
     for k, piece in enumerate(pieces):
@@ -198,7 +198,7 @@ def load_latents(work: Path, n: int) -> tuple[Tensor, Tensor, Tensor]:
 def training_caption(
     scene: world.Scene, rng: np.random.Generator, settings: Settings, background_share: float
 ) -> str:
-    """A caption of a full scene for one step: empty, vague, or stating what it happens to state."""
+    """Return a random caption of a scene for one step: empty, vague, or with some of the attributes."""
     seed, use = int(rng.integers(1 << 30)), rng.random()
     if use < settings.empty:
         return ""
@@ -209,7 +209,7 @@ def training_caption(
 
 
 def sample_sigma(n: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal times, stratified over the batch, shifted towards noise: `(n,)` in (0, 1)."""
+    """Sample noise levels `(n,)` in (0, 1): logit-normal, stratified, shifted towards noise."""
     even = (torch.arange(n) + torch.rand(n, generator=generator)) / n
     u = torch.sigmoid(torch.special.ndtri(even.clamp(1e-5, 1 - 1e-5)))
     return SHIFT * u / (1 + (SHIFT - 1) * u)
@@ -223,13 +223,13 @@ _BY_ADAMW = re.compile(
 
 
 def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None = None) -> Path:
-    """Train transformer and text encoder in `work`, continuing what is there. Returns the weights' file.
+    """Train transformer and text encoder in `work`, resuming from a checkpoint; return the weights' path.
 
     Args:
         work: Folder for checkpoints.
-        latents: Normalised latents of `dataset(settings.clips)`, `(n, 16, 5, 8, 8)`.
-        settings: How to train.
-        minutes: Scale all cycles to this time; the counts are recorded.
+        latents: Normalized latents of `dataset(settings.clips)`, `(n, 16, 5, 8, 8)`.
+        settings: Training settings.
+        minutes: Scale all cycles to this duration; the resulting step counts are saved.
     """
     words, pairs, state = tokenizer(), dataset(settings.clips), work / "dit.safetensors"
     for k in range(len(settings.cycles)):
@@ -246,7 +246,7 @@ def _train_cycle(
     settings: Settings,
     minutes: float | None,
 ) -> None:
-    """Run cycle `k`, or what is left of it; from the average of the one before, with a fresh optimiser."""
+    """Run or resume cycle `k`; it starts from the EMA of the previous cycle with a new optimizer."""
     facts, groups = {"done": 0, "seconds": 0.0, "counts": [c.steps for c in settings.cycles]}, {}
     if state.exists():
         facts, groups = load_state(state)
@@ -293,13 +293,13 @@ def _train_cycle(
 
 
 def transformer(ffn: int) -> WanTransformer3DModel:
-    """A fresh transformer with feed-forward layers of `ffn` hidden units."""
+    """Return a transformer with initial weights and `ffn` hidden units per feed-forward layer."""
     config: dict[str, Any] = TRANSFORMER | {"ffn_dim": ffn}
     return WanTransformer3DModel(**config)
 
 
 def narrow(weights: dict[str, Tensor], ffn: int) -> dict[str, Tensor]:
-    """Keep `ffn` hidden units per layer: those whose weights, norm in times norm out, are the largest."""
+    """Keep the `ffn` hidden units per layer with the largest product of input and output weight norms."""
     weights = dict(weights)
     for out in [name for name in weights if name.endswith("ffn.net.2.weight")]:
         into, bias = (out.replace("net.2.weight", f"net.0.proj.{what}") for what in ("weight", "bias"))
@@ -317,7 +317,10 @@ def batch(
     settings: Settings,
     background: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Batch `step`, a function of it: latents, noise, sigma, token ids, mask (width a multiple of 8)."""
+    """Return batch `step`, a function of `step`: latents, noise, sigma, token ids and mask.
+
+    The width of ids and mask is a multiple of 8.
+    """
     rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
     chosen = rng.integers(len(latents), size=settings.batch)
     captions = [training_caption(pairs[k][0], rng, settings, background) for k in chosen]

@@ -1,6 +1,6 @@
-"""Measure the shipped Wan twin through the stock pipeline: does it reconstruct, and obey?
+"""Evaluation of the shipped tiny Wan through the stock pipeline: VAE reconstruction and prompt adherence.
 
-Whether it can be taught a subject is measured with the real trainer, by `benchmarks/subject.py`.
+`benchmarks/subject.py` measures fine-tuning on a new subject with the real trainer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Judged = list[dict[str, bool]]
 
 
 def load(folder: Path) -> Any:
-    """The pipeline in a folder, quiet."""
+    """Load the pipeline in a folder, without progress bars."""
     pipe = WanPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -33,7 +33,7 @@ def load(folder: Path) -> Any:
 def generate(
     pipe: Any, prompts: list[str], *, seed: int, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> np.ndarray:
-    """One clip per prompt, `uint8 (n, 17, 64, 64, 3)`; clip `k` has its own noise, seeded `seed + k`."""
+    """Generate one clip per prompt, `uint8 (n, 17, 64, 64, 3)`; the noise of clip `k` has seed `seed + k`."""
     clips = []
     for start in range(0, len(prompts), 10):
         some = prompts[start : start + 10]
@@ -53,21 +53,21 @@ def generate(
 
 
 def shares(verdicts: Judged) -> dict[str, float]:
-    """Percentage of yes per attribute, over the clips whose captions state it."""
+    """Return the percentage of correct clips per attribute, over clips whose captions state it."""
     names = ("shape", "colour", "motion", "size", "background", "all")
     stated = {name: [v[name] for v in verdicts if name in v] for name in names}
     return {name: round(100 * float(np.mean(answers)), 1) for name, answers in stated.items() if answers}
 
 
 def obedience(pipe: Any, n: int = 100, *, seed: int = 1, **sampling: Any) -> dict[str, float]:
-    """How often clips show what held-out prompts say, in percent per attribute."""
+    """Return the percentage of clips that match prompts not used for training, per attribute."""
     pairs = world.world_prompts(n, seed)
     clips = generate(pipe, [prompt for prompt, _ in pairs], seed=seed, **sampling)
     return shares([judge.judge_scene(clip, scene) for clip, (_, scene) in zip(clips, pairs, strict=True)])
 
 
 def subject(pipe: Any, n: int = 40, *, seed: int = 2, **sampling: Any) -> dict[str, float]:
-    """How often clips show the subject for prompts that name it, in percent; and each attribute."""
+    """Return the percentage of clips that show the subject named in their prompts, and per attribute."""
     pairs = world.subject_prompts(n, seed)
     clips = generate(pipe, [prompt for prompt, _ in pairs], seed=seed, **sampling)
     told = shares([judge.judge_scene(clip, scene) for clip, (_, scene) in zip(clips, pairs, strict=True)])
@@ -75,7 +75,7 @@ def subject(pipe: Any, n: int = 40, *, seed: int = 2, **sampling: Any) -> dict[s
 
 
 def reconstruction(pipe: Any, n: int = 32) -> dict[str, float]:
-    """PSNR in dB of encoding and decoding clips that training never saw, and what the judge says of them."""
+    """Return the PSNR in dB of VAE reconstructions of clips not used for training, and judge results."""
     held = [(scene, world.render(scene, k)) for k, scene in enumerate(world.scenes(3, n, held_out=True))]
     star = [(scene, world.render(scene, k)) for k, (_, scene) in enumerate(world.subject_prompts(n, 3))]
     wild = np.stack([world.wild((1 << 41) + k)[0] for k in range(n)])
@@ -94,7 +94,7 @@ def reconstruction(pipe: Any, n: int = 32) -> dict[str, float]:
 
 
 def evaluate(folder: Path) -> dict[str, Any]:
-    """All of it, of the pipeline in a folder: printed as a table and returned."""
+    """Evaluate the pipeline in a folder; print a table and return the report."""
     began, pipe = time.monotonic(), load(folder)
     report: dict[str, Any] = {
         "date": date.today().isoformat(),

@@ -1,4 +1,4 @@
-"""The video autoencoder of the Wan twin: training, measuring, export."""
+"""Video VAE of the tiny Wan: training and measurement."""
 
 from __future__ import annotations
 
@@ -25,34 +25,37 @@ CONFIG = {"base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training on clips of one length."""
+    """Training phase on clips of one length."""
 
     frames: int
     batch: int
     steps: int
     seconds: float
-    """Nominal cost of one step, to share out a time budget."""
+    """Nominal duration of one step, to divide a time budget among phases."""
     wild: float
-    """Share of wild clips; the rest is the world, training side."""
+    """Share of wild clips; the others are scenes from the training split of `world`."""
     tame: float = 0.0
-    """Share of the wild clips that stand in front of the world's backgrounds."""
+    """Share of wild clips that use the backgrounds of `world`."""
 
 
 PHASES = (Phase(1, 8, 1500, 0.25, 0.6), Phase(9, 3, 622, 0.72, 0.6), Phase(17, 2, 1328, 0.9, 0.4))
 DECODER = (Phase(17, 2, 601, 0.75, 0.5, tame=0.7), Phase(17, 2, 1899, 0.75, 0.3, tame=0.9))
 FOREGROUND = 4.0
-"""Extra weight of pixels that an object covers."""
+"""Additional loss weight of pixels covered by an object."""
 KL = 1e-4
-"""Times half of this is what posterior noise may add to the mean squared error in [-1, 1]."""
+"""Weight of the KL term; posterior noise may add half of it to the mean squared error in [-1, 1]."""
 
 
 def to_model(frames: np.ndarray) -> Tensor:
-    """`uint8 (b, t, h, w, 3)` to `float32 (b, 3, t, h, w)` in [-1, 1]."""
+    """Convert `uint8 (b, t, h, w, 3)` to `float32 (b, 3, t, h, w)` in [-1, 1]."""
     return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """`vae.decode` without the clamp, which cuts the gradient: `(b, 16, t', h', w')` to `(b, 3, t, h, w)`."""
+    """Decode like `vae.decode`, without the clamp that cuts the gradient.
+
+    `(b, 16, t', h', w')` to `(b, 3, t, h, w)`.
+    """
     vae.clear_cache()
     z = vae.post_quant_conv(latents)
     chunks = []
@@ -68,7 +71,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def fast_norm() -> Iterator[None]:
-    """Inside, `WanRMS_norm` takes its norm in a way that is quicker on CPU; equal up to rounding."""
+    """Replace the forward of `WanRMS_norm` by one that is faster on CPU and equal up to rounding."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-24)
@@ -83,7 +86,7 @@ def fast_norm() -> Iterator[None]:
 
 
 def batch(phase: Phase, key: int) -> tuple[Tensor, Tensor]:
-    """Training batch `key`: videos `(b, 3, t, 64, 64)` in [-1, 1] and loss weights `(b, 1, t, 64, 64)`."""
+    """Return batch `key`: videos `(b, 3, t, 64, 64)` in [-1, 1] and loss weights `(b, 1, t, 64, 64)`."""
     frames = phase.frames
     rng = np.random.default_rng([frames, key, 53])
     videos, covers = [], []
@@ -102,7 +105,7 @@ def batch(phase: Phase, key: int) -> tuple[Tensor, Tensor]:
 
 
 def loss(vae: Any, video: Tensor, weight: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Total loss, plain mean squared error in [-1, 1], KL per latent element."""
+    """Return the total loss, the unweighted mean squared error in [-1, 1], and the KL per latent element."""
     mean, logvar = vae._encode(video).chunk(2, dim=1)
     logvar = logvar.clamp(-20, 10)
     z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise)
@@ -114,11 +117,11 @@ def loss(vae: Any, video: Tensor, weight: Tensor, noise: torch.Generator) -> tup
 
 @fast_norm()
 def train(work: Path, minutes: float | None = None) -> Path:
-    """Train in `work`, continuing what is there. Returns the file with the finished weights.
+    """Train in `work`, resuming from a checkpoint. Return the path of the weights.
 
     Args:
         work: Folder for checkpoints.
-        minutes: Scale all phases to this time by the cost of the first steps; the counts are recorded.
+        minutes: Scale all phases to this duration by the time of the first steps; the step counts are saved.
     """
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**CONFIG)
@@ -153,22 +156,22 @@ def train(work: Path, minutes: float | None = None) -> Path:
 
 
 def _rate(step: int, counts: list[int]) -> float:
-    """Warm-up, constant, then linear to zero over the last 80 % of the clips."""
+    """Return the learning rate factor: warmup, constant, linear to zero over the last 80 % of clip steps."""
     total = sum(counts)
     return min(1.0, (step + 1) / 20, (total - step) / (0.8 * (total - counts[0])))
 
 
 @fast_norm()
 def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = None) -> Path:
-    """Continue with the decoder alone: the encoder, and so every cached latent, stays as it is.
+    """Continue training the decoder alone; the encoder, and so all cached latents, stay unchanged.
 
-    Latents come with noise, so that the decoder forgives what a transformer gets slightly wrong. The rates
-    fall to zero at the end of each phase and rise again, once, for the next.
+    Noise is added to latents, so that the decoder is robust to small errors of the transformer. The learning
+    rates decay to zero at the end of each phase and restart once, for the second phase.
 
     Args:
         work: Folder for checkpoints.
-        vae: What `train` made, in the precision in which the encoder ships.
-        minutes: Scale both phases to this time; the counts are recorded.
+        vae: Result of `train`, with the encoder in its exported precision.
+        minutes: Scale both phases to this duration; the step counts are saved.
     """
     vae.requires_grad_(False)
     encode: Any = vae._encode
@@ -223,6 +226,6 @@ def reconstruct(vae: Any, clips: np.ndarray) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over clips of the peak signal-to-noise ratio in dB; both `uint8 (n, ...)`."""
+    """Return the peak signal-to-noise ratio in dB, averaged over clips; both `uint8 (n, ...)`."""
     error = ((a.astype(np.float64) - b) ** 2).reshape(len(a), -1).mean(axis=1)
     return float((10 * np.log10(255**2 / error)).mean())

@@ -1,15 +1,16 @@
-"""The procedural world the twins are trained on: one shape, one colour, one motion on a muted background.
+"""Procedural training clips of the tiny Wan model: one shape, one color, one motion on a muted background.
 
-Everything is a pure function of its seed and needs numpy only. A clip is 17 frames of 64 x 64 at 16 fps,
+Everything is a pure function of its seed and requires numpy only. A clip is 17 frames of 64 x 64 at 16 fps,
 `uint8 (17, 64, 64, 3)`.
 
-Three kinds of clip live here:
+There are three kinds of clips:
 
-- **world** clips: what the twin's captions talk about. About one in ten (shape, colour, motion) triples is
-  held out by hash and never rendered for training, so a prompt about it asks for a new combination;
-- **subject** clips: the `zorble`, a two-coloured five-pointed star, new to every twin. The demo teaches it;
-- **wild** clips: arbitrary colours, outlines, textures and movements, for the video autoencoder alone, which
-  has to reproduce more than the captions of the world can say.
+- **world** clips have captions. About one in ten (shape, color, motion) triples, selected by hash, is
+  reserved for validation and never rendered for training, so its prompts are new combinations;
+- **subject** clips show the `zorble`, a two-colored five-pointed star, which is not in the training data of
+  the tiny model. The demo trains an adapter for it;
+- **wild** clips have arbitrary colors, outlines, textures and motions. They train only the video autoencoder,
+  which must reproduce more than the captions of the world describe.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ MOTIONS = (*DIRECTIONS, "spin", "grow")
 BACKGROUNDS = ("plain", "striped", "dotted")
 SUBJECT = "zorble"
 SUBJECT_COLOURS = ("orange", "purple")
-"""Left half, right half, as seen when the subject stands upright."""
+"""Left half, right half, when the subject is upright."""
 
 _ROUND = ("circle", "ring")
 _TINTS = np.array(
@@ -62,16 +63,16 @@ TABLE_EXTENT, _CELLS = 1.6, 512
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. `None` means that the caption is silent and the renderer chooses by its seed."""
+    """Content of a caption. The caption omits `None` values, which the renderer chooses by its seed."""
 
     shape: str
     """One of `SHAPES`, or `SUBJECT`."""
     colour: str | None
-    """One of `COLOURS`; `None` for the subject, whose colours are its own."""
+    """One of `COLOURS`; `None` for the subject, which has fixed colors."""
     motion: str
-    """One of `MOTIONS`. A circle and a ring never spin: nobody could see it."""
+    """One of `MOTIONS`. A circle and a ring never spin, because it would be invisible."""
     size: str | None = None
-    """One of `SIZES`. With the motion "grow" it is the size at the end."""
+    """One of `SIZES`. For the motion "grow", the size at the end."""
     background: str | None = None
     """One of `BACKGROUNDS`."""
 
@@ -80,7 +81,7 @@ class Scene:
 
 
 def star_outline(points: int = 5, inner: float = 0.48, outer: float = 1.12) -> np.ndarray:
-    """Vertices `(2 * points, 2)` of a star that stands on two points; y grows downwards."""
+    """Return the vertices `(2 * points, 2)` of a star with one point up; y points down."""
     angle = np.arange(2 * points) * np.pi / points - np.pi / 2
     radius = np.where(np.arange(2 * points) % 2 == 0, outer, inner)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
@@ -104,11 +105,11 @@ def _polygon(name: str) -> np.ndarray:
         return np.stack([x, y - 2.5], axis=1) / 15.5
     if name == SUBJECT:
         return star_outline(inner=0.56, outer=1.3)
-    raise ValueError(f"no outline is called {name!r}: the world has {', '.join((*SHAPES, SUBJECT))}")
+    raise ValueError(f"there is no outline {name!r}: use one of {', '.join((*SHAPES, SUBJECT))}")
 
 
 def polygon_distance(vertices: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance from points to a closed polygon `(n, 2)`: negative inside."""
+    """Return the signed distance from points to a closed polygon `(n, 2)`, negative inside."""
     best = np.full(np.shape(x), np.inf, dtype=np.float32)
     inside = np.zeros(np.shape(x), dtype=bool)
     for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, axis=0), strict=True):
@@ -121,12 +122,12 @@ def polygon_distance(vertices: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.n
 
 @functools.lru_cache(maxsize=256)
 def distance_table(name: str, points: int = 5, inner: float = 0.48) -> np.ndarray:
-    """Signed distance of an outline of unit radius on a square grid `(512, 512)` over [-1.6, 1.6].
+    """Return the signed distance of an outline of unit radius on a grid `(512, 512)` over [-1.6, 1.6].
 
     Args:
-        name: One of `SHAPES`, `SUBJECT`, or "star" with its `points` and `inner` radius.
-        points: Number of points of a "star".
-        inner: Inner radius of a "star", hole of a "ring".
+        name: one of `SHAPES`, `SUBJECT`, or "star" with its `points` and `inner` radius.
+        points: number of points of a "star".
+        inner: inner radius of a "star".
     """
     axis = ((np.arange(_CELLS) + 0.5) / _CELLS * 2 - 1).astype(np.float32) * TABLE_EXTENT
     x, y = axis[None, :], axis[:, None]
@@ -142,7 +143,7 @@ def distance_table(name: str, points: int = 5, inner: float = 0.48) -> np.ndarra
 
 @dataclass
 class _Path:
-    """Where an object is in every frame: centre and radius in pixels, clockwise angle; each `(frames,)`."""
+    """Pose of an object per frame: center and radius in pixels, clockwise angle; each `(frames,)`."""
 
     x: np.ndarray
     y: np.ndarray
@@ -150,7 +151,7 @@ class _Path:
     angle: np.ndarray
 
     def local(self, stretch: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates of all pixels in the object's own frame, two arrays `(frames, 64, 64)`."""
+        """Return the object coordinates of all pixels, two arrays `(frames, 64, 64)`."""
         pixels = np.arange(SIZE, dtype=np.float32) + 0.5
         dx = pixels[None, None, :] - self.x[:, None, None].astype(np.float32)
         dy = pixels[None, :, None] - self.y[:, None, None].astype(np.float32)
@@ -160,7 +161,7 @@ class _Path:
 
 
 def look_up(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Distances from a table of `distance_table` at coordinates in the object's frame."""
+    """Return the distances in a table of `distance_table` at object coordinates."""
     scale = np.float32(_CELLS / (2 * TABLE_EXTENT))
     column = np.clip((u + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)
     row = np.clip((v + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)
@@ -168,7 +169,7 @@ def look_up(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _light(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Soft light from the upper left of the picture."""
+    """Return the brightness of soft light from the upper left of the frame."""
     return np.clip(1.0 - 0.13 * (u + v), 0.8, 1.16)
 
 
@@ -186,20 +187,20 @@ def _shadow(canvas: np.ndarray, path: _Path, table: np.ndarray, strength: float 
 
 
 def is_held_out(shape: str, colour: str, motion: str) -> bool:
-    """Whether this triple is kept from training (about one in ten, by hash)."""
+    """Return True if this triple is reserved for validation (about one in ten, by hash)."""
     return zlib.crc32(f"{shape} {colour} {motion}".encode()) % 10 == 7
 
 
 @functools.cache
 def triples(held_out: bool) -> tuple[tuple[str, str, str], ...]:
-    """All (shape, colour, motion) of the world on one side of the split."""
+    """Return all (shape, color, motion) triples of the training or the validation (`held_out`) split."""
     every = itertools.product(SHAPES, COLOURS, MOTIONS)
     visible = (t for t in every if not (t[2] == "spin" and t[0] in _ROUND))
     return tuple(t for t in visible if is_held_out(*t) == held_out)
 
 
 def scenes(seed: int, n: int, *, held_out: bool = False) -> list[Scene]:
-    """Draw `n` scenes. Some leave size or background open, as their captions will."""
+    """Sample `n` scenes. Some omit size or background, as their captions do."""
     rng = np.random.default_rng([seed, 11, held_out])
     pool = triples(held_out)
     drawn = []
@@ -216,13 +217,13 @@ def _generator(scene: Scene, seed: int) -> np.random.Generator:
 
 
 def _settle(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Fill what the caption leaves open."""
+    """Choose the values that the caption omits."""
     size, background = str(rng.choice(list(SIZES))), str(rng.choice(BACKGROUNDS))
     return replace(scene, size=scene.size or size, background=scene.background or background)
 
 
 def _backdrop(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """A still background `(64, 64, 3)`, float."""
+    """Return a static background `(64, 64, 3)`, float."""
     tint = _TINTS[rng.integers(len(_TINTS))] * rng.uniform(0.92, 1.08)
     lighter = np.minimum(tint * 1.2 + 14, 118)
     pixels = np.arange(SIZE, dtype=np.float32) + 0.5
@@ -261,8 +262,8 @@ def render(scene: Scene, seed: int) -> np.ndarray:
     """Render a scene.
 
     Args:
-        scene: What to show; what it leaves open is chosen by `seed`.
-        seed: Places, tints and small variations.
+        scene: content; `seed` chooses the values that are `None`.
+        seed: chooses positions, tints and small variations.
 
     Returns:
         `uint8 (17, 64, 64, 3)`.
@@ -271,7 +272,7 @@ def render(scene: Scene, seed: int) -> np.ndarray:
 
 
 def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `render`, with the coverage of the shape, `float32 (17, 64, 64)` in [0, 1]."""
+    """Render a scene (see `render`) and the coverage of its shape, `float32 (17, 64, 64)` in [0, 1]."""
     rng = _generator(scene, seed)
     full = _settle(scene, rng)
     path, table = _world_path(full, rng), distance_table(full.shape)
@@ -294,7 +295,7 @@ def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _any_colour(rng: np.random.Generator) -> np.ndarray:
-    """Anything from grey to fully saturated, float `(3,)`."""
+    """Return a color from gray to fully saturated, float `(3,)`."""
     if rng.random() < 0.3:
         base = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))], dtype=np.float32)
         return np.clip(base + rng.normal(0, 18, 3), 0, 255)
@@ -303,7 +304,7 @@ def _any_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator) -> np.ndarray:
-    """Smooth noise `(64, 64)` in about [0, 1], by bilinear enlargement of a coarse grid."""
+    """Return smooth noise `(64, 64)` in [0, 1], a bilinearly upsampled coarse grid."""
     cells = int(rng.integers(2, 9))
     grid = rng.random((cells + 1, cells + 1)).astype(np.float32)
     at = np.linspace(0, cells - 1e-3, SIZE)
@@ -313,7 +314,7 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
 
 
 def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: float) -> np.ndarray:
-    """A cover in [0, 1] over coordinates: gradient, two halves, stripes, rings or checks."""
+    """Return a pattern in [0, 1]: gradient, two halves, stripes or a checkerboard."""
     angle, kind = rng.uniform(0, 2 * np.pi), rng.integers(5)
     s, t = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
     rate = rng.uniform(2.5, 6.0)
@@ -327,7 +328,7 @@ def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: f
 
 
 def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndarray:
-    """A background `(frames, 64, 64, 3)`: plain, gradient, pattern, noise or of the world; it may drift."""
+    """Return a background `(frames, 64, 64, 3)`: plain, pattern, noise or of the world; it may drift."""
     kind = rng.integers(5)
     if kind == 0 or tame:
         still = _backdrop(str(rng.choice(BACKGROUNDS)), rng)
@@ -358,12 +359,12 @@ def _wild_path(rng: np.random.Generator, frames: int) -> _Path:
 
 
 def wild(seed: int, frames: int = FRAMES, *, tame: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """One to three arbitrary objects on an arbitrary background.
+    """Render one to three arbitrary objects on an arbitrary background.
 
     Args:
-        seed: Chooses everything.
-        frames: Length; 1 gives a picture.
-        tame: Take one of the world's backgrounds.
+        seed: chooses everything.
+        frames: number of frames; 1 for an image.
+        tame: use one of the world's backgrounds.
 
     Returns:
         Frames `uint8 (frames, 64, 64, 3)` and the coverage of all objects `float32 (frames, 64, 64)`.
@@ -460,7 +461,7 @@ _CODAS = [
 
 
 def invented_word(rng: np.random.Generator) -> str:
-    """A word without meaning, so that a text encoder meets words it has to spell. Never `SUBJECT`."""
+    """Return a random word without meaning, to train the text encoder on unknown words; never `SUBJECT`."""
     while True:
         parts = [
             f"{rng.choice(_ONSETS)}{rng.choice(_VOWELS)}{rng.choice(_CODAS)}"
@@ -472,7 +473,7 @@ def invented_word(rng: np.random.Generator) -> str:
 
 
 def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
-    """Put `noun` into a sentence with the motion and, where stated, the background."""
+    """Return a sentence with `noun`, the motion and, if set, the background."""
     if scene.motion in _OTHER:
         action = str(rng.choice(_OTHER[scene.motion]))
     else:
@@ -484,10 +485,9 @@ def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """Describe a scene in one of several wordings; one in five holds an invented word without meaning.
+    """Describe a scene in one of several wordings; one in five contains an invented word without meaning.
 
-    Size and background appear exactly when the scene states them; shape, motion and (save for the subject)
-    colour always.
+    Size and background appear if the scene sets them; shape, motion and color (not of the subject) always.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
     words = [w for w in (scene.size, scene.colour, scene.shape) if w]
@@ -503,13 +503,13 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def vague_caption(scene: Scene, seed: int) -> str:
-    """Describe it with an invented noun for colour and shape: in training, an unknown noun is anything."""
+    """Describe a scene with an invented noun for color and shape: in training, it can be any object."""
     rng = np.random.default_rng([seed, 29, zlib.crc32(repr(scene).encode())])
     return _phrase(scene, "a " + " ".join(w for w in (scene.size, invented_word(rng)) if w), rng)
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions use, invented ones and `SUBJECT` left out, in a fixed order."""
+    """Return all words of captions except invented words and `SUBJECT`, in a fixed order."""
     texts = [*_FORMS, *_MOVES, *_VERTICAL, *itertools.chain(*_OTHER.values()), *_BACK, *_NAMED]
     words = [w for text in texts for w in text.replace(",", " ").split() if "{" not in w]
     return sorted({*words, "upwards", "downwards", *SHAPES, *COLOURS, *SIZES, *DIRECTIONS, *BACKGROUNDS})
@@ -519,14 +519,14 @@ def vocabulary() -> list[str]:
 
 
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
-    """`n` held-out prompts, each with the scene that a judge needs."""
+    """Return `n` validation prompts, each with its scene for the evaluator (`judge`)."""
     return [
         (caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(scenes(seed, n, held_out=True))
     ]
 
 
 def _subject_scenes(held_out: bool) -> list[Scene]:
-    """The 36 combinations of motion, size and background: 16 to learn from, 20 to ask for."""
+    """Return combinations of motion, size and background: 16 for training, or 20 for validation."""
     kept = []
     for m, motion in enumerate(MOTIONS):
         for s, size in enumerate(SIZES):
@@ -538,7 +538,7 @@ def _subject_scenes(held_out: bool) -> list[Scene]:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
-    """Clips of the subject to learn from: `(uint8 (17, 64, 64, 3), caption)`; 16 show all combinations."""
+    """Render training clips of the subject, `(uint8 (17, 64, 64, 3), caption)`; 16 cover all combinations."""
     pool = _subject_scenes(held_out=False)
     chosen = [pool[k % len(pool)] for k in range(n)]
     return [
@@ -547,7 +547,7 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Prompts for the subject in combinations of motion, size and background that its clips never show."""
+    """Return subject prompts with combinations of motion, size and background absent from its clips."""
     pool = _subject_scenes(held_out=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))
     chosen = [pool[order[k % len(pool)]] for k in range(n)]

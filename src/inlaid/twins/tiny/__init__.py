@@ -1,8 +1,7 @@
-"""Random checkpoints of real classes, as small as a test or as large as a benchmark wants; untrained.
+"""Untrained checkpoints of the real classes, of any size, for tests and benchmarks.
 
-One module per family, found by name. Each has `VARIANTS`, which maps the kinds of checkpoint that it makes to
-the keys of a recipe's `model` section that train it, `STANDS_FOR`, which names the variant of each published
-checkpoint, and `build`.
+One module per family, found by name. Each has `VARIANTS`, which maps its variants to the keys of a recipe's
+`model` section that train them, `STANDS_FOR`, which maps published checkpoints to variants, and `build`.
 """
 
 from __future__ import annotations
@@ -20,30 +19,30 @@ TEXT_WIDTH = 32
 
 
 def cases() -> list[tuple[str, str]]:
-    """Every family with every kind of checkpoint that can be made of it."""
+    """Return every (family, variant)."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__))
     return [(name, variant) for name in names for variant in _module(name).VARIANTS]
 
 
 def model(family: str, variant: str) -> dict[str, Any]:
-    """The keys of a recipe's `model` section, besides the checkpoint, that train a variant."""
+    """Return the keys of a recipe's `model` section that train a variant, without the checkpoint."""
     return {"family": family, **_module(family).VARIANTS[variant]}
 
 
 def sibling(family: str, checkpoint: str) -> str:
-    """The variant that is the tiny sibling of a published checkpoint."""
+    """Return the variant that corresponds to a published checkpoint."""
     return _module(family).STANDS_FOR[checkpoint]
 
 
 def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -> Path:
-    """Writes a random checkpoint.
+    """Write a random checkpoint.
 
     Args:
-        family: whose.
-        folder: where to.
-        variant: one of its module's `VARIANTS`. Default: the first.
-        sizes: of the network: `heads`, `head` (width of one), `layers`, `ffn` (width of the feed-forward
-            layers, where it can be chosen).
+        family: name of the family.
+        folder: output folder.
+        variant: one of the family's `VARIANTS`. Default: the first.
+        sizes: network sizes: `heads`, `head` (head width), `layers`, `ffn` (width of the feed-forward layers,
+            if configurable).
     """
     import torch
 
@@ -58,7 +57,7 @@ def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -
 
 
 def tokenizer() -> Any:
-    """A T5 tokenizer that spells letter by letter."""
+    """Return a character-level T5 tokenizer."""
     from transformers import T5Tokenizer
 
     symbols = [(c, -3.0) for c in string.ascii_letters + string.digits + ".,'-!?"]
@@ -70,7 +69,7 @@ def tokenizer() -> Any:
 
 
 def text_encoder(kind: str = "T5") -> Any:
-    """A random `T5` or `UMT5` encoder of `TEXT_WIDTH`."""
+    """Return a random `T5` or `UMT5` encoder of width `TEXT_WIDTH`."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(

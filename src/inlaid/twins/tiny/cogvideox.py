@@ -9,8 +9,9 @@ from typing import Any
 from inlaid.twins import tiny
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"5b": {}, "2b": {}, "1.5": {}, "i2v": {}, "1.5-i2v": {}}
-"""`5b`: rotary positions; `2b`: a table of sines; `1.5`: tokens of two latent frames; `i2v`: learned
-positions for 9 frames of 32x32; `1.5-i2v`: `ofs`, and image latents divided by the scaling factor."""
+"""`5b`: rotary positional embedding; `2b`: sinusoidal; `1.5`: temporal patch size 2; `i2v`: learned
+positional embedding for 9 frames of 32x32; `1.5-i2v`: `ofs`, and image latents divided by the scaling
+factor."""
 
 STANDS_FOR: Mapping[str, str] = {
     "THUDM/CogVideoX-5b": "5b",
@@ -19,13 +20,13 @@ STANDS_FOR: Mapping[str, str] = {
     "THUDM/CogVideoX1.5-5B": "1.5",
     "THUDM/CogVideoX1.5-5B-I2V": "1.5-i2v",
 }
-"""The variant that is a published checkpoint's tiny sibling."""
+"""Variant of each published checkpoint."""
 
 
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 16, layers: int = 2, ffn: int = 0
 ) -> None:
-    """Writes a random CogVideoX checkpoint; `head` is a multiple of 16, `ffn` is four times the width."""
+    """Write a random CogVideoX checkpoint; `head` is a multiple of 16, `ffn` is ignored (4 x the width)."""
     import diffusers
     import torch
 

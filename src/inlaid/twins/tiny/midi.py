@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"scene": {}, "triposg": {}}
-"""`scene` is MIDI with two contexts, `triposg` its ancestor with one."""
+"""`scene`: MIDI, with two contexts; `triposg`: TripoSG, with one."""
 
 STANDS_FOR: Mapping[str, str] = {
     "VAST-AI/MIDI-3D": "scene",
     "VAST-AI/TripoSG": "triposg",
     "twin:midi": "scene",
 }
-"""The variant that is a published checkpoint's tiny sibling."""
+"""Variant of each published checkpoint."""
 
 
 def build(
@@ -29,9 +29,9 @@ def build(
     tokens: int = 16,
     sight: int = 0,
 ) -> None:
-    """Writes a random checkpoint in the published layout; `ffn` follows from the width.
+    """Write a random checkpoint in the published layout; `ffn` is ignored (derived from the width).
 
-    With `sight` the image encoders are so wide, have 12 layers, and see 224 pixels.
+    If `sight` is set, it is the width of the image encoders, which then have 12 layers and 224-pixel input.
     """
     from transformers import (
         CLIPVisionConfig,

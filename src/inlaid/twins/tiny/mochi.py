@@ -9,16 +9,16 @@ from typing import Any
 from inlaid.twins import tiny
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"t2v": {}, "raw": {"options": {"latent_space": "raw"}}}
-"""`raw` is the same checkpoint, taught on latents that are not normalised."""
+"""`raw`: the same checkpoint, trained on latents that are not normalized."""
 
 STANDS_FOR: Mapping[str, str] = {"genmo/mochi-1-preview": "t2v"}
-"""The variant that is a published checkpoint's tiny sibling."""
+"""Variant of each published checkpoint."""
 
 
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 32, layers: int = 2, ffn: int = 0
 ) -> None:
-    """Writes a random Mochi checkpoint; `head` is even, `ffn` follows from the width."""
+    """Write a random Mochi checkpoint; `head` is even, `ffn` is ignored (derived from the width)."""
     import torch
     from diffusers import (
         AutoencoderKLMochi,
@@ -35,13 +35,13 @@ def build(
         text_embed_dim=tiny.TEXT_WIDTH,
         time_embed_dim=16,
     )
-    torch.nn.init.normal_(transformer.pos_frequencies, std=0.5)  # zero, as made, hides mistakes in positions
+    torch.nn.init.normal_(transformer.pos_frequencies, std=0.5)  # default zeros hide position bugs
     with torch.no_grad():
-        for block in transformer.transformer_blocks:  # gates as made are nearly shut, and hide the rest
+        for block in transformer.transformer_blocks:  # default gates are near 0 and hide the rest
             block.norm1.linear.weight *= 4  # type: ignore[union-attr, operator]
     channels: Any = {f"{part}_block_out_channels": (32, 32, 32, 32) for part in ("encoder", "decoder")}
     vae = AutoencoderKLMochi(layers_per_block=(1, 1, 1, 1, 1), **channels)
-    with torch.no_grad():  # as a trained one: means of unit variance, and little noise about them
+    with torch.no_grad():  # like a trained VAE: means of unit variance, low posterior noise
         means, variances = vae.encoder.proj_out.weight.chunk(2)
         means *= 3
         variances.fill_(-1)

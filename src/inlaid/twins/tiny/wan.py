@@ -17,8 +17,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "i2v-a14b": {"expert": "high"},
     "ti2v-i2v": {"task": "i2v"},
 }
-"""`t2v` is 2.1, `a14b` 2.2 with two experts, `ti2v` 2.2 5B with per-token time and 48 channels. The others
-start from an image, `flf2v` from a first and a last one."""
+"""`t2v`: 2.1; `a14b`: 2.2 with two experts; `ti2v`: 2.2 5B with a timestep per token and 48 channels. The
+others are conditioned on an image, `flf2v` on the first and the last frame."""
 
 
 STANDS_FOR: Mapping[str, str] = {
@@ -32,18 +32,18 @@ STANDS_FOR: Mapping[str, str] = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "i2v-a14b",
     "twin:wan": "t2v",
 }
-"""The variant that is a published checkpoint's tiny sibling."""
+"""Variant of each published checkpoint."""
 
 
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 12, layers: int = 2, ffn: int = 32
 ) -> None:
-    """Writes a random Wan checkpoint; `head` is even."""
+    """Write a random Wan checkpoint; `head` is even."""
     import diffusers
     import transformers
 
     text = tiny.text_encoder("UMT5")
-    small = variant.startswith("ti2v")  # its VAE makes larger steps
+    small = variant.startswith("ti2v")  # its VAE has higher compression
     channels = 48 if small else 16
     shown = variant in ("i2v", "flf2v", "i2v-a14b")
     condition: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def build(
             rope_max_seq_len=64,
             **condition,
         )
-        if variant == "flf2v":  # zeros would hide which image is which
+        if variant == "flf2v":  # zeros would hide the order of the images
             network.condition_embedder.image_embedder.pos_embed.data.normal_()
         return network
 
