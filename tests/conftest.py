@@ -13,6 +13,7 @@ import pytest
 
 from inlaid import console
 from inlaid.twins import tiny
+from support.contract import open_family, shape
 
 console.quiet()
 
@@ -157,6 +158,42 @@ def recipe(tiny_wan: Path, make_clips: Callable[..., Path], tmp_path: Path) -> C
                 raw[section] = {**raw.get(section, {}), name: value}
             else:
                 raw[section] = value
+        return raw
+
+    return make
+
+
+@pytest.fixture
+def contract_recipe(
+    checkpoint: Callable[[str, str], Path],
+    make_clips: Callable[..., Path],
+    make_scenes: Callable[..., Path],
+    tmp_path: Path,
+) -> Callable[..., dict]:
+    def make(case: tuple[str, str], **changes: object) -> dict:
+        folder = checkpoint(*case)
+        family = open_family(folder, case)
+        frames, *size = shape(family)
+        clips, data = tmp_path / "clips", {"size": size, "frames": frames}
+        if family.medium == "scene":
+            clips, data = tmp_path / "scenes", {}
+        if not clips.is_dir() and not data:
+            make_scenes((2, 2, 2, 2))
+        elif not clips.is_dir():
+            make_clips(4, size=tuple(size), frames=frames, fps=round(family.fps))
+        raw: dict = {
+            "run": str(tmp_path / "run"),
+            "seed": 3,
+            "model": {**tiny.model(*case), "checkpoint": str(folder)},
+            "data": {"sources": str(clips), "held_out": 1, **data},
+            "tuner": {"kind": "lora", "rank": 4},
+            "optim": {"lr": 2e-2},
+            "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},
+            "sample": {"steps": 2},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            raw[section] = {**raw.get(section, {}), name: value} if name else value
         return raw
 
     return make
