@@ -3,23 +3,82 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import torch
 from safetensors.torch import load_file
 
 from inlaid import runtime
+from support import forks
+
+Launch = Callable[[Sequence[object]], CompletedProcess[str]]
 
 
-def together(raw: dict, path: Path, mode: str, *overrides: str) -> Path:
+def free_port() -> int:
+    """Of those that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def launch(words: Sequence[object], processes: int = 2, timeout: float = 300) -> CompletedProcess[str]:
+    """What `torchrun --nproc-per-node PROCESSES -m inlaid WORDS...` does, in forks.
+
+    As there, a process that fails stops the others, all write to the same streams, and the code is 1.
+    """
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [str(forks.python()), "-m", "inlaid", *map(str, words)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        ranks = [
+            subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, **shared, "RANK": str(k), "LOCAL_RANK": str(k)},
+            )
+            for k in range(processes)
+        ]
+        until = time.monotonic() + timeout
+        try:
+            while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+                if time.monotonic() > until:
+                    raise subprocess.TimeoutExpired(command, timeout)
+                time.sleep(0.01)
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.terminate()
+            for rank in ranks:
+                rank.wait(timeout=30)
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                    rank.wait()
+        for stream in (out, err):
+            stream.seek(0)
+        return CompletedProcess(command, int(any(r.returncode for r in ranks)), out.read(), err.read())
+
+
+def torchrun(words: Sequence[object], processes: int = 2, timeout: float = 500) -> CompletedProcess[str]:
+    """The launch itself, as people do it: every process imports on its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a free port
+    command += ["--nproc-per-node", str(processes), "-m", "inlaid", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def together(raw: dict, path: Path, mode: str, *overrides: str, start: Launch = launch) -> Path:
     """Trains a recipe with two processes."""
     path.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
-    launch = ["--standalone", "--nproc-per-node", "2"]  # on a free port
-    words = [str(path), f"runtime.parallel={mode}", *overrides]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "inlaid", "train", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = start(["train", path, f"runtime.parallel={mode}", *overrides])
     assert done.returncode == 0, done.stderr
     return Path(raw["run"])
 

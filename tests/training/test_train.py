@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from inlaid import config, runtime
 from inlaid.generate import generate
 from inlaid.train import prepare, train
+from support import forks, ranks
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 
@@ -27,15 +27,8 @@ def run(raw: dict) -> Path:
     return train(config.build(raw))
 
 
-def command(recipe: Path, *extra: str, processes: int = 1) -> list[str]:
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",  # on a free port
-        "--nproc-per-node",
-        str(processes),
-    ]
-    return [sys.executable, *(launch if processes > 1 else []), "-m", "inlaid", "train", str(recipe), *extra]
+def command(recipe: Path, *extra: str) -> list[str]:
+    return [str(forks.python()), "-m", "inlaid", "train", str(recipe), *extra]
 
 
 def write(raw: dict, path: Path) -> Path:
@@ -139,7 +132,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Callable[..., dict], tmp_pat
 def test_two_processes_equal_accumulation_two(recipe: Callable[..., dict], tmp_path: Path) -> None:
     one = run(recipe(run=str(tmp_path / "one"), train__accumulate=2, data__caption_dropout=0.3))
     file = write(recipe(run=str(tmp_path / "two"), data__caption_dropout=0.3), tmp_path / "two.yaml")
-    done = subprocess.run(command(file, processes=2), capture_output=True, text=True, timeout=300)
+    done = ranks.torchrun(["train", file])
     assert done.returncode == 0, done.stderr
     assert difference(one, tmp_path / "two") < 1e-5
     # a checkpoint of two processes goes on in one
