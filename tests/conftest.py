@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -83,23 +84,46 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     return get
 
 
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `data.cache` of recipes: no clip and no caption is encoded twice in a session.
+
+    An item's name is the hash of all that decides its numbers, so tests cannot disturb each other.
+    """
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "encoded"
+
+
+@pytest.fixture(scope="session")
+def clips_of_session(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that gives a folder of small captioned clips, written once; not to be changed."""
+    made: dict[tuple, Path] = {}
+
+    def get(n: int, size: tuple[int, int], frames: int, fps: int) -> Path:
+        from inlaid import media
+
+        if (n, size, frames, fps) not in made:
+            folder = made[n, size, frames, fps] = tmp_path_factory.mktemp("clips")
+            rng = np.random.default_rng(0)
+            for i in range(n):
+                still = rng.integers(0, 255, (1, *size, 3), dtype=np.uint8)
+                video = np.stack([np.roll(still[0], k, axis=1) for k in range(frames)])
+                media.write_video(folder / f"{i:02d}.mp4", video, fps)
+                (folder / f"{i:02d}.txt").write_text(f"clip number {i}", "utf-8")
+        return made[n, size, frames, fps]
+
+    return get
+
+
 @pytest.fixture
-def make_clips(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a folder of small captioned clips: n, size (h, w), frames, fps."""
+def make_clips(clips_of_session: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function that makes a folder of small captioned clips: n, size (h, w), frames, fps."""
 
     def make(
         n: int = 4, *, size: tuple[int, int] = (32, 32), frames: int = 9, fps: int = 16, name: str = "clips"
     ) -> Path:
-        from inlaid import media
-
         folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        rng = np.random.default_rng(0)
-        for i in range(n):
-            still = rng.integers(0, 255, (1, *size, 3), dtype=np.uint8)
-            video = np.stack([np.roll(still[0], k, axis=1) for k in range(frames)])
-            media.write_video(folder / f"{i:02d}.mp4", video, fps)
-            (folder / f"{i:02d}.txt").write_text(f"clip number {i}", "utf-8")
+        shutil.copytree(clips_of_session(n, tuple(size), frames, fps), folder, dirs_exist_ok=True)
         return folder
 
     return make
@@ -133,7 +157,9 @@ def make_scenes(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def recipe(tiny_wan: Path, make_clips: Callable[..., Path], tmp_path: Path) -> Callable[..., dict]:
+def recipe(
+    tiny_wan: Path, make_clips: Callable[..., Path], encoded: Path, tmp_path: Path
+) -> Callable[..., dict]:
     """A function that gives a small complete recipe as a mapping; keyword `section__key` changes a value."""
 
     def make(**changes: object) -> dict:
@@ -146,6 +172,7 @@ def recipe(tiny_wan: Path, make_clips: Callable[..., Path], tmp_path: Path) -> C
                 "size": [32, 32],
                 "frames": 9,
                 "held_out": 1,
+                "cache": str(encoded),
             },
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 1e-2},
@@ -168,8 +195,11 @@ def contract_recipe(
     checkpoint: Callable[[str, str], Path],
     make_clips: Callable[..., Path],
     make_scenes: Callable[..., Path],
+    encoded: Path,
     tmp_path: Path,
 ) -> Callable[..., dict]:
+    """A function that gives a small recipe for a checkpoint of a family; `section__key` changes a value."""
+
     def make(case: tuple[str, str], **changes: object) -> dict:
         folder = checkpoint(*case)
         family = open_family(folder, case)
@@ -185,7 +215,7 @@ def contract_recipe(
             "run": str(tmp_path / "run"),
             "seed": 3,
             "model": {**tiny.model(*case), "checkpoint": str(folder)},
-            "data": {"sources": str(clips), "held_out": 1, **data},
+            "data": {"sources": str(clips), "held_out": 1, "cache": str(encoded), **data},
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 2e-2},
             "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},

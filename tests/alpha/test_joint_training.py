@@ -25,7 +25,7 @@ FEW = [("wan", "t2v"), ("mochi", "t2v"), ("cogvideox", "5b")]
 
 
 @pytest.fixture
-def joint_recipe(checkpoint: Checkpoint, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def joint_recipe(checkpoint: Checkpoint, encoded: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """A function that gives a small recipe with transparent clips; `section__key` changes a value."""
 
     def make(case: tuple[str, str], **changes: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def joint_recipe(checkpoint: Checkpoint, tmp_path: Path) -> Callable[..., dict[s
             "run": str(tmp_path / "run"),
             "seed": 3,
             "model": {**tiny.model(*case), "checkpoint": str(checkpoint(*case))},
-            "data": {"sources": str(tmp_path / "clips"), "held_out": 1},
+            "data": {"sources": str(tmp_path / "clips"), "held_out": 1, "cache": str(encoded)},
             "tuner": {"kind": "lora", "rank": 4},
             "alpha": {"kind": "joint"},
             "optim": {"lr": 2e-2},

@@ -92,6 +92,7 @@ def test_trains_two_steps(
     checkpoint: Callable[[str, str], Path],
     make_clips: Callable[..., Path],
     make_scenes: Callable[..., Path],
+    encoded: Path,
     tmp_path: Path,
 ) -> None:
     raw = yaml.safe_load(path.read_text("utf-8"))
@@ -107,7 +108,7 @@ def test_trains_two_steps(
         f"data.sources={make_clips(6, size=(size, size), frames=3 * frames)}",
         f"data.size=[{size},{size}]",
         f"data.frames={frames}",
-        f"data.cache={tmp_path / 'cache'}",
+        f"data.cache={encoded}",
         "train.steps=2",
         "train.trackers=[]",
         "sample.steps=2",

@@ -39,13 +39,13 @@ def copy(checkpoint: Callable[[str, str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scene_recipe(
-    checkpoint: Callable[[str, str], Path], make_scenes: Callable[..., Path], tmp_path: Path
+    checkpoint: Callable[[str, str], Path], make_scenes: Callable[..., Path], encoded: Path, tmp_path: Path
 ) -> Callable[..., dict]:
     def make(**changes: object) -> dict:
         raw: dict = {
             "run": str(tmp_path / "run"),
             "model": {"family": "midi", "checkpoint": str(checkpoint("midi", "scene"))},
-            "data": {"sources": str(tmp_path / "scenes"), "held_out": 1},
+            "data": {"sources": str(tmp_path / "scenes"), "held_out": 1, "cache": str(encoded)},
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 2e-2},
             "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},

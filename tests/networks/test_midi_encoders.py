@@ -30,7 +30,7 @@ def family(checkpoint: object, **options: Any) -> Any:
 
 @pytest.fixture
 def scene_recipe(
-    checkpoint: Callable[[str, str], Path], make_scenes: Callable[..., Path], tmp_path: Path
+    checkpoint: Callable[[str, str], Path], make_scenes: Callable[..., Path], encoded: Path, tmp_path: Path
 ) -> Callable[..., dict]:
     def make(chosen: str = "both", variant: str = "scene", **changes: object) -> dict:
         folder = tmp_path / "scenes"
@@ -43,7 +43,7 @@ def scene_recipe(
                 "checkpoint": str(checkpoint("midi", variant)),
                 "options": {"image_encoders": chosen},
             },
-            "data": {"sources": str(folder), "held_out": 0},
+            "data": {"sources": str(folder), "held_out": 0, "cache": str(encoded)},
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 2e-2},
             "train": {"steps": 4, "save_every": 2, "log_every": 1, "trackers": []},

@@ -100,4 +100,4 @@ def transparent(raw: dict[str, Any], folder: Path, n: int = 4) -> dict[str, Any]
     if not folder.is_dir():
         for i in range(n):
             pair(folder, f"{i:02d}", clip(i, size=(32, 32)))
-    return raw | {"data": raw["data"] | {"sources": str(folder)}, "alpha": {"kind": "joint"}}
+    return raw | {"data": raw["data"] | {"sources": str(folder), "cache": None}, "alpha": {"kind": "joint"}}
