@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -85,13 +87,36 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
 
 @pytest.fixture(scope="session")
-def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def encoded(shared: Path) -> Path:
     """The `data.cache` of recipes: no clip and no caption is encoded twice in a session.
 
     An item's name is the hash of all that decides its numbers, so tests cannot disturb each other.
     """
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "encoded"
+    return shared / "encoded"
+
+
+@pytest.fixture(scope="session")
+def estimated(shared: Path) -> Callable[..., Any]:
+    """`cost.estimate` of a recipe, which is asked once: seconds for the published sizes."""
+    from inlaid import cost, files
+
+    def get(family: Any, settings: Any, *counts: Any, **where: Any) -> Any:
+        key = f"{settings.model_dump_json()} {counts} {where}"
+        file = shared / "estimates" / hashlib.sha256(key.encode()).hexdigest()
+        if not file.is_file():
+            with files.atomic(file) as temporary:
+                temporary.write_bytes(pickle.dumps(made(family, settings, *counts, **where)))
+        return pickle.loads(file.read_bytes())
+
+    made = cost.estimate
+    return get
 
 
 @pytest.fixture(scope="session")

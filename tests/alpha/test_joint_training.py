@@ -18,6 +18,7 @@ from inlaid.twins import tiny
 from support import rgba_clips
 from support.joint import CASES, Checkpoint, given
 from support.ranks import difference, together
+from support.slow import slow
 
 CPU = torch.device("cpu")
 FEW = [("wan", "t2v"), ("mochi", "t2v"), ("cogvideox", "5b")]
@@ -119,8 +120,7 @@ def test_loss_falls(case: tuple[str, str], joint_recipe: Callable[..., dict]) ->
 
 
 @pytest.mark.parametrize("case", FEW, ids="-".join)
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.slow
+@pytest.mark.parametrize("mode", [slow("ddp"), "fsdp"])
 def test_two_processes_are_one_that_accumulates(
     case: tuple[str, str], mode: str, joint_recipe: Callable[..., dict], tmp_path: Path
 ) -> None:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from inlaid import families
 from inlaid.twins import tiny
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_toys_and_skips_finished_rows(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy", "--steps", "2", "--out", str(tmp_path)]
     first = subprocess.run(command, capture_output=True, text=True, check=True)

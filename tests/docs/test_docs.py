@@ -17,7 +17,7 @@ import re
 import resource
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,6 +31,7 @@ from inlaid import cli, config, data, runtime
 from inlaid.evaluate import matte, scene, video
 from support.commands import inlaid
 from support.pages import BASE, DOCS, ROOT, blocks, inline, named, prose, rows, schema, script
+from support.slow import slow
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 TUTORIAL = DOCS / "tutorial/first-adapter.md"
@@ -196,14 +197,17 @@ def test_containers_are_those_that_were_measured() -> None:
     assert told == set(config.CARRIERS)
 
 
-@pytest.mark.slow
 @pytest.mark.untraced
+@pytest.mark.parametrize("rows", ["the first", slow("all")])
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "mochi"])
-def test_costs_are_those_of_check(name: str) -> None:
+def test_costs_are_those_of_check(
+    name: str, rows: str, estimated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     costs = script("costs")
+    monkeypatch.setattr(costs.cost, "estimate", estimated)
     told = list(re.finditer(costs.ROW, costs.PAGES[name].read_text("utf-8")))
     assert len(told) >= 4
-    for row in told:
+    for row in told if rows == "all" else told[:1]:
         assert costs.cells(name, row) == row[0], "run docs/costs.py"
 
 
@@ -286,7 +290,6 @@ def plain(line: str) -> str:
     return " ".join(line.split())
 
 
-@pytest.mark.slow
 def test_tutorial_shows_what_it_says(tutorial: Told) -> None:
     shown = {plain(line) for line in tutorial.output.splitlines()}
     said = [
@@ -300,13 +303,11 @@ def test_tutorial_shows_what_it_says(tutorial: Told) -> None:
     assert [line for line in said if plain(line) not in shown] == []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(FULL, reason="the reader's own time is not limited")
 def test_tutorial_is_quick(tutorial: Told) -> None:
     assert tutorial.seconds < SECONDS
 
 
-@pytest.mark.slow
 def test_run_folder_is_described(tutorial: Told) -> None:
     """Every file of a run is in the table, and all of the table that is not conditional is in the run."""
     table = rows(DOCS / "reference/run-folder.md")
@@ -317,13 +318,11 @@ def test_run_folder_is_described(tutorial: Told) -> None:
     assert [p for p in always if not any(fnmatch(f, p) for f in files)] == []
 
 
-@pytest.mark.slow
 def test_metrics_are_described(tutorial: Told) -> None:
     told = named(DOCS / "reference/metrics.md", "metrics.jsonl")
     assert told == {k for line in runtime.read_metrics(tutorial.run / "metrics.jsonl") for k in line}
 
 
-@pytest.mark.slow
 def test_report_is_described(tutorial: Told) -> None:
     told = named(DOCS / "reference/metrics.md", "report.json")
     report = json.loads((tutorial.run / "report/report.json").read_text("utf-8"))

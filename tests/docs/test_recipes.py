@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +20,10 @@ from inlaid import alpha, config, cost, families, formats, generate, runtime
 from inlaid.models import rgba_codec
 from inlaid.train import train
 from inlaid.twins import tiny
+from support import forks
 from support.codecs import made, rgba_clips
+from support.ranks import free_port
+from support.slow import mostly_slow, slow
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "launch")
@@ -59,13 +61,19 @@ def test_published_checkpoint_can_do_it(path: Path) -> None:
     assert family(settings).problems(settings) == []
 
 
+KINDS = {
+    config.load(p).model.family + config.load(p).alpha.kind + config.load(p).tuner.kind: p for p in PUBLISHED
+}
+"""A recipe of each kind."""
+
+
 @pytest.mark.untraced
-@published
-def test_cost_is_known_and_comments_are_right(path: Path) -> None:
+@pytest.mark.parametrize("path", mostly_slow(PUBLISHED, [*KINDS.values()].__contains__), ids=lambda p: p.stem)
+def test_cost_is_known_and_comments_are_right(path: Path, estimated: Callable[..., cost.Estimate]) -> None:
     """The network is made without weights, its tuner attached: targets and numbers are the real ones."""
     settings = config.load(path)
     shape = (max(settings.data.frames), *settings.data.size)
-    found = cost.estimate(
+    found = estimated(
         family(settings),
         settings,
         {shape: 1},
@@ -223,10 +231,11 @@ def launch(command: list[str], recipe: Path, run: Path, tmp_path: Path, *overrid
     for program, body in SHIMS.items():
         (shims / program).write_text(f"#!/usr/bin/env bash\n{body}\n", "utf-8")
         (shims / program).chmod(0o755)
-    path = os.pathsep.join([str(shims), str(Path(sys.executable).parent), os.environ["PATH"]])
+    python = forks.python()
+    path = os.pathsep.join(map(str, [shims, python.parent, Path(sys.executable).parent, os.environ["PATH"]]))
     done = subprocess.run(
         [*command, str(recipe), f"run={run}", *overrides],
-        env={**os.environ, **SLURM, "PATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **SLURM, "PYTHON_EXEC": str(python), "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -235,15 +244,7 @@ def launch(command: list[str], recipe: Path, run: Path, tmp_path: Path, *overrid
     return [x["loss"] for x in runtime.read_metrics(run / "metrics.jsonl") if "loss" in x]
 
 
-def free_port() -> int:
-    """Of those that nobody listens on."""
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", slow("fsdp")])
 @pytest.mark.parametrize("how", ["torchrun", "nodes", "accelerate", "slurm"])
 def test_launch_file_equals_accumulation_two(
     how: str, mode: str, recipe: Callable[..., dict], tmp_path: Path

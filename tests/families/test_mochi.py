@@ -143,6 +143,7 @@ def test_padding_changes_nothing(folder: Path, mochi: Mochi, network: nn.Module)
     assert processors == {MochiAttnProcessor2_0}, "the stock network was left as it is"
 
 
+@pytest.mark.slow
 def test_blocks_compile_into_one_graph(mochi: Mochi) -> None:
     losses, gradients = [], []
     for compiled in (False, True):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from inlaid.twins import judge, world
+from support.slow import slow
 
 
 def test_same_seed_same_clip_and_caption():
@@ -73,16 +74,17 @@ def test_subject_prompts_ask_for_combinations_that_its_clips_do_not_show():
     assert {scene.motion for scene in asked} == set(world.MOTIONS)
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_judge_accepts_true_renders(held_out):
+@pytest.mark.parametrize(("held_out", "count"), [(False, 15), (True, 15), slow(False, 150), slow(True, 150)])
+def test_judge_accepts_true_renders(held_out, count):
     answers = defaultdict(list)
-    for k, scene in enumerate(world.scenes(5, 150, held_out=held_out)):
+    for k, scene in enumerate(world.scenes(5, count, held_out=held_out)):
         for name, answer in judge.judge_scene(world.render(scene, k), scene).items():
             answers[name].append(answer)
     assert {name: np.mean(a) >= 0.98 for name, a in answers.items()} == dict.fromkeys(answers, True)
 
 
-def test_judge_rejects_a_render_with_one_attribute_changed():
+@pytest.mark.parametrize("count", [8, slow(80)])
+def test_judge_rejects_a_render_with_one_attribute_changed(count):
     options = {
         "shape": (*world.SHAPES, world.SUBJECT),
         "colour": tuple(world.COLOURS),
@@ -91,7 +93,7 @@ def test_judge_rejects_a_render_with_one_attribute_changed():
         "background": world.BACKGROUNDS,
     }
     rng, answers = np.random.default_rng(0), defaultdict(list)
-    for k, scene in enumerate(world.scenes(6, 80)):
+    for k, scene in enumerate(world.scenes(6, count)):
         full = replace(scene, size=scene.size or "large", background=scene.background or "plain")
         clip = world.render(full, k)
         for name, values in options.items():
@@ -105,12 +107,15 @@ def test_judge_rejects_a_render_with_one_attribute_changed():
     assert {name: np.mean(a) <= 0.02 for name, a in answers.items()} == dict.fromkeys(answers, True)
 
 
-def test_judge_knows_the_subject():
-    prompts = world.subject_prompts(40, 1)
+@pytest.mark.parametrize("count", [6, slow(60)])
+def test_judge_knows_the_subject(count):
+    prompts = world.subject_prompts(count * 2 // 3, 1)
     clips = [world.render(scene, k) for k, (_, scene) in enumerate(prompts)]
     assert np.mean([judge.judge_subject(clip) for clip in clips]) >= 0.98
     assert np.mean([judge.judge_scene(c, s)["all"] for c, (_, s) in zip(clips, prompts, strict=True)]) >= 0.98
-    assert not any(judge.judge_subject(world.render(scene, k)) for k, scene in enumerate(world.scenes(8, 60)))
+    assert not any(
+        judge.judge_subject(world.render(scene, k)) for k, scene in enumerate(world.scenes(8, count))
+    )
 
 
 def test_judge_wants_both_halves_of_the_subject_and_a_star():

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from inlaid import config, families, memory, tuners
 from inlaid.families import Family
 from inlaid.twins import tiny
+from support.slow import mostly_slow, slow
 
 pytestmark = pytest.mark.untraced
 
@@ -70,13 +71,13 @@ def opened(checkpoint: Callable[[str, str], Path], case: tuple[str, str]) -> Fam
     return families.get(case[0])(config.Model(checkpoint=str(checkpoint(*case)), **tiny.model(*case)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", mostly_slow(CASES, FIRST.__contains__), ids=IDS)
 def test_every_network_with_dora(checkpoint: Callable[[str, str], Path], case: tuple[str, str]) -> None:
     same(opened(checkpoint, case), "dora", "eager")
 
 
 @pytest.mark.parametrize("case", FIRST, ids=[c[0] for c in FIRST])
-@pytest.mark.parametrize("kind", ["lora", "lokr", "loha"])
+@pytest.mark.parametrize("kind", [slow("lora"), "lokr", slow("loha")])
 def test_every_family_with_other_tuners(
     checkpoint: Callable[[str, str], Path], case: tuple[str, str], kind: str
 ) -> None:
@@ -84,7 +85,7 @@ def test_every_family_with_other_tuners(
     same(opened(checkpoint, case), kind, "eager", shapes=2 if kind == "lora" else 1)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "float8", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", slow("float8"), slow("int4"), slow("nf4")])
 def test_a_quantised_base(checkpoint: Callable[[str, str], Path], scheme: str) -> None:
     pytest.importorskip({"nf4": "bitsandbytes", "int4": "torch"}.get(scheme, "torchao"))
     same(opened(checkpoint, ("wan", "t2v")), "dora", "aot_eager", quantize=scheme)

@@ -16,6 +16,7 @@ from inlaid import config, memory, runtime, tuners
 from inlaid.families.wan import Wan
 from inlaid.train import prepare, train
 from inlaid.twins import tiny
+from support.slow import slow
 
 CPU = torch.device("cpu")
 RUNS = [(q, k) for q in ("int8", "float8", "int4", "nf4") for k in ("lora", "dora", "lokr", "loha")]
@@ -177,7 +178,7 @@ def test_checkpointing_every_nth_block_is_exact_and_in_between(wan: Wan, kind: s
 # --- optimizers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit"])
+@pytest.mark.parametrize("name", ["adamw8bit", slow("adamw4bit")])
 def test_small_optimizers_resume_bit_exactly(tmp_path: Path, name: str) -> None:
     pytest.importorskip({"adamw8bit": "bitsandbytes", "adamw4bit": "torchao"}[name])
 

@@ -13,7 +13,8 @@ from torch import nn
 from inlaid import config, parallel
 from inlaid.train import train
 from support.contract import FIRST
-from support.ranks import difference, held_out, together
+from support.ranks import difference, held_out, launch, together, torchrun
+from support.slow import slow
 
 EVERYTHING = {
     "train__validate_every": 3,
@@ -31,9 +32,8 @@ EVERYTHING = {
 """Clipping that clips, an average, more held-out clips than processes, samples."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fsdp", "zero2", "zero3"])
-@pytest.mark.parametrize(("kind", "recompute"), [("lora", True), ("dora", False), ("full", True)])
+@pytest.mark.parametrize("mode", ["fsdp", slow("zero2"), slow("zero3")])
+@pytest.mark.parametrize(("kind", "recompute"), [slow("lora", True), ("dora", False), ("full", True)])
 def test_equals_one_process_and_goes_on_in_the_other(
     recipe: Callable[..., dict],
     make_clips: Callable[..., Path],
@@ -62,7 +62,9 @@ def test_equals_one_process_and_goes_on_in_the_other(
     shutil.copytree(alone, tmp_path / "begun", ignore=shutil.ignore_patterns("step-000006", "adapter"))
     place = "checkpoints/step-000003"
     shutil.copytree(alone / place, tmp_path / "begun" / place, dirs_exist_ok=True)
-    begun = together(raw, tmp_path / "b.yaml", mode, "train.accumulate=2")
+    begun = together(
+        raw, tmp_path / "b.yaml", mode, "train.accumulate=2", start=torchrun if kind == "dora" else launch
+    )
     figures["alone, then shared"] = difference(begun, alone, 6)
     print(mode, kind, {k: f"{v:.1e}" for k, v in figures.items()})
     assert max(figures.values()) < 1e-5
@@ -70,7 +72,6 @@ def test_equals_one_process_and_goes_on_in_the_other(
     assert {p.name for p in (begun / "adapter").iterdir()} == {p.name for p in (alone / "adapter").iterdir()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("case", [c for c in FIRST if c[0] != "wan"], ids="-".join)
 def test_every_family_shared_is_the_family_alone(
