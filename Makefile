@@ -4,13 +4,21 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-all coverage check docs clean
 
 demo: $(VENV)/installed  ## the main job on a tiny trained model: no download, no GPU, minutes
 	$(BIN)/inlaid demo
 
-test: $(VENV)/installed-dev check  ## lint, types, import contracts, all tests, coverage
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test: $(VENV)/installed-dev check  ## lint, types, import contracts, tests: what CI runs, minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/installed-dev check  ## also the tests marked slow, and those of deepspeed where it is installed
+	$(PYTEST)
+
+coverage: $(VENV)/installed-dev  ## of the tests that `make test` runs: at least 90 %
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist worksteal -m "not slow"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered --fail-under=90
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 
 from inlaid import console
 from inlaid.twins import tiny
+from support.contract import open_family, shape
 
 console.quiet()
 
@@ -82,23 +86,69 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     return get
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def encoded(shared: Path) -> Path:
+    """The `data.cache` of recipes: no clip and no caption is encoded twice in a session.
+
+    An item's name is the hash of all that decides its numbers, so tests cannot disturb each other.
+    """
+    return shared / "encoded"
+
+
+@pytest.fixture(scope="session")
+def estimated(shared: Path) -> Callable[..., Any]:
+    """`cost.estimate` of a recipe, which is asked once: seconds for the published sizes."""
+    from inlaid import cost, files
+
+    def get(family: Any, settings: Any, *counts: Any, **where: Any) -> Any:
+        key = f"{settings.model_dump_json()} {counts} {where}"
+        file = shared / "estimates" / hashlib.sha256(key.encode()).hexdigest()
+        if not file.is_file():
+            with files.atomic(file) as temporary:
+                temporary.write_bytes(pickle.dumps(made(family, settings, *counts, **where)))
+        return pickle.loads(file.read_bytes())
+
+    made = cost.estimate
+    return get
+
+
+@pytest.fixture(scope="session")
+def clips_of_session(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that gives a folder of small captioned clips, written once; not to be changed."""
+    made: dict[tuple, Path] = {}
+
+    def get(n: int, size: tuple[int, int], frames: int, fps: int) -> Path:
+        from inlaid import media
+
+        if (n, size, frames, fps) not in made:
+            folder = made[n, size, frames, fps] = tmp_path_factory.mktemp("clips")
+            rng = np.random.default_rng(0)
+            for i in range(n):
+                still = rng.integers(0, 255, (1, *size, 3), dtype=np.uint8)
+                video = np.stack([np.roll(still[0], k, axis=1) for k in range(frames)])
+                media.write_video(folder / f"{i:02d}.mp4", video, fps)
+                (folder / f"{i:02d}.txt").write_text(f"clip number {i}", "utf-8")
+        return made[n, size, frames, fps]
+
+    return get
+
+
 @pytest.fixture
-def make_clips(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a folder of small captioned clips: n, size (h, w), frames, fps."""
+def make_clips(clips_of_session: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function that makes a folder of small captioned clips: n, size (h, w), frames, fps."""
 
     def make(
         n: int = 4, *, size: tuple[int, int] = (32, 32), frames: int = 9, fps: int = 16, name: str = "clips"
     ) -> Path:
-        from inlaid import media
-
         folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        rng = np.random.default_rng(0)
-        for i in range(n):
-            still = rng.integers(0, 255, (1, *size, 3), dtype=np.uint8)
-            video = np.stack([np.roll(still[0], k, axis=1) for k in range(frames)])
-            media.write_video(folder / f"{i:02d}.mp4", video, fps)
-            (folder / f"{i:02d}.txt").write_text(f"clip number {i}", "utf-8")
+        shutil.copytree(clips_of_session(n, tuple(size), frames, fps), folder, dirs_exist_ok=True)
         return folder
 
     return make
@@ -132,7 +182,9 @@ def make_scenes(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def recipe(tiny_wan: Path, make_clips: Callable[..., Path], tmp_path: Path) -> Callable[..., dict]:
+def recipe(
+    tiny_wan: Path, make_clips: Callable[..., Path], encoded: Path, tmp_path: Path
+) -> Callable[..., dict]:
     """A function that gives a small complete recipe as a mapping; keyword `section__key` changes a value."""
 
     def make(**changes: object) -> dict:
@@ -145,6 +197,7 @@ def recipe(tiny_wan: Path, make_clips: Callable[..., Path], tmp_path: Path) -> C
                 "size": [32, 32],
                 "frames": 9,
                 "held_out": 1,
+                "cache": str(encoded),
             },
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 1e-2},
@@ -157,6 +210,45 @@ def recipe(tiny_wan: Path, make_clips: Callable[..., Path], tmp_path: Path) -> C
                 raw[section] = {**raw.get(section, {}), name: value}
             else:
                 raw[section] = value
+        return raw
+
+    return make
+
+
+@pytest.fixture
+def contract_recipe(
+    checkpoint: Callable[[str, str], Path],
+    make_clips: Callable[..., Path],
+    make_scenes: Callable[..., Path],
+    encoded: Path,
+    tmp_path: Path,
+) -> Callable[..., dict]:
+    """A function that gives a small recipe for a checkpoint of a family; `section__key` changes a value."""
+
+    def make(case: tuple[str, str], **changes: object) -> dict:
+        folder = checkpoint(*case)
+        family = open_family(folder, case)
+        frames, *size = shape(family)
+        clips, data = tmp_path / "clips", {"size": size, "frames": frames}
+        if family.medium == "scene":
+            clips, data = tmp_path / "scenes", {}
+        if not clips.is_dir() and not data:
+            make_scenes((2, 2, 2, 2))
+        elif not clips.is_dir():
+            make_clips(4, size=tuple(size), frames=frames, fps=round(family.fps))
+        raw: dict = {
+            "run": str(tmp_path / "run"),
+            "seed": 3,
+            "model": {**tiny.model(*case), "checkpoint": str(folder)},
+            "data": {"sources": str(clips), "held_out": 1, "cache": str(encoded), **data},
+            "tuner": {"kind": "lora", "rank": 4},
+            "optim": {"lr": 2e-2},
+            "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},
+            "sample": {"steps": 2},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            raw[section] = {**raw.get(section, {}), name: value} if name else value
         return raw
 
     return make

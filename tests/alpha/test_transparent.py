@@ -1,0 +1,152 @@
+"""Transparent runs from end to end, on a family that is transparent and learns nothing of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from inlaid import alpha, check, config, evaluate, generate, media, mediums, recipes, rgba, train
+from inlaid.evaluate import matte
+from inlaid.evaluate.video import METRICS
+from support import commands
+from support import rgba_clips as make
+
+
+@pytest.fixture
+def raw(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """A function that gives a small transparent recipe, with changes."""
+    monkeypatch.setattr(alpha, "MIXINS", {"joint": make.Glass})
+    return lambda **changes: make.transparent(recipe(**changes), tmp_path / "cutouts")
+
+
+def test_check_shows_what_alpha_is_like(raw: Any, tmp_path: Path) -> None:
+    report = check.check(config.build(raw()))
+    assert (
+        report.ok and report.problems == [] and list(report.alphas) == [f"{i:02d}_rgb.mkv" for i in range(4)]
+    )
+    saved = json.loads((tmp_path / "run/check/report.json").read_text("utf-8"))
+    found = saved["alphas"]["00_rgb.mkv"]
+    assert 0.1 < found["coverage"] < 0.6 and found["soft"] > 0.05 and found["residue"] == 0
+    out = io.StringIO()
+    check.print_report(report, Console(file=out, width=140, color_system=None))
+    text = " ".join(out.getvalue().split())
+    assert "coverage soft residue color where transparent range looks" in text
+    assert f"00_rgb.mkv {found['coverage']:.1%}" in text and "0-255 straight" in text and "all 4" in text
+    sheet = np.asarray(Image.open(report.contact_sheet or "").convert("RGB"))
+    board = [int((sheet == level).all(-1).sum()) for level in (204, 255)]
+    assert min(board) > 1000, "clear pixels show the checkerboard"
+
+
+def test_check_names_what_is_wrong_with_alpha(raw: Any, tmp_path: Path) -> None:
+    pixels = make.clip(size=(32, 32))
+    section = raw()
+    make.video(tmp_path / "cutouts/01_alpha.mkv", pixels[:-1, ..., 3:])
+    (tmp_path / "cutouts/02_alpha.mkv").unlink()
+    report = check.check(config.build(section))
+    assert not report.ok
+    out = io.StringIO()
+    check.print_report(report, Console(file=out, width=140, color_system=None))
+    text = " ".join(out.getvalue().split())
+    assert "1 of 4 clips does not match its alpha matte (01_rgb.mkv: 9 frames and 8 in 01_alpha.mkv)" in text
+    assert "1 of 4 clips has no alpha (02_rgb.mkv: no alpha channel (ffv1 bgr0)" in text
+
+
+@pytest.fixture
+def trained(raw: Any) -> Path:
+    """A run that was trained for two steps and drew samples on the way."""
+    changes = {"train__steps": 2, "train__save_every": 2, "sample__every": 2}
+    section = raw(**changes)
+    section["train"] |= {"validate_every": 2}
+    return train.train(config.build(section))
+
+
+def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
+    """One test, because training is what takes its time."""
+    samples = sorted(p.name for p in (trained / "samples/step-000002").iterdir())
+    assert samples == [f"00-clip-number-1-seed42.{s}" for s in ("json", "mov", "mp4", "webm")]
+
+    made = commands.inlaid("generate", trained, "a disc", "--transparent", "png,mov,webm,apng,mkv")
+    assert made.code == 0, made.said
+    files = [Path(line) for line in made.out.split()]
+    assert [f.suffix for f in files] == [".zip", ".mov", ".webm", ".apng", ".mkv", ".mp4"]
+    first = rgba.read(files[0])
+    assert first.shape == (9, 32, 32, 4) and first[..., 3].min() < 20 and first[..., 3].max() > 235
+    for file in files[1:-1]:
+        there = rgba.read(file)
+        limit = rgba.CARRIERS[file.suffix]
+        assert np.abs(there[..., 3].astype(int) - first[..., 3]).mean() <= limit
+    about = json.loads(files[-1].with_suffix(".json").read_text("utf-8"))
+    assert about["alpha"] == "straight" and about["files"] == [f.name for f in files[:-1]]
+    preview = media.read(files[-1], 0, 9, about["fps"], (32, 32)).astype(int)
+    over = rgba.composite(first, rgba.checkerboard(32, 32))
+    assert np.abs(preview - over).mean() < 8, "the mp4 shows it over a checkerboard"
+
+    shapes = []
+
+    def yes(frames: np.ndarray) -> bool:
+        shapes.append(frames.shape)
+        return True
+
+    def truth(frames: np.ndarray) -> np.ndarray:
+        return frames[..., 3]
+
+    prompts = [evaluate.Prompt("a disc", "discs", judge=yes, truth=truth)]
+    report = evaluate.evaluate(trained, prompts=prompts)
+    assert shapes == [(9, 32, 32, 4)] * 2, "judges see alpha"
+    assert list(report.metrics) == [*METRICS, *matte.METRICS, *matte.TRUTH]
+    assert report.pairs[0].tuned.metrics["matte_error"] == 0
+    assert report.training and 10 < report.training["coverage"] < 60
+    page = report.path.read_text("utf-8")
+    assert "Matte flicker" in page and "checkerboard" in page and "Edge agreement" in page
+    assert {p.suffix for p in (trained / "report/tuned").iterdir()} == {
+        ".json",
+        ".mov",
+        ".mp4",
+        ".png",
+        ".webm",
+    }
+    out = io.StringIO()
+    Console(file=out, width=80, color_system=None).print(evaluate.summary_table(report))
+    assert all(len(line) <= 80 for line in out.getvalue().splitlines())
+    assert "m.flick" in out.getvalue() and "haze" in out.getvalue()
+
+
+def test_what_has_no_matte_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = make.clip(size=(32, 32))
+    frames[..., 3] = 255
+    path, facts = mediums.of("video").write(tmp_path / "a", frames, config.Sample(transparent=["png"]), 16)
+    path.with_suffix(".json").write_text(json.dumps(facts), "utf-8")
+    assert "a.mp4: alpha is constant (opaque): the model generated no alpha" in capsys.readouterr().err
+    assert generate.outputs(tmp_path / "a.mp4") == [tmp_path / "a.zip", tmp_path / "a.mp4"]
+
+
+def test_opaque_videos_are_written_as_before(tmp_path: Path) -> None:
+    frames = make.clip(size=(32, 32))[..., :3]
+    made = mediums.of("video").write(tmp_path / "a", frames, config.Sample(transparent=["mov"]), 16)
+    assert made == (tmp_path / "a.mp4", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4"]
+
+
+def test_matte_options_need_a_transparent_run(recipe: Any, raw: Any) -> None:
+    options = {"data__matte": {"snap": 2}}
+    report = check.check(config.build(recipe(**options)))
+    assert [m for m in report.mistakes if "data.matte: an opaque run" in m] and not report.ok
+    assert check.check(config.build(raw(**options))).ok
+
+
+def test_new_says_that_clips_have_alpha(tmp_path: Path, tiny_wan: Path, make_clips: Any) -> None:
+    for i in range(2):
+        make.pair(tmp_path / "cutouts", f"{i}", make.clip(i, size=(32, 32)))
+    for folder, says in ((tmp_path / "cutouts", "#   kind: joint"), (make_clips(2), "")):
+        path = recipes.new("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
+        text = path.read_text("utf-8")
+        assert (says in text) if says else ("alpha" not in text)
+    assert "2 files have alpha or are alpha mattes" in (tmp_path / "cutouts.yaml").read_text("utf-8")
