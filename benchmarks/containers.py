@@ -27,7 +27,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from inlaid import config, cutouts, media, rgba
+from inlaid import config
+from inlaid.data import rgba_clips
+from inlaid.media import compositing, rgba, video
 
 FRAMES, SIZE, FPS = 17, (240, 416), 16
 
@@ -43,7 +45,7 @@ def real(folder: Path, frames: int, size: tuple[int, int]) -> dict[str, np.ndarr
         "hot press": press[1],
         "hiker": folder / "clips/videos/hiker.mp4",
     }.items():
-        colors = media.read(path, 0.0, frames, FPS, size)
+        colors = video.read_frames(path, 0.0, frames, FPS, size)
         light = colors.mean(-1) / 255
         if name == "press":
             far = np.hypot((x - width / 2) / width, (y - height / 2) / height)
@@ -72,7 +74,7 @@ def procedural(frames: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 def join(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Convert color and alpha in [0, 1] to straight uint8 RGBA."""
-    return rgba.to_uint8(np.concatenate([color, alpha[..., None].clip(0, 1)], -1).clip(0, 1))
+    return compositing.to_uint8(np.concatenate([color, alpha[..., None].clip(0, 1)], -1).clip(0, 1))
 
 
 # --- containers ---------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def back(path: Path, pixels: np.ndarray) -> np.ndarray:
     matte = None
     if not path.is_file():
         matte, path = (path.with_name(f"{path.stem}{end}.mp4") for end in ("_alpha", "_rgb"))
-    return cutouts.read(path, matte, 0.0, len(pixels), FPS, pixels.shape[1:3], KEEP)
+    return rgba_clips.read_rgba_clip(path, matte, 0.0, len(pixels), FPS, pixels.shape[1:3], KEEP)
 
 
 def compare(found: np.ndarray, pixels: np.ndarray) -> dict[str, float]:
@@ -156,7 +158,7 @@ def measure(clips: dict[str, np.ndarray]) -> dict[str, Any]:
     """Measure every container on every clip."""
     rows: dict[str, Any] = {}
     makers: dict[str, tuple[str, Write]] = {
-        n: (f"a{s}", lambda p, x: rgba.write(p, x, FPS)) for n, s in WRITTEN.items()
+        n: (f"a{s}", lambda p, x: rgba.write_rgba(p, x, FPS)) for n, s in WRITTEN.items()
     }
     for name, (file, make) in (makers | READ).items():
         each = {}
@@ -176,7 +178,7 @@ def measure(clips: dict[str, np.ndarray]) -> dict[str, Any]:
 def plain_vp9(pixels: np.ndarray) -> int:
     """Return the lowest alpha that FFmpeg's native VP9 decoder returns for a file with alpha down to 0."""
     with tempfile.TemporaryDirectory() as folder:
-        path = rgba.write(Path(folder) / "a.webm", pixels, FPS)
+        path = rgba.write_rgba(Path(folder) / "a.webm", pixels, FPS)
         with av.open(str(path)) as container:
             return int(min(f.to_ndarray(format="rgba")[..., 3].min() for f in container.decode(video=0)))
 
@@ -204,8 +206,8 @@ def keep(folder: Path, clips: dict[str, np.ndarray]) -> None:
         if i % 3 == 0:
             pair(path, pixels)
         elif i % 3 == 1:
-            times = rgba.to_uint8(rgba.premultiply(rgba.to_float(pixels)))
-            rgba.write(path.with_suffix(".mov"), times if i == 1 else pixels, FPS)
+            times = compositing.to_uint8(compositing.premultiply(compositing.to_float(pixels)))
+            rgba.write_rgba(path.with_suffix(".mov"), times if i == 1 else pixels, FPS)
         else:
             path.mkdir(exist_ok=True)
             for k, frame in enumerate(pixels):

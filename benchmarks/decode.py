@@ -22,7 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from inlaid import media
+from inlaid.media import video
 
 SOURCES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 FRAMES, FPS, SIZE = 81, 16, (480, 832)
@@ -52,7 +52,7 @@ def measure(path: Path, start: float, repeats: int) -> dict[str, float]:
     walls, cpus = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
-        frames = media.read(path, start, FRAMES, FPS, SIZE)
+        frames = video.read_frames(path, start, FRAMES, FPS, SIZE)
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
         assert frames.shape == (FRAMES, *SIZE, 3)
@@ -80,7 +80,7 @@ def main() -> None:
                 "from_2": measure(path, 2.0, options.repeats),
             }
             wall, cpu = time.perf_counter(), time.process_time()
-            media.probe(path)
+            video.probe(path)
             took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             rows["probe"] = {k: round(v, 3) for k, v in took.items()}
             result["clips"][name] = rows

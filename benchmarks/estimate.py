@@ -173,37 +173,45 @@ def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
 
 def estimate(made: Any, clip: tuple[int, int, int], device: Any, precision: Any) -> Any:
     """Return the estimate of `inlaid check`."""
-    from inlaid import cost, families
+    from inlaid import families
+    from inlaid.check.estimate import estimate_recipe
 
     family = families.get(made.model.family)(made.model)
     options = {"device": device, "precision": precision, "optimizer": made.optim.name}
-    return cost.estimate(family, made, {clip: 1}, {clip: 1}, [""], **options)
+    return estimate_recipe(family, made, {clip: 1}, {clip: 1}, [""], **options)
 
 
 def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
     """Train a few steps on random tensors, in the same way as `inlaid train`."""
     import torch
 
-    from inlaid import cost, families, memory, runtime, tuners
-    from inlaid.steps import Batch, DenoisingStep
+    from inlaid import families
+    from inlaid.adapters import tuners
+    from inlaid.check.estimate import text_width
+    from inlaid.data.batch import Batch
+    from inlaid.networks import quantize
+    from inlaid.runs.launch import Devices, resolve_devices
+    from inlaid.training import memory
+    from inlaid.training.optim import EMA, make_optimizer
+    from inlaid.training.steps import DenoisingStep
 
-    plan = runtime.resolve(made, runtime.Devices())
+    plan = resolve_devices(made, Devices())
     family = families.get(made.model.family)(made.model)
     full, device = made.tuner.kind == "full", torch.device("cpu")
     denoiser = family.load_denoiser(torch.float32 if full else plan.precision)
     for tensor in [*denoiser.parameters(), *denoiser.buffers()]:
         tensor.data = tensor.data.clone()  # otherwise the whole file stays mapped
-    memory.shrink(made.memory, denoiser, device, plan.precision)
+    quantize.shrink(made.memory, denoiser, device, plan.precision)
     if made.memory.gradient_checkpointing:
         memory.checkpoint(denoiser, made.memory.gradient_checkpointing)
     parameters = tuners.attach(made.tuner, family.targets, denoiser.train(), seed=0)
-    optimizer = runtime.optimizer(plan.optimizer, made.optim, list(parameters.values()))
-    ema = runtime.EMA(made.optim.ema, parameters) if made.optim.ema else None
+    optimizer = make_optimizer(plan.optimizer, made.optim, list(parameters.values()))
+    ema = EMA(made.optim.ema, parameters) if made.optim.ema else None
     mixed = torch.autocast("cpu", plan.precision, enabled=full and plan.precision is not torch.float32)
     step = DenoisingStep(family, family.objective(made.objective, clip[1:]), mixed)
     n = made.train.batch
     drawn = {k: torch.randn(n, *s) for k, s in family.shapes(*clip).items()}
-    width = cost.text_width(denoiser)
+    width = text_width(denoiser)
     read = {"text": torch.randn(family.text_length, width)} if family.text_length else {}
     text = family.collate([read] * n)
     batch = Batch(drawn.pop("latents"), {**text, **drawn})
@@ -239,7 +247,7 @@ def child(setting: dict[str, Any], folder: Path) -> None:
     """Measure one setting and print a line of JSON."""
     import torch
 
-    from inlaid import runtime
+    from inlaid.runs.launch import Devices, resolve_devices
 
     clip = tuple(setting.get("clip", CLIP))
     small = {**setting, "train": {}, "size": None}
@@ -249,7 +257,7 @@ def child(setting: dict[str, Any], folder: Path) -> None:
     made = recipe(setting, str(folder / "model"))
     steps(made, clip, 3)
     measured = resident("VmHWM") - before
-    plan = runtime.resolve(made, runtime.Devices())
+    plan = resolve_devices(made, Devices())
     found = estimate(made, clip, torch.device("cpu"), plan.precision)
     row = {
         "parameters": found.parameters,
@@ -262,13 +270,13 @@ def child(setting: dict[str, Any], folder: Path) -> None:
 
 def measure(name: str, setting: dict[str, Any]) -> dict[str, Any]:
     """Measure one setting in a separate process."""
-    from inlaid.twins import tiny
+    from inlaid.tiny import random
 
     family = setting.get("family", "wan")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tiny.build(family, folder / "model", **(SIZES | COG_SIZES | MIDI_SIZES)[setting["size"]])
-        tiny.build(family, folder / "small")
+        random.build(family, folder / "model", **(SIZES | COG_SIZES | MIDI_SIZES)[setting["size"]])
+        random.build(family, folder / "small")
         steady = {
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -352,7 +360,8 @@ def main() -> None:
     if args.child:
         child(SETTINGS[args.child], args.folder)
         return
-    from inlaid import families, runtime
+    from inlaid import families
+    from inlaid.runs.folder import environment
 
     RESULTS.parent.mkdir(exist_ok=True)
     found = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"settings": {}}
@@ -366,10 +375,10 @@ def main() -> None:
                 flush=True,
             )
             found["settings"] = {k: found["settings"][k] for k in SETTINGS if k in found["settings"]}
-            write(found, runtime.environment()["packages"])
+            write(found, environment()["packages"])
     if "cogvideox" in families.names():
         found["published"] = against_published()
-    write(found, runtime.environment()["packages"])
+    write(found, environment()["packages"])
     ratios = [row["ratio"] for row in found["settings"].values()]
     print(f"{len(ratios)} settings, ratio {min(ratios):.2f} to {max(ratios):.2f}")
     sys.exit(not all(0.75 <= r <= 1.25 for r in ratios))

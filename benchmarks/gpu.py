@@ -25,10 +25,19 @@ from typing import Any
 
 import torch
 
-from inlaid import config, cost, families, memory, runtime, tuners
+from inlaid import config, families
+from inlaid.adapters import tuners
+from inlaid.check import estimate
+from inlaid.data.batch import Batch
 from inlaid.families import Family
-from inlaid.steps import Batch, DenoisingStep
-from inlaid.twins import tiny
+from inlaid.networks import quantize
+from inlaid.runs.folder import environment
+from inlaid.runs.launch import DevicePlan, Devices, resolve_devices
+from inlaid.tiny import random
+from inlaid.training import memory
+from inlaid.training.meters import peak_memory
+from inlaid.training.optim import make_optimizer
+from inlaid.training.steps import DenoisingStep
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,9 +80,9 @@ def rows() -> list[Row]:
 def toys(folder: Path) -> list[Row]:
     """Return a tiny version of the first variant of every family."""
     out = []
-    for name in dict.fromkeys(family for family, _ in tiny.cases()):
+    for name in dict.fromkeys(family for family, _ in random.cases()):
         if name in SHAPES:
-            path = str(tiny.build(name, folder / name))
+            path = str(random.build(name, folder / name))
             out += [
                 Row(f"{name} LoRA, toy", name, path, {"rank": 4}),
                 Row(f"{name} full, toy", name, path, {"kind": "full"}),
@@ -119,10 +128,10 @@ def run(row: Row, shape: tuple[int, int, int], device: torch.device, steps: int)
         "data": {"sources": "x"},
     }
     made = config.build({**raw, "tuner": row.tuner, **row.rest, **rest})
-    plan = runtime.resolve(made, runtime.Devices.here())
+    plan = resolve_devices(made, Devices.here())
     family = families.get(row.family)(made.model)
     about = {"device": device, "precision": plan.precision, "optimizer": plan.optimizer}
-    expected = cost.estimate(family, made, {shape: 1}, {shape: 1}, [""], **about)
+    expected = estimate.estimate_recipe(family, made, {shape: 1}, {shape: 1}, [""], **about)
     out: dict[str, Any] = {
         "row": row.name,
         "checkpoint": Path(row.checkpoint).name if Path(row.checkpoint).is_dir() else row.checkpoint,
@@ -157,7 +166,7 @@ def run(row: Row, shape: tuple[int, int, int], device: torch.device, steps: int)
 def train(
     family: Family,
     made: config.Config,
-    plan: runtime.Plan,
+    plan: DevicePlan,
     shape: tuple[int, int, int],
     device: torch.device,
     steps: int,
@@ -167,16 +176,16 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     denoiser = network(family, made, device, plan.precision)
-    memory.shrink(made.memory, denoiser, device, plan.precision)
+    quantize.shrink(made.memory, denoiser, device, plan.precision)
     memory.checkpoint(denoiser, made.memory.gradient_checkpointing)
     parameters = tuners.attach(made.tuner, family.targets, denoiser.train(), seed=0)
     if made.runtime.compile:
         memory.compile_blocks(denoiser)
-    optimizer = runtime.optimizer(plan.optimizer, made.optim, list(parameters.values()))
+    optimizer = make_optimizer(plan.optimizer, made.optim, list(parameters.values()))
     mixed = torch.autocast(device.type, plan.precision, enabled=full and plan.precision is not torch.float32)
     step = DenoisingStep(family, family.objective(made.objective, shape[1:]), mixed)
     drawn = {k: torch.randn(made.train.batch, *s) for k, s in family.shapes(*shape).items()}
-    text = [{"text": torch.randn(family.text_length, cost.text_width(denoiser))}] * made.train.batch
+    text = [{"text": torch.randn(family.text_length, estimate.text_width(denoiser))}] * made.train.batch
     batch = Batch(drawn.pop("latents"), {**family.collate(text), **drawn}).to(device)
     seconds, loss = [], torch.zeros(())
     for i in range(steps):
@@ -190,7 +199,7 @@ def train(
         loss.item()  # synchronizes with the device
         seconds.append(time.perf_counter() - start)
     later = sorted(seconds[1:] or seconds)
-    return later[len(later) // 2], runtime.peak_memory(device), float(loss)
+    return later[len(later) // 2], peak_memory(device), float(loss)
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -242,15 +251,15 @@ def main() -> None:
     start = time.perf_counter()
     device = torch.device("cpu" if args.toy else "cuda")
     precision = torch.float32 if args.toy else torch.bfloat16
-    name = "toy" if args.toy else cost.describe(device)[0]
+    name = "toy" if args.toy else estimate.describe(device)[0]
     path = args.out / f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     done = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     found = {
         "device": name,
         "date": str(date.today()),
-        "packages": runtime.environment()["packages"],
-        "matrix_tflops": cost.speed(device, precision) / 1e12,
+        "packages": environment()["packages"],
+        "matrix_tflops": estimate.speed(device, precision) / 1e12,
         "sheet_tflops": next((v / 1e12 for k, v in DENSE_BFLOAT16.items() if k in name), None),
         "rows": done,
     }

@@ -31,7 +31,7 @@ def measure(how: str, tokens: int) -> None:
     import torch
     import torch.nn.functional as F
 
-    from inlaid.models import attention
+    from inlaid.networks import joint_attention
 
     tokens -= (tokens - TEXT) % 2
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def measure(how: str, tokens: int) -> None:
     F.scaled_dot_product_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64])  # load the kernels
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if how == "split":
-        out = attention.attention(q, k, v, text=TEXT, first=False, rule="block")
+        out = joint_attention.attention(q, k, v, text=TEXT, first=False, rule="block")
     else:
         mask = torch.ones(tokens, tokens, dtype=torch.bool)
         mask[2 * half :, half : 2 * half] = False

@@ -29,15 +29,15 @@ RESULTS = Path(__file__).parent / "results/overhead.json"
 
 def prepare(folder: Path, steps: int) -> Path:
     """Write a checkpoint, four clips, a recipe and the cache."""
-    from inlaid import media
-    from inlaid.twins import tiny
+    from inlaid.media import video
+    from inlaid.tiny import random
 
-    tiny.build("wan", folder / "model", heads=4, head=128, layers=12, ffn=2048)
+    random.build("wan", folder / "model", heads=4, head=128, layers=12, ffn=2048)
     (folder / "clips").mkdir()
     rng = np.random.default_rng(0)
     for i in range(4):
         frames = rng.integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
-        media.write_video(folder / f"clips/{i}.mp4", frames, 16)
+        video.write_video(folder / f"clips/{i}.mp4", frames, 16)
         (folder / f"clips/{i}.txt").write_text(f"clip {i}", "utf-8")
     recipe = {
         "run": str(folder / "run"),
@@ -128,7 +128,7 @@ def main() -> None:
     if args.bare:
         bare(args.bare, args.steps)
         return
-    from inlaid import runtime
+    from inlaid.runs.folder import environment
 
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def main() -> None:
     print(f"inlaid --help     {table['inlaid --help, s']:.2f} s")
     settings = {"steps": args.steps, "pairs": args.pairs, "threads": args.threads}
     RESULTS.parent.mkdir(exist_ok=True)
-    text = json.dumps(settings | table | {"packages": runtime.environment()["packages"]}, indent=2)
+    text = json.dumps(settings | table | {"packages": environment()["packages"]}, indent=2)
     RESULTS.write_text(text + "\n", "utf-8")
 
 

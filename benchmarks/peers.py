@@ -31,18 +31,25 @@ TEXT = 32
 
 def inlaid(folder: Path, precision: str) -> list[float]:
     """Train with `inlaid train`; return the CPU time at the end of each step."""
-    from inlaid import config, console, media, train
-    from inlaid.twins import tiny
+    from inlaid import config
+    from inlaid.alpha.opening import open_family
+    from inlaid.console import quiet
+    from inlaid.data.prepare import build_cache
+    from inlaid.media import video
+    from inlaid.runs.folder import open_run
+    from inlaid.tiny import random
+    from inlaid.training.job import Job
+    from inlaid.training.loop import train
 
-    console.quiet()
+    quiet()
     import numpy as np
 
     clips = folder / "clips"
     if not clips.is_dir():
-        tiny.build("wan", folder / "model", **SIZES)
+        random.build("wan", folder / "model", **SIZES)
         clips.mkdir()
         pixels = np.random.default_rng(0).integers(0, 255, (17, 128, 128, 3), dtype=np.uint8)
-        media.write_video(clips / "a.mp4", pixels, 16)
+        video.write_video(clips / "a.mp4", pixels, 16)
         (clips / "a.txt").write_text("a clip", "utf-8")
     raw = {
         "run": str(folder / f"run-{time.time_ns()}"),
@@ -59,20 +66,20 @@ def inlaid(folder: Path, precision: str) -> list[float]:
         "runtime": {"precision": precision, "device": "cpu"},
     }
     seconds: list[float] = []
-    update = train.Job.update
+    update = Job.update
 
     def timed(job: Any, step: int) -> Any:
         norm = update(job, step)
         seconds.append(time.process_time())
         return norm
 
-    train.Job.update = timed  # type: ignore[method-assign]
+    Job.update = timed  # type: ignore[method-assign]
     if not (folder / "cache").is_dir():  # encode in a separate process
         with __import__("inlaid.runtime").runtime.start(config.build(raw)) as ctx:
             built = config.build(raw)
-            train.build_cache(built, train.open_family(built), train.open_run(built, ctx), ctx)
+            build_cache(built, open_family(built), open_run(built, ctx), ctx)
         return []
-    train.train(config.build(raw))
+    train(config.build(raw))
     return seconds
 
 

@@ -52,11 +52,11 @@ def main() -> None:
     parser.add_argument("media", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     args = parser.parse_args()
-    from inlaid import runtime
-    from inlaid.twins import tiny
+    from inlaid.runs.folder import environment
+    from inlaid.tiny import random
 
     args.out.mkdir(parents=True, exist_ok=True)
-    model = tiny.build("wan", args.out / "model", layers=1)
+    model = random.build("wan", args.out / "model", layers=1)
     rows = []
     for name, source in layouts(args.media).items():
         run = args.out / name.replace(" ", "-")
@@ -94,9 +94,7 @@ def main() -> None:
         print(f"{name:<26} {rows[-1]['clips']} clips, {rows[-1]['encoded']} encoded; {told}", flush=True)
         about = {"size": [480, 832], "frames": 81, "threads": os.environ.get("OMP_NUM_THREADS"), "rows": rows}
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(
-            json.dumps({**about, "packages": runtime.environment()["packages"]}, indent=1), "utf-8"
-        )
+        RESULTS.write_text(json.dumps({**about, "packages": environment()["packages"]}, indent=1), "utf-8")
 
 
 def items(out: Path) -> dict[Path, int]:

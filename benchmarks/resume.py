@@ -62,23 +62,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    from inlaid import media, runtime
-    from inlaid.twins import tiny
+    from inlaid.media import video
+    from inlaid.runs.folder import Run, environment
+    from inlaid.tiny.random import build
+    from inlaid.training.checkpoints import load_state
 
     exact, tries = 0, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tiny.build("wan", folder / "model")
+        build("wan", folder / "model")
         (folder / "clips").mkdir()
         for i in range(5):
             frames = np.random.default_rng(i).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
-            media.write_video(folder / f"clips/{i}.mp4", frames, 16)
+            video.write_video(folder / f"clips/{i}.mp4", frames, 16)
             (folder / f"clips/{i}.txt").write_text(f"clip {i}", "utf-8")
         subprocess.run(recipe(folder, "whole"), check=True, capture_output=True)
         last = f"checkpoints/step-{STEPS:06d}"
-        wanted, _ = runtime.load_state(folder / "whole" / last)
+        wanted, _ = load_state(folder / "whole" / last)
         for i in range(args.times):
-            command, run = recipe(folder, f"killed{i}"), runtime.Run(folder / f"killed{i}")
+            command, run = recipe(folder, f"killed{i}"), Run(folder / f"killed{i}")
             kills = []
             for _ in range(rng.randint(1, 3)):
                 before = len(run.checkpoints())
@@ -91,7 +93,7 @@ def main() -> None:
                 process.wait()
                 kills.append(run.checkpoints()[-1].name if run.checkpoints() else "start")
             subprocess.run(command, check=True, capture_output=True)
-            got, _ = runtime.load_state(run.folder / last)
+            got, _ = load_state(run.folder / last)
             same = got.keys() == wanted.keys() and all(
                 got[k].numpy().tobytes() == wanted[k].numpy().tobytes() for k in got
             )
@@ -103,7 +105,7 @@ def main() -> None:
             )
     found = {"times": args.times, "bit_identical": exact, "tensors": len(wanted), "seed": args.seed}
     RESULTS.parent.mkdir(exist_ok=True)
-    about = {**found, "tries": tries, "packages": runtime.environment()["packages"]}
+    about = {**found, "tries": tries, "packages": environment()["packages"]}
     RESULTS.write_text(json.dumps(about, indent=1), "utf-8")
     print(f"{exact} of {args.times} bit-identical ({len(wanted)} tensors each), seed {args.seed}")
     sys.exit(exact != args.times)

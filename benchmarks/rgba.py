@@ -19,10 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inlaid import config, console, demo, demo_joint, demo_rgba
-from inlaid.evaluate import Prompt, evaluate, summary_table
-from inlaid.train import train
-from inlaid.twins import rgba_judge
+from inlaid import config
+from inlaid.cli import demo_joint, demo_rgba
+from inlaid.cli.demo import SUBJECT
+from inlaid.console import console, quiet
+from inlaid.evaluation.evaluate import Prompt, evaluate
+from inlaid.evaluation.report import summary_table
+from inlaid.tiny import rgba_judge
+from inlaid.tiny.rgba_judge import Verdict
+from inlaid.training.loop import train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,22 +42,22 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=40)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    console.quiet()
+    quiet()
     folder = args.out or Path(f"runs/rgba-{args.kind}")
     how = demo_rgba if args.kind == "merged" else demo_joint
     how.write_clips(folder)
     train(config.build(how.recipe(folder)))
-    seen: list[rgba_judge.Verdict] = []
+    seen: list[Verdict] = []
 
     def judged(frames: np.ndarray) -> bool:
         seen.append(rgba_judge.judge_subject(frames))
         return seen[-1].both
 
     prompts = how.prompts(max(args.subject, args.world))
-    chosen = [Prompt(p.text, p.group, judged) for p in prompts if p.group == demo.SUBJECT][: args.subject]
-    chosen += [p for p in prompts if p.group != demo.SUBJECT][: args.world]
+    chosen = [Prompt(p.text, p.group, judged) for p in prompts if p.group == SUBJECT][: args.subject]
+    chosen += [p for p in prompts if p.group != SUBJECT][: args.world]
     report = evaluate(folder, prompts=chosen)
-    console.console.print(summary_table(report))
+    console.print(summary_table(report))
     print(report.path)
     sides = {"base": seen[: args.subject], "tuned": seen[args.subject :]}
     groups = {g.name: {"videos": g.judged, "base": g.base_yes, "tuned": g.tuned_yes} for g in report.groups}

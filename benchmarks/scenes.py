@@ -16,9 +16,12 @@ from pathlib import Path
 
 import torch
 
-from inlaid import config, console, demo_scenes
-from inlaid.evaluate import evaluate, summary_table
-from inlaid.train import train
+from inlaid import config
+from inlaid.cli.demo_scenes import prompts, recipe, write_scenes
+from inlaid.console import console, quiet, quiet_bars
+from inlaid.evaluation.evaluate import evaluate
+from inlaid.evaluation.report import summary_table
+from inlaid.training.loop import train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,16 +36,16 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=30)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    console.quiet()
-    console.quiet_bars()
+    quiet()
+    quiet_bars()
     name = args.kind if args.image_encoders == "frozen" else f"{args.kind}-{args.image_encoders}"
     folder = args.out or Path(f"runs/scenes-{name}")
-    demo_scenes.write_scenes(folder, args.judged)
+    write_scenes(folder, args.judged)
     taught = {"model": {"options": {"image_encoders": args.image_encoders}}}
-    settings = config.build(config.merge(demo_scenes.recipe(folder, args.kind), taught))
+    settings = config.build(config.merge(recipe(folder, args.kind), taught))
     train(settings)
-    report = evaluate(folder, prompts=demo_scenes.prompts(folder, settings))
-    console.console.print(summary_table(report))
+    report = evaluate(folder, prompts=prompts(folder, settings))
+    console.print(summary_table(report))
     print(report.path)
     sides = {
         group.name: {

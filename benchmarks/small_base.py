@@ -20,9 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlaid import config, console, memory, runtime, tuners
+from inlaid import config
+from inlaid.adapters import tuners
+from inlaid.console import quiet
 from inlaid.families.wan import Wan
-from inlaid.twins import tiny
+from inlaid.networks import quantize
+from inlaid.runs.folder import environment
+from inlaid.tiny import random
+from inlaid.training import memory
 
 KINDS = ("lora", "dora", "lokr", "loha")
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -39,7 +44,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 def network(family: Wan, kind: str, device: torch.device, dtype: torch.dtype, section: dict) -> tuple:
     """Return a network and its trained weights; the adapter is the same for every storage scheme."""
     denoiser = family.load_denoiser(dtype).train()
-    memory.shrink(config.Memory(**section), denoiser, device, dtype)
+    quantize.shrink(config.Memory(**section), denoiser, device, dtype)
     tuner = config.LowRank(kind=kind, rank=16)  # type: ignore[arg-type]
     trained = tuners.attach(tuner, family.targets, denoiser, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -121,13 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     device = torch.device(parser.parse_args().device)
-    console.quiet()
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
-        tiny.build("wan", Path(folder) / "wan", heads=4, head=64, layers=4, ffn=1024)
+        random.build("wan", Path(folder) / "wan", heads=4, head=64, layers=4, ffn=1024)
         family = Wan(config.Model(family="wan", checkpoint=str(Path(folder) / "wan")))
         rows, kept = gradients(family, device), activations(family, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    about = {"device": f"{device.type}, {name}", "packages": runtime.environment()["packages"]}
+    about = {"device": f"{device.type}, {name}", "packages": environment()["packages"]}
     result = {**about, "gradients": rows, "activations": kept}
     path = Path(__file__).parent / f"results/small-base-{device.type}.json"
     path.parent.mkdir(exist_ok=True)

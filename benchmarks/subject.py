@@ -16,9 +16,13 @@ from pathlib import Path
 
 import torch
 
-from inlaid import config, console, demo
-from inlaid.evaluate import evaluate, summary_table
-from inlaid.train import train
+from inlaid import config
+from inlaid.cli import demo
+from inlaid.cli.demo import OLD, SUBJECT, recipe, write_clips
+from inlaid.console import console, quiet
+from inlaid.evaluation.evaluate import evaluate
+from inlaid.evaluation.report import summary_table
+from inlaid.training.loop import train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,15 +37,15 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=100)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    console.quiet()
+    quiet()
     folder = args.out or Path(f"runs/subject-{args.kind}")
-    demo.write_clips(folder)
-    train(config.build(demo.recipe(folder, args.kind)))
+    write_clips(folder)
+    train(config.build(recipe(folder, args.kind)))
     prompts = demo.prompts(max(args.subject, args.world))
-    chosen = [p for p in prompts if p.group == demo.SUBJECT][: args.subject]
-    chosen += [p for p in prompts if p.group == demo.OLD][: args.world]
+    chosen = [p for p in prompts if p.group == SUBJECT][: args.subject]
+    chosen += [p for p in prompts if p.group == OLD][: args.world]
     report = evaluate(folder, prompts=chosen)
-    console.console.print(summary_table(report))
+    console.print(summary_table(report))
     print(report.path)
     groups = {g.name: {"videos": g.judged, "base": g.base_yes, "tuned": g.tuned_yes} for g in report.groups}
     found = {

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from inlaid import alpha, config, cost
+from inlaid import config
+from inlaid.alpha.opening import build_family
+from inlaid.check import estimate
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: ROOT / f"docs/how-to/train-{name}.md" for name in ("wan", "cogvideox", "mochi")}
@@ -29,10 +31,10 @@ def figures(family: str, recipe: str, size: str) -> tuple[str, str, str]:
     """
     name, *overrides = recipe.split()
     settings = config.load(ROOT / f"recipes/{family}/{name}.yaml", overrides)
-    opened = alpha.family(settings)
+    opened = build_family(settings)
     height, width, frames = map(int, re.findall(r"\d+", size))
     window = (frames, height, width)
-    found = cost.estimate(
+    found = estimate.estimate_recipe(
         opened,
         settings,
         {window: 1},

@@ -8,14 +8,15 @@ from typing import Any
 
 import typer
 
-from inlaid import cli, config
+from inlaid import config
+from inlaid.cli.app import app
 
 REFERENCE = Path(__file__).parent / "reference"
 
 
 def commands() -> str:
     """Return the page of commands, generated from their help."""
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app)
     out = [
         "# Commands",
         "",

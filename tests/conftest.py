@@ -14,11 +14,11 @@ import coverage
 import numpy as np
 import pytest
 
-from inlaid import console
-from inlaid.twins import tiny
+from inlaid.console import quiet
+from inlaid.tiny import random
 from support.contract import open_family, shape
 
-console.quiet()
+quiet()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,19 +57,19 @@ def goldens_root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan 2.1 text-to-video checkpoint."""
-    return tiny.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-wan")
+    return random.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-wan")
 
 
 @pytest.fixture(scope="session")
 def tiny_a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan 2.2 checkpoint with two experts."""
-    return tiny.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-a14b", "a14b")
+    return random.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-a14b", "a14b")
 
 
 @pytest.fixture(scope="session")
 def tiny_5b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan 2.2 TI2V-5B checkpoint."""
-    return tiny.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-5b", "ti2v")
+    return random.build("wan", tmp_path_factory.mktemp("checkpoints") / "tiny-5b", "ti2v")
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +80,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     def get(family: str, variant: str) -> Path:
         if (family, variant) not in made:
             folder = tmp_path_factory.mktemp("checkpoints") / f"tiny-{family}-{variant}"
-            made[family, variant] = tiny.build(family, folder, variant)
+            made[family, variant] = random.build(family, folder, variant)
         return made[family, variant]
 
     return get
@@ -105,17 +105,18 @@ def encoded(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def estimated(shared: Path) -> Callable[..., Any]:
     """`cost.estimate` of a recipe, which is asked once: seconds for the published sizes."""
-    from inlaid import cost, files
+    from inlaid.check import estimate
+    from inlaid.files import atomic
 
     def get(family: Any, settings: Any, *counts: Any, **where: Any) -> Any:
         key = f"{settings.model_dump_json()} {counts} {where}"
         file = shared / "estimates" / hashlib.sha256(key.encode()).hexdigest()
         if not file.is_file():
-            with files.atomic(file) as temporary:
+            with atomic(file) as temporary:
                 temporary.write_bytes(pickle.dumps(made(family, settings, *counts, **where)))
         return pickle.loads(file.read_bytes())
 
-    made = cost.estimate
+    made = estimate.estimate_recipe
     return get
 
 
@@ -125,7 +126,7 @@ def clips_of_session(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     made: dict[tuple, Path] = {}
 
     def get(n: int, size: tuple[int, int], frames: int, fps: int) -> Path:
-        from inlaid import media
+        from inlaid.media.video import write_video
 
         if (n, size, frames, fps) not in made:
             folder = made[n, size, frames, fps] = tmp_path_factory.mktemp("clips")
@@ -133,7 +134,7 @@ def clips_of_session(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
             for i in range(n):
                 still = rng.integers(0, 255, (1, *size, 3), dtype=np.uint8)
                 video = np.stack([np.roll(still[0], k, axis=1) for k in range(frames)])
-                media.write_video(folder / f"{i:02d}.mp4", video, fps)
+                write_video(folder / f"{i:02d}.mp4", video, fps)
                 (folder / f"{i:02d}.txt").write_text(f"clip number {i}", "utf-8")
         return made[n, size, frames, fps]
 
@@ -239,7 +240,7 @@ def contract_recipe(
         raw: dict = {
             "run": str(tmp_path / "run"),
             "seed": 3,
-            "model": {**tiny.model(*case), "checkpoint": str(folder)},
+            "model": {**random.model(*case), "checkpoint": str(folder)},
             "data": {"sources": str(clips), "held_out": 1, "cache": str(encoded), **data},
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 2e-2},

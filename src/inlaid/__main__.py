@@ -1,5 +1,5 @@
-"""`python -m inlaid` is `inlaid`."""
+"""`python -m inlaid`."""
 
-from inlaid.cli import main
+from inlaid.cli.main import main
 
 main()

@@ -15,7 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from inlaid import config as recipes
-from inlaid import families, formats
+from inlaid import families
+from inlaid.adapters import write
+from inlaid.adapters.adapter import WEIGHTS, Adapter
+from inlaid.adapters.inspect import describe, inspect_path
+from inlaid.adapters.layers import layer_shapes
+from inlaid.adapters.merge import attach_adapter, effective_delta, merge_adapter
+from inlaid.adapters.model_card import model_card
+from inlaid.adapters.read import read_adapter
+from inlaid.adapters.write import Target, export_adapter, write_diffusers
 
 WAN = families.get("wan")
 LEAVES = {
@@ -134,13 +142,13 @@ LAYOUTS = {
 }
 
 
-def check(adapter: formats.Adapter, base, expected: torch.Tensor) -> None:
+def check(adapter: Adapter, base, expected: torch.Tensor) -> None:
     """Attached by the stock loader and merged, the adapter does what it did in training."""
     model = copy.deepcopy(base)
-    formats.attach(model, adapter)
+    attach_adapter(model, adapter)
     assert torch.equal(run(model), expected)
     merged = copy.deepcopy(base)
-    formats.merge(merged, adapter)
+    merge_adapter(merged, adapter)
     torch.testing.assert_close(run(merged), expected, atol=2e-6, rtol=0)
 
 
@@ -153,7 +161,7 @@ def test_every_layout_loads_exactly(base, tmp_path: Path, layout: str, dora: boo
     model, tensors, _ = trained(base, alpha=2, dora=dora)
     path = tmp_path / "adapter.safetensors"
     save_file(spell(tensors, layout), path)
-    adapter = formats.read(path, WAN, alpha=2, shapes=formats.shapes(base))
+    adapter = read_adapter(path, WAN, alpha=2, shapes=layer_shapes(base))
     assert (adapter.layout, adapter.dora, adapter.rank) == (
         LAYOUTS[layout],
         dora,
@@ -167,7 +175,7 @@ def test_every_layout_loads_exactly(base, tmp_path: Path, layout: str, dora: boo
 def test_alpha_of_each_layer_is_kept(base, tmp_path: Path, layout: str):
     model, tensors, _ = trained(base, rank=4, alpha=1)
     save_file(spell(tensors, layout, alpha=1), tmp_path / "a.safetensors")
-    adapter = formats.read(tmp_path / "a.safetensors", WAN)
+    adapter = read_adapter(tmp_path / "a.safetensors", WAN)
     assert set(adapter.alpha.values()) == {1.0}
     assert ".alpha" in adapter.alpha_from
     check(adapter, base, run(model))
@@ -185,7 +193,7 @@ def test_a_folder_of_peft(base, tmp_path: Path, dora: bool):
             if "lora_B" in name:
                 p.normal_()
     model.save_pretrained(tmp_path / "peft")
-    adapter = formats.read(tmp_path / "peft", WAN)
+    adapter = read_adapter(tmp_path / "peft", WAN)
     assert (adapter.layout, set(adapter.alpha.values())) == ("peft", {6.0})
     assert adapter.alpha_from == "adapter_config.json"
     check(adapter, base, run(model.base_model.model.eval()))
@@ -196,29 +204,29 @@ def test_base_weights_in_the_file_are_left_out(base, tmp_path: Path):
     model, tensors, _ = trained(base)
     weights = {f"{m}.base_layer.weight": base.get_submodule(m).weight.detach() for m in ALL}
     save_file({**spell(tensors, "bare"), **weights}, tmp_path / "a.safetensors")
-    adapter = formats.read(tmp_path / "a.safetensors", WAN)
+    adapter = read_adapter(tmp_path / "a.safetensors", WAN)
     assert adapter.notes[0] == "ignored 20 weights of the base model"
     check(adapter, base, run(model))
 
 
 def test_names_that_only_the_network_knows(base, tmp_path: Path):
     """Recipes may target any layer; `shapes` says which there are."""
-    layers = {**formats.shapes(base), "extra_proj": (24, 24)}
+    layers = {**layer_shapes(base), "extra_proj": (24, 24)}
     for prefix in ("transformer.", "lora_unet_"):
         file = {
             f"{prefix}extra_proj.lora_A.weight": torch.ones(2, 24),
             f"{prefix}extra_proj.lora_B.weight": torch.ones(24, 2),
         }
         save_file(file, tmp_path / "a.safetensors")
-        assert formats.read(tmp_path / "a.safetensors", WAN, shapes=layers).modules == ["extra_proj"]
+        assert read_adapter(tmp_path / "a.safetensors", WAN, shapes=layers).modules == ["extra_proj"]
         with pytest.raises(ValueError, match="no layer of Wan"):
-            formats.read(tmp_path / "a.safetensors", WAN)
+            read_adapter(tmp_path / "a.safetensors", WAN)
 
 
 def test_pickled_tensors_are_read_safely(base, tmp_path: Path):
     model, tensors, _ = trained(base)
     torch.save({"state_dict": spell(tensors, "diffsynth"), "epoch": 3}, tmp_path / "a.pt")
-    check(formats.read(tmp_path, WAN), base, run(model))
+    check(read_adapter(tmp_path, WAN), base, run(model))
 
 
 @pytest.mark.parametrize(
@@ -239,21 +247,21 @@ def test_partial_sets_that_the_stock_converter_fails_on(base, tmp_path: Path, mo
     save_file(spell(tensors, "kohya", alpha=4), path)
     with pytest.raises(KeyError):
         WanPipeline.lora_state_dict(str(path))
-    check(formats.read(path, WAN, shapes=formats.shapes(base)), base, run(model))
+    check(read_adapter(path, WAN, shapes=layer_shapes(base)), base, run(model))
 
 
 def test_layers_outside_the_blocks(base, tmp_path: Path):
     modules = [*ALL, "proj_out", "condition_embedder.time_proj", "condition_embedder.text_embedder.linear_1"]
     model, tensors, config = trained(base, alpha=3, modules=modules)
-    formats.write_diffusers(tmp_path, tensors, config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, tensors, config)
+    adapter = read_adapter(tmp_path, WAN)
     check(adapter, base, run(model))
-    path = formats.export(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
+    path = export_adapter(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
     assert "diffusion_model.head.head.lora_A.weight" in load_file(path)
-    again = formats.read(path, WAN)
+    again = read_adapter(path, WAN)
     assert any("3 layers store no alpha" in note for note in again.notes)
     merged = copy.deepcopy(base)
-    formats.merge(merged, again)
+    merge_adapter(merged, again)
     torch.testing.assert_close(run(merged), run(model), atol=2e-6, rtol=0)
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(path))
@@ -263,8 +271,8 @@ def test_layers_outside_the_blocks(base, tmp_path: Path):
 def test_a_convolution(base, tmp_path: Path):
     for dora in (False, True):
         model, tensors, config = trained(base, modules=["patch_embedding", *ALL[:2]], dora=dora)
-        formats.write_diffusers(tmp_path, tensors, config)
-        check(formats.read(tmp_path, WAN), base, run(model))
+        write_diffusers(tmp_path, tensors, config)
+        check(read_adapter(tmp_path, WAN), base, run(model))
 
 
 def test_biases_of_lightx2v(base, tmp_path: Path):
@@ -278,10 +286,10 @@ def test_biases_of_lightx2v(base, tmp_path: Path):
     file["diffusion_model.blocks.0.norm3.diff"] = torch.zeros(24)
     file["diffusion_model.blocks.0.norm3.diff_b"] = torch.zeros(24)
     save_file(file, tmp_path / "a.safetensors")
-    adapter = formats.read(tmp_path / "a.safetensors", WAN)
+    adapter = read_adapter(tmp_path / "a.safetensors", WAN)
     assert adapter.notes == ("left out 2 differences that are all zero",)
     check(adapter, base, run(model))
-    path = formats.export(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
+    path = export_adapter(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(path))
     torch.testing.assert_close(run(pipe.transformer), run(model), atol=2e-6, rtol=0)
@@ -300,13 +308,13 @@ def test_our_folder_loads_with_nothing_else(base, tmp_path: Path, dora: bool):
         rank_pattern={"blocks.1.attn1.to_q": 2, "ffn.net.2": 7},
         alpha_pattern={"blocks.0.attn2.to_v": 1, "ffn.net.2": 3.5},
     )
-    path = formats.write_diffusers(tmp_path / "adapter", tensors, config, {"inlaid_step": "7"})
-    assert [p.name for p in (tmp_path / "adapter").iterdir()] == [formats.WEIGHTS]
-    assert path.name == formats.WEIGHTS
+    path = write_diffusers(tmp_path / "adapter", tensors, config, {"inlaid_step": "7"})
+    assert [p.name for p in (tmp_path / "adapter").iterdir()] == [WEIGHTS]
+    assert path.name == WEIGHTS
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(tmp_path / "adapter"))
     assert torch.equal(run(pipe.transformer), run(model))
-    adapter = formats.read(tmp_path / "adapter", WAN)
+    adapter = read_adapter(tmp_path / "adapter", WAN)
     assert adapter.rank["blocks.1.attn1.to_q"] == 2
     assert adapter.rank["blocks.0.attn1.to_q"] == 4
     assert adapter.alpha["blocks.1.ffn.net.2"] == 3.5
@@ -314,7 +322,7 @@ def test_our_folder_loads_with_nothing_else(base, tmp_path: Path, dora: bool):
     assert adapter.header == {"inlaid_step": "7"}
     assert not adapter.notes
     check(adapter, base, run(model))
-    formats.export(adapter, "diffusers", tmp_path / "again", family=WAN)
+    export_adapter(adapter, "diffusers", tmp_path / "again", family=WAN)
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(tmp_path / "again"))
     assert torch.equal(run(pipe.transformer), run(model))
@@ -325,7 +333,7 @@ def test_stock_files_and_rslora(base, tmp_path: Path):
 
     model, tensors, config = trained(base, rank=4, alpha=6, use_rslora=True)
     WanPipeline.save_lora_weights(tmp_path, tensors, transformer_lora_adapter_metadata=config)
-    adapter = formats.read(tmp_path, WAN)
+    adapter = read_adapter(tmp_path, WAN)
     assert set(adapter.alpha.values()) == {12.0}
     check(adapter, base, run(model))
 
@@ -333,26 +341,26 @@ def test_stock_files_and_rslora(base, tmp_path: Path):
 def test_missing_alpha_is_assumed_aloud(base, tmp_path: Path):
     _, tensors, _ = trained(base, rank=4, alpha=1)
     save_file(spell(tensors, "bare"), tmp_path / "a.safetensors")
-    adapter = formats.read(tmp_path / "a.safetensors", WAN)
+    adapter = read_adapter(tmp_path / "a.safetensors", WAN)
     assert set(adapter.alpha.values()) == {4.0}
     assert "warning: the file stores no alpha; alpha = rank is assumed" in adapter.notes[0]
     assert "alpha = 1 (scale 1 / rank)" in adapter.notes[0]
-    assert not formats.read(tmp_path / "a.safetensors", WAN, alpha=1).notes
+    assert not read_adapter(tmp_path / "a.safetensors", WAN, alpha=1).notes
 
 
 def test_a_wrong_alpha_is_not_ignored(base, tmp_path: Path):
     _, tensors, config = trained(base, alpha=8)
-    formats.write_diffusers(tmp_path, tensors, config)
-    formats.read(tmp_path, WAN, alpha=8)
+    write_diffusers(tmp_path, tensors, config)
+    read_adapter(tmp_path, WAN, alpha=8)
     with pytest.raises(ValueError, match="alpha is 1, but the file stores alpha 8"):
-        formats.read(tmp_path, WAN, alpha=1)
+        read_adapter(tmp_path, WAN, alpha=1)
 
 
 def test_float_types_are_kept(base, tmp_path: Path):
     _, tensors, config = trained(base)
     for dtype in (torch.bfloat16, torch.float32):
-        formats.write_diffusers(tmp_path, {k: v.to(dtype) for k, v in tensors.items()}, config)
-        assert {t.dtype for t in formats.read(tmp_path, WAN).tensors.values()} == {dtype}
+        write_diffusers(tmp_path, {k: v.to(dtype) for k, v in tensors.items()}, config)
+        assert {t.dtype for t in read_adapter(tmp_path, WAN).tensors.values()} == {dtype}
 
 
 def test_shared_storage_and_nothing_half_written(base, tmp_path: Path):
@@ -363,15 +371,15 @@ def test_shared_storage_and_nothing_half_written(base, tmp_path: Path):
         k: v.view(tensors[k].shape)
         for k, v in zip(tensors, flat.split([t.numel() for t in tensors.values()]), strict=True)
     }
-    formats.write_diffusers(tmp_path, views, config)
+    write_diffusers(tmp_path, views, config)
     with pytest.raises(ValueError, match="no tensors"):
-        formats.write_diffusers(tmp_path / "other", {}, config)
+        write_diffusers(tmp_path / "other", {}, config)
     with pytest.raises(ValueError, match="is no LoRA tensor"):
-        formats.write_diffusers(tmp_path, {**tensors, "domain_emb": torch.zeros(3)}, config)
+        write_diffusers(tmp_path, {**tensors, "domain_emb": torch.zeros(3)}, config)
     (tmp_path / "file").touch()
     with pytest.raises((ValueError, OSError)):
-        formats.write_diffusers(tmp_path / "file", tensors, config)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", formats.WEIGHTS]
+        write_diffusers(tmp_path / "file", tensors, config)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", WEIGHTS]
 
 
 # --- DoRA ---------------------------------------------------------------------------------------------------
@@ -384,10 +392,10 @@ def test_dora_starts_as_identity(base, tmp_path: Path):
     model.add_adapter(LoraConfig(r=4, use_dora=True, target_modules=ALL))
     torch.testing.assert_close(run(model), run(base), atol=2e-6, rtol=0)
     config = model.peft_config["default"].to_dict()
-    formats.write_diffusers(tmp_path, get_peft_model_state_dict(model), config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, get_peft_model_state_dict(model), config)
+    adapter = read_adapter(tmp_path, WAN)
     weight = base.get_parameter("blocks.0.attn1.to_q.weight")
-    assert formats.effective_delta(adapter, "blocks.0.attn1.to_q", weight).abs().max() < 1e-6
+    assert effective_delta(adapter, "blocks.0.attn1.to_q", weight).abs().max() < 1e-6
 
 
 def comfyui(dora_scale, weight, delta, strength=1.0):
@@ -401,28 +409,28 @@ def comfyui(dora_scale, weight, delta, strength=1.0):
 
 def test_dora_for_comfyui_is_corrected(base, tmp_path: Path):
     model, tensors, config = trained(base, alpha=2, dora=True)
-    formats.write_diffusers(tmp_path, tensors, config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, tensors, config)
+    adapter = read_adapter(tmp_path, WAN)
     with pytest.raises(ValueError, match="relative to the weights of the base model: pass base"):
-        formats.export(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
-    path = formats.export(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN, base=base)
+        export_adapter(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
+    path = export_adapter(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN, base=base)
     file = load_file(path)
     errors, uncorrected = [], []
     for module in ALL:
         name, weight = f"diffusion_model.{original(module)}", base.get_submodule(module).weight.detach()
         delta = file[f"{name}.alpha"] / 4 * file[f"{name}.lora_B.weight"] @ file[f"{name}.lora_A.weight"]
-        wanted = weight + formats.effective_delta(adapter, module, weight)
+        wanted = weight + effective_delta(adapter, module, weight)
         assert file[f"{name}.dora_scale"].shape == (weight.shape[0], 1)
         errors.append((comfyui(file[f"{name}.dora_scale"], weight, delta) - wanted).norm() / wanted.norm())
         magnitude = tensors[f"{module}.lora_magnitude_vector"][:, None]
         uncorrected.append((comfyui(magnitude, weight, delta) - wanted).norm() / wanted.norm())
     assert max(errors) < 1e-6 < 0.05 < min(uncorrected)
-    again = formats.read(path, WAN, base=base)
+    again = read_adapter(path, WAN, base=base)
     merged = copy.deepcopy(base)
-    formats.merge(merged, again)
+    merge_adapter(merged, again)
     torch.testing.assert_close(run(merged), run(model), atol=5e-6, rtol=0)
     with pytest.raises(ValueError, match="pass the base model"):
-        formats.read(path, WAN)
+        read_adapter(path, WAN)
 
 
 def test_foreign_dora_scale_needs_a_word(base, tmp_path: Path):
@@ -435,15 +443,15 @@ def test_foreign_dora_scale_needs_a_word(base, tmp_path: Path):
     path = tmp_path / "a.safetensors"
     save_file(file, path)
     with pytest.raises(ValueError, match=r"--dora-scale comfyui .* or merged"):
-        formats.read(path, WAN, base=base)
-    check(formats.read(path, WAN, base=base, dora_scale="merged"), base, run(model))
+        read_adapter(path, WAN, base=base)
+    check(read_adapter(path, WAN, base=base, dora_scale="merged"), base, run(model))
     with pytest.raises(ValueError, match=r"the base model has no layer blocks\.1"):
-        formats.read(path, WAN, base=torch.nn.ModuleDict({"blocks": base.blocks[:1]}), dora_scale="merged")
-    other = formats.read(path, WAN, base=base, dora_scale="comfyui")
+        read_adapter(path, WAN, base=torch.nn.ModuleDict({"blocks": base.blocks[:1]}), dora_scale="merged")
+    other = read_adapter(path, WAN, base=base, dora_scale="comfyui")
     weight = base.get_parameter("blocks.0.ffn.net.2.weight").detach()
     a, b = (tensors[f"blocks.0.ffn.net.2.lora_{x}.weight"] for x in "AB")
     wanted = comfyui(tensors["blocks.0.ffn.net.2.lora_magnitude_vector"][:, None], weight, b @ a)
-    torch.testing.assert_close(weight + formats.effective_delta(other, "blocks.0.ffn.net.2", weight), wanted)
+    torch.testing.assert_close(weight + effective_delta(other, "blocks.0.ffn.net.2", weight), wanted)
 
 
 def test_dora_scale_by_input_becomes_a_full_rank_lora(base, tmp_path: Path):
@@ -456,18 +464,18 @@ def test_dora_scale_by_input_becomes_a_full_rank_lora(base, tmp_path: Path):
             1, n_in, generator=generator
         )
     save_file(file, tmp_path / "a.safetensors")
-    adapter = formats.read(tmp_path / "a.safetensors", WAN, base=base, shapes=formats.shapes(base))
+    adapter = read_adapter(tmp_path / "a.safetensors", WAN, base=base, shapes=layer_shapes(base))
     assert not adapter.dora
     assert "exact LoRA of full rank" in adapter.notes[0]
     for module in ALL:
         name, weight = f"diffusion_model.{original(module)}", base.get_submodule(module).weight.detach()
         delta = file[f"{name}.lora_B.weight"] @ file[f"{name}.lora_A.weight"]
         wanted = comfyui(file[f"{name}.dora_scale"], weight, delta)
-        torch.testing.assert_close(weight + formats.effective_delta(adapter, module, weight), wanted)
+        torch.testing.assert_close(weight + effective_delta(adapter, module, weight), wanted)
     model = copy.deepcopy(base)
-    formats.attach(model, adapter)
+    attach_adapter(model, adapter)
     merged = copy.deepcopy(base)
-    formats.merge(merged, adapter)
+    merge_adapter(merged, adapter)
     torch.testing.assert_close(run(model), run(merged), atol=5e-6, rtol=0)
     key = "diffusion_model.blocks.0.self_attn.q.dora_scale"
     for shape, reason in [
@@ -476,45 +484,45 @@ def test_dora_scale_by_input_becomes_a_full_rank_lora(base, tmp_path: Path):
     ]:
         save_file({**file, key: torch.ones(shape)}, tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match=reason):
-            formats.read(tmp_path / "a.safetensors", WAN, base=base, dora_scale="merged")
+            read_adapter(tmp_path / "a.safetensors", WAN, base=base, dora_scale="merged")
 
 
 # --- exports ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])
-def test_exports_pass_the_stock_converters(base, tmp_path: Path, to: formats.Target):
+def test_exports_pass_the_stock_converters(base, tmp_path: Path, to: Target):
     model, tensors, config = trained(base, alpha=3, rank_pattern={"ffn.net.2": 2})
-    formats.write_diffusers(tmp_path, tensors, config)
-    path = formats.export(formats.read(tmp_path, WAN), to, tmp_path / "out", family=WAN)
+    write_diffusers(tmp_path, tensors, config)
+    path = export_adapter(read_adapter(tmp_path, WAN), to, tmp_path / "out", family=WAN)
     assert path == tmp_path / "out" / f"{to}.safetensors"
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(path))
     torch.testing.assert_close(run(pipe.transformer), run(model), atol=2e-6, rtol=0)
-    check_close = formats.read(path, WAN)
+    check_close = read_adapter(path, WAN)
     merged = copy.deepcopy(base)
-    formats.merge(merged, check_close)
+    merge_adapter(merged, check_close)
     torch.testing.assert_close(run(merged), run(model), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])
-def test_no_names_are_made_up(base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: formats.Target):
+def test_no_names_are_made_up(base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Target):
     _, tensors, config = trained(base)
-    formats.write_diffusers(tmp_path, tensors, config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, tensors, config)
+    adapter = read_adapter(tmp_path, WAN)
     monkeypatch.setattr(WAN, "original_names", ())
     with pytest.raises(ValueError, match=f"no {to} layout is known for Wan; use `diffusers` or `merged`"):
-        formats.export(adapter, to, tmp_path / "out", family=WAN)
+        export_adapter(adapter, to, tmp_path / "out", family=WAN)
     assert not (tmp_path / "out").exists()
 
 
 def test_kohya_is_filled_with_zeros(base, tmp_path: Path):
     model, tensors, config = trained(base, alpha=2, modules=["blocks.1.attn1.to_q"])
-    formats.write_diffusers(tmp_path, tensors, config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, tensors, config)
+    adapter = read_adapter(tmp_path, WAN)
     with pytest.raises(ValueError, match="pass the base model"):
-        formats.export(adapter, "kohya", tmp_path / "k.safetensors", family=WAN)
-    path = formats.export(adapter, "kohya", tmp_path / "k.safetensors", family=WAN, base=base)
+        export_adapter(adapter, "kohya", tmp_path / "k.safetensors", family=WAN)
+    path = export_adapter(adapter, "kohya", tmp_path / "k.safetensors", family=WAN, base=base)
     assert len(load_file(path)) == 2 * 10 * 3
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(path))
@@ -523,33 +531,33 @@ def test_kohya_is_filled_with_zeros(base, tmp_path: Path):
 
 def test_an_export_that_differs_is_not_left_behind(base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, tensors, config = trained(base)
-    formats.write_diffusers(tmp_path, tensors, config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, tensors, config)
+    adapter = read_adapter(tmp_path, WAN)
     wrong = {k: v * 1.001 if ".lora_B" in k else v for k, v in spell(tensors, "comfyui", alpha=4).items()}
-    monkeypatch.setattr(formats, "_comfyui", lambda *_: wrong)
+    monkeypatch.setattr(write, "_comfyui", lambda *_: wrong)
     with pytest.raises(AssertionError, match="differs after export"):
-        formats.export(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
+        export_adapter(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
     assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_merging_refuses_what_it_would_break(base, tmp_path: Path):
     _, tensors, config = trained(base, lora_bias=True)
-    formats.write_diffusers(tmp_path, tensors, config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, tensors, config)
+    adapter = read_adapter(tmp_path, WAN)
     model = copy.deepcopy(base)
     model.blocks[0].attn1.to_q.bias = None
     with pytest.raises(ValueError, match="to_q has no bias"):
-        formats.merge(model, adapter)
+        merge_adapter(model, adapter)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, base.state_dict()[name]), "nothing changes before everything was checked"
     model = copy.deepcopy(base)
     layer = model.blocks[1].ffn.net[2]
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"ffn.net.2 is quantized"):
-        formats.merge(model, adapter)
+        merge_adapter(model, adapter)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"already exists|cannot be written"):
-        formats.export(adapter, "merged", tmp_path / "file" / "out", family=WAN, base=copy.deepcopy(base))
+        export_adapter(adapter, "merged", tmp_path / "file" / "out", family=WAN, base=copy.deepcopy(base))
 
 
 def test_kohya_refuses_what_it_cannot_hold(base, tmp_path: Path):
@@ -559,10 +567,10 @@ def test_kohya_refuses_what_it_cannot_hold(base, tmp_path: Path):
         ({"lora_bias": True}, "no biases"),
     ]:
         _, tensors, config = trained(base, **options)
-        formats.write_diffusers(tmp_path, tensors, config)
+        write_diffusers(tmp_path, tensors, config)
         with pytest.raises(ValueError, match=reason):
-            formats.export(
-                formats.read(tmp_path, WAN), "kohya", tmp_path / "k.safetensors", family=WAN, base=base
+            export_adapter(
+                read_adapter(tmp_path, WAN), "kohya", tmp_path / "k.safetensors", family=WAN, base=base
             )
         assert not (tmp_path / "k.safetensors").exists()
 
@@ -572,33 +580,33 @@ def test_merged_is_a_diffusers_folder(base, tmp_path: Path, dora: bool):
     from diffusers import WanTransformer3DModel
 
     model, tensors, config = trained(base, alpha=3, dora=dora)
-    formats.write_diffusers(tmp_path / "adapter", tensors, config)
-    adapter = formats.read(tmp_path / "adapter", WAN)
-    out = formats.export(adapter, "merged", tmp_path / "merged", family=WAN, base=copy.deepcopy(base))
+    write_diffusers(tmp_path / "adapter", tensors, config)
+    adapter = read_adapter(tmp_path / "adapter", WAN)
+    out = export_adapter(adapter, "merged", tmp_path / "merged", family=WAN, base=copy.deepcopy(base))
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     torch.testing.assert_close(run(WanTransformer3DModel.from_pretrained(out)), run(model), atol=2e-6, rtol=0)
     with pytest.raises(ValueError, match="already exists"):
-        formats.export(adapter, "merged", out, family=WAN, base=copy.deepcopy(base))
+        export_adapter(adapter, "merged", out, family=WAN, base=copy.deepcopy(base))
     with pytest.raises(ValueError, match="requires the base model"):
-        formats.export(adapter, "merged", tmp_path / "other", family=WAN)
+        export_adapter(adapter, "merged", tmp_path / "other", family=WAN)
     with pytest.raises(ValueError, match="merge into a network without adapters"):
-        formats.export(adapter, "merged", tmp_path / "other", family=WAN, base=model)
+        export_adapter(adapter, "merged", tmp_path / "other", family=WAN, base=model)
 
 
 def test_merging_rounds_once(base, tmp_path: Path):
     """In bfloat16 the sum is made in float32 and then rounded; other weights and types stay."""
     _, tensors, config = trained(base, dora=True)
-    formats.write_diffusers(tmp_path, tensors, config)
-    adapter = formats.read(tmp_path, WAN)
+    write_diffusers(tmp_path, tensors, config)
+    adapter = read_adapter(tmp_path, WAN)
     half = copy.deepcopy(base).to(torch.bfloat16)
     half.blocks[0].norm2.float()
     before = {k: v.clone() for k, v in half.state_dict().items()}
-    formats.merge(half, adapter)
+    merge_adapter(half, adapter)
     for key, after in half.state_dict().items():
         module = key.removesuffix(".weight")
         wanted = before[key]
         if module in adapter.alpha:
-            delta = formats.effective_delta(adapter, module, before[key])
+            delta = effective_delta(adapter, module, before[key])
             wanted = (before[key].float() + delta).to(torch.bfloat16)
         assert after.dtype == before[key].dtype
         torch.testing.assert_close(after, wanted, atol=1e-6, rtol=1e-2 if module in adapter.alpha else 0)
@@ -611,7 +619,7 @@ def refused(tmp_path: Path, tensors, match: str, header=None, **options) -> None
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path, metadata=header)
     with pytest.raises(ValueError, match=match) as caught:
-        formats.read(path, WAN, **options)
+        read_adapter(path, WAN, **options)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -705,17 +713,17 @@ def test_another_size_of_the_model(base, tmp_path: Path):
         r"to_k is 5120 x 5120 \(Wan 14B\) in the adapter and 1536 x 1536 \(Wan 1.3B\)",
         shapes=small,
     )
-    refused(tmp_path, wide, "trained on a network of another size", shapes=formats.shapes(base))
+    refused(tmp_path, wide, "trained on a network of another size", shapes=layer_shapes(base))
     deep = {k.replace("blocks.0", "blocks.39"): v for k, v in wide.items()}
     refused(
         tmp_path,
         deep,
         r"the network lacks 8 of the adapter's 8 layers \(blocks.39",
-        shapes=formats.shapes(base),
+        shapes=layer_shapes(base),
     )
     save_file(wide, tmp_path / "wide.safetensors")
-    adapter = formats.read(tmp_path / "wide.safetensors", WAN)
-    for use in (formats.merge, formats.attach):
+    adapter = read_adapter(tmp_path / "wide.safetensors", WAN)
+    for use in (merge_adapter, attach_adapter):
         with pytest.raises(ValueError, match="trained on a network of another size"):
             use(copy.deepcopy(base), adapter)
 
@@ -749,7 +757,7 @@ def test_damaged_and_dangerous_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     content, reason = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
-    for look in (lambda p: formats.read(p, WAN), formats.inspect):
+    for look in (lambda p: read_adapter(p, WAN), inspect_path):
         with pytest.raises(ValueError, match=reason) as caught:
             look(tmp_path / name)
         assert name in str(caught.value)
@@ -761,35 +769,35 @@ def test_torch_files_of_something_else(tmp_path: Path):
     for value in ([torch.ones(1)], {"step": 3, "weights": torch.ones(1)}):
         torch.save(value, tmp_path / "a.pt")
         with pytest.raises(ValueError, match="not a mapping of names to tensors"):
-            formats.read(tmp_path / "a.pt", WAN)
+            read_adapter(tmp_path / "a.pt", WAN)
 
 
 def test_a_torch_archive_under_a_safe_name(tmp_path: Path):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="a pickle with the extension of a safetensors file"):
-        formats.read(tmp_path / "a.safetensors", WAN)
+        read_adapter(tmp_path / "a.safetensors", WAN)
 
 
 def test_truncated_files_at_every_place(base, tmp_path: Path):
     _, tensors, config = trained(base)
-    whole = formats.write_diffusers(tmp_path, tensors, config).read_bytes()
+    whole = write_diffusers(tmp_path, tensors, config).read_bytes()
     path = tmp_path / "cut.safetensors"
     for size in (1, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        for look in (lambda p: formats.read(p, WAN), formats.inspect):
+        for look in (lambda p: read_adapter(p, WAN), inspect_path):
             with pytest.raises(ValueError, match=r"truncated|not a safetensors"):
                 look(path)
 
 
 def test_folders_without_one_adapter(base, tmp_path: Path):
     with pytest.raises(ValueError, match="no such file or folder"):
-        formats.read(tmp_path / "nowhere", WAN)
+        read_adapter(tmp_path / "nowhere", WAN)
     with pytest.raises(ValueError, match="no adapter file"):
-        formats.read(tmp_path, WAN)
+        read_adapter(tmp_path, WAN)
     for name in "ab":
         save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"2 files \(a.safetensors, b.safetensors\); name one"):
-        formats.read(tmp_path, WAN)
+        read_adapter(tmp_path, WAN)
 
 
 # --- inspect and the model card -----------------------------------------------------------------------------
@@ -797,9 +805,9 @@ def test_folders_without_one_adapter(base, tmp_path: Path):
 
 def test_inspect_an_adapter(base, tmp_path: Path):
     _, tensors, config = trained(base, rank=4, alpha=8, dora=True)
-    formats.write_diffusers(tmp_path / "adapter", tensors, config, {"inlaid_step": "120"})
-    for path in (tmp_path / "adapter", tmp_path / "adapter" / formats.WEIGHTS):
-        found = formats.inspect(path)
+    write_diffusers(tmp_path / "adapter", tensors, config, {"inlaid_step": "120"})
+    for path in (tmp_path / "adapter", tmp_path / "adapter" / WEIGHTS):
+        found = inspect_path(path)
         assert found.kind == "adapter"
         facts = dict(found.facts)
         assert (facts["family"], facts["layout"], facts["rank"]) == ("wan", "diffusers", "4")
@@ -808,7 +816,7 @@ def test_inspect_an_adapter(base, tmp_path: Path):
         assert facts["modules"].startswith("20 in 2 blocks: attn1.to_k")
         assert facts["inlaid_step"] == "120"
         assert facts["types"] == "float32"
-    text = formats.describe(formats.inspect(tmp_path / "adapter"))
+    text = describe(inspect_path(tmp_path / "adapter"))
     assert "  layout      diffusers\n" in text
     assert "kB" in text
 
@@ -817,7 +825,7 @@ def test_inspect_an_adapter(base, tmp_path: Path):
 def test_inspect_names_the_layout(base, tmp_path: Path, layout: str):
     _, tensors, _ = trained(base)
     save_file(spell(tensors, layout), tmp_path / "a.safetensors")
-    found = formats.inspect(tmp_path / "a.safetensors")
+    found = inspect_path(tmp_path / "a.safetensors")
     assert (found.facts["family"], found.facts["layout"]) == ("wan", LAYOUTS[layout])
     assert found.facts["alpha"] == "not stored; alpha = rank = 4 assumed"
     assert found.facts["DoRA"] == "no"
@@ -827,15 +835,15 @@ def test_inspect_says_what_cannot_be_imported(base, tmp_path: Path):
     _, tensors, _ = trained(base, modules=ALL[10:])
     path = tmp_path / "a.safetensors"
     save_file({**spell(tensors, "comfyui"), "diffusion_model.blocks.0.diff_m": torch.ones(1)}, path)
-    found = formats.inspect(path)
+    found = inspect_path(path)
     assert "cannot be imported: 1 full weight differences" in found.notes[0]
     assert "(1)" in found.facts["modules"]
     save_file({"unet.a.lora_A.weight": torch.ones(1)}, path)
-    assert "matches no installed family" in formats.inspect(path).notes[0]
+    assert "matches no installed family" in inspect_path(path).notes[0]
     save_file({**spell(tensors, "comfyui"), "diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(1)}, path)
-    assert "relative to an unnamed norm" in formats.inspect(path).facts["DoRA"]
+    assert "relative to an unnamed norm" in inspect_path(path).facts["DoRA"]
     torch.save(spell(tensors, "diffsynth"), tmp_path / "a.pt")
-    assert formats.inspect(tmp_path / "a.pt").facts["layout"] == "original"
+    assert inspect_path(tmp_path / "a.pt").facts["layout"] == "original"
 
 
 def test_inspect_other_things(base, tmp_path: Path, tiny_wan: Path):
@@ -844,14 +852,14 @@ def test_inspect_other_things(base, tmp_path: Path, tiny_wan: Path):
         tmp_path / "item.safetensors",
         {"inlaid_cache": "1", "caption": "x " * 90},
     )
-    found = formats.inspect(tmp_path / "item.safetensors")
+    found = inspect_path(tmp_path / "item.safetensors")
     assert found.kind == "cached item"
     assert found.facts["latents"] == "float32 [16, 3, 4, 4]"
     assert found.facts["caption"].endswith("...")
-    pipe = formats.inspect(tiny_wan)
+    pipe = inspect_path(tiny_wan)
     assert pipe.kind == "pipeline"
     assert pipe.facts["vae"] == "AutoencoderKLWan"
-    model = formats.inspect(tiny_wan / "transformer")
+    model = inspect_path(tiny_wan / "transformer")
     assert model.facts["class"] == "WanTransformer3DModel"
     assert model.facts["num_layers"] == "2"
     assert "values" in model.facts["tensors"]
@@ -861,25 +869,25 @@ def test_inspect_other_things(base, tmp_path: Path, tiny_wan: Path):
     for path in (tiny_wan_copy, tmp_path / "none", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=r"broken|none|empty"):
-            formats.inspect(path)
+            inspect_path(path)
 
 
 def test_inspect_runs_and_checkpoints(base, tmp_path: Path):
     _, tensors, config = trained(base)
     run_folder = tmp_path / "run"
     step = run_folder / "checkpoints" / "step-000040"
-    formats.write_diffusers(run_folder / "adapter", tensors, config)
-    formats.write_diffusers(step / "adapter", tensors, config)
+    write_diffusers(run_folder / "adapter", tensors, config)
+    write_diffusers(step / "adapter", tensors, config)
     save_file({f"weights.{k}": v for k, v in tensors.items()}, step / "trainer.safetensors")
     (step / "state.json").write_text('{"step": 40}', "utf-8")
     (run_folder / "config.yaml").write_text("run: x\n", "utf-8")
-    found = formats.inspect(run_folder)
+    found = inspect_path(run_folder)
     assert (found.kind, found.facts["checkpoints"], found.parts[0].kind) == ("run", "40", "adapter")
-    found = formats.inspect(step)
+    found = inspect_path(step)
     assert (found.kind, found.facts["step"]) == ("checkpoint", "40")
     assert [p.kind for p in found.parts] == ["adapter", "tensors"]
-    assert "trainer.safetensors: tensors" in formats.describe(found)
-    assert formats.read(run_folder, WAN).modules == formats.read(step, WAN).modules
+    assert "trainer.safetensors: tensors" in describe(found)
+    assert read_adapter(run_folder, WAN).modules == read_adapter(step, WAN).modules
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr", "loha", "full"])
@@ -890,7 +898,7 @@ def test_model_card_of_scenes(kind: str):
         "data": {"sources": "scenes"},
         "tuner": {"kind": kind},
     }
-    card = formats.model_card(recipes.Config.model_validate(raw), step=300, task="image-to-3d")
+    card = model_card(recipes.Config.model_validate(raw), step=300, task="image-to-3d")
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "inlaid" and "image-to-3d" in front["tags"]
     code = card.split("```python\n")[1].split("```")[0]
@@ -907,7 +915,7 @@ def test_model_card(kind: str, tiny_a14b: Path):
         "data": {"sources": "clips", "trigger": "sks: dog"},
         "tuner": tuner,
     }
-    card = formats.model_card(recipes.Config.model_validate(raw), step=300, prompts=["a sks: dog | surfing"])
+    card = model_card(recipes.Config.model_validate(raw), step=300, prompts=["a sks: dog | surfing"])
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert front["library_name"] == "diffusers"
@@ -918,9 +926,9 @@ def test_model_card(kind: str, tiny_a14b: Path):
     assert ("load_lora_weights" in code) == (kind != "full")
     assert "| steps | 300 |" in card
     raw["model"]["options"] = {"latents": "raw"}
-    assert "| latents | raw |" in formats.model_card(recipes.Config.model_validate(raw), step=300)
+    assert "| latents | raw |" in model_card(recipes.Config.model_validate(raw), step=300)
     raw["model"] = {"family": "wan", "checkpoint": str(tiny_a14b), "expert": "low"}
-    card = formats.model_card(recipes.Config.model_validate(raw), step=300)
+    card = model_card(recipes.Config.model_validate(raw), step=300)
     assert "base_model" not in card
     assert str(tiny_a14b.parent) not in card
     assert "transformer_2" in card
@@ -931,9 +939,7 @@ def test_the_header_is_small_and_portable(base, tmp_path: Path):
     from peft import LoraConfig
 
     _, tensors, config = trained(base, dora=True)
-    path = formats.write_diffusers(
-        tmp_path, tensors, {**config, "base_model_name_or_path": "/home/me/secret"}
-    )
+    path = write_diffusers(tmp_path, tensors, {**config, "base_model_name_or_path": "/home/me/secret"})
     with safe_open(path, "pt") as file:
         stored = json.loads(file.metadata()["lora_adapter_metadata"])
     own = {k.removeprefix("transformer."): v for k, v in stored.items()}

@@ -10,7 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from inlaid import families, formats
+from inlaid import families
+from inlaid.adapters.merge import attach_adapter, merge_adapter
+from inlaid.adapters.read import read_adapter
+from inlaid.adapters.write import export_adapter
 
 WAN = families.get("wan")
 LIMIT = 5e-5
@@ -69,7 +72,7 @@ def adapter(golden, tmp_path: Path):
     tensors, _ = golden
     own = {k.removeprefix("weights."): v for k, v in tensors.items() if ".lora_" in k}
     save_file(own, tmp_path / "epoch.safetensors")
-    return formats.read(tmp_path / "epoch.safetensors", WAN)
+    return read_adapter(tmp_path / "epoch.safetensors", WAN)
 
 
 @torch.no_grad()
@@ -90,18 +93,18 @@ def test_base(golden, transformer):
 
 
 def test_dora_through_the_stock_loader(golden, transformer, adapter):
-    formats.attach(transformer, adapter)
+    attach_adapter(transformer, adapter)
     assert difference(transformer, golden[0], "dora") <= LIMIT
 
 
 def test_another_ratio_scales_the_update_but_not_the_magnitude(golden, transformer, adapter):
-    formats.attach(transformer, adapter)
+    attach_adapter(transformer, adapter)
     transformer.set_adapters("inlaid", golden[1]["other_ratio"])
     assert difference(transformer, golden[0], "dora_other_ratio") <= LIMIT
 
 
 def test_merged(golden, transformer, adapter):
-    formats.merge(transformer, adapter)
+    merge_adapter(transformer, adapter)
     merged = transformer.get_parameter("blocks.0.attn1.to_q.weight")
     expected = golden[0]["outputs.merged.blocks.0.self_attn.q.weight"]
     assert (merged - expected).abs().max().item() <= 1e-6
@@ -111,7 +114,7 @@ def test_merged(golden, transformer, adapter):
 def test_a_folder_written_by_us_loads_alone(golden, transformer, adapter, tmp_path: Path):
     from diffusers import WanPipeline
 
-    formats.export(adapter, "diffusers", tmp_path / "adapter", family=WAN)
+    export_adapter(adapter, "diffusers", tmp_path / "adapter", family=WAN)
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
     pipe.load_lora_weights(str(tmp_path / "adapter"))
     assert difference(transformer, golden[0], "dora") <= LIMIT

@@ -11,9 +11,14 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from inlaid import config, formats, generate, lycoris, runtime, tuners
+from inlaid import config
+from inlaid.adapters import lycoris, tuners
+from inlaid.adapters.adapter import WEIGHTS
+from inlaid.adapters.of_run import load_into_pipeline
 from inlaid.families.wan import Wan
-from inlaid.train import train
+from inlaid.generation.generate import generate
+from inlaid.runs.folder import read_header
+from inlaid.training.loop import train
 from support.commands import inlaid
 
 KINDS = ["lokr", "loha"]
@@ -71,7 +76,7 @@ def test_what_was_trained_reloads(tiny_wan: Path, tmp_path: Path, kind: str) -> 
     tuners.save(section, denoiser, tuners.weights(section, denoiser), tmp_path, metadata={"about": "x"})
     limit = 1e-5 * wanted.abs().max()
     pipe = WanPipeline.from_pretrained(tiny_wan)
-    generate.put(wan(tiny_wan), pipe, tmp_path)
+    load_into_pipeline(wan(tiny_wan), pipe, tmp_path)
     assert pipe.get_list_adapters() == {"transformer": ["inlaid"]}
     assert (predict(pipe.transformer) - wanted).abs().max() <= limit
     pipe.set_adapters(["inlaid"], [0.5])
@@ -101,8 +106,7 @@ def test_the_whole_way(recipe: Callable[..., dict], tmp_path: Path, kind: str) -
     with safe_open(folder / FILE, "pt") as file:
         assert file.metadata()["inlaid_step"] == "6"
     videos = [
-        generate.generate(folder, ["clip number 1"], strength=s, out=tmp_path / str(s))[0]
-        for s in (0.0, 0.5, 1.0)
+        generate(folder, ["clip number 1"], strength=s, out=tmp_path / str(s))[0] for s in (0.0, 0.5, 1.0)
     ]
     assert len({v.read_bytes() for v in videos}) == 3
     assert inlaid("evaluate", folder).code == 0
@@ -128,8 +132,8 @@ def test_files_that_do_not_fit_are_refused(tiny_wan: Path, tmp_path: Path) -> No
     denoiser, _ = scrambled(tiny_wan, "lokr")
     section = config.LowRank(kind="lokr", rank=2)
     tuners.save(section, denoiser, tuners.weights(section, denoiser), tmp_path, metadata={})
-    file = tmp_path / formats.WEIGHTS
-    tensors, header = load_file(file), runtime.header(file)
+    file = tmp_path / WEIGHTS
+    tensors, header = load_file(file), read_header(file)
 
     def refuse(change: Callable[[dict], dict], message: str, **metadata: str) -> None:
         save_file(change(dict(tensors)), file, {**header, **metadata})

@@ -11,8 +11,11 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora.dora import DoraLinearLayer
 from safetensors.torch import load_file
 
-from inlaid import config, runtime, tuners
+from inlaid import config
+from inlaid.adapters import efficient_layers, tuners
+from inlaid.adapters.efficient_layers import _Product, _Rescaled, row_norm
 from inlaid.families.wan import Wan
+from inlaid.training.optim import swapped
 
 
 def wan(folder: Path) -> Wan:
@@ -62,7 +65,7 @@ def test_full_fine_tune_loads_through_from_pretrained(tiny_wan: Path, tmp_path: 
     trained = tuners.attach(config.Full(), (), denoiser, seed=0)
     assert sum(p.numel() for p in trained.values()) == sum(p.numel() for p in denoiser.parameters())
     averaged = {n: p.detach() * 1.01 for n, p in trained.items()}
-    with runtime.swapped(trained, averaged):
+    with swapped(trained, averaged):
         weights = tuners.weights(config.Full(), denoiser)
         tuners.save(config.Full(), denoiser, weights, tmp_path, metadata={})
     loaded = wan(tiny_wan).load_denoiser(torch.float32, folder=tmp_path)
@@ -78,14 +81,14 @@ def test_full_with_targets_trains_only_those(tiny_wan: Path) -> None:
 def test_row_norm_from_factors() -> None:
     generator = torch.Generator().manual_seed(0)
     w, a, b = (torch.randn(s, generator=generator) for s in ((30, 20), (4, 20), (30, 4)))
-    assert torch.allclose(tuners.row_norm(w, a, b, 0.7), (w + 0.7 * b @ a).norm(dim=1), rtol=1e-5)
-    assert torch.allclose(tuners.row_norm(w, a, b * 0, 0.7), w.norm(dim=1), rtol=1e-6)
+    assert torch.allclose(row_norm(w, a, b, 0.7), (w + 0.7 * b @ a).norm(dim=1), rtol=1e-5)
+    assert torch.allclose(row_norm(w, a, b * 0, 0.7), w.norm(dim=1), rtol=1e-6)
 
 
 def test_factored_dora_equals_peft(tiny_wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = config.LowRank(kind="dora", rank=4)
     ours, our_weights = scrambled(tiny_wan, section)
-    monkeypatch.setattr(tuners, "_factor_norms", lambda denoiser: None)
+    monkeypatch.setattr(efficient_layers, "use_factor_norms", lambda denoiser: None)
     peft, peft_weights = scrambled(tiny_wan, section)
     kinds = [{type(m).__name__ for m in d.modules() if isinstance(m, DoraLinearLayer)} for d in (ours, peft)]
     assert kinds == [{"FactoredDora"}, {"DoraLinearLayer"}]
@@ -104,10 +107,10 @@ def test_gradients_that_are_written_by_hand() -> None:
 
     torch.manual_seed(0)
     y, h, b, m, x, a = draw(2, 3, 5), draw(2, 3, 4), draw(5, 4), draw(5), draw(2, 3, 6), draw(4, 6)
-    assert torch.autograd.gradcheck(tuners._Rescaled.apply, (y, h, b, m, 0.7))
-    assert torch.autograd.gradcheck(tuners._Product.apply, (x, a))
+    assert torch.autograd.gradcheck(_Rescaled.apply, (y, h, b, m, 0.7))
+    assert torch.autograd.gradcheck(_Product.apply, (x, a))
     whole = m * (y + 0.7 * h @ b.T) - y
-    assert torch.allclose(tuners._Rescaled.apply(y, h, b, m, 0.7), whole)  # type: ignore[arg-type]
+    assert torch.allclose(_Rescaled.apply(y, h, b, m, 0.7), whole)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -117,7 +120,7 @@ def test_inputs_that_are_kept_as_they_come_change_no_bit(
 ) -> None:
     section = config.LowRank(kind=kind, rank=4)  # type: ignore[arg-type]
     ours, our_weights = scrambled(tiny_wan, section, dtype)
-    monkeypatch.setattr(tuners, "_keep_inputs", lambda denoiser: None)
+    monkeypatch.setattr(efficient_layers, "keep_inputs", lambda denoiser: None)
     peft, peft_weights = scrambled(tiny_wan, section, dtype)
     kinds = [{type(d.get_submodule("blocks.0.attn1.to_q").lora_A["default"]).__name__} for d in (ours, peft)]
     assert kinds == [{"FirstFactor" if dtype is torch.bfloat16 else "Linear"}, {"Linear"}]

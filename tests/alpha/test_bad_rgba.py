@@ -13,7 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from inlaid import alpha, media, rgba
+from inlaid.alpha import opening
+from inlaid.media import rgba, video
 from support import rgba_clips as make
 from support.commands import inlaid
 
@@ -23,7 +24,7 @@ SIZE = (32, 32)
 @pytest.fixture
 def ground(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
     """A folder of three good pairs, and a recipe that works."""
-    monkeypatch.setattr(alpha, "MIXINS", {"joint": make.Glass})
+    monkeypatch.setattr(opening, "MIXINS", {"joint": make.Glass})
     return tmp_path / "cutouts", make.transparent(recipe(data__held_out=0), tmp_path / "cutouts", 3)
 
 
@@ -75,7 +76,7 @@ def nothing(clips: Path) -> None:
 
 
 def no_alpha_inside(clips: Path) -> None:
-    media.write_video(clips / "plain.mp4", make.clip(size=SIZE)[..., :3], 16)
+    video.write_video(clips / "plain.mp4", make.clip(size=SIZE)[..., :3], 16)
     (clips / "plain.txt").write_text("plain")
 
 
@@ -215,9 +216,9 @@ def test_bad_recipes(ground: tuple[Path, dict[str, Any]], tmp_path: Path, change
 
 def test_bad_composites(tmp_path: Path) -> None:
     pixels = make.clip(size=SIZE)
-    front = rgba.write(tmp_path / "a.mov", pixels, 16)
-    media.write_video(tmp_path / "opaque.mp4", pixels[..., :3], 16)
-    media.write_video(tmp_path / "short.mp4", pixels[:3, ..., :3], 16)
+    front = rgba.write_rgba(tmp_path / "a.mov", pixels, 16)
+    video.write_video(tmp_path / "opaque.mp4", pixels[..., :3], 16)
+    video.write_video(tmp_path / "short.mp4", pixels[:3, ..., :3], 16)
     (tmp_path / "broken.mov").write_bytes(b"no")
     for arguments, says in {
         (tmp_path / "opaque.mp4", "red"): "opaque.mp4: is fully opaque",

@@ -14,12 +14,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from inlaid import alpha, config
-from inlaid.evaluate import codec as measured
-from inlaid.models import rgba_codec, rgba_metrics
-from inlaid.models.rgba_losses import RgbaLoss
-from inlaid.runtime import Run
-from inlaid.train import train
+from inlaid import config
+from inlaid.alpha.opening import build_family
+from inlaid.evaluation import rgba_vae
+from inlaid.networks import rgba_vae_checkpoint, rgba_vae_metrics
+from inlaid.networks.rgba_vae_losses import RgbaLoss
+from inlaid.runs.folder import Run
+from inlaid.training.loop import train
 from support.codecs import disc, made, rgba_clips
 
 
@@ -33,7 +34,7 @@ def vae(tiny_wan: Path) -> AutoencoderKLWan:
 
 def measure(true: np.ndarray, got: np.ndarray) -> dict[str, float]:
     pair = (torch.from_numpy(x).permute(3, 0, 1, 2) for x in (true, got))
-    return rgba_metrics.report(rgba_metrics.tally(*pair))
+    return rgba_vae_metrics.report(rgba_vae_metrics.tally(*pair))
 
 
 @pytest.mark.parametrize("constant", [0, 255])
@@ -46,7 +47,7 @@ def test_regions_catch_the_predictor_that_plain_errors_let_pass(constant: int) -
     found = measure(shown, got)
     assert found["alpha_mae"] < 15, "plain alpha error calls this good"
     assert found["rgb_mae"] == 0
-    said = " ".join(rgba_metrics.trivial(found))
+    said = " ".join(rgba_vae_metrics.trivial(found))
     assert "in the mean of the regions" in said
     assert f"where the clips are {'opaque' if constant == 0 else 'clear'}" in said
     assert found["alpha_mae_balanced"] > 80
@@ -56,7 +57,7 @@ def test_a_good_reconstruction_passes_and_its_numbers_are_the_obvious_ones() -> 
     true = disc()
     again = measure(true, true)
     assert again["alpha_mae"] == again["rgb_mae"] == 0 and again["ssim_alpha"] == pytest.approx(1)
-    assert rgba_metrics.trivial(again) == []
+    assert rgba_vae_metrics.trivial(again) == []
     off = true.copy()
     off[..., 3] = np.clip(off[..., 3].astype(int) + 4, 0, 255)
     off[..., 0] += 6
@@ -80,9 +81,11 @@ def test_colour_counts_only_where_it_is_visible() -> None:
 
 def test_clips_add_up() -> None:
     pairs = [(disc(seed=k), disc(seed=k + 1)) for k in range(2)]
-    rows = [rgba_metrics.tally(*(torch.from_numpy(x).permute(3, 0, 1, 2) for x in pair)) for pair in pairs]
+    rows = [
+        rgba_vae_metrics.tally(*(torch.from_numpy(x).permute(3, 0, 1, 2) for x in pair)) for pair in pairs
+    ]
     whole = measure(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
-    added = rgba_metrics.report(rows[0] + rows[1])
+    added = rgba_vae_metrics.report(rows[0] + rows[1])
     assert added["alpha_mae_soft"] == pytest.approx(whole["alpha_mae_soft"])
     assert added["rgb_psnr"] == pytest.approx(whole["rgb_psnr"])
 
@@ -93,34 +96,34 @@ def test_clips_add_up() -> None:
 @torch.no_grad()
 def test_a_folder_keeps_the_codec(vae: AutoencoderKLWan, tmp_path: Path) -> None:
     codec, z = made(vae), torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    name = rgba_codec.save(codec, tmp_path / "a")
-    again = rgba_codec.load(tmp_path / "a", vae)
+    name = rgba_vae_checkpoint.save(codec, tmp_path / "a")
+    again = rgba_vae_checkpoint.load(tmp_path / "a", vae)
     assert all(torch.equal(a, b) for a, b in zip(codec.decode(z), again.decode(z), strict=True))
     video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     assert torch.equal(codec.encode(video, video), again.encode(video, video))
-    assert rgba_codec.save(again, tmp_path / "b") == name, "the same codec has the same name"
-    assert rgba_codec.save(made(vae, 1), tmp_path / "c") != name
-    assert rgba_codec.save(codec, tmp_path / "d", alpha_eps=0.0) != name
-    assert rgba_codec.read_config(tmp_path / "a")["rank"] == {"rgb": 2, "alpha": 2}
+    assert rgba_vae_checkpoint.save(again, tmp_path / "b") == name, "the same codec has the same name"
+    assert rgba_vae_checkpoint.save(made(vae, 1), tmp_path / "c") != name
+    assert rgba_vae_checkpoint.save(codec, tmp_path / "d", alpha_eps=0.0) != name
+    assert rgba_vae_checkpoint.read_config(tmp_path / "a")["rank"] == {"rgb": 2, "alpha": 2}
 
 
 def test_parts_of_two_codecs_do_not_mix(vae: AutoencoderKLWan, tmp_path: Path) -> None:
     for seed in (0, 1):
-        rgba_codec.save(made(vae, seed), tmp_path / str(seed))
+        rgba_vae_checkpoint.save(made(vae, seed), tmp_path / str(seed))
     shutil.copy(tmp_path / "1" / "merge.safetensors", tmp_path / "0" / "merge.safetensors")
     with pytest.raises(ValueError, match="files of different RGBA VAEs were mixed"):
-        rgba_codec.load(tmp_path / "0", vae)
+        rgba_vae_checkpoint.load(tmp_path / "0", vae)
 
 
 def test_a_codec_belongs_to_its_vae(vae: AutoencoderKLWan, tmp_path: Path) -> None:
-    rgba_codec.save(made(vae), tmp_path / "codec")
+    rgba_vae_checkpoint.save(made(vae), tmp_path / "codec")
     torch.manual_seed(1)
     other = AutoencoderKLWan.from_config(vae.config)
     with pytest.raises(ValueError, match="trained on another VAE"):
-        rgba_codec.load(tmp_path / "codec", other)
+        rgba_vae_checkpoint.load(tmp_path / "codec", other)
     rounded = AutoencoderKLWan.from_config(vae.config)
     rounded.load_state_dict({n: t.bfloat16() for n, t in vae.state_dict().items()})
-    rgba_codec.load(tmp_path / "codec", rounded)
+    rgba_vae_checkpoint.load(tmp_path / "codec", rounded)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +140,10 @@ def test_a_codec_belongs_to_its_vae(vae: AutoencoderKLWan, tmp_path: Path) -> No
 def test_a_damaged_folder_is_refused(
     vae: AutoencoderKLWan, tmp_path: Path, damage: Callable[[Path], Any], said: str
 ) -> None:
-    rgba_codec.save(made(vae), tmp_path / "codec")
+    rgba_vae_checkpoint.save(made(vae), tmp_path / "codec")
     damage(tmp_path / "codec")
     with pytest.raises(ValueError, match=said):
-        rgba_codec.load(tmp_path / "codec", vae)
+        rgba_vae_checkpoint.load(tmp_path / "codec", vae)
 
 
 def _change(path: Path) -> None:
@@ -158,7 +161,7 @@ def batch(n: int = 1) -> torch.Tensor:
 
 def test_the_loss_is_a_function_of_its_generator_and_reaches_all_that_trains(vae: AutoencoderKLWan) -> None:
     codec = made(vae)
-    draw = lambda seed, **more: rgba_codec.losses(  # noqa: E731
+    draw = lambda seed, **more: rgba_vae_checkpoint.losses(  # noqa: E731
         codec, batch(), RgbaLoss(), torch.Generator().manual_seed(seed), **more
     )
     first = draw(3)
@@ -175,16 +178,18 @@ def test_the_loss_is_a_function_of_its_generator_and_reaches_all_that_trains(vae
 
 @torch.no_grad()
 def test_a_merge_block_may_begin_as_the_encoder_s_head(vae: AutoencoderKLWan) -> None:
-    codec = rgba_codec.new(vae, 2, 0, "encoder")
+    codec = rgba_vae_checkpoint.new(vae, 2, 0, "encoder")
     rgb, alpha = (torch.rand(1, 3, 9, 32, 32) * 2 - 1 for _ in range(2))
     assert (codec.encode(rgb, alpha) - vae.encode(rgb).latent_dist.mode()).abs().max() < 1e-5
-    assert (rgba_codec.new(vae, 2, 0).encode(rgb, alpha) - codec.encode(rgb, alpha)).abs().max() > 1e-2
+    assert (
+        rgba_vae_checkpoint.new(vae, 2, 0).encode(rgb, alpha) - codec.encode(rgb, alpha)
+    ).abs().max() > 1e-2
 
 
 def test_codecs_fit_one_kind_of_vae(tiny_5b: Path) -> None:
     other = AutoencoderKLWan.from_pretrained(tiny_5b, subfolder="vae")
     with pytest.raises(ValueError, match=r"16-channel VAE of Wan 2\.1"):
-        rgba_codec.new(other, 2, 0)
+        rgba_vae_checkpoint.new(other, 2, 0)
 
 
 # --- training one -----------------------------------------------------------------------------------------
@@ -220,9 +225,9 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
 ) -> None:
     run = train(codec_recipe(run=str(tmp_path / "whole")))
     cached = load_file(next((run / "cache/media").rglob("*.safetensors")))
-    bytewise = alpha.family(config.load(run)).bytewise
+    bytewise = build_family(config.load(run)).bytewise
     assert {n for n, v in cached.items() if v.dtype is torch.uint8} == {*bytewise}, "as the estimate counts"
-    codec = rgba_codec.load(run / "codec", vae)
+    codec = rgba_vae_checkpoint.load(run / "codec", vae)
     assert (run / "codec" / "README.md").is_file() and codec.rgb.rank == 2
     held_out = [m for m in metrics(run) if "held_out_loss" in m]
     assert [m["step"] for m in held_out] == [2, 4]
@@ -236,7 +241,7 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
     for file in (run / "codec").glob("*.safetensors"):
         ours, theirs = load_file(file), load_file(again / "codec" / file.name)
         assert all(torch.equal(ours[n], theirs[n]) for n in ours), file.name
-    report = measured.evaluate(run)
+    report = rgba_vae.evaluate(run)
     assert report.path.is_file() and report.path.with_suffix(".png").is_file()
     assert report.values["alpha_mae"] == pytest.approx(held_out[-1]["held_out_alpha_mae"], abs=1e-6)
     assert any("where the clips are" in w or "regions" in w for w in report.warnings), (
@@ -247,7 +252,7 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
 def test_the_merge_block_alone_learns_towards_frozen_decoders(
     codec_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
-    rgba_codec.save(made(vae), tmp_path / "start")
+    rgba_vae_checkpoint.save(made(vae), tmp_path / "start")
     tuner = {"kind": "codec", "train": "merge", "start": str(tmp_path / "start")}
     run = train(codec_recipe(run=str(tmp_path / "merge"), tuner=tuner))
     for part, same in (("decoder_rgb_lora", True), ("decoder_alpha_lora", True), ("merge", False)):
@@ -260,7 +265,7 @@ def test_plain_decoders_are_no_aim(
 ) -> None:
     with pytest.raises(ValueError, match=r"init_from: missing, and train=merge needs decoders that were"):
         codec_recipe(tuner={"kind": "codec", "train": "merge"})
-    rgba_codec.save(rgba_codec.new(vae, 2, 0), tmp_path / "plain")
+    rgba_vae_checkpoint.save(rgba_vae_checkpoint.new(vae, 2, 0), tmp_path / "plain")
     tuner = {"kind": "codec", "train": "merge", "start": str(tmp_path / "plain")}
     with pytest.raises(ValueError, match="are untrained and cannot decode alpha"):
         train(codec_recipe(tuner=tuner))
@@ -319,7 +324,7 @@ def test_nine_terms_with_a_perceptual_network_and_a_note_without(
 def test_a_run_that_trained_a_codec_draws_no_prompts(
     codec_recipe: Callable[..., config.Config], tmp_path: Path
 ) -> None:
-    from inlaid.generate import generate
+    from inlaid.generation.generate import generate
 
     made_config = codec_recipe()
     Path(made_config.run).mkdir()
@@ -328,4 +333,4 @@ def test_a_run_that_trained_a_codec_draws_no_prompts(
     with pytest.raises(ValueError, match="cannot generate from prompts"):
         generate(made_config.run, ["a disc"])
     with pytest.raises(ValueError, match="nothing is trained yet"):
-        measured.evaluate(made_config.run)
+        rgba_vae.evaluate(made_config.run)

@@ -13,11 +13,17 @@ from diffusers import CogVideoXDDIMScheduler
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from inlaid import alpha, config, cost, memory, tuners
-from inlaid.alpha.joint import MERGE, Tail
-from inlaid.models import attention
-from inlaid.steps import Batch, DenoisingStep
-from inlaid.twins import tiny
+from inlaid import config
+from inlaid.adapters import tuners
+from inlaid.alpha.opening import build_family
+from inlaid.check import estimate
+from inlaid.data.batch import Batch
+from inlaid.networks import joint_attention, quantize
+from inlaid.networks.half_tokens import NOT_MERGEABLE, HalfTokens
+from inlaid.tiny import random
+from inlaid.tiny.random import TEXT_WIDTH
+from inlaid.training import memory
+from inlaid.training.steps import DenoisingStep
 from support.joint import CASES, CPU, ONE_SEQUENCE, Checkpoint, every_case, given, network, opened, size, swap
 
 # --- positions ----------------------------------------------------------------------------------------------
@@ -95,14 +101,14 @@ def test_tokens_of_colour_and_text_are_not_changed_at_all(
         before.append(change[:, :head].abs().max().item())
         after.append(change[:, head:].abs().mean().item())
 
-    layers = [m for m in denoiser.modules() if isinstance(m, Tail)]
+    layers = [m for m in denoiser.modules() if isinstance(m, HalfTokens)]
     for layer in layers:
         layer.register_forward_hook(watch)  # type: ignore[attr-defined]
     x, t, cond = given(family)
     with torch.no_grad():
         family.predict(denoiser.eval(), x, t, cond)
     each = {"wan": 8, "mochi": 4, "cogvideox": 4}[case[0]]
-    assert len(after) == len(layers) == each * len(memory.blocks(denoiser))
+    assert len(after) == len(layers) == each * len(quantize.blocks(denoiser))
     assert before == [0.0] * len(before) and min(after) > 1e-4
 
 
@@ -137,7 +143,7 @@ def test_an_update_that_is_switched_off_or_weakened_is(kind: str, checkpoint: Ch
         denoiser.enable_adapters()
         assert torch.equal(family.predict(denoiser, *asked), tuned)
     assert torch.equal(off, plain) and (tuned - plain).abs().max() > 1e-2
-    with pytest.raises(ValueError, match=MERGE):
+    with pytest.raises(ValueError, match=NOT_MERGEABLE):
         denoiser.fuse_lora()
 
 
@@ -201,14 +207,14 @@ def test_two_calls_are_one_with_a_mask(rule: Any, first: bool, real: tuple[int, 
         mask = None if first else mask
     if real and first:
         return  # CogVideoX attends to padding
-    found = attention.attention(q, k, v, text=text, first=first, rule=rule, mask=mask)
+    found = joint_attention.attention(q, k, v, text=text, first=first, rule=rule, mask=mask)
     assert (found - dense(q, k, v, bias)).abs().max() < 1e-6
 
 
 def test_a_video_without_text() -> None:
     q, k, v = torch.randn(3, 1, 2, 8, 4)
     for first in (True, False):
-        found = attention.attention(q, k, v, text=0, first=first, rule="block")
+        found = joint_attention.attention(q, k, v, text=0, first=first, rule="block")
         assert torch.allclose(found, F.scaled_dot_product_attention(q, k, v), atol=1e-6)
 
 
@@ -216,7 +222,7 @@ def test_bias_leaves_a_share_of_exp_minus_one() -> None:
     """Two keys that text may see and two of alpha, all alike: .365 .365 .134 .134 (joint_alpha, 5.1)."""
     q, k, v = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.eye(4)[None, None]
     # One token of text, one of colour, one of alpha would be three: text 2, colour 1, alpha 1.
-    found = attention.attention(q, k, v, text=2, first=True, rule="bias")[0, 0, 0]
+    found = joint_attention.attention(q, k, v, text=2, first=True, rule="bias")[0, 0, 0]
     rest = np.exp(-1) / (3 + np.exp(-1))
     assert found[3].item() == pytest.approx(rest, abs=1e-6) and found[:3].sum().item() == pytest.approx(
         1 - rest
@@ -357,7 +363,7 @@ def test_positions_of_the_table_that_the_network_was_built_with(checkpoint: Chec
     embed.register_buffer("pos_embedding", embed._get_positional_embeddings(h, w, embed.sample_frames))
     family.share_positions(denoiser)
     with torch.no_grad():
-        out = embed(torch.zeros(1, 226, tiny.TEXT_WIDTH), torch.cat([table[:, :2], table[:, :2]], 1))
+        out = embed(torch.zeros(1, 226, TEXT_WIDTH), torch.cat([table[:, :2], table[:, :2]], 1))
     assert torch.equal(*out[:, 226:].chunk(2, 1))
 
 
@@ -441,8 +447,8 @@ def test_the_network_is_counted_on_shapes_alone(case: tuple[str, str], checkpoin
     """Attention is quadratic in twice the tokens."""
     family = opened(checkpoint, case)
     meta = family.load_denoiser(torch.float32, meta=True)
-    both = cost.count(family, meta, size(family), 1, checkpointing=False)
-    one = cost.count(
+    both = estimate.count(family, meta, size(family), 1, checkpointing=False)
+    one = estimate.count(
         family.single,
         family.single.load_denoiser(torch.float32, meta=True),
         size(family),
@@ -481,10 +487,10 @@ def test_the_base_may_be_small(scheme: Any, kind: str, checkpoint: Checkpoint) -
     pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}.get(scheme, "torch"))
     family = opened(checkpoint, CASES[0])
     denoiser = family.load_denoiser(torch.float32).train()
-    memory.shrink(config.Memory(quantize=scheme), denoiser, CPU, torch.float32)
+    quantize.shrink(config.Memory(quantize=scheme), denoiser, CPU, torch.float32)
     tuners.attach(config.LowRank(kind=kind, rank=2), family.targets, denoiser, seed=1)  # type: ignore[arg-type]
     family.attached(denoiser)
-    layers = [m for m in denoiser.modules() if isinstance(m, Tail)]
+    layers = [m for m in denoiser.modules() if isinstance(m, HalfTokens)]
     assert len(layers) == 8 * len(denoiser.blocks)
     changes = []
 
@@ -526,16 +532,16 @@ def test_recipes_that_cannot_be(name: str, checkpoint: Checkpoint) -> None:
         **change,
     }
     settings = config.build(raw)
-    assert any(says in problem for problem in alpha.family(settings).problems(settings))
+    assert any(says in problem for problem in build_family(settings).problems(settings))
     good = config.build({**raw, "tuner": {"kind": "dora", "targets": [r"blocks\.\d+\.attn1\.to_q"]}})
-    assert alpha.family(good).problems(good) == []
+    assert build_family(good).problems(good) == []
 
 
 @pytest.mark.parametrize(
     "case", [("wan", "i2v"), ("cogvideox", "i2v"), ("cogvideox", "1.5-i2v")], ids="-".join
 )
 def test_images_have_no_place(case: tuple[str, str], checkpoint: Checkpoint) -> None:
-    if case not in tiny.cases():
+    if case not in random.cases():
         pytest.skip(f"there is no tiny {case}")
     with pytest.raises(ValueError, match="is conditioned on images, which `joint` does not support"):
         opened(checkpoint, case)

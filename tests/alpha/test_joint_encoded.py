@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from inlaid import alpha, config, data, encoded
-from inlaid.media import MediaError
-from inlaid.twins import tiny
+from inlaid import config
+from inlaid.alpha.opening import build_family
+from inlaid.data import precomputed
+from inlaid.data.plan import plan_dataset
+from inlaid.media.kinds import MediaError
+from inlaid.tiny.random import TEXT_WIDTH
 from support.encoded import CASES, Checkpoint, built, cogvideox, mochi, recipe, shape
 
 PAIRS = CASES[:2]
@@ -29,7 +32,7 @@ def write(folder: Path, kind: tuple[str, str], joined: bool, n: int = 3) -> list
     out = []
     for i in range(n):
         clips = moments(kind, i), moments(kind, 100 + i)
-        text = torch.randn(226 if kind[0] == "cogvideox" else 5, tiny.TEXT_WIDTH)
+        text = torch.randn(226 if kind[0] == "cogvideox" else 5, TEXT_WIDTH)
         put = cogvideox if kind[0] == "cogvideox" else mochi
         if joined:
             put(folder, str(i), torch.cat(clips, 1), text)
@@ -59,7 +62,7 @@ def test_both_clips_are_read(
     assert (
         made.plan.sources[0].layout == "encoded" and [w.shape for w in made.plan.train] == [shape(kind)] * 3
     )
-    family = alpha.family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
+    family = build_family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
     for name, wanted in zip(made.media, clips, strict=True):
         item = made.store.read("media", name)
         assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(*shape(kind))
@@ -70,8 +73,8 @@ def test_both_clips_are_read(
 
 def problems(kind: tuple[str, str], checkpoint: Checkpoint, source: Path) -> str:
     raw = config.build(settings(kind, checkpoint, Path("run"), source))
-    family = alpha.family(raw)
-    return str(data.plan(raw.data, family.grid, family.fps, 0, family=family).problems)
+    family = build_family(raw)
+    return str(plan_dataset(raw.data, family.grid, family.fps, 0, family=family).problems)
 
 
 def alpha_of(folder: Path, kind: tuple[str, str], name: str) -> Path:
@@ -100,6 +103,6 @@ def test_one_clip_is_not_two(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "video_latents/0.pt"
     path.parent.mkdir()
     torch.save(moments(kind, 0), path)
-    family = alpha.family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
+    family = build_family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
     with pytest.raises(MediaError, match="has 3 latent frames: color and alpha"):
-        encoded.item(family, [path])
+        precomputed.read_item(family, [path])

@@ -12,9 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inlaid import alpha, config, families, formats
-from inlaid.alpha import joint
-from inlaid.twins import tiny
+from inlaid import config, families
+from inlaid.adapters.read import read_adapter
+from inlaid.alpha.joint import WEIGHTS
+from inlaid.alpha.opening import build_family
+from inlaid.networks.domain_embedding import EMBEDDING, NAME
+from inlaid.networks.half_tokens import HalfTokens
+from inlaid.tiny import random
 from support.commands import inlaid
 
 WIDTH = 24
@@ -86,21 +90,21 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
         "license",
     ):
         assert words in " ".join(done.said.split()), done.said
-    found = load_file(tmp_path / "out" / joint.WEIGHTS)
+    found = load_file(tmp_path / "out" / WEIGHTS)
     assert len(found) == count
-    adapter = formats.read(tmp_path / "out", families.get(family))
+    adapter = read_adapter(tmp_path / "out", families.get(family))
     assert adapter.joint and {adapter.scale(m) for m in adapter.modules} == {1 / rank}
     before, after = (
         [t for k, t in sorted(x.items()) if t.ndim == 2 and t.shape[0] > 1] for x in (there, found)
     )
     assert len(before) == len(after) == count
     assert sum(any(torch.equal(a, b) for b in before) for a in after[:12]) == 12, "no number is changed"
-    vector = tmp_path / "out" / joint.EMBEDDING
+    vector = tmp_path / "out" / EMBEDDING
     given = there.get("domain_emb", there.get("transformer.modality_embedding"))
     assert vector.exists() == (given is not None)
     if given is not None:
-        assert torch.equal(load_file(vector)[joint.NAME], given.flatten())
-    with safe_open(tmp_path / "out" / joint.WEIGHTS, "pt") as file:
+        assert torch.equal(load_file(vector)[NAME], given.flatten())
+    with safe_open(tmp_path / "out" / WEIGHTS, "pt") as file:
         header = file.metadata()
     assert header["inlaid_alpha"] == "joint" and header["inlaid_text_to_alpha"] == rule
     assert header["inlaid_domain_embedding"] == ("no" if given is None else "yes")
@@ -112,7 +116,7 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
 
 def test_another_alpha_may_be_given(tmp_path: Path) -> None:
     path = write(tmp_path / "cogvideox_rgba_lora.safetensors", cogvideox(2))
-    adapter = formats.read(path, families.get("cogvideox"), alpha=128)
+    adapter = read_adapter(path, families.get("cogvideox"), alpha=128)
     assert {adapter.scale(m) for m in adapter.modules} == {1.0}
 
 
@@ -214,11 +218,11 @@ def test_an_imported_file_does_what_its_numbers_say(
     """In our pipeline: the vector and the update, for alpha, at 1/128."""
     raw = {
         "run": "x",
-        "model": {**tiny.model(*case), "checkpoint": str(checkpoint(*case))},
+        "model": {**random.model(*case), "checkpoint": str(checkpoint(*case))},
         "data": {"sources": "x"},
         "alpha": {"kind": "joint", "text_to_alpha": "bias", "domain_embedding": case[0] == "cogvideox"},
     }
-    family: Any = alpha.family(config.build(raw))
+    family: Any = build_family(config.build(raw))
     there = fitting(family.load_denoiser(torch.float32, meta=True), case[0])
     path = write(tmp_path / ("x.safetensors" if case[0] == "cogvideox" else "x.pt"), there)
     done = inlaid("import", path, tmp_path / "out", "--family", case[0], "--checkpoint", checkpoint(*case))
@@ -226,7 +230,7 @@ def test_an_imported_file_does_what_its_numbers_say(
     pipe = family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32)
     family.load_adapter(pipe, tmp_path / "out")
     layer = pipe.transformer.transformer_blocks[1].attn1.to_v
-    assert isinstance(layer, joint.Tail) and layer.scaling["inlaid"] == 1 / 128  # type: ignore[attr-defined]
+    assert isinstance(layer, HalfTokens) and layer.scaling["inlaid"] == 1 / 128  # type: ignore[attr-defined]
     names = {"cogvideox": ["transformer.transformer_blocks.1.attn1.to_v.lora_A.weight", "lora_B"]}
     a, b = (
         (there[names["cogvideox"][0]], there[names["cogvideox"][0].replace("lora_A", "lora_B")])
@@ -247,7 +251,7 @@ def test_stock_pipelines_take_such_a_file_for_all_tokens_at_the_right_scale(
 ) -> None:
     """What the documentation says of them."""
     case = ("cogvideox", "5b")
-    family = families.get("cogvideox")(config.Model(**tiny.model(*case), checkpoint=str(checkpoint(*case))))
+    family = families.get("cogvideox")(config.Model(**random.model(*case), checkpoint=str(checkpoint(*case))))
     there = fitting(family.load_denoiser(torch.float32, meta=True), "cogvideox")
     raw = write(tmp_path / "x.safetensors", there)
     pipe = family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32)
@@ -266,24 +270,24 @@ def test_joint_and_other_adapters_are_not_mistaken_for_each_other(
     case = ("cogvideox", "5b")
     raw = {
         "run": "x",
-        "model": {**tiny.model(*case), "checkpoint": str(checkpoint(*case))},
+        "model": {**random.model(*case), "checkpoint": str(checkpoint(*case))},
         "data": {"sources": "x"},
         "alpha": {"kind": "joint"},
     }
-    family: Any = alpha.family(config.build(raw))
+    family: Any = build_family(config.build(raw))
     there = fitting(family.load_denoiser(torch.float32, meta=True), "cogvideox")
     write(tmp_path / "x.safetensors", there)
     assert inlaid("import", tmp_path / "x.safetensors", tmp_path / "out", "--family", "cogvideox").code == 0
     opaque = {k: v for k, v in there.items() if k != "domain_emb"}
     (tmp_path / "opaque").mkdir()
-    write(tmp_path / "opaque" / joint.WEIGHTS, opaque)
+    write(tmp_path / "opaque" / WEIGHTS, opaque)
     pipe = family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"trained with alpha.kind=opaque, for all tokens"):
         family.load_adapter(pipe, tmp_path / "opaque")
     with pytest.raises(ValueError, match=r"trained with alpha.kind=joint"):
         family.single.accept({"inlaid_alpha": "joint"})
-    (tmp_path / "out" / joint.EMBEDDING).unlink()
+    (tmp_path / "out" / EMBEDDING).unlink()
     with pytest.raises(ValueError, match=r"domain_embedding.safetensors of this adapter is missing"):
         family.load_adapter(pipe, tmp_path / "out")
     with pytest.raises(ValueError, match=r"is missing"):
-        formats.read(tmp_path / "out", families.get("cogvideox"))
+        read_adapter(tmp_path / "out", families.get("cogvideox"))

@@ -11,10 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inlaid import alpha, config, exchange, generate, runtime, tuners
-from inlaid.alpha import joint
-from inlaid.train import train
-from inlaid.twins import tiny
+from inlaid import config
+from inlaid.adapters import tuners
+from inlaid.adapters.convert import export_run
+from inlaid.adapters.efficient_layers import ADAPTER
+from inlaid.adapters.of_run import trained_folder
+from inlaid.alpha.joint import WEIGHTS
+from inlaid.alpha.opening import build_family
+from inlaid.generation.generate import load_pipeline
+from inlaid.networks.domain_embedding import EMBEDDING, NAME, TOKENS
+from inlaid.runs.folder import Run, read_header, read_metrics
+from inlaid.runs.launch import start_processes
+from inlaid.tiny import random
+from inlaid.training.loop import train
 from support import rgba_clips
 from support.joint import CASES, Checkpoint, given
 from support.ranks import difference, together
@@ -33,7 +42,7 @@ def joint_recipe(checkpoint: Checkpoint, encoded: Path, tmp_path: Path) -> Calla
         raw: dict[str, Any] = {
             "run": str(tmp_path / "run"),
             "seed": 3,
-            "model": {**tiny.model(*case), "checkpoint": str(checkpoint(*case))},
+            "model": {**random.model(*case), "checkpoint": str(checkpoint(*case))},
             "data": {"sources": str(tmp_path / "clips"), "held_out": 1, "cache": str(encoded)},
             "tuner": {"kind": "lora", "rank": 4},
             "alpha": {"kind": "joint"},
@@ -41,7 +50,7 @@ def joint_recipe(checkpoint: Checkpoint, encoded: Path, tmp_path: Path) -> Calla
             "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},
             "sample": {"steps": 2},
         }
-        grid = alpha.family(config.build(raw)).grid
+        grid = build_family(config.build(raw)).grid
         frames, size = grid.offset + grid.temporal, (grid.spatial * 2, grid.spatial * 2)
         raw["data"] |= {"size": size, "frames": frames}
         if not (tmp_path / "clips").is_dir():
@@ -58,7 +67,7 @@ def joint_recipe(checkpoint: Checkpoint, encoded: Path, tmp_path: Path) -> Calla
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / joint.WEIGHTS) | load_file(run / "adapter" / joint.EMBEDDING)
+    return load_file(run / "adapter" / WEIGHTS) | load_file(run / "adapter" / EMBEDDING)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -68,31 +77,29 @@ def test_an_adapter_does_in_the_pipeline_what_it_did_in_training(
 ) -> None:
     cfg = config.build(joint_recipe(case, tuner__kind=kind, train__steps=2))
     run = train(cfg)
-    family: Any = alpha.family(cfg)
+    family: Any = build_family(cfg)
     weights = adapter(run)
-    assert weights[joint.NAME].abs().max() > 0 and any(v.any() for k, v in weights.items() if "lora_B" in k)
-    with runtime.start(cfg) as ctx:
-        folder = generate.trained(runtime.Run(run), None, family)
-        pipes = [
-            generate.load_pipeline(cfg, family, f, s, ctx) for f, s in ((None, 1), (folder, 1), (folder, 0.5))
-        ]
+    assert weights[NAME].abs().max() > 0 and any(v.any() for k, v in weights.items() if "lora_B" in k)
+    with start_processes(cfg) as ctx:
+        folder = trained_folder(Run(run), None, family)
+        pipes = [load_pipeline(cfg, family, f, s, ctx) for f, s in ((None, 1), (folder, 1), (folder, 0.5))]
     tuned = family.load_denoiser(torch.float32)
     tuners.attach(cfg.tuner, family.targets, tuned, seed=0)
     family.attached(tuned)
     for name, p in tuned.named_parameters():
         if p.requires_grad:
-            plain = name.replace(f".{tuners.ADAPTER}", "").replace("_vector.weight", "_vector")
-            p.data = weights[joint.NAME if plain.startswith(joint.NAME) else f"transformer.{plain}"].clone()
+            plain = name.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector")
+            p.data = weights[NAME if plain.startswith(NAME) else f"transformer.{plain}"].clone()
     with torch.no_grad():
         before, after, half, ours = (
             family.predict(d.eval(), *given(family)) for d in (*(p.transformer for p in pipes), tuned)
         )
     assert (after - ours).abs().max() <= (0 if kind == "lora" else 2e-6)
     assert (after - before).abs().max() > 1e-5 and not torch.equal(half, after)
-    header = runtime.header(run / "adapter" / joint.WEIGHTS)
-    assert header["inlaid_alpha"] == "joint" and header["inlaid_alpha_tokens"] == joint.TOKENS
+    header = read_header(run / "adapter" / WEIGHTS)
+    assert header["inlaid_alpha"] == "joint" and header["inlaid_alpha_tokens"] == TOKENS
     assert "**transparent videos**" in (run / "adapter/README.md").read_text("utf-8")
-    lines = runtime.read_metrics(run / "metrics.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     for line in (x for x in lines if "loss" in x):
         assert (line["loss_rgb"] + line["loss_alpha"]) / 2 == pytest.approx(line["loss"], rel=1e-5)
 
@@ -114,7 +121,7 @@ def test_loss_falls(case: tuple[str, str], joint_recipe: Callable[..., dict]) ->
     """That of alpha, which is all that can change of its own."""
     raw = joint_recipe(case, train__steps=40, train__batch=3, train__validate_every=40, tuner__rank=16)
     run = train(config.build(raw))
-    lines = [x for x in runtime.read_metrics(run / "metrics.jsonl") if "loss" in x]
+    lines = [x for x in read_metrics(run / "metrics.jsonl") if "loss" in x]
     first, last = (np.mean([x["loss_alpha"] for x in part]) for part in (lines[:5], lines[-10:]))
     assert last < 0.9 * first
 
@@ -133,11 +140,12 @@ def test_two_processes_are_one_that_accumulates(
 def test_such_an_adapter_is_not_written_for_others(joint_recipe: Callable[..., dict], tmp_path: Path) -> None:
     run = train(config.build(joint_recipe(FEW[0], train__steps=1)))
     for to in ("merged", "comfyui", "kohya"):
-        with pytest.raises(ValueError, match=f"--to: {to} applies an adapter to all tokens.*cannot be merged"):
-            exchange.export(run, to, tmp_path / to)
-    exchange.export(run, "diffusers", tmp_path / "out")
+        with pytest.raises(
+            ValueError, match=f"--to: {to} applies an adapter to all tokens.*cannot be merged"
+        ):
+            export_run(run, to, tmp_path / to)
+    export_run(run, "diffusers", tmp_path / "out")
     before, after = (
-        load_file(f / joint.WEIGHTS) | load_file(f / joint.EMBEDDING)
-        for f in (run / "adapter", tmp_path / "out")
+        load_file(f / WEIGHTS) | load_file(f / EMBEDDING) for f in (run / "adapter", tmp_path / "out")
     )
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)

@@ -13,12 +13,25 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inlaid import alpha, cache, config, exchange, formats, generate, runtime
-from inlaid.models import rgba_codec, rgba_files
-from inlaid.models.rgba_losses import COLORS, hard_render
-from inlaid.models.rgba_vae import MergeBlock
-from inlaid.runtime import Run
-from inlaid.train import train
+from inlaid import config
+from inlaid.adapters.adapter import WEIGHTS
+from inlaid.adapters.convert import export_run, import_adapter
+from inlaid.adapters.inspect import describe, inspect_path
+from inlaid.adapters.layers import layer_shapes
+from inlaid.adapters.merge import merge_adapter
+from inlaid.adapters.of_run import trained_folder
+from inlaid.adapters.read import read_adapter
+from inlaid.alpha.opening import build_family
+from inlaid.data.cache import Cache
+from inlaid.data.prompts import encode_prompts, resolve_sample
+from inlaid.generation.generate import load_pipeline
+from inlaid.networks import rgba_vae_checkpoint, rgba_vae_published
+from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae
+from inlaid.networks.rgba_vae_losses import COLORS, hard_render
+from inlaid.networks.rgba_vae_published import HALVES, TARGETS
+from inlaid.runs.folder import Run, read_header
+from inlaid.runs.launch import start_processes
+from inlaid.training.loop import train
 from support.codecs import disc, made, rgba_clips
 
 
@@ -31,7 +44,7 @@ def vae(tiny_wan: Path) -> AutoencoderKLWan:
 def codecs(vae: AutoencoderKLWan, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("codecs")
     for seed in (0, 1):
-        rgba_codec.save(made(vae, seed), folder / str(seed))
+        rgba_vae_checkpoint.save(made(vae, seed), folder / str(seed))
     return [folder / "0", folder / "1"]
 
 
@@ -56,13 +69,13 @@ def merged(recipe: Callable[..., dict], codecs: list[Path], tmp_path: Path) -> C
 def test_latents_are_the_codec_s_before_several_colours(
     merged: Callable[..., config.Config], codecs: list[Path], vae: AutoencoderKLWan
 ) -> None:
-    family: Any = alpha.family(merged(alpha__colors=3))
+    family: Any = build_family(merged(alpha__colors=3))
     encoder = family.load_media_encoder(torch.device("cpu"))
     frames = disc(5)
     item = family.encode_media(encoder, frames)
     assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(5, 32, 32)
-    codec = rgba_codec.load(codecs[0], vae)
-    rgb, clear = rgba_codec.to_video(torch.from_numpy(frames).permute(3, 0, 1, 2)[None])
+    codec = rgba_vae_checkpoint.load(codecs[0], vae)
+    rgb, clear = rgba_vae_checkpoint.to_video(torch.from_numpy(frames).permute(3, 0, 1, 2)[None])
     mean, std = (torch.tensor(vae.config[k]).view(-1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
     with torch.no_grad():
         every = [
@@ -85,14 +98,14 @@ def test_latents_are_the_codec_s_before_several_colours(
 def test_cached_clips_are_named_by_codec_and_colours(
     merged: Callable[..., config.Config], codecs: list[Path], tmp_path: Path
 ) -> None:
-    from inlaid import data
+    from inlaid.data.plan import plan_dataset
 
     names = set()
     for changes in ({}, {"alpha__codec": str(codecs[1])}, {"alpha__colors": 1}):
         made_config = merged(**changes)
-        family = alpha.family(made_config)
-        plan = data.plan(made_config.data, family.grid, family.fps, 0, family=family)
-        names.add(cache.Cache(tmp_path / "cache").media_names(family, plan.train)[0])
+        family = build_family(made_config)
+        plan = plan_dataset(made_config.data, family.grid, family.fps, 0, family=family)
+        names.add(Cache(tmp_path / "cache").media_names(family, plan.train)[0])
     assert len(names) == 3
 
 
@@ -100,16 +113,16 @@ def test_a_run_learns_and_draws_with_its_codec_alone(
     merged: Callable[..., config.Config], codecs: list[Path], tmp_path: Path
 ) -> None:
     run = train(merged(tuner={"kind": "dora", "rank": 2}))
-    header = runtime.header(run / "adapter" / formats.WEIGHTS)
+    header = read_header(run / "adapter" / WEIGHTS)
     assert header["inlaid_alpha"] == "merged"
-    assert header["inlaid_codec"] == rgba_codec.read_config(codecs[0])["codec_id"]
+    assert header["inlaid_codec"] == rgba_vae_checkpoint.read_config(codecs[0])["codec_id"]
     place, made_config = Run(run), Run(run).config()
-    family = alpha.family(made_config)
-    folder = generate.trained(place, None, family)
-    with runtime.start(made_config) as ctx:
-        sample = generate.resolve_sample(made_config)
-        encoded = generate.encode(made_config, family, place, ["a disc"], sample, ctx)
-        pipeline = generate.load_pipeline(made_config, family, folder, 1.0, ctx)
+    family = build_family(made_config)
+    folder = trained_folder(place, None, family)
+    with start_processes(made_config) as ctx:
+        sample = resolve_sample(made_config)
+        encoded = encode_prompts(made_config, family, place, ["a disc"], sample, ctx)
+        pipeline = load_pipeline(made_config, family, folder, 1.0, ctx)
         pipeline.set_progress_bar_config(disable=True)
         size, frames = sample.size, sample.frames
         assert size and frames
@@ -129,10 +142,10 @@ def test_a_run_learns_and_draws_with_its_codec_alone(
     assert drawn[0].shape == (5, 32, 32, 4) and drawn[0].dtype == np.uint8
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     with pytest.raises(ValueError, match="the adapter was trained with RGBA VAE"):
-        generate.trained(place, None, alpha.family(merged(alpha__codec=str(codecs[1]))))
+        trained_folder(place, None, build_family(merged(alpha__codec=str(codecs[1]))))
     opaque = merged(alpha={"kind": "opaque"})
     with pytest.raises(ValueError, match=r"trained with alpha\.kind=merged"):
-        generate.trained(place, None, alpha.family(opaque))
+        trained_folder(place, None, build_family(opaque))
     with pytest.raises(ValueError, match=r"started with another recipe:\n.*alpha\.codec"):
         train(merged(tuner={"kind": "dora", "rank": 2}, alpha__codec=str(codecs[1])))
 
@@ -140,8 +153,8 @@ def test_a_run_learns_and_draws_with_its_codec_alone(
 def test_a_codec_may_have_colours_of_its_own(
     merged: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
-    rgba_codec.save(made(vae), tmp_path / "grey", colors=[[-0.5, -0.5, -0.5]])
-    family: Any = alpha.family(merged(alpha__codec=str(tmp_path / "grey"), alpha__colors=4))
+    rgba_vae_checkpoint.save(made(vae), tmp_path / "grey", colors=[[-0.5, -0.5, -0.5]])
+    family: Any = build_family(merged(alpha__codec=str(tmp_path / "grey"), alpha__colors=4))
     item = family.encode_media(family.load_media_encoder(torch.device("cpu")), disc(5))
     assert tuple(item["latents"].shape) == family.stored(5, 32, 32)["latents"] == (1, 16, 2, 4, 4)
 
@@ -161,13 +174,13 @@ def test_other_checkpoints_are_refused(
     model: dict,
     said: str,
 ) -> None:
-    from inlaid.twins import tiny
+    from inlaid.tiny import random
 
-    variant = model["variant"] or next(v for f, v in tiny.cases() if f == model["family"])
+    variant = model["variant"] or next(v for f, v in random.cases() if f == model["family"])
     path = checkpoint(model["family"], variant)
     made_config = merged(model={"family": model["family"], "checkpoint": str(path)})
     with pytest.raises(ValueError, match=said):
-        alpha.family(made_config)
+        build_family(made_config)
 
 
 @pytest.mark.parametrize(
@@ -187,40 +200,40 @@ def test_a_codec_must_be_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
-        alpha.family(merged(alpha__codec=codec))
+        build_family(merged(alpha__codec=codec))
 
 
 # --- published files --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def codec(vae: AutoencoderKLWan) -> rgba_codec.RgbaVae:
+def codec(vae: AutoencoderKLWan) -> RgbaVae:
     return made(vae)
 
 
 Z = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(5))
 
 
-def write(codec: rgba_codec.RgbaVae, layout: str, folder: Path) -> Path:
+def write(codec: RgbaVae, layout: str, folder: Path) -> Path:
     """A synthetic file, or folder, of a published layout."""
     folder.mkdir(parents=True)
     if layout == "comfyui":
-        for half, tensors in rgba_files.folded_layout(codec).items():
+        for half, tensors in rgba_vae_published.folded_layout(codec).items():
             save_file(tensors, folder / f"wan_alpha_2.1_vae_{half}.safetensors")
         return folder
-    tensors = rgba_files.decoder_layout(codec)
+    tensors = rgba_vae_published.decoder_layout(codec)
     if layout == "lightning":  # peft's base weights beside the update, and what else was trained
-        base = rgba_files.whole_layout(codec)
+        base = rgba_vae_published.whole_layout(codec)
         for name in [n for n in tensors if ".lora_A." in n]:
             layer = name.removesuffix(".lora_A.default.weight")
             tensors[f"{layer}.base_layer.weight"] = base[f"{layer.removesuffix('.conv3D')}.weight"]
         tensors = {"state_dict": {**tensors, "loss.weight": torch.ones(1)}}  # type: ignore[dict-item]
     if layout in ("whole", "folded whole"):
-        tensors = rgba_files.whole_layout(codec)
+        tensors = rgba_vae_published.whole_layout(codec)
     if layout == "folded whole":
         tensors = {n: t for n, t in tensors.items() if n.startswith("middle.")}
-        for group, half in zip(("vae_fgr", "vae_pha"), rgba_files.HALVES, strict=True):
-            tensors |= {f"{group}.{n}": t for n, t in rgba_files.folded_layout(codec)[half].items()}
+        for group, half in zip(("vae_fgr", "vae_pha"), HALVES, strict=True):
+            tensors |= {f"{group}.{n}": t for n, t in rgba_vae_published.folded_layout(codec)[half].items()}
     torch.save(tensors, folder / "decoder.bin")
     return folder / "decoder.bin"
 
@@ -228,16 +241,18 @@ def write(codec: rgba_codec.RgbaVae, layout: str, folder: Path) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["decoder", "lightning", "whole", "folded whole", "comfyui"])
 def test_every_layout_imports_and_does_the_same(
-    codec: rgba_codec.RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, layout: str, tmp_path: Path
+    codec: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, layout: str, tmp_path: Path
 ) -> None:
     path = write(codec, layout, tmp_path / "in")
-    out, notes = exchange.convert(path, tmp_path / "out", "wan", str(tiny_wan))
-    again = rgba_codec.load(out, vae)
+    out, notes = import_adapter(path, tmp_path / "out", "wan", str(tiny_wan))
+    again = rgba_vae_checkpoint.load(out, vae)
     for one, two in zip(codec.decode(Z), again.decode(Z), strict=True):
         assert (one - two).abs().max() <= (1e-4 if "folded" in layout or layout == "comfyui" else 0)
     assert "RGBA VAE" in notes[0]
     whole = layout.endswith("whole")
-    assert rgba_codec.read_config(out)["parts"] == (["merge", "rgb", "alpha"] if whole else ["rgb", "alpha"])
+    assert rgba_vae_checkpoint.read_config(out)["parts"] == (
+        ["merge", "rgb", "alpha"] if whole else ["rgb", "alpha"]
+    )
     assert any("no merge block" in n for n in notes) != whole
     if whole:
         assert "groups found: vae_fgr, vae_pha, middle" in notes
@@ -245,8 +260,8 @@ def test_every_layout_imports_and_does_the_same(
             assert torch.equal(tensor, again.merge.state_dict()[name])
     if layout == "lightning":
         assert any("1 other tensors were ignored, such as loss.weight" in n for n in notes)
-    assert formats.inspect(out).kind == "codec"
-    assert "codec_id" in formats.describe(formats.inspect(out))
+    assert inspect_path(out).kind == "codec"
+    assert "codec_id" in describe(inspect_path(out))
 
 
 def _without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -277,72 +292,72 @@ def _other_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ids=["no alpha", "no colour", "no factor", "extra", "extra merge", "rank", "width", "no tensors"],
 )
 def test_wrong_decoders_are_refused_with_a_sentence(
-    codec: rgba_codec.RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, change: Any, said: str, tmp_path: Path
+    codec: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, change: Any, said: str, tmp_path: Path
 ) -> None:
-    torch.save(change(rgba_files.decoder_layout(codec)), tmp_path / "decoder.bin")
+    torch.save(change(rgba_vae_published.decoder_layout(codec)), tmp_path / "decoder.bin")
     with pytest.raises(ValueError, match=said):
-        rgba_files.convert(tmp_path / "decoder.bin", tmp_path / "out", vae)
+        rgba_vae_published.convert(tmp_path / "decoder.bin", tmp_path / "out", vae)
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_pairs_of_folded_decoders_are_refused(
-    codec: rgba_codec.RgbaVae, vae: AutoencoderKLWan, tiny_wan: Path, tmp_path: Path
+    codec: RgbaVae, vae: AutoencoderKLWan, tiny_wan: Path, tmp_path: Path
 ) -> None:
     folder = write(codec, "comfyui", tmp_path / "pair")
     one = next(folder.glob("*alpha_channel*"))
     torch.manual_seed(3)
     other = AutoencoderKLWan.from_config(vae.config)
     with pytest.raises(ValueError, match="use another --checkpoint"):
-        rgba_files.convert(folder, tmp_path / "out", other)
+        rgba_vae_published.convert(folder, tmp_path / "out", other)
     one.rename(tmp_path / "decoder.safetensors")
     with pytest.raises(ValueError, match="the file with `alpha_channel` in its name is missing"):
-        exchange.convert(folder, tmp_path / "out", "wan", str(tiny_wan))
+        import_adapter(folder, tmp_path / "out", "wan", str(tiny_wan))
     with pytest.raises(ValueError, match="put both into one folder, with `rgb_channel` and `alpha_channel`"):
-        exchange.convert(tmp_path / "decoder.safetensors", tmp_path / "out", "wan", str(tiny_wan))
+        import_adapter(tmp_path / "decoder.safetensors", tmp_path / "out", "wan", str(tiny_wan))
     with pytest.raises(ValueError, match="pass it with --checkpoint"):
-        exchange.convert(folder, tmp_path / "out", "wan")
+        import_adapter(folder, tmp_path / "out", "wan")
 
 
 def test_a_whole_vae_of_another_base_is_refused(
-    codec: rgba_codec.RgbaVae, vae: AutoencoderKLWan, tmp_path: Path
+    codec: RgbaVae, vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
     path = write(codec, "whole", tmp_path / "in")
     torch.manual_seed(3)
     with pytest.raises(ValueError, match=r"made for another VAE: .* is not the checkpoint's"):
-        rgba_files.convert(path, tmp_path / "out", AutoencoderKLWan.from_config(vae.config))
+        rgba_vae_published.convert(path, tmp_path / "out", AutoencoderKLWan.from_config(vae.config))
 
 
 def test_decoders_without_a_merge_block_decode_and_cannot_encode(
-    codec: rgba_codec.RgbaVae, vae: AutoencoderKLWan, merged: Callable[..., config.Config], tmp_path: Path
+    codec: RgbaVae, vae: AutoencoderKLWan, merged: Callable[..., config.Config], tmp_path: Path
 ) -> None:
-    rgba_files.convert(write(codec, "decoder", tmp_path / "in"), tmp_path / "half", vae)
-    family = alpha.family(merged(alpha__codec=str(tmp_path / "half")))
+    rgba_vae_published.convert(write(codec, "decoder", tmp_path / "in"), tmp_path / "half", vae)
+    family = build_family(merged(alpha__codec=str(tmp_path / "half")))
     with pytest.raises(ValueError, match=r"no merge block.*train: merge, init_from:"):
         family.load_media_encoder(torch.device("cpu"))
     assert hasattr(family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32), "codec")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("to", rgba_files.TARGETS)
-def test_exports_come_back(codec: rgba_codec.RgbaVae, vae: AutoencoderKLWan, to: str, tmp_path: Path) -> None:
-    out = rgba_files.export(codec, to, tmp_path / to)
+@pytest.mark.parametrize("to", TARGETS)
+def test_exports_come_back(codec: RgbaVae, vae: AutoencoderKLWan, to: str, tmp_path: Path) -> None:
+    out = rgba_vae_published.export(codec, to, tmp_path / to)
     names = {p.name for p in out.iterdir()}
     if to == "comfyui":
         assert names == {"vae_rgb_channel.safetensors", "vae_alpha_channel.safetensors"}
-        rgba_files.convert(out, tmp_path / "again", vae)
+        rgba_vae_published.convert(out, tmp_path / "again", vae)
     else:
         assert names == {"decoder.safetensors", "vae.safetensors"}
         layers = [n for n in load_file(out / "decoder.safetensors") if "vae_pha" in n and "lora_A" in n]
         convolutions = [m for m in vae.decoder.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
         assert len(layers) == len(convolutions), "each convolution has one original name"
-        rgba_files.convert(out / "vae.safetensors", tmp_path / "again", vae)
-    again = rgba_codec.load(tmp_path / "again", vae)
+        rgba_vae_published.convert(out / "vae.safetensors", tmp_path / "again", vae)
+    again = rgba_vae_checkpoint.load(tmp_path / "again", vae)
     for one, two in zip(codec.decode(Z), again.decode(Z), strict=True):
         assert (one - two).abs().mean() <= (0.02 * one.abs().mean() if to == "comfyui" else 0), (
             "bfloat16 rounds"
         )
     with pytest.raises(ValueError, match="exported to wan-alpha or comfyui"):
-        rgba_files.export(codec, "gguf", tmp_path / "x")
+        rgba_vae_published.export(codec, "gguf", tmp_path / "x")
 
 
 def test_published_names_at_full_width() -> None:
@@ -350,15 +365,15 @@ def test_published_names_at_full_width() -> None:
         merge = MergeBlock()
         vae: Any = AutoencoderKLWan()
     assert sum(p.numel() for p in merge.parameters()) == 25_537_552
-    names = rgba_files.original_names(2, 4)
+    names = rgba_vae_published.original_names(2, 4)
     assert {n.rpartition(".")[0] for n in vae.state_dict()} <= names.keys()
     assert len(set(names.values())) == len(names)
-    codec = rgba_codec.RgbaVae(vae, merge, *(rgba_codec.DecoderLora.of(vae.decoder, 4) for _ in range(2)))
-    layout = rgba_files.decoder_layout(codec)
+    codec = RgbaVae(vae, merge, *(DecoderLora.of(vae.decoder, 4) for _ in range(2)))
+    layout = rgba_vae_published.decoder_layout(codec)
     assert sum("vae_fgr." in n and ".lora_A." in n for n in layout) == 38
     assert layout["vae_pha.decoder.upsamples.3.time_conv.conv3D.lora_B.default.weight"].ndim == 5
     assert layout["vae_pha.decoder.middle.1.to_qkv.lora_A.default.weight"].ndim == 4
-    released = {f"middle.{rgba_files._released(n)}" for n in merge.state_dict()}
+    released = {f"middle.{rgba_vae_published._released(n)}" for n in merge.state_dict()}
     assert "middle.block.middle.0.residual.2.weight" in released and "middle.block.head.0.gamma" in released
 
 
@@ -371,19 +386,19 @@ def test_a_dora_is_merged_before_a_lora_that_distils_steps(
     dora = train(config.build(recipe(run=str(tmp_path / "dora"), tuner={"kind": "dora", "rank": 2})))
     lora = train(config.build(recipe(run=str(tmp_path / "lora"), train__steps=3)))
     step = lora / "adapter"
-    out = exchange.export(dora, "merged", tmp_path / "both", then=step)
-    family = alpha.family(Run(dora).config())
+    out = export_run(dora, "merged", tmp_path / "both", then=step)
+    family = build_family(Run(dora).config())
     networks = []
     for order in ((dora, lora), (lora, dora)):
         network = family.load_denoiser(torch.float32)
         for run in order:
-            formats.merge(network, formats.read(run / "adapter", family, shapes=formats.shapes(network)))
+            merge_adapter(network, read_adapter(run / "adapter", family, shapes=layer_shapes(network)))
         networks.append(network.state_dict())
     written = type(network).from_pretrained(out).state_dict()  # type: ignore[attr-defined]
     assert all(torch.equal(written[n], networks[0][n]) for n in written), "DoRA first, then LoRA"
     assert any((networks[0][n] - networks[1][n]).abs().max() > 1e-6 for n in written), "the order matters"
     with pytest.raises(ValueError, match="is a DoRA, which rescales the rows"):
-        exchange.export(lora, "merged", tmp_path / "wrong", then=dora / "adapter")
+        export_run(lora, "merged", tmp_path / "wrong", then=dora / "adapter")
     assert not (tmp_path / "wrong").exists()
     with pytest.raises(ValueError, match="--then: "):
-        exchange.export(dora, "comfyui", tmp_path / "x", then=step)
+        export_run(dora, "comfyui", tmp_path / "x", then=step)

@@ -13,9 +13,19 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from inlaid import alpha, check, config, evaluate, generate, media, mediums, recipes, rgba, train
-from inlaid.evaluate import matte
-from inlaid.evaluate.video import METRICS
+from inlaid import config
+from inlaid.alpha import opening
+from inlaid.check import check
+from inlaid.check.scaffold import new_recipe
+from inlaid.data.modality import modality_of
+from inlaid.evaluation.evaluate import Prompt, evaluate
+from inlaid.evaluation.metrics.alpha import METRICS, TRUTH
+from inlaid.evaluation.metrics.video import METRICS
+from inlaid.evaluation.report import summary_table
+from inlaid.generation.generate import outputs
+from inlaid.media import compositing, rgba, video
+from inlaid.media.rgba import CARRIERS
+from inlaid.training.loop import train
 from support import commands
 from support import rgba_clips as make
 
@@ -23,12 +33,12 @@ from support import rgba_clips as make
 @pytest.fixture
 def raw(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """A function that gives a small transparent recipe, with changes."""
-    monkeypatch.setattr(alpha, "MIXINS", {"joint": make.Glass})
+    monkeypatch.setattr(opening, "MIXINS", {"joint": make.Glass})
     return lambda **changes: make.transparent(recipe(**changes), tmp_path / "cutouts")
 
 
 def test_check_shows_what_alpha_is_like(raw: Any, tmp_path: Path) -> None:
-    report = check.check(config.build(raw()))
+    report = check.check_recipe(config.build(raw()))
     assert (
         report.ok and report.problems == [] and list(report.alphas) == [f"{i:02d}_rgb.mkv" for i in range(4)]
     )
@@ -50,7 +60,7 @@ def test_check_names_what_is_wrong_with_alpha(raw: Any, tmp_path: Path) -> None:
     section = raw()
     make.video(tmp_path / "cutouts/01_alpha.mkv", pixels[:-1, ..., 3:])
     (tmp_path / "cutouts/02_alpha.mkv").unlink()
-    report = check.check(config.build(section))
+    report = check.check_recipe(config.build(section))
     assert not report.ok
     out = io.StringIO()
     check.print_report(report, Console(file=out, width=140, color_system=None))
@@ -65,7 +75,7 @@ def trained(raw: Any) -> Path:
     changes = {"train__steps": 2, "train__save_every": 2, "sample__every": 2}
     section = raw(**changes)
     section["train"] |= {"validate_every": 2}
-    return train.train(config.build(section))
+    return train(config.build(section))
 
 
 def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
@@ -77,16 +87,16 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     assert made.code == 0, made.said
     files = [Path(line) for line in made.out.split()]
     assert [f.suffix for f in files] == [".zip", ".mov", ".webm", ".apng", ".mkv", ".mp4"]
-    first = rgba.read(files[0])
+    first = rgba.read_rgba(files[0])
     assert first.shape == (9, 32, 32, 4) and first[..., 3].min() < 20 and first[..., 3].max() > 235
     for file in files[1:-1]:
-        there = rgba.read(file)
-        limit = rgba.CARRIERS[file.suffix]
+        there = rgba.read_rgba(file)
+        limit = CARRIERS[file.suffix]
         assert np.abs(there[..., 3].astype(int) - first[..., 3]).mean() <= limit
     about = json.loads(files[-1].with_suffix(".json").read_text("utf-8"))
     assert about["alpha"] == "straight" and about["files"] == [f.name for f in files[:-1]]
-    preview = media.read(files[-1], 0, 9, about["fps"], (32, 32)).astype(int)
-    over = rgba.composite(first, rgba.checkerboard(32, 32))
+    preview = video.read_frames(files[-1], 0, 9, about["fps"], (32, 32)).astype(int)
+    over = compositing.composite(first, compositing.checkerboard(32, 32))
     assert np.abs(preview - over).mean() < 8, "the mp4 shows it over a checkerboard"
 
     shapes = []
@@ -98,10 +108,10 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     def truth(frames: np.ndarray) -> np.ndarray:
         return frames[..., 3]
 
-    prompts = [evaluate.Prompt("a disc", "discs", judge=yes, truth=truth)]
-    report = evaluate.evaluate(trained, prompts=prompts)
+    prompts = [Prompt("a disc", "discs", judge=yes, truth=truth)]
+    report = evaluate(trained, prompts=prompts)
     assert shapes == [(9, 32, 32, 4)] * 2, "judges see alpha"
-    assert list(report.metrics) == [*METRICS, *matte.METRICS, *matte.TRUTH]
+    assert list(report.metrics) == [*METRICS, *METRICS, *TRUTH]
     assert report.pairs[0].tuned.metrics["matte_error"] == 0
     assert report.training and 10 < report.training["coverage"] < 60
     page = report.path.read_text("utf-8")
@@ -114,7 +124,7 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
         ".webm",
     }
     out = io.StringIO()
-    Console(file=out, width=80, color_system=None).print(evaluate.summary_table(report))
+    Console(file=out, width=80, color_system=None).print(summary_table(report))
     assert all(len(line) <= 80 for line in out.getvalue().splitlines())
     assert "m.flick" in out.getvalue() and "haze" in out.getvalue()
 
@@ -122,31 +132,31 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
 def test_what_has_no_matte_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames = make.clip(size=(32, 32))
     frames[..., 3] = 255
-    path, facts = mediums.of("video").write(tmp_path / "a", frames, config.Sample(transparent=["png"]), 16)
+    path, facts = modality_of("video").write(tmp_path / "a", frames, config.Sample(transparent=["png"]), 16)
     path.with_suffix(".json").write_text(json.dumps(facts), "utf-8")
     assert "a.mp4: alpha is constant (opaque): the model generated no alpha" in capsys.readouterr().err
-    assert generate.outputs(tmp_path / "a.mp4") == [tmp_path / "a.zip", tmp_path / "a.mp4"]
+    assert outputs(tmp_path / "a.mp4") == [tmp_path / "a.zip", tmp_path / "a.mp4"]
 
 
 def test_opaque_videos_are_written_as_before(tmp_path: Path) -> None:
     frames = make.clip(size=(32, 32))[..., :3]
-    made = mediums.of("video").write(tmp_path / "a", frames, config.Sample(transparent=["mov"]), 16)
+    made = modality_of("video").write(tmp_path / "a", frames, config.Sample(transparent=["mov"]), 16)
     assert made == (tmp_path / "a.mp4", {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4"]
 
 
 def test_matte_options_need_a_transparent_run(recipe: Any, raw: Any) -> None:
     options = {"data__matte": {"snap": 2}}
-    report = check.check(config.build(recipe(**options)))
+    report = check.check_recipe(config.build(recipe(**options)))
     assert [m for m in report.mistakes if "data.matte: an opaque run" in m] and not report.ok
-    assert check.check(config.build(raw(**options))).ok
+    assert check.check_recipe(config.build(raw(**options))).ok
 
 
 def test_new_says_that_clips_have_alpha(tmp_path: Path, tiny_wan: Path, make_clips: Any) -> None:
     for i in range(2):
         make.pair(tmp_path / "cutouts", f"{i}", make.clip(i, size=(32, 32)))
     for folder, says in ((tmp_path / "cutouts", "#   kind: joint"), (make_clips(2), "")):
-        path = recipes.new("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
+        path = new_recipe("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
         text = path.read_text("utf-8")
         assert (says in text) if says else ("alpha" not in text)
     assert "2 files have alpha or are alpha mattes" in (tmp_path / "cutouts.yaml").read_text("utf-8")

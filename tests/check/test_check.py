@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from inlaid import check, config, families, media
+from inlaid import config, families
+from inlaid.check import check
+from inlaid.check.check import Report
+from inlaid.media import contact_sheet, video
 from support import videos
 
 
-def printed(report: check.Report) -> str:
+def printed(report: Report) -> str:
     """What a person sees."""
     out = io.StringIO()
     check.print_report(report, Console(file=out, width=140, color_system=None))
@@ -29,8 +32,8 @@ def printed(report: check.Report) -> str:
 def run(recipe: Any) -> Any:
     """A function that checks the small recipe with changes."""
 
-    def make(**changes: Any) -> check.Report:
-        return check.check(config.build(recipe(**changes)))
+    def make(**changes: Any) -> Report:
+        return check.check_recipe(config.build(recipe(**changes)))
 
     return make
 
@@ -69,7 +72,7 @@ def test_the_sheet_shows_the_frames_of_the_model(run, tmp_path, tiny_wan):
     assert report.contact_sheet == str(tmp_path / "run" / "check" / "contact_sheet.png")
     sheet = np.asarray(Image.open(report.contact_sheet)).astype(int)
     blues = sheet[(sheet[..., 2] > 240) & (sheet[..., 1] < 15)]
-    shown = media.read(folder / "a.mp4", 3 / 16, 9, 16, (64, 64))
+    shown = video.read_frames(folder / "a.mp4", 3 / 16, 9, 16, (64, 64))
     for k in (0, 8):
         assert np.abs(blues[:, 0] - int(shown[k].mean((0, 1))[0])).min() <= 3
     strip = np.abs(sheet - (0, 0, 255))[..., 1:].sum(-1) < 30
@@ -145,7 +148,9 @@ def test_only_some_windows_are_drawn(run, make_clips, monkeypatch):
     make_clips(7)
     drawn: list[str] = []
     monkeypatch.setattr(check, "ROWS", 3)
-    monkeypatch.setattr(media, "contact_sheet", lambda rows, *a, **k: drawn.extend(r.label for r in rows))
+    monkeypatch.setattr(
+        contact_sheet, "contact_sheet", lambda rows, *a, **k: drawn.extend(r.label for r in rows)
+    )
     run(data__held_out=0)
     assert drawn == ["00.mp4", "02.mp4", "04.mp4"]
 
@@ -238,7 +243,7 @@ def test_real_folder(media_root: Path, tmp_path, tiny_wan):
             "memory": {"gradient_checkpointing": True},
         }
     )
-    report = check.check(made)
+    report = check.check_recipe(made)
     assert report.ok
     assert [b.tokens for b in report.buckets] == [21 * 30 * 52]
     assert report.estimate.cache["clips"] == 2 * 2 * 16 * 21 * 60 * 104

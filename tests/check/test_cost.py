@@ -7,8 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from inlaid import config, cost, families, memory, tuners
-from inlaid.twins import tiny
+from inlaid import config, families
+from inlaid.adapters import tuners
+from inlaid.check.estimate import (
+    QUANTIZED_BYTES,
+    STATE_BYTES,
+    USED,
+    Estimate,
+    _Ledger,
+    count,
+    estimate_recipe,
+    speed,
+    text_width,
+)
+from inlaid.networks import quantize
+from inlaid.tiny import random
+from inlaid.training import memory
 
 SHAPE = (9, 128, 192)
 LONG = (9, 256, 256)
@@ -16,7 +30,7 @@ LONG = (9, 256, 256)
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory) -> families.Family:
-    folder = tiny.build("wan", tmp_path_factory.mktemp("wan") / "w", heads=4, head=32, layers=4, ffn=512)
+    folder = random.build("wan", tmp_path_factory.mktemp("wan") / "w", heads=4, head=32, layers=4, ffn=512)
     return families.get("wan")(config.Model(family="wan", checkpoint=str(folder)))
 
 
@@ -25,7 +39,7 @@ def recipe(**sections: Any) -> config.Config:
     return config.Config.model_validate(raw | sections)
 
 
-def estimate(wan: families.Family, made: config.Config, **changes: Any) -> cost.Estimate:
+def estimate(wan: families.Family, made: config.Config, **changes: Any) -> Estimate:
     settings: dict[str, Any] = {
         "device": torch.device("meta"),
         "precision": torch.float32,
@@ -33,7 +47,7 @@ def estimate(wan: families.Family, made: config.Config, **changes: Any) -> cost.
     }
     settings |= {"shapes": {SHAPE: 1}, "windows": {SHAPE: 3}, "captions": ["two words"]} | changes
     shapes, windows, captions = (settings.pop(k) for k in ("shapes", "windows", "captions"))
-    return cost.estimate(wan, made, shapes, windows, captions, **settings)
+    return estimate_recipe(wan, made, shapes, windows, captions, **settings)
 
 
 @pytest.mark.parametrize("checkpointing", [True, 2, False])
@@ -46,12 +60,12 @@ def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
         memory.checkpoint(denoiser, checkpointing)
     trained = tuners.attach(made.tuner, wan.targets, denoiser, seed=0)
     denoiser.train()
-    ledger = cost._Ledger([*denoiser.parameters(), *denoiser.buffers()])
+    ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()])
     for parameter in trained.values():
         parameter.register_post_accumulate_grad_hook(ledger.gradient)
     with ledger:
         latents, noise = torch.randn(2, 1, *wan.shapes(*SHAPE)["latents"])
-        cond = wan.collate([{"text": torch.randn(3, cost.text_width(denoiser))}])
+        cond = wan.collate([{"text": torch.randn(3, text_width(denoiser))}])
         loss = (
             wan.predict(denoiser, latents + noise, torch.rand(1), cond).sub(noise - latents).square().mean()
         )
@@ -75,7 +89,7 @@ def test_checkpointing_and_batch_change_activations(wan):
 
 def test_attention_is_quadratic_and_never_kept(wan):
     denoiser = wan.load_denoiser(torch.float32, meta=True)
-    small, large = (cost.count(wan, denoiser, s, 1, checkpointing=False) for s in (LONG, (9, 512, 256)))
+    small, large = (count(wan, denoiser, s, 1, checkpointing=False) for s in (LONG, (9, 512, 256)))
     assert large.activations / small.activations == pytest.approx(2, rel=0.1)
     assert large.linear / small.linear == pytest.approx(2, rel=0.1)
     n, layers, width = wan.tokens(*LONG), 4, 128
@@ -100,7 +114,7 @@ def test_adamw_state_is_what_torch_keeps():
     weight.square().sum().backward()
     optimizer.step()
     kept = sum(v.nbytes for v in optimizer.state[weight].values() if v.numel() > 1)
-    assert kept == cost.STATE_BYTES["adamw"] * weight.numel()
+    assert kept == STATE_BYTES["adamw"] * weight.numel()
 
 
 def test_precision_halves_the_frozen_weights(wan):
@@ -120,8 +134,8 @@ def test_a_quantised_base_is_smaller_by_its_blocks_linear_layers(wan, scheme):
     plain, small = (
         estimate(wan, recipe(memory={"quantize": q}), precision=torch.bfloat16) for q in (None, scheme)
     )
-    linears = memory.linears(wan.load_denoiser(torch.bfloat16, meta=True)).values()
-    saved = sum(layer.weight.numel() for layer in linears) * (2 - cost.QUANTIZED_BYTES[scheme])
+    linears = quantize.linears(wan.load_denoiser(torch.bfloat16, meta=True)).values()
+    saved = sum(layer.weight.numel() for layer in linears) * (2 - QUANTIZED_BYTES[scheme])
     assert plain.memory["frozen weights"] - small.memory["frozen weights"] == pytest.approx(saved, rel=0.05)
     assert plain.memory["unpacked weights"] == 0 < small.memory["unpacked weights"]
 
@@ -190,14 +204,14 @@ def test_time_is_measured_or_refused(wan):
     much = estimate(wan, recipe(train={"accumulate": 1000}), device=cpu)
     assert much.seconds is not None
     assert 0 < much.seconds[0] < much.seconds[1]
-    assert much.seconds[1] / much.seconds[0] == pytest.approx(cost.USED[1] / cost.USED[0])
+    assert much.seconds[1] / much.seconds[0] == pytest.approx(USED[1] / USED[0])
     assert "measured now" in much.how[-1]
     assert much.device == "the CPU"
     assert much.capacity > 2**28
 
 
 def test_speed_is_that_of_a_machine():
-    assert 1e8 < cost.speed(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
+    assert 1e8 < speed(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
 
 
 def test_targets_that_match_nothing(wan):

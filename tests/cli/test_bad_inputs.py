@@ -24,7 +24,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from inlaid import cache, media, runtime, steps
+from inlaid.data import cache as cache_module
+from inlaid.media import video
+from inlaid.runs import folder as folder_module
+from inlaid.runs.folder import Run
+from inlaid.runs.launch import Devices
+from inlaid.training.steps import DenoisingStep
 from support import videos
 from support.commands import Done, files, inlaid
 
@@ -80,7 +85,7 @@ def ground(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
     (folder / "clips").mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
-        media.write_video(folder / "clips" / f"{i}.mp4", pixels, 16)
+        video.write_video(folder / "clips" / f"{i}.mp4", pixels, 16)
         (folder / "clips" / f"{i}.txt").write_text(f"clip number {i}", "utf-8")
     made = Ground(folder / "clips", folder / "cache", tiny_wan, folder / "run")
     (folder / "r.yaml").write_text(json.dumps(made.recipe(run=str(made.run))), "utf-8")
@@ -213,7 +218,7 @@ def test_no_such_recipe(ground: Ground) -> None:
 
 
 def test_device_that_is_not_there(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.Devices, "here", classmethod(lambda cls: runtime.Devices()))
+    monkeypatch.setattr(Devices, "here", classmethod(lambda cls: Devices()))
     path = ground.write(runtime={"device": "cuda"})
     refused(inlaid("train", path), "runtime.device: no `cuda` on this machine (available: cpu)", "use `auto`")
 
@@ -698,7 +703,7 @@ def test_cache_that_cannot_be_written(
 
     recipe = ground.write(data__cache="cache", data__bad_clips=bad_clips)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "save_file", full)
+        patch.setattr(cache_module, "save_file", full)
         refused(inlaid("cache", recipe), *words)
     kept = {p: p.read_bytes() for p in items()}
     assert len(kept) == 2
@@ -718,12 +723,12 @@ def test_ctrl_c_while_caching(ground: Ground, monkeypatch: pytest.MonkeyPatch) -
             written.append(path)
             save_file(tensors, path, metadata=metadata)
 
-        monkeypatch.setattr(cache, "save_file", stopped)
+        monkeypatch.setattr(cache_module, "save_file", stopped)
         done = inlaid(command, ground.write(data__cache=command))
         refused(done, code=130)
         assert "interrupted: finished work is kept; run the same command again" in done.said
         assert len(items(command)) == 2 and not list(Path().rglob(".tmp-*"))
-        monkeypatch.setattr(cache, "save_file", save_file)
+        monkeypatch.setattr(cache_module, "save_file", save_file)
         done = inlaid("cache", ground.write(data__cache=command))
         assert done.code == 0 and "1 encoded, 2 already cached" in done.said
 
@@ -857,14 +862,14 @@ def test_loss_that_is_not_finite(ground: Ground) -> None:
     recipe = ground.write(optim={"lr": 1e30, "clip": None}, train__steps=20)
     message = refused(inlaid("train", recipe), "the loss stopped being finite at step", "lower optim.lr")
     assert "(clips: " in message and ".mp4)" in message
-    assert runtime.Run(Path("run")).checkpoints(), "the checkpoints before it stay"
+    assert Run(Path("run")).checkpoints(), "the checkpoints before it stay"
 
 
 def test_out_of_memory(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(steps.DenoisingStep, "__call__", full)
+    monkeypatch.setattr(DenoisingStep, "__call__", full)
     refused(
         inlaid("train", ground.write()), "CUDA out of memory: lower data.size, data.frames or train.batch"
     )
@@ -883,9 +888,9 @@ def test_disk_full_while_saving(ground: Ground, monkeypatch: pytest.MonkeyPatch)
 
     recipe = ground.write()
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "save_file", full)
+        patch.setattr(folder_module, "save_file", full)
         refused(inlaid("train", recipe), "run/checkpoints/step-000002: No space left on device: free disk")
-    assert [p.name for p in runtime.Run(Path("run")).checkpoints()] == ["step-000001"]
+    assert [p.name for p in Run(Path("run")).checkpoints()] == ["step-000001"]
     assert not list(Path().rglob(".tmp-*"))
     assert inlaid("train", recipe).code == 0
     ours, theirs = load_file(f"run/{WEIGHTS}"), load_file(ground.run / WEIGHTS)

@@ -15,7 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from inlaid import cli, config, media, runtime
+from inlaid import config
+from inlaid.cli.app import app
+from inlaid.media import video
+from inlaid.runs.folder import Run, read_metrics
 from support.commands import Done, files, inlaid
 
 ADAPTER = Path("runs/clips/adapter/pytorch_lora_weights.safetensors")
@@ -58,7 +61,7 @@ def place(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (folder / "clips").mkdir()
     for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
-        media.write_video(folder / "clips" / f"{i}.mp4", pixels, 16)
+        video.write_video(folder / "clips" / f"{i}.mp4", pixels, 16)
         (folder / "clips" / f"{i}.txt").write_text(f"clip number {i}", "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -78,7 +81,7 @@ def drawn(*arguments: object) -> list[np.ndarray]:
     They are 64 wide: of narrower ones, x264 does not make the same file twice.
     """
     done = worked("generate", "runs/clips", *arguments, "--steps", 1, "--size", "64x64", "--frames", 5)
-    return [media.read(p, 0, 5, 16, (64, 64)) for p in done.out.split()]
+    return [video.read_frames(p, 0, 5, 16, (64, 64)) for p in done.out.split()]
 
 
 # --- help ---------------------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def test_help_names_every_command() -> None:
     said = worked("--help").said
     assert all(f" {name} " in said for name in COMMANDS)
     assert "inlaid demo" in said and "no download, no GPU" in said
-    assert sorted(COMMANDS) == sorted(c.name or c.callback.__name__ for c in cli.app.registered_commands)  # type: ignore[union-attr]
+    assert sorted(COMMANDS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -154,11 +157,11 @@ def test_cache_encodes_once() -> None:
 
 
 def test_train_leaves_a_run() -> None:
-    run = runtime.Run(Path("runs/clips"))
+    run = Run(Path("runs/clips"))
     assert [c.name for c in run.checkpoints()] == ["step-000002", "step-000004"]
     assert run.config().optim.lr == 0.05 and run.config().train.steps == 4
     assert ADAPTER.is_file() and (run.adapter / "README.md").is_file()
-    lines = runtime.read_metrics(run.metrics)
+    lines = read_metrics(run.metrics)
     assert {"loss", "held_out_loss"} <= {key for line in lines for key in line}
 
 
@@ -170,7 +173,7 @@ def test_a_finished_run_stays_as_it_is_and_goes_on_when_asked() -> None:
     worked("train", "clips.yaml", *SHORT, "run=runs/more")
     done = worked("train", "runs/more", "train.steps=5")
     assert "resuming after step 4" in done.said
-    assert runtime.Run(Path("runs/more")).checkpoints()[-1].name == "step-000005"
+    assert Run(Path("runs/more")).checkpoints()[-1].name == "step-000005"
 
 
 # --- videos -------------------------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ def test_generate_takes_every_option() -> None:
         "01-a-blue-ball-seed7.mp4",
         "01-a-blue-ball-seed8.mp4",
     ]
-    probe = media.probe(paths[0])
+    probe = video.probe(paths[0])
     assert (probe.frames, probe.height, probe.width) == (5, 48, 32)
     about = json.loads(paths[1].with_suffix(".json").read_text("utf-8"))
     wanted = {"prompt": "a red ball", "seed": 8, "size": [48, 32], "frames": 5, "steps": 1, "guidance": 1.5}

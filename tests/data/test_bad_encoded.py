@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from inlaid.twins import tiny
+from inlaid.tiny.random import TEXT_WIDTH
 from support.commands import inlaid
 from support.encoded import CASES, Checkpoint, clips, recipe, write
 
@@ -67,7 +67,7 @@ LATENT, EMBED, VIDEO, PROMPT = (
     "video_latents/0.pt",
     "prompt_embeds/0.pt",
 )
-W = tiny.TEXT_WIDTH
+W = TEXT_WIDTH
 MASK = torch.ones(1, 256, dtype=torch.bool)
 
 

@@ -22,10 +22,10 @@ pytest.importorskip("trimesh")
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, three scenes and a recipe."""
-    from inlaid.twins import tiny
+    from inlaid.tiny import random
 
     root = tmp_path_factory.mktemp("good")
-    tiny.build("midi", root / "checkpoint")
+    random.build("midi", root / "checkpoint")
     for i in range(3):
         place = root / "scenes" / f"s{i}"
         place.mkdir(parents=True)
@@ -203,12 +203,13 @@ def test_generate_says_what_is_missing(name: str, place: Path) -> None:
     Image.fromarray(np.zeros((32, 32), np.uint8)).save("black.png")
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save("noise.png")
-    from inlaid import config, runtime
+    from inlaid import config
+    from inlaid.runs.folder import Run
 
     run = Path("run")
     run.mkdir()
     config.save(config.load("recipe.yaml"), run / "config.yaml")
-    assert runtime.Run(run).config().model.family == "midi"
+    assert Run(run).config().model.family == "midi"
     arguments, says = GENERATE[name]
     done = inlaid("generate", "run", *arguments, "--checkpoint", "base")
     assert (done.code, "Traceback" in done.said) == (2, False)

@@ -12,17 +12,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from inlaid import cache, config, media, runtime, train
-from inlaid.cache import Cache, ahead, identity
-from inlaid.runtime import Context, Run
+from inlaid import config
+from inlaid.alpha.opening import open_family
+from inlaid.data import cache
+from inlaid.data.cache import Cache, ahead, identity
+from inlaid.data.prepare import CachedDataset, build_cache
+from inlaid.media import video
+from inlaid.runs.folder import Run, open_run, read_header
+from inlaid.runs.launch import Context
+from inlaid.training.loop import train
 from support import videos
 
 CPU = Context(torch.device("cpu"), torch.float32, "adamw")
 
 
-def build(raw: dict) -> train.Clips:
+def build(raw: dict) -> CachedDataset:
     settings = config.build(raw)
-    return train.build_cache(settings, train.open_family(settings), train.open_run(settings, CPU), CPU)
+    return build_cache(settings, open_family(settings), open_run(settings, CPU), CPU)
 
 
 def files(raw: dict, kind: str) -> list[Path]:
@@ -34,7 +40,7 @@ def test_media_text_the_empty_caption_and_prompts_are_cached_once(recipe: Callab
     first, second = build(raw), build(raw)
     assert (first.built.made, first.built.reused) == (4, 0)
     assert (second.built.made, second.built.reused) == (0, 4)
-    captions = {runtime.header(f)["caption"] for f in files(raw, "text")}
+    captions = {read_header(f)["caption"] for f in files(raw, "text")}
     assert captions == {"", "something new", *(f"clip number {i}" for i in range(4))}
     item = first.store.read("media", first.media[0])
     assert item["latents"].dtype == torch.float16 and item["latents"].shape == (16, 3, 4, 4)
@@ -95,7 +101,7 @@ def test_a_changed_item_stops_with_its_name(recipe: Callable[..., dict]) -> None
     with pytest.raises(
         ValueError, match=f"{broken.name}: cached item was modified.*delete the file and run again"
     ):
-        train.train(config.build(raw))
+        train(config.build(raw))
 
 
 def test_a_full_disk_keeps_what_is_there(
@@ -160,8 +166,8 @@ def test_a_damaged_memo_is_only_a_memo(tmp_path: Path) -> None:
 def test_a_probe_is_remembered_until_its_file_changes(tmp_path, monkeypatch) -> None:
     path = videos.write(tmp_path / "v.mp4", 12, 24)
     looked: list[Path] = []
-    probe = media.probe
-    monkeypatch.setattr(media, "probe", lambda p: (looked.append(p), probe(p))[1])
+    probe = video.probe
+    monkeypatch.setattr(video, "probe", lambda p: (looked.append(p), probe(p))[1])
     store = Cache(tmp_path / "cache")
     assert store.probe(path) == probe(path)
     store.remember()

@@ -13,8 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inlaid import cache, config, cutouts, data, media, rgba
-from inlaid.families.base import Grid
+from inlaid import config
+from inlaid.data import rgba_clips
+from inlaid.data.cache import Cache
+from inlaid.data.plan import Plan, plan_dataset
+from inlaid.families.grid import Grid
+from inlaid.media import compositing, rgba
+from inlaid.media.kinds import READER
 from support import rgba_clips as make
 from support import videos
 
@@ -23,14 +28,14 @@ SIZE = (make.H, make.W)
 KEEP = {"background": "keep"}
 
 
-def plan(*sources: Any, channels: int = 4, look: Any = cutouts.look, **section: Any) -> data.Plan:
+def plan(*sources: Any, channels: int = 4, look: Any = rgba_clips.inspect_clip, **section: Any) -> Plan:
     """A plan of a transparent run that keeps pixels as they are."""
     section = {"size": SIZE, "frames": [make.T], "held_out": 0, "matte": KEEP} | section
     family: Any = SimpleNamespace(channels=channels, encoded=None, encoded_in=lambda folder: None)
-    return data.plan(config.Data(sources=list(sources), **section), GRID, 16, 0, family=family, look=look)
+    return plan_dataset(config.Data(sources=list(sources), **section), GRID, 16, 0, family=family, look=look)
 
 
-def codes(made: data.Plan) -> dict[str, list[str]]:
+def codes(made: Plan) -> dict[str, list[str]]:
     """Names by code of problem."""
     out: dict[str, list[str]] = {}
     for problem in made.problems:
@@ -38,7 +43,7 @@ def codes(made: data.Plan) -> dict[str, list[str]]:
     return out
 
 
-def read(made: data.Plan) -> np.ndarray:
+def read(made: Plan) -> np.ndarray:
     """The pixels of the only window."""
     assert made.problems == [], made.problems
     (window,) = made.train
@@ -97,7 +102,7 @@ def test_images_and_arrays_with_alpha(clips: Path, name: str) -> None:
         frames = pixels if name == "a.npz" else np.moveaxis(pixels, -1, 0)
         np.savez(path, frames=frames, fps=np.float32(16))
     elif name.endswith(".zip"):
-        rgba.write(path, pixels, 16)
+        rgba.write_rgba(path, pixels, 16)
     else:
         make.animated(path, pixels, lossless=True) if name == "a.webp" else make.animated(path, pixels)
     path.with_suffix(".txt").write_text("a disc")
@@ -172,7 +177,7 @@ def test_pairs_of_image_folders(clips: Path) -> None:
     make.images(clips / "a_alpha", pixels[..., 3:])
     (clips / "a.txt").write_text("a disc")
     assert np.array_equal(read(plan(str(clips))), pixels)
-    for k, file in enumerate(cutouts.frames_in(clips / "a_alpha")):
+    for k, file in enumerate(rgba_clips.frames_in(clips / "a_alpha")):
         Image.fromarray(pixels[k, ..., 3].astype(np.uint16) * 257).save(file)
     assert np.array_equal(read(plan(str(clips))), pixels), "16-bit grey is scaled, not cut off"
 
@@ -259,7 +264,7 @@ def test_windows_strides_and_rates_of_every_form(clips: Path) -> None:
     frames = np.stack([videos.numbered(k + 1, (32, 64)) for k in range(40)])
     pixels = np.concatenate([frames, np.full_like(frames[..., :1], 200)], -1)
     pixels[:, :2] = 0
-    rgba.write(clips / "a.mov", pixels, 32)
+    rgba.write_rgba(clips / "a.mov", pixels, 32)
     make.pair(clips, "b", pixels)
     shutil.copy(clips / "b.txt", clips / "a.txt")
     make.images(clips / "c", pixels)
@@ -277,7 +282,7 @@ def test_far_frames_are_sought(clips: Path) -> None:
     frames = np.stack([videos.numbered(k + 1, (32, 64)) for k in range(120)])
     path = make.video(clips / "a.mkv", np.concatenate([frames, frames[..., :1]], -1))
     wanted = [0, 3, 40, 41, 90, 119]
-    there = np.stack([pixels for pixels, _ in cutouts._pick(path, wanted, grey=False)])
+    there = np.stack([pixels for pixels, _ in rgba_clips._pick(path, wanted, grey=False)])
     assert videos.numbers(there[..., :3]) == [w + 1 for w in wanted]
 
 
@@ -298,7 +303,7 @@ def test_resizing_weighs_colour_with_alpha(clips: Path) -> None:
     pixels = read(plan(str(clips)))
     soft = (pixels[..., 3] > 8) & (pixels[..., 3] < 247)
     assert soft.sum() > 50 and np.abs(pixels[soft][:, :3].astype(int) - (250, 20, 20)).max() <= 2
-    assert np.array_equal(pixels, rgba.resize(big, SIZE))
+    assert np.array_equal(pixels, compositing.resize(big, SIZE))
 
 
 # --- what is wrong ------------------------------------------------------------------------------------------
@@ -350,7 +355,7 @@ def test_alpha_that_is_the_same_everywhere_is_refused(clips: Path) -> None:
 
 def test_what_looks_wrong_is_said_and_mended(clips: Path) -> None:
     truth = make.clip()
-    times = rgba.to_uint8(rgba.premultiply(rgba.to_float(truth)))
+    times = compositing.to_uint8(compositing.premultiply(compositing.to_float(truth)))
     turned = truth.copy()
     turned[..., 3] = 255 - turned[..., 3]
     squeezed = truth.copy()
@@ -380,7 +385,7 @@ def test_what_looks_wrong_is_said_and_mended(clips: Path) -> None:
 
 def test_auto_divides_what_looks_premultiplied_and_only_that(clips: Path) -> None:
     truth = make.clip()
-    make.video(clips / "a.mkv", rgba.to_uint8(rgba.premultiply(rgba.to_float(truth))))
+    make.video(clips / "a.mkv", compositing.to_uint8(compositing.premultiply(compositing.to_float(truth))))
     make.video(clips / "b.mkv", truth)
     for name in "ab":
         (clips / f"{name}.txt").write_text(name)
@@ -409,7 +414,7 @@ def test_the_odd_one_out(clips: Path) -> None:
 def test_matte_and_options_are_part_of_what_is_cached(clips: Path, tmp_path: Path) -> None:
     make.pair(clips, "a", make.clip())
     store, family = (
-        cache.Cache(tmp_path / "cache"),
+        Cache(tmp_path / "cache"),
         SimpleNamespace(images=(), model=SimpleNamespace(family="x"), media_key=()),
     )
     store.encoder = lambda *_: []  # type: ignore[method-assign]
@@ -444,15 +449,15 @@ def test_looks_are_remembered(clips: Path, tmp_path: Path, monkeypatch: pytest.M
     make.images(clips / "b", make.clip(1))
     (clips / "b.txt").write_text("b")
     looked = []
-    real = cutouts.look
-    monkeypatch.setattr(cutouts, "look", lambda *a: looked.append(a) or real(*a))
-    store = cache.Cache(tmp_path / "cache")
+    real = rgba_clips.inspect_clip
+    monkeypatch.setattr(rgba_clips, "inspect_clip", lambda *a: looked.append(a) or real(*a))
+    store = Cache(tmp_path / "cache")
     first = plan(str(clips), look=store.look)
     store.remember()
-    again = plan(str(clips), look=cache.Cache(tmp_path / "cache").look)
+    again = plan(str(clips), look=Cache(tmp_path / "cache").look)
     assert len(looked) == 2 and again.probes == first.probes and again.alphas == first.alphas
     make.video(clips / "a_alpha.mkv", make.clip(2)[..., 3:])
-    plan(str(clips), look=cache.Cache(tmp_path / "cache").look)
+    plan(str(clips), look=Cache(tmp_path / "cache").look)
     assert len(looked) == 3, "a matte that changed is looked at again"
 
 
@@ -460,14 +465,14 @@ def test_looks_are_remembered(clips: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_opaque_runs_see_what_they_saw(clips: Path) -> None:
-    rgba.write(clips / "a.mov", make.clip(), 16)
+    rgba.write_rgba(clips / "a.mov", make.clip(), 16)
     (clips / "a.txt").write_text("a disc")
     make.pair(clips, "b", make.clip())
     made = plan(str(clips), channels=3)
     assert codes(made) == {"transparent": ["a.mov"], "matte": ["b_alpha.mkv"]}
     assert [w.read().shape for w in made.train] == [(make.T, *SIZE, 3)] * 2
     assert made.train[0].read()[0, 0, -1].tolist() == [255, 255, 255]
-    assert made.train[0].key == ("window", media.READER, "video", 0.0, make.T, 16.0, *SIZE)
+    assert made.train[0].key == ("window", READER, "video", 0.0, make.T, 16.0, *SIZE)
     (clips / "b_alpha.txt").write_text("a clip in its own right")
     assert len(plan(str(clips), channels=3).train) == 3
 

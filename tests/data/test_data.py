@@ -14,21 +14,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inlaid import config, data, media
-from inlaid.families.base import Grid
+from inlaid import config
+from inlaid.data import windows
+from inlaid.data.plan import Plan, describe_plan, plan_dataset, require_usable
+from inlaid.data.problems import Problem
+from inlaid.data.sampler import make_sampler
+from inlaid.data.windows import sizes, spread
+from inlaid.families.grid import Grid
+from inlaid.media.kinds import nearest_frames
 from support import videos
 
 GRID = Grid(spatial=16, temporal=4)
 SIZE = (32, 64)
 
 
-def plan(*sources: Any, seed: int = 0, fps: float = 16, progress: Any = None, **section: Any) -> data.Plan:
+def plan(*sources: Any, seed: int = 0, fps: float = 16, progress: Any = None, **section: Any) -> Plan:
     """A plan with small sizes and nothing held out."""
     section = {"size": SIZE, "frames": [9], "held_out": 0} | section
-    return data.plan(config.Data(sources=list(sources), **section), GRID, fps, seed, progress)
+    return plan_dataset(config.Data(sources=list(sources), **section), GRID, fps, seed, progress)
 
 
-def codes(made: data.Plan) -> dict[str, list[str]]:
+def codes(made: Plan) -> dict[str, list[str]]:
     """Names by code of problem."""
     out: dict[str, list[str]] = {}
     for problem in made.problems:
@@ -36,10 +42,10 @@ def codes(made: data.Plan) -> dict[str, list[str]]:
     return out
 
 
-def message(made: data.Plan) -> str:
+def message(made: Plan) -> str:
     """What `require` says."""
     with pytest.raises(ValueError) as error:
-        data.require(made, "stop")
+        require_usable(made, "stop")
     return str(error.value)
 
 
@@ -277,9 +283,7 @@ def test_auto_says_when_it_cannot_tell(clips):
     (clips / "videos.txt").write_text("a.mp4\n")
     text = message(plan(str(clips)))
     assert "is ambiguous" in text
-    assert all(
-        n in text for n in ("prompts.txt and videos.txt", "metadata.csv", "3 with a .txt beside")
-    )
+    assert all(n in text for n in ("prompts.txt and videos.txt", "metadata.csv", "3 with a .txt beside"))
     for layout, count in (("folder", 3), ("csv", 1), ("lines", 1)):
         made = plan({"path": str(clips), "layout": layout})
         assert (made.sources[0].layout, made.sources[0].clips) == (layout, count)
@@ -453,8 +457,8 @@ def test_warnings_do_not_stop(tmp_path):
         "hdr": ["hdr.mp4"],
     }
     assert {p.severity for p in made.problems} == {"warning"}
-    assert data.require(made, "stop") == []
-    texts = "\n".join(data.describe(made.problems, 9))
+    assert require_usable(made, "stop") == []
+    texts = "\n".join(describe_plan(made.problems, 9))
     assert "copy2.mp4: same content as copy.mp4" in texts
     assert "slow.mp4: 8 fps of 16: frames are repeated" in texts
     assert "small.mp4: 32x16 by 2.0" in texts
@@ -482,9 +486,9 @@ def test_all_mistakes_come_at_once(clips, tmp_path):
 
 
 def test_long_lists_are_cut():
-    problems = [data.Problem("error", "no-caption", f"{i:02d}.mp4", "") for i in range(12)]
+    problems = [Problem("error", "no-caption", f"{i:02d}.mp4", "") for i in range(12)]
     names = "00.mp4, 01.mp4, 02.mp4, 03.mp4, 04.mp4 and 7 more"
-    assert data.describe(problems, 40) == [
+    assert describe_plan(problems, 40) == [
         f"12 of 40 clips have no caption ({names}): add a .txt beside each"
     ]
 
@@ -492,18 +496,18 @@ def test_long_lists_are_cut():
 def test_quarantine_goes_on_without_bad_clips(clips):
     (clips / "a.txt").unlink()
     made = plan(str(clips))
-    left_out = data.require(made, "quarantine")
+    left_out = require_usable(made, "quarantine")
     assert [(p.code, p.name) for p in left_out] == [("no-caption", "a.mp4")]
     assert [w.clip.name for w in made.train] == ["b.final.mp4", "c.mp4"]
 
 
 def test_quarantine_does_not_cure_a_broken_source(clips, tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
-        data.require(plan(str(clips), str(tmp_path / "nowhere")), "quarantine")
+        require_usable(plan(str(clips), str(tmp_path / "nowhere")), "quarantine")
     for caption in clips.glob("*.txt"):
         caption.unlink()
     with pytest.raises(ValueError, match="3 of 3 clips have no caption"):
-        data.require(plan(str(clips)), "quarantine")
+        require_usable(plan(str(clips)), "quarantine")
 
 
 def test_progress_is_told(clips):
@@ -530,7 +534,7 @@ def test_progress_is_told(clips):
 )
 def test_caption_has_prefix_and_trigger(trigger, prefix, text, out):
     section = config.Data(sources=["x"], trigger=trigger, caption_prefix=prefix)
-    assert data.caption(text, section) == out
+    assert windows.caption(text, section) == out
 
 
 def test_windows_carry_the_final_caption(clips):
@@ -549,7 +553,7 @@ def test_spread_is_even_apart_and_inside():
                 for most in (1, 2, 5):
                     if length > there:
                         continue
-                    starts = data.spread(there, length, stride, most)
+                    starts = spread(there, length, stride, most)
                     assert 1 <= len(starts) <= most
                     assert starts[0] >= 0
                     assert starts[-1] + length <= there
@@ -558,8 +562,8 @@ def test_spread_is_even_apart_and_inside():
                     assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
                     room = there - length
                     assert len(starts) == min(most, room // stride + 1), "as many as fit"
-    assert data.spread(127, 81, 81, 1) == [23], "a single window is in the middle"
-    assert data.spread(200, 81, 81, 2) == [0, 119], "several reach from end to end"
+    assert spread(127, 81, 81, 1) == [23], "a single window is in the middle"
+    assert spread(200, 81, 81, 2) == [0, 119], "several reach from end to end"
 
 
 def test_windows_of_a_long_clip(tmp_path):
@@ -570,7 +574,7 @@ def test_windows_of_a_long_clip(tmp_path):
     stamps = np.arange(120) / 24
     for window in made.train:
         wanted = window.start + np.arange(17) / 16
-        assert videos.numbers(window.read()) == media.nearest(stamps, wanted).tolist()
+        assert videos.numbers(window.read()) == nearest_frames(stamps, wanted).tolist()
     assert len(plan(str(tmp_path), max_windows=4, stride=40).train) == 2
     assert len(plan(str(tmp_path), max_windows=99, stride=8).train) == 9
 
@@ -589,7 +593,7 @@ def test_fps_of_the_recipe_wins(tmp_path):
     assert plan(str(tmp_path), frames=[17]).problems[0].code == "too-short"
     window = plan(str(tmp_path), frames=[17], fps=24.0).train
     assert [w.fps for w in window] == [24.0]
-    made = data.plan(
+    made = plan_dataset(
         config.Data(sources=[str(tmp_path)], size=SIZE, frames=[17], fps=24, held_out=0), GRID, 16, 0
     )
     assert [w.fps for w in made.train] == [24.0]
@@ -608,13 +612,11 @@ def test_slow_clips_repeat_or_keep_their_frames(tmp_path):
 
 def test_buckets_keep_the_area_and_lie_on_the_grid():
     section = config.Data(sources=["x"], size=(480, 832), aspects=["16:9", "1:1", "9:16", "4:3"])
-    made = data.sizes(section, GRID)
+    made = sizes(section, GRID)
     assert made == [(480, 848), (624, 624), (848, 480), (544, 736)]
     assert all(abs(h * w / (480 * 832) - 1) < 0.03 for h, w in made)
-    assert data.sizes(config.Data(sources=["x"], size=(480, 832)), GRID) == [(480, 832)]
-    assert data.sizes(config.Data(sources=["x"], size=(64, 64), aspects=["1:1", "1:1.02"]), GRID) == [
-        (64, 64)
-    ]
+    assert sizes(config.Data(sources=["x"], size=(480, 832)), GRID) == [(480, 832)]
+    assert sizes(config.Data(sources=["x"], size=(64, 64), aspects=["1:1", "1:1.02"]), GRID) == [(64, 64)]
 
 
 def test_clips_go_to_the_nearest_aspect(tmp_path):
@@ -697,7 +699,7 @@ def test_one_clip_must_stay_to_train_on(clips):
     assert codes(made) == {"held-out": ["data.held_out"]}
     assert "data.held_out=3 of 3 clips leaves none to train on" in message(made)
     with pytest.raises(ValueError, match="leaves none"):
-        data.require(made, "quarantine")
+        require_usable(made, "quarantine")
     assert len(plan(str(clips), held_out=2).train) == 1
 
 
@@ -719,7 +721,7 @@ def test_sources_are_mixed_and_counted(clips, many):
 
 def test_sampler_of_a_plan_has_one_shape_per_batch(clips):
     made = plan(str(clips), {"path": str(clips), "repeats": 2}, frames=[5, 13])
-    sampler = data.sampler(
+    sampler = make_sampler(
         made.train, config.Data(sources=[str(clips), {"path": str(clips), "repeats": 2}]).sources, 2, 0
     )
     for k in range(len(sampler)):

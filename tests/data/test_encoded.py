@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from inlaid import cache, config, data, families, runtime
-from inlaid.runtime import Run
-from inlaid.twins import tiny
+from inlaid import config, families
+from inlaid.data import cache
+from inlaid.data.plan import Plan, plan_dataset
+from inlaid.runs.folder import Run, read_metrics
+from inlaid.tiny.random import TEXT_WIDTH
+from inlaid.training.checkpoints import load_state
 from support.commands import inlaid
 from support.encoded import CASES, Checkpoint, built, clips, encode, recipe, shape, write
 
@@ -83,12 +86,12 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     assert len(report["buckets"]) == (1 if kind[1] == "i2v" else 2)
     run = Run(tmp_path / "run")
     assert inlaid("train", path).code == 0
-    wanted, _ = runtime.load_state(run.checkpoint("4"))
+    wanted, _ = load_state(run.checkpoint("4"))
     shutil.rmtree(run.checkpoint("4"))
     assert inlaid("train", path).code == 0
-    got, _ = runtime.load_state(run.checkpoint("4"))
+    got, _ = load_state(run.checkpoint("4"))
     assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in got)
-    lines = runtime.read_metrics(run.metrics)
+    lines = read_metrics(run.metrics)
     assert [x["step"] for x in lines if "held_out_loss" in x] == [2, 4]
     done = inlaid("evaluate", run.folder)
     assert done.code == 0, done.said
@@ -111,17 +114,17 @@ def test_text_that_changes_is_another_item(checkpoint: Checkpoint, tmp_path: Pat
     kind = CASES[1]
     raw = recipe(kind, checkpoint, tmp_path / "run", str(write(tmp_path / "encoded", kind)))
     first = built(raw)
-    torch.save(torch.zeros(226, tiny.TEXT_WIDTH), tmp_path / "encoded/prompt_embeds/0.pt")
+    torch.save(torch.zeros(226, TEXT_WIDTH), tmp_path / "encoded/prompt_embeds/0.pt")
     second = built(raw)
     assert second.built.made == 0
     assert len(set(second.text + second.held_out_text) - set(first.text + first.held_out_text)) == 1
 
 
-def plan(kind: tuple[str, str], checkpoint: Checkpoint, source: Any, **changes: Any) -> data.Plan:
+def plan(kind: tuple[str, str], checkpoint: Checkpoint, source: Any, **changes: Any) -> Plan:
     """What would be seen of a source."""
     settings = config.build(recipe(kind, checkpoint, Path("run"), source, **changes))
     family = families.get(kind[0])(settings.model)
-    return data.plan(settings.data, family.grid, family.fps, 0, family=family)
+    return plan_dataset(settings.data, family.grid, family.fps, 0, family=family)
 
 
 def test_captions_are_names_for_prompts(checkpoint: Checkpoint, tmp_path: Path) -> None:

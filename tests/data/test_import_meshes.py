@@ -12,7 +12,9 @@ from support.commands import inlaid
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlaid import mesh, scenes  # noqa: E402
+from inlaid.data import scenes
+from inlaid.data.scenes_from_meshes import import_meshes  # noqa: E402
+from inlaid.media.meshes import normalizing, read_scene, write_scene
 
 
 def broken() -> trimesh.Trimesh:
@@ -38,7 +40,7 @@ def meshes(folder: Path) -> dict[str, dict[str, trimesh.Trimesh]]:
     folder.mkdir()
     for name, parts in made.items():
         if name.endswith(".glb"):
-            mesh.write_scene(folder / name, parts)
+            write_scene(folder / name, parts)
         else:
             next(iter(parts.values())).export(folder / name)
     return made
@@ -57,13 +59,13 @@ def test_surfaces_lie_on_their_meshes_and_normals_point_out(tmp_path: Path) -> N
     assert done.code == 0, done.said
     assert "broken.glb: `broken`: 2 of its parts were inside out" in done.said
     assert "broken.glb: `broken` is not watertight" in done.said
-    found = scenes.find(tmp_path / "out")
+    found = scenes.find_scenes(tmp_path / "out")
     assert len(found.scenes) == 8 and not found.findings
     for scene in found.scenes:
         source = next(n for n in made if scene.name.startswith(n.split(".")[0]))
-        parts = mesh.read_scene(tmp_path / "in" / source)
+        parts = read_scene(tmp_path / "in" / source)
         bounds = np.stack([m.bounds for m in parts.values()])
-        transform = mesh.normalising(np.stack([bounds[:, 0].min(0), bounds[:, 1].max(0)]))
+        transform = normalizing(np.stack([bounds[:, 0].min(0), bounds[:, 1].max(0)]))
         sample = scene.read()
         for one in sample.objects:
             truth = list(parts.values())[one.number - 1].copy().apply_transform(transform)
@@ -86,12 +88,12 @@ def test_pictures_beside_a_mesh_are_taken(tmp_path: Path) -> None:
     ids[5:15, 5:15] = 1
     Image.fromarray(picture).save(tmp_path / "in/crate_rgb.png")
     Image.fromarray(ids).save(tmp_path / "in/crate_seg.png")
-    assert scenes.import_meshes(tmp_path / "in", tmp_path / "out") == []
-    (scene,) = scenes.find(tmp_path / "out").scenes
+    assert import_meshes(tmp_path / "in", tmp_path / "out") == []
+    (scene,) = scenes.find_scenes(tmp_path / "out").scenes
     assert (scene.read().image == 77).all() and scene.read().objects[0].mask.sum() == 100
     (tmp_path / "in/crate_seg.png").unlink()
     with pytest.raises(ValueError, match=r"crate_rgb\.png.* has no crate_seg\.png"):
-        scenes.import_meshes(tmp_path / "in", tmp_path / "again")
+        import_meshes(tmp_path / "in", tmp_path / "again")
 
 
 def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from inlaid.data import BucketSampler
+from inlaid.data.sampler import BucketSampler
 
 ENTRIES = [(0, "wide")] * 13 + [(0, "tall")] * 4 + [(1, "wide")] * 7 + [(2, "short")] * 1
 SHARES = [1.0, 2.0, 1.0]

@@ -11,13 +11,20 @@ from PIL import Image
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlaid import mesh, scenes  # noqa: E402
+from inlaid.data import scenes
+from inlaid.data.scenes_from_meshes import (
+    prepare,
+    views,  # noqa: E402
+)
+from inlaid.media import meshes
+from inlaid.media.meshes import LONGEST
+from inlaid.media.scene import sheet
 
 
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
     """A scene of a ball and a box, as a file."""
-    return mesh.write_scene(
+    return meshes.write_scene(
         tmp_path / "room.glb",
         {
             "ball": trimesh.creation.icosphere(radius=1.0).apply_translation((-2.0, 5.0, 0.5)),
@@ -28,16 +35,14 @@ def room(tmp_path: Path) -> Path:
 
 def test_meshes_become_scenes_that_fit_their_pictures(room: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert [
-        f for f in scenes.prepare([room], out, count=3, size=96, points=500) if f.severity == "error"
-    ] == []
-    found = scenes.find(out)
+    assert [f for f in prepare([room], out, count=3, size=96, points=500) if f.severity == "error"] == []
+    found = scenes.find_scenes(out)
     assert found.layout == "folders" and [s.name for s in found.scenes] == ["room_00", "room_01", "room_02"]
-    for i, (scene, view) in enumerate(zip(found.scenes, scenes.views(3, 0), strict=True)):
+    for i, (scene, view) in enumerate(zip(found.scenes, views(3, 0), strict=True)):
         sample = scene.read()
         whole = np.concatenate([o.surface for o in sample.objects])[:, :3]
         if len(sample.objects) == 2:
-            assert np.ptp(whole, axis=0).max() == pytest.approx(mesh.LONGEST, abs=0.05)
+            assert np.ptp(whole, axis=0).max() == pytest.approx(LONGEST, abs=0.05)
             left = min(sample.objects, key=lambda o: o.surface[:, 0].mean())
             assert left.number == 1, "the ball stands at -x of the box, in one frame"
         for one in sample.objects:  # the centre of a surface projects into its own mask
@@ -50,10 +55,10 @@ def test_meshes_become_scenes_that_fit_their_pictures(room: Path, tmp_path: Path
         assert (alone[~sample.objects[0].mask] == 255).all()
         assert np.array_equal(alone[sample.objects[0].mask], sample.image[sample.objects[0].mask])
     again = tmp_path / "again"
-    scenes.prepare([room], again, count=3, size=96, points=500)
+    prepare([room], again, count=3, size=96, points=500)
     for name in ("scene_rgb.png", "seg.png", "surface_1.npy"):
         assert (again / "room_00" / name).read_bytes() == (out / "room_00" / name).read_bytes()
-    scenes.sheet([s.read() for s in found.scenes], tmp_path / "sheet.png", cell=64)
+    sheet([s.read() for s in found.scenes], tmp_path / "sheet.png", cell=64)
     assert Image.open(tmp_path / "sheet.png").size == (256, 192)
 
 
@@ -69,7 +74,7 @@ def write(
 
 
 def ball(x: float = 0.0, radius: float = 0.3) -> np.ndarray:
-    return mesh.sample_surface(trimesh.creation.icosphere(radius=radius).apply_translation((x, 0, 0)), 400)
+    return meshes.sample_surface(trimesh.creation.icosphere(radius=radius).apply_translation((x, 0, 0)), 400)
 
 
 def halves(left: int = 1, right: int = 2) -> np.ndarray:
@@ -80,7 +85,7 @@ def halves(left: int = 1, right: int = 2) -> np.ndarray:
 
 def test_one_object_with_one_surface(tmp_path: Path) -> None:
     write(tmp_path / "data/scene_0001", halves(255, 255), {"surface.npy": ball()}, "rgb.png")
-    sample = scenes.find(tmp_path / "data").scenes[0].read()
+    sample = scenes.find_scenes(tmp_path / "data").scenes[0].read()
     assert len(sample.objects) == 1 and sample.objects[0].mask.sum() == 2 * 16 * 12
 
 
@@ -95,7 +100,7 @@ def test_three_d_front(tmp_path: Path) -> None:
         np.save(surface / f"{name}.npy", ball(x))
     (root / "midi_room_ids.json").write_text(json.dumps(["house/room", "house/gone"]), "utf-8")
     (root / "midi_furniture_ids.json").write_text(json.dumps([["sofa", "lamp"], ["bed"]]), "utf-8")
-    found = scenes.find(root)
+    found = scenes.find_scenes(root)
     assert found.layout == "3d-front" and [f.name for f in found.findings] == ["house/gone"]
     sample = found.scenes[0].read()
     assert [o.number for o in sample.objects] == [1, 2]
@@ -118,7 +123,7 @@ def test_wrong_scenes_say_what_is_wrong(
 ) -> None:
     write(tmp_path / "data/s", ids, surfaces)
     with pytest.raises(ValueError, match=says):
-        scenes.find(tmp_path / "data").scenes[0].read()
+        scenes.find_scenes(tmp_path / "data").scenes[0].read()
 
 
 def test_incomplete_folders_are_named_all_at_once(tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ def test_incomplete_folders_are_named_all_at_once(tmp_path: Path) -> None:
     write(tmp_path / "data/c", halves(), {"surface_x.npy": ball()})
     (write(tmp_path / "data/d", halves(), {"surface_1.npy": ball()}) / "seg.png").unlink()
     (write(tmp_path / "data/e", halves(), {"surface_1.npy": ball()}) / "scene_rgb.png").unlink()
-    found = scenes.find(tmp_path / "data")
+    found = scenes.find_scenes(tmp_path / "data")
     assert found.scenes == []
     assert {f.name: f.message for f in found.findings} == {
         "a": "has no surface.npy",
@@ -137,15 +142,15 @@ def test_incomplete_folders_are_named_all_at_once(tmp_path: Path) -> None:
         "e": "has no scene_rgb.png",
     }
     with pytest.raises(ValueError, match="no such folder"):
-        scenes.find(tmp_path / "nowhere")
+        scenes.find_scenes(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="contains no scenes"):
-        scenes.find(tmp_path / "empty")
+        scenes.find_scenes(tmp_path / "empty")
 
 
 def test_sizes_must_agree_and_objects_must_share_a_frame(tmp_path: Path) -> None:
     place = write(tmp_path / "data/s", halves(), {"surface_1.npy": ball(), "surface_2.npy": ball(radius=0.5)})
-    scene = scenes.find(tmp_path / "data").scenes[0]
+    scene = scenes.find_scenes(tmp_path / "data").scenes[0]
     assert not any("whole box" in n for n in scene.read().notes)
     for number in (1, 2):
         np.save(place / f"surface_{number}.npy", ball(radius=0.95))
@@ -158,11 +163,9 @@ def test_sizes_must_agree_and_objects_must_share_a_frame(tmp_path: Path) -> None
 def test_what_cannot_be_read_and_what_is_not_closed(room: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.glb").write_bytes(b"no")
     good = trimesh.creation.icosphere()
-    mesh.write_scene(
+    meshes.write_scene(
         tmp_path / "open.glb", {"hull": trimesh.Trimesh(good.vertices, good.faces[:-5], process=False)}
     )
-    findings = scenes.prepare(
-        [tmp_path / "bad.glb", tmp_path / "open.glb"], tmp_path / "out", count=1, size=48
-    )
+    findings = prepare([tmp_path / "bad.glb", tmp_path / "open.glb"], tmp_path / "out", count=1, size=48)
     assert [(f.severity, f.name) for f in findings] == [("error", "bad.glb"), ("warning", "open.glb")]
     assert "watertight" in findings[1].message

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from inlaid import families
-from inlaid.twins import tiny
+from inlaid.tiny import random
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -20,7 +20,7 @@ def test_the_gpu_benchmark_runs_on_toys_and_skips_finished_rows(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy", "--steps", "2", "--out", str(tmp_path)]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "gpu-toy.json").read_text("utf-8"))
-    toys = {family for family, _ in tiny.cases()} & set(families.names())
+    toys = {family for family, _ in random.cases()} & set(families.names())
     assert {row["row"].split()[0] for row in found["rows"]} <= toys and len(found["rows"]) >= 2
     for row in found["rows"]:
         assert row["outcome"] == "ok" and row["seconds"] > 0 and row["loss"] > 0 and row["tflop_per_step"] > 0

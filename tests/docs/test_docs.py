@@ -27,8 +27,13 @@ import pytest
 import typer
 import yaml
 
-from inlaid import cli, config, data, runtime
-from inlaid.evaluate import matte, scene, video
+from inlaid import config
+from inlaid.cli.app import app
+from inlaid.data.problems import KINDS
+from inlaid.evaluation import scene
+from inlaid.evaluation.metrics import video
+from inlaid.evaluation.metrics.alpha import METRICS, TRUTH
+from inlaid.runs.folder import read_metrics
 from support.commands import inlaid
 from support.pages import BASE, DOCS, ROOT, blocks, inline, named, prose, rows, schema, script
 from support.slow import slow
@@ -101,7 +106,7 @@ def commands(text: str) -> Iterator[list[str]]:
                         yield words[i + 1 :]
 
 
-GROUP: Any = typer.main.get_command(cli.app)
+GROUP: Any = typer.main.get_command(app)
 
 
 @page
@@ -169,7 +174,7 @@ def test_every_problem_of_a_clip_is_explained() -> None:
     found += rows(DOCS / "how-to/train-midi.md", "Deal with bad scenes")
     told = {r[0].strip("`"): r[1] for r in found}
     assert len(told) == len(found), "each code once"
-    assert told == {code: kind.severity for code, kind in data.KINDS.items()}
+    assert told == {code: kind.severity for code, kind in KINDS.items()}
 
 
 def test_every_module_has_its_place() -> None:
@@ -185,7 +190,7 @@ def test_video_metrics_are_explained() -> None:
     told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Scene metrics")]
     assert told == [*scene.METRICS]
     told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Matte metrics")]
-    assert told == [*matte.METRICS, *matte.TRUTH]
+    assert told == [*METRICS, *TRUTH]
 
 
 def test_containers_are_those_that_were_measured() -> None:
@@ -320,7 +325,7 @@ def test_run_folder_is_described(tutorial: Told) -> None:
 
 def test_metrics_are_described(tutorial: Told) -> None:
     told = named(DOCS / "reference/metrics.md", "metrics.jsonl")
-    assert told == {k for line in runtime.read_metrics(tutorial.run / "metrics.jsonl") for k in line}
+    assert told == {k for line in read_metrics(tutorial.run / "metrics.jsonl") for k in line}
 
 
 def test_report_is_described(tutorial: Told) -> None:

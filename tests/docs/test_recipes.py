@@ -16,10 +16,15 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file
 
-from inlaid import alpha, config, cost, families, formats, generate, runtime
-from inlaid.models import rgba_codec
-from inlaid.train import train
-from inlaid.twins import tiny
+from inlaid import config, families
+from inlaid.adapters.adapter import WEIGHTS
+from inlaid.alpha.opening import build_family
+from inlaid.check.estimate import Estimate
+from inlaid.generation.generate import generate
+from inlaid.networks import rgba_vae_checkpoint
+from inlaid.runs.folder import Run, read_metrics
+from inlaid.tiny import random
+from inlaid.training.loop import train
 from support import forks
 from support.codecs import made, rgba_clips
 from support.ranks import free_port
@@ -37,7 +42,7 @@ def family(settings: config.Config) -> families.Family:
     """Of a recipe whose codec, if it names one, nobody has trained yet."""
     if settings.alpha.kind == "merged":
         return families.get(settings.model.family)(settings.model)
-    return alpha.family(settings)
+    return build_family(settings)
 
 
 def test_there_are_recipes() -> None:
@@ -69,7 +74,7 @@ KINDS = {
 
 @pytest.mark.untraced
 @pytest.mark.parametrize("path", mostly_slow(PUBLISHED, [*KINDS.values()].__contains__), ids=lambda p: p.stem)
-def test_cost_is_known_and_comments_are_right(path: Path, estimated: Callable[..., cost.Estimate]) -> None:
+def test_cost_is_known_and_comments_are_right(path: Path, estimated: Callable[..., Estimate]) -> None:
     """The network is made without weights, its tuner attached: targets and numbers are the real ones."""
     settings = config.load(path)
     shape = (max(settings.data.frames), *settings.data.size)
@@ -105,7 +110,7 @@ def test_trains_two_steps(
 ) -> None:
     raw = yaml.safe_load(path.read_text("utf-8"))
     model = raw["model"]
-    folder = checkpoint(model["family"], tiny.sibling(model["family"], model["checkpoint"]))
+    folder = checkpoint(model["family"], random.sibling(model["family"], model["checkpoint"]))
     grid = families.get(model["family"])(config.Model(**{**model, "checkpoint": str(folder)})).grid
     size, frames = grid.spatial * 2, grid.snap_frames(grid.offset + 2 * grid.temporal)
     for package in {"adamw8bit": ["bitsandbytes"]}.get(raw["optim"].get("name"), []):
@@ -125,7 +130,7 @@ def test_trains_two_steps(
         changes.append(f"data.sources={rgba_clips(tmp_path / 'cutouts', 6, 3 * frames, size)}")
     if "codec" in raw.get("alpha", {}):
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
-        rgba_codec.save(made(vae), tmp_path / "codec")
+        rgba_vae_checkpoint.save(made(vae), tmp_path / "codec")
         changes.append(f"alpha.codec={tmp_path / 'codec'}")
     if families.get(model["family"]).medium == "scene":
         changes = [c for c in changes if not c.startswith(("data.s", "data.f"))]
@@ -136,7 +141,7 @@ def test_trains_two_steps(
         changes += ["data.held_out=1"]  # a share of many clips is none of six
     settings = config.load(path, changes)
     run = train(settings)
-    lines = runtime.read_metrics(run / "metrics.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     assert [x["step"] for x in lines if "loss" in x] == [2]
     assert [x["step"] for x in lines if "held_out_loss" in x] == ([2] if settings.data.held_out else [])
     drawn = [*run.glob("samples/step-000002/*.mp4"), *run.glob("samples/step-000002/*.glb")]
@@ -147,7 +152,7 @@ def test_trains_two_steps(
     if settings.tuner.kind == "full":
         assert (run / "adapter/config.json").is_file()
     else:
-        tensors = load_file(run / "adapter" / formats.WEIGHTS)
+        tensors = load_file(run / "adapter" / WEIGHTS)
         assert any(t.any() for n, t in tensors.items() if "lora_B" in n), "something was learned"
         dora = [n for n in tensors if "lora_magnitude_vector" in n]
         assert bool(dora) == (settings.tuner.kind == "dora")
@@ -155,11 +160,11 @@ def test_trains_two_steps(
     Image.new("RGB", (size, size), "orange").save(start)
     kind = families.get(model["family"])(settings.model)
     images = [[str(start)] * len(kind.images)] if kind.images else []
-    assert len(generate.generate(run, ["a clip"] if kind.text_length else [], images=images, steps=2)) == 1
+    assert len(generate(run, ["a clip"] if kind.text_length else [], images=images, steps=2)) == 1
 
 
 def test_the_joint_demo_is_its_recipe() -> None:
-    from inlaid import demo_joint
+    from inlaid.cli import demo_joint
 
     ours = config.load(ROOT / "recipes/wan/twin-joint.yaml")
     theirs = config.build(demo_joint.recipe(Path("runs/demo-joint")))
@@ -167,7 +172,7 @@ def test_the_joint_demo_is_its_recipe() -> None:
 
 
 def test_the_transparent_demo_is_its_recipe() -> None:
-    from inlaid import demo_rgba
+    from inlaid.cli import demo_rgba
 
     ours = config.load(ROOT / "recipes/wan/twin-rgba.yaml")
     theirs = config.build(demo_rgba.recipe(Path("runs/demo-merged")))
@@ -177,7 +182,7 @@ def test_the_transparent_demo_is_its_recipe() -> None:
 
 
 def test_the_demo_of_scenes_is_its_recipe() -> None:
-    from inlaid import demo_scenes
+    from inlaid.cli import demo_scenes
 
     ours = config.load(ROOT / "recipes/midi/twin-demo.yaml")
     assert ours == config.build(demo_scenes.recipe(Path("runs/demo-midi")))
@@ -192,7 +197,7 @@ def test_experts_share_their_cache() -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_demo_is_its_recipe(kind: str) -> None:
     """`inlaid demo` adds prompts and nothing else."""
-    from inlaid import demo
+    from inlaid.cli import demo
 
     ours = config.load(ROOT / "recipes/wan/twin-demo.yaml", [f"tuner.kind={kind}"])
     theirs = config.build(demo.recipe(Path("runs/demo"), kind))
@@ -207,7 +212,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(recipe: Callable[..., dict], t
     new.parent.mkdir()
     old.rename(new)
     assert train(config.load(new, ["train.steps=4"])) == new
-    assert runtime.Run(new).checkpoints()[-1].name == "step-000004" and not old.exists()
+    assert Run(new).checkpoints()[-1].name == "step-000004" and not old.exists()
     assert config.load(new, ["run=other"]).run == "other"
 
 
@@ -241,7 +246,7 @@ def launch(command: list[str], recipe: Path, run: Path, tmp_path: Path, *overrid
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return [x["loss"] for x in runtime.read_metrics(run / "metrics.jsonl") if "loss" in x]
+    return [x["loss"] for x in read_metrics(run / "metrics.jsonl") if "loss" in x]
 
 
 @pytest.mark.parametrize("mode", ["ddp", slow("fsdp")])
@@ -260,5 +265,5 @@ def test_launch_file_equals_accumulation_two(
     file.write_text(yaml.safe_dump(recipe(runtime__world_size=2, train__steps=2)), "utf-8")
     two = launch(command, file, tmp_path / "two", tmp_path, f"runtime.parallel={mode}")
     one = train(config.build(recipe(run=str(tmp_path / "one"), train__accumulate=2, train__steps=2)))
-    alone = [x["loss"] for x in runtime.read_metrics(one / "metrics.jsonl") if "loss" in x]
+    alone = [x["loss"] for x in read_metrics(one / "metrics.jsonl") if "loss" in x]
     assert len(two) == 1 and two == pytest.approx(alone, rel=1e-5)

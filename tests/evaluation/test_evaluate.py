@@ -12,10 +12,23 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from inlaid import config, formats, media, runtime
-from inlaid.evaluate import Prompt, evaluate, video
-from inlaid.generate import generate
-from inlaid.train import train
+from inlaid import config
+from inlaid.adapters.adapter import WEIGHTS
+from inlaid.evaluation.evaluate import Prompt, evaluate
+from inlaid.evaluation.metrics.video import (
+    METRICS,
+    consistency,
+    distance,
+    flicker,
+    luma,
+    measure,
+    motion,
+    sharpness,
+)
+from inlaid.generation.generate import generate
+from inlaid.media import video
+from inlaid.runs.folder import read_header, read_metrics
+from inlaid.training.loop import train
 
 
 def texture(h: int = 64, w: int = 64, seed: int = 0, smooth: int = 2) -> np.ndarray:
@@ -49,7 +62,7 @@ def noise(deviation: float, frames: int = 33, seed: int = 0) -> np.ndarray:
 
 
 def test_a_still_has_nothing_but_sharpness() -> None:
-    found = video.measure(still())
+    found = measure(still())
     assert found["motion"] == 0 and found["flicker"] == 0 and found["consistency"] == pytest.approx(1)
     assert found["sharpness"] > 0
 
@@ -57,19 +70,19 @@ def test_a_still_has_nothing_but_sharpness() -> None:
 def test_measure_is_the_single_functions() -> None:
     clip = sliding(1, 2)
     single = {
-        "motion": 100 * video.motion(clip),
-        "flicker": 100 * video.flicker(clip),
-        "consistency": video.consistency(clip),
-        "sharpness": video.sharpness(clip),
+        "motion": 100 * motion(clip),
+        "flicker": 100 * flicker(clip),
+        "consistency": consistency(clip),
+        "sharpness": sharpness(clip),
     }
-    assert video.measure(clip) == pytest.approx(single, rel=1e-6)
-    assert single.keys() == video.METRICS.keys()
+    assert measure(clip) == pytest.approx(single, rel=1e-6)
+    assert single.keys() == METRICS.keys()
 
 
 @pytest.mark.parametrize("step", [(0, 1), (2, 0), (3, -4), (-5, 5)])
 def test_motion_is_the_displacement(step: tuple[int, int]) -> None:
     diagonal = 64 * math.sqrt(2)
-    found = video.motion(sliding(*step)) * diagonal
+    found = motion(sliding(*step)) * diagonal
     assert found == pytest.approx(math.hypot(*step), rel=0.2), "all but the strip that enters"
 
 
@@ -78,33 +91,33 @@ def test_motion_of_a_part_is_that_part_of_it() -> None:
     square = texture(16, 16, seed=3, smooth=1)
     for k in range(9):
         clip[k, 24:40, 8 + 3 * k : 24 + 3 * k] = square
-    found = video.motion(clip) * 64 * math.sqrt(2)
+    found = motion(clip) * 64 * math.sqrt(2)
     assert 0.5 * 3 * (16 / 64) ** 2 < found < 2 * 3 * (16 / 64) ** 2
 
 
 def test_slow_motion_counts() -> None:
     fast = sliding(0, 1, frames=9)
     slow = fast[[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]]
-    assert video.motion(slow) == pytest.approx(video.motion(fast) / 3, rel=0.25)
+    assert motion(slow) == pytest.approx(motion(fast) / 3, rel=0.25)
 
 
 def test_noise_and_brightness_do_not_move() -> None:
-    assert video.motion(noise(10)) < 0.0002
-    assert video.motion(grey([100, 140] * 5)) == 0
+    assert motion(noise(10)) < 0.0002
+    assert motion(grey([100, 140] * 5)) == 0
 
 
 def test_motion_is_the_same_at_every_size() -> None:
     small = sliding(0, 2)
     large = small.repeat(4, axis=1).repeat(4, axis=2)
-    assert video.motion(large) == pytest.approx(video.motion(small), rel=0.15)
+    assert motion(large) == pytest.approx(motion(small), rel=0.15)
 
 
 def test_flicker_of_alternating_brightness_is_its_step() -> None:
-    assert video.flicker(grey([100, 110] * 8)) == pytest.approx(10 / 255, rel=1e-5)
+    assert flicker(grey([100, 110] * 8)) == pytest.approx(10 / 255, rel=1e-5)
 
 
 def test_flicker_of_noise_is_its_deviation_over_root_pi() -> None:
-    assert video.flicker(noise(8)) == pytest.approx(8 / 255 / math.sqrt(math.pi), rel=0.03)
+    assert flicker(noise(8)) == pytest.approx(8 / 255 / math.sqrt(math.pi), rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -117,48 +130,48 @@ def test_flicker_of_noise_is_its_deviation_over_root_pi() -> None:
     ],
 )
 def test_what_changes_but_does_not_come_back_is_no_flicker(clip: np.ndarray) -> None:
-    assert video.flicker(clip) == 0
+    assert flicker(clip) == 0
 
 
 def test_motion_is_hardly_flicker_and_flicker_shows_through_motion() -> None:
     moving = sliding(2, -1)
     shaken = moving.astype(int) + np.where(np.arange(9) % 2, 12, 0)[:, None, None, None]
-    assert video.flicker(moving) < 0.002
-    assert video.flicker(shaken.clip(0, 255).astype(np.uint8)) == pytest.approx(12 / 255, rel=0.25)
-    assert np.abs(np.diff(video.luma(moving), axis=0)).mean() > 0.02, (
+    assert flicker(moving) < 0.002
+    assert flicker(shaken.clip(0, 255).astype(np.uint8)) == pytest.approx(12 / 255, rel=0.25)
+    assert np.abs(np.diff(luma(moving), axis=0)).mean() > 0.02, (
         "which neighbours' difference would call flicker"
     )
 
 
 def test_consistency() -> None:
-    assert video.consistency(sliding(3, 2)) > 0.95
-    assert video.consistency(noise(30)) < 0.4
+    assert consistency(sliding(3, 2)) > 0.95
+    assert consistency(noise(30)) < 0.4
     unrelated = np.stack([texture(seed=k) for k in range(6)])
-    assert video.consistency(unrelated) < 0.75
-    assert video.consistency(grey([50] * 4)) == 1
+    assert consistency(unrelated) < 0.75
+    assert consistency(grey([50] * 4)) == 1
     mixed = np.concatenate([grey([50], 64), still(1)])
-    assert video.consistency(mixed) == 0
+    assert consistency(mixed) == 0
 
 
 def test_sharpness() -> None:
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[None, ..., None].repeat(3, axis=3)
     ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8)[None, None, :, None], (1, 64, 1, 3))
-    assert video.sharpness(board) == pytest.approx(1020**2, rel=1e-4)
-    assert video.sharpness(ramp) == pytest.approx(0, abs=1e-4)
-    assert video.sharpness(texture(smooth=6)[None]) < 0.3 * video.sharpness(texture(smooth=1)[None])
+    assert sharpness(board) == pytest.approx(1020**2, rel=1e-4)
+    assert sharpness(ramp) == pytest.approx(0, abs=1e-4)
+    assert sharpness(texture(smooth=6)[None]) < 0.3 * sharpness(texture(smooth=1)[None])
 
 
 def test_distance() -> None:
     black, white = grey([0] * 3), grey([255] * 3)
-    assert video.distance(black, black) == 0
-    assert video.distance(black, white) == 1
-    assert video.distance(black, grey([51] * 3)) == pytest.approx(0.2)
+    assert distance(black, black) == 0
+    assert distance(black, white) == 1
+    assert distance(black, grey([51] * 3)) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 2, 3), (1, 1, 1, 3), (5, 200, 30, 3), (4, 33, 17, 3)])
 def test_odd_shapes_are_measured(shape: tuple[int, ...]) -> None:
     clip = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
-    assert all(math.isfinite(v) for v in video.measure(clip).values())
+    assert all(math.isfinite(v) for v in measure(clip).values())
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------
@@ -170,7 +183,7 @@ def trained(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     rows = []
     for i in range(5):
-        media.write_video(folder / f"clips/{i}.mp4", sliding(0, i, size=32), 16)
+        video.write_video(folder / f"clips/{i}.mp4", sliding(0, i, size=32), 16)
         rows.append(
             {"video": f"{i}.mp4", "caption": f"clip number {i}", "subject": "cat" if i % 2 else "dog"}
         )
@@ -234,7 +247,7 @@ def test_evaluate_compares_base_and_tuned(run: Path) -> None:
 
 def test_held_out_loss_is_the_one_of_training(run: Path) -> None:
     found = evaluate(run)
-    last = [x for x in runtime.read_metrics(run / "metrics.jsonl") if "held_out_loss" in x][-1]
+    last = [x for x in read_metrics(run / "metrics.jsonl") if "held_out_loss" in x][-1]
     assert found.held_out and len(found.held_out.clips) == 2
     assert found.held_out.means[1] == pytest.approx(last["held_out_loss"], rel=1e-4)
     assert found.held_out.change < -0.05, "it learned"
@@ -244,13 +257,13 @@ def test_held_out_loss_is_the_one_of_training(run: Path) -> None:
 def test_videos_are_those_of_generate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared before they are encoded: x264 itself varies from call to call below 64 pixels."""
     drawn = []
-    write = media.write_video
+    write = video.write_video
 
     def remember(path: Path, frames: np.ndarray, fps: float) -> None:
         drawn.append(frames)
         write(path, frames, fps)
 
-    monkeypatch.setattr(media, "write_video", remember)
+    monkeypatch.setattr(video, "write_video", remember)
     evaluate(run, prompts=[Prompt("a clip")], seed=7, steps=3)
     for name in ("base", None):
         generate(run, ["a clip"], checkpoint=name, seed=7, steps=3)
@@ -276,8 +289,8 @@ def test_prompts_of_each_group_are_chosen(run: Path) -> None:
 
 
 def test_an_adapter_that_changes_nothing_is_called_so(run: Path) -> None:
-    path = run / "adapter" / formats.WEIGHTS
-    header = runtime.header(path)
+    path = run / "adapter" / WEIGHTS
+    header = read_header(path)
     tensors = {k: v * 0 if "lora_B" in k else v for k, v in load_file(path).items()}
     save_file(tensors, path, metadata=header)
     found = evaluate(run)
@@ -291,9 +304,7 @@ def test_checkpoints_are_compared(run: Path) -> None:
     assert found.names == ("step-000010", "step-000020") and found.step == 20
     assert found.held_out
     curve = {
-        x["step"]: x["held_out_loss"]
-        for x in runtime.read_metrics(run / "metrics.jsonl")
-        if "held_out_loss" in x
+        x["step"]: x["held_out_loss"] for x in read_metrics(run / "metrics.jsonl") if "held_out_loss" in x
     }
     assert found.held_out.means == pytest.approx((curve[10], curve[20]), rel=1e-4)
 
@@ -302,7 +313,7 @@ def test_checkpoints_are_compared(run: Path) -> None:
 def test_other_tuners(recipe: Callable[..., dict], tuner: dict) -> None:
     raw = recipe(tuner=tuner, data__held_out=1)
     found = evaluate(train(config.build(raw)))
-    last = [x for x in runtime.read_metrics(Path(raw["run"]) / "metrics.jsonl") if "held_out_loss" in x][-1]
+    last = [x for x in read_metrics(Path(raw["run"]) / "metrics.jsonl") if "held_out_loss" in x][-1]
     assert found.held_out and found.held_out.means[1] == pytest.approx(last["held_out_loss"], rel=1e-4)
     assert found.total and found.total.distance > 0
     assert found.adapter["trained"] == ("DoRA, rank 2" if tuner["kind"] == "dora" else "all weights")

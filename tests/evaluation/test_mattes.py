@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from inlaid import mattes, rgba
-from inlaid.evaluate import matte
+from inlaid.evaluation.metrics import alpha_scores
+from inlaid.evaluation.metrics.alpha import METRICS, TRUTH, against, measure
+from inlaid.evaluation.metrics.alpha_scores import TRIVIAL
+from inlaid.media import rgba
 from support import rgba_clips as make
 
 
@@ -26,35 +28,35 @@ def blurred(alpha: np.ndarray) -> np.ndarray:
 
 def test_a_perfect_matte_has_no_error() -> None:
     truth = small_subject()
-    s = mattes.score(truth, truth)
+    s = alpha_scores.score(truth, truth)
     assert (s.mae, s.mse, s.gradient, s.temporal, s.iou, s.balanced) == (0, 0, 0, 0, 1, 0)
 
 
 def test_predictors_that_learned_nothing_pass_the_mean_and_not_the_regions() -> None:
     truth = small_subject()
-    trivial = mattes.baselines(truth)
-    assert list(trivial) == list(mattes.TRIVIAL)
+    trivial = alpha_scores.baselines(truth)
+    assert list(trivial) == list(TRIVIAL)
     nothing = trivial["all clear"]
     assert nothing.mae < 15, "the threshold that guides quote is met by predicting nothing at all"
     assert (nothing.opaque, nothing.clear) == pytest.approx((255, 0), abs=0.1) and nothing.iou == 0
-    for name in mattes.TRIVIAL:
-        assert mattes.faults(trivial[name], trivial), name
+    for name in TRIVIAL:
+        assert alpha_scores.faults(trivial[name], trivial), name
     opaque = 255 - truth
-    assert mattes.baselines(opaque)["all opaque"].mae < 15
-    assert mattes.faults(mattes.baselines(opaque)["all opaque"], mattes.baselines(opaque))
-    good = mattes.score(blurred(truth), truth)
-    assert mattes.faults(good, trivial) == []
+    assert alpha_scores.baselines(opaque)["all opaque"].mae < 15
+    assert alpha_scores.faults(alpha_scores.baselines(opaque)["all opaque"], alpha_scores.baselines(opaque))
+    good = alpha_scores.score(blurred(truth), truth)
+    assert alpha_scores.faults(good, trivial) == []
     assert good.mae < nothing.mae and good.balanced < 30
     dim = (truth * 0.45).astype(np.uint8)
-    found = mattes.faults(mattes.score(dim, truth), trivial)
+    found = alpha_scores.faults(alpha_scores.score(dim, truth), trivial)
     assert any("where opaque" in f for f in found), "half of the subject is gone"
 
 
 def test_regions_share_all_pixels_once() -> None:
-    masks = mattes.regions(small_subject())
+    masks = alpha_scores.regions(small_subject())
     assert (np.sum([*masks.values()], 0) == 1).all()
     assert all(m.any() for m in masks.values())
-    solid = mattes.score(np.zeros((1, 4, 4), np.uint8), np.full((1, 4, 4), 255, np.uint8))
+    solid = alpha_scores.score(np.zeros((1, 4, 4), np.uint8), np.full((1, 4, 4), 255, np.uint8))
     assert solid.clear is None and solid.soft is None and solid.balanced == 255
 
 
@@ -63,7 +65,9 @@ def test_errors_measure_what_they_say() -> None:
     shifted = np.roll(truth, 2, 2)
     flat = np.where(truth > 0, truth, 5).astype(np.uint8)
     late = np.concatenate([truth[:1], truth[:-1]])
-    scores = {k: mattes.score(v, truth) for k, v in {"shifted": shifted, "flat": flat, "late": late}.items()}
+    scores = {
+        k: alpha_scores.score(v, truth) for k, v in {"shifted": shifted, "flat": flat, "late": late}.items()
+    }
     assert scores["shifted"].gradient > 4 * scores["flat"].gradient
     assert scores["late"].temporal > 1 and scores["flat"].temporal < 1
     assert scores["flat"].clear == pytest.approx(5, abs=0.2) and scores["flat"].opaque == 0
@@ -72,9 +76,9 @@ def test_errors_measure_what_they_say() -> None:
 
 
 def test_means_leave_out_what_is_not_there() -> None:
-    a = mattes.score(small_subject(), small_subject())
-    b = mattes.score(np.zeros((1, 4, 4), np.uint8), np.full((1, 4, 4), 255, np.uint8))
-    both = mattes.mean([a, b])
+    a = alpha_scores.score(small_subject(), small_subject())
+    b = alpha_scores.score(np.zeros((1, 4, 4), np.uint8), np.full((1, 4, 4), 255, np.uint8))
+    both = alpha_scores.mean([a, b])
     assert both.opaque == 127.5 and both.clear == 0 and both.mae == 127.5
 
 
@@ -84,35 +88,35 @@ def test_means_leave_out_what_is_not_there() -> None:
 def test_measures_without_truth() -> None:
     good = make.clip(size=(64, 96))
     good[..., :3] = np.where(good[..., 3:] > 127, (220, 60, 40), (20, 30, 90))
-    m = matte.measure(good)
-    assert list(m) == list(matte.METRICS)
+    m = measure(good)
+    assert list(m) == list(METRICS)
     assert 5 < m["coverage"] < 60 and 1 < m["soft"] < 30
     assert m["haze"] == 0 and m["edges"] > 95 and m["matte_flicker"] < 0.3
 
     hazy = good.copy()
     hazy[..., 3] = np.maximum(hazy[..., 3], 40)
-    assert matte.measure(hazy)["haze"] == pytest.approx(100 * 40 / 255, abs=0.5)
+    assert measure(hazy)["haze"] == pytest.approx(100 * 40 / 255, abs=0.5)
 
     jumping = good.copy()
     jumping[1::2, ..., 3] = (jumping[1::2, ..., 3] * 0.7).astype(np.uint8)
-    assert matte.measure(jumping)["matte_flicker"] > 5 * max(m["matte_flicker"], 0.1)
+    assert measure(jumping)["matte_flicker"] > 5 * max(m["matte_flicker"], 0.1)
 
     elsewhere = good.copy()
     elsewhere[..., :3] = np.roll(good[..., :3], 30, 2)
-    assert matte.measure(elsewhere)["edges"] < 40
+    assert measure(elsewhere)["edges"] < 40
     plain = good.copy()
     plain[..., 3] = 255
-    assert matte.measure(plain)["edges"] == 0 and matte.measure(plain)["coverage"] == 100
+    assert measure(plain)["edges"] == 0 and measure(plain)["coverage"] == 100
 
 
 def test_against_a_known_truth() -> None:
     truth = make.clip()
     found = truth.copy()
     found[..., 3] = 0
-    error = matte.against(found, truth[..., 3])
-    assert list(error) == list(matte.TRUTH)
+    error = against(found, truth[..., 3])
+    assert list(error) == list(TRUTH)
     assert error["matte_regions"] > 120 > error["matte_error"]
-    assert matte.against(truth, truth[..., 3]) == {"matte_error": 0, "matte_regions": 0}
+    assert against(truth, truth[..., 3]) == {"matte_error": 0, "matte_regions": 0}
 
 
 def test_widening_is_a_square_and_stops_at_the_rim() -> None:

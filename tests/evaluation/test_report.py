@@ -15,16 +15,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from inlaid import media
-from inlaid.evaluate import charts, page, report, video
-from inlaid.evaluate.report import HeldOut, Pair, Report, Video
+from inlaid.evaluation import page
+from inlaid.evaluation.charts import Chart, Line, _ranges, render, short, smooth, ticks
+from inlaid.evaluation.evaluate import save_report
+from inlaid.evaluation.metrics.video import measure
+from inlaid.evaluation.page import _video
+from inlaid.evaluation.pictures import contact_strip
+from inlaid.evaluation.report import FORMAT, Pair, Report, ValidationClip, Video, summary_table
+from inlaid.media import video
+from inlaid.media.contact_sheet import SheetRow, contact_sheet
 
 CALM = {"motion": 0.3, "flicker": 0.02, "consistency": 0.99, "sharpness": 200.0}
 
 
-def losses(base: float, *tuned: float) -> HeldOut:
+def losses(base: float, *tuned: float) -> ValidationClip:
     """One row of five equal losses for each clip."""
-    return HeldOut(
+    return ValidationClip(
         [f"{i}.mp4" for i in range(len(tuned))],
         [0.1, 0.3, 0.5, 0.7, 0.9],
         [0.3, 0.6, 0.7, 0.8, 0.9],
@@ -180,9 +186,9 @@ def full(tmp_path: Path) -> Report:
         for k, side in enumerate(("base", "tuned")):
             frames = np.random.default_rng(i + 2 * k).integers(0, 255, (9, 64, 96, 3), np.uint8)
             path = tmp_path / side / f"{i}.mp4"
-            media.write_video(path, frames, 16)
-            page.strip(frames).save(path.with_suffix(".png"))
-            sides.append(Video(f"{side}/{i}.mp4", video.measure(frames), bool(k) if not i else None))
+            video.write_video(path, frames, 16)
+            contact_strip(frames).save(path.with_suffix(".png"))
+            sides.append(Video(f"{side}/{i}.mp4", measure(frames), bool(k) if not i else None))
         pairs.append(Pair(text, group, 42, sides[0], sides[1], 0.3))
     rng = np.random.default_rng(0)
     curves: list[dict[str, float]] = []
@@ -198,9 +204,7 @@ def full(tmp_path: Path) -> Report:
                     **{f"held_out_q{q:.1f}": 0.4 for q in (0.1, 0.3, 0.5, 0.7, 0.9)},
                 }
             )
-    media.contact_sheet(
-        [media.SheetRow("0.mp4", "a clip", np.zeros((9, 64, 96, 3), np.uint8))], tmp_path / "clips.png"
-    )
+    contact_sheet([SheetRow("0.mp4", "a clip", np.zeros((9, 64, 96, 3), np.uint8))], tmp_path / "clips.png")
     return made(
         folder=tmp_path,
         pairs=pairs,
@@ -245,7 +249,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_else(full: Report) -> None:
-    report.save(full, full.folder)
+    save_report(full, full.folder)
     text = full.path.read_text("utf-8")
     found = Page(text)
     assert not found.open, "everything is closed"
@@ -314,18 +318,18 @@ def test_the_page_leaves_out_what_is_missing(full: Report, parts: dict) -> None:
 
 
 def test_large_videos_are_made_smaller_for_the_page(tmp_path: Path) -> None:
-    media.write_video(tmp_path / "a.mp4", np.zeros((5, 360, 640, 3), np.uint8), 16)
+    video.write_video(tmp_path / "a.mp4", np.zeros((5, 360, 640, 3), np.uint8), 16)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    data, size = page._video(tmp_path / "a.mp4", scratch)
+    data, size = _video(tmp_path / "a.mp4", scratch)
     assert size == (288, 512) and data.startswith("data:video/mp4;base64,")
-    assert media.probe(tmp_path / "a.mp4").width == 640, "the file keeps its size"
+    assert video.probe(tmp_path / "a.mp4").width == 640, "the file keeps its size"
 
 
 def test_the_json_holds_the_numbers(full: Report) -> None:
-    report.save(full, full.folder)
+    save_report(full, full.folder)
     values = json.loads((full.folder / "report.json").read_text("utf-8"))
-    assert values["format"] == report.FORMAT and values["names"] == {"base": "base", "tuned": "tuned"}
+    assert values["format"] == FORMAT and values["names"] == {"base": "base", "tuned": "tuned"}
     assert values["held_out"]["change"] == pytest.approx(-0.2) and values["held_out"]["base_mean"] == 0.5
     assert [g["name"] for g in values["groups"]] == ["cats & <dogs>", "", "all"]
     assert (
@@ -335,7 +339,7 @@ def test_the_json_holds_the_numbers(full: Report) -> None:
 
 def test_the_summary_fits_a_terminal(full: Report) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.summary_table(full))
+    console.print(summary_table(full))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     for word in (
@@ -364,7 +368,7 @@ def test_the_summary_fits_a_terminal(full: Report) -> None:
     ],
 )
 def test_ticks_are_round(low: float, high: float, most: int, wanted: list[float]) -> None:
-    assert charts.ticks(low, high, most) == pytest.approx(wanted)
+    assert ticks(low, high, most) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -372,31 +376,29 @@ def test_ticks_are_round(low: float, high: float, most: int, wanted: list[float]
     [(0, "0"), (0.0001, "1e-4"), (0.00025, "2.5e-4"), (0.25, "0.25"), (12000, "12k"), (1500, "1500")],
 )
 def test_short_numbers(value: float, text: str) -> None:
-    assert charts.short(value) == text
+    assert short(value) == text
 
 
 def test_smoothing_keeps_a_line_and_calms_noise() -> None:
     line = [(float(i), 2.0 * i) for i in range(50)]
-    assert np.allclose(charts.smooth(line)[5:-5], line[5:-5])
+    assert np.allclose(smooth(line)[5:-5], line[5:-5])
     noise = [(float(i), v) for i, v in enumerate(np.random.default_rng(0).normal(size=400))]
-    assert np.std([y for _, y in charts.smooth(noise)]) < 0.35
-    assert charts.smooth([(1.0, 3.0)]) == [(1.0, 3.0)]
+    assert np.std([y for _, y in smooth(noise)]) < 0.35
+    assert smooth([(1.0, 3.0)]) == [(1.0, 3.0)]
 
 
 @pytest.mark.parametrize(
     "points", [[(5, 1.0)], [(0, 1.0), (9, 1.0)], [(0, 0.0), (1, 0.0)], [(1, 1.0), (2, math.nan), (3, 2.0)]]
 )
 def test_charts_of_few_points(points: list[tuple[float, float]]) -> None:
-    text = charts.render(
-        charts.Chart("loss", "step", "loss", [charts.Line("loss", points, "main", dots=True)])
-    )
+    text = render(Chart("loss", "step", "loss", [Line("loss", points, "main", dots=True)]))
     assert "nan" not in text and not Page(text).open
 
 
 def test_no_points_no_chart() -> None:
-    assert charts.render(charts.Chart("loss", "step", "loss", [charts.Line("loss", [], "main")])) == ""
+    assert render(Chart("loss", "step", "loss", [Line("loss", [], "main")])) == ""
 
 
 def test_a_wild_value_does_not_flatten_the_rest() -> None:
     points = [(float(i), 1.0 + 0.1 * math.sin(i)) for i in range(200)] + [(200.0, 1000.0)]
-    assert charts._ranges(charts.Chart("", "", "", []), [charts.Line("", points, "raw")])[1][1] < 2
+    assert _ranges(Chart("", "", "", []), [Line("", points, "raw")])[1][1] < 2

@@ -17,17 +17,18 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from inlaid import config, tuners
+from inlaid import config
+from inlaid.adapters import tuners
+from inlaid.data.batch import Batch
 from inlaid.families import Grid, cogvideox
-from inlaid.families.cogvideox import COPIES, CogVideoX
+from inlaid.families.cogvideox import COPIES, CogVideoX, noised
 from inlaid.objectives import mean_squared_error
-from inlaid.steps import Batch
-from inlaid.train import train
-from inlaid.twins import tiny
+from inlaid.tiny import random
+from inlaid.training.loop import train
 from support.commands import inlaid
 
 CPU = torch.device("cpu")
-VARIANTS = [variant for name, variant in tiny.cases() if name == "cogvideox"]
+VARIANTS = [variant for name, variant in random.cases() if name == "cogvideox"]
 SHAPES = {
     "5b": (9, 32, 64),
     "2b": (9, 48, 32),
@@ -140,12 +141,12 @@ def test_latents_are_scaled_samples_of_the_posterior(
 def test_image_noise_is_as_taught_and_a_function_of_the_frame() -> None:
     rng = torch.Generator().manual_seed(0)
     frames = [torch.rand(3, 1, 24, 24, generator=rng) * 2 - 1 for _ in range(600)]
-    noise = [cogvideox.noised(f) - f for f in frames]
+    noise = [noised(f) - f for f in frames]
     sigma = torch.stack([n.flatten(1).std(1) for n in noise]).flatten()
     assert sigma.median().item() == pytest.approx(0.050, abs=0.0025)
     assert sigma.mean().item() == pytest.approx(0.056, abs=0.0025)
     assert sigma.log().std().item() == pytest.approx(0.5, abs=0.03)
-    assert torch.equal(cogvideox.noised(frames[0]), cogvideox.noised(frames[0].clone()))
+    assert torch.equal(noised(frames[0]), noised(frames[0].clone()))
     assert not torch.allclose(noise[0], noise[1]) and not torch.allclose(noise[0][0], noise[0][1])
 
 

@@ -13,9 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from inlaid import config, cost, generate, memory, runtime, tuners
+from inlaid import config
+from inlaid.adapters import tuners
+from inlaid.adapters.of_run import trained_folder
+from inlaid.check import estimate
 from inlaid.families import Family
-from inlaid.train import train
+from inlaid.generation.generate import generate, load_pipeline
+from inlaid.networks import quantize
+from inlaid.runs.folder import Run
+from inlaid.runs.launch import start_processes
+from inlaid.training.loop import train
 from support.contract import (
     CPU,
     WORDLESS,
@@ -41,11 +48,11 @@ def test_an_adapter_does_in_the_stock_pipeline_what_it_did_in_training(
     family = open_family(Path(cfg.model.checkpoint), case)
     weights = adapter(run)
     assert any(v.abs().max() > 0 for k, v in weights.items() if "lora_B" in k)
-    place = runtime.Run(run)
-    with runtime.start(cfg) as ctx:
+    place = Run(run)
+    with start_processes(cfg) as ctx:
         pipes = [
-            generate.load_pipeline(cfg, family, folder, 1.0, ctx)
-            for folder in (None, generate.trained(place, None, family))
+            load_pipeline(cfg, family, folder, 1.0, ctx)
+            for folder in (None, trained_folder(place, None, family))
         ]
     denoisers = [getattr(p, family.component) for p in pipes]
     tuned = trained_network(family, cfg, weights)
@@ -62,12 +69,13 @@ def test_an_adapter_does_in_the_stock_pipeline_what_it_did_in_training(
 
 def trained_network(family: Family, cfg: config.Config, weights: dict) -> torch.nn.Module:
     """The network as training has it, with the weights that were saved put into its parameters."""
-    from inlaid import tuners
+    from inlaid.adapters import tuners
+    from inlaid.adapters.efficient_layers import ADAPTER
 
     denoiser = family.load_denoiser(torch.float32)
     parameters = tuners.attach(cfg.tuner, family.targets, denoiser, seed=0)
     names = {
-        "transformer." + n.replace(f".{tuners.ADAPTER}", "").replace("_vector.weight", "_vector"): p
+        "transformer." + n.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): p
         for n, p in parameters.items()
     }
     assert set(names) == set(weights)
@@ -128,12 +136,14 @@ def test_videos_come_out_of_the_stock_pipeline(
     Image.new("RGB", (80, 50), "orange").save(tmp_path / "start.png")
     images = [[str(tmp_path / "start.png")] * len(family.images)] if family.images else []
     base, tuned = (
-        generate.generate(run, ["a clip"], images=images, checkpoint=c, out=tmp_path / str(c))[0]
+        generate(run, ["a clip"], images=images, checkpoint=c, out=tmp_path / str(c))[0]
         for c in ("base", None)
     )
-    from inlaid import media
+    from inlaid.media import video
 
-    frames = [media.read(p, 0.0, shape(family)[0], family.fps, shape(family)[1:]) for p in (base, tuned)]
+    frames = [
+        video.read_frames(p, 0.0, shape(family)[0], family.fps, shape(family)[1:]) for p in (base, tuned)
+    ]
     assert frames[0].shape == (*shape(family), 3)
 
 
@@ -142,7 +152,7 @@ def test_the_network_is_counted_on_shapes_alone(
     case: tuple[str, str], checkpoint: Callable[[str, str], Path]
 ) -> None:
     family = open_family(checkpoint(*case), case)
-    counts = cost.count(
+    counts = estimate.count(
         family, family.load_denoiser(torch.float32, meta=True), shape(family), 2, checkpointing=False
     )
     assert counts.activations > 0 and counts.linear > 0 and counts.attention > 0
@@ -160,7 +170,7 @@ def test_weights_can_be_kept_small(
     predicted = []
     for section in ({}, small):
         denoiser = family.load_denoiser(half)
-        memory.shrink(config.Memory(**section), denoiser, CPU, half)
+        quantize.shrink(config.Memory(**section), denoiser, CPU, half)
         trained = tuners.attach(config.LowRank(rank=2), family.targets, denoiser, seed=0)
         predicted.append(family.predict(denoiser, batch.latents, t, batch.cond).float())
         predicted[-1].square().mean().backward()

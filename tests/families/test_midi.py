@@ -18,9 +18,23 @@ from support.commands import inlaid
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlaid import config, cost, data, families, mediums, mesh, scenes  # noqa: E402
-from inlaid.models import scene_pictures, triposg  # noqa: E402
-from inlaid.train import train  # noqa: E402
+from inlaid import config, families
+from inlaid.check import estimate
+from inlaid.data.modality import modality_of
+from inlaid.data.plan import describe_plan
+from inlaid.data.problems import Problem
+from inlaid.media import meshes
+from inlaid.media.meshes import BOUND
+from inlaid.media.scene import (
+    MAX_OBJECTS,  # noqa: E402
+    GeneratedScene,
+    SceneObject,
+    SceneSample,
+)
+from inlaid.networks import midi_image_encoders
+from inlaid.networks.midi_image_encoders import CLIP, DINO, Extractor
+from inlaid.networks.triposg import TOKENS  # noqa: E402
+from inlaid.training.loop import train  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -74,7 +88,7 @@ def test_tensors_decide_where_a_config_lies_or_is_missing(copy: Path) -> None:
     path.unlink()
     (copy / "vae/config.json").unlink()
     gone = family(copy)
-    assert gone.transformer["width"] == 32 and gone.transformer["num_tokens"] == triposg.TOKENS
+    assert gone.transformer["width"] == 32 and gone.transformer["num_tokens"] == TOKENS
     gone.load_denoiser(torch.float32)
 
 
@@ -98,9 +112,9 @@ def test_dino_of_three_channels_is_widened_to_seven(
     shutil.copytree(checkpoint("midi", "triposg") / "image_encoder_dinov2", copy / "image_encoder_2")
     plain = checkpoint("midi", "triposg")
     eye, alone = (family(c).sight.eyes["dino"] for c in (copy, plain))
-    dino = scene_pictures.build(eye, copy / "image_encoder_2", torch.float32)
+    dino = midi_image_encoders.build(eye, copy / "image_encoder_2", torch.float32)
     assert "untrained" in capsys.readouterr().err
-    old = scene_pictures.build(alone, copy / "image_encoder_2", torch.float32)
+    old = midi_image_encoders.build(alone, copy / "image_encoder_2", torch.float32)
     wide, narrow = (d.embeddings.patch_embeddings.projection.weight for d in (dino, old))
     assert torch.equal(wide, torch.cat([narrow, narrow, narrow[:, :1]], 1))
     seen = family(copy).load_pictures(CPU)(np.zeros((20, 30, 3), np.uint8), [np.ones((20, 30), bool)])
@@ -128,12 +142,12 @@ def test_extractors_do_what_transformers_do() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (70, 70, 3), dtype=np.uint8)
     said = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
     for kind, ours in (
-        (CLIPImageProcessorPil, scene_pictures.CLIP),
-        (BitImageProcessorPil, scene_pictures.DINO),
+        (CLIPImageProcessorPil, CLIP),
+        (BitImageProcessorPil, DINO),
     ):
         stock = kind(**said, image_mean=ours.mean, image_std=ours.std, do_convert_rgb=True)
         theirs = stock(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-        own = scene_pictures.Extractor.of({**said, "image_mean": ours.mean, "image_std": ours.std}, ours)
+        own = Extractor.of({**said, "image_mean": ours.mean, "image_std": ours.std}, ours)
         assert (own.normalised(own.picture(pixels)[None])[0] - theirs).abs().max() < 1e-5
 
 
@@ -184,7 +198,7 @@ def test_both_contexts_are_dropped_together_and_crowds_are_thinned(
     for seed in range(200):
         drawn = one.draw(item, torch.Generator().manual_seed(seed))
         kept = [bool(drawn[k].any()) for k in ("clip", "dino")]
-        assert kept[0] == kept[1] and len(drawn["latents"]) == scenes.MOST
+        assert kept[0] == kept[1] and len(drawn["latents"]) == MAX_OBJECTS
         shown.append(kept[0])
         sets.add(tuple(drawn["latents"][:, 0, 0].round().int().tolist()))
     assert 0.6 < np.mean(shown) < 0.8 and len(sets) > 10
@@ -230,7 +244,7 @@ def test_views_of_one_scene_are_held_out_together(scene_recipe: Callable[..., di
         pixels[0, 0] = i
         Image.fromarray(pixels).save(other / "scene_rgb.png")
     settings = config.build(raw, ["data.held_out=3"])
-    plan = mediums.of("scene").plan(settings, family(raw["model"]["checkpoint"]))
+    plan = modality_of("scene").plan(settings, family(raw["model"]["checkpoint"]))
     held = {w.clip.name[-1] for w in plan.held_out}
     assert len(plan.held_out) == 4 and len(held) == 2, "whole pairs"
     assert not held & {w.clip.name[-1] for w in plan.train}
@@ -260,7 +274,7 @@ def test_the_way_from_scenes_to_a_glb(
     told = json.loads(out.with_suffix(".json").read_text("utf-8"))
     assert told["grid"] == 16 and len(told["objects"]) + sum("empty" in n for n in told["notes"]) == 4
     if told["objects"]:
-        assert sorted(mesh.read_scene(out)) == sorted(told["objects"])
+        assert sorted(meshes.read_scene(out)) == sorted(told["objects"])
     assert nodes(out) == [f"object_{n}" for n in (1, 2, 3, 4)], "also of what is empty"
     page = out.with_suffix(".html").read_text("utf-8")
     assert "src=" not in page and "http" not in page.replace("http-equiv", ""), "nothing from elsewhere"
@@ -297,16 +311,16 @@ def test_real_pictures_become_scenes_on_the_twin(
     done = inlaid("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
     assert done.code == 0, done.said
     assert nodes(out) == [f"object_{n}" for n in range(1, count + 1)]
-    there = mesh.read_scene(out)
+    there = meshes.read_scene(out)
     assert len(there) >= count - 1, "at most one is empty"
     for one in there.values():
-        assert np.isfinite(one.vertices).all() and np.abs(one.vertices).max() <= mesh.BOUND + 1e-5
+        assert np.isfinite(one.vertices).all() and np.abs(one.vertices).max() <= BOUND + 1e-5
 
 
 def metrics() -> list[str]:
-    from inlaid.evaluate import scene
+    from inlaid.evaluation.scene import METRICS
 
-    return [*scene.METRICS]
+    return [*METRICS]
 
 
 def inlaid_header(folder: Path) -> str:
@@ -369,7 +383,7 @@ def test_the_plan_of_the_published_size_is_under_six_gigabytes() -> None:
         "tuner": {"kind": "lora", "rank": 16}, "memory": {"gradient_checkpointing": True},
     }  # fmt: skip
     settings, shape = config.build(raw), (2, 512, 512)
-    found = cost.estimate(
+    found = estimate.estimate_recipe(
         family("VAST-AI/MIDI-3D"), settings, {shape: 1}, {shape: 1}, [""],
         device=torch.device("meta"), precision=torch.bfloat16, optimizer="adamw",
     )  # fmt: skip
@@ -378,38 +392,38 @@ def test_the_plan_of_the_published_size_is_under_six_gigabytes() -> None:
 
 
 def test_metrics_know_right_from_wrong() -> None:
-    from inlaid.evaluate import scene
+    from inlaid.evaluation.scene import NOWHERE, distance, gauge, keep, right
 
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
     moved = [ball.copy().apply_translation((x, 0, 0)) for x in (-0.5, 0.5)]
     objects = [
-        scenes.Object(i + 1, np.ones((2, 2), bool), mesh.sample_surface(m, 4000, seed=9))
+        SceneObject(i + 1, np.ones((2, 2), bool), meshes.sample_surface(m, 4000, seed=9))
         for i, m in enumerate(moved)
     ]
 
     class Window:
-        def read(self) -> scenes.Sample:
-            return scenes.Sample("s", np.zeros((2, 2, 3), np.uint8), objects)
+        def read(self) -> SceneSample:
+            return SceneSample("s", np.zeros((2, 2, 3), np.uint8), objects)
 
-    good, parts = scene.gauge(
-        scenes.Made({"object_1": moved[0], "object_2": moved[1]}), SimpleNamespace(images=Window())
+    good, parts = gauge(
+        GeneratedScene({"object_1": moved[0], "object_2": moved[1]}), SimpleNamespace(images=Window())
     )
     assert good["f_score"] > 0.99 and good["iou"] > 0.9 and good["box_iou"] > 0.9 and good["off"] < 0.02
-    assert scene.right(good) and set(parts) == {"object_1", "object_2"}
-    swapped, _ = scene.gauge(
-        scenes.Made({"object_1": moved[1], "object_2": moved[0]}), SimpleNamespace(images=Window())
+    assert right(good) and set(parts) == {"object_1", "object_2"}
+    swapped, _ = gauge(
+        GeneratedScene({"object_1": moved[1], "object_2": moved[0]}), SimpleNamespace(images=Window())
     )
     assert swapped["f_score"] > 0.99 and swapped["iou"] == 0 and swapped["off"] == pytest.approx(1, abs=0.05)
     shifted = {f"object_{i + 1}": m.copy().apply_translation((0, 0.3, 0)) for i, m in enumerate(moved)}
-    apart, _ = scene.gauge(scenes.Made(shifted), SimpleNamespace(images=Window()))
+    apart, _ = gauge(GeneratedScene(shifted), SimpleNamespace(images=Window()))
     assert apart["f_score"] < 0.8 < 0.95 < apart["f_aligned"] and apart["object_f"] > 0.95
-    none, parts = scene.gauge(scenes.Made({}, ("object_1", "object_2")), SimpleNamespace(images=Window()))
-    assert none["f_score"] == 0 and none["chamfer"] == scene.NOWHERE and not scene.right(none)
-    assert scene.distance(scene.keep(scenes.Made({"a": ball})), scene.keep(scenes.Made({"a": ball}))) == 0
+    none, parts = gauge(GeneratedScene({}, ("object_1", "object_2")), SimpleNamespace(images=Window()))
+    assert none["f_score"] == 0 and none["chamfer"] == NOWHERE and not right(none)
+    assert distance(keep(GeneratedScene({"a": ball})), keep(GeneratedScene({"a": ball}))) == 0
 
 
 def test_scene_codes_are_told() -> None:
-    told = data.describe([data.Problem("error", "no-surface", "a", "has none")], 3, noun="scene")
+    told = describe_plan([Problem("error", "no-surface", "a", "has none")], 3, noun="scene")
     assert told[0].startswith("1 of 3 scenes lacks a surface (a: has none)")
 
 

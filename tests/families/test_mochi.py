@@ -21,10 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from inlaid import config, objectives, tuners
+from inlaid import config
+from inlaid.adapters import tuners
+from inlaid.data.batch import Batch
 from inlaid.families.mochi import Mochi, padded
-from inlaid.steps import Batch, DenoisingStep
-from inlaid.twins import tiny
+from inlaid.objectives import mean_squared_error
+from inlaid.tiny import random
+from inlaid.training.steps import DenoisingStep
 from support.commands import inlaid
 
 CPU = torch.device("cpu")
@@ -34,7 +37,7 @@ SHAPE = (13, 32, 48)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("mochi", tmp_path_factory.mktemp("checkpoints") / "tiny-mochi")
+    return random.build("mochi", tmp_path_factory.mktemp("checkpoints") / "tiny-mochi")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +253,7 @@ def test_objective_is_that_of_the_reference_trainer(goldens_root: Path, mochi: M
     asked = Fixed(answer)
     found = mochi.predict(asked, given["x0"], t, {"text": torch.zeros(4, 0, 32)})
     target = objective.target(given["x0"], given["noise"], t)
-    loss = objectives.mean_squared_error(found, target, objective.weight(t)).mean()
+    loss = mean_squared_error(found, target, objective.weight(t)).mean()
     loss.backward()
     assert answer.grad is not None
     noisy_latents = objective.corrupt(given["x0"], given["noise"], t)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-from inlaid import config, tuners
+from inlaid import config
+from inlaid.adapters import tuners
 from inlaid.families import Grid, get, names
 from inlaid.families.wan import Wan
 

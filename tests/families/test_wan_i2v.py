@@ -14,9 +14,12 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
-from inlaid import config, media, tuners
+from inlaid import config
+from inlaid.adapters import tuners
 from inlaid.families.wan import Wan
-from inlaid.twins import tiny
+from inlaid.media.video import probe
+from inlaid.tiny import random
+from inlaid.tiny.random import TEXT_WIDTH
 from support.commands import inlaid
 
 CPU = torch.device("cpu")
@@ -25,7 +28,7 @@ Checkpoint = Callable[[str, str], Path]
 
 
 def family(folder: Path | str, variant: str, **options: Any) -> Wan:
-    return Wan(config.Model(checkpoint=str(folder), **{**tiny.model("wan", variant), **options}))
+    return Wan(config.Model(checkpoint=str(folder), **{**random.model("wan", variant), **options}))
 
 
 def clip(wan: Wan, frames: int = 9) -> np.ndarray:
@@ -102,7 +105,7 @@ def test_clips_of_a_batch_do_not_mix(variant: str, checkpoint: Checkpoint) -> No
     both = {k: torch.stack([item[k] for item in items]) for k in items[0]}
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(both.pop("latents").shape, generator=generator)
-    t, text = torch.tensor([0.3, 0.8]), torch.randn(2, 512, tiny.TEXT_WIDTH, generator=generator)
+    t, text = torch.tensor([0.3, 0.8]), torch.randn(2, 512, TEXT_WIDTH, generator=generator)
     with torch.no_grad():
         together = wan.predict(denoiser, noise, t, {"text": text, **both})
         for i in range(2):
@@ -182,7 +185,7 @@ def written(checkpoint: Checkpoint, make_clips: Callable[..., Path], tmp_path: P
     def write(variant: str, **changes: Any) -> Path:
         raw: dict[str, Any] = {
             "run": str(tmp_path / "run"),
-            "model": {**tiny.model("wan", variant), "checkpoint": str(checkpoint("wan", variant))},
+            "model": {**random.model("wan", variant), "checkpoint": str(checkpoint("wan", variant))},
             "data": {"sources": str(make_clips(2)), "size": [32, 32], "frames": 9, "held_out": 0},
             "train": {"steps": 1, "trackers": []},
             "sample": {"steps": 1},
@@ -285,7 +288,7 @@ def test_the_json_beside_a_video_names_its_images(written: Callable[..., Path]) 
     assert done.code == 0, done.said
     (after,) = run.glob("samples/generated/*.json")
     assert json.loads(after.read_text("utf-8"))["images"] == ["start.png", "end.png"]
-    assert media.probe(after.with_suffix(".mp4")).frames == 9
+    assert probe(after.with_suffix(".mp4")).frames == 9
 
 
 @pytest.mark.parametrize("variant", ["i2v", "flf2v"])

@@ -12,7 +12,24 @@ from PIL import Image
 
 trimesh = pytest.importorskip("trimesh")
 
-from inlaid import mesh  # noqa: E402
+from inlaid.evaluation.metrics import mesh
+from inlaid.media import mesh_render
+from inlaid.media import meshes as meshes_module
+from inlaid.media.mesh_render import View
+from inlaid.media.meshes import (
+    BOUND,
+    LONGEST,  # noqa: E402
+    decimated,
+    extract,
+    mesh_problems,
+    normalizing,
+    read_ids,
+    read_scene,
+    read_surface,
+    require_mesh_packages,
+    sample_surface,
+    write_scene,
+)
 
 
 def ball(center: tuple[float, float, float] = (0.0, 0.0, 0.0), radius: float = 0.5):
@@ -29,60 +46,60 @@ def test_extraction_is_exact_cheap_and_closed() -> None:
         asked.append(len(points))
         return ball((0.2, -0.1, 0.3), 0.5)(points)
 
-    found, note = mesh.extract(field, resolution=128, coarse=32)
+    found, note = extract(field, resolution=128, coarse=32)
     assert found is not None and note == ""
     distance = np.linalg.norm(found.vertices - [0.2, -0.1, 0.3], axis=-1)
-    cell = 2 * mesh.BOUND / 128
+    cell = 2 * BOUND / 128
     assert np.abs(distance - 0.5).max() < 0.05 * cell, "dividing by the number of points would show here"
-    assert mesh.problems(found) == [] and found.volume == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.01)
+    assert mesh_problems(found) == [] and found.volume == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.01)
     assert sum(asked) < 0.2 * 129**3
-    dense, _ = mesh.extract(field, resolution=128, coarse=128)
+    dense, _ = extract(field, resolution=128, coarse=128)
     assert dense is not None and len(dense.faces) == len(found.faces)
     assert np.abs(np.sort(dense.vertices, 0) - np.sort(found.vertices, 0)).max() < 1e-5
 
 
 def test_extraction_of_nothing_and_of_a_field_that_is_positive_inside() -> None:
-    assert mesh.extract(lambda p: np.ones(len(p)), resolution=32, coarse=32) == (None, "")
-    found, note = mesh.extract(lambda p: -ball()(p), resolution=64, coarse=32)
+    assert extract(lambda p: np.ones(len(p)), resolution=32, coarse=32) == (None, "")
+    found, note = extract(lambda p: -ball()(p), resolution=64, coarse=32)
     assert found is not None and "sign was inverted" in note and found.volume > 0.5
 
 
 def test_problems_are_told() -> None:
     good = trimesh.creation.icosphere(radius=0.5)
-    assert mesh.problems(good) == []
+    assert mesh_problems(good) == []
     open_one = trimesh.Trimesh(good.vertices, good.faces[:-1], process=False)
-    assert mesh.problems(open_one) == ["is not watertight"]
-    assert "extends beyond the box" in mesh.problems(trimesh.creation.icosphere(radius=1.2))[0]
-    assert "triangles" in mesh.problems(good, most=10)[0]
+    assert mesh_problems(open_one) == ["is not watertight"]
+    assert "extends beyond the box" in mesh_problems(trimesh.creation.icosphere(radius=1.2))[0]
+    assert "triangles" in mesh_problems(good, most=10)[0]
     broken = good.copy()
     broken.vertices[0] = np.nan
-    assert mesh.problems(broken) == ["has vertices that are not finite"]
+    assert mesh_problems(broken) == ["has vertices that are not finite"]
 
 
 def test_surfaces_are_read_in_every_form(tmp_path: Path) -> None:
     torus = trimesh.creation.torus(0.6, 0.2)
-    points = mesh.sample_surface(torus, 3000, seed=1)
-    assert np.array_equal(points, mesh.sample_surface(torus, 3000, seed=1))
+    points = sample_surface(torus, 3000, seed=1)
+    assert np.array_equal(points, sample_surface(torus, 3000, seed=1))
     np.save(tmp_path / "six.npy", points)
     np.save(tmp_path / "three.npy", points[:, :3])
     np.save(tmp_path / "four.npy", points[:, :4])
     np.save(tmp_path / "many.npy", np.stack([points, points]))
     np.savez(tmp_path / "z.npz", surface_points=points[:, :3], surface_normals=points[:, 3:] * 2)
-    six, three, four = (mesh.read_surface(tmp_path / f"{n}.npy")[0] for n in ("six", "three", "four"))
+    six, three, four = (read_surface(tmp_path / f"{n}.npy")[0] for n in ("six", "three", "four"))
     assert np.allclose(six.points, points, atol=1e-6) and len(six.notes) == 1
-    assert len(mesh.read_surface(tmp_path / "many.npy")) == 2
-    assert np.allclose(mesh.read_surface(tmp_path / "z.npz")[0].points, points, atol=1e-5)
+    assert len(read_surface(tmp_path / "many.npy")) == 2
+    assert np.allclose(read_surface(tmp_path / "z.npz")[0].points, points, atol=1e-5)
     agree = (three.points[:, 3:] * points[:, 3:]).sum(-1)
     assert (agree > 0.8).mean() > 0.97, "estimated normals point outward all round a torus"
     assert any("estimated" in n for n in three.notes) and any("fourth" in n for n in four.notes)
     flipped = points.copy()
     flipped[:, 3:] *= -1
     np.save(tmp_path / "in.npy", flipped)
-    assert any("inward" in n for n in mesh.read_surface(tmp_path / "in.npy")[0].notes)
+    assert any("inward" in n for n in read_surface(tmp_path / "in.npy")[0].notes)
 
 
 def test_bad_surfaces_are_named(tmp_path: Path) -> None:
-    points = mesh.sample_surface(trimesh.creation.icosphere(radius=0.5), 100)
+    points = sample_surface(trimesh.creation.icosphere(radius=0.5), 100)
     bad = points.copy()
     bad[3, 1] = np.nan
     zero = points.copy()
@@ -98,21 +115,21 @@ def test_bad_surfaces_are_named(tmp_path: Path) -> None:
     for says, array in cases.items():
         np.save(tmp_path / "bad.npy", array)
         with pytest.raises(ValueError, match=says) as error:
-            mesh.read_surface(tmp_path / "bad.npy")
+            read_surface(tmp_path / "bad.npy")
         assert "bad.npy" in str(error.value)
     np.save(tmp_path / "p.npy", np.array([{"surface_points": points}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="pickle"):
-        mesh.read_surface(tmp_path / "p.npy")
+        read_surface(tmp_path / "p.npy")
     np.savez(tmp_path / "n.npz", other=points)
     with pytest.raises(ValueError, match="no array surface_points"):
-        mesh.read_surface(tmp_path / "n.npz")
+        read_surface(tmp_path / "n.npz")
 
 
 def test_one_transform_for_the_whole_scene() -> None:
     bounds = np.array([[1.0, 2.0, 3.0], [3.0, 3.0, 7.0]])
     corners = np.array(list(itertools.product(*bounds.T)))
-    moved = trimesh.transform_points(corners, mesh.normalising(bounds))
-    assert np.abs(moved).max() == pytest.approx(mesh.LONGEST / 2)
+    moved = trimesh.transform_points(corners, normalizing(bounds))
+    assert np.abs(moved).max() == pytest.approx(LONGEST / 2)
     assert np.allclose(moved.mean(0), 0, atol=1e-9)
     assert np.ptp(moved[:, 0]) / np.ptp(moved[:, 2]) == pytest.approx(0.5)
 
@@ -122,35 +139,35 @@ def test_scenes_keep_names_and_places(tmp_path: Path) -> None:
         "chair": trimesh.creation.box((0.2, 0.4, 0.6)).apply_translation((0.5, 0, 0)),
         "7": trimesh.creation.icosphere(radius=0.2).apply_translation((-0.5, 0.1, 0)),
     }
-    there = mesh.read_scene(mesh.write_scene(tmp_path / "s.glb", meshes))
+    there = read_scene(write_scene(tmp_path / "s.glb", meshes))
     assert set(there) == set(meshes)
     for name, one in meshes.items():
         assert np.allclose(there[name].bounds, one.bounds, atol=1e-6)
     (tmp_path / "bad.glb").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read as a mesh"):
-        mesh.read_scene(tmp_path / "bad.glb")
+        read_scene(tmp_path / "bad.glb")
 
 
 def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
     ball = trimesh.creation.icosphere(subdivisions=5, radius=0.6)
-    few = mesh.decimated(ball, 1000)
-    assert len(few.faces) <= 1000 < len(ball.faces) and not mesh.problems(few)
+    few = decimated(ball, 1000)
+    assert len(few.faces) <= 1000 < len(ball.faces) and not mesh_problems(few)
     assert abs(few.volume / ball.volume - 1) < 0.02
     monkeypatch.setitem(sys.modules, "fast_simplification", None)
     with pytest.raises(ValueError, match=r"fast-simplification: pip install 'inlaid\[mesh\]'"):
-        mesh.decimated(ball, 1000)
+        decimated(ball, 1000)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh.require()
-    monkeypatch.setattr(mesh, "find_spec", lambda name: None if name == "fpsample" else object())
+    require_mesh_packages()
+    monkeypatch.setattr(meshes_module, "find_spec", lambda name: None if name == "fpsample" else object())
     with pytest.raises(ValueError, match=r"not installed \(fpsample\): pip install 'inlaid\[mesh\]'"):
-        mesh.require()
+        require_mesh_packages()
 
 
 def test_measures_of_known_shapes() -> None:
-    a = mesh.sample_surface(trimesh.creation.icosphere(radius=0.5), 4000, 0)[:, :3]
-    b = mesh.sample_surface(trimesh.creation.icosphere(radius=0.5), 4000, 1)[:, :3]
+    a = sample_surface(trimesh.creation.icosphere(radius=0.5), 4000, 0)[:, :3]
+    b = sample_surface(trimesh.creation.icosphere(radius=0.5), 4000, 1)[:, :3]
     assert mesh.chamfer(a, b) < 0.04 and mesh.f_score(a, b, 0.05) > 0.99
     assert mesh.chamfer(a, a + np.array([0.5, 0, 0])) > 0.2 and mesh.f_score(a, a + 3.0, 0.1) == 0
     box = np.array([[0.0, 0, 0], [1, 1, 1]])
@@ -161,7 +178,7 @@ def test_measures_of_known_shapes() -> None:
     one = trimesh.creation.box((1, 1, 1))
     assert mesh.volume_iou(one, one.copy().apply_translation((0.5, 0, 0))) == pytest.approx(1 / 3, abs=0.02)
     turn = trimesh.transformations.rotation_matrix(0.2, (0, 1, 0), (0.1, 0, 0))
-    shape = mesh.sample_surface(trimesh.creation.box((0.3, 0.6, 1.0)), 2000, 0)[:, :3]
+    shape = sample_surface(trimesh.creation.box((0.3, 0.6, 1.0)), 2000, 0)[:, :3]
     moved = trimesh.transform_points(shape, turn)
     back = trimesh.transform_points(moved, mesh.align(moved, shape))
     assert mesh.chamfer(back, shape) < 0.2 * mesh.chamfer(moved, shape)
@@ -170,18 +187,18 @@ def test_measures_of_known_shapes() -> None:
 def test_pictures_show_what_is_there() -> None:
     left = trimesh.creation.icosphere(radius=0.3).apply_translation((-0.6, 0, 0))
     right = trimesh.creation.box((0.5, 0.5, 0.5)).apply_translation((0.6, 0, 0))
-    image, ids = mesh.render([left, right], mesh.View(azimuth=0, elevation=0), 128)
+    image, ids = mesh_render.render([left, right], View(azimuth=0, elevation=0), 128)
     assert image.shape == (128, 128, 3) and set(np.unique(ids)) == {0, 1, 2}
     x = np.mgrid[:128, :128][1]
     assert x[ids == 1].mean() < 50 < 78 < x[ids == 2].mean(), "seen from the front, -x is at the left"
     assert (image[ids == 0] == 255).all() and (image[ids > 0] < 250).any(-1).all()
-    behind = mesh.render([left, right], mesh.View(azimuth=180, elevation=0), 128)[1]
+    behind = mesh_render.render([left, right], View(azimuth=180, elevation=0), 128)[1]
     assert x[behind == 1].mean() > 78
     above = trimesh.creation.icosphere(radius=0.2).apply_translation((0, 0.8, 0))
     y = np.mgrid[:128, :128][0]
-    assert y[mesh.render([above], mesh.View(0, 0), 128)[1] == 1].mean() < 40
-    assert mesh.turntable([left], 3, 32).shape == (3, 32, 32, 3)
-    assert (mesh.render([], size=8)[0] == 255).all()
+    assert y[mesh_render.render([above], View(0, 0), 128)[1] == 1].mean() < 40
+    assert mesh_render.turntable([left], 3, 32).shape == (3, 32, 32, 3)
+    assert (mesh_render.render([], size=8)[0] == 255).all()
 
 
 def test_segmentations_keep_their_numbers(tmp_path: Path) -> None:
@@ -195,18 +212,18 @@ def test_segmentations_keep_their_numbers(tmp_path: Path) -> None:
     color = np.zeros((8, 8, 3), np.uint8)
     color[:4], color[4:6] = (38, 0, 0), (0, 19, 10)
     Image.fromarray(color).save(tmp_path / "c.png")
-    assert sorted(np.unique(mesh.read_ids(tmp_path / "p.png"))) == [0, 7, 14, 200]
-    assert sorted(np.unique(mesh.read_ids(tmp_path / "l.png"))) == [0, 7, 14, 200]
-    assert sorted(np.unique(mesh.read_ids(tmp_path / "i.png"))) == [0, 2100, 4200, 60000]
-    found = mesh.read_ids(tmp_path / "c.png")
+    assert sorted(np.unique(read_ids(tmp_path / "p.png"))) == [0, 7, 14, 200]
+    assert sorted(np.unique(read_ids(tmp_path / "l.png"))) == [0, 7, 14, 200]
+    assert sorted(np.unique(read_ids(tmp_path / "i.png"))) == [0, 2100, 4200, 60000]
+    found = read_ids(tmp_path / "c.png")
     assert sorted(np.unique(found)) == [0, 1, 2] and (found[6:] == 0).all()
     (tmp_path / "bad.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="segmentation"):
-        mesh.read_ids(tmp_path / "bad.png")
+        read_ids(tmp_path / "bad.png")
 
 
 def test_real_segmentations(media_root: Path) -> None:
     for name in ("bedroom", "cartoon01"):
-        ids = mesh.read_ids(media_root / "scenes" / f"{name}_seg.png")
+        ids = read_ids(media_root / "scenes" / f"{name}_seg.png")
         numbers = np.unique(ids)
         assert numbers[0] == 0 and 2 <= len(numbers) - 1 <= 8, numbers

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inlaid import config, media, rgba
+from inlaid import config
+from inlaid.cli.composite import composite_file
+from inlaid.media import compositing, rgba
+from inlaid.media.kinds import MediaError
+from inlaid.media.rgba import _CODECS, CARRIERS
+from inlaid.media.video import probe, read_frames, write_video
 from support import commands
 
 T, H, W = 9, 72, 96
@@ -30,7 +35,7 @@ def clip(kind: str) -> np.ndarray:
             "hair": np.where((x.astype(int) + i) % 6 == 0, (1 - y / H), 0),
         }[kind]
         color = np.stack([x / W, y / H, 0.5 + 0.4 * np.sin(x / 10)], -1)
-        out.append(rgba.to_uint8(np.concatenate([color, alpha[..., None]], -1)))
+        out.append(compositing.to_uint8(np.concatenate([color, alpha[..., None]], -1)))
     return np.stack(out)
 
 
@@ -42,48 +47,48 @@ def alpha_error(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("suffix", list(rgba.CARRIERS))
+@pytest.mark.parametrize("suffix", list(CARRIERS))
 def test_alpha_survives_every_container(kind: str, suffix: str, tmp_path: Path) -> None:
     pixels = clip(kind)
-    path = rgba.write(tmp_path / f"a{suffix}", pixels, 16)
-    there = rgba.read(path)
+    path = rgba.write_rgba(tmp_path / f"a{suffix}", pixels, 16)
+    there = rgba.read_rgba(path)
     assert there.shape == pixels.shape
-    if rgba.CARRIERS[suffix] == 0:
+    if CARRIERS[suffix] == 0:
         assert np.array_equal(there, pixels)
     else:
-        assert alpha_error(there, pixels) <= rgba.CARRIERS[suffix]
+        assert alpha_error(there, pixels) <= CARRIERS[suffix]
         seen = pixels[..., 3] > 64
         assert np.abs(there[..., :3].astype(int) - pixels[..., :3])[seen].mean() < 6
     assert list(tmp_path.iterdir()) == [path], "nothing half-written is left"
 
 
 def test_the_plain_vp9_decoder_would_have_lost_it(tmp_path: Path) -> None:
-    path = rgba.write(tmp_path / "a.webm", clip("soft"), 16)
+    path = rgba.write_rgba(tmp_path / "a.webm", clip("soft"), 16)
     with av.open(str(path)) as container:
         plain = np.stack([f.to_ndarray(format="rgba") for f in container.decode(video=0)])
     assert plain[..., 3].min() == 255, "this is why libvpx is asked"
-    assert rgba.measure(rgba.read(path)).lowest == 0
+    assert rgba.measure_alpha(rgba.read_rgba(path)).lowest == 0
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".jpg", ""])
 def test_what_cannot_carry_alpha_is_refused_by_name(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot carry alpha"):
-        rgba.write(tmp_path / f"a{suffix}", clip("disc"), 16)
+        rgba.write_rgba(tmp_path / f"a{suffix}", clip("disc"), 16)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_codec_that_drops_alpha_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = rgba._CODECS[".mov"]
-    monkeypatch.setitem(rgba._CODECS, ".mov", (codec[0], "yuv444p10le", *codec[2:]))
+    codec = _CODECS[".mov"]
+    monkeypatch.setitem(_CODECS, ".mov", (codec[0], "yuv444p10le", *codec[2:]))
     with pytest.raises(ValueError, match="alpha read back"):
-        rgba.write(tmp_path / "a.mov", clip("disc"), 16)
+        rgba.write_rgba(tmp_path / "a.mov", clip("disc"), 16)
     assert not list(tmp_path.iterdir())
 
 
 def test_identical_frames_are_kept(tmp_path: Path) -> None:
     still = clip("disc")[:1].repeat(5, 0)
-    for suffix in rgba.CARRIERS:
-        assert len(rgba.read(rgba.write(tmp_path / f"a{suffix}", still, 16))) == 5
+    for suffix in CARRIERS:
+        assert len(rgba.read_rgba(rgba.write_rgba(tmp_path / f"a{suffix}", still, 16))) == 5
 
 
 def test_folders_and_animated_webp_are_read(tmp_path: Path) -> None:
@@ -91,10 +96,10 @@ def test_folders_and_animated_webp_are_read(tmp_path: Path) -> None:
     (tmp_path / "png").mkdir()
     for i, frame in enumerate(pixels):
         Image.fromarray(frame).save(tmp_path / "png" / f"f{i + 5}.png")  # f10 comes after f9
-    assert np.array_equal(rgba.read(tmp_path / "png"), pixels)
+    assert np.array_equal(rgba.read_rgba(tmp_path / "png"), pixels)
     images = [Image.fromarray(f) for f in pixels]
     images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], lossless=True, duration=62)
-    there = rgba.read(tmp_path / "a.webp")
+    there = rgba.read_rgba(tmp_path / "a.webp")
     assert np.array_equal(there[..., 3], pixels[..., 3])
     seen = pixels[..., 3] > 0
     assert np.array_equal(there[seen], pixels[seen])
@@ -109,11 +114,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     for i in (1, 2):
         Image.new("RGBA", (8 * i, 8)).save(tmp_path / "sizes" / f"{i}.png")
     for name, says in {"a.zip": "read", "b.webp": "read", "c.mov": "read", "empty": "no frames"}.items():
-        with pytest.raises(media.MediaError, match=says) as error:
-            rgba.read(tmp_path / name)
+        with pytest.raises(MediaError, match=says) as error:
+            rgba.read_rgba(tmp_path / name)
         assert name in str(error.value)
-    with pytest.raises(media.MediaError, match="differ in size"):
-        rgba.read(tmp_path / "sizes")
+    with pytest.raises(MediaError, match="differ in size"):
+        rgba.read_rgba(tmp_path / "sizes")
 
 
 def test_resizing_lets_no_hidden_colour_into_edges() -> None:
@@ -121,34 +126,36 @@ def test_resizing_lets_no_hidden_colour_into_edges() -> None:
     y, x = np.mgrid[:size, :size]
     alpha = (np.hypot(x - 128, y - 128) < 80).astype(np.float32)[..., None]
     red, green = np.array([1.0, 0, 0]), np.array([0, 1.0, 0])
-    straight = rgba.to_uint8(np.concatenate([np.where(alpha > 0, red, green), alpha], -1))[None]
-    small = rgba.resize(straight, (32, 32))
+    straight = compositing.to_uint8(np.concatenate([np.where(alpha > 0, red, green), alpha], -1))[None]
+    small = compositing.resize(straight, (32, 32))
     edge = (small[..., 3] > 8) & (small[..., 3] < 247)
     assert edge.sum() > 20
     assert np.abs(small[edge][:, :3].astype(int) - [255, 0, 0]).max() <= 1
     naive = np.asarray(Image.fromarray(straight[0]).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC))
     assert naive[edge[0]][:, 1].max() > 60, "scaling colour for itself fails this test"
     assert (small[0, :2, :2, 3] == 0).all() and small[0, 16, 16, 3] == 255
-    assert rgba.resize(straight, (size, size)) is straight
+    assert compositing.resize(straight, (size, size)) is straight
 
 
 def test_premultiplying_and_back() -> None:
-    values = rgba.to_float(clip("soft"))
-    back = rgba.unpremultiply(rgba.premultiply(values))
+    values = compositing.to_float(clip("soft"))
+    back = compositing.unpremultiply(compositing.premultiply(values))
     seen = values[..., 3] > 0.01
     assert np.abs(back - values)[seen].max() < 1e-5
     under = np.full((*values.shape[:3], 3), 0.25, np.float32)
     clear = values[..., 3] == 0
-    assert (rgba.unpremultiply(rgba.premultiply(values), under)[clear][:, :3] == 0.25).all()
+    assert (compositing.unpremultiply(compositing.premultiply(values), under)[clear][:, :3] == 0.25).all()
 
 
 def test_decontamination_takes_the_green_screen_out_of_edges() -> None:
     truth = clip("disc").copy()
     truth[..., :3] = (200, 40, 40)
     soft = truth[..., 3:].astype(np.float32) / 255
-    shot = rgba.to_uint8(rgba.to_float(truth[..., :3]) * soft + np.array([0, 1.0, 0]) * (1 - soft))
+    shot = compositing.to_uint8(
+        compositing.to_float(truth[..., :3]) * soft + np.array([0, 1.0, 0]) * (1 - soft)
+    )
     dirty = np.concatenate([shot, truth[..., 3:]], -1)
-    clean = rgba.decontaminate(dirty)
+    clean = compositing.decontaminate(dirty)
     edge = (truth[..., 3] > 20) & (truth[..., 3] < 235)
     error = [np.abs(x[edge][:, :3].astype(int) - (200, 40, 40)).mean() for x in (dirty, clean)]
     assert error[0] > 30 and error[1] < 1
@@ -156,28 +163,28 @@ def test_decontamination_takes_the_green_screen_out_of_edges() -> None:
     opaque = truth[..., 3] == 255
     assert np.array_equal(clean[opaque], dirty[opaque])
     nothing = np.zeros((1, 8, 8, 4), np.uint8)
-    assert np.array_equal(rgba.decontaminate(nothing), nothing)
+    assert np.array_equal(compositing.decontaminate(nothing), nothing)
 
 
 def test_grown_colour_is_that_of_the_nearest_visible_pixels() -> None:
     pixels = np.zeros((1, 32, 32, 4), np.uint8)
     pixels[:, :, :8] = (250, 10, 10, 255)
     pixels[:, :, 24:] = (10, 10, 250, 255)
-    grown = rgba.grow(pixels)[0, 16].astype(int)
+    grown = compositing.grow(pixels)[0, 16].astype(int)
     assert grown[9, 0] > 200 and grown[22, 2] > 200 and grown[9, 2] < 60
     assert (grown[8:24, 3] == 0).all() and abs(grown[16, 0] - grown[15, 2]) < 60
-    blurred = rgba.blur_background(pixels, 3)
+    blurred = compositing.blur_background(pixels, 3)
     assert np.array_equal(blurred[..., 3], pixels[..., 3])
     assert np.abs(blurred[0, :, :8].astype(int) - pixels[0, :, :8]).max() <= 1
 
 
 def test_a_blurred_background_is_seen_in_no_composite() -> None:
     pixels = clip("smoke")
-    blurred = rgba.blur_background(pixels)
+    blurred = compositing.blur_background(pixels)
     seen = pixels[..., 3] > 2
     assert np.array_equal(blurred[seen], pixels[seen]) and not np.array_equal(blurred, pixels)
     for color in ((0, 0, 0), (255, 255, 255)):
-        over = [rgba.composite(x, np.array(color, np.uint8)).astype(int) for x in (blurred, pixels)]
+        over = [compositing.composite(x, np.array(color, np.uint8)).astype(int) for x in (blurred, pixels)]
         assert np.abs(over[0] - over[1]).max() <= 2
 
 
@@ -186,18 +193,18 @@ def test_premultiplied_colour_is_divided_after_scaling() -> None:
     straight[..., :3] = (240, 120, 30)
     y, x = np.mgrid[:64, :64]
     straight[0, ..., 3] = (255 * (1 - np.hypot(x - 32, y - 32) / 30)).clip(0, 255)
-    times = rgba.to_uint8(rgba.premultiply(rgba.to_float(straight)))
+    times = compositing.to_uint8(compositing.premultiply(compositing.to_float(straight)))
     for size in ((64, 64), (16, 16)):
-        there = rgba.resize(times, size, premultiplied=True)
+        there = compositing.resize(times, size, premultiplied=True)
         seen = there[..., 3] > 64
         assert np.abs(there[seen][:, :3].astype(int) - (240, 120, 30)).max() <= 4
-        assert np.abs(there[..., 3].astype(int) - rgba.resize(straight, size)[..., 3]).max() <= 1
+        assert np.abs(there[..., 3].astype(int) - compositing.resize(straight, size)[..., 3]).max() <= 1
 
 
 def test_wide_pixels_become_square() -> None:
     pixels = np.zeros((1, 32, 32, 4), np.uint8)
     pixels[:, :, 8:24] = 255
-    wide = rgba.resize(pixels, (32, 64), sar=2.0)[0, 16, :, 3] > 127
+    wide = compositing.resize(pixels, (32, 64), sar=2.0)[0, 16, :, 3] > 127
     assert wide.sum() == 32 and wide[16:48].all()
 
 
@@ -205,22 +212,24 @@ def test_mending_does_what_the_recipe_says() -> None:
     pixels = clip("disc")
     pixels[0, 0, 0, 3] = 2
     kept = config.Matte(background="keep")
-    assert np.array_equal(rgba.mend(pixels, kept), pixels)
-    snapped = rgba.mend(pixels, config.Matte(background="keep", snap=2))
-    assert snapped[0, 0, 0, 3] == 0 and np.array_equal(snapped[..., 3], rgba.snap(pixels[..., 3]))
-    assert np.array_equal(rgba.mend(pixels, config.Matte()), rgba.grow(pixels))
+    assert np.array_equal(rgba.fix_alpha(pixels, kept), pixels)
+    snapped = rgba.fix_alpha(pixels, config.Matte(background="keep", snap=2))
+    assert snapped[0, 0, 0, 3] == 0 and np.array_equal(snapped[..., 3], compositing.snap(pixels[..., 3]))
+    assert np.array_equal(rgba.fix_alpha(pixels, config.Matte()), compositing.grow(pixels))
     clean = config.Matte(background="blur", decontaminate=True)
-    assert np.array_equal(rgba.mend(pixels, clean), rgba.blur_background(rgba.decontaminate(pixels)))
+    assert np.array_equal(
+        rgba.fix_alpha(pixels, clean), compositing.blur_background(compositing.decontaminate(pixels))
+    )
 
 
 def test_binarise() -> None:
     levels = np.array([0, 1, 2, 3, 128, 255], np.uint8)
-    assert rgba.binarise(levels).tolist() == [0, 0, 0, 255, 255, 255]
-    assert rgba.binarise(levels, 0).tolist() == [0, 255, 255, 255, 255, 255], "the paper's rule"
+    assert compositing.binarise(levels).tolist() == [0, 0, 0, 255, 255, 255]
+    assert compositing.binarise(levels, 0).tolist() == [0, 255, 255, 255, 255, 255], "the paper's rule"
 
 
 def test_snap() -> None:
-    assert rgba.snap(np.array([0, 1, 2, 3, 252, 253, 254, 255], np.uint8)).tolist() == [
+    assert compositing.snap(np.array([0, 1, 2, 3, 252, 253, 254, 255], np.uint8)).tolist() == [
         0, 0, 0, 3, 252, 255, 255, 255,
     ]  # fmt: skip
 
@@ -228,61 +237,61 @@ def test_snap() -> None:
 def test_compositing() -> None:
     pixels = clip("soft")
     white = np.array([255, 255, 255], np.uint8)
-    over = rgba.composite(pixels, white)
+    over = compositing.composite(pixels, white)
     assert np.array_equal(over[pixels[..., 3] == 0], np.full_like(over[pixels[..., 3] == 0], 255))
-    times = rgba.to_uint8(rgba.premultiply(rgba.to_float(pixels)))
-    assert np.abs(rgba.composite(times, white, premultiplied=True).astype(int) - over).max() <= 1
-    board = rgba.checkerboard(H, W)
-    assert np.array_equal(rgba.composite(pixels, board)[0, 0, -1], board[0, -1])
+    times = compositing.to_uint8(compositing.premultiply(compositing.to_float(pixels)))
+    assert np.abs(compositing.composite(times, white, premultiplied=True).astype(int) - over).max() <= 1
+    board = compositing.checkerboard(H, W)
+    assert np.array_equal(compositing.composite(pixels, board)[0, 0, -1], board[0, -1])
     video = np.stack([board] * T)
-    assert np.array_equal(rgba.composite(pixels, video), rgba.composite(pixels, board))
+    assert np.array_equal(compositing.composite(pixels, video), compositing.composite(pixels, board))
     half = np.zeros((1, 1, 1, 4), np.uint8)
     half[..., :3], half[..., 3] = 255, 128
     black = np.zeros(3, np.uint8)
-    assert rgba.composite(half, black)[0, 0, 0, 0] == 128
-    assert rgba.composite(half, black, linear=True)[0, 0, 0, 0] == 188, "half the light is code 188"
+    assert compositing.composite(half, black)[0, 0, 0, 0] == 128
+    assert compositing.composite(half, black, linear=True)[0, 0, 0, 0] == 188, "half the light is code 188"
     opaque = clip("disc").copy()
     opaque[..., 3] = 255
-    assert np.abs(rgba.composite(opaque, black, linear=True).astype(int) - opaque[..., :3]).max() <= 1
+    assert np.abs(compositing.composite(opaque, black, linear=True).astype(int) - opaque[..., :3]).max() <= 1
 
 
 def test_measuring() -> None:
-    plain = rgba.measure(clip("soft"))
+    plain = rgba.measure_alpha(clip("soft"))
     assert 0.05 < plain.coverage < 0.5 and plain.soft > 0.1 and plain.colored > 0.9
     assert not (plain.premultiplied or plain.inverted or plain.limited or plain.constant)
-    times = rgba.to_uint8(rgba.premultiply(rgba.to_float(clip("soft"))))
-    assert rgba.measure(times).premultiplied
+    times = compositing.to_uint8(compositing.premultiply(compositing.to_float(clip("soft"))))
+    assert rgba.measure_alpha(times).premultiplied
     turned = clip("disc").copy()
     turned[..., 3] = 255 - turned[..., 3]
-    assert rgba.measure(turned).inverted and not rgba.measure(clip("disc")).inverted
+    assert rgba.measure_alpha(turned).inverted and not rgba.measure_alpha(clip("disc")).inverted
     squeezed = clip("disc").copy()
     squeezed[..., 3] = 16 + squeezed[..., 3] * (219 / 255)
-    assert rgba.measure(squeezed).limited
+    assert rgba.measure_alpha(squeezed).limited
     noisy = clip("disc").copy()
     noisy[..., 3] = np.maximum(noisy[..., 3], 1)
-    assert rgba.measure(noisy).residue > 0.5
-    assert rgba.measure(np.zeros((1, 4, 4, 4), np.uint8)).constant
+    assert rgba.measure_alpha(noisy).residue > 0.5
+    assert rgba.measure_alpha(np.zeros((1, 4, 4, 4), np.uint8)).constant
 
 
 def test_not_rgba_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="uint8"):
-        rgba.write(tmp_path / "a.mov", np.zeros((3, 8, 8, 3), np.uint8), 16)
+        rgba.write_rgba(tmp_path / "a.mov", np.zeros((3, 8, 8, 3), np.uint8), 16)
 
 
 def test_a_composite_plays_as_fast_as_its_foreground(tmp_path: Path) -> None:
     images = [Image.fromarray(f) for f in clip("disc")]
     images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], lossless=True, duration=100)
-    rgba.write(tmp_path / "a.apng", clip("disc"), 8)
+    rgba.write_rgba(tmp_path / "a.apng", clip("disc"), 8)
     images[0].save(tmp_path / "a.png")
     for name, rate in {"a.webp": 10, "a.apng": 8, "a.png": 16}.items():
-        out = rgba.composite_file(tmp_path / name, "red", tmp_path / "out.mp4")
-        assert media.probe(out).fps == rate
+        out = composite_file(tmp_path / name, "red", tmp_path / "out.mp4")
+        assert probe(out).fps == rate
 
 
 def test_composite_command(tmp_path: Path) -> None:
-    front = rgba.write(tmp_path / "a.mov", clip("disc"), 12)
+    front = rgba.write_rgba(tmp_path / "a.mov", clip("disc"), 12)
     back = tmp_path / "back.mp4"
-    media.write_video(back, np.full((24, 48, 64, 3), 40, np.uint8), 24)
+    write_video(back, np.full((24, 48, 64, 3), 40, np.uint8), 24)
     still = tmp_path / "back.png"
     Image.new("RGB", (50, 40), (0, 0, 200)).save(still)
     for background, corner in {
@@ -293,11 +302,11 @@ def test_composite_command(tmp_path: Path) -> None:
         out = tmp_path / "out.mp4"
         done = commands.inlaid("composite", front, background, "--out", out)
         assert done.code == 0 and done.out.strip() == str(out), done.said
-        video = media.read(out, 0, T, 12, (H, W))
+        video = read_frames(out, 0, T, 12, (H, W))
         assert np.abs(video[:, :4, -4:].astype(int) - corner).max() < 12
     opaque = clip("disc").copy()
     opaque[..., 3] = 255
-    rgba.write(tmp_path / "opaque.zip", opaque, 12)
+    rgba.write_rgba(tmp_path / "opaque.zip", opaque, 12)
     for args, says in {
         (front, "no-such-thing"): "neither a file nor a color",
         (tmp_path / "opaque.zip", "red"): "fully opaque",

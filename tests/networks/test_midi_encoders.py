@@ -16,9 +16,18 @@ from support.commands import inlaid
 
 pytest.importorskip("trimesh")
 
-from inlaid import cache, config, cost, families, formats, generate, mediums, tuners
-from inlaid.steps import Batch
-from inlaid.train import train
+from inlaid import config, families
+from inlaid.adapters import tuners
+from inlaid.adapters.adapter import WEIGHTS
+from inlaid.adapters.of_run import trained_folder
+from inlaid.check import estimate
+from inlaid.check.estimate import Counts
+from inlaid.data.batch import Batch
+from inlaid.data.cache import Cache
+from inlaid.data.modality import modality_of
+from inlaid.generation.generate import load_pipeline
+from inlaid.runs.folder import Run
+from inlaid.training.loop import train
 
 CPU = torch.device("cpu")
 CLIP, DINO = "image_encoder_1", "image_encoder_2"
@@ -59,7 +68,7 @@ def scene_recipe(
 
 def items(one: Any, settings: config.Config) -> list[dict[str, torch.Tensor]]:
     """Cached scenes, without a cache."""
-    windows = mediums.of("scene").plan(settings, one).train
+    windows = modality_of("scene").plan(settings, one).train
     encoder = one.load_media_encoder(CPU)
     return [one.encode_media(encoder, w.read()) for w in windows]
 
@@ -96,11 +105,11 @@ def test_untrained_it_is_what_frozen_encoders_are(
 
 def test_pictures_are_other_items_of_the_cache(scene_recipe: Callable[..., dict], tmp_path: Path) -> None:
     raw = scene_recipe()
-    settings, store = config.build(raw), cache.Cache(tmp_path / "cache")
+    settings, store = config.build(raw), Cache(tmp_path / "cache")
     named = {}
     for chosen in ("frozen", "dino", "clip", "both"):
         one = family(raw["model"]["checkpoint"], image_encoders=chosen)
-        named[chosen] = store.media_names(one, mediums.of("scene").plan(settings, one).train)
+        named[chosen] = store.media_names(one, modality_of("scene").plan(settings, one).train)
     assert len({n for names in named.values() for n in names}) == 4 * 3
 
 
@@ -123,7 +132,7 @@ def test_the_way_with_image_encoders(
     # Stock peft reads the files, and does with them what the run's own pipeline does.
     settings = config.load(run)
     one = family(raw["model"]["checkpoint"], image_encoders="both")
-    pipe = generate.load_pipeline(settings, one, adapter, 1.0, _context())
+    pipe = load_pipeline(settings, one, adapter, 1.0, _context())
     place = Path(raw["model"]["checkpoint"])
     shown = items(one, settings)[0]
     for name, eye, stock in (
@@ -179,7 +188,7 @@ def test_it_goes_on_exactly_and_recomputes_the_same(
     train(config.build(raw, ["train.steps=4", f"run={tmp_path / 'whole'}"]))
     saving = ["train.steps=4", f"run={tmp_path / 'saving'}", "memory.gradient_checkpointing=true"]
     train(config.build(raw, saving))
-    for file in (f"{DINO}/adapter_model.safetensors", f"{CLIP}/adapter_model.safetensors", formats.WEIGHTS):
+    for file in (f"{DINO}/adapter_model.safetensors", f"{CLIP}/adapter_model.safetensors", WEIGHTS):
         parts, whole, saved = (load_file(tmp_path / r / "adapter" / file) for r in ("run", "whole", "saving"))
         assert all(torch.equal(parts[k], whole[k]) for k in whole)
         assert all((saved[k] - whole[k]).abs().max() < 1e-4 for k in whole)
@@ -189,11 +198,11 @@ def test_it_goes_on_exactly_and_recomputes_the_same(
 def test_recomputed_blocks_of_encoders_keep_less(checkpoint: Callable[[str, str], Path]) -> None:
     one = family(checkpoint("midi", "scene"), image_encoders="dino")
 
-    def counted(checkpointing: bool) -> cost.Counts:
+    def counted(checkpointing: bool) -> Counts:
         network = one.load_denoiser(torch.float32, meta=True)
         with torch.device("meta"):
             tuners.attach(config.LowRank(), one.targets, network, seed=0)
-        return cost.count(one, network, (2, 32, 32), 4, checkpointing=checkpointing)
+        return estimate.count(one, network, (2, 32, 32), 4, checkpointing=checkpointing)
 
     kept, recomputed = counted(False), counted(True)
     assert recomputed.activations < kept.activations and recomputed.linear > kept.linear
@@ -223,18 +232,18 @@ def test_damaged_and_foreign_adapters_are_told(scene_recipe: Callable[..., dict]
     raw = scene_recipe("dino")
     run = train(config.build(raw))
     one = family(raw["model"]["checkpoint"], image_encoders="dino")
-    place = generate.Run(run)
-    generate.trained(place, None, one)
+    place = Run(run)
+    trained_folder(place, None, one)
     with pytest.raises(ValueError, match=r"trained with model\.options\.image_encoders=dino, not frozen"):
-        generate.trained(place, None, family(raw["model"]["checkpoint"]))
+        trained_folder(place, None, family(raw["model"]["checkpoint"]))
     file = run / "adapter" / DINO / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="truncated or damaged"):
-        generate.trained(place, None, one)
+        trained_folder(place, None, one)
     file.unlink()
     with pytest.raises(ValueError, match="image_encoder_2"):
-        generate.trained(place, None, one)
+        trained_folder(place, None, one)
 
 
 @pytest.mark.untraced
@@ -250,7 +259,7 @@ def test_what_it_costs_at_the_published_size() -> None:
     }  # fmt: skip
     shape = (2, 512, 512)
     one = family("VAST-AI/MIDI-3D", image_encoders="both")
-    found = cost.estimate(
+    found = estimate.estimate_recipe(
         one, config.build(raw), {shape: 1}, {shape: 1}, [""],
         device=torch.device("meta"), precision=torch.bfloat16, optimizer="adamw",
     )  # fmt: skip

@@ -12,8 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inlaid.models import rgba_losses as losses
-from inlaid.models import rgba_vae as codec
+from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, merge_name, trunk, vae_name
+from inlaid.networks.rgba_vae_losses import (
+    ALPHA_EPS,
+    COLORS,
+    Perceptual,
+    RgbaLoss,
+    hard_render,
+    sample_colors,
+    soft_render,
+)
 
 LIMIT = 1e-5
 
@@ -59,20 +67,20 @@ def test_merging_is_the_reference_s(goldens_root: Path) -> None:
     weights, inputs, outputs, settings = golden(goldens_root, "wan_alpha_merge")
     vae = tiny_vae(settings)
     named = {
-        codec.vae_name(k.removeprefix("vae_fgr."), settings["num_res_blocks"]): v
+        vae_name(k.removeprefix("vae_fgr."), settings["num_res_blocks"]): v
         for k, v in weights.items()
         if k.startswith("vae_fgr.")
     }
     missing, unexpected = vae.load_state_dict(named, strict=False)  # type: ignore[arg-type]
     assert not unexpected and not [k for k in missing if not k.startswith(("decoder.", "post_quant"))]
-    merge = codec.MergeBlock(settings["merge_dim"], settings["z_dim"])
+    merge = MergeBlock(settings["merge_dim"], settings["z_dim"])
     merge.load_state_dict(
-        {codec.merge_name(k[7:]): v for k, v in weights.items() if k.startswith("middle.")}  # type: ignore[misc]
+        {merge_name(k[7:]): v for k, v in weights.items() if k.startswith("middle.")}  # type: ignore[misc]
     )
-    color = torch.tensor(losses.COLORS[settings["encoder_color_index"]])
-    rendered = losses.hard_render(inputs["video_fgr"], inputs["video_pha"], color, eps=0)
+    color = torch.tensor(COLORS[settings["encoder_color_index"]])
+    rendered = hard_render(inputs["video_fgr"], inputs["video_pha"], color, eps=0)
     assert (rendered - outputs["video_fgr_hard_rendered"]).abs().max() < LIMIT
-    rgb, alpha = codec.trunk(vae, rendered), codec.trunk(vae, inputs["video_pha"])
+    rgb, alpha = trunk(vae, rendered), trunk(vae, inputs["video_pha"])
     assert (rgb - outputs["features_fgr"]).abs().max() < LIMIT
     assert (alpha - outputs["features_pha"]).abs().max() < LIMIT
     assert (merge(rgb, alpha) - outputs["merged_latents"]).abs().max() < LIMIT
@@ -85,21 +93,21 @@ def test_merging_is_the_reference_s(goldens_root: Path) -> None:
 def test_decoding_is_the_reference_s(goldens_root: Path) -> None:
     weights, inputs, outputs, settings = golden(goldens_root, "wan_alpha_decoder_lora")
     vae, n = tiny_vae(settings), settings["num_res_blocks"]
-    base = {codec.vae_name(k, n): v for k, v in weights.items() if "lora" not in k}
+    base = {vae_name(k, n): v for k, v in weights.items() if "lora" not in k}
     assert not vae.load_state_dict(base, strict=False).unexpected_keys  # type: ignore[arg-type]
     streams = []
     for stream in ("vae_fgr.", "vae_pha."):
-        lora, used = codec.DecoderLora.of(vae.decoder, settings["lora_rank"]), 0
+        lora, used = DecoderLora.of(vae.decoder, settings["lora_rank"]), 0
         for key, value in weights.items():
             if "lora" in key and key.startswith(stream):
                 path, factor = key.removeprefix(stream).replace(".conv3D", "").split(".lora_")
-                at = lora.names.index((codec.vae_name(path, n) or "").removeprefix("decoder."))
+                at = lora.names.index((vae_name(path, n) or "").removeprefix("decoder."))
                 parameter = (lora.a if factor.startswith("A") else lora.b)[at]
                 parameter.copy_(value.reshape(parameter.shape))
                 used += 1
         assert used == 2 * len(lora.names) == 76
         streams.append(lora)
-    whole = codec.RgbaVae(vae, codec.MergeBlock(8, settings["z_dim"]), *streams)
+    whole = RgbaVae(vae, MergeBlock(8, settings["z_dim"]), *streams)
     rgb, alpha = whole.decode(inputs["latents"])
     assert (rgb - outputs["video_fgr"]).abs().max() < 2e-5
     assert (alpha - outputs["video_pha"]).abs().max() < 2e-5
@@ -107,10 +115,10 @@ def test_decoding_is_the_reference_s(goldens_root: Path) -> None:
 
 def test_nine_terms_are_the_reference_s(goldens_root: Path) -> None:
     weights, inputs, outputs, settings = golden(goldens_root, "wan_alpha_losses")
-    assert torch.equal(inputs["colors"], torch.tensor(losses.COLORS))
+    assert torch.equal(inputs["colors"], torch.tensor(COLORS))
     rgb, alpha = inputs["recon_fgr"].requires_grad_(), inputs["recon_pha"].requires_grad_()
     hard, soft = (inputs["colors"][settings[f"color_{n}"]] for n in ("hard", "soft"))
-    loss = losses.RgbaLoss("reference", losses.Perceptual(weights, imagenet=False), alpha_eps=0)
+    loss = RgbaLoss("reference", Perceptual(weights, imagenet=False), alpha_eps=0)
     terms = loss(rgb, alpha, inputs["video_fgr"], inputs["video_pha"], hard, soft)
     assert len(terms) == 10
     for name, value in terms.items():
@@ -120,17 +128,17 @@ def test_nine_terms_are_the_reference_s(goldens_root: Path) -> None:
     assert (rgb.grad - outputs["grad_recon_fgr"]).abs().max() < LIMIT  # type: ignore[operator]
     assert (alpha.grad - outputs["grad_recon_pha"]).abs().max() < LIMIT  # type: ignore[operator]
     for i, color in enumerate(inputs["colors"]):
-        ours = losses.soft_render(inputs["video_fgr"], inputs["video_pha"], color)
+        ours = soft_render(inputs["video_fgr"], inputs["video_pha"], color)
         assert (ours - outputs["soft_target"][i]).abs().max() < LIMIT
-        ours = losses.hard_render(rgb, alpha, color, eps=0)
+        ours = hard_render(rgb, alpha, color, eps=0)
         assert (ours - outputs["hard_recon"][i]).abs().max() < LIMIT
 
 
 def test_published_size() -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in codec.MergeBlock().parameters()) == 25_537_552
+        assert sum(p.numel() for p in MergeBlock().parameters()) == 25_537_552
         vae = AutoencoderKLWan()
-    lora = codec.DecoderLora.of(vae.decoder, 128)
+    lora = DecoderLora.of(vae.decoder, 128)
     assert len(lora.names) == 38
     assert sum(p.numel() for p in lora.parameters()) == 30_013_824
 
@@ -149,18 +157,18 @@ def test_every_original_name_is_one_of_ours_and_the_reverse() -> None:
     inside = [*block, "resample.1", "time_conv"]
     originals += [f"encoder.downsamples.{i}.{b}" for i in range(11) for b in inside]
     originals += [f"decoder.upsamples.{i}.{b}" for i in range(4 * len(decoder) - 1) for b in inside]
-    named = [f"{codec.vae_name(o)}.{leaf}" for o in originals for leaf in ("weight", "bias", "gamma")]
+    named = [f"{vae_name(o)}.{leaf}" for o in originals for leaf in ("weight", "bias", "gamma")]
     hits = [n for n in named if n in ours]
     assert len(hits) == len(set(hits)) and set(hits) == ours
-    assert codec.vae_name("decoder.nothing.1") is None and codec.vae_name("elsewhere.conv1") is None
-    assert codec.merge_name("block.middle.9.residual.0.gamma") is None
+    assert vae_name("decoder.nothing.1") is None and vae_name("elsewhere.conv1") is None
+    assert merge_name("block.middle.9.residual.0.gamma") is None
 
 
 def test_decoding_as_the_stock_vae_without_training_and_checkpointing_changes_no_gradient() -> None:
     vae = tiny_vae(SMALL)
     torch.manual_seed(1)
-    loras = [codec.DecoderLora.of(vae.decoder, 2) for _ in range(2)]
-    whole = codec.RgbaVae(vae, codec.MergeBlock(8, 4), *loras)
+    loras = [DecoderLora.of(vae.decoder, 2) for _ in range(2)]
+    whole = RgbaVae(vae, MergeBlock(8, 4), *loras)
     z = 0.1 * torch.randn(1, 4, 3, 3, 4)
     rgb, alpha = whole.decode(z)
     stock = vae.decode(z).sample
@@ -177,7 +185,7 @@ def test_decoding_as_the_stock_vae_without_training_and_checkpointing_changes_no
 
 def test_merging_the_whole_sequence_is_merging_frame_by_frame() -> None:
     torch.manual_seed(0)
-    merge = codec.MergeBlock(8, 4)
+    merge = MergeBlock(8, 4)
     for attention in merge.att:
         torch.nn.init.normal_(attention.proj.weight, std=0.2)
     rgb, alpha = torch.randn(2, 1, 8, 5, 3, 3)
@@ -190,8 +198,8 @@ def test_merging_the_whole_sequence_is_merging_frame_by_frame() -> None:
 def test_gradient_reaches_the_merge_block_through_frozen_decoders() -> None:
     vae = tiny_vae(SMALL)
     torch.manual_seed(1)
-    loras = [codec.DecoderLora.of(vae.decoder, 2).requires_grad_(False) for _ in range(2)]
-    whole = codec.RgbaVae(vae, codec.MergeBlock(8, 4), *loras)
+    loras = [DecoderLora.of(vae.decoder, 2).requires_grad_(False) for _ in range(2)]
+    whole = RgbaVae(vae, MergeBlock(8, 4), *loras)
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     rgb, alpha = whole.decode(whole.encode(video, -video), checkpointing=True)
     (rgb.square().mean() + alpha.square().mean()).backward()
@@ -199,27 +207,27 @@ def test_gradient_reaches_the_merge_block_through_frozen_decoders() -> None:
     assert all(p.grad is None for lora in loras for p in lora.parameters())
 
 
-@pytest.mark.parametrize("color", losses.COLORS)
+@pytest.mark.parametrize("color", COLORS)
 def test_renders(color: tuple[float, float, float]) -> None:
     c = torch.tensor(color)
     rgb = torch.rand(1, 3, 2, 4, 4) * 2 - 1
     alpha = torch.tensor([-1.0, -1 + 1 / 255, 0.0, 1.0]).expand(1, 3, 2, 4, 4)
-    soft = losses.soft_render(rgb, alpha, c)
+    soft = soft_render(rgb, alpha, c)
     assert torch.allclose(soft[..., 0], c.view(1, 3, 1, 1).expand(1, 3, 2, 4))
     assert torch.equal(soft[..., 3], rgb[..., 3]) and soft.abs().max() <= 1
-    tolerant, strict = (losses.hard_render(rgb, alpha, c, eps=e) for e in (losses.ALPHA_EPS, 0.0))
+    tolerant, strict = (hard_render(rgb, alpha, c, eps=e) for e in (ALPHA_EPS, 0.0))
     assert torch.equal(tolerant[..., 2:], rgb[..., 2:]) and torch.equal(strict[..., 1:], rgb[..., 1:])
     assert torch.equal(tolerant[..., 1], c.view(1, 3, 1, 1).expand(1, 3, 2, 4))
     wanted = alpha.clone().requires_grad_()
-    assert not losses.hard_render(rgb, wanted, c).requires_grad
+    assert not hard_render(rgb, wanted, c).requires_grad
 
 
 def test_terms_without_a_perceptual_network_and_a_perfect_reconstruction() -> None:
     generator = torch.Generator().manual_seed(0)
-    _, hard, soft = losses.draw_colors(generator)
+    _, hard, soft = sample_colors(generator)
     rgb, alpha = torch.rand(2, 1, 3, 2, 8, 8, generator=generator) * 2 - 1
     for preset in ("paper", "reference"):
-        terms = losses.RgbaLoss(preset)(rgb, alpha, rgb, alpha, hard, soft)  # type: ignore[arg-type]
+        terms = RgbaLoss(preset)(rgb, alpha, rgb, alpha, hard, soft)  # type: ignore[arg-type]
         assert len(terms) == 7 and all(v == 0 for v in terms.values())
 
 
@@ -227,7 +235,7 @@ def test_a_tiled_vae_and_a_file_that_is_no_vgg_are_refused(tmp_path: Path) -> No
     vae = tiny_vae(SMALL)
     vae.enable_tiling()
     with pytest.raises(ValueError, match="tiled"):
-        codec.trunk(vae, torch.zeros(1, 3, 1, 16, 16))
+        trunk(vae, torch.zeros(1, 3, 1, 16, 16))
     (tmp_path / "vgg.pth").write_bytes(b"not a network")
     with pytest.raises(ValueError, match="not the weights of a VGG16"):
-        losses.Perceptual.load(tmp_path / "vgg.pth", imagenet=True)
+        Perceptual.load(tmp_path / "vgg.pth", imagenet=True)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inlaid.models.triposg import (
+from inlaid.networks.triposg import (
     MIDDLE,
     Attention,
     TripoSGTransformer,

@@ -11,14 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from inlaid import config, runtime
-from inlaid.runtime import Context, Devices, Meters, Run
+from inlaid import config
+from inlaid.runs.folder import Run, read_metrics, recipe_changes
+from inlaid.runs.launch import Context, DevicePlan, Devices, resolve_devices
+from inlaid.training.checkpoints import load_state, pack_state, save_state, unpack_state
+from inlaid.training.meters import Meters
+from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
 
 
-def resolve(devices: Devices, **runtime_section: object) -> runtime.Plan:
+def resolve(devices: Devices, **runtime_section: object) -> DevicePlan:
     raw = {"run": "x", "model": {"family": "wan", "checkpoint": "a/b"}, "data": {"sources": "x"}}
     optim = {"name": runtime_section.pop("optimizer", "adamw")}
-    return runtime.resolve(config.build({**raw, "runtime": runtime_section, "optim": optim}), devices)
+    return resolve_devices(config.build({**raw, "runtime": runtime_section, "optim": optim}), devices)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 def test_schedules() -> None:
     def rates(**section: object) -> list[float]:
-        return [runtime.rate(config.Optim(lr=1.0, **section), s, 10) for s in range(10)]  # type: ignore[arg-type]
+        return [learning_rate(config.Optim(lr=1.0, **section), s, 10) for s in range(10)]  # type: ignore[arg-type]
 
     assert rates() == [1.0] * 10
     assert rates(warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -79,7 +83,7 @@ def test_schedules() -> None:
 
 def test_average_warms_up_and_follows() -> None:
     weights = {"w": torch.zeros(3)}
-    average = runtime.EMA(0.9, weights)
+    average = EMA(0.9, weights)
     weights["w"] += 1
     average.update(weights, 0)
     assert average.weights["w"].tolist() == pytest.approx([0.9] * 3)  # decay (1 + 0) / (10 + 0)
@@ -90,7 +94,7 @@ def test_average_warms_up_and_follows() -> None:
 
 def test_swapped_weights_come_back_after_an_error() -> None:
     p = {"w": nn.Parameter(torch.zeros(2))}
-    with pytest.raises(RuntimeError), runtime.swapped(p, {"w": torch.ones(2)}):
+    with pytest.raises(RuntimeError), swapped(p, {"w": torch.ones(2)}):
         assert p["w"].tolist() == [1, 1]
         raise RuntimeError
     assert p["w"].tolist() == [0, 0]
@@ -98,7 +102,7 @@ def test_swapped_weights_come_back_after_an_error() -> None:
 
 def test_small_weights_are_not_decayed() -> None:
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
-    made = runtime.optimizer("adamw", config.Optim(weight_decay=0.5), parameters)
+    made = make_optimizer("adamw", config.Optim(weight_decay=0.5), parameters)
     assert {len(g["params"][0].shape): g["weight_decay"] for g in made.param_groups} == {2: 0.5, 1: 0.0}
 
 
@@ -110,7 +114,7 @@ def test_a_missing_optimizer_says_what_to_install(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"optim\.name: `{name}` needs a package .* pip install 'inlaid\["):
-        runtime.optimizer(name, config.Optim(), [nn.Parameter(torch.ones(2, 2))])
+        make_optimizer(name, config.Optim(), [nn.Parameter(torch.ones(2, 2))])
 
 
 def test_optimizer_state_survives_the_round_trip(tmp_path: Path) -> None:
@@ -119,10 +123,10 @@ def test_optimizer_state_survives_the_round_trip(tmp_path: Path) -> None:
     p.square().sum().backward()
     optimizer.step()
     tensors: dict[str, torch.Tensor] = {}
-    packed = runtime.pack(optimizer.state_dict(), "o", tensors)
-    runtime.save_state(tmp_path, tensors, {"step": 1, "per_step": 1, "optimizer": packed})
-    loaded, values = runtime.load_state(tmp_path)
-    state = runtime.unpack(values["optimizer"], loaded)
+    packed = pack_state(optimizer.state_dict(), "o", tensors)
+    save_state(tmp_path, tensors, {"step": 1, "per_step": 1, "optimizer": packed})
+    loaded, values = load_state(tmp_path)
+    state = unpack_state(values["optimizer"], loaded)
     assert state["param_groups"] == optimizer.state_dict()["param_groups"]
     wanted = optimizer.state_dict()["state"][0]
     assert state["state"][0].keys() == wanted.keys()
@@ -133,7 +137,7 @@ def test_optimizer_state_survives_the_round_trip(tmp_path: Path) -> None:
 def test_damaged_checkpoints_are_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/a.txt").write_text("hello", "utf-8")
-    runtime.save_state(tmp_path, {"w": torch.ones(100)}, {"step": 1, "per_step": 1, "optimizer": {}})
+    save_state(tmp_path, {"w": torch.ones(100)}, {"step": 1, "per_step": 1, "optimizer": {}})
     file = tmp_path / (
         "state.json"
         if damage == "state"
@@ -148,7 +152,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, damage: str) -> None:
         content[-3] ^= 1
         file.write_bytes(content if damage == "change" else content[:-4])
     with pytest.raises(ValueError, match=f"is damaged.*{file.name}.*resume from the previous one"):
-        runtime.load_state(tmp_path)
+        load_state(tmp_path)
 
 
 def test_run_folder(tmp_path: Path) -> None:
@@ -190,7 +194,7 @@ def test_meters_average_and_write(tmp_path: Path) -> None:
     Run(tmp_path).truncate_metrics(2)
     assert [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()] == [line]
     Run(tmp_path).truncate_metrics(1)
-    assert runtime.read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_meters_name_the_first_clips_that_are_not_finite(tmp_path: Path) -> None:
@@ -221,8 +225,8 @@ def test_trackers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
 
 def test_changes_that_make_another_run(recipe: Callable[..., dict]) -> None:
     old = config.build(recipe())
-    assert runtime.changes(old, config.build(recipe(train__steps=99, sample__steps=3, train__keep=1))) == []
-    assert runtime.changes(old, config.build(recipe(tuner__rank=8))) == ["tuner.rank was 4, is 8"]
+    assert recipe_changes(old, config.build(recipe(train__steps=99, sample__steps=3, train__keep=1))) == []
+    assert recipe_changes(old, config.build(recipe(tuner__rank=8))) == ["tuner.rank was 4, is 8"]
     decaying = recipe(optim__schedule="cosine")
     longer = recipe(optim__schedule="cosine", train__steps=99)
-    assert runtime.changes(config.build(decaying), config.build(longer)) == ["train.steps was 6, is 99"]
+    assert recipe_changes(config.build(decaying), config.build(longer)) == ["train.steps was 6, is 99"]

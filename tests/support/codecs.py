@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from inlaid.models import rgba_codec
-from inlaid.models.rgba_vae import RgbaVae
+from inlaid.networks import rgba_vae_checkpoint
+from inlaid.networks.rgba_vae import RgbaVae
 
 
 def made(vae: AutoencoderKLWan, seed: int = 0, rank: int = 2) -> RgbaVae:
     """A codec whose decoders differ from the VAE's and from each other."""
-    codec = rgba_codec.new(vae, rank, seed)
+    codec = rgba_vae_checkpoint.new(vae, rank, seed)
     generator = torch.Generator().manual_seed(seed)
     for lora in (codec.rgb, codec.alpha):
         for b in lora.b:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from inlaid import cli
+from inlaid.cli.main import main
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def inlaid(*arguments: object) -> Done:
         mock.patch.object(sys, "argv", argv),
         pytest.raises(SystemExit) as stop,
     ):
-        cli.main()
+        main()
     return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from inlaid import config, families
+from inlaid.data.batch import Batch
 from inlaid.families import Family
-from inlaid.steps import Batch
-from inlaid.twins import tiny
+from inlaid.tiny import random
 
 CPU = torch.device("cpu")
-CASES = tiny.cases()
+CASES = random.cases()
 IDS = ["-".join(case) for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 FIRST = list({family: (family, variant) for family, variant in reversed(CASES)}.values())
@@ -26,7 +26,7 @@ first_cases = pytest.mark.parametrize("case", FIRST, ids="-".join)
 
 
 def open_family(folder: Path, case: tuple[str, str]) -> Family:
-    return families.get(case[0])(config.Model(checkpoint=str(folder), **tiny.model(*case)))
+    return families.get(case[0])(config.Model(checkpoint=str(folder), **random.model(*case)))
 
 
 def shape(family: Family) -> tuple[int, int, int]:
@@ -44,13 +44,13 @@ def example(family: Family) -> Any:
     """What `encode_media` is given: frames, or a scene."""
     if family.medium == "video":
         return np.random.default_rng(0).integers(0, 255, (*shape(family), 3), dtype=np.uint8)
-    from inlaid.scenes import Object, Sample
+    from inlaid.media.scene import SceneObject, SceneSample
 
     rng, count = np.random.default_rng(0), shape(family)[0]
     masks = [np.arange(32)[:, None] // 8 + np.zeros((32, 32)) == i for i in range(count)]
     surfaces = rng.uniform(-0.5, 0.5, (count, 100, 6)).astype(np.float32)
-    objects = [Object(i + 1, m, s) for i, (m, s) in enumerate(zip(masks, surfaces, strict=True))]
-    return Sample("scene", rng.integers(0, 255, (32, 32, 3), dtype=np.uint8), objects)
+    objects = [SceneObject(i + 1, m, s) for i, (m, s) in enumerate(zip(masks, surfaces, strict=True))]
+    return SceneSample("scene", rng.integers(0, 255, (32, 32, 3), dtype=np.uint8), objects)
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:

@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inlaid import config, families, media, train
-from inlaid.runtime import Context
-from inlaid.twins import tiny
+from inlaid import config, families
+from inlaid.alpha.opening import open_family
+from inlaid.data.prepare import CachedDataset, build_cache
+from inlaid.media import video
+from inlaid.runs.folder import open_run
+from inlaid.runs.launch import Context
+from inlaid.tiny import random
+from inlaid.tiny.random import TEXT_WIDTH
 
 CPU = Context(torch.device("cpu"), torch.float32, "adamw")
 SHAPES = {"mochi": (7, 32, 48), "5b": (9, 32, 64), "2b": (9, 48, 32), "1.5": (13, 32, 64), "i2v": (9, 32, 32)}
@@ -52,7 +57,7 @@ def recipe(kind: tuple[str, str], checkpoint: Checkpoint, run: Path, source: Any
     frames, *size = shape(kind)
     raw: dict[str, Any] = {
         "run": str(run),
-        "model": {**tiny.model(*kind), "checkpoint": str(checkpoint(*kind))},
+        "model": {**random.model(*kind), "checkpoint": str(checkpoint(*kind))},
         "data": {"sources": source, "size": size, "frames": frames, "held_out": 1, "caption_dropout": 0.5},
         "tuner": {"kind": "lora", "rank": 2},
         "optim": {"lr": 1e-2},
@@ -72,9 +77,9 @@ def recipe(kind: tuple[str, str], checkpoint: Checkpoint, run: Path, source: Any
     return raw
 
 
-def built(raw: dict) -> train.Clips:
+def built(raw: dict) -> CachedDataset:
     settings = config.build(raw)
-    return train.build_cache(settings, train.open_family(settings), train.open_run(settings, CPU), CPU)
+    return build_cache(settings, open_family(settings), open_run(settings, CPU), CPU)
 
 
 def clips(folder: Path, kind: tuple[str, str], fps: float, n: int = 3) -> Path:
@@ -83,12 +88,12 @@ def clips(folder: Path, kind: tuple[str, str], fps: float, n: int = 3) -> Path:
     frames, height, width = shape(kind)
     for i in range(n):
         pixels = np.random.default_rng(i).integers(0, 255, (frames, height, width, 3), dtype=np.uint8)
-        media.write_video(folder / f"{i}.mp4", pixels, fps)
+        video.write_video(folder / f"{i}.mp4", pixels, fps)
         (folder / f"{i}.txt").write_text(f"clip number {i}", "utf-8")
     return folder
 
 
-def encode(raw: dict, made: train.Clips, folder: Path, genmo: bool = False) -> list[Mapping[str, Tensor]]:
+def encode(raw: dict, made: CachedDataset, folder: Path, genmo: bool = False) -> list[Mapping[str, Tensor]]:
     """Writes what is cached as another trainer would have, and gives the items."""
     family = families.get(raw["model"]["family"])(config.build(raw).model)
     items = []
@@ -112,11 +117,11 @@ def write(folder: Path, kind: tuple[str, str], n: int = 4) -> Path:
         wide = 2 * width if i == n - 1 and kind[1] != "i2v" else width
         size = (height // 8, wide // 8)
         if kind[0] == "mochi":
-            text = torch.randn(5 + i, tiny.TEXT_WIDTH, generator=generator)
+            text = torch.randn(5 + i, TEXT_WIDTH, generator=generator)
             moments = torch.randn(24, t, *size, generator=generator).bfloat16()
             mochi(folder, f"deep/{i}", moments, text, genmo=i % 2 == 1)
         else:
-            text = torch.randn(226, tiny.TEXT_WIDTH, generator=generator)
+            text = torch.randn(226, TEXT_WIDTH, generator=generator)
             moments = torch.randn(32, t, *size, generator=generator)
             cogvideox(folder, str(i), moments, text, moments[:, :1].clone() if kind[1] == "i2v" else None)
     return folder

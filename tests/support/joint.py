@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inlaid import alpha, config, families
-from inlaid.twins import tiny
+from inlaid import config, families
+from inlaid.alpha.opening import build_family
+from inlaid.tiny import random
 
 CPU = torch.device("cpu")
 CASES = [("wan", "t2v"), ("wan", "ti2v"), ("mochi", "t2v"), *(("cogvideox", v) for v in ("5b", "2b", "1.5"))]
@@ -24,11 +25,11 @@ Checkpoint = Callable[[str, str], Path]
 def opened(checkpoint: Checkpoint, case: tuple[str, str], **section: Any) -> Any:
     raw = {
         "run": "x",
-        "model": {**tiny.model(*case), "checkpoint": str(checkpoint(*case))},
+        "model": {**random.model(*case), "checkpoint": str(checkpoint(*case))},
         "data": {"sources": "x"},
         "alpha": {"kind": "joint", **section},
     }
-    return alpha.family(config.build(raw))
+    return build_family(config.build(raw))
 
 
 def size(family: families.Family) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from subprocess import CompletedProcess
 import torch
 from safetensors.torch import load_file
 
-from inlaid import runtime
+from inlaid.runs.folder import read_metrics
 from support import forks
 
 Launch = Callable[[Sequence[object]], CompletedProcess[str]]
@@ -106,5 +106,5 @@ def difference(a: Path, b: Path, step: int) -> float:
 
 
 def held_out(run: Path) -> dict[int, float]:
-    lines = runtime.read_metrics(run / "metrics.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     return {int(x["step"]): x["held_out_loss"] for x in lines if "held_out_loss" in x}

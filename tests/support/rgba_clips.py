@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from inlaid import rgba
+from inlaid.media import compositing
 
 T, H, W = 9, 32, 64
 
@@ -27,7 +27,7 @@ def clip(seed: int = 0, frames: int = T, size: tuple[int, int] = (H, W)) -> np.n
         color = np.stack(
             [0.4 + 0.6 * x / width, 0.3 + 0.7 * y / height, 0.6 + 0.4 * np.sin(x / 9 + seed)], -1
         )
-        out.append(rgba.to_uint8(np.concatenate([color.clip(0, 1), alpha[..., None]], -1)))
+        out.append(compositing.to_uint8(np.concatenate([color.clip(0, 1), alpha[..., None]], -1)))
     return np.stack(out)
 
 
@@ -84,14 +84,14 @@ class Glass:
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Any]:
         assert frames.shape[-1] == 4
-        over = rgba.composite(frames, np.zeros(3, np.uint8))
+        over = compositing.composite(frames, np.zeros(3, np.uint8))
         return super().encode_media(encoder, over)  # type: ignore[misc]
 
     def sample(self, *args: Any, **kwargs: Any) -> np.ndarray:
         video = super().sample(*args, **kwargs)  # type: ignore[misc]
         light = video.mean(-1, keepdims=True)
         low, high = np.percentile(light, [40, 70])
-        alpha = rgba.to_uint8(((light - low) / (high - low + 1)).clip(0, 1))
+        alpha = compositing.to_uint8(((light - low) / (high - low + 1)).clip(0, 1))
         return np.concatenate([video, alpha], -1)
 
 

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_models.rgba import load_vae, reconstruct
 
-from inlaid.models import rgba_codec
-from inlaid.twins import codec as codec_path
-from inlaid.twins import rgba, rgba_judge, rgba_world, world
+from inlaid.networks import rgba_vae_checkpoint
+from inlaid.tiny import rgba_judge, rgba_world
+from inlaid.tiny import rgba_vae_path as codec_path
+from inlaid.tiny.world import FRAMES, SIZE
 
 TRUE = [clip.frames for clip in rgba_world.subject_clips(8, seed=5)]
 
@@ -67,12 +69,12 @@ def test_the_shipped_codec_keeps_colour_and_alpha() -> None:
     """Two clips are reconstructed here; the report that ships is of 32, by the same command."""
     torch.manual_seed(0)
     told = json.loads((codec_path("wan") / "REPORT.json").read_text("utf-8"))
-    assert told["codec_id"] == rgba_codec.read_config(codec_path("wan"))["codec_id"]
+    assert told["codec_id"] == rgba_vae_checkpoint.read_config(codec_path("wan"))["codec_id"]
     shown = told["world"]
     assert shown["clips"] >= 32 and shown["alpha_mae"] < 5 and shown["rgb_mae"] < 10
     assert shown["alpha_mae"] < min(shown[f"all_{n}_alpha_mae"] for n in ("opaque", "clear")) / 5
-    codec = rgba_codec.load(codec_path("wan"), rgba.load_vae())
+    codec = rgba_vae_checkpoint.load(codec_path("wan"), load_vae())
     clips = np.stack([c.frames for c in rgba_world.clips(1, 2, held_out=True)])
-    again = rgba.reconstruct(codec, clips).astype(np.float32)
-    assert again.shape == (2, world.FRAMES, world.SIZE, world.SIZE, 4)
+    again = reconstruct(codec, clips).astype(np.float32)
+    assert again.shape == (2, FRAMES, SIZE, SIZE, 4)
     assert np.abs(again[..., 3] - clips[..., 3]).mean() < 5

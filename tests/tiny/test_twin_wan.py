@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from tiny_models import wan_dit, wan_vae
+from tiny_models.training import MuonAdamW, load_state, save_state
+from tiny_models.wan_dit import TRANSFORMER, Cycle, Settings
 
-from inlaid.twins import path, training, wan_dit, wan_vae, world
+from inlaid.tiny import path, world
+from inlaid.tiny.world import Scene
 
-SMALL = wan_dit.TRANSFORMER | {
+SMALL = TRANSFORMER | {
     "num_layers": 2,
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -65,7 +69,7 @@ def test_decoding_for_training_is_the_stock_one_without_the_clamp():
 
 
 def test_batches_are_functions_of_their_number():
-    settings = wan_dit.Settings(batch=4)
+    settings = Settings(batch=4)
     latents, pairs, words = torch.randn(8, 16, 1, 2, 2), wan_dit.dataset(8), wan_dit.tokenizer()
     first, again = (wan_dit.batch(5, latents, pairs, words, settings, 0.5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -85,7 +89,7 @@ def test_an_optimiser_continues_exactly(tmp_path):
     def build():
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(3, 2))
-        return net, training.MuonAdamW(net.named_parameters(), 0.02, 1e-3)
+        return net, MuonAdamW(net.named_parameters(), 0.02, 1e-3)
 
     def step(net, optimizer, k):
         generator = torch.Generator().manual_seed(k)
@@ -96,13 +100,13 @@ def test_an_optimiser_continues_exactly(tmp_path):
     for k in range(4):
         step(whole, optimizer, k)
         if k == 1:
-            training.save_state(
+            save_state(
                 tmp_path / "s.safetensors",
                 {"done": 2},
                 model=whole.state_dict(),
                 optimizer=optimizer.tensors(),
             )
-    facts, groups = training.load_state(tmp_path / "s.safetensors")
+    facts, groups = load_state(tmp_path / "s.safetensors")
     assert facts == {"done": 2}
     resumed, optimizer = build()
     resumed.load_state_dict(groups["model"])
@@ -116,8 +120,8 @@ def test_an_optimiser_continues_exactly(tmp_path):
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(wan_dit, "TRANSFORMER", SMALL)
     latents = torch.randn(6, 16, 2, 4, 4)
-    cycles = wan_dit.Cycle(2, 1.0, 0.5, 0.5, 32), wan_dit.Cycle(3, 0.5, 1.0, 0.8, 24)
-    settings = wan_dit.Settings(clips=6, batch=2, cycles=cycles)
+    cycles = Cycle(2, 1.0, 0.5, 0.5, 32), Cycle(3, 0.5, 1.0, 0.8, 24)
+    settings = Settings(clips=6, batch=2, cycles=cycles)
 
     class InterruptionError(Exception):
         pass
@@ -139,7 +143,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypa
     monkeypatch.setattr(wan_dit, "batch", original)
     parts = wan_dit.train(tmp_path / "parts", latents, settings)
     for group in ("model", "average"):
-        expected, found = (training.load_state(file)[1][group] for file in (whole, parts))
+        expected, found = (load_state(file)[1][group] for file in (whole, parts))
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
@@ -162,25 +166,25 @@ def test_the_shipped_folder_is_small_and_holds_no_pickle():
 
 @needs_twin
 def test_the_shipped_twin_draws_what_it_is_told():
-    from inlaid.twins import judge, wan_report
+    from tiny_models.wan_report import generate, load
 
-    pipe = wan_report.load(path("wan"))
+    from inlaid.tiny import judge
+
+    pipe = load(path("wan"))
     assert {str(module.dtype) for module in (pipe.vae, pipe.transformer, pipe.text_encoder)} == {
         "torch.float32"
     }
-    scene = world.Scene("circle", "red", "right", "large", "plain")
-    clips = wan_report.generate(
-        pipe, ["a large red circle moving right on a plain background"] * 2, seed=0, steps=15
-    )
+    scene = Scene("circle", "red", "right", "large", "plain")
+    clips = generate(pipe, ["a large red circle moving right on a plain background"] * 2, seed=0, steps=15)
     assert clips.shape == (2, 17, 64, 64, 3)
     assert any(judge.judge_scene(clip, scene)["all"] for clip in clips)
 
 
 @needs_twin
 def test_the_shipped_autoencoder_reconstructs_what_it_never_saw():
-    from inlaid.twins import wan_report
+    from tiny_models.wan_report import STEPS
 
     vae = AutoencoderKLWan.from_pretrained(path("wan"), subfolder="vae")
     clips = np.stack([clip for clip, _ in world.subject_clips(4)])
     assert wan_vae.psnr(clips, wan_vae.reconstruct(vae, clips)) > 26
-    assert wan_report.STEPS <= 30
+    assert STEPS <= 30

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from inlaid.twins import judge, world
+from inlaid.tiny import judge, world
+from inlaid.tiny.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, SUBJECT, Scene
 from support.slow import slow
 
 
@@ -31,7 +32,7 @@ def test_held_out_is_disjoint_and_covers_the_world():
     assert not held & trained
     assert 0.08 < len(held) / len(held | trained) < 0.13
     for part in (held, trained):
-        for position, values in enumerate((world.SHAPES, world.COLOURS, world.MOTIONS)):
+        for position, values in enumerate((SHAPES, COLOURS, MOTIONS)):
             assert {triple[position] for triple in part} == set(values)
     drawn = {(s.shape, s.colour, s.motion) for s in world.scenes(0, 400)}
     asked = {(s.shape, s.colour, s.motion) for _, s in world.world_prompts(400, 0)}
@@ -49,10 +50,8 @@ def test_captions_state_what_the_scene_states():
         words = world.caption(scene, k).replace(",", "").split()
         assert scene.shape in words
         assert scene.colour in words
-        assert [w for w in words if w in world.SIZES] == [scene.size] * (scene.size is not None)
-        assert [w for w in words if w in world.BACKGROUNDS] == [scene.background] * (
-            scene.background is not None
-        )
+        assert [w for w in words if w in SIZES] == [scene.size] * (scene.size is not None)
+        assert [w for w in words if w in BACKGROUNDS] == [scene.background] * (scene.background is not None)
 
 
 def test_some_captions_hold_words_outside_the_vocabulary():
@@ -60,8 +59,8 @@ def test_some_captions_hold_words_outside_the_vocabulary():
     texts = [world.caption(scene, k) for k, scene in enumerate(world.scenes(2, 300))]
     unknown = [text for text in texts if set(text.replace(",", "").split()) - known]
     assert 0.1 < len(unknown) / len(texts) < 0.3
-    assert world.SUBJECT not in " ".join(texts)
-    assert world.SUBJECT not in known
+    assert SUBJECT not in " ".join(texts)
+    assert SUBJECT not in known
 
 
 def test_subject_prompts_ask_for_combinations_that_its_clips_do_not_show():
@@ -71,7 +70,7 @@ def test_subject_prompts_ask_for_combinations_that_its_clips_do_not_show():
     assert len(learned) == 16
     asked = {scene for _, scene in world.subject_prompts(40, 5)}
     assert not learned & asked
-    assert {scene.motion for scene in asked} == set(world.MOTIONS)
+    assert {scene.motion for scene in asked} == set(MOTIONS)
 
 
 @pytest.mark.parametrize(("held_out", "count"), [(False, 15), (True, 15), slow(False, 150), slow(True, 150)])
@@ -86,11 +85,11 @@ def test_judge_accepts_true_renders(held_out, count):
 @pytest.mark.parametrize("count", [8, slow(80)])
 def test_judge_rejects_a_render_with_one_attribute_changed(count):
     options = {
-        "shape": (*world.SHAPES, world.SUBJECT),
-        "colour": tuple(world.COLOURS),
-        "motion": world.MOTIONS,
-        "size": tuple(world.SIZES),
-        "background": world.BACKGROUNDS,
+        "shape": (*SHAPES, SUBJECT),
+        "colour": tuple(COLOURS),
+        "motion": MOTIONS,
+        "size": tuple(SIZES),
+        "background": BACKGROUNDS,
     }
     rng, answers = np.random.default_rng(0), defaultdict(list)
     for k, scene in enumerate(world.scenes(6, count)):
@@ -128,7 +127,7 @@ def test_judge_wants_both_halves_of_the_subject_and_a_star():
 
 
 def test_judge_of_nothing_says_no():
-    scene = world.Scene("circle", "red", "left", "small", "plain")
+    scene = Scene("circle", "red", "left", "small", "plain")
     for clip in (
         np.zeros((17, 64, 64, 3), np.uint8),
         np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), np.uint8),
@@ -140,7 +139,7 @@ def test_judge_of_nothing_says_no():
 def test_judge_wants_alpha_where_colour_shows_something():
     made = [world.render_with_mask(scene, k) for k, (_, scene) in enumerate(world.world_prompts(6, 2))]
     clips = [np.concatenate([f, (m[..., None] * 255).astype(np.uint8)], -1) for f, m in made]
-    assert min(map(judge.agreement, clips)) > 0.9 and all(map(judge.judge_matte, clips))
+    assert min(map(judge.agreement, clips)) > 0.9 and all(map(judge.judge_alpha, clips))
     for clip, other in zip(clips, clips[1:] + clips[:1], strict=True):
         for matte in (np.full_like(clip[..., 3], 255), np.zeros_like(clip[..., 3]), other[..., 3]):
-            assert not judge.judge_matte(np.concatenate([clip[..., :3], matte[..., None]], -1))
+            assert not judge.judge_alpha(np.concatenate([clip[..., :3], matte[..., None]], -1))

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from inlaid import config, families, memory, tuners
+from inlaid import config, families
+from inlaid.adapters import tuners
 from inlaid.families import Family
-from inlaid.twins import tiny
+from inlaid.networks import quantize
+from inlaid.tiny import random
+from inlaid.training import memory
 from support.slow import mostly_slow, slow
 
 pytestmark = pytest.mark.untraced
 
-CASES = tiny.cases()
+CASES = random.cases()
 IDS = ["-".join(case) for case in CASES]
 FIRST = list({family: (family, variant) for family, variant in reversed(CASES)}.values())
 
@@ -35,7 +38,7 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """With checkpointing, of a batch of two in training mode, over so many shapes of clips."""
     denoiser = family.load_denoiser(torch.float32).train()
-    memory.shrink(config.Memory(**section), denoiser, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    quantize.shrink(config.Memory(**section), denoiser, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
     memory.checkpoint(denoiser, True)
     trained = tuners.attach(config.LowRank(kind=kind, rank=2), family.targets, denoiser, seed=1)  # type: ignore[arg-type]
     g = torch.Generator().manual_seed(2)
@@ -68,7 +71,7 @@ def same(family: Family, kind: str, backend: str, shapes: int = 1, **section: ob
 
 
 def opened(checkpoint: Callable[[str, str], Path], case: tuple[str, str]) -> Family:
-    return families.get(case[0])(config.Model(checkpoint=str(checkpoint(*case)), **tiny.model(*case)))
+    return families.get(case[0])(config.Model(checkpoint=str(checkpoint(*case)), **random.model(*case)))
 
 
 @pytest.mark.parametrize("case", mostly_slow(CASES, FIRST.__contains__), ids=IDS)

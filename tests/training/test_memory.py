@@ -12,10 +12,19 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor, nn
 
-from inlaid import config, memory, runtime, tuners
+from inlaid import config
+from inlaid.adapters import tuners
 from inlaid.families.wan import Wan
-from inlaid.train import prepare, train
-from inlaid.twins import tiny
+from inlaid.networks import quantize
+from inlaid.networks.quantize import CASTS, Int4Linear
+from inlaid.runs.folder import read_metrics
+from inlaid.runs.launch import Context
+from inlaid.tiny import random
+from inlaid.training import memory
+from inlaid.training.checkpoints import load_state, pack_state, save_state, unpack_state
+from inlaid.training.job import prepare
+from inlaid.training.loop import train
+from inlaid.training.optim import make_optimizer
 from support.slow import slow
 
 CPU = torch.device("cpu")
@@ -29,7 +38,7 @@ NEEDS = {"int8": "torchao", "float8": "torchao", "nf4": "bitsandbytes", "int4": 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Wan:
     """Wide enough for groups of 64 weights."""
-    folder = tiny.build("wan", tmp_path_factory.mktemp("wide") / "wan", heads=2, head=32, layers=4, ffn=128)
+    folder = random.build("wan", tmp_path_factory.mktemp("wide") / "wan", heads=2, head=32, layers=4, ffn=128)
     return Wan(config.Model(family="wan", checkpoint=str(folder)))
 
 
@@ -44,7 +53,7 @@ def tuned(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """A small network with an adapter far from its start, the same one whatever the network is stored in."""
     denoiser = wan.load_denoiser(dtype)
-    memory.shrink(config.Memory(**section), denoiser, CPU, dtype)  # type: ignore[arg-type]
+    quantize.shrink(config.Memory(**section), denoiser, CPU, dtype)  # type: ignore[arg-type]
     trained = tuners.attach(config.LowRank(kind=kind, rank=4), Wan.targets, denoiser, seed=1)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(2)
     for name, p in trained.items():
@@ -102,13 +111,13 @@ def test_quantised_base_in_bfloat16(wan: Wan, scheme: str, kind: str) -> None:
 
 def test_int4_takes_four_bits(wan: Wan) -> None:
     layer = nn.Linear(128, 96)
-    small = memory.Int4Linear(layer)
+    small = Int4Linear(layer)
     assert small.weight.nbytes * 8 == 4 * layer.weight.numel()
-    assert error(memory.dense(small), layer.weight) < 0.08
+    assert error(quantize.dense(small), layer.weight) < 0.08
     x = torch.randn(2, 5, 128, requires_grad=True)
     small(x).square().sum().backward()
     wanted = x.detach().requires_grad_()
-    nn.functional.linear(wanted, memory.dense(small), layer.bias).square().sum().backward()
+    nn.functional.linear(wanted, quantize.dense(small), layer.bias).square().sum().backward()
     assert torch.allclose(x.grad, wanted.grad, rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
 
 
@@ -125,7 +134,7 @@ def test_int4_takes_four_bits(wan: Wan) -> None:
 def test_layerwise_casting(wan: Wan, cast: str, kind: str, dtype: torch.dtype, limit: float) -> None:
     denoiser, trained = tuned(wan, kind, dtype, layerwise_casting=cast)
     stored = {p.dtype for n, p in denoiser.named_parameters() if "base_layer.weight" in n}
-    assert stored == {memory.CASTS[cast]}
+    assert stored == {CASTS[cast]}
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert error(gradient(denoiser, trained, dtype), gradient(*tuned(wan, kind))) < limit
 
@@ -184,7 +193,7 @@ def test_small_optimizers_resume_bit_exactly(tmp_path: Path, name: str) -> None:
 
     def make() -> tuple[nn.Parameter, torch.optim.Optimizer]:
         p = nn.Parameter(torch.linspace(-1, 1, 64 * 128).view(64, 128).clone())
-        return p, runtime.optimizer(name, config.Optim(lr=1e-2), [p, nn.Parameter(torch.ones(3))])
+        return p, make_optimizer(name, config.Optim(lr=1e-2), [p, nn.Parameter(torch.ones(3))])
 
     def go(p: nn.Parameter, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
@@ -196,17 +205,17 @@ def test_small_optimizers_resume_bit_exactly(tmp_path: Path, name: str) -> None:
     p, optimizer = make()
     go(p, optimizer, range(3))
     tensors: dict[str, Tensor] = {"p": p.detach().clone()}
-    packed = runtime.pack(optimizer.state_dict(), "optimizer", tensors)
-    runtime.save_state(tmp_path, tensors, {"step": 3, "per_step": 1, "optimizer": packed})
+    packed = pack_state(optimizer.state_dict(), "optimizer", tensors)
+    save_state(tmp_path, tensors, {"step": 3, "per_step": 1, "optimizer": packed})
     assert {type(t) for t in tensors.values()} == {Tensor}
     small = sum(v.nbytes for k, v in tensors.items() if k.startswith("optimizer"))
     assert small < {"adamw8bit": 2.5, "adamw4bit": 1.3}[name] * p.numel()
     go(p, optimizer, range(3, 6))
 
     again, other = make()
-    loaded, values = runtime.load_state(tmp_path)
+    loaded, values = load_state(tmp_path)
     again.data = loaded["p"]
-    other.load_state_dict(runtime.unpack(values["optimizer"], loaded))
+    other.load_state_dict(unpack_state(values["optimizer"], loaded))
     go(again, other, range(3, 6))
     assert torch.equal(again, p)
 
@@ -215,7 +224,7 @@ def test_offloaded_steps_are_the_same(tmp_path: Path) -> None:
     def make(offload: bool) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         g = torch.Generator().manual_seed(0)
         ps = [nn.Parameter(torch.randn(8, 4, generator=g)), nn.Parameter(torch.randn(8, generator=g))]
-        return ps, runtime.optimizer("adamw", config.Optim(lr=1e-2), ps, offload=offload)
+        return ps, make_optimizer("adamw", config.Optim(lr=1e-2), ps, offload=offload)
 
     def go(ps: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         for p in ps:
@@ -254,20 +263,18 @@ def test_offloaded_steps_are_the_same(tmp_path: Path) -> None:
 )
 def test_runs_learn_with_less_memory(recipe: Callable[..., dict], section: dict) -> None:
     folder = train(config.build(recipe(memory=section, train__steps=20, train__log_every=1)))
-    losses = [x["loss"] for x in runtime.read_metrics(folder / "metrics.jsonl") if "loss" in x]
+    losses = [x["loss"] for x in read_metrics(folder / "metrics.jsonl") if "loss" in x]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5]), losses
-    whole = [
-        x["held_out_loss"] for x in runtime.read_metrics(folder / "metrics.jsonl") if "held_out_loss" in x
-    ]
+    whole = [x["held_out_loss"] for x in read_metrics(folder / "metrics.jsonl") if "held_out_loss" in x]
     assert len(whole) > 1
 
 
 def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], tmp_path: Path) -> None:
     """Each key arrives where it has its effect."""
-    ctx = runtime.Context(CPU, torch.float32, "adamw4bit")
+    ctx = Context(CPU, torch.float32, "adamw4bit")
     section = {"quantize": "int8", "gradient_checkpointing": 2}
     job = prepare(config.build(recipe(memory=section, optim__name="adamw4bit", runtime__compile=True)), ctx)
-    blocks = memory.blocks(job.denoiser)
+    blocks = quantize.blocks(job.denoiser)
     assert all(b._compiled_call_impl is not None for b in blocks.values())
     assert {type(p).__name__ for n, p in job.denoiser.named_parameters() if "base_layer.weight" in n} == {
         "Int8Tensor"
@@ -276,7 +283,7 @@ def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], tmp_path
     assert job.denoiser.gradient_checkpointing
     off = recipe(memory={"gradient_checkpointing": False}, run=str(tmp_path / "other"))
     assert not prepare(
-        config.build(off), runtime.Context(CPU, torch.float32, "adamw")
+        config.build(off), Context(CPU, torch.float32, "adamw")
     ).denoiser.gradient_checkpointing
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from inlaid import config, parallel
-from inlaid.train import train
+from inlaid import config
+from inlaid.training import parallel
+from inlaid.training.loop import train
 from support.contract import FIRST
 from support.ranks import difference, held_out, launch, together, torchrun
 from support.slow import slow

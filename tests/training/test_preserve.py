@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inlaid import config, tuners
+from inlaid import config
+from inlaid.adapters import tuners
+from inlaid.data.batch import Batch
 from inlaid.families.wan import Wan
-from inlaid.steps import Batch, DenoisingStep
-from inlaid.train import train
+from inlaid.training.loop import train
+from inlaid.training.steps import DenoisingStep
 
 KEPT = torch.tensor([3.0, 0.0])
 T = torch.tensor([0.3, 0.8])

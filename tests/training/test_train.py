@@ -15,9 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inlaid import config, runtime
-from inlaid.generate import generate
-from inlaid.train import prepare, train
+from inlaid import config
+from inlaid.generation.generate import generate
+from inlaid.runs.folder import Run, read_metrics
+from inlaid.runs.launch import Context
+from inlaid.training.checkpoints import load_state
+from inlaid.training.job import prepare
+from inlaid.training.loop import train
 from support import forks, ranks
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
@@ -51,7 +55,7 @@ def test_loss_falls_and_everything_is_written(recipe: Callable[..., dict]) -> No
         sample__every=20,
     )
     folder = run(raw)
-    lines = runtime.read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / "metrics.jsonl")
     losses = [x["loss"] for x in lines if "loss" in x]
     held_out = [x["held_out_loss"] for x in lines if "held_out_loss" in x]
     assert losses[-1] < 0.8 * losses[0], losses
@@ -60,7 +64,7 @@ def test_loss_falls_and_everything_is_written(recipe: Callable[..., dict]) -> No
     assert list((folder / "tensorboard").iterdir())
     assert len(list((folder / "samples/step-000020").glob("*.mp4"))) == 1
     assert len(list((folder / "samples/step-000020").glob("*.json"))) == 1
-    assert [p.name for p in runtime.Run(folder).checkpoints()] == [
+    assert [p.name for p in Run(folder).checkpoints()] == [
         "step-000036",
         "step-000038",
         "step-000040",
@@ -73,12 +77,12 @@ def test_going_on_is_bit_exact(recipe: Callable[..., dict], tmp_path: Path, kind
     whole = run(recipe(run=str(tmp_path / "whole"), **options))
     run(recipe(run=str(tmp_path / "parts"), train__steps=2, **options))
     parts = run(recipe(run=str(tmp_path / "parts"), **options))
-    a, _ = runtime.load_state(whole / "checkpoints/step-000006")
-    b, _ = runtime.load_state(parts / "checkpoints/step-000006")
+    a, _ = load_state(whole / "checkpoints/step-000006")
+    b, _ = load_state(parts / "checkpoints/step-000006")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     losses = [
-        [(x["step"], x["loss"]) for x in runtime.read_metrics(r / "metrics.jsonl") if "loss" in x]
+        [(x["step"], x["loss"]) for x in read_metrics(r / "metrics.jsonl") if "loss" in x]
         for r in (whole, parts)
     ]
     assert losses[0] == losses[1]
@@ -101,7 +105,7 @@ def test_killed_run_goes_on_bit_exact(recipe: Callable[..., dict], tmp_path: Pat
         recipe(run=str(tmp_path / "killed"), train__steps=60, train__save_every=5), tmp_path / "killed.yaml"
     )
     process = subprocess.Popen(command(file), stderr=subprocess.DEVNULL, start_new_session=True)
-    place = runtime.Run(tmp_path / "killed")
+    place = Run(tmp_path / "killed")
     deadline = time.time() + 120
     while not place.checkpoints() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
@@ -125,7 +129,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Callable[..., dict], tmp_pat
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "run the same command again" in said and "Traceback" not in said
-    assert len(runtime.Run(tmp_path / "run").checkpoints()) == 1
+    assert len(Run(tmp_path / "run").checkpoints()) == 1
     assert (tmp_path / "run" / ADAPTER).is_file()
 
 
@@ -139,7 +143,7 @@ def test_two_processes_equal_accumulation_two(recipe: Callable[..., dict], tmp_p
     resumed = run(
         recipe(run=str(tmp_path / "two"), train__accumulate=2, train__steps=8, data__caption_dropout=0.3)
     )
-    assert runtime.Run(resumed).checkpoints()[-1].name == "step-000008"
+    assert Run(resumed).checkpoints()[-1].name == "step-000008"
 
 
 def test_another_recipe_does_not_go_on(recipe: Callable[..., dict]) -> None:
@@ -177,9 +181,9 @@ def test_targets_that_match_nothing_stop(recipe: Callable[..., dict]) -> None:
 def test_bfloat16_learns_and_keeps_trained_weights_in_float32(recipe: Callable[..., dict], kind: str) -> None:
     raw = recipe(tuner={"kind": kind}, runtime__precision="bfloat16", train__steps=30, optim__lr=3e-3)
     folder = run(raw)
-    losses = [x["loss"] for x in runtime.read_metrics(folder / "metrics.jsonl") if "loss" in x]
+    losses = [x["loss"] for x in read_metrics(folder / "metrics.jsonl") if "loss" in x]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
-    tensors, _ = runtime.load_state(folder / "checkpoints/step-000030")
+    tensors, _ = load_state(folder / "checkpoints/step-000030")
     weights = {v.dtype for k, v in tensors.items() if k.startswith("weights.")}
     assert weights == {torch.float32}
 
@@ -203,12 +207,12 @@ def test_ti2v_5b_trains_and_draws(recipe: Callable[..., dict], tiny_5b: Path) ->
 def test_micro_batches_are_functions_of_their_index(recipe: Callable[..., dict]) -> None:
     """What two processes see together is what one process sees alone, whatever was seen before."""
     settings = config.build(recipe(train__batch=2, data__caption_dropout=0.5))
-    ctx = runtime.Context(torch.device("cpu"), torch.float32, "adamw")
+    ctx = Context(torch.device("cpu"), torch.float32, "adamw")
     loader = prepare(settings, ctx).loader
     loader.per_step = 2
     alone = dict(loader.stream(0, 4, ctx))
     for rank in (0, 1):
-        other = runtime.Context(torch.device("cpu"), torch.float32, "adamw", rank=rank, world=2)
+        other = Context(torch.device("cpu"), torch.float32, "adamw", rank=rank, world=2)
         for index, batch in loader.stream(2, 4, other):
             assert index % 2 == rank
             assert torch.equal(batch.latents, alone[index].latents)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +23,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from inlaid import config as recipe
-from inlaid.families.base import Encoded, Family, as_bytes
+from inlaid.families.base import Family, PrecomputedLayout, as_bytes
+from inlaid.networks.domain_embedding import NAME, TOKENS, DomainEmbedding, read_domain_embedding
+from inlaid.networks.half_tokens import HalfTokens, half_tokens_class
 
-WEIGHTS, EMBEDDING = "pytorch_lora_weights.safetensors", "domain_embedding.safetensors"
-"""Files of an adapter: the low-rank update in the usual layout, and the domain embedding."""
-
-NAME = "domain_embedding"
-"""Name of the domain embedding's module in the network and of its tensor in the file."""
-
-TOKENS = "the second half of the video's"
-"""Metadata value that names the tokens an adapter changes."""
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 ALPHA = "alpha_"
 """Prefix of the names of alpha's tensors in a cached item."""
@@ -86,7 +80,7 @@ class Joint(_Base):
         """Opaque family, for a single clip."""
         return self._single
 
-    def encoded_in(self, folder: Path) -> Encoded | None:
+    def encoded_in(self, folder: Path) -> PrecomputedLayout | None:
         """Return the layout of precomputed latents.
 
         Color and alpha are in two folders if a folder for alpha exists; otherwise in one file, color first.
@@ -190,7 +184,7 @@ class Joint(_Base):
                 block.attn1.processor = self.joint_attention(self.section.text_to_alpha)
         if self.section.domain_embedding:
             width = network.config.num_attention_heads * network.config.attention_head_dim
-            domain = Domain(width).to(next(network.parameters()).device)
+            domain = DomainEmbedding(width).to(next(network.parameters()).device)
             network.add_module(NAME, domain)
             blocks: Any = next(m for m in network.children() if isinstance(m, nn.ModuleList))
             blocks[0].register_forward_pre_hook(domain.before, with_kwargs=True)
@@ -212,8 +206,8 @@ class Joint(_Base):
                     f"{name} processes no alpha tokens, but `joint` changes these only: use an adapter "
                     "without this layer"
                 )
-            if not isinstance(layer, Tail):
-                layer.__class__ = _tail(type(layer), self.text_before)
+            if not isinstance(layer, HalfTokens):
+                layer.__class__ = half_tokens_class(type(layer), self.text_before)
         if self.section.domain_embedding:
             domain: Any = denoiser.get_submodule(NAME)
             domain.beside = [next(iter(layers.values()))]
@@ -272,7 +266,7 @@ class Joint(_Base):
         with safe_open(folder / WEIGHTS, "pt") as file:
             header = file.metadata() or {}
         self.accept(header)
-        vector = embedding(folder, header)
+        vector = read_domain_embedding(folder, header)
         super().load_adapter(pipeline, folder)
         network = getattr(pipeline, self.component)
         self._tail(network)
@@ -294,74 +288,6 @@ class Joint(_Base):
                 getattr(pipeline, self.component).get_submodule(NAME).weight.mul_(strength)
 
 
-class Domain(nn.Module):
-    """Domain embedding of the alpha tokens; a module, so that FSDP gathers it when it is called."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        self.beside: list[Any] = []
-        """A layer of the adapter, not a child module; if it is disabled, the embedding is too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the embedding to the second half of the tokens (n, 2 v, d)."""
-        colour, alpha = x.chunk(2, 1)
-        return torch.cat([colour, alpha + self.weight.to(x.dtype)], 1)
-
-    def before(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
-        """Pre-forward hook of the first block, which receives the video tokens by position or by keyword."""
-        if any(layer.disable_adapters for layer in self.beside):
-            return args, given
-        if args:
-            return (self(args[0]), *args[1:]), given
-        return args, {**given, "hidden_states": self(given["hidden_states"])}
-
-
-class Tail:
-    """Mixin of a peft layer that changes only the second half of the video tokens.
-
-    It has its own `forward`, because peft's has no hook between the layer and its update. It supports
-    disabled and inactive adapters, dropout, and variants such as DoRA.
-    """
-
-    text = 0
-    """Number of text tokens before the video tokens."""
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map (n, text + 2 v, in) to (n, text + 2 v, out)."""
-        out = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return out
-        head = (x.shape[1] + self.text) // 2
-        tail, last = x[:, head:], out[:, head:]
-        for name in self.active_adapters:
-            if name not in self.lora_A:
-                continue
-            tail = self._cast_input_dtype(tail, self.lora_A[name].weight.dtype)
-            if name in self.lora_variant:
-                last = self.lora_variant[name].forward(self, active_adapter=name, x=tail, result=last)
-            else:
-                update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](tail)))
-                last = last + update * self.scaling[name]
-        return torch.cat([out[:, :head], last.to(out.dtype)], 1)
-
-    def merge(self, *_: Any, **__: Any) -> None:
-        """Raise an error, because the update cannot be merged.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(MERGE)
-
-
-MERGE = "the adapter changes the alpha tokens only, which no change of weights can do: it cannot be merged"
-
-
-@lru_cache
-def _tail(kind: type, text: int) -> type:
-    return type(f"Tail{kind.__name__}", (Tail, kind), {"text": text})
-
-
 class _Decoded:
     def __init__(self, sample: Tensor) -> None:
         self.sample = sample
@@ -369,18 +295,3 @@ class _Decoded:
 
 def _both(colour: Mapping[str, Any], alpha: Mapping[str, Any]) -> dict[str, Any]:
     return {**colour, **{f"{ALPHA}{k}": v for k, v in alpha.items()}}
-
-
-def embedding(folder: Path, header: Mapping[str, str]) -> Tensor | None:
-    """Return the domain embedding of an adapter folder, float32 (d,); None if it was trained without one.
-
-    Raises:
-        ValueError: if the adapter was trained with a domain embedding but its file is missing.
-    """
-    path = folder / EMBEDDING
-    if header.get(f"inlaid_{NAME}") != "yes":
-        return None
-    if not path.is_file():
-        raise ValueError(f"{folder}: {EMBEDDING} of this adapter is missing: copy it into the folder")
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(NAME).float().flatten()

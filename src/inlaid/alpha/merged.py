@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inlaid import config as recipe
-from inlaid.alpha.codec import locate, refuse
+from inlaid.alpha.rgba_vae import locate_rgba_vae, require_wan_vae
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor, nn
 
-    from inlaid.models.rgba_vae import RgbaVae
+    from inlaid.networks.rgba_vae import RgbaVae
+
 
 HEADER = "inlaid_codec"
 """Header key of the RGBA VAE's `codec_id` in an adapter."""
@@ -31,17 +32,17 @@ class Merged:
     channels = 4
 
     def __init__(self, model: recipe.Model, section: recipe.Merged) -> None:
-        from inlaid.models import rgba_codec
+        from inlaid.networks import rgba_vae_checkpoint
 
         super().__init__(model)  # type: ignore[call-arg]
-        refuse(self)
+        require_wan_vae(self)
         if self.images:  # type: ignore[attr-defined]
             raise ValueError(
                 f"alpha.kind: merged supports text-to-video only, but {model.checkpoint} is conditioned on "
                 "images: use a text-to-video checkpoint"
             )
-        self.section, self.folder = section, locate(section.codec)
-        self.facts = rgba_codec.read_config(self.folder)
+        self.section, self.folder = section, locate_rgba_vae(section.codec)
+        self.facts = rgba_vae_checkpoint.read_config(self.folder)
         self.media_key = ("merged", self.codec_id, str(section.colors))
 
     @property
@@ -67,7 +68,7 @@ class Merged:
         """Load the RGBA VAE on the checkpoint's VAE, in float32."""
         import torch
 
-        from inlaid.models import rgba_codec
+        from inlaid.networks import rgba_vae_checkpoint
 
         if "merge" not in self.facts.get("parts", ["merge"]):
             raise ValueError(
@@ -75,7 +76,7 @@ class Merged:
                 f"train one with rgba_vae: {{train: merge, init_from: {self.folder}}}"
             )
         vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
-        return rgba_codec.load(self.folder, vae).to(device).eval().requires_grad_(False)
+        return rgba_vae_checkpoint.load(self.folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
         """Encode uint8 (t, h, w, 4), straight alpha, as `latents` (colors, z, t', h', w').
@@ -86,9 +87,9 @@ class Merged:
         import numpy as np
         import torch
 
-        from inlaid.models import rgba_codec
-        from inlaid.models.rgba_losses import COLORS, hard_render
-        from inlaid.models.rgba_vae import trunk
+        from inlaid.networks import rgba_vae_checkpoint
+        from inlaid.networks.rgba_vae import trunk
+        from inlaid.networks.rgba_vae_losses import COLORS, hard_render
 
         if frames.shape[-1] != 4:
             raise ValueError("clip without alpha: a recipe with alpha.kind=merged trains on RGBA clips")
@@ -98,7 +99,7 @@ class Merged:
         order = torch.randperm(len(colors), generator=torch.Generator().manual_seed(seed)).tolist()
         device = encoder.merge.conv_in.weight.device
         video = torch.from_numpy(pixels).to(device).permute(3, 0, 1, 2)[None]
-        rgb, alpha = rgba_codec.to_video(video)
+        rgb, alpha = rgba_vae_checkpoint.to_video(video)
         with torch.no_grad():
             clear = trunk(encoder.vae, alpha)
             found = []
@@ -120,10 +121,10 @@ class Merged:
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return the stock pipeline, with the RGBA VAE as its attribute `codec`."""
-        from inlaid.models import rgba_codec
+        from inlaid.networks import rgba_vae_checkpoint
 
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)  # type: ignore[misc]
-        pipe.codec = rgba_codec.load(self.folder, pipe.vae).to(device).eval().requires_grad_(False)
+        pipe.codec = rgba_vae_checkpoint.load(self.folder, pipe.vae).to(device).eval().requires_grad_(False)
         return pipe
 
     def sample(
@@ -146,7 +147,7 @@ class Merged:
         """
         import torch
 
-        from inlaid.models import rgba_codec
+        from inlaid.networks import rgba_vae_checkpoint
 
         z = pipeline(
             **self.given(pipeline, text, negative, images),  # type: ignore[attr-defined]
@@ -161,7 +162,7 @@ class Merged:
         codec = pipeline.codec
         mean, std = statistics(codec.vae, z.device)
         with torch.no_grad():
-            pixels = rgba_codec.to_pixels(*codec.decode(z.float() * std + mean))[0]
+            pixels = rgba_vae_checkpoint.to_pixels(*codec.decode(z.float() * std + mean))[0]
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def accept(self, header: Mapping[str, str]) -> None:

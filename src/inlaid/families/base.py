@@ -7,15 +7,15 @@ and module names are known only to families.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlaid import config as recipe
+from inlaid.families.checkpoint import Checkpoint
+from inlaid.families.grid import Grid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,48 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Valid clip sizes: height and width are multiples of `spatial`, frames are `temporal` n + `offset`."""
-
-    spatial: int
-    temporal: int
-    offset: int = 1
-    only: tuple[int, int, int] | None = None
-    """The only valid (frames, height, width), for a network with learned positional embeddings."""
-
-    def snap_frames(self, n: int) -> int:
-        """Return the largest valid length of at most n frames, or 0 if there is none."""
-        if self.only:
-            return self.only[0] if n >= self.only[0] else 0
-        return 0 if n < self.offset else (n - self.offset) // self.temporal * self.temporal + self.offset
-
-    def snap_size(self, height: float, width: float) -> tuple[int, int]:
-        """Return the nearest valid height and width."""
-        if self.only:
-            return self.only[1:]
-        return max(1, round(height / self.spatial)) * self.spatial, max(
-            1, round(width / self.spatial)
-        ) * self.spatial
-
-    def problems(self, frames: int, height: int, width: int) -> list[str]:
-        """Return messages about invalid sizes, each with the nearest valid size; empty if valid."""
-        if self.only:
-            there, asked = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
-            how = f"{asked}: the positional embeddings of this checkpoint were learned for {there}; use that"
-            return [] if there == asked else [f"{how}, or a checkpoint without learned embeddings"]
-        out = []
-        low = self.snap_frames(frames)
-        if low != frames:
-            near = " or ".join(str(n) for n in (low, low + self.temporal if low else self.offset) if n)
-            out.append(f"{frames} frames is not {self.temporal}n+{self.offset}: use {near}")
-        if (height % self.spatial, width % self.spatial) != (0, 0) or min(height, width) < 1:
-            h, w = self.snap_size(height, width)
-            out.append(f"{height}x{width} is not a multiple of {self.spatial}: use {h}x{w}")
-        return out
-
-
-@dataclass(frozen=True)
-class Encoded:
+class PrecomputedLayout:
     """File layout of another trainer's precomputed latents, as paths in which `*` is the name of a clip."""
 
     media: Sequence[str]
@@ -82,132 +41,6 @@ class Encoded:
     def says(self) -> str:
         """Layout as text, for messages."""
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
-
-
-class Checkpoint:
-    """Checkpoint in diffusers layout, on the Hub or in a folder: its configurations and components."""
-
-    published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    """Configuration values of published checkpoints by Hub id, needed before anything is downloaded; the
-    first id is the default."""
-    text_encoder: ClassVar[str] = "T5EncoderModel"
-    """Class of the text encoder in transformers."""
-
-    def __init__(self, model: recipe.Model) -> None:
-        self.model = model
-        self.source = locate(model.checkpoint)
-
-    @property
-    def name(self) -> str:
-        """Hub id, or the bare name of a local folder, for files that are shared with others."""
-        return self.source.name if isinstance(self.source, Path) else self.source
-
-    def read_config(self, component: str) -> dict[str, Any] | None:
-        """Return the configuration of a component, or `model_index.json` for the empty name; None if absent.
-
-        Raises:
-            ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
-        """
-        file = "scheduler_config.json" if component == "scheduler" else "config.json"
-        if component.startswith("feature_extractor"):
-            file = "preprocessor_config.json"
-        name = f"{component}/{file}" if component else "model_index.json"
-        if self.source in self.published and self.model.revision is None:
-            return dict(self.published[self.model.checkpoint].get(component, {})) or None
-        if isinstance(self.source, Path):
-            path = self.source / name
-            if not path.is_file():
-                return None
-            try:
-                found = json.loads(path.read_text("utf-8"))
-            except ValueError:
-                found = None
-            if not isinstance(found, dict):
-                raise ValueError(
-                    f"model.checkpoint: {path} is not a JSON object; copy or download the checkpoint again"
-                )
-            return found
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            return json.loads(
-                Path(hf_hub_download(self.source, name, revision=self.model.revision)).read_text("utf-8")
-            )
-        except EntryNotFoundError:
-            return None
-        except Exception as error:
-            raise ValueError(
-                f"model.checkpoint: `{self.source}` is not a local folder and could not be read from the Hub "
-                f"({type(error).__name__}); check the name and the network, or run `hf auth login`"
-            ) from None
-
-    @contextmanager
-    def loading(self, part: str, folder: Path | None = None) -> Iterator[None]:
-        """Convert any exception of the libraries while loading a component or a folder to a ValueError.
-
-        Raises:
-            ValueError: naming the component or folder that cannot be loaded.
-        """
-        try:
-            yield
-        except MemoryError:
-            raise
-        except Exception as error:
-            what = folder or f"model.checkpoint: `{part}` of {self.model.checkpoint}"
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ValueError(
-                f"{what} cannot be loaded ({cause}); it may be incomplete: copy or download it again"
-            ) from error
-
-    def folder(self, component: str) -> Path:
-        """Return the folder with the files of a component; downloads them if needed.
-
-        Raises:
-            ValueError: when they cannot be downloaded.
-        """
-        if isinstance(self.source, Path):
-            return self.source / component
-        from huggingface_hub import snapshot_download
-
-        wanted = f"{component}/*"
-        with self.loading(component):
-            found = snapshot_download(self.source, revision=self.model.revision, allow_patterns=wanted)
-        return Path(found) / component
-
-    def load(self, component: str, dtype: torch.dtype) -> Any:
-        """Load a component with all its weights, as the diffusers class that its configuration names.
-
-        Raises:
-            ValueError: when it cannot be loaded, or weights are missing from its files.
-        """
-        import diffusers
-
-        with self.loading(component):
-            network = getattr(diffusers, self._class_name(component)).from_pretrained(
-                self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype
-            )
-            missing = [n for n, p in network.named_parameters() if p.is_meta]
-            if missing:
-                raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
-        return network
-
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Load the tokenizer and the text encoder."""
-        import transformers
-
-        options: dict[str, Any] = {"revision": self.model.revision}
-        with self.loading("tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.source, subfolder="tokenizer", **options
-            )
-        with self.loading("text_encoder"):
-            kind: Any = getattr(transformers, self.text_encoder)
-            encoder = kind.from_pretrained(self.source, subfolder="text_encoder", dtype=dtype, **options)
-        return tokenizer, encoder.to(device).eval().requires_grad_(False)
-
-    def _class_name(self, component: str) -> str:
-        return (self.read_config(component) or {})["_class_name"]
 
 
 class Family(Checkpoint, ABC):
@@ -256,7 +89,7 @@ class Family(Checkpoint, ABC):
     """Factory of an attention processor for a rule, see `models.attention`, in families where text and video
     share a sequence."""
     grid: Grid
-    encoded: Encoded | None = None
+    encoded: PrecomputedLayout | None = None
     """Layout of precomputed latents that this family reads: VAE moments, one file for each entry of
     `stored`."""
 
@@ -269,7 +102,7 @@ class Family(Checkpoint, ABC):
         """Family of a single clip; differs from self only where a sequence holds two clips."""
         return self
 
-    def encoded_in(self, folder: Path) -> Encoded | None:
+    def encoded_in(self, folder: Path) -> PrecomputedLayout | None:
         """Return the layout of the precomputed latents in a folder, or None if the family reads none."""
         return self.encoded
 
@@ -518,14 +351,15 @@ class Family(Checkpoint, ABC):
 
 def _unreadable(images: Iterable[Path]) -> list[str]:
     """Return messages about files that are not images."""
-    from inlaid import media
+    from inlaid.media.kinds import IMAGES
+    from inlaid.media.video import probe
 
     found = []
     for path in images:
         try:
-            if path.suffix.lower() not in media.IMAGES:
+            if path.suffix.lower() not in IMAGES:
                 raise ValueError(f"{path}: not an image; use a file such as start.png")
-            media.probe(path)
+            probe(path)
         except ValueError as error:
             found.append(str(error))
     return found
@@ -549,31 +383,3 @@ def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[s
     if wrong:
         raise ValueError("; ".join(wrong))
     return {key: model.options.get(key, values[0]) for key, values in choices.items()}
-
-
-TWIN = "twin:"
-
-
-def locate(checkpoint: str) -> Path | str:
-    """Return a local folder as a path and a Hub id unchanged; `tiny:NAME` is a model that ships with inlaid.
-
-    Raises:
-        ValueError: when it can be neither.
-    """
-    if checkpoint.startswith(TWIN):
-        from inlaid import twins
-
-        return twins.path(checkpoint.removeprefix(TWIN))
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ValueError(
-                f"model.checkpoint: {path} is not a diffusers folder (it has no model_index.json)"
-            )
-        return path
-    if path.is_file() or checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model.checkpoint: `{checkpoint}` is neither a folder in diffusers layout nor a Hub id such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
-    return checkpoint

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from inlaid import config as recipe
-from inlaid.families.base import Encoded, Family, Grid
-from inlaid.models import attention
+from inlaid.families.base import Family, PrecomputedLayout
+from inlaid.families.grid import Grid
+from inlaid.networks.joint_attention import CogVideoXJointAttention, halve_cogvideox
 from inlaid.objectives import VPrediction
 
 COPIES = 4
 """Number of noised encodings of a first frame in the cache; each training sample uses one of them."""
+
 IMAGE_DROPOUT = 0.05
 """Probability of training without the image, sampled for each clip."""
 
@@ -66,7 +68,7 @@ class CogVideoX(Family):
         "THUDM/CogVideoX1.5-5B-I2V": _published(48, pairs=True, image=True),
     }
     video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
-    joint_attention: ClassVar[Any] = attention.CogVideoX
+    joint_attention: ClassVar[Any] = CogVideoXJointAttention
     text_length: ClassVar[int] = 226
     text_before: ClassVar[int] = 226
     widths: ClassVar[Mapping[int, str]] = {1920: "CogVideoX 2B", 3072: "CogVideoX 5B"}
@@ -83,7 +85,7 @@ class CogVideoX(Family):
         self.native = VPrediction(tuple(scheduler.alphas_cumprod.tolist()))
         self.images = ("first",) if c["in_channels"] == 32 else ()
         latents = ["video_latents/*.pt", *["image_latents/*.pt" for _ in self.images]]
-        self.encoded = Encoded(latents, "prompt_embeds/*.pt", "prompts/*.txt", "videos/*")
+        self.encoded = PrecomputedLayout(latents, "prompt_embeds/*.pt", "prompts/*.txt", "videos/*")
         task = "i2v" if self.images else "t2v"
         if model.task not in (None, task) or model.expert is not None:
             key = "expert" if model.expert else "task"
@@ -191,7 +193,7 @@ class CogVideoX(Family):
 
     def share_positions(self, denoiser: Any) -> None:
         """Halve the rotary positions that `predict` passes, and the position table of 2B."""
-        attention.halve_cogvideox(denoiser)
+        halve_cogvideox(denoiser)
 
     def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
         """Put frames before channels and convert to the dtype of the network."""

@@ -13,21 +13,34 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from inlaid import config as recipe
-from inlaid import mesh, scenes
 from inlaid.console import once
-from inlaid.families.base import Family, Grid
-from inlaid.models import scene_parts as parts
-from inlaid.models import scene_pictures as sight
-from inlaid.models import triposg
-from inlaid.models.scene_pipeline import ScenePipeline
+from inlaid.families.base import Family
+from inlaid.families.grid import Grid
+from inlaid.media import meshes
+from inlaid.media.scene import MAX_OBJECTS, invalid_pairs, make_meshes, thinned
+from inlaid.networks import midi_checkpoint, midi_image_encoders
+from inlaid.networks.midi_image_encoders import Eye, PictureEncoders, Sight
+from inlaid.networks.midi_pipeline import ScenePipeline
+from inlaid.networks.triposg import (
+    Field,
+    TripoSGTransformer,
+    TripoSGVAE,
+    choose,
+    partial_heads,
+    sample,
+    stored_blocks,
+)
 from inlaid.objectives import FlowMatching
+
+if TYPE_CHECKING:
+    pass
 
 
 class _Open(tuple[Any, ...]):
@@ -41,8 +54,8 @@ class _Open(tuple[Any, ...]):
 class Encoder:
     """Encoders of scenes: shape VAE and image encoders."""
 
-    vae: triposg.TripoSGVAE
-    pictures: sight.PictureEncoders
+    vae: TripoSGVAE
+    pictures: PictureEncoders
 
 
 class Midi(Family):
@@ -70,18 +83,18 @@ class Midi(Family):
     }
 
     def __init__(self, model: recipe.Model) -> None:
-        mesh.require()
+        meshes.require_mesh_packages()
         super().__init__(model)
         if model.task is not None or model.expert is not None:
             raise ValueError(f"model.{'expert' if model.expert else 'task'}: not used by midi; leave it out")
         said = self.read_config("transformer") or {}
         local = self.source / "transformer" if isinstance(self.source, Path) else None
         with self.loading("transformer"):
-            there = parts.shapes(local) if local else None
-            self.transformer, self.lies = parts.transformer_config(said, there)
+            there = midi_checkpoint.shapes(local) if local else None
+            self.transformer, self.lies = midi_checkpoint.transformer_config(said, there)
         c, self.fps, self.grid = self.transformer, 1.0, Grid(1, 1, 1)
         self.alone = c["cross_attention_2_dim"] is None
-        self.sight = sight.Sight.of(self.read_config, self.alone, str(self.options["image_encoders"]))
+        self.sight = Sight.of(self.read_config, self.alone, str(self.options["image_encoders"]))
         self.extractor = self.sight.eyes["dino"].extractor
         self.encoders = {"media": ("vae", *self.sight.needed), "text": ()}  # type: ignore[misc]
         self.media_key = [f"pictures for {kind}" for kind in self.sight.taught]
@@ -123,7 +136,7 @@ class Midi(Family):
     def shift(self) -> float:
         """Return the noise level shift from the file of the scheduler."""
         try:
-            said = parts.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
+            said = midi_checkpoint.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
         except ValueError:
             said = None
         if said is None:
@@ -133,8 +146,8 @@ class Midi(Family):
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return errors about keys that apply only to videos, and about images that do not match."""
-        wrong = scenes.wrong_pairs(config.sample.images)
-        wrong = [*scenes.not_of_scenes(config), *(f"sample.images: {p}" for p in wrong)]
+        wrong = invalid_pairs(config.sample.images)
+        wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
         if self.sight.taught:
             key = "model.options.image_encoders"
             kind, parallel = config.tuner.kind, config.runtime.parallel
@@ -147,17 +160,17 @@ class Midi(Family):
         notes, taught = list(self.lies), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != taught:
             notes.append(f"multi-instance attention in blocks {self.blocks}, pretrained in blocks {taught}")
-        return [*notes, *triposg.partial_heads(getattr(config.tuner, "targets", []))]
+        return [*notes, *partial_heads(getattr(config.tuner, "targets", []))]
 
     def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
         """Return errors about images and segmentations; a scene has no prompt."""
-        return scenes.wrong_pairs(given)
+        return invalid_pairs(given)
 
     # --- shapes -------------------------------------------------------------------------------------------
 
     def shapes(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
         """Return `latents` (n, tokens, channels) of n objects, and the conditions of `Sight.shapes`."""
-        c, n = self.transformer, min(frames, scenes.MOST)
+        c, n = self.transformer, min(frames, MAX_OBJECTS)
         widths = [w for w in (c["cross_attention_dim"], c["cross_attention_2_dim"]) if w]
         return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.sight.shapes(n, widths)}
 
@@ -170,17 +183,17 @@ class Midi(Family):
 
     def tokens(self, frames: int, height: int = 0, width: int = 0) -> int:
         """Return the tokens of a whole scene, whose objects attend to each other in some blocks."""
-        return min(frames, scenes.MOST) * (1 + self.transformer["num_tokens"])
+        return min(frames, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
 
     # --- before the cache ---------------------------------------------------------------------------------
 
-    def load_vae(self, device: torch.device) -> triposg.TripoSGVAE:
+    def load_vae(self, device: torch.device) -> TripoSGVAE:
         """Load the shape VAE in float32."""
         folder = self.folder("vae")
         with self.loading("vae"):
-            return parts.load_vae(folder).to(device)  # type: ignore[return-value]
+            return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
 
-    def load_pictures(self, device: torch.device, network: Any = None) -> sight.PictureEncoders:
+    def load_pictures(self, device: torch.device, network: Any = None) -> PictureEncoders:
         """Load the frozen image encoders in float32; trained ones are taken from `network`."""
         found = {}
         for kind, eye in self.sight.eyes.items():
@@ -188,13 +201,13 @@ class Midi(Family):
                 found[kind] = self.load_eye(eye, torch.float32).to(device)
             elif network is not None:
                 found[kind] = network.get_submodule(eye.name)
-        return sight.PictureEncoders(self.sight.eyes, found)
+        return PictureEncoders(self.sight.eyes, found)
 
-    def load_eye(self, eye: sight.Eye, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
+    def load_eye(self, eye: Eye, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
         """Load one image encoder; `meta` returns it without weights."""
         folder = None if meta else self.folder(eye.name)
         with self.loading(eye.name):
-            return sight.build(eye, folder, dtype)
+            return midi_image_encoders.build(eye, folder, dtype)
 
     def load_media_encoder(self, device: torch.device) -> Encoder:
         """Load the shape VAE and the image encoders."""
@@ -205,8 +218,8 @@ class Midi(Family):
         """Encode a `scenes.Sample` to moments of its surfaces and image conditions; see `stored`."""
         found = []
         for one in frames.objects:
-            points = scenes.thinned(one.surface)
-            queries = points[triposg.choose(points, self.transformer["num_tokens"], seed=0)]
+            points = thinned(one.surface)
+            queries = points[choose(points, self.transformer["num_tokens"], seed=0)]
             given = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
             found.append(encoder.vae.encode(*given)[0].float())
         seen = encoder.pictures(frames.image, [one.mask for one in frames.objects])
@@ -224,11 +237,11 @@ class Midi(Family):
     def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return samples of the posteriors, of at most `scenes.MOST` objects, and conditions with dropout."""
         n = len(item["moments"])
-        kept = torch.randperm(n, generator=generator)[: scenes.MOST].sort().values
+        kept = torch.randperm(n, generator=generator)[:MAX_OBJECTS].sort().values
         moments = item["moments"][kept].float()
         noise = torch.randn(moments.chunk(2, -1)[0].shape, generator=generator)
         shown = float(torch.rand(1, generator=generator)) >= float(self.options["image_dropout"])
-        return {"latents": triposg.sample(moments, noise), **self.sight.drawn(item, kept, shown)}
+        return {"latents": sample(moments, noise), **self.sight.drawn(item, kept, shown)}
 
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
@@ -237,10 +250,12 @@ class Midi(Family):
         place = None if meta else folder or self.folder("transformer")
         config = {**self.transformer, "multi_instance": self.blocks}
         with self.loading("transformer", folder):
-            network = parts.build(triposg.TripoSGTransformer, config, place, dtype)
+            network = midi_checkpoint.build(TripoSGTransformer, config, place, dtype)
         if self.sight.taught:
             taught = {i: e for i, e in enumerate(self.sight.eyes.values()) if e.kind in self.sight.taught}
-            sight.put(network, {i: (e, self.load_eye(e, dtype, meta=meta)) for i, e in taught.items()})
+            midi_image_encoders.put(
+                network, {i: (e, self.load_eye(e, dtype, meta=meta)) for i, e in taught.items()}
+            )
         return network
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
@@ -271,12 +286,33 @@ class Midi(Family):
         seen = pipeline.encoders(picture, [ids == n for n in numbers])
         drawn = {k: how[k] for k in ("steps", "guidance", "generator")}
         latents, vae = pipeline(list(seen.values()), **drawn), pipeline.vae
-        fields = {f"object_{n}": triposg.Field(vae, x) for n, x in zip(numbers, latents, strict=True)}
-        return scenes.make(fields, how.get("grid") or 256, how.get("triangles"))
+        fields = {f"object_{n}": Field(vae, x) for n, x in zip(numbers, latents, strict=True)}
+        return make_meshes(fields, how.get("grid") or 256, how.get("triangles"))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter and set the multi-instance blocks that it was trained with."""
         super().load_adapter(pipeline, folder)
-        blocks = triposg.stored_blocks(folder)
+        blocks = stored_blocks(folder)
         if blocks is not None:
             pipeline.transformer.multi_instance = frozenset(blocks)
+
+
+VIDEO_KEYS = {
+    "data": ("size", "aspects", "frames", "fps", "stride", "max_windows", "slow", "trigger", "caption_prefix",
+             "caption_dropout", "matte"),
+    "sample": ("prompts", "negative_prompt", "size", "frames"),
+}  # fmt: skip
+"""Recipe keys that do not apply to scenes."""
+
+
+def video_only_keys(config: recipe.Config) -> list[str]:
+    """Return a message for each recipe key that applies only to videos."""
+    derived = {"size": config.data.size, "frames": max(config.data.frames)}
+    out = []
+    for section, keys in VIDEO_KEYS.items():
+        given = getattr(config, section)
+        for key in keys:
+            usual = type(given).model_fields[key].get_default(call_default_factory=True)
+            if getattr(given, key) not in (usual, derived.get(key) if section == "sample" else usual):
+                out.append(f"{section}.{key}: applies only to videos: remove it")
+    return out

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from inlaid import config as recipe
-from inlaid.families.base import Encoded, Family, Grid
-from inlaid.models import attention
+from inlaid.families.base import Family, PrecomputedLayout
+from inlaid.families.grid import Grid
+from inlaid.networks.joint_attention import MochiJointAttention, halve, mochi
 from inlaid.objectives import FlowMatching
 
 TOO_FEW = "sample.steps: the sampling schedule of Mochi has two parts; use 2 steps or more"
@@ -45,11 +46,11 @@ class Mochi(Family):
     video_layers: ClassVar[Sequence[str]] = (
         r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     )
-    joint_attention: ClassVar[Any] = attention.Mochi
+    joint_attention: ClassVar[Any] = MochiJointAttention
     text_length: ClassVar[int] = 256
     widths: ClassVar[Mapping[int, str]] = {3072: "Mochi 1"}
     fps, grid = 30.0, Grid(spatial=16, temporal=6)
-    encoded = Encoded(("*.latent.pt",), "*.embed.pt")
+    encoded = PrecomputedLayout(("*.latent.pt",), "*.embed.pt")
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
@@ -151,12 +152,12 @@ class Mochi(Family):
         network.rope._create_rope = rotation
         network.time_embed.pooler.register_forward_pre_hook(_unmasked)
         for block in network.transformer_blocks:
-            block.attn1.processor = attention.mochi
+            block.attn1.processor = mochi
         return network
 
     def share_positions(self, denoiser: Any) -> None:
         """Halve the number of frames passed to the module that computes positions."""
-        attention.halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
+        halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Return flow matching without a noise level shift at any size."""

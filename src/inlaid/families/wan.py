@@ -25,18 +25,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from inlaid import config as recipe
-from inlaid.families.base import Family, Grid
-from inlaid.models import attention
+from inlaid.families.base import Family
+from inlaid.families.grid import Grid
+from inlaid.networks import joint_attention
 from inlaid.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
 """Noise level shift at 480p and 720p (recommended by Wan), and the area in pixels that separates them."""
 
 EXPERTS: Mapping[str, Any] = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+
 IMAGE: Mapping[str, Any] = {"in_channels": 36}
+
 CLIP: Mapping[str, Any] = {**IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
 """Entries of `model_index.json` and of transformer configs of checkpoints with two experts or with images."""
-
 
 ORIGINAL_NAMES = (
     ("self_attn.q", "attn1.to_q"),
@@ -315,7 +317,7 @@ class Wan(Family):
 
     def share_positions(self, denoiser: Any) -> None:
         """Halve the frames passed to the module that computes positions from the latents."""
-        attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
+        joint_attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Return flow matching with shift 3 at 480p and 5 at 720p.
@@ -341,9 +343,9 @@ class Wan(Family):
         """Load the denoiser; with `text: short` it accepts fewer than 512 text tokens."""
         network = super().load_denoiser(dtype, meta=meta, folder=folder)
         if self.options["text"] == "short":
-            from inlaid.models import short_text
+            from inlaid.networks.wan_unpadded_text import allow_short_text
 
-            short_text.allow(network, self.text_length)
+            allow_short_text(network, self.text_length)
         return network
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

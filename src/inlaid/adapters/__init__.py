@@ -1,0 +1,1 @@
+"""Tuners and adapter files: attach, train, read, write, merge, convert."""

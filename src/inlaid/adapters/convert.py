@@ -1,0 +1,182 @@
+"""`inlaid export` and `inlaid import`: adapters between a run folder and other programs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from inlaid import config, families
+from inlaid.adapters import lycoris
+from inlaid.adapters.layers import companions, layer_shapes
+from inlaid.adapters.lycoris import KINDS
+from inlaid.adapters.merge import merge_adapter
+from inlaid.adapters.of_run import trained_folder
+from inlaid.adapters.read import DoraRule, read_adapter
+from inlaid.adapters.write import Target, export_adapter
+from inlaid.alpha.opening import build_family
+from inlaid.alpha.rgba_vae import require_wan_vae
+from inlaid.files import atomic
+from inlaid.networks import rgba_vae_checkpoint, rgba_vae_published
+from inlaid.runs.folder import Run
+
+
+def export_run(
+    run: Path, to: str, out: Path | None = None, checkpoint: str | None = None, then: Path | None = None
+) -> Path:
+    """Export the trained weights of a run to another program's layout, and verify them by reading them back.
+
+    Args:
+        run: run folder.
+        to: `diffusers`, `comfyui`, `kohya` or `merged`; for an RGBA VAE `wan-alpha` or `comfyui`.
+        out: file or folder. Default: `export/` in the run.
+        checkpoint: checkpoint name such as `step-000500`. Default: the final weights of the run.
+        then: LoRA to merge after the trained weights, such as a step-distillation LoRA; only for `merged`. A
+            DoRA rescales the rows of the weights it is applied to, so it must come first.
+
+    Raises:
+        ValueError: if the target is unknown or cannot represent the weights.
+    """
+    place = Run(run)
+    settings = place.config()
+    if isinstance(settings.tuner, config.Codec):
+        return _export_rgba_vae(place, settings, to, out, checkpoint)
+    if to not in get_args(Target):
+        raise ValueError(f"--to: `{to}` is not one of {', '.join(get_args(Target))}")
+    if then is not None and (to != "merged" or settings.tuner.kind not in ("lora", "dora")):
+        raise ValueError("--then: requires a LoRA or DoRA run and --to merged; export without --then")
+    family = build_family(settings)
+    folder = trained_folder(place, checkpoint, family)
+    target = out or run / "export" / (f"{run.name}-{to}.safetensors" if to in ("comfyui", "kohya") else to)
+    if target.exists():
+        raise ValueError(f"{target} already exists; choose another path with --out")
+    if settings.tuner.kind == "full":
+        if to not in ("diffusers", "merged"):
+            raise ValueError(f"--to: full fine-tuning has no adapter to export to {to}; use `merged`")
+        with atomic(target) as temporary:
+            shutil.copytree(folder, temporary)
+        return target
+    if settings.tuner.kind in KINDS:
+        base = family.load_denoiser(torch.float32) if to == "merged" else None
+        return lycoris.export(folder, to, target, base)
+    network = family.load_denoiser(torch.float32, meta=True)
+    parts = companions(network)
+    if parts and to not in ("diffusers", "merged"):
+        raise ValueError(f"--to: {to} cannot represent {', '.join(parts)}; use `diffusers` or `merged`")
+    adapter = read_adapter(folder, family, shapes=layer_shapes(network))
+    needed = to in ("merged", "kohya") or (to == "comfyui" and adapter.dora)
+    base = family.load_denoiser(torch.float32) if needed else None
+    if then is not None and base is not None:
+        merge_adapter(base, adapter)
+        adapter = read_adapter(then, family, shapes=layer_shapes(base), base=base)
+        if adapter.dora:
+            raise ValueError(
+                f"--then: {then} is a DoRA, which rescales the rows of the weights it is applied to and must "
+                "come first; merge it into the base model, and train on the result"
+            )
+    if not parts:
+        return export_adapter(adapter, to, target, family=family, base=base)  # type: ignore[arg-type]
+    own = {n: read_adapter(folder / n, family, shapes=layer_shapes(p)) for n, p in parts.items()}
+    with atomic(target) as whole:
+        for name, part in own.items():
+            if base is None:
+                shutil.copytree(folder / name, whole / name)
+                continue
+            encoder: Any = base.get_submodule(name)
+            merge_adapter(encoder, part)
+            encoder.save_pretrained(whole / name)
+            delattr(base, name)
+        main = whole / family.component if base is not None else whole
+        export_adapter(adapter, to, main, family=family, base=base)  # type: ignore[arg-type]
+    return target
+
+
+def _export_rgba_vae(
+    place: Run, settings: config.Config, to: str, out: Path | None, checkpoint: str | None
+) -> Path:
+    """Export the RGBA VAE of a run in the published layouts."""
+    family = build_family(settings)
+    folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / "codec"
+    target = out or place.folder / "export" / to
+    if target.exists():
+        raise ValueError(f"{target} already exists; choose another path with --out")
+    trained = rgba_vae_checkpoint.load(folder, family.load("vae", torch.float32))
+    return rgba_vae_published.export(trained, to, target)
+
+
+def import_adapter(
+    adapter: Path,
+    out: Path,
+    family: str,
+    checkpoint: str | None = None,
+    alpha: float | None = None,
+    dora_scale: str | None = None,
+) -> tuple[Path, Sequence[str]]:
+    """Convert an adapter of any known layout to diffusers, or a published RGBA VAE to a folder.
+
+    Args:
+        adapter: file or folder.
+        out: folder to write: an adapter, or an RGBA VAE if the file is one.
+        family: name of a model family.
+        checkpoint: base model; used to check shapes, and required if values in the file are relative to it.
+        alpha: alpha for files that store none.
+        dora_scale: `comfyui` or `merged`: the norm that the file's `dora_scale` is relative to.
+
+    Returns:
+        The written path, and notes for the user.
+
+    Raises:
+        ValueError: if the file is damaged or unknown, or if a tensor would be lost.
+    """
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"--alpha: {alpha:g} is not a finite number above 0")
+    if dora_scale not in (None, *get_args(DoraRule)):
+        rules = " or ".join(get_args(DoraRule))
+        raise ValueError(f"--dora-scale: `{dora_scale}` is not {rules}")
+    kind = families.get(family)
+    if rgba_vae_published.is_rgba_vae(adapter):
+        return _import_rgba_vae(adapter, out, family, checkpoint)
+    base = (
+        kind(config.Model(family=family, checkpoint=checkpoint)).load_denoiser(torch.float32)
+        if checkpoint
+        else None
+    )
+    _refuse_taken(out)
+    found = read_adapter(
+        adapter,
+        kind,
+        alpha=alpha,
+        shapes=layer_shapes(base) if base else None,
+        base=base,
+        dora_scale=dora_scale,  # type: ignore[arg-type]
+    )
+    path = export_adapter(found, "diffusers", out, family=kind, base=base)
+    layers = f"{len(found.modules)} layers, rank {', '.join(map(str, sorted(set(found.rank.values()))))}"
+    return path, [
+        f"{found.layout}: {layers}, {'DoRA' if found.dora else 'LoRA'}, alpha from {found.alpha_from}",
+        *found.notes,
+    ]
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ValueError(f"{out} exists and is not empty; choose another folder")
+
+
+def _import_rgba_vae(
+    path: Path, out: Path, family: str, checkpoint: str | None
+) -> tuple[Path, Sequence[str]]:
+    """Convert the decoders or the whole VAE of a published RGBA VAE to a folder of inlaid."""
+    if checkpoint is None:
+        raise ValueError(
+            f"{path}: an RGBA VAE, which extends the VAE of a checkpoint; pass it with --checkpoint, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    _refuse_taken(out)
+    base = families.get(family)(config.Model(family=family, checkpoint=checkpoint))
+    require_wan_vae(base)
+    return out, rgba_vae_published.convert(path, out, base.load("vae", torch.float32))

@@ -1,0 +1,106 @@
+"""LoRA and DoRA layers that keep less for the backward pass than peft's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlaid.networks import quantize
+
+ADAPTER = "default"
+"""Name of the trained adapter in peft."""
+
+
+def use_factor_norms(denoiser: nn.Module) -> None:
+    """Make every DoRA linear layer compute its norm from the factors.
+
+    peft computes B A through an identity matrix (in, in) and adds it to a copy of W, in each layer and pass.
+    The squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, whose largest
+    intermediate is W A^T (out, r). The result is equal up to rounding. It needs no gradient, because DoRA
+    treats the norm as a constant (Liu et al. 2024, section 4.3).
+    """
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    class FactoredDora(DoraLinearLayer):
+        def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, **_):  # noqa: N803
+            with torch.no_grad():
+                weight = quantize.dense(base_layer).to(lora_A.weight.dtype)
+                norm = row_norm(weight, lora_A.weight, lora_B.weight, scaling)
+            scale = (self.weight / norm).to(lora_A.weight.dtype)
+            if base_result is None:
+                base = nn.functional.linear(x, weight)
+            else:
+                base = base_result if base_layer.bias is None else base_result - base_layer.bias
+            return _Rescaled.apply(base, lora_A(x), lora_B.weight, scale, scaling)
+
+    for module in denoiser.modules():
+        if type(module) is DoraLinearLayer:
+            module.__class__ = FactoredDora
+
+
+def keep_inputs(denoiser: nn.Module) -> None:
+    """Make every low-rank linear layer save its input for the backward pass in the original dtype.
+
+    peft first casts the input to the dtype of the factors and so saves a float32 copy in each layer: six
+    times the size of one bfloat16 tensor for queries, keys and values alone. Casting again in the backward
+    pass gives bit-identical gradients.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    class FirstFactor(nn.Linear):
+        def forward(self, x):
+            return _Product.apply(x, self.weight)
+
+    for layer in denoiser.modules():
+        if isinstance(layer, LoraLayer) and type(layer.lora_A[ADAPTER]) is nn.Linear:
+            layer.lora_A[ADAPTER].__class__ = FirstFactor
+            layer.cast_input_dtype_enabled = False
+
+
+class _Product(torch.autograd.Function):
+    """x W^T in the dtype of W for x of any dtype; saves only x and W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        return (grads[0] @ weight).to(x.dtype), grad.T @ x.flatten(0, -2).to(weight.dtype)
+
+
+class _Rescaled(torch.autograd.Function):
+    """(m - 1) y + s m B h; saves y (..., out) and h (..., r), but not the product with B."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, m: Tensor, s: float) -> Tensor:
+        ctx.save_for_backward(y, h, b, m)
+        ctx.s = s
+        return (m - 1) * y + m * nn.functional.linear(h, b) * s
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y, h, b, m), (grad,) = ctx.saved_tensors, grads
+        scaled = grad * ctx.s
+        rows = (grad * y).flatten(0, -2).sum(0) + (scaled * nn.functional.linear(h, b)).flatten(0, -2).sum(0)
+        inner = (scaled * m).flatten(0, -2)
+        return (
+            ((m - 1) * grad).to(y.dtype),
+            (inner @ b).view_as(h),
+            inner.T @ h.flatten(0, -2),
+            rows,
+            None,
+        )
+
+
+def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """Return the row norms (out,) of W + s B A, float32, from W (out, in), A (r, in) and B (out, r)."""
+    w, a, b = weight, a.float(), b.float()
+    squared = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) ** 2
+    cross = ((w @ a.T.to(w.dtype)).float() * b).sum(1)
+    return (squared + 2 * s * cross + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()

@@ -1,0 +1,249 @@
+"""Describe a file or folder: adapter, RGBA VAE, cache, checkpoint, run or model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from inlaid.adapters.adapter import KINDS, METADATA_KEY, PEFT_WEIGHTS
+from inlaid.adapters.layers import some_of
+from inlaid.adapters.read import (
+    DORA_RULE_KEY,
+    _alphas,
+    _File,
+    _open,
+    _parse,
+    _problems,
+    load_safetensors,
+    split_block,
+)
+from inlaid.networks import rgba_vae_checkpoint
+from inlaid.networks.domain_embedding import EMBEDDING
+from inlaid.networks.rgba_vae_checkpoint import FILES
+
+if TYPE_CHECKING:
+    pass
+
+
+# --- inspection ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Contents of a file or folder."""
+
+    path: Path
+    kind: Literal[
+        "adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder", "codec"
+    ]
+    facts: Mapping[str, str]
+    """Properties by name, in display order."""
+    notes: Sequence[str] = ()
+    parts: Sequence[Inspection] = ()
+    """Inspections of the files in a folder."""
+
+
+def inspect_path(path: str | Path) -> Inspection:
+    """Inspect an adapter in any layout, a cached item, a checkpoint, a run or a model.
+
+    Loads no network.
+
+    Raises:
+        ValueError: if nothing is found, or a file is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _inspect_file(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    if (path / "model_index.json").is_file():
+        index = _json(path / "model_index.json")
+        parts = {k: str(v[1]) for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
+        rest = {k: str(v) for k, v in index.items() if not isinstance(v, list) and not k.startswith("_")}
+        facts = {"class": str(index.get("_class_name")), **parts, **rest, "size": _bytes(path)}
+        return Inspection(path, "pipeline", facts)
+    if (path / "config.json").is_file():
+        return _inspect_rgba_vae(path) if "codec_id" in _json(path / "config.json") else _inspect_model(path)
+    adapter = tuple(inspect_path(path / n) for n in ("adapter", "codec") if (path / n).is_dir())
+    if (path / "config.yaml").is_file():
+        steps = sorted(int(p.name[5:]) for p in path.glob("checkpoints/step-*") if p.name[5:].isdigit())
+        return Inspection(
+            path, "run", {"checkpoints": some_of(steps, 12) or "none", "size": _bytes(path)}, (), adapter
+        )
+    if (path / "state.json").is_file():
+        facts = {"step": str(_json(path / "state.json").get("step")), "size": _bytes(path)}
+        trainer = [_inspect_file(p) for p in sorted(path.glob("*.safetensors"))]
+        return Inspection(path, "checkpoint", facts, (), (*adapter, *trainer))
+    found = [_inspect_file(p) for p in sorted(path.glob("*.safetensors")) if p.name != EMBEDDING]
+    if not found:
+        raise ValueError(f"{path}: no adapter, cached item, checkpoint, run or model in this folder")
+    beside = tuple(_inspect_file(p) for p in sorted(path.glob(f"*/{PEFT_WEIGHTS}")))  # of `companions`
+    if len(found) == 1:
+        return replace(found[0], parts=beside)
+    return Inspection(path, "folder", {"size": _bytes(path)}, (), (*found, *beside))
+
+
+def describe(inspection: Inspection, indent: str = "") -> str:
+    """Format an inspection as text for a terminal."""
+    width = max(map(len, inspection.facts), default=0)
+    lines = [f"{indent}{inspection.path}: {inspection.kind}"]
+    lines += [f"{indent}  {k:<{width}}  {v}" for k, v in inspection.facts.items()]
+    lines += [f"{indent}  {note}" for note in inspection.notes]
+    lines += [describe(part, indent + "  ") for part in inspection.parts]
+    return "\n".join(lines)
+
+
+def _inspect_file(path: Path) -> Inspection:
+    if path.suffix == ".safetensors":
+        with load_safetensors(path) as file:
+            header = file.metadata() or {}
+            sizes = _sizes(file)
+    else:
+        state = _open(path).tensors
+        header, sizes = (
+            {},
+            {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in state.items()},
+        )
+    trainer = any(k.startswith("weights.") for k in sizes)
+    if not trainer and any(mark in k for k in sizes for mark in ("lora_", "dora_scale", "lokr_", "hada_")):
+        return _inspect_adapter(path)
+    facts = _summary(sizes) | {"size": _bytes(path)} | _texts(header)
+    if "inlaid_cache" in header:
+        return Inspection(path, "cached item", {k: f"{d} {list(s)}" for k, (s, d) in sizes.items()} | facts)
+    return Inspection(path, "tensors", facts)
+
+
+def _sizes(file: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and dtype of each tensor of an open safetensors file, without reading any data."""
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8", "I64": "int64"}
+    slices = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
+    return {
+        k: (tuple(s.get_shape()), names.get(str(s.get_dtype()), str(s.get_dtype())))
+        for k, s in slices.items()
+    }
+
+
+def _inspect_adapter(path: Path) -> Inspection:
+    from inlaid import families
+
+    file = _open(path)
+    if str(file.config.get("peft_type", "")).lower() in ("lokr", "loha"):
+        return _inspect_lycoris(file)
+    known = {name: families.get(name) for name in families.names()}
+    parsed = {name: _parse(file, family, ()) for name, family in known.items()}
+    any_family = next(iter(known.values()))
+    if path.name == PEFT_WEIGHTS and not any(p.parts for p in parsed.values()):
+        layers = file.config.get("target_modules") or ()
+        parsed = {f"none (adapter of {path.parent.name})": _parse(file, any_family, layers)}
+    most = max(len(p.parts) for p in parsed.values())
+    names = [n for n, p in parsed.items() if len(p.parts) == most]
+    sizes = {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in file.tensors.items()}
+    if not most:
+        notes = (f"matches no installed family ({', '.join(known)}); first tensor: {next(iter(sizes))}",)
+        return Inspection(
+            path, "adapter", _summary(sizes) | {"size": _bytes(path)} | _texts(file.header), notes
+        )
+    best = parsed[names[0]]
+    problems = _problems(best, known.get(names[0], any_family))
+    facts = {"family": " or ".join(names), "layout": best.layout, "modules": _modules(best.parts)}
+    if file.header.get("inlaid_alpha") == "joint":
+        vector = "no" if file.vector is None else f"yes, {file.vector.numel()} values"
+        facts |= {"transparency": f"joint, {file.config_from}" * bool(file.notes) or "joint"}
+        facts |= {"domain embedding": vector}
+    notes = [*best.notes, *(f"cannot be imported: {p}" for p in problems)]
+    if not problems:
+        alphas, sources = _alphas(best, None)
+        source = sources.most_common(1)[0][0]
+        facts["rank"] = _counted(p["A"].shape[0] for p in best.parts.values())
+        values = _counted(f"{a:g}" for a in alphas.values())
+        facts["alpha"] = (
+            f"{values}, from {source}" if source != "rank" else f"not stored; alpha = rank = {values} assumed"
+        )
+    kinds = {k for p in best.parts.values() for k in p}
+    relative = f"relative to {file.header.get(DORA_RULE_KEY, 'an unnamed norm')}; import needs the base model"
+    dora = "yes, magnitudes as in peft" if "magnitude" in kinds else f"yes, dora_scale {relative}"
+    facts["DoRA"] = dora if {"magnitude", "dora_scale"} & kinds else "no"
+    facts |= _summary(sizes) | {"size": _bytes(path)} | _texts(file.header)
+    return Inspection(path, "adapter", facts, tuple(notes))
+
+
+def _inspect_lycoris(file: _File) -> Inspection:
+    modules = {k.removeprefix("transformer.").rsplit(".", 1)[0]: None for k in file.tensors}
+    facts = {"kind": KINDS[file.config["peft_type"].lower()], "layout": "peft", "modules": _modules(modules)}
+    facts |= {"rank": str(file.config.get("r")), "alpha": str(file.config.get("alpha"))}
+    sizes = {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in file.tensors.items()}
+    facts |= _summary(sizes) | {"size": _bytes(file.path)} | _texts(file.header)
+    return Inspection(file.path, "adapter", facts)
+
+
+def _inspect_model(folder: Path) -> Inspection:
+    config = _json(folder / "config.json")
+    sizes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with load_safetensors(shard) as file:
+            sizes |= _sizes(file)
+    kind = str(config.get("_class_name") or ", ".join(config.get("architectures") or ["unknown"]))
+    facts = {"class": kind} | _summary(sizes) | {"size": _bytes(folder)}
+    settings = {
+        k: str(v) for k, v in config.items() if isinstance(v, int | float | str) and not k.startswith("_")
+    }
+    return Inspection(folder, "model", facts | settings)
+
+
+def _inspect_rgba_vae(folder: Path) -> Inspection:
+    said = rgba_vae_checkpoint.read_config(folder)
+    facts = {k: str(v) for k, v in said.items() if k not in ("colors", "format")}
+    parts = []
+    for part in said.get("parts", FILES):
+        with load_safetensors(folder / f"{FILES[part]}.safetensors") as file:
+            parts.append(Inspection(folder / f"{FILES[part]}.safetensors", "tensors", _summary(_sizes(file))))
+    return Inspection(folder, "codec", facts | {"size": _bytes(folder)}, (), tuple(parts))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def _summary(sizes: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, str]:
+    values = sum(math.prod(s) for s, _ in sizes.values())
+    return {"tensors": f"{len(sizes)}, {values:,} values", "types": _counted(d for _, d in sizes.values())}
+
+
+def _modules(parts: Mapping[str, object]) -> str:
+    blocks = sorted({int(s.split(".")[-2]) for s, _ in map(split_block, parts) if s})
+    whole = blocks == list(range(len(blocks)))
+    span = f" in {len(blocks)} blocks" + ("" if whole else f" ({some_of(blocks, 8)})") if blocks else ""
+    return f"{len(parts)}{span}: {some_of(sorted({leaf for _, leaf in map(split_block, parts)}), 12)}"
+
+
+def _counted(values: Iterable[object]) -> str:
+    counts = Counter(str(v) for v in values)
+    return ", ".join(v if len(counts) == 1 else f"{v} ({n})" for v, n in counts.most_common(6))
+
+
+def _texts(header: Mapping[str, str]) -> dict[str, str]:
+    texts = {
+        k: " ".join(v.split()) for k, v in header.items() if k not in (METADATA_KEY, "format", DORA_RULE_KEY)
+    }
+    return {k: v if len(v) <= 100 else f"{v[:97]}..." for k, v in texts.items()}
+
+
+def _bytes(path: Path) -> str:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    size = float(sum(p.stat().st_size for p in files))
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,83 @@
+"""Layers of a network that an adapter applies to: names, shapes, norms and low-rank products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlaid.adapters.adapter import Adapter
+
+if TYPE_CHECKING:
+    pass
+
+
+def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of all linear and convolution layers by name, with kernels flattened into `in`.
+
+    Also works on a network on the meta device.
+    """
+    return {
+        name.removesuffix(".base_layer"): (m.weight.shape[0], math.prod(m.weight.shape[1:]))
+        for name, m in denoiser.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and ".lora_" not in name
+    }
+
+
+def some_of(names: Iterable[object], most: int = 4) -> str:
+    names = [str(n) for n in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_fit(
+    adapter: Adapter,
+    layers: Mapping[str, tuple[int, int]],
+    where: object = "adapter",
+    widths: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    missing = [m for m in adapter.modules if m not in layers]
+    wrong: dict[tuple, str] = {}
+    for module in adapter.modules:
+        a, b = adapter.tensors[f"{module}.lora_A.weight"], adapter.tensors[f"{module}.lora_B.weight"]
+        own = (b.shape[0], math.prod(a.shape[1:]))
+        if module in layers and own != layers[module]:
+            wrong.setdefault((own, layers[module]), module)
+    problems = []
+    if wrong:
+        (own, theirs), module = next(iter(wrong.items()))
+        of, other = (f" ({widths[w]})" if w in widths else "" for w in (own[1], theirs[1]))
+        problems.append(
+            f"trained on a network of another size: {module} is {own[0]} x {own[1]}{of} in the adapter and "
+            f"{theirs[0]} x {theirs[1]}{other} in the network"
+        )
+    if missing:
+        count = f"{len(missing)} of the adapter's {len(adapter.modules)} layers"
+        problems.append(f"the network lacks {count} ({some_of(missing)})")
+    if problems:
+        raise ValueError(f"{where}: " + "; ".join(problems))
+
+
+def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Return the transformers models inside a denoiser by name; their adapters are stored in subfolders."""
+    from transformers import PreTrainedModel
+
+    return {name: child for name, child in denoiser.named_children() if isinstance(child, PreTrainedModel)}
+
+
+def low_rank_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return the update s B A in float32, (out, in) with kernels flattened."""
+    return scale * (b.float().flatten(1) @ a.float().flatten(1))
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Return the norm of each output row."""
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(1e-8)
+
+
+def base_layer(denoiser: nn.Module, module: str) -> Any:
+    layer = denoiser.get_submodule(module)
+    return getattr(layer, "base_layer", layer)

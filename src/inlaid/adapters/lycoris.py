@@ -1,0 +1,203 @@
+"""LoKr and LoHa (Yeh et al. 2023, https://arxiv.org/abs/2309.14859): faster layers, files, and a loader.
+
+The stock pipelines load neither, `transformer.load_lora_adapter` loads a LoKr, and nothing in diffusers loads
+a LoHa. The file layout is that of a LoRA: `pytorch_lora_weights.safetensors`, peft's names under
+`transformer.` and peft's configuration in the header, as `load_lora_adapter` expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlaid.adapters.adapter import WEIGHTS
+from inlaid.adapters.read import open_adapter
+from inlaid.adapters.write import adapter_header, write_network, write_tensors
+from inlaid.files import atomic
+
+KINDS = ("lokr", "loha")
+"""Values of `tuner.kind` that this module implements."""
+
+_CONFIG: Mapping[str, tuple[str, ...]] = {
+    "lokr": ("peft_type", "r", "alpha", "decompose_both", "decompose_factor", "use_effective_conv2d"),
+    "loha": ("peft_type", "r", "alpha", "use_effective_conv2d"),
+}
+"""Settings that change the function and are therefore stored in the header."""
+
+
+def factor(denoiser: nn.Module, name: str) -> None:
+    """Make linear layers with adapter `name` faster, with the same results up to rounding.
+
+    peft computes the update (out, in) in float32 in every pass. A Kronecker product need not be materialized:
+    (w1 x w2) x is two small products. The update of LoHa must be, and is applied in the dtype of the
+    activations. peft's random choice of layers (off by default) is dropped, so that a layer is one graph.
+    """
+    from peft.tuners.loha.layer import Linear as LoHaLinear
+    from peft.tuners.lokr.layer import Linear as LoKrLinear
+
+    class FactoredLoKr(LoKrLinear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters or self.merged:
+                return super().forward(x, *args, **kwargs)
+            w1, rest = self.lokr_w1[name], x.to(self.lokr_w1[name].dtype).unflatten(-1, (-1, self.split))
+            if name in self.lokr_w2:
+                rest = F.linear(rest, self.lokr_w2[name])
+            else:
+                rest = F.linear(F.linear(rest, self.lokr_w2_b[name]), self.lokr_w2_a[name])
+            update = (w1 @ rest).flatten(-2) * self.scaling[name]
+            return self.base_layer(x, *args, **kwargs) + update.to(x.dtype)
+
+        @property
+        def split(self) -> int:
+            """Number of columns of the second factor."""
+            return (self.lokr_w2 if name in self.lokr_w2 else self.lokr_w2_b)[name].shape[1]
+
+    class FactoredLoHa(LoHaLinear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters or self.merged:
+                return super().forward(x, *args, **kwargs)
+            one, two = (
+                getattr(self, f"hada_w{i}_a")[name] @ getattr(self, f"hada_w{i}_b")[name] for i in (1, 2)
+            )
+            update = F.linear(x, (one * two * self.scaling[name]).to(x.dtype))
+            return self.base_layer(x, *args, **kwargs) + update
+
+    for module in denoiser.modules():
+        if type(module) is LoKrLinear and name in module.lokr_w1:
+            module.__class__ = FactoredLoKr
+        elif type(module) is LoHaLinear and name in module.hada_w1_a:
+            module.__class__ = FactoredLoHa
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    peft_config: Mapping[str, Any],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write a LoKr or LoHa adapter.
+
+    Args:
+        folder: created if missing.
+        tensors: tensors by name, such as `<module>.lokr_w1`.
+        peft_config: `LoKrConfig` or `LoHaConfig` as a mapping.
+        metadata: additional header entries.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+    kind = str(peft_config["peft_type"]).rsplit(".")[-1].lower()
+    modules = sorted({key.rsplit(".", 1)[0] for key in tensors})
+    config = {k: peft_config[k] for k in _CONFIG[kind]} | {
+        "peft_type": kind.upper(),
+        "target_modules": modules,
+    }
+    path = folder / WEIGHTS
+    named = {f"transformer.{k}": tensors[k] for k in sorted(tensors)}
+    write_tensors(path, named, {**metadata, **adapter_header(config)})
+    return path
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return tensors and configuration of a LoKr or LoHa written by `write` or peft; None for other adapters.
+
+    Raises:
+        ValueError: if the file is damaged, or stores no peft configuration.
+    """
+    tensors, config, file = open_adapter(path)
+    if not any(mark in key for key in tensors for mark in ("lokr_", "hada_")):
+        return None
+    kind = str(config.get("peft_type", "")).rsplit(".")[-1].lower()
+    if kind not in KINDS:
+        raise ValueError(
+            f"{file}: a LyCORIS adapter without peft's configuration in the header, so its alpha is unknown: "
+            "merge it with LyCORIS"
+        )
+    wild = [k for k, t in tensors.items() if not t.isfinite().all()]
+    if wild:
+        raise ValueError(
+            f"{file}: {len(wild)} tensors contain NaN or infinity, such as {wild[0]}: use another checkpoint"
+        )
+    return {k.removeprefix("transformer."): t for k, t in tensors.items()}, dict(config)
+
+
+def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
+    """Load a LoKr or LoHa into a network; return False for other adapters.
+
+    On a meta network this only checks that the adapter fits.
+
+    Raises:
+        ValueError: if the file is damaged, or a tensor does not fit the network.
+    """
+    import peft
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    found = read(path)
+    if found is None:
+        return False
+    tensors, config = found
+    kind = config["peft_type"].rsplit(".")[-1].lower()
+    options = {k: config[k] for k in (*_CONFIG[kind][1:], "target_modules") if k in config}
+    make = peft.LoKrConfig if kind == "lokr" else peft.LoHaConfig
+    missing = set(options["target_modules"]) - {n for n, _ in denoiser.named_modules()}
+    if missing:
+        raise ValueError(
+            f"{path}: trained on another network: this one has no {', '.join(sorted(missing)[:4])}"
+        )
+    denoiser.add_adapter(make(**options), adapter_name=name)  # type: ignore[operator]
+    mine = get_peft_model_state_dict(denoiser, adapter_name=name)
+    wrong = sorted(tensors.keys() ^ mine.keys())
+    wrong += [k for k in sorted(tensors.keys() & mine.keys()) if tensors[k].shape != mine[k].shape]
+    if wrong:
+        raise ValueError(
+            f"{path}: trained on another network: {len(wrong)} tensors do not fit, such as {wrong[0]}"
+        )
+    if not next(iter(mine.values())).is_meta:
+        set_peft_model_state_dict(denoiser, dict(tensors), adapter_name=name)
+        factor(denoiser, name)
+    return True
+
+
+def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
+    """Export an adapter: a copy for `diffusers`, or merged into `base` for `merged`.
+
+    Args:
+        path: folder of the adapter.
+        to: a `formats.Target`.
+        out: folder to write.
+        base: for `merged`, network without adapters in float32; merged in place.
+
+    Raises:
+        ValueError: if `to` is a layout for LoRA and DoRA only.
+    """
+    found = read(path)
+    assert found
+    kind = found[1]["peft_type"].lower()
+    if to in ("comfyui", "kohya"):
+        raise ValueError(f"--to: the {to} layout supports LoRA and DoRA only; export this {kind} as merged")
+    if to == "merged":
+        assert base is not None
+        merge(base, path)
+        return write_network(out, base)
+    with atomic(out) as folder:
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes())
+    return out / WEIGHTS
+
+
+@torch.no_grad()
+def merge(base: nn.Module, path: Path) -> None:
+    """Merge an adapter into a network of float32 weights, in place."""
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    load(base, path)
+    for module in base.modules():
+        if isinstance(module, LycorisLayer):
+            module.merge()
+    base.unload_lora()  # type: ignore[operator]

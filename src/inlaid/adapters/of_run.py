@@ -1,0 +1,71 @@
+"""The adapter that a run has trained: find it, validate it, load it into a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlaid import families
+from inlaid.adapters import lycoris
+from inlaid.adapters.layers import companions, layer_shapes
+from inlaid.adapters.merge import attach_adapter
+from inlaid.adapters.read import read_adapter
+from inlaid.console import say
+from inlaid.runs.folder import Run, read_header
+
+BASE = "base"
+"""Checkpoint name of the base model."""
+
+
+def trained_folder(run: Run, checkpoint: str | None, family: families.Family) -> Path:
+    """Return the folder of the trained weights of a run or of one of its checkpoints.
+
+    Adapters are validated here, before anything large is loaded: a pipeline would reject them late or not at
+    all.
+
+    Raises:
+        ValueError: if nothing is trained yet, or the adapter is damaged or belongs to a different network.
+    """
+    if checkpoint is not None:
+        folder = run.checkpoint(checkpoint) / "adapter"
+    elif run.adapter.is_dir():
+        folder = run.adapter
+    elif run.checkpoints():
+        newest = run.checkpoints()[-1]
+        say(f"the run is not finished; using checkpoint {newest.name}")
+        folder = newest / "adapter"
+    else:
+        raise ValueError(
+            f"{run.folder}: nothing is trained yet; run `inlaid train` first, or use --checkpoint base"
+        )
+    if run.config().tuner.kind != "full":
+        network = family.load_denoiser(torch.float32, meta=True)
+        if not lycoris.load(network, folder):
+            read_adapter(folder, family, shapes=layer_shapes(network))
+            for name, part in companions(network).items():
+                read_adapter(folder / name, family, shapes=layer_shapes(part))
+        try:
+            for file in folder.glob("*.safetensors"):
+                family.accept(read_header(file))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+    return folder
+
+
+def load_into_pipeline(family: families.Family, pipeline: Any, folder: Path) -> None:
+    """Load an adapter into a stock pipeline, under the name `inlaid`.
+
+    Raises:
+        ValueError: if the pipeline does not accept the adapter.
+    """
+    network = getattr(pipeline, family.component)
+    if not lycoris.load(network, folder):
+        family.load_adapter(pipeline, folder)
+        for name, part in companions(network).items():
+            attach_adapter(part, read_adapter(folder / name, family, shapes=layer_shapes(part)))
+    if not pipeline.get_list_adapters():
+        raise ValueError(
+            f"{folder}: the pipeline loaded no weights from it; `inlaid inspect {folder}` lists its content"
+        )

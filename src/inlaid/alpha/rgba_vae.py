@@ -1,0 +1,207 @@
+"""Training of an RGBA VAE: a family whose network is the RGBA VAE itself and whose items are pixels.
+
+The training loop is the same. An item is a clip as straight RGBA uint8, so no video is decoded after the
+cache is built. The frozen encoder runs in the training step, because each step samples a new background color
+for each clip. There is no text and no noise level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inlaid import config as recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from inlaid.networks.rgba_vae import RgbaVae
+
+
+class RgbaVaeTraining:
+    """Mixin before `Wan` for recipes with an `rgba_vae` section."""
+
+    channels = 4
+    encoders: Mapping[str, Sequence[str]] = {"media": (), "text": ()}
+    images: Sequence[str] = ()
+    media_key = ("pixels",)
+    bytewise = ("latents",)
+
+    def __init__(self, model: recipe.Model, section: recipe.Codec) -> None:
+        super().__init__(model)  # type: ignore[call-arg]
+        require_wan_vae(self)
+        self.codec = section
+        self.images = ()
+
+    def about(self) -> dict[str, str]:
+        """Return the metadata of trained files (`Family.about`)."""
+        return {"inlaid_base": self.name}  # type: ignore[attr-defined]
+
+    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of `latents`, which are the pixels: (4, t, h, w)."""
+        return {"latents": (4, frames, height, width)}
+
+    def load_media_encoder(self, device: torch.device) -> None:
+        """Return None: pixels are cached without encoding."""
+
+    def encode_media(self, encoder: None, frames: np.ndarray) -> dict[str, Tensor]:
+        """Return pixels uint8 (t, h, w, 4) as `latents` uint8 (4, t, h, w)."""
+        import numpy as np
+        import torch
+
+        if frames.shape[-1] != 4:
+            raise ValueError(
+                "clip without alpha: an RGBA VAE trains on RGBA clips; use a file with an alpha channel, or "
+                "a pair NAME_rgb and NAME_alpha in one folder"
+            )
+        return {"latents": torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))}
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Return None: an RGBA VAE has no text input."""
+
+    def encode_text(self, encoder: None, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return an empty mapping for each caption."""
+        return [{} for _ in captions]
+
+    def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return no conditions."""
+        return {}
+
+    def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> RgbaVae:
+        """Load the RGBA VAE in float32 from `folder` or `rgba_vae.init_from`, or create an untrained one."""
+        import diffusers
+        import torch
+
+        from inlaid.networks import rgba_vae_checkpoint
+
+        start = folder or (Path(self.codec.start) if self.codec.start else None)
+        if meta:
+            with torch.device("meta"):
+                vae = diffusers.AutoencoderKLWan.from_config(self.vae)  # type: ignore[attr-defined]
+                return rgba_vae_checkpoint.new(vae, self.codec.rank, 0)
+        vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
+        if start is None:
+            return rgba_vae_checkpoint.new(vae, self.codec.rank, 0)
+        loaded = rgba_vae_checkpoint.load(locate_rgba_vae(str(start)), vae)
+        if self.codec.train == "merge" and not any(b.any() for b in loaded.alpha.b):
+            raise ValueError(
+                f"rgba_vae.init_from: the decoders of {start} are untrained and cannot decode alpha; set "
+                "rgba_vae.train: merge+decoders"
+            )
+        return loaded
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Return reconstructed color and alpha (n, 4, t, h, w), about [-1, 1], of pixels of any dtype."""
+        import torch
+
+        codec: Any = denoiser
+        video = x_t.to(codec.merge.conv_in.weight.dtype)
+        rgb, alpha = codec.decode(codec.encode(video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)))
+        return torch.cat([rgb, alpha.mean(1, keepdim=True)], 1)
+
+    def problems(self, config: recipe.Config) -> list[str]:
+        """Return problems of sizes, of the perceptual network's file and of `rgba_vae.init_from`."""
+        found = [
+            f"data: {p}"
+            for frames in config.data.frames
+            for p in self.grid.problems(frames, *config.data.size)  # type: ignore[attr-defined]
+        ]
+        try:
+            if self.codec.start:
+                from inlaid.networks import rgba_vae_checkpoint
+
+                rgba_vae_checkpoint.read_config(locate_rgba_vae(self.codec.start))
+            if self.codec.perceptual != "none":
+                perceptual_file(self.codec.perceptual)
+        except ValueError as error:
+            found.append(f"rgba_vae: {error}")
+        return found
+
+
+def require_wan_vae(family: Any) -> None:
+    """Check that merged alpha supports the VAE of a family.
+
+    Raises:
+        ValueError: if the VAE is not the 16-channel VAE of Wan.
+    """
+    vae = getattr(family, "vae", None) or {}
+    z = vae.get("z_dim")
+    if vae.get("_class_name") != "AutoencoderKLWan" or z != 16 or vae.get("patch_size"):
+        has = f"{family.model.checkpoint} has {z} channels" if z else f"{family.model.family} has another VAE"
+        raise ValueError(
+            "alpha.kind: merged alpha requires the 16-channel VAE of Wan 2.1 or Wan 2.2 A14B; "
+            f"{has}: use alpha.kind=joint, or another checkpoint"
+        )
+
+
+def locate_rgba_vae(codec: str) -> Path:
+    """Return the folder of an RGBA VAE: a folder, a run that trained one, or `tiny:wan`, shipped with inlaid.
+
+    Raises:
+        ValueError: if it does not exist.
+    """
+    from inlaid import tiny
+
+    if codec.startswith("twin:"):
+        return tiny.rgba_vae_path(codec.removeprefix("twin:"))
+    path = Path(codec).expanduser()
+    if (path / "codec" / "config.json").is_file() and not (path / "merge.safetensors").is_file():
+        return path / "codec"
+    if not path.is_dir():
+        raise ValueError(
+            f"{codec} is not a folder: use a run that trained an RGBA VAE, a folder from `inlaid import`, "
+            "or tiny:wan"
+        )
+    return path
+
+
+def perceptual_file(name: str) -> Path:
+    """Return the file of a perceptual network: a local path, or `OWNER/NAME/FILE` on the Hub.
+
+    Raises:
+        ValueError: if it is not found or cannot be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    parts = name.split("/")
+    how = "use the path of torchvision's vgg16 file, OWNER/NAME/FILE on the Hub, or none"
+    if len(parts) < 3 or name.startswith((".", "/", "~")):
+        raise ValueError(f"perceptual: {name} does not exist; {how}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    except Exception as error:
+        raise ValueError(
+            f"perceptual: {name} is not a local file and could not be downloaded from the Hub "
+            f"({type(error).__name__}); {how}"
+        ) from None
+
+
+def rgba_vae_card(config: recipe.Config, section: recipe.Codec, base: str, step: int) -> str:
+    """Return the README of an RGBA VAE's folder."""
+    data, optim = config.data, config.optim
+    settings = {
+        "VAE of": base,
+        "steps": step,
+        "samples seen": step * config.train.batch * config.train.accumulate,
+        "trained": section.train,
+        "rank of the decoders": section.rank,
+        "loss": section.loss + (", without perceptual terms" if section.perceptual == "none" else ""),
+        "largest alpha treated as transparent": f"{section.alpha_eps:.4f}",
+        "size": f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames",
+        "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
+    }
+    lines = [
+        "---\nlibrary_name: inlaid\ntags: [inlaid, wan, rgba, vae]\n---\n",
+        f"# RGBA VAE for the VAE of {base}\n",
+        "A merge block and two low-rank decoders that store color and alpha of a clip in one latent.\n",
+        "```yaml\nalpha: {kind: merged, vae: path/to/this/folder}\n```\n",
+        "| setting | value |\n|---|---|",
+        *[f"| {k} | {v} |" for k, v in settings.items()],
+    ]
+    return "\n".join(lines) + "\n"

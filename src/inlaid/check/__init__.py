@@ -1,0 +1,1 @@
+"""Before training: checks, memory and time estimates, new recipes."""

@@ -1,0 +1,377 @@
+"""`inlaid check`: report sources, problems, buckets and an estimate of memory and time.
+
+Loads no weights. Reads the header and the end of every clip, and a few whole windows for the contact sheet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from inlaid import config as recipe
+from inlaid import families
+from inlaid.alpha.opening import build_family
+from inlaid.check.estimate import Estimate, estimate_recipe
+from inlaid.console import progress
+from inlaid.data.modality import Modality, modality_of
+from inlaid.data.plan import Plan, SourceReport, describe_plan
+from inlaid.data.problems import Problem
+from inlaid.data.sampler import make_sampler
+from inlaid.files import atomic
+from inlaid.media.kinds import MediaError
+from inlaid.media.rgba import AlphaStats
+from inlaid.runs.launch import Devices, resolve_devices
+from inlaid.training import memory
+
+ROWS = 12
+"""Maximum number of rows on the contact sheet and in the table of alpha statistics."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Windows of one shape."""
+
+    frames: int
+    height: int
+    width: int
+    train: int
+    """Number of training windows."""
+    held_out: int
+    """Number of validation windows."""
+    batches: int
+    """Batches per epoch, with repeats and weights."""
+    latent: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of `inlaid check`."""
+
+    run: str
+    family: str
+    checkpoint: str
+    steps: int
+    clips: int
+    problems: list[Problem]
+    """Problems of clips and sources."""
+    mistakes: list[str]
+    """Problems of the recipe with this checkpoint."""
+    sources: list[SourceReport]
+    buckets: list[Bucket]
+    estimate: Estimate | None
+    """None if the recipe has mistakes or if there are no training windows."""
+    notes: list[str] = field(default_factory=list)
+    alphas: dict[str, AlphaStats] = field(default_factory=dict)
+    """Alpha statistics by clip name; empty unless the run is transparent."""
+    contact_sheet: str | None = None
+    medium: str = "video"
+
+    @property
+    def ok(self) -> bool:
+        """True if training can start: no mistakes in the recipe and no errors in the data."""
+        return not self.mistakes and not any(p.severity == "error" for p in self.problems)
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        peak = {} if self.estimate is None else {"peak": self.estimate.peak}
+        out = {"ok": self.ok, **asdict(self)}
+        if self.estimate is not None:
+            out["estimate"] = {**out["estimate"], **peak}
+        return json.dumps(out, indent=2, ensure_ascii=False)
+
+
+def check_recipe(config: recipe.Config) -> Report:
+    """Check the data and the recipe; write `report.json` and `contact_sheet.png` to `RUN/check`.
+
+    Raises:
+        ValueError: if the family is unknown or the checkpoint's configuration cannot be read.
+    """
+    family = build_family(config)
+    medium = modality_of(family.medium)
+    with progress("look", 1, medium.one) as advance:
+        plan = medium.plan(config, family, lambda done, of: advance(done=done, total=of))
+    mistakes = family.problems(config)
+    buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
+    estimate, notes = None, _notes(config, family, plan)
+    if buckets:
+        try:
+            estimate, more = _estimate(config, family, plan, buckets)
+            notes += more
+        except ValueError as error:
+            mistakes.append(str(error))
+    folder = Path(config.run) / "check"
+    report = Report(
+        run=config.run,
+        family=config.model.family,
+        checkpoint=config.model.checkpoint,
+        steps=config.train.steps,
+        clips=sum(s.clips for s in plan.sources),
+        problems=plan.problems,
+        mistakes=mistakes,
+        sources=plan.sources,
+        buckets=buckets,
+        estimate=estimate,
+        notes=notes,
+        alphas={c.name: plan.alphas[c.path] for c in plan.clips if c.path in plan.alphas},
+        medium=family.medium,
+    )
+    if plan.train:
+        sheet, damaged = _contact_sheet(config, medium, plan, folder / "contact_sheet.png")
+        report = replace(report, contact_sheet=sheet or None, problems=[*damaged, *report.problems])
+    with atomic(folder / "report.json") as part:
+        part.write_text(report.to_json(), "utf-8")
+    return report
+
+
+def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list[Bucket]:
+    train, held_out = (Counter(w.shape for w in part) for part in (plan.train, plan.held_out))
+    sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
+    epoch = (sampler.batch(k) for k in range(len(sampler)))
+    batches = Counter(plan.train[rows[0]].shape for rows in epoch)
+    return [
+        Bucket(*s, train[s], held_out[s], batches[s], family.shapes(*s)["latents"], family.tokens(*s))
+        for s in sorted({*train, *held_out}, key=lambda s: (s[0], s[2] / s[1]))
+    ]
+
+
+def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
+    """Return notes that are not problems."""
+    notes = family.notes(config)
+    if not plan.train:
+        return notes
+    clips = {w.clip.path for w in (*plan.train, *plan.held_out)}
+    if not plan.held_out:
+        few = f"there are only {len(clips)} {plan.noun}s"
+        why = "data.validation is 0" if not config.data.held_out else few
+        notes.append(f"no validation {plan.noun}s ({why}): no validation loss is computed")
+    sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
+    epochs = config.train.steps * config.train.accumulate / len(sampler)
+    notes.append(
+        f"{config.train.steps:,} steps are {epochs:,.1f} epochs of {len(sampler):,} batches, on one device"
+    )
+    ready = sum(bool(w.clip.embedding) for w in (*plan.train, *plan.held_out))
+    if ready:
+        image = ", their image latents lack the noise that is added before encoding" if family.images else ""
+        notes.append(
+            f"{ready} windows are precomputed latents: their size and length are fixed{image}, and they are "
+            "not on the contact sheet"
+        )
+    assumed = sum(p.untagged for p in plan.probes.values())
+    if assumed:
+        notes.append(
+            f"{assumed} of {len(plan.probes)} files do not specify a color matrix: BT.601 is assumed below "
+            "720 lines, else BT.709"
+        )
+    return notes
+
+
+def _estimate(
+    config: recipe.Config, family: families.Family, plan: Plan, buckets: Sequence[Bucket]
+) -> tuple[Estimate, list[str]]:
+    import torch
+
+    notes: list[str] = []
+    try:
+        place = resolve_devices(config, Devices.here())
+        device, precision, optimizer = torch.device(place.device), place.precision, place.optimizer
+        notes += [*place.notes, *memory.problems(config, device, precision)]
+    except ValueError as error:
+        device, optimizer = torch.device("meta"), config.optim.name
+        precision = torch.float32 if config.runtime.precision == "float32" else torch.bfloat16
+        notes.append(f"{error}; memory is estimated in {precision}".replace("torch.", ""))
+    shapes = {(b.frames, b.height, b.width): b for b in buckets}
+    windows = (*plan.train, *plan.held_out)
+    estimate = estimate_recipe(
+        family,
+        config,
+        {s: b.batches for s, b in shapes.items() if b.batches},
+        {s: b.train + b.held_out for s, b in shapes.items()},
+        sorted({str(w.words) for w in windows} | set(config.sample.prompts)),
+        device=device,
+        precision=precision,
+        optimizer=optimizer,
+    )
+    if estimate.capacity and estimate.peak > 0.95 * estimate.capacity:
+        notes.append(
+            f"training needs about {_bytes(estimate.peak)} and {estimate.device} has "
+            f"{_bytes(estimate.capacity)}: {_memory_savings(config)}"
+        )
+    return estimate, notes
+
+
+def _memory_savings(config: recipe.Config) -> str:
+    ways = [] if config.memory.gradient_checkpointing else ["set memory.gradient_checkpointing=true"]
+    ways += ["lower train.batch and raise train.accumulate"] if config.train.batch > 1 else []
+    ways += ["train an adapter (tuner.kind=lora)"] if isinstance(config.tuner, recipe.Full) else []
+    return ", ".join([*ways, "use a smaller data.size or fewer data.frames"])
+
+
+def _contact_sheet(
+    config: recipe.Config, medium: Modality, plan: Plan, path: Path
+) -> tuple[str, list[Problem]]:
+    """Draw evenly spaced windows as read for training; return the path and problems of unreadable windows."""
+    there = [w for w in plan.train if not w.clip.embedding]
+    picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
+    rows, problems = [], []
+    with progress("contact sheet", len(picked), medium.one) as advance:
+        for window in picked:
+            try:
+                rows.append((window, window.read()))
+            except MediaError as error:
+                problems.append(
+                    Problem("error", error.code, window.clip.name, error.cause, window.clip.source)
+                )
+            finally:
+                advance()
+    if not rows:
+        return "", problems
+    title = f"Training data of {config.run} ({len(rows)} of {len(plan.train)} {medium.columns[2]})"
+    medium.sheet(rows, path, title)
+    return str(path), problems
+
+
+# --- printing ---------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print a report: sources, buckets, estimate, notes, and problems last."""
+    console.print(Text.assemble(("check ", "bold"), f"{report.run}: {report.family}, {report.checkpoint}\n"))
+    rows = [
+        (
+            _short(s.path),
+            s.layout,
+            s.clips,
+            s.usable,
+            s.windows,
+            s.held_out,
+            f"{s.seconds:.1f}",
+            f"{s.shown:g}",
+        )
+        for s in report.sources
+    ]
+    examples = f"{modality_of(report.medium).one}s"
+    columns = ("source", "layout", examples, "usable", "windows", "validation set", "seconds", "shown")
+    console.print(_table(columns, rows))
+    for source in report.sources:
+        console.print(Text(f"  {_short(source.path)} is read as {source.layout}: {source.why}", "dim"))
+    console.print()
+    if report.buckets:
+        rows = [
+            (
+                b.frames,
+                _by((b.height, b.width)),
+                b.train,
+                b.held_out,
+                b.batches,
+                _by(b.latent),
+                f"{b.tokens:,}",
+            )
+            for b in report.buckets
+        ]
+        length, size, count = modality_of(report.medium).columns
+        columns = (length, size, count, "validation set", "batches", "latent", "tokens")
+        console.print(_table(columns, rows))
+    if report.alphas:
+        _print_alphas(report.alphas, console)
+    if report.estimate is not None:
+        _print_estimate(report.estimate, report.steps, console)
+    for note in report.notes:
+        console.print(Text(f"note: {note}", "cyan"))
+    for severity, style in (("warning", "yellow"), ("error", "red")):
+        found = [p for p in report.problems if p.severity == severity]
+        for line in describe_plan(found, report.clips, shown=8, noun=modality_of(report.medium).one):
+            console.print(Text(f"{severity}: {line}", style))
+    for mistake in report.mistakes:
+        console.print(Text(f"error: {mistake}", "red"))
+    if report.contact_sheet:
+        console.print(Text(f"\ncontact sheet: {report.contact_sheet}"))
+    errors = len(report.mistakes) + sum(p.severity == "error" for p in report.problems)
+    warnings = sum(p.severity == "warning" for p in report.problems)
+    counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    verdict, style = ("ready to train", "bold green") if report.ok else ("not ready", "bold red")
+    console.print(Text(f"{verdict}: {counts}", style))
+
+
+def _print_alphas(alphas: Mapping[str, AlphaStats], console: Console) -> None:
+    """Print alpha statistics, measured as stored: the first clips and the mean of all clips."""
+    rows = [(_short(name), *_alpha_cells(a), a.looks) for name, a in list(alphas.items())[:ROWS]]
+    if len(alphas) > 1:
+        mean = [sum(getattr(a, key) for a in alphas.values()) / len(alphas) for key in _SHARES]
+        left = len(alphas) - len(rows)
+        rows.append(
+            (f"all {len(alphas)}", *(f"{v:.1%}" for v in mean), "", f"{left} more clips" if left else "")
+        )
+    columns = ("alpha", "coverage", "soft", "residue", "color where transparent", "range", "looks")
+    console.print(_table(columns, rows))
+    console.print()
+
+
+_SHARES = ("coverage", "soft", "residue", "colored")
+
+
+def _alpha_cells(found: AlphaStats) -> list[str]:
+    return [*(f"{getattr(found, key):.1%}" for key in _SHARES), f"{found.lowest}-{found.highest}"]
+
+
+def _short(path: str) -> str:
+    parts = Path(path).parts
+    return path if len(path) <= 30 or len(parts) < 3 else str(Path("…", *parts[-2:]))
+
+
+def _by(numbers: Iterable[int]) -> str:
+    return " x ".join(map(str, numbers))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        left = column in ("source", "layout", "size", "image size", "latent", "alpha", "looks")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+def _print_estimate(estimate: Estimate, steps: int, console: Console) -> None:
+    rows = [(name, _bytes(size)) for name, size in estimate.memory.items() if size]
+    rows += [("memory while training", f"{_bytes(estimate.peak)} on {estimate.device}")]
+    rows += [
+        ("cache on disk", f"{_bytes(sum(estimate.cache.values()))} (clips {_bytes(estimate.cache['clips'])})")
+    ]
+    if estimate.seconds:
+        rows += [("one step", " to ".join(_time(s) for s in estimate.seconds))]
+        rows += [(f"all {steps:,} steps", " to ".join(_time(s * steps) for s in estimate.seconds))]
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_row()
+    for name, value in rows:
+        style = "dim" if name in estimate.memory else "bold"
+        table.add_row(Text(name, style), Text(value, style))
+    console.print(table)
+    for line in estimate.how:
+        console.print(Text(f"  {line}", style="dim"))
+    console.print()
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.1f} GB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,483 @@
+"""Estimate of a run's parameters, memory, disk space and time, before anything is downloaded or loaded.
+
+The network is built on the meta device, the tuner is attached, and one forward and backward pass runs on
+shapes alone, with gradient checkpointing. The lifetime of every tensor is tracked and the operations are
+counted. The speed of the device is measured with matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from inlaid import config as recipe
+from inlaid.adapters import tuners
+from inlaid.families import Family
+from inlaid.networks import quantize
+from inlaid.networks.quantize import CASTS, GROUP
+from inlaid.training.memory import checkpoint
+
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "adamw4bit": 1.06, "prodigy": 16.0}
+"""Bytes of optimizer state per trained weight: two moments, plus scales if quantized; Prodigy: four."""
+
+QUANTIZED_BYTES = {"int8": 1.0, "float8": 1.0, "int4": 0.5, "nf4": 0.5}
+"""Bytes per weight of a quantized layer, without scales."""
+
+USED = (0.25, 0.7)
+"""Range of training speed relative to large matrix products: high overhead to very good kernels."""
+
+SMALL = 0.05
+"""Seconds per step below which overhead dominates and no time is estimated."""
+
+WORDS_TO_TOKENS = 1.5
+
+TEXT_WIDTHS = ("text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim")
+"""Keys of a network's configuration for the width of its text input."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Peak bytes and floating-point operations of one micro-batch, forward and backward."""
+
+    activations: int
+    """Bytes alive at the peak, except weights, their gradients and the optimizer state."""
+    gradients: int
+    """Bytes of the gradients of trained weights that exist at the peak, in float32."""
+    linear: float
+    attention: float
+    """Operations of self-attention, quadratic in the number of tokens."""
+    across: float
+    """Operations of cross-attention from tokens to text of fixed length."""
+
+
+class _Attention(torch.autograd.Function):
+    """Stand-in for fused attention: keeps queries, keys, values and output, not the attention matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[[float], None]) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        ctx.note = note
+        note(1.0)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _ = ctx.saved_tensors
+        ctx.note(2.0)
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), None
+
+
+class _Fused:
+    """Context manager that replaces attention with `_Attention` and counts its operations.
+
+    Also covers checkpointed blocks. A `TorchFunctionMode` would miss the recomputation in the backward pass.
+    """
+
+    def __init__(self, video: int, text: int) -> None:
+        self.video, self.text = video, text
+        self.counts = {"attention": 0.0, "across": 0.0}
+
+    def __enter__(self) -> None:
+        self._real = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._call
+
+    def __exit__(self, *_: object) -> None:
+        F.scaled_dot_product_attention = self._real
+
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        products = 4.0 * query.numel() * key.shape[-2]
+        asking, asked = query.shape[-2], key.shape[-2]
+        all_pairs = min(asking, asked) >= self.video and asked != self.text
+        name = "attention" if asking == asked or all_pairs else "across"
+
+        def note(times: float) -> None:
+            self.counts[name] += times * products
+
+        return _Attention.apply(query, key, value, note)
+
+
+class _Ledger(TorchDispatchMode):
+    """Dispatch mode that tracks the bytes of all created tensors and their peak, and counts operations.
+
+    torch's `FlopCounterMode` is not used: its module hooks keep tensors alive.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.live = {t.untyped_storage()._cdata for t in known}
+        self.now = self.gradients = 0
+        self.flops = 0.0
+        self.worst = (0, 0)
+        """Total bytes at the peak, and the bytes of gradients among them."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.live:
+                    self.live.add(key)
+                    weakref.finalize(storage, self.free, key, size)
+                    self.add(size)
+        return out
+
+    def add(self, size: int) -> None:
+        """Record `size` new live bytes and update the peak."""
+        self.now += size
+        if self.now > self.worst[0]:
+            self.worst = (self.now, self.gradients)
+
+    def free(self, key: int, size: int) -> None:
+        """Record that a storage was freed."""
+        self.live.discard(key)
+        self.now -= size
+
+    def gradient(self, parameter: Tensor) -> None:
+        """Record a finished gradient, as float32 regardless of the precision of the simulated pass."""
+        assert parameter.grad is not None
+        self.gradients += parameter.numel() * 4
+        self.add(parameter.numel() * 4 - parameter.grad.nbytes)
+
+
+def _drop(parameter: Tensor) -> None:
+    """Free a gradient after it is added to the accumulated gradient."""
+    parameter.grad = None
+
+
+def count(
+    family: Family,
+    denoiser: nn.Module,
+    shape: tuple[int, int, int],
+    batch: int,
+    *,
+    checkpointing: bool | int,
+    accumulating: bool = False,
+) -> Counts:
+    """Run one forward and backward pass of a network on the meta device and count memory and operations.
+
+    Args:
+        family: family of the network.
+        denoiser: network on the meta device, with its tuner attached.
+        shape: frames, height, width.
+        batch: number of samples.
+        checkpointing: gradient checkpointing of all blocks, or of every n-th block.
+        accumulating: gradients of an earlier micro-batch already exist.
+    """
+    if checkpointing:
+        checkpoint(denoiser, checkpointing)
+    denoiser.train()
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    ledger, fused = (
+        _Ledger([*denoiser.parameters(), *denoiser.buffers()]),
+        _Fused(family.tokens(*shape) - family.text_before, family.text_length),
+    )
+    if accumulating:
+        ledger.gradients = ledger.now = 4 * sum(p.numel() for p in trained)
+    note = _drop if accumulating else ledger.gradient
+    hooks = [p.register_post_accumulate_grad_hook(note) for p in trained]
+    with ledger, fused:
+        with torch.device("meta"):
+            clip = {name: torch.empty(batch, *each) for name, each in family.shapes(*shape).items()}
+            words = torch.empty(family.text_length, text_width(denoiser))
+            text = family.collate([{"text": words}] * batch) if family.text_length else {}
+            noise, times = torch.empty_like(clip["latents"]), torch.empty(batch)
+        x_0 = clip.pop("latents")
+        prediction = family.predict(denoiser, x_0 + noise, times, {**text, **clip})
+        (prediction.float() - (noise - x_0)).square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    for parameter in trained:
+        parameter.grad = None
+    peak, gradients = ledger.worst
+    return Counts(peak - gradients, gradients, ledger.flops, **fused.counts)
+
+
+def text_width(denoiser: nn.Module) -> int:
+    """Return the width of a network's text input from its configuration; 4096 (T5-XXL) if it is missing."""
+    config: Any = getattr(denoiser, "config", {})
+    return next((int(config[k]) for k in TEXT_WIDTHS if config.get(k)), 4096)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated resources of a run on this machine, per process."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, int]
+    """Bytes of device memory by purpose during training."""
+    cache: dict[str, int]
+    """Bytes on disk of cached clips and captions."""
+    flops: float
+    """Floating-point operations of one optimizer step."""
+    seconds: tuple[float, float] | None
+    """Minimum and maximum time of one optimizer step; None if unknown."""
+    device: str
+    capacity: int
+    """Bytes of device memory; 0 if unknown."""
+    precision: str
+    how: tuple[str, ...]
+    """Explanations of the numbers, and of missing numbers."""
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes of memory during a step."""
+        return sum(self.memory.values())
+
+
+def estimate_recipe(
+    family: Family,
+    config: recipe.Config,
+    shapes: Mapping[tuple[int, int, int], int],
+    windows: Mapping[tuple[int, int, int], int],
+    captions: Sequence[str],
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    optimizer: str,
+) -> Estimate:
+    """Estimate the resources of a run.
+
+    Args:
+        family: family instance; no weights need to be loaded.
+        config: the recipe.
+        shapes: batches per epoch for each (frames, height, width).
+        windows: items to cache for each (frames, height, width).
+        captions: captions to cache.
+        device: device of the run.
+        precision: precision of the frozen base model.
+        optimizer: name of the optimizer that the device supports.
+
+    Raises:
+        ValueError: if the tuner's targets match no layer.
+    """
+    full = not isinstance(config.tuner, recipe.LowRank)
+    denoiser, trained = _network(family, config, precision)
+    parameters = sum(p.numel() for p in denoiser.parameters()) - (0 if full else trained)
+    largest = max(shapes, key=lambda s: family.tokens(*s))
+    checkpointing, accumulate = config.memory.gradient_checkpointing, config.train.accumulate
+    counts = count(
+        family,
+        denoiser,
+        largest,
+        config.train.batch,
+        checkpointing=checkpointing,
+        accumulating=accumulate > 1,
+    )
+    held = torch.float32 if isinstance(config.tuner, recipe.Codec) else precision
+    frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
+    offloaded = config.memory.offload_optimizer and device.type != "cpu"
+    memory = {
+        "frozen weights": frozen,
+        "trained weights": trained * 4,
+        # Full fine-tuning keeps float32 weights; autocast computes on low-precision copies.
+        "unpacked weights": temporary
+        + (trained * precision.itemsize if full and precision.itemsize < 4 else 0),
+        f"{optimizer} state": 0 if offloaded else round(trained * STATE_BYTES[optimizer]),
+        "moving average": trained * 4 if config.optim.ema else 0,
+        "gradients": counts.gradients,
+        "activations": counts.activations,
+    }
+    memory, sharding = _sharded(memory, config, denoiser, optimizer)
+    ratios = [family.tokens(*s) / family.tokens(*largest) for s in shapes]
+    each = [(counts.linear + counts.across) * r + counts.attention * r**2 for r in ratios]
+    mean = sum(f * n for f, n in zip(each, shapes.values(), strict=True)) / sum(shapes.values())
+    flops = mean * accumulate
+    seconds, why = _time(flops, device, precision)
+    cache, kept = _cache(
+        family, windows, captions, text_width(denoiser), precision.itemsize if device.type == "cuda" else 4
+    )
+    weights = f"weights: {parameters / 1e6:,.1f} M in total, {trained / 1e6:,.2f} M trained, in float32"
+    small = config.memory.quantize or config.memory.layerwise_casting
+    nth = f"every {checkpointing}th block"
+    recomputed = "no block" if not checkpointing else "all blocks" if checkpointing == 1 else nth
+    how = (
+        weights if full else f"{weights}; the others in {small or _name(precision)}",
+        (
+            f"activations: peak of a simulated forward and backward pass of {'x'.join(map(str, largest))} at "
+            f"batch {config.train.batch}, with gradient checkpointing of {recomputed}, including gradients "
+            "that exist at the peak; assumes fused attention"
+        ),
+        *([sharding] if sharding else []),
+        *(["the optimizer state is offloaded to CPU memory"] if offloaded else []),
+        (
+            "not counted: workspaces of kernels (on the CPU: packed copies of bfloat16 weights)"
+            if device.type == "cpu"
+            else "not counted: the CUDA context (about 1 GB), fragmentation, encoders while caching"
+        ),
+        kept,
+        f"time: {why}",
+    )
+    name, capacity = describe(device)
+    return Estimate(parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), how)
+
+
+def _cache(
+    family: Family,
+    windows: Mapping[tuple[int, int, int], int],
+    captions: Sequence[str],
+    width: int,
+    itemsize: int,
+) -> tuple[dict[str, int], str]:
+    """Return the bytes of the cache by kind, and an explanation."""
+    clips = sum(
+        n * math.prod(shape) * (1 if name in family.bytewise else 2)
+        for size, n in windows.items()
+        for name, shape in family.stored(*size).items()
+    )
+    if not family.text_length:
+        return {"clips": clips, "captions": 0}, "cache: latents and image embeddings in float16"
+    tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
+    said = f"cache: latents in float16; captions at {WORDS_TO_TOKENS:g} tokens per word, width {width}"
+    return {"clips": clips, "captions": tokens * width * itemsize}, said
+
+
+def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> tuple[nn.Module, int]:
+    """Return the network with its tuner on the meta device, and the number of trained weights.
+
+    All weights have the precision used for computation.
+    """
+    denoiser = family.load_denoiser(precision, meta=True)
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.to(precision)
+    with torch.device("meta"):
+        tuners.attach(config.tuner, family.targets, denoiser, seed=0)
+        family.attached(denoiser)
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    if not isinstance(config.tuner, recipe.LowRank):
+        for parameter in trained:
+            parameter.data = parameter.data.to(precision)
+    return denoiser, sum(p.numel() for p in trained)
+
+
+def _frozen(
+    config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
+) -> tuple[int, int]:
+    """Return the bytes of the frozen weights, and of the temporary copies of quantized or cast layers."""
+    section = config.memory
+    plain = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad) * precision.itemsize
+    names = dict(denoiser.named_parameters())
+    weights = {
+        n: names.get(f"{n}.weight", names.get(f"{n}.base_layer.weight")) for n in _small(section, denoiser)
+    }
+    sizes = {n: w.numel() for n, w in weights.items() if w is not None and not w.requires_grad}
+    if not sizes:
+        return plain, 0
+    dense = {n: size * precision.itemsize for n, size in sizes.items()}
+    if section.quantize:
+        scales = {"int4": 2 * precision.itemsize / GROUP, "nf4": 4 / 64}.get(section.quantize, 0.0)
+        held = sum(sizes.values()) * (QUANTIZED_BYTES[section.quantize] + scales)
+        # Dequantization unpacks the codes, then the values, in the forward and in the backward pass.
+        temporary = max(dense.values()) * (2 if section.quantize == "int4" else 1)
+    else:
+        assert section.layerwise_casting is not None
+        held = sum(sizes.values()) * CASTS[section.layerwise_casting].itemsize
+        blocks = [
+            sum(v for n, v in dense.items() if n.startswith(f"{b}.")) for b in quantize.blocks(denoiser)
+        ]
+        # The backward pass needs the copies used in the forward pass; checkpointing limits them to one block.
+        temporary = max(blocks, default=0) if recomputed else sum(dense.values())
+    return round(plain - sum(dense.values()) + held), temporary
+
+
+def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
+    """Return the names of the layers that a recipe quantizes or casts for storage."""
+    if section.quantize:
+        return [n.removesuffix(".base_layer") for n in quantize.linears(denoiser) if "lora_" not in n]
+    if not section.layerwise_casting:
+        return []
+    skipped = getattr(denoiser, "_skip_layerwise_casting_patterns", None) or ()
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    found = [n for n, m in denoiser.named_modules() if isinstance(m, layers)]
+    return [n.removesuffix(".base_layer") for n in found if not any(re.search(s, n) for s in skipped)]
+
+
+def _sharded(
+    memory: dict[str, int], config: recipe.Config, denoiser: nn.Module, optimizer: str
+) -> tuple[dict[str, int], str]:
+    """Return the memory of one of several processes, and an explanation of the sharding."""
+    world, parallel = config.runtime.world_size or 1, config.runtime.parallel
+    if world == 1 or parallel == "ddp":
+        return memory, ""
+    own = [f"{optimizer} state", "moving average"]
+    if parallel != "zero2":
+        own += ["frozen weights", "trained weights"]
+    if config.train.accumulate == 1 or parallel != "fsdp":
+        own += ["gradients"]
+    out = {k: -(-v // world) if k in own else v for k, v in memory.items()}
+    said = f"{parallel}: each of {world} processes holds a shard of {', '.join(own)}"
+    if parallel == "zero2":
+        return out, said
+    sizes = [sum(p.nbytes for p in b.parameters()) for b in quantize.blocks(denoiser).values()]
+    return {**out, "gathered blocks": 2 * max(sizes, default=0)}, f"{said}, and two complete blocks"
+
+
+def _time(
+    flops: float, device: torch.device, precision: torch.dtype
+) -> tuple[tuple[float, float] | None, str]:
+    """Return the minimum and maximum seconds per step, or None, and an explanation."""
+    if device.type == "meta":
+        return None, "unknown, the recipe's device is not on this machine"
+    rate = speed(device, precision)
+    bounds = (flops / rate / USED[1], flops / rate / USED[0])
+    if bounds[0] < SMALL:
+        return None, f"not estimated, overhead dominates at {flops / 1e9:,.1f} GFLOP per step"
+    return bounds, (
+        f"{flops / 1e12:,.1f} TFLOP per step at {USED[0]:.0%} to {USED[1]:.0%} of the {rate / 1e12:,.2f} "
+        f"TFLOP/s measured now on this device with matrix products in {_name(precision)}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2) -> float:
+    """Measure the floating-point operations per second of large matrix products."""
+    n = 4096 if device.type == "cuda" else 768
+    a, b = (torch.randn(n, n, device=device).to(precision) for _ in range(2))
+
+    def wait() -> None:
+        (a @ b)[0, 0].item()
+
+    wait()
+    wait()
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(4):
+            torch.mm(a, b)
+        wait()
+        done += 5
+    return done * 2.0 * n**3 / (time.perf_counter() - start)
+
+
+def describe(device: torch.device) -> tuple[str, int]:
+    """Return the name of a device and its memory in bytes; 0 if unknown."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, properties.total_memory
+    if device.type == "meta":
+        return "unknown", 0
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    names = {"cpu": "the CPU", "mps": "Apple MPS"}
+    return names.get(device.type, device.type), pages * os.sysconf("SC_PAGE_SIZE") if pages else 0

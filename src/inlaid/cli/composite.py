@@ -1,0 +1,85 @@
+"""`inlaid composite`: an RGBA clip over a background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from inlaid.media.compositing import checkerboard, composite
+from inlaid.media.kinds import available_formats, media_kind
+from inlaid.media.rgba import measure_alpha, read_rgba
+from inlaid.media.video import probe, read_frames, write_video
+
+
+def composite_file(
+    foreground: Path,
+    background: str,
+    out: Path,
+    *,
+    premultiplied: bool = False,
+    linear: bool = False,
+    fps: float | None = None,
+) -> Path:
+    """Composite a transparent file over a color, an image or a video, and write an mp4.
+
+    Args:
+        foreground: any file that `read` supports.
+        background: `#rrggbb`, a color name, `checkerboard`, or a file, which is scaled to cover.
+        out: ends in `.mp4`.
+        premultiplied: as in `composite`.
+        linear: as in `composite`.
+        fps: frames per second. Default: that of the foreground, or 16 if it has none.
+
+    Raises:
+        ValueError: a file cannot be read, the foreground is opaque, or the background is invalid.
+    """
+    if fps is not None and not fps > 0:
+        raise ValueError(f"--fps: {fps:g} is not positive; omit it to use the foreground's frame rate")
+    pixels = read_rgba(foreground)
+    if measure_alpha(pixels).lowest == 255:
+        raise ValueError(f"{foreground}: is fully opaque; composite needs a file with transparency")
+    height, width = (n // 2 * 2 for n in pixels.shape[1:3])  # H.264 needs even sizes
+    pixels = pixels[:, :height, :width]
+    rate = fps or _rate(foreground)
+    path = Path(background).expanduser()
+    if background == "checkerboard":
+        behind = checkerboard(height, width)
+    elif path.is_file():
+        frames = 1 if media_kind(path) == "image" else len(pixels)
+        there = available_formats(probe(path), rate)
+        if there < frames:
+            raise ValueError(
+                f"{path}: has {there} frames at {rate:g} fps, but {foreground} has {frames}: use a longer "
+                "video, an image or a color"
+            )
+        behind = read_frames(path, 0.0, frames, rate, (height, width))
+        behind = behind[0] if frames == 1 else behind
+    else:
+        from PIL import ImageColor
+
+        try:
+            behind = np.array(ImageColor.getrgb(background)[:3], np.uint8)
+        except ValueError:
+            raise ValueError(
+                f"`{background}` is neither a file nor a color such as #20a040, red or checkerboard"
+            ) from None
+    video = composite(pixels, behind, premultiplied=premultiplied, linear=linear)
+    write_video(out, video, rate)
+    return out
+
+
+def _rate(path: Path) -> float:
+    """Return the frame rate of a file; 16 for still images and folders, which have none."""
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return 16.0
+    if path.suffix.lower() in (".png", ".webp"):
+        with Image.open(path) as image:
+            n, total = getattr(image, "n_frames", 1), 0.0
+            for i in range(n):
+                image.seek(i)
+                image.load()  # sets its duration
+                total += image.info.get("duration", 0)
+        return 1000 * n / total if total else 16.0
+    return float(probe(path).fps or 16)

@@ -1,0 +1,60 @@
+"""`inlaid demo --alpha joint`: training the tiny model to generate alpha together with color.
+
+Joint alpha keeps the color of the base model, so the clips come from the tiny model's pretraining domain,
+whose shapes have known alpha.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from inlaid.console import progress
+from inlaid.evaluation.evaluate import Prompt
+from inlaid.tiny import judge, world
+from inlaid.tiny.world import FPS
+
+INTRO = "96 clips of the tiny model's pretraining domain with alpha: color is kept, and alpha is trained"
+
+CLIPS, HELD_OUT, PROMPTS = 96, 4, 20
+"""Number of RGBA clips, of validation clips among them, and of judged prompts."""
+
+
+def recipe(folder: Path, tuner: str = "lora") -> dict:
+    """Return the demo's recipe."""
+    return {
+        "run": str(folder),
+        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
+        "data": {
+            "sources": str(folder / "clips"),
+            "size": [64, 64],
+            "frames": 17,
+            "caption_dropout": 0.15,
+            "held_out": HELD_OUT,
+            "matte": {"background": "keep"},  # the tiny model keeps generating backgrounds
+        },
+        "tuner": {"kind": tuner, "rank": 64},
+        "alpha": {"kind": "joint"},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 500, "batch": 8, "save_every": 250, "validate_every": 250},
+        "sample": {"prompts": [p for p, _ in world.world_prompts(2, 1)], "steps": 20, "guidance": 2.0},
+        "memory": {"gradient_checkpointing": False},
+    }
+
+
+def write_clips(folder: Path) -> None:
+    """Write `clips`: shapes on backgrounds with straight alpha, as arrays, with captions."""
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    with progress("make clips", CLIPS, "clip") as advance:
+        for i, scene in enumerate(world.scenes(7, CLIPS)):
+            frames, matte = world.render_with_mask(scene, i)
+            straight = np.concatenate([frames, (matte[..., None] * 255).round().astype(np.uint8)], -1)
+            np.savez_compressed(folder / "clips" / f"{i:02d}.npz", frames=straight, fps=FPS)
+            (folder / "clips" / f"{i:02d}.txt").write_text(world.caption(scene, i) + "\n", "utf-8")
+            advance()
+
+
+def prompts(n: int) -> list[Prompt]:
+    """Return `n` prompts not in the clips, with a judge that checks alpha against the generated color."""
+    return [Prompt(text, "alpha as in colour", judge.judge_alpha) for text, _ in world.world_prompts(n, 2)]

@@ -1,0 +1,104 @@
+"""`inlaid demo --family midi`: the workflow on scenes with the tiny model that ships with inlaid."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from inlaid import config
+from inlaid.alpha.opening import build_family as open_family
+from inlaid.cli.demo import run_job
+from inlaid.console import progress, say
+from inlaid.data.modality import modality_of
+from inlaid.evaluation.evaluate import Prompt
+from inlaid.media import meshes
+from inlaid.tiny import midi_world
+from inlaid.tiny.midi_world import SUBJECT
+
+SCENES, VIEWS, JUDGED = 24, 4, 10
+"""Number of scenes with the new object, of views per scene (as `inlaid import meshes` creates them), and of
+judged scenes per group, which are not used for training."""
+
+KNOWN, REPEATS, PRESERVE = 192, 4, 4
+"""Scenes of the tiny model's pretraining domain, `repeats` of the new scenes, and weight of prior
+preservation."""
+
+
+def recipe(folder: Path, kind: str = "lora", checkpoint: str = "twin:midi") -> dict:
+    """Return the demo's recipe, a usual recipe for a folder of scenes at the size of the tiny model."""
+    return {
+        "run": str(folder),
+        "model": {
+            "family": "midi",
+            "checkpoint": checkpoint,
+            "options": {"ff": True, "skip_linear": True},
+        },
+        "data": {
+            "sources": [
+                {"path": str(folder / "new"), "repeats": REPEATS},
+                {"path": str(folder / "known"), "preserve": PRESERVE},
+            ],
+            "held_out": 0.05,
+        },
+        "tuner": {"kind": kind, "rank": 64},
+        "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
+        "train": {"steps": 800, "batch": 8, "save_every": 400, "validate_every": 400},
+        "sample": {"steps": 20, "guidance": 2.0, "grid": 64},
+        "memory": {"gradient_checkpointing": False},
+    }
+
+
+def write_scenes(folder: Path, judged: int = JUDGED) -> None:
+    """Write scenes with a new object and scenes of the pretraining domain, for training and evaluation."""
+    new = [
+        midi_world.turned(scene, [i, view]) if view else scene
+        for i, scene in enumerate(midi_world.subject_scenes(SCENES))
+        for view in range(VIEWS)
+    ]
+    parts = {
+        "new": new,
+        "known": midi_world.scenes(7, KNOWN),
+        "judged/new": midi_world.subject_scenes(judged, seed=1),
+        "judged/known": midi_world.scenes(8, judged, counts=(2, 3)),
+    }
+    with progress("make scenes", sum(map(len, parts.values())), "scene") as advance:
+        for name, scenes in parts.items():
+            for i, scene in enumerate(scenes):
+                if not (folder / name / f"{i:03d}").is_dir():
+                    midi_world.write(folder / name / f"{i:03d}", scene, seed=i)
+                advance()
+
+
+def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
+    """Return the scenes of the evaluation as prompts in two groups."""
+    found = []
+    for group, name in (("the new kind", "judged/new"), ("the old world", "judged/known")):
+        changes = {"sources": [{"path": str(folder / name)}], "held_out": 0}
+        raw = config.merge(settings.model_dump(mode="json"), {"data": changes})
+        one = config.build(raw)
+        windows = modality_of("scene").plan(one, open_family(one)).train
+        found += [Prompt(f"{name} {w.caption}", group, images=w) for w in windows]
+    return found
+
+
+def run_demo(folder: Path, *, dora: bool = False, checkpoint: str = "twin:midi") -> Path:
+    """Create scenes with a new object, then check, cache, train, generate and evaluate.
+
+    Args:
+        folder: run folder; an interrupted demo resumes when run again.
+        dora: train a DoRA instead of a LoRA.
+        checkpoint: checkpoint to train. Default: the tiny model.
+
+    Returns:
+        Path of the HTML report.
+
+    Raises:
+        ValueError: if the folder holds a different run, or packages for scenes are missing.
+    """
+    start = time.perf_counter()
+    meshes.require_mesh_packages()
+    say(f"{SCENES} scenes with {VIEWS} views each, with a {SUBJECT}, new to the tiny model")
+    write_scenes(folder)
+    made = recipe(folder, "dora" if dora else "lora", checkpoint)
+    pair = [str(folder / "judged/new/000" / n) for n in ("scene_rgb.png", "seg.png")]
+    return run_job(folder, made, lambda settings: prompts(folder, settings), start, pair)

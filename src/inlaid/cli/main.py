@@ -1,0 +1,90 @@
+"""Entry point: run a command, and turn mistakes into one message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inlaid.cli import prepare_commands, run_commands, share_commands  # noqa: F401 - register commands
+from inlaid.cli.app import INTERRUPTED, app, echo, quiet_libraries
+
+if TYPE_CHECKING:
+    pass
+
+
+ClickException: Any = typer.BadParameter.__mro__[2]
+"""Base class of typer's usage errors; the package that defines it depends on the version of typer."""
+
+
+def main() -> None:
+    """Run a command and exit: code 2 with one message for a user's mistake, 130 for Ctrl-C.
+
+    Only bugs of inlaid show a traceback; set INLAID_TRACEBACK to see it for user errors as well.
+    """
+    try:
+        code = app(standalone_mode=False) or 0  # the code of a typer.Exit, or None
+        if code == 130:  # some versions of typer return this for Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except (KeyboardInterrupt, typer.Abort):
+        echo(f"\n{INTERRUPTED}")
+        sys.exit(130)
+    except ValueError as error:
+        if os.environ.get("INLAID_TRACEBACK"):
+            raise
+        echo(f"error: {error}")
+        sys.exit(2)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno is None:  # a library's own error, not one of the system
+            raise
+        full = ": free disk space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        echo(f"error: {error.filename or 'a file could not be written'}: {error.strerror}{full}")
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch is not imported here
+            raise
+        echo(f"error: {str(error).split('.')[0]}: lower data.size, data.frames or train.batch, and run again")
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Output folder. Default: `runs/demo`, `runs/demo-midi`, ..."),
+    ] = None,
+    dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
+    family: Annotated[str, typer.Option(help="`wan` (video) or `midi` (scenes of meshes).")] = "wan",
+    alpha: Annotated[
+        str, typer.Option(help="`opaque`; or `merged` or `joint` for transparent clips.")
+    ] = "opaque",
+) -> None:
+    """Run the whole workflow on a tiny trained model that ships with inlaid: no download, no GPU, minutes.
+
+    Makes 16 clips of a subject that the model has not been trained on, or 24 scenes with a new kind of
+    object, then checks, caches, trains, generates and evaluates.
+    """
+    quiet_libraries()
+    from inlaid.cli import demo_scenes
+    from inlaid.cli.demo import run_demo
+    from inlaid.cli.demo_rgba import joint, merged
+
+    demos = {
+        ("wan", "opaque"): ("runs/demo", run_demo),
+        ("wan", "merged"): ("runs/demo-merged", merged),
+        ("wan", "joint"): ("runs/demo-joint", joint),
+        ("midi", "opaque"): ("runs/demo-midi", demo_scenes.run_demo),
+    }
+    if (family, alpha) not in demos:
+        there = ", ".join(f"--family {f} --alpha {a}" for f, a in demos)
+        raise ValueError(f"--family {family} --alpha {alpha}: no such demo; choose from: {there}")
+    usual, run = demos[family, alpha]
+    run(folder or Path(usual), dora=dora)

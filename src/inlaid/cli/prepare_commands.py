@@ -1,0 +1,71 @@
+"""Commands before training: `new`, `check`, `cache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inlaid.cli.app import Overrides, Recipe, app, echo, load_recipe, quiet_libraries
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def new(
+    family: Annotated[str, typer.Argument(help="Model family: wan, cogvideox, mochi or midi.")],
+    clips: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="Folder or manifest with clips and captions (midi: folder of scenes)."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Recipe to write. Default: name of the data folder + `.yaml`."),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Base model: Hub id or folder. Default: the family's smallest.")
+    ] = None,
+) -> None:
+    """Inspect your clips and write a commented recipe that fits them."""
+    quiet_libraries(bars=False)
+    from inlaid.check.scaffold import new_recipe
+
+    path = new_recipe(family, clips, out, checkpoint)
+    echo(f"wrote {path}\nnext: inlaid check {path}")
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Check data and recipe, and estimate memory and time. Loads no weights.
+
+    Writes `check/report.json` and `check/contact_sheet.png` into the run folder. Exits with code 2 if there
+    are errors.
+    """
+    config = load_recipe(recipe, overrides)
+    from inlaid.check.check import check_recipe, print_report
+    from inlaid.console import console
+
+    report = check_recipe(config)
+    print_report(report, console)
+    raise typer.Exit(0 if report.ok else 2)
+
+
+@app.command()
+def cache(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Encode clips and captions into the cache. Run it again to resume.
+
+    `train` runs this step automatically.
+    """
+    config = load_recipe(recipe, overrides)
+    from inlaid.alpha.opening import open_family
+    from inlaid.data.prepare import build_cache
+    from inlaid.runs.folder import open_run
+    from inlaid.runs.launch import start_processes
+
+    with start_processes(config) as ctx:
+        clips = build_cache(config, open_family(config), open_run(config, ctx), ctx)
+    echo(f"{clips.built.made} encoded, {clips.built.reused} already cached: {clips.store.folder}")

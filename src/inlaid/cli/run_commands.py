@@ -1,0 +1,247 @@
+"""Commands on runs: `train`, `generate`, `evaluate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inlaid.cli.app import (
+    INTERRUPTED,
+    Device,
+    Frames,
+    Guidance,
+    Image,
+    LastImage,
+    Negative,
+    Overrides,
+    Recipe,
+    RunFolder,
+    Seed,
+    Size,
+    Steps,
+    app,
+    echo,
+    load_recipe,
+    quiet_libraries,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command("train")
+def train_(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train a model from a recipe. Ctrl-C saves a checkpoint; run the same command again to resume.
+
+    Fills the cache first, and validates and generates samples as the recipe says. Several processes:
+    `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
+    """
+    config = load_recipe(recipe, overrides)
+    from inlaid.training.loop import train
+
+    try:
+        run = train(config)
+    except KeyboardInterrupt as stop:
+        echo(str(stop) or INTERRUPTED)
+        sys.exit(130)
+    if int(os.environ.get("RANK", "0")) == 0:
+        from inlaid import families
+        from inlaid.data.modality import modality_of
+
+        asks = modality_of(families.get(config.model.family).medium).asks
+        drawn = "" if config.tuner.kind == "codec" else f"inlaid generate {run} {asks}   or   "
+        echo(f"{run}\nnext: {drawn}inlaid evaluate {run}")
+
+
+@app.command("generate")
+def generate_(
+    run: RunFolder,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.")
+    ] = None,
+    image: Image = None,
+    last_image: LastImage = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, help="Videos per prompt, with consecutive seeds.")
+    ] = 1,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint such as `step-000500`, or `base` for the base model. Default: the final weights."
+        ),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="Scale of the adapter: 0 is the base model, 1 the trained model.")
+    ] = 1.0,
+    size: Size = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    seed: Seed = None,
+    transparent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mov,webm,png",
+            help="File formats of transparent videos, also apng, mkv. Default: `sample.transparent`.",
+            show_default=False,
+        ),
+    ] = None,
+    seg: Annotated[
+        list[Path] | None,
+        typer.Option(help="Scenes: segmentation of each --image.", show_default=False),
+    ] = None,
+    grid: Annotated[
+        int | None,
+        typer.Option(help="Scenes: cells per side of the grid, a power of two.", show_default=False),
+    ] = None,
+    triangles: Annotated[
+        int | None, typer.Option(help="Scenes: maximum number of triangles per object.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--output", "-o", help="Output folder, or a .glb. Default: samples/generated in the run."
+        ),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Generate videos with a trained run: mp4 files, each with its settings in a JSON file beside it.
+
+    Scenes are generated from an image and its segmentation: `inlaid generate RUN --image rgb.png --seg
+    seg.png -o scene.glb`.
+    """
+    texts = list(prompts or [])
+    if file:
+        texts += _lines(file)
+    if not texts and not (image and seg):
+        raise ValueError("generate: no prompt; pass prompts or --file, or for scenes --image and --seg")
+    if seg and len(seg) != len(image or []):
+        raise ValueError(f"--seg: {len(image or [])} images need the same number of --seg, not {len(seg)}")
+    pairs = [[str(a), str(b)] for a, b in zip(image or [], seg or [], strict=True)] if seg else None
+    area = _size(size)
+    quiet_libraries()
+    from inlaid.generation.generate import generate, outputs
+
+    made = generate(
+        run,
+        texts,
+        images=pairs or _images(image, last_image, len(texts)),
+        count=count,
+        checkpoint=checkpoint,
+        strength=strength,
+        out=out,
+        device=device,
+        grid=grid,
+        triangles=triangles,
+        size=area,
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        seed=seed,
+        transparent=transparent.split(",") if transparent else None,
+    )
+    print("\n".join(str(file) for path in made for file in outputs(path)))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--file: {file} is not UTF-8 text; save it as UTF-8, one prompt per line") from None
+    if not found:
+        raise ValueError(f"--file: {file} contains no prompt; write one per line")
+    return found
+
+
+def _images(first: list[Path] | None, last: list[Path] | None, prompts: int) -> list[list[str]]:
+    """Return the images of each prompt; a single image is used for all prompts."""
+    parts = [each * prompts if len(each) == 1 else each for each in (first or [], last or []) if each]
+    wrong = [len(each) for each in parts if len(each) != prompts]
+    if wrong or (last and not first):
+        raise ValueError(
+            f"--image: {prompts} prompt(s) need one --image, or {prompts}; the same holds for --last-image"
+        )
+    return [[str(path) for path in each] for each in zip(*parts, strict=True)]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdigit() for p in parts):
+        raise ValueError(f"--size: `{text}` is not HEIGHTxWIDTH; write for example 480x832")
+    return int(parts[0]), int(parts[1])
+
+
+@app.command("evaluate")
+def evaluate_(
+    run: RunFolder,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", "-f", help="Text file with one prompt per line. Default: the prompts of the recipe."
+        ),
+    ] = None,
+    image: Image = None,
+    last_image: LastImage = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos per prompt.")] = 1,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Such as `step-000500`. Default: the final weights.")
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Model to compare with: `base` or another checkpoint of the run.")
+    ] = "base",
+    size: Size = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Compare the base model and the trained model on the same prompts and seeds.
+
+    Measures the validation loss and video metrics, and writes `report.html`.
+    """
+    quiet_libraries()
+    from inlaid.console import console
+    from inlaid.evaluation import rgba_vae
+    from inlaid.evaluation.evaluate import Prompt, evaluate
+    from inlaid.evaluation.report import summary_table
+    from inlaid.runs.folder import Run
+
+    if Run(run).config().tuner.kind == "codec":
+        found = rgba_vae.evaluate(run, checkpoint=checkpoint, device=device)
+        console.print(rgba_vae.table(found))
+        for line in rgba_vae.text(found):
+            echo(line)
+        print(found.path)
+        return
+    if (image or last_image) and not file:
+        raise ValueError("--image: needs --file; images for the prompts of the recipe are sample.images")
+    texts = _lines(file) if file else []
+    images = _images(image, last_image, len(texts)) or [[]] * len(texts)
+    prompts = [Prompt(t, images=each) for t, each in zip(texts, images, strict=True)] or None
+    report = evaluate(
+        run,
+        against=against,
+        checkpoint=checkpoint,
+        prompts=prompts,
+        count=count,
+        device=device,
+        size=_size(size),
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        seed=seed,
+    )
+    console.print(summary_table(report))
+    print(report.path)

@@ -1,0 +1,129 @@
+"""Commands on files: `export`, `import`, `inspect`, `composite`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inlaid.cli.app import RunFolder, app, echo, quiet_libraries
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); RGBA VAE: `wan-alpha`, `comfyui`."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File or folder to write. Default: export/ in the run.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Such as `step-000500`. Default: the final weights.")
+    ] = None,
+    then: Annotated[
+        Path | None, typer.Option(help="With `merged`: LoRA to merge on top, such as a step distillation.")
+    ] = None,
+) -> None:
+    """Export the trained weights of a run in another program's layout, and verify the written file."""
+    quiet_libraries()
+    from inlaid.adapters.convert import export_run
+
+    print(export_run(run, to, out, checkpoint, then))
+
+
+@app.command("import")
+def import_(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER OUT | meshes DIR OUT",
+            help="Adapter in any layout and output folder; or `meshes`, mesh folder and output folder.",
+            show_default=False,
+        ),
+    ],
+    family: Annotated[str, typer.Option(help="Model family: wan, cogvideox, mochi or midi.")] = "wan",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Base model; needed to check shapes and convert `dora_scale`.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha, if the file does not store it.")] = None,
+    dora_scale: Annotated[
+        str | None, typer.Option(help="Convention of `dora_scale` in the file: `comfyui` or `merged`.")
+    ] = None,
+    views: Annotated[
+        int, typer.Option(min=1, help="Meshes: images rendered of each mesh, from all sides.")
+    ] = 4,
+    size: Annotated[int, typer.Option(min=16, help="Meshes: height and width of an image in pixels.")] = 512,
+) -> None:
+    """Convert another trainer's adapter to diffusers layout. Fails unless every tensor of the file is used.
+
+    `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
+    DIR.
+    """
+    if [str(p) for p in paths[:1]] == ["meshes"] and len(paths) == 3:
+        quiet_libraries(bars=False)
+        from inlaid.data.scenes_from_meshes import import_meshes
+
+        for finding in import_meshes(paths[1], paths[2], count=views, size=size):
+            echo(f"{finding.severity}: {finding.name}: {finding.message}")
+        print(paths[2])
+        return
+    if len(paths) != 2:
+        raise ValueError("import: needs ADAPTER OUT, or `meshes` DIR OUT; see `inlaid import --help`")
+    adapter, out = paths
+    quiet_libraries()
+    from inlaid.adapters.convert import import_adapter
+
+    path, notes = import_adapter(adapter, out, family, checkpoint, alpha, dora_scale)
+    for note in notes:
+        echo(f"note: {note}")
+    print(path)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="Adapter, cache item, checkpoint, run folder or model folder.")
+    ],
+) -> None:
+    """Describe the content of a file or folder."""
+    quiet_libraries(bars=False)
+    from inlaid.adapters.inspect import describe, inspect_path
+
+    print(describe(inspect_path(path)))
+
+
+@app.command()
+def composite(
+    foreground: Annotated[
+        Path,
+        typer.Argument(help="Transparent video, image, or PNGs in a folder or .zip.", show_default=False),
+    ],
+    background: Annotated[
+        str,
+        typer.Argument(help="Color (`#20a040`, `red`), `checkerboard`, image or video.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 file to write.")] = Path("composite.mp4"),
+    premultiplied: Annotated[
+        bool, typer.Option("--premultiplied", help="Color in the foreground is premultiplied with alpha.")
+    ] = False,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Blend in linear light; most tools blend code values.")
+    ] = False,
+    fps: Annotated[
+        float | None, typer.Option(help="Frame rate. Default: that of the foreground, else 16.")
+    ] = None,
+) -> None:
+    """Composite a transparent video over a color, an image or a video."""
+    quiet_libraries(bars=False)
+    from inlaid.cli.composite import composite_file
+
+    made = composite_file(foreground, background, out, premultiplied=premultiplied, linear=linear, fps=fps)
+    print(made)

@@ -1,0 +1,60 @@
+"""Recipes: sections, loading and messages.
+
+A recipe is a YAML file of sections. Values are layered: section default < family default < YAML <
+`key=value`. An unknown key is an error, and all errors of a recipe are reported at once.
+"""
+
+from inlaid.config.loading import build, load, merge, save
+from inlaid.config.messages import explain
+from inlaid.config.sections import (
+    CARRIERS,
+    Alpha,
+    Codec,
+    Config,
+    Data,
+    Full,
+    Joint,
+    LowRank,
+    Matte,
+    Memory,
+    Merged,
+    Model,
+    Objective,
+    Opaque,
+    Optim,
+    Runtime,
+    Sample,
+    Section,
+    Source,
+    Train,
+    Tuner,
+)
+
+__all__ = [
+    "CARRIERS",
+    "Alpha",
+    "Codec",
+    "Config",
+    "Data",
+    "Full",
+    "Joint",
+    "LowRank",
+    "Matte",
+    "Memory",
+    "Merged",
+    "Model",
+    "Objective",
+    "Opaque",
+    "Optim",
+    "Runtime",
+    "Sample",
+    "Section",
+    "Source",
+    "Train",
+    "Tuner",
+    "build",
+    "explain",
+    "load",
+    "merge",
+    "save",
+]

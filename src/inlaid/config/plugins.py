@@ -1,0 +1,46 @@
+"""Model families by name: the modules of `inlaid.families`, and installed plug-ins.
+
+A recipe's defaults are its family's. Loading a recipe therefore looks a family up by name, at run time, as any
+plug-in; this package imports none.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any
+
+GROUP = "inlaid.families"
+"""The package of the built-in families, and the entry-point group of plug-ins."""
+
+SHARED = ("base", "checkpoint", "grid")
+"""Modules of the package that are no family."""
+
+
+def family_names() -> list[str]:
+    """Names of all installed families, sorted."""
+    spec = find_spec(GROUP)
+    assert spec and spec.submodule_search_locations
+    own = {m.name for m in pkgutil.iter_modules(list(spec.submodule_search_locations))} - {*SHARED}
+    return sorted(own | {e.name for e in entry_points(group=GROUP)})
+
+
+def family_class(name: str) -> Any:
+    """Return the class of a family.
+
+    Raises:
+        ValueError: if no such family is installed.
+    """
+    if name not in family_names():
+        raise ValueError(f"model.family: no family `{name}`; there are: {', '.join(family_names())}")
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return entry.load()
+    module, base = import_module(f"{GROUP}.{name}"), import_module(f"{GROUP}.base").Family
+    return next(
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, base) and v.__module__ == module.__name__
+    )

@@ -1,0 +1,593 @@
+"""Sections of a recipe, with the help of every key.
+
+Values are layered: section default < family default < YAML < `key=value`. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Frozen section of a recipe; its attribute docstrings are the help texts of its keys."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+
+class Model(Section):
+    """The network to train."""
+
+    family: str
+    """Architecture: `wan`, `cogvideox`, `mochi`, `midi`, or the name of an installed plug-in (entry point
+    group `inlaid.families`)."""
+    checkpoint: str
+    """Base model: Hub id, local folder in diffusers layout, or `tiny:wan` or `tiny:midi` for the tiny trained
+    models that ship with inlaid."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub checkpoint."""
+    task: Literal["t2v", "i2v"] | None = None
+    """`t2v` trains text-to-video, `i2v` trains text and first image to video. Default: the task of the
+    checkpoint; only Wan 2.2 TI2V-5B supports both."""
+    expert: Literal["high", "low"] | None = None
+    """Wan 2.2 A14B only: which of the two experts to train, `high` noise or `low` noise. Each expert trains
+    on its own interval of noise levels."""
+    options: dict[str, str | int | float | bool] = {}
+    """Options specific to the family, as `name: value`; the how-to page of the family lists them."""
+
+
+class Source(Section):
+    """One source of training clips."""
+
+    path: str = Field(min_length=1)
+    """Folder of clips, manifest (`.csv`, `.jsonl`, `.json`), folder with `prompts.txt` and `videos.txt`, or
+    folder of precomputed latents from another trainer."""
+    layout: Literal["auto", "folder", "lines", "csv", "jsonl", "encoded"] = "auto"
+    """How captions are stored; `auto` detects it. `precomputed` reads latents and text embeddings instead of
+    clips; `auto` selects it if every clip of the folder has both."""
+    root: str | None = None
+    """Folder that the paths in the manifest are relative to; paths that lead out of it are errors. Default:
+    the folder of the manifest."""
+    video_column: str | None = None
+    """Column with the path of the clip. Default: the first that exists of video, file_name, file, path,
+    image, frames_path and, for transparent runs, video_rgb, video_fgr, rgb, fgr. With `layout: lines`, the
+    file that lists the clips; default `videos.txt`."""
+    caption_column: str | None = None
+    """Column with the caption. Default: the first that exists of caption, prompt, text. With `layout: lines`,
+    the file that lists the captions; default `prompts.txt`, `prompt.txt` or `captions.txt`."""
+    alpha_column: str | None = None
+    """Column with the path of the alpha matte, for transparent runs. Default: the first that exists of
+    video_alpha, video_pha, alpha, pha, matte; without such a column, the alpha matte beside the clip if there
+    is one."""
+    group_column: str | None = None
+    """Column that groups the table of `inlaid evaluate`, for example an activity or a subject."""
+    repeats: int = Field(default=1, ge=1)
+    """Number of times each clip appears in one epoch."""
+    weight: float = Field(default=1.0, gt=0)
+    """Sampling weight of this source relative to the others, on top of `repeats`; with 0.5 each clip appears
+    in every second epoch."""
+    preserve: float = Field(default=0.0, ge=0)
+    """Weight of the prior preservation loss for clips of this source. Above 0, the target is the prediction
+    of the network without the adapter instead of the clip, which preserves what the base model generates for
+    such captions. 10 preserves nearly all of it; 0 trains on the clips."""
+
+
+class Matte(Section):
+    """How alpha is read from clips and alpha mattes, and corrected. Ignored when `alpha.kind` is `opaque`."""
+
+    premultiplied: bool | Literal["auto"] = "auto"
+    """Color in the files is premultiplied with alpha, and is divided by alpha when read. `auto` decides for
+    each clip; `inlaid check` lists the clips it treats as premultiplied."""
+    invert: bool = False
+    """White means transparent in the alpha mattes."""
+    limited: bool = False
+    """Alpha mattes use limited range (black 16, white 235) without declaring it in the file."""
+    snap: int = Field(default=0, ge=0, le=127)
+    """Alpha values within this many levels (of 255) of fully transparent or fully opaque are set to exactly
+    that. 2 removes the residue that lossy codecs leave in empty regions."""
+    decontaminate: bool = False
+    """Remove the color of an old background from soft edges by growing color outward from opaque pixels. Do
+    not use it for smoke or glass, whose own color is in soft pixels."""
+    background: Literal["grow", "blur", "keep"] = "grow"
+    """Color of fully transparent pixels: `grow` extends the color of the visible pixels, `blur` fills with a
+    blurred field of it, `keep` leaves what the file contains. A composite never shows this color, but a
+    network that learns color sees it."""
+
+
+class Data(Section):
+    """The training clips, and how they are cropped, sampled and captioned."""
+
+    sources: list[Source]
+    """One path, a list of paths, or a list of sources."""
+    size: tuple[int, int] = (480, 832)
+    """Height and width in pixels. With several `aspects` only the area (height x width) is used."""
+    aspects: list[str] = []
+    """Aspect ratio buckets as `width:height`, such as `16:9`, `1:1` or `9:16`; each clip goes to the nearest.
+    Empty: one bucket of `size`."""
+    frames: list[int] = [81]
+    """Clip lengths in frames, one number or a list; each clip goes to the longest length that it fills."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frame rate at which clips are sampled. Default: the frame rate the base model was trained at."""
+    stride: int | None = Field(default=None, ge=1)
+    """Frames (at `fps`) between the starts of two windows of a long clip. Default: the length of a window (no
+    overlap)."""
+    max_windows: int = Field(default=1, ge=1)
+    """Maximum number of windows per clip, spread evenly over it."""
+    slow: Literal["repeat", "keep"] = "repeat"
+    """Clips with a frame rate below `fps`: `repeat` duplicates frames and keeps the speed, `keep` uses the
+    frames unchanged, which plays the clip faster."""
+    matte: Matte = Matte()
+    trigger: str = ""
+    """Trigger word, put before every caption that does not contain it."""
+    caption_prefix: str = ""
+    """Text put before every caption."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of training samples that use the empty caption, so that classifier-free guidance keeps
+    working."""
+    held_out: float = Field(default=0.1, ge=0)
+    """Clips excluded from training to measure the validation loss: a fraction if below 1, else a count."""
+    cache: str | None = Field(default=None, min_length=1)
+    """Folder for cached latents and text embeddings; runs may share one. Default: `cache` in the run
+    folder."""
+    bad_clips: Literal["stop", "quarantine"] = "stop"
+    """What `cache` and `train` do with clips that have errors: `stop`, or `quarantine` to continue without
+    them and list them in `quarantine.json` of the run."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        many = value if isinstance(value, list) else [] if value is None else [value]
+        return [{"path": str(v)} if isinstance(v, (str, Path)) else v for v in many]
+
+    @field_validator("sources")
+    @classmethod
+    def _some(cls, value: list[Source]) -> list[Source]:
+        if not value:
+            raise ValueError("needs at least one source")
+        return value
+
+    @field_validator("frames", mode="before")
+    @classmethod
+    def _frames(cls, value: Any) -> Any:
+        return sorted(set(value)) if isinstance(value, list) and value else [value] if value != [] else [0]
+
+    @field_validator("frames")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if min(value) < 1:
+            raise ValueError("needs at least one length, each of at least 1 frame")
+        return value
+
+    @field_validator("aspects")
+    @classmethod
+    def _ratios(cls, value: list[str]) -> list[str]:
+        for text in value:
+            parts = text.split(":")
+            if len(parts) != 2 or not all(
+                p.strip().replace(".", "", 1).isdigit() and float(p) > 0 for p in parts
+            ):
+                raise ValueError(f"`{text}` is not an aspect ratio such as `16:9`")
+        return value
+
+
+class Objective(Section):
+    """Distribution and weight of the noise levels in training; the family defines the noising process."""
+
+    preset: Literal["inlaid", "diffsynth", "uniform"] = "inlaid"
+    """`logit_normal`: logit-normal noise levels, weight 1. `diffsynth`: table of 1000 levels, shift 5,
+    bell-shaped weight. `uniform`: uniform levels, weight 1."""
+    shift: float | None = Field(default=None, gt=0)
+    """Noise level shift s in s u / (1 + (s - 1) u). Default: the shift of the preset, else that of the family
+    for this size."""
+    mean: float = 0.0
+    """Mean of the normal distribution of `logit_normal`."""
+    std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the normal distribution of `logit_normal`."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Train only on noise levels in this interval, within [0, 1]. The experts of Wan 2.2 A14B are limited to
+    their own interval automatically."""
+
+    @field_validator("interval")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("needs 0 <= low < high <= 1")
+        return value
+
+
+class LowRank(Section):
+    """Low-rank adapter on a frozen network, through peft."""
+
+    kind: Literal["lora", "dora", "lokr", "loha"] = "lora"
+    """`lora`: low-rank update. `dora`: LoRA plus a trained magnitude per output row; slower, often better.
+    `lokr`: Kronecker product; a much smaller file. `loha`: product of two low-rank updates, which has a
+    higher rank."""
+    rank: int = Field(default=32, ge=1)
+    """Rank of the update. A higher rank has more capacity and needs more memory."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The update is scaled by alpha / rank. Default: alpha = rank, a scale of 1 that stays correct in tools
+    that drop alpha."""
+    targets: list[str] = []
+    """Regular expressions over full module names; an expression without a match is an error. Default: the
+    targets of the family."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the low-rank update, LoRA and DoRA only."""
+
+
+class Full(Section):
+    """Full fine-tuning."""
+
+    kind: Literal["full"] = "full"
+    """Trains all weights of the denoiser, or those that `targets` match."""
+    targets: list[str] = []
+    """Regular expressions over full parameter names; an expression without a match is an error. Default: all
+    parameters."""
+
+
+class Codec(Section):
+    """Train an RGBA VAE instead of the denoiser: a merge block and two decoders on the frozen VAE."""
+
+    kind: Literal["codec"]
+    """Encodes color and alpha of a clip into one latent and decodes both (after Wan-Alpha). No text is
+    used."""
+    train: Literal["merge+decoders", "merge"] = "merge+decoders"
+    """`merge+decoders` trains the merge block and both decoders. `merge` trains only the merge block, with
+    the frozen decoders of `init_from`."""
+    rank: int = Field(default=128, ge=1)
+    """Rank of the low-rank update of each decoder; with `init_from`, the rank of that RGBA VAE."""
+    start: str | None = Field(default=None, min_length=1)
+    """Folder of an RGBA VAE to initialize from. Default: a new merge block (see `init`) and the decoders of
+    the base VAE."""
+    begin: Literal["random", "encoder"] = "random"
+    """Initialization of the merge block without `init_from`. `random`: random weights. `encoder`: the block
+    initially reproduces the VAE's encoding of the color, so color is correct from the start and only alpha
+    remains to be learned."""
+    loss: Literal["paper", "reference"] = "paper"
+    """Preset of the loss. `paper`: Sobel edges, and the norm of the difference of ImageNet-normalized
+    features. `reference` (the released trainer): central differences, and squared error of features without
+    normalization."""
+    perceptual: str = Field(default="none", min_length=1)
+    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` disables
+    these three of the nine loss terms."""
+    edge: Literal["sobel", "central"] | None = None
+    """Filter of the edge terms. Default: the filter of the preset."""
+    vgg_normalize: Literal["imagenet", "none"] | None = None
+    """Normalization of images before VGG16. Default: that of the preset."""
+    hard_mask: Literal["reconstructed", "true"] = "reconstructed"
+    """Alpha that masks the hard render of the reconstruction: the `reconstructed` or the `true` one."""
+    alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
+    """Alpha up to this value, in [0, 1], counts as transparent; lossy codecs leave small values in empty
+    regions. The paper uses 0."""
+    colors: list[tuple[int, int, int]] = []
+    """Background colors, RGB in 0-255, on which clips are encoded. Empty: the eight corners of the RGB cube
+    as in the paper, so that no color stands for transparency."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of a loss term that keeps latents close to the base VAE's latents of the clip on dark gray, so
+    that a denoiser trained on opaque clips adapts faster. Not in the paper."""
+    visible: float = Field(default=0.0, ge=0)
+    """Weight of the mean color error over visible pixels only; needed for small subjects. Not in the
+    paper."""
+    visible_alpha: float = Field(default=0.0, ge=0)
+    """Weight of the mean alpha error over visible pixels only; needed for glass and smoke. Not in the
+    paper."""
+    noise: float = Field(default=0.0, ge=0)
+    """Maximum standard deviation of the noise added to latents before decoding, in units of their own
+    standard deviation; makes the decoders robust to imperfect latents. Not in the paper."""
+
+
+class Optim(Section):
+    """The optimizer and its learning rate schedule."""
+
+    name: Literal["adamw", "adamw8bit", "adamw4bit", "prodigy"] = "adamw"
+    """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the optimizer state), `adamw4bit` (torchao, an
+    eighth), `prodigy` (prodigyopt, finds the learning rate itself; set `lr` to 1)."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Term added to the denominator for numerical stability."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay; norms, biases and DoRA magnitudes are excluded."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after warm-up: `constant`, or `cosine` or `linear` decay to zero at the last step."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Maximum gradient norm; null disables clipping."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average (EMA) of the trained weights. If set, validation, samples and
+    exports use the EMA weights."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("needs two numbers >= 0 and < 1")
+        return value
+
+
+class Train(Section):
+    """Length of training, batch size, and what is written during training."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    batch: int = Field(default=1, ge=1)
+    """Samples per micro-batch on each device."""
+    accumulate: int = Field(default=1, ge=1)
+    """Gradient accumulation: micro-batches per optimizer step on each device."""
+    save_every: int = Field(default=250, ge=1)
+    """Steps between checkpoints. The last step and Ctrl-C also write one."""
+    keep: int = Field(default=3, ge=1)
+    """Number of checkpoints kept on disk; older ones are deleted."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines in `metrics.jsonl` and the trackers."""
+    validate_every: int = Field(default=100, ge=1)
+    """Steps between measurements of the validation loss."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = ["tensorboard"]
+    """Where metrics are sent besides `metrics.jsonl`."""
+
+
+CARRIERS = ("mov", "webm", "png", "apng", "mkv")
+"""File formats for transparent videos."""
+
+
+class Sample(Section):
+    """Samples generated during training, and the defaults of `inlaid generate`."""
+
+    prompts: list[str] = []
+    """Prompts sampled during training and compared by `inlaid evaluate`. Empty: the first captions of the
+    data."""
+    images: list[list[str]] = []
+    """Image-to-video only: for each prompt the first image, or a list of the first and the last image.
+    Without prompts, the images come from the clips."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between samples. Default: no samples during training."""
+    negative_prompt: str = ""
+    """Negative prompt of classifier-free guidance."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels. Default: `data.size`."""
+    frames: int | None = Field(default=None, ge=1)
+    """Length in frames. Default: the longest of `data.frames`."""
+    steps: int = Field(default=30, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(default=5.0, ge=0)
+    """Classifier-free guidance scale."""
+    transparent: list[str] = ["mov", "webm"]
+    """File formats written for each transparent video, besides an mp4 over a checkerboard: `mov` (ProRes
+    4444, for editing), `webm` (VP9, small, for browsers), `png` (a .zip of images, lossless), `apng`
+    (lossless), `mkv` (FFV1, lossless)."""
+    grid: int = Field(default=256, ge=16, le=1024)
+    """Scenes: cells per side of the grid on which meshes are extracted, a power of two."""
+    triangles: int | None = Field(default=None, ge=100)
+    """Scenes: maximum number of triangles per object; larger meshes are simplified. Default: no
+    simplification."""
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """Seed of the first video; video i of a prompt uses seed + i."""
+
+    @field_validator("grid")
+    @classmethod
+    def _power(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"{value} is not a power of two, such as 128 or 256")
+        return value
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _each(cls, value: Any) -> Any:
+        return [[v] if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("transparent")
+    @classmethod
+    def _carriers(cls, value: list[str]) -> list[str]:
+        wrong = [name for name in value if name not in CARRIERS]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` cannot carry alpha; choose from: {', '.join(CARRIERS)}")
+        return value
+
+    @field_validator("prompts")
+    @classmethod
+    def _said(cls, value: list[str]) -> list[str]:
+        if not all(text.strip() for text in value):
+            raise ValueError("contains an empty prompt; remove it or write a prompt")
+        return value
+
+
+class Memory(Section):
+    """Options that reduce memory at the price of speed or precision."""
+
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = True
+    """Gradient checkpointing: recompute activations in the backward pass, which needs far less memory and
+    about a third more time. A number n checkpoints every n-th block only."""
+    quantize: Literal["int8", "int4", "float8", "nf4"] | None = None
+    """Quantize the linear layers of the frozen blocks to this format (`int8`, `float8`: torchao; `nf4`:
+    bitsandbytes; `int4`: built in). Adapters only."""
+    layerwise_casting: Literal["float8", "bfloat16"] | None = None
+    """Store the frozen base model in this type and cast each layer to the precision of the run while it
+    computes. Adapters only."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in CPU memory and step there (`optim.name: adamw` on CUDA only)."""
+
+
+class Runtime(Section):
+    """Device, precision and processes. These settings change the result only by rounding."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """`auto`: CUDA, else Apple MPS, else CPU."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the frozen base model and its activations; adapters, losses and optimizer state are
+    float32. `auto`: bfloat16 on CUDA, else float32."""
+    world_size: int | None = Field(default=None, ge=1)
+    """Number of processes that this recipe requires; a launch with another number is an error. Default: any
+    number."""
+    workers: int = Field(default=2, ge=0)
+    """Threads that decode clips while caching."""
+    compile: bool = False
+    """Compile the repeated blocks with torch.compile: faster steps, but minutes of compilation at the start
+    and again at the second shape."""
+    parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
+    """How several processes share the work. `ddp`: each holds all weights. `fsdp` (FSDP2): weights, gradients
+    and optimizer state are sharded. `zero3` (DeepSpeed): the same. `zero2` (DeepSpeed): only gradients and
+    optimizer state are sharded."""
+
+
+class Opaque(Section):
+    """RGB clips without transparency."""
+
+    kind: Literal["opaque"] = "opaque"
+    """RGB only; transparent clips are composited over white."""
+
+
+class Joint(Section):
+    """Color and alpha as two clips in one token sequence that share their positions."""
+
+    kind: Literal["joint"]
+    """Two latents, color first; the adapter changes the tokens of alpha only (after TransPixeler)."""
+    text_to_alpha: Literal["block", "bias", "open"] = "block"
+    """Attention from text to alpha in models where both are in one sequence: none (`block`), with weights e
+    times smaller (`bias`, as published for CogVideoX), or the same as to color (`open`). Wan uses
+    cross-attention and accepts `block` only."""
+    domain_embedding: bool = True
+    """Add a trained vector, initialized to zero, to every token of alpha."""
+    shared_noise: bool = True
+    """Sampling starts from the same noise for color and alpha. Training uses independent noise for each."""
+    alpha_from: Literal["mean", "max"] = "mean"
+    """How the three decoded channels of alpha become one; TransPixeler uses `max`."""
+
+
+class Merged(Section):
+    """Color and alpha in one latent that an RGBA VAE encodes and decodes."""
+
+    kind: Literal["merged"]
+    """One latent of the usual size (after Wan-Alpha); needs an RGBA VAE, see `vae`."""
+    codec: str = Field(min_length=1)
+    """Folder of an RGBA VAE: from a run that trained one or from an import. `tiny:wan` selects the one that
+    ships with inlaid."""
+    colors: int = Field(default=4, ge=1, le=8)
+    """Number of background colors each clip is encoded on; each training sample uses one of the resulting
+    latents."""
+
+
+Tuner = Annotated[LowRank | Full | Codec, Field(discriminator="kind")]
+
+Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    run: str = Field(min_length=1)
+    """Run folder: where the run is written, and the argument of every later command."""
+    seed: int = Field(default=0, ge=0)
+    """Seed; the order of clips, the noise and the noise levels are functions of it."""
+    model: Model
+    data: Data
+    objective: Objective = Objective()
+    tuner: Tuner = LowRank()
+    alpha: Alpha = Opaque()
+    optim: Optim = Optim()
+    train: Train = Train()
+    sample: Sample = Sample()
+    memory: Memory = Memory()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        out = dict(value) if isinstance(value, dict) else value
+        for name, kind in (("tuner", "lora"), ("alpha", "opaque")):
+            section = out.get(name) if isinstance(out, dict) else None
+            if isinstance(section, dict):
+                out[name] = {"kind": kind, **section}
+        return out
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        wrong = list(_conflicts(self))
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    """Yield errors about keys that are valid alone but not together."""
+    memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
+    if any(source.preserve for source in config.data.sources):
+        if tuner.kind == "full":
+            yield (
+                "data.sources.prior_preservation: needs the network without its adapter, which full "
+                "fine-tuning does not keep: train an adapter (tuner.kind=lora)"
+            )
+        elif parallel in ("fsdp", "zero3"):
+            yield (
+                f"data.sources.prior_preservation: not supported with runtime.parallel={parallel}: "
+                "use ddp or zero2"
+            )
+        if config.alpha.kind != "opaque":
+            yield (
+                "data.sources.prior_preservation: not supported in transparent runs, the base model has "
+                "no alpha to preserve: remove it, or set alpha.kind=opaque"
+            )
+        if all(source.preserve for source in config.data.sources):
+            yield (
+                "data.sources.prior_preservation: is set on every source, so nothing new is trained: "
+                "remove it from the sources to train on"
+            )
+    small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
+    if tuner.kind == "full":
+        for key in small:
+            yield (
+                f"memory.{key}: needs a frozen base model, full fine-tuning trains it in float32: "
+                "remove it, or train an adapter (tuner.kind=lora)"
+            )
+    elif isinstance(tuner, LowRank) and tuner.kind in ("lokr", "loha") and tuner.dropout:
+        yield f"tuner.dropout: not supported with tuner.kind={tuner.kind}: remove it, or use lora or dora"
+    if len(small) == 2:
+        yield "memory.layerwise_casting: cannot be combined with memory.quantize: remove one of them"
+    elif memory.layerwise_casting == "float8" and tuner.kind == "dora":
+        yield (
+            "memory.layerwise_casting: DoRA needs norms of weights, which float8 tensors do not "
+            "support: use memory.quantize=float8, which needs the same memory"
+        )
+    if memory.quantize in ("int4", "nf4") and tuner.kind == "loha":
+        yield f"memory.quantize: LoHa does not support packed weights ({memory.quantize}): use int8 or float8"
+    if memory.offload_optimizer and config.optim.name != "adamw":
+        yield f"memory.offload_optimizer: needs optim.name=adamw (got {config.optim.name}): remove it"
+    if parallel != "ddp":
+        for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
+            yield f"memory.{key}: not supported with runtime.parallel={parallel}: use ddp, or remove it"
+    if tuner.kind == "codec":
+        yield from _codec_conflicts(config, tuner)
+    if config.runtime.compile and memory.layerwise_casting:
+        yield "runtime.compile: cannot be combined with memory.layerwise_casting: remove one of them"
+
+
+def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
+    """Yield errors about keys that cannot be combined with training an RGBA VAE."""
+    if config.alpha.kind != "opaque":
+        yield f"alpha.kind: {config.alpha.kind} does not apply to training an RGBA VAE: leave `alpha` out"
+    if tuner.train == "merge" and tuner.start is None:
+        yield (
+            "rgba_vae.init_from: missing, and train=merge needs decoders that were trained on alpha: set the "
+            "folder of an RGBA VAE, or use train=merge+decoders"
+        )
+    if config.runtime.parallel != "ddp":
+        yield f"runtime.parallel: an RGBA VAE trains with ddp only, not {config.runtime.parallel}: use ddp"
+    if config.runtime.compile:
+        yield "runtime.compile: an RGBA VAE has no repeated blocks to compile: remove it"
+    for key in ("quantize", "layerwise_casting"):
+        if getattr(config.memory, key) is not None:
+            yield f"memory.{key}: not supported for an RGBA VAE, which stays in float32: remove it"
+    if config.sample.every:
+        yield (
+            "sample.every: an RGBA VAE generates no samples, validation reconstructs clips instead: remove it"
+        )

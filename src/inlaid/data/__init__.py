@@ -1,0 +1,1 @@
+"""Datasets: layouts, clips, windows, problems, order and the cache."""

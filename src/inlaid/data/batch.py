@@ -1,0 +1,54 @@
+"""Micro-batches: cached tensors stacked, and the hash that seeds their randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlaid.families import Family
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Micro-batch: latents (n, c, t, h, w), conditions, and names of the clips."""
+
+    latents: Tensor
+    cond: Mapping[str, Tensor]
+    names: Sequence[str] = ()
+    preserve: Tensor | None = None
+    """Weight of the prior preservation loss of each sample, (n,); 0 trains on the clip itself."""
+
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        clips: Sequence[Mapping[str, Tensor]],
+        text: Sequence[Mapping[str, Tensor]],
+        names: Sequence[str],
+        *seed: Any,
+    ) -> Batch:
+        """Return a micro-batch of cached clips and captions; randomness in a clip is a function of `seed`."""
+        drawn = [
+            family.draw(clip, torch.Generator().manual_seed(stable_hash(*seed, "clip", i)))
+            for i, clip in enumerate(clips)
+        ]
+        stacked = {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
+        return cls(stacked.pop("latents"), {**family.collate(text), **stacked}, names)
+
+    def to(self, device: torch.device) -> Batch:
+        """Move the batch to a device; on CUDA from pinned memory, so the copy overlaps with computation."""
+        pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
+        move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
+        preserve = None if self.preserve is None else move(self.preserve)
+        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names, preserve)
+
+
+def stable_hash(*parts: Any) -> int:
+    """Return a 63-bit hash that is the same in every process; seeds the micro-batches."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,368 @@
+"""Content-addressed cache of latents and text embeddings; training loads neither VAE nor text encoder.
+
+An item's name is a hash of everything that determines its values: format version, family, the encoder's
+files, the window of the clip, and the clip's content. Items are never stale, runs can share a folder, and an
+interrupted build resumes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inlaid.data import precomputed, rgba_clips
+from inlaid.data.rgba_clips import READER, ClipInspection
+from inlaid.families import Family
+from inlaid.files import atomic, sha256
+from inlaid.media import kinds, video
+from inlaid.media.kinds import Probe
+from inlaid.media.rgba import AlphaStats
+
+if TYPE_CHECKING:
+    from inlaid.data.clips import Window
+
+
+VERSION = 1
+"""Version of the format; raise it when the values or names of an item's tensors change."""
+
+T = TypeVar("T")
+
+
+def identity(*parts: Any) -> str:
+    """Return an item's name: a hash of JSON values, 40 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of the names, types, shapes and bytes of tensors."""
+    out = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        out.update(f"{name}{t.dtype}{list(t.shape)}".encode())
+        out.update(t.flatten().view(torch.uint8).numpy().data)
+    return out.hexdigest()
+
+
+def _now(path: Path) -> str:
+    """Return a string of a file's path, size and modification time."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+@dataclass
+class Cache:
+    """Folder of cached items, with media and text in separate subfolders."""
+
+    folder: Path
+    _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _probes: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    _alphas: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._hashes, self._probes, self._alphas = (
+            self._memo(name) for name in ("hashes", "probes", "alphas")
+        )
+
+    def _memo(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            found = None  # only saves time: files are probed again
+        return found if isinstance(found, dict) else {}
+
+    def path(self, kind: str, name: str) -> Path:
+        """Return the path of an item, which may not exist yet."""
+        return self.folder / kind / name[:2] / f"{name}.safetensors"
+
+    def has(self, kind: str, name: str) -> bool:
+        """Return True if an item exists with the length in its header; `read` verifies the content."""
+        path = self.path(kind, name)
+        try:
+            with path.open("rb") as file:
+                head = file.read(8)
+                size = int.from_bytes(head, "little")
+                header = json.loads(file.read(size))
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            return path.stat().st_size == 8 + size + end
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
+            return False
+
+    def write(self, kind: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write an item atomically, with its digest in the header."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        header = {**metadata, "inlaid_cache": str(VERSION), "digest": digest(tensors)}
+        with atomic(self.path(kind, name)) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    def read(self, kind: str, name: str) -> dict[str, Tensor]:
+        """Read and verify an item.
+
+        Raises:
+            ValueError: if the item is missing, truncated or modified.
+        """
+        path = self.path(kind, name)
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+                header = file.metadata() or {}
+        except Exception as error:
+            raise ValueError(
+                f"{path}: cached item cannot be read ({error}): delete the file and run again"
+            ) from None
+        if header.get("digest") != digest(tensors):
+            raise ValueError(
+                f"{path}: cached item was modified after it was written: delete the file and run again"
+            )
+        return tensors
+
+    def content(self, path: Path) -> str:
+        """Return a SHA-256 of a file's content, memoized by size and modification time."""
+        key = _now(path)
+        if key not in self._hashes:
+            self._hashes[key] = sha256(path)
+        return self._hashes[key]
+
+    def probe(self, path: Path) -> Probe:
+        """Return `media.probe`, memoized by size and modification time; resuming a run opens no video.
+
+        Raises:
+            ValueError: if the file cannot be used.
+        """
+        if not path.is_file():
+            return video.probe(path)
+        key = f"{kinds.READER}|{_now(path)}"
+        known = self._known(key)
+        return known or self._learn(key, video.probe(path))
+
+    def look(self, path: Path, matte: Path | None = None) -> ClipInspection:
+        """Return `cutouts.look`, memoized by size and modification time of all files.
+
+        Raises:
+            ValueError: if the clip cannot be used.
+        """
+        files = [f for part in (path, matte) if part for f in rgba_clips.files(part)]
+        if not files or not all(f.is_file() for f in files):
+            return rgba_clips.inspect_clip(path, matte)
+        now = hashlib.sha256("\n".join(map(_now, files)).encode()).hexdigest()
+        key = f"{READER}|{kinds.READER}|{path.resolve()}|{now}"
+        known = self._known(key)
+        try:
+            if known:
+                return ClipInspection(known, AlphaStats(**self._alphas[key]))
+        except (LookupError, TypeError):
+            pass
+        found = rgba_clips.inspect_clip(path, matte)
+        self._alphas[key] = asdict(found.alpha)
+        self._learn(key, found.probe)
+        return found
+
+    def _known(self, key: str) -> Probe | None:
+        try:
+            known: dict[str, Any] = dict(self._probes[key])
+            known["fps"] = known["fps"] and Fraction(known["fps"])
+            return Probe(**known)
+        except (LookupError, TypeError, ValueError):
+            return None
+
+    def _learn(self, key: str, found: Probe) -> Probe:
+        self._probes[key] = asdict(found) | {"fps": found.fps and str(found.fps)}
+        return found
+
+    def remember(self) -> None:
+        """Write the memoized content hashes, probes and alpha statistics."""
+        for name, memo in (("hashes", self._hashes), ("probes", self._probes), ("alphas", self._alphas)):
+            if not memo and name == "alphas":
+                continue
+            with atomic(self.folder / f"{name}.json") as temporary:
+                temporary.write_text(json.dumps(memo), "utf-8")
+
+    def encoder(self, family: Family, part: str) -> list[str]:
+        """Return an encoder's identity: the commit of a Hub checkpoint, or hashes of its files."""
+        if not isinstance(family.source, Path):
+            from huggingface_hub import hf_hub_download
+
+            name = "model_index.json"
+            path = hf_hub_download(family.source, name, revision=family.model.revision)
+            commit = re.search(r"snapshots[/\\]([0-9a-f]+)", path)
+            return [family.source, commit[1] if commit else str(family.model.revision), part]
+        files = [
+            f for c in family.encoders[part] for f in sorted((family.source / c).rglob("*")) if f.is_file()
+        ]
+        return [
+            f"{f.relative_to(family.source)}:{self.content(f)}" for f in files if not f.name.startswith(".")
+        ]
+
+    def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
+        """Return the item names of windows."""
+        what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
+        what += family.media_key
+        files = [w.clip.files for w in windows]
+        return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
+
+    def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
+        """Return the item names of captions, and of files with precomputed text embeddings."""
+        what, encoder = [VERSION, family.model.family], self.encoder(family, "text")
+        return [
+            identity(*what, encoder, str(dtype), w)
+            if isinstance(w, str)
+            else identity(*what, "encoded", precomputed.READER, self.content(w))
+            for w in words
+        ]
+
+
+def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
+    """Run jobs in threads ahead of the consumer; yield results in order, with exceptions as results."""
+
+    def caught(job: Callable[[], T]) -> T | Exception:
+        try:
+            return job()
+        except Exception as error:
+            return error
+
+    if workers == 0:
+        yield from (caught(job) for job in jobs)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[Future[T | Exception]] = []
+        for job in jobs:
+            waiting.append(pool.submit(caught, job))
+            if len(waiting) > workers:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+@dataclass
+class Built:
+    """Result of a build: the number of items made and reused, and the errors of failed clips by path."""
+
+    made: int = 0
+    reused: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+Advance = Callable[[int], None]
+
+
+def build_media(
+    cache: Cache,
+    family: Family,
+    windows: Sequence[Window],
+    names: Sequence[str],
+    *,
+    device: torch.device,
+    workers: int,
+    advance: Advance,
+) -> Built:
+    """Encode the windows that are not cached.
+
+    Stores latents as float16, which is more precise than bfloat16, and pixels unchanged.
+
+    Raises:
+        ValueError: if the cache cannot be written. Items already written stay valid; run again to continue.
+    """
+    missing = [i for i, name in enumerate(names) if not cache.has("media", name)]
+    built = Built(reused=len(names) - len(missing))
+    advance(built.reused)
+    if not missing:
+        return built
+    pixels = ahead((windows[i].read for i in missing if not windows[i].clip.embedding), workers)
+    encoder = None
+    for i in missing:
+        window = windows[i]
+        try:
+            if window.clip.embedding:
+                item = precomputed.read_item(family, window.clip.latents)
+            else:
+                frames = next(pixels)
+                if isinstance(frames, Exception):
+                    raise frames
+                encoder = encoder or family.load_media_encoder(device)
+                item = family.encode_media(encoder, frames)
+            wrong = [k for k, v in item.items() if not torch.isfinite(v).all()]
+            if wrong:
+                raise ValueError(f"NaN or infinite values in {', '.join(wrong)}")
+        except (OSError, ValueError) as error:
+            built.failed[str(window.clip.path)] = str(error)
+        else:
+            item = {k: v.half() if v.is_floating_point() else v for k, v in item.items()}
+            about = {
+                "clip": window.clip.name,
+                "window": json.dumps(window.key, default=str),
+                "checkpoint": family.model.checkpoint,
+            }
+            with _writing(cache.folder, built, len(names)):
+                cache.write("media", names[i], item, about)
+        advance(1)
+    return built
+
+
+def build_text(
+    cache: Cache,
+    family: Family,
+    words: Sequence[str | Path],
+    names: Sequence[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Advance,
+) -> Built:
+    """Encode the captions that are not cached, without padding and in the encoder's precision.
+
+    A path in `words` is a file with a precomputed text embedding.
+
+    Raises:
+        ValueError: if the cache cannot be written. Items already written stay valid; run again to continue.
+    """
+    missing = [i for i, name in enumerate(names) if not cache.has("text", name)]
+    built = Built(reused=len(names) - len(missing))
+    advance(built.reused)
+    if not missing:
+        return built
+    files, captions = ([i for i in missing if isinstance(words[i], kind)] for kind in (Path, str))
+    encoder = family.load_text_encoder(device, dtype) if captions else None
+    chunks = [captions[i : i + 8] for i in range(0, len(captions), 8)]
+    for chunk in [*chunks, *([i] for i in files)]:
+        given = [words[i] for i in chunk]
+        texts = [w for w in given if isinstance(w, str)]
+        paths = [w for w in given if isinstance(w, Path)]
+        items = (
+            family.encode_text(encoder, texts)
+            if texts
+            else [precomputed.read_text_item(family, p) for p in paths]
+        )
+        for i, word, item in zip(chunk, given, items, strict=True):
+            about = {"caption": str(word), "checkpoint": family.model.checkpoint}
+            with _writing(cache.folder, built, len(names)):
+                cache.write("text", names[i], item, about)
+        advance(len(chunk))
+    return built
+
+
+@contextmanager
+def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
+    """Count a written item; on failure raise an error with the number of items already cached."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise ValueError(
+            f"{folder}: {'the disk is full' if full else f'cannot be written ({error.strerror})'}; "
+            f"{built.made + built.reused} of {total} items are cached and kept. "
+            f"{'Free space, or point' if full else 'Point'} data.cache to another disk, and run again"
+        ) from None
+    built.made += 1

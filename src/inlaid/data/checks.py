@@ -1,0 +1,145 @@
+"""Checks of clips: size, alpha, outliers, duplicates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from inlaid import config
+from inlaid.data.clips import Clip, Size
+from inlaid.data.problems import KINDS, Problem
+from inlaid.data.windows import frames_available
+from inlaid.files import sha256
+from inlaid.media.kinds import Probe
+from inlaid.media.rgba import AlphaStats
+
+UPSCALE = 1.5
+"""Scale factor above which a clip gets a warning: the model learns the blur of an enlarged clip."""
+
+CROPPED = 0.3
+"""Cropped share of the frame, 0 to 1, above which a clip gets a warning."""
+
+RESIDUE = 0.005
+"""Share of pixels with nearly transparent alpha, 0 to 1, above which a clip gets a warning."""
+
+ODD = 0.4
+"""Distance of a clip's coverage from the median of all clips above which the clip gets a warning."""
+
+
+def clip_problems(
+    clip: Clip,
+    probe: Probe,
+    data: config.Data,
+    fps: float,
+    size: Size | None,
+    alpha: AlphaStats | None,
+) -> list[Problem]:
+    """Return the problems of a readable clip; `size` is its bucket's, or None if the clip has no window."""
+    out: list[Problem] = []
+
+    def add(code: str, message: str) -> None:
+        out.append(Problem(KINDS[code].severity, code, clip.name, message, clip.source))
+
+    if clip.embedding:
+        if data.trigger or data.caption_prefix:
+            add("fixed-caption", "")
+        return out
+    if size is None and clip.kind == "image" and probe.frames == 1:
+        add("image", "")
+    elif size is None:
+        need, (there, rate) = min(data.frames), frames_available(probe, data, fps)
+        add(
+            "too-short",
+            f"{need} frames at {rate:g} fps need {need / rate:.2f} s, it has {there / rate:.2f} s",
+        )
+    if probe.width % 2 or probe.height % 2:
+        add("odd-size", f"{probe.width}x{probe.height}")
+    if probe.variable:
+        add("variable-rate", f"{float(probe.fps or 0):.2f} fps on average")
+    if probe.fps and probe.fps < fps * 0.99:
+        told = "frames are repeated" if data.slow == "repeat" else "the video plays faster"
+        add("slow", f"{float(probe.fps):g} fps of {fps:g}: {told}")
+    if alpha:
+        out += alpha_problems(clip, alpha, data.matte)
+    elif probe.transparent:
+        add("transparent", "")
+    if probe.hdr:
+        add("hdr", "")
+    if size is not None:
+        scale = max(size[0] / probe.height, size[1] / probe.width)
+        seen = size[0] * size[1] / (probe.height * probe.width * scale**2)
+        if scale > UPSCALE:
+            add("upscaled", f"{probe.width}x{probe.height} by {scale:.1f}")
+        if 1 - seen > CROPPED:
+            add("cropped", f"{1 - seen:.0%} of {probe.width}x{probe.height}")
+    return out
+
+
+def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Problem]:
+    """Return the problems of a clip's alpha that the recipe does not correct."""
+    found = {
+        "inverted": alpha.inverted and not how.invert,
+        "limited": alpha.limited and not how.limited,
+        "premultiplied": alpha.premultiplied and how.premultiplied == "auto",
+        "residue": alpha.residue > RESIDUE and not how.snap,
+    }
+    says = {
+        "limited": f"{alpha.lowest} to {alpha.highest}",
+        "residue": f"{alpha.residue:.1%} of its pixels",
+        "inverted": f"covers {alpha.coverage:.0%}",
+    }
+    return [
+        Problem(KINDS[code].severity, code, clip.name, says.get(code, ""), clip.source)
+        for code, yes in found.items()
+        if yes
+    ]
+
+
+def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[Problem]:
+    """Return a warning for each clip whose alpha differs from that of nearly all other clips."""
+    there = [(c, alphas[c.path]) for c in clips if c.path in alphas]
+    if len(there) < 4:
+        return []
+    typical = float(np.median([a.coverage for _, a in there]))
+    divided = sum(a.premultiplied for _, a in there)
+    out = []
+    for clip, alpha in there:
+        says = []
+        if abs(alpha.coverage - typical) > ODD:
+            says.append(f"covers {alpha.coverage:.0%}, the median is {typical:.0%}")
+        same = divided if alpha.premultiplied else len(there) - divided
+        if same * 10 <= len(there):
+            says.append("premultiplied" if alpha.premultiplied else "straight, the others look premultiplied")
+        if says:
+            message = "; ".join(says)
+            out.append(Problem("warning", "odd-alpha", clip.name, message, clip.source))
+    return out
+
+
+def duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
+    """Return a mark per path, equal for files of equal content, and a warning for each further copy."""
+
+    def files(clip: Clip) -> tuple[Path, ...]:
+        return (clip.path,) if clip.latents else clip.files
+
+    def size(clip: Clip) -> int:
+        return sum(f.stat().st_size for f in files(clip))
+
+    by_size: dict[int, set[Path]] = defaultdict(set)
+    for clip in clips:
+        by_size[size(clip)].add(clip.path.resolve())
+    marks: dict[Path, str] = {}
+    problems: list[Problem] = []
+    first: dict[str, Clip] = {}
+    for clip in clips:
+        alone = len(by_size[size(clip)]) == 1
+        mark = str(clip.path.resolve()) if alone else ",".join(sha256(f.resolve()) for f in files(clip))
+        marks[clip.path] = mark
+        other = first.setdefault(mark, clip)
+        if other is not clip:
+            same = "listed twice" if other.path == clip.path else f"same content as {other.name}"
+            problems.append(Problem("warning", "duplicate", clip.name, same, clip.source))
+    return marks, problems

@@ -1,0 +1,97 @@
+"""Clips and windows: what one training item is."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from inlaid import config
+from inlaid.data import precomputed, rgba_clips
+from inlaid.data.rgba_clips import READER, Kind
+from inlaid.media import kinds, video
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A training example on disk."""
+
+    path: Path
+    name: str
+    """Path relative to the source's root, with forward slashes."""
+    caption: str
+    """Caption as stored, with each run of white space replaced by one space. Empty if the clip has none; then
+    only precomputed latents have windows."""
+    source: int
+    """Index into `data.sources`."""
+    group: str | None
+    kind: Kind | Literal["encoded", "scene"]
+    latents: tuple[Path, ...] = ()
+    """Files of precomputed latents: `path` first, then the latents of the conditioning images."""
+    embedding: Path | None = None
+    """File with the text embedding that belongs to precomputed latents."""
+    matte: Path | None = None
+    """File or folder with the alpha matte of `path`, if alpha is stored separately."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files whose content determines the pixels or the latents."""
+        if self.latents:
+            return self.latents
+        return tuple(f for part in (self.path, self.matte) if part for f in rgba_clips.files(part))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Part of a clip that is one training example."""
+
+    clip: Clip
+    start: float
+    """Seconds from the clip's first frame."""
+    frames: int
+    fps: float
+    """Sampling rate in frames per second."""
+    size: Size
+    """Height and width in pixels."""
+    caption: str
+    """Caption with prefix and trigger."""
+    alpha: config.Matte | None = None
+    """Settings for reading and correcting alpha; None if the clip is read as opaque."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width; equal for all windows of a batch."""
+        return (self.frames, *self.size)
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Cache key: everything except the files' content that determines the pixels."""
+        if self.clip.embedding:
+            return ("encoded", precomputed.READER)
+        shape = (self.start, self.frames, self.fps, *self.size)
+        if self.alpha:
+            how, pair = self.alpha.model_dump_json(), self.clip.matte is not None
+            return ("cutout", READER, kinds.READER, self.clip.kind, pair, *shape, how)
+        return ("window", kinds.READER, self.clip.kind, *shape)
+
+    @property
+    def words(self) -> str | Path:
+        """Text condition: the caption, or the file with its precomputed embedding."""
+        return self.clip.embedding or self.caption
+
+    def read(self) -> Any:
+        """Read the pixels as uint8: (t, h, w, 3), or (t, h, w, 4) with straight alpha in a transparent run.
+
+        Windows of scenes return a `scenes.Sample`.
+
+        Raises:
+            ValueError: if the file cannot be read to the end of the window; the message names the file.
+        """
+        assert not self.clip.embedding, "precomputed latents have no pixels"
+        place = (self.start, self.frames, self.fps, self.size)
+        if self.alpha:
+            return rgba_clips.read_rgba_clip(self.clip.path, self.clip.matte, *place, self.alpha)
+        return video.read_frames(self.clip.path, *place)

@@ -1,0 +1,244 @@
+"""Scene modality: an input image with segmented objects and their surfaces, generated as one mesh per object.
+
+A scene has no caption. Its name replaces the caption in reports and is not passed to a network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from inlaid import config as recipe
+from inlaid.console import say
+from inlaid.data import rgba_clips, scenes
+from inlaid.data.clips import Clip, Window
+from inlaid.data.layouts import Found
+from inlaid.data.modality import ImageSource, Modality, NamedImage, Progress
+from inlaid.data.plan import Plan, assemble_plan
+from inlaid.data.problems import KINDS, Problem
+from inlaid.data.rgba_clips import ClipInspection
+from inlaid.data.scenes import READER, Scene
+from inlaid.files import atomic, sha256
+from inlaid.media import mesh_render, meshes, video
+from inlaid.media.contact_sheet import SheetRow, contact_sheet
+from inlaid.media.kinds import MediaError, Probe
+from inlaid.media.mesh_viewer import viewer_page
+from inlaid.media.meshes import Note
+from inlaid.media.scene import MAX_OBJECTS, GeneratedScene, SceneSample, read_image, tiles
+
+if TYPE_CHECKING:
+    from inlaid.families import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneClip(Clip):
+    """A scene on disk as a clip of `data`."""
+
+    scene: Scene
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The input image, the segmentation and the surfaces."""
+        return self.scene.files
+
+
+@dataclass(frozen=True)
+class SceneWindow(Window):
+    """A whole scene as a window of `data`; `frames` is the number of objects."""
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Cache key: everything except the files' content that determines the item."""
+        assert isinstance(self.clip, SceneClip)
+        return ("scene", READER, *self.shape, *self.clip.scene.surfaces)
+
+    @property
+    def words(self) -> str:
+        """Empty: scenes have no text condition."""
+        return ""
+
+    def read(self) -> SceneSample:
+        """Read the scene.
+
+        Raises:
+            MediaError: if a file is invalid; the message names the file and the problem.
+        """
+        assert isinstance(self.clip, SceneClip)
+        return self.clip.scene.read()
+
+
+class SceneModality(Modality):
+    """Scenes of an input image and the surfaces of its objects."""
+
+    one: ClassVar[str] = "scene"
+    makes: ClassVar[str] = "scene"
+    asks: ClassVar[str] = "--image rgb.png --seg seg.png"
+    columns: ClassVar[tuple[str, str, str]] = ("objects", "image size", "scenes")
+
+    def plan(
+        self,
+        config: recipe.Config,
+        family: Family,
+        progress: Progress | None = None,
+        probe: Callable[[Path], Probe] = video.probe,
+        look: Callable[[Path, Path | None], ClipInspection] = rgba_clips.inspect_clip,
+    ) -> Plan:
+        """Read every scene with its surfaces, since most problems are in the surfaces."""
+        problems: list[Problem] = []
+        found = [_find(source, i, problems) for i, source in enumerate(config.data.sources)]
+        clips: list[Any] = [c for f in found for c in f.clips]
+        size = (family.extractor.crop,) * 2  # type: ignore[attr-defined]
+        windows: dict[int, list[Window]] = {}
+
+        def inspect(clip: SceneClip) -> tuple[int, Sequence[Note]] | MediaError:
+            try:
+                sample = clip.scene.read()
+                return len(sample.objects), sample.notes
+            except MediaError as error:
+                return error
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for i, seen in enumerate(pool.map(inspect, clips)):
+                clip = clips[i]
+                if isinstance(seen, MediaError):
+                    said = str(seen).removeprefix(f"{clip.path.parent}{os.sep}")
+                    problems.append(Problem("error", seen.code, clip.name, said, clip.source))
+                else:
+                    count, notes = seen
+                    by_code = {c: [n for n in notes if n.code == c] for c in {n.code for n in notes}}
+                    for code, alike in by_code.items():
+                        more = f", and {len(alike) - 1} more" if len(alike) > 1 else ""
+                        problems.append(_problem(clip, code, alike[0] + more))
+                    if count > MAX_OBJECTS:
+                        many = f"{count} objects, at most {MAX_OBJECTS} per step"
+                        problems.append(_problem(clip, "crowded", many))
+                    windows[i] = [SceneWindow(clip, 0.0, count, 1.0, size, clip.name)]
+                if progress:
+                    progress(i + 1, len(clips))
+        together = _together if config.data.held_out else None
+        return assemble_plan(config.data, config.seed, found, windows, problems, {}, together, self.one)
+
+    def task(self, family: Family) -> str:
+        """Return the Hub's `pipeline_tag`."""
+        return "image-to-3d"
+
+    def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
+        """Draw per scene the input image, an object overlay and the surfaces from two sides."""
+        made = []
+        for window, sample in rows:
+            count = len(sample.objects)
+            points = sum(len(one.surface) for one in sample.objects)
+            said = f"{count} object{'s' * (count != 1)}, {points:,} points"
+            made.append(SheetRow(window.clip.name, " ".join(sample.notes), tiles(sample), said))
+        contact_sheet(made, path, title=title, columns=4, width=1024)
+
+    def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
+        """Return the stems of the input images.
+
+        Raises:
+            ValueError: if there are prompts, or no input image.
+        """
+        if prompts:
+            raise ValueError(f"generate: scenes take no prompt (`{prompts[0]}`): pass --image and --seg")
+        if not images:
+            raise ValueError("generate: no input image: pass --image rgb.png --seg seg.png")
+        return [Path(pair[0]).stem for pair in images]
+
+    def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
+        """Read the input image and the segmentation."""
+        if not isinstance(source, Window):
+            return [
+                NamedImage(source[0], read_image(Path(source[0]))),
+                NamedImage(source[1], meshes.read_ids(Path(source[1]))),
+            ]
+        seen = source.read()
+        ids = np.zeros(seen.image.shape[:2], np.int64)
+        for one in seen.objects:
+            ids[one.mask] = one.number
+        return [
+            NamedImage(f"{seen.name} {n}", p) for n, p in zip(family.images, (seen.image, ids), strict=True)
+        ]
+
+    def asked(self, sample: recipe.Sample) -> dict[str, Any]:
+        """Return the mesh resolution and the maximum number of triangles."""
+        return {"grid": sample.grid, "triangles": sample.triangles}
+
+    def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
+        """Return steps, guidance and mesh settings."""
+        return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles")}
+
+    def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
+        """Write a glb with a named node per object, a PNG of views from all sides, and an HTML viewer.
+
+        The returned facts are the triangle counts of the objects and notes on mesh defects.
+        """
+        path = stem.with_name(f"{stem.name}.glb")
+        for note in made.notes:
+            say(f"note: {stem.name}: {note}")
+        meshes.write_scene(path, made.meshes, made.empty)
+        with atomic(path.with_suffix(".png")) as part:
+            Image.fromarray(strip(made)).save(part, format="PNG")
+        with atomic(path.with_suffix(".html")) as part:
+            part.write_text(viewer_page(made.meshes, stem.name), "utf-8")
+        faces = {name: len(one.faces) for name, one in made.meshes.items()}
+        return path, {"objects": faces, "notes": list(made.notes)}
+
+
+MODALITY = SceneModality()
+
+
+def strip(made: GeneratedScene, frames: int = 6, size: int = 192) -> np.ndarray:
+    """Render a turntable as one image: uint8 (size, frames * size, 3)."""
+    return np.concatenate(list(mesh_render.turntable(list(made.meshes.values()), frames, size)), 1)
+
+
+def _find(source: recipe.Source, index: int, problems: list[Problem]) -> Found:
+    """Find the scenes of a source; append its problems to `problems`."""
+    root = Path(source.path).expanduser()
+    clips: list[Clip] = []
+    own: list[Problem] = []
+    layout, count = "folders", 0
+    named = [k for k in ("root", "video_column", "caption_column", "group_column") if getattr(source, k)]
+    try:
+        if named or source.layout not in ("auto", "folder"):
+            what = named[0] if named else f"layout {source.layout}"
+            raise ValueError(f"`{what}` applies only to clips: remove it, a source of scenes is a folder")
+        found = scenes.find_scenes(root)
+        layout, count = found.layout, len(found.scenes) + len({f.name for f in found.findings})
+        own = [Problem(f.severity, f.code, f.name, f.message, index) for f in found.findings]
+        clips = [SceneClip(s.image, s.name, "", index, None, "scene", scene=s) for s in found.scenes]
+    except (ValueError, OSError) as error:
+        own = [Problem("error", "layout", source.path, str(error).removeprefix(f"{root}: "), index)]
+    problems += own
+    return Found(layout, f"{count} scenes", clips, own, count)
+
+
+def _problem(clip: Clip, code: str, message: str) -> Problem:
+    return Problem(KINDS[code].severity, code, clip.name, str(message), clip.source)
+
+
+def _together(clips: Sequence[Clip]) -> dict[Path, str]:
+    """Return marks by path, equal for scenes that share a file, so that views of one scene stay together."""
+    owner: dict[str, int] = {}
+    parent = list(range(len(clips)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    hashes: dict[Path, str] = defaultdict(str)
+    for i, clip in enumerate(clips):
+        assert isinstance(clip, SceneClip)
+        for file in (clip.path, *clip.scene.surfaces.values()):
+            hashes[file] = hashes[file] or sha256(file)
+            parent[root(i)] = root(owner.setdefault(hashes[file], i))
+    return {clip.path: str(root(i)) for i, clip in enumerate(clips)}

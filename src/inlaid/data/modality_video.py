@@ -1,0 +1,115 @@
+"""Video modality: videos and images with captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from inlaid import config as recipe
+from inlaid.console import say
+from inlaid.data import rgba_clips
+from inlaid.data.clips import Window
+from inlaid.data.modality import ImageSource, Modality, NamedImage, Progress
+from inlaid.data.plan import Plan, plan_dataset
+from inlaid.data.rgba_clips import ClipInspection
+from inlaid.media import compositing, rgba, video
+from inlaid.media.contact_sheet import SheetRow, contact_sheet
+from inlaid.media.kinds import Probe
+from inlaid.media.rgba import SUFFIXES
+
+if TYPE_CHECKING:
+    from inlaid.families import Family
+
+
+class VideoModality(Modality):
+    """Videos and images with captions."""
+
+    one: ClassVar[str] = "clip"
+    makes: ClassVar[str] = "video"
+    asks: ClassVar[str] = '"a prompt"'
+    columns: ClassVar[tuple[str, str, str]] = ("frames", "size", "windows")
+
+    def plan(
+        self,
+        config: recipe.Config,
+        family: Family,
+        progress: Progress | None = None,
+        probe: Callable[[Path], Probe] = video.probe,
+        look: Callable[[Path, Path | None], ClipInspection] = rgba_clips.inspect_clip,
+    ) -> Plan:
+        """Plan the clips of any layout that `data` reads."""
+        return plan_dataset(config.data, family.grid, family.fps, config.seed, progress, family, probe, look)
+
+    def task(self, family: Family) -> str:
+        """Return the Hub's `pipeline_tag`."""
+        return "image-to-video" if family.images else "text-to-video"
+
+    def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
+        """Draw a strip of frames per window, below the caption."""
+        made = []
+        for window, frames in rows:
+            at = f"from {window.start:.2f} s   " if window.start else ""
+            shape = f"{at}{window.frames} x {window.size[0]} x {window.size[1]} at {window.fps:g} fps"
+            frames = compositing.preview(frames) if window.alpha else frames
+            made.append(SheetRow(window.clip.name, window.caption, frames, shape))
+        contact_sheet(made, path, title=title)
+
+    def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
+        """Return the prompts.
+
+        Raises:
+            ValueError: if there is no prompt, or an empty prompt.
+        """
+        if not prompts or not all(p.strip() for p in prompts):
+            raise ValueError("generate: prompt is missing or empty: pass a prompt")
+        return list(prompts)
+
+    def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
+        """Read images, scaled and cropped to the size of the video."""
+        assert sample.size and sample.frames
+        if isinstance(source, Window):
+            if not family.images:
+                return []
+            frames = replace(source, frames=min(sample.frames, source.frames), size=sample.size).read()
+            place = {"first": 0, "last": -1}
+            named = {name: frames[place[name]] for name in family.images}
+            return [NamedImage(f"{name} frame of {source.clip.name}", f) for name, f in named.items()]
+        return [
+            NamedImage(path, video.read_frames(Path(path), 0.0, 1, 1.0, sample.size)[0]) for path in source
+        ]
+
+    def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
+        """Return the keys of `sample` that affect one video, and the frame rate."""
+        other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
+        return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
+
+    def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
+        """Write an mp4; for a video with alpha also the formats of `sample.transparent`, which keep alpha.
+
+        The mp4 of a video with alpha is a preview over a checkerboard. Every file with alpha is read back and
+        compared; if alpha differs, PNG frames replace the file and a note is printed.
+        """
+        path, facts = stem.with_name(f"{stem.name}.mp4"), {}
+        if made.shape[-1] == 4:
+            files = [path.with_suffix(SUFFIXES[name]) for name in sample.transparent]
+            for i, file in enumerate(files):
+                try:
+                    rgba.write_rgba(file, made, fps)
+                except ValueError as error:  # noise, from a barely trained network, compresses badly
+                    files[i] = path.with_suffix(SUFFIXES["png"])
+                    say(f"note: {error}: written as {files[i].name} instead")
+                    rgba.write_rgba(files[i], made, fps)
+            files = list(dict.fromkeys(files))
+            facts = {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
+            level = made[..., 3].min()
+            if level == made[..., 3].max():
+                how = {0: "clear", 255: "opaque"}.get(int(level), f"{level} of 255")
+                say(f"note: {path.name}: alpha is constant ({how}): the model generated no alpha")
+            made = compositing.composite(made, compositing.checkerboard(*made.shape[1:3]))
+        video.write_video(path, made, fps)
+        return path, facts
+
+
+MODALITY = VideoModality()

@@ -1,0 +1,277 @@
+"""Plan a dataset: sources, clips, windows, problems and the validation split."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from inlaid import config
+from inlaid.data import precomputed, rgba_clips
+from inlaid.data.checks import clip_problems, duplicates, outliers
+from inlaid.data.clips import Clip, Window
+from inlaid.data.layouts import Found, find_clips
+from inlaid.data.problems import FOLDER_CURE, KINDS, MANIFEST_CURE, SOURCE_CODES, Problem
+from inlaid.data.rgba_clips import ClipInspection
+from inlaid.data.windows import clip_windows, sizes
+from inlaid.families.base import Family
+from inlaid.families.grid import Grid
+from inlaid.media import video
+from inlaid.media.kinds import MediaError, Probe
+from inlaid.media.rgba import AlphaStats
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """Summary of one source."""
+
+    path: str
+    layout: str
+    why: str
+    """Reason why this layout was chosen."""
+    clips: int = 0
+    usable: int = 0
+    windows: int = 0
+    held_out: int = 0
+    """Windows of validation clips."""
+    seconds: float = 0.0
+    repeats: int = 1
+    weight: float = 1.0
+
+    @property
+    def shown(self) -> float:
+        """Number of times each window is used per epoch."""
+        return self.repeats * self.weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Clips and windows of a run, with the problems found."""
+
+    clips: list[Clip]
+    """All clips found, usable or not."""
+    train: list[Window]
+    held_out: list[Window]
+    problems: list[Problem]
+    sources: list[SourceReport]
+    probes: dict[Path, Probe] = field(default_factory=dict)
+    alphas: dict[Path, AlphaStats] = field(default_factory=dict)
+    """Alpha statistics of each clip by path; empty unless the run is transparent."""
+    noun: str = "clip"
+    """Name of an example in messages."""
+
+    @property
+    def errors(self) -> list[Problem]:
+        """Problems that stop the run or put a clip into quarantine."""
+        return [p for p in self.problems if p.severity == "error"]
+
+
+# --- the plan -----------------------------------------------------------------------------------------------
+
+
+def plan_dataset(
+    data: config.Data,
+    grid: Grid,
+    fps: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    family: Family | None = None,
+    probe: Callable[[Path], Probe] = video.probe,
+    look: Callable[[Path, Path | None], ClipInspection] = rgba_clips.inspect_clip,
+) -> Plan:
+    """Probe every clip and select the windows of a run.
+
+    Decodes only the first frame and the end of each file.
+
+    Args:
+        data: the recipe's `data` section; its `fps` overrides the argument.
+        grid: frame counts and sizes that the family supports.
+        fps: the family's frame rate.
+        seed: determines the validation clips.
+        progress: called with (done, total) while files are probed.
+        family: adds its layout of precomputed latents, and alpha if it has 4 channels.
+        probe: probes a file; a cache can supply a memoized version.
+        look: replaces `probe` if the family is transparent; also takes the alpha matte.
+    """
+    fps = float(data.fps or fps)
+    patterns = [family.encoded_in(Path(s.path).expanduser()) if family else None for s in data.sources]
+    channels = family.channels if family else 3
+    found = [find_clips(source, i, patterns[i], channels) for i, source in enumerate(data.sources)]
+    problems = [p for f in found for p in f.problems]
+    clips = [c for f in found for c in f.clips]
+    looks, failed = _look_all(clips, progress, family, fps, look if channels == 4 else probe)
+    probes = {p: each.probe if isinstance(each, ClipInspection) else each for p, each in looks.items()}
+    alphas = {p: each.alpha for p, each in looks.items() if isinstance(each, ClipInspection)}
+    problems += failed + outliers(clips, alphas)
+    buckets = sizes(data, grid)
+    windows: dict[int, list[Window]] = {}
+    for i, clip in enumerate(clips):
+        if clip.path in probes:
+            probed, alpha = probes[clip.path], alphas.get(clip.path)
+            made = clip_windows(clip, probed, data, buckets, fps, alpha)
+            problems += clip_problems(clip, probed, data, fps, made[0].size if made else None, alpha)
+            if made and (clip.caption or clip.embedding):
+                windows[i] = made
+    return assemble_plan(data, seed, found, windows, problems, probes, alphas=alphas)
+
+
+def assemble_plan(
+    data: config.Data,
+    seed: int,
+    found: Sequence[Found],
+    windows: Mapping[int, Sequence[Window]],
+    problems: list[Problem],
+    probes: dict[Path, Probe],
+    alike: Callable[[Sequence[Clip]], Mapping[Path, str]] | None = None,
+    noun: str = "clip",
+    alphas: dict[Path, AlphaStats] | None = None,
+) -> Plan:
+    """Split the windows into training and validation and build the plan.
+
+    Args:
+        data: the recipe's `data` section.
+        seed: determines the validation clips.
+        found: contents of each source.
+        windows: windows of usable clips, by index among all clips found.
+        problems: problems of clips; duplicates and validation problems are appended.
+        probes: probes by path.
+        alike: returns a mark by path; clips with equal marks go to the same side of the split. Default: clips
+            with equal content.
+        noun: name of an example in messages.
+        alphas: alpha statistics by path.
+    """
+    clips = [c for f in found for c in f.clips]
+    usable = [clips[i] for i in windows]
+    twins, doubled = duplicates(usable)
+    problems += doubled
+    held, held_problems = _split_validation(usable, alike(usable) if alike else twins, data.held_out, seed)
+    problems += held_problems
+    train = [w for i, ws in windows.items() for w in ws if clips[i].path not in held]
+    out = [w for i, ws in windows.items() for w in ws if clips[i].path in held]
+    reports = [
+        SourceReport(
+            path=source.path,
+            layout=f.layout,
+            why=f.why,
+            clips=f.count,
+            usable=sum(clips[i].source == index for i in windows),
+            windows=sum(w.clip.source == index for w in train),
+            held_out=sum(w.clip.source == index for w in out),
+            seconds=sum(probes[c.path].duration for c in f.clips if c.path in probes),
+            repeats=source.repeats,
+            weight=source.weight,
+        )
+        for index, (source, f) in enumerate(zip(data.sources, found, strict=True))
+    ]
+    order = list(KINDS)
+    problems.sort(key=lambda p: (p.severity, order.index(p.code), p.source, p.name))
+    return Plan(clips, train, out, problems, reports, probes, alphas or {}, noun)
+
+
+def _look_all(
+    clips: Sequence[Clip],
+    progress: Callable[[int, int], None] | None,
+    family: Family | None,
+    fps: float,
+    see: Callable[..., Probe | ClipInspection],
+) -> tuple[dict[Path, Probe | ClipInspection], list[Problem]]:
+    """Probe every clip once, in threads."""
+    first = {c.path: c for c in reversed(clips)}
+    probes: dict[Path, Probe | ClipInspection] = {}
+    problems = [
+        Problem("error", "pair", c.name, "it is listed with two different alpha mattes", c.source)
+        for c in clips
+        if c.matte != first[c.path].matte
+    ]
+
+    def look(path: Path) -> Probe | ClipInspection | MediaError:
+        clip = first[path]
+        try:
+            if not (clip.embedding and family):
+                return see(path, clip.matte) if family and family.channels == 4 else see(path)
+            frames, height, width = precomputed.inspect_item(family, clip.latents, clip.embedding)
+            rate = Fraction(fps).limit_denominator(1000)
+            return Probe(frames, rate, height, width, frames / fps, 1 / fps)
+        except MediaError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for done, (path, result) in enumerate(zip(first, pool.map(look, first), strict=True), 1):
+            if isinstance(result, MediaError):
+                clip = first[path]
+                problems.append(Problem("error", result.code, clip.name, result.cause, clip.source))
+            else:
+                probes[path] = result
+            if progress:
+                progress(done, len(first))
+    return probes, problems
+
+
+def _split_validation(
+    clips: Sequence[Clip], marks: Mapping[Path, str], wanted: float, seed: int
+) -> tuple[set[Path], list[Problem]]:
+    """Return the paths of the validation clips: those with the lowest hash of seed and name.
+
+    Clips with equal marks stay together.
+    """
+    groups: dict[str, list[Clip]] = defaultdict(list)
+    for clip in clips:
+        groups[marks[clip.path]].append(clip)
+    count = math.floor(wanted * len(clips) + 0.5) if wanted < 1 else int(wanted)
+    if not clips or not count:
+        return set(), []
+    if count >= len(clips):
+        message = f"data.validation={wanted:g} of {len(clips)} clips leaves none to train on: lower it"
+        return set(), [Problem("error", "held-out", "data.held_out", message)]
+
+    def rank(group: list[Clip]) -> bytes:
+        return hashlib.sha256(f"{seed}\0{min(c.name for c in group)}".encode()).digest()
+
+    held: list[Clip] = []
+    for group in sorted(groups.values(), key=rank):
+        if len(held) < count and len(held) + len(group) < len(clips):
+            held += group
+    return {c.path for c in held}, []
+
+
+def describe_plan(problems: Sequence[Problem], total: int, shown: int = 5, noun: str = "clip") -> list[str]:
+    """Return one line per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
+    groups: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        groups[problem.code].append(problem)
+    out = []
+    for code in sorted(groups, key=list(KINDS).index):
+        group, says = groups[code], KINDS[code]
+        if code in SOURCE_CODES:
+            out += [f"{p.name}: {p.message}" if code == "layout" else p.message for p in group]
+            continue
+        names = [f"{p.name}: {p.message}" if p.message else p.name for p in group[:shown]]
+        more = f" and {len(group) - shown} more" if len(group) > shown else ""
+        joined = ("; " if any(p.message for p in group[:shown]) else ", ").join(names)
+        verb = says.one if len(group) == 1 else says.many
+        cure = MANIFEST_CURE if says.cure == FOLDER_CURE and any(p.message for p in group) else says.cure
+        out.append(f"{len(group)} of {total} {noun}s {verb} ({joined}{more}): {cure}")
+    return out
+
+
+def require_usable(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Problem]:
+    """Raise if the plan has errors; with `quarantine`, only for errors of sources or if no clip remains.
+
+    Returns:
+        The errors of the clips left out, for the caller to record; empty without errors.
+
+    Raises:
+        ValueError: with all errors, one line per code.
+    """
+    total = sum(s.clips for s in plan.sources)
+    stops = [p for p in plan.errors if bad_clips == "stop" or p.code in SOURCE_CODES]
+    if stops or not plan.train:
+        raise ValueError("\n".join(describe_plan(stops or plan.errors, total, noun=plan.noun)))
+    return plan.errors

@@ -1,0 +1,143 @@
+"""Plan a dataset and fill the cache: clips, captions, sample prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from inlaid import config as recipe
+from inlaid import families
+from inlaid.console import progress, say
+from inlaid.data import cache
+from inlaid.data.batch import Batch
+from inlaid.data.cache import Built, Cache
+from inlaid.data.modality import ImageSource, NamedImage, modality_of
+from inlaid.data.plan import Plan, require_usable
+from inlaid.data.prompts import Prompts, resolve_sample
+from inlaid.runs.folder import Run
+from inlaid.runs.launch import Context
+
+MAX_VALIDATION_CLIPS = 16
+"""Maximum number of validation clips measured each time."""
+
+
+@dataclass(frozen=True)
+class CachedDataset:
+    """Dataset of a run, fully cached: names of cached items for each window of the plan."""
+
+    plan: Plan
+    store: Cache
+    media: Sequence[str]
+    text: Sequence[str]
+    held_out_media: Sequence[str]
+    held_out_text: Sequence[str]
+    empty: str
+    prompts: Prompts
+    built: Built
+
+    def held_out_batches(self, family: families.Family) -> list[Batch]:
+        """Return the first validation clips, one per batch, on which the validation loss is measured."""
+        rows = zip(self.plan.held_out, self.held_out_media, self.held_out_text, strict=True)
+        return [
+            Batch.of(
+                family,
+                [self.store.read("media", m)],
+                [self.store.read("text", t)],
+                [w.clip.name],
+                w.clip.name,
+            )
+            for w, m, t in list(rows)[:MAX_VALIDATION_CLIPS]
+        ]
+
+
+def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: Context) -> CachedDataset:
+    """Plan the dataset and encode what is not cached: clips, captions, empty caption and sample prompts.
+
+    Raises:
+        ValueError: when clips have errors and the recipe says to stop.
+    """
+    store = Cache(run.cache(config))
+    medium = modality_of(family.medium)
+    with progress("look", 1, medium.one, show=ctx.main) as advance:
+        look = (store.probe, store.look)
+        plan = medium.plan(config, family, lambda n, of: advance(done=n, total=of), *look)
+    quarantined = {p.name: f"{p.code}: {p.message}" for p in require_usable(plan, config.data.bad_clips)}
+    windows = [*plan.train, *plan.held_out]
+    names = store.media_names(family, windows)
+    dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
+    sample = resolve_sample(config)
+    asked = medium.texts(sample.prompts, sample.images) if sample.prompts or sample.images else []
+    texts = asked or list(dict.fromkeys(w.caption for w in windows if w.caption))[:4]
+    words = list(dict.fromkeys([*(w.words for w in windows), "", sample.negative_prompt, *texts]))
+    text_names = dict(zip(words, store.text_names(family, words, dtype), strict=True))
+    mine = slice(ctx.rank, None, ctx.world)
+    with progress(f"cache {medium.one}s", len(names[mine]), medium.one, show=ctx.main) as advance:
+        built = cache.build_media(
+            store,
+            family,
+            windows[mine],
+            names[mine],
+            device=ctx.device,
+            workers=config.runtime.workers,
+            advance=advance,
+        )
+    with progress("cache text", len(words[mine]), "caption", show=ctx.main) as advance:
+        cache.build_text(
+            store,
+            family,
+            words[mine],
+            list(text_names.values())[mine],
+            device=ctx.device,
+            dtype=dtype,
+            advance=advance,
+        )
+    if ctx.main:
+        store.remember()
+    failed = {k: v for part in ctx.gather(built.failed) for k, v in part.items()}
+    if failed and config.data.bad_clips == "stop":
+        lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
+        raise ValueError(
+            f"{len(failed)} {medium.one}(s) could not be encoded:\n{lines}\n"
+            "fix or remove them, or set data.bad_clips=quarantine; the others are cached"
+        )
+    if ctx.main and (failed or quarantined):
+        listed = {**quarantined, **failed}
+        (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
+        where = run.folder / "quarantine.json"
+        say(f"excluded {len(listed)} {medium.one}(s) with errors; {where} lists them with the reasons")
+    train, held_out = (
+        [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out)
+    )
+    plan = replace(plan, train=train, held_out=held_out)
+    if not train:
+        raise ValueError(f"no {medium.one} is left to train on: " + "; ".join(failed.values()))
+    name_of = dict(zip(windows, names, strict=True))
+    images: list[list[NamedImage]] = []
+    if family.images and sample.size and sample.frames:
+        first = {w.caption: w for w in reversed([*train, *held_out]) if not w.clip.embedding}
+        texts = asked or [t for t in texts if t in first]
+        each: Sequence[ImageSource] = sample.images or [first[t] for t in texts]
+        images = [medium.read(family, e, sample) for e in each]
+    if sample.every and not texts:
+        raise ValueError("sample.every: precomputed latents provide no prompts; set sample.prompts")
+    return CachedDataset(
+        plan,
+        store,
+        [name_of[w] for w in plan.train],
+        [text_names[w.words] for w in plan.train],
+        [name_of[w] for w in plan.held_out],
+        [text_names[w.words] for w in plan.held_out],
+        text_names[""],
+        Prompts(
+            texts,
+            [store.read("text", text_names[t]) for t in texts],
+            store.read("text", text_names[sample.negative_prompt]),
+            sample,
+            config.data.fps or family.fps,
+            images,
+        ),
+        built,
+    )

@@ -1,0 +1,216 @@
+"""Problems of a dataset: codes, severities and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+FOLDER_CURE = "add a .txt beside each"
+
+MANIFEST_CURE = "add a caption to each, as UTF-8 text"
+
+CHOSEN_BY_TIME = "nothing to do, frames are selected by time"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem with one clip, or with a whole source (codes `layout` and `held-out`)."""
+
+    severity: Severity
+    code: str
+    name: str
+    """Name of the clip or of the source."""
+    message: str
+    """Details of this case; may be empty if the code is sufficient."""
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Wording of a problem code: `3 of 40 clips` + `one` or `many` + (names) + `cure`."""
+
+    severity: Severity
+    one: str
+    many: str
+    cure: str = ""
+
+
+KINDS: dict[str, Kind] = {
+    "layout": Kind("error", "", ""),
+    "held-out": Kind("error", "", ""),
+    "outside": Kind(
+        "error",
+        "is outside of its source",
+        "are outside of their source",
+        "use paths inside the source's `root`",
+    ),
+    "missing": Kind("error", "does not exist", "do not exist", "correct the manifest or `root`"),
+    "row": Kind("error", "has a broken row", "have a broken row", "correct the manifest"),
+    "no-caption": Kind("error", "has no caption", "have no caption", FOLDER_CURE),
+    "empty-caption": Kind("error", "has an empty caption", "have an empty caption", "describe the clip"),
+    "unreadable": Kind("error", "cannot be read", "cannot be read", "convert or remove the file"),
+    "truncated": Kind("error", "is truncated", "are truncated", "copy the file again or trim its end"),
+    "unfitting": Kind(
+        "error",
+        "does not fit the checkpoint",
+        "do not fit the checkpoint",
+        "encode again for model.checkpoint, or remove",
+    ),
+    "pair": Kind(
+        "error",
+        "does not match its alpha matte",
+        "do not match their alpha mattes",
+        "trim and scale both files in the same way, inlaid does not trim them",
+    ),
+    "no-alpha": Kind(
+        "error",
+        "has no alpha",
+        "have no alpha",
+        "add an alpha matte, NAME_alpha.mp4 beside NAME.mp4, or remove",
+    ),
+    "constant-alpha": Kind(
+        "error",
+        "has constant alpha",
+        "have constant alpha",
+        "export again with transparency, or remove",
+    ),
+    "half": Kind("error", "is incomplete", "are incomplete", "encode again, or remove the remaining files"),
+    "too-short": Kind(
+        "error", "is too short", "are too short", "remove, or add a smaller length to data.frames"
+    ),
+    "image": Kind("error", "is an image", "are images", "add 1 to data.frames to train on images too"),
+    "duplicate": Kind("warning", "is a copy", "are copies", "keep one copy, or set `repeats`"),
+    "odd-size": Kind(
+        "warning", "has an odd size", "have an odd size", "nothing to do, clips are scaled and cropped"
+    ),
+    "variable-rate": Kind(
+        "warning", "has a variable frame rate", "have a variable frame rate", CHOSEN_BY_TIME
+    ),
+    "slow": Kind(
+        "warning",
+        "is slower than data.fps",
+        "are slower than data.fps",
+        "lower data.fps or set data.slow=keep",
+    ),
+    "upscaled": Kind("warning", "is enlarged", "are enlarged", "lower data.size or use larger clips"),
+    "cropped": Kind(
+        "warning", "is cropped a lot", "are cropped a lot", "add a closer aspect ratio to data.aspects"
+    ),
+    "fixed-caption": Kind(
+        "warning",
+        "has a precomputed text embedding",
+        "have precomputed text embeddings",
+        "data.trigger and data.caption_prefix do not apply: add them to the caption and encode it again",
+    ),
+    "no-picture": Kind("error", "has no input image", "have no input image", "add scene_rgb.png"),
+    "no-segmentation": Kind("error", "has no segmentation", "have no segmentation", "add seg.png"),
+    "no-surface": Kind(
+        "error", "lacks a surface", "lack surfaces", "add surface_ID.npy for each visible object"
+    ),
+    "names": Kind(
+        "error",
+        "has unexpected file names",
+        "have unexpected file names",
+        "use surface_ID.npy, or surface.npy for a single object",
+    ),
+    "picture-size": Kind(
+        "error",
+        "differs in size from its segmentation",
+        "differ in size from their segmentations",
+        "save image and segmentation in the same size",
+    ),
+    "several": Kind(
+        "error",
+        "has surfaces that do not match its objects",
+        "have surfaces that do not match their objects",
+        "save one surface per object",
+    ),
+    "absent": Kind("error", "lacks an object", "lack objects", "correct seg.png"),
+    "hidden": Kind(
+        "error",
+        "has no visible object",
+        "have no visible object",
+        "use a view in which the objects are larger",
+    ),
+    "pickle": Kind("error", "contains a pickle", "contain pickles", "save with numpy.savez"),
+    "surface": Kind("error", "has a broken surface", "have broken surfaces", "sample the mesh again"),
+    "outside-box": Kind(
+        "error",
+        "exceeds the box",
+        "exceed the box",
+        "normalize the whole scene with one transform, longest side 1.9",
+    ),
+    "unaligned": Kind(
+        "warning",
+        "has objects normalized separately",
+        "have objects normalized separately",
+        "keep all objects in the frame of the scene",
+    ),
+    "flipped": Kind(
+        "warning", "has normals that point inward", "have normals that point inward", "flip the normals"
+    ),
+    "sparse": Kind("warning", "has few points", "have few points", "sample about 20,480 per object"),
+    "estimated": Kind("warning", "has no normals", "have no normals", "save them: (n, 6)"),
+    "fourth-column": Kind(
+        "warning", "has a fourth column", "have a fourth column", "save normals instead: (n, 6)"
+    ),
+    "small": Kind("warning", "has tiny objects", "have tiny objects", "tiny objects are not trained on"),
+    "bare": Kind(
+        "warning",
+        "has objects without a surface",
+        "have objects without a surface",
+        "objects without a surface are not trained on",
+    ),
+    "crowded": Kind(
+        "warning",
+        "has many objects",
+        "have many objects",
+        "each step trains on a random subset of the objects",
+    ),
+    "transparent": Kind(
+        "warning", "is transparent", "are transparent", "composited over white, this run is opaque"
+    ),
+    "matte": Kind(
+        "warning",
+        "is an alpha matte",
+        "are alpha mattes",
+        "left out, this run is opaque: set alpha.kind=joint or merged to train on them",
+    ),
+    "inverted": Kind(
+        "warning",
+        "looks inverted",
+        "look inverted",
+        "set data.matte.invert=true if white means transparent",
+    ),
+    "limited": Kind(
+        "warning",
+        "has no alpha outside 14 to 237",
+        "have no alpha outside 14 to 237",
+        "set data.matte.limited=true if the alpha mattes have limited range, 16 to 235",
+    ),
+    "premultiplied": Kind(
+        "warning",
+        "looks premultiplied",
+        "look premultiplied",
+        "color is divided by alpha; if that is wrong, set data.matte.premultiplied=true or false",
+    ),
+    "residue": Kind(
+        "warning",
+        "has a background that is nearly but not fully transparent",
+        "have backgrounds that are nearly but not fully transparent",
+        "set data.matte.snap=2 to remove residue of lossy compression",
+    ),
+    "odd-alpha": Kind(
+        "warning",
+        "has unusual alpha",
+        "have unusual alpha",
+        "inspect the contact sheet",
+    ),
+    "hdr": Kind("warning", "is HDR", "are HDR", "colors will look pale: convert to SDR"),
+}
+"""All problem codes, in the order of reporting."""
+
+SOURCE_CODES = ("layout", "held-out")
+"""Codes of problems with a source rather than a clip; quarantine does not apply to them."""

@@ -1,0 +1,77 @@
+"""Prompts for sampling: resolved settings and text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from inlaid import config as recipe
+from inlaid import families
+from inlaid.console import progress
+from inlaid.data import cache
+from inlaid.data.cache import Cache
+from inlaid.data.modality import ImageSource, NamedImage, modality_of
+from inlaid.runs.folder import Run
+from inlaid.runs.launch import Context
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts with their sampling settings."""
+
+    texts: Sequence[str]
+    items: Sequence[Mapping[str, Tensor]]
+    negative: Mapping[str, Tensor]
+    sample: recipe.Sample
+    fps: float
+    images: Sequence[Sequence[NamedImage]] = ()
+    """Input images of each prompt; empty if the family takes none."""
+
+
+def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
+    """Return the `sample` section with overrides that are not None, and size and frames taken from `data`."""
+    given = {k: v for k, v in overrides.items() if v is not None}
+    try:
+        sample = recipe.Sample.model_validate({**config.sample.model_dump(), **given})
+    except ValidationError as error:
+        raise ValueError(recipe.explain(error, "options", section="sample")) from None
+    return sample.model_copy(
+        update={"size": sample.size or config.data.size, "frames": sample.frames or max(config.data.frames)}
+    )
+
+
+def encode_prompts(
+    config: recipe.Config,
+    family: families.Family,
+    run: Run,
+    prompts: Sequence[str],
+    sample: recipe.Sample,
+    ctx: Context,
+    images: Sequence[ImageSource] = (),
+) -> Prompts:
+    """Encode prompts through the run's cache and read their images; cached prompts need no text encoder."""
+    medium = modality_of(family.medium)
+    pictures = [medium.read(family, each, sample) for each in images]
+    store = Cache(run.cache(config))
+    dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
+    texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))
+    names = dict(zip(texts, store.text_names(family, texts, dtype), strict=True))
+    with progress("encode prompts", len(texts), "prompt") as advance:
+        cache.build_text(
+            store, family, texts, list(names.values()), device=ctx.device, dtype=dtype, advance=advance
+        )
+    store.remember()
+    items = [store.read("text", names[p]) for p in prompts]
+    return Prompts(
+        prompts,
+        items,
+        store.read("text", names[sample.negative_prompt]),
+        sample,
+        config.data.fps or family.fps,
+        pictures,
+    )

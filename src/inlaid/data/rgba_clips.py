@@ -1,0 +1,480 @@
+"""RGBA clips on disk: a file with alpha, a folder of images, or a color file with an alpha matte.
+
+`Pairs` finds color and alpha matte by name, `look` probes a clip and measures its alpha, `read` reads frames
+by time as straight RGBA. Color and alpha matte are read at the same frame numbers and scaled together. A pair
+that does not match raises an error; it is never trimmed to the shorter file.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from inlaid import config
+from inlaid.media import compositing, kinds, rgba, video
+from inlaid.media.arrays import load_array, probe_array
+from inlaid.media.kinds import ANIMATED, EPSILON, IMAGES, MediaError, Probe, media_kind, nearest_frames
+from inlaid.media.rgba import AlphaStats
+
+READER = 1
+"""Version of the output of `read`, part of cache keys; raise it when the same files give other pixels."""
+
+KNOWN = (*kinds.KNOWN, *ANIMATED, ".zip")
+"""File suffixes of clips in transparent runs."""
+
+COLORS, ALPHA_NAMES = ("_rgb", "_fgr"), ("_alpha", "_pha", "_matte", "_seg")
+"""Endings of file stems. `dog_alpha.mp4` is the alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
+
+COLOR_FOLDERS, ALPHA_FOLDERS = ("rgb", "fgr"), ("alpha", "pha", "matte", "seg")
+"""Prefixes of folder names: `pha/07.mp4` is the alpha matte of `fgr/07.mp4`."""
+
+FRAMES = (*IMAGES, ".tif", ".tiff")
+"""Suffixes of images in a folder of frames."""
+
+CHANNELS = (4, 3)
+"""Channel counts of arrays, the more likely first."""
+
+FAR = 24
+"""Gap in frames between two wanted frames above which the reader seeks instead of decoding."""
+
+FRAMES_INSPECTED, LONG = 8, 512
+"""Number of frames on which alpha is measured, and the longer side in pixels to which they are subsampled."""
+
+Kind = kinds.Kind | Literal["frames"]
+
+# --- file names and pairs -----------------------------------------------------------------------------------
+
+
+def rgba_kind(path: Path) -> Kind:
+    """Return how an RGBA clip is read: as video, image (possibly animated), array or frames.
+
+    Raises:
+        MediaError: if the file type is unknown.
+    """
+    if path.suffix.lower() == ".zip" or path.is_dir():
+        return "frames"
+    return media_kind(path)
+
+
+def frames_in(folder: Path) -> list[Path]:
+    """Return the images of a folder of frames in natural order (9 before 10); empty without images."""
+    try:
+        there = [f for f in folder.iterdir() if f.suffix.lower() in FRAMES and not f.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted((f for f in there if f.is_file()), key=rgba.natural)
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return the clip files below a folder; a folder of frames replaces its images.
+
+    A subfolder with images is one clip unless one of the images has a caption file.
+    """
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        here = Path(parent)
+        shown = [here / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(KNOWN)]
+        images = set(frames_in(here)) if here != folder else set()
+        if images and not any(f.with_suffix(".txt").is_file() for f in images):
+            found.append(here)
+            shown = [f for f in shown if f not in images]
+        found += shown
+    return sorted(found)
+
+
+def stem(path: Path) -> str:
+    """Return a clip's name without suffix, or the whole name of a folder."""
+    return path.stem if path.suffix.lower() in KNOWN else path.name
+
+
+def captions(path: Path) -> list[Path]:
+    """Return the possible caption files of a clip: `dog_rgb.txt` or `dog.txt` beside `dog_rgb.mp4`."""
+    own = stem(path)
+    ends = [own.removesuffix(e) for e in COLORS if own.endswith(e)]
+    return [path.with_name(f"{name}.txt") for name in (own, *ends)]
+
+
+def files(path: Path) -> list[Path]:
+    """Return the files with a clip's content: the file itself, or the images of a folder."""
+    return frames_in(path) if path.is_dir() else [path]
+
+
+class Pairs:
+    """Index of color files and alpha mattes below a root folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._known: dict[Path, dict[str, list[Path]]] = {}
+
+    def matte(self, color: Path) -> list[Path]:
+        """Return the alpha mattes of a color file or folder; empty if there are none."""
+        own = stem(color)
+        if own.endswith(ALPHA_NAMES):
+            return []
+        base = next((own.removesuffix(e) for e in COLORS if own.endswith(e)), own)
+        beside = self._there(color.parent)
+        found = [p for end in ALPHA_NAMES for p in beside.get(base + end, [])]
+        return found or self._across(color, COLOR_FOLDERS, ALPHA_FOLDERS)
+
+    def color(self, matte: Path) -> list[Path]:
+        """Return the color files of an alpha matte; empty if there are none or if the path is not a matte."""
+        own, beside = stem(matte), self._there(matte.parent)
+        bases = [own.removesuffix(e) for e in ALPHA_NAMES if own.endswith(e)]
+        found = [p for b in bases for end in ("", *COLORS) for p in beside.get(b + end, [])]
+        return found or self._across(matte, ALPHA_FOLDERS, COLOR_FOLDERS)
+
+    def named(self, path: Path) -> list[Path]:
+        """Return the color files for a path without ending: `clips/dog` gives `clips/dog_rgb.mp4`."""
+        beside = self._there(path.parent)
+        return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
+
+    def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
+        """Return files of the same stem in the parallel folder, such as `pha/07.mp4` for `fgr/07.mp4`."""
+        for folder in path.parents:
+            if folder == self._root or not folder.is_relative_to(self._root):
+                break
+            if folder.name.lower().startswith(here):
+                rest = path.parent.relative_to(folder)
+                others = [d for d in sorted(folder.parent.iterdir()) if d.name.lower().startswith(there)]
+                return [p for d in others if d.is_dir() for p in self._there(d / rest).get(stem(path), [])]
+        return []
+
+    def _there(self, folder: Path) -> dict[str, list[Path]]:
+        """Return the clips of a folder by stem."""
+        if folder not in self._known:
+            found: dict[str, list[Path]] = {}
+            for p in sorted(folder.iterdir()) if folder.is_dir() else ():
+                clip = p.suffix.lower() in KNOWN if p.is_file() else bool(frames_in(p))
+                if clip and not p.name.startswith("."):
+                    found.setdefault(stem(p), []).append(p)
+            self._known[folder] = found
+        return self._known[folder]
+
+
+# --- probing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipInspection:
+    """Probe and alpha statistics of an RGBA clip, obtained without reading all frames."""
+
+    probe: Probe
+    alpha: AlphaStats
+    """Statistics of `LOOKED_AT` frames."""
+
+
+def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
+    """Probe an RGBA clip and measure its alpha.
+
+    Raises:
+        MediaError: if the clip cannot be read (`unreadable`, `truncated`), has no alpha (`no-alpha`), has the
+            same alpha in all pixels (`constant-alpha`), or if color and alpha matte do not match (`pair`).
+    """
+    probe = _probe(path)
+    if matte is not None:
+        try:
+            other = _probe(matte)
+        except MediaError as error:
+            raise MediaError(path, f"its alpha matte {matte.name}: {error.cause}", error.code) from None
+        _match(path, probe, matte, other)
+    elif not probe.transparent:
+        raise MediaError(path, _lonely(path), "no-alpha")
+    some = np.unique(np.linspace(0, probe.frames - 1, FRAMES_INSPECTED).round().astype(int))
+    alpha = rgba.measure_alpha(_few(path, matte, some))
+    if alpha.constant:
+        every = _few(path, matte, np.arange(probe.frames))
+        alpha = rgba.measure_alpha(every)
+    if alpha.constant:
+        how = {0: "clear", 255: "opaque"}.get(alpha.lowest, "neither transparent nor opaque")
+        raise MediaError(path, f"alpha is {alpha.lowest} of 255 in every pixel ({how})", "constant-alpha")
+    return ClipInspection(replace(probe, transparent=True), alpha)
+
+
+def _few(path: Path, matte: Path | None, indices: np.ndarray) -> np.ndarray:
+    """Read frames, subsampled without interpolation so that alpha values stay as stored."""
+    out = []
+    for pixels, _ in _joined(path, matte, indices):
+        step = -(-max(pixels.shape[:2]) // LONG)
+        out.append(pixels[::step, ::step])
+    return np.stack(out)
+
+
+def _lonely(path: Path) -> str:
+    own = stem(path)
+    if own.endswith(ALPHA_NAMES):
+        base = next(own.removesuffix(e) for e in ALPHA_NAMES if own.endswith(e))
+        return f"an alpha matte without color file: {base}_rgb or {base} is missing beside it"
+    base = next((own.removesuffix(e) for e in COLORS if own.endswith(e)), own)
+    return f"no alpha channel ({_format(path)}) and no alpha matte such as {base}_alpha.mp4 beside it"
+
+
+def _format(path: Path) -> str:
+    probe = _probe(path)
+    return " ".join(x for x in (probe.codec, probe.pix_fmt) if x)
+
+
+def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
+    """Raise if color and alpha matte differ in frame count, size or frame rate."""
+    wrong = []
+    if probe.frames != other.frames:
+        wrong.append(f"{probe.frames} frames and {other.frames} in {matte.name}")
+    if (probe.height, probe.width) != (other.height, other.width):
+        sizes = [f"{p.width}x{p.height}" for p in (probe, other)]
+        wrong.append(f"{sizes[0]} and {sizes[1]} in {matte.name}")
+    if probe.fps and other.fps and abs(float(probe.fps / other.fps) - 1) > 0.01:
+        wrong.append(f"{float(probe.fps):g} fps and {float(other.fps):g} in {matte.name}")
+    if wrong:
+        raise MediaError(path, ", ".join(wrong), "pair")
+
+
+def _probe(path: Path) -> Probe:
+    """Probe any kind of RGBA clip; folders and archives of frames have no timestamps."""
+    what = rgba_kind(path)
+    if what == "frames":
+        names = _names(path)
+        if not names:
+            raise MediaError(path, "contains no images")
+        first = next(_frames(path, [0], grey=False))
+        sizes = {_size(path, name) for name in names}
+        if len(sizes) > 1:
+            shown = " and ".join(f"{w}x{h}" for w, h in sorted(sizes)[:2])
+            raise MediaError(path, f"its images differ in size ({shown})")
+        next(_frames(path, [len(names) - 1], grey=False))
+        height, width, channels = first.shape
+        return Probe(len(names), None, height, width, 0.0, codec="frames", transparent=channels == 4)
+    if what == "image":
+        return _probe_image(path)
+    if what == "array":
+        return probe_array(path, CHANNELS)
+    return video.probe(path)
+
+
+def _probe_image(path: Path) -> Probe:
+    """Probe a still or animated image; decodes every frame to detect truncated files."""
+    if not path.is_file():
+        raise MediaError(path, "no such file")
+    times = _times(path)
+    with Image.open(path) as image:
+        codec, mode = image.format or "", image.mode
+    first = next(_animated(path, [0], grey=False))
+    step = float(np.diff(times).min())
+    return Probe(
+        len(times) - 1,
+        Fraction(1 / step).limit_denominator(1001) if step else None,
+        first.shape[0],
+        first.shape[1],
+        float(times[-1]),
+        step,
+        codec=codec,
+        pix_fmt=mode,
+        transparent=first.shape[-1] == 4,
+    )
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_rgba_clip(
+    path: Path,
+    matte: Path | None,
+    start: float,
+    frames: int,
+    fps: float,
+    size: tuple[int, int],
+    how: config.Matte,
+) -> np.ndarray:
+    """Read a window of an RGBA clip: uint8 (t, h, w, 4), straight alpha, scaled to cover `size`, cropped.
+
+    Args:
+        path: a file or a folder of images; the color if there is an alpha matte.
+        matte: the alpha matte, white where the clip is opaque.
+        start: seconds from the clip's first frame.
+        frames: number of frames; frame k is the frame displayed nearest to start + k / fps.
+        fps: sampling rate in frames per second; also the clip's own rate if it has no timestamps.
+        size: height and width in pixels.
+        how: the recipe's `data.matte` with `premultiplied` resolved to a bool.
+
+    Raises:
+        MediaError: if the file cannot be read to the end of the window; the message names the file.
+    """
+    wanted = start + np.arange(frames) / float(fps)
+    out = []
+    for pixels, sar in _joined(path, matte, _chosen(path, wanted, fps)):
+        alpha = pixels[..., 3]
+        if how.limited:
+            alpha = ((alpha.astype(np.float32) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
+        if how.invert:
+            alpha = 255 - alpha
+        pixels = np.concatenate([pixels[..., :3], alpha[..., None]], -1)[None]
+        out.append(compositing.resize(pixels, size, sar=sar, premultiplied=how.premultiplied is True)[0])
+    return rgba.fix_alpha(np.stack(out), how)
+
+
+def _joined(
+    path: Path, matte: Path | None, indices: Sequence[int] | np.ndarray
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield RGBA frames by number, as stored: uint8 (h, w, 4), and pixel aspect ratios (width / height)."""
+    colors = _pick(path, indices, grey=False)
+    if matte is None:
+        for pixels, sar in colors:
+            if pixels.shape[-1] != 4:
+                raise MediaError(path, "has no alpha", "no-alpha")
+            yield pixels, sar
+        return
+    for (pixels, sar), (grey, _) in zip(colors, _pick(matte, indices, grey=True), strict=True):
+        if pixels.shape[:2] != grey.shape[:2]:
+            raise MediaError(path, f"differs in size from {matte.name}", "pair")
+        yield np.concatenate([pixels[..., :3], grey], -1), sar
+
+
+def _pick(
+    path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield frames by ascending number and the pixel aspect ratio (width / height).
+
+    Frames are uint8 (h, w, 1) if `grey`, else (h, w, 3) or (h, w, 4).
+    """
+    what = rgba_kind(path)
+    if what == "video":
+        times, numbers = video.timestamps(path), np.asarray(indices)
+        for part in np.split(numbers, np.flatnonzero(np.diff(numbers) > FAR) + 1):
+            yield from video.native_frames(path, times[part], grey=grey)
+    elif what == "array":
+        pixels, _ = load_array(path, CHANNELS)
+        for i in indices:
+            yield (pixels[i][..., :1] if grey else pixels[i]), 1.0
+    else:
+        for pixels in (_frames if what == "frames" else _animated)(path, indices, grey=grey):
+            yield pixels, 1.0
+
+
+def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
+    """Return the frame number for each wanted time; a clip without timestamps has the rate `fps`.
+
+    Raises:
+        MediaError: if the clip ends before the last wanted time.
+    """
+    what = rgba_kind(path)
+    if what == "image" and (ends := _times(path))[-1]:
+        # Animated images store repeated frames as one long frame: select the frame displayed at the wanted
+        # time, not the frame with the nearest start.
+        step = float(np.diff(ends).min())
+        last, times = float(ends[-1]) - step, ends[:-1]
+        chosen = np.searchsorted(times, wanted + step / 2 - EPSILON, side="right") - 1
+    else:
+        times = video.timestamps(path) if what == "video" else _even(path, fps)
+        step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        last, chosen = float(times[-1]), nearest_frames(times, wanted)
+    if wanted[-1] > last + max(step, 1 / fps) / 2 + EPSILON:
+        told = f"{len(times)} frames, the window needs {len(wanted)} frames from {wanted[0]:.3f} s"
+        raise MediaError(path, f"ends after {told}", "truncated")
+    return chosen
+
+
+def _even(path: Path, fps: float) -> np.ndarray:
+    """Return evenly spaced times of non-video frames in seconds, at an array's own rate or at `fps`."""
+    if rgba_kind(path) == "array":
+        probe = probe_array(path, CHANNELS)
+        return np.arange(probe.frames) / float(probe.fps or fps)
+    return np.arange(len(_names(path)) if rgba_kind(path) == "frames" else len(_times(path)) - 1) / fps
+
+
+def _pixels(image: Image.Image, *, grey: bool) -> np.ndarray:
+    """Return an image, EXIF-rotated, as uint8: (h, w, 1) if `grey`, (h, w, 4) with alpha, else (h, w, 3)."""
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        return level.astype(np.uint8)[..., None].repeat(1 if grey else 3, -1)
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point: save the image as 8-bit")
+    upright = ImageOps.exif_transpose(image)
+    alpha = "A" in image.getbands() or "transparency" in image.info
+    made = upright.convert("L" if grey else "RGBA" if alpha else "RGB")
+    return np.asarray(made).reshape(made.height, made.width, -1)
+
+
+def _names(path: Path) -> list[str]:
+    """Return the names of the images of a folder or `.zip` in natural order."""
+    if path.is_dir():
+        return [f.name for f in frames_in(path)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = [n for n in archive.namelist() if n.lower().endswith(FRAMES)]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise MediaError(path, f"cannot be read ({error})") from None
+    return sorted(inside, key=lambda n: rgba.natural(Path(n)))
+
+
+def _opened(path: Path, name: str) -> Image.Image:
+    """Load an image of a folder or `.zip`."""
+    try:
+        if path.is_dir():
+            image = Image.open(path / name)
+        else:
+            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+                image = Image.open(file)
+                image.load()
+        image.load()
+        return image
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+        raise MediaError(path, f"image {name} cannot be read ({error})") from None
+
+
+def _size(path: Path, name: str) -> tuple[int, int]:
+    if not path.is_dir():
+        return _opened(path, name).size
+    try:
+        with Image.open(path / name) as image:  # the header only
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise MediaError(path, f"image {name} cannot be read ({error})") from None
+
+
+def _frames(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> Iterator[np.ndarray]:
+    names = _names(path)
+    for i in indices:
+        try:
+            yield _pixels(_opened(path, names[i]), grey=grey)
+        except ValueError as error:
+            raise (
+                error if isinstance(error, MediaError) else MediaError(path, f"{names[i]}: {error}")
+            ) from None
+
+
+def _times(path: Path) -> np.ndarray:
+    """Return the start times of an image's frames and the end of the last frame, in seconds.
+
+    All times are 0 for still images and for files without durations.
+    """
+    try:
+        with Image.open(path) as image:
+            durations = []
+            for i in range(getattr(image, "n_frames", 1)):
+                image.seek(i)
+                image.load()  # Pillow sets the duration only on load
+                durations.append(float(image.info.get("duration", 0)))
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
+        raise MediaError(path, cause, "truncated" if "truncated" in str(error) else "unreadable") from None
+    return np.concatenate([[0.0], np.cumsum(durations)]) / 1000 * (len(durations) > 1 and min(durations) > 0)
+
+
+def _animated(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> Iterator[np.ndarray]:
+    """Yield frames of a still or animated image with Pillow, since FFmpeg cannot read all formats."""
+    try:
+        with Image.open(path) as image:
+            for i in indices:
+                image.seek(int(i))
+                yield _pixels(image, grey=grey)
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        raise (
+            error if isinstance(error, MediaError) else MediaError(path, f"cannot be read ({error})")
+        ) from None

@@ -1,0 +1,96 @@
+"""Order of training: buckets and shuffles as a function of (seed, index)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from inlaid import config
+from inlaid.data.clips import Window
+
+# --- order --------------------------------------------------------------------------------------------------
+
+
+def _permutation(n: int, *key: Hashable) -> list[int]:
+    """Return a permutation of `n` that depends only on the key, on every machine and in every version."""
+    entropy = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32)
+    return np.random.RandomState(entropy).permutation(n).tolist()
+
+
+class BucketSampler:
+    """Sampler of batches of window indices; all windows of a batch have the same shape.
+
+    Batch k is a function of the arguments and k only. Per epoch, each (source, shape) contributes
+    max(1, round(n * repeats * weight)) of its n windows, taken from an endless sequence of permutations: the
+    use counts of two of these windows never differ by more than one.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[int, Hashable]],
+        repeats: Mapping[int, float] | Sequence[float],
+        batch: int,
+        seed: int,
+    ) -> None:
+        """Prepare the order.
+
+        Args:
+            entries: source index and shape of each window.
+            repeats: per source, repeats * weight.
+            batch: windows per batch; the last of a shape may be smaller.
+            seed: determines the order.
+
+        Raises:
+            ValueError: if there are no windows.
+        """
+        if not entries:
+            raise ValueError("no windows to train on")
+        self.size, self.seed = batch, seed
+        self._groups: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
+        for i, entry in enumerate(entries):
+            self._groups[entry].append(i)
+        self._shown = {g: max(1, math.floor(len(v) * repeats[g[0]] + 0.5)) for g, v in self._groups.items()}
+        counts: dict[Hashable, int] = defaultdict(int)
+        for (_, shape), shown in self._shown.items():
+            counts[shape] += shown
+        self._length = sum(math.ceil(n / batch) for n in counts.values())
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch."""
+        return self._length
+
+    def batch(self, k: int) -> list[int]:
+        """Return the indices of the windows of batch k, for any k >= 0."""
+        epoch, at = divmod(k, self._length)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._batches(epoch))
+        return self._epoch[1][at]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        shapes: dict[Hashable, list[int]] = defaultdict(list)
+        for group, members in self._groups.items():
+            n, shown = len(members), self._shown[group]
+            first, last = epoch * shown, (epoch + 1) * shown
+            for turn in range(first // n, (last - 1) // n + 1):
+                order = _permutation(n, self.seed, "windows", group, turn)
+                picked = order[max(first - turn * n, 0) : last - turn * n]
+                shapes[group[1]] += [members[i] for i in picked]
+        batches = []
+        for shape, indices in shapes.items():
+            order = _permutation(len(indices), self.seed, "shape", shape, epoch)
+            mixed = [indices[i] for i in order]
+            batches += [mixed[i : i + self.size] for i in range(0, len(mixed), self.size)]
+        return [batches[i] for i in _permutation(len(batches), self.seed, "batches", epoch)]
+
+
+def make_sampler(
+    windows: Sequence[Window], sources: Sequence[config.Source], batch: int, seed: int
+) -> BucketSampler:
+    """Return the batch sampler of a plan's training windows."""
+    shares = [s.repeats * s.weight for s in sources]
+    return BucketSampler([(w.clip.source, w.shape) for w in windows], shares, batch, seed)

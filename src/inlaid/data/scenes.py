@@ -1,0 +1,224 @@
+"""Scenes on disk: an input image, a segmentation, and the surface of each object; import of meshes as scenes.
+
+Three layouts: a folder per scene with `scene_rgb.png`, `seg.png` and `surface_ID.npy` for each object; the
+same with a single `surface.npy` for a scene of one object; and 3D-FRONT as processed by MIDI's authors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from inlaid.media import meshes
+from inlaid.media.kinds import MediaError
+from inlaid.media.meshes import Note, Surface
+from inlaid.media.scene import SMALL, SceneObject, SceneSample, image_size, read_image
+
+if TYPE_CHECKING:
+    pass
+
+
+IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
+"""File names of the input image; the first that exists is used. `rgb` is a single object on white."""
+
+READER = 1
+"""Version of the output of `Scene.read`; raise it when the output changes."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem with one scene; a scene with an error is not trained on."""
+
+    severity: Literal["error", "warning"]
+    name: str
+    message: str
+    code: str = "unreadable"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Files of one scene."""
+
+    name: str
+    image: Path
+    segmentation: Path
+    surfaces: dict[int, Path] = field(hash=False)
+    """Surface files by number in the segmentation; key 0 means all objects, in order of number."""
+    view: str = ""
+    strict: bool = True
+    """True if every visible object must have a surface."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the scene."""
+        return (self.image, self.segmentation, *self.surfaces.values())
+
+    def read(self) -> SceneSample:
+        """Read image, segmentation and surfaces.
+
+        Raises:
+            MediaError: if a file is invalid; the message names the file and the problem.
+        """
+        picture, ids = read_image(self.image), meshes.read_ids(self.segmentation)
+        if picture.shape[:2] != ids.shape:
+            why = f"is {image_size(ids)}, but {self.image.name} is {image_size(picture)}"
+            raise MediaError(self.segmentation, why, "picture-size")
+        numbers = [n for n in np.unique(ids).tolist() if n > 0]
+        read = self._surfaces(numbers)
+        absent = sorted(set(read) - set(numbers))
+        if absent:
+            why = f"does not contain object {absent[0]}, which has a surface; it contains " + (
+                ", ".join(map(str, numbers)) or "none"
+            )
+            raise MediaError(self.segmentation, why, "absent")
+        notes, objects = [], []
+        for number, surface in sorted(read.items()):
+            mask = ids == number
+            if mask.mean() <= SMALL:
+                why = f"object {number} covers {mask.mean():.2%} of the input image and is left out"
+                notes.append(Note("small", why))
+                continue
+            objects.append(SceneObject(number, mask, surface.points))
+            notes += [Note(note.code, f"object {number}: {note}") for note in surface.notes]
+        if not objects:
+            why = f"every object of {self.name} covers too little of the input image"
+            raise MediaError(self.segmentation, why, "hidden")
+        spare = [n for n in numbers if n not in read and (ids == n).mean() > SMALL]
+        if spare:
+            which = f"object{'s' * (len(spare) > 1)} {', '.join(map(str, spare))}"
+            why = f"{which} in the segmentation {'have' if len(spare) > 1 else 'has'} no surface"
+            if self.strict:
+                cure = f"add surface_{spare[0]}.npy, or set its pixels to background"
+                raise MediaError(self.segmentation, f"{why}: {cure}", "no-surface")
+            notes.append(Note("bare", why))
+        notes += _frame_notes(objects)
+        return SceneSample(self.name, picture, objects, tuple(notes))
+
+    def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
+        """Return surfaces by number; a single file holds all visible objects in order of number."""
+        if list(self.surfaces) != [0]:
+            out = {}
+            for number, path in self.surfaces.items():
+                found = meshes.read_surface(path)
+                if len(found) != 1:
+                    raise MediaError(path, f"contains {len(found)} surfaces for one object", "several")
+                out[number] = found[0]
+            return out
+        path = self.surfaces[0]
+        found = meshes.read_surface(path)
+        if len(found) != len(numbers):
+            surfaces = f"one {path.name}" if len(found) == 1 else f"the {len(found)} surfaces of {path.name}"
+            why = f"contains {len(numbers)} objects for {surfaces}"
+            cure = "name the files surface_ID.npy, with the object's number in the segmentation as ID"
+            raise MediaError(self.segmentation, f"{why}; {cure}", "several")
+        return dict(zip(numbers, found, strict=True))
+
+
+def _frame_notes(objects: Sequence[SceneObject]) -> list[Note]:
+    """Return a note if objects appear to be normalized separately instead of as a whole scene."""
+    if len(objects) < 2:
+        return []
+    bounds = np.stack([[o.surface[:, :3].min(0), o.surface[:, :3].max(0)] for o in objects])
+    why = "use one transform for the whole scene, or the model cannot learn object positions"
+    if np.ptp(bounds, axis=1).max(-1).min() > 1.7:
+        return [Note("unaligned", f"every object spans the whole box: {why}")]
+    if np.abs(bounds.mean(1)).max() < 0.01:
+        return [Note("unaligned", f"every object is centered at the origin: {why}")]
+    return []
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """Scenes and problems found in a folder."""
+
+    layout: Literal["folders", "3d-front"]
+    scenes: list[Scene] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def find_scenes(root: Path) -> Found:
+    """Find the scenes of a folder, in order of names; problems are returned as findings.
+
+    Raises:
+        ValueError: if the folder contains no scenes.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    found = _front(root) if (root / "midi_room_ids.json").is_file() else _folders(root)
+    if not found.scenes and not found.findings:
+        raise ValueError(
+            f"{root}: contains no scenes; a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy "
+            "for each object"
+        )
+    return found
+
+
+def _folders(root: Path) -> Found:
+    found = Found("folders")
+    places = [p for p in (root, *sorted(root.rglob("*"))) if p.is_dir() and not p.name.startswith(".")]
+    for place in places:
+        surfaces = sorted([*place.glob("surface*.npy"), *place.glob("surface*.npz")])
+        marks = [n for n in (*IMAGES, "seg.png") if (place / n).is_file()]
+        if not surfaces and "seg.png" not in marks:
+            continue
+        name = place.relative_to(root).as_posix() if place != root else root.name
+        image = next((place / n for n in IMAGES if (place / n).is_file()), None)
+        numbered = {int(m[1]): p for p in surfaces if (m := re.fullmatch(r"surface_(\d+)\.np[yz]", p.name))}
+        plain = [p for p in surfaces if p.stem == "surface"]
+        odd = [p.name for p in surfaces if p not in numbered.values() and p not in plain]
+        wrong = [
+            *([] if image else [("no-picture", "has no scene_rgb.png")]),
+            *([] if (place / "seg.png").is_file() else [("no-segmentation", "has no seg.png")]),
+            *([] if surfaces else [("no-surface", "has no surface.npy")]),
+            *([("names", f"{odd[0]} is named neither surface.npy nor surface_ID.npy")] if odd else []),
+            *([("names", "has both surface.npy and surface_ID.npy")] if numbered and plain else []),
+        ]
+        found.findings += [Finding("error", name, message, code) for code, message in wrong]
+        if not wrong and image:
+            found.scenes.append(Scene(name, image, place / "seg.png", numbered or {0: plain[0]}))
+    return found
+
+
+def _front(root: Path) -> Found:
+    """Find scenes in MIDI's layout of 3D-FRONT: rooms, the furniture of each room, rendered views."""
+    found = Found("3d-front")
+    try:
+        rooms, furniture = (
+            json.loads((root / f"midi_{n}_ids.json").read_text("utf-8")) for n in ("room", "furniture")
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{root}: midi_room_ids.json and midi_furniture_ids.json cannot be read: {error}"
+        ) from None
+    if len(rooms) != len(furniture):
+        raise ValueError(
+            f"{root}: midi_room_ids.json has {len(rooms)} rooms, midi_furniture_ids.json {len(furniture)}"
+        )
+    for room, names in zip(rooms, furniture, strict=True):
+        views = sorted((root / "3D-FRONT-RENDER" / room).glob("semantic_*.png"))
+        surfaces = {i: root / "3D-FRONT-SURFACE" / room / f"{n}.npy" for i, n in enumerate(names, 1)}
+        gone = [p.name for p in surfaces.values() if not p.is_file()]
+        if gone or not views:
+            code = "no-surface" if gone else "no-picture"
+            found.findings.append(Finding("error", room, f"has no {gone[0] if gone else 'views'}", code))
+            continue
+        for view in views:
+            label = view.stem.removeprefix("semantic_")
+            image = next(
+                (p for s in ("render", "rerender") if (p := view.with_name(f"{s}_{label}.webp")).is_file()),
+                None,
+            )
+            if image is None:
+                found.findings.append(Finding("error", f"{room}/{label}", "has no render", "no-picture"))
+                continue
+            found.scenes.append(Scene(f"{room}/{label}", image, view, surfaces, label, strict=False))
+    return found

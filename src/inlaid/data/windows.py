@@ -1,0 +1,70 @@
+"""Windows of clips: lengths, sizes and start times."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from inlaid import config
+from inlaid.data.clips import Clip, Size, Window
+from inlaid.families.grid import Grid
+from inlaid.media.kinds import Probe, available_formats
+from inlaid.media.rgba import AlphaStats
+
+# --- windows and buckets ------------------------------------------------------------------------------------
+
+
+def caption(text: str, data: config.Data) -> str:
+    """Return the caption with the prefix, and with the trigger unless the caption contains it as a word."""
+    text = f"{data.caption_prefix.strip()} {text}".strip()
+    trigger = data.trigger.strip()
+    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
+        text = f"{trigger} {text}"
+    return text
+
+
+def sizes(data: config.Data, grid: Grid) -> list[Size]:
+    """Return height and width of each bucket: `size`, or one size of about that area per aspect ratio."""
+    if not data.aspects:
+        return [data.size]
+    area = data.size[0] * data.size[1]
+    ratios = (float(w) / float(h) for w, h in (a.split(":") for a in data.aspects))
+    return list(dict.fromkeys(grid.snap_size(math.sqrt(area / r), math.sqrt(area * r)) for r in ratios))
+
+
+def spread(there: int, length: int, stride: int, most: int) -> list[int]:
+    """Return first frames of at most `most` windows, at least `stride` apart, spread over `there` frames."""
+    room = there - length
+    count = min(most, 1 + room // stride)
+    return [room // 2] if count == 1 else [i * room // (count - 1) for i in range(count)]
+
+
+def frames_available(probe: Probe, data: config.Data, fps: float) -> tuple[int, float]:
+    """Return the number of frames available in a clip and its sampling rate in frames per second."""
+    if data.slow == "keep" and probe.fps and probe.fps < fps * 0.99:
+        return probe.frames, float(probe.fps)
+    return available_formats(probe, fps), fps
+
+
+def clip_windows(
+    clip: Clip,
+    probe: Probe,
+    data: config.Data,
+    buckets: list[Size],
+    fps: float,
+    alpha: AlphaStats | None,
+) -> list[Window]:
+    if clip.embedding:
+        return [Window(clip, 0.0, probe.frames, fps, (probe.height, probe.width), clip.caption)]
+    there, rate = frames_available(probe, data, fps)
+    length = max((n for n in data.frames if n <= there), default=0)
+    if not length:
+        return []
+    ratio = math.log(probe.width / probe.height)
+    size = min(buckets, key=lambda s: abs(math.log(s[1] / s[0]) - ratio))
+    starts = spread(there, length, data.stride or length, data.max_windows)
+    text, how = caption(clip.caption, data), None
+    if alpha:
+        divided = alpha.premultiplied if data.matte.premultiplied == "auto" else data.matte.premultiplied
+        how = data.matte.model_copy(update={"premultiplied": divided})
+    return [Window(clip, round(s / rate, 9), length, rate, size, text, how) for s in starts]

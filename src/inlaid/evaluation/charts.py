@@ -1,0 +1,198 @@
+"""Line charts as SVG, colored by the CSS of the enclosing page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from inlaid.evaluation.markup import Html, tag
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart."""
+
+    name: str
+    points: Sequence[Point]
+    style: str
+    """CSS class: `raw` (thin and pale), `main` (bold) or `base` (dashed and labeled)."""
+    dots: bool = False
+    """Mark each point and show its values on hover."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Chart with labeled axes; width and height in pixels."""
+
+    title: str
+    x: str
+    """Label of the horizontal axis, which starts at 0."""
+    y: str
+    """Label of the vertical axis."""
+    lines: Sequence[Line]
+    width: int = 640
+    height: int = 260
+    mark: float | None = None
+    """Position to mark on the horizontal axis, such as the evaluated step."""
+    mark_name: str = ""
+    zero: bool = False
+    """Start the vertical axis at 0."""
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Mapping from data coordinates to pixels of the chart."""
+
+    x: Point
+    """Range of the data along x."""
+    y: Point
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def at(self, x: float, y: float) -> Point:
+        px = self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)
+        py = self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - self.top)
+        return round(px, 1), round(min(max(py, self.top - 6), self.bottom + 6), 1)
+
+
+def render(chart: Chart) -> Html:
+    """Render a chart as `<svg>`; empty if it has no points. Non-finite values are dropped."""
+    finite = (replace(n, points=[p for p in n.points if math.isfinite(p[1])]) for n in chart.lines)
+    lines = [line for line in finite if line.points]
+    if not lines:
+        return Html("")
+    frame = _Frame(*_ranges(chart, lines), 58, chart.width - 14, 34, chart.height - 44)
+    said = "; ".join(f"{n.name}: {short(n.points[0][1])} to {short(n.points[-1][1])}" for n in lines)
+    return tag(
+        "svg",
+        _text(chart.title, frame.left, 16, "title"),
+        *_axes(chart, frame),
+        *_mark(chart, frame),
+        *(part for line in lines for part in _line(chart, line, frame)),
+        *_legend(lines, frame.right),
+        cls="chart",
+        viewBox=f"0 0 {chart.width} {chart.height}",
+        role="img",
+        aria_label=f"{chart.title} over {chart.x}. {said}",
+    )
+
+
+def _text(
+    text: str, x: float, y: float, style: str, anchor: str | None = None, turn: str | None = None
+) -> Html:
+    return tag("text", text, cls=style, x=round(x, 1), y=round(y, 1), text_anchor=anchor, transform=turn)
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float, style: str) -> Html:
+    return tag("line", cls=style, x1=round(x1, 1), y1=round(y1, 1), x2=round(x2, 1), y2=round(y2, 1))
+
+
+def _line(chart: Chart, line: Line, frame: _Frame) -> list[Html]:
+    path = " ".join(f"{x},{y}" for x, y in (frame.at(*p) for p in _thin(line.points)))
+    out = [tag("polyline", cls=line.style, points=path)]
+    if line.style == "base":
+        x, y = frame.at(*line.points[-1])
+        out.append(_text(line.name, x, y - 5, "note is-base", "end"))
+    for p in line.points if line.dots else ():
+        x, y = frame.at(*p)
+        told = tag("title", f"{line.name}, {chart.x} {p[0]:g}: {p[1]:.5g}")
+        out.append(tag("circle", told, cls=line.style, cx=x, cy=y, r=3))
+    return out
+
+
+def _mark(chart: Chart, frame: _Frame) -> list[Html]:
+    if chart.mark is None or not frame.x[0] <= chart.mark <= frame.x[1]:
+        return []
+    x = frame.at(chart.mark, frame.y[0])[0]
+    to_left = x > (frame.left + frame.right) / 2
+    name = _text(
+        chart.mark_name, x + (-4 if to_left else 4), frame.top + 9, "note", "end" if to_left else "start"
+    )
+    return [_rule(x, frame.top, x, frame.bottom, "mark"), name]
+
+
+def _legend(lines: Sequence[Line], right: float) -> list[Html]:
+    """Return the legend: a name and a sample per line. A single line needs none; base lines are labeled."""
+    named = [line for line in lines if line.style != "base"]
+    out, x = [], right
+    for line in reversed(named if len(named) > 1 else []):
+        x -= 6.4 * len(line.name)
+        out += [_text(line.name, x, 16, "note"), _rule(x - 26, 12, x - 5, 12, line.style)]
+        x -= 40
+    return out
+
+
+def _axes(chart: Chart, frame: _Frame) -> list[Html]:
+    left, right, bottom = frame.left, frame.right, frame.bottom
+    out = []
+    for value in ticks(*frame.y, max(2, chart.height // 60)):
+        y = frame.at(0, value)[1]
+        out += [_rule(left, y, right, y, "grid"), _text(short(value), left - 7, y + 3.5, "tick", "end")]
+    for value in ticks(*frame.x, max(2, chart.width // 110)):
+        x = frame.at(value, 0)[0]
+        out += [
+            _rule(x, bottom, x, bottom + 4, "grid"),
+            _text(short(value), x, bottom + 17, "tick", "middle"),
+        ]
+    middle = (frame.top + bottom) / 2
+    out.append(_rule(left, bottom, right, bottom, "axis"))
+    out.append(_text(chart.x, right, bottom + 34, "label", "end"))
+    return [*out, _text(chart.y, 13, middle, "label", "middle", f"rotate(-90 13 {middle})")]
+
+
+def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
+    """Return the ranges of both axes; outliers above the 98th percentile do not compress the rest."""
+    x = np.array([p[0] for line in lines for p in line.points])
+    y = np.array([p[1] for line in lines for p in line.points])
+    low, high = float(y.min()), float(y.max())
+    calm = float(np.percentile(y, 98))
+    high = calm if len(y) > 50 and high - low > 2.5 * (calm - low) > 0 else high
+    low = min(low, 0.0) if chart.zero else low
+    room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    first, last = min(0.0, float(x.min())), float(x.max())
+    bottom = low if chart.zero and low == 0 else low - room
+    return (first, last if last > first else first + 1), (bottom, high + room)
+
+
+def _thin(points: Sequence[Point], most: int = 1200) -> list[Point]:
+    """Return at most `most` points, evenly spaced, including the last: more would exceed pixel resolution."""
+    if len(points) <= most:
+        return list(points)
+    return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Return about `most` tick values inside an interval: multiples of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """Format a number in few characters."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-3:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}"
+    return f"{value / 1000:g}k" if size >= 10000 and value % 100 == 0 else f"{value:.4g}"
+
+
+def smooth(points: Sequence[Point], share: float = 0.05) -> list[Point]:
+    """Return the moving average over `share` of all points, with shorter windows at the ends (no padding)."""
+    half = max(1, round(len(points) * share / 2))
+    x, y = (np.array([p[i] for p in points], np.float64) for i in (0, 1))
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    at = np.arange(len(y))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))
+    return list(zip(x.tolist(), ((total[high] - total[low]) / (high - low)).tolist(), strict=True))

@@ -1,0 +1,449 @@
+"""Comparison of the base and the tuned model: validation loss, metrics and a self-contained HTML report.
+
+Both models generate through the stock pipeline with the same prompts and seeds, and both losses use the same
+validation clips and noise, so every difference is an effect of training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from inlaid import config as recipe
+from inlaid import families
+from inlaid.adapters.adapter import KINDS, WEIGHTS
+from inlaid.adapters.inspect import inspect_path
+from inlaid.adapters.of_run import BASE, load_into_pipeline, trained_folder
+from inlaid.alpha.opening import open_family
+from inlaid.console import progress, say
+from inlaid.data.batch import Batch
+from inlaid.data.clips import Window
+from inlaid.data.modality import ImageSource, modality_of
+from inlaid.data.prepare import CachedDataset, build_cache
+from inlaid.data.prompts import Prompts, encode_prompts, resolve_sample
+from inlaid.evaluation.metrics import video
+from inlaid.evaluation.report import Pair, Report, ValidationClip, Verdict, Video, as_json, summary_table
+from inlaid.evaluation.video import everything
+from inlaid.files import atomic
+from inlaid.generation.generate import generate_samples
+from inlaid.media import compositing
+from inlaid.media.contact_sheet import SheetRow, contact_sheet
+from inlaid.runs.folder import Run, environment, read_header, read_metrics
+from inlaid.runs.launch import Context, start_processes
+from inlaid.training.steps import QUANTILES, DenoisingStep
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["ValidationClip", "Pair", "Prompt", "Report", "Verdict", "Video", "evaluate", "summary_table"]
+
+YARDSTICK = 4
+"""Number of training clips measured as a reference for the metrics."""
+
+SAMPLING = ("size", "frames", "steps", "guidance", "negative_prompt", "seed")
+"""Fields of the recipe's `sample` section that `evaluate` accepts as overrides."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt of an evaluation, with its group and an optional check of the result."""
+
+    text: str
+    group: str = ""
+    judge: Callable[[np.ndarray], bool] | None = None
+    """Return True if the result matches the prompt. Takes uint8 frames (t, h, w, 3), or straight RGBA
+    (t, h, w, 4) in a transparent run."""
+    images: ImageSource = ()
+    """For image-to-video: image files, or the window whose frames are used."""
+    truth: Callable[[np.ndarray], np.ndarray] | None = None
+    """For a transparent run: compute the true alpha, uint8 (t, h, w), from the generated RGBA frames. None if
+    it is unknown."""
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    against: str = BASE,
+    checkpoint: str | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    count: int = 1,
+    group_by: bool = True,
+    per_group: int = 2,
+    limit: int = 24,
+    device: str | None = None,
+    **overrides: Any,
+) -> Report:
+    """Compare the trained model of a run with its base model and write `report/` in the run folder.
+
+    Args:
+        run: run folder.
+        against: `base`, or a checkpoint to compare with.
+        checkpoint: `step-000500` or `500`. Default: the run's final adapter.
+        prompts: Default: the recipe's sample prompts and captions of each group, else the first captions.
+        count: videos per prompt; video i uses seed + i.
+        group_by: use captions of each group if a source sets `group_column`.
+        per_group: captions per group; captions of validation clips come first.
+        limit: maximum number of prompts chosen by default. Each is generated `count` times per model.
+        device: same values as `runtime.device`. Default: the recipe's device.
+        overrides: fields of the recipe's `sample` section, listed in `SAMPLING`.
+
+    Raises:
+        ValueError: for any problem the user can fix.
+    """
+    began = time.perf_counter()
+    place = Run(Path(run))
+    config = _config(place, device, overrides)
+    if isinstance(config.tuner, recipe.Codec):
+        raise ValueError(
+            f"evaluate: {run} trained an RGBA VAE, which has no prompts; use inlaid.evaluation.rgba_vae"
+        )
+    family = open_family(config)
+    sides = _sides(place, family, against, checkpoint)
+    with start_processes(config) as ctx:
+        if ctx.world > 1:
+            raise ValueError("evaluate: does not support several processes; start it without torchrun")
+        clips, notes = _clips(config, family, place, ctx)
+        gauge = importlib.import_module(f"inlaid.evaluation.{family.medium}")
+        if prompts is not None:
+            chosen = list(prompts)
+        elif gauge.TRUTH:
+            chosen = truths(clips)
+        else:
+            chosen = choose(config, clips, group_by, per_group)
+        if prompts is None and len(chosen) > limit:
+            notes.append(f"Generated for {limit} of {len(chosen)} prompts; raise `limit` to include more.")
+            chosen = _spread(chosen, limit)
+        if not chosen or not all(p.text.strip() for p in chosen):
+            raise ValueError("evaluate: no prompts, or an empty prompt: pass `prompts` or set sample.prompts")
+        named = [p.images for p in chosen if not isinstance(p.images, Window)]
+        if gauge.TRUTH and named:
+            raise ValueError(
+                "evaluate: a scene is measured against its true surfaces: pass scenes, not image files"
+            )
+        wrong = family.missing_images(len(named), [each for each in named if each])
+        if wrong:
+            raise ValueError(f"evaluate: {wrong[0]}")
+        texts, images = [p.text for p in chosen], [p.images for p in chosen]
+        encoded = encode_prompts(config, family, place, texts, config.sample, ctx, images)
+        step = DenoisingStep(family, family.objective(config.objective, config.data.size))
+        with atomic(place.folder / "report") as folder, TemporaryDirectory(prefix="inlaid-") as scratch:
+            folder.mkdir(parents=True)
+            yardstick = None if gauge.TRUTH else _yardstick(place, clips, folder, notes)
+            both = _Both(chosen, encoded, count, folder, Path(scratch), gauge)
+            batches = clips.held_out_batches(family) if clips else []
+            for side, (denoiser, pipeline) in zip(sides, _networks(config, family, sides, ctx), strict=True):
+                both.measure(side, step, denoiser, batches, ctx.device)
+                both.draw(side, family, pipeline)
+            report = Report(
+                run=place.folder.resolve().name,
+                folder=place.folder / "report",
+                names=(sides[0].name, sides[1].name),
+                step=sides[1].step,
+                pairs=both.pairs(),
+                held_out=both.held_out(step, batches),
+                training=yardstick,
+                sampling=_sampling(family, encoded),
+                settings=json.loads(config.model_dump_json()),
+                environment=_environment(ctx),
+                adapter=_facts(config, sides[1].folder),
+                curves=read_metrics(place.metrics),
+                notes=notes,
+                created=f"{datetime.now():%Y-%m-%d %H:%M}",
+                seconds=time.perf_counter() - began,
+                makes=modality_of(family.medium).makes,
+            )
+            save_report(report, folder)
+    return report
+
+
+def choose(
+    config: recipe.Config, clips: CachedDataset | None, group_by: bool, per_group: int
+) -> list[Prompt]:
+    """Return the recipe's sample prompts and captions of each group, validation clips first.
+
+    Without either, return the first captions of the dataset.
+    """
+    groups: dict[str, dict[str, Window]] = {}
+    windows: list[Window] = [*clips.plan.held_out, *clips.plan.train] if clips else []
+    for window in windows if group_by else ():
+        if window.clip.group:
+            groups.setdefault(window.clip.group, {}).setdefault(window.caption, window)
+    images = config.sample.images or [()] * len(config.sample.prompts)
+    asked = [
+        Prompt(text, images=each)
+        for text, each in dict(zip(config.sample.prompts, images, strict=True)).items()
+    ]
+    known = {p.text for p in asked}
+    found = [
+        Prompt(text, group, images=captions[text])
+        for group, captions in sorted(groups.items())
+        for text in [c for c in captions if c not in known][:per_group]
+    ]
+    shown = {w.caption: w for w in reversed(windows)}
+    first = [Prompt(text, images=shown.get(text, ())) for text in clips.prompts.texts] if clips else []
+    return [*asked, *found] or first
+
+
+def truths(clips: CachedDataset | None) -> list[Prompt]:
+    """Return the validation examples, or the training examples if there are none, as prompts.
+
+    For modalities in which each example has one correct output (scenes).
+    """
+    if clips is None:
+        return []
+    held_out = clips.plan.held_out
+    group = "validation scenes" if held_out else "training scenes"
+    return [Prompt(w.caption, group, images=w) for w in held_out or clips.plan.train]
+
+
+def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    """Select `limit` prompts, round-robin over the groups, and keep their original order."""
+    turn: dict[str, int] = {}
+    rank = []
+    for i, prompt in enumerate(prompts):
+        turn[prompt.group] = turn.get(prompt.group, 0) + 1
+        rank.append((turn[prompt.group], i))
+    return [prompts[i] for i in sorted(i for _, i in sorted(rank)[:limit])]
+
+
+# --- models to compare --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two models to compare."""
+
+    role: str
+    """`base` or `tuned`; also the name of its folder in the report."""
+    name: str
+    folder: Path | None
+    """Folder of the trained weights; None for the base model."""
+    step: int | None
+
+
+def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
+    """Return the run's recipe with the overrides of this evaluation, always for a single process."""
+    wrong = [k for k in overrides if k not in SAMPLING]
+    if wrong:
+        raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; available: {', '.join(SAMPLING)}")
+    config = place.config()
+    sample = resolve_sample(config, **overrides)
+    values = {"sample": json.loads(sample.model_dump_json()), "runtime": {"world_size": None}}
+    if device:
+        values["runtime"]["device"] = device
+    return recipe.build(recipe.merge(json.loads(config.model_dump_json()), values))
+
+
+def _sides(place: Run, family: families.Family, against: str, checkpoint: str | None) -> tuple[_Side, _Side]:
+    def side(role: str, wanted: str | None) -> _Side:
+        if wanted == BASE:
+            return _Side(role, BASE, None, 0)
+        folder = trained_folder(place, wanted, family)
+        name = folder.parent.name if folder.parent.name.startswith("step-") else "tuned"
+        header = read_header(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
+        newest = place.checkpoints()[-1:]
+        number = name if name != "tuned" else header.get("inlaid_step") or (newest[0].name if newest else "")
+        step = number.removeprefix("step-")
+        return _Side(role, name, folder, int(step) if step.isdigit() else None)
+
+    sides = side("base", against), side("tuned", checkpoint)
+    if sides[0].folder == sides[1].folder:
+        raise ValueError(
+            f"evaluate: {sides[1].name} would be compared with itself; choose a different `checkpoint`"
+        )
+    return sides
+
+
+def _networks(
+    config: recipe.Config, family: families.Family, sides: Sequence[_Side], ctx: Context
+) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield the network and its stock pipeline for each side; only full fine-tunes load two networks."""
+    full = config.tuner.kind == "full"
+    denoiser: nn.Module | None = None
+    pipeline: Any = None
+    for side in sides:
+        if denoiser is None or full:
+            say(
+                f"loading {config.model.checkpoint}"
+                if side.folder is None or not full
+                else f"loading {side.folder}"
+            )
+            denoiser = pipeline = None  # free memory first: two networks may not fit
+            denoiser = (
+                family.load_denoiser(ctx.precision, folder=side.folder if full else None)
+                .to(ctx.device)
+                .eval()
+            )
+            pipeline = family.pipeline(denoiser=denoiser, device=ctx.device, dtype=ctx.precision)
+        elif pipeline.get_list_adapters():
+            pipeline.unload_lora_weights()
+        if side.folder is not None and not full:
+            load_into_pipeline(family, pipeline, side.folder)
+        yield denoiser, pipeline
+
+
+def _clips(
+    config: recipe.Config, family: families.Family, place: Run, ctx: Context
+) -> tuple[CachedDataset | None, list[str]]:
+    """Return the cached dataset of the run, or None and a note that the validation loss is missing."""
+    try:
+        return build_cache(config, family, place, ctx), []
+    except ValueError as error:
+        note = f"No validation loss: the training clips can no longer be used. {error}"
+        say(note)
+        return None, [" ".join(note.split())]
+
+
+def _yardstick(
+    place: Run, clips: CachedDataset | None, folder: Path, notes: list[str]
+) -> dict[str, float] | None:
+    """Return mean metrics of some training clips, and add a contact sheet of them to the report."""
+    sheet = place.folder / "check" / "contact_sheet.png"
+    if sheet.is_file():
+        shutil.copyfile(sheet, folder / "clips.png")
+    if clips is None:
+        return None
+    windows = [w for w in clips.plan.train if not w.clip.embedding]
+    if not windows:
+        return None
+    some = [windows[i] for i in np.unique(np.linspace(0, len(windows) - 1, YARDSTICK).round().astype(int))]
+    found, rows = [], []
+    with progress("read clips", len(some), "clip") as advance:
+        for window in some:
+            try:
+                frames = window.read()
+            except ValueError as error:
+                notes.append(f"A training clip could not be read: {error}")
+                continue
+            found.append(everything(frames))
+            frames = compositing.preview(frames) if window.alpha else frames
+            rows.append(SheetRow(window.clip.name, window.caption, frames))
+            advance()
+    if rows and not sheet.is_file():
+        contact_sheet(rows, folder / "clips.png", title="Training clips")
+    return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None
+
+
+def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
+    """Return a text description of the trained weights."""
+    tuner = config.tuner
+    if tuner.kind == "full":
+        trained = "some weights" if tuner.targets else "all weights"
+    else:
+        trained = f"{KINDS[tuner.kind]}, rank {tuner.rank}"
+    return {"trained": trained, **(inspect_path(folder).facts if folder else {})}
+
+
+def _sampling(family: families.Family, encoded: Prompts) -> dict[str, Any]:
+    """Return the sampling settings of the generated outputs."""
+    if family.medium != "video":
+        return modality_of(family.medium).settings(encoded.sample, encoded.fps)
+    return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}
+
+
+def _environment(ctx: Context) -> dict[str, Any]:
+    precision = str(ctx.precision).removeprefix("torch.")
+    return {**environment(), "device": str(ctx.device), "precision": precision}
+
+
+# --- measurements -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Both:
+    """Collector of the outputs and losses of both sides, base first, for the same prompts and clips."""
+
+    prompts: Sequence[Prompt]
+    encoded: Prompts
+    count: int
+    folder: Path
+    """Output folder; holds one folder of videos per side."""
+    scratch: Path
+    """Temporary folder for the frames of the base side: two sets of long videos may not fit in memory."""
+    gauge: Any = video
+    """Module of this package that measures the generated outputs."""
+    _losses: dict[str, list[list[float]]] = field(default_factory=dict)
+    _videos: dict[str, list[Video]] = field(default_factory=dict)
+    _distances: list[float] = field(default_factory=list)
+
+    def measure(
+        self,
+        side: _Side,
+        step: DenoisingStep,
+        denoiser: nn.Module,
+        batches: Sequence[Batch],
+        device: torch.device,
+    ) -> None:
+        """Compute the validation loss of one side."""
+        self._losses[side.role] = []
+        one = modality_of(step.family.medium).one
+        with progress(f"loss, {side.name}", len(batches), one, show=bool(batches)) as advance:
+            for batch in batches:
+                self._losses[side.role] += step.held_out(denoiser, [batch], device).tolist()
+                advance()
+
+    def draw(self, side: _Side, family: families.Family, pipeline: Any) -> None:
+        """Generate and measure the outputs of one side."""
+        found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
+
+        def seen(i: int, j: int, made: Any) -> None:
+            prompt = self.prompts[i]
+            metrics, parts = self.gauge.gauge(made, prompt)
+            yes = self.gauge.right(metrics) if prompt.judge is None else bool(prompt.judge(made))
+            found.append((metrics, parts, yes, self.gauge.picture(made)))
+            kept, now = self.scratch / f"{i}-{j}.npy", self.gauge.keep(made)
+            if side.role == "base":
+                np.save(kept, now)
+            else:
+                self._distances.append(self.gauge.distance(np.load(kept), now))
+                kept.unlink()
+
+        about = {"checkpoint": side.name, "strength": 0.0 if side.folder is None else 1.0}
+        out = self.folder / side.role
+        paths = generate_samples(family, pipeline, self.encoded, out, about, count=self.count, seen=seen)
+        self._videos[side.role] = []
+        for path, (metrics, parts, yes, image) in zip(paths, found, strict=True):
+            image.save(path.with_suffix(".png"))
+            name = path.relative_to(self.folder).as_posix()
+            self._videos[side.role].append(Video(name, metrics, yes, parts))
+
+    def pairs(self) -> list[Pair]:
+        """Return the outputs of both sides, paired by prompt and seed."""
+        first = self.encoded.sample.seed
+        each = [(p, first + j) for p in self.prompts for j in range(self.count)]
+        columns = zip(each, self._videos["base"], self._videos["tuned"], self._distances, strict=True)
+        return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
+
+    def held_out(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationClip | None:
+        """Return the validation losses; None without validation clips."""
+        if not batches:
+            return None
+        names = [name for b in batches for name in b.names]
+        levels = step.objective.quantile(torch.tensor(QUANTILES)).tolist()
+        one = modality_of(step.family.medium).one
+        return ValidationClip(
+            names, list(QUANTILES), levels, self._losses["base"], self._losses["tuned"], one
+        )
+
+
+def save_report(report: Report, folder: Path) -> None:
+    """Write `report.json` and `report.html` into a folder that already contains the videos."""
+    from inlaid.evaluation.page import render
+
+    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, default=str)
+    (folder / "report.json").write_text(text, "utf-8")
+    (folder / "report.html").write_text(render(report, folder), "utf-8")

@@ -1,0 +1,1 @@
+"""Metrics of videos, alpha and meshes."""

@@ -1,0 +1,139 @@
+"""Alpha metrics of transparent videos, with and without ground truth.
+
+Without ground truth, no metric proves that alpha is good: smoke is soft, and glass has no distinct edge. The
+metrics show what changed between two videos of one prompt. `inlaid.mattes` compares alpha with ground truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from inlaid.evaluation.metrics import alpha_scores, video
+from inlaid.evaluation.metrics.metric import Metric
+from inlaid.media import rgba
+
+AWAY = 0.08
+"""Share of the frame's longer side; pixels farther than this from the subject should be transparent."""
+
+SOME = 16
+"""Number of frames of a long video in which edges are detected."""
+
+REACH = 2
+"""Maximum distance in pixels between an alpha edge and a matching color edge."""
+
+METRICS: Mapping[str, Metric] = {
+    "coverage": Metric(
+        "coverage", "cover", "% of frame", 1, "", "Mean alpha: the share of the frame that is covered."
+    ),
+    "soft": Metric(
+        "soft share", "soft", "% of pixels", 1, "", "Share of pixels that are neither transparent nor opaque."
+    ),
+    "matte_flicker": Metric(
+        "alpha flicker",
+        "m.flick",
+        "% of range",
+        2,
+        "lower",
+        "Alpha changes that revert in the next frame and that motion does not explain, in percent of range.",
+    ),
+    "haze": Metric(
+        "haze",
+        "haze",
+        "% of range",
+        2,
+        "lower",
+        "Mean alpha far from the subject, where it should be 0: leftover background.",
+    ),
+    "edges": Metric(
+        "edge agreement",
+        "edges",
+        "% of edge",
+        0,
+        "",
+        "Share of the alpha edge with an edge of the straight color next to it.",
+    ),
+}
+"""Metrics returned by `measure`, in display order."""
+
+TRUTH: Mapping[str, Metric] = {
+    "matte_error": Metric(
+        "alpha error",
+        "m.error",
+        "of 255",
+        1,
+        "lower",
+        "Mean absolute error of alpha against the ground truth.",
+    ),
+    "matte_regions": Metric(
+        "alpha error by region",
+        "regions",
+        "of 255",
+        1,
+        "lower",
+        "Mean absolute error of alpha, with opaque, soft and transparent ground-truth regions weighted "
+        "equally: fully transparent and fully opaque predictions score about 128.",
+    ),
+}
+"""Metrics returned by `against`, for prompts with a known true alpha."""
+
+
+def measure(frames: np.ndarray) -> dict[str, float]:
+    """Return all of `METRICS` for straight RGBA uint8 (t, h, w, 4); shares in percent."""
+    found = rgba.measure_alpha(frames)
+    alpha = frames[..., 3].astype(np.float32) / 255
+    return {
+        "coverage": 100 * found.coverage,
+        "soft": 100 * found.soft,
+        "matte_flicker": 100 * flicker(alpha),
+        "haze": 100 * haze(alpha),
+        "edges": 100 * edges(frames),
+    }
+
+
+def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Return all of `TRUTH` for uint8 RGBA (t, h, w, 4) and the true alpha, uint8 (t, h, w)."""
+    scores = alpha_scores.score(frames[..., 3], truth)
+    return {"matte_error": scores.mae, "matte_regions": scores.balanced}
+
+
+def flicker(alpha: np.ndarray) -> float:
+    """Return `video.flicker` of alpha (t, h, w) in [0, 1]."""
+    small = video.shrink(alpha)
+    middle = small[1:-1]
+    before, after = (video.compensate(x, middle).moved for x in (small[:-2], small[2:]))
+    return video.unsteady(before, middle, after)
+
+
+def haze(alpha: np.ndarray) -> float:
+    """Return mean alpha (t, h, w) in [0, 1] over pixels farther than `AWAY` from the subject (alpha >= 0.5).
+
+    0 if no pixel is that far. In a frame without a subject, all pixels count.
+    """
+    alpha = video.shrink(alpha)
+    subject = alpha >= 0.5
+    away = ~rgba.widened(subject, max(1, round(AWAY * max(alpha.shape[1:]))))
+    return float(alpha[away].mean()) if away.any() else 0.0
+
+
+def edges(frames: np.ndarray) -> float:
+    """Return the share of the alpha edge within `REACH` pixels of a color edge; 0 without an alpha edge.
+
+    Uses straight color, not a composite. A color edge has a slope in the steepest tenth of its frame and
+    above 8 of 255; an alpha edge has a slope above 64.
+    """
+    frames = frames[:: max(1, len(frames) // SOME)]
+    alpha = frames[..., 3].astype(np.float32)
+    grey = video.luma(frames[..., :3]) * 255
+    matte, color = _slope(alpha) > 64, _slope(grey)
+    steep = np.quantile(color.reshape(len(color), -1), 0.9, axis=1)[:, None, None]
+    near = rgba.widened(color > np.maximum(steep, 8), REACH)
+    return float(near[matte].mean()) if matte.any() else 0.0
+
+
+def _slope(y: np.ndarray) -> np.ndarray:
+    """Return the gradient magnitude by central differences, (t, h, w)."""
+    padded = np.pad(y, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    down, across = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1], padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    return np.hypot(down, across)

@@ -1,0 +1,134 @@
+"""Alpha metrics by region, and those of trivial predictors.
+
+Most of a clip is transparent, so a trivial prediction has a small mean error: alpha 0 everywhere has under 15
+of 255 if the foreground covers less than 6 %. Therefore errors are reported separately for the opaque, soft
+and transparent regions of the ground truth, next to the errors of a fully transparent clip, a fully opaque
+clip and the mean alpha.
+
+Alpha is uint8 (t, h, w), straight RGBA is uint8 (t, h, w, 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+REGIONS = ("opaque", "soft", "clear")
+
+TRIVIAL = ("all clear", "all opaque", "the mean")
+"""Names of the trivial predictors: alpha 0, alpha 255, and the mean alpha of the ground truth."""
+
+EPS = 2 / 255
+"""Ground-truth alpha up to which a pixel is transparent; it is opaque from 1 minus this."""
+
+HALF = 128
+"""Alpha from which a pixel belongs to the binary foreground."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Alpha metrics of a clip; errors are in 0-255, and None for a region without pixels."""
+
+    mae: float
+    """Mean absolute error."""
+    mse: float
+    """Mean squared error of alpha in [0, 1]."""
+    gradient: float
+    """Mean absolute difference of the gradients along both axes: misplaced or blurred edges."""
+    temporal: float
+    """Root mean square difference of the frame-to-frame changes (dtSSD, Erofeev et al. 2015), averaged over
+    pairs of frames: flicker and lag. 0 for one frame."""
+    iou: float
+    """Intersection over union of the foregrounds, alpha at least `HALF`; 1 if both are empty."""
+    opaque: float | None
+    """Mean absolute error in the opaque region of the ground truth; likewise `soft` and `clear`."""
+    soft: float | None
+    clear: float | None
+
+    @property
+    def balanced(self) -> float:
+        """Mean of the errors of the nonempty regions, with equal weights."""
+        there = [v for v in (self.opaque, self.soft, self.clear) if v is not None]
+        return sum(there) / len(there)
+
+
+def score(found: np.ndarray, truth: np.ndarray, eps: float = EPS) -> Scores:
+    """Return the metrics of predicted alpha against the ground truth.
+
+    Args:
+        found: uint8 (t, h, w).
+        truth: the same shape.
+        eps: see `EPS`.
+    """
+    assert found.shape == truth.shape and found.dtype == truth.dtype == np.uint8, (found.shape, truth.shape)
+    a, b = found.astype(np.float32), truth.astype(np.float32)
+    off = np.abs(a - b)
+    masks = regions(truth, eps)
+    slopes = [np.abs(np.diff(a, axis=i) - np.diff(b, axis=i)) for i in (1, 2)]
+    changes = np.diff(a, axis=0) - np.diff(b, axis=0)
+    subjects = found >= HALF, truth >= HALF
+    union = float((subjects[0] | subjects[1]).sum())
+    return Scores(
+        mae=_mean(off),
+        mse=_mean((off / 255) ** 2),
+        gradient=sum(_mean(s) for s in slopes if s.size),
+        temporal=_mean(np.sqrt((changes**2).mean((1, 2)))) if len(changes) else 0.0,
+        iou=float((subjects[0] & subjects[1]).sum()) / union if union else 1.0,
+        **{name: _mean(off[mask]) if mask.any() else None for name, mask in masks.items()},
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean(dtype=np.float64))
+
+
+def regions(truth: np.ndarray, eps: float = EPS) -> dict[str, np.ndarray]:
+    """Return masks of the opaque, soft and transparent (`clear`) regions of alpha."""
+    level = round(255 * eps)
+    opaque, clear = truth >= 255 - level, truth <= level
+    return {"opaque": opaque, "soft": ~opaque & ~clear, "clear": clear}
+
+
+def baselines(truth: np.ndarray, eps: float = EPS) -> dict[str, Scores]:
+    """Return the metrics of the predictors of `TRIVIAL` against a ground truth."""
+    values = (0, 255, round(float(truth.mean())))
+    return {n: score(np.full_like(truth, v), truth, eps) for n, v in zip(TRIVIAL, values, strict=True)}
+
+
+def mean(scores: list[Scores]) -> Scores:
+    """Return the means over clips; the mean of a region is over the clips that contain it."""
+    names = Scores.__dataclass_fields__
+    columns = {n: [v for s in scores if (v := getattr(s, n)) is not None] for n in names}
+    return Scores(**{n: sum(c) / len(c) if c else None for n, c in columns.items()})  # type: ignore[arg-type]
+
+
+MARGIN = 0.5
+"""Maximum error of predicted alpha, as a share of that of the best trivial predictor."""
+
+
+def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN) -> list[str]:
+    """Return the reasons why predicted alpha is not better than a trivial predictor; empty if it is.
+
+    The comparison uses `Scores.balanced`. A trivial predictor gets one region right, or all of them half
+    wrong, whatever the share of the foreground; a mean over pixels would accept it.
+
+    Args:
+        found: metrics of a clip, or their `mean` over clips.
+        trivial: from `baselines`, or their means.
+        margin: see `MARGIN`.
+    """
+    name = min(trivial, key=lambda n: trivial[n].balanced)
+    best = trivial[name].balanced
+    out = []
+    if found.balanced >= margin * best:
+        out.append(
+            f"the mean alpha error over regions is {found.balanced:.1f} of 255, that of the trivial "
+            f"prediction `{name}` {best:.1f}: it should be below {margin * best:.1f}"
+        )
+    for region in REGIONS:
+        off, known = (getattr(s, region) for s in (found, trivial[name]))
+        if off is not None and off > 127.5:
+            out.append(f"the alpha error where {region} is {off:.1f} of 255, that of `{name}` {known:.1f}")
+    return out

@@ -1,0 +1,23 @@
+"""A metric: name, meaning, direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Display name, unit and meaning of a metric."""
+
+    name: str
+    brief: str
+    """Short name for narrow tables; empty to omit the metric from them."""
+    unit: str
+    digits: int
+    better: str
+    """`lower`, `higher`, or empty if neither direction is better."""
+    meaning: str

@@ -1,0 +1,267 @@
+"""Video metrics without a learned model: motion, flicker, consistency, sharpness.
+
+Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. No metric
+proves that a video is good. The metrics show what changed between two videos of one prompt, and whether the
+change is towards the training clips.
+
+Motion, flicker and consistency use luma, downscaled by an integer factor until its longer side is at most
+`LONG` pixels, so that they are comparable across sizes and fast. Sharpness and distance use every pixel.
+Motion is estimated by block matching, as in video codecs, without an optical flow network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from inlaid.evaluation.metrics.metric import Metric
+
+if TYPE_CHECKING:
+    pass
+
+
+LONG = 128
+"""Maximum longer side in pixels for motion estimation."""
+
+BLOCK = 8
+"""Height and width of a block in pixels, after downscaling to `LONG`."""
+
+RADIUS = 6
+"""Maximum displacement between frames in pixels along each axis, after downscaling to `LONG`."""
+
+GAIN = 0.5
+"""A block counts as moved if motion compensation leaves less than this share of its difference.
+
+Noise leaves two thirds."""
+
+STRIDE = 4
+"""Displacements are also searched across this many frames, to detect slow motion."""
+
+STILL = 1 / 255
+"""Mean absolute difference (one level of 255) below which a block is static."""
+
+_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
+"""BT.709 weights, from uint8 to [0, 1]."""
+
+METRICS: Mapping[str, Metric] = {
+    "motion": Metric(
+        "motion",
+        "motion",
+        "% per frame",
+        2,
+        "",
+        "Mean displacement from frame to frame, in percent of the diagonal; 0 for a still.",
+    ),
+    "flicker": Metric(
+        "flicker",
+        "flicker",
+        "% of range",
+        2,
+        "lower",
+        "Brightness changes that revert in the next frame and that motion does not explain, in percent of "
+        "range.",
+    ),
+    "consistency": Metric(
+        "consistency",
+        "consist.",
+        "correlation",
+        3,
+        "higher",
+        "Correlation of each frame with the motion-compensated previous frame. A still also scores 1.",
+    ),
+    "sharpness": Metric(
+        "sharpness",
+        "sharp",
+        "Laplacian",
+        0,
+        "",
+        "Variance of the Laplacian: amount of fine detail, including noise; blur lowers it.",
+    ),
+}
+"""Metrics returned by `measure`, in display order."""
+
+
+def measure(frames: np.ndarray) -> dict[str, float]:
+    """Return all of `METRICS` for uint8 frames (t, h, w, 3); motion and flicker in percent."""
+    y = luma(frames)
+    small = shrink(y)
+    match = compensate(small[:-1], small[1:])
+    after = compensate(small[2:], small[1:-1]).moved
+    return {
+        "motion": 100 * _motion(small, match),
+        "flicker": 100 * unsteady(match.moved[:-1], small[1:-1], after),
+        "consistency": _consistency(match.moved, small[1:]),
+        "sharpness": _sharpness(y),
+    }
+
+
+def motion(frames: np.ndarray) -> float:
+    """Return the mean displacement of blocks between frames, as a share of the frame's diagonal.
+
+    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still and for noise without motion. A frame that moves as a
+    whole by d pixels per frame gives d / diagonal, apart from the strip that enters; an object that fills a
+    tenth of the frame gives a tenth of that. The slowest detected motion is one pixel in `STRIDE` frames, at
+    the scale of `LONG`.
+    """
+    small = shrink(luma(frames))
+    return _motion(small, compensate(small[:-1], small[1:]))
+
+
+def flicker(frames: np.ndarray) -> float:
+    """Return the mean brightness deviation from both temporal neighbors along the motion, in [0, 1].
+
+    |Y_k - median(P, Y_k, N)|, with P and N the previous and next frames, motion-compensated to frame k: the
+    part that a motion-compensated temporal median filter would remove. 0 for stills, for motion that block
+    matching follows, and for fades and cuts, which do not revert. Brightness that alternates by a gives a;
+    independent noise of deviation s without motion gives s / sqrt(pi). Fewer than three frames give 0.
+    (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighboring frames: it counts
+    motion as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
+    """
+    small = shrink(luma(frames))
+    middle = small[1:-1]
+    return unsteady(compensate(small[:-2], middle).moved, middle, compensate(small[2:], middle).moved)
+
+
+def consistency(frames: np.ndarray) -> float:
+    """Return the mean correlation of each frame with the motion-compensated previous frame; in [-1, 1].
+
+    1 for stills and for motion that block matching follows; near 0 for unrelated frames, independent of
+    brightness and contrast. A pair of flat frames counts as 1, a pair with one flat frame as 0. One frame
+    gives 1.
+    """
+    small = shrink(luma(frames))
+    return _consistency(compensate(small[:-1], small[1:]).moved, small[1:])
+
+
+def sharpness(frames: np.ndarray) -> float:
+    """Return the variance of the Laplacian of luma (0-255), averaged over frames (Pech-Pacheco et al. 2000).
+
+    0 for frames without detail, including ramps. The maximum, 1020^2, is reached by a checkerboard of single
+    black and white pixels.
+    """
+    return _sharpness(luma(frames))
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the mean absolute difference of two videos of equal shape; 1 is black against white."""
+    assert a.shape == b.shape, "videos of one prompt have equal shapes"
+    total = sum(
+        float(np.abs(x.astype(np.int16) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)
+    )
+    return total / len(a) / 255
+
+
+def luma(frames: np.ndarray) -> np.ndarray:
+    """Return the BT.709 luma of uint8 RGB (t, h, w, 3) as float32 (t, h, w) in [0, 1]."""
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames), (
+        frames.shape
+    )
+    red, green, blue = _LUMA
+    return frames[..., 0] * red + frames[..., 1] * green + frames[..., 2] * blue
+
+
+def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
+    """Downscale (t, h, w) by the smallest integer factor that brings the longer side to at most `long`.
+
+    Averages squares of pixels.
+    """
+    t, h, w = y.shape
+    n = -(-max(h, w) // long)
+    h, w = h // n or 1, w // n or 1
+    return y[:, : h * n, : w * n].reshape(t, h, min(n, y.shape[1]), w, min(n, y.shape[2])).mean(axis=(2, 4))
+
+
+@dataclass(frozen=True)
+class Match:
+    """Frames motion-compensated block by block to target frames."""
+
+    moved: np.ndarray
+    """Motion-compensated frames (t, h, w)."""
+    lengths: np.ndarray
+    """Lengths of the displacements in pixels, (t, block rows, block columns)."""
+    errors: np.ndarray
+    """Remaining mean absolute differences, (t, block rows, block columns)."""
+
+
+def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> Match:
+    """Move the blocks of each source frame to their positions in the target frame.
+
+    A block moves only if this removes most of its difference (`GAIN`), and by the shortest of equally good
+    displacements. Noise and flat areas therefore do not move.
+
+    Args:
+        source: (t, h, w) in [0, 1].
+        target: same shape as `source`.
+        radius: maximum displacement along each axis in pixels.
+    """
+    t, h, w = target.shape
+    far = np.pad(source, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
+    rows, columns = np.arange(0, h, BLOCK), np.arange(0, w, BLOCK)
+    pixels = np.diff(rows, append=h)[:, None] * np.diff(columns, append=w)
+
+    def error(y: int, x: int) -> np.ndarray:
+        difference = far[:, radius + y : radius + y + h, radius + x : radius + x + w] - target
+        np.abs(difference, out=difference)
+        return np.add.reduceat(np.add.reduceat(difference, rows, axis=1), columns, axis=2) / pixels
+
+    steps = [(y, x) for y in range(-radius, radius + 1) for x in range(-radius, radius + 1)]
+    steps.sort(key=lambda s: (s[0] ** 2 + s[1] ** 2, s))
+    rest = error(0, 0)
+    best, chosen = np.where(rest > STILL, rest * GAIN, 0), np.zeros(rest.shape, np.intp)
+    for i, step in enumerate(steps[1:], 1):
+        found = error(*step)
+        better = found < best - 1e-6
+        best[better], chosen[better] = found[better], i
+    shift = np.array(steps)[chosen]
+    each = shift.repeat(BLOCK, axis=1)[:, :h].repeat(BLOCK, axis=2)[:, :, :w] + radius
+    t_, y_, x_ = np.ogrid[:t, :h, :w]
+    moved = far[t_, y_ + each[..., 0], x_ + each[..., 1]]
+    return Match(moved, np.hypot(shift[..., 0], shift[..., 1]), np.where(chosen > 0, best, rest))
+
+
+def _motion(y: np.ndarray, match: Match) -> float:
+    """Return the mean displacement in (t, h, w), given the match of each frame with the previous frame."""
+    lengths = match.lengths
+    if len(y) > STRIDE:
+        slow, fast, lengths = (
+            compensate(y[:-STRIDE], y[STRIDE:]),
+            match.errors[STRIDE - 1 :],
+            lengths[STRIDE - 1 :],
+        )
+        # Across several frames, fast motion exceeds the radius, and an unrelated block may match better.
+        good = (slow.lengths > 0) & ((lengths == 0) | (slow.errors <= fast + STILL))
+        lengths = np.where(good, slow.lengths / STRIDE, lengths)
+    return float(lengths.mean(dtype=np.float64) / np.hypot(*y.shape[1:])) if lengths.size else 0.0
+
+
+def unsteady(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
+    """Return the mean distance of frames from the median of themselves and their aligned neighbors."""
+    if not len(middle):
+        return 0.0
+    median = np.maximum(np.minimum(before, middle), np.minimum(np.maximum(before, middle), after))
+    return float(np.abs(middle - median).mean(dtype=np.float64))
+
+
+def _consistency(before: np.ndarray, now: np.ndarray) -> float:
+    if not len(now):
+        return 1.0
+    a, b = (x - x.mean(axis=(1, 2), keepdims=True, dtype=np.float64) for x in (before, now))
+    norms = np.sqrt((a**2).mean(axis=(1, 2))), np.sqrt((b**2).mean(axis=(1, 2)))
+    flat = norms[0] < STILL / 10, norms[1] < STILL / 10
+    both = (a * b).mean(axis=(1, 2)) / np.maximum(norms[0] * norms[1], 1e-12)
+    return float(np.where(flat[0] & flat[1], 1.0, np.where(flat[0] | flat[1], 0.0, both)).mean())
+
+
+def _sharpness(y: np.ndarray) -> float:
+    if min(y.shape[1:]) < 3:
+        return 0.0
+    variances = []
+    for frame in y * np.float32(255):
+        laplacian = (
+            frame[:-2, 1:-1] + frame[2:, 1:-1] + frame[1:-1, :-2] + frame[1:-1, 2:] - 4 * frame[1:-1, 1:-1]
+        )
+        variances.append(laplacian.var(dtype=np.float64))
+    return float(np.mean(variances))

@@ -1,0 +1,437 @@
+"""Results of an evaluation: metrics, a verdict in plain text, `report.json` and `report.html`.
+
+`report.json` is for programs; `report.html` (written by `page`) is for people. Their folder is written
+atomically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from inlaid.evaluation import scene
+from inlaid.evaluation.metrics import alpha, video
+from inlaid.evaluation.metrics.alpha import TRUTH
+from inlaid.evaluation.metrics.metric import Metric
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+FORMAT = 1
+"""Format version of `report.json`; increased when a field changes its meaning."""
+
+METRICS: Mapping[str, Metric] = {**video.METRICS, **alpha.METRICS, **TRUTH, **scene.METRICS}
+"""Names, units and meanings of the metrics of all modalities."""
+
+TELLING = 0.01
+"""Smallest relative change of the validation loss that counts as a change."""
+
+TELLING_YES = 0.2
+"""Smallest change in the share of outputs that match the prompt that counts as a change."""
+
+CHANGED = 0.002
+"""Videos with a smaller mean difference look identical (share of the value range; half a level of 255)."""
+
+FULL = 99.9
+"""Mean alpha in percent above which a video is fully opaque; below 100 minus this, fully transparent."""
+
+EARLIER = 0.02
+"""Relative decrease in validation loss above which an earlier checkpoint is recommended."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """One generated video or scene."""
+
+    file: str
+    """Path relative to the report's folder; a PNG preview has the same name."""
+    metrics: Mapping[str, float]
+    """`METRICS` of its modality; for transparent videos also `matte.METRICS`, and `matte.TRUTH` if the true
+    alpha is known."""
+    yes: bool | None = None
+    """Result of the prompt's `judge`; None if it has none."""
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Metrics of each object of a scene."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Outputs of both models for one prompt and seed."""
+
+    prompt: str
+    group: str
+    seed: int
+    base: Video
+    tuned: Video
+    distance: float
+    """Mean absolute difference of the two videos, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class ValidationClip:
+    """Losses on validation clips, with the same noise for base and tuned."""
+
+    clips: Sequence[str]
+    quantiles: Sequence[float]
+    """Quantiles of the noise level distribution."""
+    levels: Sequence[float]
+    """Noise levels t in [0, 1] at these quantiles."""
+    base: Sequence[Sequence[float]]
+    """(clips, quantiles)"""
+    tuned: Sequence[Sequence[float]]
+    one: str = "clip"
+    """Singular noun for a validation example, `clip` or `scene`."""
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean loss of base and tuned."""
+        return float(np.mean(self.base)), float(np.mean(self.tuned))
+
+    @property
+    def change(self) -> float:
+        """Relative change of the mean loss; negative is better."""
+        base, tuned = self.means
+        return tuned / base - 1
+
+    @property
+    def better(self) -> int:
+        """Number of clips on which the mean loss of tuned is below that of base."""
+        return int((np.mean(self.tuned, axis=1) < np.mean(self.base, axis=1)).sum())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Means over the pairs of one group."""
+
+    name: str
+    videos: int
+    base: Mapping[str, float]
+    tuned: Mapping[str, float]
+    distance: float
+    judged: int
+    """Number of pairs with a judge."""
+    base_yes: int
+    tuned_yes: int
+
+    @property
+    def risen(self) -> float:
+        """Increase in the share of outputs that match the prompt, in [-1, 1]; 0 without a judge."""
+        return (self.tuned_yes - self.base_yes) / self.judged if self.judged else 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Summary of an evaluation in plain text."""
+
+    tone: Literal["good", "unclear", "bad"]
+    headline: str
+    reasons: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Complete results of an evaluation; written by `save`."""
+
+    run: str
+    """Name of the run folder."""
+    folder: Path
+    """Folder of the report."""
+    names: tuple[str, str]
+    """Names of the two models: `base` or a checkpoint, and `tuned` or a checkpoint."""
+    step: int | None
+    """Optimizer step of the tuned model; None if unknown."""
+    pairs: Sequence[Pair]
+    held_out: ValidationClip | None
+    training: Mapping[str, float] | None
+    """`video.METRICS` of some training clips, as a reference for both models."""
+    sampling: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """Recipe of the run."""
+    environment: Mapping[str, Any]
+    adapter: Mapping[str, str]
+    """Facts about the trained weights."""
+    curves: Sequence[Mapping[str, float]] = ()
+    """Records of `metrics.jsonl`."""
+    notes: Sequence[str] = ()
+    """Missing measurements, with reasons."""
+    created: str = ""
+    seconds: float = 0.0
+    makes: str = "video"
+    """Singular noun for an output, `video` or `scene`."""
+    verdict: Verdict = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verdict", judge(self))
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """Metrics available for every video, in display order."""
+        return measured([v for p in self.pairs for v in (p.base, p.tuned)])
+
+    @property
+    def path(self) -> Path:
+        """Path of the HTML page."""
+        return self.folder / "report.html"
+
+    @property
+    def groups(self) -> list[Group]:
+        """Means per group, in order of appearance."""
+        names = dict.fromkeys(p.group for p in self.pairs)
+        return [summarise(name, [p for p in self.pairs if p.group == name]) for name in names]
+
+    @property
+    def total(self) -> Group | None:
+        """Means over all pairs; None without pairs."""
+        return summarise("all", self.pairs) if self.pairs else None
+
+
+def measured(videos: Sequence[Video]) -> Mapping[str, Metric]:
+    """Return the metrics that all the videos have."""
+    return {k: m for k, m in METRICS.items() if all(k in v.metrics for v in videos)}
+
+
+def summarise(name: str, pairs: Sequence[Pair]) -> Group:
+    """Return means over at least one pair."""
+    judged = [p for p in pairs if p.base.yes is not None and p.tuned.yes is not None]
+
+    def means(videos: Sequence[Video]) -> dict[str, float]:
+        return {k: float(np.mean([v.metrics[k] for v in videos])) for k in measured(videos)}
+
+    return Group(
+        name,
+        len(pairs),
+        means([p.base for p in pairs]),
+        means([p.tuned for p in pairs]),
+        float(np.mean([p.distance for p in pairs])),
+        len(judged),
+        sum(bool(p.base.yes) for p in judged),
+        sum(bool(p.tuned.yes) for p in judged),
+    )
+
+
+# --- verdict ------------------------------------------------------------------------------------------------
+
+
+def judge(report: Report) -> Verdict:
+    """Summarize the results; the judges' results take precedence over the loss."""
+    loss, total = report.held_out, report.total
+    reasons, warnings = [], [*_changes(report), *_checkpoints(report), *report.notes]
+    base, tuned = report.names
+    for group in report.groups:
+        if group.judged:
+            of = f"{group.tuned_yes} of {group.judged} {tuned} {report.makes}s match the prompt"
+            name = f"{group.name}: " if group.name else ""
+            reasons.append(f"{name}{of}, {group.base_yes} of {group.judged} {base} {report.makes}s")
+    if loss is not None:
+        reasons.append(_loss_sentence(loss))
+        if len(loss.clips) < 3:
+            warnings.append(
+                f"Only {_count(len(loss.clips), f'validation {loss.one}')} measured: unreliable result."
+            )
+    if total and total.distance < CHANGED:
+        same = "are identical in every pixel" if total.distance == 0 else "look identical"
+        return Verdict(
+            "bad",
+            f"Nothing changed: the {report.makes}s of {base} and {tuned} {same}.",
+            _sentences(reasons),
+            warnings,
+        )
+    risen = [g for g in report.groups if g.risen >= TELLING_YES]
+    fallen = [g for g in report.groups if g.risen <= -TELLING_YES]
+    warnings = [*_forgotten(fallen, report.makes), *warnings]
+    tone, headline = _headline(loss, risen, fallen, f"{report.makes}s")
+    return Verdict(tone, headline, _sentences(reasons), warnings)
+
+
+def _headline(
+    loss: ValidationClip | None, risen: list[Group], fallen: list[Group], made: str
+) -> tuple[Any, str]:
+    worse = loss is not None and loss.change >= TELLING
+    better = loss is not None and loss.change <= -TELLING and loss.better * 2 > len(loss.clips)
+    if risen:
+        best = max(risen, key=lambda g: g.risen)
+        it = f"Improved {best.name}".rstrip()
+        of = f"{best.tuned_yes} of {best.judged} {made} match the prompt"
+        if fallen:
+            return "unclear", f"{it}, but other prompts got worse: {of}, with fewer matches elsewhere."
+        if worse:
+            return "unclear", f"{it}, but validation loss rose: {of}."
+        return "good", f"{it}: {of}, {best.base_yes} before training."
+    if fallen:
+        return "bad", f"Worse: fewer {made} match the prompt than before training."
+    if loss is None:
+        return "unclear", f"No validation loss: there are no validation clips. Compare the {made}."
+    if better:
+        return "good", f"Improved: validation loss fell {_percent(-loss.change)}."
+    if worse:
+        return "bad", f"The model does not generalize: validation loss rose {_percent(loss.change)}."
+    if abs(loss.change) >= TELLING:
+        return (
+            "unclear",
+            f"Unclear: validation loss fell {_percent(-loss.change)}, but not on most {loss.one}s.",
+        )
+    return "unclear", f"Unclear: validation loss hardly changed ({signed(loss.change)})."
+
+
+def _loss_sentence(loss: ValidationClip) -> str:
+    base, tuned = loss.means
+    return (
+        f"validation loss changed from {base:.4f} to {tuned:.4f} ({signed(loss.change)}), "
+        f"lower on {loss.better} of {_count(len(loss.clips), loss.one)}"
+    )
+
+
+def _changes(report: Report) -> list[str]:
+    """Return warnings about metrics that got worse and also moved away from the training clips."""
+    total, wanted = report.total, report.training or {}
+    if total is None or total.distance < CHANGED or report.makes != "video":
+        return []
+    out = []
+    a, b = total.base, total.tuned
+    if (
+        b["flicker"] > max(1.5 * a["flicker"], 1.5 * wanted.get("flicker", 0))
+        and b["flicker"] - a["flicker"] > 0.1
+    ):
+        out.append(f"The videos flicker more than before: {a['flicker']:.2f} to {b['flicker']:.2f} %.")
+    for name, what in (("motion", "have much less motion"), ("sharpness", "are much blurrier")):
+        if b[name] < 0.5 * min(a[name], wanted.get(name, np.inf)):
+            digits = METRICS[name].digits
+            out.append(f"The videos {what} than before: {name} {a[name]:.{digits}f} to {b[name]:.{digits}f}.")
+    if b["consistency"] < min(a["consistency"], wanted.get("consistency", 1)) - 0.05:
+        out.append(
+            f"Frames are less consistent: consistency {a['consistency']:.3f} to {b['consistency']:.3f}."
+        )
+    covers = [p.tuned.metrics["coverage"] for p in report.pairs if "coverage" in p.tuned.metrics]
+    for what, same in (("opaque", [c > FULL for c in covers]), ("clear", [c < 100 - FULL for c in covers])):
+        if any(same):
+            out.append(f"{sum(same)} of {len(covers)} videos are {what} everywhere: no usable alpha.")
+    return out
+
+
+def _checkpoints(report: Report) -> list[str]:
+    """Return warnings from the validation curve: a better earlier checkpoint or changed clips."""
+    curve = {int(x["step"]): x["held_out_loss"] for x in report.curves if "held_out_loss" in x}
+    here = (
+        report.step
+        if report.step in curve
+        else max((s for s in curve if s <= (report.step or 0)), default=None)
+    )
+    if report.held_out is None or here is None:
+        return []
+    out = []
+    best = min(curve, key=lambda s: curve[s])
+    if best < here and curve[best] < (1 - EARLIER) * curve[here]:
+        rise = curve[here] / curve[best] - 1
+        out.append(
+            f"Validation loss was lowest at step {best} and has risen {_percent(rise)} since: "
+            "try a checkpoint near that step."
+        )
+    measured = report.held_out.means[1]
+    if here == report.step and abs(measured / curve[here] - 1) > TELLING:
+        out.append(
+            f"Training measured a validation loss of {curve[here]:.4f} at step {here}, this evaluation "
+            f"{measured:.4f}: if the clips have changed since, some may have been used for training."
+        )
+    return out
+
+
+def _forgotten(fallen: Sequence[Group], makes: str) -> list[str]:
+    return [
+        "Worse on prompts"
+        + (f" \N{LEFT DOUBLE QUOTATION MARK}{g.name}\N{RIGHT DOUBLE QUOTATION MARK}" if g.name else "")
+        + f": {g.tuned_yes} of {g.judged} {makes}s match the "
+        f"prompt, {g.base_yes} before training."
+        for g in fallen
+    ]
+
+
+def _sentences(texts: Sequence[str]) -> list[str]:
+    return [f"{t[0].upper()}{t[1:]}." for t in texts]
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def signed(share: float) -> str:
+    """Format a relative change, with a typographic minus sign."""
+    return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
+
+
+# --- files and terminal -------------------------------------------------------------------------------------
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return the report as JSON-compatible values."""
+    values = asdict(report)
+    del values["folder"], values["curves"]
+    values["names"] = {"base": report.names[0], "tuned": report.names[1]}
+    values["groups"] = [asdict(g) for g in [*report.groups, *([report.total] if report.total else [])]]
+    if report.held_out:
+        base, tuned = report.held_out.means
+        values["held_out"] |= {"base_mean": base, "tuned_mean": tuned, "change": report.held_out.change}
+    return {"format": FORMAT, "verdict": values.pop("verdict"), **values}
+
+
+def show(metric: str, value: float) -> str:
+    """Format a metric as text."""
+    return f"{value:.{METRICS[metric].digits}f}"
+
+
+def summary_table(report: Report) -> Table:
+    """Return the report as a table of at most 80 columns, with one row per model and group."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    options: Any = {
+        "title_justify": "left",
+        "caption_justify": "left",
+        "title_style": "bold",
+        "caption_style": "",
+    }
+    options |= {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    table = Table(title=escape(report.verdict.headline), caption=_caption(report), **options)
+    total, groups = report.total, report.groups
+    judged = total is not None and total.judged > 0
+    metrics = {k: m for k, m in report.metrics.items() if m.brief}
+    if "coverage" in metrics:  # all metrics exceed 80 columns
+        metrics = {k: metrics[k] for k in ("motion", "coverage", "matte_flicker", "haze")}
+    table.add_column(f"group ({report.makes}s)")
+    for name in ("model", *(["judge ok"] if judged else []), *(m.brief for m in metrics.values()), "differ"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for group in [*groups, *([total] if total and len(groups) != 1 else [])]:
+        sides = ((group.base, group.base_yes), (group.tuned, group.tuned_yes))
+        for i, (name, (values, yes)) in enumerate(zip(report.names, sides, strict=True)):
+            cells = ["" if i else escape(f"{group.name or 'prompts'} ({group.videos})"), name]
+            if judged:
+                cells.append(f"{yes} of {group.judged}" if group.judged else "")
+            cells += [show(k, values[k]) for k in metrics]
+            table.add_row(*cells, f"{group.distance:.1%}" if i else "", end_section=i == 1)
+    if report.training:
+        gap = [""] if judged else []
+        table.add_row(
+            "training clips",
+            "",
+            *gap,
+            *(show(k, report.training[k]) if k in report.training else "" for k in metrics),
+            "",
+        )
+    return table
+
+
+def _caption(report: Report) -> str:
+    from rich.markup import escape
+
+    lines = [] if report.held_out is None else _sentences([_loss_sentence(report.held_out)])
+    return escape("\n".join([*lines, *(f"! {w}" for w in report.verdict.warnings)]))

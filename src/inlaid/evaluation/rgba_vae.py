@@ -1,0 +1,132 @@
+"""Evaluation of an RGBA VAE on validation clips: errors by region beside trivial predictors, and an image."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+
+from inlaid import config as recipe
+from inlaid.alpha.opening import build_family
+from inlaid.data.batch import Batch
+from inlaid.data.prepare import build_cache
+from inlaid.files import atomic
+from inlaid.media import compositing
+from inlaid.networks import rgba_vae_metrics
+from inlaid.networks.rgba_vae_metrics import GUESSES, REGIONS
+from inlaid.runs.folder import Run
+from inlaid.runs.launch import start_processes
+from inlaid.training.rgba_vae_step import RgbaVaeStep, reconstruct
+
+SHOWN = 8
+"""Number of clips in the image."""
+
+
+@dataclass(frozen=True)
+class RgbaVaeReport:
+    """Measured errors of an RGBA VAE and the path of the report."""
+
+    path: Path
+    """Path of the JSON file; the image has the same name with `.png`."""
+    clips: int
+    values: dict[str, float]
+    """Result of `rgba_metrics.report`."""
+    warnings: list[str]
+    """Result of `rgba_metrics.trivial`."""
+
+
+def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | None = None) -> RgbaVaeReport:
+    """Reconstruct the validation clips of a run that trains an RGBA VAE; write `report/` in the run folder.
+
+    Args:
+        run: run folder.
+        checkpoint: `step-000500`. Default: the newest.
+        device: same values as `runtime.device`. Default: the recipe's device.
+
+    Raises:
+        ValueError: if the run trains no RGBA VAE, nothing is trained yet, or there are no validation clips.
+    """
+    place = Run(Path(run))
+    config = place.config()
+    values = {"world_size": None, "device": device or config.runtime.device}
+    config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
+    section = config.tuner
+    if not isinstance(section, recipe.Codec):
+        raise ValueError(f"{run}: this run does not train an RGBA VAE; its recipe has no rgba_vae section")
+    made = place.checkpoints()
+    folder = place.checkpoint(checkpoint) / "codec" if checkpoint else place.folder / "codec"
+    if not folder.is_dir():
+        if not made:
+            raise ValueError(f"{run}: nothing is trained yet; run `inlaid train` first")
+        folder = made[-1] / "codec"
+    family = build_family(config)
+    with start_processes(config) as ctx:
+        batches = build_cache(config, family, place, ctx).held_out_batches(family)
+        if not batches:
+            raise ValueError(f"{run}: no validation clips; set data.validation and train again")
+        codec = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
+        step = RgbaVaeStep.of(section.model_copy(update={"perceptual": "none"}), quiet=True)
+        rows = step.held_out(codec, batches, ctx.device)
+        found = rgba_vae_metrics.report(rows.sum(0))
+        picture = _picture(step, codec, batches[:SHOWN], ctx.device)
+    warnings = rgba_vae_metrics.trivial(found)
+    path = place.folder / "report" / "codec.json"
+    with atomic(path) as part:
+        part.write_text(json.dumps({"clips": len(batches), **found, "warnings": warnings}, indent=1), "utf-8")
+    with atomic(path.with_suffix(".png")) as part:
+        picture.save(part)
+    return RgbaVaeReport(path, len(batches), found, warnings)
+
+
+def _picture(
+    step: RgbaVaeStep, codec: torch.nn.Module, batches: list[Batch], device: torch.device
+) -> Image.Image:
+    """Return one row per clip: middle frame of original and reconstruction on a checkerboard, then alphas."""
+    rows = []
+    for batch in batches:
+        true = batch.latents[:1]
+        got = reconstruct(codec, true.to(device), step.loss.alpha_eps, *batch.names, colors=step.colors).cpu()
+        pair = [x[0, :, x.shape[2] // 2].permute(1, 2, 0).numpy() for x in (true, got)]
+        ground = compositing.checkerboard(*pair[0].shape[:2], cell=max(4, pair[0].shape[0] // 8))
+        shown = [compositing.composite(x[None], ground)[0] for x in pair]
+        rows.append(np.concatenate([*shown, *(x[..., 3:].repeat(3, -1) for x in pair)], axis=1))
+    width = max(r.shape[1] for r in rows)
+    return Image.fromarray(
+        np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows])
+    )
+
+
+def table(report: RgbaVaeReport) -> Table:
+    """Return a table of mean alpha errors (0-255) of the RGBA VAE and of trivial predictors, by region."""
+    out = Table(title=f"alpha: mean error, 0-255, {report.clips} validation clips", title_justify="left")
+    columns = ("all", *REGIONS, "mean of regions")
+    for name in ("", *columns):
+        out.add_column(name, justify="left" if not name else "right")
+    keys = ("", *(f"_{r}" for r in REGIONS), "_balanced")
+    for who in ("codec", *GUESSES):
+        prefix = "" if who == "codec" else f"{who.replace(' ', '_')}_"
+        each = [report.values.get(f"{prefix}alpha_mae{key}") for key in keys]
+        out.add_row(who, *("-" if v is None else f"{v:.2f}" for v in each))
+    return out
+
+
+def text(report: RgbaVaeReport) -> list[str]:
+    """Return the remaining metrics as sentences, then the warnings."""
+    v = report.values
+    return [
+        (
+            f"visible color: mean error {v['rgb_mae']:.2f} (mean-color predictor: "
+            f"{v['mean_rgb_mae']:.2f}), PSNR {v['rgb_psnr']:.1f} dB"
+        ),
+        f"alpha: PSNR {v['alpha_psnr']:.1f} dB, SSIM {v['ssim_alpha']:.3f}",
+        (
+            f"composited over the eight corner colors of the RGB cube: PSNR {v['composite_psnr']:.1f} dB, "
+            f"worst {v['composite_psnr_worst']:.1f} dB; SSIM over black and white {v['ssim_composite']:.3f}"
+        ),
+        *(f"warning: {w}" for w in report.warnings),
+    ]

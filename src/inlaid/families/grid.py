@@ -1,0 +1,50 @@
+"""Sizes that a model family can represent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Valid clip sizes: height and width are multiples of `spatial`, frames are `temporal` n + `offset`."""
+
+    spatial: int
+    temporal: int
+    offset: int = 1
+    only: tuple[int, int, int] | None = None
+    """The only valid (frames, height, width), for a network with learned positional embeddings."""
+
+    def snap_frames(self, n: int) -> int:
+        """Return the largest valid length of at most n frames, or 0 if there is none."""
+        if self.only:
+            return self.only[0] if n >= self.only[0] else 0
+        return 0 if n < self.offset else (n - self.offset) // self.temporal * self.temporal + self.offset
+
+    def snap_size(self, height: float, width: float) -> tuple[int, int]:
+        """Return the nearest valid height and width."""
+        if self.only:
+            return self.only[1:]
+        return max(1, round(height / self.spatial)) * self.spatial, max(
+            1, round(width / self.spatial)
+        ) * self.spatial
+
+    def problems(self, frames: int, height: int, width: int) -> list[str]:
+        """Return messages about invalid sizes, each with the nearest valid size; empty if valid."""
+        if self.only:
+            there, asked = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
+            how = f"{asked}: the positional embeddings of this checkpoint were learned for {there}; use that"
+            return [] if there == asked else [f"{how}, or a checkpoint without learned embeddings"]
+        out = []
+        low = self.snap_frames(frames)
+        if low != frames:
+            near = " or ".join(str(n) for n in (low, low + self.temporal if low else self.offset) if n)
+            out.append(f"{frames} frames is not {self.temporal}n+{self.offset}: use {near}")
+        if (height % self.spatial, width % self.spatial) != (0, 0) or min(height, width) < 1:
+            h, w = self.snap_size(height, width)
+            out.append(f"{height}x{width} is not a multiple of {self.spatial}: use {h}x{w}")
+        return out

@@ -1,0 +1,1 @@
+"""Videos and scenes from a trained run."""

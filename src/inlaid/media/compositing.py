@@ -1,0 +1,228 @@
+"""Straight and premultiplied alpha: composite, resize, fill, decontaminate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+SEEN = 64
+"""Alpha above which the color of a pixel is compared."""
+
+NEAR = 4
+"""Distance in pixels from visible pixels within which nearly transparent ones belong to a soft edge."""
+
+ALPHA_EPS = 2 / 255
+"""Alpha up to which a pixel counts as transparent: lossy files leave small values in empty regions."""
+
+# --- straight and premultiplied -----------------------------------------------------------------------------
+
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """Convert uint8 to float32 in [0, 1]."""
+    return pixels.astype(np.float32) / 255
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Convert float in [0, 1] to uint8."""
+    return (values * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def premultiply(rgba: np.ndarray) -> np.ndarray:
+    """Multiply the color of straight float RGBA (..., 4) by its alpha."""
+    return np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
+
+
+def unpremultiply(rgba: np.ndarray, under: np.ndarray | None = None) -> np.ndarray:
+    """Convert premultiplied float RGBA (..., 4) to straight; at alpha 0, color is that of `under`, or black.
+
+    8-bit premultiplied color has low precision at low alpha; the lost precision cannot be restored.
+    """
+    alpha = rgba[..., 3:]
+    there = alpha > 1e-4
+    color = np.where(there, rgba[..., :3] / np.where(there, alpha, 1), 0 if under is None else under)
+    return np.concatenate([color.clip(0, 1), alpha], -1).astype(np.float32)
+
+
+def resize(
+    rgba: np.ndarray, size: tuple[int, int], *, sar: float = 1.0, premultiplied: bool = False
+) -> np.ndarray:
+    """Scale uint8 (t, h, w, 4) to cover `size` and center-crop it; the result is straight.
+
+    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. The filter
+    is bicubic with clipped overshoot, which neither fills empty regions nor makes holes. At alpha 0, color is
+    scaled without weights.
+
+    Args:
+        rgba: straight, or premultiplied with `premultiplied`.
+        size: height and width.
+        sar: pixel aspect ratio, width / height.
+        premultiplied: `rgba` is premultiplied; it is converted to straight after scaling, in float.
+    """
+    height, width = rgba.shape[1:3]
+    if (height, width) == tuple(size) and sar == 1:
+        if not premultiplied:
+            return rgba
+        return np.stack([to_uint8(unpremultiply(to_float(frame))) for frame in rgba])
+    scale = max(size[0] / height, size[1] / (width * sar))
+    h, w = size[0] / scale, size[1] / scale / sar
+    box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+    box = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height))
+
+    def scaled(plane: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+        return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)).clip(0, 1)
+
+    out = []
+    for frame in rgba:
+        straight = to_float(frame)
+        weighted = straight if premultiplied else premultiply(straight)
+        planes = np.stack([scaled(weighted[..., i]) for i in range(4)], -1)
+        under = None if premultiplied else np.stack([scaled(straight[..., i]) for i in range(3)], -1)
+        out.append(to_uint8(unpremultiply(planes, under)))
+    return np.stack(out)
+
+
+# --- cleanup ------------------------------------------------------------------------------------------------
+
+
+def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Extrapolate color (h, w, 3) smoothly from pixels of weight (h, w, 1) 1 to all others.
+
+    Push-pull on a pyramid: averages weighted by `weight` on the way down, blended on the way up. Pixels of
+    weight 1 do not change.
+    """
+    h, w = weight.shape[:2]
+    if min(h, w) <= 1 or weight.min() >= 1:
+        total = weight.sum()
+        mean = (color * weight).sum((0, 1)) / total if total else np.zeros(3, np.float32)
+        return color * weight + (1 - weight) * mean
+    padded = [np.pad(x, ((0, h % 2), (0, w % 2), (0, 0)), "edge") for x in (color * weight, weight)]
+    half = [x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2] for x in padded]
+    there = half[1] > 0
+    small = fill(np.where(there, half[0] / np.where(there, half[1], 1), 0), half[1].clip(0, 1))
+    wide = np.stack([_enlarge(small[..., i], (h, w)) for i in range(3)], -1)
+    return (color * weight + (1 - weight) * wide).astype(np.float32)
+
+
+def _enlarge(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def _each(rgba: np.ndarray, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Apply `change` to the color of every frame; it takes color and alpha as floats."""
+    frames = (to_float(frame) for frame in rgba)
+    return np.stack(
+        [to_uint8(np.concatenate([change(f[..., :3], f[..., 3:]), f[..., 3:]], -1)) for f in frames]
+    )
+
+
+def decontaminate(rgba: np.ndarray, opaque: float = 0.95) -> np.ndarray:
+    """Remove the background color from soft edges, by extrapolating the color of opaque pixels over them.
+
+    Args:
+        rgba: straight uint8 (t, h, w, 4).
+        opaque: alpha from which a pixel counts as opaque. A frame without such pixels is unchanged.
+    """
+
+    def change(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        pure = (alpha >= opaque).astype(np.float32)
+        return fill(color, pure) if pure.any() else color
+
+    return _each(rgba, change)
+
+
+def grow(rgba: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
+    """Extrapolate the color of visible pixels under transparent ones, so that edges have no foreign color."""
+
+    def change(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        seen = (alpha > eps).astype(np.float32)
+        return fill(color, seen) if seen.any() else color
+
+    return _each(rgba, change)
+
+
+def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
+    """Fill transparent pixels with a blur of the foreground colors; visible pixels do not change.
+
+    Args:
+        rgba: straight uint8 (t, h, w, 4).
+        radius: radius of the Gaussian blur in pixels.
+    """
+    from PIL import ImageFilter
+
+    out = []
+    for frame, grown in zip(rgba, grow(rgba), strict=True):
+        soft = Image.fromarray(grown[..., :3]).filter(ImageFilter.GaussianBlur(radius))
+        seen = frame[..., 3:] > 255 * ALPHA_EPS
+        out.append(np.concatenate([np.where(seen, frame[..., :3], np.asarray(soft)), frame[..., 3:]], -1))
+    return np.stack(out)
+
+
+def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
+    """Set alpha (uint8) within `eps` of 0 or 1 to exactly 0 or 255."""
+    level = round(255 * eps)
+    return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
+
+
+def binarise(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
+    """Return alpha (uint8) as 255 where it is above `eps` and 0 elsewhere, as in a hard render."""
+    return np.where(alpha > round(255 * eps), 255, 0).astype(np.uint8)
+
+
+# --- compositing --------------------------------------------------------------------------------------------
+
+
+def checkerboard(height: int, width: int, cell: int = 16) -> np.ndarray:
+    """Return a checkerboard, the usual background of transparency: uint8 (h, w, 3)."""
+    y, x = np.mgrid[:height, :width] // cell
+    return np.where(((x + y) % 2)[..., None], 255, 204).astype(np.uint8).repeat(3, -1)
+
+
+def composite(
+    rgba: np.ndarray, background: np.ndarray, *, premultiplied: bool = False, linear: bool = False
+) -> np.ndarray:
+    """Composite a foreground over a background: uint8 (t, h, w, 3).
+
+    com = rgb a + (1 - a) background for straight color, com = rgb + (1 - a) background for premultiplied.
+
+    Args:
+        rgba: uint8 (t, h, w, 4).
+        background: uint8, a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
+        premultiplied: `rgba` is premultiplied.
+        linear: mix linear light (decoded sRGB) instead of code values; physically correct, but uncommon.
+    """
+    out = []
+    for i, frame in enumerate(rgba):
+        color, alpha = to_float(frame[..., :3]), to_float(frame[..., 3:])
+        back = to_float(background[i] if background.ndim == 4 else background)
+        if linear:
+            if premultiplied:
+                color = unpremultiply(np.concatenate([color, alpha], -1))[..., :3]
+            mixed = _encode(_decode(color) * alpha + (1 - alpha) * _decode(back))
+        else:
+            mixed = (color if premultiplied else color * alpha) + (1 - alpha) * back
+        out.append(to_uint8(mixed))
+    return np.stack(out)
+
+
+def preview(rgba: np.ndarray) -> np.ndarray:
+    """Return the preview of straight uint8 (t, h, w, 4): over a checkerboard, with its alpha below.
+
+    Returns:
+        uint8 (t, 2 h, w, 3).
+    """
+    height, width = rgba.shape[1:3]
+    board = checkerboard(height, width, max(2, min(16, min(height, width) // 12)))
+    return np.concatenate([composite(rgba, board), rgba[..., 3:].repeat(3, -1)], 1)
+
+
+def _decode(value: np.ndarray) -> np.ndarray:
+    """Convert sRGB code values to linear light (IEC 61966-2-1)."""
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def _encode(light: np.ndarray) -> np.ndarray:
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * np.maximum(light, 0) ** (1 / 2.4) - 0.055)

@@ -1,0 +1,41 @@
+"""Images as frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from inlaid.media.kinds import MediaError, Probe
+from inlaid.media.pixels import to_rgb
+
+
+def probe_image(path: Path) -> Probe:
+    with load_image(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        height, width = (image.width, image.height) if turned else (image.height, image.width)
+        alpha = "A" in image.getbands() or "transparency" in image.info
+        to_rgb(path, image)
+        return Probe(
+            1, None, height, width, 0.0, codec=image.format or "", pix_fmt=image.mode, transparent=alpha
+        )
+
+
+# --- images and arrays --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def load_image(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise MediaError(path, f"is an animated {image.format}: convert it to mp4 or gif")
+            yield image
+    except MediaError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        code = "truncated" if "truncated" in str(error) else "unreadable"
+        cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
+        raise MediaError(path, cause, code) from None

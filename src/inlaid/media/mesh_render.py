@@ -1,0 +1,88 @@
+"""Render meshes to images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import trimesh
+
+
+# --- rendering ----------------------------------------------------------------------------------------------
+
+PALETTE = (
+    (222, 96, 80), (80, 140, 220), (110, 185, 110), (235, 180, 70), (150, 115, 205), (90, 190, 190),
+    (225, 130, 185), (150, 130, 110),
+)  # fmt: skip
+"""Colors of objects, by their index in the scene."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Perspective camera on a sphere around the scene, in degrees, with a narrow field of view."""
+
+    azimuth: float = 30.0
+    elevation: float = 20.0
+    distance: float = 5.0
+    field: float = 30.0
+
+    def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ray origins and unit directions (size^2, 3), row by row from the top left."""
+        a, e = np.radians([self.azimuth, self.elevation])
+        eye = self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+        forward = -eye / np.linalg.norm(eye)
+        right = np.cross(forward, [0.0, 1.0, 0.0])
+        right /= np.linalg.norm(right)
+        up = np.cross(right, forward)
+        reach = np.tan(np.radians(self.field) / 2)
+        y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
+        directions = forward + reach * (x[..., None] * right - y[..., None] * up)
+        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        return np.broadcast_to(eye, (size * size, 3)).copy(), directions.reshape(-1, 3)
+
+
+def render(
+    meshes: Sequence[trimesh.Trimesh],
+    view: View = View(),
+    size: int = 384,
+    colors: Sequence[Sequence[int]] = PALETTE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Render objects by ray casting on the CPU.
+
+    Args:
+        meshes: in scene coordinates.
+        view: the camera.
+        size: height and width of the image.
+        colors: RGB of each object, repeated cyclically.
+
+    Returns:
+        Image uint8 (size, size, 3) on white; object IDs uint8 (size, size), 0 for none, then 1, 2, ...
+    """
+    import trimesh
+
+    origins, directions = view.rays(size)
+    image = np.full((size * size, 3), 255, np.uint8)
+    ids = np.zeros(size * size, np.uint8)
+    if not meshes:
+        return image.reshape(size, size, 3), ids.reshape(size, size)
+    whole: Any = trimesh.util.concatenate(list(meshes))
+    owner = np.repeat(np.arange(len(meshes)), [len(m.faces) for m in meshes])
+    hit = whole.ray.intersects_first(origins, directions)
+    seen = hit >= 0
+    normals = whole.face_normals[hit[seen]]
+    facing = np.abs((normals * directions[seen]).sum(-1))
+    light = np.array([0.4, 0.8, 0.45]) / np.linalg.norm([0.4, 0.8, 0.45])
+    shade = 0.35 + 0.35 * facing + 0.3 * (normals @ light).clip(0)
+    paint = np.array([colors[i % len(colors)] for i in range(len(meshes))], np.float64)
+    image[seen] = (paint[owner[hit[seen]]] * shade[:, None]).round().clip(0, 255).astype(np.uint8)
+    ids[seen] = owner[hit[seen]] + 1
+    return image.reshape(size, size, 3), ids.reshape(size, size)
+
+
+def turntable(meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256) -> np.ndarray:
+    """Render views from all sides: uint8 (frames, size, size, 3)."""
+    return np.stack([render(meshes, View(azimuth=360 * i / frames), size)[0] for i in range(frames)])

@@ -1,0 +1,388 @@
+"""Surfaces and meshes: reading, normalization, extraction from fields, checks, comparison, rendering.
+
+All objects of a scene share one coordinate frame, about [-1, 1], y up.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inlaid.files import atomic
+from inlaid.media.kinds import MediaError
+
+if TYPE_CHECKING:
+    import trimesh
+
+
+BOUND = 1.005
+"""Half the side of the box in which fields are decoded."""
+
+LONGEST = 1.9
+"""Longest side of a normalized scene, which keeps it inside the box."""
+
+POINTS = 20_480
+"""Points per surface in the published training."""
+
+# --- surfaces -----------------------------------------------------------------------------------------------
+
+
+class Note(str):
+    """Message about a surface or a scene, with a code of `data.KINDS`."""
+
+    code: str
+
+    def __new__(cls, code: str, message: str) -> Note:
+        """Create a message with its code."""
+        note = super().__new__(cls, message)
+        note.code = code
+        return note
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Surface points of one object with outward unit normals, and messages about their quality."""
+
+    points: np.ndarray
+    """float32 (n, 6)."""
+    notes: tuple[Note, ...] = ()
+
+
+def read_surface(path: Path) -> list[Surface]:
+    """Read the surface of one object, or of several (k, n, 6).
+
+    (n, 6) is positions and normals; (n, 3) positions, whose normals are estimated; the last column of (n, 4)
+    is ignored, because a normal has three numbers. `.npz` has `surface_points` and `surface_normals`.
+
+    Raises:
+        MediaError: (a ValueError) with path and cause.
+    """
+    try:
+        arrays: Any = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            found = arrays
+        else:
+            with arrays:
+                names = ("surface_points", "surface_normals")
+                if names[0] not in arrays:
+                    raise ValueError(f"has no array {names[0]}; its arrays are: {', '.join(arrays.files)}")
+                parts = [arrays[n] for n in names if n in arrays]
+                found = np.concatenate(parts, -1)
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        head = path.read_bytes()[:6] if path.is_file() else b""
+        pickled = "pickle" in str(error) and (head[:1] == b"\x80" or head == b"\x93NUMPY")
+        why = "is a pickle, which can run code; save its arrays with numpy.savez" if pickled else str(error)
+        if "pickle" in str(error) and not pickled:
+            why = "is neither .npy nor .npz"
+        raise MediaError(path, why, "pickle" if pickled else "unreadable") from None
+    if (
+        found.ndim not in (2, 3)
+        or found.shape[-1] not in (3, 4, 6)
+        or not np.issubdtype(found.dtype, np.number)
+    ):
+        why = f"is {found.dtype} {found.shape}; a surface must be (n, 6), positions and normals"
+        raise MediaError(path, why, "surface")
+    each = found if found.ndim == 3 else found[None]
+    return [_surface(path, np.asarray(one, np.float32)) for one in each]
+
+
+def _surface(path: Path, points: np.ndarray) -> Surface:
+    if len(points) < 16:
+        raise MediaError(path, f"has {len(points)} points; a surface needs about {POINTS}", "surface")
+    if not np.isfinite(points).all():
+        wrong = int((~np.isfinite(points)).any(-1).sum())
+        raise MediaError(path, f"{wrong} points are not finite", "surface")
+    reach = float(np.abs(points[:, :3]).max())
+    if reach > 1.05:
+        why = f"extends to {reach:.2f}, outside of the box of {BOUND}: scale the whole scene to fit"
+        raise MediaError(path, why, "outside-box")
+    if np.ptp(points[:, :3], axis=0).max() < 1e-6:
+        raise MediaError(path, "all points have the same position", "surface")
+    notes = []
+    if points.shape[1] == 4:
+        notes.append(Note("fourth-column", "the fourth column is ignored: a normal has three numbers"))
+    if points.shape[1] < 6:
+        why = "normals were estimated from neighboring points; store (n, 6) for exact normals"
+        notes.append(Note("estimated", why))
+        points = np.concatenate([points[:, :3], estimate_normals(points[:, :3])], -1)
+    length = np.linalg.norm(points[:, 3:], axis=-1, keepdims=True)
+    if (length < 1e-6).any():
+        raise MediaError(path, f"{int((length < 1e-6).sum())} normals are zero", "surface")
+    points = np.concatenate([points[:, :3], points[:, 3:] / length], -1)
+    if flipped(points):
+        notes.append(Note("flipped", "most normals point inward; the model expects outward normals"))
+    if len(points) < POINTS:
+        why = f"{len(points)} points, fewer than {POINTS}: some are sampled more than once"
+        notes.append(Note("sparse", why))
+    return Surface(points.astype(np.float32), tuple(notes))
+
+
+def flipped(points: np.ndarray) -> bool:
+    """Return True if the normals of (n, 6) point inward: the volume by the divergence theorem is negative."""
+    return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
+
+
+def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
+    """Estimate outward unit normals (n, 3): the direction of least variance around each point.
+
+    Signs propagate from the topmost point along a minimum spanning tree over neighbors whose planes differ
+    least (Hoppe et al. 1992).
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
+    from scipy.spatial import KDTree
+
+    near = np.asarray(KDTree(points).query(points, k=min(neighbours, len(points)))[1])
+    local = points[near] - points[near].mean(1, keepdims=True)
+    _, _, axes = np.linalg.svd(local, full_matrices=False)
+    normals = axes[:, -1].astype(np.float32)
+    rows, columns = np.repeat(np.arange(len(points)), near.shape[1] - 1), near[:, 1:].ravel()
+    cost = 1.001 - np.abs((normals[rows] * normals[columns]).sum(-1))
+    tree = minimum_spanning_tree(coo_matrix((cost, (rows, columns)), (len(points),) * 2))
+    tree: Any = tree + tree.T
+    left = np.ones(len(points), bool)
+    while left.any():  # one root for each connected component
+        root = int(np.flatnonzero(left)[points[left][:, 1].argmax()])
+        normals[root] *= 1 if normals[root, 1] >= 0 else -1
+        walk: Any = breadth_first_order(tree, root, directed=False)
+        order, parents = walk
+        for i in order[1:]:
+            if normals[i] @ normals[parents[i]] < 0:
+                normals[i] = -normals[i]
+        left[order] = False
+    return normals
+
+
+def sample_surface(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> np.ndarray:
+    """Sample points of a mesh with the normals of their faces: float32 (count, 6)."""
+    import trimesh
+
+    drawn: Any = trimesh.sample.sample_surface(mesh, count, seed=seed)
+    points, faces = drawn[:2]
+    return np.concatenate([points, mesh.face_normals[faces]], -1).astype(np.float32)
+
+
+def normalizing(bounds: np.ndarray) -> np.ndarray:
+    """Return the transform (4, 4) of a whole scene: center of its bounds (2, 3) to 0, longest side to 1.9."""
+    size = float((bounds[1] - bounds[0]).max())
+    assert size > 0, "a scene has a size"
+    out = np.eye(4)
+    out[:3] *= LONGEST / size
+    out[:3, 3] = -bounds.mean(0) * LONGEST / size
+    return out
+
+
+# --- from a field to a mesh ---------------------------------------------------------------------------------
+
+Field = Callable[[np.ndarray], np.ndarray]
+"""Function from points (n, 3) to values (n,), negative inside."""
+
+
+def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
+    """Return the zero surface of a field, or None without one, and a note if the field's sign was inverted.
+
+    The field is evaluated on a coarse grid, then on finer grids only near sign changes: about one hundredth
+    of the evaluations of a dense grid.
+
+    Args:
+        field: negative inside.
+        resolution: cells per side; `coarse` times a power of two.
+        coarse: cells per side of the first grid.
+    """
+    import trimesh
+    from skimage.measure import marching_cubes
+
+    assert resolution % coarse == 0 and (resolution // coarse) & (resolution // coarse - 1) == 0
+    cells = coarse
+    values = field(_places(np.indices((cells + 1,) * 3).reshape(3, -1).T, cells)).reshape((cells + 1,) * 3)
+    note, corners = "", values[::cells, ::cells, ::cells]
+    sign = 1.0
+    if (corners < 0).sum() > 4:
+        sign, note = -1.0, "the field was positive inside, so its sign was inverted"
+        values = -values
+    while cells < resolution:
+        values, cells = _finer(values, field, sign), 2 * cells
+    if not (values.min() < 0 < values.max()):
+        return None, note
+    found: Any = marching_cubes(values, 0.0, method="lewiner")
+    vertices, faces = found[:2]
+    mesh = trimesh.Trimesh(_places(vertices, cells), faces, process=True)
+    if mesh.is_watertight and mesh.volume < 0:
+        mesh.invert()
+    return mesh, note
+
+
+def _places(index: np.ndarray, cells: int) -> np.ndarray:
+    """Convert (fractional) grid indices to coordinates in the box; the last index is on its far side."""
+    return (index / cells * 2 - 1) * BOUND
+
+
+def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
+    """Return the grid at twice the resolution: interpolated, and evaluated again around sign changes."""
+    from scipy.ndimage import binary_dilation, zoom
+
+    n = values.shape[0]
+    fine: np.ndarray = np.asarray(zoom(values, (2 * n - 1) / n, order=1, grid_mode=False))
+    inside = values < 0
+    change = np.zeros_like(inside)
+    for axis in range(3):
+        differ = np.diff(inside, axis=axis)
+        low, high = ([slice(None)] * 3 for _ in range(2))
+        low[axis], high[axis] = slice(None, -1), slice(1, None)
+        change[tuple(low)] |= differ
+        change[tuple(high)] |= differ
+    change = np.asarray(binary_dilation(change, np.ones((3, 3, 3))), bool)
+    ask = np.zeros(fine.shape, bool)
+    ask[::2, ::2, ::2] = change
+    ask = np.asarray(binary_dilation(ask, np.ones((3, 3, 3))), bool)
+    where = np.argwhere(ask)
+    if len(where):
+        fine[ask] = sign * field(_places(where, 2 * (n - 1)))
+    return fine
+
+
+def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
+    """Decimate a mesh to at most `triangles` triangles, by quadric error.
+
+    Raises:
+        ValueError: the package fast-simplification is missing.
+    """
+    try:
+        return mesh.simplify_quadric_decimation(face_count=triangles)
+    except ModuleNotFoundError:
+        raise ValueError("sample.triangles: needs fast-simplification: pip install 'inlaid[mesh]'") from None
+
+
+def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
+    """Return the problems of a mesh, one sentence each; empty for a valid mesh."""
+    found = []
+    if not np.isfinite(mesh.vertices).all():
+        found.append("has vertices that are not finite")
+        return found
+    if not mesh.is_watertight:
+        found.append("is not watertight")
+    if np.abs(mesh.vertices).max() > BOUND + 1e-6:
+        found.append(f"extends beyond the box of {BOUND}")
+    if len(mesh.faces) > most:
+        found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}")
+    return found
+
+
+def require_mesh_packages() -> None:
+    """Check that the packages for scenes are installed.
+
+    Raises:
+        ValueError: packages are missing, with the command that installs them.
+    """
+    missing = [name for name in ("trimesh", "skimage", "fpsample") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"scenes need packages that are not installed ({', '.join(missing)}): pip install 'inlaid[mesh]'"
+        )
+
+
+def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
+    """Write a `.glb` with one named node per object, also for each object of `empty`; atomic."""
+    import trimesh
+
+    scene = trimesh.Scene()
+    for name, mesh in meshes.items():
+        scene.add_geometry(mesh, node_name=name, geom_name=name)
+    for name in empty:
+        scene.graph.update(frame_to=name, frame_from=scene.graph.base_frame)
+    with atomic(path) as part:
+        part.write_bytes(scene.export(file_type="glb"))  # type: ignore[arg-type]
+    return path
+
+
+FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
+"""Suffixes of supported mesh files."""
+
+
+def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
+    """Return the mesh with the faces of each connected component facing outward, and the number flipped.
+
+    A component is inside out if its volume, by the divergence theorem about its center, is negative. A
+    component inside the bounding box of another is unchanged, because it may be a cavity.
+    """
+    import trimesh
+
+    mesh = mesh.copy()
+    mesh.merge_vertices()
+    trimesh.repair.fix_winding(mesh)
+    labels = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    triangles = mesh.triangles
+    flux = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    faces, turned = mesh.faces.copy(), 0
+    boxes = [
+        np.stack([t.reshape(-1, 3).min(0), t.reshape(-1, 3).max(0)])
+        for t in (triangles[labels == i] for i in range(labels.max() + 1))
+    ]
+    for i, box in enumerate(boxes):
+        own = labels == i
+        within = any((o[0] < box[0]).all() and (o[1] > box[1]).all() for j, o in enumerate(boxes) if j != i)
+        middle = triangles[own].mean((0, 1))
+        if not within and float(((triangles[own].mean(1) - middle) * flux[own]).sum()) < 0:
+            faces[own] = faces[own][:, ::-1]
+            turned += 1
+    return trimesh.Trimesh(mesh.vertices, faces, process=False), turned
+
+
+def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
+    """Read the objects of a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` by name, in scene coordinates.
+
+    Raises:
+        ValueError: with the path: the file cannot be read or has no triangles.
+    """
+    import trimesh
+
+    try:
+        scene: Any = trimesh.load(path, force="scene", process=False)
+        out = {}
+        for node in sorted(scene.graph.nodes_geometry):
+            transform, geometry = scene.graph[node]
+            mesh = scene.geometry[geometry]
+            if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
+                out[str(node)] = mesh.copy().apply_transform(transform)
+    except Exception as error:  # trimesh's readers raise many types
+        raise ValueError(f"{path}: cannot be read as a mesh ({error})") from None
+    if not out:
+        raise ValueError(f"{path}: has no triangles")
+    return out
+
+
+# --- segmentations ------------------------------------------------------------------------------------------
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Read the object IDs of a segmentation: int (h, w), 0 is background.
+
+    The IDs of a palette image are its indices, those of a gray image its values. An RGB image has one ID per
+    color, with black as background: conversion to gray could merge objects.
+
+    Raises:
+        MediaError: (a ValueError) with the path: the file is not such an image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in ("P", "L", "I;16", "I", "1"):
+                return np.asarray(image).astype(np.int64)
+            if image.mode not in ("RGB", "RGBA", "LA"):
+                raise ValueError(f"is {image.mode}; save it as a palette, gray or RGB image")
+            pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
+    except (OSError, SyntaxError) as error:
+        raise MediaError(path, f"cannot be read as a segmentation ({error})") from None
+    except ValueError as error:
+        raise MediaError(path, str(error)) from None
+    code = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
+    code[pixels[..., 3] == 0] = 0
+    return np.unique(np.concatenate([[0], code.ravel()]), return_inverse=True)[1][1:].reshape(code.shape)

@@ -1,0 +1,271 @@
+"""RGBA video files: written, read back and compared; statistics and repair of alpha."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from inlaid import config
+from inlaid.files import atomic
+from inlaid.media import video
+from inlaid.media.compositing import ALPHA_EPS, NEAR, SEEN, blur_background, decontaminate, grow, snap
+from inlaid.media.kinds import MediaError
+
+
+def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
+    """Apply the cleanup of `data.matte` to straight uint8 (t, h, w, 4) at its final size."""
+    if how.snap:
+        rgba = np.concatenate([rgba[..., :3], snap(rgba[..., 3:], how.snap / 255)], -1)
+    if how.decontaminate:
+        rgba = decontaminate(rgba)
+    behind = {"keep": lambda x: x, "grow": grow, "blur": blur_background}
+    return behind[how.background](rgba)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AlphaStats:
+    """Alpha statistics of a clip; shares are of all pixels, in [0, 1], unless stated otherwise."""
+
+    coverage: float
+    """Mean alpha."""
+    soft: float
+    """Share of pixels between transparent and opaque."""
+    residue: float
+    """Share of nearly transparent pixels away from visible ones: residue of lossy coding."""
+    lowest: int
+    highest: int
+    colored: float
+    """Share of the transparent pixels whose color is not black."""
+    premultiplied: bool
+    """Estimate: no soft pixel is brighter than its alpha, and transparent pixels are black."""
+    inverted: bool
+    """Estimate: the border of the frame is opaque and its middle is not."""
+    limited: bool
+    """Estimate: no value outside 14 to 237, as if limited range was read as full range."""
+
+    @property
+    def looks(self) -> str:
+        """Estimates in words: `straight`, or `premultiplied, inverted`."""
+        guesses = {"inverted": self.inverted, "limited range": self.limited}
+        first = "premultiplied" if self.premultiplied else "straight"
+        return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
+
+    @property
+    def constant(self) -> bool:
+        """True if alpha has one value everywhere."""
+        return self.lowest == self.highest
+
+
+def widened(mask: np.ndarray, by: int) -> np.ndarray:
+    """Dilate a mask (t, h, w) by a square of `by` pixels to each side."""
+    for axis in (1, 2):
+        wide = mask.copy()
+        for step in range(1, by + 1):
+            n = mask.shape[axis]
+            low, high = (np.take(mask, np.arange(*ends), axis) for ends in ((0, n - step), (step, n)))
+            head, tail = (slice(step, None), slice(None, -step)) if step < n else (slice(n, None),) * 2
+            at = (slice(None),) * axis
+            wide[(*at, head)] |= low
+            wide[(*at, tail)] |= high
+        mask = wide
+    return mask
+
+
+def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
+    """Measure the alpha of straight or premultiplied uint8 (t, h, w, 4)."""
+    alpha, color = rgba[..., 3], rgba[..., :3]
+    low, high = 255 * eps, 255 * (1 - eps)
+    clear, soft = alpha == 0, (alpha > low) & (alpha < high)
+    brightest = color.max(-1)
+    edge = np.concatenate(
+        [x.reshape(-1) for x in (alpha[:, 0], alpha[:, -1], alpha[:, :, 0], alpha[:, :, -1])]
+    )
+    h, w = alpha.shape[1:]
+    inside = alpha[:, h // 4 : h - h // 4 or h, w // 4 : w - w // 4 or w]
+    bright = (alpha >= high) & (brightest > 64)
+    return AlphaStats(
+        coverage=float(alpha.mean() / 255),
+        soft=float(soft.mean()),
+        residue=float(((alpha > 0) & ~widened(alpha > low, NEAR)).mean()),
+        lowest=int(alpha.min()),
+        highest=int(alpha.max()),
+        colored=float((brightest[clear] > 2).mean()) if clear.any() else 0.0,
+        premultiplied=bool(soft.sum() >= 50 and bright.any())
+        and bool((brightest[soft] <= alpha[soft].astype(int) + 2).mean() > 0.995)
+        and bool(not clear.any() or (brightest[clear] <= 2).mean() > 0.995),
+        inverted=bool(edge.mean() > 240 and inside.mean() < 200),
+        limited=bool(alpha.min() >= 14 and alpha.max() <= 237 and alpha.min() != alpha.max()),
+    )
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
+"""Suffixes of files with alpha, and the maximum mean error (0-255) of alpha read back."""
+
+COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
+"""Maximum mean error (0-255) of the color of visible pixels; VP9 subsamples color, which loses noise."""
+
+SUFFIXES = {"png": ".zip", **{name: f".{name}" for name in config.CARRIERS if name != "png"}}
+"""Suffixes of the formats of `sample.transparent`."""
+
+
+def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
+    """Write straight RGBA, read it back and compare; atomic.
+
+    `.mov` is ProRes 4444, `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, `.mkv` FFV1; the last
+    three are lossless.
+
+    Args:
+        path: output file; its suffix selects the format.
+        rgba: uint8 (t, h, w, 4).
+        fps: frames per second.
+
+    Raises:
+        ValueError: the format cannot carry alpha, or the file read back differs from the input.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in CARRIERS:
+        raise ValueError(
+            f"{path}: `{suffix}` cannot carry alpha; use {', '.join(CARRIERS)}, or composite it first"
+        )
+    if rgba.dtype != np.uint8 or rgba.ndim != 4 or rgba.shape[-1] != 4 or not len(rgba):
+        raise ValueError(f"{path}: transparent video is uint8 (t, h, w, 4), got {rgba.dtype} {rgba.shape}")
+    with atomic(path) as part:
+        if suffix == ".zip":
+            _write_zip(part, rgba)
+        else:
+            _write_video(part, rgba, Fraction(fps).limit_denominator(1001), suffix)
+        there = read_rgba(part, suffix)
+        if there.shape != rgba.shape:
+            raise ValueError(f"{path}: {rgba.shape} was written, but {there.shape} read back")
+        off = np.abs(there.astype(np.int16) - rgba)
+        seen = rgba[..., 3] > SEEN
+        color = float(off[..., :3][seen].mean()) if seen.any() else 0.0
+        for what, found, most in (
+            ("alpha", float(off[..., 3].mean()), CARRIERS[suffix]),
+            ("colour", color, COLOR_OFF[suffix]),
+        ):
+            if found > most:
+                raise ValueError(
+                    f"{path}: {what} read back has a mean error of {found:.2f} of 255, more than {most:g}: "
+                    "this FFmpeg build writes the format incorrectly; use .zip"
+                )
+    return path
+
+
+_CODECS: dict[str, tuple[str, str, str, dict[str, str], str]] = {
+    ".mov": ("prores_ks", "yuva444p10le", "mov", {"profile": "4444", "alpha_bits": "8"}, "rgba"),
+    ".webm": (
+        "libvpx-vp9",
+        "yuva420p",
+        "webm",
+        {"crf": "18", "b": "0", "auto-alt-ref": "0", "row-mt": "1"},
+        "rgba",
+    ),
+    ".apng": ("apng", "rgba", "apng", {}, "rgba"),
+    ".mkv": ("ffv1", "bgra", "matroska", {}, "rgba"),
+}
+
+
+def _write_video(path: Path, rgba: np.ndarray, fps: Fraction, suffix: str) -> None:
+    import av
+    from av.video.reformatter import Colorspace, VideoReformatter
+
+    codec, pix_fmt, container_name, options, source = _CODECS[suffix]
+    loop = {"plays": "0"} if suffix == ".apng" else {}
+    with av.open(str(path), "w", format=container_name, options=loop) as container:
+        stream: Any = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = rgba.shape[1:3]
+        stream.pix_fmt, stream.options = pix_fmt, options
+        yuv = pix_fmt.startswith("yuv")
+        if yuv:
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+        scaler = VideoReformatter()
+        for pixels in rgba:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=source)
+            color = {"dst_colorspace": Colorspace.ITU709} if yuv else {}
+            frame = scaler.reformat(frame, format=pix_fmt, threads=1, **color)
+            frame.pts = None
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_zip(path: Path, rgba: np.ndarray) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
+        for i, pixels in enumerate(rgba):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            archive.writestr(zipfile.ZipInfo(f"img_{i:03d}.png"), buffer.getvalue())
+
+
+def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
+    """Read every frame of a transparent file or a folder of PNGs: straight uint8 (t, h, w, 4).
+
+    VP8 and VP9 are decoded with libvpx, because FFmpeg's native decoders silently drop alpha.
+
+    Args:
+        path: video, animated or still image, `.zip` of PNGs, or a folder of PNGs; images in natural order.
+        suffix: overrides the suffix of the path.
+
+    Raises:
+        MediaError: (a ValueError) with the path: the file cannot be read, or its images differ in size.
+    """
+    path = Path(path)
+    suffix = (suffix or path.suffix).lower()
+    if path.is_dir():
+        names = sorted((p for p in path.iterdir() if p.suffix.lower() == ".png"), key=natural)
+        frames = [np.asarray(Image.open(p).convert("RGBA")) for p in names]
+    elif suffix == ".zip":
+        frames = list(_zipped(path))
+    elif suffix in (".png", ".webp"):
+        frames = list(_animated(path))
+    else:
+        frames = [frame.to_ndarray(format="rgba") for frame in video.decode_frames(path)]
+    if not frames:
+        raise MediaError(path, "has no frames")
+    sizes = sorted({f.shape[:2] for f in frames})
+    if len(sizes) > 1:
+        raise MediaError(path, f"its images differ in size ({sizes[0]} and {sizes[1]}); resize them")
+    return np.stack(frames)
+
+
+def natural(path: Path) -> list[Any]:
+    """Return a natural sort key of a file name: f9 before f10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def _zipped(path: Path) -> Iterator[np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = (Path(n) for n in archive.namelist() if n.lower().endswith(".png"))
+            for name in sorted(names, key=natural):
+                with archive.open(name.as_posix()) as file:
+                    yield np.asarray(Image.open(file).convert("RGBA"))
+    except (zipfile.BadZipFile, OSError, SyntaxError) as error:
+        raise MediaError(path, f"cannot be read ({error})") from None
+
+
+def _animated(path: Path) -> Iterator[np.ndarray]:
+    """Yield the frames of a still or animated PNG or WebP; FFmpeg does not read animated WebP."""
+    try:
+        with Image.open(path) as image:
+            for i in range(getattr(image, "n_frames", 1)):
+                image.seek(i)
+                yield np.asarray(image.convert("RGBA"))
+    except (OSError, SyntaxError, EOFError) as error:
+        raise MediaError(path, f"cannot be read ({error})") from None

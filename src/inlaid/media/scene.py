@@ -1,0 +1,192 @@
+"""A scene: an image, object masks and surfaces; and the meshes generated from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from inlaid.files import atomic
+from inlaid.media.kinds import MediaError
+from inlaid.media.mesh_render import PALETTE
+from inlaid.media.meshes import POINTS, Field, Note, decimated, extract, mesh_problems, read_ids
+
+if TYPE_CHECKING:
+    import trimesh
+
+
+SMALL = 0.001
+"""Objects that cover at most this share of the input image are left out."""
+
+MAX_POINTS_SHOWN = 64
+"""Maximum number of objects generated from one input image; more mean that the file is no segmentation."""
+
+MAX_OBJECTS = 7
+"""Maximum number of objects of a scene in one training step."""
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object of a scene."""
+
+    number: int
+    mask: np.ndarray
+    """bool (h, w)."""
+    surface: np.ndarray
+    """Points and normals, float32 (n, 6), in the scene's frame."""
+
+
+@dataclass(frozen=True)
+class SceneSample:
+    """Content of a scene."""
+
+    name: str
+    image: np.ndarray
+    """uint8 (h, w, 3)."""
+    objects: list[SceneObject]
+    notes: tuple[Note, ...] = ()
+
+    def alone(self, index: int) -> np.ndarray:
+        """Return the image of one object: uint8 (h, w, 3), all other pixels white, not cropped."""
+        return np.where(self.objects[index].mask[..., None], self.image, np.uint8(255))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image composited over white: uint8 (h, w, 3).
+
+    Raises:
+        MediaError: if the file cannot be read; the message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise MediaError(path, f"cannot be read as an image ({error})") from None
+
+
+def image_size(image: np.ndarray) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+# --- generated scenes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GeneratedScene:
+    """Generated scene: the mesh of each object by name, in the scene's frame, with notes on defects."""
+
+    meshes: dict[str, trimesh.Trimesh]
+    empty: tuple[str, ...] = ()
+    """Names of objects without a mesh."""
+    notes: tuple[str, ...] = ()
+
+
+def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | None = None) -> GeneratedScene:
+    """Extract meshes from fields and check the meshes.
+
+    Args:
+        fields: field of each object by name, negative inside.
+        resolution: grid cells per side.
+        triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
+            package fast-simplification.
+    """
+    meshes, empty, notes = {}, [], []
+    coarse = min(64, resolution)
+    for name, field_ in fields.items():
+        found, note = extract(field_, resolution=resolution, coarse=coarse)
+        notes += [f"{name}: {note}"] if note else []
+        if found is None:
+            empty.append(name)
+            notes.append(f"{name} is empty: the field has no surface in the box")
+            continue
+        if triangles and len(found.faces) > triangles:
+            found = decimated(found, triangles)
+        notes += [f"{name} {problem}" for problem in mesh_problems(found)]
+        meshes[name] = found
+    return GeneratedScene(meshes, tuple(empty), tuple(notes))
+
+
+def thinned(surface: np.ndarray, count: int = POINTS) -> np.ndarray:
+    """Sample `count` points of a surface (n, 6) -> (count, 6), without replacement if n >= count."""
+    drawn = np.random.default_rng(0).choice(len(surface), count, replace=len(surface) < count)
+    return surface if len(surface) == count else surface[drawn]
+
+
+def invalid_pairs(given: Sequence[Sequence[str]]) -> list[str]:
+    """Return a message for each invalid pair of input image and segmentation."""
+    found = []
+    for pair in given:
+        if len(pair) != 2:
+            found.append(f"a scene needs an input image and a segmentation, got {len(pair)} image(s)")
+            continue
+        try:
+            picture, ids = read_image(Path(pair[0])), read_ids(Path(pair[1]))
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if picture.shape[:2] != ids.shape:
+            found.append(f"{pair[1]} is {image_size(ids)}, but {pair[0]} is {image_size(picture)}")
+        elif not ids.any():
+            found.append(f"{pair[1]} contains no object: all pixels are background")
+        elif len(np.unique(ids)) > MAX_POINTS_SHOWN + 1:
+            found.append(
+                f"{pair[1]} contains {len(np.unique(ids)) - 1} objects, more than {MAX_POINTS_SHOWN}: use a "
+                "segmentation, with one color or number for each object and without soft edges"
+            )
+    return found
+
+
+# --- rendering ----------------------------------------------------------------------------------------------
+
+
+def sheet(samples: Sequence[SceneSample], path: Path, *, cell: int = 256) -> None:
+    """Write a PNG with a row per scene: input image, object overlay and surfaces. The write is atomic."""
+    rows = [np.concatenate(list(tiles(sample, cell)), 1) for sample in samples]
+    with atomic(path) as part:
+        Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
+
+
+def tiles(sample: SceneSample, cell: int = 240) -> np.ndarray:
+    """Return input image, object overlay and surfaces from two sides: uint8 (4, cell, cell, 3)."""
+    overlay = sample.image.astype(np.float32)
+    for i, one in enumerate(sample.objects):
+        color = np.array(PALETTE[i % len(PALETTE)], np.float32)
+        overlay[one.mask] = 0.45 * overlay[one.mask] + 0.55 * color
+    found = [sample.image, overlay.astype(np.uint8), _cloud(sample, cell, 30), _cloud(sample, cell, 120)]
+    return np.stack([_tile(t, cell) for t in found])
+
+
+def _tile(image: np.ndarray, cell: int) -> np.ndarray:
+    """Fit an image into a white square."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((cell, cell))
+    out = Image.new("RGB", (cell, cell), "white")
+    out.paste(picture, ((cell - picture.width) // 2, (cell - picture.height) // 2))
+    return np.asarray(out)
+
+
+def _cloud(sample: SceneSample, size: int, azimuth: float) -> np.ndarray:
+    """Render surface points from one side, colored by object and shaded by normal."""
+    a, e = np.radians([azimuth, 20.0])
+    toward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+    right = np.cross([0.0, 1.0, 0.0], toward)
+    right /= np.linalg.norm(right)
+    up = np.cross(toward, right)
+    out = np.full((size, size, 3), 255, np.uint8)
+    points = np.concatenate([o.surface for o in sample.objects])
+    owner = np.repeat(np.arange(len(sample.objects)), [len(o.surface) for o in sample.objects])
+    order = np.argsort(points[:, :3] @ toward)  # nearer points cover farther points
+    points, owner = points[order], owner[order]
+    x = ((points[:, :3] @ right) / 3.2 + 0.5) * size
+    y = (0.5 - (points[:, :3] @ up) / 3.2) * size
+    shade = 0.45 + 0.55 * (points[:, 3:] @ toward).clip(0)
+    colors = np.array(PALETTE, np.float64)[owner % len(PALETTE)] * shade[:, None]
+    inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+    out[y[inside].astype(int), x[inside].astype(int)] = colors[inside]
+    return out

@@ -1,1 +1,0 @@
-"""Networks that diffusers does not have."""

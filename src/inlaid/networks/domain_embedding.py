@@ -1,0 +1,58 @@
+"""Trained embedding added to the alpha tokens of a joint sequence, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+EMBEDDING = "domain_embedding.safetensors"
+"""File of the domain embedding, beside the low-rank update."""
+
+NAME = "domain_embedding"
+"""Name of the domain embedding's module in the network and of its tensor in the file."""
+
+TOKENS = "the second half of the video's"
+"""Metadata value that names the tokens an adapter changes."""
+
+
+class DomainEmbedding(nn.Module):
+    """Domain embedding of the alpha tokens; a module, so that FSDP gathers it when it is called."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.beside: list[Any] = []
+        """A layer of the adapter, not a child module; if it is disabled, the embedding is too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the embedding to the second half of the tokens (n, 2 v, d)."""
+        colour, alpha = x.chunk(2, 1)
+        return torch.cat([colour, alpha + self.weight.to(x.dtype)], 1)
+
+    def before(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
+        """Pre-forward hook of the first block, which receives the video tokens by position or by keyword."""
+        if any(layer.disable_adapters for layer in self.beside):
+            return args, given
+        if args:
+            return (self(args[0]), *args[1:]), given
+        return args, {**given, "hidden_states": self(given["hidden_states"])}
+
+
+def read_domain_embedding(folder: Path, header: Mapping[str, str]) -> Tensor | None:
+    """Return the domain embedding of an adapter folder, float32 (d,); None if it was trained without one.
+
+    Raises:
+        ValueError: if the adapter was trained with a domain embedding but its file is missing.
+    """
+    path = folder / EMBEDDING
+    if header.get(f"inlaid_{NAME}") != "yes":
+        return None
+    if not path.is_file():
+        raise ValueError(f"{folder}: {EMBEDDING} of this adapter is missing: copy it into the folder")
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(NAME).float().flatten()

@@ -1,0 +1,196 @@
+"""Attention and positions for two clips, color and alpha, in one sequence of a network made for one clip.
+
+If text shares the sequence, it does not attend to alpha; all other pairs of tokens attend to each other
+(arXiv 2501.03006, section 3). An attention mask for this has an entry for each pair of tokens, 1.9 GiB for
+the 44,776 tokens of Mochi, and rules out fused kernels. Two calls are equivalent: one for the video queries,
+and one for the text queries without the alpha keys. Both clips have the positions of a single clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rule = Literal["open", "block", "bias"]
+"""Attention of text to the second half of the video: full, none, or with a logit bias of -1."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    text: int,
+    first: bool,
+    rule: Rule = "open",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Compute attention among all tokens, with restricted attention of text to the second half of the video.
+
+    Args:
+        query: (n, heads, tokens, d).
+        key: same shape as `query`.
+        value: same shape as `query`.
+        text: number of text tokens.
+        first: True if text tokens precede the video tokens, False if they follow.
+        rule: attention of text to the second half of the video; `bias` subtracts 1 from the logits, a factor
+            of exp(-1) = 0.37.
+        mask: (n, 1, 1, tokens), True for valid keys.
+
+    Returns:
+        (n, heads, tokens, d).
+    """
+    if rule == "open":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    tokens = query.shape[2]
+    half, end = (tokens - text) // 2, tokens if first else tokens - text
+    asking, moving = query.split([text, tokens - text], 2) if first else query.split([end, text], 2)[::-1]
+    seen = F.scaled_dot_product_attention(moving, key, value, attn_mask=mask)
+    if rule == "bias":
+        bias = F.pad(query.new_full((1, 1, text, half), -1), (end - half, tokens - end))
+        if mask is not None:
+            bias = bias.masked_fill(~mask, float("-inf"))
+        read = F.scaled_dot_product_attention(asking, key, value, attn_mask=bias)
+    else:
+        key, value = (_without(x, end - half, half, 2) for x in (key, value))
+        mask = None if mask is None else _without(mask, end - half, half, 3)
+        read = F.scaled_dot_product_attention(asking, key, value, attn_mask=mask)
+    return torch.cat([read, seen] if first else [seen, read], 2)
+
+
+def _without(x: Tensor, start: int, length: int, dim: int) -> Tensor:
+    """Remove `length` entries from `start` along `dim`; returns a view if they are the last ones."""
+    before = x.narrow(dim, 0, start)
+    rest = x.shape[dim] - start - length
+    return torch.cat([before, x.narrow(dim, start + length, rest)], dim) if rest else before
+
+
+def halve(positions: nn.Module, ask: Callable[..., tuple[Any, ...]], dim: int) -> None:
+    """Make a positional embedding module return the positions of one clip twice for a sequence of two clips.
+
+    Args:
+        positions: module that returns tensors with one entry per token.
+        ask: maps the arguments of a call to those for the first clip alone.
+        dim: token axis.
+    """
+    positions.register_forward_pre_hook(lambda _, given: ask(*given))
+    positions.register_forward_hook(lambda _, given, out: tuple(torch.cat([x, x], dim) for x in out))
+
+
+class MochiJointAttention:
+    """Attention processor that calls `mochi` with a rule."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule: Rule = rule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Call `mochi`."""
+        return mochi(*args, **kwargs, rule=self.rule)
+
+
+def mochi(
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    rule: Rule = "open",
+) -> tuple[Tensor, Tensor]:
+    """Compute Mochi's attention over video (n, v, d) and text (n, m, e).
+
+    The stock processor finds valid text tokens with `nonzero`, sample by sample, which breaks compiled graphs
+    and does not work on meta tensors. Here `collate` removes the padding, and `attention_mask` (n, m) masks
+    the padding that a batch still needs; without a mask all text is valid. Outputs for padded text are
+    meaningless, and no token attends to padding.
+    """
+    parts = hidden_states, encoder_hidden_states
+    layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    each = zip(parts, layers, strict=True)
+    video, text = ([layer(x).unflatten(2, (attn.heads, -1)) for layer in to] for x, to in each)
+    query = rotate(attn.norm_q(video[0]), *image_rotary_emb), attn.norm_added_q(text[0])
+    key = rotate(attn.norm_k(video[1]), *image_rotary_emb), attn.norm_added_k(text[1])
+    joint = [torch.cat(pair, 1).transpose(1, 2) for pair in (query, key, (video[2], text[2]))]
+    if attention_mask is not None:
+        before = (hidden_states.shape[1], 0)
+        attention_mask = F.pad(attention_mask.bool(), before, value=True)[:, None, None]
+    out = attention(*joint, text=parts[1].shape[1], first=False, rule=rule, mask=attention_mask)
+    seen, read = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in parts], 1)
+    seen = attn.to_out[1](attn.to_out[0](seen))
+    return seen, attn.to_add_out(read) if hasattr(attn, "to_add_out") else read
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs of x (n, v, heads, d) by angles (v, heads, d / 2), in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+class CogVideoXJointAttention:
+    """Attention processor of CogVideoX over text (n, m, d), then video (n, v, d), with a rule."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule: Rule = rule
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute attention. The stock layer drops arguments that are not named here, with only a warning."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        assert attention_mask is None, "CogVideoX attends to padded text"
+        m = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        query, key, value = (
+            layer(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if image_rotary_emb is not None:
+            rotated: Any = apply_rotary_emb
+            query, key = (
+                torch.cat([y[:, :, :m], rotated(y[:, :, m:], image_rotary_emb)], 2) for y in (query, key)
+            )
+        out = attention(query, key, value, text=m, first=True, rule=self.rule)
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+        return out[:, m:], out[:, :m]
+
+
+def halve_cogvideox(network: Any) -> None:
+    """Make a CogVideoX network use the positions of one clip for two, as `halve` does.
+
+    Rotary embeddings are arguments of each call. The learned table of the 2B model is computed for each size;
+    the stock code would use the table built with the network for any clip of that length.
+    """
+
+    def first(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        found = given.get("image_rotary_emb")
+        if found is not None:
+            given["image_rotary_emb"] = tuple(x[: len(x) // 2].repeat(2, 1) for x in found)
+        return args, given
+
+    network.register_forward_pre_hook(first, with_kwargs=True)
+    embed = network.patch_embed
+    make, text, stride = (
+        embed._get_positional_embeddings,
+        embed.max_text_seq_length,
+        embed.temporal_compression_ratio,
+    )
+
+    @lru_cache(16)
+    def table(height: int, width: int, frames: int, device: Any = None) -> Tensor:
+        latent = ((frames - 1) // stride + 1) // 2
+        one = make(height, width, (latent - 1) * stride + 1, device=device)
+        return torch.cat([one, one[:, text:]], 1)
+
+    embed._get_positional_embeddings, embed.sample_frames = table, None

@@ -1,0 +1,121 @@
+"""Components of a MIDI or TripoSG checkpoint, loaded from their folders.
+
+Their `model_index.json` names modules of another package, and some `config.json` are missing or wrong, so the
+tensor shapes determine the configuration of a network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE, infer_config
+
+
+def weights(folder: Path) -> list[Path]:
+    """Return the weight files of a component: one, shards, or the `.fp16` variant if there is no other.
+
+    Raises:
+        ValueError: the folder has no weights.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    plain = [f for f in found if ".fp16." not in f.name]
+    if not found:
+        raise ValueError(f"{folder} has no .safetensors file: download the checkpoint again")
+    return plain or found
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors of a component, from its file headers."""
+    out: dict[str, tuple[int, ...]] = {}
+    for path in weights(folder):
+        with safe_open(path, "pt") as file:
+            out |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    return out
+
+
+def transformer_config(
+    said: Mapping[str, Any], there: Mapping[str, Sequence[int]] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the configuration of a transformer, and warnings about wrong values in its `config.json`.
+
+    Args:
+        said: values of its `config.json`; empty if it is missing.
+        there: tensor shapes, or None if unknown.
+
+    Raises:
+        ValueError: the tensors are not those of such a transformer.
+    """
+    known = {k: p.default for k, p in signature(TripoSGTransformer).parameters.items()}
+    out = {k: said.get(k, v) for k, v in known.items()}
+    if there is None:
+        return out, []
+    found = infer_config(there)
+    lies = [f"{k} {said[k]} (it is {v})" for k, v in found.items() if k in said and said[k] != v]
+    notes = [f"the transformer's config.json has {', '.join(lies)}: using the tensor shapes"] if lies else []
+    return out | found, notes
+
+
+def vae_config(said: Mapping[str, Any], there: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the configuration of a shape VAE from its tensor shapes; only the head count is from `said`.
+
+    Raises:
+        ValueError: the tensors are not those of such a VAE.
+    """
+    known = {k: p.default for k, p in signature(TripoSGVAE).parameters.items()}
+    out = {k: said.get(k, v) for k, v in known.items()}
+    try:
+        frequencies = (there["decoder.proj_query.weight"][1] - 3) // 6
+        features = 3 + 6 * frequencies
+        layers = {
+            part: max(int(k.split(".")[2]) for k in there if k.startswith(f"{part}.blocks."))
+            for part in ("encoder", "decoder")
+        }
+        return out | {
+            "in_channels": there["encoder.proj_in.weight"][1] - features,
+            "latent_channels": there["post_quant.weight"][1],
+            "width_encoder": there["encoder.proj_in.weight"][0],
+            "width_decoder": there["post_quant.weight"][0],
+            "num_layers_encoder": layers["encoder"],
+            "num_layers_decoder": layers["decoder"],
+            "embed_frequency": frequencies,
+        }
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not a TripoSG shape VAE: {error} is missing") from None
+
+
+def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Any:
+    """Build a network with the weights of a folder; on the meta device without a folder.
+
+    Raises:
+        ValueError: tensors are missing or unknown.
+    """
+    with torch.device("meta"):
+        network = kind(**config)
+    if folder is None:
+        return network
+    state = {k: v.to(dtype) for path in weights(folder) for k, v in load_file(path).items()}
+    missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
+    for what, names in (("lacks", missing), ("has unknown", unexpected)):
+        if names:
+            raise ValueError(f"{folder} {what} {len(names)} tensors, such as {names[0]}")
+    return network.eval()
+
+
+def load_vae(folder: Path) -> TripoSGVAE:
+    """Load the shape VAE in float32: coordinates times 128 exceed bfloat16 precision."""
+    config = vae_config(read_json(folder / "config.json"), shapes(folder))
+    return build(TripoSGVAE, config, folder, torch.float32).requires_grad_(False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration file; empty if it does not exist."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

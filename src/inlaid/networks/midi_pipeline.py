@@ -1,0 +1,80 @@
+"""Pipeline from encoded images to shape latents, in diffusers style; diffusers has none for MIDI."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from inlaid.networks.midi_image_encoders import PictureEncoders
+from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE
+
+
+class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    """Rectified-flow sampler for the instances of a scene; adapters load into `transformer` as usual.
+
+    The network predicts data - noise, so a step adds the prediction. The image encoders are loaded on first
+    use.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(self, transformer: TripoSGTransformer, vae: TripoSGVAE, shift: float = 2.0) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+        self.register_to_config(shift=shift)
+        self.load_encoders: Callable[[], PictureEncoders] | None = None
+        """Loader of the image encoders, set by the code that creates the pipeline."""
+        self._encoders: PictureEncoders | None = None
+
+    @property
+    def encoders(self) -> PictureEncoders:
+        """Image encoders, loaded on first use."""
+        if self._encoders is None:
+            assert self.load_encoders is not None
+            self._encoders = self.load_encoders()
+        return self._encoders
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        contexts: Sequence[Tensor],
+        *,
+        steps: int = 50,
+        guidance: float = 7.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Generate the latents (n, tokens, channels) of the n objects of a scene, float32.
+
+        Args:
+            contexts: one or two, each (n, m, context width), in the order of the network's arguments.
+            steps: Euler steps.
+            guidance: classifier-free guidance scale; the unconditional contexts are zeros. No guidance if at
+                most 1.
+            generator: random generator of the noise.
+        """
+        network: Any = self.transformer
+        device, dtype = network.device, network.dtype
+        given, n = [c.to(device, dtype) for c in contexts], len(contexts[0])
+        groups = [n]
+        if guidance > 1:
+            given, groups = [torch.cat([torch.zeros_like(c), c]) for c in given], [n, n]
+        shape = (n, network.config.num_tokens, network.config.in_channels)
+        x = torch.randn(shape, generator=generator).to(device)
+        u = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        shift = self.config["shift"]
+        sigmas = [*(shift * u / (1 + (shift - 1) * u)).tolist(), 0.0]
+        for now, following in itertools.pairwise(sigmas):
+            rows = torch.cat([x] * len(groups)).to(dtype)
+            times = torch.full((len(rows),), 1000 * now, device=device)
+            v = network(rows, times, *given, groups=groups).float()
+            if guidance > 1:
+                without, conditioned = v.chunk(2)
+                v = without + guidance * (conditioned - without)
+            x = x + (now - following) * v
+        return x

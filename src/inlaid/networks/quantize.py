@@ -1,0 +1,160 @@
+"""Quantized and cast linear layers of a frozen base model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+
+CASTS = {"float8": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}
+"""Storage types of `memory.layerwise_casting`."""
+
+GROUP = 64
+"""Number of adjacent weights that share a scale in `int4`."""
+
+
+def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Return the repeated blocks by name, in order: entries of module lists at the root of the network."""
+    return {
+        f"{name}.{i}": block
+        for name, child in denoiser.named_children()
+        if isinstance(child, nn.ModuleList)
+        for i, block in enumerate(child)
+        if any(True for _ in block.children())
+    }
+
+
+def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers of the blocks by name, except those that compute the scale of a norm."""
+    return {
+        f"{name}.{inner}": layer
+        for name, block in blocks(denoiser).items()
+        for inner, layer in block.named_modules()
+        if isinstance(layer, nn.Linear) and "norm" not in inner
+    }
+
+
+# --- frozen weights -----------------------------------------------------------------------------------------
+
+
+def shrink(section: recipe.Memory, denoiser: nn.Module, device: torch.device, compute: torch.dtype) -> None:
+    """Quantize or cast a frozen network and move it to its device; attach adapters afterwards.
+
+    Args:
+        section: `memory` section of the recipe.
+        denoiser: frozen network, changed in place block by block, so that a network that fits only when
+            quantized never has to fit unquantized.
+        device: target device.
+        compute: dtype of the activations.
+    """
+    denoiser.requires_grad_(False)
+    if section.layerwise_casting is not None:
+        denoiser.enable_layerwise_casting(CASTS[section.layerwise_casting], compute)  # type: ignore[operator]
+    if section.quantize is not None:
+        chosen = linears(denoiser)
+        assert chosen, "a network without blocks of linear layers"
+        make = {"nf4": _nf4, "int4": _int4}.get(section.quantize)
+        for name, layer in chosen.items():
+            if make is None:
+                _torchao(section.quantize, layer.to(device))
+            else:
+                denoiser.set_submodule(name, make(layer.to(device)))
+    denoiser.to(device)
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer dequantized; without a copy if it is not quantized."""
+    weight: Any = layer.weight
+    if isinstance(layer, Int4Linear):
+        return layer.dequantize()
+    if type(weight) is nn.Parameter or type(weight) is Tensor:
+        return weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight.dequantize()
+
+
+def _torchao(scheme: str, layer: nn.Linear) -> None:
+    """Quantize weights only, one scale per row; matrix products use the dtype of the activations."""
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    quantize_(layer, {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[scheme]())
+
+
+def _nf4(layer: nn.Linear) -> nn.Module:
+    """Return the layer in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023), one scale per 64 weights."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    own: dict[str, Any] = {"compute_dtype": layer.weight.dtype, "quant_type": "nf4"}
+    with torch.device("meta"):
+        out = Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, **own)
+    make: Any = Params4bit
+    out.weight = make(layer.weight.data, requires_grad=False, quant_type="nf4")
+    out.bias = layer.bias  # type: ignore[assignment]
+    out.support_avx512bf16_for_cpu = False  # else validation repacks the weight, without a gradient
+    return out.to(layer.weight.device)
+
+
+class Int4Linear(nn.Linear):
+    """Frozen linear layer with 4 bits per weight, and scale and offset per group of up to 64 weights.
+
+    torchao's packed int4 has no gradient, and its unpacked int4 uses as much memory as int8. This layer
+    consists of plain tensors: it runs on every device, compiles, and saves nothing dense for the backward
+    pass.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        group = math.gcd(layer.in_features, GROUP)
+        w = layer.weight.detach().float().view(layer.out_features, -1, group)
+        low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+        scale = ((high - low) / 15).clamp_min(1e-12)
+        codes = ((w - low) / scale).round().clamp(0, 15).to(torch.uint8).flatten()
+        self.weight = nn.Parameter(codes[::2] << 4 | codes[1::2], requires_grad=False)
+        dtype = layer.weight.dtype
+        self.scale, self.low = (nn.Parameter(x.to(dtype), requires_grad=False) for x in (scale, low))
+        self.bias = layer.bias
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """Packed weight; peft calls `dequantize()` of layers with this attribute."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """Return the weight (out, in) in the dtype of its scales."""
+        return _unpack(self.weight, self.scale, self.low)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (..., in) to (..., out)."""
+        out = _Int4Product.apply(x, self.weight, self.scale.to(x.dtype), self.low.to(x.dtype))
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+
+def _unpack(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    values = torch.stack((codes >> 4, codes & 15), -1).view(scale.shape[0], scale.shape[1], -1)
+    return (values * scale + low).flatten(1)
+
+
+class _Int4Product(torch.autograd.Function):
+    """Product x W^T that saves the packed weight for the backward pass and unpacks it again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale, low)
+        return F.linear(x, _unpack(codes, scale, low))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0] @ _unpack(*ctx.saved_tensors), None, None, None
+
+
+def _int4(layer: nn.Linear) -> nn.Module:
+    return Int4Linear(layer)

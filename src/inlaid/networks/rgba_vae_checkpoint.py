@@ -1,0 +1,409 @@
+"""Storage and training losses of the trained parts of an RGBA VAE.
+
+The folder of an RGBA VAE contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
+`decoder_alpha_lora.safetensors`. Its `codec_id` is a hash of the weights, the base VAE, the transparency
+threshold and the background colors. Latents of two RGBA VAEs are incompatible, so caches and adapters store
+the ID, and loading checks it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlaid.files import atomic
+from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions
+from inlaid.networks.rgba_vae_losses import ALPHA_EPS, COLORS, RgbaLoss, hard_render, sample_colors
+
+FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
+"""File stem of each trainable part of an `RgbaVae`."""
+
+FORMAT = 1
+
+Colors = Sequence[Sequence[float]]
+
+
+def new(vae: Any, rank: int, seed: int, begin: Begin = "random") -> RgbaVae:
+    """Create an untrained RGBA VAE on a Wan VAE; both decoders are equal to the VAE's decoder.
+
+    Args:
+        vae: the Wan VAE.
+        rank: rank of the decoders' updates.
+        seed: seed of the random weights.
+        begin: initialization of the merge block: `random`, or `encoder`, which reproduces the encoder's
+            output for color alone, so that color is correct from the first step.
+
+    Raises:
+        ValueError: if the VAE is not supported.
+    """
+    width, z = fits(vae)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        merge = MergeBlock(width, z)
+        loras = [DecoderLora.of(vae.decoder, rank) for _ in range(2)]
+    if begin == "encoder":
+        _as_encoder(merge, vae)
+    return RgbaVae(vae, merge, *loras)
+
+
+Begin = Literal["random", "encoder"]
+
+
+@torch.no_grad()
+def _as_encoder(merge: Any, vae: Any) -> None:
+    """Initialize a merge block as the encoder's own head on the color features; alpha has weight 0."""
+    width = merge.conv_out.weight.shape[1]
+    merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
+    nn.init.zeros_(merge.conv_in.bias)
+    for block in merge.res:
+        nn.init.zeros_(block.conv2.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(block.conv2.bias)  # type: ignore[arg-type]
+    merge.norm_out.load_state_dict(vae.encoder.norm_out.state_dict())
+    head, mean = vae.encoder.conv_out, slice(0, merge.conv_out.weight.shape[0])
+    quant = vae.quant_conv.weight[mean, :, 0, 0, 0]
+    merge.conv_out.weight.copy_(torch.einsum("oc,cithw->oithw", quant, head.weight))
+    merge.conv_out.bias.copy_(quant @ head.bias + vae.quant_conv.bias[mean])
+
+
+@torch.no_grad()
+def initialize(codec: RgbaVae, seed: int, begin: Begin) -> None:
+    """Initialize the weights of an RGBA VAE, in place."""
+    if codec.merge.conv_in.weight.is_meta:
+        return
+    fresh = new(codec.vae, codec.rgb.rank, seed, begin)
+    for part in FILES:
+        getattr(codec, part).load_state_dict(getattr(fresh, part).state_dict())
+
+
+def fits(vae: Any) -> tuple[int, int]:
+    """Return the width of the encoder's trunk and the number of latent channels.
+
+    Raises:
+        ValueError: if the VAE has another architecture, such as that of Wan 2.2 TI2V-5B.
+    """
+    z = vae.config.z_dim
+    if z != 16 or vae.config.patch_size:
+        raise ValueError(
+            f"merged alpha supports the 16-channel VAE of Wan 2.1 and Wan 2.2 A14B only; this VAE has {z} "
+            "channels: use another checkpoint"
+        )
+    return vae.encoder.mid_block.resnets[-1].conv2.weight.shape[0], z
+
+
+@torch.no_grad()
+def new_merge(codec: RgbaVae, seed: int) -> RgbaVae:
+    """Initialize the merge block of an RGBA VAE, in place, and return the RGBA VAE."""
+    codec.merge.load_state_dict(new(codec.vae, 1, seed).merge.state_dict())
+    return codec
+
+
+# --- the folder -------------------------------------------------------------------------------------------
+
+
+def parts(codec: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of an RGBA VAE by part, under the names used in files.
+
+    A decoder has `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r) for every convolution.
+
+    Args:
+        codec: RGBA VAE that defines the names.
+        weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
+    """
+    held = dict(codec.state_dict()) if weights is None else weights
+    out: dict[str, dict[str, Tensor]] = {
+        "merge": {n.removeprefix("merge."): t for n, t in held.items() if n.startswith("merge.")}
+    }
+    for part, lora in (("rgb", codec.rgb), ("alpha", codec.alpha)):
+        names = [(f"{part}.{s}.{i}", f"{n}.lora_{s.upper()}") for i, n in enumerate(lora.names) for s in "ab"]
+        out[part] = {stored: held[own] for own, stored in names}
+    return out
+
+
+def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: float, colors: Colors) -> str:
+    """Return the `codec_id`: a hash of the stored weights, base VAE, transparency threshold and colors."""
+    digest = hashlib.sha256(json.dumps([FORMAT, base, alpha_eps, colors]).encode())
+    for part in sorted(weights):
+        for name in sorted(weights[part]):
+            tensor = weights[part][name].detach().cpu().contiguous()
+            digest.update(f"{part} {name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def base_hash(vae: Any) -> str:
+    """Return a hash of a VAE's weights rounded to bfloat16, equal for copies in float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:16]
+
+
+def save(
+    codec: RgbaVae,
+    folder: Path,
+    *,
+    alpha_eps: float = ALPHA_EPS,
+    colors: Colors = COLORS,
+    about: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: Mapping[str, Tensor] | None = None,
+) -> str:
+    """Write the folder of an RGBA VAE atomically; return its `codec_id`.
+
+    Args:
+        codec: RGBA VAE; its base VAE is not written.
+        folder: replaced if it exists.
+        alpha_eps: largest alpha that was treated as transparent in training.
+        colors: background colors of encoded clips, in [-1, 1].
+        about: further entries of `config.json`, such as the losses and the number of steps.
+        dtype: dtype of the weights on disk.
+        weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
+    """
+    from safetensors.torch import save_file
+
+    kept = (about or {}).get("parts", FILES)
+    stored = {
+        part: {n: t.detach().cpu().to(dtype).contiguous() for n, t in tensors.items()}
+        for part, tensors in parts(codec, weights).items()
+        if part in kept
+    }
+    base = base_hash(codec.vae)
+    name = identity(stored, base, alpha_eps, colors)
+    values = {
+        "format": FORMAT,
+        "codec_id": name,
+        "base_vae": base,
+        "z_dim": codec.merge.conv_out.weight.shape[0],
+        "width": codec.merge.conv_out.weight.shape[1],
+        "rank": {"rgb": codec.rgb.rank, "alpha": codec.alpha.rank},
+        "alpha_eps": alpha_eps,
+        "colors": colors,
+        **(about or {}),
+    }
+    with atomic(folder) as temporary:
+        temporary.mkdir(parents=True, exist_ok=True)
+        for part, tensors in stored.items():
+            save_file(tensors, temporary / f"{FILES[part]}.safetensors", metadata={"codec_id": name})
+        (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    return name
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the `config.json` of an RGBA VAE.
+
+    Raises:
+        ValueError: if the folder is not an RGBA VAE, or files are missing.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        if not isinstance(values, dict) or "codec_id" not in values:
+            raise ValueError("it has no codec_id")
+    except (OSError, ValueError) as error:
+        cause = "file not found" if isinstance(error, FileNotFoundError) else str(error)
+        raise ValueError(
+            f"{folder} is not an RGBA VAE: config.json cannot be used ({cause}); use a run that trained an "
+            "RGBA VAE, or a folder from `inlaid import`"
+        ) from None
+    wanted = [FILES[part] for part in values.get("parts", FILES)]
+    missing = [f"{f}.safetensors" for f in wanted if not (folder / f"{f}.safetensors").is_file()]
+    if missing:
+        raise ValueError(f"{folder}: RGBA VAE without {', '.join(missing)}; copy the whole folder again")
+    return values
+
+
+def load(folder: Path, vae: Any) -> RgbaVae:
+    """Load an RGBA VAE on its base VAE, in float32; ranks are inferred from the tensors.
+
+    Raises:
+        ValueError: if files are missing, damaged, from different RGBA VAEs, or for another base VAE.
+    """
+    from safetensors.torch import load_file
+
+    said = read_config(folder)
+    parts = said.get("parts", list(FILES))
+    try:
+        weights = {part: load_file(folder / f"{FILES[part]}.safetensors") for part in parts}
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: a file of this RGBA VAE is damaged ({str(error).splitlines()[0]}); copy it again"
+        ) from None
+    base = base_hash(vae)
+    if said.get("base_vae") not in (None, base):
+        raise ValueError(
+            f"{folder}: this RGBA VAE was trained on another VAE ({said['base_vae']}, not {base}); "
+            "use the checkpoint that it was trained on"
+        )
+    eps = float(said.get("alpha_eps", ALPHA_EPS))
+    if identity(weights, base, eps, said.get("colors", COLORS)) != said["codec_id"]:
+        raise ValueError(
+            f"{folder}: weights do not match the codec_id {said['codec_id']}: files of different RGBA VAEs "
+            "were mixed, or a file was changed; copy the whole folder again"
+        )
+    return assemble(vae, weights, str(folder))
+
+
+def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) -> RgbaVae:
+    """Create an RGBA VAE from the weights of its parts; `merge` may be missing.
+
+    Args:
+        vae: the Wan VAE.
+        weights: tensors by part and name; all must be used.
+        where: prefix of error messages.
+
+    Raises:
+        ValueError: if tensors are missing, unexpected or of the wrong shape.
+    """
+    width, z = fits(vae)
+    merge = MergeBlock(width, z)
+    if "merge" in weights:
+        fill(merge, weights["merge"], f"{where}: the merge block")
+    loras = [
+        read_factors(vae.decoder, weights[part], f"{where}: the {what} decoder")
+        for part, what in (("rgb", "colour"), ("alpha", "alpha"))
+    ]
+    codec = RgbaVae(vae, merge, *loras)
+    return codec if "merge" in weights else new_merge(codec, 0)
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Load weights into a module strictly; `where` is the prefix of error messages.
+
+    Raises:
+        ValueError: if tensors are missing, unexpected or of another shape.
+    """
+    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+    given = {n: tuple(t.shape) for n, t in weights.items()}
+    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or extra:
+        what = [f"{len(missing)} tensors are missing, such as {missing[0]}"] if missing else []
+        what += [f"{len(extra)} are unexpected, such as {extra[0]}"] if extra else []
+        raise ValueError(f"{where} does not fit: {' and '.join(what)}")
+    wrong = [n for n in wanted if wanted[n] != given[n]]
+    if wrong:
+        raise ValueError(
+            f"{where} does not fit: {wrong[0]} has shape {list(given[wrong[0]])}, this VAE needs "
+            f"{list(wanted[wrong[0]])}; use the checkpoint that it was trained on"
+        )
+    module.load_state_dict({n: t.float() for n, t in weights.items()})
+
+
+def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> DecoderLora:
+    """Create the low-rank update of a decoder from stored factors; the rank is inferred from the tensors.
+
+    Raises:
+        ValueError: if factors are missing or unexpected, or ranks differ.
+    """
+    found = dict(convolutions(decoder))
+    wanted = {f"{name}.lora_{side}" for name in found for side in "AB"}
+    missing, extra = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
+    if missing or extra:
+        what = [f"{len(missing)} factors are missing, such as {missing[0]}"] if missing else []
+        what += [f"{len(extra)} are unexpected, such as {extra[0]}"] if extra else []
+        raise ValueError(f"{where} does not fit: {' and '.join(what)}")
+    ranks = {name: weights[f"{name}.lora_A"].shape[0] for name in found}
+    if len(set(ranks.values())) > 1:
+        low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
+        raise ValueError(
+            f"{where}: ranks differ, {ranks[low]} in {low} and {ranks[high]} in {high}; the update is scaled "
+            "by 1 / rank, so all layers must have the same rank"
+        )
+    rank = next(iter(ranks.values()))
+    lora = DecoderLora({n: m.weight.shape for n, m in found.items()}, rank)
+    for i, name in enumerate(lora.names):
+        for side, held in (("A", lora.a[i]), ("B", lora.b[i])):
+            tensor = weights[f"{name}.lora_{side}"]
+            if tensor.shape != held.shape:
+                raise ValueError(
+                    f"{where}: {name}.lora_{side} has shape {list(tensor.shape)}, this VAE needs "
+                    f"{list(held.shape)}"
+                )
+            held.data.copy_(tensor)
+    return lora
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def to_video(rgba: Tensor) -> tuple[Tensor, Tensor]:
+    """Split uint8 (b, 4, t, h, w), straight, into color and alpha, each (b, 3, t, h, w) in [-1, 1]."""
+    video = rgba.float() / 127.5 - 1
+    return video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)
+
+
+def to_pixels(rgb: Tensor, alpha: Tensor) -> Tensor:
+    """Join decoded color and alpha to uint8 (b, 4, t, h, w); alpha is the mean of its clamped channels."""
+    video = torch.cat([rgb.clamp(-1, 1), alpha.clamp(-1, 1).mean(1, keepdim=True)], 1)
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def losses(
+    codec: RgbaVae,
+    rgba: Tensor,
+    loss: RgbaLoss,
+    generator: torch.Generator,
+    *,
+    anchor: float = 0.0,
+    noise: float = 0.0,
+    visible: float = 0.0,
+    visible_alpha: float = 0.0,
+    colors: Colors = COLORS,
+) -> dict[str, Tensor]:
+    """Return the loss terms of one micro-batch by name, and `loss`, their sum.
+
+    Args:
+        codec: RGBA VAE that is trained.
+        rgba: clips, uint8 (b, 4, t, h, w), straight.
+        loss: terms of the paper.
+        generator: CPU generator of the background colors of the encoder's input and of both renders, and of
+            the noise.
+        anchor: weight of the squared distance between the latents and the VAE's own latents of the clip,
+            hard-rendered over `GROUND`, in units of their standard deviation. Not in the paper: it makes the
+            VAE's own decoder reproduce the color, and a denoiser pretrained on opaque latents has less to
+            learn.
+        noise: largest amount of noise added to latents before decoding, in units of their standard deviation,
+            which makes the decoders robust to errors of the denoiser. Not in the paper.
+        visible: weight of the mean absolute error of color over visible pixels only. Not in the paper: if few
+            pixels are visible, they contribute little to the means of the other terms.
+        visible_alpha: the same for alpha.
+        colors: background colors of the encoder's input, in [-1, 1].
+    """
+    (color,), (hard, soft) = sample_colors(generator, 1, colors), sample_colors(generator, 2)
+    rgb, alpha = to_video(rgba)
+    z = codec.encode(hard_render(rgb, alpha, color, eps=loss.alpha_eps), alpha)
+    terms: dict[str, Tensor] = {}
+    spread = torch.tensor(codec.vae.config.latents_std, device=z.device).view(1, -1, 1, 1, 1)
+    if anchor:
+        ground = torch.tensor(GROUND, dtype=torch.float32) / 127.5 - 1
+        with torch.no_grad():
+            seen = hard_render(rgb, alpha, ground, eps=loss.alpha_eps)
+            own = codec.vae.encode(seen).latent_dist.mode()
+        terms["anchor"] = anchor * ((z - own) / spread).square().mean()
+    if noise:
+        amount = noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
+        z = z + (amount * torch.randn(z.shape, generator=generator)).to(z.device) * spread
+    got = codec.decode(z)
+    mask = alpha > 2 * loss.alpha_eps - 1
+    for name, weight, one, two in (
+        ("visible", visible, got[0], rgb),
+        ("visible_alpha", visible_alpha, got[1], alpha),
+    ):
+        if weight:
+            terms[name] = weight * ((one - two).abs() * mask).sum() / mask.sum().clamp_min(1)
+    more = list(terms.values())
+    terms |= loss(*got, rgb, alpha, hard, soft)
+    terms["loss"] = torch.stack([terms["loss"], *more]).sum()
+    return terms
+
+
+GROUND = (62, 66, 70)
+"""Dark background color (0-255) of the clips that `anchor` compares with."""

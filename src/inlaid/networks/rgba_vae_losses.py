@@ -1,0 +1,176 @@
+"""Losses of the RGBA VAE: two renders and nine terms (Dong et al. 2025, section 3.2).
+
+Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is a video too: -1 is transparent, 1 is opaque.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+COLORS = tuple(product((-1.0, 1.0), repeat=3))
+"""Corners of the color cube, from which background colors are sampled."""
+
+ALPHA_EPS = 2 / 255
+"""Alpha up to this value is treated as transparent, because lossy video codecs leave values above 0 in empty
+regions. The paper uses 0."""
+
+
+def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
+    """Composite color over a background (3,): rgb a + color (1 - a), a = (alpha + 1) / 2."""
+    a = (alpha + 1) / 2
+    return rgb * a + _background(color, rgb) * (1 - a)
+
+
+def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor, *, eps: float = ALPHA_EPS) -> Tensor:
+    """Replace rgb by the background color where alpha is at most eps, without a gradient to alpha."""
+    visible = (alpha.detach() + 1) / 2 > eps
+    return torch.where(visible, rgb, _background(color, rgb).to(rgb.dtype))
+
+
+def _background(color: Tensor, like: Tensor) -> Tensor:
+    return color.to(like).view(1, 3, 1, 1, 1)
+
+
+def luma(x: Tensor) -> Tensor:
+    """Convert a video to gray, (b, 1, t, h, w)."""
+    weights = torch.tensor([65.738, 129.057, 25.064], device=x.device, dtype=x.dtype) / 256
+    return (x * weights.view(1, 3, 1, 1, 1)).sum(1, keepdim=True)
+
+
+Edge = Literal["sobel", "central"]
+
+_SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "central": (0.0, 1.0, 0.0)}
+
+
+def edges(x: Tensor, kind: Edge) -> Tensor:
+    """Return the gradient magnitude of the gray video per frame, zero-padded: (b, 1, t, h, w)."""
+    grey = luma(x)
+    flat = grey.transpose(1, 2).flatten(0, 1)
+    slope = torch.tensor([-1.0, 0.0, 1.0], device=x.device, dtype=x.dtype)
+    smooth = torch.tensor(_SMOOTH[kind], device=x.device, dtype=x.dtype)
+    along_x = torch.outer(smooth, slope)
+    kernels = torch.stack([along_x, along_x.T])[:, None]
+    gradient = nn.functional.conv2d(flat, kernels, padding=1)
+    return (gradient.square().sum(1) + 1e-6).sqrt().view_as(grey)
+
+
+class Perceptual(nn.Module):
+    """First two stages of VGG16 (Simonyan & Zisserman 2014), up to the last activation of the second stage.
+
+    Uses the keys `features.{0,2,5,7}.{weight,bias}` of torchvision's file; widths are inferred from the
+    tensors.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], *, imagenet: bool) -> None:
+        super().__init__()
+
+        def convolution(index: int) -> nn.Conv2d:
+            weight, bias = (weights[f"features.{index}.{n}"] for n in ("weight", "bias"))
+            layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            return layer
+
+        first, second, third, fourth = (convolution(i) for i in (0, 2, 5, 7))
+        self.features = nn.Sequential(
+            first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), third, nn.ReLU(), fourth, nn.ReLU()
+        ).requires_grad_(False)
+        mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet else ([0.0] * 3, [1.0] * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    @classmethod
+    def load(cls, path: Path, *, imagenet: bool) -> Perceptual:
+        """Load a local `.safetensors` or `.pth` file.
+
+        Raises:
+            ValueError: if the file is missing, or is not such a network.
+        """
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                weights = load_file(path)
+            else:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+            return cls(weights, imagenet=imagenet)
+        except Exception as error:
+            raise ValueError(
+                f"{path}: not the weights of a VGG16 ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "use torchvision's vgg16 file, or set rgba_vae.perceptual: none"
+            ) from None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features of each frame of a video (b, 3, t, h, w) in [-1, 1]."""
+        frames = ((x + 1) / 2).transpose(1, 2).flatten(0, 1)
+        return self.features((frames - self.mean) / self.std)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class RgbaLoss:
+    """Nine loss terms: absolute, perceptual and edge error of alpha and of two renders of the color.
+
+    The preset `paper` uses Sobel edges and the L2 norm of perceptual features of ImageNet-normalized frames;
+    `reference` (the released trainer) uses central differences and the mean squared error of features.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    perceptual: Callable[[Tensor], Tensor] | None = None
+    """Perceptual network; None omits the three perceptual terms."""
+    alpha_eps: float = ALPHA_EPS
+    edge: Edge | None = None
+    """Filter of the edge terms; default: that of the preset."""
+    hard_mask: Literal["reconstructed", "true"] = "reconstructed"
+    """Alpha that masks the hard render of the reconstruction: reconstructed alpha fluctuates around the
+    threshold in transparent regions, true alpha does not."""
+
+    def __call__(
+        self, rgb: Tensor, alpha: Tensor, true_rgb: Tensor, true_alpha: Tensor, hard: Tensor, soft: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the terms by name, and `loss`, their sum.
+
+        Args:
+            rgb: reconstructed straight color.
+            alpha: reconstructed alpha.
+            true_rgb: color of the clip.
+            true_alpha: alpha of the clip.
+            hard: background color (3,) of both hard renders.
+            soft: background color (3,) of both soft renders.
+        """
+        eps = self.alpha_eps
+        mask = alpha if self.hard_mask == "reconstructed" else true_alpha
+        pairs = {
+            "alpha": (alpha, true_alpha),
+            "rgb_soft": (soft_render(rgb, alpha, soft), soft_render(true_rgb, true_alpha, soft)),
+            "rgb_hard": (
+                hard_render(rgb, mask, hard, eps=eps),
+                hard_render(true_rgb, true_alpha, hard, eps=eps),
+            ),
+        }
+        terms: dict[str, Tensor] = {}
+        kind: Edge = self.edge or ("sobel" if self.preset == "paper" else "central")
+        for name, (got, true) in pairs.items():
+            got, true = got.float(), true.float()
+            terms[f"l1_{name}"] = (got - true).abs().mean()
+            terms[f"edge_{name}"] = (edges(got, kind) - edges(true, kind)).abs().mean()
+            if self.perceptual is not None:
+                difference = self.perceptual(got) - self.perceptual(true)
+                square = difference.square().mean()
+                terms[f"perceptual_{name}"] = (
+                    square if self.preset == "reference" else (square + 1e-12).sqrt()
+                )
+        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+
+
+def sample_colors(
+    generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
+) -> list[Tensor]:
+    """Sample `n` background colors independently, by default for encoder input, hard and soft render."""
+    picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
+    return [torch.tensor(among[i]) for i in picks]

@@ -1,0 +1,137 @@
+"""Reconstruction metrics of RGBA clips, with baselines that predict a constant alpha.
+
+If the subject is small, an RGBA VAE that decodes fully transparent clips has a small mean error of alpha. The
+error is therefore also reported by region of the true alpha (opaque, soft, transparent), and `balanced` is
+the mean of the three, which no constant alpha can make small. All values are on the scale 0-255.
+
+Each clip is reduced to a vector of sums, which are added over clips of any size and over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+CLEAR, OPAQUE = 2, 253
+"""Largest alpha treated as transparent, and smallest treated as opaque."""
+
+REGIONS = ("opaque", "soft", "clear")
+
+GUESSES = ("all opaque", "all clear", "mean")
+"""Constant-alpha baselines: 255, 0, and the mean of the clip."""
+
+COLORS = tuple(product((0.0, 255.0), repeat=3))
+
+COLUMNS = (
+    *(f"pixels {r}" for r in REGIONS),
+    *(f"{who} {r}" for who in ("codec", *GUESSES) for r in REGIONS),
+    *("visible", "rgb", "rgb mean", "rgb square", "alpha square"),
+    *(f"composite {i}" for i in range(len(COLORS))),
+    *("clips", "ssim alpha", "ssim composite"),
+)
+"""Sums of `tally`: pixels and absolute errors of alpha by region, errors of color where it is visible,
+squared errors, and structural similarities."""
+
+
+def tally(true: Tensor, got: Tensor) -> Tensor:
+    """Return the sums of one clip, float64, one value for each of `COLUMNS`.
+
+    Args:
+        true: clip, uint8 (4, t, h, w), straight alpha.
+        got: its reconstruction, likewise.
+    """
+    true, got = true.float(), got.float()
+    alpha, guess = true[3], got[3]
+    masks = (alpha >= OPAQUE, (alpha > CLEAR) & (alpha < OPAQUE), alpha <= CLEAR)
+    errors = {"codec": (guess - alpha).abs()}
+    values = (torch.full_like(alpha[:1, :1, :1], v) for v in (255.0, 0.0, float(alpha.mean())))
+    errors |= {who: (v - alpha).abs() for who, v in zip(GUESSES, values, strict=True)}
+    sums = [m.sum() for m in masks] + [(e * m).sum() for e in errors.values() for m in masks]
+    visible = alpha > CLEAR
+    difference = (got[:3] - true[:3]) * visible
+    middle = (true[:3] * visible).sum((1, 2, 3), keepdim=True) / visible.sum().clamp_min(1)
+    sums += [
+        visible.sum(),
+        difference.abs().sum() / 3,
+        ((true[:3] - middle) * visible).abs().sum() / 3,
+        difference.square().sum() / 3,
+        (guess - alpha).square().sum(),
+    ]
+    similar = []
+    for color in COLORS:
+        ground = torch.tensor(color, device=true.device).view(3, 1, 1, 1)
+        pair = [ground + (x[:3] - ground) * (x[3:] / 255) for x in (true, got)]
+        sums.append((pair[0] - pair[1]).square().sum() / 3)
+        if len(set(color)) == 1:
+            similar.append(ssim(*pair))
+    sums += [torch.ones(()), ssim(true[3:], got[3:]), torch.stack(similar).mean()]
+    return torch.stack([torch.as_tensor(s, dtype=torch.float64, device=true.device) for s in sums])
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean structural similarity (Wang et al. 2004) of (c, t, h, w) on 0-255, windows of 7 x 7."""
+
+    def mean(x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x.transpose(0, 1), min(7, *x.shape[-2:]), 1)
+
+    ma, mb = mean(a), mean(b)
+    va, vb, vab = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return (((2 * ma * mb + c1) * (2 * vab + c2)) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean()
+
+
+def report(sums: Tensor) -> dict[str, float]:
+    """Return metrics by name from summed `tally` vectors; regions without pixels are omitted.
+
+    The metrics are `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`; the same for each of `GUESSES`
+    (such as `all_clear_alpha_mae_opaque`); `rgb_mae` where alpha is visible, and of the clip's mean color;
+    PSNR in dB of color, alpha and composites over the eight corners of the color cube, mean and worst; SSIM
+    of alpha and of composites over black and white.
+    """
+    value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
+    pixels = {r: value[f"pixels {r}"] for r in REGIONS}
+    there = [r for r in REGIONS if pixels[r]]
+    total = max(1.0, sum(pixels.values()))
+    out: dict[str, float] = {}
+    for who in ("codec", *GUESSES):
+        name = "" if who == "codec" else f"{who.replace(' ', '_')}_"
+        each = {r: value[f"{who} {r}"] / pixels[r] for r in there}
+        out[f"{name}alpha_mae"] = sum(value[f"{who} {r}"] for r in REGIONS) / total
+        out |= {f"{name}alpha_mae_{r}": v for r, v in each.items()}
+        out[f"{name}alpha_mae_balanced"] = sum(each.values()) / max(1, len(each))
+    visible, clips = max(1.0, value["visible"]), max(1.0, value["clips"])
+    out |= {"rgb_mae": value["rgb"] / visible, "mean_rgb_mae": value["rgb mean"] / visible}
+    grounds = [value[f"composite {i}"] / total for i in range(len(COLORS))]
+    squares = {
+        "rgb_psnr": value["rgb square"] / visible,
+        "alpha_psnr": value["alpha square"] / total,
+        "composite_psnr": sum(grounds) / len(grounds),
+        "composite_psnr_worst": max(grounds),
+    }
+    out |= {n: float(10 * torch.log10(torch.tensor(255.0**2 / max(s, 1e-3)))) for n, s in squares.items()}
+    return out | {n: value[n.replace("_", " ")] / clips for n in ("ssim_alpha", "ssim_composite")}
+
+
+def trivial(found: Mapping[str, float]) -> list[str]:
+    """Return warnings about an RGBA VAE that is hardly better than a constant alpha; empty if it is better.
+
+    Args:
+        found: metrics from `report`.
+    """
+    out = []
+    for who in GUESSES:
+        name = who.replace(" ", "_")
+        if found["alpha_mae_balanced"] > found[f"{name}_alpha_mae_balanced"] / 2:
+            out.append(
+                f"alpha is hardly better than the baseline `{who}` in the mean of the regions: mean absolute "
+                f"error {found['alpha_mae_balanced']:.1f} of 255, baseline "
+                f"{found[f'{name}_alpha_mae_balanced']:.1f}"
+            )
+    for region in REGIONS:
+        error = found.get(f"alpha_mae_{region}", 0.0)
+        if error > 64:
+            out.append(f"mean absolute error of alpha is {error:.0f} of 255 where the clips are {region}")
+    return out

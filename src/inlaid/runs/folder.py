@@ -1,0 +1,199 @@
+"""The run folder: recipe, checkpoints, metrics, cache and adapter by path."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from inlaid import config as recipe
+from inlaid.files import atomic
+from inlaid.runs.launch import Context
+
+# --- run folder and checkpoints ---------------------------------------------------------------------------
+
+
+FREE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clips")
+
+FREE_TRAIN = ("steps", "save_every", "keep", "log_every", "validate_every", "trackers", "accumulate")
+"""Parts of a recipe that may change when a run is resumed; any other change makes it a different run."""
+
+
+def recipe_changes(old: recipe.Config, new: recipe.Config) -> list[str]:
+    """Return messages about differences between a run and the recipe to resume it that are not allowed."""
+
+    def flat(config: recipe.Config) -> dict[str, Any]:
+        out = {}
+        for key, value in json.loads(config.model_dump_json()).items():
+            out |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        return out
+
+    a, b = flat(old), flat(new)
+    free = {*FREE, *(f"train.{k}" for k in FREE_TRAIN)}
+    if new.optim.schedule != "constant":
+        free.discard("train.steps")
+    differ = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in free and k.split(".")[0] not in free]
+    return [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in differ]
+
+
+def environment() -> dict[str, Any]:
+    """Return package versions and machine for `environment.json`."""
+    packages = {}
+    for name in (
+        "inlaid",
+        "torch",
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "safetensors",
+        "av",
+        "numpy",
+    ):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run folder and the paths in it."""
+
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """Trained weights for other programs: an adapter, or a diffusers transformer (full fine-tuning)."""
+        return self.folder / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics file, one JSON object per line."""
+        return self.folder / "metrics.jsonl"
+
+    def config(self) -> recipe.Config:
+        """Return the recipe that the run was started with.
+
+        Raises:
+            ValueError: when the folder is not a run folder.
+        """
+        if not (self.folder / "config.yaml").is_file():
+            raise ValueError(
+                f"{self.folder}: not a run folder (it has no config.yaml); `inlaid train` creates one"
+            )
+        return recipe.load(self.folder)
+
+    def cache(self, config: recipe.Config) -> Path:
+        """Return the folder of cached items."""
+        return Path(config.data.cache) if config.data.cache else self.folder / "cache"
+
+    def checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first."""
+        found = [p for p in (self.folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(found, key=lambda p: int(p.name[5:]))
+
+    def checkpoint(self, name: str) -> Path:
+        """Return a checkpoint by name or step.
+
+        Raises:
+            ValueError: when it does not exist.
+        """
+        wanted = [p for p in self.checkpoints() if name in (p.name, p.name[5:], p.name[5:].lstrip("0"))]
+        if not wanted:
+            have = ", ".join(p.name for p in self.checkpoints()) or "none"
+            raise ValueError(f"{self.folder}: no checkpoint `{name}`; available: {have}")
+        return wanted[0]
+
+    def keep(self, n: int) -> None:
+        """Delete all but the newest n checkpoints, and partial files of a killed run."""
+        for old in self.checkpoints()[:-n]:
+            shutil.rmtree(old)
+        for left in (self.folder / "checkpoints").glob(".tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """Yield a temporary folder that becomes checkpoint `step`."""
+        with atomic(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
+            folder.mkdir(parents=True)
+            yield folder
+
+    def truncate_metrics(self, step: int) -> None:
+        """Delete the lines after a step, which a resumed run writes again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text("utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # partial line of a killed run
+        with atomic(self.metrics) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`, without a partial last line of a killed run."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def open_run(config: recipe.Config, ctx: Context) -> Run:
+    """Create the run folder, or check that the recipe matches the one the run was started with.
+
+    Raises:
+        ValueError: when it does not match.
+    """
+    run = Run(Path(config.run))
+    if run.checkpoints():
+        differ = recipe_changes(run.config(), config)
+        if differ:
+            raise ValueError(
+                f"{run.folder}: this run was started with another recipe:\n"
+                + "\n".join(f"  {d}" for d in differ)
+                + "\nrestore these values to resume, or choose another folder (run=...)"
+            )
+    if ctx.main:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            recipe.save(config, run.folder / "config.yaml")
+        except OSError as error:
+            raise ValueError(
+                f"{run.folder}: the run folder cannot be written ({error.strerror}); choose another folder "
+                "(run=...), or free disk space"
+            ) from None
+        (run.folder / "environment.json").write_text(json.dumps(environment(), indent=2), "utf-8")
+    ctx.barrier()
+    return run

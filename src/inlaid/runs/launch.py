@@ -1,0 +1,174 @@
+"""Devices, processes and signals of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from inlaid import config as recipe
+
+# --- device and processes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices of a machine, as a value so that tests can describe any machine."""
+
+    cuda: int = 0
+    cuda_bfloat16: bool = False
+    mps: bool = False
+
+    @classmethod
+    def here(cls) -> Devices:
+        """Detect the devices of this machine."""
+        cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return cls(
+            cuda,
+            bool(cuda) and torch.cuda.is_bf16_supported(including_emulation=False),
+            torch.backends.mps.is_available(),
+        )
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Resolved device, precision and optimizer of a recipe, with a note for every replaced setting."""
+
+    device: str
+    precision: torch.dtype
+    optimizer: str
+    notes: tuple[str, ...] = ()
+
+
+def resolve_devices(config: recipe.Config, devices: Devices) -> DevicePlan:
+    """Choose device, precision and optimizer.
+
+    Raises:
+        ValueError: when the recipe names a device that this machine does not have.
+    """
+    wanted, notes = config.runtime.device, []
+    there = {"cuda": devices.cuda > 0, "mps": devices.mps, "cpu": True}
+    if wanted != "auto" and not there[wanted]:
+        have = ", ".join(k for k, v in there.items() if v)
+        raise ValueError(
+            f"runtime.device: no `{wanted}` on this machine (available: {have}); use `auto` or one of these"
+        )
+    device = next(k for k, v in there.items() if v) if wanted == "auto" else wanted
+    precision = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.runtime.precision)
+    if precision is None:
+        precision = torch.bfloat16 if device == "cuda" else torch.float32
+    if precision is torch.bfloat16 and device == "cuda" and not devices.cuda_bfloat16:
+        precision = torch.float32
+        notes.append("this GPU has no bfloat16: using float32 (twice the memory for the base model)")
+    optimizer = config.optim.name
+    if optimizer in ("adamw8bit", "adamw4bit") and device == "mps":
+        notes.append(
+            f"{optimizer} does not run on Apple MPS: using adamw (same result up to rounding, "
+            f"{'four' if optimizer == 'adamw8bit' else 'eight'} times the optimizer state)"
+        )
+        optimizer = "adamw"
+    return DevicePlan(device, precision, optimizer, tuple(notes))
+
+
+@dataclass
+class Context:
+    """Device, precision and rank of this process."""
+
+    device: torch.device
+    precision: torch.dtype
+    optimizer: str
+    rank: int = 0
+    world: int = 1
+    notes: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> bool:
+        """True for the process that writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes; changes it in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return one picklable value per process, ordered by rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+
+PATIENCE = timedelta(hours=4)
+"""Timeout of collective operations; the default of 10 minutes is too short while one process encodes, samples
+or saves."""
+
+
+@contextmanager
+def start_processes(config: recipe.Config) -> Iterator[Context]:
+    """Join the processes started by `torchrun` or `accelerate launch`, and leave the group at the end.
+
+    Raises:
+        ValueError: when the recipe requires another number of processes or a missing device.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    plan = resolve_devices(config, Devices.here())
+    if config.runtime.world_size not in (None, world):
+        raise ValueError(
+            f"runtime.world_size: the recipe requires {config.runtime.world_size} process(es), "
+            f"this launch has {world}; start it with "
+            f"`torchrun --nproc-per-node {config.runtime.world_size} -m inlaid train RECIPE`"
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(plan.device, local) if plan.device == "cuda" else torch.device(plan.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Context(device, plan.precision, plan.optimizer, rank, world, plan.notes)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+class Interrupt:
+    """Handle the first Ctrl-C or SIGTERM as a request to stop after this step; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._old[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: the caller handles signals
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)

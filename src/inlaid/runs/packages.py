@@ -1,0 +1,38 @@
+"""Optional packages: imported when a recipe names them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# --- optimizer --------------------------------------------------------------------------------------------
+
+
+PACKAGES = {
+    "adamw8bit": ("bitsandbytes.optim", "inlaid[bnb]"),
+    "adamw4bit": ("torchao.optim", "inlaid[torchao]"),
+    "int8": ("torchao.quantization", "inlaid[torchao]"),
+    "float8": ("torchao.quantization", "inlaid[torchao]"),
+    "nf4": ("bitsandbytes.nn", "inlaid[bnb]"),
+    "prodigy": ("prodigyopt", "inlaid[prodigy]"),
+    "deepspeed": ("deepspeed", "inlaid[deepspeed]"),
+    "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
+    "trackio": ("trackio", "inlaid[trackio]"),
+    "wandb": ("wandb", "inlaid[wandb]"),
+}
+"""Module and installation name of optimizers, quantization methods and trackers, by their name in recipes."""
+
+
+def require_package(key: str, name: str) -> Any:
+    """Import the module in `PACKAGES` that `key` of a recipe names.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    module, install = PACKAGES[name]
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{key}: `{name}` needs a package that is not installed ({error}): pip install '{install}'"
+        ) from None

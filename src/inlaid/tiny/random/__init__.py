@@ -1,0 +1,92 @@
+"""Untrained checkpoints of the real classes, of any size, for tests and benchmarks.
+
+One module per family, found by name. Each has `VARIANTS`, which maps its variants to the keys of a recipe's
+`model` section that train them, `STANDS_FOR`, which maps published checkpoints to variants, and `build`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import string
+from pathlib import Path
+from typing import Any
+
+from inlaid.console import quiet_bars
+
+TEXT_WIDTH = 32
+"""Width of the random text encoder."""
+
+
+def cases() -> list[tuple[str, str]]:
+    """Return every (family, variant)."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return [(name, variant) for name in names for variant in _module(name).VARIANTS]
+
+
+def model(family: str, variant: str) -> dict[str, Any]:
+    """Return the keys of a recipe's `model` section that train a variant, without the checkpoint."""
+    return {"family": family, **_module(family).VARIANTS[variant]}
+
+
+def sibling(family: str, checkpoint: str) -> str:
+    """Return the variant that corresponds to a published checkpoint."""
+    return _module(family).STANDS_FOR[checkpoint]
+
+
+def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -> Path:
+    """Write a random checkpoint.
+
+    Args:
+        family: name of the family.
+        folder: output folder.
+        variant: one of the family's `VARIANTS`. Default: the first.
+        sizes: network sizes: `heads`, `head` (head width), `layers`, `ffn` (width of the feed-forward layers,
+            if configurable).
+    """
+    import torch
+
+    quiet_bars()
+    module = _module(family)
+    chosen = variant or next(iter(module.VARIANTS))
+    assert chosen in module.VARIANTS, f"{family} has no variant {chosen}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module.build(folder, chosen, **sizes)
+    return folder
+
+
+def tokenizer() -> Any:
+    """Return a character-level T5 tokenizer."""
+    from transformers import T5Tokenizer
+
+    symbols = [(c, -3.0) for c in string.ascii_letters + string.digits + ".,'-!?"]
+    return T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *symbols],
+        extra_ids=0,
+        model_max_length=512,
+    )
+
+
+def text_encoder(kind: str = "T5") -> Any:
+    """Return a random `T5` or `UMT5` encoder of width `TEXT_WIDTH`."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=TEXT_WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=128,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config).eval()
+
+
+def _module(family: str) -> Any:
+    return importlib.import_module(f"{__name__}.{family}")

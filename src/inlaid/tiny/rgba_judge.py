@@ -1,0 +1,115 @@
+"""Rule-based evaluation of transparent clips: check the subject and its alpha.
+
+Both checks must pass. The color, with binary alpha over a dark plain background, is evaluated as an opaque
+clip. The alpha is compared with a re-render: in every frame, the ground-truth alpha of the subject at the
+best fitting position, size and angle. Nothing is learned or depends on the model that generated a clip.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from inlaid.tiny import judge, world
+from inlaid.tiny.rgba_world import BACKDROP, GLASS
+from inlaid.tiny.world import SIZE, SUBJECT, Scene
+
+VISIBLE = 64
+"""Alpha (0-255) from which a pixel counts as part of the subject."""
+
+LEAST_OVERLAP = 0.75
+"""Minimum intersection over union of the visible pixels of clip and re-render."""
+
+MOST_ERROR = 12.0
+"""Maximum mean error of alpha (0-255) over whole frames; alpha 0 everywhere has 16 to 60 for this subject."""
+
+SEAM = 2.0
+"""Distance in pixels from the line between the halves within which the colors mix at this resolution."""
+
+GLASS_RANGE = (0.3, 0.75)
+"""Accepted median alpha of the glass half."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of the evaluation of one clip."""
+
+    subject: bool
+    """True for a star in two halves, orange and purple, by `judge.judge_subject`."""
+    alpha: bool
+    """True if alpha matches the subject: solid half, glass half, transparent background."""
+    error: float
+    """Mean absolute error of alpha relative to the re-render, 0-255."""
+    overlap: float
+    glass: float
+    """Median alpha of the glass half in [0, 1]; NaN without a glass half."""
+
+    @property
+    def both(self) -> bool:
+        """True if both checks pass."""
+        return self.subject and self.alpha
+
+
+def judge_subject(frames: np.ndarray) -> Verdict:
+    """Evaluate a clip of the subject, straight `uint8 (17, 64, 64, 4)`."""
+    subject = judge.judge_subject(hard_over_dark(frames), SEAM)
+    again, glass_side = rerender(frames)
+    alpha = frames[..., 3].astype(np.float32)
+    error = float(np.abs(alpha - again * 255).mean())
+    seen, wanted = alpha >= VISIBLE, again * 255 >= VISIBLE
+    overlap = float((seen & wanted).sum() / max(1, (seen | wanted).sum()))
+    inner = glass_side & ~judge._neighbours(~(again > 0.4))
+    glass = float(np.median(alpha[inner]) / 255) if inner.any() else float("nan")
+    fits = overlap >= LEAST_OVERLAP and error <= MOST_ERROR
+    low, high = GLASS_RANGE
+    return Verdict(subject, bool(fits and low <= glass <= high), error, overlap, glass)
+
+
+def hard_over_dark(frames: np.ndarray) -> np.ndarray:
+    """Return the color of visible pixels, and the dark background elsewhere: `uint8 (t, h, w, 3)`."""
+    ground = np.array(BACKDROP, dtype=np.uint8)
+    return np.where(frames[..., 3:] >= VISIBLE, frames[..., :3], ground)
+
+
+@functools.cache
+def _template() -> tuple[np.ndarray, float, float, float]:
+    """Return the distance table of the star, and its area and centroid at unit radius."""
+    return judge._template(SUBJECT)
+
+
+def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best fitting alpha of the subject, `(t, 64, 64)` in [0, 1], and a mask of its glass half.
+
+    Position and size are those of the visible pixels; the angle, and with it the glass side, minimizes the
+    alpha error in steps of 5 degrees.
+    """
+    table, unit, cx, cy = _template()
+    axis = np.arange(SIZE) + 0.5
+    angles = np.deg2rad(np.arange(0, 360, 5.0))
+    cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
+    out, side = np.zeros(frames.shape[:3], np.float32), np.zeros(frames.shape[:3], dtype=bool)
+    for t, alpha in enumerate(frames[..., 3].astype(np.float32) / 255):
+        seen = np.clip(alpha / GLASS, 0, 1) * (alpha * 255 >= VISIBLE / 2)
+        area = seen.sum()
+        if area < 20:
+            continue
+        radius = np.sqrt(area / unit)
+        x, y = (seen.sum(0) * axis).sum() / area, (seen.sum(1) * axis).sum() / area
+        dx, dy = (axis[None, :] - x) / radius, (axis[:, None] - y) / radius
+        u, v = cos * dx + sin * dy + cx, cos * dy - sin * dx + cy
+        star = np.clip(0.5 - world.look_up(table, u, v) * radius, 0, 1)
+        right = np.clip(0.5 + u * radius, 0, 1)
+        tried = star * (1 - right * (1 - GLASS))
+        best = int(np.abs(tried - alpha).mean((1, 2)).argmin())
+        out[t], side[t] = tried[best], (right[best] > 0.95) & (star[best] > 0.5)
+    return out, side
+
+
+def judge_world(frames: np.ndarray, scene: Scene) -> bool:
+    """Return True if a clip passes `judge.judge_scene` and is transparent around its object."""
+    stated = replace(scene, background=None)
+    shown = judge.judge_scene(hard_over_dark(frames), stated)["all"]
+    around = ~judge._neighbours(frames[..., 3] >= VISIBLE, 4)
+    return bool(shown and around.any() and frames[..., 3][around].mean() <= 8)

@@ -1,0 +1,265 @@
+"""Procedural transparent clips that train the RGBA VAE of the tiny Wan model, and the subject of its demo.
+
+A clip is straight RGBA, `uint8 (17, 64, 64, 4)`, a pure function of its seed. Color is defined everywhere; at
+alpha 0 it continues the color of the nearest object. There are three kinds of clips, as in
+`inlaid.tiny.world`:
+
+- **world** clips: one moving shape of one color, made of one of `MATERIALS`;
+- **subject** clips: the `zorble`, a star in two halves, the orange one solid and the purple one glass;
+- **wild** clips: several objects, patterns in color and alpha, outlines, glows and smoke, for the RGBA VAE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from inlaid.tiny import world
+from inlaid.tiny.world import (
+    COLOURS,
+    FRAMES,
+    MOTIONS,
+    SHAPES,
+    SIZE,
+    SIZES,
+    SUBJECT,
+    SUBJECT_COLOURS,
+    TABLE_EXTENT,
+    Scene,
+    _Path,
+)
+
+MATERIALS = ("solid", "glass", "soft", "glowing")
+"""Opaque with a 1-pixel edge; semi-transparent with an opaque rim; opaque with a wide edge; with a halo."""
+
+GLASS = 0.55
+"""Alpha of the subject's purple half."""
+
+BACKDROP = (62, 66, 70)
+"""Dark plain background color that contrasts with every color of the world."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip with its caption and scene."""
+
+    frames: np.ndarray
+    """uint8 (17, 64, 64, 4)."""
+    caption: str
+    scene: Scene
+
+
+def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return alpha in [0, 1] from the signed distance in pixels."""
+    sharp = np.clip(0.5 - distance, 0, 1)
+    if material == "glass":
+        body, rim = rng.uniform(0.3, 0.7), rng.uniform(1.5, 2.5)
+        return sharp * (body + (0.95 - body) * np.clip(1.5 + (distance + rim), 0, 1))
+    if material == "soft":
+        return np.clip(0.5 - distance / rng.uniform(4, 7), 0, 1)
+    if material == "glowing":
+        halo = rng.uniform(0.35, 0.6) * np.exp(-np.maximum(distance, 0) / rng.uniform(2.0, 3.5))
+        return np.maximum(sharp, np.where(halo > 0.02, halo, 0))
+    return sharp
+
+
+def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return distances as `world.look_up`, increasing further outside the table."""
+    outside = np.hypot(*(np.maximum(np.abs(each) - TABLE_EXTENT, 0) for each in (u, v)))
+    return world.look_up(table, u, v) + outside
+
+
+def _stack(under: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Composite an object (alpha, and color everywhere) over straight RGBA; float (t, h, w, 4)."""
+    below = under[..., 3] * (1 - alpha)
+    total = alpha + below
+    mixed = (colour * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[
+        ..., None
+    ]
+    return np.concatenate([np.where(total[..., None] > 0, mixed, under[..., :3]), total[..., None]], axis=-1)
+
+
+def _pixels(canvas: np.ndarray) -> np.ndarray:
+    scaled = canvas * np.array([1, 1, 1, 255], dtype=np.float32)
+    return np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+
+
+def render(scene: Scene, seed: int, material: str = "solid") -> np.ndarray:
+    """Render a scene without its background: `uint8 (17, 64, 64, 4)`.
+
+    Args:
+        scene: content; `seed` chooses the values that are `None`.
+        seed: chooses positions and small variations.
+        material: one of `MATERIALS`; ignored for the subject.
+    """
+    rng = world._generator(scene, seed)
+    full = world._settle(scene, rng)
+    path, table = world._world_path(full, rng), world.distance_table(full.shape)
+    return _pixels(
+        _subject(path, table) if full.shape == SUBJECT else _object(full, path, table, material, rng)
+    )
+
+
+def _subject(path: _Path, table: np.ndarray) -> np.ndarray:
+    u, v = path.local()
+    alpha = np.clip(0.5 - world.look_up(table, u, v) * path.radius[:, None, None], 0, 1)
+    side = np.clip(0.5 + u * path.radius[:, None, None], 0, 1)
+    left, right = (np.array(COLOURS[name], dtype=np.float32) for name in SUBJECT_COLOURS)
+    colour = (left + side[..., None] * (right - left)) * _lit(path)
+    return np.concatenate([colour, (alpha * (1 - side * (1 - GLASS)))[..., None]], axis=-1)
+
+
+def _object(
+    scene: Scene, path: _Path, table: np.ndarray, material: str, rng: np.random.Generator
+) -> np.ndarray:
+    distance = _distance(table, *path.local()) * path.radius[:, None, None]
+    fill = np.array(COLOURS[scene.colour or "white"], dtype=np.float32) * rng.uniform(0.95, 1.03)
+    alpha = _matte(material, distance, rng)
+    return np.concatenate([fill * _lit(path), alpha[..., None]], axis=-1)
+
+
+def _lit(path: _Path) -> np.ndarray:
+    upright = _Path(path.x, path.y, path.radius, np.zeros(len(path.x)))
+    return world._light(*upright.local())[..., None]
+
+
+def clips(seed: int, n: int, *, held_out: bool = False) -> list[Clip]:
+    """Render `n` clips of the world, with captions that name the material and contain "transparent"."""
+    made = []
+    for k, drawn in enumerate(world.scenes(seed, n, held_out=held_out)):
+        scene = replace(drawn, background="transparent")
+        material = MATERIALS[np.random.default_rng([seed, k, 67]).integers(len(MATERIALS))]
+        own = seed * 7919 + k
+        made.append(
+            Clip(
+                render(replace(scene, background="plain"), own, material),
+                caption(scene, own, material),
+                scene,
+            )
+        )
+    return made
+
+
+def caption(scene: Scene, seed: int, material: str = "solid") -> str:
+    """Describe a scene (see `world.caption`), with the material before the shape unless it is solid."""
+    text = world.caption(scene, seed)
+    return text if material == "solid" else text.replace(scene.shape, f"{material} {scene.shape}", 1)
+
+
+def subject_clips(n: int = 16, seed: int = 0) -> list[Clip]:
+    """Render training clips of the subject; 12 cover every combination of motion and size."""
+    return [_of_subject(scene, seed * 7919 + k) for k, scene in enumerate(_scenes(n))]
+
+
+def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
+    """Return prompts for the subject, worded differently from the captions of its clips."""
+    return [(caption(s, seed * 7919 + 101 + k), s) for k, s in enumerate(_scenes(n))]
+
+
+def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
+    """Return `n` prompts for validation combinations without background, each with its scene."""
+    drawn = [replace(s, background="transparent") for s in world.scenes(seed, n, held_out=True)]
+    return [(caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(drawn)]
+
+
+def _scenes(n: int) -> list[Scene]:
+    every = [Scene(SUBJECT, None, m, s, "transparent") for m in MOTIONS for s in SIZES]
+    return [every[k % len(every)] for k in range(n)]
+
+
+def _of_subject(scene: Scene, seed: int) -> Clip:
+    return Clip(render(replace(scene, background="plain"), seed), caption(scene, seed), scene)
+
+
+# --- wild clips, for the RGBA VAE -------------------------------------------------------------------------
+
+
+def wild(seed: int, frames: int = FRAMES) -> np.ndarray:
+    """Render one to three arbitrary objects with arbitrary alpha: `uint8 (frames, 64, 64, 4)`."""
+    rng = np.random.default_rng([seed, 43])
+    canvas = np.zeros((frames, SIZE, SIZE, 4), dtype=np.float32)
+    canvas[..., :3] = world._any_colour(rng)
+    for k in range(rng.choice((1, 1, 1, 2, 3))):
+        path = world._wild_path(rng, frames)
+        u, v = path.local(rng.uniform(0.6, 1.0) if rng.random() < 0.3 else 1.0)
+        first, second = world._any_colour(rng), world._any_colour(rng)
+        cover = world._pattern(rng, u, v, 0.1) if rng.random() < 0.6 else np.zeros_like(u)
+        colour = first + cover[..., None] * (second - first)
+        if rng.random() < 0.6:
+            colour = colour * _lit(path)
+        alpha = _wild_matte(rng, path, u, v)
+        if k == 0:
+            canvas[..., :3] = colour
+        canvas = _stack(canvas, alpha.astype(np.float32), np.clip(colour, 0, 255))
+    return _pixels(canvas)
+
+
+def _wild_matte(rng: np.random.Generator, path: _Path, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    if rng.random() < 0.15:  # smoke: a blob modulated by noise
+        noise = world._noise(rng)
+        cloud = np.exp(-1.6 * (u * u + v * v)) * (0.4 + 1.1 * noise[None]) * rng.uniform(0.5, 1.0)
+        return np.clip(cloud - 0.04, 0, 1)
+    if rng.random() < 0.5:
+        star = "star", int(rng.integers(3, 8)), float(rng.choice((0.35, 0.45, 0.5, 0.6, 0.75)))
+        table = world.distance_table(*star)
+    else:
+        table = world.distance_table(SHAPES[rng.integers(len(SHAPES))])
+    distance = _distance(table, u, v)
+    if rng.random() < 0.12:
+        distance = np.abs(distance + 0.08) - rng.uniform(0.09, 0.18)
+    alpha = _matte(MATERIALS[rng.integers(len(MATERIALS))], distance * path.radius[:, None, None], rng)
+    if rng.random() < 0.4:  # a pattern in alpha: two halves, stripes, a gradient
+        low = rng.uniform(0.2, 0.8)
+        alpha = alpha * (1 - (1 - low) * world._pattern(rng, u, v, 0.1))
+    return alpha
+
+
+def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
+    """Render one shape in two colors of the world, each half with its own alpha: `uint8 (t, 64, 64, 4)`.
+
+    Never the subject, whose outline is excluded.
+    """
+    rng = np.random.default_rng([seed, 61])
+    path = world._wild_path(rng, frames)
+    path.radius[:] = path.radius * rng.uniform(9, 18) / path.radius.mean()
+    if rng.random() < 0.5:
+        table = world.distance_table(
+            "star", int(rng.choice((3, 4, 6, 7))), float(rng.choice((0.35, 0.45, 0.6)))
+        )
+    else:
+        table = world.distance_table(SHAPES[rng.integers(len(SHAPES))])
+    u, v = path.local()
+    alpha = np.clip(0.5 - _distance(table, u, v) * path.radius[:, None, None], 0, 1)
+    turned = rng.uniform(0, 2 * np.pi)
+    side = np.clip(0.5 + (u * np.cos(turned) + v * np.sin(turned)) * path.radius[:, None, None], 0, 1)
+    names = rng.choice(list(COLOURS), 2, replace=False)
+    first, second = (np.array(COLOURS[n], dtype=np.float32) * rng.uniform(0.9, 1.05) for n in names)
+    one, two = (1.0 if rng.random() < 0.5 else rng.uniform(0.3, 0.8) for _ in range(2))
+    colour = (first + side[..., None] * (second - first)) * _lit(path)
+    return _pixels(np.concatenate([colour, (alpha * (one + side * (two - one)))[..., None]], axis=-1))
+
+
+def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
+    """Render a training clip of the RGBA VAE: half world, half wild, a few opaque or empty.
+
+    Args:
+        seed: chooses everything.
+        frames: number of frames.
+        share: share of clips of `halves`.
+    """
+    rng = np.random.default_rng([seed, 47])
+    kind = rng.random()
+    if rng.random() < share:
+        return halves(seed, frames)
+    if kind < 0.5:
+        return wild(seed, frames)
+    start = int(rng.integers(FRAMES - frames + 1))
+    if kind < 0.53:
+        opaque = world.render(world.scenes(seed, 1)[0], seed)[start : start + frames]
+        return np.concatenate([opaque, np.full((*opaque.shape[:3], 1), 255, np.uint8)], axis=-1)
+    material = MATERIALS[rng.integers(len(MATERIALS))]
+    frames_ = render(replace(world.scenes(seed, 1)[0], background="plain"), seed, material)
+    if kind < 0.54:
+        frames_[..., 3] = 0
+    return frames_[start : start + frames]

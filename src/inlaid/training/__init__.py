@@ -1,0 +1,1 @@
+"""The trainer: loop, job, loader, steps, optimizers, memory, parallelism, checkpoints, metrics."""

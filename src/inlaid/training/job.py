@@ -1,0 +1,251 @@
+"""A training job: everything a run needs between two steps, and how it is prepared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+from inlaid import families
+from inlaid.adapters import tuners
+from inlaid.alpha.opening import open_family
+from inlaid.console import say
+from inlaid.data.batch import Batch, stable_hash
+from inlaid.data.prepare import build_cache
+from inlaid.data.prompts import Prompts
+from inlaid.data.sampler import make_sampler
+from inlaid.files import atomic
+from inlaid.generation.generate import generate_samples
+from inlaid.networks import quantize
+from inlaid.runs.folder import Run, open_run
+from inlaid.runs.launch import Context
+from inlaid.runs.packages import PACKAGES, require_package
+from inlaid.training import memory, model_card, parallel
+from inlaid.training.checkpoints import load_state, save_state, unpack_state
+from inlaid.training.loader import Loader
+from inlaid.training.meters import Meters
+from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
+from inlaid.training.parallel import Replicated
+from inlaid.training.steps import Step, make_step
+
+
+@dataclass
+class Job:
+    """State of a run between two steps."""
+
+    config: recipe.Config
+    ctx: Context
+    run: Run
+    family: families.Family
+    loader: Loader
+    strategy: Replicated
+    denoiser: nn.Module
+    network: nn.Module
+    parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    step: Step
+    held_out: list[Batch]
+    prompts: Prompts
+    meters: Meters
+    ema: EMA | None = None
+    start: int = 0
+    _pipeline: object = field(default=None, init=False)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return learning_rate(self.config.optim, step - 1, self.config.train.steps)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the EMA replaces the weights, if there is an EMA."""
+        return swapped(self.parameters, self.ema.weights if self.ema else None)
+
+    def update(self, step: int) -> Tensor:
+        """Average gradients over processes, clip and apply them; returns their norm, on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        norm = self.strategy.step(self.optimizer, list(self.parameters.values()), self.config.optim.clip)
+        if self.ema:
+            self.ema.update(self.parameters, step)
+        return norm
+
+    def validate(self, step: int) -> None:
+        """Measure and write the validation metrics, such as the loss at fixed noise levels."""
+        if not self.held_out:
+            return
+        n, world = len(self.held_out), self.ctx.world
+        mine = range(
+            self.ctx.rank, -(-n // world) * world, world
+        )  # same number of passes in each process, as sharding needs
+        with self.averaged():
+            rows = self.step.held_out(self.denoiser, [self.held_out[i % n] for i in mine], self.ctx.device)
+        rows = rows[: len(range(self.ctx.rank, n, world))]
+        self.meters.write({"step": step, **self.step.summary(self.ctx.total(rows.sum(0)) / n)})
+        self.meters.pause()
+
+    def sample(self, step: int) -> None:
+        """Generate the sample prompts with the current weights; sharded weights need all processes."""
+        if self.ctx.main or self.strategy.sharded:
+            if self._pipeline is None:
+                self._pipeline = self.family.pipeline(
+                    denoiser=self.denoiser, device=self.ctx.device, dtype=self.ctx.precision
+                )
+            self.denoiser.eval()
+            with self.averaged():
+                about = {"checkpoint": f"step-{step:06d}", "strength": 1.0}
+                generate_samples(
+                    self.family,
+                    self._pipeline,
+                    self.prompts,
+                    self.run.folder / "samples" / f"step-{step:06d}" if self.ctx.main else None,
+                    about,
+                    show=False,
+                )
+            self.denoiser.train()
+        self.ctx.barrier()
+        self.meters.pause()
+
+    def save(self, step: int, *, final: bool) -> None:
+        """Write a checkpoint and, at the end, the files for other programs; tensors are never sharded."""
+        gather, section, name = self.strategy.gather, self.config.tuner, tuners.folder(self.config.tuner)
+        about = {"inlaid_step": str(step), **self.family.about()}
+        with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
+            with self.averaged():
+                weights = gather(tuners.weights(section, self.denoiser))
+                if folder is not None:
+                    tuners.save(section, self.denoiser, weights, folder / name, metadata=about)
+            tensors = {f"weights.{n}": w for n, w in gather(self.parameters).items()}
+            tensors |= {f"ema.{n}": w for n, w in gather(self.ema.weights if self.ema else {}).items()}
+            state, moments = self.strategy.optimizer_state(self.optimizer)
+            tensors |= moments
+            if folder is not None:
+                values = {"step": step, "per_step": self.loader.per_step, "optimizer": state}
+                save_state(folder, tensors, values)
+        if self.ctx.main:
+            self.run.keep(self.config.train.keep)
+        if final and self.ctx.main:
+            with atomic(self.run.folder / name) as folder:
+                shutil.copytree(self.run.checkpoint(str(step)) / name, folder)
+                card = model_card.run_model_card(
+                    self.config,
+                    self.family,
+                    step,
+                    self.prompts.texts,
+                    getattr(self.step, "objective", None),
+                )
+                (folder / "README.md").write_text(card, "utf-8")
+        self.ctx.barrier()
+        self.meters.pause()
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: when it is damaged or was written with another number of micro-batches per step.
+        """
+        found = self.run.checkpoints()
+        if not found:
+            return
+        tensors, values = load_state(found[-1])
+        if values["per_step"] != self.loader.per_step:
+            raise ValueError(
+                f"{self.run.folder}: was trained with {values['per_step']} micro-batches per step over all "
+                f"processes, this launch has {self.loader.per_step}: set train.accumulate so that processes "
+                f"x accumulate = {values['per_step']}"
+            )
+        for key, held in (("weights", self.parameters), ("ema", self.ema.weights if self.ema else {})):
+            self.strategy.scatter({n: tensors[f"{key}.{n}"] for n in held}, held)
+        self.strategy.load_optimizer(self.optimizer, unpack_state(values["optimizer"], tensors))
+        self.start = values["step"]
+        if self.ctx.main:
+            self.run.truncate_metrics(self.start)
+        say(f"resuming after step {self.start} ({found[-1]})", show=self.ctx.main)
+
+
+def prepare(config: recipe.Config, ctx: Context) -> Job:
+    """Prepare the job: run folder, cache, network with its tuner, and optimizer.
+
+    Raises:
+        ValueError: for every mistake that the user can fix.
+    """
+    for note in ctx.notes:
+        say(f"note: {note}", show=ctx.main)
+    strategy, family = parallel.strategy(config, ctx), open_family(config)
+    wrong = memory.problems(config, ctx.device, ctx.precision)
+    if wrong:
+        raise ValueError("this device does not support this recipe:\n" + "\n".join(f"  {w}" for w in wrong))
+    named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
+    named.append(("memory.quantize", config.memory.quantize or ""))
+    for key, name in named:  # fail before the cache is filled, not after
+        if name in PACKAGES:
+            require_package(key, name)
+    tuners.select(config.tuner, family.targets, family.load_denoiser(torch.float32, meta=True))
+    run = open_run(config, ctx)
+    clips = build_cache(config, family, run, ctx)
+    per_step = config.train.accumulate * ctx.world
+    sampler = make_sampler(clips.plan.train, config.data.sources, config.train.batch, config.seed)
+    loader = Loader(
+        family,
+        clips.store,
+        clips.plan.train,
+        clips.media,
+        clips.text,
+        clips.empty,
+        sampler,
+        config.data.caption_dropout,
+        config.seed,
+        per_step,
+        [source.preserve for source in config.data.sources],
+    )
+    held_out = clips.held_out_batches(family)
+    say(f"loading {config.model.checkpoint}", show=ctx.main)
+    full = config.tuner.kind in ("full", "codec")  # float32 weights, computed under autocast
+    denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).train()
+    quantize.shrink(config.memory, denoiser, strategy.device, ctx.precision)
+    if config.memory.gradient_checkpointing:
+        memory.checkpoint(denoiser, config.memory.gradient_checkpointing)
+    tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
+    family.attached(denoiser)
+    if config.runtime.compile:
+        memory.compile_blocks(denoiser)
+    parameters = strategy.shard(denoiser)
+    count = sum(p.numel() for p in parameters.values())
+    say(f"training {len(parameters)} tensors, {count:,} numbers ({config.tuner.kind})", show=ctx.main)
+    optimizer = make_optimizer(
+        ctx.optimizer,
+        config.optim,
+        list(parameters.values()),
+        offload=config.memory.offload_optimizer,
+    )
+    precision = torch.autocast(
+        ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
+    )
+    step = make_step(config, family, precision, tuners.disabled)
+    meters = Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
+    network, held = strategy.own(denoiser, optimizer, parameters)
+    ema = EMA(config.optim.ema, held) if config.optim.ema else None
+    job = Job(
+        config,
+        ctx,
+        run,
+        family,
+        loader,
+        strategy,
+        denoiser,
+        network,
+        held,
+        optimizer,
+        step,
+        held_out,
+        clips.prompts,
+        meters,
+        ema,
+    )
+    job.resume()
+    meters.pause()
+    return job

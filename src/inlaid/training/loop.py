@@ -1,0 +1,74 @@
+"""The training loop.
+
+Order, noise and time steps are pure functions of (seed, micro-batch index). A killed run therefore resumes
+bit-identically from its last checkpoint, and N processes compute what one process computes with
+gradient accumulation N.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from inlaid import config as recipe
+from inlaid.console import progress
+from inlaid.data.batch import stable_hash
+from inlaid.runs.launch import Interrupt, start_processes
+from inlaid.training.job import prepare
+
+
+def train(config: recipe.Config) -> Path:
+    """Fill the cache, train, validate and sample; resumes an interrupted run.
+
+    Args:
+        config: the recipe.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: for every mistake that the user can fix.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the checkpoint is written.
+    """
+    with start_processes(config) as ctx:
+        job = prepare(config, ctx)
+        t, meters = config.train, job.meters
+        with (
+            Interrupt() as interrupt,
+            closing(job.loader.stream(job.start, t.steps, ctx)) as batches,
+            progress("train", t.steps, "step", show=ctx.main, done=job.start) as advance,
+        ):
+            for step in range(job.start + 1, t.steps + 1):
+                for i in range(t.accumulate):
+                    index, batch = next(batches)
+                    torch.manual_seed(stable_hash(config.seed, "dropout", index))
+                    generator = torch.Generator().manual_seed(stable_hash(config.seed, "noise", index))
+                    out = job.step(job.network, batch.to(ctx.device), generator)
+                    job.strategy.backward(out["loss"] / t.accumulate, last=i + 1 == t.accumulate)
+                    meters.add(step, out, batch.names)
+                meters.norm(step, job.update(step))
+                last = step == t.steps
+                stop = (
+                    step % t.log_every == 0 and any(ctx.gather(interrupt.wanted))
+                    if ctx.world > 1
+                    else interrupt.wanted
+                )
+                note = None
+                if step % t.log_every == 0 or step % t.save_every == 0 or last or stop:
+                    meters.check()
+                    line = meters.flush(step, learning_rate=job.rate(step))
+                    note = f"loss {line['loss']:.4f}"
+                if step % t.validate_every == 0 or last:
+                    job.validate(step)
+                if config.sample.every and step % config.sample.every == 0:
+                    job.sample(step)
+                if step % t.save_every == 0 or last or stop:
+                    job.save(step, final=last or stop)
+                advance(note=note)
+                if stop and not last:
+                    raise KeyboardInterrupt(
+                        f"stopped after step {step}; run the same command again to resume"
+                    )
+    return job.run.folder

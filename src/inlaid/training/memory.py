@@ -1,0 +1,138 @@
+"""Memory savings of a training job: gradient checkpointing, compiled blocks, optimizer state offload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from inlaid import config as recipe
+from inlaid.networks.quantize import blocks
+
+COMPILED_SHAPES = 64
+"""Maximum number of compiled graphs per block; torch's limit of 8 would stop a run with many buckets."""
+
+
+def problems(config: recipe.Config, device: torch.device, precision: torch.dtype) -> list[str]:
+    """Return messages about settings that this device does not support; empty if all are supported."""
+    memory, out = config.memory, []
+    if memory.offload_optimizer and device.type != "cuda":
+        out.append(
+            f"memory.offload_optimizer: has no effect on {device.type}, it needs a CUDA device; remove it"
+        )
+    if memory.quantize in ("int8", "float8", "nf4") and device.type not in ("cpu", "cuda"):
+        out.append(f"memory.quantize: {memory.quantize} has no kernels for {device.type}; use int4")
+    if memory.layerwise_casting == "float8" and device.type not in ("cpu", "cuda"):
+        out.append(f"memory.layerwise_casting: {device.type} has no float8; use bfloat16")
+    if memory.layerwise_casting == "bfloat16" and precision is torch.bfloat16:
+        out.append("memory.layerwise_casting: the base model is already bfloat16; use float8, or remove it")
+    if config.runtime.compile and device.type not in ("cpu", "cuda"):
+        out.append(f"runtime.compile: torch cannot compile a training step for {device.type}; remove it")
+    return out
+
+
+# --- activations --------------------------------------------------------------------------------------------
+
+
+def checkpoint(denoiser: nn.Module, every: bool | int) -> None:
+    """Enable gradient checkpointing for all blocks (True), or for every n-th block.
+
+    Checkpointed blocks store only their input. The others store all activations and need no extra time.
+    Gradients are the same.
+    """
+    known = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        if known.get(id(block), 0) % int(every):
+            return block(*args)
+        return recomputed(block, *args, use_reentrant=False)
+
+    denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+# --- optimizer ----------------------------------------------------------------------------------------------
+
+
+class Offloaded(torch.optim.Optimizer):
+    """Wrapper of any optimizer that steps on copies in CPU memory and keeps the optimizer state there.
+
+    torchao's `CPUOffloadOptimizer` copies gradients during the backward pass, before they are averaged over
+    processes and clipped. This class does in `step` what the optimizer would do on the device, and its state
+    is that of the wrapped optimizer.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ) -> None:
+        self.there = list(parameters)
+        pin = torch.cuda.is_available()
+        self.here = [nn.Parameter(torch.empty_like(p, device="cpu", pin_memory=pin)) for p in self.there]
+        self.inner = make(self.here)
+        self._fetch()
+
+    @torch.no_grad()
+    def _fetch(self) -> None:
+        for here, there in zip(self.here, self.there, strict=True):
+            here.copy_(there)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Parameter groups of the inner optimizer, so that learning rates can be set."""
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Mapping[Any, Any]:  # type: ignore[override]
+        """State of the inner optimizer."""
+        return self.inner.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Copy gradients to the CPU, step, and copy the weights back."""
+        for here, there in zip(self.here, self.there, strict=True):
+            if there.grad is None:
+                here.grad = None
+                continue
+            here.grad = (
+                torch.empty_like(here, pin_memory=here.is_pinned()) if here.grad is None else here.grad
+            )
+            here.grad.copy_(there.grad, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.inner.step()
+        for here, there in zip(self.here, self.there, strict=True):
+            there.copy_(here, non_blocking=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free the gradients on the device; the CPU copies are overwritten in the next step."""
+        for there in self.there:
+            there.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict of the inner optimizer."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of the inner optimizer; call it after the parameters are restored."""
+        self.inner.load_state_dict(state_dict)
+        self._fetch()
+
+
+# --- compilation --------------------------------------------------------------------------------------------
+
+
+def compile_blocks(denoiser: nn.Module, backend: str = "inductor") -> None:
+    """Compile each repeated block as one full graph; a graph break is an error.
+
+    The first shape is compiled statically, the second with dynamic sizes, which then serve all others: a run
+    with buckets compiles twice, and once more each for the validation loss and for samples.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.capture_dynamic_output_shape_ops = True  # Mochi picks real text tokens by `nonzero`
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_SHAPES)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * COMPILED_SHAPES)
+    for block in blocks(denoiser).values():
+        block.compile(fullgraph=True, backend=backend)

@@ -1,0 +1,370 @@
+"""Parallel strategies: replication (`ddp`) and sharding (`fsdp`, `zero2`, `zero3`).
+
+The loop, the tuners and the optimizer are independent of the strategy. A checkpoint stores whole tensors
+under the same names in every mode, so a run can resume in another mode or in a single process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+from inlaid.runs.launch import Context
+from inlaid.runs.packages import require_package
+from inlaid.training.checkpoints import pack_state
+
+
+class Replicated:
+    """`ddp` and single process: every process holds the whole network, and gradients are averaged."""
+
+    sharded = False
+    """True if a forward pass needs all processes."""
+
+    def __init__(self, ctx: Context, config: recipe.Config) -> None:
+        self.ctx, self.config = ctx, config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network before `shard`."""
+        return self.ctx.device
+
+    def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
+        """Keep this process's share of the network; returns the trained parameters by name."""
+        return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
+
+    def own(
+        self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+    ) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return the network that the step receives, and the trained weights as this process holds them."""
+        return denoiser, parameters
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; after `last` they are complete in modes that reduce them here."""
+        loss.backward()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
+    ) -> Tensor:
+        """Clip and apply the gradients; returns their norm before clipping, on the device."""
+        self._average(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _average(self, parameters: Sequence[Tensor]) -> None:
+        """Average gradients over processes, once after the last micro-batch of a step.
+
+        Adapters are small, so overlapping this with the backward pass gains nothing. Without a wrapper around
+        the network, its names, gradient checkpointing and compilation stay unchanged.
+        """
+        if self.ctx.world == 1:
+            return
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for part in parts(parameters):
+            flat = torch.cat([p.grad.flatten() for p in part if p.grad is not None])
+            dist.all_reduce(flat)
+            flat /= self.ctx.world
+            for p, g in zip(part, flat.split([p.numel() for p in part]), strict=True):
+                p.grad = g.view_as(p)
+
+    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole tensors on the main process, nothing on the others; all processes must call it."""
+        return {n: t.detach() for n, t in held.items()} if self.ctx.main else {}
+
+    @torch.no_grad()
+    def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+        """Copy each process's share of `whole` into `held`; every process has `whole`."""
+        for name, tensor in held.items():
+            tensor.copy_(whole[name])
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
+        """Return the optimizer state as JSON and, on the main process, its tensors; all must call it."""
+        moments: dict[str, Tensor] = {}
+        return pack_state(optimizer.state_dict(), "optimizer", moments), self.gather(moments)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Restore the optimizer state from whole tensors."""
+        optimizer.load_state_dict(state)
+
+
+class FSDP(Replicated):
+    """FSDP2: each process holds a shard of every weight, gradient and moment; running blocks are gathered.
+
+    Frozen weights are sharded too. They may be bfloat16 beside trained float32 weights: only tensors that are
+    reduced must share one dtype, and everything trained is float32.
+    """
+
+    sharded = True
+    device = torch.device("cpu")  # type: ignore[assignment]  # moved in blocks: may not fit whole
+
+    def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
+        """Shard each repeated block as one group, and everything else as another."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        from inlaid.networks import quantize
+
+        mesh = init_device_mesh(self.ctx.device.type, (self.ctx.world,))
+        for block in quantize.blocks(denoiser).values():
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        # The root too: else its weights stay gathered after a pass without gradients, and training would
+        # continue with the EMA weights that were swapped in for validation.
+        self.root = fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
+        return super().shard(denoiser)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate whole gradients until the last micro-batch, then reduce them once."""
+        self.root.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
+    ) -> Tensor:
+        """Step as `Replicated.step`; the norm is over all shards."""
+        return whole(super().step(optimizer, parameters, clip))
+
+    def _average(self, parameters: Sequence[Tensor]) -> None:
+        """Do nothing: the backward pass has reduced the gradients."""
+
+    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather as `Replicated.gather`, one tensor at a time; whole tensors go to the main process's CPU."""
+        out = {}
+        for name, tensor in held.items():
+            value = whole(tensor.detach())
+            if self.ctx.main:
+                out[name] = value.cpu()
+        return out
+
+    @torch.no_grad()
+    def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+        """Scatter as `Replicated.scatter`."""
+        for name, tensor in held.items():
+            tensor.copy_(_share(whole[name], tensor))
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Shard moments like their weights; other values, such as step counts, are kept whole."""
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = [i for group in state["param_groups"] for i in group["params"]]
+        shares = {
+            i: {
+                k: _share(v, p) if isinstance(v, Tensor) and v.shape == p.shape else v
+                for k, v in state["state"][i].items()
+            }
+            for i, p in zip(numbers, own, strict=True)
+            if i in state["state"]
+        }
+        optimizer.load_state_dict({**state, "state": shares})
+
+
+class Zero(Replicated):
+    """DeepSpeed: gradients and moments are sharded (ZeRO-2), or the weights too (ZeRO-3).
+
+    Its optimizer keeps flat copies of the trained weights, which `scatter` must refresh. Gradients are
+    reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its dtype.
+    """
+
+    def __init__(self, ctx: Context, config: recipe.Config) -> None:
+        super().__init__(ctx, config)
+        self.stage = {"zero2": 2, "zero3": 3}[config.runtime.parallel]
+        self.sharded = self.stage == 3
+        if ctx.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        self.deepspeed = require_package("runtime.parallel", "deepspeed")
+        # On a CPU, DeepSpeed would spend minutes compiling an operation that only inference uses.
+        self.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = ctx.device.type != "cpu"
+
+    def own(
+        self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+    ) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Wrap the network as in `Replicated.own`; ZeRO-3 shards frozen weights too."""
+        self.groups = optimizer.state_dict()["param_groups"]
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.shapes = {n: p.shape for n, p in denoiser.named_parameters()}
+        settings = {
+            "train_micro_batch_size_per_gpu": self.config.train.batch,
+            "gradient_accumulation_steps": self.config.train.accumulate,
+            "gradient_clipping": self.config.optim.clip or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 40,
+            # Release weights after each use: no gathered weight may outlive a swap with the EMA.
+            "zero_optimization": {
+                "stage": self.stage,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
+            },
+        }
+        self.engine, *_ = self.deepspeed.initialize(model=denoiser, optimizer=optimizer, config=settings)
+        if self.stage == 2:
+            return self.engine, parameters
+        return self.engine, {n: p.ds_tensor for n, p in parameters.items()}  # type: ignore[attr-defined]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients as in `Replicated.backward`."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
+    ) -> Tensor:
+        """Step as `Replicated.step`."""
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.ctx.device)
+
+    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather as `Replicated.gather`."""
+        if self.stage == 2:  # weights are slices of one tensor; safetensors needs separate ones
+            return {n: t.clone() for n, t in super().gather(held).items()}
+        out = {}
+        for name, tensor in held.items():
+            value = getattr(tensor, "ds_tensor", tensor).detach()
+            if name in self.shapes:  # buffers are whole
+                parts = value.new_empty(self.ctx.world * value.numel())
+                dist.all_gather_into_tensor(parts, value.flatten())
+                value = parts[: self.shapes[name].numel()].view(self.shapes[name])
+            if self.ctx.main:
+                out[name] = value.cpu().clone()
+        return out
+
+    @torch.no_grad()
+    def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+        """Scatter as `Replicated.scatter`."""
+        for name, tensor in held.items():
+            value = whole[name]
+            if self.stage == 3:
+                padded = nn.functional.pad(
+                    value.flatten(), (0, self.ctx.world * tensor.numel() - value.numel())
+                )
+                value = padded.chunk(self.ctx.world)[self.ctx.rank].view_as(tensor)
+            tensor.copy_(value)
+        self.engine.optimizer.refresh_fp32_params()
+
+    def _share(self, parameter: Tensor) -> tuple[Tensor, int, int, int] | None:
+        """Locate this process's part of a weight: flat tensor, offset in it, length, offset in the weight."""
+        zero: Any = self.engine.optimizer
+        if self.stage == 3:
+            group, at, n = zero.grad_position[zero.get_param_id(parameter)]
+            return zero.fp32_partitioned_groups_flat[group], at, n, n * self.ctx.rank
+        place = parameter._hp_mapping  # type: ignore[attr-defined]
+        if place is None:
+            return None
+        flat = zero.single_partition_of_fp32_groups[place.param_group_index]
+        here, there = place.hp_fragment_address, place.lp_fragment_address
+        return flat, here.start, here.numel, there.start
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
+        """Return the state as `Replicated.optimizer_state`, in the form of AdamW without DeepSpeed."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, p in enumerate(self.trained):
+            shape = getattr(p, "ds_shape", p.shape)
+            share, state[i] = self._share(p), {}
+            steps = [s["step"] for s in optimizer.state.values()]
+            state[i]["step"] = steps[0].clone() if steps else torch.tensor(0.0)
+            for key in MOMENTS:
+                size = shape.numel() if share is None or self.stage == 2 else self.ctx.world * share[2]
+                value = torch.zeros(size, device=self.ctx.device)
+                if share is not None:
+                    flat, at, n, first = share
+                    value[first : first + n] = optimizer.state[flat][key][at : at + n]
+                dist.reduce(value, 0)
+                state[i][key] = (
+                    value[: shape.numel()].view(shape).cpu().clone() if self.ctx.main else value[:0]
+                )
+        groups = [
+            {**kept, "lr": now["lr"]} for kept, now in zip(self.groups, optimizer.param_groups, strict=True)
+        ]
+        moments: dict[str, Tensor] = {}
+        packed = pack_state({"state": state, "param_groups": groups}, "optimizer", moments)
+        return packed, moments if self.ctx.main else {}
+
+    @torch.no_grad()
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Restore the state as `Replicated.load_optimizer`."""
+        for i, p in enumerate(self.trained):
+            share = self._share(p)
+            if share is None or i not in state["state"]:
+                continue
+            flat, at, n, first = share
+            mine = optimizer.state[flat]
+            if not mine:
+                mine["step"] = state["state"][i]["step"].clone()
+                mine |= {key: torch.zeros_like(flat) for key in MOMENTS}
+            for key in MOMENTS:
+                part = state["state"][i][key].flatten()[first : first + n]
+                mine[key][at : at + len(part)] = part
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of the moments in the state of AdamW."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor as a plain one; all processes must call it together."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _share(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard a whole tensor like another one, without communication."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return tensor
+    moved = tensor.to(like.device, like.dtype)
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def parts(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Tensor]]:
+    """Group adjacent tensors up to `most` elements in total, so that reducing needs little extra memory."""
+    part: list[Tensor] = []
+    for p in parameters:
+        if part and sum(q.numel() for q in part) + p.numel() > most:
+            yield part
+            part = []
+        part.append(p)
+    if part:
+        yield part
+
+
+def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
+    """Return messages about settings that sharding does not support; empty if all are supported."""
+    mode, out = config.runtime.parallel, []
+    if mode == "ddp":
+        return out
+    if world == 1:
+        out.append(
+            f"runtime.parallel: {mode} needs several processes, this launch has one: start it with "
+            "`torchrun --nproc-per-node N -m inlaid train RECIPE`, or use ddp"
+        )
+    if config.optim.name != "adamw":
+        out.append(f"optim.name: {config.optim.name} does not support sharded weights; use adamw with {mode}")
+    if mode != "fsdp" and config.tuner.kind == "full" and precision is not torch.float32:
+        out.append(
+            f"runtime.precision: full fine-tuning with {mode} needs float32 (DeepSpeed disables autocast); "
+            "for bfloat16 use fsdp"
+        )
+    if config.runtime.compile:
+        out.append(f"runtime.compile: not supported with runtime.parallel={mode}; use ddp, or remove it")
+    return out
+
+
+def strategy(config: recipe.Config, ctx: Context) -> Replicated:
+    """Return the parallel strategy of a recipe.
+
+    Raises:
+        ValueError: with everything that it does not support.
+    """
+    wrong = problems(config, ctx.world, ctx.precision)
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    kinds = {"ddp": Replicated, "fsdp": FSDP, "zero2": Zero, "zero3": Zero}
+    return kinds[config.runtime.parallel](ctx, config)

@@ -1,0 +1,144 @@
+"""Training steps: one micro-batch to losses, and the validation loss.
+
+All randomness of a micro-batch (noise, time, colors) is a function of its generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+from inlaid.data.batch import Batch, stable_hash
+from inlaid.families import Family
+from inlaid.objectives import Objective, mean_squared_error
+from inlaid.training.rgba_vae_step import RgbaVaeStep
+
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Quantiles of the noise level distribution at which the validation loss is measured."""
+
+
+class Step(Protocol):
+    """Callable that returns the losses of one micro-batch; `loss` is required.
+
+    `losses` and every `loss_NAME` have one value per sample; their means are reported.
+    """
+
+    def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the losses; randomness comes from `generator` on the CPU, the same for every device."""
+        ...
+
+    def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
+        """Return one row of numbers per batch, the same in every call with the same network."""
+        ...
+
+    def summary(self, rows: Tensor) -> dict[str, float]:
+        """Return the mean row of all validation batches as named numbers, including the validation loss."""
+        ...
+
+
+def make_step(
+    config: recipe.Config,
+    family: Family,
+    precision: AbstractContextManager[Any],
+    untuned: Callable[[nn.Module], AbstractContextManager[Any]],
+) -> Step:
+    """Return the step of a recipe."""
+    if isinstance(config.tuner, recipe.Codec):
+        return RgbaVaeStep.of(config.tuner, precision)
+    objective = family.objective(config.objective, config.data.size)
+    return DenoisingStep(family, objective, precision, untuned)
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """Denoising loss: mean of w(t) (prediction - target)^2 in float32.
+
+    For samples with prior preservation (Ruiz et al. 2023, section 3.2) the target is the prediction of the
+    network without its adapter, as in learning without forgetting (Li & Hoiem 2016). This target contains no
+    noise.
+    """
+
+    family: Family
+    objective: Objective
+    precision: AbstractContextManager[Any] = field(
+        default_factory=lambda: torch.autocast("cpu", enabled=False)
+    )
+    untuned: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    """Context that disables the trained weights; needed for batches with prior preservation."""
+
+    def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the losses of a micro-batch; see `Step`."""
+        n, device = len(batch.latents), batch.latents.device
+        t = self.objective.sample_time(n, generator).to(device)
+        noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
+        prediction, target, weight = self._predict(denoiser, batch, t, noise)
+        pairs = {"losses": (prediction, target)}
+        for name, part in self.family.parts(prediction.detach()).items():
+            pairs[f"loss_{name}"] = part, self.family.parts(target)[name]
+        found = {name: mean_squared_error(*pair, weight) for name, pair in pairs.items()}
+        return {"loss": found["losses"].mean(), **{k: v.detach() for k, v in found.items()}, "t": t}
+
+    def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss of each sample at given times (n,) and noise."""
+        return mean_squared_error(*self._predict(denoiser, batch, t, noise))
+
+    def _predict(
+        self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return prediction, target and weight of each sample."""
+        x0 = batch.latents.float()
+        x_t = self.objective.corrupt(x0, noise, t)
+        with self.precision:
+            kept = self._untuned(denoiser, batch, x_t, t)
+            prediction = self.family.predict(denoiser, x_t, t, batch.cond)
+        target, weight = self.objective.target(x0, noise, t), self.objective.weight(t)
+        if kept is not None and batch.preserve is not None:
+            target = target.index_copy(0, batch.preserve.nonzero()[:, 0], kept.to(target.dtype))
+            weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
+        return prediction, target, weight
+
+    @torch.no_grad()
+    def _untuned(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """Return the base model's prediction for samples with prior preservation; None if there are none."""
+        if batch.preserve is None:
+            return None
+        assert self.untuned is not None
+        rows = batch.preserve.nonzero()[:, 0]
+        with self.untuned(denoiser):
+            cond = {k: v[rows] for k, v in batch.cond.items()}
+            return self.family.predict(denoiser, x_t[rows], t[rows], cond)
+
+    @torch.no_grad()
+    def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
+        """Return the loss of each batch at each of `QUANTILES` with fixed noise: shape (batches, quantiles).
+
+        Noise levels and noise are the same in every call, so two calls differ only by the network.
+        """
+        times = self.objective.quantile(torch.tensor(QUANTILES))
+        was_training = denoiser.training
+        denoiser.eval()
+        rows = []
+        for batch in batches:
+            batch = batch.to(device)
+            row = []
+            for q, t in enumerate(times):
+                generator = torch.Generator().manual_seed(stable_hash("held out", *batch.names, q))
+                noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+                row.append(
+                    self.losses(denoiser, batch, t.expand(len(batch.latents)).to(device), noise).mean()
+                )
+            rows.append(torch.stack(row))
+        denoiser.train(was_training)
+        return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
+
+    def summary(self, rows: Tensor) -> dict[str, float]:
+        """Return the mean over noise levels, and the loss at each level."""
+        losses = rows.tolist()
+        values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
+        return {"held_out_loss": sum(losses) / len(losses), **values}
