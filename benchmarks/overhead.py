@@ -42,7 +42,7 @@ def prepare(folder: Path, steps: int) -> Path:
     recipe = {
         "run": str(folder / "run"),
         "model": {"family": "wan", "checkpoint": str(folder / "model")},
-        "data": {"sources": str(folder / "clips"), "size": [SIZE, SIZE], "frames": FRAMES, "held_out": 0},
+        "data": {"sources": str(folder / "clips"), "size": [SIZE, SIZE], "frames": FRAMES, "validation": 0},
         "tuner": {"rank": 16},
         "train": {"steps": steps, "save_every": steps, "log_every": 1, "validate_every": steps},
     }

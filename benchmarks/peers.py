@@ -58,7 +58,7 @@ def inlaid(folder: Path, precision: str) -> list[float]:
             "sources": str(clips),
             "size": [128, 128],
             "frames": 17,
-            "held_out": 0,
+            "validation": 0,
             "cache": str(folder / "cache"),
         },
         "tuner": {"rank": 16, "targets": [r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"]},

@@ -67,7 +67,7 @@ def main() -> None:
                 "sources": [source],
                 "size": [480, 832],
                 "frames": 81,
-                "held_out": 0,
+                "validation": 0,
                 "cache": str(args.out / "cache"),
             },
             "tuner": {"rank": 4},
@@ -84,7 +84,7 @@ def main() -> None:
             {
                 "layout": name,
                 "clips": json.loads((run / "check/report.json").read_text("utf-8"))["clips"],
-                "encoded": len(items(args.out)) - len(before),
+                "precomputed": len(items(args.out)) - len(before),
                 "cached_megabytes": max(items(args.out).values()) / 1e6,
                 "generated_bytes": video.stat().st_size,
                 **steps,

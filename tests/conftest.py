@@ -99,7 +99,7 @@ def encoded(shared: Path) -> Path:
 
     An item's name is the hash of all that decides its numbers, so tests cannot disturb each other.
     """
-    return shared / "encoded"
+    return shared / "precomputed"
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +197,7 @@ def recipe(
                 "sources": str(clips if clips.is_dir() else make_clips()),
                 "size": [32, 32],
                 "frames": 9,
-                "held_out": 1,
+                "validation": 1,
                 "cache": str(encoded),
             },
             "tuner": {"kind": "lora", "rank": 4},
@@ -231,7 +231,7 @@ def contract_recipe(
         family = open_family(folder, case)
         frames, *size = shape(family)
         clips, data = tmp_path / "clips", {"size": size, "frames": frames}
-        if family.medium == "scene":
+        if family.modality == "scene":
             clips, data = tmp_path / "scenes", {}
         if not clips.is_dir() and not data:
             make_scenes((2, 2, 2, 2))
@@ -241,7 +241,7 @@ def contract_recipe(
             "run": str(tmp_path / "run"),
             "seed": 3,
             "model": {**random.model(*case), "checkpoint": str(folder)},
-            "data": {"sources": str(clips), "held_out": 1, "cache": str(encoded), **data},
+            "data": {"sources": str(clips), "validation": 1, "cache": str(encoded), **data},
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 2e-2},
             "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},

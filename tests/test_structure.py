@@ -135,7 +135,7 @@ OLD_WORDS = (
     r"\bmediums?\b",
     r"\bcut-?outs?\b",
     r"\btwins?\b",
-    r"\bheld[-_]out\b|\bheld_out_",
+    r"\bheld[-_]out\b|\bvalidation_",
     r"\btold\b",
     r"\bforgiv(e|es|ing)\b",
     r"\brecomput(e|es|ing) (blocks|all)\b",

@@ -66,7 +66,7 @@ class FlowMatching:
     truncated to `interval`.
     """
 
-    preset: str = "inlaid"
+    preset: str = "logit_normal"
     s: float = 3.0
     mean: float = 0.0
     std: float = 1.0

@@ -25,7 +25,7 @@ SIZE = (32, 32)
 def ground(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
     """A folder of three good pairs, and a recipe that works."""
     monkeypatch.setattr(opening, "MIXINS", {"joint": make.Glass})
-    return tmp_path / "cutouts", make.transparent(recipe(data__held_out=0), tmp_path / "cutouts", 3)
+    return tmp_path / "rgba_clips", make.transparent(recipe(data__validation=0), tmp_path / "rgba_clips", 3)
 
 
 def solid(value: int) -> np.ndarray:

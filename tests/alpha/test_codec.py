@@ -197,7 +197,7 @@ def test_codecs_fit_one_kind_of_vae(tiny_5b: Path) -> None:
 
 @pytest.fixture
 def codec_recipe(recipe: Callable[..., dict], tmp_path: Path) -> Callable[..., config.Config]:
-    clips = rgba_clips(tmp_path / "cutouts")
+    clips = rgba_clips(tmp_path / "rgba_clips")
 
     def make(**changes: object) -> config.Config:
         raw = recipe(
@@ -229,11 +229,13 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
     assert {n for n, v in cached.items() if v.dtype is torch.uint8} == {*bytewise}, "as the estimate counts"
     codec = rgba_vae_checkpoint.load(run / "codec", vae)
     assert (run / "codec" / "README.md").is_file() and codec.rgb.rank == 2
-    held_out = [m for m in metrics(run) if "held_out_loss" in m]
-    assert [m["step"] for m in held_out] == [2, 4]
-    assert {"held_out_rgb_mae", "held_out_alpha_mae_soft", "held_out_all_clear_alpha_mae"} <= held_out[
-        0
-    ].keys()
+    validation = [m for m in metrics(run) if "validation_loss" in m]
+    assert [m["step"] for m in validation] == [2, 4]
+    assert {
+        "validation_rgb_mae",
+        "validation_alpha_mae_soft",
+        "validation_all_clear_alpha_mae",
+    } <= validation[0].keys()
     train(codec_recipe(run=str(tmp_path / "halves"), train__steps=4))
     shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step-000004")
     shutil.rmtree(tmp_path / "halves" / "codec")
@@ -243,7 +245,7 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
         assert all(torch.equal(ours[n], theirs[n]) for n in ours), file.name
     report = rgba_vae.evaluate(run)
     assert report.path.is_file() and report.path.with_suffix(".png").is_file()
-    assert report.values["alpha_mae"] == pytest.approx(held_out[-1]["held_out_alpha_mae"], abs=1e-6)
+    assert report.values["alpha_mae"] == pytest.approx(validation[-1]["validation_alpha_mae"], abs=1e-6)
     assert any("where the clips are" in w or "regions" in w for w in report.warnings), (
         "four steps teach nothing"
     )

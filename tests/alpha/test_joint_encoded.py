@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.precomputed import CASES, Checkpoint, built, cogvideox, mochi, recipe, shape
 from torch import Tensor
 
 from inlaid import config
@@ -15,7 +16,6 @@ from inlaid.data import precomputed
 from inlaid.data.plan import plan_dataset
 from inlaid.media.kinds import MediaError
 from inlaid.tiny.random import TEXT_WIDTH
-from support.encoded import CASES, Checkpoint, built, cogvideox, mochi, recipe, shape
 
 PAIRS = CASES[:2]
 both = pytest.mark.parametrize("kind", PAIRS, ids="-".join)
@@ -48,7 +48,7 @@ def write(folder: Path, kind: tuple[str, str], joined: bool, n: int = 3) -> list
 
 
 def settings(kind: tuple[str, str], checkpoint: Checkpoint, run: Path, source: Path) -> dict[str, Any]:
-    raw = recipe(kind, checkpoint, run, str(source), data__held_out=0)
+    raw = recipe(kind, checkpoint, run, str(source), data__validation=0)
     return {**raw, "alpha": {"kind": "joint"}}
 
 
@@ -60,7 +60,8 @@ def test_both_clips_are_read(
     clips = write(tmp_path / "clips", kind, joined)
     made = built(settings(kind, checkpoint, tmp_path / "run", tmp_path / "clips"))
     assert (
-        made.plan.sources[0].layout == "encoded" and [w.shape for w in made.plan.train] == [shape(kind)] * 3
+        made.plan.sources[0].layout == "precomputed"
+        and [w.shape for w in made.plan.train] == [shape(kind)] * 3
     )
     family = build_family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
     for name, wanted in zip(made.media, clips, strict=True):

@@ -43,7 +43,7 @@ def joint_recipe(checkpoint: Checkpoint, encoded: Path, tmp_path: Path) -> Calla
             "run": str(tmp_path / "run"),
             "seed": 3,
             "model": {**random.model(*case), "checkpoint": str(checkpoint(*case))},
-            "data": {"sources": str(tmp_path / "clips"), "held_out": 1, "cache": str(encoded)},
+            "data": {"sources": str(tmp_path / "clips"), "validation": 1, "cache": str(encoded)},
             "tuner": {"kind": "lora", "rank": 4},
             "alpha": {"kind": "joint"},
             "optim": {"lr": 2e-2},

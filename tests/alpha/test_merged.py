@@ -50,7 +50,7 @@ def codecs(vae: AutoencoderKLWan, tmp_path_factory: pytest.TempPathFactory) -> l
 
 @pytest.fixture
 def merged(recipe: Callable[..., dict], codecs: list[Path], tmp_path: Path) -> Callable[..., config.Config]:
-    clips = rgba_clips(tmp_path / "cutouts")
+    clips = rgba_clips(tmp_path / "rgba_clips")
 
     def make(**changes: object) -> config.Config:
         raw = recipe(alpha={"kind": "merged", "codec": str(codecs[0]), "colors": 2}, data__sources=str(clips))
@@ -187,7 +187,7 @@ def test_other_checkpoints_are_refused(
     ("codec", "said"),
     [
         ("nowhere", "nowhere is not a folder"),
-        ("twin:mochi", "no RGBA VAE of a tiny model"),
+        ("tiny:mochi", "no RGBA VAE of a tiny model"),
         (".", "is not an RGBA VAE"),
     ],
 )

@@ -34,7 +34,7 @@ from support import rgba_clips as make
 def raw(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """A function that gives a small transparent recipe, with changes."""
     monkeypatch.setattr(opening, "MIXINS", {"joint": make.Glass})
-    return lambda **changes: make.transparent(recipe(**changes), tmp_path / "cutouts")
+    return lambda **changes: make.transparent(recipe(**changes), tmp_path / "rgba_clips")
 
 
 def test_check_shows_what_alpha_is_like(raw: Any, tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_check_shows_what_alpha_is_like(raw: Any, tmp_path: Path) -> None:
 def test_check_names_what_is_wrong_with_alpha(raw: Any, tmp_path: Path) -> None:
     pixels = make.clip(size=(32, 32))
     section = raw()
-    make.video(tmp_path / "cutouts/01_alpha.mkv", pixels[:-1, ..., 3:])
-    (tmp_path / "cutouts/02_alpha.mkv").unlink()
+    make.video(tmp_path / "rgba_clips/01_alpha.mkv", pixels[:-1, ..., 3:])
+    (tmp_path / "rgba_clips/02_alpha.mkv").unlink()
     report = check.check_recipe(config.build(section))
     assert not report.ok
     out = io.StringIO()
@@ -154,9 +154,9 @@ def test_matte_options_need_a_transparent_run(recipe: Any, raw: Any) -> None:
 
 def test_new_says_that_clips_have_alpha(tmp_path: Path, tiny_wan: Path, make_clips: Any) -> None:
     for i in range(2):
-        make.pair(tmp_path / "cutouts", f"{i}", make.clip(i, size=(32, 32)))
-    for folder, says in ((tmp_path / "cutouts", "#   kind: joint"), (make_clips(2), "")):
+        make.pair(tmp_path / "rgba_clips", f"{i}", make.clip(i, size=(32, 32)))
+    for folder, says in ((tmp_path / "rgba_clips", "#   kind: joint"), (make_clips(2), "")):
         path = new_recipe("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
         text = path.read_text("utf-8")
         assert (says in text) if says else ("alpha" not in text)
-    assert "2 files have alpha or are alpha mattes" in (tmp_path / "cutouts.yaml").read_text("utf-8")
+    assert "2 files have alpha or are alpha mattes" in (tmp_path / "rgba_clips.yaml").read_text("utf-8")

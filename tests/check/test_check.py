@@ -39,13 +39,13 @@ def run(recipe: Any) -> Any:
 
 
 def test_a_good_recipe(run, tmp_path):
-    report = run(data__held_out=1, data__frames=[5, 9])
+    report = run(data__validation=1, data__frames=[5, 9])
     assert report.ok
     assert report.problems == report.mistakes == []
     assert report.clips == 4
     (bucket,) = report.buckets
     assert (bucket.frames, bucket.height, bucket.width) == (9, 32, 32)
-    assert (bucket.train, bucket.held_out, bucket.batches) == (3, 1, 3)
+    assert (bucket.train, bucket.validation, bucket.batches) == (3, 1, 3)
     assert report.buckets[0].latent == (16, 3, 4, 4)
     assert report.buckets[0].tokens == 12
     saved = json.loads((tmp_path / "run" / "check" / "report.json").read_text("utf-8"))
@@ -68,7 +68,7 @@ def test_the_sheet_shows_the_frames_of_the_model(run, tmp_path, tiny_wan):
     folder.mkdir()
     videos.write(folder / "a.mp4", 24, 24, (64, 96), draw=lambda k, s: videos.still(s, (10 * k, 0, 255)))
     (folder / "a.txt").write_text("a caption")
-    report = run(data__held_out=0, data__size=[64, 64])
+    report = run(data__validation=0, data__size=[64, 64])
     assert report.contact_sheet == str(tmp_path / "run" / "check" / "contact_sheet.png")
     sheet = np.asarray(Image.open(report.contact_sheet)).astype(int)
     blues = sheet[(sheet[..., 2] > 240) & (sheet[..., 1] < 15)]
@@ -87,7 +87,7 @@ def test_errors_make_it_not_ready(run, make_clips, tmp_path):
     (folder / "00.txt").unlink()
     shutil.copy(folder / "01.mp4", folder / "02.mp4")
     (folder / "03.mp4").write_bytes((folder / "03.mp4").read_bytes()[:300])
-    report = run(data__held_out=0)
+    report = run(data__validation=0)
     assert not report.ok
     assert {p.code for p in report.problems} == {"no-caption", "duplicate", "truncated"}
     text = printed(report)
@@ -101,7 +101,7 @@ def test_errors_make_it_not_ready(run, make_clips, tmp_path):
 def test_warnings_alone_are_fine(run, make_clips):
     folder = make_clips(3)
     shutil.copy(folder / "01.mp4", folder / "02.mp4")
-    report = run(data__held_out=0)
+    report = run(data__validation=0)
     assert [p.severity for p in report.problems] == ["warning"]
     assert report.ok
     assert "ready to train: 0 errors, 1 warning\n" in printed(report)
@@ -138,7 +138,7 @@ def test_damage_that_only_reading_shows(run, make_clips):
     raw = bytearray((folder / "00.npz").read_bytes())
     raw[len(raw) // 2] ^= 255
     (folder / "00.npz").write_bytes(raw)
-    report = run(data__held_out=0)
+    report = run(data__validation=0)
     assert [(p.code, p.name) for p in report.problems] == [("truncated", "00.npz")]
     assert not report.ok
     assert report.contact_sheet, "the others are drawn"
@@ -151,7 +151,7 @@ def test_only_some_windows_are_drawn(run, make_clips, monkeypatch):
     monkeypatch.setattr(
         contact_sheet, "contact_sheet", lambda rows, *a, **k: drawn.extend(r.label for r in rows)
     )
-    run(data__held_out=0)
+    run(data__validation=0)
     assert drawn == ["00.mp4", "02.mp4", "04.mp4"]
 
 
@@ -161,11 +161,11 @@ def test_notes_on_what_is_right_but_surprising(run, tmp_path):
     for k in range(3):
         videos.write(folder / f"{k}.mp4", 12 + k, 16, (32, 32))
         (folder / f"{k}.txt").write_text("x")
-    notes = run(data__held_out=0.1).notes
+    notes = run(data__validation=0.1).notes
     assert any("no validation clips (there are only 3 clips)" in n for n in notes)
     assert any("3 of 3 files do not specify a color matrix" in n for n in notes)
-    assert any("data.validation is 0" in n for n in run(data__held_out=0).notes)
-    assert not any("no validation clips" in n for n in run(data__held_out=1).notes)
+    assert any("data.validation is 0" in n for n in run(data__validation=0).notes)
+    assert not any("no validation clips" in n for n in run(data__validation=1).notes)
 
 
 def test_a_device_that_is_not_here(run):

@@ -55,7 +55,7 @@ class Ground:
                 "sources": str(self.clips),
                 "size": [32, 32],
                 "frames": 9,
-                "held_out": 0,
+                "validation": 0,
                 "cache": str(self.cache),
             },
             "tuner": {"kind": "lora", "rank": 2},
@@ -332,7 +332,7 @@ def test_base(ground: Ground, case: str) -> None:
     ("name", "words"),
     [
         ("./nothing", ["model.checkpoint: `./nothing` is neither a folder in diffusers layout nor a Hub id"]),
-        ("twin:sora", ["there is no tiny model 'sora': use wan"]),
+        ("tiny:sora", ["there is no tiny model 'sora': use wan"]),
         ("some/one", ["model.checkpoint: `some/one` is not a local folder", "the Hub", "check the name"]),
     ],
 )
@@ -619,7 +619,7 @@ def test_clips(ground: Ground, case: str) -> None:
         shutil.copy(ground.clips / name, "d")
     damage(Path("d"))
     clips = files(Path("d"))
-    changes = {"data__held_out": 2} if case == "nothing left to train on" else {}
+    changes = {"data__validation": 2} if case == "nothing left to train on" else {}
     recipe = ground.write(data__sources=[source], data__cache="cache", **changes)
     refused(inlaid("cache", recipe), *words)
     assert not Path("cache").exists(), "nothing is encoded before all is well"

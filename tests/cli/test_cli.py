@@ -148,10 +148,10 @@ def test_new_writes_a_recipe_that_check_passes(tiny_wan: Path) -> None:
 
 
 def test_cache_encodes_once() -> None:
-    first = worked("cache", "clips.yaml", "run=runs/cached", "data.held_out=0")
+    first = worked("cache", "clips.yaml", "run=runs/cached", "data.validation=0")
     assert first.said.endswith("5 encoded, 0 already cached: runs/cached/cache ")
     kept = files(Path("runs/cached/cache/media"))
-    second = worked("cache", "clips.yaml", "run=runs/cached", "data.held_out=0")
+    second = worked("cache", "clips.yaml", "run=runs/cached", "data.validation=0")
     assert second.said.endswith("0 encoded, 5 already cached: runs/cached/cache ")
     assert files(Path("runs/cached/cache/media")) == kept
 
@@ -162,7 +162,7 @@ def test_train_leaves_a_run() -> None:
     assert run.config().optim.lr == 0.05 and run.config().train.steps == 4
     assert ADAPTER.is_file() and (run.adapter / "README.md").is_file()
     lines = read_metrics(run.metrics)
-    assert {"loss", "held_out_loss"} <= {key for line in lines for key in line}
+    assert {"loss", "validation_loss"} <= {key for line in lines for key in line}
 
 
 def test_a_finished_run_stays_as_it_is_and_goes_on_when_asked() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.precomputed import CASES, Checkpoint, clips, recipe, write
 
 from inlaid.tiny.random import TEXT_WIDTH
 from support.commands import inlaid
-from support.encoded import CASES, Checkpoint, clips, recipe, write
 
 MOCHI, COG, I2V, PAIRS = CASES
 
@@ -183,7 +183,7 @@ def test_encoded_clip(
     case: str, checkpoint: Checkpoint, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     bad = CASES_[case]
-    source = write(tmp_path / "encoded", bad.kind)
+    source = write(tmp_path / "precomputed", bad.kind)
     bad.spoil(source)
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(recipe(bad.kind, checkpoint, tmp_path / "run", str(source))), "utf-8")
@@ -205,36 +205,36 @@ def said(raw: dict, path: Path) -> str:
 
 
 def test_a_family_that_reads_none(tiny_wan: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = write(tmp_path / "encoded", MOCHI)
+    source = write(tmp_path / "precomputed", MOCHI)
     raw = recipe(MOCHI, checkpoint, tmp_path / "run", str(source))
     raw["model"] = {"family": "wan", "checkpoint": str(tiny_wan)}
     raw["data"]["frames"] = 9
     assert "contains no clips" in (found := said(raw, tmp_path / "r.yaml"))
     assert "it contains 8 .pt files, but this model does not read any" in found
-    raw["data"]["sources"] = {"path": str(source), "layout": "encoded"}
+    raw["data"]["sources"] = {"path": str(source), "layout": "precomputed"}
     assert "contains no precomputed latents; this model does not read any" in said(raw, tmp_path / "r.yaml")
 
 
 def test_the_layout_of_another_family(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = str(write(tmp_path / "encoded", COG))
+    source = str(write(tmp_path / "precomputed", COG))
     found = said(recipe(MOCHI, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
     assert "it contains 8 .pt files, but this model reads NAME.latent.pt + NAME.embed.pt" in found
 
 
 def test_a_root_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = {"path": str(write(tmp_path / "encoded", COG)), "root": str(tmp_path)}
+    source = {"path": str(write(tmp_path / "precomputed", COG)), "root": str(tmp_path)}
     found = said(recipe(COG, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
     assert "`root` is only for manifests: remove it" in found
 
 
 def test_samples_without_prompts(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = str(write(tmp_path / "encoded", COG))
+    source = str(write(tmp_path / "precomputed", COG))
     raw = recipe(COG, checkpoint, tmp_path / "run", source, sample__prompts=[], sample__every=2)
     assert "sample.every: precomputed latents provide no prompts" in said(raw, tmp_path / "r.yaml")
 
 
 def test_numbers_that_are_not_finite(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = write(tmp_path / "encoded", COG)
+    source = write(tmp_path / "precomputed", COG)
     raw = recipe(COG, checkpoint, tmp_path / "run", str(source))
     torch.save(torch.full((32, 3, 4, 8), float("nan")), source / VIDEO)
     assert "0.pt: NaN or infinite values in moments" in said(raw, tmp_path / "r.yaml")
@@ -245,7 +245,7 @@ def test_numbers_that_are_not_finite(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 def test_a_trigger_that_comes_too_late(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    source = str(write(tmp_path / "encoded", COG))
+    source = str(write(tmp_path / "precomputed", COG))
     path.write_text(
         json.dumps(recipe(COG, checkpoint, tmp_path / "run", source, data__trigger="zorble")), "utf-8"
     )
@@ -255,7 +255,7 @@ def test_a_trigger_that_comes_too_late(checkpoint: Checkpoint, tmp_path: Path) -
 
 
 def test_bad_ones_are_left_out_when_asked(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = write(tmp_path / "encoded", MOCHI)
+    source = write(tmp_path / "precomputed", MOCHI)
     cut(LATENT, 0.5)(source)
     path = tmp_path / "r.yaml"
     raw = recipe(MOCHI, checkpoint, tmp_path / "run", str(source), data__bad_clips="quarantine")

@@ -41,7 +41,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "run": "run",
         "model": {"family": "midi", "checkpoint": "checkpoint"},
-        "data": {"sources": "scenes", "held_out": 1},
+        "data": {"sources": "scenes", "validation": 1},
         "tuner": {"kind": "lora", "rank": 2},
         "train": {"steps": 1, "trackers": []},
         "sample": {"steps": 1, "grid": 16},
@@ -174,7 +174,7 @@ def test_all_mistakes_are_told_at_once_and_can_be_left_out(place: Path) -> None:
     save(place / "scenes/s2/surface_1.npy", with_nan)
     done = inlaid("train", "recipe.yaml")
     assert done.code == 2 and "s1: has no seg.png" in done.said and "s2" in done.said
-    left = inlaid("train", "recipe.yaml", "data.bad_clips=quarantine", "data.held_out=0")
+    left = inlaid("train", "recipe.yaml", "data.bad_clips=quarantine", "data.validation=0")
     assert left.code == 0, left.said
     told = json.loads((place / "run/quarantine.json").read_text("utf-8"))
     assert len(told) == 2

@@ -30,8 +30,8 @@ KEEP = {"background": "keep"}
 
 def plan(*sources: Any, channels: int = 4, look: Any = rgba_clips.inspect_clip, **section: Any) -> Plan:
     """A plan of a transparent run that keeps pixels as they are."""
-    section = {"size": SIZE, "frames": [make.T], "held_out": 0, "matte": KEEP} | section
-    family: Any = SimpleNamespace(channels=channels, encoded=None, encoded_in=lambda folder: None)
+    section = {"size": SIZE, "frames": [make.T], "validation": 0, "matte": KEEP} | section
+    family: Any = SimpleNamespace(channels=channels, precomputed=None, precomputed_in=lambda folder: None)
     return plan_dataset(config.Data(sources=list(sources), **section), GRID, 16, 0, family=family, look=look)
 
 
@@ -438,9 +438,9 @@ def test_copies_of_a_pair_stay_on_one_side(clips: Path) -> None:
     same = make.clip(0)
     same[..., 3] //= 2
     make.pair(clips, "half", same)
-    made = plan(str(clips), held_out=2)
+    made = plan(str(clips), validation=2)
     assert codes(made) == {"duplicate": ["3_rgb.mkv", "4_rgb.mkv", "5_rgb.mkv"]}
-    held = {w.clip.name for w in made.held_out}
+    held = {w.clip.name for w in made.validation}
     assert {f"{(int(n[0]) + 3) % 6}_rgb.mkv" for n in held} == held
 
 

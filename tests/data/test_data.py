@@ -30,7 +30,7 @@ SIZE = (32, 64)
 
 def plan(*sources: Any, seed: int = 0, fps: float = 16, progress: Any = None, **section: Any) -> Plan:
     """A plan with small sizes and nothing held out."""
-    section = {"size": SIZE, "frames": [9], "held_out": 0} | section
+    section = {"size": SIZE, "frames": [9], "validation": 0} | section
     return plan_dataset(config.Data(sources=list(sources), **section), GRID, fps, seed, progress)
 
 
@@ -594,7 +594,7 @@ def test_fps_of_the_recipe_wins(tmp_path):
     window = plan(str(tmp_path), frames=[17], fps=24.0).train
     assert [w.fps for w in window] == [24.0]
     made = plan_dataset(
-        config.Data(sources=[str(tmp_path)], size=SIZE, frames=[17], fps=24, held_out=0), GRID, 16, 0
+        config.Data(sources=[str(tmp_path)], size=SIZE, frames=[17], fps=24, validation=0), GRID, 16, 0
     )
     assert [w.fps for w in made.train] == [24.0]
 
@@ -663,56 +663,56 @@ def many(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("wanted", "count"), [(0, 0), (0.1, 1), (0.25, 3), (0.04, 0), (3, 3), (1, 1), (5, 5)]
 )
-def test_held_out_count(many, wanted, count):
-    names = {w.clip.name for w in plan(str(many), held_out=wanted).held_out}
+def test_validation_count(many, wanted, count):
+    names = {w.clip.name for w in plan(str(many), validation=wanted).validation}
     assert count <= len(names) <= count + 2, "copies come together, so a few more may be held out"
     if "01.mp4" not in names:
         assert len(names) == count
 
 
-def test_held_out_is_a_function_of_seed_and_name(many):
+def test_validation_is_a_function_of_seed_and_name(many):
     for seed in range(6):
-        made = plan(str(many), held_out=4, seed=seed, max_windows=3)
-        train, held = ({w.clip.name for w in part} for part in (made.train, made.held_out))
+        made = plan(str(many), validation=4, seed=seed, max_windows=3)
+        train, held = ({w.clip.name for w in part} for part in (made.train, made.validation))
         assert not train & held, "no clip is on both sides"
         copies = {"01.mp4", "04.mp4", "09.mp4"}
         assert copies <= train or copies <= held, "copies stay together"
         assert train | held == {f"{i:02d}.mp4" for i in range(12)}
-        again = plan(str(many), held_out=4, seed=seed, frames=[17])
-        assert {w.clip.name for w in again.held_out} == held, "windows do not matter"
+        again = plan(str(many), validation=4, seed=seed, frames=[17])
+        assert {w.clip.name for w in again.validation} == held, "windows do not matter"
     picks = {
-        tuple(sorted(w.clip.name for w in plan(str(many), held_out=2, seed=s).held_out)) for s in range(8)
+        tuple(sorted(w.clip.name for w in plan(str(many), validation=2, seed=s).validation)) for s in range(8)
     }
     assert len(picks) > 3
 
 
-def test_held_out_changes_little_when_clips_come(many):
-    before = {w.clip.name for w in plan(str(many), held_out=0.3).held_out}
+def test_validation_changes_little_when_clips_come(many):
+    before = {w.clip.name for w in plan(str(many), validation=0.3).validation}
     videos.write(many / "99.mp4", 60, 16, SIZE)
     (many / "99.txt").write_text("new")
-    after = {w.clip.name for w in plan(str(many), held_out=0.3).held_out}
+    after = {w.clip.name for w in plan(str(many), validation=0.3).validation}
     assert len(before - after) <= 1
 
 
 def test_one_clip_must_stay_to_train_on(clips):
-    made = plan(str(clips), held_out=3)
-    assert codes(made) == {"held-out": ["data.held_out"]}
-    assert "data.held_out=3 of 3 clips leaves none to train on" in message(made)
+    made = plan(str(clips), validation=3)
+    assert codes(made) == {"validation": ["data.validation"]}
+    assert "data.validation=3 of 3 clips leaves none to train on" in message(made)
     with pytest.raises(ValueError, match="leaves none"):
         require_usable(made, "quarantine")
-    assert len(plan(str(clips), held_out=2).train) == 1
+    assert len(plan(str(clips), validation=2).train) == 1
 
 
 # --- sources ----------------------------------------------------------------------------------------
 
 
 def test_sources_are_mixed_and_counted(clips, many):
-    made = plan(str(clips), {"path": str(many), "repeats": 3, "weight": 0.5}, held_out=2, max_windows=2)
+    made = plan(str(clips), {"path": str(many), "repeats": 3, "weight": 0.5}, validation=2, max_windows=2)
     first, second = made.sources
     assert (first.clips, first.usable, second.clips, second.usable) == (3, 3, 12, 12)
     assert (second.repeats, second.weight) == (3, 0.5)
     assert first.windows + second.windows == len(made.train)
-    assert first.held_out + second.held_out == len(made.held_out)
+    assert first.validation + second.validation == len(made.validation)
     assert second.seconds == pytest.approx(
         sum(made.probes[c.path].duration for c in made.clips if c.source == 1)
     )

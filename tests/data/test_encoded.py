@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.precomputed import CASES, Checkpoint, built, clips, encode, recipe, shape, write
 
 from inlaid import config, families
 from inlaid.data import cache
@@ -18,7 +19,6 @@ from inlaid.runs.folder import Run, read_metrics
 from inlaid.tiny.random import TEXT_WIDTH
 from inlaid.training.checkpoints import load_state
 from support.commands import inlaid
-from support.encoded import CASES, Checkpoint, built, clips, encode, recipe, shape, write
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def test_the_same_items_as_from_the_clips(
 ) -> None:
     family = families.get(kind[0])(config.build(recipe(kind, checkpoint, tmp_path, "x")).model)
     source = clips(tmp_path / "clips", kind, family.fps)
-    raw = recipe(kind, checkpoint, tmp_path / "a", str(source), data__held_out=0)
+    raw = recipe(kind, checkpoint, tmp_path / "a", str(source), data__validation=0)
     first = built(raw)
-    items = encode(raw, first, tmp_path / "encoded", genmo)
+    items = encode(raw, first, tmp_path / "precomputed", genmo)
     no_vae(kind[0])
-    again = built(recipe(kind, checkpoint, tmp_path / "b", str(tmp_path / "encoded"), data__held_out=0))
-    assert again.plan.sources[0].layout == "encoded"
+    again = built(recipe(kind, checkpoint, tmp_path / "b", str(tmp_path / "precomputed"), data__validation=0))
+    assert again.plan.sources[0].layout == "precomputed"
     assert [w.shape for w in again.plan.train] == [shape(kind)] * 3
     assert (again.built.made, again.built.reused) == (3, 0)
     for i in range(3):
@@ -58,7 +58,9 @@ def test_the_same_items_as_from_the_clips(
         assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in got)
         texts = [c.store.read("text", c.text[i])["text"] for c in (first, again)]
         assert torch.equal(*texts)
-    once_more = built(recipe(kind, checkpoint, tmp_path / "b", str(tmp_path / "encoded"), data__held_out=0))
+    once_more = built(
+        recipe(kind, checkpoint, tmp_path / "b", str(tmp_path / "precomputed"), data__validation=0)
+    )
     assert (once_more.built.made, once_more.built.reused) == (0, 3)
 
 
@@ -66,8 +68,8 @@ def test_the_same_items_as_from_the_clips(
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[tuple[str, str], Path]:
     """Encoded clips of random numbers in two sizes."""
     kind = request.param
-    write(tmp_path / "encoded", kind)
-    return kind, tmp_path / "encoded"
+    write(tmp_path / "precomputed", kind)
+    return kind, tmp_path / "precomputed"
 
 
 def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     assert not (tmp_path / "run/check/contact_sheet.png").exists()
     report = json.loads((tmp_path / "run/check/report.json").read_text("utf-8"))
     assert report["clips"] == 4 and report["contact_sheet"] is None
-    assert sum(b["train"] + b["held_out"] for b in report["buckets"]) == 4
+    assert sum(b["train"] + b["validation"] for b in report["buckets"]) == 4
     assert len(report["buckets"]) == (1 if kind[1] == "i2v" else 2)
     run = Run(tmp_path / "run")
     assert inlaid("train", path).code == 0
@@ -92,7 +94,7 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     got, _ = load_state(run.checkpoint("4"))
     assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in got)
     lines = read_metrics(run.metrics)
-    assert [x["step"] for x in lines if "held_out_loss" in x] == [2, 4]
+    assert [x["step"] for x in lines if "validation_loss" in x] == [2, 4]
     done = inlaid("evaluate", run.folder)
     assert done.code == 0, done.said
     assert "cannot be used" not in done.said and "could not be read" not in done.said
@@ -102,22 +104,22 @@ def test_encoded_clips_are_mixed_with_others(checkpoint: Checkpoint, tmp_path: P
     kind = CASES[1]
     family = families.get(kind[0])(config.build(recipe(kind, checkpoint, tmp_path, "x")).model)
     sources = [
-        {"path": str(write(tmp_path / "encoded", kind))},
+        {"path": str(write(tmp_path / "precomputed", kind))},
         {"path": str(clips(tmp_path / "clips", kind, family.fps)), "weight": 0.5},
     ]
     made = built(recipe(kind, checkpoint, tmp_path / "run", sources))
-    assert [s.layout for s in made.plan.sources] == ["encoded", "folder"]
+    assert [s.layout for s in made.plan.sources] == ["precomputed", "folder"]
     assert len(made.plan.train) == 6 and made.built.made == 7
 
 
 def test_text_that_changes_is_another_item(checkpoint: Checkpoint, tmp_path: Path) -> None:
     kind = CASES[1]
-    raw = recipe(kind, checkpoint, tmp_path / "run", str(write(tmp_path / "encoded", kind)))
+    raw = recipe(kind, checkpoint, tmp_path / "run", str(write(tmp_path / "precomputed", kind)))
     first = built(raw)
     torch.save(torch.zeros(226, TEXT_WIDTH), tmp_path / "encoded/prompt_embeds/0.pt")
     second = built(raw)
     assert second.built.made == 0
-    assert len(set(second.text + second.held_out_text) - set(first.text + first.held_out_text)) == 1
+    assert len(set(second.text + second.validation_text) - set(first.text + first.validation_text)) == 1
 
 
 def plan(kind: tuple[str, str], checkpoint: Checkpoint, source: Any, **changes: Any) -> Plan:
@@ -128,7 +130,7 @@ def plan(kind: tuple[str, str], checkpoint: Checkpoint, source: Any, **changes: 
 
 
 def test_captions_are_names_for_prompts(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = write(tmp_path / "encoded", CASES[1])
+    source = write(tmp_path / "precomputed", CASES[1])
     (source / "prompts").mkdir()
     (source / "prompts/1.txt").write_text("a red\nfox", "utf-8")
     made = plan(CASES[1], checkpoint, str(source))
@@ -150,7 +152,7 @@ def test_clips_beside_their_latents_are_not_encoded_again(checkpoint: Checkpoint
     (source / "prompts.txt").write_text("a\nb\nc\n", "utf-8")
     (source / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\nvideos/2.mp4\n", "utf-8")
     (source / "data.jsonl").write_text("{}\n", "utf-8")
-    assert plan(CASES[1], checkpoint, str(source)).sources[0].layout == "encoded"
+    assert plan(CASES[1], checkpoint, str(source)).sources[0].layout == "precomputed"
     lines = plan(CASES[1], checkpoint, {"path": str(source), "layout": "lines"})
     assert [w.clip.kind for w in lines.train] == ["video"] * 2
     mixed = write(tmp_path / "mochi", CASES[0], 2)
@@ -161,12 +163,12 @@ def test_clips_beside_their_latents_are_not_encoded_again(checkpoint: Checkpoint
     unclear = plan(CASES[0], checkpoint, str(mixed)).problems
     options = "2 clips of precomputed latents, NAME.latent.pt + NAME.embed.pt; 3 clips"
     assert f"is ambiguous: it contains {options}" in str(unclear)
-    named = plan(CASES[0], checkpoint, {"path": str(mixed), "layout": "encoded"})
+    named = plan(CASES[0], checkpoint, {"path": str(mixed), "layout": "precomputed"})
     assert [c.caption for c in named.clips] == ["clip number 0", "clip number 1"]
 
 
 def test_new_writes_a_recipe_for_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = write(tmp_path / "encoded", CASES[1], 6)
+    source = write(tmp_path / "precomputed", CASES[1], 6)
     out = tmp_path / "r.yaml"
     done = inlaid("new", "cogvideox", source, "--checkpoint", checkpoint(*CASES[1]), "-o", out)
     assert done.code == 0, done.said
@@ -177,7 +179,7 @@ def test_new_writes_a_recipe_for_them(checkpoint: Checkpoint, tmp_path: Path) ->
 def test_items_are_whole_after_a_full_disk(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = recipe(CASES[1], checkpoint, tmp_path / "run", str(write(tmp_path / "encoded", CASES[1])))
+    raw = recipe(CASES[1], checkpoint, tmp_path / "run", str(write(tmp_path / "precomputed", CASES[1])))
     real, written = cache.save_file, []
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:

@@ -127,23 +127,23 @@ def test_trains_two_steps(
         "sample.steps=2",
     ]
     if "alpha" in raw or raw["tuner"]["kind"] == "codec":
-        changes.append(f"data.sources={rgba_clips(tmp_path / 'cutouts', 6, 3 * frames, size)}")
+        changes.append(f"data.sources={rgba_clips(tmp_path / 'rgba_clips', 6, 3 * frames, size)}")
     if "codec" in raw.get("alpha", {}):
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
         rgba_vae_checkpoint.save(made(vae), tmp_path / "codec")
         changes.append(f"alpha.codec={tmp_path / 'codec'}")
-    if families.get(model["family"]).medium == "scene":
+    if families.get(model["family"]).modality == "scene":
         changes = [c for c in changes if not c.startswith(("data.s", "data.f"))]
         changes += [f"data.sources={make_scenes((2, 1, 2, 3, 1, 2))}", "sample.grid=16"]
     if "every" in raw.get("sample", {}):
         changes.append("sample.every=2")
-    if raw["data"].get("held_out"):
-        changes += ["data.held_out=1"]  # a share of many clips is none of six
+    if raw["data"].get("validation"):
+        changes += ["data.validation=1"]  # a share of many clips is none of six
     settings = config.load(path, changes)
     run = train(settings)
     lines = read_metrics(run / "metrics.jsonl")
     assert [x["step"] for x in lines if "loss" in x] == [2]
-    assert [x["step"] for x in lines if "held_out_loss" in x] == ([2] if settings.data.held_out else [])
+    assert [x["step"] for x in lines if "validation_loss" in x] == ([2] if settings.data.validation else [])
     drawn = [*run.glob("samples/step-000002/*.mp4"), *run.glob("samples/step-000002/*.glb")]
     assert bool(drawn) == bool(settings.sample.every)
     if settings.tuner.kind == "codec":
@@ -166,7 +166,7 @@ def test_trains_two_steps(
 def test_the_joint_demo_is_its_recipe() -> None:
     from inlaid.cli import demo_joint
 
-    ours = config.load(ROOT / "recipes/wan/twin-joint.yaml")
+    ours = config.load(ROOT / "recipes/wan/tiny-joint.yaml")
     theirs = config.build(demo_joint.recipe(Path("runs/demo-joint")))
     assert ours == theirs.model_copy(update={"run": ours.run, "sample": ours.sample})
 
@@ -174,7 +174,7 @@ def test_the_joint_demo_is_its_recipe() -> None:
 def test_the_transparent_demo_is_its_recipe() -> None:
     from inlaid.cli import demo_rgba
 
-    ours = config.load(ROOT / "recipes/wan/twin-rgba.yaml")
+    ours = config.load(ROOT / "recipes/wan/tiny-merged.yaml")
     theirs = config.build(demo_rgba.recipe(Path("runs/demo-merged")))
     sources = [s.model_copy(update={"repeats": 1}) for s in theirs.data.sources]
     assert ours.tuner == theirs.tuner and ours.alpha == theirs.alpha and ours.optim == theirs.optim
@@ -184,7 +184,7 @@ def test_the_transparent_demo_is_its_recipe() -> None:
 def test_the_demo_of_scenes_is_its_recipe() -> None:
     from inlaid.cli import demo_scenes
 
-    ours = config.load(ROOT / "recipes/midi/twin-demo.yaml")
+    ours = config.load(ROOT / "recipes/midi/tiny-demo.yaml")
     assert ours == config.build(demo_scenes.recipe(Path("runs/demo-midi")))
 
 
@@ -199,7 +199,7 @@ def test_the_demo_is_its_recipe(kind: str) -> None:
     """`inlaid demo` adds prompts and nothing else."""
     from inlaid.cli import demo
 
-    ours = config.load(ROOT / "recipes/wan/twin-demo.yaml", [f"tuner.kind={kind}"])
+    ours = config.load(ROOT / "recipes/wan/tiny-demo.yaml", [f"tuner.kind={kind}"])
     theirs = config.build(demo.recipe(Path("runs/demo"), kind))
     plain = {"sample": theirs.sample.model_copy(update={"prompts": []})}
     assert ours == theirs.model_copy(update=plain)

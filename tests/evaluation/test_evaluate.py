@@ -192,7 +192,7 @@ def trained(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = {
         "run": str(folder / "run"),
         "model": {"family": "wan", "checkpoint": str(tiny_wan)},
-        "data": {"sources": [source], "size": [32, 32], "frames": 9, "held_out": 2},
+        "data": {"sources": [source], "size": [32, 32], "frames": 9, "validation": 2},
         "tuner": {"kind": "lora", "rank": 4},
         "optim": {"lr": 1e-2},
         "train": {"steps": 20, "save_every": 10, "log_every": 2, "validate_every": 5, "trackers": []},
@@ -245,12 +245,12 @@ def test_evaluate_compares_base_and_tuned(run: Path) -> None:
     assert not [p for p in run.iterdir() if p.name.startswith(".tmp")]
 
 
-def test_held_out_loss_is_the_one_of_training(run: Path) -> None:
+def test_validation_loss_is_the_one_of_training(run: Path) -> None:
     found = evaluate(run)
-    last = [x for x in read_metrics(run / "metrics.jsonl") if "held_out_loss" in x][-1]
-    assert found.held_out and len(found.held_out.clips) == 2
-    assert found.held_out.means[1] == pytest.approx(last["held_out_loss"], rel=1e-4)
-    assert found.held_out.change < -0.05, "it learned"
+    last = [x for x in read_metrics(run / "metrics.jsonl") if "validation_loss" in x][-1]
+    assert found.validation and len(found.validation.clips) == 2
+    assert found.validation.means[1] == pytest.approx(last["validation_loss"], rel=1e-4)
+    assert found.validation.change < -0.05, "it learned"
     assert not found.notes and not any("clips have changed" in w for w in found.verdict.warnings)
 
 
@@ -276,12 +276,12 @@ def test_prompts_of_each_group_are_chosen(run: Path) -> None:
     found = evaluate(run, per_group=1)
     assert found.pairs[0].prompt == "a clip"
     assert [p.group for p in found.pairs] == ["", "cat", "dog"]
-    assert found.held_out
-    held_out = {int(name[0]) for name in found.held_out.clips}
+    assert found.validation
+    validation = {int(name[0]) for name in found.validation.clips}
     for pair in found.pairs[1:]:
         number = int(pair.prompt[-1])
-        wanted = {n for n in held_out if n % 2 == (pair.group == "cat")}
-        assert number in wanted or not wanted, "held-out captions first"
+        wanted = {n for n in validation if n % 2 == (pair.group == "cat")}
+        assert number in wanted or not wanted, "validation captions first"
         assert number % 2 == (pair.group == "cat")
     few = evaluate(run, limit=2)
     assert [p.group for p in few.pairs] == ["", "cat"] and "2 of 5 prompts" in few.notes[0]
@@ -296,25 +296,25 @@ def test_an_adapter_that_changes_nothing_is_called_so(run: Path) -> None:
     found = evaluate(run)
     assert found.verdict.tone == "bad" and "identical in every pixel" in found.verdict.headline
     assert found.total and found.total.distance == 0
-    assert found.held_out and found.held_out.change == pytest.approx(0, abs=1e-6)
+    assert found.validation and found.validation.change == pytest.approx(0, abs=1e-6)
 
 
 def test_checkpoints_are_compared(run: Path) -> None:
     found = evaluate(run, against="10", checkpoint="step-000020")
     assert found.names == ("step-000010", "step-000020") and found.step == 20
-    assert found.held_out
+    assert found.validation
     curve = {
-        x["step"]: x["held_out_loss"] for x in read_metrics(run / "metrics.jsonl") if "held_out_loss" in x
+        x["step"]: x["validation_loss"] for x in read_metrics(run / "metrics.jsonl") if "validation_loss" in x
     }
-    assert found.held_out.means == pytest.approx((curve[10], curve[20]), rel=1e-4)
+    assert found.validation.means == pytest.approx((curve[10], curve[20]), rel=1e-4)
 
 
 @pytest.mark.parametrize("tuner", [{"kind": "dora", "rank": 2}, {"kind": "full"}])
 def test_other_tuners(recipe: Callable[..., dict], tuner: dict) -> None:
-    raw = recipe(tuner=tuner, data__held_out=1)
+    raw = recipe(tuner=tuner, data__validation=1)
     found = evaluate(train(config.build(raw)))
-    last = [x for x in read_metrics(Path(raw["run"]) / "metrics.jsonl") if "held_out_loss" in x][-1]
-    assert found.held_out and found.held_out.means[1] == pytest.approx(last["held_out_loss"], rel=1e-4)
+    last = [x for x in read_metrics(Path(raw["run"]) / "metrics.jsonl") if "validation_loss" in x][-1]
+    assert found.validation and found.validation.means[1] == pytest.approx(last["validation_loss"], rel=1e-4)
     assert found.total and found.total.distance > 0
     assert found.adapter["trained"] == ("DoRA, rank 2" if tuner["kind"] == "dora" else "all weights")
 
@@ -326,7 +326,7 @@ def test_without_the_clips_the_videos_remain(trained: Path, run: Path) -> None:
         found = evaluate(run)
     finally:
         (trained / "moved").rename(clips)
-    assert found.held_out is None and found.training is None
+    assert found.validation is None and found.training is None
     assert "No validation loss" in found.notes[0] and found.notes[0] in found.verdict.warnings
     assert [p.prompt for p in found.pairs] == ["a clip"]
 

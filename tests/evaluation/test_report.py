@@ -63,7 +63,7 @@ def made(**parts: Any) -> Report:
         "names": ("base", "tuned"),
         "step": 100,
         "pairs": [pair()],
-        "held_out": losses(0.5, 0.4, 0.4, 0.4),
+        "validation": losses(0.5, 0.4, 0.4, 0.4),
         "training": CALM,
         "sampling": {"size": (32, 48), "frames": 9, "steps": 2},
         "settings": {
@@ -86,10 +86,10 @@ def made(**parts: Any) -> Report:
     ("parts", "tone", "says"),
     [
         ({}, "good", "Improved: validation loss fell 20.0%."),
-        ({"held_out": losses(0.5, 0.498, 0.499)}, "unclear", "hardly changed (−0.3%)"),
-        ({"held_out": losses(0.5, 0.52, 0.55)}, "bad", "validation loss rose 7.0%"),
-        ({"held_out": losses(0.5, 0.3, 0.51, 0.51)}, "unclear", "fell 12.0%, but not on most clips"),
-        ({"held_out": None}, "unclear", "there are no validation clips"),
+        ({"validation": losses(0.5, 0.498, 0.499)}, "unclear", "hardly changed (−0.3%)"),
+        ({"validation": losses(0.5, 0.52, 0.55)}, "bad", "validation loss rose 7.0%"),
+        ({"validation": losses(0.5, 0.3, 0.51, 0.51)}, "unclear", "fell 12.0%, but not on most clips"),
+        ({"validation": None}, "unclear", "there are no validation clips"),
         (
             {"pairs": [pair(distance=0.0)]},
             "bad",
@@ -107,7 +107,7 @@ def made(**parts: Any) -> Report:
             "unclear",
             "Improved new, but other prompts got worse",
         ),
-        ({"pairs": [pair("cat", False, True)], "held_out": losses(0.5, 0.6)}, "unclear", "validation loss"),
+        ({"pairs": [pair("cat", False, True)], "validation": losses(0.5, 0.6)}, "unclear", "validation loss"),
         ({"pairs": []}, "good", "validation loss fell"),
     ],
 )
@@ -127,7 +127,7 @@ def test_reasons_name_counts() -> None:
 @pytest.mark.parametrize(
     ("parts", "warns"),
     [
-        ({"held_out": losses(0.5, 0.4)}, "Only 1 validation clip measured"),
+        ({"validation": losses(0.5, 0.4)}, "Only 1 validation clip measured"),
         ({"pairs": [pair(flicker=0.5)]}, "flicker more than before: 0.02 to 0.50 %"),
         ({"pairs": [pair(motion=0.05)]}, "have much less motion than before: motion 0.30 to 0.05"),
         ({"pairs": [pair(sharpness=50)]}, "much blurrier than before: sharpness 200 to 50"),
@@ -138,16 +138,16 @@ def test_reasons_name_counts() -> None:
         ),
         ({"notes": ["clips are gone"]}, "clips are gone"),
         (
-            {"curves": [{"step": 50, "held_out_loss": 0.3}, {"step": 100, "held_out_loss": 0.4}]},
+            {"curves": [{"step": 50, "validation_loss": 0.3}, {"step": 100, "validation_loss": 0.4}]},
             "lowest at step 50 and has risen 33.3%",
         ),
-        ({"curves": [{"step": 100, "held_out_loss": 0.44}]}, "if the clips have changed since"),
+        ({"curves": [{"step": 100, "validation_loss": 0.44}]}, "if the clips have changed since"),
     ],
 )
 def test_warnings(parts: dict, warns: str) -> None:
     assert any(warns in w for w in made(**parts).verdict.warnings)
     assert not made(
-        curves=[{"step": 50, "held_out_loss": 0.41}, {"step": 100, "held_out_loss": 0.4}]
+        curves=[{"step": 50, "validation_loss": 0.41}, {"step": 100, "validation_loss": 0.4}]
     ).verdict.warnings
 
 
@@ -156,7 +156,7 @@ def test_what_the_training_clips_do_too_is_no_warning() -> None:
     assert not made(pairs=[pair(**still)], training=still).verdict.warnings
 
 
-def test_held_out() -> None:
+def test_validation() -> None:
     found = losses(0.5, 0.4, 0.6, 0.3)
     assert found.means == pytest.approx((0.5, 1.3 / 3))
     assert found.better == 2 and found.change == pytest.approx(1.3 / 1.5 - 1)
@@ -200,8 +200,8 @@ def full(tmp_path: Path) -> Report:
             curves.append(
                 {
                     "step": step,
-                    "held_out_loss": 0.4,
-                    **{f"held_out_q{q:.1f}": 0.4 for q in (0.1, 0.3, 0.5, 0.7, 0.9)},
+                    "validation_loss": 0.4,
+                    **{f"validation_q{q:.1f}": 0.4 for q in (0.1, 0.3, 0.5, 0.7, 0.9)},
                 }
             )
     contact_sheet([SheetRow("0.mp4", "a clip", np.zeros((9, 64, 96, 3), np.uint8))], tmp_path / "clips.png")
@@ -305,7 +305,7 @@ def test_the_page_shows_all_there_is(full: Report) -> None:
 
 @pytest.mark.parametrize(
     "parts",
-    [{"pairs": []}, {"held_out": None}, {"curves": []}, {"training": None, "adapter": {}, "step": None}],
+    [{"pairs": []}, {"validation": None}, {"curves": []}, {"training": None, "adapter": {}, "step": None}],
 )
 def test_the_page_leaves_out_what_is_missing(full: Report, parts: dict) -> None:
     values = {f.name: getattr(full, f.name) for f in dataclasses.fields(full) if f.init}
@@ -330,7 +330,7 @@ def test_the_json_holds_the_numbers(full: Report) -> None:
     save_report(full, full.folder)
     values = json.loads((full.folder / "report.json").read_text("utf-8"))
     assert values["format"] == FORMAT and values["names"] == {"base": "base", "tuned": "tuned"}
-    assert values["held_out"]["change"] == pytest.approx(-0.2) and values["held_out"]["base_mean"] == 0.5
+    assert values["validation"]["change"] == pytest.approx(-0.2) and values["validation"]["base_mean"] == 0.5
     assert [g["name"] for g in values["groups"]] == ["cats & <dogs>", "", "all"]
     assert (
         values["pairs"][0]["base"]["yes"] is False and values["verdict"]["headline"] == full.verdict.headline

@@ -455,7 +455,7 @@ def test_what_a_run_cannot_be_asked_for(
     raw = {
         "run": str(tmp_path / "run"),
         "model": {"family": "cogvideox", "checkpoint": str(folder), "task": "i2v"},
-        "data": {"sources": str(make_clips(2, fps=8)), "size": [32, 32], "frames": 9, "held_out": 0},
+        "data": {"sources": str(make_clips(2, fps=8)), "size": [32, 32], "frames": 9, "validation": 0},
         "tuner": {"kind": "lora", "rank": 2},
         "train": {"steps": 1, "trackers": []},
     }

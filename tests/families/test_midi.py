@@ -59,7 +59,7 @@ def scene_recipe(
         raw: dict = {
             "run": str(tmp_path / "run"),
             "model": {"family": "midi", "checkpoint": str(checkpoint("midi", "scene"))},
-            "data": {"sources": str(tmp_path / "scenes"), "held_out": 1, "cache": str(encoded)},
+            "data": {"sources": str(tmp_path / "scenes"), "validation": 1, "cache": str(encoded)},
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 2e-2},
             "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "trackers": []},
@@ -233,7 +233,9 @@ def test_keys_of_videos_are_refused(scene_recipe: Callable[..., dict]) -> None:
 # --- from files to a scene ----------------------------------------------------------------------------------
 
 
-def test_views_of_one_scene_are_held_out_together(scene_recipe: Callable[..., dict], tmp_path: Path) -> None:
+def test_views_of_one_scene_are_validation_together(
+    scene_recipe: Callable[..., dict], tmp_path: Path
+) -> None:
     import shutil
 
     raw = scene_recipe()
@@ -243,10 +245,10 @@ def test_views_of_one_scene_are_held_out_together(scene_recipe: Callable[..., di
         pixels = np.array(Image.open(other / "scene_rgb.png"))
         pixels[0, 0] = i
         Image.fromarray(pixels).save(other / "scene_rgb.png")
-    settings = config.build(raw, ["data.held_out=3"])
+    settings = config.build(raw, ["data.validation=3"])
     plan = modality_of("scene").plan(settings, family(raw["model"]["checkpoint"]))
-    held = {w.clip.name[-1] for w in plan.held_out}
-    assert len(plan.held_out) == 4 and len(held) == 2, "whole pairs"
+    held = {w.clip.name[-1] for w in plan.validation}
+    assert len(plan.validation) == 4 and len(held) == 2, "whole pairs"
     assert not held & {w.clip.name[-1] for w in plan.train}
     assert {w.shape for w in plan.train} <= {(n, 32, 32) for n in (1, 2, 3)}
 
@@ -305,7 +307,7 @@ def nodes(path: Path) -> list[str]:
 def test_real_pictures_become_scenes_on_the_twin(
     name: str, count: int, scene_recipe: Callable[..., dict], tmp_path: Path, media_root: Path
 ) -> None:
-    run = train(config.build({**scene_recipe(model__checkpoint="twin:midi"), "train": {"steps": 1}}))
+    run = train(config.build({**scene_recipe(model__checkpoint="tiny:midi"), "train": {"steps": 1}}))
     pair = ["--image", media_root / f"scenes/{name}_rgb.png", "--seg", media_root / f"scenes/{name}_seg.png"]
     out = tmp_path / f"{name}.glb"
     done = inlaid("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
@@ -433,4 +435,4 @@ def test_a_recipe_is_written_for_scenes(make_scenes: Callable[..., Path], tmp_pa
     assert done.code == 0, done.said
     text = (tmp_path / "new.yaml").read_text("utf-8")
     assert "4 scenes in folders layout" in text and "VAST-AI/TripoSG" in text
-    assert config.load(tmp_path / "new.yaml").data.held_out == 0
+    assert config.load(tmp_path / "new.yaml").data.validation == 0

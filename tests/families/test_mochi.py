@@ -420,7 +420,7 @@ def write(path: Path, folder: Path, clips: Path, **changes: Any) -> Path:
     raw: dict[str, Any] = {
         "run": "run",
         "model": {"family": "mochi", "checkpoint": str(folder)},
-        "data": {"sources": str(clips), "size": [32, 48], "frames": 13, "held_out": 0},
+        "data": {"sources": str(clips), "size": [32, 48], "frames": 13, "validation": 0},
         "tuner": {"kind": "lora", "rank": 2},
         "train": {"steps": 1, "trackers": []},
         "sample": {"prompts": ["a cat"], "steps": 2},

@@ -186,7 +186,7 @@ def written(checkpoint: Checkpoint, make_clips: Callable[..., Path], tmp_path: P
         raw: dict[str, Any] = {
             "run": str(tmp_path / "run"),
             "model": {**random.model("wan", variant), "checkpoint": str(checkpoint("wan", variant))},
-            "data": {"sources": str(make_clips(2)), "size": [32, 32], "frames": 9, "held_out": 0},
+            "data": {"sources": str(make_clips(2)), "size": [32, 32], "frames": 9, "validation": 0},
             "train": {"steps": 1, "trackers": []},
             "sample": {"steps": 1},
         }

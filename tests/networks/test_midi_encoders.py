@@ -52,7 +52,7 @@ def scene_recipe(
                 "checkpoint": str(checkpoint("midi", variant)),
                 "options": {"image_encoders": chosen},
             },
-            "data": {"sources": str(folder), "held_out": 0, "cache": str(encoded)},
+            "data": {"sources": str(folder), "validation": 0, "cache": str(encoded)},
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 2e-2},
             "train": {"steps": 4, "save_every": 2, "log_every": 1, "trackers": []},

@@ -35,14 +35,14 @@ def shape(family: Family) -> tuple[int, int, int]:
     return grid.offset + grid.temporal * (1 if grid.offset > 1 else 2), grid.spatial * 2, grid.spatial * 2
 
 
-VIDEO = [case for case in CASES if families.get(case[0]).medium == "video"]
+VIDEO = [case for case in CASES if families.get(case[0]).modality == "video"]
 video_cases = pytest.mark.parametrize("case", VIDEO, ids="-".join)
 WORDLESS = {case[0] for case in CASES} - {case[0] for case in VIDEO}
 
 
 def example(family: Family) -> Any:
     """What `encode_media` is given: frames, or a scene."""
-    if family.medium == "video":
+    if family.modality == "video":
         return np.random.default_rng(0).integers(0, 255, (*shape(family), 3), dtype=np.uint8)
     from inlaid.media.scene import SceneObject, SceneSample
 

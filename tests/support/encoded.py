@@ -58,7 +58,7 @@ def recipe(kind: tuple[str, str], checkpoint: Checkpoint, run: Path, source: Any
     raw: dict[str, Any] = {
         "run": str(run),
         "model": {**random.model(*kind), "checkpoint": str(checkpoint(*kind))},
-        "data": {"sources": source, "size": size, "frames": frames, "held_out": 1, "caption_dropout": 0.5},
+        "data": {"sources": source, "size": size, "frames": frames, "validation": 1, "caption_dropout": 0.5},
         "tuner": {"kind": "lora", "rank": 2},
         "optim": {"lr": 1e-2},
         "train": {"steps": 4, "save_every": 2, "log_every": 1, "validate_every": 2, "trackers": []},

@@ -105,6 +105,6 @@ def difference(a: Path, b: Path, step: int) -> float:
     return max(float(gap / size.clamp(min=1e-12)) for gap, size in sums.values())
 
 
-def held_out(run: Path) -> dict[int, float]:
+def validation(run: Path) -> dict[int, float]:
     lines = read_metrics(run / "metrics.jsonl")
-    return {int(x["step"]): x["held_out_loss"] for x in lines if "held_out_loss" in x}
+    return {int(x["step"]): x["validation_loss"] for x in lines if "validation_loss" in x}

@@ -1,4 +1,4 @@
-"""The MIDI twin: its world is exact and a function of its seed, and what ships does what it says."""
+"""The MIDI tiny: its world is exact and a function of its seed, and what ships does what it says."""
 
 from __future__ import annotations
 
@@ -259,19 +259,19 @@ def twin() -> Twin:
     return load(path("midi"))
 
 
-def test_the_shipped_twin_loads_in_float32(twin: Twin) -> None:
+def test_the_shipped_twin_loads_in_float32(tiny: Twin) -> None:
     assert {part.dtype for part in (twin.dit, twin.vae, twin.clip, twin.dino)} == {torch.float32}
     assert twin.dino.config.num_channels == 7
     assert twin.dit.multi_instance == set(TRANSFORMER["multi_instance"])
     assert twin.tokens == TOKENS and twin.shift == SHIFT
 
 
-def test_the_shipped_vae_keeps_shapes_it_never_saw(twin: Twin) -> None:
+def test_the_shipped_vae_keeps_shapes_it_never_saw(tiny: Twin) -> None:
     things = [thing for scene in midi_world.scenes(9, 3) for thing in scene.things]
     assert np.mean(reconstruction(twin.vae, twin.tokens, things)) > 0.8
 
 
-def test_the_shipped_twin_finds_scenes_in_pictures(twin: Twin) -> None:
+def test_the_shipped_twin_finds_scenes_in_pictures(tiny: Twin) -> None:
     found = obedience(twin, midi_world.scenes(9, 4, counts=(2, 3)), steps=12)
     assert found["f_score"] > 0.65
     assert found["placed"] > 0.6

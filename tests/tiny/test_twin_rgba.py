@@ -1,4 +1,4 @@
-"""The transparent twin: its judge knows right from wrong, and the codec that ships keeps colour and alpha."""
+"""The transparent tiny: its judge knows right from wrong, and the codec that ships keeps colour and alpha."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_judge_rejects_one_thing_wrong(how: str, which: str) -> None:
 
 
 def test_the_judge_rejects_the_old_world() -> None:
-    assert not any(rgba_judge.judge_subject(c.frames).both for c in rgba_world.clips(1, 12, held_out=True))
+    assert not any(rgba_judge.judge_subject(c.frames).both for c in rgba_world.clips(1, 12, validation=True))
 
 
 def test_the_shipped_codec_keeps_colour_and_alpha() -> None:
@@ -74,7 +74,7 @@ def test_the_shipped_codec_keeps_colour_and_alpha() -> None:
     assert shown["clips"] >= 32 and shown["alpha_mae"] < 5 and shown["rgb_mae"] < 10
     assert shown["alpha_mae"] < min(shown[f"all_{n}_alpha_mae"] for n in ("opaque", "clear")) / 5
     codec = rgba_vae_checkpoint.load(codec_path("wan"), load_vae())
-    clips = np.stack([c.frames for c in rgba_world.clips(1, 2, held_out=True)])
+    clips = np.stack([c.frames for c in rgba_world.clips(1, 2, validation=True)])
     again = reconstruct(codec, clips).astype(np.float32)
     assert again.shape == (2, FRAMES, SIZE, SIZE, 4)
     assert np.abs(again[..., 3] - clips[..., 3]).mean() < 5

@@ -1,4 +1,4 @@
-"""The Wan twin: what is trained is what the stock pipeline computes, and what ships is what it says."""
+"""The Wan tiny: what is trained is what the stock pipeline computes, and what ships is what it says."""
 
 import numpy as np
 import pytest

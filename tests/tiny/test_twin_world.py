@@ -27,7 +27,7 @@ def test_clips_have_the_promised_form():
     assert world.wild(0, 1)[0].shape == (1, 64, 64, 3)
 
 
-def test_held_out_is_disjoint_and_covers_the_world():
+def test_validation_is_disjoint_and_covers_the_world():
     held, trained = set(world.triples(True)), set(world.triples(False))
     assert not held & trained
     assert 0.08 < len(held) / len(held | trained) < 0.13
@@ -66,17 +66,19 @@ def test_some_captions_hold_words_outside_the_vocabulary():
 def test_subject_prompts_ask_for_combinations_that_its_clips_do_not_show():
     shown = {text.split("zorble")[0] for _, text in world.subject_clips(16)}
     assert shown
-    learned = set(world._subject_scenes(held_out=False))
+    learned = set(world._subject_scenes(validation=False))
     assert len(learned) == 16
     asked = {scene for _, scene in world.subject_prompts(40, 5)}
     assert not learned & asked
     assert {scene.motion for scene in asked} == set(MOTIONS)
 
 
-@pytest.mark.parametrize(("held_out", "count"), [(False, 15), (True, 15), slow(False, 150), slow(True, 150)])
-def test_judge_accepts_true_renders(held_out, count):
+@pytest.mark.parametrize(
+    ("validation", "count"), [(False, 15), (True, 15), slow(False, 150), slow(True, 150)]
+)
+def test_judge_accepts_true_renders(validation, count):
     answers = defaultdict(list)
-    for k, scene in enumerate(world.scenes(5, count, held_out=held_out)):
+    for k, scene in enumerate(world.scenes(5, count, validation=validation)):
         for name, answer in judge.judge_scene(world.render(scene, k), scene).items():
             answers[name].append(answer)
     assert {name: np.mean(a) >= 0.98 for name, a in answers.items()} == dict.fromkeys(answers, True)

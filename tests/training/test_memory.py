@@ -265,7 +265,7 @@ def test_runs_learn_with_less_memory(recipe: Callable[..., dict], section: dict)
     folder = train(config.build(recipe(memory=section, train__steps=20, train__log_every=1)))
     losses = [x["loss"] for x in read_metrics(folder / "metrics.jsonl") if "loss" in x]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5]), losses
-    whole = [x["held_out_loss"] for x in read_metrics(folder / "metrics.jsonl") if "held_out_loss" in x]
+    whole = [x["validation_loss"] for x in read_metrics(folder / "metrics.jsonl") if "validation_loss" in x]
     assert len(whole) > 1
 
 

@@ -57,7 +57,7 @@ def test_diffsynth_preset_has_the_published_numbers() -> None:
     assert objective.weight(table).tolist() == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("preset", ["inlaid", "uniform", "diffsynth"])
+@pytest.mark.parametrize("preset", ["logit_normal", "uniform", "diffsynth"])
 @pytest.mark.parametrize("interval", [(0.875, 1.0), (0.0, 0.875), (0.3, 0.4)])
 def test_interval_cuts_the_same_distribution(preset: str, interval: tuple[float, float]) -> None:
     whole = draws(FlowMatching(preset, 5.0))

@@ -14,7 +14,7 @@ from inlaid import config
 from inlaid.training import parallel
 from inlaid.training.loop import train
 from support.contract import FIRST
-from support.ranks import difference, held_out, launch, together, torchrun
+from support.ranks import difference, launch, together, torchrun, validation
 from support.slow import slow
 
 EVERYTHING = {
@@ -22,7 +22,7 @@ EVERYTHING = {
     "train__log_every": 1,
     "train__save_every": 3,
     "train__batch": 1,
-    "data__held_out": 3,
+    "data__validation": 3,
     "data__caption_dropout": 0.3,
     "optim__lr": 1e-3,
     "optim__ema": 0.9,
@@ -30,7 +30,7 @@ EVERYTHING = {
     "optim__warmup": 2,
     "sample__every": 3,
 }
-"""Clipping that clips, an average, more held-out clips than processes, samples."""
+"""Clipping that clips, an average, more validation clips than processes, samples."""
 
 
 @pytest.mark.parametrize("mode", ["fsdp", slow("zero2"), slow("zero3")])
@@ -57,7 +57,7 @@ def test_equals_one_process_and_goes_on_in_the_other(
     assert len(list((shared / "samples/step-000003").glob("*.mp4"))) == 1
     assert train(config.build(raw)) == shared
     figures["then alone"] = difference(shared, alone, 6)
-    assert held_out(shared) == pytest.approx(held_out(alone), rel=1e-5)
+    assert validation(shared) == pytest.approx(validation(alone), rel=1e-5)
 
     raw = {**raw, "run": str(tmp_path / "begun")}
     shutil.copytree(alone, tmp_path / "begun", ignore=shutil.ignore_patterns("step-000006", "adapter"))
@@ -69,7 +69,7 @@ def test_equals_one_process_and_goes_on_in_the_other(
     figures["alone, then shared"] = difference(begun, alone, 6)
     print(mode, kind, {k: f"{v:.1e}" for k, v in figures.items()})
     assert max(figures.values()) < 1e-5
-    assert held_out(begun) == pytest.approx(held_out(alone), rel=1e-5)
+    assert validation(begun) == pytest.approx(validation(alone), rel=1e-5)
     assert {p.name for p in (begun / "adapter").iterdir()} == {p.name for p in (alone / "adapter").iterdir()}
 
 
@@ -85,7 +85,7 @@ def test_every_family_shared_is_the_family_alone(
     alone = train(config.build({**raw, "train": {**raw["train"], "accumulate": 2}}))
     shared = together({**raw, "run": str(tmp_path / "shared")}, tmp_path / "a.yaml", mode)
     assert difference(shared, alone, 2) < 1e-5
-    assert held_out(shared) == pytest.approx(held_out(alone), rel=1e-5)
+    assert validation(shared) == pytest.approx(validation(alone), rel=1e-5)
 
 
 def test_reductions_are_cut_into_parts_that_cover_everything_once() -> None:

@@ -1,4 +1,4 @@
-"""Sources to preserve: of their clips the network goes on predicting what it did before it was taught."""
+"""Sources to prior_preservation: of their clips the network goes on predicting what it did before it was taught."""
 
 from __future__ import annotations
 
@@ -67,15 +67,20 @@ def test_training_moves_less_what_is_kept(
     make_clips()
     known = make_clips(name="known")
     sizes = {}
-    for preserve in (0, 10):
-        sources = [{"path": str(tmp_path / "clips")}, {"path": str(known), "preserve": preserve}]
-        run = tmp_path / f"run-{preserve}"
-        raw = recipe(run=str(run), data__sources=sources, data__held_out=0, optim__lr=1e-3)
+    for prior_preservation in (0, 10):
+        sources = [
+            {"path": str(tmp_path / "clips")},
+            {"path": str(known), "prior_preservation": prior_preservation},
+        ]
+        run = tmp_path / f"run-{prior_preservation}"
+        raw = recipe(run=str(run), data__sources=sources, data__validation=0, optim__lr=1e-3)
         raw["data"]["cache"] = str(tmp_path / "cache")
         folder = train(config.build(raw))
         update = load_file(folder / "adapter/pytorch_lora_weights.safetensors")
-        sizes[preserve] = sum(float(t.square().sum()) for n, t in update.items() if "lora_B" in n) ** 0.5
-        again = tmp_path / f"again-{preserve}"
+        sizes[prior_preservation] = (
+            sum(float(t.square().sum()) for n, t in update.items() if "lora_B" in n) ** 0.5
+        )
+        again = tmp_path / f"again-{prior_preservation}"
         for steps in (2, 6):
             train(config.build(raw | {"run": str(again), "train": raw["train"] | {"steps": steps}}))
         whole = load_file(again / "adapter/pytorch_lora_weights.safetensors")

@@ -57,9 +57,9 @@ def test_loss_falls_and_everything_is_written(recipe: Callable[..., dict]) -> No
     folder = run(raw)
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [x["loss"] for x in lines if "loss" in x]
-    held_out = [x["held_out_loss"] for x in lines if "held_out_loss" in x]
+    validation = [x["validation_loss"] for x in lines if "validation_loss" in x]
     assert losses[-1] < 0.8 * losses[0], losses
-    assert len(held_out) == 2
+    assert len(validation) == 2
     assert (folder / ADAPTER).is_file() and (folder / "adapter/README.md").is_file()
     assert list((folder / "tensorboard").iterdir())
     assert len(list((folder / "samples/step-000020").glob("*.mp4"))) == 1

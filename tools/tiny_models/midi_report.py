@@ -80,7 +80,7 @@ def load(folder: Path) -> Twin:
     return Twin(*values)
 
 
-def contexts(twin: Twin, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+def contexts(tiny: Twin, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return both contexts of each object, computed through the image processors."""
     masks = [ids == n for n in np.unique(ids) if n]
     alone = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
@@ -97,7 +97,7 @@ def contexts(twin: Twin, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def generate(
-    twin: Twin,
+    tiny: Twin,
     scenes: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     seed: int = 42,
@@ -108,7 +108,7 @@ def generate(
     """Generate the latents (objects, tokens, channels) of each scene from its input image and object ids.
 
     Args:
-        twin: loaded checkpoint.
+        tiny: loaded checkpoint.
         scenes: input image (h, h, 3) and object ids (h, h) of each scene; the noise of scene k has seed
             `seed + k`.
         seed: seed of the noise.
@@ -199,7 +199,7 @@ def judge(scenes: Sequence[Scene], found: Sequence[Sequence[np.ndarray | None]])
     }
 
 
-def obedience(twin: Twin, scenes: Sequence[Scene], **options: Any) -> dict[str, Any]:
+def obedience(tiny: Twin, scenes: Sequence[Scene], **options: Any) -> dict[str, Any]:
     """Generate scenes from their input images and return the results of `judge`."""
     latents = generate(twin, [midi_world.render(s) for s in scenes], **options)
     return judge(scenes, [surfaces(twin.vae, one) for one in latents])
@@ -222,14 +222,14 @@ def evaluate(folder: Path) -> dict[str, Any]:
                 float(np.mean(reconstruction(twin.vae, twin.tokens, [s.things[0] for s in tables]))), 3
             ),
         },
-        "held_out": obedience(twin, held),
-        "held_out_each_alone": obedience(twin, held, together=False),
+        "validation": obedience(twin, held),
+        "validation_each_alone": obedience(twin, held, together=False),
         SUBJECT: obedience(twin, tables),
         "megabytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     report["minutes"] = round((time.monotonic() - began) / 60, 1)
-    for name in ("shape_vae", "held_out", "held_out_each_alone", SUBJECT):
+    for name in ("shape_vae", "validation", "validation_each_alone", SUBJECT):
         print(f"{name:20}", report[name])
     return report

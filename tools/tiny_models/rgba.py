@@ -198,7 +198,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
     """Measure reconstructions of clips not used for training, by kind, beside trivial predictors."""
     codec = rgba_vae_checkpoint.load(folder, load_vae())
     kinds = {
-        "world": np.stack([c.frames for c in rgba_world.clips(1, 32, held_out=True)]),
+        "world": np.stack([c.frames for c in rgba_world.clips(1, 32, validation=True)]),
         "wild": np.stack([rgba_world.wild((1 << 50) + k) for k in range(16)]),
         "zorble": np.stack([c.frames for c in rgba_world.subject_clips(12, 1)]),
     }
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="device for training")
     parser.add_argument("--workers", type=int, default=0, help="processes that prefetch batches")
-    parser.add_argument("--work", type=Path, default=Path(".work/twin-rgba"), help="checkpoints")
+    parser.add_argument("--work", type=Path, default=Path(".work/tiny-merged"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=codec_path("wan"), help="RGBA VAE folder")
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the RGBA VAE in --out, write REPORT.json"

@@ -78,7 +78,7 @@ def subject(pipe: Any, n: int = 40, *, seed: int = 2, **sampling: Any) -> dict[s
 
 def reconstruction(pipe: Any, n: int = 32) -> dict[str, float]:
     """Return the PSNR in dB of VAE reconstructions of clips not used for training, and judge results."""
-    held = [(scene, world.render(scene, k)) for k, scene in enumerate(world.scenes(3, n, held_out=True))]
+    held = [(scene, world.render(scene, k)) for k, scene in enumerate(world.scenes(3, n, validation=True))]
     star = [(scene, world.render(scene, k)) for k, (_, scene) in enumerate(world.subject_prompts(n, 3))]
     wild = np.stack([world.wild((1 << 41) + k)[0] for k in range(n)])
     numbers = {"wild_psnr": wan_vae.psnr(wild, wan_vae.reconstruct(pipe.vae, wild))}

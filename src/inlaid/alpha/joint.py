@@ -80,12 +80,12 @@ class Joint(_Base):
         """Opaque family, for a single clip."""
         return self._single
 
-    def encoded_in(self, folder: Path) -> PrecomputedLayout | None:
+    def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
         """Return the layout of precomputed latents.
 
         Color and alpha are in two folders if a folder for alpha exists; otherwise in one file, color first.
         """
-        one = self.single.encoded
+        one = self.single.precomputed
         if one is None:
             return None
         clip = one.media[0]

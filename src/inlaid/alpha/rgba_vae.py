@@ -145,8 +145,8 @@ def locate_rgba_vae(codec: str) -> Path:
     """
     from inlaid import tiny
 
-    if codec.startswith("twin:"):
-        return tiny.rgba_vae_path(codec.removeprefix("twin:"))
+    if codec.startswith("tiny:"):
+        return tiny.rgba_vae_path(codec.removeprefix("tiny:"))
     path = Path(codec).expanduser()
     if (path / "codec" / "config.json").is_file() and not (path / "merge.safetensors").is_file():
         return path / "codec"

@@ -44,7 +44,7 @@ class Bucket:
     width: int
     train: int
     """Number of training windows."""
-    held_out: int
+    validation: int
     """Number of validation windows."""
     batches: int
     """Batches per epoch, with repeats and weights."""
@@ -73,7 +73,7 @@ class Report:
     alphas: dict[str, AlphaStats] = field(default_factory=dict)
     """Alpha statistics by clip name; empty unless the run is transparent."""
     contact_sheet: str | None = None
-    medium: str = "video"
+    modality: str = "video"
 
     @property
     def ok(self) -> bool:
@@ -96,9 +96,9 @@ def check_recipe(config: recipe.Config) -> Report:
         ValueError: if the family is unknown or the checkpoint's configuration cannot be read.
     """
     family = build_family(config)
-    medium = modality_of(family.medium)
-    with progress("look", 1, medium.one) as advance:
-        plan = medium.plan(config, family, lambda done, of: advance(done=done, total=of))
+    modality = modality_of(family.modality)
+    with progress("look", 1, modality.one) as advance:
+        plan = modality.plan(config, family, lambda done, of: advance(done=done, total=of))
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
     estimate, notes = None, _notes(config, family, plan)
@@ -122,10 +122,10 @@ def check_recipe(config: recipe.Config) -> Report:
         estimate=estimate,
         notes=notes,
         alphas={c.name: plan.alphas[c.path] for c in plan.clips if c.path in plan.alphas},
-        medium=family.medium,
+        modality=family.modality,
     )
     if plan.train:
-        sheet, damaged = _contact_sheet(config, medium, plan, folder / "contact_sheet.png")
+        sheet, damaged = _contact_sheet(config, modality, plan, folder / "contact_sheet.png")
         report = replace(report, contact_sheet=sheet or None, problems=[*damaged, *report.problems])
     with atomic(folder / "report.json") as part:
         part.write_text(report.to_json(), "utf-8")
@@ -133,13 +133,13 @@ def check_recipe(config: recipe.Config) -> Report:
 
 
 def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list[Bucket]:
-    train, held_out = (Counter(w.shape for w in part) for part in (plan.train, plan.held_out))
+    train, validation = (Counter(w.shape for w in part) for part in (plan.train, plan.validation))
     sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
     epoch = (sampler.batch(k) for k in range(len(sampler)))
     batches = Counter(plan.train[rows[0]].shape for rows in epoch)
     return [
-        Bucket(*s, train[s], held_out[s], batches[s], family.shapes(*s)["latents"], family.tokens(*s))
-        for s in sorted({*train, *held_out}, key=lambda s: (s[0], s[2] / s[1]))
+        Bucket(*s, train[s], validation[s], batches[s], family.shapes(*s)["latents"], family.tokens(*s))
+        for s in sorted({*train, *validation}, key=lambda s: (s[0], s[2] / s[1]))
     ]
 
 
@@ -148,17 +148,17 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
     notes = family.notes(config)
     if not plan.train:
         return notes
-    clips = {w.clip.path for w in (*plan.train, *plan.held_out)}
-    if not plan.held_out:
+    clips = {w.clip.path for w in (*plan.train, *plan.validation)}
+    if not plan.validation:
         few = f"there are only {len(clips)} {plan.noun}s"
-        why = "data.validation is 0" if not config.data.held_out else few
+        why = "data.validation is 0" if not config.data.validation else few
         notes.append(f"no validation {plan.noun}s ({why}): no validation loss is computed")
     sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
     epochs = config.train.steps * config.train.accumulate / len(sampler)
     notes.append(
         f"{config.train.steps:,} steps are {epochs:,.1f} epochs of {len(sampler):,} batches, on one device"
     )
-    ready = sum(bool(w.clip.embedding) for w in (*plan.train, *plan.held_out))
+    ready = sum(bool(w.clip.embedding) for w in (*plan.train, *plan.validation))
     if ready:
         image = ", their image latents lack the noise that is added before encoding" if family.images else ""
         notes.append(
@@ -189,12 +189,12 @@ def _estimate(
         precision = torch.float32 if config.runtime.precision == "float32" else torch.bfloat16
         notes.append(f"{error}; memory is estimated in {precision}".replace("torch.", ""))
     shapes = {(b.frames, b.height, b.width): b for b in buckets}
-    windows = (*plan.train, *plan.held_out)
+    windows = (*plan.train, *plan.validation)
     estimate = estimate_recipe(
         family,
         config,
         {s: b.batches for s, b in shapes.items() if b.batches},
-        {s: b.train + b.held_out for s, b in shapes.items()},
+        {s: b.train + b.validation for s, b in shapes.items()},
         sorted({str(w.words) for w in windows} | set(config.sample.prompts)),
         device=device,
         precision=precision,
@@ -216,13 +216,13 @@ def _memory_savings(config: recipe.Config) -> str:
 
 
 def _contact_sheet(
-    config: recipe.Config, medium: Modality, plan: Plan, path: Path
+    config: recipe.Config, modality: Modality, plan: Plan, path: Path
 ) -> tuple[str, list[Problem]]:
     """Draw evenly spaced windows as read for training; return the path and problems of unreadable windows."""
     there = [w for w in plan.train if not w.clip.embedding]
     picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
     rows, problems = [], []
-    with progress("contact sheet", len(picked), medium.one) as advance:
+    with progress("contact sheet", len(picked), modality.one) as advance:
         for window in picked:
             try:
                 rows.append((window, window.read()))
@@ -234,8 +234,8 @@ def _contact_sheet(
                 advance()
     if not rows:
         return "", problems
-    title = f"Training data of {config.run} ({len(rows)} of {len(plan.train)} {medium.columns[2]})"
-    medium.sheet(rows, path, title)
+    title = f"Training data of {config.run} ({len(rows)} of {len(plan.train)} {modality.columns[2]})"
+    modality.sheet(rows, path, title)
     return str(path), problems
 
 
@@ -252,13 +252,13 @@ def print_report(report: Report, console: Console) -> None:
             s.clips,
             s.usable,
             s.windows,
-            s.held_out,
+            s.validation,
             f"{s.seconds:.1f}",
             f"{s.shown:g}",
         )
         for s in report.sources
     ]
-    examples = f"{modality_of(report.medium).one}s"
+    examples = f"{modality_of(report.modality).one}s"
     columns = ("source", "layout", examples, "usable", "windows", "validation set", "seconds", "shown")
     console.print(_table(columns, rows))
     for source in report.sources:
@@ -270,14 +270,14 @@ def print_report(report: Report, console: Console) -> None:
                 b.frames,
                 _by((b.height, b.width)),
                 b.train,
-                b.held_out,
+                b.validation,
                 b.batches,
                 _by(b.latent),
                 f"{b.tokens:,}",
             )
             for b in report.buckets
         ]
-        length, size, count = modality_of(report.medium).columns
+        length, size, count = modality_of(report.modality).columns
         columns = (length, size, count, "validation set", "batches", "latent", "tokens")
         console.print(_table(columns, rows))
     if report.alphas:
@@ -288,7 +288,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"note: {note}", "cyan"))
     for severity, style in (("warning", "yellow"), ("error", "red")):
         found = [p for p in report.problems if p.severity == severity]
-        for line in describe_plan(found, report.clips, shown=8, noun=modality_of(report.medium).one):
+        for line in describe_plan(found, report.clips, shown=8, noun=modality_of(report.modality).one):
             console.print(Text(f"{severity}: {line}", style))
     for mistake in report.mistakes:
         console.print(Text(f"error: {mistake}", "red"))

@@ -32,7 +32,7 @@ data:
   sources: {clips}
   size: [{size[0]}, {size[1]}]  # height, width: multiples of {grid.spatial}
 {aspects}  frames: {frames}  # {grid.temporal}n+{grid.offset} each, at {fps:g} frames per second
-{windows}{held_out}  caption_dropout: 0.05  # share of empty captions, for classifier-free guidance
+{windows}{validation}  caption_dropout: 0.05  # share of empty captions, for classifier-free guidance
   # trigger: zorble  # rare word added to every caption; use it in prompts to get the subject
 
 {alpha}tuner:
@@ -85,7 +85,7 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
     experts = kind.published.get(name, {}).get("", {}).get("transformer_2")
     if experts:
         raw["model"]["expert"] = "high"
-    if kind.medium == "scene":
+    if kind.modality == "scene":
         return _scenes(family, kind, clips, out or Path(f"{clips.stem or 'scenes'}.yaml"), name)
     model = kind(config.build(raw).model)
     plan = plan_dataset(config.build(raw).data, model.grid, model.fps, 0, family=model)
@@ -124,7 +124,7 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
         windows=f"  max_windows: {windows}  # maximum number of windows per long clip\n"
         if windows > 1
         else "",
-        held_out="" if len(probes) > 4 else "  held_out: 0  # too few clips for a validation set\n",
+        validation="" if len(probes) > 4 else "  validation: 0  # too few clips for a validation set\n",
         steps=steps,
         epochs=round(steps / len(probes)),
         every=max(50, steps // 8),
@@ -151,7 +151,7 @@ model:
 
 data:
   sources: {clips}
-{held_out}
+{validation}
 tuner:
   kind: lora  # or dora (slower, often better) or full
   rank: 16
@@ -178,8 +178,8 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
     """
     raw = {"run": "unused", "model": {"family": family, "checkpoint": name}, "data": {"sources": str(folder)}}
     settings = config.build(raw)
-    plan = modality_of(kind.medium).plan(settings, kind(settings.model))
-    count = len(plan.train) + len(plan.held_out)
+    plan = modality_of(kind.modality).plan(settings, kind(settings.model))
+    count = len(plan.train) + len(plan.validation)
     if not count:
         raise ValueError("\n".join(describe_plan(plan.problems, len(plan.clips), noun=plan.noun)))
     if path.exists():
@@ -194,7 +194,7 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
         found=f"{count} scenes in {plan.sources[0].layout} layout",
         checkpoint=name,
         choices="".join(f"\n  # or {c}" for c in others) if name in kind.published else "",
-        held_out="" if count > 4 else "  held_out: 0  # too few scenes for a validation set\n",
+        validation="" if count > 4 else "  validation: 0  # too few scenes for a validation set\n",
         steps=steps,
         epochs=round(steps / count),
         every=max(50, steps // 8),

@@ -26,7 +26,7 @@ SUBJECT, OLD = "the new subject", "the old world"
 CLIPS, PROMPTS = 16, 10
 """Number of training clips, and of judged prompts per group."""
 
-KNOWN, REPEATS, PRESERVE = 320, 30, 6
+KNOWN, REPEATS, PRIOR_PRESERVATION = 320, 30, 6
 """Clips of the tiny model's pretraining domain, `repeats` of the new clips, and weight of prior preservation.
 
 Without prior preservation the tiny model forgets its pretraining domain."""
@@ -36,16 +36,16 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
     """Return the demo's recipe, a usual recipe for a folder of clips at the size of the tiny model."""
     return {
         "run": str(folder),
-        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
+        "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},
         "data": {
             "sources": [
                 {"path": str(folder / "clips"), "repeats": REPEATS},
-                {"path": str(folder / "known"), "preserve": PRESERVE},
+                {"path": str(folder / "known"), "prior_preservation": PRIOR_PRESERVATION},
             ],
             "size": [64, 64],
             "frames": 17,
             "caption_dropout": 0.15,
-            "held_out": 0.033,
+            "validation": 0.033,
         },
         "tuner": {"kind": kind, "rank": 64},
         "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},

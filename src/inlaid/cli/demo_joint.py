@@ -17,7 +17,7 @@ from inlaid.tiny.world import FPS
 
 INTRO = "96 clips of the tiny model's pretraining domain with alpha: color is kept, and alpha is trained"
 
-CLIPS, HELD_OUT, PROMPTS = 96, 4, 20
+CLIPS, VALIDATION, PROMPTS = 96, 4, 20
 """Number of RGBA clips, of validation clips among them, and of judged prompts."""
 
 
@@ -25,13 +25,13 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
     """Return the demo's recipe."""
     return {
         "run": str(folder),
-        "model": {"family": "wan", "checkpoint": "twin:wan", "options": {"text": "short"}},
+        "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},
         "data": {
             "sources": str(folder / "clips"),
             "size": [64, 64],
             "frames": 17,
             "caption_dropout": 0.15,
-            "held_out": HELD_OUT,
+            "validation": VALIDATION,
             "matte": {"background": "keep"},  # the tiny model keeps generating backgrounds
         },
         "tuner": {"kind": tuner, "rank": 64},

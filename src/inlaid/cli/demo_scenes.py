@@ -19,12 +19,12 @@ SCENES, VIEWS, JUDGED = 24, 4, 10
 """Number of scenes with the new object, of views per scene (as `inlaid import meshes` creates them), and of
 judged scenes per group, which are not used for training."""
 
-KNOWN, REPEATS, PRESERVE = 192, 4, 4
+KNOWN, REPEATS, PRIOR_PRESERVATION = 192, 4, 4
 """Scenes of the tiny model's pretraining domain, `repeats` of the new scenes, and weight of prior
 preservation."""
 
 
-def recipe(folder: Path, kind: str = "lora", checkpoint: str = "twin:midi") -> dict:
+def recipe(folder: Path, kind: str = "lora", checkpoint: str = "tiny:midi") -> dict:
     """Return the demo's recipe, a usual recipe for a folder of scenes at the size of the tiny model."""
     return {
         "run": str(folder),
@@ -36,9 +36,9 @@ def recipe(folder: Path, kind: str = "lora", checkpoint: str = "twin:midi") -> d
         "data": {
             "sources": [
                 {"path": str(folder / "new"), "repeats": REPEATS},
-                {"path": str(folder / "known"), "preserve": PRESERVE},
+                {"path": str(folder / "known"), "prior_preservation": PRIOR_PRESERVATION},
             ],
-            "held_out": 0.05,
+            "validation": 0.05,
         },
         "tuner": {"kind": kind, "rank": 64},
         "optim": {"lr": 3e-3, "warmup": 20, "schedule": "linear"},
@@ -73,7 +73,7 @@ def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
     """Return the scenes of the evaluation as prompts in two groups."""
     found = []
     for group, name in (("the new kind", "judged/new"), ("the old world", "judged/known")):
-        changes = {"sources": [{"path": str(folder / name)}], "held_out": 0}
+        changes = {"sources": [{"path": str(folder / name)}], "validation": 0}
         raw = config.merge(settings.model_dump(mode="json"), {"data": changes})
         one = config.build(raw)
         windows = modality_of("scene").plan(one, open_family(one)).train
@@ -81,7 +81,7 @@ def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
     return found
 
 
-def run_demo(folder: Path, *, dora: bool = False, checkpoint: str = "twin:midi") -> Path:
+def run_demo(folder: Path, *, dora: bool = False, checkpoint: str = "tiny:midi") -> Path:
     """Create scenes with a new object, then check, cache, train, generate and evaluate.
 
     Args:

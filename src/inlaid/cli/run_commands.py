@@ -52,7 +52,7 @@ def train_(recipe: Recipe, overrides: Overrides = None) -> None:
         from inlaid import families
         from inlaid.data.modality import modality_of
 
-        asks = modality_of(families.get(config.model.family).medium).asks
+        asks = modality_of(families.get(config.model.family).modality).asks
         drawn = "" if config.tuner.kind == "codec" else f"inlaid generate {run} {asks}   or   "
         echo(f"{run}\nnext: {drawn}inlaid evaluate {run}")
 

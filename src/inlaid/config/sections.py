@@ -51,7 +51,7 @@ class Source(Section):
     path: str = Field(min_length=1)
     """Folder of clips, manifest (`.csv`, `.jsonl`, `.json`), folder with `prompts.txt` and `videos.txt`, or
     folder of precomputed latents from another trainer."""
-    layout: Literal["auto", "folder", "lines", "csv", "jsonl", "encoded"] = "auto"
+    layout: Literal["auto", "folder", "lines", "csv", "jsonl", "precomputed"] = "auto"
     """How captions are stored; `auto` detects it. `precomputed` reads latents and text embeddings instead of
     clips; `auto` selects it if every clip of the folder has both."""
     root: str | None = None
@@ -75,7 +75,7 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight of this source relative to the others, on top of `repeats`; with 0.5 each clip appears
     in every second epoch."""
-    preserve: float = Field(default=0.0, ge=0)
+    prior_preservation: float = Field(default=0.0, ge=0)
     """Weight of the prior preservation loss for clips of this source. Above 0, the target is the prediction
     of the network without the adapter instead of the clip, which preserves what the base model generates for
     such captions. 10 preserves nearly all of it; 0 trains on the clips."""
@@ -133,7 +133,7 @@ class Data(Section):
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Fraction of training samples that use the empty caption, so that classifier-free guidance keeps
     working."""
-    held_out: float = Field(default=0.1, ge=0)
+    validation: float = Field(default=0.1, ge=0)
     """Clips excluded from training to measure the validation loss: a fraction if below 1, else a count."""
     cache: str | None = Field(default=None, min_length=1)
     """Folder for cached latents and text embeddings; runs may share one. Default: `cache` in the run
@@ -182,7 +182,7 @@ class Data(Section):
 class Objective(Section):
     """Distribution and weight of the noise levels in training; the family defines the noising process."""
 
-    preset: Literal["inlaid", "diffsynth", "uniform"] = "inlaid"
+    preset: Literal["logit_normal", "diffsynth", "uniform"] = "logit_normal"
     """`logit_normal`: logit-normal noise levels, weight 1. `diffsynth`: table of 1000 levels, shift 5,
     bell-shaped weight. `uniform`: uniform levels, weight 1."""
     shift: float | None = Field(default=None, gt=0)
@@ -521,7 +521,7 @@ class Config(Section):
 def _conflicts(config: Config) -> Iterator[str]:
     """Yield errors about keys that are valid alone but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
-    if any(source.preserve for source in config.data.sources):
+    if any(source.prior_preservation for source in config.data.sources):
         if tuner.kind == "full":
             yield (
                 "data.sources.prior_preservation: needs the network without its adapter, which full "
@@ -537,7 +537,7 @@ def _conflicts(config: Config) -> Iterator[str]:
                 "data.sources.prior_preservation: not supported in transparent runs, the base model has "
                 "no alpha to preserve: remove it, or set alpha.kind=opaque"
             )
-        if all(source.preserve for source in config.data.sources):
+        if all(source.prior_preservation for source in config.data.sources):
             yield (
                 "data.sources.prior_preservation: is set on every source, so nothing new is trained: "
                 "remove it from the sources to train on"

@@ -19,7 +19,7 @@ class Batch:
     latents: Tensor
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
-    preserve: Tensor | None = None
+    prior_preservation: Tensor | None = None
     """Weight of the prior preservation loss of each sample, (n,); 0 trains on the clip itself."""
 
     @classmethod
@@ -43,8 +43,10 @@ class Batch:
         """Move the batch to a device; on CUDA from pinned memory, so the copy overlaps with computation."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
-        preserve = None if self.preserve is None else move(self.preserve)
-        return Batch(move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names, preserve)
+        prior_preservation = None if self.prior_preservation is None else move(self.prior_preservation)
+        return Batch(
+            move(self.latents), {k: move(v) for k, v in self.cond.items()}, self.names, prior_preservation
+        )
 
 
 def stable_hash(*parts: Any) -> int:

@@ -149,7 +149,7 @@ class Cache:
         return known or self._learn(key, video.probe(path))
 
     def look(self, path: Path, matte: Path | None = None) -> ClipInspection:
-        """Return `cutouts.look`, memoized by size and modification time of all files.
+        """Return `rgba_clips.look`, memoized by size and modification time of all files.
 
         Raises:
             ValueError: if the clip cannot be used.
@@ -219,7 +219,7 @@ class Cache:
         return [
             identity(*what, encoder, str(dtype), w)
             if isinstance(w, str)
-            else identity(*what, "encoded", precomputed.READER, self.content(w))
+            else identity(*what, "precomputed", precomputed.READER, self.content(w))
             for w in words
         ]
 

@@ -28,7 +28,7 @@ class Clip:
     source: int
     """Index into `data.sources`."""
     group: str | None
-    kind: Kind | Literal["encoded", "scene"]
+    kind: Kind | Literal["precomputed", "scene"]
     latents: tuple[Path, ...] = ()
     """Files of precomputed latents: `path` first, then the latents of the conditioning images."""
     embedding: Path | None = None
@@ -70,11 +70,11 @@ class Window:
     def key(self) -> tuple[Hashable, ...]:
         """Cache key: everything except the files' content that determines the pixels."""
         if self.clip.embedding:
-            return ("encoded", precomputed.READER)
+            return ("precomputed", precomputed.READER)
         shape = (self.start, self.frames, self.fps, *self.size)
         if self.alpha:
             how, pair = self.alpha.model_dump_json(), self.clip.matte is not None
-            return ("cutout", READER, kinds.READER, self.clip.kind, pair, *shape, how)
+            return ("rgba_clip", READER, kinds.READER, self.clip.kind, pair, *shape, how)
         return ("window", kinds.READER, self.clip.kind, *shape)
 
     @property

@@ -156,11 +156,11 @@ def find_clips(source: config.Source, index: int, patterns: PrecomputedLayout | 
         if not path.exists():
             raise ValueError("no such file or folder")
         layout, why, target = _detect(path, source, patterns, channels)
-        if source.root and layout in ("folder", "encoded"):
+        if source.root and layout in ("folder", "precomputed"):
             raise ValueError("`root` is only for manifests: remove it")
         if source.root and not root.is_dir():
             raise ValueError(f"`root` {root} is not a folder")
-        if layout == "encoded":
+        if layout == "precomputed":
             assert patterns
             _precomputed(target, scan, patterns)
         else:
@@ -196,9 +196,9 @@ def _detect(
         files = [f for f in rgba_clips.entries(path) if _caption_file(f).is_file() or not pairs.color(f)]
     stems = {f.with_suffix("") for f in files}
     options: list[tuple[str, str, Path]] = []
-    if patterns and wanted in ("auto", "encoded"):
+    if patterns and wanted in ("auto", "precomputed"):
         names = {n for part in (patterns.media[0], patterns.text) for n in _matching(path, part)}
-        option = ("encoded", f"{len(names)} clips of precomputed latents, {patterns.says}", path)
+        option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.says}", path)
         if names and names >= {*_matching(path, patterns.video, kinds.KNOWN)}:
             return option  # the videos in the folder are those the latents were computed from
         options += [option] if names else []
@@ -227,7 +227,7 @@ def _nothing(path: Path, wanted: str, patterns: PrecomputedLayout | None) -> str
         "lines": "prompts.txt and videos.txt; set `caption_column` and `video_column` for other file names",
         "csv": ".csv",
         "jsonl": ".jsonl or .json",
-        "encoded": f"precomputed latents; {reads}",
+        "precomputed": f"precomputed latents; {reads}",
     }
     tensors = len(_files(path, (".pt",)))
     aside = f"; it contains {tensors} .pt files, but {reads}" if tensors else ""
@@ -283,7 +283,7 @@ def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None
             text = beside.read_text("utf-8-sig", "replace") if beside and _inside(beside, scan.root) else ""
             text = " ".join(text.split())
             scan.clips.append(
-                Clip(there[0], shown, text, scan.index, None, "encoded", tuple(there[:-1]), there[-1])
+                Clip(there[0], shown, text, scan.index, None, "precomputed", tuple(there[:-1]), there[-1])
             )
 
 

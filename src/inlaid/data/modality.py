@@ -1,7 +1,7 @@
 """Modalities, `video` and `scene`: the kind of media that a family is trained on and generates.
 
 A modality defines how examples are found on disk and drawn on a contact sheet, and how generated media are
-conditioned and written. Each modality is a module of this package; `Family.medium` is its name.
+conditioned and written. Each modality is a module of this package; `Family.modality` is its name.
 """
 
 from __future__ import annotations

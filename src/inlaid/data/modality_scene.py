@@ -123,7 +123,7 @@ class SceneModality(Modality):
                     windows[i] = [SceneWindow(clip, 0.0, count, 1.0, size, clip.name)]
                 if progress:
                     progress(i + 1, len(clips))
-        together = _together if config.data.held_out else None
+        together = _together if config.data.validation else None
         return assemble_plan(config.data, config.seed, found, windows, problems, {}, together, self.one)
 
     def task(self, family: Family) -> str:

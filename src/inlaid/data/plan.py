@@ -39,7 +39,7 @@ class SourceReport:
     clips: int = 0
     usable: int = 0
     windows: int = 0
-    held_out: int = 0
+    validation: int = 0
     """Windows of validation clips."""
     seconds: float = 0.0
     repeats: int = 1
@@ -58,7 +58,7 @@ class Plan:
     clips: list[Clip]
     """All clips found, usable or not."""
     train: list[Window]
-    held_out: list[Window]
+    validation: list[Window]
     problems: list[Problem]
     sources: list[SourceReport]
     probes: dict[Path, Probe] = field(default_factory=dict)
@@ -101,7 +101,7 @@ def plan_dataset(
         look: replaces `probe` if the family is transparent; also takes the alpha matte.
     """
     fps = float(data.fps or fps)
-    patterns = [family.encoded_in(Path(s.path).expanduser()) if family else None for s in data.sources]
+    patterns = [family.precomputed_in(Path(s.path).expanduser()) if family else None for s in data.sources]
     channels = family.channels if family else 3
     found = [find_clips(source, i, patterns[i], channels) for i, source in enumerate(data.sources)]
     problems = [p for f in found for p in f.problems]
@@ -151,7 +151,7 @@ def assemble_plan(
     usable = [clips[i] for i in windows]
     twins, doubled = duplicates(usable)
     problems += doubled
-    held, held_problems = _split_validation(usable, alike(usable) if alike else twins, data.held_out, seed)
+    held, held_problems = _split_validation(usable, alike(usable) if alike else twins, data.validation, seed)
     problems += held_problems
     train = [w for i, ws in windows.items() for w in ws if clips[i].path not in held]
     out = [w for i, ws in windows.items() for w in ws if clips[i].path in held]
@@ -163,7 +163,7 @@ def assemble_plan(
             clips=f.count,
             usable=sum(clips[i].source == index for i in windows),
             windows=sum(w.clip.source == index for w in train),
-            held_out=sum(w.clip.source == index for w in out),
+            validation=sum(w.clip.source == index for w in out),
             seconds=sum(probes[c.path].duration for c in f.clips if c.path in probes),
             repeats=source.repeats,
             weight=source.weight,
@@ -229,7 +229,7 @@ def _split_validation(
         return set(), []
     if count >= len(clips):
         message = f"data.validation={wanted:g} of {len(clips)} clips leaves none to train on: lower it"
-        return set(), [Problem("error", "held-out", "data.held_out", message)]
+        return set(), [Problem("error", "validation", "data.validation", message)]
 
     def rank(group: list[Clip]) -> bytes:
         return hashlib.sha256(f"{seed}\0{min(c.name for c in group)}".encode()).digest()

@@ -2,7 +2,7 @@
 
 The keys in a file determine its content, independent of the family. Moments of the VAE are `ldist`
 (finetrainers), `mean` and `logvar` (genmo), or a bare tensor. Text embeddings are `prompt_embeds` with
-`prompt_attention_mask`, `y_feat` with `y_mask`, or a bare tensor. `Family.encoded` defines the locations.
+`prompt_attention_mask`, `y_feat` with `y_mask`, or a bare tensor. `Family.precomputed` defines the locations.
 """
 
 from __future__ import annotations

@@ -32,15 +32,15 @@ class CachedDataset:
     store: Cache
     media: Sequence[str]
     text: Sequence[str]
-    held_out_media: Sequence[str]
-    held_out_text: Sequence[str]
+    validation_media: Sequence[str]
+    validation_text: Sequence[str]
     empty: str
     prompts: Prompts
     built: Built
 
-    def held_out_batches(self, family: families.Family) -> list[Batch]:
+    def validation_batches(self, family: families.Family) -> list[Batch]:
         """Return the first validation clips, one per batch, on which the validation loss is measured."""
-        rows = zip(self.plan.held_out, self.held_out_media, self.held_out_text, strict=True)
+        rows = zip(self.plan.validation, self.validation_media, self.validation_text, strict=True)
         return [
             Batch.of(
                 family,
@@ -60,21 +60,21 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         ValueError: when clips have errors and the recipe says to stop.
     """
     store = Cache(run.cache(config))
-    medium = modality_of(family.medium)
-    with progress("look", 1, medium.one, show=ctx.main) as advance:
+    modality = modality_of(family.modality)
+    with progress("look", 1, modality.one, show=ctx.main) as advance:
         look = (store.probe, store.look)
-        plan = medium.plan(config, family, lambda n, of: advance(done=n, total=of), *look)
+        plan = modality.plan(config, family, lambda n, of: advance(done=n, total=of), *look)
     quarantined = {p.name: f"{p.code}: {p.message}" for p in require_usable(plan, config.data.bad_clips)}
-    windows = [*plan.train, *plan.held_out]
+    windows = [*plan.train, *plan.validation]
     names = store.media_names(family, windows)
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     sample = resolve_sample(config)
-    asked = medium.texts(sample.prompts, sample.images) if sample.prompts or sample.images else []
+    asked = modality.texts(sample.prompts, sample.images) if sample.prompts or sample.images else []
     texts = asked or list(dict.fromkeys(w.caption for w in windows if w.caption))[:4]
     words = list(dict.fromkeys([*(w.words for w in windows), "", sample.negative_prompt, *texts]))
     text_names = dict(zip(words, store.text_names(family, words, dtype), strict=True))
     mine = slice(ctx.rank, None, ctx.world)
-    with progress(f"cache {medium.one}s", len(names[mine]), medium.one, show=ctx.main) as advance:
+    with progress(f"cache {modality.one}s", len(names[mine]), modality.one, show=ctx.main) as advance:
         built = cache.build_media(
             store,
             family,
@@ -100,27 +100,27 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     if failed and config.data.bad_clips == "stop":
         lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
         raise ValueError(
-            f"{len(failed)} {medium.one}(s) could not be encoded:\n{lines}\n"
+            f"{len(failed)} {modality.one}(s) could not be encoded:\n{lines}\n"
             "fix or remove them, or set data.bad_clips=quarantine; the others are cached"
         )
     if ctx.main and (failed or quarantined):
         listed = {**quarantined, **failed}
         (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
         where = run.folder / "quarantine.json"
-        say(f"excluded {len(listed)} {medium.one}(s) with errors; {where} lists them with the reasons")
-    train, held_out = (
-        [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.held_out)
+        say(f"excluded {len(listed)} {modality.one}(s) with errors; {where} lists them with the reasons")
+    train, validation = (
+        [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.validation)
     )
-    plan = replace(plan, train=train, held_out=held_out)
+    plan = replace(plan, train=train, validation=validation)
     if not train:
-        raise ValueError(f"no {medium.one} is left to train on: " + "; ".join(failed.values()))
+        raise ValueError(f"no {modality.one} is left to train on: " + "; ".join(failed.values()))
     name_of = dict(zip(windows, names, strict=True))
     images: list[list[NamedImage]] = []
     if family.images and sample.size and sample.frames:
-        first = {w.caption: w for w in reversed([*train, *held_out]) if not w.clip.embedding}
+        first = {w.caption: w for w in reversed([*train, *validation]) if not w.clip.embedding}
         texts = asked or [t for t in texts if t in first]
         each: Sequence[ImageSource] = sample.images or [first[t] for t in texts]
-        images = [medium.read(family, e, sample) for e in each]
+        images = [modality.read(family, e, sample) for e in each]
     if sample.every and not texts:
         raise ValueError("sample.every: precomputed latents provide no prompts; set sample.prompts")
     return CachedDataset(
@@ -128,8 +128,8 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
         store,
         [name_of[w] for w in plan.train],
         [text_names[w.words] for w in plan.train],
-        [name_of[w] for w in plan.held_out],
-        [text_names[w.words] for w in plan.held_out],
+        [name_of[w] for w in plan.validation],
+        [text_names[w.words] for w in plan.validation],
         text_names[""],
         Prompts(
             texts,

@@ -16,7 +16,7 @@ CHOSEN_BY_TIME = "nothing to do, frames are selected by time"
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem with one clip, or with a whole source (codes `layout` and `held-out`)."""
+    """A problem with one clip, or with a whole source (codes `layout` and `validation`)."""
 
     severity: Severity
     code: str
@@ -39,7 +39,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "layout": Kind("error", "", ""),
-    "held-out": Kind("error", "", ""),
+    "validation": Kind("error", "", ""),
     "outside": Kind(
         "error",
         "is outside of its source",
@@ -212,5 +212,5 @@ KINDS: dict[str, Kind] = {
 }
 """All problem codes, in the order of reporting."""
 
-SOURCE_CODES = ("layout", "held-out")
+SOURCE_CODES = ("layout", "validation")
 """Codes of problems with a source rather than a clip; quarantine does not apply to them."""

@@ -55,8 +55,8 @@ def encode_prompts(
     images: Sequence[ImageSource] = (),
 ) -> Prompts:
     """Encode prompts through the run's cache and read their images; cached prompts need no text encoder."""
-    medium = modality_of(family.medium)
-    pictures = [medium.read(family, each, sample) for each in images]
+    modality = modality_of(family.modality)
+    pictures = [modality.read(family, each, sample) for each in images]
     store = Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))

@@ -117,7 +117,7 @@ def evaluate(
         if ctx.world > 1:
             raise ValueError("evaluate: does not support several processes; start it without torchrun")
         clips, notes = _clips(config, family, place, ctx)
-        gauge = importlib.import_module(f"inlaid.evaluation.{family.medium}")
+        gauge = importlib.import_module(f"inlaid.evaluation.{family.modality}")
         if prompts is not None:
             chosen = list(prompts)
         elif gauge.TRUTH:
@@ -144,7 +144,7 @@ def evaluate(
             folder.mkdir(parents=True)
             yardstick = None if gauge.TRUTH else _yardstick(place, clips, folder, notes)
             both = _Both(chosen, encoded, count, folder, Path(scratch), gauge)
-            batches = clips.held_out_batches(family) if clips else []
+            batches = clips.validation_batches(family) if clips else []
             for side, (denoiser, pipeline) in zip(sides, _networks(config, family, sides, ctx), strict=True):
                 both.measure(side, step, denoiser, batches, ctx.device)
                 both.draw(side, family, pipeline)
@@ -154,7 +154,7 @@ def evaluate(
                 names=(sides[0].name, sides[1].name),
                 step=sides[1].step,
                 pairs=both.pairs(),
-                held_out=both.held_out(step, batches),
+                validation=both.validation(step, batches),
                 training=yardstick,
                 sampling=_sampling(family, encoded),
                 settings=json.loads(config.model_dump_json()),
@@ -164,7 +164,7 @@ def evaluate(
                 notes=notes,
                 created=f"{datetime.now():%Y-%m-%d %H:%M}",
                 seconds=time.perf_counter() - began,
-                makes=modality_of(family.medium).makes,
+                makes=modality_of(family.modality).makes,
             )
             save_report(report, folder)
     return report
@@ -178,7 +178,7 @@ def choose(
     Without either, return the first captions of the dataset.
     """
     groups: dict[str, dict[str, Window]] = {}
-    windows: list[Window] = [*clips.plan.held_out, *clips.plan.train] if clips else []
+    windows: list[Window] = [*clips.plan.validation, *clips.plan.train] if clips else []
     for window in windows if group_by else ():
         if window.clip.group:
             groups.setdefault(window.clip.group, {}).setdefault(window.caption, window)
@@ -205,9 +205,9 @@ def truths(clips: CachedDataset | None) -> list[Prompt]:
     """
     if clips is None:
         return []
-    held_out = clips.plan.held_out
-    group = "validation scenes" if held_out else "training scenes"
-    return [Prompt(w.caption, group, images=w) for w in held_out or clips.plan.train]
+    validation = clips.plan.validation
+    group = "validation scenes" if validation else "training scenes"
+    return [Prompt(w.caption, group, images=w) for w in validation or clips.plan.train]
 
 
 def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
@@ -350,8 +350,8 @@ def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
 
 def _sampling(family: families.Family, encoded: Prompts) -> dict[str, Any]:
     """Return the sampling settings of the generated outputs."""
-    if family.medium != "video":
-        return modality_of(family.medium).settings(encoded.sample, encoded.fps)
+    if family.modality != "video":
+        return modality_of(family.modality).settings(encoded.sample, encoded.fps)
     return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}
 
 
@@ -390,10 +390,10 @@ class _Both:
     ) -> None:
         """Compute the validation loss of one side."""
         self._losses[side.role] = []
-        one = modality_of(step.family.medium).one
+        one = modality_of(step.family.modality).one
         with progress(f"loss, {side.name}", len(batches), one, show=bool(batches)) as advance:
             for batch in batches:
-                self._losses[side.role] += step.held_out(denoiser, [batch], device).tolist()
+                self._losses[side.role] += step.validation(denoiser, [batch], device).tolist()
                 advance()
 
     def draw(self, side: _Side, family: families.Family, pipeline: Any) -> None:
@@ -428,13 +428,13 @@ class _Both:
         columns = zip(each, self._videos["base"], self._videos["tuned"], self._distances, strict=True)
         return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
 
-    def held_out(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationClip | None:
+    def validation(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationClip | None:
         """Return the validation losses; None without validation clips."""
         if not batches:
             return None
         names = [name for b in batches for name in b.names]
         levels = step.objective.quantile(torch.tensor(QUANTILES)).tolist()
-        one = modality_of(step.family.medium).one
+        one = modality_of(step.family.modality).one
         return ValidationClip(
             names, list(QUANTILES), levels, self._losses["base"], self._losses["tuned"], one
         )

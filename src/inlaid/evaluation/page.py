@@ -118,10 +118,10 @@ def _tiles(report: Report) -> Html:
     """Return the key figures."""
     tiles: list[tuple[str, str, str]] = []
     base, tuned = report.names
-    if report.held_out:
-        a, b = report.held_out.means
+    if report.validation:
+        a, b = report.validation.means
         tiles.append(
-            ("Validation loss", signed(report.held_out.change), f"{a:.4f} ({base}) to {b:.4f} ({tuned})")
+            ("Validation loss", signed(report.validation.change), f"{a:.4f} ({base}) to {b:.4f} ({tuned})")
         )
     for group in sorted((g for g in report.groups if g.judged), key=lambda g: -abs(g.risen))[:2]:
         said = f"{report.makes}s match the prompt; {base}: {group.base_yes}"
@@ -268,7 +268,7 @@ def _uri(data: bytes, kind: str) -> str:
 
 def _numbers(report: Report) -> Html:
     pairs = [_metrics(report), _meanings(report)] if report.pairs else []
-    loss = [_losses(report.held_out, report.names)] if report.held_out else []
+    loss = [_losses(report.validation, report.names)] if report.validation else []
     return join(tag("h2", "Numbers"), *pairs, *loss) if pairs or loss else Html("")
 
 
@@ -383,7 +383,7 @@ def _curves(report: Report) -> Html:
         "Training loss is noisy because each step samples new noise levels. Use the validation loss, which "
         "has fixed noise, to judge progress."
     )
-    dashes = " Dashed: the base model." if report.held_out and report.names[0] == "base" else ""
+    dashes = " Dashed: the base model." if report.validation and report.names[0] == "base" else ""
     head = join(tag("h2", "Curves"), _soft(said + dashes))
     return join(
         head, tag("figure", wide, cls="wide", tabindex=0) if wide else "", tag("div", *drawn, cls="charts")
@@ -392,19 +392,19 @@ def _curves(report: Report) -> Html:
 
 def _validation_charts(report: Report, points: Callable[[str], list[Point]]) -> Iterable[Chart]:
     """Yield a chart of the mean loss and of each quantile; the base model is step 0 and a dashed line."""
-    keys = list(dict.fromkeys(k for x in report.curves for k in x if k.startswith("held_out_q")))
-    loss = report.held_out
-    known = {} if loss is None else {f"held_out_q{q:.1f}": i for i, q in enumerate(loss.quantiles)}
-    for key in ["held_out_loss", *keys]:
+    keys = list(dict.fromkeys(k for x in report.curves for k in x if k.startswith("validation_q")))
+    loss = report.validation
+    known = {} if loss is None else {f"validation_q{q:.1f}": i for i, q in enumerate(loss.quantiles)}
+    for key in ["validation_loss", *keys]:
         curve = points(key)
         if not curve:
             continue
         title = (
             "Validation loss, mean"
-            if key == "held_out_loss"
-            else f"at quantile {key.removeprefix('held_out_q')}"
+            if key == "validation_loss"
+            else f"at quantile {key.removeprefix('validation_q')}"
         )
-        base = loss.means[0] if loss and key == "held_out_loss" else None
+        base = loss.means[0] if loss and key == "validation_loss" else None
         if loss and key in known:
             title = f"at noise level {loss.levels[known[key]]:.2f}"
             base = float(np.mean(loss.base, axis=0)[known[key]])

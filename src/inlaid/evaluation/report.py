@@ -147,7 +147,7 @@ class Report:
     step: int | None
     """Optimizer step of the tuned model; None if unknown."""
     pairs: Sequence[Pair]
-    held_out: ValidationClip | None
+    validation: ValidationClip | None
     training: Mapping[str, float] | None
     """`video.METRICS` of some training clips, as a reference for both models."""
     sampling: Mapping[str, Any]
@@ -220,7 +220,7 @@ def summarise(name: str, pairs: Sequence[Pair]) -> Group:
 
 def judge(report: Report) -> Verdict:
     """Summarize the results; the judges' results take precedence over the loss."""
-    loss, total = report.held_out, report.total
+    loss, total = report.validation, report.total
     reasons, warnings = [], [*_changes(report), *_checkpoints(report), *report.notes]
     base, tuned = report.names
     for group in report.groups:
@@ -316,13 +316,13 @@ def _changes(report: Report) -> list[str]:
 
 def _checkpoints(report: Report) -> list[str]:
     """Return warnings from the validation curve: a better earlier checkpoint or changed clips."""
-    curve = {int(x["step"]): x["held_out_loss"] for x in report.curves if "held_out_loss" in x}
+    curve = {int(x["step"]): x["validation_loss"] for x in report.curves if "validation_loss" in x}
     here = (
         report.step
         if report.step in curve
         else max((s for s in curve if s <= (report.step or 0)), default=None)
     )
-    if report.held_out is None or here is None:
+    if report.validation is None or here is None:
         return []
     out = []
     best = min(curve, key=lambda s: curve[s])
@@ -332,7 +332,7 @@ def _checkpoints(report: Report) -> list[str]:
             f"Validation loss was lowest at step {best} and has risen {_percent(rise)} since: "
             "try a checkpoint near that step."
         )
-    measured = report.held_out.means[1]
+    measured = report.validation.means[1]
     if here == report.step and abs(measured / curve[here] - 1) > TELLING:
         out.append(
             f"Training measured a validation loss of {curve[here]:.4f} at step {here}, this evaluation "
@@ -377,9 +377,9 @@ def as_json(report: Report) -> dict[str, Any]:
     del values["folder"], values["curves"]
     values["names"] = {"base": report.names[0], "tuned": report.names[1]}
     values["groups"] = [asdict(g) for g in [*report.groups, *([report.total] if report.total else [])]]
-    if report.held_out:
-        base, tuned = report.held_out.means
-        values["held_out"] |= {"base_mean": base, "tuned_mean": tuned, "change": report.held_out.change}
+    if report.validation:
+        base, tuned = report.validation.means
+        values["validation"] |= {"base_mean": base, "tuned_mean": tuned, "change": report.validation.change}
     return {"format": FORMAT, "verdict": values.pop("verdict"), **values}
 
 
@@ -433,5 +433,5 @@ def summary_table(report: Report) -> Table:
 def _caption(report: Report) -> str:
     from rich.markup import escape
 
-    lines = [] if report.held_out is None else _sentences([_loss_sentence(report.held_out)])
+    lines = [] if report.validation is None else _sentences([_loss_sentence(report.validation)])
     return escape("\n".join([*lines, *(f"! {w}" for w in report.verdict.warnings)]))

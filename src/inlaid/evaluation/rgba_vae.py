@@ -66,12 +66,12 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
         folder = made[-1] / "codec"
     family = build_family(config)
     with start_processes(config) as ctx:
-        batches = build_cache(config, family, place, ctx).held_out_batches(family)
+        batches = build_cache(config, family, place, ctx).validation_batches(family)
         if not batches:
             raise ValueError(f"{run}: no validation clips; set data.validation and train again")
         codec = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
         step = RgbaVaeStep.of(section.model_copy(update={"perceptual": "none"}), quiet=True)
-        rows = step.held_out(codec, batches, ctx.device)
+        rows = step.validation(codec, batches, ctx.device)
         found = rgba_vae_metrics.report(rows.sum(0))
         picture = _picture(step, codec, batches[:SHOWN], ctx.device)
     warnings = rgba_vae_metrics.trivial(found)

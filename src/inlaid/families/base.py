@@ -64,8 +64,8 @@ class Family(Checkpoint, ABC):
     """Maximum number of text tokens of the network."""
     fps: float
     """Frame rate of the training data of the published checkpoint."""
-    medium: ClassVar[str] = "video"
-    """Modality of inputs and outputs: the name of a file in `inlaid/mediums`."""
+    modality: ClassVar[str] = "video"
+    """Modality of inputs and outputs: the name of a file in `inlaid/modalities`."""
     component: str = "transformer"
     """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
@@ -89,7 +89,7 @@ class Family(Checkpoint, ABC):
     """Factory of an attention processor for a rule, see `models.attention`, in families where text and video
     share a sequence."""
     grid: Grid
-    encoded: PrecomputedLayout | None = None
+    precomputed: PrecomputedLayout | None = None
     """Layout of precomputed latents that this family reads: VAE moments, one file for each entry of
     `stored`."""
 
@@ -102,9 +102,9 @@ class Family(Checkpoint, ABC):
         """Family of a single clip; differs from self only where a sequence holds two clips."""
         return self
 
-    def encoded_in(self, folder: Path) -> PrecomputedLayout | None:
+    def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
         """Return the layout of the precomputed latents in a folder, or None if the family reads none."""
-        return self.encoded
+        return self.precomputed
 
     def about(self) -> dict[str, str]:
         """Return the header metadata of a weights file that describes what it was trained on."""

@@ -140,7 +140,7 @@ class Checkpoint:
         return (self.read_config(component) or {})["_class_name"]
 
 
-TINY = "twin:"
+TINY = "tiny:"
 
 
 def locate(checkpoint: str) -> Path | str:

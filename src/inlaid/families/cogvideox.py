@@ -85,7 +85,7 @@ class CogVideoX(Family):
         self.native = VPrediction(tuple(scheduler.alphas_cumprod.tolist()))
         self.images = ("first",) if c["in_channels"] == 32 else ()
         latents = ["video_latents/*.pt", *["image_latents/*.pt" for _ in self.images]]
-        self.encoded = PrecomputedLayout(latents, "prompt_embeds/*.pt", "prompts/*.txt", "videos/*")
+        self.precomputed = PrecomputedLayout(latents, "prompt_embeds/*.pt", "prompts/*.txt", "videos/*")
         task = "i2v" if self.images else "t2v"
         if model.task not in (None, task) or model.expert is not None:
             key = "expert" if model.expert else "task"

@@ -61,7 +61,7 @@ class Encoder:
 class Midi(Family):
     """MIDI (CLIP and DINO) and TripoSG (DINO only): flow matching on the tokens of all objects of a scene."""
 
-    medium: ClassVar[str] = "scene"
+    modality: ClassVar[str] = "scene"
     defaults: ClassVar[Mapping[str, Any]] = {
         "optim": {"lr": 5e-5},
         "sample": {"steps": 50, "guidance": 7.0},

@@ -72,7 +72,7 @@ def generate(
             f"{place.folder / 'codec'} in a recipe that trains the denoiser, or view reconstructions "
             "with `inlaid evaluate`"
         )
-    prompts = modality_of(family.medium).texts(prompts, images)
+    prompts = modality_of(family.modality).texts(prompts, images)
     sample = resolve_sample(config, **overrides)
     wrong = family.grid.problems(sample.frames or 1, *(sample.size or (1, 1)))
     if overrides.get("transparent") and family.channels != 4:
@@ -87,7 +87,7 @@ def generate(
         )
     folder = out or place.folder / "samples" / "generated"
     name = None
-    if folder.suffix == ".glb" and modality_of(family.medium).makes == "scene":
+    if folder.suffix == ".glb" and modality_of(family.modality).makes == "scene":
         if len(prompts) * count > 1:
             raise ValueError(
                 f"generate: {folder} is one file for {len(prompts) * count} scenes; pass a folder"
@@ -160,11 +160,11 @@ def generate_samples(
         Paths of the written files.
     """
     pipeline.set_progress_bar_config(disable=True)
-    sample, paths, medium = prompts.sample, [], modality_of(family.medium)
+    sample, paths, modality = prompts.sample, [], modality_of(family.modality)
     assert sample.size and sample.frames
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with progress("draw", len(prompts.texts) * count, medium.makes, show=show) as advance:
+    with progress("draw", len(prompts.texts) * count, modality.makes, show=show) as advance:
         for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
             images = prompts.images[i] if prompts.images else ()
             for j in range(count):
@@ -178,13 +178,13 @@ def generate_samples(
                     guidance=sample.guidance,
                     generator=torch.Generator().manual_seed(sample.seed + j),
                     images=[each.pixels for each in images],
-                    **medium.asked(sample),
+                    **modality.asked(sample),
                 )
                 if folder is None:
                     continue
-                settings = medium.settings(sample, prompts.fps)
+                settings = modality.settings(sample, prompts.fps)
                 stem = folder / (name or f"{i:02d}-{slug(text)}-seed{sample.seed + j}")
-                path, facts = medium.write(stem, made, sample, prompts.fps)
+                path, facts = modality.write(stem, made, sample, prompts.fps)
                 values = {"prompt": text, "seed": sample.seed + j, **settings, **facts, **about}
                 if images:
                     values["images"] = [each.name for each in images]

@@ -124,10 +124,10 @@ def _lit(path: _Path) -> np.ndarray:
     return world._light(*upright.local())[..., None]
 
 
-def clips(seed: int, n: int, *, held_out: bool = False) -> list[Clip]:
+def clips(seed: int, n: int, *, validation: bool = False) -> list[Clip]:
     """Render `n` clips of the world, with captions that name the material and contain "transparent"."""
     made = []
-    for k, drawn in enumerate(world.scenes(seed, n, held_out=held_out)):
+    for k, drawn in enumerate(world.scenes(seed, n, validation=validation)):
         scene = replace(drawn, background="transparent")
         material = MATERIALS[np.random.default_rng([seed, k, 67]).integers(len(MATERIALS))]
         own = seed * 7919 + k
@@ -159,7 +159,7 @@ def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
 
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
     """Return `n` prompts for validation combinations without background, each with its scene."""
-    drawn = [replace(s, background="transparent") for s in world.scenes(seed, n, held_out=True)]
+    drawn = [replace(s, background="transparent") for s in world.scenes(seed, n, validation=True)]
     return [(caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(drawn)]
 
 

@@ -195,23 +195,23 @@ def _shadow(canvas: np.ndarray, path: _Path, table: np.ndarray, strength: float 
 # --- the world --------------------------------------------------------------------------------------------
 
 
-def is_held_out(shape: str, colour: str, motion: str) -> bool:
+def is_reserved(shape: str, colour: str, motion: str) -> bool:
     """Return True if this triple is reserved for validation (about one in ten, by hash)."""
     return zlib.crc32(f"{shape} {colour} {motion}".encode()) % 10 == 7
 
 
 @functools.cache
-def triples(held_out: bool) -> tuple[tuple[str, str, str], ...]:
-    """Return all (shape, color, motion) triples of the training or the validation (`held_out`) split."""
+def triples(validation: bool) -> tuple[tuple[str, str, str], ...]:
+    """Return all (shape, color, motion) triples of the training or the validation (`validation`) split."""
     every = itertools.product(SHAPES, COLOURS, MOTIONS)
     visible = (t for t in every if not (t[2] == "spin" and t[0] in _ROUND))
-    return tuple(t for t in visible if is_held_out(*t) == held_out)
+    return tuple(t for t in visible if is_reserved(*t) == validation)
 
 
-def scenes(seed: int, n: int, *, held_out: bool = False) -> list[Scene]:
+def scenes(seed: int, n: int, *, validation: bool = False) -> list[Scene]:
     """Sample `n` scenes. Some omit size or background, as their captions do."""
-    rng = np.random.default_rng([seed, 11, held_out])
-    pool = triples(held_out)
+    rng = np.random.default_rng([seed, 11, validation])
+    pool = triples(validation)
     drawn = []
     for _ in range(n):
         shape, colour, motion = pool[rng.integers(len(pool))]
@@ -538,25 +538,25 @@ def vocabulary() -> list[str]:
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
     """Return `n` validation prompts, each with its scene for the evaluator (`judge`)."""
     return [
-        (caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(scenes(seed, n, held_out=True))
+        (caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(scenes(seed, n, validation=True))
     ]
 
 
-def _subject_scenes(held_out: bool) -> list[Scene]:
+def _subject_scenes(validation: bool) -> list[Scene]:
     """Return combinations of motion, size and background: 16 for training, or 20 for validation."""
     kept = []
     for m, motion in enumerate(MOTIONS):
         for s, size in enumerate(SIZES):
             for b, background in enumerate(BACKGROUNDS):
                 learned = (m + s + b) % 3 == 0 or (m, s, b) in ((0, 1, 0), (2, 0, 2), (3, 1, 1), (5, 0, 0))
-                if learned != held_out:
+                if learned != validation:
                     kept.append(Scene(SUBJECT, None, motion, size, background))
     return kept
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
     """Render training clips of the subject, `(uint8 (17, 64, 64, 3), caption)`; 16 cover all combinations."""
-    pool = _subject_scenes(held_out=False)
+    pool = _subject_scenes(validation=False)
     chosen = [pool[k % len(pool)] for k in range(n)]
     return [
         (render(scene, seed * 7919 + k), caption(scene, seed * 7919 + k)) for k, scene in enumerate(chosen)
@@ -565,7 +565,7 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
     """Return subject prompts with combinations of motion, size and background absent from its clips."""
-    pool = _subject_scenes(held_out=True)
+    pool = _subject_scenes(validation=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))
     chosen = [pool[order[k % len(pool)]] for k in range(n)]
     return [(caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(chosen)]

@@ -50,7 +50,7 @@ class Job:
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
     step: Step
-    held_out: list[Batch]
+    validation: list[Batch]
     prompts: Prompts
     meters: Meters
     ema: EMA | None = None
@@ -76,14 +76,16 @@ class Job:
 
     def validate(self, step: int) -> None:
         """Measure and write the validation metrics, such as the loss at fixed noise levels."""
-        if not self.held_out:
+        if not self.validation:
             return
-        n, world = len(self.held_out), self.ctx.world
+        n, world = len(self.validation), self.ctx.world
         mine = range(
             self.ctx.rank, -(-n // world) * world, world
         )  # same number of passes in each process, as sharding needs
         with self.averaged():
-            rows = self.step.held_out(self.denoiser, [self.held_out[i % n] for i in mine], self.ctx.device)
+            rows = self.step.validation(
+                self.denoiser, [self.validation[i % n] for i in mine], self.ctx.device
+            )
         rows = rows[: len(range(self.ctx.rank, n, world))]
         self.meters.write({"step": step, **self.step.summary(self.ctx.total(rows.sum(0)) / n)})
         self.meters.pause()
@@ -200,9 +202,9 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         config.data.caption_dropout,
         config.seed,
         per_step,
-        [source.preserve for source in config.data.sources],
+        [source.prior_preservation for source in config.data.sources],
     )
-    held_out = clips.held_out_batches(family)
+    validation = clips.validation_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
     full = config.tuner.kind in ("full", "codec")  # float32 weights, computed under autocast
     denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).train()
@@ -241,7 +243,7 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         held,
         optimizer,
         step,
-        held_out,
+        validation,
         clips.prompts,
         meters,
         ema,

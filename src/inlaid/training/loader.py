@@ -43,8 +43,8 @@ class Loader:
         names = [self.windows[r].clip.name for r in rows]
         words = [self.store.read("text", n) for n in texts]
         batch = Batch.of(self.family, clips, words, names, self.seed, k)
-        kept = [self.preserve[self.windows[r].clip.source] for r in rows]
-        return replace(batch, preserve=torch.tensor(kept)) if any(kept) else batch
+        kept = [self.prior_preservation[self.windows[r].clip.source] for r in rows]
+        return replace(batch, prior_preservation=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
         """Yield the micro-batches of this process from step `start` on, prefetching one."""
@@ -62,5 +62,5 @@ class Loader:
 
     per_step: int = 1
     """Micro-batches per optimizer step over all processes."""
-    preserve: Sequence[float] = ()
+    prior_preservation: Sequence[float] = ()
     """Weight of the prior preservation loss, for each source."""

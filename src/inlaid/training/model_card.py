@@ -23,7 +23,7 @@ def run_model_card(
         config,
         step=step,
         prompts=list(prompts) if family.text_length else [],
-        task=modality_of(family.medium).task(family),
+        task=modality_of(family.modality).task(family),
         objective=what,
         warnings=family.warnings(),
     )

@@ -83,7 +83,7 @@ class RgbaVaeStep:
         return {"loss": terms["loss"], **{k: v.detach().expand(n) for k, v in each.items()}}
 
     @torch.no_grad()
-    def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
+    def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
         """Return sums of `rgba_metrics.tally` over the reconstructed clips of each batch."""
         rows = [torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)] * (not batches)
         for batch in batches:
@@ -101,7 +101,7 @@ class RgbaVaeStep:
         """
         found = rgba_vae_metrics.report(rows)
         loss = (found["alpha_mae_balanced"] + found["rgb_mae"]) / 2
-        return {"held_out_loss": loss, **{f"held_out_{n}": v for n, v in found.items()}}
+        return {"validation_loss": loss, **{f"validation_{n}": v for n, v in found.items()}}
 
 
 @torch.no_grad()

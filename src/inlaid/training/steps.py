@@ -33,7 +33,7 @@ class Step(Protocol):
         """Return the losses; randomness comes from `generator` on the CPU, the same for every device."""
         ...
 
-    def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
+    def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
         """Return one row of numbers per batch, the same in every call with the same network."""
         ...
 
@@ -98,24 +98,24 @@ class DenoisingStep:
             kept = self._untuned(denoiser, batch, x_t, t)
             prediction = self.family.predict(denoiser, x_t, t, batch.cond)
         target, weight = self.objective.target(x0, noise, t), self.objective.weight(t)
-        if kept is not None and batch.preserve is not None:
-            target = target.index_copy(0, batch.preserve.nonzero()[:, 0], kept.to(target.dtype))
-            weight = torch.where(batch.preserve > 0, batch.preserve * weight, weight)
+        if kept is not None and batch.prior_preservation is not None:
+            target = target.index_copy(0, batch.prior_preservation.nonzero()[:, 0], kept.to(target.dtype))
+            weight = torch.where(batch.prior_preservation > 0, batch.prior_preservation * weight, weight)
         return prediction, target, weight
 
     @torch.no_grad()
     def _untuned(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor | None:
         """Return the base model's prediction for samples with prior preservation; None if there are none."""
-        if batch.preserve is None:
+        if batch.prior_preservation is None:
             return None
         assert self.untuned is not None
-        rows = batch.preserve.nonzero()[:, 0]
+        rows = batch.prior_preservation.nonzero()[:, 0]
         with self.untuned(denoiser):
             cond = {k: v[rows] for k, v in batch.cond.items()}
             return self.family.predict(denoiser, x_t[rows], t[rows], cond)
 
     @torch.no_grad()
-    def held_out(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
+    def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
         """Return the loss of each batch at each of `QUANTILES` with fixed noise: shape (batches, quantiles).
 
         Noise levels and noise are the same in every call, so two calls differ only by the network.
@@ -140,5 +140,5 @@ class DenoisingStep:
     def summary(self, rows: Tensor) -> dict[str, float]:
         """Return the mean over noise levels, and the loss at each level."""
         losses = rows.tolist()
-        values = {f"held_out_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
-        return {"held_out_loss": sum(losses) / len(losses), **values}
+        values = {f"validation_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
+        return {"validation_loss": sum(losses) / len(losses), **values}

@@ -13,7 +13,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {"scene": {}, "triposg": {}}
 STANDS_FOR: Mapping[str, str] = {
     "VAST-AI/MIDI-3D": "scene",
     "VAST-AI/TripoSG": "triposg",
-    "twin:midi": "scene",
+    "tiny:midi": "scene",
 }
 """Variant of each published checkpoint."""
 

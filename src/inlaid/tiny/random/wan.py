@@ -30,7 +30,7 @@ STANDS_FOR: Mapping[str, str] = {
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": "i2v",
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": "flf2v",
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "i2v-a14b",
-    "twin:wan": "t2v",
+    "tiny:wan": "t2v",
 }
 """Variant of each published checkpoint."""
 
