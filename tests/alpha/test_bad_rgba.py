@@ -24,7 +24,7 @@ SIZE = (32, 32)
 @pytest.fixture
 def ground(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
     """A folder of three good pairs, and a recipe that works."""
-    monkeypatch.setattr(opening, "MIXINS", {"joint": make.Glass})
+    monkeypatch.setattr(opening, "COMPOSED", {"joint": make.Glass})
     return tmp_path / "rgba_clips", make.transparent(recipe(data__validation=0), tmp_path / "rgba_clips", 3)
 
 

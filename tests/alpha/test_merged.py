@@ -32,7 +32,7 @@ from inlaid.networks.rgba_vae_published import HALVES, TARGETS
 from inlaid.runs.folder import Run, read_header
 from inlaid.runs.launch import start_processes
 from inlaid.training.loop import train
-from support.codecs import disc, made, rgba_clips
+from support.rgba_vaes import disc, made, rgba_clips
 
 
 @pytest.fixture(scope="module")

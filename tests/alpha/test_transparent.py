@@ -33,7 +33,7 @@ from support import rgba_clips as make
 @pytest.fixture
 def raw(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """A function that gives a small transparent recipe, with changes."""
-    monkeypatch.setattr(opening, "MIXINS", {"joint": make.Glass})
+    monkeypatch.setattr(opening, "COMPOSED", {"joint": make.Glass})
     return lambda **changes: make.transparent(recipe(**changes), tmp_path / "rgba_clips")
 
 

@@ -26,7 +26,7 @@ from inlaid.runs.folder import Run, read_metrics
 from inlaid.tiny import random
 from inlaid.training.loop import train
 from support import forks
-from support.codecs import made, rgba_clips
+from support.rgba_vaes import made, rgba_clips
 from support.ranks import free_port
 from support.slow import mostly_slow, slow
 

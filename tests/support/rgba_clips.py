@@ -11,6 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from inlaid.alpha.composed import Composed
 from inlaid.media import compositing
 
 T, H, W = 9, 32, 64
@@ -74,21 +75,19 @@ def animated(path: Path, frames: np.ndarray, duration: float = 62.5, **options: 
     return path
 
 
-class Glass:
+class Glass(Composed):
     """Stands before a family and makes it transparent without learning anything: light is opaque."""
 
-    channels = 4
-
-    def __init__(self, model: Any, section: Any) -> None:
-        super().__init__(model)  # type: ignore[call-arg]
+    def __init__(self, opaque: Any, section: Any) -> None:
+        super().__init__(opaque)
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Any]:
         assert frames.shape[-1] == 4
         over = compositing.composite(frames, np.zeros(3, np.uint8))
-        return super().encode_media(encoder, over)  # type: ignore[misc]
+        return self.opaque.encode_media(encoder, over)
 
     def sample(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        video = super().sample(*args, **kwargs)  # type: ignore[misc]
+        video = self.opaque.sample(*args, **kwargs)
         light = video.mean(-1, keepdims=True)
         low, high = np.percentile(light, [40, 70])
         alpha = compositing.to_uint8(((light - low) / (high - low + 1)).clip(0, 1))

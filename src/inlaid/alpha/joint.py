@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from inlaid import config as recipe
+from inlaid.alpha.composed import Composed
 from inlaid.families.base import Family, PrecomputedLayout, as_bytes
 from inlaid.networks.domain_embedding import NAME, TOKENS, DomainEmbedding, read_domain_embedding
 from inlaid.networks.half_tokens import HalfTokens, half_tokens_class
@@ -32,21 +33,13 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 ALPHA = "alpha_"
 """Prefix of the names of alpha's tensors in a cached item."""
 
-if TYPE_CHECKING:
-    _Base = Family
-else:
-    _Base = object
 
+class Joint(Composed):
+    """Family whose network processes two clips, color and alpha, in one sequence."""
 
-class Joint(_Base):
-    """Mixin before any family class; the network then processes two clips."""
-
-    channels = 4
-
-    def __init__(self, model: recipe.Model, section: recipe.Joint) -> None:
-        super().__init__(model)
-        self.section = section
-        kind: Any = type(self).__mro__[2]
+    def __init__(self, opaque: Family, section: recipe.Joint) -> None:
+        super().__init__(opaque)
+        self.section, model = section, opaque.model
         name, rules = model.checkpoint, ("block", "bias", "open") if self.joint_attention else ("block",)
         if not self.video_layers:
             raise ValueError(f"alpha.kind: {model.family} does not support `joint` transparency")
@@ -60,9 +53,8 @@ class Joint(_Base):
                 f"alpha.text_to_alpha: text and video do not share a sequence in {model.family}, so text "
                 f"never attends to alpha: remove `{section.text_to_alpha}`"
             )
-        self._single: Family = kind(model)
         video = "|".join(self.video_layers)
-        self.targets = [f"(?=(?:{video})$)(?:{target})" for target in kind.targets]  # type: ignore[misc]
+        self.targets = [f"(?=(?:{video})$)(?:{target})" for target in opaque.targets]
         self.media_key = ("joint",)
 
     def about(self) -> dict[str, str]:
@@ -73,12 +65,12 @@ class Joint(_Base):
             "text_to_alpha": self.section.text_to_alpha,
             NAME: "yes" if self.section.domain_embedding else "no",
         }
-        return {**super().about(), **{f"inlaid_{k}": v for k, v in said.items()}}
+        return {**self.opaque.about(), **{f"inlaid_{k}": v for k, v in said.items()}}
 
     @property
     def single(self) -> Family:
         """Opaque family, for a single clip."""
-        return self._single
+        return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
         """Return the layout of precomputed latents.
@@ -116,7 +108,7 @@ class Joint(_Base):
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return problems, including tuner kinds and targets that do not support alpha tokens only."""
-        found, tuner = super().problems(config), config.tuner
+        found, tuner = self.opaque.problems(config), config.tuner
         if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):
             only = f"tuner.kind: `joint` trains the alpha tokens only, which {tuner.kind} does not support"
             return [*found, f"{only}; use lora or dora"]
@@ -175,7 +167,7 @@ class Joint(_Base):
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
         """Load the network, prepared for two clips."""
-        return self._join(super().load_denoiser(dtype, meta=meta, folder=folder))
+        return self._join(self.opaque.load_denoiser(dtype, meta=meta, folder=folder))
 
     def _join(self, network: Any) -> nn.Module:
         self.share_positions(network)
@@ -219,7 +211,8 @@ class Joint(_Base):
 
         The VAE decodes the two clips separately.
         """
-        pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
+        network = denoiser if denoiser is not None else self.load_denoiser(dtype)
+        pipe = self.opaque.pipeline(denoiser=network, device=device, dtype=dtype)
         decode = pipe.vae.decode
 
         def apart(z: Tensor, **options: Any) -> Any:
@@ -267,7 +260,7 @@ class Joint(_Base):
             header = file.metadata() or {}
         self.accept(header)
         vector = read_domain_embedding(folder, header)
-        super().load_adapter(pipeline, folder)
+        self.opaque.load_adapter(pipeline, folder)
         network = getattr(pipeline, self.component)
         self._tail(network)
         if vector is not None and not self.section.domain_embedding:
@@ -282,7 +275,7 @@ class Joint(_Base):
 
     def weaken(self, pipeline: Any, strength: float) -> None:
         """Scale the adapter and the domain embedding by `strength`."""
-        super().weaken(pipeline, strength)
+        self.opaque.weaken(pipeline, strength)
         if self.section.domain_embedding:
             with torch.no_grad():
                 getattr(pipeline, self.component).get_submodule(NAME).weight.mul_(strength)

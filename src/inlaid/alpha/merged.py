@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inlaid import config as recipe
+from inlaid.alpha.composed import Composed
 from inlaid.alpha.rgba_vae import locate_rgba_vae, require_wan_vae
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from inlaid.families.base import Family
     from inlaid.networks.rgba_vae import RgbaVae
 
 
@@ -26,17 +28,16 @@ HEADER = "inlaid_codec"
 """Header key of the RGBA VAE's `codec_id` in an adapter."""
 
 
-class Merged:
-    """Mixin before `Wan` for recipes with `alpha: {kind: merged}`."""
+class Merged(Composed):
+    """Family whose latents hold color and alpha, encoded and decoded by an RGBA VAE."""
 
-    channels = 4
-
-    def __init__(self, model: recipe.Model, section: recipe.Merged) -> None:
+    def __init__(self, opaque: Family, section: recipe.Merged) -> None:
         from inlaid.networks import rgba_vae_checkpoint
 
-        super().__init__(model)  # type: ignore[call-arg]
+        super().__init__(opaque)
+        model = opaque.model
         require_wan_vae(self)
-        if self.images:  # type: ignore[attr-defined]
+        if self.images:
             raise ValueError(
                 f"alpha.kind: merged supports text-to-video only, but {model.checkpoint} is conditioned on "
                 "images: use a text-to-video checkpoint"
@@ -52,7 +53,7 @@ class Merged:
 
     def about(self) -> dict[str, str]:
         """Return the metadata of trained files (`Family.about`), including the ID of the RGBA VAE."""
-        return {**super().about(), "inlaid_alpha": "merged", HEADER: self.codec_id}  # type: ignore[misc]
+        return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.codec_id}
 
     # --- before the cache ---------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ class Merged:
 
         The clip is encoded over several background colors, one of which is sampled at each step.
         """
-        shape = self.shapes(frames, height, width)["latents"]  # type: ignore[attr-defined]
+        shape = self.shapes(frames, height, width)["latents"]
         return {"latents": (min(self.section.colors, len(self.facts.get("colors", range(8)))), *shape)}
 
     def load_media_encoder(self, device: torch.device) -> RgbaVae:
@@ -75,7 +76,7 @@ class Merged:
                 f"{self.folder}: this RGBA VAE has no merge block, so it can decode but not encode clips; "
                 f"train one with rgba_vae: {{train: merge, init_from: {self.folder}}}"
             )
-        vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
+        vae = self.load("vae", torch.float32)
         return rgba_vae_checkpoint.load(self.folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ class Merged:
         """Return the stock pipeline, with the RGBA VAE as its attribute `codec`."""
         from inlaid.networks import rgba_vae_checkpoint
 
-        pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)  # type: ignore[misc]
+        pipe = self.opaque.pipeline(denoiser=denoiser, device=device, dtype=dtype)
         pipe.codec = rgba_vae_checkpoint.load(self.folder, pipe.vae).to(device).eval().requires_grad_(False)
         return pipe
 
@@ -150,7 +151,7 @@ class Merged:
         from inlaid.networks import rgba_vae_checkpoint
 
         z = pipeline(
-            **self.given(pipeline, text, negative, images),  # type: ignore[attr-defined]
+            **self.given(pipeline, text, negative, images),
             height=size[0],
             width=size[1],
             num_frames=frames,

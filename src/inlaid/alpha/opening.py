@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from inlaid import config as recipe
@@ -31,23 +31,19 @@ def open_family(config: recipe.Config) -> families.Family:
     return family
 
 
-MIXINS: Mapping[str, type] = {"joint": Joint, "merged": Merged}
-"""Mixin by the recipe's `alpha.kind`."""
+COMPOSED: Mapping[str, Callable[[Family, Any], Family]] = {"joint": Joint, "merged": Merged}
+"""How a family is composed with alpha, by the recipe's `alpha.kind`."""
 
 
 def build_family(config: recipe.Config) -> Family:
-    """Create the family of a recipe, with the transparency of its `alpha` section.
+    """Create the family of a recipe, composed with its `alpha` section.
 
     Raises:
         ValueError: if the checkpoint is not of the family, or the family does not support the transparency.
     """
-    kind, section = families.get(config.model.family), config.alpha
+    opaque = families.get(config.model.family)(config.model)
     if isinstance(config.tuner, recipe.Codec):
-        trained: Any = type(f"Codec{kind.__name__}", (RgbaVaeTraining, kind), {})
-        return trained(config.model, config.tuner)
-    if section.kind == "opaque":
-        return kind(config.model)
-    if section.kind not in MIXINS:
-        raise ValueError(f"alpha.kind: {config.model.family} does not support `{section.kind}` transparency")
-    mixed: Any = type(f"{section.kind.capitalize()}{kind.__name__}", (MIXINS[section.kind], kind), {})
-    return mixed(config.model, section)
+        return RgbaVaeTraining(opaque, config.tuner)
+    if config.alpha.kind == "opaque":
+        return opaque
+    return COMPOSED[config.alpha.kind](opaque, config.alpha)

@@ -12,37 +12,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlaid import config as recipe
+from inlaid.alpha.composed import Composed
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor, nn
 
+    from inlaid.families.base import Family
     from inlaid.networks.rgba_vae import RgbaVae
 
 
-class RgbaVaeTraining:
-    """Mixin before `Wan` for recipes with an `rgba_vae` section."""
+class RgbaVaeTraining(Composed):
+    """Stand-in for a family in runs that train an RGBA VAE: items are pixels, the network is the VAE."""
 
-    channels = 4
     encoders: Mapping[str, Sequence[str]] = {"media": (), "text": ()}
     images: Sequence[str] = ()
     media_key = ("pixels",)
     bytewise = ("latents",)
 
-    def __init__(self, model: recipe.Model, section: recipe.Codec) -> None:
-        super().__init__(model)  # type: ignore[call-arg]
+    def __init__(self, opaque: Family, section: recipe.Codec) -> None:
+        super().__init__(opaque)
         require_wan_vae(self)
         self.codec = section
         self.images = ()
 
     def about(self) -> dict[str, str]:
         """Return the metadata of trained files (`Family.about`)."""
-        return {"inlaid_base": self.name}  # type: ignore[attr-defined]
+        return {"inlaid_base": self.name}
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of `latents`, which are the pixels: (4, t, h, w)."""
         return {"latents": (4, frames, height, width)}
+
+    def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes in the cache: the pixels."""
+        return self.shapes(frames, height, width)
 
     def load_media_encoder(self, device: torch.device) -> None:
         """Return None: pixels are cached without encoding."""
@@ -80,9 +85,9 @@ class RgbaVaeTraining:
         start = folder or (Path(self.codec.start) if self.codec.start else None)
         if meta:
             with torch.device("meta"):
-                vae = diffusers.AutoencoderKLWan.from_config(self.vae)  # type: ignore[attr-defined]
+                vae = diffusers.AutoencoderKLWan.from_config(self.vae)
                 return rgba_vae_checkpoint.new(vae, self.codec.rank, 0)
-        vae = self.load("vae", torch.float32)  # type: ignore[attr-defined]
+        vae = self.load("vae", torch.float32)
         if start is None:
             return rgba_vae_checkpoint.new(vae, self.codec.rank, 0)
         loaded = rgba_vae_checkpoint.load(locate_rgba_vae(str(start)), vae)
@@ -107,7 +112,7 @@ class RgbaVaeTraining:
         found = [
             f"data: {p}"
             for frames in config.data.frames
-            for p in self.grid.problems(frames, *config.data.size)  # type: ignore[attr-defined]
+            for p in self.grid.problems(frames, *config.data.size)
         ]
         try:
             if self.codec.start:

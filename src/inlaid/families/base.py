@@ -323,7 +323,7 @@ class Family(Checkpoint, ABC):
             asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
-        if self.channels == 3 and data.matte != recipe.Matte():
+        if config.alpha.kind == "opaque" and config.tuner.kind != "codec" and data.matte != recipe.Matte():
             found.append("data.matte: an opaque run reads no alpha mattes; remove it, or set alpha.kind")
         try:
             self.objective(config.objective, data.size)

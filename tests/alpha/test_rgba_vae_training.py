@@ -21,7 +21,7 @@ from inlaid.networks import rgba_vae_checkpoint, rgba_vae_metrics
 from inlaid.networks.rgba_vae_losses import RgbaLoss
 from inlaid.runs.folder import Run
 from inlaid.training.loop import train
-from support.codecs import disc, made, rgba_clips
+from support.rgba_vaes import disc, made, rgba_clips
 
 
 @pytest.fixture(scope="session")
