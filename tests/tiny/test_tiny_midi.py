@@ -13,7 +13,7 @@ from tiny_models import midi_data, midi_dit, midi_images, midi_vae, training
 from tiny_models.midi import normalise
 from tiny_models.midi_data import SHIFT, Scenes
 from tiny_models.midi_dit import TRANSFORMER
-from tiny_models.midi_report import Twin, judge, load, obedience, reconstruction, true_surface
+from tiny_models.midi_report import TinyModel, judge, load, obedience, reconstruction, true_surface
 from tiny_models.midi_vae import CONFIG, TOKENS
 from tiny_models.training import MuonAdamW, load_state, run
 
@@ -255,23 +255,23 @@ def test_the_shipped_folder_is_small_and_laid_out_as_the_published_one() -> None
 
 
 @pytest.fixture(scope="module")
-def twin() -> Twin:
+def tiny_midi() -> TinyModel:
     return load(path("midi"))
 
 
-def test_the_shipped_twin_loads_in_float32(tiny: Twin) -> None:
-    assert {part.dtype for part in (twin.dit, twin.vae, twin.clip, twin.dino)} == {torch.float32}
-    assert twin.dino.config.num_channels == 7
-    assert twin.dit.multi_instance == set(TRANSFORMER["multi_instance"])
-    assert twin.tokens == TOKENS and twin.shift == SHIFT
+def test_the_shipped_twin_loads_in_float32(tiny_midi: TinyModel) -> None:
+    assert {part.dtype for part in (tiny_midi.dit, tiny_midi.vae, tiny_midi.clip, tiny_midi.dino)} == {torch.float32}
+    assert tiny_midi.dino.config.num_channels == 7
+    assert tiny_midi.dit.multi_instance == set(TRANSFORMER["multi_instance"])
+    assert tiny_midi.tokens == TOKENS and tiny_midi.shift == SHIFT
 
 
-def test_the_shipped_vae_keeps_shapes_it_never_saw(tiny: Twin) -> None:
+def test_the_shipped_vae_keeps_shapes_it_never_saw(tiny_midi: TinyModel) -> None:
     things = [thing for scene in midi_world.scenes(9, 3) for thing in scene.things]
-    assert np.mean(reconstruction(twin.vae, twin.tokens, things)) > 0.8
+    assert np.mean(reconstruction(tiny_midi.vae, tiny_midi.tokens, things)) > 0.8
 
 
-def test_the_shipped_twin_finds_scenes_in_pictures(tiny: Twin) -> None:
-    found = obedience(twin, midi_world.scenes(9, 4, counts=(2, 3)), steps=12)
+def test_the_shipped_twin_finds_scenes_in_pictures(tiny_midi: TinyModel) -> None:
+    found = obedience(tiny_midi, midi_world.scenes(9, 4, counts=(2, 3)), steps=12)
     assert found["f_score"] > 0.65
     assert found["placed"] > 0.6

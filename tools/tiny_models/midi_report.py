@@ -45,7 +45,7 @@ POINTS = 4096
 
 
 @dataclass
-class Twin:
+class TinyModel:
     """Components of the tiny MIDI, loaded in float32."""
 
     dit: TripoSGTransformer
@@ -57,7 +57,7 @@ class Twin:
     shift: float
 
 
-def load(folder: Path) -> Twin:
+def load(folder: Path) -> TinyModel:
     """Load the checkpoint in a folder."""
 
     def read(part: str) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def load(folder: Path) -> Twin:
     tokens = read("transformer/config.json")["num_tokens"]
     shift = read("scheduler/scheduler_config.json")["shift"]
     values: list[Any] = [*parts, (first, second), tokens, shift]
-    return Twin(*values)
+    return TinyModel(*values)
 
 
-def contexts(tiny: Twin, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+def contexts(model: TinyModel, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return both contexts of each object, computed through the image processors."""
     masks = [ids == n for n in np.unique(ids) if n]
     alone = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
@@ -88,16 +88,16 @@ def contexts(tiny: Twin, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Te
     def see(pictures: Sequence[np.ndarray], processor: Any) -> Tensor:
         return processor(images=list(pictures), return_tensors="pt").pixel_values
 
-    own, whole = (see(p, twin.processors[1]) for p in (alone, [image] * len(masks)))
+    own, whole = (see(p, model.processors[1]) for p in (alone, [image] * len(masks)))
     mask = torch.from_numpy(np.stack(masks))[:, None].float()
     mask = torch.nn.functional.interpolate(mask, own.shape[-2:])
-    token = twin.clip(see(alone, twin.processors[0])).image_embeds[:, None]
-    return token, twin.dino(torch.cat([own, whole, mask], 1)).last_hidden_state
+    token = model.clip(see(alone, model.processors[0])).image_embeds[:, None]
+    return token, model.dino(torch.cat([own, whole, mask], 1)).last_hidden_state
 
 
 @torch.no_grad()
 def generate(
-    tiny: Twin,
+    model: TinyModel,
     scenes: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     seed: int = 42,
@@ -108,7 +108,7 @@ def generate(
     """Generate the latents (objects, tokens, channels) of each scene from its input image and object ids.
 
     Args:
-        tiny: loaded checkpoint.
+        model: loaded checkpoint.
         scenes: input image (h, h, 3) and object ids (h, h) of each scene; the noise of scene k has seed
             `seed + k`.
         seed: seed of the noise.
@@ -116,19 +116,19 @@ def generate(
         guidance: guidance scale; the unconditional prediction has no images.
         together: let objects of a scene attend to each other.
     """
-    seen = [contexts(twin, *scene) for scene in scenes]
+    seen = [contexts(model, *scene) for scene in scenes]
     rows = [len(token) for token, _ in seen]
-    shape = (twin.tokens, twin.dit.config["in_channels"])
+    shape = (model.tokens, model.dit.config["in_channels"])
     noises = [
         torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed + k)) for k, n in enumerate(rows)
     ]
     x, both = torch.cat(noises), [torch.cat(c) for c in zip(*seen, strict=True)]
     groups = rows if together else [1] * len(x)
     u = 1 - torch.arange(steps + 1) / steps
-    sigma = twin.shift * u / (1 + (twin.shift - 1) * u)
+    sigma = model.shift * u / (1 + (model.shift - 1) * u)
     doubled = [torch.cat([torch.zeros_like(c), c]) for c in both]
     for now, then in pairwise(sigma):
-        flow = twin.dit(x.repeat(2, 1, 1), (1000 * now).expand(2 * len(x)), *doubled, groups=groups * 2)
+        flow = model.dit(x.repeat(2, 1, 1), (1000 * now).expand(2 * len(x)), *doubled, groups=groups * 2)
         without, with_images = flow.chunk(2)
         x = x + (now - then) * (without + guidance * (with_images - without))
     return list(x.split(rows))
@@ -199,15 +199,15 @@ def judge(scenes: Sequence[Scene], found: Sequence[Sequence[np.ndarray | None]])
     }
 
 
-def obedience(tiny: Twin, scenes: Sequence[Scene], **options: Any) -> dict[str, Any]:
+def obedience(model: TinyModel, scenes: Sequence[Scene], **options: Any) -> dict[str, Any]:
     """Generate scenes from their input images and return the results of `judge`."""
-    latents = generate(twin, [midi_world.render(s) for s in scenes], **options)
-    return judge(scenes, [surfaces(twin.vae, one) for one in latents])
+    latents = generate(model, [midi_world.render(s) for s in scenes], **options)
+    return judge(scenes, [surfaces(model.vae, one) for one in latents])
 
 
 def evaluate(folder: Path) -> dict[str, Any]:
     """Evaluate the checkpoint in a folder; print and return the report."""
-    began, twin = time.monotonic(), load(folder)
+    began, model = time.monotonic(), load(folder)
     held = midi_world.scenes(1, 40, counts=(2, 3))
     things = [thing for scene in midi_world.scenes(1, 24) for thing in scene.things]
     tables = midi_world.subject_scenes(12, seed=1)
@@ -217,14 +217,14 @@ def evaluate(folder: Path) -> dict[str, Any]:
         "limits": {"shape": SHAPE, "scene": SCENE, "place": PLACE},
         "shape_vae": {
             "objects": len(things),
-            "f_score": round(float(np.mean(reconstruction(twin.vae, twin.tokens, things))), 3),
+            "f_score": round(float(np.mean(reconstruction(model.vae, model.tokens, things))), 3),
             SUBJECT: round(
-                float(np.mean(reconstruction(twin.vae, twin.tokens, [s.things[0] for s in tables]))), 3
+                float(np.mean(reconstruction(model.vae, model.tokens, [s.things[0] for s in tables]))), 3
             ),
         },
-        "validation": obedience(twin, held),
-        "validation_each_alone": obedience(twin, held, together=False),
-        SUBJECT: obedience(twin, tables),
+        "validation": obedience(model, held),
+        "validation_each_alone": obedience(model, held, together=False),
+        SUBJECT: obedience(model, tables),
         "megabytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
