@@ -102,7 +102,7 @@ OLD_WORDS = (
     r"\bmediums?\b",
     r"\bcut-?outs?\b",
     r"\btwins?\b",
-    r"\bheld[-_]out\b|\bvalidation_",
+    r"\bheld[-_]out|held_out",
     r"\btold\b",
     r"\bforgiv(e|es|ing)\b",
     r"\brecomput(e|es|ing) (blocks|all)\b",
@@ -110,7 +110,7 @@ OLD_WORDS = (
     r"\bby heart\b",
     r"\banew\b",
     r"\bas they come\b",
-    r"\bpreserve:",
+    r"\bpreserve: \d|\"preserve\"|sources\.preserve\b",
     r"\bkind: codec\b|\brgba codec\b|\bcodec_id\b|\balpha\.codec\b",
     r"\bmatte_(error|flicker|regions)\b",
 )
