@@ -6,9 +6,12 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -53,3 +56,46 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             out.update(block)
     return out.hexdigest()
+
+
+class TorchFileError(ValueError):
+    """Error for a file that `torch.load` cannot load, with the cause and whether the file is truncated."""
+
+    def __init__(self, path: Path, cause: str, *, truncated: bool = False) -> None:
+        super().__init__(f"{path}: {cause}")
+        self.cause, self.truncated = cause, truncated
+
+
+def load_torch(path: Path, *, mmap: bool = False) -> Any:
+    """Load a torch file with `weights_only=True`, which runs no code of the file.
+
+    Args:
+        path: file in the zip or the legacy format of `torch.save`.
+        mmap: read tensors of the zip format only when they are used.
+
+    Raises:
+        TorchFileError: if the file cannot be loaded.
+    """
+    from pickle import UnpicklingError
+
+    import torch
+
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        with path.open("rb") as file:
+            head = file.read(4)
+        if not head or (head == b"PK\x03\x04" and not is_zip):
+            raise EOFError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+    except EOFError:
+        raise TorchFileError(path, "is truncated", truncated=True) from None
+    except UnpicklingError as error:
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        refused = called or "Unsupported" in str(error)
+        cause = f"a pickle that calls {called[1] if called else 'code'}: not loaded"
+        raise TorchFileError(path, cause if refused else "not a torch file") from None
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise TorchFileError(path, f"cannot be read ({cause})") from None

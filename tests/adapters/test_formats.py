@@ -741,7 +741,7 @@ BAD_FILES = {
     "pickle.safetensors": (pickle.dumps({"a": Evil()}), "a pickle with the extension of a safetensors file"),
     "evil.pt": (
         pickle.dumps({"a": Evil()}, 2),
-        "a pickle that calls getattr: not loaded|neither a safetensors",
+        "a pickle that calls getattr: not loaded|not a torch file",
     ),
     "garbage.bin": (b"\x00" * 40, "neither a safetensors nor a torch file"),
     "header.safetensors": (

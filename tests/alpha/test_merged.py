@@ -97,7 +97,7 @@ def test_latents_are_the_rgba_vae_s_over_several_colors(
         for k in range(20)
     }
     assert len(drawn) == 3
-    with pytest.raises(ValueError, match="no alpha"):
+    with pytest.raises(ValueError, match="clip without alpha"):
         family.encode_media(encoder, frames[..., :3])
 
 

@@ -207,7 +207,7 @@ def rgba_vae_recipe(recipe: Callable[..., dict], tmp_path: Path) -> Callable[...
         )
         del raw["tuner"]
         raw["rgba_vae"] = {"rank": 2}
-        raw["data"] |= {"frames": 5}
+        raw["data"] |= {"frames": 5, "cache": None}
         raw["sample"] = {}
         for key, value in changes.items():
             section, _, name = key.partition("__")

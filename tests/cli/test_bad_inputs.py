@@ -1278,7 +1278,7 @@ def test_a_process_of_its_own(ground: Ground) -> None:
     command = [sys.executable, "-m", "inlaid", "import", "a.bin", "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: a.bin: neither a safetensors nor a torch file\n"
+    assert done.stderr == "error: a.bin: not a torch file\n"
     assert not Path("opened").exists()
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.precomputed import CASES, Checkpoint, clips, recipe, write
 
 from inlaid.tiny.random import TEXT_WIDTH
 from support.commands import inlaid
+from support.precomputed import CASES, Checkpoint, clips, recipe, write
 
 MOCHI, COG, I2V, PAIRS = CASES
 
@@ -164,10 +164,10 @@ CASES_: dict[str, Case] = {
     "a list": Case(COG, save(VIDEO, [1, 2]), ("is not latents: it contains a list, not tensors",)),
     "strings": Case(MOCHI, save(LATENT, {"ldist": "x"}), ("is not latents: it contains ldist",)),
     "a pickle that runs code": Case(
-        MOCHI, save(LATENT, {"ldist": Harmful()}), (LATENT, "contains a pickle that runs code, not loaded")
+        MOCHI, save(LATENT, {"ldist": Harmful()}), (LATENT, "a pickle that calls", "not loaded")
     ),
     "an old pickle that runs code": Case(
-        COG, text(VIDEO, pickle.dumps(Harmful())), ("a pickle that runs code, not loaded",)
+        COG, text(VIDEO, pickle.dumps(Harmful())), ("a pickle that calls", "not loaded")
     ),
     "cut off": Case(MOCHI, cut(LATENT, 0.5), ("is truncated", LATENT)),
     "cut off text": Case(COG, cut(PROMPT, 0.9), ("is truncated",)),

@@ -402,7 +402,7 @@ def test_captioned_files_are_not_passed_over(clips):
     (clips / "notes.txt").write_text("no clip of this name")
     made = plan(str(clips))
     assert codes(made) == {"unreadable": ["d.flv"]}
-    assert "1 of 4 clips cannot be read (d.flv: `.flv` files are not read)" in message(made)
+    assert "1 of 4 clips cannot be read (d.flv: `.flv` files are not supported)" in message(made)
 
 
 def test_too_short_says_by_how_much(clips):

@@ -13,7 +13,7 @@ from support.commands import inlaid
 trimesh = pytest.importorskip("trimesh")
 
 from inlaid.data import scenes
-from inlaid.data.scenes_from_meshes import import_meshes  # noqa: E402
+from inlaid.data.scenes_from_meshes import import_meshes
 from inlaid.media.meshes import normalizing, read_scene, write_scene
 
 

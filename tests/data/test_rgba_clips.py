@@ -285,7 +285,7 @@ def test_far_frames_are_sought(clips: Path) -> None:
     frames = np.stack([videos.numbered(k + 1, (32, 64)) for k in range(120)])
     path = make.video(clips / "a.mkv", np.concatenate([frames, frames[..., :1]], -1))
     wanted = [0, 3, 40, 41, 90, 119]
-    there = np.stack([pixels for pixels, _ in rgba_clips._pick(path, wanted, grey=False)])
+    there = np.stack([pixels for pixels, _ in rgba_clips._pick(path, wanted, gray=False)])
     assert videos.numbers(there[..., :3]) == [w + 1 for w in wanted]
 
 

@@ -222,12 +222,6 @@ def test_mending_does_what_the_recipe_says() -> None:
     )
 
 
-def test_binarise() -> None:
-    levels = np.array([0, 1, 2, 3, 128, 255], np.uint8)
-    assert compositing.binarise(levels).tolist() == [0, 0, 0, 255, 255, 255]
-    assert compositing.binarise(levels, 0).tolist() == [0, 255, 255, 255, 255, 255], "the paper's rule"
-
-
 def test_snap() -> None:
     assert compositing.snap(np.array([0, 1, 2, 3, 252, 253, 254, 255], np.uint8)).tolist() == [
         0, 0, 0, 3, 252, 255, 255, 255,

@@ -255,12 +255,12 @@ def print_report(report: Report, console: Console) -> None:
             s.windows,
             s.validation,
             f"{s.seconds:.1f}",
-            f"{s.shown:g}",
+            f"{s.uses:g}",
         )
         for s in report.sources
     ]
     examples = f"{modality_of(report.modality).one}s"
-    columns = ("source", "layout", examples, "usable", "windows", "validation set", "seconds", "shown")
+    columns = ("source", "layout", examples, "usable", "windows", "validation set", "seconds", "uses")
     console.print(_table(columns, rows))
     for source in report.sources:
         console.print(Text(f"  {_short(source.path)} is read as {source.layout}: {source.why}", "dim"))
@@ -289,7 +289,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"note: {note}", "cyan"))
     for severity, style in (("warning", "yellow"), ("error", "red")):
         found = [p for p in report.problems if p.severity == severity]
-        for line in describe_plan(found, report.clips, shown=8, noun=modality_of(report.modality).one):
+        for line in describe_plan(found, report.clips, most=8, noun=modality_of(report.modality).one):
             console.print(Text(f"{severity}: {line}", style))
     for mistake in report.mistakes:
         console.print(Text(f"error: {mistake}", "red"))

@@ -59,7 +59,7 @@ TRANSPARENT = """\
 
 PROMPTS = "  prompts:  # generated during training; `inlaid evaluate` compares them with the base model\n"
 
-PICTURES = "  seed: 42  # without prompts and images, samples use captions and images of the first clips\n"
+NO_PROMPTS = "  seed: 42  # without prompts and images, samples use captions and images of the first clips\n"
 """Replacement for `prompts` in families that need an image per prompt."""
 
 
@@ -106,7 +106,7 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
     ]
     steps = max(200, min(4000, 100 * len(probes)))
     others = [c for c in kind.published if c != name]
-    clear = len({p.name for p in plan.problems if p.code in ("transparent", "matte")})
+    with_alpha = len({p.name for p in plan.problems if p.code in ("transparent", "matte")})
     expert = "\n  expert: high  # or low; train both, in separate runs" if experts else ""
     text = TEMPLATE.format(
         family=family,
@@ -128,8 +128,8 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
         steps=steps,
         epochs=round(steps / len(probes)),
         every=max(50, steps // 8),
-        prompts=PICTURES if model.images else PROMPTS + "".join(f"    - {_quoted(c)}\n" for c in captions),
-        alpha=TRANSPARENT.format(clear) if clear else "",
+        prompts=NO_PROMPTS if model.images else PROMPTS + "".join(f"    - {_quoted(c)}\n" for c in captions),
+        alpha=TRANSPARENT.format(with_alpha) if with_alpha else "",
         sampling="" if experts else f"  every: {max(100, steps // 4)}\n",
     )
     path.write_text(_aligned(text), "utf-8")

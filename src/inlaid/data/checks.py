@@ -60,8 +60,8 @@ def clip_problems(
     if probe.variable:
         add("variable-rate", f"{float(probe.fps or 0):.2f} fps on average")
     if probe.fps and probe.fps < fps * 0.99:
-        told = "frames are repeated" if data.slow == "repeat" else "the video plays faster"
-        add("slow", f"{float(probe.fps):g} fps of {fps:g}: {told}")
+        effect = "frames are repeated" if data.slow == "repeat" else "the video plays faster"
+        add("slow", f"{float(probe.fps):g} fps of {fps:g}: {effect}")
     if alpha:
         out += alpha_problems(clip, alpha, data.matte)
     elif probe.transparent:
@@ -86,13 +86,13 @@ def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Pro
         "premultiplied": alpha.premultiplied and how.premultiplied == "auto",
         "residue": alpha.residue > RESIDUE and not how.snap,
     }
-    says = {
+    reasons = {
         "limited": f"{alpha.lowest} to {alpha.highest}",
         "residue": f"{alpha.residue:.1%} of its pixels",
         "inverted": f"covers {alpha.coverage:.0%}",
     }
     return [
-        Problem(KINDS[code].severity, code, clip.name, says.get(code, ""), clip.source)
+        Problem(KINDS[code].severity, code, clip.name, reasons.get(code, ""), clip.source)
         for code, yes in found.items()
         if yes
     ]
@@ -107,14 +107,16 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
     divided = sum(a.premultiplied for _, a in there)
     out = []
     for clip, alpha in there:
-        says = []
+        reasons = []
         if abs(alpha.coverage - typical) > ODD:
-            says.append(f"covers {alpha.coverage:.0%}, the median is {typical:.0%}")
+            reasons.append(f"covers {alpha.coverage:.0%}, the median is {typical:.0%}")
         same = divided if alpha.premultiplied else len(there) - divided
         if same * 10 <= len(there):
-            says.append("premultiplied" if alpha.premultiplied else "straight, the others look premultiplied")
-        if says:
-            message = "; ".join(says)
+            reasons.append(
+                "premultiplied" if alpha.premultiplied else "straight, the others look premultiplied"
+            )
+        if reasons:
+            message = "; ".join(reasons)
             out.append(Problem("warning", "odd-alpha", clip.name, message, clip.source))
     return out
 

@@ -268,22 +268,22 @@ def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None
     for name in sorted({*parts[0], *parts[-1]}):
         scan.count += 1
         there = [part[name] for part in parts if name in part]
-        name = there[0].relative_to(folder).as_posix()
+        label = there[0].relative_to(folder).as_posix()
         wanted = [p.replace("*", name) for p in (*patterns.media, patterns.text)]
         missing = [w for w, part in zip(wanted, parts, strict=True) if name not in part]
         outside = [f for f in there if not _inside(f, scan.root)]
         if missing:
             scan.problem(
-                "half", name, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+                "half", label, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
             )
         elif outside:
-            scan.problem("outside", name)
+            scan.problem("outside", label)
         else:
             beside = captions.get(name)
             text = beside.read_text("utf-8-sig", "replace") if beside and _inside(beside, scan.root) else ""
             text = " ".join(text.split())
             scan.clips.append(
-                Clip(there[0], name, text, scan.index, None, "precomputed", tuple(there[:-1]), there[-1])
+                Clip(there[0], label, text, scan.index, None, "precomputed", tuple(there[:-1]), there[-1])
             )
 
 

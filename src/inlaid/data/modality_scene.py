@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from inlaid import config as recipe
 from inlaid.console import say
@@ -29,11 +28,11 @@ from inlaid.data.scenes import READER, Scene
 from inlaid.families.grid import SceneExtent
 from inlaid.files import atomic, sha256
 from inlaid.media import mesh_render, meshes
-from inlaid.media.contact_sheet import SheetRow, contact_sheet
+from inlaid.media.contact_sheet import SheetRow, contact_sheet, contact_strip
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import Note
-from inlaid.media.scene import MAX_OBJECTS, GeneratedScene, SceneSample, read_image, tiles
+from inlaid.media.scene import MAX_OBJECTS, SceneSample, read_image, tiles
 
 if TYPE_CHECKING:
     from inlaid.families import Family
@@ -112,8 +111,8 @@ class SceneModality(Modality):
             for i, seen in enumerate(pool.map(inspect, clips)):
                 clip = clips[i]
                 if isinstance(seen, MediaError):
-                    said = str(seen).removeprefix(f"{clip.path.parent}{os.sep}")
-                    problems.append(Problem("error", seen.code, clip.name, said, clip.source))
+                    cause = str(seen).removeprefix(f"{clip.path.parent}{os.sep}")
+                    problems.append(Problem("error", seen.code, clip.name, cause, clip.source))
                 else:
                     count, notes = seen
                     by_code = {c: [n for n in notes if n.code == c] for c in {n.code for n in notes}}
@@ -139,8 +138,8 @@ class SceneModality(Modality):
         for window, sample in rows:
             count = len(sample.objects)
             points = sum(len(one.surface) for one in sample.objects)
-            said = f"{count} object{'s' * (count != 1)}, {points:,} points"
-            made.append(SheetRow(window.clip.name, " ".join(sample.notes), tiles(sample), said))
+            note = f"{count} object{'s' * (count != 1)}, {points:,} points"
+            made.append(SheetRow(window.clip.name, " ".join(sample.notes), tiles(sample), note))
         contact_sheet(made, path, title=title, columns=4, width=1024)
 
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
@@ -188,7 +187,8 @@ class SceneModality(Modality):
             say(f"note: {stem.name}: {note}")
         meshes.write_scene(path, made.meshes, made.empty)
         with atomic(path.with_suffix(".png")) as part:
-            Image.fromarray(strip(made)).save(part, format="PNG")
+            views = np.stack(list(mesh_render.turntable(list(made.meshes.values()), 6, 192)))
+            contact_strip(views, box=(192, 192), gap=0).convert("RGB").save(part, format="PNG")
         with atomic(path.with_suffix(".html")) as part:
             part.write_text(viewer_page(made.meshes, stem.name), "utf-8")
         faces = {name: len(one.faces) for name, one in made.meshes.items()}
@@ -196,11 +196,6 @@ class SceneModality(Modality):
 
 
 MODALITY = SceneModality()
-
-
-def strip(made: GeneratedScene, frames: int = 6, size: int = 192) -> np.ndarray:
-    """Render a turntable as one image: uint8 (size, frames * size, 3)."""
-    return np.concatenate(list(mesh_render.turntable(list(made.meshes.values()), frames, size)), 1)
 
 
 def _find(source: recipe.Source, index: int, problems: list[Problem]) -> Found:

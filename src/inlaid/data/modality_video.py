@@ -106,7 +106,7 @@ class VideoModality(Modality):
             facts = {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
             level = made[..., 3].min()
             if level == made[..., 3].max():
-                how = {0: "clear", 255: "opaque"}.get(int(level), f"{level} of 255")
+                how = {0: "transparent", 255: "opaque"}.get(int(level), f"{level} of 255")
                 say(f"note: {path.name}: alpha is constant ({how}): the model generated no alpha")
             made = compositing.composite(made, compositing.checkerboard(*made.shape[1:3]))
         video.write_video(path, made, fps)

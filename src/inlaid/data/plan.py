@@ -46,7 +46,7 @@ class SourceReport:
     weight: float = 1.0
 
     @property
-    def shown(self) -> float:
+    def uses(self) -> float:
         """Number of times each window is used per epoch."""
         return self.repeats * self.weight
 
@@ -240,7 +240,7 @@ def _split_validation(
     return {c.path for c in held}, []
 
 
-def describe_plan(problems: Sequence[Problem], total: int, shown: int = 5, noun: str = "clip") -> list[str]:
+def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: str = "clip") -> list[str]:
     """Return one line per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
     groups: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
@@ -251,9 +251,9 @@ def describe_plan(problems: Sequence[Problem], total: int, shown: int = 5, noun:
         if code in SOURCE_CODES:
             out += [f"{p.name}: {p.message}" if code == "layout" else p.message for p in group]
             continue
-        names = [f"{p.name}: {p.message}" if p.message else p.name for p in group[:shown]]
-        more = f" and {len(group) - shown} more" if len(group) > shown else ""
-        joined = ("; " if any(p.message for p in group[:shown]) else ", ").join(names)
+        names = [f"{p.name}: {p.message}" if p.message else p.name for p in group[:most]]
+        more = f" and {len(group) - most} more" if len(group) > most else ""
+        joined = ("; " if any(p.message for p in group[:most]) else ", ").join(names)
         verb = says.one if len(group) == 1 else says.many
         cure = MANIFEST_CURE if says.cure == FOLDER_CURE and any(p.message for p in group) else says.cure
         out.append(f"{len(group)} of {total} {noun}s {verb} ({joined}{more}): {cure}")

@@ -7,13 +7,13 @@ The keys in a file determine its content, independent of the family. Moments of 
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlaid.families.base import Family
-from inlaid.media.kinds import MediaError, Trouble
+from inlaid.files import TorchFileError, load_torch
+from inlaid.media.kinds import MediaError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
     """Return the cache item of a clip, as from `encode_media`, given the latents of the clip and its images.
 
     Raises:
-        MediaError: as in `look`.
+        MediaError: as in `inspect_item`.
     """
     moments = _clips(family, latents)
     shapes = family.stored(
@@ -75,7 +75,7 @@ def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
     """Return the cache item of a caption, as from `encode_text`: `text` (n, d).
 
     Raises:
-        MediaError: as in `look`; also if the embedding is not finite.
+        MediaError: as in `inspect_item`; also if the embedding is not finite.
     """
     import torch
 
@@ -160,30 +160,11 @@ def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor
 
 
 def _load(path: Path) -> Any:
-    """Load a `.pt` file with `weights_only=True`."""
-    from pickle import UnpicklingError
-
-    import torch
-
-    code: Trouble = "unreadable"
+    """Load a torch file; tensors are read when used, since probing needs only their shapes."""
     try:
-        whole = zipfile.is_zipfile(path)
-        with path.open("rb") as file:
-            begun = file.read(4) == b"PK\x03\x04"
-        if (begun and not whole) or not path.stat().st_size:
-            raise MediaError(path, "is truncated", "truncated")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=whole)  # `look` reads shapes only
-    except UnpicklingError as error:
-        text = str(error)
-        refused = "GLOBAL" in text or "Unsupported" in text
-        cause = "contains a pickle that runs code, not loaded" if refused else "was not saved by torch.save"
-    except EOFError:
-        code, cause = "truncated", "is truncated"
-    except (RuntimeError, OSError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, MediaError):
-            raise
-        cause = f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"
-    raise MediaError(path, cause, code)
+        return load_torch(path, mmap=True)
+    except TorchFileError as error:
+        raise MediaError(path, error.cause, "truncated" if error.truncated else "unreadable") from None
 
 
 def _unfit(path: Path, cause: str) -> MediaError:

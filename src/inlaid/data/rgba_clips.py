@@ -1,8 +1,8 @@
 """RGBA clips on disk: a file with alpha, a folder of images, or a color file with an alpha matte.
 
-`Pairs` finds color and alpha matte by name, `look` probes a clip and measures its alpha, `read` reads frames
-by time as straight RGBA. Color and alpha matte are read at the same frame numbers and scaled together. A pair
-that does not match raises an error; it is never trimmed to the shorter file.
+`Pairs` finds color and alpha matte by name, `inspect_clip` probes a clip and measures its alpha, and
+`read_rgba_clip` reads frames by time as straight RGBA. Color and alpha matte are read at the same frame numbers
+and scaled together. A pair that does not match raises an error; it is never trimmed to the shorter file.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def entries(folder: Path) -> list[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         here = Path(parent)
-        shown = [here / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(KNOWN)]
+        visible = [here / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(KNOWN)]
         images = set(frames_in(here)) if here != folder else set()
         if images and not any(f.with_suffix(".txt").is_file() for f in images):
             found.append(here)
-            shown = [f for f in shown if f not in images]
-        found += shown
+            visible = [f for f in visible if f not in images]
+        found += visible
     return sorted(found)
 
 
@@ -169,7 +169,7 @@ class ClipInspection:
 
     probe: Probe
     alpha: AlphaStats
-    """Statistics of `LOOKED_AT` frames."""
+    """Statistics of `FRAMES_INSPECTED` frames."""
 
 
 def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
@@ -194,7 +194,7 @@ def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
         every = _few(path, matte, np.arange(probe.frames))
         alpha = rgba.measure_alpha(every)
     if alpha.constant:
-        how = {0: "clear", 255: "opaque"}.get(alpha.lowest, "neither transparent nor opaque")
+        how = {0: "transparent", 255: "opaque"}.get(alpha.lowest, "neither transparent nor opaque")
         raise MediaError(path, f"alpha is {alpha.lowest} of 255 in every pixel ({how})", "constant-alpha")
     return ClipInspection(replace(probe, transparent=True), alpha)
 
@@ -243,12 +243,12 @@ def _probe(path: Path) -> Probe:
         names = _names(path)
         if not names:
             raise MediaError(path, "contains no images")
-        first = next(_frames(path, [0], grey=False))
+        first = next(_frames(path, [0], gray=False))
         sizes = {_size(path, name) for name in names}
         if len(sizes) > 1:
-            shown = " and ".join(f"{w}x{h}" for w, h in sorted(sizes)[:2])
-            raise MediaError(path, f"its images differ in size ({shown})")
-        next(_frames(path, [len(names) - 1], grey=False))
+            listed = " and ".join(f"{w}x{h}" for w, h in sorted(sizes)[:2])
+            raise MediaError(path, f"its images differ in size ({listed})")
+        next(_frames(path, [len(names) - 1], gray=False))
         height, width, channels = first.shape
         return Probe(len(names), None, height, width, 0.0, codec="frames", transparent=channels == 4)
     if what == "image":
@@ -265,7 +265,7 @@ def _probe_image(path: Path) -> Probe:
     times = _times(path)
     with Image.open(path) as image:
         codec, mode = image.format or "", image.mode
-    first = next(_animated(path, [0], grey=False))
+    first = next(_animated(path, [0], gray=False))
     step = float(np.diff(times).min())
     return Probe(
         len(times) - 1,
@@ -323,37 +323,37 @@ def _joined(
     path: Path, matte: Path | None, indices: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Yield RGBA frames by number, as stored: uint8 (h, w, 4), and pixel aspect ratios (width / height)."""
-    colors = _pick(path, indices, grey=False)
+    colors = _pick(path, indices, gray=False)
     if matte is None:
         for pixels, sar in colors:
             if pixels.shape[-1] != 4:
                 raise MediaError(path, "has no alpha", "no-alpha")
             yield pixels, sar
         return
-    for (pixels, sar), (grey, _) in zip(colors, _pick(matte, indices, grey=True), strict=True):
-        if pixels.shape[:2] != grey.shape[:2]:
+    for (pixels, sar), (gray, _) in zip(colors, _pick(matte, indices, gray=True), strict=True):
+        if pixels.shape[:2] != gray.shape[:2]:
             raise MediaError(path, f"differs in size from {matte.name}", "pair")
-        yield np.concatenate([pixels[..., :3], grey], -1), sar
+        yield np.concatenate([pixels[..., :3], gray], -1), sar
 
 
 def _pick(
-    path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool
+    path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Yield frames by ascending number and the pixel aspect ratio (width / height).
 
-    Frames are uint8 (h, w, 1) if `grey`, else (h, w, 3) or (h, w, 4).
+    Frames are uint8 (h, w, 1) if `gray`, else (h, w, 3) or (h, w, 4).
     """
     what = rgba_kind(path)
     if what == "video":
         times, numbers = video.timestamps(path), np.asarray(indices)
         for part in np.split(numbers, np.flatnonzero(np.diff(numbers) > FAR) + 1):
-            yield from video.native_frames(path, times[part], grey=grey)
+            yield from video.native_frames(path, times[part], gray=gray)
     elif what == "array":
         pixels, _ = load_array(path, CHANNELS)
         for i in indices:
-            yield (pixels[i][..., :1] if grey else pixels[i]), 1.0
+            yield (pixels[i][..., :1] if gray else pixels[i]), 1.0
     else:
-        for pixels in (_frames if what == "frames" else _animated)(path, indices, grey=grey):
+        for pixels in (_frames if what == "frames" else _animated)(path, indices, gray=gray):
             yield pixels, 1.0
 
 
@@ -375,8 +375,8 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
         step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         last, chosen = float(times[-1]), nearest_frames(times, wanted)
     if wanted[-1] > last + max(step, 1 / fps) / 2 + EPSILON:
-        told = f"{len(times)} frames, the window needs {len(wanted)} frames from {wanted[0]:.3f} s"
-        raise MediaError(path, f"ends after {told}", "truncated")
+        cause = f"{len(times)} frames, the window needs {len(wanted)} frames from {wanted[0]:.3f} s"
+        raise MediaError(path, f"ends after {cause}", "truncated")
     return chosen
 
 
@@ -388,16 +388,16 @@ def _even(path: Path, fps: float) -> np.ndarray:
     return np.arange(len(_names(path)) if rgba_kind(path) == "frames" else len(_times(path)) - 1) / fps
 
 
-def _pixels(image: Image.Image, *, grey: bool) -> np.ndarray:
-    """Return an image, EXIF-rotated, as uint8: (h, w, 1) if `grey`, (h, w, 4) with alpha, else (h, w, 3)."""
+def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
+    """Return an image, EXIF-rotated, as uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3)."""
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
-        return level.astype(np.uint8)[..., None].repeat(1 if grey else 3, -1)
+        return level.astype(np.uint8)[..., None].repeat(1 if gray else 3, -1)
     if image.mode == "F":
         raise ValueError("pixels are floating-point: save the image as 8-bit")
     upright = ImageOps.exif_transpose(image)
     alpha = "A" in image.getbands() or "transparency" in image.info
-    made = upright.convert("L" if grey else "RGBA" if alpha else "RGB")
+    made = upright.convert("L" if gray else "RGBA" if alpha else "RGB")
     return np.asarray(made).reshape(made.height, made.width, -1)
 
 
@@ -438,11 +438,11 @@ def _size(path: Path, name: str) -> tuple[int, int]:
         raise MediaError(path, f"image {name} cannot be read ({error})") from None
 
 
-def _frames(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> Iterator[np.ndarray]:
+def _frames(path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool) -> Iterator[np.ndarray]:
     names = _names(path)
     for i in indices:
         try:
-            yield _pixels(_opened(path, names[i]), grey=grey)
+            yield _pixels(_opened(path, names[i]), gray=gray)
         except ValueError as error:
             raise (
                 error if isinstance(error, MediaError) else MediaError(path, f"{names[i]}: {error}")
@@ -467,13 +467,13 @@ def _times(path: Path) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(durations)]) / 1000 * (len(durations) > 1 and min(durations) > 0)
 
 
-def _animated(path: Path, indices: Sequence[int] | np.ndarray, *, grey: bool) -> Iterator[np.ndarray]:
+def _animated(path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool) -> Iterator[np.ndarray]:
     """Yield frames of a still or animated image with Pillow, since FFmpeg cannot read all formats."""
     try:
         with Image.open(path) as image:
             for i in indices:
                 image.seek(int(i))
-                yield _pixels(image, grey=grey)
+                yield _pixels(image, gray=gray)
     except (OSError, SyntaxError, EOFError, ValueError) as error:
         raise (
             error if isinstance(error, MediaError) else MediaError(path, f"cannot be read ({error})")

@@ -65,9 +65,9 @@ class Scene:
         Raises:
             MediaError: if a file is invalid; the message names the file and the problem.
         """
-        picture, ids = read_image(self.image), meshes.read_ids(self.segmentation)
-        if picture.shape[:2] != ids.shape:
-            why = f"is {image_size(ids)}, but {self.image.name} is {image_size(picture)}"
+        image, ids = read_image(self.image), meshes.read_ids(self.segmentation)
+        if image.shape[:2] != ids.shape:
+            why = f"is {image_size(ids)}, but {self.image.name} is {image_size(image)}"
             raise MediaError(self.segmentation, why, "image-size")
         numbers = [n for n in np.unique(ids).tolist() if n > 0]
         read = self._surfaces(numbers)
@@ -98,7 +98,7 @@ class Scene:
                 raise MediaError(self.segmentation, f"{why}: {cure}", "no-surface")
             notes.append(Note("bare", why))
         notes += _frame_notes(objects)
-        return SceneSample(self.name, picture, objects, tuple(notes))
+        return SceneSample(self.name, image, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
         """Return surfaces by number; a single file holds all visible objects in order of number."""

@@ -117,8 +117,8 @@ def prepare(
                 why = "is not watertight: normals may be wrong"
                 findings.append(Finding("warning", source.name, f"`{name}` {why}", "surface"))
         surfaces = [meshes.sample_surface(m, points, seed + i) for i, m in enumerate(moved)]
-        shown = given or [mesh_render.render(moved, view, size) for view in views(count, seed)]
-        for i, (image, ids) in enumerate(shown):
+        pairs = given or [mesh_render.render(moved, view, size) for view in views(count, seed)]
+        for i, (image, ids) in enumerate(pairs):
             seen = [n for n in range(1, len(moved) + 1) if (ids == n).mean() > SMALL]
             hidden = [list(parts)[n - 1] for n in range(1, len(moved) + 1) if n not in seen]
             if hidden:

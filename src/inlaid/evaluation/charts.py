@@ -165,7 +165,7 @@ def _mark(chart: Chart, frame: _Frame) -> list[Shape]:
     x = frame.at(chart.mark, frame.y[0])[0]
     to_left = x > (frame.left + frame.right) / 2
     anchor, offset = ("end", -4) if to_left else ("start", 4)
-    name = _text(chart.mark_name, x + offset, frame.top + 9, "note", anchor)
+    name = _text(chart.mark_name, x + offset, frame.top - 4, "note", anchor)
     return [_rule(x, frame.top, x, frame.bottom, "mark"), name]
 
 

@@ -231,7 +231,7 @@ def _metrics(report: Report) -> dict[str, Any]:
     heads = [("Group", ""), (made.capitalize(), "")]
     heads += [("Prompt matched", made)] if total.judged else []
     heads += [(m.name.capitalize(), m.unit) for m in metrics.values()]
-    heads.append(("Difference", f"between the {made}"))
+    heads.append(("Difference", "of each pair"))
     known = report.training or {}
     return {
         "heads": heads,

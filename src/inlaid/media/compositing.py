@@ -7,14 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from inlaid.config.sections import ALPHA_EPS
+
 SEEN = 64
 """Alpha above which the color of a pixel is compared."""
 
 NEAR = 4
 """Distance in pixels from visible pixels within which nearly transparent ones belong to a soft edge."""
-
-ALPHA_EPS = 2 / 255
-"""Alpha up to which a pixel counts as transparent: lossy files leave small values in empty regions."""
 
 # --- straight and premultiplied -----------------------------------------------------------------------------
 
@@ -165,11 +164,6 @@ def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
     """Set alpha (uint8) within `eps` of 0 or 1 to exactly 0 or 255."""
     level = round(255 * eps)
     return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
-
-
-def binarise(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Return alpha (uint8) as 255 where it is above `eps` and 0 elsewhere, as in a hard render."""
-    return np.where(alpha > round(255 * eps), 255, 0).astype(np.uint8)
 
 
 # --- compositing --------------------------------------------------------------------------------------------

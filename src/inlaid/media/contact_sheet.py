@@ -1,4 +1,4 @@
-"""Contact sheets: labeled rows of frames in one image."""
+"""Contact strips: frames in a row. Contact sheets: labeled strips in one image."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def contact_sheet(
     inner = width - 2 * margin
     head, body, small = _font(26, title), _font(18, "".join(r.label for r in rows)), _font(15, "")
     fonts = [_font(15, row.caption) for row in rows]
-    strips = [_strip(row.frames, columns, inner, gap, tallest) for row in rows]
+    box = ((inner - gap * (columns - 1)) / columns, tallest)
+    strips = [contact_strip(row.frames, columns, box=box, gap=gap, enlarge=True) for row in rows]
     texts = [_wrap(row.caption, font, inner, 2) for row, font in zip(rows, fonts, strict=True)]
     heights = [30 + 21 * len(text) + 8 + strip.height + 34 for text, strip in zip(texts, strips, strict=True)]
     top = margin + (58 if title else 0)
@@ -61,33 +62,46 @@ def contact_sheet(
         draw.text((width - margin - note, top + 3), row.note, GREY, font=small)
         for i, line in enumerate(text):
             draw.text((margin, top + 28 + 21 * i), line, GREY, font=font)
-        sheet.paste(strip, (margin, top + 30 + 21 * len(text) + 8))
+        sheet.paste(strip, (margin, top + 30 + 21 * len(text) + 8), strip)
         top += height
     with atomic(Path(path)) as part:
         sheet.save(part, format="PNG")
 
 
-def _strip(frames: np.ndarray, columns: int, width: int, gap: int, tallest: int) -> Image.Image:
-    """Return evenly spaced frames side by side, without repeats, including the first and the last."""
-    picked = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
-    scale = min((width - gap * (columns - 1)) / columns / frames.shape[2], tallest / frames.shape[1])
-    w, h = max(1, int(frames.shape[2] * scale)), max(1, int(frames.shape[1] * scale))
-    strip = Image.new("RGB", (width, h), PAPER)
-    for i, k in enumerate(picked):
-        strip.paste(Image.fromarray(frames[k]).resize((w, h), Image.Resampling.LANCZOS), (i * (w + gap), 0))
-    return strip
+def contact_strip(
+    frames: np.ndarray,
+    count: int = 6,
+    *,
+    box: tuple[float, float] = (160, 160),
+    gap: int | None = None,
+    enlarge: bool = False,
+) -> Image.Image:
+    """Return evenly spaced frames in a row with transparent gaps, with the first and the last frame.
+
+    Args:
+        frames: uint8 (t, h, w, 3).
+        count: maximum number of frames.
+        box: maximum width and height of a frame in pixels.
+        gap: pixels between frames. Default: 1/24 of a frame's width.
+        enlarge: scale small frames up to `box`; otherwise they keep their size.
+    """
+    chosen = frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
+    height, width = frames.shape[1:3]
+    scale = min(box[0] / width, box[1] / height)
+    scale = scale if enlarge else min(1.0, scale)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    gap = max(1, size[0] // 24) if gap is None else gap
+    row = Image.new("RGBA", ((size[0] + gap) * len(chosen) - gap, size[1]), (0, 0, 0, 0))
+    for i, frame in enumerate(chosen):
+        image = Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+        row.paste(image, (i * (size[0] + gap), 0))
+    return row
 
 
 def _font(size: int, text: str) -> Any:
     """Return Pillow's default font, or a system font for text beyond Latin letters."""
     if any(ord(c) > 0x24F for c in text):
-        for name in (
-            "NotoSansCJK-Regular.ttc",
-            "msyh.ttc",
-            "PingFang.ttc",
-            "Arial Unicode.ttf",
-            "DejaVuSans.ttf",
-        ):
+        for name in WIDE_FONTS:
             try:
                 return ImageFont.truetype(name, size)
             except OSError:

@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from inlaid import config
+from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import atomic
 from inlaid.media import video
-from inlaid.media.compositing import ALPHA_EPS, NEAR, SEEN, blur_background, decontaminate, grow, snap
+from inlaid.media.compositing import NEAR, SEEN, blur_background, decontaminate, grow, snap
 from inlaid.media.kinds import MediaError
 
 
@@ -87,7 +88,7 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
     """Measure the alpha of straight or premultiplied uint8 (t, h, w, 4)."""
     alpha, color = rgba[..., 3], rgba[..., :3]
     low, high = 255 * eps, 255 * (1 - eps)
-    clear, soft = alpha == 0, (alpha > low) & (alpha < high)
+    transparent, soft = alpha == 0, (alpha > low) & (alpha < high)
     brightest = color.max(-1)
     edge = np.concatenate(
         [x.reshape(-1) for x in (alpha[:, 0], alpha[:, -1], alpha[:, :, 0], alpha[:, :, -1])]
@@ -101,10 +102,10 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
         residue=float(((alpha > 0) & ~widened(alpha > low, NEAR)).mean()),
         lowest=int(alpha.min()),
         highest=int(alpha.max()),
-        colored=float((brightest[clear] > 2).mean()) if clear.any() else 0.0,
+        colored=float((brightest[transparent] > 2).mean()) if transparent.any() else 0.0,
         premultiplied=bool(soft.sum() >= 50 and bright.any())
         and bool((brightest[soft] <= alpha[soft].astype(int) + 2).mean() > 0.995)
-        and bool(not clear.any() or (brightest[clear] <= 2).mean() > 0.995),
+        and bool(not transparent.any() or (brightest[transparent] <= 2).mean() > 0.995),
         inverted=bool(edge.mean() > 240 and inside.mean() < 200),
         limited=bool(alpha.min() >= 14 and alpha.max() <= 237 and alpha.min() != alpha.max()),
     )
@@ -157,7 +158,7 @@ def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Pat
         color = float(off[..., :3][seen].mean()) if seen.any() else 0.0
         for what, found, most in (
             ("alpha", float(off[..., 3].mean()), CARRIERS[suffix]),
-            ("colour", color, COLOR_OFF[suffix]),
+            ("color", color, COLOR_OFF[suffix]),
         ):
             if found > most:
                 raise ValueError(

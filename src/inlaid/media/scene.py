@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from inlaid.files import atomic
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_render import PALETTE
 from inlaid.media.meshes import POINTS, Field, Note, decimated, extract, mesh_problems, read_ids
@@ -143,13 +142,6 @@ def invalid_pairs(given: Sequence[Sequence[str]]) -> list[str]:
 
 
 # --- rendering ----------------------------------------------------------------------------------------------
-
-
-def sheet(samples: Sequence[SceneSample], path: Path, *, cell: int = 256) -> None:
-    """Write a PNG with a row per scene: input image, object overlay and surfaces. The write is atomic."""
-    rows = [np.concatenate(list(tiles(sample, cell)), 1) for sample in samples]
-    with atomic(path) as part:
-        Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
 
 
 def tiles(sample: SceneSample, cell: int = 240) -> np.ndarray:

@@ -143,13 +143,13 @@ def read_frames(path: str | Path, start: float, frames: int, fps: float, size: t
     if media_kind(path) == "image":
         with load_image(path) as image:
             pixels = to_rgb(path, image)[None]
-        shown = np.zeros(1)
+        times = np.zeros(1)
     else:
         pixels, rate = load_array(path)
-        shown = np.arange(len(pixels)) / float(rate or fps)
-    if wanted[-1] > shown[-1] + 0.5 / fps + EPSILON:
+        times = np.arange(len(pixels)) / float(rate or fps)
+    if wanted[-1] > times[-1] + 0.5 / fps + EPSILON:
         raise MediaError(path, _too_short(len(pixels), wanted), "truncated")
-    return np.stack([fit_array(pixels[i], size) for i in nearest_frames(shown, wanted)])
+    return np.stack([fit_array(pixels[i], size) for i in nearest_frames(times, wanted)])
 
 
 def _too_short(there: int, wanted: np.ndarray) -> str:
@@ -160,12 +160,12 @@ def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.nda
     from av.video.reformatter import VideoReformatter
 
     out = np.empty((len(wanted), *size, 3), np.uint8)
-    scaler, shown = VideoReformatter(), None
+    scaler, previous = VideoReformatter(), None
     for i, (frame, sar) in enumerate(_at(path, wanted)):
-        if frame is shown:
+        if frame is previous:
             out[i] = out[i - 1]
             continue
-        out[i], shown = fit_frame(path, frame, scaler, size, sar), frame
+        out[i], previous = fit_frame(path, frame, scaler, size, sar), frame
     return out
 
 
@@ -192,14 +192,14 @@ def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
 
 
 def native_frames(
-    path: Path, wanted: np.ndarray, *, grey: bool = False
+    path: Path, wanted: np.ndarray, *, gray: bool = False
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Yield frames at source size, rotated: uint8 (h, w, c), and the pixel aspect ratio (width / height).
 
     Args:
         path: a video.
         wanted: ascending seconds after the first frame.
-        grey: return one channel, 0 to 255 for full and limited range; else RGB, or straight RGBA if the
+        gray: return one channel, 0 to 255 for full and limited range; else RGB, or straight RGBA if the
             video has alpha.
 
     Raises:
@@ -207,17 +207,17 @@ def native_frames(
     """
     from av.video.reformatter import VideoReformatter
 
-    scaler, shown, out = VideoReformatter(), None, (np.empty(0), 1.0)
+    scaler, previous, out = VideoReformatter(), None, (np.empty(0), 1.0)
     for frame, sar in _at(path, wanted):
-        if frame is not shown:
+        if frame is not previous:
             turns, yuv = round(frame.rotation / 90) % 4, not frame.format.is_rgb
-            to = "gray" if grey else "rgba" if has_alpha(frame) else "rgb24"
-            matrix = color_matrix(frame) if yuv and not grey else None
+            to = "gray" if gray else "rgba" if has_alpha(frame) else "rgb24"
+            matrix = color_matrix(frame) if yuv and not gray else None
             made = scaler.reformat(
                 frame, format=to, src_colorspace=matrix, interpolation=SCALE_FLAGS, threads=1
             )
             pixels = np.rot90(made.to_ndarray().reshape(frame.height, frame.width, -1), turns)
-            out, shown = (pixels, sar if turns % 2 == 0 else 1 / sar), frame
+            out, previous = (pixels, sar if turns % 2 == 0 else 1 / sar), frame
         yield out
 
 

@@ -208,11 +208,6 @@ def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]
     return float((both / either).max()), float(radius)
 
 
-def shape_scores(frames: np.ndarray) -> dict[str, float]:
-    """Return the overlap in [0, 1] with each shape and the subject, in frames where the object is large."""
-    return _shape_scores(_look(frames))
-
-
 def _shape_scores(view: _View) -> dict[str, float]:
     names = (*SHAPES, SUBJECT)
     if view.area.max() < 30:
@@ -263,11 +258,6 @@ def _has_size(view: _View, scene: Scene) -> bool:
     small, large = SIZES["small"], SIZES["large"]
     is_large = radius > np.sqrt(small * large)
     return bool(is_large == (scene.size == "large"))
-
-
-def background_of(frames: np.ndarray) -> str:
-    """Return one of `BACKGROUNDS`, by the contrast and the gradient directions outside the foreground."""
-    return _background(_look(frames))
 
 
 def _background(view: _View) -> str:
