@@ -32,6 +32,7 @@ check: $(VENV)/installed-dev  ## what a commit must pass: seconds
 docs: $(VENV)/installed  ## regenerate the reference and the cost tables
 	$(BIN)/python docs/make.py
 	$(BIN)/python docs/costs.py
+	$(BIN)/python docs/imports.py
 
 # torch is pinned for development only: elsewhere pip would fetch gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt

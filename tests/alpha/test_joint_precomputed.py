@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.precomputed import CASES, Checkpoint, built, cogvideox, mochi, recipe, shape
 from torch import Tensor
 
 from inlaid import config
@@ -16,6 +15,7 @@ from inlaid.data import precomputed
 from inlaid.data.plan import plan_dataset
 from inlaid.media.kinds import MediaError
 from inlaid.tiny.random import TEXT_WIDTH
+from support.precomputed import CASES, Checkpoint, built, cogvideox, mochi, recipe, shape
 
 PAIRS = CASES[:2]
 both = pytest.mark.parametrize("kind", PAIRS, ids="-".join)
@@ -61,7 +61,7 @@ def test_both_clips_are_read(
     made = built(settings(kind, checkpoint, tmp_path / "run", tmp_path / "clips"))
     assert (
         made.plan.sources[0].layout == "precomputed"
-        and [w.shape for w in made.plan.train] == [shape(kind)] * 3
+        and [w.extent for w in made.plan.train] == [shape(kind)] * 3
     )
     family = build_family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
     for name, wanted in zip(made.media, clips, strict=True):
@@ -69,7 +69,7 @@ def test_both_clips_are_read(
         assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(*shape(kind))
         pairs = zip((item["moments"], item["alpha_moments"]), wanted, strict=True)
         assert all(torch.equal(a, b.half()) for a, b in pairs)
-        assert family.draw(item, torch.Generator())["latents"].shape[1] == 2 * wanted[0].shape[1]
+        assert family.sample_item(item, torch.Generator())["latents"].shape[1] == 2 * wanted[0].shape[1]
 
 
 def problems(kind: tuple[str, str], checkpoint: Checkpoint, source: Path) -> str:

@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 from inlaid import config, families
-from inlaid.check import check
+from inlaid.check import check, estimate
 from inlaid.check.check import Report
-from inlaid.media import contact_sheet, video
+from inlaid.data import modality_video
+from inlaid.media import video
 from support import videos
 
 
@@ -44,7 +45,7 @@ def test_a_good_recipe(run, tmp_path):
     assert report.problems == report.mistakes == []
     assert report.clips == 4
     (bucket,) = report.buckets
-    assert (bucket.frames, bucket.height, bucket.width) == (9, 32, 32)
+    assert tuple(bucket.extent) == (9, 32, 32)
     assert (bucket.train, bucket.validation, bucket.batches) == (3, 1, 3)
     assert report.buckets[0].latent == (16, 3, 4, 4)
     assert report.buckets[0].tokens == 12
@@ -149,7 +150,7 @@ def test_only_some_windows_are_drawn(run, make_clips, monkeypatch):
     drawn: list[str] = []
     monkeypatch.setattr(check, "ROWS", 3)
     monkeypatch.setattr(
-        contact_sheet, "contact_sheet", lambda rows, *a, **k: drawn.extend(r.label for r in rows)
+        modality_video, "contact_sheet", lambda rows, *a, **k: drawn.extend(r.label for r in rows)
     )
     run(data__validation=0)
     assert drawn == ["00.mp4", "02.mp4", "04.mp4"]
@@ -179,12 +180,12 @@ def test_a_device_that_is_not_here(run):
 
 
 def test_too_little_memory_says_what_helps(run, monkeypatch):
-    monkeypatch.setattr(check.cost, "describe", lambda device: ("a small GPU", 1_000_000))
+    monkeypatch.setattr(estimate, "describe_device", lambda device: ("a small GPU", 1_000_000))
     notes = run(memory={"gradient_checkpointing": False}, train__batch=2, tuner={"kind": "full"}).notes
     (note,) = [n for n in notes if "a small GPU" in n]
     for way in ("gradient_checkpointing=true", "lower train.batch", "tuner.kind=lora", "smaller data.size"):
         assert way in note
-    monkeypatch.setattr(check.cost, "describe", lambda device: ("a big GPU", 10**12))
+    monkeypatch.setattr(estimate, "describe_device", lambda device: ("a big GPU", 10**12))
     assert not [n for n in run().notes if "big GPU" in n]
 
 

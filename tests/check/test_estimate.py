@@ -10,14 +10,14 @@ import torch
 from inlaid import config, families
 from inlaid.adapters import tuners
 from inlaid.check.estimate import (
+    EFFICIENCY,
     QUANTIZED_BYTES,
     STATE_BYTES,
-    USED,
     Estimate,
     _Ledger,
-    count,
+    count_operations,
     estimate_recipe,
-    speed,
+    measure_speed,
     text_width,
 )
 from inlaid.networks import quantize
@@ -63,7 +63,7 @@ def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
     found = estimate(wan, made)
     denoiser = wan.load_denoiser(torch.float32)
     if checkpointing:
-        memory.checkpoint(denoiser, checkpointing)
+        memory.enable_checkpointing(denoiser, checkpointing)
     trained = tuners.attach(made.tuner, wan.targets, denoiser, seed=0)
     denoiser.train()
     ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()])
@@ -95,7 +95,7 @@ def test_checkpointing_and_batch_change_activations(wan):
 
 def test_attention_is_quadratic_and_never_kept(wan):
     denoiser = wan.load_denoiser(torch.float32, meta=True)
-    small, large = (count(wan, denoiser, s, 1, checkpointing=False) for s in (LONG, (9, 512, 256)))
+    small, large = (count_operations(wan, denoiser, s, 1, checkpointing=False) for s in (LONG, (9, 512, 256)))
     assert large.activations / small.activations == pytest.approx(2, rel=0.1)
     assert large.linear / small.linear == pytest.approx(2, rel=0.1)
     n, layers, width = wan.tokens(*LONG), 4, 128
@@ -110,8 +110,8 @@ def test_attention_is_quadratic_and_never_kept(wan):
 def test_optimizer_state(wan, name, size):
     found = estimate(wan, recipe(optim={"name": name}), optimizer=name)
     assert found.memory[f"{name} state"] == pytest.approx(size * found.trained, rel=0.07)
-    assert found.memory["moving average"] == 0
-    assert estimate(wan, recipe(optim={"ema": 0.9})).memory["moving average"] == 4 * found.trained
+    assert found.memory["EMA"] == 0
+    assert estimate(wan, recipe(optim={"ema": 0.9})).memory["EMA"] == 4 * found.trained
 
 
 def test_adamw_state_is_what_torch_keeps():
@@ -210,14 +210,14 @@ def test_time_is_measured_or_refused(wan):
     much = estimate(wan, recipe(train={"accumulate": 1000}), device=cpu)
     assert much.seconds is not None
     assert 0 < much.seconds[0] < much.seconds[1]
-    assert much.seconds[1] / much.seconds[0] == pytest.approx(USED[1] / USED[0])
+    assert much.seconds[1] / much.seconds[0] == pytest.approx(EFFICIENCY[1] / EFFICIENCY[0])
     assert "measured now" in much.how[-1]
     assert much.device == "the CPU"
     assert much.capacity > 2**28
 
 
 def test_speed_is_that_of_a_machine():
-    assert 1e8 < speed(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
+    assert 1e8 < measure_speed(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
 
 
 def test_targets_that_match_nothing(wan):

@@ -110,9 +110,9 @@ def test_a_changed_item_stops_with_its_name(recipe: Callable[..., dict]) -> None
 
 
 def test_a_full_disk_keeps_what_is_there(
-    recipe: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw, written, real = recipe(), [], cache.save_file
+    raw, written, real = recipe(data__cache=str(tmp_path / "cache")), [], cache.save_file
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:
         if len(written) == 2:
@@ -134,11 +134,11 @@ def test_a_full_disk_keeps_what_is_there(
 
 
 def test_bad_clips_stop_or_are_quarantined(recipe: Callable[..., dict], tmp_path: Path) -> None:
-    raw = recipe()
+    raw = recipe(data__cache=str(tmp_path / "cache"))
     (tmp_path / "clips/02.mp4").write_bytes(b"not a video")
     with pytest.raises(ValueError, match=r"02\.mp4"):
         build(raw)
-    clips = build(recipe(data__bad_clips="quarantine"))
+    clips = build(recipe(data__bad_clips="quarantine", data__cache=str(tmp_path / "cache")))
     assert clips.built.made == 3
     listed = json.loads((tmp_path / "run/quarantine.json").read_text("utf-8"))
     assert list(listed) == ["02.mp4"]
@@ -174,14 +174,14 @@ def test_a_probe_is_remembered_until_its_file_changes(tmp_path, monkeypatch) -> 
     probe = video.probe
     monkeypatch.setattr(video, "probe", lambda p: (looked.append(p), probe(p))[1])
     store = Cache(tmp_path / "cache")
-    assert store.probe(path) == probe(path)
+    assert store.probes.probe(path) == probe(path)
     store.remember()
-    assert Cache(tmp_path / "cache").probe(path) == probe(path) and len(looked) == 1
+    assert Cache(tmp_path / "cache").probes.probe(path) == probe(path) and len(looked) == 1
     videos.write(path, 16, 24)
-    assert Cache(tmp_path / "cache").probe(path).frames == 16 and len(looked) == 2
-    for broken in ("{", "[]", json.dumps({k: {"fps": "x"} for k in store._probes})):
+    assert Cache(tmp_path / "cache").probes.probe(path).frames == 16 and len(looked) == 2
+    for broken in ("{", "[]", json.dumps({k: {"fps": "x"} for k in store.probes._probes})):
         (tmp_path / "cache/probes.json").write_text(broken, "utf-8")
-        assert Cache(tmp_path / "cache").probe(path).frames == 16
+        assert Cache(tmp_path / "cache").probes.probe(path).frames == 16
     path.unlink()
     with pytest.raises(ValueError, match=r"v\.mp4"):
-        store.probe(path)
+        store.probes.probe(path)

@@ -409,7 +409,7 @@ def test_too_short_says_by_how_much(clips):
     made = plan(str(clips), frames=[13, 33])
     assert codes(made) == {"too-short": ["a.mp4"]}
     assert "a.mp4: 13 frames at 16 fps need 0.81 s, it has 0.75 s" in message(made)
-    assert sorted({w.frames for w in made.train}) == [13]
+    assert sorted({w.extent.frames for w in made.train}) == [13]
 
 
 def test_images_need_a_bucket_of_one_frame(clips):
@@ -420,13 +420,13 @@ def test_images_need_a_bucket_of_one_frame(clips):
     assert "add 1 to data.frames" in message(made)
     made = plan(str(clips), frames=[1, 9])
     assert made.problems == []
-    assert {w.clip.name: w.frames for w in made.train} == {
+    assert {w.clip.name: w.extent.frames for w in made.train} == {
         "a.mp4": 9,
         "b.final.mp4": 9,
         "c.mp4": 9,
         "p.png": 1,
     }
-    assert videos.numbers(next(w for w in made.train if w.frames == 1).read()) == [5]
+    assert videos.numbers(next(w for w in made.train if w.extent.frames == 1).read()) == [5]
 
 
 def test_warnings_do_not_stop(tmp_path):
@@ -570,7 +570,9 @@ def test_windows_of_a_long_clip(tmp_path):
     videos.write(tmp_path / "long.mp4", 120, 24, SIZE)
     (tmp_path / "long.txt").write_text("x")
     made = plan(str(tmp_path), max_windows=4, frames=[9, 17])
-    assert [(w.start, w.frames, w.fps) for w in made.train] == [(s / 16, 17, 16.0) for s in (0, 21, 42, 63)]
+    assert [(w.start, w.extent.frames, w.fps) for w in made.train] == [
+        (s / 16, 17, 16.0) for s in (0, 21, 42, 63)
+    ]
     stamps = np.arange(120) / 24
     for window in made.train:
         wanted = window.start + np.arange(17) / 16
@@ -584,7 +586,7 @@ def test_each_clip_takes_the_longest_length_that_it_fills(tmp_path):
         videos.write(tmp_path / f"{n:02d}.mp4", n, 16, SIZE)
         (tmp_path / f"{n:02d}.txt").write_text("x")
     made = plan(str(tmp_path), frames=[9, 17, 33])
-    assert [w.frames for w in made.train] == [9, 9, 17, 33]
+    assert [w.extent.frames for w in made.train] == [9, 9, 17, 33]
 
 
 def test_fps_of_the_recipe_wins(tmp_path):
@@ -624,7 +626,7 @@ def test_clips_go_to_the_nearest_aspect(tmp_path):
         videos.write(tmp_path / f"{name}.mp4", 10, 16, size, rotation=90 if name == "turned" else 0)
         (tmp_path / f"{name}.txt").write_text(name)
     made = plan(str(tmp_path), size=(48, 48), aspects=["16:9", "1:1", "9:16"])
-    found = {w.clip.name.split(".")[0]: w.size for w in made.train}
+    found = {w.clip.name.split(".")[0]: w.extent[1:] for w in made.train}
     assert found == {"wide": (32, 64), "tall": (64, 32), "square": (48, 48), "turned": (64, 32)}
     assert {w.read().shape for w in made.train} == {(9, *s, 3) for s in found.values()}
 
@@ -759,7 +761,7 @@ def test_real_layouts(media_root, source, layout, first):
     made = plan({**source, "path": str(media_root / source["path"])}, size=(480, 832), frames=[81])
     assert made.sources[0].layout == layout
     assert made.errors == []
-    assert [w.shape for w in made.train] == [(81, 480, 832)] * 2
+    assert [w.extent for w in made.train] == [(81, 480, 832)] * 2
     assert made.clips[0].caption.startswith(first)
     assert made.train[0].read().std() > 10
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.precomputed import CASES, Checkpoint, built, clips, encode, recipe, shape, write
 
 from inlaid import config, families
 from inlaid.data import cache
@@ -19,6 +18,7 @@ from inlaid.runs.folder import Run, read_metrics
 from inlaid.tiny.random import TEXT_WIDTH
 from inlaid.training.checkpoints import load_state
 from support.commands import inlaid
+from support.precomputed import CASES, Checkpoint, built, clips, encode, recipe, shape, write
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_same_items_as_from_the_clips(
     no_vae(kind[0])
     again = built(recipe(kind, checkpoint, tmp_path / "b", str(tmp_path / "precomputed"), data__validation=0))
     assert again.plan.sources[0].layout == "precomputed"
-    assert [w.shape for w in again.plan.train] == [shape(kind)] * 3
+    assert [w.extent for w in again.plan.train] == [shape(kind)] * 3
     assert (again.built.made, again.built.reused) == (3, 0)
     for i in range(3):
         got = again.store.read("media", again.media[i])

@@ -17,6 +17,7 @@ from inlaid import config
 from inlaid.data import rgba_clips
 from inlaid.data.cache import Cache
 from inlaid.data.plan import Plan, plan_dataset
+from inlaid.data.probes import Probes
 from inlaid.families.grid import Grid
 from inlaid.media import compositing, rgba
 from inlaid.media.kinds import READER
@@ -28,11 +29,13 @@ SIZE = (make.H, make.W)
 KEEP = {"background": "keep"}
 
 
-def plan(*sources: Any, channels: int = 4, look: Any = rgba_clips.inspect_clip, **section: Any) -> Plan:
+def plan(*sources: Any, channels: int = 4, probes: Probes | None = None, **section: Any) -> Plan:
     """A plan of a transparent run that keeps pixels as they are."""
     section = {"size": SIZE, "frames": [make.T], "validation": 0, "matte": KEEP} | section
     family: Any = SimpleNamespace(channels=channels, precomputed=None, precomputed_in=lambda folder: None)
-    return plan_dataset(config.Data(sources=list(sources), **section), GRID, 16, 0, family=family, look=look)
+    return plan_dataset(
+        config.Data(sources=list(sources), **section), GRID, 16, 0, family=family, probes=probes
+    )
 
 
 def codes(made: Plan) -> dict[str, list[str]]:
@@ -452,12 +455,12 @@ def test_looks_are_remembered(clips: Path, tmp_path: Path, monkeypatch: pytest.M
     real = rgba_clips.inspect_clip
     monkeypatch.setattr(rgba_clips, "inspect_clip", lambda *a: looked.append(a) or real(*a))
     store = Cache(tmp_path / "cache")
-    first = plan(str(clips), look=store.look)
+    first = plan(str(clips), probes=store.probes)
     store.remember()
-    again = plan(str(clips), look=Cache(tmp_path / "cache").look)
+    again = plan(str(clips), probes=Cache(tmp_path / "cache").probes)
     assert len(looked) == 2 and again.probes == first.probes and again.alphas == first.alphas
     make.video(clips / "a_alpha.mkv", make.clip(2)[..., 3:])
-    plan(str(clips), look=Cache(tmp_path / "cache").look)
+    plan(str(clips), probes=Cache(tmp_path / "cache").probes)
     assert len(looked) == 3, "a matte that changed is looked at again"
 
 

@@ -259,8 +259,9 @@ def tiny_midi() -> TinyModel:
     return load(path("midi"))
 
 
-def test_the_shipped_twin_loads_in_float32(tiny_midi: TinyModel) -> None:
-    assert {part.dtype for part in (tiny_midi.dit, tiny_midi.vae, tiny_midi.clip, tiny_midi.dino)} == {torch.float32}
+def test_the_shipped_model_loads_in_float32(tiny_midi: TinyModel) -> None:
+    parts = (tiny_midi.dit, tiny_midi.vae, tiny_midi.clip, tiny_midi.dino)
+    assert {part.dtype for part in parts} == {torch.float32}
     assert tiny_midi.dino.config.num_channels == 7
     assert tiny_midi.dit.multi_instance == set(TRANSFORMER["multi_instance"])
     assert tiny_midi.tokens == TOKENS and tiny_midi.shift == SHIFT

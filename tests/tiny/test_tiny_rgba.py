@@ -1,4 +1,4 @@
-"""The transparent tiny: its judge knows right from wrong, and the codec that ships keeps colour and alpha."""
+"""Tiny model with alpha: its judge, and the shipped RGBA VAE."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from tiny_models.rgba import load_vae, reconstruct
 
 from inlaid.networks import rgba_vae_checkpoint
-from inlaid.tiny import rgba_judge, rgba_world
-from inlaid.tiny import rgba_vae_path as codec_path
+from inlaid.tiny import rgba_judge, rgba_vae_path, rgba_world
 from inlaid.tiny.world import FRAMES, SIZE
 
 TRUE = [clip.frames for clip in rgba_world.subject_clips(8, seed=5)]
@@ -65,16 +64,16 @@ def test_the_judge_rejects_the_old_world() -> None:
     assert not any(rgba_judge.judge_subject(c.frames).both for c in rgba_world.clips(1, 12, validation=True))
 
 
-def test_the_shipped_codec_keeps_colour_and_alpha() -> None:
+def test_the_shipped_rgba_vae_keeps_color_and_alpha() -> None:
     """Two clips are reconstructed here; the report that ships is of 32, by the same command."""
     torch.manual_seed(0)
-    told = json.loads((codec_path("wan") / "REPORT.json").read_text("utf-8"))
-    assert told["codec_id"] == rgba_vae_checkpoint.read_config(codec_path("wan"))["codec_id"]
+    told = json.loads((rgba_vae_path("wan") / "REPORT.json").read_text("utf-8"))
+    assert told["rgba_vae_id"] == rgba_vae_checkpoint.read_config(rgba_vae_path("wan"))["rgba_vae_id"]
     shown = told["world"]
     assert shown["clips"] >= 32 and shown["alpha_mae"] < 5 and shown["rgb_mae"] < 10
-    assert shown["alpha_mae"] < min(shown[f"all_{n}_alpha_mae"] for n in ("opaque", "clear")) / 5
-    codec = rgba_vae_checkpoint.load(codec_path("wan"), load_vae())
+    assert shown["alpha_mae"] < min(shown[f"all_{n}_alpha_mae"] for n in ("opaque", "transparent")) / 5
+    rgba_vae = rgba_vae_checkpoint.load(rgba_vae_path("wan"), load_vae())
     clips = np.stack([c.frames for c in rgba_world.clips(1, 2, validation=True)])
-    again = reconstruct(codec, clips).astype(np.float32)
+    again = reconstruct(rgba_vae, clips).astype(np.float32)
     assert again.shape == (2, FRAMES, SIZE, SIZE, 4)
     assert np.abs(again[..., 3] - clips[..., 3]).mean() < 5

@@ -153,7 +153,7 @@ def test_there_is_no_other_twin():
 
 
 needs_twin = pytest.mark.skipif(
-    not (path("wan") / "model_index.json").exists(), reason="the twin is not built"
+    not (path("wan") / "model_index.json").exists(), reason="the tiny model is not built"
 )
 
 

@@ -1,4 +1,4 @@
-"""The twins' world is a function of its seed, holds a part out, and its judge tells right from wrong."""
+"""The world of the tiny models is a function of its seed, holds a part out, and its judge tells right from wrong."""
 
 from collections import defaultdict
 from dataclasses import replace

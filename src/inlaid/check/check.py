@@ -25,6 +25,7 @@ from inlaid.data.modality import Modality, modality_of
 from inlaid.data.plan import Plan, SourceReport, describe_plan
 from inlaid.data.problems import Problem
 from inlaid.data.sampler import make_sampler
+from inlaid.families.grid import Extent
 from inlaid.files import atomic
 from inlaid.media.kinds import MediaError
 from inlaid.media.rgba import AlphaStats
@@ -37,11 +38,9 @@ ROWS = 12
 
 @dataclass(frozen=True)
 class Bucket:
-    """Windows of one shape."""
+    """Windows of one extent."""
 
-    frames: int
-    height: int
-    width: int
+    extent: Extent
     train: int
     """Number of training windows."""
     validation: int
@@ -84,6 +83,9 @@ class Report:
         """Return the report as JSON."""
         peak = {} if self.estimate is None else {"peak": self.estimate.peak}
         out = {"ok": self.ok, **asdict(self)}
+        out["buckets"] = [{**b["extent"]._asdict(), **b} for b in out["buckets"]]
+        for bucket in out["buckets"]:
+            del bucket["extent"]
         if self.estimate is not None:
             out["estimate"] = {**out["estimate"], **peak}
         return json.dumps(out, indent=2, ensure_ascii=False)
@@ -97,7 +99,7 @@ def check_recipe(config: recipe.Config) -> Report:
     """
     family = build_family(config)
     modality = modality_of(family.modality)
-    with progress("look", 1, modality.one) as advance:
+    with progress("probe", 1, modality.one) as advance:
         plan = modality.plan(config, family, lambda done, of: advance(done=done, total=of))
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
@@ -133,13 +135,13 @@ def check_recipe(config: recipe.Config) -> Report:
 
 
 def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list[Bucket]:
-    train, validation = (Counter(w.shape for w in part) for part in (plan.train, plan.validation))
+    train, validation = (Counter(w.extent for w in part) for part in (plan.train, plan.validation))
     sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
     epoch = (sampler.batch(k) for k in range(len(sampler)))
-    batches = Counter(plan.train[rows[0]].shape for rows in epoch)
+    batches = Counter(plan.train[rows[0]].extent for rows in epoch)
     return [
-        Bucket(*s, train[s], validation[s], batches[s], family.shapes(*s)["latents"], family.tokens(*s))
-        for s in sorted({*train, *validation}, key=lambda s: (s[0], s[2] / s[1]))
+        Bucket(e, train[e], validation[e], batches[e], family.shapes(*e)["latents"], family.tokens(*e))
+        for e in sorted({*train, *validation}, key=lambda e: (e[0], e.width / e.height))
     ]
 
 
@@ -188,13 +190,12 @@ def _estimate(
         device, optimizer = torch.device("meta"), config.optim.name
         precision = torch.float32 if config.runtime.precision == "float32" else torch.bfloat16
         notes.append(f"{error}; memory is estimated in {precision}".replace("torch.", ""))
-    shapes = {(b.frames, b.height, b.width): b for b in buckets}
     windows = (*plan.train, *plan.validation)
     estimate = estimate_recipe(
         family,
         config,
-        {s: b.batches for s, b in shapes.items() if b.batches},
-        {s: b.train + b.validation for s, b in shapes.items()},
+        {b.extent: b.batches for b in buckets if b.batches},
+        {b.extent: b.train + b.validation for b in buckets},
         sorted({str(w.words) for w in windows} | set(config.sample.prompts)),
         device=device,
         precision=precision,
@@ -267,8 +268,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.buckets:
         rows = [
             (
-                b.frames,
-                _by((b.height, b.width)),
+                b.extent[0],
+                _by((b.extent.height, b.extent.width)),
                 b.train,
                 b.validation,
                 b.batches,

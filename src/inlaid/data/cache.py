@@ -14,8 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,13 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inlaid.data import precomputed, rgba_clips
-from inlaid.data.rgba_clips import READER, ClipInspection
+from inlaid.data import precomputed
+from inlaid.data.probes import CachedProbes, file_state, read_memo, write_memo
 from inlaid.families import Family
 from inlaid.files import atomic, sha256
-from inlaid.media import kinds, video
-from inlaid.media.kinds import Probe
-from inlaid.media.rgba import AlphaStats
 
 if TYPE_CHECKING:
     from inlaid.data.clips import Window
@@ -57,32 +53,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return out.hexdigest()
 
 
-def _now(path: Path) -> str:
-    """Return a string of a file's path, size and modification time."""
-    stat = path.stat()
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-
-
 @dataclass
 class Cache:
     """Folder of cached items, with media and text in separate subfolders."""
 
     folder: Path
-    _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
-    _probes: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
-    _alphas: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    probes: CachedProbes = field(init=False, repr=False)
+    _hashes: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._hashes, self._probes, self._alphas = (
-            self._memo(name) for name in ("hashes", "probes", "alphas")
-        )
-
-    def _memo(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            found = None  # only saves time: files are probed again
-        return found if isinstance(found, dict) else {}
+        self.probes, self._hashes = CachedProbes(self.folder), read_memo(self.folder / "hashes.json")
 
     def path(self, kind: str, name: str) -> Path:
         """Return the path of an item, which may not exist yet."""
@@ -131,64 +111,15 @@ class Cache:
 
     def content(self, path: Path) -> str:
         """Return a SHA-256 of a file's content, memoized by size and modification time."""
-        key = _now(path)
+        key = file_state(path)
         if key not in self._hashes:
             self._hashes[key] = sha256(path)
         return self._hashes[key]
 
-    def probe(self, path: Path) -> Probe:
-        """Return `media.probe`, memoized by size and modification time; resuming a run opens no video.
-
-        Raises:
-            ValueError: if the file cannot be used.
-        """
-        if not path.is_file():
-            return video.probe(path)
-        key = f"{kinds.READER}|{_now(path)}"
-        known = self._known(key)
-        return known or self._learn(key, video.probe(path))
-
-    def look(self, path: Path, matte: Path | None = None) -> ClipInspection:
-        """Return `rgba_clips.look`, memoized by size and modification time of all files.
-
-        Raises:
-            ValueError: if the clip cannot be used.
-        """
-        files = [f for part in (path, matte) if part for f in rgba_clips.files(part)]
-        if not files or not all(f.is_file() for f in files):
-            return rgba_clips.inspect_clip(path, matte)
-        now = hashlib.sha256("\n".join(map(_now, files)).encode()).hexdigest()
-        key = f"{READER}|{kinds.READER}|{path.resolve()}|{now}"
-        known = self._known(key)
-        try:
-            if known:
-                return ClipInspection(known, AlphaStats(**self._alphas[key]))
-        except (LookupError, TypeError):
-            pass
-        found = rgba_clips.inspect_clip(path, matte)
-        self._alphas[key] = asdict(found.alpha)
-        self._learn(key, found.probe)
-        return found
-
-    def _known(self, key: str) -> Probe | None:
-        try:
-            known: dict[str, Any] = dict(self._probes[key])
-            known["fps"] = known["fps"] and Fraction(known["fps"])
-            return Probe(**known)
-        except (LookupError, TypeError, ValueError):
-            return None
-
-    def _learn(self, key: str, found: Probe) -> Probe:
-        self._probes[key] = asdict(found) | {"fps": found.fps and str(found.fps)}
-        return found
-
     def remember(self) -> None:
         """Write the memoized content hashes, probes and alpha statistics."""
-        for name, memo in (("hashes", self._hashes), ("probes", self._probes), ("alphas", self._alphas)):
-            if not memo and name == "alphas":
-                continue
-            with atomic(self.folder / f"{name}.json") as temporary:
-                temporary.write_text(json.dumps(memo), "utf-8")
+        write_memo(self.folder / "hashes.json", self._hashes)
+        self.probes.save()
 
     def encoder(self, family: Family, part: str) -> list[str]:
         """Return an encoder's identity: the commit of a Hub checkpoint, or hashes of its files."""

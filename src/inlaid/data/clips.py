@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from inlaid import config
 from inlaid.data import precomputed, rgba_clips
 from inlaid.data.rgba_clips import READER, Kind
+from inlaid.families.grid import Extent, VideoExtent
 from inlaid.media import kinds, video
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Size = tuple[int, int]
 
@@ -45,53 +50,67 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Part of a clip that is one training example."""
+class Window(ABC):
+    """A clip, or part of a clip, that is one training example."""
 
     clip: Clip
-    start: float
-    """Seconds from the clip's first frame."""
-    frames: int
-    fps: float
-    """Sampling rate in frames per second."""
-    size: Size
-    """Height and width in pixels."""
+    extent: Extent
+    """Equal for all windows of a batch."""
     caption: str
     """Caption with prefix and trigger."""
-    alpha: config.Matte | None = None
-    """Settings for reading and correcting alpha; None if the clip is read as opaque."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Frames, height and width; equal for all windows of a batch."""
-        return (self.frames, *self.size)
-
-    @property
+    @abstractmethod
     def key(self) -> tuple[Hashable, ...]:
-        """Cache key: everything except the files' content that determines the pixels."""
-        if self.clip.embedding:
-            return ("precomputed", precomputed.READER)
-        shape = (self.start, self.frames, self.fps, *self.size)
-        if self.alpha:
-            how, pair = self.alpha.model_dump_json(), self.clip.matte is not None
-            return ("rgba_clip", READER, kinds.READER, self.clip.kind, pair, *shape, how)
-        return ("window", kinds.READER, self.clip.kind, *shape)
+        """Cache key: everything except the files' content that determines the item."""
 
     @property
     def words(self) -> str | Path:
         """Text condition: the caption, or the file with its precomputed embedding."""
         return self.clip.embedding or self.caption
 
+    @abstractmethod
     def read(self) -> Any:
-        """Read the pixels as uint8: (t, h, w, 3), or (t, h, w, 4) with straight alpha in a transparent run.
+        """Read the argument of `Family.encode_media`.
 
-        Windows of scenes return a `scenes.Sample`.
+        Raises:
+            ValueError: if a file cannot be read; the message names the file.
+        """
+
+
+@dataclass(frozen=True)
+class VideoWindow(Window):
+    """A time range of a video or image at a size."""
+
+    extent: VideoExtent
+    start: float
+    """Seconds from the clip's first frame."""
+    fps: float
+    """Sampling rate in frames per second."""
+    alpha: config.Matte | None = None
+    """Settings for reading and correcting alpha; None if the clip is read as opaque."""
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Cache key: everything except the files' content that determines the pixels."""
+        if self.clip.embedding:
+            return ("precomputed", precomputed.READER)
+        frames, height, width = self.extent
+        shape = (self.start, frames, self.fps, height, width)
+        if self.alpha:
+            how, pair = self.alpha.model_dump_json(), self.clip.matte is not None
+            return ("rgba_clip", READER, kinds.READER, self.clip.kind, pair, *shape, how)
+        return ("window", kinds.READER, self.clip.kind, *shape)
+
+    def read(self) -> np.ndarray:
+        """Read the pixels as uint8: (t, h, w, 3), or (t, h, w, 4) with straight alpha in a transparent run.
 
         Raises:
             ValueError: if the file cannot be read to the end of the window; the message names the file.
         """
         assert not self.clip.embedding, "precomputed latents have no pixels"
-        place = (self.start, self.frames, self.fps, self.size)
+        frames, height, width = self.extent
+        place = (self.start, frames, self.fps, (height, width))
         if self.alpha:
             return rgba_clips.read_rgba_clip(self.clip.path, self.clip.matte, *place, self.alpha)
         return video.read_frames(self.clip.path, *place)

@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlaid import config as recipe
-from inlaid.data import rgba_clips
 from inlaid.data.clips import Window
 from inlaid.data.plan import Plan
-from inlaid.data.rgba_clips import ClipInspection
-from inlaid.media import video
-from inlaid.media.kinds import Probe
+from inlaid.data.probes import Probes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,10 +57,16 @@ class Modality(ABC):
         config: recipe.Config,
         family: Family,
         progress: Progress | None = None,
-        probe: Callable[[Path], Probe] = video.probe,
-        look: Callable[[Path, Path | None], ClipInspection] = rgba_clips.inspect_clip,
+        probes: Probes | None = None,
     ) -> Plan:
-        """Probe every example, select the windows of a run and collect problems."""
+        """Probe every example, select the windows of a run and collect problems.
+
+        Args:
+            config: the recipe.
+            family: family of the run.
+            progress: called with (done, total) while examples are probed.
+            probes: probes of files; a cache has a memoized version. Default: read the files.
+        """
 
     @abstractmethod
     def task(self, family: Family) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,19 @@ from PIL import Image
 
 from inlaid import config as recipe
 from inlaid.console import say
-from inlaid.data import rgba_clips, scenes
+from inlaid.data import scenes
 from inlaid.data.clips import Clip, Window
 from inlaid.data.layouts import Found
 from inlaid.data.modality import ImageSource, Modality, NamedImage, Progress
 from inlaid.data.plan import Plan, assemble_plan
+from inlaid.data.probes import Probes
 from inlaid.data.problems import KINDS, Problem
-from inlaid.data.rgba_clips import ClipInspection
 from inlaid.data.scenes import READER, Scene
+from inlaid.families.grid import SceneExtent
 from inlaid.files import atomic, sha256
-from inlaid.media import mesh_render, meshes, video
+from inlaid.media import mesh_render, meshes
 from inlaid.media.contact_sheet import SheetRow, contact_sheet
-from inlaid.media.kinds import MediaError, Probe
+from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import Note
 from inlaid.media.scene import MAX_OBJECTS, GeneratedScene, SceneSample, read_image, tiles
@@ -52,13 +53,16 @@ class SceneClip(Clip):
 
 @dataclass(frozen=True)
 class SceneWindow(Window):
-    """A whole scene as a window of `data`; `frames` is the number of objects."""
+    """A whole scene as a training example; its caption is its name."""
+
+    extent: SceneExtent
+    """Number of objects, and size of the input image as the image encoder reads it."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
         """Cache key: everything except the files' content that determines the item."""
         assert isinstance(self.clip, SceneClip)
-        return ("scene", READER, *self.shape, *self.clip.scene.surfaces)
+        return ("scene", READER, *self.extent, *self.clip.scene.surfaces)
 
     @property
     def words(self) -> str:
@@ -88,14 +92,13 @@ class SceneModality(Modality):
         config: recipe.Config,
         family: Family,
         progress: Progress | None = None,
-        probe: Callable[[Path], Probe] = video.probe,
-        look: Callable[[Path, Path | None], ClipInspection] = rgba_clips.inspect_clip,
+        probes: Probes | None = None,
     ) -> Plan:
         """Read every scene with its surfaces, since most problems are in the surfaces."""
         problems: list[Problem] = []
         found = [_find(source, i, problems) for i, source in enumerate(config.data.sources)]
         clips: list[Any] = [c for f in found for c in f.clips]
-        size = (family.extractor.crop,) * 2  # type: ignore[attr-defined]
+        size = family.extractor.crop  # type: ignore[attr-defined]
         windows: dict[int, list[Window]] = {}
 
         def inspect(clip: SceneClip) -> tuple[int, Sequence[Note]] | MediaError:
@@ -120,7 +123,7 @@ class SceneModality(Modality):
                     if count > MAX_OBJECTS:
                         many = f"{count} objects, at most {MAX_OBJECTS} per step"
                         problems.append(_problem(clip, "crowded", many))
-                    windows[i] = [SceneWindow(clip, 0.0, count, 1.0, size, clip.name)]
+                    windows[i] = [SceneWindow(clip, SceneExtent(count, size, size), clip.name)]
                 if progress:
                     progress(i + 1, len(clips))
         together = _together if config.data.validation else None

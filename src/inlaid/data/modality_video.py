@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlaid import config as recipe
 from inlaid.console import say
-from inlaid.data import rgba_clips
-from inlaid.data.clips import Window
+from inlaid.data.clips import VideoWindow, Window
 from inlaid.data.modality import ImageSource, Modality, NamedImage, Progress
 from inlaid.data.plan import Plan, plan_dataset
-from inlaid.data.rgba_clips import ClipInspection
+from inlaid.data.probes import Probes
+from inlaid.families.grid import VideoExtent
 from inlaid.media import compositing, rgba, video
 from inlaid.media.contact_sheet import SheetRow, contact_sheet
-from inlaid.media.kinds import Probe
 from inlaid.media.rgba import SUFFIXES
 
 if TYPE_CHECKING:
@@ -36,11 +35,10 @@ class VideoModality(Modality):
         config: recipe.Config,
         family: Family,
         progress: Progress | None = None,
-        probe: Callable[[Path], Probe] = video.probe,
-        look: Callable[[Path, Path | None], ClipInspection] = rgba_clips.inspect_clip,
+        probes: Probes | None = None,
     ) -> Plan:
         """Plan the clips of any layout that `data` reads."""
-        return plan_dataset(config.data, family.grid, family.fps, config.seed, progress, family, probe, look)
+        return plan_dataset(config.data, family.grid, family.fps, config.seed, progress, family, probes)
 
     def task(self, family: Family) -> str:
         """Return the Hub's `pipeline_tag`."""
@@ -50,8 +48,9 @@ class VideoModality(Modality):
         """Draw a strip of frames per window, below the caption."""
         made = []
         for window, frames in rows:
+            assert isinstance(window, VideoWindow)
             at = f"from {window.start:.2f} s   " if window.start else ""
-            shape = f"{at}{window.frames} x {window.size[0]} x {window.size[1]} at {window.fps:g} fps"
+            shape = f"{at}{' x '.join(map(str, window.extent))} at {window.fps:g} fps"
             frames = compositing.preview(frames) if window.alpha else frames
             made.append(SheetRow(window.clip.name, window.caption, frames, shape))
         contact_sheet(made, path, title=title)
@@ -72,7 +71,9 @@ class VideoModality(Modality):
         if isinstance(source, Window):
             if not family.images:
                 return []
-            frames = replace(source, frames=min(sample.frames, source.frames), size=sample.size).read()
+            assert isinstance(source, VideoWindow)
+            extent = VideoExtent(min(sample.frames, source.extent.frames), *sample.size)
+            frames = replace(source, extent=extent).read()
             place = {"first": 0, "last": -1}
             named = {name: frames[place[name]] for name in family.images}
             return [NamedImage(f"{name} frame of {source.clip.name}", f) for name, f in named.items()]

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Literal
 
 from inlaid import config
-from inlaid.data import precomputed, rgba_clips
+from inlaid.data import precomputed
 from inlaid.data.checks import clip_problems, duplicates, outliers
 from inlaid.data.clips import Clip, Window
 from inlaid.data.layouts import Found, find_clips
+from inlaid.data.probes import Probes
 from inlaid.data.problems import FOLDER_CURE, KINDS, MANIFEST_CURE, SOURCE_CODES, Problem
 from inlaid.data.rgba_clips import ClipInspection
 from inlaid.data.windows import clip_windows, sizes
 from inlaid.families.base import Family
 from inlaid.families.grid import Grid
-from inlaid.media import video
 from inlaid.media.kinds import MediaError, Probe
 from inlaid.media.rgba import AlphaStats
 
@@ -83,8 +83,7 @@ def plan_dataset(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     family: Family | None = None,
-    probe: Callable[[Path], Probe] = video.probe,
-    look: Callable[[Path, Path | None], ClipInspection] = rgba_clips.inspect_clip,
+    probes: Probes | None = None,
 ) -> Plan:
     """Probe every clip and select the windows of a run.
 
@@ -97,8 +96,7 @@ def plan_dataset(
         seed: determines the validation clips.
         progress: called with (done, total) while files are probed.
         family: adds its layout of precomputed latents, and alpha if it has 4 channels.
-        probe: probes a file; a cache can supply a memoized version.
-        look: replaces `probe` if the family is transparent; also takes the alpha matte.
+        probes: probes of files; a cache has a memoized version. Default: read the files.
     """
     fps = float(data.fps or fps)
     patterns = [family.precomputed_in(Path(s.path).expanduser()) if family else None for s in data.sources]
@@ -106,20 +104,20 @@ def plan_dataset(
     found = [find_clips(source, i, patterns[i], channels) for i, source in enumerate(data.sources)]
     problems = [p for f in found for p in f.problems]
     clips = [c for f in found for c in f.clips]
-    looks, failed = _look_all(clips, progress, family, fps, look if channels == 4 else probe)
-    probes = {p: each.probe if isinstance(each, ClipInspection) else each for p, each in looks.items()}
-    alphas = {p: each.alpha for p, each in looks.items() if isinstance(each, ClipInspection)}
+    results, failed = _probe_all(clips, progress, family, fps, probes or Probes())
+    probed = {p: each.probe if isinstance(each, ClipInspection) else each for p, each in results.items()}
+    alphas = {p: each.alpha for p, each in results.items() if isinstance(each, ClipInspection)}
     problems += failed + outliers(clips, alphas)
     buckets = sizes(data, grid)
-    windows: dict[int, list[Window]] = {}
+    windows: dict[int, Sequence[Window]] = {}
     for i, clip in enumerate(clips):
-        if clip.path in probes:
-            probed, alpha = probes[clip.path], alphas.get(clip.path)
-            made = clip_windows(clip, probed, data, buckets, fps, alpha)
-            problems += clip_problems(clip, probed, data, fps, made[0].size if made else None, alpha)
+        if clip.path in probed:
+            probe, alpha = probed[clip.path], alphas.get(clip.path)
+            made = clip_windows(clip, probe, data, buckets, fps, alpha)
+            problems += clip_problems(clip, probe, data, fps, made[0].extent[1:] if made else None, alpha)
             if made and (clip.caption or clip.embedding):
                 windows[i] = made
-    return assemble_plan(data, seed, found, windows, problems, probes, alphas=alphas)
+    return assemble_plan(data, seed, found, windows, problems, probed, alphas=alphas)
 
 
 def assemble_plan(
@@ -175,27 +173,28 @@ def assemble_plan(
     return Plan(clips, train, out, problems, reports, probes, alphas or {}, noun)
 
 
-def _look_all(
+def _probe_all(
     clips: Sequence[Clip],
     progress: Callable[[int, int], None] | None,
     family: Family | None,
     fps: float,
-    see: Callable[..., Probe | ClipInspection],
+    probes: Probes,
 ) -> tuple[dict[Path, Probe | ClipInspection], list[Problem]]:
     """Probe every clip once, in threads."""
     first = {c.path: c for c in reversed(clips)}
-    probes: dict[Path, Probe | ClipInspection] = {}
+    results: dict[Path, Probe | ClipInspection] = {}
     problems = [
         Problem("error", "pair", c.name, "it is listed with two different alpha mattes", c.source)
         for c in clips
         if c.matte != first[c.path].matte
     ]
 
-    def look(path: Path) -> Probe | ClipInspection | MediaError:
+    def probe(path: Path) -> Probe | ClipInspection | MediaError:
         clip = first[path]
         try:
             if not (clip.embedding and family):
-                return see(path, clip.matte) if family and family.channels == 4 else see(path)
+                alpha = family and family.channels == 4
+                return probes.inspect(path, clip.matte) if alpha else probes.probe(path)
             frames, height, width = precomputed.inspect_item(family, clip.latents, clip.embedding)
             rate = Fraction(fps).limit_denominator(1000)
             return Probe(frames, rate, height, width, frames / fps, 1 / fps)
@@ -203,15 +202,15 @@ def _look_all(
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for done, (path, result) in enumerate(zip(first, pool.map(look, first), strict=True), 1):
+        for done, (path, result) in enumerate(zip(first, pool.map(probe, first), strict=True), 1):
             if isinstance(result, MediaError):
                 clip = first[path]
                 problems.append(Problem("error", result.code, clip.name, result.cause, clip.source))
             else:
-                probes[path] = result
+                results[path] = result
             if progress:
                 progress(done, len(first))
-    return probes, problems
+    return results, problems
 
 
 def _split_validation(

@@ -61,9 +61,8 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     """
     store = Cache(run.cache(config))
     modality = modality_of(family.modality)
-    with progress("look", 1, modality.one, show=ctx.main) as advance:
-        look = (store.probe, store.look)
-        plan = modality.plan(config, family, lambda n, of: advance(done=n, total=of), *look)
+    with progress("probe", 1, modality.one, show=ctx.main) as advance:
+        plan = modality.plan(config, family, lambda n, of: advance(done=n, total=of), store.probes)
     quarantined = {p.name: f"{p.code}: {p.message}" for p in require_usable(plan, config.data.bad_clips)}
     windows = [*plan.train, *plan.validation]
     names = store.media_names(family, windows)

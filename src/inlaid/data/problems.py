@@ -104,7 +104,7 @@ KINDS: dict[str, Kind] = {
         "have precomputed text embeddings",
         "data.trigger and data.caption_prefix do not apply: add them to the caption and encode it again",
     ),
-    "no-picture": Kind("error", "has no input image", "have no input image", "add scene_rgb.png"),
+    "no-image": Kind("error", "has no input image", "have no input image", "add scene_rgb.png"),
     "no-segmentation": Kind("error", "has no segmentation", "have no segmentation", "add seg.png"),
     "no-surface": Kind(
         "error", "lacks a surface", "lack surfaces", "add surface_ID.npy for each visible object"
@@ -115,7 +115,7 @@ KINDS: dict[str, Kind] = {
         "have unexpected file names",
         "use surface_ID.npy, or surface.npy for a single object",
     ),
-    "picture-size": Kind(
+    "image-size": Kind(
         "error",
         "differs in size from its segmentation",
         "differ in size from their segmentations",

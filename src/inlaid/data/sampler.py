@@ -93,4 +93,4 @@ def make_sampler(
 ) -> BucketSampler:
     """Return the batch sampler of a plan's training windows."""
     shares = [s.repeats * s.weight for s in sources]
-    return BucketSampler([(w.clip.source, w.shape) for w in windows], shares, batch, seed)
+    return BucketSampler([(w.clip.source, w.extent) for w in windows], shares, batch, seed)

@@ -68,7 +68,7 @@ class Scene:
         picture, ids = read_image(self.image), meshes.read_ids(self.segmentation)
         if picture.shape[:2] != ids.shape:
             why = f"is {image_size(ids)}, but {self.image.name} is {image_size(picture)}"
-            raise MediaError(self.segmentation, why, "picture-size")
+            raise MediaError(self.segmentation, why, "image-size")
         numbers = [n for n in np.unique(ids).tolist() if n > 0]
         read = self._surfaces(numbers)
         absent = sorted(set(read) - set(numbers))
@@ -176,7 +176,7 @@ def _folders(root: Path) -> Found:
         plain = [p for p in surfaces if p.stem == "surface"]
         odd = [p.name for p in surfaces if p not in numbered.values() and p not in plain]
         wrong = [
-            *([] if image else [("no-picture", "has no scene_rgb.png")]),
+            *([] if image else [("no-image", "has no scene_rgb.png")]),
             *([] if (place / "seg.png").is_file() else [("no-segmentation", "has no seg.png")]),
             *([] if surfaces else [("no-surface", "has no surface.npy")]),
             *([("names", f"{odd[0]} is named neither surface.npy nor surface_ID.npy")] if odd else []),
@@ -208,7 +208,7 @@ def _front(root: Path) -> Found:
         surfaces = {i: root / "3D-FRONT-SURFACE" / room / f"{n}.npy" for i, n in enumerate(names, 1)}
         gone = [p.name for p in surfaces.values() if not p.is_file()]
         if gone or not views:
-            code = "no-surface" if gone else "no-picture"
+            code = "no-surface" if gone else "no-image"
             found.findings.append(Finding("error", room, f"has no {gone[0] if gone else 'views'}", code))
             continue
         for view in views:
@@ -218,7 +218,7 @@ def _front(root: Path) -> Found:
                 None,
             )
             if image is None:
-                found.findings.append(Finding("error", f"{room}/{label}", "has no render", "no-picture"))
+                found.findings.append(Finding("error", f"{room}/{label}", "has no render", "no-image"))
                 continue
             found.scenes.append(Scene(f"{room}/{label}", image, view, surfaces, label, strict=False))
     return found

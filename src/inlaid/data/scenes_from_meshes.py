@@ -67,7 +67,7 @@ def _supplied(source: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         image, ids = read_image(path), meshes.read_ids(seg)
         if image.shape[:2] != ids.shape:
             raise MediaError(
-                seg, f"is {image_size(ids)}, but {path.name} is {image_size(image)}", "picture-size"
+                seg, f"is {image_size(ids)}, but {path.name} is {image_size(image)}", "image-size"
             )
         found.append((image, ids.astype(np.uint8)))
     return found

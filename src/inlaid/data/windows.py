@@ -6,8 +6,8 @@ import math
 import re
 
 from inlaid import config
-from inlaid.data.clips import Clip, Size, Window
-from inlaid.families.grid import Grid
+from inlaid.data.clips import Clip, Size, VideoWindow
+from inlaid.families.grid import Grid, VideoExtent
 from inlaid.media.kinds import Probe, available_formats
 from inlaid.media.rgba import AlphaStats
 
@@ -53,18 +53,21 @@ def clip_windows(
     buckets: list[Size],
     fps: float,
     alpha: AlphaStats | None,
-) -> list[Window]:
+) -> list[VideoWindow]:
     if clip.embedding:
-        return [Window(clip, 0.0, probe.frames, fps, (probe.height, probe.width), clip.caption)]
+        return [
+            VideoWindow(clip, VideoExtent(probe.frames, probe.height, probe.width), clip.caption, 0.0, fps)
+        ]
     there, rate = frames_available(probe, data, fps)
     length = max((n for n in data.frames if n <= there), default=0)
     if not length:
         return []
     ratio = math.log(probe.width / probe.height)
     size = min(buckets, key=lambda s: abs(math.log(s[1] / s[0]) - ratio))
+    extent = VideoExtent(length, *size)
     starts = spread(there, length, data.stride or length, data.max_windows)
     text, how = caption(clip.caption, data), None
     if alpha:
         divided = alpha.premultiplied if data.matte.premultiplied == "auto" else data.matte.premultiplied
         how = data.matte.model_copy(update={"premultiplied": divided})
-    return [Window(clip, round(s / rate, 9), length, rate, size, text, how) for s in starts]
+    return [VideoWindow(clip, extent, text, round(s / rate, 9), rate, how) for s in starts]

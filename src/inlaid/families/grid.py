@@ -1,12 +1,29 @@
-"""Sizes that a model family can represent."""
+"""Extents of training examples, and the sizes that a model family can represent."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    pass
+
+class VideoExtent(NamedTuple):
+    """Extent of a video; height and width in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
+class SceneExtent(NamedTuple):
+    """Extent of a scene; height and width of the input image in pixels."""
+
+    objects: int
+    height: int
+    width: int
+
+
+Extent = VideoExtent | SceneExtent
+"""Extent of a training example, in the terms of its modality."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +53,11 @@ class Grid:
     def problems(self, frames: int, height: int, width: int) -> list[str]:
         """Return messages about invalid sizes, each with the nearest valid size; empty if valid."""
         if self.only:
-            there, asked = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
-            how = f"{asked}: the positional embeddings of this checkpoint were learned for {there}; use that"
-            return [] if there == asked else [f"{how}, or a checkpoint without learned embeddings"]
+            valid, size = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
+            problem = (
+                f"{size}: the positional embeddings of this checkpoint were learned for {valid}; use that"
+            )
+            return [] if valid == size else [f"{problem}, or a checkpoint without learned embeddings"]
         out = []
         low = self.snap_frames(frames)
         if low != frames:

@@ -1,0 +1,113 @@
+"""Probes of media files: read from the files, or memoized in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from inlaid.data import rgba_clips
+from inlaid.data.rgba_clips import ClipInspection
+from inlaid.files import atomic
+from inlaid.media import kinds, video
+from inlaid.media.kinds import Probe
+from inlaid.media.rgba import AlphaStats
+
+
+class Probes:
+    """Probes of media files, read from the files on every call."""
+
+    def probe(self, path: Path) -> Probe:
+        """Probe a clip of an opaque run.
+
+        Raises:
+            MediaError: if the file cannot be used.
+        """
+        return video.probe(path)
+
+    def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
+        """Probe an RGBA clip, whose alpha may be in a separate file, and measure its alpha.
+
+        Raises:
+            MediaError: if the clip cannot be used.
+        """
+        return rgba_clips.inspect_clip(color, alpha)
+
+
+class CachedProbes(Probes):
+    """Probes memoized by size and modification time of the files, so that resuming a run opens no video."""
+
+    def __init__(self, folder: Path) -> None:
+        self._probes, self._alphas = (read_memo(folder / f"{name}.json") for name in ("probes", "alphas"))
+        self._folder = folder
+
+    def probe(self, path: Path) -> Probe:
+        """Return `Probes.probe`, memoized."""
+        if not path.is_file():
+            return super().probe(path)
+        key = f"{kinds.READER}|{file_state(path)}"
+        return self._known(key) or self._add(key, super().probe(path))
+
+    def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
+        """Return `Probes.inspect`, memoized by all files of the clip."""
+        files = [f for part in (color, alpha) if part for f in rgba_clips.files(part)]
+        if not files or not all(f.is_file() for f in files):
+            return super().inspect(color, alpha)
+        now = hashlib.sha256("\n".join(map(file_state, files)).encode()).hexdigest()
+        key = f"{rgba_clips.READER}|{kinds.READER}|{color.resolve()}|{now}"
+        known = self._known(key)
+        try:
+            if known:
+                return ClipInspection(known, AlphaStats(**self._alphas[key]))
+        except (LookupError, TypeError):
+            pass
+        found = super().inspect(color, alpha)
+        self._alphas[key] = asdict(found.alpha)
+        self._add(key, found.probe)
+        return found
+
+    def save(self) -> None:
+        """Write the memos."""
+        write_memo(self._folder / "probes.json", self._probes)
+        if self._alphas:
+            write_memo(self._folder / "alphas.json", self._alphas)
+
+    def _known(self, key: str) -> Probe | None:
+        try:
+            known: dict[str, Any] = dict(self._probes[key])
+            known["fps"] = known["fps"] and Fraction(known["fps"])
+            return Probe(**known)
+        except (LookupError, TypeError, ValueError):
+            return None
+
+    def _add(self, key: str, found: Probe) -> Probe:
+        self._probes[key] = asdict(found) | {"fps": found.fps and str(found.fps)}
+        return found
+
+
+# --- memos --------------------------------------------------------------------------------------------------
+
+
+def file_state(path: Path) -> str:
+    """Return a string of a file's path, size and modification time."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+def read_memo(path: Path) -> dict[str, Any]:
+    """Read a memo; a missing or damaged one is empty, since memos only save time."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def write_memo(path: Path, memo: Mapping[str, Any]) -> None:
+    """Write a memo atomically."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(memo), "utf-8")
