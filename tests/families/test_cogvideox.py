@@ -112,7 +112,7 @@ def test_image_is_what_the_stock_pipeline_shows(
     cog = family(folder)
     frames = np.repeat(picture(shape)[None], shape[0], 0)
     item = cog.encode_media(cog.load_media_encoder(CPU), frames)
-    drawn = cog.draw(item, torch.Generator())
+    drawn = cog.sample_item(item, torch.Generator())
     assert torch.equal(drawn["image"], stock[0, 16:, :1]) and drawn["image"].any()
     assert not stock[0, 16:, 1:].any(), "the pipeline puts nothing before it where the length is even"
     latents = item["moments"][:16] * 0.7
@@ -135,8 +135,8 @@ def test_latents_are_scaled_samples_of_the_posterior(
         posterior = vae.encode(video).latent_dist
     seed = torch.Generator().manual_seed(5)
     theirs = posterior.sample(torch.Generator().manual_seed(5))[0] * scale
-    assert torch.equal(cog.draw(item, seed)["latents"], theirs)
-    assert not torch.equal(cog.draw(item, seed)["latents"], theirs), "another showing, another sample"
+    assert torch.equal(cog.sample_item(item, seed)["latents"], theirs)
+    assert not torch.equal(cog.sample_item(item, seed)["latents"], theirs), "another showing, another sample"
 
 
 def test_image_noise_is_as_taught_and_a_function_of_the_frame() -> None:

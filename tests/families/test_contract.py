@@ -1,6 +1,6 @@
 """What every family owes, whichever checkpoint: learn, save, load elsewhere, go on, and be estimated.
 
-A new family is under test as soon as `inlaid/twins/tiny` can make a checkpoint of it.
+A new family is under test as soon as `inlaid/tiny/random` can make a checkpoint of it.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def test_the_network_is_counted_on_shapes_alone(
     case: tuple[str, str], checkpoint: Callable[[str, str], Path]
 ) -> None:
     family = open_family(checkpoint(*case), case)
-    counts = estimate.count(
+    counts = estimate.count_operations(
         family, family.load_denoiser(torch.float32, meta=True), shape(family), 2, checkpointing=False
     )
     assert counts.activations > 0 and counts.linear > 0 and counts.attention > 0
@@ -176,7 +176,7 @@ def test_weights_can_be_kept_small(
     predicted = []
     for section in ({}, small):
         denoiser = family.load_denoiser(half)
-        quantize.shrink(config.Memory(**section), denoiser, CPU, half)
+        quantize.shrink_weights(config.Memory(**section), denoiser, CPU, half)
         trained = tuners.attach(config.LowRank(rank=2), family.targets, denoiser, seed=0)
         predicted.append(family.predict(denoiser, batch.latents, t, batch.cond).float())
         predicted[-1].square().mean().backward()
@@ -193,7 +193,7 @@ def test_a_cached_clip_has_the_shapes_that_were_promised(
     item = family.encode_media(family.load_media_encoder(CPU), example(family))
     assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(*shape(family))
     assert {v.dtype for v in item.values()} == {torch.float32}
-    one, same, other = (family.draw(item, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    one, same, other = (family.sample_item(item, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert {k: tuple(v.shape) for k, v in one.items()} == family.shapes(*shape(family))
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert family.tokens(*shape(family)) > 1 and other.keys() == one.keys()

@@ -26,15 +26,15 @@ from inlaid.data.problems import Problem
 from inlaid.media import meshes
 from inlaid.media.meshes import BOUND
 from inlaid.media.scene import (
-    MAX_OBJECTS,  # noqa: E402
+    MAX_OBJECTS,
     GeneratedScene,
     SceneObject,
     SceneSample,
 )
 from inlaid.networks import midi_image_encoders
 from inlaid.networks.midi_image_encoders import CLIP, DINO, Extractor
-from inlaid.networks.triposg import TOKENS  # noqa: E402
-from inlaid.training.loop import train  # noqa: E402
+from inlaid.networks.triposg import TOKENS
+from inlaid.training.loop import train
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_tensors_decide_where_a_config_lies_or_is_missing(copy: Path) -> None:
     true = family(copy)
     path.write_text(json.dumps({**json.loads(path.read_text()), "width": 64, "num_layers": 9}), "utf-8")
     lied = family(copy)
-    assert lied.transformer == true.transformer and "width 64 (it is 32)" in lied.lies[0]
+    assert lied.transformer == true.transformer and "width 64 (it is 32)" in lied.config_notes[0]
     lied.load_denoiser(torch.float32)
     path.unlink()
     (copy / "vae/config.json").unlink()
@@ -111,13 +111,13 @@ def test_dino_of_three_channels_is_widened_to_seven(
     shutil.rmtree(copy / "image_encoder_2")
     shutil.copytree(checkpoint("midi", "triposg") / "image_encoder_dinov2", copy / "image_encoder_2")
     plain = checkpoint("midi", "triposg")
-    eye, alone = (family(c).sight.eyes["dino"] for c in (copy, plain))
-    dino = midi_image_encoders.build(eye, copy / "image_encoder_2", torch.float32)
+    encoder, single = (family(c).conditioning.encoders["dino"] for c in (copy, plain))
+    dino = midi_image_encoders.build(encoder, copy / "image_encoder_2", torch.float32)
     assert "untrained" in capsys.readouterr().err
-    old = midi_image_encoders.build(alone, copy / "image_encoder_2", torch.float32)
+    old = midi_image_encoders.build(single, copy / "image_encoder_2", torch.float32)
     wide, narrow = (d.embeddings.patch_embeddings.projection.weight for d in (dino, old))
     assert torch.equal(wide, torch.cat([narrow, narrow, narrow[:, :1]], 1))
-    seen = family(copy).load_pictures(CPU)(np.zeros((20, 30, 3), np.uint8), [np.ones((20, 30), bool)])
+    seen = family(copy).load_image_encoders(CPU)(np.zeros((20, 30, 3), np.uint8), [np.ones((20, 30), bool)])
     assert {k: tuple(v.shape) for k, v in seen.items()} == {"clip": (1, 1, 12), "dino": (1, 17, 24)}
 
 
@@ -148,7 +148,7 @@ def test_extractors_do_what_transformers_do() -> None:
         stock = kind(**said, image_mean=ours.mean, image_std=ours.std, do_convert_rgb=True)
         theirs = stock(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
         own = Extractor.of({**said, "image_mean": ours.mean, "image_std": ours.std}, ours)
-        assert (own.normalised(own.picture(pixels)[None])[0] - theirs).abs().max() < 1e-5
+        assert (own.normalized(own.image(pixels)[None])[0] - theirs).abs().max() < 1e-5
 
 
 # --- what the network is given ------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_both_contexts_are_dropped_together_and_crowds_are_thinned(
     item["moments"][..., 8:] = -30.0
     shown, sets = [], set()
     for seed in range(200):
-        drawn = one.draw(item, torch.Generator().manual_seed(seed))
+        drawn = one.sample_item(item, torch.Generator().manual_seed(seed))
         kept = [bool(drawn[k].any()) for k in ("clip", "dino")]
         assert kept[0] == kept[1] and len(drawn["latents"]) == MAX_OBJECTS
         shown.append(kept[0])
@@ -250,7 +250,7 @@ def test_views_of_one_scene_are_validation_together(
     held = {w.clip.name[-1] for w in plan.validation}
     assert len(plan.validation) == 4 and len(held) == 2, "whole pairs"
     assert not held & {w.clip.name[-1] for w in plan.train}
-    assert {w.shape for w in plan.train} <= {(n, 32, 32) for n in (1, 2, 3)}
+    assert {w.extent for w in plan.train} <= {(n, 32, 32) for n in (1, 2, 3)}
 
 
 def test_the_way_from_scenes_to_a_glb(
@@ -394,7 +394,7 @@ def test_the_plan_of_the_published_size_is_under_six_gigabytes() -> None:
 
 
 def test_metrics_know_right_from_wrong() -> None:
-    from inlaid.evaluation.scene import NOWHERE, distance, gauge, keep, right
+    from inlaid.evaluation.scene import MISSING_DISTANCE, comparable, distance, matches_prompt, measure
 
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
     moved = [ball.copy().apply_translation((x, 0, 0)) for x in (-0.5, 0.5)]
@@ -407,21 +407,21 @@ def test_metrics_know_right_from_wrong() -> None:
         def read(self) -> SceneSample:
             return SceneSample("s", np.zeros((2, 2, 3), np.uint8), objects)
 
-    good, parts = gauge(
+    good, parts = measure(
         GeneratedScene({"object_1": moved[0], "object_2": moved[1]}), SimpleNamespace(images=Window())
     )
     assert good["f_score"] > 0.99 and good["iou"] > 0.9 and good["box_iou"] > 0.9 and good["off"] < 0.02
-    assert right(good) and set(parts) == {"object_1", "object_2"}
-    swapped, _ = gauge(
+    assert matches_prompt(good) and set(parts) == {"object_1", "object_2"}
+    swapped, _ = measure(
         GeneratedScene({"object_1": moved[1], "object_2": moved[0]}), SimpleNamespace(images=Window())
     )
     assert swapped["f_score"] > 0.99 and swapped["iou"] == 0 and swapped["off"] == pytest.approx(1, abs=0.05)
     shifted = {f"object_{i + 1}": m.copy().apply_translation((0, 0.3, 0)) for i, m in enumerate(moved)}
-    apart, _ = gauge(GeneratedScene(shifted), SimpleNamespace(images=Window()))
+    apart, _ = measure(GeneratedScene(shifted), SimpleNamespace(images=Window()))
     assert apart["f_score"] < 0.8 < 0.95 < apart["f_aligned"] and apart["object_f"] > 0.95
-    none, parts = gauge(GeneratedScene({}, ("object_1", "object_2")), SimpleNamespace(images=Window()))
-    assert none["f_score"] == 0 and none["chamfer"] == NOWHERE and not right(none)
-    assert distance(keep(GeneratedScene({"a": ball})), keep(GeneratedScene({"a": ball}))) == 0
+    none, parts = measure(GeneratedScene({}, ("object_1", "object_2")), SimpleNamespace(images=Window()))
+    assert none["f_score"] == 0 and none["chamfer"] == MISSING_DISTANCE and not matches_prompt(none)
+    assert distance(comparable(GeneratedScene({"a": ball})), comparable(GeneratedScene({"a": ball}))) == 0
 
 
 def test_scene_codes_are_told() -> None:

@@ -291,10 +291,10 @@ def test_latents_are_samples_normalised_or_raw(folder: Path, mochi: Mochi) -> No
     z = DiagonalGaussianDistribution(expected.parameters).sample(generator())[0]
     raw = family(folder, options={"latent_space": "raw"}).draw(item, generator())["latents"]
     assert torch.equal(raw, z), "what the public trainers learned"
-    latents = mochi.draw(item, generator())["latents"]
+    latents = mochi.sample_item(item, generator())["latents"]
     mean, std = (torch.tensor(encoder.config[k]).view(-1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
     assert torch.allclose(latents * std + mean, z, atol=1e-6)
-    assert not torch.equal(latents, mochi.draw(item, torch.Generator().manual_seed(8))["latents"])
+    assert not torch.equal(latents, mochi.sample_item(item, torch.Generator().manual_seed(8))["latents"])
     known = [-0.0673, -0.0380, -0.0748, -0.0557, 0.0128], [0.9264, 0.9249, 0.9393, 0.9593, 0.8245]
     published = family("genmo/mochi-1-preview").statistics
     for values, listed in zip(published, known, strict=True):
@@ -306,7 +306,7 @@ def test_latents_are_decoded_as_they_were_learned(folder: Path, space: str) -> N
     mochi = family(folder, options={"latent_space": space})
     pipe = mochi.pipeline(denoiser=None, device=CPU, dtype=torch.float32)
     options: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 13, "num_inference_steps": 2}
-    text = mochi.given(pipe, *texts(mochi, "a car", ""), [])  # type: ignore[arg-type]
+    text = mochi.pipeline_inputs(pipe, *texts(mochi, "a car", ""), [])  # type: ignore[arg-type]
     latents = noisy(mochi)
     decoded: list[Tensor] = []
     decode = pipe.vae.decode

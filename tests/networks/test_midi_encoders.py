@@ -83,23 +83,26 @@ def test_untrained_it_is_what_frozen_encoders_are(
 ) -> None:
     raw = scene_recipe(chosen, variant)
     settings, place = config.build(raw), raw["model"]["checkpoint"]
-    frozen, taught = family(place), family(place, image_encoders=chosen)
-    seen, shown = items(frozen, settings), items(taught, settings)
-    for kind, eye in taught.sight.taught.items():
-        assert shown[0][kind].dtype == torch.uint8 and shown[0][kind].shape[1] == eye.channels
-    assert all(shown[0][k].is_floating_point() for k in taught.sight.eyes.keys() - taught.sight.taught.keys())
-    assert {k: tuple(v.shape) for k, v in shown[0].items()} == taught.stored(2)
-    assert {k for k, v in shown[0].items() if v.dtype == torch.uint8} == {*taught.bytewise}
+    frozen, trained = family(place), family(place, image_encoders=chosen)
+    seen, shown = items(frozen, settings), items(trained, settings)
+    for kind, encoder in trained.conditioning.trained.items():
+        assert shown[0][kind].dtype == torch.uint8 and shown[0][kind].shape[1] == encoder.channels
+    assert all(
+        shown[0][k].is_floating_point()
+        for k in trained.conditioning.encoders.keys() - trained.conditioning.trained.keys()
+    )
+    assert {k: tuple(v.shape) for k, v in shown[0].items()} == trained.stored(2)
+    assert {k for k, v in shown[0].items() if v.dtype == torch.uint8} == {*trained.bytewise}
     x, t = torch.randn(3, *frozen.shapes(2)["latents"]), torch.tensor([0.2, 0.6, 0.9])
     losses = []
-    for one, cached in ((frozen, seen), (taught, shown)):
+    for one, cached in ((frozen, seen), (trained, shown)):
         one.options["image_dropout"] = 0.5
         batch = Batch.of(one, cached, [{}] * 3, ["a", "b", "c"], 3)
         network = one.load_denoiser(torch.float32)
         tuners.attach(config.LowRank(), one.targets, network, seed=0)
         with torch.no_grad():
             losses.append((batch.latents, one.predict(network.train(), x, t, batch.cond)))
-    assert set(batch.cond["shown"].tolist()) == {0.0, 1.0}, "some see, some do not"
+    assert set(batch.cond["conditioned"].tolist()) == {0.0, 1.0}, "some see, some do not"
     assert torch.equal(losses[0][0], losses[1][0]), "the same draws"
     assert (losses[0][1] - losses[1][1]).abs().max() < 1e-5
 
@@ -136,11 +139,11 @@ def test_the_way_with_image_encoders(
     pipe = load_pipeline(settings, one, adapter, 1.0, _context())
     place = Path(raw["model"]["checkpoint"])
     shown = items(one, settings)[0]
-    for name, eye, stock in (
+    for name, kind_, stock in (
         (CLIP, "clip", CLIPVisionModelWithProjection.from_pretrained(place / CLIP)),
         (DINO, "dino", AutoModel.from_pretrained(place / DINO)),
     ):
-        pixels = one.sight.eyes[eye].extractor.normalised(shown[eye])
+        pixels = one.conditioning.encoders[kind_].extractor.normalized(shown[kind_])
         with torch.no_grad():
             before = stock(pixel_values=pixels)[0]
             theirs = PeftModel.from_pretrained(stock, str(adapter / name)).eval()(pixel_values=pixels)[0]
@@ -203,7 +206,7 @@ def test_recomputed_blocks_of_encoders_keep_less(checkpoint: Callable[[str, str]
         network = one.load_denoiser(torch.float32, meta=True)
         with torch.device("meta"):
             tuners.attach(config.LowRank(), one.targets, network, seed=0)
-        return estimate.count(one, network, (2, 32, 32), 4, checkpointing=checkpointing)
+        return estimate.count_operations(one, network, (2, 32, 32), 4, checkpointing=checkpointing)
 
     kept, recomputed = counted(False), counted(True)
     assert recomputed.activations < kept.activations and recomputed.linear > kept.linear

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from inlaid.networks.triposg import (
-    MIDDLE,
+    MULTI_INSTANCE_BLOCKS,
     Attention,
     TripoSGTransformer,
     TripoSGVAE,
-    choose,
+    choose_points,
     infer_config,
-    sample,
+    sample_posterior,
 )
 
 LIMIT = 1e-5
@@ -89,14 +89,14 @@ def test_the_shape_vae_is_the_reference_s(goldens_root: Path) -> None:
     moments = vae.encode(surface, queries)
     mean, logvar = moments.chunk(2, -1)
     assert off(mean, y["mean"]) < LIMIT and off(logvar, y["logvar"]) < LIMIT
-    drawn = sample(moments, x["eps"])
+    drawn = sample_posterior(moments, x["eps"])
     assert off(drawn, y["sample"]) < LIMIT
     for latents, name in ((drawn, "field_of_sample"), (mean, "field_of_mean")):
         assert off(vae.field(vae.tokens(latents), x["points"]), y[name][..., 0]) < LIMIT
     chunked = vae.field(vae.tokens(mean), x["points"], chunk=3)
     assert off(chunked, y["field_of_mean_chunked"][..., 0]) < LIMIT
     for row, expected in zip(surface.numpy(), x["query_indices"].numpy(), strict=True):
-        assert np.array_equal(choose(row, settings["num_tokens"], settings["numpy_seed"]), expected)
+        assert np.array_equal(choose_points(row, settings["num_tokens"], settings["numpy_seed"]), expected)
 
 
 def test_published_sizes_and_names(goldens_root: Path) -> None:
@@ -112,7 +112,7 @@ def test_published_sizes_and_names(goldens_root: Path) -> None:
     assert len(single.state_dict()) == 554
     shapes = {k: tuple(v.shape) for k, v in midi.state_dict().items()}
     assert infer_config(shapes) == {k: midi.config[k] for k in infer_config(shapes)}
-    assert midi.config.multi_instance == MIDDLE
+    assert midi.config.multi_instance == MULTI_INSTANCE_BLOCKS
     with pytest.raises(ValueError, match="not a TripoSG"):
         infer_config({"proj_in.weight": (8, 4)})
 

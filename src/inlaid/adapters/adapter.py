@@ -6,24 +6,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
 
 Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-"""File name that `load_lora_weights(folder)` looks for."""
+"""File name that `load_lora_weights(folder)` loads."""
 
 KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 """Display names of the adapter kinds."""
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-"""File name that peft and transformers look for."""
+"""File name that peft and transformers load."""
 
 METADATA_KEY = "lora_adapter_metadata"
 

@@ -43,7 +43,7 @@ def export_run(
     """
     place = Run(run)
     settings = place.config()
-    if isinstance(settings.tuner, config.Codec):
+    if settings.rgba_vae is not None:
         return _export_rgba_vae(place, settings, to, out, checkpoint)
     if to not in get_args(Target):
         raise ValueError(f"--to: `{to}` is not one of {', '.join(get_args(Target))}")
@@ -100,7 +100,7 @@ def _export_rgba_vae(
 ) -> Path:
     """Export the RGBA VAE of a run in the published layouts."""
     family = build_family(settings)
-    folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / "codec"
+    folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / rgba_vae_checkpoint.FOLDER
     target = out or place.folder / "export" / to
     if target.exists():
         raise ValueError(f"{target} already exists; choose another path with --out")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from inlaid.adapters.adapter import KINDS, METADATA_KEY, PEFT_WEIGHTS
 from inlaid.adapters.layers import some_of
@@ -24,13 +24,7 @@ from inlaid.adapters.read import (
 )
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.networks.domain_embedding import EMBEDDING
-from inlaid.networks.rgba_vae_checkpoint import FILES
-
-if TYPE_CHECKING:
-    pass
-
-
-# --- inspection ---------------------------------------------------------------------------------------------
+from inlaid.networks.rgba_vae_checkpoint import FILES, FOLDER
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Inspection:
 
     path: Path
     kind: Literal[
-        "adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder", "codec"
+        "adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder", "RGBA VAE"
     ]
     facts: Mapping[str, str]
     """Properties by name, in display order."""
@@ -68,8 +62,10 @@ def inspect_path(path: str | Path) -> Inspection:
         facts = {"class": str(index.get("_class_name")), **parts, **rest, "size": _bytes(path)}
         return Inspection(path, "pipeline", facts)
     if (path / "config.json").is_file():
-        return _inspect_rgba_vae(path) if "codec_id" in _json(path / "config.json") else _inspect_model(path)
-    adapter = tuple(inspect_path(path / n) for n in ("adapter", "codec") if (path / n).is_dir())
+        return (
+            _inspect_rgba_vae(path) if "rgba_vae_id" in _json(path / "config.json") else _inspect_model(path)
+        )
+    adapter = tuple(inspect_path(path / n) for n in ("adapter", FOLDER) if (path / n).is_dir())
     if (path / "config.yaml").is_file():
         steps = sorted(int(p.name[5:]) for p in path.glob("checkpoints/step-*") if p.name[5:].isdigit())
         return Inspection(
@@ -202,7 +198,7 @@ def _inspect_rgba_vae(folder: Path) -> Inspection:
     for part in said.get("parts", FILES):
         with load_safetensors(folder / f"{FILES[part]}.safetensors") as file:
             parts.append(Inspection(folder / f"{FILES[part]}.safetensors", "tensors", _summary(_sizes(file))))
-    return Inspection(folder, "codec", facts | {"size": _bytes(folder)}, (), tuple(parts))
+    return Inspection(folder, "RGBA VAE", facts | {"size": _bytes(folder)}, (), tuple(parts))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -92,14 +92,14 @@ def _whole(
 def _made(rest: Mapping[str, Tensor], vector: Tensor | None, name: str, rule: str, mean: str) -> Published:
     ranks = Counter(v.shape[0] for k, v in rest.items() if re.search(r"lora_(A|down)", k) and v.ndim == 2)
     if len(ranks) > 1:
-        said = ", ".join(f"{r} ({n})" for r, n in ranks.most_common())
+        counts = ", ".join(f"{r} ({n})" for r, n in ranks.most_common())
         raise ValueError(
-            f"the layers have different ranks, {said}, but published files have one rank: it may be two "
+            f"the layers have different ranks, {counts}, but published files have one rank: it may be two "
             "files in one"
         )
     if vector is not None and (vector.ndim == 0 or vector.numel() != vector.shape[-1]):
         raise ValueError(f"the domain embedding has shape {tuple(vector.shape)}, which is not a vector")
-    said = {
+    values = {
         "alpha": "joint",
         "alpha_tokens": TOKENS,
         "text_to_alpha": rule,
@@ -114,7 +114,7 @@ def _made(rest: Mapping[str, Tensor], vector: Tensor | None, name: str, rule: st
         f"scale: LoRA alpha is {ALPHA:g} in all published files, although no file stores it",
         "license: unknown; ask the publisher of the file",
     ]
-    header = {f"inlaid_{k}": v for k, v in said.items()}
+    header = {f"inlaid_{k}": v for k, v in values.items()}
     return Published(rest, None if vector is None else vector.float().flatten(), header, name, notes)
 
 

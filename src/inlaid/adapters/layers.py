@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlaid.adapters.adapter import Adapter
-
-if TYPE_CHECKING:
-    pass
 
 
 def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
@@ -29,6 +26,7 @@ def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def some_of(names: Iterable[object], most: int = 4) -> str:
+    """Join the first names for a message: `a, b and 3 more`."""
     names = [str(n) for n in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -39,6 +37,17 @@ def check_fit(
     where: object = "adapter",
     widths: Mapping[int, str] = MappingProxyType({}),
 ) -> None:
+    """Check that an adapter fits the layers of a network.
+
+    Args:
+        adapter: the adapter.
+        layers: (out, in) of the network's layers, from `layer_shapes`.
+        where: file of the adapter, for messages.
+        widths: names of model sizes by hidden width, for messages.
+
+    Raises:
+        ValueError: if a layer is missing or has another size.
+    """
     missing = [m for m in adapter.modules if m not in layers]
     wrong: dict[tuple, str] = {}
     for module in adapter.modules:
@@ -79,5 +88,6 @@ def row_norms(weight: Tensor) -> Tensor:
 
 
 def base_layer(denoiser: nn.Module, module: str) -> Any:
+    """Return a layer by name, without the adapter layer around it."""
     layer = denoiser.get_submodule(module)
     return getattr(layer, "base_layer", layer)

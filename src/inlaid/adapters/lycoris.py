@@ -62,10 +62,10 @@ def factor(denoiser: nn.Module, name: str) -> None:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
-            one, two = (
+            first, second = (
                 getattr(self, f"hada_w{i}_a")[name] @ getattr(self, f"hada_w{i}_b")[name] for i in (1, 2)
             )
-            update = F.linear(x, (one * two * self.scaling[name]).to(x.dtype))
+            update = F.linear(x, (first * second * self.scaling[name]).to(x.dtype))
             return self.base_layer(x, *args, **kwargs) + update
 
     for module in denoiser.modules():
@@ -119,10 +119,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             f"{file}: a LyCORIS adapter without peft's configuration in the header, so its alpha is unknown: "
             "merge it with LyCORIS"
         )
-    wild = [k for k, t in tensors.items() if not t.isfinite().all()]
-    if wild:
+    invalid = [k for k, t in tensors.items() if not t.isfinite().all()]
+    if invalid:
         raise ValueError(
-            f"{file}: {len(wild)} tensors contain NaN or infinity, such as {wild[0]}: use another checkpoint"
+            f"{file}: {len(invalid)} tensors contain NaN or infinity, such as {invalid[0]}: "
+            "use another checkpoint"
         )
     return {k.removeprefix("transformer."): t for k, t in tensors.items()}, dict(config)
 
@@ -169,7 +170,7 @@ def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
 
     Args:
         path: folder of the adapter.
-        to: a `formats.Target`.
+        to: a `write.Target`.
         out: folder to write.
         base: for `merged`, network without adapters in float32; merged in place.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,6 @@ from torch import Tensor, nn
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.layers import base_layer, check_fit, layer_shapes, low_rank_product, row_norms
 from inlaid.networks.half_tokens import NOT_MERGEABLE
-
-if TYPE_CHECKING:
-    pass
-
-
-# --- applying and merging -----------------------------------------------------------------------------------
 
 
 def effective_delta(adapter: Adapter, module: str, base_weight: Tensor) -> Tensor:
@@ -74,6 +68,7 @@ def attach_adapter(network: nn.Module, adapter: Adapter, name: str = "inlaid") -
 
 
 def layer_delta(adapter: Adapter, module: str) -> Tensor:
+    """Return the update s B A of a layer in float32, (out, in) with kernels flattened."""
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return low_rank_product(a, b, adapter.scale(module))
 

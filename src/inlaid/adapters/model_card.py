@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inlaid import config as recipe
 from inlaid.adapters.adapter import KINDS
-
-if TYPE_CHECKING:
-    pass
 
 
 def _use(config: recipe.Config, source: str) -> list[str]:

@@ -1,10 +1,9 @@
-"""Reader and writer of adapter files.
+"""Read adapter files in the layouts of the common trainers.
 
-`read` accepts the layouts of the common trainers; `export` writes diffusers, ComfyUI, kohya and merged
-weights. In memory an adapter has one form: diffusers module names, alpha beside the factors, a DoRA magnitude
-per row. The stock loaders ignore every tensor of most foreign layouts with only a warning, and drop alpha
-without any.
-`read` therefore uses every tensor or raises, and `export` reads back the file that it wrote.
+In memory an adapter has one form: diffusers module names, alpha beside the factors, a DoRA magnitude per row
+(`adapter.Adapter`). The stock loaders ignore most foreign layouts with only a warning, and drop alpha without
+any. `read_adapter` therefore uses every tensor or raises.
+
 DoRA follows peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): W' = m (W + s B A) / ||W + s B A|| per
 row.
 """
@@ -15,7 +14,6 @@ import json
 import math
 import re
 import struct
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter, Layout
 from inlaid.adapters.joint_published import ALPHA, recognize
 from inlaid.adapters.layers import base_layer, check_fit, low_rank_product, row_norms, some_of
+from inlaid.files import load_torch
 from inlaid.networks.domain_embedding import read_domain_embedding
 
 if TYPE_CHECKING:
@@ -67,8 +66,6 @@ _PARTS = {
 
 _BLOCK = re.compile(r"(\w*blocks\.\d+\.)?(.+)")
 
-# --- reading ------------------------------------------------------------------------------------------------
-
 
 def read_adapter(
     path: str | Path,
@@ -85,7 +82,7 @@ def read_adapter(
         path: adapter file, folder that contains one, or run folder.
         family: model family that defines the module names.
         alpha: value for files that store no alpha. Default: the rank of each module, with a note.
-        shapes: (out, in) of the network's layers, from `shapes`; the adapter must fit them.
+        shapes: (out, in) of the network's layers, from `layer_shapes`; the adapter must fit them.
         base: network without adapters; required for files with `dora_scale`, which is relative to its
             weights.
         dora_scale: what a `dora_scale` of shape (out, 1) multiplies: (W + s B A) / ||W|| (`comfyui`), or
@@ -115,7 +112,7 @@ def read_adapter(
         )
     elif sources["rank"]:
         notes.append(f"{sources['rank']} layers store no alpha: alpha = rank is used, as in other programs")
-    tensors, full = _normalised(parsed, alphas, base, dora_scale)
+    tensors, full = _normalized(parsed, alphas, base, dora_scale)
     if full:
         notes.append(
             f"{full} layers have a dora_scale per input column, which peft's DoRA does not support: "
@@ -172,7 +169,7 @@ def _locate(path: Path) -> Path:
 def _open(path: Path, alpha: float | None = None) -> _File:
     """Return the tensors and header of a file, and the LoRA configuration in the header or beside the file.
 
-    In published files of joint transparency, tensor names and alpha are corrected, unless `alpha` is given.
+    In published files of joint transparency, tensor names and alpha are corrected, unless `alpha` is passed.
     """
     header: dict[str, str] = {}
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
@@ -244,19 +241,8 @@ def load_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Load the tensors of a torch file with `weights_only=True`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        called = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"a pickle that calls {called[1]}: not loaded"
-            if called
-            else "neither a safetensors nor a torch file"
-        )
-        raise ValueError(f"{path}: {what}") from None
+    """Load the tensors of a torch file."""
+    state = load_torch(path)
     for key in ("state_dict", "module", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -454,7 +440,7 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
     return out, sources
 
 
-def _normalised(
+def _normalized(
     parsed: _Parsed, alphas: dict[str, float], base: nn.Module | None, dora_scale: DoraRule | None
 ) -> tuple[dict[str, Tensor], int]:
     """Return the tensors in the form of `Adapter`, and the number of layers converted to full rank.
@@ -502,27 +488,30 @@ def _from_dora_scale(
     Returns:
         The new parts, and True if dora_scale is per input column.
     """
-    given = parts["dora_scale"].float()
+    dora_scale = parts["dora_scale"].float()
     rest = {k: v for k, v in parts.items() if k != "dora_scale"}
     merged = weight + low_rank_product(parts["A"], parts["B"], scale).reshape(weight.shape)
-    if given.ndim > 1 and given.shape[0] == 1 and given.shape[1] == merged.shape[1]:
+    if dora_scale.ndim > 1 and dora_scale.shape[0] == 1 and dora_scale.shape[1] == merged.shape[1]:
         columns = torch.linalg.vector_norm(merged.transpose(0, 1).flatten(1), dim=1)
         shape = (1, -1, *[1] * (merged.ndim - 2))
-        a, b = _full_rank(merged * (given.reshape(shape) / columns.clamp_min(1e-8).reshape(shape)) - weight)
+        a, b = _full_rank(
+            merged * (dora_scale.reshape(shape) / columns.clamp_min(1e-8).reshape(shape)) - weight
+        )
         return {**rest, "A": a, "B": b}, True
-    if given.numel() != weight.shape[0]:
+    if dora_scale.numel() != weight.shape[0]:
         raise ValueError(
-            f"{path}: dora_scale of shape {tuple(given.shape)} for a layer of shape {tuple(weight.shape)}"
+            f"{path}: dora_scale of shape {tuple(dora_scale.shape)} for a layer of shape "
+            f"{tuple(weight.shape)}"
         )
     if rule not in ("comfyui", "merged"):
         raise ValueError(
             f"{path}: the norm that dora_scale refers to is ambiguous: pass --dora-scale comfyui (||W||, as "
             "ComfyUI applies it) or merged (||W + BA||, as LyCORIS trains it)"
         )
-    given = given.reshape(-1)
+    dora_scale = dora_scale.reshape(-1)
     return {
         **rest,
-        "magnitude": given if rule == "merged" else given * row_norms(merged) / row_norms(weight),
+        "magnitude": (dora_scale if rule == "merged" else dora_scale * row_norms(merged) / row_norms(weight)),
     }, False
 
 

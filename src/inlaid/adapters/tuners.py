@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from inlaid import config as recipe
 from inlaid.adapters import lycoris
@@ -22,9 +21,8 @@ from inlaid.adapters.efficient_layers import ADAPTER, keep_inputs, use_factor_no
 from inlaid.adapters.layers import companions
 from inlaid.adapters.lycoris import KINDS
 from inlaid.adapters.write import write_diffusers, write_peft, write_tensors
-from inlaid.networks import quantize, rgba_vae_checkpoint
+from inlaid.networks import quantize
 from inlaid.networks.domain_embedding import EMBEDDING, NAME
-from inlaid.networks.rgba_vae_losses import COLORS
 
 
 def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[str]:
@@ -59,12 +57,7 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
     return [n for n in names if n in found]
 
 
-Section = recipe.LowRank | recipe.Full | recipe.Codec
-
-
-def folder(section: Section) -> str:
-    """Return the name of the folder with the exported weights, in a run and in each of its checkpoints."""
-    return "codec" if isinstance(section, recipe.Codec) else "adapter"
+Section = recipe.LowRank | recipe.Full
 
 
 def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
@@ -75,9 +68,6 @@ def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> lis
     Raises:
         ValueError: if a target matches nothing.
     """
-    if isinstance(section, recipe.Codec):
-        trained = ("merge.",) if section.train == "merge" else ("merge.", "rgb.", "alpha.")
-        return [n for n, _ in denoiser.named_parameters() if n.startswith(trained)]
     if isinstance(section, recipe.Full):
         names = [n for n, _ in denoiser.named_parameters()]
         return match(section.targets, names, what="parameter") if section.targets else names
@@ -113,8 +103,6 @@ def attach(
     """
     denoiser.requires_grad_(False)
     chosen = select(section, targets, denoiser)
-    if isinstance(section, recipe.Codec) and section.start is None:
-        rgba_vae_checkpoint.initialize(denoiser, seed, section.begin)  # type: ignore[arg-type]
     if not isinstance(section, recipe.LowRank):
         for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(name in set(chosen))
@@ -192,8 +180,6 @@ def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
 
 def weights(section: Section, denoiser: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that `save` writes, by name: the trained ones, or all after full fine-tuning."""
-    if isinstance(section, recipe.Codec):
-        return {n: p for n, p in denoiser.named_parameters() if not n.startswith("vae.")}
     if isinstance(section, recipe.Full):
         return denoiser.state_dict(keep_vars=True)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
@@ -207,7 +193,7 @@ def save(
     *,
     metadata: Mapping[str, str],
 ) -> Path:
-    """Write the trained weights: an adapter, an RGBA VAE, or a whole network in diffusers layout.
+    """Write the trained weights: an adapter, or a whole network in diffusers layout.
 
     Args:
         section: tuner section of the recipe.
@@ -217,20 +203,9 @@ def save(
         metadata: header entries of the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(section, recipe.Codec):
-        colors = [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
-        about = {"loss": section.loss, **{n.removeprefix("inlaid_"): v for n, v in metadata.items()}}
-        about |= {
-            n: getattr(section, n)
-            for n in ("hard_mask", "anchor", "noise", "visible", "visible_alpha")
-            if getattr(section, n)
-        }
-        codec: Any = denoiser
-        rgba_vae_checkpoint.save(
-            codec, folder, alpha_eps=section.alpha_eps, colors=colors, about=about, weights=weights
-        )
-        return folder
     if isinstance(section, recipe.Full):
+        from torch.distributed.fsdp import FSDPModule  # a second of imports that only full fine-tuning needs
+
         with torch.device("meta"):  # FSDP replaces the class of a sharded network and shards its weights
             kind = next(c for c in type(denoiser).__mro__ if not issubclass(c, FSDPModule))
             shell = kind.from_config(denoiser.config)  # type: ignore[attr-defined]

@@ -42,8 +42,6 @@ _CONFIG = (
     "lora_bias",
 )
 
-# --- writing ------------------------------------------------------------------------------------------------
-
 
 def write_diffusers(
     folder: str | Path,
@@ -128,7 +126,7 @@ def export_adapter(
     """Write an adapter for another program, and read it back to verify that it is equivalent.
 
     Args:
-        adapter: adapter from `read`.
+        adapter: adapter from `read_adapter`.
         to: `diffusers`: a folder. `comfyui`: a file with original names under `diffusion_model.`. `kohya`: a
             file with the names of kohya and musubi, and zeros for untrained layers. `merged`: the whole
             network as a diffusers folder.

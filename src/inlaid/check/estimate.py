@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from inlaid import config as recipe
-from inlaid.adapters import tuners
 from inlaid.families import Family
+from inlaid.families.grid import Extent
 from inlaid.networks import quantize
 from inlaid.networks.quantize import CASTS, GROUP
-from inlaid.training.memory import checkpoint
+from inlaid.training.memory import enable_checkpointing
+from inlaid.training.trained import Trained, trained_by
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "adamw4bit": 1.06, "prodigy": 16.0}
 """Bytes of optimizer state per trained weight: two moments, plus scales if quantized; Prodigy: four."""
@@ -36,10 +37,10 @@ STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "adamw4bit": 1.06, "prodigy": 16
 QUANTIZED_BYTES = {"int8": 1.0, "float8": 1.0, "int4": 0.5, "nf4": 0.5}
 """Bytes per weight of a quantized layer, without scales."""
 
-USED = (0.25, 0.7)
+EFFICIENCY = (0.25, 0.7)
 """Range of training speed relative to large matrix products: high overhead to very good kernels."""
 
-SMALL = 0.05
+OVERHEAD_SECONDS = 0.05
 """Seconds per step below which overhead dominates and no time is estimated."""
 
 WORDS_TO_TOKENS = 1.5
@@ -100,9 +101,9 @@ class _Fused:
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         products = 4.0 * query.numel() * key.shape[-2]
-        asking, asked = query.shape[-2], key.shape[-2]
-        all_pairs = min(asking, asked) >= self.video and asked != self.text
-        name = "attention" if asking == asked or all_pairs else "across"
+        queries, keys = query.shape[-2], key.shape[-2]
+        all_pairs = min(queries, keys) >= self.video and keys != self.text
+        name = "attention" if queries == keys or all_pairs else "across"
 
         def note(times: float) -> None:
             self.counts[name] += times * products
@@ -164,10 +165,10 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def count(
+def count_operations(
     family: Family,
     denoiser: nn.Module,
-    shape: tuple[int, int, int],
+    extent: Extent,
     batch: int,
     *,
     checkpointing: bool | int,
@@ -178,18 +179,18 @@ def count(
     Args:
         family: family of the network.
         denoiser: network on the meta device, with its tuner attached.
-        shape: frames, height, width.
+        extent: extent of each sample.
         batch: number of samples.
         checkpointing: gradient checkpointing of all blocks, or of every n-th block.
         accumulating: gradients of an earlier micro-batch already exist.
     """
     if checkpointing:
-        checkpoint(denoiser, checkpointing)
+        enable_checkpointing(denoiser, checkpointing)
     denoiser.train()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     ledger, fused = (
         _Ledger([*denoiser.parameters(), *denoiser.buffers()]),
-        _Fused(family.tokens(*shape) - family.text_before, family.text_length),
+        _Fused(family.tokens(*extent) - family.text_before, family.text_length),
     )
     if accumulating:
         ledger.gradients = ledger.now = 4 * sum(p.numel() for p in trained)
@@ -197,7 +198,7 @@ def count(
     hooks = [p.register_post_accumulate_grad_hook(note) for p in trained]
     with ledger, fused:
         with torch.device("meta"):
-            clip = {name: torch.empty(batch, *each) for name, each in family.shapes(*shape).items()}
+            clip = {name: torch.empty(batch, *each) for name, each in family.shapes(*extent).items()}
             words = torch.empty(family.text_length, text_width(denoiser))
             text = family.collate([{"text": words}] * batch) if family.text_length else {}
             noise, times = torch.empty_like(clip["latents"]), torch.empty(batch)
@@ -248,8 +249,8 @@ class Estimate:
 def estimate_recipe(
     family: Family,
     config: recipe.Config,
-    shapes: Mapping[tuple[int, int, int], int],
-    windows: Mapping[tuple[int, int, int], int],
+    batches: Mapping[Extent, int],
+    windows: Mapping[Extent, int],
     captions: Sequence[str],
     *,
     device: torch.device,
@@ -261,8 +262,8 @@ def estimate_recipe(
     Args:
         family: family instance; no weights need to be loaded.
         config: the recipe.
-        shapes: batches per epoch for each (frames, height, width).
-        windows: items to cache for each (frames, height, width).
+        batches: batches per epoch for each extent.
+        windows: items to cache for each extent.
         captions: captions to cache.
         device: device of the run.
         precision: precision of the frozen base model.
@@ -271,12 +272,13 @@ def estimate_recipe(
     Raises:
         ValueError: if the tuner's targets match no layer.
     """
-    full = not isinstance(config.tuner, recipe.LowRank)
-    denoiser, trained = _network(family, config, precision)
+    what = trained_by(config, family)
+    full = what.autocast
+    denoiser, trained = _network(family, what, precision)
     parameters = sum(p.numel() for p in denoiser.parameters()) - (0 if full else trained)
-    largest = max(shapes, key=lambda s: family.tokens(*s))
+    largest = max(batches, key=lambda e: family.tokens(*e))
     checkpointing, accumulate = config.memory.gradient_checkpointing, config.train.accumulate
-    counts = count(
+    counts = count_operations(
         family,
         denoiser,
         largest,
@@ -284,24 +286,24 @@ def estimate_recipe(
         checkpointing=checkpointing,
         accumulating=accumulate > 1,
     )
-    held = torch.float32 if isinstance(config.tuner, recipe.Codec) else precision
+    held = torch.float32 if full else precision
     frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
     offloaded = config.memory.offload_optimizer and device.type != "cpu"
     memory = {
         "frozen weights": frozen,
         "trained weights": trained * 4,
-        # Full fine-tuning keeps float32 weights; autocast computes on low-precision copies.
+        # Autocast computes on low-precision copies of the float32 weights.
         "unpacked weights": temporary
         + (trained * precision.itemsize if full and precision.itemsize < 4 else 0),
         f"{optimizer} state": 0 if offloaded else round(trained * STATE_BYTES[optimizer]),
-        "moving average": trained * 4 if config.optim.ema else 0,
+        "EMA": trained * 4 if config.optim.ema else 0,
         "gradients": counts.gradients,
         "activations": counts.activations,
     }
     memory, sharding = _sharded(memory, config, denoiser, optimizer)
-    ratios = [family.tokens(*s) / family.tokens(*largest) for s in shapes]
+    ratios = [family.tokens(*e) / family.tokens(*largest) for e in batches]
     each = [(counts.linear + counts.across) * r + counts.attention * r**2 for r in ratios]
-    mean = sum(f * n for f, n in zip(each, shapes.values(), strict=True)) / sum(shapes.values())
+    mean = sum(f * n for f, n in zip(each, batches.values(), strict=True)) / sum(batches.values())
     flops = mean * accumulate
     seconds, why = _time(flops, device, precision)
     cache, kept = _cache(
@@ -328,13 +330,13 @@ def estimate_recipe(
         kept,
         f"time: {why}",
     )
-    name, capacity = describe(device)
+    name, capacity = describe_device(device)
     return Estimate(parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), how)
 
 
 def _cache(
     family: Family,
-    windows: Mapping[tuple[int, int, int], int],
+    windows: Mapping[Extent, int],
     captions: Sequence[str],
     width: int,
     itemsize: int,
@@ -342,18 +344,18 @@ def _cache(
     """Return the bytes of the cache by kind, and an explanation."""
     clips = sum(
         n * math.prod(shape) * (1 if name in family.bytewise else 2)
-        for size, n in windows.items()
-        for name, shape in family.stored(*size).items()
+        for extent, n in windows.items()
+        for name, shape in family.stored(*extent).items()
     )
     if not family.text_length:
         return {"clips": clips, "captions": 0}, "cache: latents and image embeddings in float16"
     tokens = sum(math.ceil(len(c.split()) * WORDS_TO_TOKENS) + 1 for c in captions)
-    said = f"cache: latents in float16; captions at {WORDS_TO_TOKENS:g} tokens per word, width {width}"
-    return {"clips": clips, "captions": tokens * width * itemsize}, said
+    note = f"cache: latents in float16; captions at {WORDS_TO_TOKENS:g} tokens per word, width {width}"
+    return {"clips": clips, "captions": tokens * width * itemsize}, note
 
 
-def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> tuple[nn.Module, int]:
-    """Return the network with its tuner on the meta device, and the number of trained weights.
+def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.Module, int]:
+    """Return the network, ready for training, on the meta device, and the number of trained weights.
 
     All weights have the precision used for computation.
     """
@@ -361,10 +363,9 @@ def _network(family: Family, config: recipe.Config, precision: torch.dtype) -> t
     for parameter in denoiser.parameters():
         parameter.data = parameter.data.to(precision)
     with torch.device("meta"):
-        tuners.attach(config.tuner, family.targets, denoiser, seed=0)
-        family.attached(denoiser)
+        what.attach(denoiser, seed=0)
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    if not isinstance(config.tuner, recipe.LowRank):
+    if what.autocast:
         for parameter in trained:
             parameter.data = parameter.data.to(precision)
     return denoiser, sum(p.numel() for p in trained)
@@ -419,17 +420,17 @@ def _sharded(
     world, parallel = config.runtime.world_size or 1, config.runtime.parallel
     if world == 1 or parallel == "ddp":
         return memory, ""
-    own = [f"{optimizer} state", "moving average"]
+    own = [f"{optimizer} state", "EMA"]
     if parallel != "zero2":
         own += ["frozen weights", "trained weights"]
     if config.train.accumulate == 1 or parallel != "fsdp":
         own += ["gradients"]
     out = {k: -(-v // world) if k in own else v for k, v in memory.items()}
-    said = f"{parallel}: each of {world} processes holds a shard of {', '.join(own)}"
+    note = f"{parallel}: each of {world} processes holds a shard of {', '.join(own)}"
     if parallel == "zero2":
-        return out, said
+        return out, note
     sizes = [sum(p.nbytes for p in b.parameters()) for b in quantize.blocks(denoiser).values()]
-    return {**out, "gathered blocks": 2 * max(sizes, default=0)}, f"{said}, and two complete blocks"
+    return {**out, "gathered blocks": 2 * max(sizes, default=0)}, f"{note}, and two complete blocks"
 
 
 def _time(
@@ -438,13 +439,13 @@ def _time(
     """Return the minimum and maximum seconds per step, or None, and an explanation."""
     if device.type == "meta":
         return None, "unknown, the recipe's device is not on this machine"
-    rate = speed(device, precision)
-    bounds = (flops / rate / USED[1], flops / rate / USED[0])
-    if bounds[0] < SMALL:
+    rate = measure_speed(device, precision)
+    bounds = (flops / rate / EFFICIENCY[1], flops / rate / EFFICIENCY[0])
+    if bounds[0] < OVERHEAD_SECONDS:
         return None, f"not estimated, overhead dominates at {flops / 1e9:,.1f} GFLOP per step"
     return bounds, (
-        f"{flops / 1e12:,.1f} TFLOP per step at {USED[0]:.0%} to {USED[1]:.0%} of the {rate / 1e12:,.2f} "
-        f"TFLOP/s measured now on this device with matrix products in {_name(precision)}"
+        f"{flops / 1e12:,.1f} TFLOP per step at {EFFICIENCY[0]:.0%} to {EFFICIENCY[1]:.0%} of the "
+        f"{rate / 1e12:,.2f} TFLOP/s measured now on this device with matrix products in {_name(precision)}"
     )
 
 
@@ -452,7 +453,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2) -> float:
+def measure_speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2) -> float:
     """Measure the floating-point operations per second of large matrix products."""
     n = 4096 if device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=device).to(precision) for _ in range(2))
@@ -471,7 +472,7 @@ def speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2)
     return done * 2.0 * n**3 / (time.perf_counter() - start)
 
 
-def describe(device: torch.device) -> tuple[str, int]:
+def describe_device(device: torch.device) -> tuple[str, int]:
     """Return the name of a device and its memory in bytes; 0 if unknown."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -1,6 +1,7 @@
 """The command-line application and the options that several commands share.
 
-Heavy imports happen inside the commands, so that `--help` answers at once.
+Heavy imports happen inside the commands, and help is plain text (rich takes as long to import as everything
+else), so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     help="""Fine-tune diffusion transformers on your clips; diffusers and ComfyUI load the adapter.
 
-    **Demo** (no download, no GPU): `inlaid demo`
+    Demo (no download, no GPU): `inlaid demo`
 
-    **Your own clips**: `inlaid new wan data/pets` writes a recipe, `inlaid check pets.yaml` checks the data,
+    Your own clips: `inlaid new wan data/pets` writes a recipe, `inlaid check pets.yaml` checks the data,
     `inlaid train pets.yaml` trains; then `inlaid generate runs/pets "a corgi surfing"` and `inlaid evaluate
     runs/pets`.
 
@@ -87,10 +88,12 @@ Device = Annotated[
 
 
 def echo(text: str) -> None:
+    """Print a message to stderr; stdout has results only."""
     print(text, file=sys.stderr)
 
 
 def load_recipe(path: Path, overrides: list[str] | None) -> Config:
+    """Load a recipe or the recipe of a run folder, and silence the libraries."""
     quiet_libraries(bars=False)
     from inlaid import config
 
@@ -100,6 +103,7 @@ def load_recipe(path: Path, overrides: list[str] | None) -> Config:
 
 
 def quiet_libraries(bars: bool = True) -> None:
+    """Silence warnings of the libraries, and with `bars` their progress bars, which imports them."""
     from inlaid.console import quiet, quiet_bars
 
     quiet()

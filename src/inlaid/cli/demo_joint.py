@@ -57,4 +57,4 @@ def write_clips(folder: Path) -> None:
 
 def prompts(n: int) -> list[Prompt]:
     """Return `n` prompts not in the clips, with a judge that checks alpha against the generated color."""
-    return [Prompt(text, "alpha as in colour", judge.judge_alpha) for text, _ in world.world_prompts(n, 2)]
+    return [Prompt(text, "alpha as in color", judge.judge_alpha) for text, _ in world.world_prompts(n, 2)]

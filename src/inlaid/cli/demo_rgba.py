@@ -31,7 +31,7 @@ STEPS = 900
 def recipe(folder: Path, tuner: str = "lora") -> dict:
     """Return the demo's recipe: the opaque demo's recipe with other clips, `alpha`, rank and steps."""
     made = demo.recipe(folder, tuner)
-    made["alpha"] = {"kind": "merged", "codec": "tiny:wan", "colors": 1}
+    made["alpha"] = {"kind": "merged", "vae": "tiny:wan", "colors": 1}
     made["data"]["sources"] = [
         {"path": str(folder / "clips"), "repeats": REPEATS},
         {"path": str(folder / "known")},  # no prior preservation: transparent backgrounds are new

@@ -6,16 +6,12 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from inlaid.cli import prepare_commands, run_commands, share_commands  # noqa: F401 - register commands
 from inlaid.cli.app import INTERRUPTED, app, echo, quiet_libraries
-
-if TYPE_CHECKING:
-    pass
-
 
 ClickException: Any = typer.BadParameter.__mro__[2]
 """Base class of typer's usage errors; the package that defines it depends on the version of typer."""
@@ -67,10 +63,10 @@ def demo(
         str, typer.Option(help="`opaque`; or `merged` or `joint` for transparent clips.")
     ] = "opaque",
 ) -> None:
-    """Run the whole workflow on a tiny trained model that ships with inlaid: no download, no GPU, minutes.
+    """Run the whole workflow on a tiny model: no download, no GPU.
 
-    Makes 16 clips of a subject that the model has not been trained on, or 24 scenes with a new kind of
-    object, then checks, caches, trains, generates and evaluates.
+    Takes minutes. Makes 16 clips of a subject that the model has not been trained on, or 24 scenes with a new
+    kind of object, then checks, caches, trains, generates and evaluates.
     """
     quiet_libraries()
     from inlaid.cli import demo_scenes

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from inlaid.cli.app import Overrides, Recipe, app, echo, load_recipe, quiet_libraries
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

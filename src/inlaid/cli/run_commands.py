@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,9 +29,6 @@ from inlaid.cli.app import (
     quiet_libraries,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command("train")
 def train_(recipe: Recipe, overrides: Overrides = None) -> None:
@@ -51,10 +48,11 @@ def train_(recipe: Recipe, overrides: Overrides = None) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         from inlaid import families
         from inlaid.data.modality import modality_of
+        from inlaid.runs.folder import Run
 
         asks = modality_of(families.get(config.model.family).modality).asks
-        drawn = "" if config.tuner.kind == "codec" else f"inlaid generate {run} {asks}   or   "
-        echo(f"{run}\nnext: {drawn}inlaid evaluate {run}")
+        samples = f"inlaid generate {run} {asks}   or   " if Run(run).adapter.is_dir() else ""
+        echo(f"{run}\nnext: {samples}inlaid evaluate {run}")
 
 
 @app.command("generate")
@@ -111,10 +109,10 @@ def generate_(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Generate videos with a trained run: mp4 files, each with its settings in a JSON file beside it.
+    """Generate videos or scenes with a trained run.
 
-    Scenes are generated from an image and its segmentation: `inlaid generate RUN --image rgb.png --seg
-    seg.png -o scene.glb`.
+    Writes mp4 files, each with its settings in a JSON file beside it. Scenes are generated from an
+    image and its segmentation: `inlaid generate RUN --image rgb.png --seg seg.png -o scene.glb`.
     """
     texts = list(prompts or [])
     if file:
@@ -206,9 +204,10 @@ def evaluate_(
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Compare the base model and the trained model on the same prompts and seeds.
+    """Compare the base model and the trained model.
 
-    Measures the validation loss and video metrics, and writes `report.html`.
+    Generates with the same prompts and seeds, measures the validation loss and video metrics, and writes
+    `report.html`.
     """
     quiet_libraries()
     from inlaid.console import console
@@ -217,7 +216,7 @@ def evaluate_(
     from inlaid.evaluation.report import summary_table
     from inlaid.runs.folder import Run
 
-    if Run(run).config().tuner.kind == "codec":
+    if Run(run).config().rgba_vae is not None:
         found = rgba_vae.evaluate(run, checkpoint=checkpoint, device=device)
         console.print(rgba_vae.table(found))
         for line in rgba_vae.text(found):

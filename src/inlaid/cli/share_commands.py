@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from inlaid.cli.app import RunFolder, app, echo, quiet_libraries
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()
@@ -32,7 +29,10 @@ def export(
         Path | None, typer.Option(help="With `merged`: LoRA to merge on top, such as a step distillation.")
     ] = None,
 ) -> None:
-    """Export the trained weights of a run in another program's layout, and verify the written file."""
+    """Export trained weights to another program's layout.
+
+    The written file is read back and verified.
+    """
     quiet_libraries()
     from inlaid.adapters.convert import export_run
 
@@ -62,7 +62,9 @@ def import_(
     ] = 4,
     size: Annotated[int, typer.Option(min=16, help="Meshes: height and width of an image in pixels.")] = 512,
 ) -> None:
-    """Convert another trainer's adapter to diffusers layout. Fails unless every tensor of the file is used.
+    """Convert another trainer's adapter to diffusers layout.
+
+    Fails unless every tensor of the file is used.
 
     `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
     DIR.
@@ -121,7 +123,7 @@ def composite(
         float | None, typer.Option(help="Frame rate. Default: that of the foreground, else 16.")
     ] = None,
 ) -> None:
-    """Composite a transparent video over a color, an image or a video."""
+    """Composite a transparent video over a background."""
     quiet_libraries(bars=False)
     from inlaid.cli.composite import composite_file
 

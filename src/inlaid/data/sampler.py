@@ -53,10 +53,10 @@ class BucketSampler:
         self._groups: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
         for i, entry in enumerate(entries):
             self._groups[entry].append(i)
-        self._shown = {g: max(1, math.floor(len(v) * repeats[g[0]] + 0.5)) for g, v in self._groups.items()}
+        self._uses = {g: max(1, math.floor(len(v) * repeats[g[0]] + 0.5)) for g, v in self._groups.items()}
         counts: dict[Hashable, int] = defaultdict(int)
-        for (_, shape), shown in self._shown.items():
-            counts[shape] += shown
+        for (_, shape), uses in self._uses.items():
+            counts[shape] += uses
         self._length = sum(math.ceil(n / batch) for n in counts.values())
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
@@ -74,8 +74,8 @@ class BucketSampler:
     def _batches(self, epoch: int) -> list[list[int]]:
         shapes: dict[Hashable, list[int]] = defaultdict(list)
         for group, members in self._groups.items():
-            n, shown = len(members), self._shown[group]
-            first, last = epoch * shown, (epoch + 1) * shown
+            n, uses = len(members), self._uses[group]
+            first, last = epoch * uses, (epoch + 1) * uses
             for turn in range(first // n, (last - 1) // n + 1):
                 order = _permutation(n, self.seed, "windows", group, turn)
                 picked = order[max(first - turn * n, 0) : last - turn * n]
@@ -93,4 +93,5 @@ def make_sampler(
 ) -> BucketSampler:
     """Return the batch sampler of a plan's training windows."""
     shares = [s.repeats * s.weight for s in sources]
-    return BucketSampler([(w.clip.source, w.extent) for w in windows], shares, batch, seed)
+    # The repr of the shape is part of the seed of the order: a plain tuple, not an `Extent`.
+    return BucketSampler([(w.clip.source, tuple(w.extent)) for w in windows], shares, batch, seed)

@@ -38,7 +38,7 @@ class PrecomputedLayout:
     """Source video of the clip, without suffix."""
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """Layout as text, for messages."""
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
 
@@ -65,7 +65,7 @@ class Family(Checkpoint, ABC):
     fps: float
     """Frame rate of the training data of the published checkpoint."""
     modality: ClassVar[str] = "video"
-    """Modality of inputs and outputs: the name of a file in `inlaid/modalities`."""
+    """Modality of inputs and outputs: `video` or `scene`."""
     component: str = "transformer"
     """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
@@ -86,8 +86,8 @@ class Family(Checkpoint, ABC):
     text_before: ClassVar[int] = 0
     """Number of text tokens that precede the video tokens in these layers."""
     joint_attention: ClassVar[Any] = None
-    """Factory of an attention processor for a rule, see `models.attention`, in families where text and video
-    share a sequence."""
+    """Factory of an attention processor for a rule (see `networks.joint_attention.attention`), in families
+    where text and video share a sequence."""
     grid: Grid
     precomputed: PrecomputedLayout | None = None
     """Layout of precomputed latents that this family reads: VAE moments, one file for each entry of
@@ -120,27 +120,33 @@ class Family(Checkpoint, ABC):
         Raises:
             ValueError: when the adapter was trained for something else.
         """
-        said = header.get("inlaid_alpha")
-        if said and self.channels == 3:
+        kind = header.get("inlaid_alpha")
+        if kind and self.channels == 3:
             raise ValueError(
-                f"this adapter was trained with alpha.kind={said} and gives only noise without it"
+                f"this adapter was trained with alpha.kind={kind} and gives only noise without it"
             )
 
-    # --- shapes -------------------------------------------------------------------------------------------
+    # --- shapes ---------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a clip's `latents` (c, t, h, w) and of its conditions; see `draw`."""
+    def shapes(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a clip's `latents` (c, t, h, w) and of its conditions; see `sample_item`.
 
-    def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        Args:
+            length: frames of a video, or objects of a scene; the arguments are the fields of an `Extent`.
+            height: in pixels.
+            width: in pixels.
+        """
+
+    def stored(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a clip's tensors as `encode_media` returns them and the cache stores them."""
-        return self.shapes(frames, height, width)
+        return self.shapes(length, height, width)
 
     @abstractmethod
-    def tokens(self, frames: int, height: int, width: int) -> int:
+    def tokens(self, length: int, height: int, width: int, /) -> int:
         """Return the length of the sequence that the denoiser attends over."""
 
-    # --- before the cache ---------------------------------------------------------------------------------
+    # --- encoding for the cache -----------------------------------------------------------------------------
 
     def load_media_encoder(self, device: torch.device) -> Any:
         """Load the argument of `encode_media` in the precision of encoding: the VAE in float32."""
@@ -150,15 +156,15 @@ class Family(Checkpoint, ABC):
 
     @abstractmethod
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, `channels`) to the float32 tensors that the cache stores; see `draw`."""
+        """Encode uint8 (t, h, w, `channels`) to the float32 tensors that the cache stores."""
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Encode captions to one item each: `text` (n, d), n without padding if the network masks padding."""
 
-    # --- after the cache ----------------------------------------------------------------------------------
+    # --- training and generation ----------------------------------------------------------------------------
 
-    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return `latents` (normalized, the training target) and conditions of a cached clip for one sample.
 
         Everything random in a clip (a sample of the posterior, a noised or dropped image) comes from
@@ -210,7 +216,7 @@ class Family(Checkpoint, ABC):
             denoiser: from `load_denoiser`.
             x_t: noisy latents (n, c, t, h, w).
             t: (n,), 0 = data, 1 = noise.
-            cond: from `collate`, and the stacked conditions from `draw`.
+            cond: from `collate`, and the stacked conditions from `sample_item`.
         """
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
@@ -274,9 +280,9 @@ class Family(Checkpoint, ABC):
 
         It starts from `noise` (c, t, h, w) if given, else from noise that the pipeline samples.
         """
-        start = {} if noise is None else {"latents": self.starts(noise, pipeline)}
+        start = {} if noise is None else {"latents": self.pipeline_latents(noise, pipeline)}
         return pipeline(
-            **self.given(pipeline, text, negative, images),
+            **self.pipeline_inputs(pipeline, text, negative, images),
             **start,
             height=size[0],
             width=size[1],
@@ -287,11 +293,11 @@ class Family(Checkpoint, ABC):
             output_type="np",
         ).frames[0]
 
-    def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
+    def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
         """Convert noise (c, t, h, w) to the layout of the stock pipeline."""
         return noise[None]
 
-    def given(
+    def pipeline_inputs(
         self,
         pipeline: Any,
         text: Mapping[str, Tensor],
@@ -304,26 +310,26 @@ class Family(Checkpoint, ABC):
         device, dtype = pipeline._execution_device, getattr(pipeline, self.component).dtype
         cond, uncond = (self.collate([item])["text"].to(device, dtype) for item in (text, negative))
         names = {"first": "image", "last": "last_image"}
-        shown = {names[n]: Image.fromarray(i) for n, i in zip(self.images, images, strict=True)}
-        return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, **shown}
+        inputs = {names[n]: Image.fromarray(i) for n, i in zip(self.images, images, strict=True)}
+        return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, **inputs}
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load `pytorch_lora_weights.safetensors` of a folder into a pipeline as adapter `inlaid`."""
         pipeline.load_lora_weights(str(folder), adapter_name="inlaid")
 
-    def weaken(self, pipeline: Any, strength: float) -> None:
+    def set_strength(self, pipeline: Any, strength: float) -> None:
         """Scale a loaded adapter: 0 is the base model, 1 the trained model."""
         pipeline.set_adapters(["inlaid"], [strength])
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return messages about what this checkpoint cannot do with this recipe; empty if valid."""
         data, sample = config.data, config.sample
-        asked = [("data", frames, data.size) for frames in data.frames]
+        sizes = [("data", frames, data.size) for frames in data.frames]
         if sample.frames or sample.size:
-            asked.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
-        found = [f"{section}: {p}" for section, n, size in asked for p in self.grid.problems(n, *size)]
+            sizes.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
+        found = [f"{section}: {p}" for section, n, size in sizes for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
-        if config.alpha.kind == "opaque" and config.tuner.kind != "codec" and data.matte != recipe.Matte():
+        if config.alpha.kind == "opaque" and data.matte != recipe.Matte():
             found.append("data.matte: an opaque run reads no alpha mattes; remove it, or set alpha.kind")
         try:
             self.objective(config.objective, data.size)
@@ -335,18 +341,18 @@ class Family(Checkpoint, ABC):
         """Return messages about settings of this recipe that are valid but worth knowing."""
         return []
 
-    def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
+    def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
         """Return messages about images that prompts lack or must not have; empty if all match."""
         name = self.model.checkpoint
         if not self.images:
-            return [f"{name} is text-to-video and uses no images; leave images out"] if given else []
+            return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
         what = " and a ".join(f"{each} image" for each in self.images)
-        if prompts != len(given):
-            return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(given)} with images"]
-        wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(given, 1) if len(g) != len(self.images)]
+        if prompts != len(images):
+            return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(images)} with images"]
+        wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(images, 1) if len(g) != len(self.images)]
         if wrong:
             return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
-        return _unreadable(dict.fromkeys(Path(file) for each in given for file in each))
+        return _unreadable(dict.fromkeys(Path(file) for each in images for file in each))
 
 
 def _unreadable(images: Iterable[Path]) -> list[str]:

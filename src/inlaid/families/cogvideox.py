@@ -77,8 +77,8 @@ class CogVideoX(Family):
         super().__init__(model)
         from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
-        unsaid = {k: p.default for k, p in signature(CogVideoXTransformer3DModel).parameters.items()}
-        self.transformer = c = unsaid | (self.read_config("transformer") or {})
+        usual = {k: p.default for k, p in signature(CogVideoXTransformer3DModel).parameters.items()}
+        self.transformer = c = usual | (self.read_config("transformer") or {})
         self.vae, self.scheduler = (self.read_config(part) or {} for part in ("vae", "scheduler"))
         self._refuse_unsupported()
         scheduler: Any = CogVideoXDDIMScheduler.from_config(self.scheduler)
@@ -143,7 +143,7 @@ class CogVideoX(Family):
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return self.text_length + t // self.pair * (h // 2) * (w // 2)
 
-    # --- before the cache ---------------------------------------------------------------------------------
+    # --- encoding for the cache -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
@@ -151,8 +151,8 @@ class CogVideoX(Family):
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         like = next(encoder.parameters())
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 255 * 2 - 1
-        shown = [pixels, *(noised(pixels[:, :1]) if self.images else [])]
-        found = [encoder.encode(v[None].to(like)).latent_dist.parameters[0].float() for v in shown]
+        inputs = [pixels, *(noised(pixels[:, :1]) if self.images else [])]
+        found = [encoder.encode(v[None].to(like)).latent_dist.parameters[0].float() for v in inputs]
         return {"moments": found[0], **({"image": torch.stack(found[1:])} if self.images else {})}
 
     @torch.no_grad()
@@ -164,9 +164,9 @@ class CogVideoX(Family):
         hidden = model(ids.to(next(model.parameters()).device)).last_hidden_state
         return [{"text": h.clone()} for h in hidden]
 
-    # --- after the cache ----------------------------------------------------------------------------------
+    # --- training and generation ----------------------------------------------------------------------------
 
-    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return scaled samples of the posteriors; for I2V of one noised image, or zeros at IMAGE_DROPOUT."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -195,8 +195,8 @@ class CogVideoX(Family):
         """Halve the rotary positions that `predict` passes, and the position table of 2B."""
         halve_cogvideox(denoiser)
 
-    def starts(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Put frames before channels and convert to the dtype of the network."""
+    def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
+        """Move frames before channels and convert to the dtype of the network."""
         return noise.transpose(0, 1)[None].to(pipeline.transformer.dtype)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> VPrediction:

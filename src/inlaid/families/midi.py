@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,21 +26,18 @@ from inlaid.families.grid import Grid
 from inlaid.media import meshes
 from inlaid.media.scene import MAX_OBJECTS, invalid_pairs, make_meshes, thinned
 from inlaid.networks import midi_checkpoint, midi_image_encoders
-from inlaid.networks.midi_image_encoders import Eye, PictureEncoders, Sight
+from inlaid.networks.midi_image_encoders import ImageConditioning, ImageEncoder, LoadedEncoders
 from inlaid.networks.midi_pipeline import ScenePipeline
 from inlaid.networks.triposg import (
     Field,
     TripoSGTransformer,
     TripoSGVAE,
-    choose,
+    choose_points,
     partial_heads,
-    sample,
+    sample_posterior,
     stored_blocks,
 )
 from inlaid.objectives import FlowMatching
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Open(tuple[Any, ...]):
@@ -55,7 +52,7 @@ class Encoder:
     """Encoders of scenes: shape VAE and image encoders."""
 
     vae: TripoSGVAE
-    pictures: PictureEncoders
+    images: LoadedEncoders
 
 
 class Midi(Family):
@@ -87,26 +84,28 @@ class Midi(Family):
         super().__init__(model)
         if model.task is not None or model.expert is not None:
             raise ValueError(f"model.{'expert' if model.expert else 'task'}: not used by midi; leave it out")
-        said = self.read_config("transformer") or {}
+        config = self.read_config("transformer") or {}
         local = self.source / "transformer" if isinstance(self.source, Path) else None
         with self.loading("transformer"):
-            there = midi_checkpoint.shapes(local) if local else None
-            self.transformer, self.lies = midi_checkpoint.transformer_config(said, there)
+            shapes = midi_checkpoint.tensor_shapes(local) if local else None
+            self.transformer, self.config_notes = midi_checkpoint.transformer_config(config, shapes)
         c, self.fps, self.grid = self.transformer, 1.0, Grid(1, 1, 1)
-        self.alone = c["cross_attention_2_dim"] is None
-        self.sight = Sight.of(self.read_config, self.alone, str(self.options["image_encoders"]))
-        self.extractor = self.sight.eyes["dino"].extractor
-        self.encoders = {"media": ("vae", *self.sight.needed), "text": ()}  # type: ignore[misc]
-        self.media_key = [f"pictures for {kind}" for kind in self.sight.taught]
-        self.bytewise = tuple(self.sight.taught)
-        asked, layers = str(self.options["multi_instance"]), range(c["num_layers"])
+        self.single_encoder = c["cross_attention_2_dim"] is None
+        self.conditioning = ImageConditioning.of(
+            self.read_config, self.single_encoder, str(self.options["image_encoders"])
+        )
+        self.extractor = self.conditioning.encoders["dino"].extractor
+        self.encoders = {"media": ("vae", *self.conditioning.needed), "text": ()}  # type: ignore[misc]
+        self.media_key = [f"pictures for {kind}" for kind in self.conditioning.trained]
+        self.bytewise = tuple(self.conditioning.trained)
+        chosen, layers = str(self.options["multi_instance"]), range(c["num_layers"])
         named = {"checkpoint": [i for i in c["multi_instance"] if i in layers], "none": [], "all": layers}
-        self.blocks = sorted(named[asked] if asked in named else {int(n) for n in asked.split(",")})
+        self.blocks = sorted(named[chosen] if chosen in named else {int(n) for n in chosen.split(",")})
         if not set(self.blocks) <= set(layers):
             raise ValueError(f"model.options.multi_instance: choose from blocks 0 to {len(layers) - 1}")
         more = {"ff": r"blocks\.\d+\.ff\.net\.(0\.proj|2)", "skip_linear": r"blocks\.\d+\.skip_linear"}
         own = (t for name, t in more.items() if self.options[name])
-        self.targets = (*self.targets, *own, *self.sight.targets)
+        self.targets = (*self.targets, *own, *self.conditioning.targets)
 
     def about(self) -> dict[str, str]:
         """Add the blocks whose self-attention spans the scene, and the noise level shift."""
@@ -119,7 +118,7 @@ class Midi(Family):
 
     def warnings(self) -> list[str]:
         """Add where the adapters of the image encoders are."""
-        names = ", ".join(f"`{eye.name}`" for eye in self.sight.taught.values())
+        names = ", ".join(f"`{encoder.name}`" for encoder in self.conditioning.trained.values())
         how = (
             "are in folders of the same names: `peft.PeftModel.from_pretrained(encoder, folder)` loads each."
         )
@@ -129,26 +128,26 @@ class Midi(Family):
         """Also reject an adapter that was trained together with other image encoders."""
         super().accept(header)
         key, own = "image_encoders", self.options["image_encoders"]
-        said = header.get(f"inlaid_{key}", own)
-        if said != own:
-            raise ValueError(f"this adapter was trained with model.options.{key}={said}, not {own}")
+        found = header.get(f"inlaid_{key}", own)
+        if found != own:
+            raise ValueError(f"this adapter was trained with model.options.{key}={found}, not {own}")
 
     def shift(self) -> float:
         """Return the noise level shift from the file of the scheduler."""
         try:
-            said = midi_checkpoint.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
+            shift = midi_checkpoint.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
         except ValueError:
-            said = None
-        if said is None:
-            said = 1.0 if self.alone else 2.0
-            once(f"note: {self.name}: scheduler_config.json or its shift is missing, using shift {said:g}")
-        return float(said)
+            shift = None
+        if shift is None:
+            shift = 1.0 if self.single_encoder else 2.0
+            once(f"note: {self.name}: scheduler_config.json or its shift is missing, using shift {shift:g}")
+        return float(shift)
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return errors about keys that apply only to videos, and about images that do not match."""
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
-        if self.sight.taught:
+        if self.conditioning.trained:
             key = "model.options.image_encoders"
             kind, parallel = config.tuner.kind, config.runtime.parallel
             wrong += [f"{key}: needs tuner.kind lora or dora, not {kind}"] * (kind not in ("lora", "dora"))
@@ -157,35 +156,37 @@ class Midi(Family):
 
     def notes(self, config: recipe.Config) -> list[str]:
         """Add valid but unusual settings: other multi-instance blocks, attention heads adapted in part."""
-        notes, taught = list(self.lies), sorted(self.transformer["multi_instance"])
-        if self.options["multi_instance"] != "checkpoint" and self.blocks != taught:
-            notes.append(f"multi-instance attention in blocks {self.blocks}, pretrained in blocks {taught}")
+        notes, pretrained = list(self.config_notes), sorted(self.transformer["multi_instance"])
+        if self.options["multi_instance"] != "checkpoint" and self.blocks != pretrained:
+            notes.append(
+                f"multi-instance attention in blocks {self.blocks}, pretrained in blocks {pretrained}"
+            )
         return [*notes, *partial_heads(getattr(config.tuner, "targets", []))]
 
-    def missing_images(self, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
+    def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
         """Return errors about images and segmentations; a scene has no prompt."""
-        return invalid_pairs(given)
+        return invalid_pairs(images)
 
-    # --- shapes -------------------------------------------------------------------------------------------
+    # --- shapes ---------------------------------------------------------------------------------------------
 
-    def shapes(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """Return `latents` (n, tokens, channels) of n objects, and the conditions of `Sight.shapes`."""
-        c, n = self.transformer, min(frames, MAX_OBJECTS)
+    def shapes(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
+        """Return `latents` (n, tokens, channels) of n objects, and the image conditions."""
+        c, n = self.transformer, min(objects, MAX_OBJECTS)
         widths = [w for w in (c["cross_attention_dim"], c["cross_attention_2_dim"]) if w]
-        return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.sight.shapes(n, widths)}
+        return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.conditioning.shapes(n, widths)}
 
-    def stored(self, frames: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
+    def stored(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
         """Return `moments` (n, tokens, 2 channels) in place of latents; n counts all objects of a scene."""
-        drawn = self.shapes(frames)
-        _, tokens, channels = drawn["latents"]
-        seen = {k: (frames, *drawn[k][1:]) for k in self.sight.eyes}
-        return {"moments": (frames, tokens, 2 * channels), **seen}
+        latent = self.shapes(objects)
+        _, tokens, channels = latent["latents"]
+        images = {k: (objects, *latent[k][1:]) for k in self.conditioning.encoders}
+        return {"moments": (objects, tokens, 2 * channels), **images}
 
-    def tokens(self, frames: int, height: int = 0, width: int = 0) -> int:
+    def tokens(self, objects: int, height: int = 0, width: int = 0) -> int:
         """Return the tokens of a whole scene, whose objects attend to each other in some blocks."""
-        return min(frames, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
+        return min(objects, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
 
-    # --- before the cache ---------------------------------------------------------------------------------
+    # --- encoding for the cache -----------------------------------------------------------------------------
 
     def load_vae(self, device: torch.device) -> TripoSGVAE:
         """Load the shape VAE in float32."""
@@ -193,37 +194,39 @@ class Midi(Family):
         with self.loading("vae"):
             return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
 
-    def load_pictures(self, device: torch.device, network: Any = None) -> PictureEncoders:
+    def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
         """Load the frozen image encoders in float32; trained ones are taken from `network`."""
         found = {}
-        for kind, eye in self.sight.eyes.items():
-            if kind not in self.sight.taught:
-                found[kind] = self.load_eye(eye, torch.float32).to(device)
+        for kind, encoder in self.conditioning.encoders.items():
+            if kind not in self.conditioning.trained:
+                found[kind] = self.load_image_encoder(encoder, torch.float32).to(device)
             elif network is not None:
-                found[kind] = network.get_submodule(eye.name)
-        return PictureEncoders(self.sight.eyes, found)
+                found[kind] = network.get_submodule(encoder.name)
+        return LoadedEncoders(self.conditioning.encoders, found)
 
-    def load_eye(self, eye: Eye, dtype: torch.dtype, *, meta: bool = False) -> nn.Module:
+    def load_image_encoder(
+        self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
+    ) -> nn.Module:
         """Load one image encoder; `meta` returns it without weights."""
-        folder = None if meta else self.folder(eye.name)
-        with self.loading(eye.name):
-            return midi_image_encoders.build(eye, folder, dtype)
+        folder = None if meta else self.folder(encoder.name)
+        with self.loading(encoder.name):
+            return midi_image_encoders.build(encoder, folder, dtype)
 
     def load_media_encoder(self, device: torch.device) -> Encoder:
         """Load the shape VAE and the image encoders."""
-        return Encoder(self.load_vae(device), self.load_pictures(device))
+        return Encoder(self.load_vae(device), self.load_image_encoders(device))
 
     @torch.no_grad()
     def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """Encode a `scenes.Sample` to moments of its surfaces and image conditions; see `stored`."""
+        """Encode a `media.scene.Sample` to moments of its surfaces and image conditions; see `stored`."""
         found = []
-        for one in frames.objects:
-            points = thinned(one.surface)
-            queries = points[choose(points, self.transformer["num_tokens"], seed=0)]
-            given = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
-            found.append(encoder.vae.encode(*given)[0].float())
-        seen = encoder.pictures(frames.image, [one.mask for one in frames.objects])
-        return {"moments": torch.stack(found), **seen}
+        for each in frames.objects:
+            points = thinned(each.surface)
+            queries = points[choose_points(points, self.transformer["num_tokens"], seed=0)]
+            inputs = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
+            found.append(encoder.vae.encode(*inputs)[0].float())
+        images = encoder.images(frames.image, [each.mask for each in frames.objects])
+        return {"moments": torch.stack(found), **images}
 
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Return empty items: text is not used."""
@@ -232,29 +235,36 @@ class Midi(Family):
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
         """Return None: there is no text encoder."""
 
-    # --- after the cache ----------------------------------------------------------------------------------
+    # --- training and generation ----------------------------------------------------------------------------
 
-    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return samples of the posteriors, of at most `scenes.MOST` objects, and conditions with dropout."""
+    def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Return samples of the posteriors, of at most `MAX_OBJECTS` objects, and conditions with dropout."""
         n = len(item["moments"])
         kept = torch.randperm(n, generator=generator)[:MAX_OBJECTS].sort().values
         moments = item["moments"][kept].float()
         noise = torch.randn(moments.chunk(2, -1)[0].shape, generator=generator)
-        shown = float(torch.rand(1, generator=generator)) >= float(self.options["image_dropout"])
-        return {"latents": sample(moments, noise), **self.sight.drawn(item, kept, shown)}
+        conditioned = float(torch.rand(1, generator=generator)) >= float(self.options["image_dropout"])
+        return {
+            "latents": sample_posterior(moments, noise),
+            **self.conditioning.select(item, kept, conditioned),
+        }
 
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
         """Load the transformer with its multi-instance blocks, and inside it the trained image encoders."""
-        place = None if meta else folder or self.folder("transformer")
+        path = None if meta else folder or self.folder("transformer")
         config = {**self.transformer, "multi_instance": self.blocks}
         with self.loading("transformer", folder):
-            network = midi_checkpoint.build(TripoSGTransformer, config, place, dtype)
-        if self.sight.taught:
-            taught = {i: e for i, e in enumerate(self.sight.eyes.values()) if e.kind in self.sight.taught}
-            midi_image_encoders.put(
-                network, {i: (e, self.load_eye(e, dtype, meta=meta)) for i, e in taught.items()}
+            network = midi_checkpoint.build(TripoSGTransformer, config, path, dtype)
+        if self.conditioning.trained:
+            trained = {
+                i: e
+                for i, e in enumerate(self.conditioning.encoders.values())
+                if e.kind in self.conditioning.trained
+            }
+            midi_image_encoders.add_encoders(
+                network, {i: (e, self.load_image_encoder(e, dtype, meta=meta)) for i, e in trained.items()}
             )
         return network
 
@@ -268,24 +278,24 @@ class Midi(Family):
         The network takes one object per row, n rows to a group, and predicts data - noise.
         """
         b, n = x_t.shape[:2]
-        seen, told = self.sight.rows(cond, denoiser.dtype)
+        contexts, options = self.conditioning.rows(cond, denoiser.dtype)
         times, x = 1000 * t.repeat_interleave(n), x_t.flatten(0, 1).to(denoiser.dtype)
-        return -denoiser(x, times, *seen, groups=[n] * b, **told).view_as(x_t)
+        return -denoiser(x, times, *contexts, groups=[n] * b, **options).view_as(x_t)
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return inlaid's own pipeline, since diffusers has none; the VAE stays in float32."""
         network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype).to(device)
         pipe = ScenePipeline(network, self.load_vae(device), self.shift())
-        pipe.load_encoders = lambda: self.load_pictures(device, network)
+        pipe.load_encoders = lambda: self.load_image_encoders(device, network)
         return pipe
 
     def sample(self, pipeline: Any, text: Any, negative: Any, **how: Any) -> Any:
-        """Generate a `scenes.Made`, one mesh per object, from an input image and its segmentation."""
-        picture, ids = how["images"]
+        """Generate a `media.scene.Made`, one mesh per object, from an input image and its segmentation."""
+        image, ids = how["images"]
         numbers = [n for n in np.unique(ids).tolist() if n > 0]
-        seen = pipeline.encoders(picture, [ids == n for n in numbers])
-        drawn = {k: how[k] for k in ("steps", "guidance", "generator")}
-        latents, vae = pipeline(list(seen.values()), **drawn), pipeline.vae
+        contexts = pipeline.encoders(image, [ids == n for n in numbers])
+        options = {k: how[k] for k in ("steps", "guidance", "generator")}
+        latents, vae = pipeline(list(contexts.values()), **options), pipeline.vae
         fields = {f"object_{n}": Field(vae, x) for n, x in zip(numbers, latents, strict=True)}
         return make_meshes(fields, how.get("grid") or 256, how.get("triangles"))
 
@@ -310,9 +320,9 @@ def video_only_keys(config: recipe.Config) -> list[str]:
     derived = {"size": config.data.size, "frames": max(config.data.frames)}
     out = []
     for section, keys in VIDEO_KEYS.items():
-        given = getattr(config, section)
+        values = getattr(config, section)
         for key in keys:
-            usual = type(given).model_fields[key].get_default(call_default_factory=True)
-            if getattr(given, key) not in (usual, derived.get(key) if section == "sample" else usual):
+            usual = type(values).model_fields[key].get_default(call_default_factory=True)
+            if getattr(values, key) not in (usual, derived.get(key) if section == "sample" else usual):
                 out.append(f"{section}.{key}: applies only to videos: remove it")
     return out

@@ -88,7 +88,7 @@ class Mochi(Family):
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 
-    # --- before the cache ---------------------------------------------------------------------------------
+    # --- encoding for the cache -----------------------------------------------------------------------------
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
         """Load the tokenizer and T5, always in float32: its output in bfloat16 differs too much."""
@@ -118,7 +118,7 @@ class Mochi(Family):
         ]
         return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
 
-    # --- after the cache ----------------------------------------------------------------------------------
+    # --- training and generation ----------------------------------------------------------------------------
 
     @cached_property
     def statistics(self) -> list[Tensor]:
@@ -132,7 +132,7 @@ class Mochi(Family):
         found = [self.vae.get(k, known[k].default) for k in ("latents_mean", "latents_std")]
         return [torch.tensor(values).view(-1, 1, 1, 1) for values in found]
 
-    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return a sample of the posterior, (z - mean) / std per channel, or z for `latent_space: raw`."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -177,7 +177,7 @@ class Mochi(Family):
         return -denoiser(x, text, (1 - t.float()) * 1000, cond.get("mask"), return_dict=False)[0]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return `Family.pipeline`; with `latent_space: raw` it decodes latents as given."""
+        """Return `Family.pipeline`; with `latent_space: raw` it decodes latents unchanged."""
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         if self.options["latent_space"] == "raw":
             pipe.vae.register_to_config(latents_mean=None, latents_std=None)
@@ -191,7 +191,7 @@ class Mochi(Family):
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             return super().run(pipeline, *args, steps=steps, **options)
 
-    def given(
+    def pipeline_inputs(
         self,
         pipeline: Any,
         text: Mapping[str, Tensor],

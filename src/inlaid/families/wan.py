@@ -164,16 +164,16 @@ class Wan(Family):
                 f"it contains {kinds[1]} and {kinds[0]}"
             )
         takes, z = t["in_channels"], vae["z_dim"]
-        shown = 2 * z + vae.get("scale_factor_temporal", 4)
-        if takes != z and (takes != shown or self.expand_timesteps):
+        i2v = 2 * z + vae.get("scale_factor_temporal", 4)
+        if takes != z and (takes != i2v or self.expand_timesteps):
             raise ValueError(
-                f"model.checkpoint: {name} takes {takes} channels, not {z} for text-to-video or {shown} for "
+                f"model.checkpoint: {name} takes {takes} channels, not {z} for text-to-video or {i2v} for "
                 "image-to-video: control and inpainting checkpoints are not supported"
             )
-        made_for = "t2v" if takes == z else "i2v"
-        if task not in (None, made_for) and not self.expand_timesteps:
+        supported = "t2v" if takes == z else "i2v"
+        if task not in (None, supported) and not self.expand_timesteps:
             raise ValueError(
-                f"model.task: {name} is for {made_for}, not for {task}; leave `task` out, or choose a "
+                f"model.task: {name} is for {supported}, not for {task}; leave `task` out, or choose a "
                 f"checkpoint for {task}"
             )
         if t.get("image_dim") and self.clip is None:
@@ -234,7 +234,7 @@ class Wan(Family):
         t, s = self.stride
         return self.vae["z_dim"], 1 + (frames - 1) // t, height // s, width // s
 
-    # --- before the cache ---------------------------------------------------------------------------------
+    # --- encoding for the cache -----------------------------------------------------------------------------
 
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae", "image_encoder", "image_processor"),
@@ -285,13 +285,13 @@ class Wan(Family):
         if self.expand_timesteps:
             return {"latents": z[:, 1:], "first": z[:, :1]}
         at = [0, -1][: len(self.images)]
-        shown = torch.zeros_like(video)
-        shown[:, at] = video[:, at]
-        item = {"latents": z, "image_latents": latents(shown)}
+        images = torch.zeros_like(video)
+        images[:, at] = video[:, at]
+        item = {"latents": z, "image_latents": latents(images)}
         if clip:
             pixels = processor(images=[Image.fromarray(frames[i]) for i in at], return_tensors="pt")
-            seen = clip(pixels.pixel_values.to(like.device), output_hidden_states=True)
-            item["image_embeds"] = seen.hidden_states[-2]
+            embeds = clip(pixels.pixel_values.to(like.device), output_hidden_states=True)
+            item["image_embeds"] = embeds.hidden_states[-2]
         return item
 
     @torch.no_grad()
@@ -313,7 +313,7 @@ class Wan(Family):
         lengths = ids.attention_mask.sum(1).tolist()
         return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
 
-    # --- after the cache ----------------------------------------------------------------------------------
+    # --- training and generation ----------------------------------------------------------------------------
 
     def share_positions(self, denoiser: Any) -> None:
         """Halve the frames passed to the module that computes positions from the latents."""
@@ -363,22 +363,26 @@ class Wan(Family):
         The timestep is 1000 t; TI2V-5B takes one per token, 0 for the tokens of an image.
         """
         dtype = denoiser.patch_embedding.weight.dtype
-        timestep, x, given = t.float() * 1000, x_t.to(dtype), 0
+        timestep, x, leading = t.float() * 1000, x_t.to(dtype), 0
         if self.expand_timesteps:
             if self.images:
-                given = 1
+                leading = 1
                 x = torch.cat([cond["first"].to(dtype), x], dim=2)
             _, h, w = (n // p for n, p in zip(x.shape[2:], denoiser.config.patch_size, strict=True))
-            frames = nn.functional.pad(timestep[:, None].expand(-1, x_t.shape[2]), (given, 0))
+            frames = nn.functional.pad(timestep[:, None].expand(-1, x_t.shape[2]), (leading, 0))
             timestep = frames.repeat_interleave(h * w, dim=1)
         elif self.images:
-            mask = torch.zeros_like(x[:, : self.stride[0]])  # per latent frame: which of its frames are given
+            mask = torch.zeros_like(
+                x[:, : self.stride[0]]
+            )  # per latent frame: 1 for a frame that is an input image
             mask[:, :, 0] = 1
             if "last" in self.images:
                 mask[:, -1, -1] = 1
             x = torch.cat([x, mask, cond["image_latents"].to(dtype)], dim=1)
-        seen = cond["image_embeds"].flatten(0, 1).to(dtype) if self.clip else None
-        return denoiser(x, timestep, cond["text"].to(dtype), seen, return_dict=False)[0][:, :, given:]
+        image_embeds = cond["image_embeds"].flatten(0, 1).to(dtype) if self.clip else None
+        return denoiser(x, timestep, cond["text"].to(dtype), image_embeds, return_dict=False)[0][
+            :, :, leading:
+        ]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return the stock pipeline without its text encoder, with VAE and CLIP in float32.

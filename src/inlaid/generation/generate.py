@@ -18,6 +18,7 @@ from inlaid.alpha.opening import build_family
 from inlaid.console import progress, say
 from inlaid.data.modality import modality_of
 from inlaid.data.prompts import Prompts, encode_prompts, resolve_sample
+from inlaid.networks.rgba_vae_checkpoint import FOLDER
 from inlaid.runs.folder import Run, environment
 from inlaid.runs.launch import Context, start_processes
 
@@ -66,10 +67,10 @@ def generate(
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
     family = build_family(config)
-    if isinstance(config.tuner, recipe.Codec):
+    if config.rgba_vae is not None:
         raise ValueError(
             f"{run}: this run trained an RGBA VAE, which cannot generate from prompts: set alpha.vae to "
-            f"{place.folder / 'codec'} in a recipe that trains the denoiser, or view reconstructions "
+            f"{place.folder / FOLDER} in a recipe that trains the denoiser, or view reconstructions "
             "with `inlaid evaluate`"
         )
     prompts = modality_of(family.modality).texts(prompts, images)
@@ -124,7 +125,7 @@ def load_pipeline(
     pipeline = family.pipeline(denoiser=None, **options)
     load_into_pipeline(family, pipeline, folder)
     if strength != 1:
-        family.weaken(pipeline, strength)
+        family.set_strength(pipeline, strength)
         if config.tuner.kind == "dora":
             say("note: DoRA is not linear in its strength; 0.5 is not half the effect")
     return pipeline
@@ -140,7 +141,7 @@ def generate_samples(
     count: int = 1,
     show: bool = True,
     name: str | None = None,
-    seen: Callable[[int, int, Any], None] | None = None,
+    on_output: Callable[[int, int, Any], None] | None = None,
 ) -> list[Path]:
     """Generate `count` outputs per prompt and write each in the format of its modality, with a JSON file.
 
@@ -154,7 +155,7 @@ def generate_samples(
         count: outputs per prompt.
         show: show a progress bar.
         name: file name without suffix, for a single output. Default: number, prompt and seed.
-        seen: callback with (prompt index, output index, result of `Family.sample`) for each output.
+        on_output: callback with (prompt index, output index, result of `Family.sample`) for each output.
 
     Returns:
         Paths of the written files.
@@ -164,7 +165,7 @@ def generate_samples(
     assert sample.size and sample.frames
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with progress("draw", len(prompts.texts) * count, modality.makes, show=show) as advance:
+    with progress("generate", len(prompts.texts) * count, modality.makes, show=show) as advance:
         for i, (text, item) in enumerate(zip(prompts.texts, prompts.items, strict=True)):
             images = prompts.images[i] if prompts.images else ()
             for j in range(count):
@@ -193,8 +194,8 @@ def generate_samples(
                     json.dumps(values, indent=2, ensure_ascii=False), "utf-8"
                 )
                 paths.append(path)
-                if seen:
-                    seen(i, j, made)
+                if on_output:
+                    on_output(i, j, made)
                 advance()
     return paths
 

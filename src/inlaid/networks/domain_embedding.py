@@ -26,21 +26,21 @@ class DomainEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
-        self.beside: list[Any] = []
-        """A layer of the adapter, not a child module; if it is disabled, the embedding is too."""
+        self.adapter_layers: list[Any] = []
+        """Layers of the adapter, not child modules; if one is disabled, the embedding is too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the embedding to the second half of the tokens (n, 2 v, d)."""
-        colour, alpha = x.chunk(2, 1)
-        return torch.cat([colour, alpha + self.weight.to(x.dtype)], 1)
+        color, alpha = x.chunk(2, 1)
+        return torch.cat([color, alpha + self.weight.to(x.dtype)], 1)
 
-    def before(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Pre-forward hook of the first block, which receives the video tokens by position or by keyword."""
-        if any(layer.disable_adapters for layer in self.beside):
-            return args, given
+        if any(layer.disable_adapters for layer in self.adapter_layers):
+            return args, kwargs
         if args:
-            return (self(args[0]), *args[1:]), given
-        return args, {**given, "hidden_states": self(given["hidden_states"])}
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
 
 
 def read_domain_embedding(folder: Path, header: Mapping[str, str]) -> Tensor | None:

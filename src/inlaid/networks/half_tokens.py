@@ -53,4 +53,5 @@ NOT_MERGEABLE = (
 
 @lru_cache
 def half_tokens_class(kind: type, text: int) -> type:
-    return type(f"Tail{kind.__name__}", (HalfTokens, kind), {"text": text})
+    """Return the subclass of a peft layer that updates the second half of the video tokens only."""
+    return type(f"HalfTokens{kind.__name__}", (HalfTokens, kind), {"text": text})

@@ -49,18 +49,20 @@ def attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     tokens = query.shape[2]
     half, end = (tokens - text) // 2, tokens if first else tokens - text
-    asking, moving = query.split([text, tokens - text], 2) if first else query.split([end, text], 2)[::-1]
-    seen = F.scaled_dot_product_attention(moving, key, value, attn_mask=mask)
+    text_query, video_query = (
+        query.split([text, tokens - text], 2) if first else query.split([end, text], 2)[::-1]
+    )
+    video_out = F.scaled_dot_product_attention(video_query, key, value, attn_mask=mask)
     if rule == "bias":
         bias = F.pad(query.new_full((1, 1, text, half), -1), (end - half, tokens - end))
         if mask is not None:
             bias = bias.masked_fill(~mask, float("-inf"))
-        read = F.scaled_dot_product_attention(asking, key, value, attn_mask=bias)
+        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=bias)
     else:
         key, value = (_without(x, end - half, half, 2) for x in (key, value))
         mask = None if mask is None else _without(mask, end - half, half, 3)
-        read = F.scaled_dot_product_attention(asking, key, value, attn_mask=mask)
-    return torch.cat([read, seen] if first else [seen, read], 2)
+        text_out = F.scaled_dot_product_attention(text_query, key, value, attn_mask=mask)
+    return torch.cat([text_out, video_out] if first else [video_out, text_out], 2)
 
 
 def _without(x: Tensor, start: int, length: int, dim: int) -> Tensor:
@@ -70,16 +72,16 @@ def _without(x: Tensor, start: int, length: int, dim: int) -> Tensor:
     return torch.cat([before, x.narrow(dim, start + length, rest)], dim) if rest else before
 
 
-def halve(positions: nn.Module, ask: Callable[..., tuple[Any, ...]], dim: int) -> None:
+def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int) -> None:
     """Make a positional embedding module return the positions of one clip twice for a sequence of two clips.
 
     Args:
         positions: module that returns tensors with one entry per token.
-        ask: maps the arguments of a call to those for the first clip alone.
+        select: maps the arguments of a call to those for the first clip.
         dim: token axis.
     """
-    positions.register_forward_pre_hook(lambda _, given: ask(*given))
-    positions.register_forward_hook(lambda _, given, out: tuple(torch.cat([x, x], dim) for x in out))
+    positions.register_forward_pre_hook(lambda _, args: select(*args))
+    positions.register_forward_hook(lambda _, args, out: tuple(torch.cat([x, x], dim) for x in out))
 
 
 class MochiJointAttention:
@@ -119,9 +121,9 @@ def mochi(
         before = (hidden_states.shape[1], 0)
         attention_mask = F.pad(attention_mask.bool(), before, value=True)[:, None, None]
     out = attention(*joint, text=parts[1].shape[1], first=False, rule=rule, mask=attention_mask)
-    seen, read = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in parts], 1)
-    seen = attn.to_out[1](attn.to_out[0](seen))
-    return seen, attn.to_add_out(read) if hasattr(attn, "to_add_out") else read
+    video_out, text_out = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in parts], 1)
+    video_out = attn.to_out[1](attn.to_out[0](video_out))
+    return video_out, attn.to_add_out(text_out) if hasattr(attn, "to_add_out") else text_out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -173,13 +175,13 @@ def halve_cogvideox(network: Any) -> None:
     the stock code would use the table built with the network for any clip of that length.
     """
 
-    def first(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        found = given.get("image_rotary_emb")
+    def first_clip(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        found = kwargs.get("image_rotary_emb")
         if found is not None:
-            given["image_rotary_emb"] = tuple(x[: len(x) // 2].repeat(2, 1) for x in found)
-        return args, given
+            kwargs["image_rotary_emb"] = tuple(x[: len(x) // 2].repeat(2, 1) for x in found)
+        return args, kwargs
 
-    network.register_forward_pre_hook(first, with_kwargs=True)
+    network.register_forward_pre_hook(first_clip, with_kwargs=True)
     embed = network.patch_embed
     make, text, stride = (
         embed._get_positional_embeddings,
@@ -190,7 +192,7 @@ def halve_cogvideox(network: Any) -> None:
     @lru_cache(16)
     def table(height: int, width: int, frames: int, device: Any = None) -> Tensor:
         latent = ((frames - 1) // stride + 1) // 2
-        one = make(height, width, (latent - 1) * stride + 1, device=device)
-        return torch.cat([one, one[:, text:]], 1)
+        single = make(height, width, (latent - 1) * stride + 1, device=device)
+        return torch.cat([single, single[:, text:]], 1)
 
     embed._get_positional_embeddings, embed.sample_frames = table, None

@@ -20,7 +20,7 @@ from torch import nn
 from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE, infer_config
 
 
-def weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a component: one, shards, or the `.fp16` variant if there is no other.
 
     Raises:
@@ -33,57 +33,59 @@ def weights(folder: Path) -> list[Path]:
     return plain or found
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the tensors of a component, from its file headers."""
     out: dict[str, tuple[int, ...]] = {}
-    for path in weights(folder):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             out |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
     return out
 
 
 def transformer_config(
-    said: Mapping[str, Any], there: Mapping[str, Sequence[int]] | None
+    config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]] | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the configuration of a transformer, and warnings about wrong values in its `config.json`.
 
     Args:
-        said: values of its `config.json`; empty if it is missing.
-        there: tensor shapes, or None if unknown.
+        config: values of its `config.json`; empty if it is missing.
+        shapes: tensor shapes, or None if unknown.
 
     Raises:
         ValueError: the tensors are not those of such a transformer.
     """
     known = {k: p.default for k, p in signature(TripoSGTransformer).parameters.items()}
-    out = {k: said.get(k, v) for k, v in known.items()}
-    if there is None:
+    out = {k: config.get(k, v) for k, v in known.items()}
+    if shapes is None:
         return out, []
-    found = infer_config(there)
-    lies = [f"{k} {said[k]} (it is {v})" for k, v in found.items() if k in said and said[k] != v]
-    notes = [f"the transformer's config.json has {', '.join(lies)}: using the tensor shapes"] if lies else []
+    found = infer_config(shapes)
+    wrong = [f"{k} {config[k]} (it is {v})" for k, v in found.items() if k in config and config[k] != v]
+    notes = (
+        [f"the transformer's config.json has {', '.join(wrong)}: using the tensor shapes"] if wrong else []
+    )
     return out | found, notes
 
 
-def vae_config(said: Mapping[str, Any], there: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return the configuration of a shape VAE from its tensor shapes; only the head count is from `said`.
+def vae_config(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the configuration of a shape VAE from its tensor shapes; only the head count is from `config`.
 
     Raises:
         ValueError: the tensors are not those of such a VAE.
     """
     known = {k: p.default for k, p in signature(TripoSGVAE).parameters.items()}
-    out = {k: said.get(k, v) for k, v in known.items()}
+    out = {k: config.get(k, v) for k, v in known.items()}
     try:
-        frequencies = (there["decoder.proj_query.weight"][1] - 3) // 6
+        frequencies = (shapes["decoder.proj_query.weight"][1] - 3) // 6
         features = 3 + 6 * frequencies
         layers = {
-            part: max(int(k.split(".")[2]) for k in there if k.startswith(f"{part}.blocks."))
+            part: max(int(k.split(".")[2]) for k in shapes if k.startswith(f"{part}.blocks."))
             for part in ("encoder", "decoder")
         }
         return out | {
-            "in_channels": there["encoder.proj_in.weight"][1] - features,
-            "latent_channels": there["post_quant.weight"][1],
-            "width_encoder": there["encoder.proj_in.weight"][0],
-            "width_decoder": there["post_quant.weight"][0],
+            "in_channels": shapes["encoder.proj_in.weight"][1] - features,
+            "latent_channels": shapes["post_quant.weight"][1],
+            "width_encoder": shapes["encoder.proj_in.weight"][0],
+            "width_decoder": shapes["post_quant.weight"][0],
             "num_layers_encoder": layers["encoder"],
             "num_layers_decoder": layers["decoder"],
             "embed_frequency": frequencies,
@@ -102,7 +104,7 @@ def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None,
         network = kind(**config)
     if folder is None:
         return network
-    state = {k: v.to(dtype) for path in weights(folder) for k, v in load_file(path).items()}
+    state = {k: v.to(dtype) for path in weight_files(folder) for k, v in load_file(path).items()}
     missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
     for what, names in (("lacks", missing), ("has unknown", unexpected)):
         if names:
@@ -112,7 +114,7 @@ def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None,
 
 def load_vae(folder: Path) -> TripoSGVAE:
     """Load the shape VAE in float32: coordinates times 128 exceed bfloat16 precision."""
-    config = vae_config(read_json(folder / "config.json"), shapes(folder))
+    config = vae_config(read_json(folder / "config.json"), tensor_shapes(folder))
     return build(TripoSGVAE, config, folder, torch.float32).requires_grad_(False)
 
 

@@ -39,7 +39,7 @@ DINO_LARGE = {
 }
 """DINOv2-large, the published `image_encoder_2`."""
 
-RANDOM = {
+DROPOUT = {
     "clip": ("attention_dropout",),
     "dino": ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
 }
@@ -59,7 +59,7 @@ class Extractor:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, said: Mapping[str, Any], default: Extractor) -> Extractor:
+    def of(cls, config: Mapping[str, Any], default: Extractor) -> Extractor:
         """Create from the values of a file, with those of `default` for missing ones."""
 
         def number(value: Any, fallback: int) -> int:
@@ -67,20 +67,20 @@ class Extractor:
                 value = value.get("shortest_edge") or value.get("height")
             return int(value) if value else fallback
 
-        edge = number(said.get("size"), default.edge)
-        crop = number(said.get("crop_size"), default.crop) if said.get("do_center_crop", True) else edge
-        mean, std = (tuple(said.get(f"image_{n}") or getattr(default, n)) for n in ("mean", "std"))
+        edge = number(config.get("size"), default.edge)
+        crop = number(config.get("crop_size"), default.crop) if config.get("do_center_crop", True) else edge
+        mean, std = (tuple(config.get(f"image_{n}") or getattr(default, n)) for n in ("mean", "std"))
         return cls(edge, crop, mean, std)
 
-    def picture(self, picture: np.ndarray) -> Tensor:
+    def image(self, pixels: np.ndarray) -> Tensor:
         """Resize (bicubic) and center-crop an image: uint8 (n, n, 3) to uint8 (3, crop, crop)."""
-        return self._small(Image.fromarray(picture), Image.Resampling.BICUBIC).permute(2, 0, 1)
+        return self._small(Image.fromarray(pixels), Image.Resampling.BICUBIC).permute(2, 0, 1)
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """Resize (nearest) and center-crop a mask: bool (n, n) to uint8 (1, crop, crop) of 0 and 255."""
         return self._small(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.NEAREST)[None]
 
-    def normalised(self, pixels: Tensor) -> Tensor:
+    def normalized(self, pixels: Tensor) -> Tensor:
         """Normalize uint8 (n, channels, h, w) to float32: RGB of object and scene; the mask to 0 and 1."""
         mean, std = ([*x, *x, y][: pixels.shape[1]] for x, y in ((self.mean, 0.0), (self.std, 1.0)))
         shift, scale = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))
@@ -98,17 +98,17 @@ CLIP = Extractor(224, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2
 DINO = Extractor(512, 512, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Published preprocessing of `image_encoder_2`."""
 
-DINO_ALONE = Extractor(256, 224, DINO.mean, DINO.std)
+DINO_SINGLE = Extractor(256, 224, DINO.mean, DINO.std)
 """Published preprocessing of TripoSG's single encoder."""
 
 
 @dataclass(frozen=True)
-class Eye:
+class ImageEncoder:
     """One image encoder of a checkpoint."""
 
     kind: Literal["clip", "dino"]
     name: str
-    """Name of its folder, and of the module in a transformer that trains it (see `put`)."""
+    """Name of its folder, and of the module in a transformer that trains it (see `add_encoders`)."""
     extractor: Extractor
     channels: int
     """3, RGB of the object; or 7, RGB of the object, RGB of the whole image, and the object mask."""
@@ -122,76 +122,78 @@ class Eye:
 
 
 @dataclass(frozen=True)
-class Sight:
+class ImageConditioning:
     """Image encoders of a checkpoint by kind, in the order of the network's contexts."""
 
-    eyes: Mapping[str, Eye]
-    taught: Mapping[str, Eye]
+    encoders: Mapping[str, ImageEncoder]
+    trained: Mapping[str, ImageEncoder]
     """Trained encoders: their input images are cached instead of their outputs."""
 
     @classmethod
-    def of(cls, read: Callable[[str], Mapping[str, Any] | None], alone: bool, chosen: str) -> Sight:
+    def of(
+        cls, read: Callable[[str], Mapping[str, Any] | None], single: bool, chosen: str
+    ) -> ImageConditioning:
         """Create from the configurations of a checkpoint.
 
         Args:
             read: returns the configuration of a component.
-            alone: True if DINO is the only encoder, as in TripoSG.
+            single: True if DINO is the only encoder, as in TripoSG.
             chosen: trained encoders: `frozen` (none), `dino`, `clip` or `both`.
 
         Raises:
             ValueError: a chosen encoder is not in the checkpoint.
         """
-        if alone and chosen in ("clip", "both"):
+        if single and chosen in ("clip", "both"):
             raise ValueError("model.options.image_encoders: this checkpoint has DINO only: set it to dino")
 
-        def eye(kind: Literal["clip", "dino"], end: str, usual: Extractor, channels: int) -> Eye:
+        def encoder(kind: Literal["clip", "dino"], end: str, usual: Extractor, channels: int) -> ImageEncoder:
             extractor = Extractor.of(read(f"feature_extractor_{end}") or {}, usual)
             config = {
                 **(CLIP_LARGE if kind == "clip" else DINO_LARGE),
                 **(read(f"image_encoder_{end}") or {}),
             }
-            return Eye(kind, f"image_encoder_{end}", extractor, channels, config)
+            return ImageEncoder(kind, f"image_encoder_{end}", extractor, channels, config)
 
-        two = () if alone else (eye("clip", "1", CLIP, 3), eye("dino", "2", DINO, 7))
-        eyes = {e.kind: e for e in two or (eye("dino", "dinov2", DINO_ALONE, 3),)}
-        return cls(eyes, {kind: e for kind, e in eyes.items() if chosen in (kind, "both")})
+        two = () if single else (encoder("clip", "1", CLIP, 3), encoder("dino", "2", DINO, 7))
+        encoders = {e.kind: e for e in two or (encoder("dino", "dinov2", DINO_SINGLE, 3),)}
+        return cls(encoders, {kind: e for kind, e in encoders.items() if chosen in (kind, "both")})
 
     @property
     def needed(self) -> tuple[str, ...]:
         """Components that determine the cached tensors of an image."""
-        pairs = [(e, e.name.replace("image_encoder", "feature_extractor")) for e in self.eyes.values()]
-        found = [[extractor] if e.kind in self.taught else [e.name, extractor] for e, extractor in pairs]
+        pairs = [(e, e.name.replace("image_encoder", "feature_extractor")) for e in self.encoders.values()]
+        found = [[extractor] if e.kind in self.trained else [e.name, extractor] for e, extractor in pairs]
         return tuple(name for names in reversed(found) for name in names)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """Regular expression for the names of the trained encoders' attention projections."""
-        names = "|".join(e.name for e in self.taught.values())
+        names = "|".join(e.name for e in self.trained.values())
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return the shapes for n objects: `clip` (n, 1, d) and `dino` (n, m, d).
 
-        For trained encoders: images (n, channels, s, s) instead, and `shown` ().
+        For trained encoders: images (n, channels, s, s) instead, and `conditioned` ().
         """
         out: dict[str, tuple[int, ...]] = {}
-        for (kind, eye), width in zip(self.eyes.items(), widths, strict=True):
-            out[kind] = (n, 1 if kind == "clip" else eye.patches + 1, width)
-            if kind in self.taught:
-                out[kind] = (n, eye.channels, eye.extractor.crop, eye.extractor.crop)
-        return {**out, **({"shown": ()} if self.taught else {})}
+        for (kind, encoder), width in zip(self.encoders.items(), widths, strict=True):
+            out[kind] = (n, 1 if kind == "clip" else encoder.patches + 1, width)
+            if kind in self.trained:
+                out[kind] = (n, encoder.channels, encoder.extractor.crop, encoder.extractor.crop)
+        return {**out, **({"conditioned": ()} if self.trained else {})}
 
-    def drawn(self, item: Mapping[str, Tensor], kept: Tensor, shown: bool) -> dict[str, Tensor]:
-        """Return the conditions of some objects of a cached scene, or zeros if `shown` is False."""
-        out = {k: item[k][kept] if k in self.taught else item[k][kept] * shown for k in self.eyes}
-        return {**out, **({"shown": torch.tensor(float(shown))} if self.taught else {})}
+    def select(self, item: Mapping[str, Tensor], kept: Tensor, conditioned: bool) -> dict[str, Tensor]:
+        """Return the conditions of some objects of a cached scene, or zeros if not `conditioned`."""
+        out = {k: item[k][kept] if k in self.trained else item[k][kept] * conditioned for k in self.encoders}
+        return {**out, **({"conditioned": torch.tensor(float(conditioned))} if self.trained else {})}
 
     def rows(self, cond: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Convert conditions of scenes (b, n, ...) to contexts (b n, ...) and further network arguments."""
-        rows = {k: cond[k].flatten(0, 1) for k in self.eyes}
-        contexts = [v if k in self.taught else v.to(dtype) for k, v in rows.items()]
+        rows = {k: cond[k].flatten(0, 1) for k in self.encoders}
+        contexts = [v if k in self.trained else v.to(dtype) for k, v in rows.items()]
         n = len(contexts[0]) // len(cond[next(iter(rows))])
-        return contexts, {"shown": cond["shown"].repeat_interleave(n)} if self.taught else {}
+        return contexts, {"conditioned": cond["conditioned"].repeat_interleave(n)} if self.trained else {}
 
 
 def square(pixels: np.ndarray, fill: int) -> np.ndarray:
@@ -203,95 +205,98 @@ def square(pixels: np.ndarray, fill: int) -> np.ndarray:
     return np.pad(pixels, pad, constant_values=fill)
 
 
-def encode(eye: Eye, network: nn.Module, pixels: Tensor) -> Tensor:
+def encode(encoder: ImageEncoder, network: nn.Module, pixels: Tensor) -> Tensor:
     """Encode images uint8 (n, channels, h, w): the CLIP token (n, 1, d), or the DINO tokens (n, m, d)."""
     weight = next(network.parameters())
-    given = eye.extractor.normalised(pixels.to(weight.device)).to(weight.dtype)
-    out: Any = network(pixel_values=given)
-    return out.image_embeds[:, None] if eye.kind == "clip" else out.last_hidden_state
+    inputs = encoder.extractor.normalized(pixels.to(weight.device)).to(weight.dtype)
+    out: Any = network(pixel_values=inputs)
+    return out.image_embeds[:, None] if encoder.kind == "clip" else out.last_hidden_state
 
 
-def look(eyes: Mapping[str, Eye], picture: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
+def encoder_inputs(
+    encoders: Mapping[str, ImageEncoder], image: np.ndarray, masks: Iterable[np.ndarray]
+) -> dict[str, Tensor]:
     """Return the encoder inputs for each object of an image.
 
     Args:
-        eyes: encoders by kind.
-        picture: uint8 (h, w, 3).
+        encoders: encoders by kind.
+        image: uint8 (h, w, 3).
         masks: bool (h, w) of each object.
 
     Returns:
         uint8 (n, channels, s, s) by kind: the object on white, and for 7 channels also the whole image and
         the mask.
     """
-    scene = square(picture, 255)
-    whole = {kind: eye.extractor.picture(scene) for kind, eye in eyes.items() if eye.channels == 7}
-    found: dict[str, list[Tensor]] = {kind: [] for kind in eyes}
+    scene = square(image, 255)
+    whole = {kind: each.extractor.image(scene) for kind, each in encoders.items() if each.channels == 7}
+    found: dict[str, list[Tensor]] = {kind: [] for kind in encoders}
     for mask in masks:
         mask = square(mask, 0)
-        alone = np.where(mask[..., None], scene, np.uint8(255))
-        for kind, eye in eyes.items():
-            shown = [eye.extractor.picture(alone)]
+        masked = np.where(mask[..., None], scene, np.uint8(255))
+        for kind, encoder in encoders.items():
+            parts = [encoder.extractor.image(masked)]
             if kind in whole:
-                shown += [whole[kind], eye.extractor.mask(mask)]
-            found[kind].append(torch.cat(shown))
+                parts += [whole[kind], encoder.extractor.mask(mask)]
+            found[kind].append(torch.cat(parts))
     return {kind: torch.stack(each) for kind, each in found.items()}
 
 
 @dataclass(frozen=True)
-class PictureEncoders:
+class LoadedEncoders:
     """Loaded image encoders by kind."""
 
-    eyes: Mapping[str, Eye]
+    encoders: Mapping[str, ImageEncoder]
     networks: Mapping[str, nn.Module]
 
     @torch.no_grad()
-    def __call__(self, picture: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
+    def __call__(self, image: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
         """Encode the objects of an image.
 
         Args:
-            picture: uint8 (h, w, 3).
+            image: uint8 (h, w, 3).
             masks: bool (h, w) of each object.
 
         Returns:
             `clip` (n, 1, d), if the checkpoint has this encoder, and `dino` (n, m, d), float32. For an
-            encoder whose network is not loaded, its input (see `look`).
+            encoder whose network is not loaded, its input (see `encoder_inputs`).
         """
-        seen = look(self.eyes, picture, masks)
+        out = encoder_inputs(self.encoders, image, masks)
         for kind, network in self.networks.items():
-            eye = self.eyes[kind]
-            seen[kind] = torch.cat([encode(eye, network, one[None]).float() for one in seen[kind]])
-        return seen
+            encoder = self.encoders[kind]
+            out[kind] = torch.cat([encode(encoder, network, each[None]).float() for each in out[kind]])
+        return out
 
 
-def put(network: TripoSGTransformer, eyes: Mapping[int, tuple[Eye, nn.Module]]) -> None:
+def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[ImageEncoder, nn.Module]]) -> None:
     """Add encoders to a transformer, by the index of their context, so that they train together.
 
     They become submodules with their names in the checkpoint. The contexts at these indices may then be
-    images, uint8 (rows, channels, h, w), and the transformer accepts `shown` (rows,): 0 for a row without
-    image conditioning (for classifier-free guidance), else 1.
+    images, uint8 (rows, channels, h, w), and the transformer accepts `conditioned` (rows,): 0 for a row
+    without image conditioning (for classifier-free guidance), else 1.
     """
 
-    def see(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def encode_contexts(
+        _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         x, t, *contexts = args
-        shown = options.pop("shown", None)
-        for place, (eye, _) in eyes.items():
-            if contexts[place].ndim == 4:
-                seen = encode(eye, network.get_submodule(eye.name), contexts[place])
-                contexts[place] = seen if shown is None else seen * shown.to(seen.dtype)[:, None, None]
+        conditioned = options.pop("conditioned", None)
+        for index, (encoder, _) in encoders.items():
+            if contexts[index].ndim == 4:
+                tokens = encode(encoder, network.get_submodule(encoder.name), contexts[index])
+                contexts[index] = (
+                    tokens if conditioned is None else tokens * conditioned.to(tokens.dtype)[:, None, None]
+                )
         return (x, t, *contexts), options
 
-    for eye, encoder in eyes.values():
-        network.add_module(eye.name, encoder)
+    for encoder, module in encoders.values():
+        network.add_module(encoder.name, module)
     # Patch embeddings are computed in the storage dtype of the encoder weights: do not cast these layerwise.
-    names = [eye.name for eye, _ in eyes.values()]
+    names = [encoder.name for encoder, _ in encoders.values()]
     network._skip_layerwise_casting_patterns = [*network._skip_layerwise_casting_patterns, *names]
-    network.register_forward_pre_hook(see, with_kwargs=True)
+    network.register_forward_pre_hook(encode_contexts, with_kwargs=True)
 
 
-# --- loading ------------------------------------------------------------------------------------------------
-
-
-def build(eye: Eye, folder: Path | None, dtype: torch.dtype) -> nn.Module:
+def build(encoder: ImageEncoder, folder: Path | None, dtype: torch.dtype) -> nn.Module:
     """Build a frozen encoder with the weights of a folder; on the meta device without a folder.
 
     The DINO encoder of MIDI has 7 input channels: object, scene and mask. For a network with RGB input, the
@@ -306,15 +311,17 @@ def build(eye: Eye, folder: Path | None, dtype: torch.dtype) -> nn.Module:
         "clip": (CLIPVisionModelWithProjection, CLIPVisionConfig),
         "dino": (Dinov2Model, Dinov2Config),
     }
-    kind, config = kinds[eye.kind]
-    still = dict.fromkeys(RANDOM[eye.kind], 0.0)
+    kind, config = kinds[encoder.kind]
+    no_dropout = dict.fromkeys(DROPOUT[encoder.kind], 0.0)
     if folder is None:
         with torch.device("meta"):
-            network = kind(config.from_dict({**eye.config, "num_channels": eye.channels, **still})).to(dtype)
+            network = kind(
+                config.from_dict({**encoder.config, "num_channels": encoder.channels, **no_dropout})
+            ).to(dtype)
     else:
-        network = kind.from_pretrained(folder, dtype=dtype, **still)
-    there = network.config.num_channels
-    if (there, eye.channels) == (3, 7):
+        network = kind.from_pretrained(folder, dtype=dtype, **no_dropout)
+    channels = network.config.num_channels
+    if (channels, encoder.channels) == (3, 7):
         embeddings = network.embeddings.patch_embeddings
         old = embeddings.projection
         new = nn.Conv2d(7, old.out_channels, old.kernel_size, old.stride, dtype=dtype)
@@ -323,7 +330,7 @@ def build(eye: Eye, folder: Path | None, dtype: torch.dtype) -> nn.Module:
             new.bias.copy_(old.bias)  # type: ignore[union-attr]
         embeddings.projection, embeddings.num_channels, network.config.num_channels = new, 7, 7
         why = "has 3 input channels, copied to 7, which is untrained: use the encoder of MIDI"
-        once(f"warning: {eye.name} {why}")
-    elif there != eye.channels:
-        raise ValueError(f"{folder} has {there} input channels, expected {eye.channels}")
+        once(f"warning: {encoder.name} {why}")
+    elif channels != encoder.channels:
+        raise ValueError(f"{folder} has {channels} input channels, expected {encoder.channels}")
     return network.eval().requires_grad_(False)

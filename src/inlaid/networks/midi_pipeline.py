@@ -11,7 +11,7 @@ from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from inlaid.networks.midi_image_encoders import PictureEncoders
+from inlaid.networks.midi_image_encoders import LoadedEncoders
 from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE
 
 
@@ -28,12 +28,12 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(shift=shift)
-        self.load_encoders: Callable[[], PictureEncoders] | None = None
+        self.load_encoders: Callable[[], LoadedEncoders] | None = None
         """Loader of the image encoders, set by the code that creates the pipeline."""
-        self._encoders: PictureEncoders | None = None
+        self._encoders: LoadedEncoders | None = None
 
     @property
-    def encoders(self) -> PictureEncoders:
+    def encoders(self) -> LoadedEncoders:
         """Image encoders, loaded on first use."""
         if self._encoders is None:
             assert self.load_encoders is not None
@@ -60,10 +60,10 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         network: Any = self.transformer
         device, dtype = network.device, network.dtype
-        given, n = [c.to(device, dtype) for c in contexts], len(contexts[0])
+        contexts, n = [c.to(device, dtype) for c in contexts], len(contexts[0])
         groups = [n]
         if guidance > 1:
-            given, groups = [torch.cat([torch.zeros_like(c), c]) for c in given], [n, n]
+            contexts, groups = [torch.cat([torch.zeros_like(c), c]) for c in contexts], [n, n]
         shape = (n, network.config.num_tokens, network.config.in_channels)
         x = torch.randn(shape, generator=generator).to(device)
         u = 1 - torch.arange(steps, dtype=torch.float64) / steps
@@ -72,7 +72,7 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         for now, following in itertools.pairwise(sigmas):
             rows = torch.cat([x] * len(groups)).to(dtype)
             times = torch.full((len(rows),), 1000 * now, device=device)
-            v = network(rows, times, *given, groups=groups).float()
+            v = network(rows, times, *contexts, groups=groups).float()
             if guidance > 1:
                 without, conditioned = v.chunk(2)
                 v = without + guidance * (conditioned - without)

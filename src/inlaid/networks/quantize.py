@@ -39,10 +39,9 @@ def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-# --- frozen weights -----------------------------------------------------------------------------------------
-
-
-def shrink(section: recipe.Memory, denoiser: nn.Module, device: torch.device, compute: torch.dtype) -> None:
+def shrink_weights(
+    section: recipe.Memory, denoiser: nn.Module, device: torch.device, compute: torch.dtype
+) -> None:
     """Quantize or cast a frozen network and move it to its device; attach adapters afterwards.
 
     Args:

@@ -26,7 +26,7 @@ from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from safetensors import safe_open
 from torch import Tensor, nn
 
-MIDDLE = (8, 9, 10, 11, 12)
+MULTI_INSTANCE_BLOCKS = (8, 9, 10, 11, 12)
 """Blocks with self-attention over all instances of a scene, in every published script."""
 
 TOKENS = 2048
@@ -197,7 +197,7 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers: int = 21,
         cross_attention_dim: int = 768,
         cross_attention_2_dim: int | None = 1024,
-        multi_instance: Sequence[int] = MIDDLE,
+        multi_instance: Sequence[int] = MULTI_INSTANCE_BLOCKS,
         num_tokens: int = TOKENS,
     ) -> None:
         super().__init__()
@@ -282,9 +282,9 @@ def stored_blocks(path: Path) -> list[int] | None:
     """Return the multi-instance blocks an adapter was trained with; None if its metadata lack them."""
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with safe_open(file, "pt") as opened:
-            said = (opened.metadata() or {}).get("inlaid_multi_instance_blocks")
-        if said is not None:
-            return [int(n) for n in said.split(",") if n]
+            blocks = (opened.metadata() or {}).get("inlaid_multi_instance_blocks")
+        if blocks is not None:
+            return [int(n) for n in blocks.split(",") if n]
     return None
 
 
@@ -311,7 +311,7 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         raise ValueError(f"not a TripoSG or MIDI transformer: {error} is missing") from None
 
 
-# --- the shape VAE ------------------------------------------------------------------------------------------
+# --- shape VAE ----------------------------------------------------------------------------------------------
 
 
 class _Frequencies(nn.Module):
@@ -405,7 +405,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
 
         Args:
             surface: (b, p, 6), positions and outward unit normals.
-            queries: (b, m, 6), a subset of `surface` (see `choose`).
+            queries: (b, m, 6), a subset of `surface` (see `choose_points`).
         """
         dtype = self.quant.weight.dtype
         h, c = (
@@ -433,7 +433,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
 
 
 class Field:
-    """Field of one object, for `mesh.extract`: points (n, 3) to values (n,), negative inside."""
+    """Field of one object, for `media.meshes.extract`: points (n, 3) to values (n,), negative inside."""
 
     def __init__(self, vae: TripoSGVAE, latents: Tensor) -> None:
         self.vae = vae
@@ -443,17 +443,17 @@ class Field:
     @torch.no_grad()
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Return the field at points (n, 3), evaluated in chunks."""
-        given = torch.from_numpy(points.astype(np.float32))[None].to(self.tokens.device)
-        return self.vae.field(self.tokens, given)[0].float().cpu().numpy()
+        batch = torch.from_numpy(points.astype(np.float32))[None].to(self.tokens.device)
+        return self.vae.field(self.tokens, batch)[0].float().cpu().numpy()
 
 
-def sample(moments: Tensor, noise: Tensor) -> Tensor:
+def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
     """Sample the posterior: mean + exp(logvar / 2) noise."""
     mean, logvar = moments.chunk(2, -1)
     return mean + (0.5 * logvar).exp() * noise
 
 
-def choose(points: np.ndarray, count: int, seed: int) -> np.ndarray:
+def choose_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return indices of evenly spread points: 4 `count` random points, thinned by farthest point sampling.
 
     Args:
@@ -463,6 +463,8 @@ def choose(points: np.ndarray, count: int, seed: int) -> np.ndarray:
     """
     import fpsample
 
-    drawn = np.random.default_rng(seed).choice(len(points), 4 * count, replace=4 * count > len(points))
-    picked = fpsample.fps_sampling(np.ascontiguousarray(points[drawn, :3], np.float32), count, start_idx=0)
-    return drawn[picked.astype(np.int64)]
+    candidates = np.random.default_rng(seed).choice(len(points), 4 * count, replace=4 * count > len(points))
+    picked = fpsample.fps_sampling(
+        np.ascontiguousarray(points[candidates, :3], np.float32), count, start_idx=0
+    )
+    return candidates[picked.astype(np.int64)]

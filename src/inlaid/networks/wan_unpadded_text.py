@@ -44,10 +44,10 @@ def allow_short_text(transformer: Any, length: int = 512) -> None:
         tokens = text.shape[1]
         processor.bias = None
         if tokens < length:
-            said = text.any(dim=-1)
-            real = said.sum(dim=1, keepdim=True)
-            weight = torch.log((length - real) / (tokens - real))
-            processor.bias = torch.where(said, 0.0, weight)[:, None, None, :].to(text.dtype)
+            is_text = text.any(dim=-1)
+            count = is_text.sum(dim=1, keepdim=True)
+            weight = torch.log((length - count) / (tokens - count))
+            processor.bias = torch.where(is_text, 0.0, weight)[:, None, None, :].to(text.dtype)
 
     for block in transformer.blocks:
         block.attn2.set_processor(processor)

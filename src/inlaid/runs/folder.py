@@ -21,12 +21,9 @@ from inlaid import config as recipe
 from inlaid.files import atomic
 from inlaid.runs.launch import Context
 
-# --- run folder and checkpoints ---------------------------------------------------------------------------
+CHANGEABLE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clips")
 
-
-FREE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clips")
-
-FREE_TRAIN = ("steps", "save_every", "keep", "log_every", "validate_every", "trackers", "accumulate")
+CHANGEABLE_TRAIN = ("steps", "save_every", "keep", "log_every", "validate_every", "trackers", "accumulate")
 """Parts of a recipe that may change when a run is resumed; any other change makes it a different run."""
 
 
@@ -40,10 +37,14 @@ def recipe_changes(old: recipe.Config, new: recipe.Config) -> list[str]:
         return out
 
     a, b = flat(old), flat(new)
-    free = {*FREE, *(f"train.{k}" for k in FREE_TRAIN)}
+    changeable = {*CHANGEABLE, *(f"train.{k}" for k in CHANGEABLE_TRAIN)}
     if new.optim.schedule != "constant":
-        free.discard("train.steps")
-    differ = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in free and k.split(".")[0] not in free]
+        changeable.discard("train.steps")
+    differ = [
+        k
+        for k in {**a, **b}
+        if a.get(k) != b.get(k) and k not in changeable and k.split(".")[0] not in changeable
+    ]
     return [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in differ]
 
 

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from inlaid import config as recipe
 
-# --- device and processes ---------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Devices:
@@ -56,13 +54,13 @@ def resolve_devices(config: recipe.Config, devices: Devices) -> DevicePlan:
         ValueError: when the recipe names a device that this machine does not have.
     """
     wanted, notes = config.runtime.device, []
-    there = {"cuda": devices.cuda > 0, "mps": devices.mps, "cpu": True}
-    if wanted != "auto" and not there[wanted]:
-        have = ", ".join(k for k, v in there.items() if v)
+    available = {"cuda": devices.cuda > 0, "mps": devices.mps, "cpu": True}
+    if wanted != "auto" and not available[wanted]:
+        have = ", ".join(k for k, v in available.items() if v)
         raise ValueError(
             f"runtime.device: no `{wanted}` on this machine (available: {have}); use `auto` or one of these"
         )
-    device = next(k for k, v in there.items() if v) if wanted == "auto" else wanted
+    device = next(k for k, v in available.items() if v) if wanted == "auto" else wanted
     precision = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.runtime.precision)
     if precision is None:
         precision = torch.bfloat16 if device == "cuda" else torch.float32
@@ -115,7 +113,7 @@ class Context:
         return out
 
 
-PATIENCE = timedelta(hours=4)
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
 """Timeout of collective operations; the default of 10 minutes is too short while one process encodes, samples
 or saves."""
 
@@ -140,7 +138,7 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         yield Context(device, plan.precision, plan.optimizer, rank, world, plan.notes)
     finally:

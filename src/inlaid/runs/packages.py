@@ -5,9 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# --- optimizer --------------------------------------------------------------------------------------------
-
-
 PACKAGES = {
     "adamw8bit": ("bitsandbytes.optim", "inlaid[bnb]"),
     "adamw4bit": ("torchao.optim", "inlaid[torchao]"),

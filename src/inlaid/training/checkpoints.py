@@ -42,7 +42,7 @@ def pack_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack_state(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Restore a state that `pack` returned."""
+    """Restore a state that `pack_state` returned."""
     if isinstance(state, dict) and "__tensor__" in state:
         return tensors[state["__tensor__"]]
     if isinstance(state, dict) and "__subclass__" in state:

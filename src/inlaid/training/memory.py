@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from inlaid import config as recipe
 from inlaid.networks.quantize import blocks
@@ -34,34 +34,28 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
     return out
 
 
-# --- activations --------------------------------------------------------------------------------------------
-
-
-def checkpoint(denoiser: nn.Module, every: bool | int) -> None:
+def enable_checkpointing(denoiser: nn.Module, every: bool | int) -> None:
     """Enable gradient checkpointing for all blocks (True), or for every n-th block.
 
     Checkpointed blocks store only their input. The others store all activations and need no extra time.
     Gradients are the same.
     """
-    known = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
+    index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
 
     def run(block: nn.Module, *args: Any) -> Any:
-        if known.get(id(block), 0) % int(every):
+        if index.get(id(block), 0) % int(every):
             return block(*args)
-        return recomputed(block, *args, use_reentrant=False)
+        return checkpoint(block, *args, use_reentrant=False)
 
     denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
-
-
-# --- optimizer ----------------------------------------------------------------------------------------------
 
 
 class Offloaded(torch.optim.Optimizer):
     """Wrapper of any optimizer that steps on copies in CPU memory and keeps the optimizer state there.
 
-    torchao's `CPUOffloadOptimizer` copies gradients during the backward pass, before they are averaged over
-    processes and clipped. This class does in `step` what the optimizer would do on the device, and its state
-    is that of the wrapped optimizer.
+    Not torchao's `CPUOffloadOptimizer`, which runs on CUDA only and copies gradients in the backward pass,
+    before they are averaged over processes and clipped. This class does in `step` what the optimizer would do
+    on the device, and its state is that of the wrapped optimizer.
     """
 
     def __init__(
@@ -118,9 +112,6 @@ class Offloaded(torch.optim.Optimizer):
         """Load the state of the inner optimizer; call it after the parameters are restored."""
         self.inner.load_state_dict(state_dict)
         self._fetch()
-
-
-# --- compilation --------------------------------------------------------------------------------------------
 
 
 def compile_blocks(denoiser: nn.Module, backend: str = "inductor") -> None:

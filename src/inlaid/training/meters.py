@@ -16,8 +16,6 @@ from inlaid.runs.folder import Run
 from inlaid.runs.launch import Context
 from inlaid.runs.packages import require_package
 
-# --- meters -----------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Meters:
