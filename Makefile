@@ -23,10 +23,10 @@ coverage: $(VENV)/installed-dev  ## of the tests that `make test` runs: at least
 	$(BIN)/coverage report --skip-covered --fail-under=90
 
 check: $(VENV)/installed-dev  ## what a commit must pass: seconds
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs tools
+	$(BIN)/ruff check src tests benchmarks docs tools
 	$(BIN)/lint-imports
-	$(BIN)/codespell src tests docs recipes benchmarks README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell src tests docs recipes benchmarks tools README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/pyright
 
 docs: $(VENV)/installed  ## regenerate the reference and the cost tables

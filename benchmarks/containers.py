@@ -88,9 +88,9 @@ def encode(path: Path, pixels: np.ndarray, codec: str, pix_fmt: str, **options: 
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt, stream.options = pix_fmt, options
         for frame in pixels:
-            shown = np.ascontiguousarray(frame.squeeze())
+            pixels = np.ascontiguousarray(frame.squeeze())
             container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(shown, format=source).reformat(format=pix_fmt))
+                stream.encode(av.VideoFrame.from_ndarray(pixels, format=source).reformat(format=pix_fmt))
             )
         container.mux(stream.encode())
 

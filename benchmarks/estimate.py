@@ -154,7 +154,7 @@ def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
     """Return the recipe of a setting."""
     from inlaid import config
 
-    given = {k: v for k, v in setting.items() if k in ("tuner", "optim", "train", "memory", "runtime")}
+    sections = {k: v for k, v in setting.items() if k in ("tuner", "optim", "train", "memory", "runtime")}
     raw = {
         "run": "unused",
         "model": {
@@ -163,7 +163,7 @@ def recipe(setting: dict[str, Any], checkpoint: str) -> Any:
             "options": setting.get("options", {}),
         },
         "data": {"sources": "unused"},
-        **given,
+        **sections,
     }
     raw["tuner"] = (
         {"rank": 16, **raw.get("tuner", {})} if raw.get("tuner", {}).get("kind") != "full" else raw["tuner"]
@@ -201,20 +201,20 @@ def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
     denoiser = family.load_denoiser(torch.float32 if full else plan.precision)
     for tensor in [*denoiser.parameters(), *denoiser.buffers()]:
         tensor.data = tensor.data.clone()  # otherwise the whole file stays mapped
-    quantize.shrink(made.memory, denoiser, device, plan.precision)
+    quantize.shrink_weights(made.memory, denoiser, device, plan.precision)
     if made.memory.gradient_checkpointing:
-        memory.checkpoint(denoiser, made.memory.gradient_checkpointing)
+        memory.enable_checkpointing(denoiser, made.memory.gradient_checkpointing)
     parameters = tuners.attach(made.tuner, family.targets, denoiser.train(), seed=0)
     optimizer = make_optimizer(plan.optimizer, made.optim, list(parameters.values()))
     ema = EMA(made.optim.ema, parameters) if made.optim.ema else None
     mixed = torch.autocast("cpu", plan.precision, enabled=full and plan.precision is not torch.float32)
     step = DenoisingStep(family, family.objective(made.objective, clip[1:]), mixed)
     n = made.train.batch
-    drawn = {k: torch.randn(n, *s) for k, s in family.shapes(*clip).items()}
+    item = {k: torch.randn(n, *s) for k, s in family.shapes(*clip).items()}
     width = text_width(denoiser)
     read = {"text": torch.randn(family.text_length, width)} if family.text_length else {}
     text = family.collate([read] * n)
-    batch = Batch(drawn.pop("latents"), {**text, **drawn})
+    batch = Batch(item.pop("latents"), {**text, **item})
     settle()
     for i in range(times):
         for _ in range(made.train.accumulate):

@@ -176,17 +176,17 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     denoiser = network(family, made, device, plan.precision)
-    quantize.shrink(made.memory, denoiser, device, plan.precision)
-    memory.checkpoint(denoiser, made.memory.gradient_checkpointing)
+    quantize.shrink_weights(made.memory, denoiser, device, plan.precision)
+    memory.enable_checkpointing(denoiser, made.memory.gradient_checkpointing)
     parameters = tuners.attach(made.tuner, family.targets, denoiser.train(), seed=0)
     if made.runtime.compile:
         memory.compile_blocks(denoiser)
     optimizer = make_optimizer(plan.optimizer, made.optim, list(parameters.values()))
     mixed = torch.autocast(device.type, plan.precision, enabled=full and plan.precision is not torch.float32)
     step = DenoisingStep(family, family.objective(made.objective, shape[1:]), mixed)
-    drawn = {k: torch.randn(made.train.batch, *s) for k, s in family.shapes(*shape).items()}
+    item = {k: torch.randn(made.train.batch, *s) for k, s in family.shapes(*shape).items()}
     text = [{"text": torch.randn(family.text_length, estimate.text_width(denoiser))}] * made.train.batch
-    batch = Batch(drawn.pop("latents"), {**family.collate(text), **drawn}).to(device)
+    batch = Batch(item.pop("latents"), {**family.collate(text), **item}).to(device)
     seconds, loss = [], torch.zeros(())
     for i in range(steps):
         start = time.perf_counter()
@@ -251,7 +251,7 @@ def main() -> None:
     start = time.perf_counter()
     device = torch.device("cpu" if args.toy else "cuda")
     precision = torch.float32 if args.toy else torch.bfloat16
-    name = "toy" if args.toy else estimate.describe(device)[0]
+    name = "toy" if args.toy else estimate.describe_device(device)[0]
     path = args.out / f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     done = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
@@ -259,7 +259,7 @@ def main() -> None:
         "device": name,
         "date": str(date.today()),
         "packages": environment()["packages"],
-        "matrix_tflops": estimate.speed(device, precision) / 1e12,
+        "matrix_tflops": estimate.measure_speed(device, precision) / 1e12,
         "sheet_tflops": next((v / 1e12 for k, v in DENSE_BFLOAT16.items() if k in name), None),
         "rows": done,
     }
@@ -279,12 +279,12 @@ def main() -> None:
             found["rows"] = [r for r in found["rows"] if r["row"] != row.name] + [result]
             path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
             path.with_suffix(".md").write_text(markdown(found), "utf-8")
-            told = (
+            details = (
                 f"{result['seconds']:.2f} s, {result['peak_bytes'] / 1e9:.2f} GB"
                 if "seconds" in result
                 else ""
             )
-            print(f"{row.name:<28} {result['outcome']} {told}", flush=True)
+            print(f"{row.name:<28} {result['outcome']} {details}", flush=True)
 
 
 if __name__ == "__main__":

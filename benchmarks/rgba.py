@@ -60,7 +60,9 @@ def main() -> None:
     console.print(summary_table(report))
     print(report.path)
     sides = {"base": seen[: args.subject], "tuned": seen[args.subject :]}
-    groups = {g.name: {"videos": g.judged, "base": g.base_yes, "tuned": g.tuned_yes} for g in report.groups}
+    groups = {
+        g.name: {"videos": g.judged, "base": g.base_matches, "tuned": g.tuned_matches} for g in report.groups
+    }
     found = {
         "kind": args.kind,
         "date": report.created,

@@ -41,8 +41,8 @@ def main() -> None:
     name = args.kind if args.image_encoders == "frozen" else f"{args.kind}-{args.image_encoders}"
     folder = args.out or Path(f"runs/scenes-{name}")
     write_scenes(folder, args.judged)
-    taught = {"model": {"options": {"image_encoders": args.image_encoders}}}
-    settings = config.build(config.merge(recipe(folder, args.kind), taught))
+    options = {"model": {"options": {"image_encoders": args.image_encoders}}}
+    settings = config.build(config.merge(recipe(folder, args.kind), options))
     train(settings)
     report = evaluate(folder, prompts=prompts(folder, settings))
     console.print(summary_table(report))

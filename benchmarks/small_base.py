@@ -44,7 +44,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 def network(family: Wan, kind: str, device: torch.device, dtype: torch.dtype, section: dict) -> tuple:
     """Return a network and its trained weights; the adapter is the same for every storage scheme."""
     denoiser = family.load_denoiser(dtype).train()
-    quantize.shrink(config.Memory(**section), denoiser, device, dtype)
+    quantize.shrink_weights(config.Memory(**section), denoiser, device, dtype)
     tuner = config.LowRank(kind=kind, rank=16)  # type: ignore[arg-type]
     trained = tuners.attach(tuner, family.targets, denoiser, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -105,7 +105,7 @@ def activations(family: Wan, device: torch.device) -> dict[str, int]:
     for every in (False, 4, 2, True):
         denoiser, _ = network(family, "lora", device, torch.float32, {})
         if every:
-            memory.checkpoint(denoiser, every)
+            memory.enable_checkpointing(denoiser, every)
         kept: dict[int, int] = {}
         known = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
 

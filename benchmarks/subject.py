@@ -47,7 +47,9 @@ def main() -> None:
     report = evaluate(folder, prompts=chosen)
     console.print(summary_table(report))
     print(report.path)
-    groups = {g.name: {"videos": g.judged, "base": g.base_yes, "tuned": g.tuned_yes} for g in report.groups}
+    groups = {
+        g.name: {"videos": g.judged, "base": g.base_matches, "tuned": g.tuned_matches} for g in report.groups
+    }
     found = {
         "kind": args.kind,
         "date": report.created,

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from inlaid import config
 from inlaid.alpha import opening
 from inlaid.media import rgba, video
 from support import rgba_clips as make
@@ -24,7 +25,7 @@ SIZE = (32, 32)
 @pytest.fixture
 def ground(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
     """A folder of three good pairs, and a recipe that works."""
-    monkeypatch.setattr(opening, "COMPOSED", {"joint": make.Glass})
+    monkeypatch.setattr(opening, "COMPOSED", {config.Joint: make.Glass})
     return tmp_path / "rgba_clips", make.transparent(recipe(data__validation=0), tmp_path / "rgba_clips", 3)
 
 
@@ -134,7 +135,7 @@ BAD: dict[Callable[[Path], None], str] = {
     faster: "does not match its alpha matte (01_rgb.mkv: 16 fps and 30 in 01_alpha.mkv)",
     two_mattes: "has several alpha mattes (01_alpha.mkv and 01_seg.mkv): keep one, or use a manifest",
     opaque: "has constant alpha (01_rgb.mkv: alpha is 255 of 255 in every pixel (opaque))",
-    empty: "has constant alpha (01_rgb.mkv: alpha is 0 of 255 in every pixel (clear))",
+    empty: "has constant alpha (01_rgb.mkv: alpha is 0 of 255 in every pixel (transparent))",
     damaged: "01_rgb.mkv",
     nothing: "cannot be read (01_rgb.mkv: its alpha matte 01_alpha.mkv: the file is empty)",
     no_alpha_inside: "has no alpha (plain.mp4: no alpha channel (h264 yuv420p) and no alpha matte such as",
@@ -203,7 +204,7 @@ def test_bad_manifests(ground: tuple[Path, dict[str, Any]], tmp_path: Path, case
         "data.matte.background=white": "data.matte.background",
         "data.matte.grow=true": "data.matte.grow: unknown key",
         "data.matte=auto": "data.matte: needs a mapping with keys (premultiplied, invert, limited",
-        "alpha.kind=merged": "alpha.codec: missing",
+        "alpha.kind=merged": "alpha.vae: missing",
     }.items(),
 )
 def test_bad_recipes(ground: tuple[Path, dict[str, Any]], tmp_path: Path, change: str, says: str) -> None:

@@ -122,7 +122,7 @@ def test_all_that_trains_has_a_gradient_and_recomputing_changes_none(
     for recompute in (False, True):
         denoiser, open_to = trained(family, "dora", dropout=0.1)
         if recompute:
-            memory.checkpoint(denoiser.train(), True)
+            memory.enable_checkpointing(denoiser.train(), True)
         torch.manual_seed(3)
         family.predict(denoiser.train(), *given(family)).square().mean().backward()
         found.append({n: p.grad for n, p in open_to.items()})
@@ -424,12 +424,12 @@ def test_an_item_is_two_clips_and_is_drawn_as_one(case: tuple[str, str], checkpo
     grey = family.single.encode_media(encoder, np.repeat(frames[..., 3:], 3, -1))
     assert {k.removeprefix("alpha_") for k in item if k.startswith("alpha_")} == set(grey)
     assert all(torch.equal(item[f"alpha_{k}"], v) for k, v in grey.items())
-    drawn = family.draw(item, torch.Generator().manual_seed(0))
+    drawn = family.sample_item(item, torch.Generator().manual_seed(0))
     assert {k: tuple(v.shape) for k, v in drawn.items()} == family.shapes(*size(family))
-    again = family.draw(item, torch.Generator().manual_seed(0))
+    again = family.sample_item(item, torch.Generator().manual_seed(0))
     assert torch.equal(drawn["latents"], again["latents"])
     one = family.single.shapes(*size(family))["latents"][1]
-    first = family.single.draw({k: item[k] for k in grey}, torch.Generator().manual_seed(0))["latents"]
+    first = family.single.sample_item({k: item[k] for k in grey}, torch.Generator().manual_seed(0))["latents"]
     assert torch.equal(drawn["latents"][:, :one], first)
     assert family.tokens(*size(family)) == 2 * family.single.tokens(*size(family)) - family.text_before
 
@@ -448,8 +448,8 @@ def test_the_network_is_counted_on_shapes_alone(case: tuple[str, str], checkpoin
     """Attention is quadratic in twice the tokens."""
     family = opened(checkpoint, case)
     meta = family.load_denoiser(torch.float32, meta=True)
-    both = estimate.count(family, meta, size(family), 1, checkpointing=False)
-    one = estimate.count(
+    both = estimate.count_operations(family, meta, size(family), 1, checkpointing=False)
+    one = estimate.count_operations(
         family.single,
         family.single.load_denoiser(torch.float32, meta=True),
         size(family),
@@ -472,7 +472,7 @@ def test_blocks_compile_into_one_graph(case: tuple[str, str], checkpoint: Checkp
     for backend in (None, "eager"):
         torch._dynamo.reset()
         denoiser, open_to = trained(family, "dora")
-        memory.checkpoint(denoiser.train(), True)
+        memory.enable_checkpointing(denoiser.train(), True)
         if backend:
             memory.compile_blocks(denoiser, backend)
         family.predict(denoiser, *given(family)).square().mean().backward()
@@ -488,7 +488,7 @@ def test_the_base_may_be_small(scheme: Any, kind: str, checkpoint: Checkpoint) -
     pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}.get(scheme, "torch"))
     family = opened(checkpoint, CASES[0])
     denoiser = family.load_denoiser(torch.float32).train()
-    quantize.shrink(config.Memory(quantize=scheme), denoiser, CPU, torch.float32)
+    quantize.shrink_weights(config.Memory(quantize=scheme), denoiser, CPU, torch.float32)
     tuners.attach(config.LowRank(kind=kind, rank=2), family.targets, denoiser, seed=1)  # type: ignore[arg-type]
     family.attached(denoiser)
     layers = [m for m in denoiser.modules() if isinstance(m, HalfTokens)]

@@ -1,4 +1,4 @@
-"""Merged alpha: learning a codec's latents, and published files of such codecs in and out."""
+"""Merged alpha: training on latents of an RGBA VAE; import and export of published RGBA VAEs."""
 
 from __future__ import annotations
 
@@ -41,19 +41,23 @@ def vae(tiny_wan: Path) -> AutoencoderKLWan:
 
 
 @pytest.fixture(scope="module")
-def codecs(vae: AutoencoderKLWan, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("codecs")
+def rgba_vaes(vae: AutoencoderKLWan, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("rgba_vaes")
     for seed in (0, 1):
         rgba_vae_checkpoint.save(made(vae, seed), folder / str(seed))
     return [folder / "0", folder / "1"]
 
 
 @pytest.fixture
-def merged(recipe: Callable[..., dict], codecs: list[Path], tmp_path: Path) -> Callable[..., config.Config]:
+def merged(
+    recipe: Callable[..., dict], rgba_vaes: list[Path], tmp_path: Path
+) -> Callable[..., config.Config]:
     clips = rgba_clips(tmp_path / "rgba_clips")
 
     def make(**changes: object) -> config.Config:
-        raw = recipe(alpha={"kind": "merged", "codec": str(codecs[0]), "colors": 2}, data__sources=str(clips))
+        raw = recipe(
+            alpha={"kind": "merged", "vae": str(rgba_vaes[0]), "colors": 2}, data__sources=str(clips)
+        )
         raw["data"] |= {"frames": 5}
         for key, value in changes.items():
             section, _, name = key.partition("__")
@@ -66,20 +70,21 @@ def merged(recipe: Callable[..., dict], codecs: list[Path], tmp_path: Path) -> C
 # --- the family -------------------------------------------------------------------------------------------
 
 
-def test_latents_are_the_codec_s_before_several_colours(
-    merged: Callable[..., config.Config], codecs: list[Path], vae: AutoencoderKLWan
+def test_latents_are_the_rgba_vae_s_over_several_colors(
+    merged: Callable[..., config.Config], rgba_vaes: list[Path], vae: AutoencoderKLWan
 ) -> None:
     family: Any = build_family(merged(alpha__colors=3))
     encoder = family.load_media_encoder(torch.device("cpu"))
     frames = disc(5)
     item = family.encode_media(encoder, frames)
     assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(5, 32, 32)
-    codec = rgba_vae_checkpoint.load(codecs[0], vae)
-    rgb, clear = rgba_vae_checkpoint.to_video(torch.from_numpy(frames).permute(3, 0, 1, 2)[None])
+    rgba_vae = rgba_vae_checkpoint.load(rgba_vaes[0], vae)
+    rgb, of_alpha = rgba_vae_checkpoint.to_video(torch.from_numpy(frames).permute(3, 0, 1, 2)[None])
     mean, std = (torch.tensor(vae.config[k]).view(-1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
     with torch.no_grad():
         every = [
-            (codec.encode(hard_render(rgb, clear, torch.tensor(c)), clear)[0] - mean) / std for c in COLORS
+            (rgba_vae.encode(hard_render(rgb, of_alpha, torch.tensor(c)), of_alpha)[0] - mean) / std
+            for c in COLORS
         ]
     which = [min(range(8), key=lambda i: (every[i] - z).abs().max()) for z in item["latents"]]
     assert len(set(which)) == 3
@@ -88,20 +93,21 @@ def test_latents_are_the_codec_s_before_several_colours(
         "of the content alone"
     )
     drawn = {
-        float(family.draw(item, torch.Generator().manual_seed(k))["latents"].sum().item()) for k in range(20)
+        float(family.sample_item(item, torch.Generator().manual_seed(k))["latents"].sum().item())
+        for k in range(20)
     }
     assert len(drawn) == 3
     with pytest.raises(ValueError, match="no alpha"):
         family.encode_media(encoder, frames[..., :3])
 
 
-def test_cached_clips_are_named_by_codec_and_colours(
-    merged: Callable[..., config.Config], codecs: list[Path], tmp_path: Path
+def test_cached_clips_are_named_by_rgba_vae_and_colors(
+    merged: Callable[..., config.Config], rgba_vaes: list[Path], tmp_path: Path
 ) -> None:
     from inlaid.data.plan import plan_dataset
 
     names = set()
-    for changes in ({}, {"alpha__codec": str(codecs[1])}, {"alpha__colors": 1}):
+    for changes in ({}, {"alpha__vae": str(rgba_vaes[1])}, {"alpha__colors": 1}):
         made_config = merged(**changes)
         family = build_family(made_config)
         plan = plan_dataset(made_config.data, family.grid, family.fps, 0, family=family)
@@ -109,13 +115,13 @@ def test_cached_clips_are_named_by_codec_and_colours(
     assert len(names) == 3
 
 
-def test_a_run_learns_and_draws_with_its_codec_alone(
-    merged: Callable[..., config.Config], codecs: list[Path], tmp_path: Path
+def test_a_run_trains_and_generates_with_its_rgba_vae_alone(
+    merged: Callable[..., config.Config], rgba_vaes: list[Path], tmp_path: Path
 ) -> None:
     run = train(merged(tuner={"kind": "dora", "rank": 2}))
     header = read_header(run / "adapter" / WEIGHTS)
     assert header["inlaid_alpha"] == "merged"
-    assert header["inlaid_codec"] == rgba_vae_checkpoint.read_config(codecs[0])["codec_id"]
+    assert header["inlaid_rgba_vae"] == rgba_vae_checkpoint.read_config(rgba_vaes[0])["rgba_vae_id"]
     place, made_config = Run(run), Run(run).config()
     family = build_family(made_config)
     folder = trained_folder(place, None, family)
@@ -142,19 +148,19 @@ def test_a_run_learns_and_draws_with_its_codec_alone(
     assert drawn[0].shape == (5, 32, 32, 4) and drawn[0].dtype == np.uint8
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     with pytest.raises(ValueError, match="the adapter was trained with RGBA VAE"):
-        trained_folder(place, None, build_family(merged(alpha__codec=str(codecs[1]))))
+        trained_folder(place, None, build_family(merged(alpha__vae=str(rgba_vaes[1]))))
     opaque = merged(alpha={"kind": "opaque"})
     with pytest.raises(ValueError, match=r"trained with alpha\.kind=merged"):
         trained_folder(place, None, build_family(opaque))
-    with pytest.raises(ValueError, match=r"started with another recipe:\n.*alpha\.codec"):
-        train(merged(tuner={"kind": "dora", "rank": 2}, alpha__codec=str(codecs[1])))
+    with pytest.raises(ValueError, match=r"started with another recipe:\n.*alpha\.vae"):
+        train(merged(tuner={"kind": "dora", "rank": 2}, alpha__vae=str(rgba_vaes[1])))
 
 
-def test_a_codec_may_have_colours_of_its_own(
+def test_an_rgba_vae_may_have_colors_of_its_own(
     merged: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
     rgba_vae_checkpoint.save(made(vae), tmp_path / "grey", colors=[[-0.5, -0.5, -0.5]])
-    family: Any = build_family(merged(alpha__codec=str(tmp_path / "grey"), alpha__colors=4))
+    family: Any = build_family(merged(alpha__vae=str(tmp_path / "grey"), alpha__colors=4))
     item = family.encode_media(family.load_media_encoder(torch.device("cpu")), disc(5))
     assert tuple(item["latents"].shape) == family.stored(5, 32, 32)["latents"] == (1, 16, 2, 4, 4)
 
@@ -184,56 +190,58 @@ def test_other_checkpoints_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("codec", "said"),
+    ("rgba_vae", "said"),
     [
         ("nowhere", "nowhere is not a folder"),
         ("tiny:mochi", "no RGBA VAE of a tiny model"),
         (".", "is not an RGBA VAE"),
     ],
 )
-def test_a_codec_must_be_one(
+def test_alpha_vae_must_be_an_rgba_vae(
     merged: Callable[..., config.Config],
-    codec: str,
+    rgba_vae: str,
     said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
-        build_family(merged(alpha__codec=codec))
+        build_family(merged(alpha__vae=rgba_vae))
 
 
 # --- published files --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def codec(vae: AutoencoderKLWan) -> RgbaVae:
+def rgba_vae(vae: AutoencoderKLWan) -> RgbaVae:
     return made(vae)
 
 
 Z = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(5))
 
 
-def write(codec: RgbaVae, layout: str, folder: Path) -> Path:
+def write(rgba_vae: RgbaVae, layout: str, folder: Path) -> Path:
     """A synthetic file, or folder, of a published layout."""
     folder.mkdir(parents=True)
     if layout == "comfyui":
-        for half, tensors in rgba_vae_published.folded_layout(codec).items():
+        for half, tensors in rgba_vae_published.folded_layout(rgba_vae).items():
             save_file(tensors, folder / f"wan_alpha_2.1_vae_{half}.safetensors")
         return folder
-    tensors = rgba_vae_published.decoder_layout(codec)
+    tensors = rgba_vae_published.decoder_layout(rgba_vae)
     if layout == "lightning":  # peft's base weights beside the update, and what else was trained
-        base = rgba_vae_published.whole_layout(codec)
+        base = rgba_vae_published.whole_layout(rgba_vae)
         for name in [n for n in tensors if ".lora_A." in n]:
             layer = name.removesuffix(".lora_A.default.weight")
             tensors[f"{layer}.base_layer.weight"] = base[f"{layer.removesuffix('.conv3D')}.weight"]
         tensors = {"state_dict": {**tensors, "loss.weight": torch.ones(1)}}  # type: ignore[dict-item]
     if layout in ("whole", "folded whole"):
-        tensors = rgba_vae_published.whole_layout(codec)
+        tensors = rgba_vae_published.whole_layout(rgba_vae)
     if layout == "folded whole":
         tensors = {n: t for n, t in tensors.items() if n.startswith("middle.")}
         for group, half in zip(("vae_fgr", "vae_pha"), HALVES, strict=True):
-            tensors |= {f"{group}.{n}": t for n, t in rgba_vae_published.folded_layout(codec)[half].items()}
+            tensors |= {
+                f"{group}.{n}": t for n, t in rgba_vae_published.folded_layout(rgba_vae)[half].items()
+            }
     torch.save(tensors, folder / "decoder.bin")
     return folder / "decoder.bin"
 
@@ -241,12 +249,12 @@ def write(codec: RgbaVae, layout: str, folder: Path) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["decoder", "lightning", "whole", "folded whole", "comfyui"])
 def test_every_layout_imports_and_does_the_same(
-    codec: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, layout: str, tmp_path: Path
+    rgba_vae: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, layout: str, tmp_path: Path
 ) -> None:
-    path = write(codec, layout, tmp_path / "in")
+    path = write(rgba_vae, layout, tmp_path / "in")
     out, notes = import_adapter(path, tmp_path / "out", "wan", str(tiny_wan))
     again = rgba_vae_checkpoint.load(out, vae)
-    for one, two in zip(codec.decode(Z), again.decode(Z), strict=True):
+    for one, two in zip(rgba_vae.decode(Z), again.decode(Z), strict=True):
         assert (one - two).abs().max() <= (1e-4 if "folded" in layout or layout == "comfyui" else 0)
     assert "RGBA VAE" in notes[0]
     whole = layout.endswith("whole")
@@ -256,12 +264,12 @@ def test_every_layout_imports_and_does_the_same(
     assert any("no merge block" in n for n in notes) != whole
     if whole:
         assert "groups found: vae_fgr, vae_pha, middle" in notes
-        for name, tensor in codec.merge.state_dict().items():
+        for name, tensor in rgba_vae.merge.state_dict().items():
             assert torch.equal(tensor, again.merge.state_dict()[name])
     if layout == "lightning":
         assert any("1 other tensors were ignored, such as loss.weight" in n for n in notes)
-    assert inspect_path(out).kind == "codec"
-    assert "codec_id" in describe(inspect_path(out))
+    assert inspect_path(out).kind == "RGBA VAE"
+    assert "rgba_vae_id" in describe(inspect_path(out))
 
 
 def _without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -292,18 +300,18 @@ def _other_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ids=["no alpha", "no colour", "no factor", "extra", "extra merge", "rank", "width", "no tensors"],
 )
 def test_wrong_decoders_are_refused_with_a_sentence(
-    codec: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, change: Any, said: str, tmp_path: Path
+    rgba_vae: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, change: Any, said: str, tmp_path: Path
 ) -> None:
-    torch.save(change(rgba_vae_published.decoder_layout(codec)), tmp_path / "decoder.bin")
+    torch.save(change(rgba_vae_published.decoder_layout(rgba_vae)), tmp_path / "decoder.bin")
     with pytest.raises(ValueError, match=said):
         rgba_vae_published.convert(tmp_path / "decoder.bin", tmp_path / "out", vae)
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_pairs_of_folded_decoders_are_refused(
-    codec: RgbaVae, vae: AutoencoderKLWan, tiny_wan: Path, tmp_path: Path
+    rgba_vae: RgbaVae, vae: AutoencoderKLWan, tiny_wan: Path, tmp_path: Path
 ) -> None:
-    folder = write(codec, "comfyui", tmp_path / "pair")
+    folder = write(rgba_vae, "comfyui", tmp_path / "pair")
     one = next(folder.glob("*alpha_channel*"))
     torch.manual_seed(3)
     other = AutoencoderKLWan.from_config(vae.config)
@@ -319,28 +327,30 @@ def test_wrong_pairs_of_folded_decoders_are_refused(
 
 
 def test_a_whole_vae_of_another_base_is_refused(
-    codec: RgbaVae, vae: AutoencoderKLWan, tmp_path: Path
+    rgba_vae: RgbaVae, vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
-    path = write(codec, "whole", tmp_path / "in")
+    path = write(rgba_vae, "whole", tmp_path / "in")
     torch.manual_seed(3)
     with pytest.raises(ValueError, match=r"made for another VAE: .* is not the checkpoint's"):
         rgba_vae_published.convert(path, tmp_path / "out", AutoencoderKLWan.from_config(vae.config))
 
 
 def test_decoders_without_a_merge_block_decode_and_cannot_encode(
-    codec: RgbaVae, vae: AutoencoderKLWan, merged: Callable[..., config.Config], tmp_path: Path
+    rgba_vae: RgbaVae, vae: AutoencoderKLWan, merged: Callable[..., config.Config], tmp_path: Path
 ) -> None:
-    rgba_vae_published.convert(write(codec, "decoder", tmp_path / "in"), tmp_path / "half", vae)
-    family = build_family(merged(alpha__codec=str(tmp_path / "half")))
+    rgba_vae_published.convert(write(rgba_vae, "decoder", tmp_path / "in"), tmp_path / "half", vae)
+    family = build_family(merged(alpha__vae=str(tmp_path / "half")))
     with pytest.raises(ValueError, match=r"no merge block.*train: merge, init_from:"):
         family.load_media_encoder(torch.device("cpu"))
-    assert hasattr(family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32), "codec")
+    assert hasattr(
+        family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32), "rgba_vae"
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("to", TARGETS)
-def test_exports_come_back(codec: RgbaVae, vae: AutoencoderKLWan, to: str, tmp_path: Path) -> None:
-    out = rgba_vae_published.export(codec, to, tmp_path / to)
+def test_exports_come_back(rgba_vae: RgbaVae, vae: AutoencoderKLWan, to: str, tmp_path: Path) -> None:
+    out = rgba_vae_published.export(rgba_vae, to, tmp_path / to)
     names = {p.name for p in out.iterdir()}
     if to == "comfyui":
         assert names == {"vae_rgb_channel.safetensors", "vae_alpha_channel.safetensors"}
@@ -352,12 +362,12 @@ def test_exports_come_back(codec: RgbaVae, vae: AutoencoderKLWan, to: str, tmp_p
         assert len(layers) == len(convolutions), "each convolution has one original name"
         rgba_vae_published.convert(out / "vae.safetensors", tmp_path / "again", vae)
     again = rgba_vae_checkpoint.load(tmp_path / "again", vae)
-    for one, two in zip(codec.decode(Z), again.decode(Z), strict=True):
+    for one, two in zip(rgba_vae.decode(Z), again.decode(Z), strict=True):
         assert (one - two).abs().mean() <= (0.02 * one.abs().mean() if to == "comfyui" else 0), (
             "bfloat16 rounds"
         )
     with pytest.raises(ValueError, match="exported to wan-alpha or comfyui"):
-        rgba_vae_published.export(codec, "gguf", tmp_path / "x")
+        rgba_vae_published.export(rgba_vae, "gguf", tmp_path / "x")
 
 
 def test_published_names_at_full_width() -> None:
@@ -368,8 +378,8 @@ def test_published_names_at_full_width() -> None:
     names = rgba_vae_published.original_names(2, 4)
     assert {n.rpartition(".")[0] for n in vae.state_dict()} <= names.keys()
     assert len(set(names.values())) == len(names)
-    codec = RgbaVae(vae, merge, *(DecoderLora.of(vae.decoder, 4) for _ in range(2)))
-    layout = rgba_vae_published.decoder_layout(codec)
+    rgba_vae = RgbaVae(vae, merge, *(DecoderLora.of(vae.decoder, 4) for _ in range(2)))
+    layout = rgba_vae_published.decoder_layout(rgba_vae)
     assert sum("vae_fgr." in n and ".lora_A." in n for n in layout) == 38
     assert layout["vae_pha.decoder.upsamples.3.time_conv.conv3D.lora_B.default.weight"].ndim == 5
     assert layout["vae_pha.decoder.middle.1.to_qkv.lora_A.default.weight"].ndim == 4

@@ -1,4 +1,4 @@
-"""Codecs of merged alpha: what they learn from, how they are judged, their folder, training them."""
+"""RGBA VAEs: metrics, folder, loss, and training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from inlaid import config
 from inlaid.alpha.opening import build_family
-from inlaid.evaluation import rgba_vae
+from inlaid.evaluation.rgba_vae import evaluate
 from inlaid.networks import rgba_vae_checkpoint, rgba_vae_metrics
 from inlaid.networks.rgba_vae_losses import RgbaLoss
 from inlaid.runs.folder import Run
@@ -54,7 +54,7 @@ def test_regions_catch_the_predictor_that_plain_errors_let_pass(constant: int) -
     assert found["rgb_mae"] == 0
     said = " ".join(rgba_vae_metrics.trivial(found))
     assert "in the mean of the regions" in said
-    assert f"where the clips are {'opaque' if constant == 0 else 'clear'}" in said
+    assert f"where the clips are {'opaque' if constant == 0 else 'transparent'}" in said
     assert found["alpha_mae_balanced"] > 80
 
 
@@ -70,13 +70,13 @@ def test_a_good_reconstruction_passes_and_its_numbers_are_the_obvious_ones() -> 
     alpha = np.abs(off[..., 3].astype(float) - true[..., 3])
     assert found["alpha_mae"] == pytest.approx(alpha.mean())
     assert found["rgb_mae"] == pytest.approx(2), "6 in one channel of three"
-    assert found["alpha_mae_clear"] == pytest.approx(4) and found["alpha_mae_opaque"] < 0.01
+    assert found["alpha_mae_transparent"] == pytest.approx(4) and found["alpha_mae_opaque"] < 0.01
     assert found["alpha_psnr"] == pytest.approx(10 * np.log10(255**2 / (alpha**2).mean()), abs=1e-3)
-    assert found["all_clear_alpha_mae"] == pytest.approx(true[..., 3].mean())
+    assert found["all_transparent_alpha_mae"] == pytest.approx(true[..., 3].mean())
     assert found["composite_psnr_worst"] <= found["composite_psnr"]
 
 
-def test_colour_counts_only_where_it_is_visible() -> None:
+def test_color_counts_only_where_it_is_visible() -> None:
     true = disc()
     got = true.copy()
     got[true[..., 3] == 0] ^= np.array([255, 255, 255, 0], np.uint8)
@@ -99,20 +99,20 @@ def test_clips_add_up() -> None:
 
 
 @torch.no_grad()
-def test_a_folder_keeps_the_codec(vae: AutoencoderKLWan, tmp_path: Path) -> None:
-    codec, z = made(vae), torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    name = rgba_vae_checkpoint.save(codec, tmp_path / "a")
+def test_a_folder_keeps_the_rgba_vae(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    rgba_vae, z = made(vae), torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    name = rgba_vae_checkpoint.save(rgba_vae, tmp_path / "a")
     again = rgba_vae_checkpoint.load(tmp_path / "a", vae)
-    assert all(torch.equal(a, b) for a, b in zip(codec.decode(z), again.decode(z), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rgba_vae.decode(z), again.decode(z), strict=True))
     video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
-    assert torch.equal(codec.encode(video, video), again.encode(video, video))
-    assert rgba_vae_checkpoint.save(again, tmp_path / "b") == name, "the same codec has the same name"
+    assert torch.equal(rgba_vae.encode(video, video), again.encode(video, video))
+    assert rgba_vae_checkpoint.save(again, tmp_path / "b") == name, "the same weights have the same ID"
     assert rgba_vae_checkpoint.save(made(vae, 1), tmp_path / "c") != name
-    assert rgba_vae_checkpoint.save(codec, tmp_path / "d", alpha_eps=0.0) != name
+    assert rgba_vae_checkpoint.save(rgba_vae, tmp_path / "d", alpha_eps=0.0) != name
     assert rgba_vae_checkpoint.read_config(tmp_path / "a")["rank"] == {"rgb": 2, "alpha": 2}
 
 
-def test_parts_of_two_codecs_do_not_mix(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+def test_parts_of_two_rgba_vaes_do_not_mix(vae: AutoencoderKLWan, tmp_path: Path) -> None:
     for seed in (0, 1):
         rgba_vae_checkpoint.save(made(vae, seed), tmp_path / str(seed))
     shutil.copy(tmp_path / "1" / "merge.safetensors", tmp_path / "0" / "merge.safetensors")
@@ -120,22 +120,22 @@ def test_parts_of_two_codecs_do_not_mix(vae: AutoencoderKLWan, tmp_path: Path) -
         rgba_vae_checkpoint.load(tmp_path / "0", vae)
 
 
-def test_a_codec_belongs_to_its_vae(vae: AutoencoderKLWan, tmp_path: Path) -> None:
-    rgba_vae_checkpoint.save(made(vae), tmp_path / "codec")
+def test_an_rgba_vae_belongs_to_its_base_vae(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    rgba_vae_checkpoint.save(made(vae), tmp_path / "rgba_vae")
     torch.manual_seed(1)
     other = AutoencoderKLWan.from_config(vae.config)
     with pytest.raises(ValueError, match="trained on another VAE"):
-        rgba_vae_checkpoint.load(tmp_path / "codec", other)
+        rgba_vae_checkpoint.load(tmp_path / "rgba_vae", other)
     rounded = AutoencoderKLWan.from_config(vae.config)
     rounded.load_state_dict({n: t.bfloat16() for n, t in vae.state_dict().items()})
-    rgba_vae_checkpoint.load(tmp_path / "codec", rounded)
+    rgba_vae_checkpoint.load(tmp_path / "rgba_vae", rounded)
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda f: (f / "config.json").unlink(), "is not an RGBA VAE: config.json cannot be used"),
-        (lambda f: (f / "config.json").write_text("{}"), "it has no codec_id"),
+        (lambda f: (f / "config.json").write_text("{}"), "it has no rgba_vae_id"),
         (lambda f: (f / "merge.safetensors").unlink(), "without merge.safetensors"),
         (lambda f: (f / "merge.safetensors").write_bytes(b"no"), "a file of this RGBA VAE is damaged"),
         (lambda f: _change(f / "decoder_rgb_lora.safetensors"), "a file was changed"),
@@ -145,10 +145,10 @@ def test_a_codec_belongs_to_its_vae(vae: AutoencoderKLWan, tmp_path: Path) -> No
 def test_a_damaged_folder_is_refused(
     vae: AutoencoderKLWan, tmp_path: Path, damage: Callable[[Path], Any], said: str
 ) -> None:
-    rgba_vae_checkpoint.save(made(vae), tmp_path / "codec")
-    damage(tmp_path / "codec")
+    rgba_vae_checkpoint.save(made(vae), tmp_path / "rgba_vae")
+    damage(tmp_path / "rgba_vae")
     with pytest.raises(ValueError, match=said):
-        rgba_vae_checkpoint.load(tmp_path / "codec", vae)
+        rgba_vae_checkpoint.load(tmp_path / "rgba_vae", vae)
 
 
 def _change(path: Path) -> None:
@@ -165,33 +165,33 @@ def batch(n: int = 1) -> torch.Tensor:
 
 
 def test_the_loss_is_a_function_of_its_generator_and_reaches_all_that_trains(vae: AutoencoderKLWan) -> None:
-    codec = made(vae)
+    rgba_vae = made(vae)
     draw = lambda seed, **more: rgba_vae_checkpoint.losses(  # noqa: E731
-        codec, batch(), RgbaLoss(), torch.Generator().manual_seed(seed), **more
+        rgba_vae, batch(), RgbaLoss(), torch.Generator().manual_seed(seed), **more
     )
     first = draw(3)
     assert torch.equal(first["loss"], draw(3)["loss"])
-    assert len({float(draw(s)["loss"].detach()) for s in range(4)}) > 1, "colours are drawn"
+    assert len({float(draw(s)["loss"].detach()) for s in range(4)}) > 1, "colors are sampled"
     assert {"l1_alpha", "edge_alpha", "l1_rgb_soft", "l1_rgb_hard"} <= first.keys()
     more = draw(3, anchor=0.5, noise=0.1)
     assert more["anchor"] > 0 and not torch.equal(more["l1_alpha"], first["l1_alpha"])
     more["loss"].backward()
-    trained = {n for n, p in codec.named_parameters() if not n.startswith("vae.")}
-    assert {n for n, p in codec.named_parameters() if p.grad is not None and p.grad.any()} == trained
-    codec.zero_grad()
+    trained = {n for n, p in rgba_vae.named_parameters() if not n.startswith("vae.")}
+    assert {n for n, p in rgba_vae.named_parameters() if p.grad is not None and p.grad.any()} == trained
+    rgba_vae.zero_grad()
 
 
 @torch.no_grad()
-def test_a_merge_block_may_begin_as_the_encoder_s_head(vae: AutoencoderKLWan) -> None:
-    codec = rgba_vae_checkpoint.new(vae, 2, 0, "encoder")
+def test_a_merge_block_may_be_initialized_as_the_encoder_s_head(vae: AutoencoderKLWan) -> None:
+    rgba_vae = rgba_vae_checkpoint.new(vae, 2, 0, "encoder")
     rgb, alpha = (torch.rand(1, 3, 9, 32, 32) * 2 - 1 for _ in range(2))
-    assert (codec.encode(rgb, alpha) - vae.encode(rgb).latent_dist.mode()).abs().max() < 1e-5
+    assert (rgba_vae.encode(rgb, alpha) - vae.encode(rgb).latent_dist.mode()).abs().max() < 1e-5
     assert (
-        rgba_vae_checkpoint.new(vae, 2, 0).encode(rgb, alpha) - codec.encode(rgb, alpha)
+        rgba_vae_checkpoint.new(vae, 2, 0).encode(rgb, alpha) - rgba_vae.encode(rgb, alpha)
     ).abs().max() > 1e-2
 
 
-def test_codecs_fit_one_kind_of_vae(tiny_5b: Path) -> None:
+def test_rgba_vaes_fit_one_kind_of_vae(tiny_5b: Path) -> None:
     other = AutoencoderKLWan.from_pretrained(tiny_5b, subfolder="vae")
     with pytest.raises(ValueError, match=r"16-channel VAE of Wan 2\.1"):
         rgba_vae_checkpoint.new(other, 2, 0)
@@ -201,16 +201,17 @@ def test_codecs_fit_one_kind_of_vae(tiny_5b: Path) -> None:
 
 
 @pytest.fixture
-def codec_recipe(recipe: Callable[..., dict], tmp_path: Path) -> Callable[..., config.Config]:
+def rgba_vae_recipe(recipe: Callable[..., dict], tmp_path: Path) -> Callable[..., config.Config]:
     clips = rgba_clips(tmp_path / "rgba_clips")
 
     def make(**changes: object) -> config.Config:
         raw = recipe(
-            tuner={"kind": "codec", "rank": 2},
             data__sources=str(clips),
             train__steps=4,
             train__validate_every=2,
         )
+        del raw["tuner"]
+        raw["rgba_vae"] = {"rank": 2}
         raw["data"] |= {"frames": 5}
         raw["sample"] = {}
         for key, value in changes.items():
@@ -225,30 +226,30 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
-    codec_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
+def test_a_recipe_trains_an_rgba_vae_and_resumes_to_the_same_bits(
+    rgba_vae_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
-    run = train(codec_recipe(run=str(tmp_path / "whole")))
+    run = train(rgba_vae_recipe(run=str(tmp_path / "whole")))
     cached = load_file(next((run / "cache/media").rglob("*.safetensors")))
     bytewise = build_family(config.load(run)).bytewise
     assert {n for n, v in cached.items() if v.dtype is torch.uint8} == {*bytewise}, "as the estimate counts"
-    codec = rgba_vae_checkpoint.load(run / "codec", vae)
-    assert (run / "codec" / "README.md").is_file() and codec.rgb.rank == 2
+    rgba_vae = rgba_vae_checkpoint.load(run / "rgba_vae", vae)
+    assert (run / "rgba_vae" / "README.md").is_file() and rgba_vae.rgb.rank == 2
     validation = [m for m in metrics(run) if "validation_loss" in m]
     assert [m["step"] for m in validation] == [2, 4]
     assert {
         "validation_rgb_mae",
         "validation_alpha_mae_soft",
-        "validation_all_clear_alpha_mae",
+        "validation_all_transparent_alpha_mae",
     } <= validation[0].keys()
-    train(codec_recipe(run=str(tmp_path / "halves"), train__steps=4))
+    train(rgba_vae_recipe(run=str(tmp_path / "halves"), train__steps=4))
     shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step-000004")
-    shutil.rmtree(tmp_path / "halves" / "codec")
-    again = train(codec_recipe(run=str(tmp_path / "halves")))
-    for file in (run / "codec").glob("*.safetensors"):
-        ours, theirs = load_file(file), load_file(again / "codec" / file.name)
+    shutil.rmtree(tmp_path / "halves" / "rgba_vae")
+    again = train(rgba_vae_recipe(run=str(tmp_path / "halves")))
+    for file in (run / "rgba_vae").glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(again / "rgba_vae" / file.name)
         assert all(torch.equal(ours[n], theirs[n]) for n in ours), file.name
-    report = rgba_vae.evaluate(run)
+    report = evaluate(run)
     assert report.path.is_file() and report.path.with_suffix(".png").is_file()
     assert report.values["alpha_mae"] == pytest.approx(validation[-1]["validation_alpha_mae"], abs=1e-6)
     assert any("where the clips are" in w or "regions" in w for w in report.warnings), (
@@ -257,87 +258,94 @@ def test_a_recipe_trains_a_codec_and_goes_on_to_the_same_bits(
 
 
 def test_the_merge_block_alone_learns_towards_frozen_decoders(
-    codec_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
+    rgba_vae_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
     rgba_vae_checkpoint.save(made(vae), tmp_path / "start")
-    tuner = {"kind": "codec", "train": "merge", "start": str(tmp_path / "start")}
-    run = train(codec_recipe(run=str(tmp_path / "merge"), tuner=tuner))
+    section = {"train": "merge", "init_from": str(tmp_path / "start")}
+    run = train(rgba_vae_recipe(run=str(tmp_path / "merge"), rgba_vae=section))
     for part, same in (("decoder_rgb_lora", True), ("decoder_alpha_lora", True), ("merge", False)):
-        one, two = (load_file(f / f"{part}.safetensors") for f in (tmp_path / "start", run / "codec"))
+        one, two = (load_file(f / f"{part}.safetensors") for f in (tmp_path / "start", run / "rgba_vae"))
         assert all(torch.equal(one[n], two[n]) for n in one) == same, part
 
 
 def test_plain_decoders_are_no_aim(
-    codec_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
+    rgba_vae_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"init_from: missing, and train=merge needs decoders that were"):
-        codec_recipe(tuner={"kind": "codec", "train": "merge"})
+        rgba_vae_recipe(rgba_vae={"train": "merge"})
     rgba_vae_checkpoint.save(rgba_vae_checkpoint.new(vae, 2, 0), tmp_path / "plain")
-    tuner = {"kind": "codec", "train": "merge", "start": str(tmp_path / "plain")}
+    section = {"train": "merge", "init_from": str(tmp_path / "plain")}
     with pytest.raises(ValueError, match="are untrained and cannot decode alpha"):
-        train(codec_recipe(tuner=tuner))
+        train(rgba_vae_recipe(rgba_vae=section))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"alpha": {"kind": "merged", "codec": "x"}}, "leave `alpha` out"),
+        ({"alpha": {"kind": "merged", "vae": "x"}}, "leave `alpha` out"),
         ({"sample": {"every": 2}}, "sample.every: an RGBA VAE generates no samples"),
         ({"memory": {"quantize": "int8"}}, "memory.quantize: not supported for an RGBA VAE"),
         ({"runtime": {"compile": True}}, "runtime.compile"),
         ({"runtime": {"parallel": "fsdp"}}, "runtime.parallel: an RGBA VAE trains with ddp only"),
-        ({"tuner": {"kind": "codec", "ranks": 3}}, "did you mean `rank`"),
+        ({"rgba_vae": {"ranks": 3}}, "rgba_vae.ranks: unknown key; did you mean `rank`"),
+        ({"rgba_vae": 3}, r"rgba_vae: needs a mapping with keys \(train, rank, init_from, init, loss"),
+        ({"tuner": {"rank": 8}}, "leave `tuner` out"),
+        ({"tuner": {"kind": "full"}}, "leave `tuner` out"),
+        (
+            {"data__sources": [{"path": "x", "prior_preservation": 1}, "y"]},
+            "does not apply to training an RGBA",
+        ),
     ],
 )
-def test_a_codec_s_recipe_says_what_does_not_go_together(
-    codec_recipe: Callable[..., config.Config], changes: dict, said: str
+def test_a_recipe_of_an_rgba_vae_names_conflicts(
+    rgba_vae_recipe: Callable[..., config.Config], changes: dict, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        codec_recipe(**changes)
+        rgba_vae_recipe(**changes)
 
 
 @pytest.mark.parametrize(
-    ("tuner", "said"),
+    ("section", "said"),
     [
         ({"perceptual": "vgg.pth"}, "perceptual: vgg.pth does not exist"),
-        ({"start": "nowhere"}, "nowhere is not a folder"),
+        ({"init_from": "nowhere"}, "nowhere is not a folder"),
     ],
 )
-def test_what_a_codec_needs_must_be_there(
-    codec_recipe: Callable[..., config.Config], tuner: dict, said: str
+def test_files_of_an_rgba_vae_must_exist(
+    rgba_vae_recipe: Callable[..., config.Config], section: dict, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        train(codec_recipe(tuner={"kind": "codec", "rank": 2, **tuner}))
+        train(rgba_vae_recipe(rgba_vae={"rank": 2, **section}))
 
 
 def test_nine_terms_with_a_perceptual_network_and_a_note_without(
-    codec_recipe: Callable[..., config.Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rgba_vae_recipe: Callable[..., config.Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {0: (4, 3), 2: (4, 4), 5: (6, 4), 7: (6, 6)}
     weights = {f"features.{i}.weight": torch.randn(*s, 3, 3) for i, s in sizes.items()}
     weights |= {f"features.{i}.bias": torch.randn(s[0]) for i, s in sizes.items()}
     save_file(weights, tmp_path / "vgg16.safetensors")
-    tuner = {"kind": "codec", "rank": 2, "perceptual": str(tmp_path / "vgg16.safetensors")}
-    run = train(codec_recipe(run=str(tmp_path / "nine"), tuner=tuner, train__steps=1))
+    section = {"rank": 2, "perceptual": str(tmp_path / "vgg16.safetensors")}
+    run = train(rgba_vae_recipe(run=str(tmp_path / "nine"), rgba_vae=section, train__steps=1))
     assert "three of the nine terms" not in " ".join(capsys.readouterr().err.split())
     assert sum(k.startswith("loss_") for k in metrics(run)[0]) in (0, 9)
-    train(codec_recipe(run=str(tmp_path / "six"), train__steps=1))
+    train(rgba_vae_recipe(run=str(tmp_path / "six"), train__steps=1))
     assert "three of the nine terms" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ValueError, match="not the weights of a VGG16"):
         save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-        train(codec_recipe(tuner={**tuner, "perceptual": str(tmp_path / "other.safetensors")}))
+        train(rgba_vae_recipe(rgba_vae={**section, "perceptual": str(tmp_path / "other.safetensors")}))
 
 
-def test_a_run_that_trained_a_codec_draws_no_prompts(
-    codec_recipe: Callable[..., config.Config], tmp_path: Path
+def test_a_run_that_trained_an_rgba_vae_generates_no_prompts(
+    rgba_vae_recipe: Callable[..., config.Config], tmp_path: Path
 ) -> None:
     from inlaid.generation.generate import generate
 
-    made_config = codec_recipe()
+    made_config = rgba_vae_recipe()
     Path(made_config.run).mkdir()
     config.save(made_config, Path(made_config.run) / "config.yaml")
-    assert Run(Path(made_config.run)).config().tuner.kind == "codec"
+    assert Run(Path(made_config.run)).config() == made_config and made_config.rgba_vae is not None
     with pytest.raises(ValueError, match="cannot generate from prompts"):
         generate(made_config.run, ["a disc"])
     with pytest.raises(ValueError, match="nothing is trained yet"):
-        rgba_vae.evaluate(made_config.run)
+        evaluate(made_config.run)

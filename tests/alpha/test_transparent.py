@@ -33,7 +33,7 @@ from support import rgba_clips as make
 @pytest.fixture
 def raw(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """A function that gives a small transparent recipe, with changes."""
-    monkeypatch.setattr(opening, "COMPOSED", {"joint": make.Glass})
+    monkeypatch.setattr(opening, "COMPOSED", {config.Joint: make.Glass})
     return lambda **changes: make.transparent(recipe(**changes), tmp_path / "rgba_clips")
 
 
@@ -112,7 +112,7 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     report = evaluate(trained, prompts=prompts)
     assert shapes == [(9, 32, 32, 4)] * 2, "judges see alpha"
     assert list(report.metrics) == [*METRICS, *METRICS, *TRUTH]
-    assert report.pairs[0].tuned.metrics["matte_error"] == 0
+    assert report.pairs[0].tuned.metrics["alpha_error"] == 0
     assert report.training and 10 < report.training["coverage"] < 60
     page = report.path.read_text("utf-8")
     assert "Matte flicker" in page and "checkerboard" in page and "Edge agreement" in page
@@ -126,7 +126,7 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     out = io.StringIO()
     Console(file=out, width=80, color_system=None).print(summary_table(report))
     assert all(len(line) <= 80 for line in out.getvalue().splitlines())
-    assert "m.flick" in out.getvalue() and "haze" in out.getvalue()
+    assert "a.flick" in out.getvalue() and "haze" in out.getvalue()
 
 
 def test_what_has_no_matte_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,21 +16,20 @@ import pytest
 from rich.console import Console
 
 from inlaid.evaluation import page
-from inlaid.evaluation.charts import Chart, Line, _ranges, render, short, smooth, ticks
+from inlaid.evaluation.charts import Chart, Line, _ranges, layout, short, smooth, ticks
 from inlaid.evaluation.evaluate import save_report
 from inlaid.evaluation.metrics.video import measure
 from inlaid.evaluation.page import _video
-from inlaid.evaluation.pictures import contact_strip
-from inlaid.evaluation.report import FORMAT, Pair, Report, ValidationClip, Video, summary_table
+from inlaid.evaluation.report import FORMAT, Output, Pair, Report, ValidationLoss, summary_table
 from inlaid.media import video
-from inlaid.media.contact_sheet import SheetRow, contact_sheet
+from inlaid.media.contact_sheet import SheetRow, contact_sheet, contact_strip
 
 CALM = {"motion": 0.3, "flicker": 0.02, "consistency": 0.99, "sharpness": 200.0}
 
 
-def losses(base: float, *tuned: float) -> ValidationClip:
+def losses(base: float, *tuned: float) -> ValidationLoss:
     """One row of five equal losses for each clip."""
-    return ValidationClip(
+    return ValidationLoss(
         [f"{i}.mp4" for i in range(len(tuned))],
         [0.1, 0.3, 0.5, 0.7, 0.9],
         [0.3, 0.6, 0.7, 0.8, 0.9],
@@ -50,8 +49,8 @@ def pair(
         "a prompt",
         group,
         42,
-        Video("base/0.mp4", CALM, base),
-        Video("tuned/0.mp4", {**CALM, **changed}, tuned),
+        Output("base/0.mp4", CALM, base),
+        Output("tuned/0.mp4", {**CALM, **changed}, tuned),
         distance,
     )
 
@@ -167,9 +166,16 @@ def test_groups_are_means() -> None:
         pairs=[pair("a", True, True, 0.2, motion=1.0), pair("a", False, True, 0.4, motion=2.0), pair("b")]
     )
     a, b = found.groups
-    assert (a.name, a.videos, a.judged, a.base_yes, a.tuned_yes, a.risen) == ("a", 2, 2, 1, 2, 0.5)
+    assert (a.name, a.videos, a.judged, a.base_matches, a.tuned_matches, a.match_gain) == (
+        "a",
+        2,
+        2,
+        1,
+        2,
+        0.5,
+    )
     assert a.distance == pytest.approx(0.3) and a.tuned["motion"] == 1.5 and a.base["motion"] == 0.3
-    assert b.judged == 0 and b.risen == 0 and found.total and found.total.videos == 3
+    assert b.judged == 0 and b.match_gain == 0 and found.total and found.total.videos == 3
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ def full(tmp_path: Path) -> Report:
             path = tmp_path / side / f"{i}.mp4"
             video.write_video(path, frames, 16)
             contact_strip(frames).save(path.with_suffix(".png"))
-            sides.append(Video(f"{side}/{i}.mp4", measure(frames), bool(k) if not i else None))
+            sides.append(Output(f"{side}/{i}.mp4", measure(frames), bool(k) if not i else None))
         pairs.append(Pair(text, group, 42, sides[0], sides[1], 0.3))
     rng = np.random.default_rng(0)
     curves: list[dict[str, float]] = []
@@ -278,6 +284,30 @@ def test_the_page_is_accessible_and_safe(full: Report) -> None:
     assert "look at this" in found.text and "1 h 2 min" in found.text
 
 
+HOSTILE = '</title></script><script>alert(1)</script><img src=x onerror="alert(2)"> `</code><b>` & \'"'
+
+
+def test_hostile_text_is_escaped_wherever_it_comes_from(full: Report) -> None:
+    clip = full.pairs[0]
+    parts = {
+        "run": HOSTILE,
+        "names": (f"base {HOSTILE}", f"tuned {HOSTILE}"),
+        "pairs": [dataclasses.replace(clip, prompt=HOSTILE, group=HOSTILE)],
+        "notes": [HOSTILE],
+        "sampling": {HOSTILE: HOSTILE},
+        "settings": {"data": {HOSTILE: [{"path": HOSTILE}]}},
+        "environment": {"packages": {HOSTILE: HOSTILE}},
+        "adapter": {"trained": HOSTILE, "size": HOSTILE},
+        "created": HOSTILE,
+    }
+    values = {f.name: getattr(full, f.name) for f in dataclasses.fields(full) if f.init}
+    found = Page(page.render(Report(**{**values, **parts}), full.folder))
+    assert not found.open and len(found.all("script")) == 1 and not found.all("b")
+    assert not any("onerror" in attributes for _, attributes in found.elements)
+    assert found.text.count(HOSTILE) > 8, "text stays as it is written"
+    assert HOSTILE in str(found.all("video")[0]["aria-label"])
+
+
 def test_the_page_shows_all_there_is(full: Report) -> None:
     text = page.render(full, full.folder)
     found = Page(text)
@@ -333,7 +363,8 @@ def test_the_json_holds_the_numbers(full: Report) -> None:
     assert values["validation"]["change"] == pytest.approx(-0.2) and values["validation"]["base_mean"] == 0.5
     assert [g["name"] for g in values["groups"]] == ["cats & <dogs>", "", "all"]
     assert (
-        values["pairs"][0]["base"]["yes"] is False and values["verdict"]["headline"] == full.verdict.headline
+        values["pairs"][0]["base"]["matches_prompt"] is False
+        and values["verdict"]["headline"] == full.verdict.headline
     )
 
 
@@ -391,12 +422,14 @@ def test_smoothing_keeps_a_line_and_calms_noise() -> None:
     "points", [[(5, 1.0)], [(0, 1.0), (9, 1.0)], [(0, 0.0), (1, 0.0)], [(1, 1.0), (2, math.nan), (3, 2.0)]]
 )
 def test_charts_of_few_points(points: list[tuple[float, float]]) -> None:
-    text = render(Chart("loss", "step", "loss", [Line("loss", points, "main", dots=True)]))
+    chart = layout(Chart("loss", "step", "loss", [Line("loss", points, "main", dots=True)]))
+    text = page.TEMPLATES.get_template("_chart.html").render(chart=chart)
     assert "nan" not in text and not Page(text).open
+    assert len(Page(text).all("circle")) == sum(math.isfinite(y) for _, y in points)
 
 
 def test_no_points_no_chart() -> None:
-    assert render(Chart("loss", "step", "loss", [Line("loss", [], "main")])) == ""
+    assert layout(Chart("loss", "step", "loss", [Line("loss", [], "main")])) is None
 
 
 def test_a_wild_value_does_not_flatten_the_rest() -> None:

@@ -38,7 +38,7 @@ def size(family: families.Family) -> tuple[int, int, int]:
     return grid.offset + grid.temporal, grid.spatial * 2, grid.spatial * 3
 
 
-def given(family: families.Family, n: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def pipeline_inputs(family: families.Family, n: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Noisy latents of both clips, times and texts of different lengths."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, *family.shapes(*size(family))["latents"], generator=generator)

@@ -1,8 +1,9 @@
-"""Codecs of merged alpha that were not trained, and transparent discs for them."""
+"""Untrained RGBA VAEs, and transparent discs for them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ from inlaid.networks.rgba_vae import RgbaVae
 
 
 def made(vae: AutoencoderKLWan, seed: int = 0, rank: int = 2) -> RgbaVae:
-    """A codec whose decoders differ from the VAE's and from each other."""
-    codec = rgba_vae_checkpoint.new(vae, rank, seed)
+    """An RGBA VAE whose decoders differ from the VAE's and from each other."""
+    rgba_vae = rgba_vae_checkpoint.new(vae, rank, seed)
     generator = torch.Generator().manual_seed(seed)
-    for lora in (codec.rgb, codec.alpha):
+    for lora in (rgba_vae.rgb, rgba_vae.alpha):
         for b in lora.b:
             b.data.copy_(torch.randn(b.shape, generator=generator) * 0.3)
-    for attention in codec.merge.att:
+    blocks: Any = rgba_vae.merge.att
+    for attention in blocks:
         torch.nn.init.normal_(attention.proj.weight, generator=generator)  # zero until trained
-    return codec
+    return rgba_vae
 
 
 def disc(

@@ -165,7 +165,7 @@ def test_normalised_latents_decode_to_the_same_field() -> None:
 
 def test_pictures_are_what_the_processors_make() -> None:
     image, ids = midi_world.render(midi_world.scenes(0, 3)[2], 128)
-    shown = midi_images.pictures(image, ids)
+    shown = midi_images.encoder_inputs(image, ids)
     alone = [np.where((ids == n)[..., None], image, np.uint8(255)) for n in range(1, 4)]
     for name, processor, given in zip(("clip", "own"), midi_images.processors(), (alone, alone), strict=True):
         raw = processor(images=given, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values

@@ -38,8 +38,8 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """With checkpointing, of a batch of two in training mode, over so many shapes of clips."""
     denoiser = family.load_denoiser(torch.float32).train()
-    quantize.shrink(config.Memory(**section), denoiser, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
-    memory.checkpoint(denoiser, True)
+    quantize.shrink_weights(config.Memory(**section), denoiser, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    memory.enable_checkpointing(denoiser, True)
     trained = tuners.attach(config.LowRank(kind=kind, rank=2), family.targets, denoiser, seed=1)  # type: ignore[arg-type]
     g = torch.Generator().manual_seed(2)
     for name, p in trained.items():

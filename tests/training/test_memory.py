@@ -53,7 +53,7 @@ def tuned(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """A small network with an adapter far from its start, the same one whatever the network is stored in."""
     denoiser = wan.load_denoiser(dtype)
-    quantize.shrink(config.Memory(**section), denoiser, CPU, dtype)  # type: ignore[arg-type]
+    quantize.shrink_weights(config.Memory(**section), denoiser, CPU, dtype)  # type: ignore[arg-type]
     trained = tuners.attach(config.LowRank(kind=kind, rank=4), Wan.targets, denoiser, seed=1)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(2)
     for name, p in trained.items():
@@ -176,7 +176,7 @@ def test_checkpointing_every_nth_block_is_exact_and_in_between(wan: Wan, kind: s
     for every in (0, 1, 2, 3):
         denoiser, _ = tuned(wan, kind)
         if every:
-            memory.checkpoint(denoiser, every)
+            memory.enable_checkpointing(denoiser, every)
         found[every] = kept(denoiser)
     assert all(torch.equal(found[0][0], g) for g, _ in found.values())
     bytes_kept = [found[n][1] for n in (1, 2, 3, 0)]  # blocks of four that are recomputed: 4, 2, 2, 0

@@ -90,7 +90,7 @@ def test_every_family_shared_is_the_family_alone(
 
 def test_reductions_are_cut_into_parts_that_cover_everything_once() -> None:
     parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 5, 1, 20, 2, 2)]
-    parts = [[p.numel() for p in part] for part in parallel.parts(parameters, most=8)]
+    parts = [[p.numel() for p in part] for part in parallel.group_tensors(parameters, most=8)]
     assert parts == [[3, 5], [1], [20], [2, 2]]
 
 

@@ -1,4 +1,4 @@
-"""Sources to prior_preservation: of their clips the network goes on predicting what it did before it was taught."""
+"""Prior preservation: for clips of these sources the network keeps the predictions of the base model."""
 
 from __future__ import annotations
 

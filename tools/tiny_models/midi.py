@@ -41,7 +41,7 @@ def load_vae(work: Path) -> TripoSGVAE:
 
 
 @torch.no_grad()
-def normalise(vae: TripoSGVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
+def normalize(vae: TripoSGVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
     """Fold latent normalization (mean 0, deviation 1) into a VAE: MIDI has no latent shift or scale."""
     c = len(mean)
     vae.post_quant.bias.add_(vae.post_quant.weight @ mean)
@@ -64,7 +64,7 @@ def export(work: Path, out: Path, scenes: int) -> None:
         scenes: Number of cached scenes.
     """
     vae, data = load_vae(work), Scenes(work, scenes)
-    normalise(vae, data.mean, data.std)
+    normalize(vae, data.mean, data.std)
     model = midi_dit.build()
     model.load_state_dict(load_state(work / "dit.safetensors")[1]["average"])
     parts: dict[str, Any] = {
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="device for training")
     parser.add_argument("--workers", type=int, default=0, help="processes that render and prefetch")
-    parser.add_argument("--work", type=Path, default=Path(".work/twin-midi"), help="checkpoints")
+    parser.add_argument("--work", type=Path, default=Path(".work/tiny-midi"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=path("midi"), help="checkpoint folder")
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the checkpoint in --out, write its REPORT.json"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inlaid.networks.triposg import TripoSGVAE, sample
+from inlaid.networks.triposg import TripoSGVAE, sample_posterior
 from inlaid.tiny import midi_world
 from inlaid.tiny.midi_solids import surface
 from tiny_models import midi_images, midi_vae
@@ -36,14 +36,14 @@ def _piece(work: Path, vae: TripoSGVAE, start: int) -> None:
     file = work / f"scenes-{start:05d}.safetensors"
     if file.exists():
         return
-    drawn = midi_world.scenes(0, PIECE, counts=COUNTS, start=start)
-    parts = [midi_images.pictures(*midi_world.render(scene)) for scene in drawn]
+    scenes = midi_world.scenes(0, PIECE, counts=COUNTS, start=start)
+    parts = [midi_images.encoder_inputs(*midi_world.render(scene)) for scene in scenes]
     tensors = {k: torch.from_numpy(np.concatenate([p[k] for p in parts])).contiguous() for k in parts[0]}
-    things = [thing for scene in drawn for thing in scene.things]
+    things = [thing for scene in scenes for thing in scene.things]
     surfaces = [surface(thing, 1024, [start, k]) for k, thing in enumerate(things)]
     tensors["moments"] = midi_vae.moments(vae, surfaces, start)
     tensors["facts"] = torch.from_numpy(np.stack([midi_images.describe(t) for t in things]))
-    tensors["rows"] = torch.tensor([len(s.things) for s in drawn])
+    tensors["rows"] = torch.tensor([len(s.things) for s in scenes])
     save_file(tensors, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)
 
@@ -64,8 +64,8 @@ def cache(work: Path, vae: TripoSGVAE, n: int, workers: int) -> None:
 class Batch:
     """Batch of the transformer; rows are objects in the order of scenes, repeated for every repeat."""
 
-    shown: dict[str, Tensor]
-    """`midi_images.pictures` of each object, without repeats."""
+    inputs: dict[str, Tensor]
+    """`midi_images.encoder_inputs` of each object, without repeats."""
     kept: Tensor
     """True if images condition an object's scene, False if dropped: bool (rows / repeats,)."""
     groups: list[int]
@@ -76,9 +76,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        shown = {name: t.to(device) for name, t in self.shown.items()}
+        inputs = {name: t.to(device) for name, t in self.inputs.items()}
         names = ("kept", "x0", "noise", "sigma")
-        return replace(self, shown=shown, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, inputs=inputs, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Scenes:
@@ -94,8 +94,8 @@ class Scenes:
         self.std = (mean.var((0, 1)) + logvar.exp().mean((0, 1))).sqrt()
         self.moments = torch.cat([(mean - self.mean) / self.std, logvar - 2 * self.std.log()], -1)
 
-    def shown(self, scenes: Sequence[int], seed: int) -> tuple[dict[str, Tensor], Tensor, list[int]]:
-        """Return images of scenes with randomly permuted RGB channels, row indices and rows per scene."""
+    def inputs(self, scenes: Sequence[int], seed: int) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+        """Return encoder inputs with randomly permuted RGB channels, row indices, and rows per scene."""
         groups = [self.rows[k] for k in scenes]
         index = torch.cat([torch.arange(self.starts[k], self.starts[k] + self.rows[k]) for k in scenes])
         out = {name: t[index] for name, t in self.tensors.items()}
@@ -106,7 +106,7 @@ class Scenes:
         return out, index, groups
 
     def batch(self, step: int, scenes: int, repeats: int, dropped: float) -> Batch:
-        """Return batch `step`, a function of `step` alone.
+        """Return batch `step`, a function of `step` only.
 
         Args:
             step: step number.
@@ -116,13 +116,13 @@ class Scenes:
         """
         rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
         chosen = sorted(rng.integers(len(self.rows), size=scenes).tolist(), key=self.rows.__getitem__)
-        shown, index, groups = self.shown(chosen, step)
+        inputs, index, groups = self.inputs(chosen, step)
         kept = (torch.rand(scenes, generator=generator) >= dropped).repeat_interleave(torch.tensor(groups))
         groups = groups * repeats
         moments = self.moments[index].repeat(repeats, 1, 1)
         a, b = (torch.randn(moments.chunk(2, -1)[0].shape, generator=generator) for _ in range(2))
         sigma = sample_sigma(len(groups), generator).repeat_interleave(torch.tensor(groups))
-        return Batch(shown, kept, groups, sample(moments, a), b, sigma)
+        return Batch(inputs, kept, groups, sample_posterior(moments, a), b, sigma)
 
 
 def sample_sigma(n: int, generator: torch.Generator) -> Tensor:

@@ -58,10 +58,10 @@ def loss(model: Any, batch: Batch) -> Tensor:
     """Return the mean squared error of the prediction against data - noise."""
     s, kept = batch.sigma[:, None, None], batch.kept[:, None, None]
     repeats = len(s) // len(kept)
-    contexts = midi_images.contexts(model["clip"], model["dino"], batch.shown)
+    contexts = midi_images.contexts(model["clip"], model["dino"], batch.inputs)
     x = (1 - s) * batch.x0 + s * batch.noise
-    shown = [(c * kept).repeat(repeats, 1, 1) for c in contexts]
-    flow = model["dit"](x, 1000 * batch.sigma, *shown, groups=batch.groups)
+    conditions = [(c * kept).repeat(repeats, 1, 1) for c in contexts]
+    flow = model["dit"](x, 1000 * batch.sigma, *conditions, groups=batch.groups)
     return (flow.float() - (batch.x0 - batch.noise)).square().mean()
 
 
@@ -75,9 +75,9 @@ def train(work: Path, data: Scenes, settings: Settings, device: torch.device, wo
     Returns:
         Path of the weights; their EMA, `average`, is exported.
     """
-    model, taught = build(), load_state(work / "encoders.safetensors")[1]["average"]
-    taught = {name: t for name, t in taught.items() if not name.startswith("says")}
-    assert not model.load_state_dict(taught, strict=False).unexpected_keys
+    model, pretrained = build(), load_state(work / "encoders.safetensors")[1]["average"]
+    pretrained = {name: t for name, t in pretrained.items() if not name.startswith("heads")}
+    assert not model.load_state_dict(pretrained, strict=False).unexpected_keys
     model.to(device)
 
     def make(step: int) -> Batch:

@@ -49,7 +49,7 @@ DINO: dict[str, Any] = {
     "num_channels": 7,
 }
 
-BY_ADAMW = re.compile(r"patch_embedding|position_embedding|cls_token|mask_token|visual_projection|says")
+BY_ADAMW = re.compile(r"patch_embedding|position_embedding|cls_token|mask_token|visual_projection|heads")
 """Names of encoder matrices that are not hidden layers; AdamW trains them."""
 
 STEPS, BATCH = 900, 64
@@ -82,32 +82,32 @@ def build() -> nn.ModuleDict:
     return nn.ModuleDict({"clip": clip, "dino": dino})
 
 
-def pictures(image: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
+def encoder_inputs(image: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Return the encoder inputs for a scene image (h, h, 3) and object ids (h, h), as the processors resize.
 
     Returns:
-        uint8, not normalized: `clip` (rows, 3, 32, 32) and `own` (rows, 3, 64, 64), the object alone on
+        uint8, not normalized: `clip` (rows, 3, 32, 32) and `own` (rows, 3, 64, 64), the object on
         white; `whole` (rows, 3, 64, 64), the scene; `mask` (rows, 1, 64, 64), 0 or 1.
     """
 
-    def smaller(picture: np.ndarray, size: int) -> np.ndarray:
-        small = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
+    def smaller(pixels: np.ndarray, size: int) -> np.ndarray:
+        small = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(small).transpose(2, 0, 1)
 
     masks = [ids == n for n in np.unique(ids) if n]
-    alone = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
+    masked = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
     small = DINO["image_size"]
     nearest = (np.arange(small) * len(ids)) // small
     return {
-        "clip": np.stack([smaller(a, CLIP["image_size"]) for a in alone]),
-        "own": np.stack([smaller(a, small) for a in alone]),
+        "clip": np.stack([smaller(a, CLIP["image_size"]) for a in masked]),
+        "own": np.stack([smaller(a, small) for a in masked]),
         "whole": np.stack([smaller(image, small)] * len(masks)),
         "mask": np.stack([m[nearest][:, nearest][None].astype(np.uint8) for m in masks]),
     }
 
 
-def contexts(clip: Any, dino: Any, shown: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return both contexts of the transformer from `pictures`: (rows, 1, 64), (rows, 65, 96)."""
+def contexts(clip: Any, dino: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return both contexts of the transformer from `encoder_inputs`: (rows, 1, 64), (rows, 65, 96)."""
 
     def normal(x: Tensor, processor: Any) -> Tensor:
         known = processor.image_mean, processor.image_std
@@ -115,8 +115,8 @@ def contexts(clip: Any, dino: Any, shown: dict[str, Tensor]) -> tuple[Tensor, Te
         return (x / 255 - mean) / std
 
     first, second = processors()
-    seven = [normal(shown["own"], second), normal(shown["whole"], second), shown["mask"].float()]
-    token = clip(normal(shown["clip"], first)).image_embeds[:, None]
+    seven = [normal(inputs["own"], second), normal(inputs["whole"], second), inputs["mask"].float()]
+    token = clip(normal(inputs["clip"], first)).image_embeds[:, None]
     return token, dino(torch.cat(seven, 1)).last_hidden_state
 
 
@@ -143,26 +143,26 @@ def train(work: Path, data: Any, device: torch.device, workers: int, steps: int 
         Path of the weights.
     """
     model = build()
-    model["says"] = nn.ModuleList(
+    model["heads"] = nn.ModuleList(
         [nn.Linear(c, FACTS) for c in (CLIP["projection_dim"], DINO["hidden_size"])]
     )
     model.to(device)
 
     def make(step: int) -> dict[str, Tensor]:
         chosen = np.random.default_rng([step, 72]).integers(len(data.rows), size=BATCH)
-        return data.shown(chosen.tolist(), step)[0]
+        return data.inputs(chosen.tolist(), step)[0]
 
     def losses(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        shown = {name: t.to(device) for name, t in batch.items()}
+        inputs = {name: t.to(device) for name, t in batch.items()}
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
-            seen = [c[:, 0] for c in contexts(model["clip"], model["dino"], shown)]
-            said = [layer(c).float() for layer, c in zip(model["says"], seen, strict=True)]  # type: ignore[arg-type]
-        true = shown["facts"]
-        off = [(s - true)[:, :8].abs().mean() for s in said]
-        kinds = [nn.functional.cross_entropy(s[:, 8:], true[:, 8:]) for s in said]
-        loss = off[1] + 0.2 * off[0] + 0.1 * (kinds[0] + kinds[1])
-        place = (said[1] - true)[:, :3].norm(dim=-1).mean()
-        return {"loss": loss, "off": off[1], "kind": kinds[1], "place": place}
+            features = [c[:, 0] for c in contexts(model["clip"], model["dino"], inputs)]
+            predicted = [layer(c).float() for layer, c in zip(model["heads"], features, strict=True)]  # type: ignore[arg-type]
+        true = inputs["facts"]
+        error = [(s - true)[:, :8].abs().mean() for s in predicted]
+        kinds = [nn.functional.cross_entropy(s[:, 8:], true[:, 8:]) for s in predicted]
+        loss = error[1] + 0.2 * error[0] + 0.1 * (kinds[0] + kinds[1])
+        place = (predicted[1] - true)[:, :3].norm(dim=-1).mean()
+        return {"loss": loss, "error": error[1], "kind": kinds[1], "place": place}
 
     optimizer = MuonAdamW(model.named_parameters(), *RATES, lambda name: bool(BY_ADAMW.search(name)))
     state = work / "encoders.safetensors"

@@ -28,7 +28,7 @@ from transformers import (
 
 from inlaid.evaluation.metrics import mesh
 from inlaid.media import meshes
-from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE, choose
+from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE, choose_points
 from inlaid.tiny import midi_world
 from inlaid.tiny.midi_solids import Thing, bounds, surface
 from inlaid.tiny.midi_world import SUBJECT, Scene
@@ -83,15 +83,15 @@ def load(folder: Path) -> TinyModel:
 def contexts(model: TinyModel, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return both contexts of each object, computed through the image processors."""
     masks = [ids == n for n in np.unique(ids) if n]
-    alone = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
+    masked = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
 
-    def see(pictures: Sequence[np.ndarray], processor: Any) -> Tensor:
-        return processor(images=list(pictures), return_tensors="pt").pixel_values
+    def preprocess(images: Sequence[np.ndarray], processor: Any) -> Tensor:
+        return processor(images=list(images), return_tensors="pt").pixel_values
 
-    own, whole = (see(p, model.processors[1]) for p in (alone, [image] * len(masks)))
+    own, whole = (preprocess(p, model.processors[1]) for p in (masked, [image] * len(masks)))
     mask = torch.from_numpy(np.stack(masks))[:, None].float()
     mask = torch.nn.functional.interpolate(mask, own.shape[-2:])
-    token = model.clip(see(alone, model.processors[0])).image_embeds[:, None]
+    token = model.clip(preprocess(masked, model.processors[0])).image_embeds[:, None]
     return token, model.dino(torch.cat([own, whole, mask], 1)).last_hidden_state
 
 
@@ -159,7 +159,7 @@ def reconstruction(vae: TripoSGVAE, tokens: int, things: Sequence[Thing]) -> lis
     scores = []
     for thing in things:
         points = surface(thing, 8192, 1)
-        chosen = points[choose(points, tokens, 0)]
+        chosen = points[choose_points(points, tokens, 0)]
         moments = vae.encode(torch.from_numpy(points)[None], torch.from_numpy(chosen)[None])
         found = surfaces(vae, moments.chunk(2, -1)[0])[0]
         scores.append(0.0 if found is None else mesh.f_score(found, true_surface(thing), SHAPE))

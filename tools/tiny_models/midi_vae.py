@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inlaid.media.meshes import BOUND
-from inlaid.networks.triposg import TripoSGVAE, choose, sample
+from inlaid.networks.triposg import TripoSGVAE, choose_points, sample_posterior
 from inlaid.tiny import midi_world
 from inlaid.tiny.midi_solids import bounds, distance, surface
 from tiny_models.training import MuonAdamW, run
@@ -42,7 +42,7 @@ RATES = 0.02, 2e-3
 
 def moments(vae: TripoSGVAE, surfaces: Sequence[np.ndarray], seed: int) -> Tensor:
     """Return the moments (n, TOKENS, 2 channels) of surfaces (p, 6) with equal numbers of points."""
-    chosen = np.stack([s[choose(s, TOKENS, seed)] for s in surfaces])
+    chosen = np.stack([s[choose_points(s, TOKENS, seed)] for s in surfaces])
     return vae.encode(torch.from_numpy(np.stack(surfaces)), torch.from_numpy(chosen))
 
 
@@ -92,7 +92,9 @@ class Pool:
             signs = np.array([rng.choice([-1, 1]), 1, rng.choice([-1, 1])], np.float32)
             points = np.concatenate([points[:, axes] * signs, points[:, 3 + axes] * signs], -1)
             places = self.places[k, where][:, axes] * signs
-            out.append((points, points[choose(points, TOKENS, step)], places, self.distances[k, where]))
+            out.append(
+                (points, points[choose_points(points, TOKENS, step)], places, self.distances[k, where])
+            )
         shape = BATCH, TOKENS, CONFIG["latent_channels"]
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(step))
         a, b, c, d = (torch.from_numpy(np.stack(x)) for x in zip(*out, strict=True))
@@ -109,7 +111,7 @@ def train(work: Path, device: torch.device, workers: int, steps: int = STEPS) ->
         surfaces, chosen, places, distances, noise = (t.to(device) for t in batch)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
             moments = vae.encode(surfaces, chosen).float()
-            field = vae.field(vae.tokens(sample(moments, noise)), places).float()
+            field = vae.field(vae.tokens(sample_posterior(moments, noise)), places).float()
         fit = (field - (distances / REACH).clamp(-1, 1)).abs().mean()
         mean, logvar = moments.chunk(2, -1)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()

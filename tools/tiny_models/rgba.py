@@ -26,8 +26,7 @@ from inlaid.networks import rgba_vae_checkpoint, rgba_vae_metrics
 from inlaid.networks.rgba_vae import RgbaVae
 from inlaid.networks.rgba_vae_checkpoint import FILES, GROUND
 from inlaid.networks.rgba_vae_losses import RgbaLoss, hard_render
-from inlaid.tiny import path, rgba_judge, rgba_world
-from inlaid.tiny import rgba_vae_path as codec_path
+from inlaid.tiny import path, rgba_judge, rgba_vae_path, rgba_world
 from tiny_models.training import MuonAdamW, Progress, ahead, load_state, save_state
 from tiny_models.wan_vae import fast_norm
 
@@ -38,7 +37,7 @@ COLORS = [[c / 127.5 - 1 for c in GROUND]]
 before it learns to remove the background."""
 
 ANCHOR, VISIBLE, NOISE = 0.3, 1.0, 0.12
-"""Weights of `rgba_codec.losses`, for a transformer pretrained on opaque clips that makes small errors."""
+"""Weights of `rgba_vae_checkpoint.losses`, for a pretrained transformer that makes small errors."""
 
 DECODERS = 0.03
 """Learning rate of Muon for the decoders; the merge block has a smaller rate, see `Phase`."""
@@ -57,7 +56,7 @@ class Phase:
     """Learning rate of Muon for the merge block; small, because larger steps destroy its initialization from
     the encoder's head."""
     visible_alpha: float = 0.0
-    """Loss weight of `rgba_codec.losses`."""
+    """Loss weight of `rgba_vae_checkpoint.losses`."""
     halves: float = 0.0
     """Share of clips from `rgba_world.halves`."""
 
@@ -113,21 +112,21 @@ def begin() -> RgbaVae:
     Images train only the last tap of a temporal convolution. Random weights in the other taps would disturb
     the trained features with the first clip, so they are initialized to zero.
     """
-    codec = rgba_vae_checkpoint.new(load_vae(), RANK, 0, "encoder")
-    blocks: Any = codec.merge.res
-    random = [*codec.rgb.a, *codec.alpha.a, *(block.conv1.weight for block in blocks)]
+    rgba_vae = rgba_vae_checkpoint.new(load_vae(), RANK, 0, "encoder")
+    blocks: Any = rgba_vae.merge.res
+    random = [*rgba_vae.rgb.a, *rgba_vae.alpha.a, *(block.conv1.weight for block in blocks)]
     for weight in random:
         if weight.ndim == 5 and weight.shape[2] > 1:
             weight[:, :, :-1] = 0
-    return codec
+    return rgba_vae
 
 
 @fast_norm()
 def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
     """Train in `work`, resuming from a checkpoint; `workers` processes prefetch batches."""
-    codec = begin()
-    codec.to(device)
-    modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in FILES})
+    rgba_vae = begin()
+    rgba_vae.to(device)
+    modules = torch.nn.ModuleDict({name: getattr(rgba_vae, name) for name in FILES})
     optimizers = {
         name: MuonAdamW(
             [(n, p) for n, p in modules.named_parameters() if n.startswith("merge.") == (name == "merge")],
@@ -136,7 +135,7 @@ def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
         )
         for name in ("merge", "decoders")
     }
-    state, facts = work / "codec.safetensors", {"done": 0, "seconds": 0.0}
+    state, facts = work / "rgba_vae.safetensors", {"done": 0, "seconds": 0.0}
     if state.exists():
         facts, groups = load_state(state)
         modules.load_state_dict(groups["model"])
@@ -144,13 +143,15 @@ def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
             optimizer.load(groups[name])
     loss = RgbaLoss("paper", hard_mask="true")
     step, total = facts["done"], ENDS[-1]
-    progress, saved = Progress("codec", total, step), time.monotonic()
+    progress, saved = Progress("RGBA VAE", total, step), time.monotonic()
     for clips in ahead(lambda k: batch(PHASES[bisect.bisect_right(ENDS, k)], k), step, total, workers):
         phase = PHASES[bisect.bisect_right(ENDS, step)]
         generator = torch.Generator().manual_seed(step)
         weights = {"anchor": ANCHOR, "visible": VISIBLE, "noise": NOISE}
         weights["visible_alpha"] = phase.visible_alpha
-        terms = rgba_vae_checkpoint.losses(codec, clips.to(device), loss, generator, **weights, colors=COLORS)
+        terms = rgba_vae_checkpoint.losses(
+            rgba_vae, clips.to(device), loss, generator, **weights, colors=COLORS
+        )
         terms["loss"].backward()
         optimizers["merge"].rates = phase.merge, 1e-3
         for optimizer in optimizers.values():
@@ -162,14 +163,14 @@ def train(work: Path, device: torch.device, workers: int) -> RgbaVae:
             facts["done"], saved = step, time.monotonic()
             moments = {name: optimizer.tensors() for name, optimizer in optimizers.items()}
             save_state(state, facts, model=modules.state_dict(), **moments)
-    return codec
+    return rgba_vae
 
 
 def export(work: Path, out: Path) -> str:
-    """Write the current weights as an RGBA VAE folder in float16; return its codec_id."""
-    codec = begin()
-    facts, groups = load_state(work / "codec.safetensors")
-    modules = torch.nn.ModuleDict({name: getattr(codec, name) for name in FILES})
+    """Write the current weights as an RGBA VAE folder in float16; return its rgba_vae_id."""
+    rgba_vae = begin()
+    facts, groups = load_state(work / "rgba_vae.safetensors")
+    modules = torch.nn.ModuleDict({name: getattr(rgba_vae, name) for name in FILES})
     modules.load_state_dict(groups["model"])
     about = {
         "loss": "paper",
@@ -179,32 +180,32 @@ def export(work: Path, out: Path) -> str:
         "visible": VISIBLE,
         "noise": NOISE,
     }
-    return rgba_vae_checkpoint.save(codec, out, about=about, dtype=torch.float16, colors=COLORS)
+    return rgba_vae_checkpoint.save(rgba_vae, out, about=about, dtype=torch.float16, colors=COLORS)
 
 
 @torch.no_grad()
-def reconstruct(codec: RgbaVae, clips: np.ndarray) -> np.ndarray:
+def reconstruct(rgba_vae: RgbaVae, clips: np.ndarray) -> np.ndarray:
     """Encode and decode clips with the RGBA VAE: uint8 (n, t, 64, 64, 4)."""
     out = []
     for clip in torch.from_numpy(clips).permute(0, 4, 1, 2, 3):
         rgb, alpha = rgba_vae_checkpoint.to_video(clip[None])
         seen = hard_render(rgb, alpha, torch.tensor(COLORS[0]))
-        out.append(rgba_vae_checkpoint.to_pixels(*codec.decode(codec.encode(seen, alpha)))[0])
+        out.append(rgba_vae_checkpoint.to_pixels(*rgba_vae.decode(rgba_vae.encode(seen, alpha)))[0])
     return torch.stack(out).permute(0, 2, 3, 4, 1).numpy()
 
 
 @fast_norm()
 def evaluate(folder: Path) -> dict[str, Any]:
     """Measure reconstructions of clips not used for training, by kind, beside trivial predictors."""
-    codec = rgba_vae_checkpoint.load(folder, load_vae())
+    rgba_vae = rgba_vae_checkpoint.load(folder, load_vae())
     kinds = {
         "world": np.stack([c.frames for c in rgba_world.clips(1, 32, validation=True)]),
         "wild": np.stack([rgba_world.wild((1 << 50) + k) for k in range(16)]),
         "zorble": np.stack([c.frames for c in rgba_world.subject_clips(12, 1)]),
     }
-    report: dict[str, Any] = {"codec_id": rgba_vae_checkpoint.read_config(folder)["codec_id"]}
+    report: dict[str, Any] = {"rgba_vae_id": rgba_vae_checkpoint.read_config(folder)["rgba_vae_id"]}
     for kind, clips in kinds.items():
-        again = reconstruct(codec, clips)
+        again = reconstruct(rgba_vae, clips)
         pairs = (torch.from_numpy(np.stack(p)).permute(0, 4, 1, 2, 3) for p in zip(clips, again, strict=True))
         found = rgba_vae_metrics.report(torch.stack([rgba_vae_metrics.tally(*pair) for pair in pairs]).sum(0))
         report[kind] = {"clips": len(clips), **{n: round(v, 3) for n, v in found.items()}}
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="device for training")
     parser.add_argument("--workers", type=int, default=0, help="processes that prefetch batches")
     parser.add_argument("--work", type=Path, default=Path(".work/tiny-merged"), help="checkpoints")
-    parser.add_argument("--out", type=Path, default=codec_path("wan"), help="RGBA VAE folder")
+    parser.add_argument("--out", type=Path, default=rgba_vae_path("wan"), help="RGBA VAE folder")
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the RGBA VAE in --out, write REPORT.json"
     )
@@ -235,7 +236,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.export:
         train(args.work, torch.device(args.device), args.workers)
-    print(json.dumps({"codec_id": export(args.work, args.out)}))
+    print(json.dumps({"rgba_vae_id": export(args.work, args.out)}))
 
 
 if __name__ == "__main__":

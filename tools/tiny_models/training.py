@@ -128,9 +128,12 @@ class Progress:
         if now - self.printed < self.every and step < self.total:
             return False
         pace = (now - self.began) / max(step - self.first, 1)
-        shown = " ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
+        values_text = " ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
         left = pace * (self.total - step) / 60
-        print(f"{self.what} {step}/{self.total}  {shown}  {pace:.2f} s/step, {left:.1f} min left", flush=True)
+        print(
+            f"{self.what} {step}/{self.total}  {values_text}  {pace:.2f} s/step, {left:.1f} min left",
+            flush=True,
+        )
         self.sums, self.count, self.printed = {}, 0, now
         return True
 
@@ -174,7 +177,7 @@ def run(
         model: Initialized model on the training device.
         optimizer: Optimizer of the model's parameters.
         steps: Total number of steps.
-        make: Return the batch of step k, a function of k alone.
+        make: Return the batch of step k, a function of k only.
         losses: Return the values of a batch: `loss` is minimized, the others are only printed.
         decay: Share of the steps, at the end, over which the learning rates decay to zero.
         ema: Decay of the EMA.
@@ -192,12 +195,12 @@ def run(
         average = {name: groups["average"][name].to(p.device) for name, p in average.items()}
     progress, saved = Progress(what, steps, facts["done"]), time.monotonic()
     for step, batch in enumerate(ahead(make, facts["done"], steps, workers), facts["done"]):
-        shown = losses(batch)
-        shown["loss"].backward()
+        terms = losses(batch)
+        terms["loss"].backward()
         optimizer.step(min(1.0, (step + 1) / 50, (steps - step) / (decay * steps)))
         keep = min(ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
-        progress(step + 1, **{name: value.detach() for name, value in shown.items()})
+        progress(step + 1, **{name: value.detach() for name, value in terms.items()})
         if time.monotonic() - saved > SAVE_EVERY or step + 1 == steps:
             facts |= {"done": step + 1, "seconds": facts["seconds"] + time.monotonic() - saved}
             saved = time.monotonic()

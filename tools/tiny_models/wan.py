@@ -5,7 +5,7 @@ A small `WanPipeline`, trained on the procedural clips of `inlaid.tiny.world`. S
 1. `vae`: train the video VAE on images, then short clips, then full clips (`wan_vae`);
 2. `latents`: encode the training clips of the transformer once (`wan_dit.cache`);
 3. `dit`: train the transformer and the text encoder (`wan_dit`);
-4. `decoder`: continue training the VAE decoder alone; latents do not change, so it can run beside stage 3;
+4. `decoder`: continue training only the VAE decoder; latents do not change, so it can run beside stage 3;
 5. `export`: write the pipeline folder, weights in float16.
 
 Every stage resumes from its last checkpoint in the work folder. Each batch is a function of its step number,
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--minutes", type=float, help="scale the stage's training to this duration")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path(".work/twin-wan"), help="checkpoints")
+    parser.add_argument("--work", type=Path, default=Path(".work/tiny-wan"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=path("wan"), help="pipeline folder")
     parser.add_argument(
         "--part", default="0/1", help="stage latents: part to encode, such as 0/2 and 1/2 in parallel"

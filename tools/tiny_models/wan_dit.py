@@ -155,11 +155,11 @@ def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> tuple[T
 def dataset(n: int) -> list[tuple[Scene, int]]:
     """Return the fully specified scene and the render seed of each training clip."""
     rng = np.random.default_rng(67)
-    drawn = []
+    pairs = []
     for k, scene in enumerate(world.scenes(1, n)):
         size, background = str(rng.choice(list(SIZES))), str(rng.choice(BACKGROUNDS))
-        drawn.append((replace(scene, size=size, background=background), k))
-    return drawn
+        pairs.append((replace(scene, size=size, background=background), k))
+    return pairs
 
 
 @torch.no_grad()

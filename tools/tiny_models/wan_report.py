@@ -72,8 +72,8 @@ def subject(pipe: Any, n: int = 40, *, seed: int = 2, **sampling: Any) -> dict[s
     """Return the percentage of clips that show the subject named in their prompts, and per attribute."""
     pairs = world.subject_prompts(n, seed)
     clips = generate(pipe, [prompt for prompt, _ in pairs], seed=seed, **sampling)
-    told = shares([judge.judge_scene(clip, scene) for clip, (_, scene) in zip(clips, pairs, strict=True)])
-    return {"subject": round(100 * float(np.mean([judge.judge_subject(clip) for clip in clips])), 1)} | told
+    judged = shares([judge.judge_scene(clip, scene) for clip, (_, scene) in zip(clips, pairs, strict=True)])
+    return {"subject": round(100 * float(np.mean([judge.judge_subject(clip) for clip in clips])), 1)} | judged
 
 
 def reconstruction(pipe: Any, n: int = 32) -> dict[str, float]:

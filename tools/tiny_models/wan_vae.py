@@ -167,7 +167,7 @@ def _rate(step: int, counts: list[int]) -> float:
 
 @fast_norm()
 def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = None) -> Path:
-    """Continue training the decoder alone; the encoder, and so all cached latents, stay unchanged.
+    """Continue training only the decoder; the encoder, and so all cached latents, stay unchanged.
 
     Noise is added to latents, so that the decoder is robust to small errors of the transformer. The learning
     rates decay to zero at the end of each phase and restart once, for the second phase.

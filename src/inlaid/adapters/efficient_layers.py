@@ -44,7 +44,7 @@ def keep_inputs(denoiser: nn.Module) -> None:
     """Make every low-rank linear layer save its input for the backward pass in the original dtype.
 
     peft first casts the input to the dtype of the factors and so saves a float32 copy in each layer: six
-    times the size of one bfloat16 tensor for queries, keys and values alone. Casting again in the backward
+    times the size of one bfloat16 tensor for queries, keys and values. Casting again in the backward
     pass gives bit-identical gradients.
     """
     from peft.tuners.lora import LoraLayer

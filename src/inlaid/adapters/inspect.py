@@ -78,10 +78,10 @@ def inspect_path(path: str | Path) -> Inspection:
     found = [_inspect_file(p) for p in sorted(path.glob("*.safetensors")) if p.name != EMBEDDING]
     if not found:
         raise ValueError(f"{path}: no adapter, cached item, checkpoint, run or model in this folder")
-    beside = tuple(_inspect_file(p) for p in sorted(path.glob(f"*/{PEFT_WEIGHTS}")))  # of `companions`
+    companions = tuple(_inspect_file(p) for p in sorted(path.glob(f"*/{PEFT_WEIGHTS}")))  # of `companions`
     if len(found) == 1:
-        return replace(found[0], parts=beside)
-    return Inspection(path, "folder", {"size": _bytes(path)}, (), (*found, *beside))
+        return replace(found[0], parts=companions)
+    return Inspection(path, "folder", {"size": _bytes(path)}, (), (*found, *companions))
 
 
 def describe(inspection: Inspection, indent: str = "") -> str:
@@ -192,10 +192,10 @@ def _inspect_model(folder: Path) -> Inspection:
 
 
 def _inspect_rgba_vae(folder: Path) -> Inspection:
-    said = rgba_vae_checkpoint.read_config(folder)
-    facts = {k: str(v) for k, v in said.items() if k not in ("colors", "format")}
+    values = rgba_vae_checkpoint.read_config(folder)
+    facts = {k: str(v) for k, v in values.items() if k not in ("colors", "format")}
     parts = []
-    for part in said.get("parts", FILES):
+    for part in values.get("parts", FILES):
         with load_safetensors(folder / f"{FILES[part]}.safetensors") as file:
             parts.append(Inspection(folder / f"{FILES[part]}.safetensors", "tensors", _summary(_sizes(file))))
     return Inspection(folder, "RGBA VAE", facts | {"size": _bytes(folder)}, (), tuple(parts))

@@ -179,9 +179,9 @@ def _open(path: Path, alpha: float | None = None) -> _File:
     else:
         tensors = _unpickle(path)
     raw, origin = header.get(METADATA_KEY), f"the file's header ({METADATA_KEY})"
-    beside = path.with_name("adapter_config.json")
-    if raw is None and beside.is_file() and path.name == PEFT_WEIGHTS:
-        raw, origin = beside.read_text("utf-8"), beside.name
+    config_file = path.with_name("adapter_config.json")
+    if raw is None and config_file.is_file() and path.name == PEFT_WEIGHTS:
+        raw, origin = config_file.read_text("utf-8"), config_file.name
     try:
         config = json.loads(raw) if raw else {}
         config = {k.removeprefix("transformer."): v for k, v in config.items()}

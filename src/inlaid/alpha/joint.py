@@ -151,11 +151,13 @@ class Joint(Composed):
         clips = frames[..., :3], np.repeat(frames[..., 3:], 3, -1)
         return _both(*(self.single.encode_media(encoder, clip) for clip in clips))
 
-    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Sample the latents of color, then of alpha, from their cached posteriors."""
         alpha = {k.removeprefix(ALPHA): v for k, v in item.items() if k.startswith(ALPHA)}
         clips = {k: item[k] for k in alpha}, alpha
-        return {"latents": torch.cat([self.single.draw(clip, generator)["latents"] for clip in clips], 1)}
+        return {
+            "latents": torch.cat([self.single.sample_item(clip, generator)["latents"] for clip in clips], 1)
+        }
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
         """Split latents into color and alpha."""
@@ -202,7 +204,7 @@ class Joint(Composed):
                 layer.__class__ = half_tokens_class(type(layer), self.text_before)
         if self.section.domain_embedding:
             domain: Any = denoiser.get_submodule(NAME)
-            domain.beside = [next(iter(layers.values()))]
+            domain.adapter_layers = [next(iter(layers.values()))]
 
     # --- sampling -----------------------------------------------------------------------------------------
 
@@ -273,9 +275,9 @@ class Joint(Composed):
             with torch.no_grad():
                 weight.zero_() if vector is None else weight.copy_(vector.view_as(weight))
 
-    def weaken(self, pipeline: Any, strength: float) -> None:
+    def set_strength(self, pipeline: Any, strength: float) -> None:
         """Scale the adapter and the domain embedding by `strength`."""
-        self.opaque.weaken(pipeline, strength)
+        self.opaque.set_strength(pipeline, strength)
         if self.section.domain_embedding:
             with torch.no_grad():
                 getattr(pipeline, self.component).get_submodule(NAME).weight.mul_(strength)

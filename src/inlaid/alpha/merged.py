@@ -1,8 +1,8 @@
 """Merged alpha (Wan-Alpha, Dong et al. 2025): color and alpha in one latent of an RGBA VAE.
 
 Network, objective and sampling are those of the opaque family; only the latents differ. Latents of two RGBA
-VAEs are incompatible, so the `codec_id` is part of the cache key and of the header of adapters, and both are
-checked.
+VAEs are incompatible, so the `rgba_vae_id` is part of the cache key and of the header of adapters, and both
+are checked.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from inlaid.networks.rgba_vae import RgbaVae
 
 
-HEADER = "inlaid_codec"
-"""Header key of the RGBA VAE's `codec_id` in an adapter."""
+HEADER = "inlaid_rgba_vae"
+"""Header key of the RGBA VAE's `rgba_vae_id` in an adapter."""
 
 
 class Merged(Composed):
@@ -42,18 +42,18 @@ class Merged(Composed):
                 f"alpha.kind: merged supports text-to-video only, but {model.checkpoint} is conditioned on "
                 "images: use a text-to-video checkpoint"
             )
-        self.section, self.folder = section, locate_rgba_vae(section.codec)
-        self.facts = rgba_vae_checkpoint.read_config(self.folder)
-        self.media_key = ("merged", self.codec_id, str(section.colors))
+        self.section, self.vae_folder = section, locate_rgba_vae(section.vae)
+        self.facts = rgba_vae_checkpoint.read_config(self.vae_folder)
+        self.media_key = ("merged", self.rgba_vae_id, str(section.colors))
 
     @property
-    def codec_id(self) -> str:
+    def rgba_vae_id(self) -> str:
         """ID of the RGBA VAE that encodes the latents."""
-        return str(self.facts["codec_id"])
+        return str(self.facts["rgba_vae_id"])
 
     def about(self) -> dict[str, str]:
         """Return the metadata of trained files (`Family.about`), including the ID of the RGBA VAE."""
-        return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.codec_id}
+        return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.rgba_vae_id}
 
     # --- before the cache ---------------------------------------------------------------------------------
 
@@ -73,11 +73,11 @@ class Merged(Composed):
 
         if "merge" not in self.facts.get("parts", ["merge"]):
             raise ValueError(
-                f"{self.folder}: this RGBA VAE has no merge block, so it can decode but not encode clips; "
-                f"train one with rgba_vae: {{train: merge, init_from: {self.folder}}}"
+                f"{self.vae_folder}: this RGBA VAE has no merge block, so it can decode but not encode "
+                f"clips; train one with rgba_vae: {{train: merge, init_from: {self.vae_folder}}}"
             )
         vae = self.load("vae", torch.float32)
-        return rgba_vae_checkpoint.load(self.folder, vae).to(device).eval().requires_grad_(False)
+        return rgba_vae_checkpoint.load(self.vae_folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
         """Encode uint8 (t, h, w, 4), straight alpha, as `latents` (colors, z, t', h', w').
@@ -102,18 +102,18 @@ class Merged(Composed):
         video = torch.from_numpy(pixels).to(device).permute(3, 0, 1, 2)[None]
         rgb, alpha = rgba_vae_checkpoint.to_video(video)
         with torch.no_grad():
-            clear = trunk(encoder.vae, alpha)
+            of_alpha = trunk(encoder.vae, alpha)
             found = []
             for which in order[: self.section.colors]:
                 color = torch.tensor(colors[which])
                 seen = hard_render(rgb, alpha, color, eps=float(self.facts.get("alpha_eps", 0)))
-                found.append(encoder.merge(trunk(encoder.vae, seen), clear)[0])
+                found.append(encoder.merge(trunk(encoder.vae, seen), of_alpha)[0])
             mean, std = statistics(encoder.vae, device)
             return {"latents": (torch.stack(found).float() - mean) / std}
 
     # --- after the cache ----------------------------------------------------------------------------------
 
-    def draw(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Sample one of the cached latents."""
         import torch
 
@@ -121,11 +121,12 @@ class Merged(Composed):
         return {**item, "latents": item["latents"][which]}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline, with the RGBA VAE as its attribute `codec`."""
+        """Return the stock pipeline, with the RGBA VAE as its attribute `rgba_vae`."""
         from inlaid.networks import rgba_vae_checkpoint
 
         pipe = self.opaque.pipeline(denoiser=denoiser, device=device, dtype=dtype)
-        pipe.codec = rgba_vae_checkpoint.load(self.folder, pipe.vae).to(device).eval().requires_grad_(False)
+        vae = rgba_vae_checkpoint.load(self.vae_folder, pipe.vae).to(device)
+        pipe.rgba_vae = vae.eval().requires_grad_(False)
         return pipe
 
     def sample(
@@ -151,7 +152,7 @@ class Merged(Composed):
         from inlaid.networks import rgba_vae_checkpoint
 
         z = pipeline(
-            **self.given(pipeline, text, negative, images),
+            **self.pipeline_inputs(pipeline, text, negative, images),
             height=size[0],
             width=size[1],
             num_frames=frames,
@@ -160,20 +161,20 @@ class Merged(Composed):
             generator=generator,
             output_type="latent",
         ).frames
-        codec = pipeline.codec
-        mean, std = statistics(codec.vae, z.device)
+        rgba_vae = pipeline.rgba_vae
+        mean, std = statistics(rgba_vae.vae, z.device)
         with torch.no_grad():
-            pixels = rgba_vae_checkpoint.to_pixels(*codec.decode(z.float() * std + mean))[0]
+            pixels = rgba_vae_checkpoint.to_pixels(*rgba_vae.decode(z.float() * std + mean))[0]
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def accept(self, header: Mapping[str, str]) -> None:
         """Check that an adapter was trained on latents of the same RGBA VAE (`Family.accept`)."""
         said = header.get(HEADER)
-        if said != self.codec_id:
+        if said != self.rgba_vae_id:
             was = f"was trained with RGBA VAE {said}" if said else "was trained without an RGBA VAE"
             raise ValueError(
-                f"the adapter {was}, but alpha.vae is {self.codec_id}, whose latents are incompatible: use "
-                "the RGBA VAE that the adapter was trained with"
+                f"the adapter {was}, but alpha.vae is {self.rgba_vae_id}, whose latents are incompatible: "
+                "use the RGBA VAE that the adapter was trained with"
             )
 
 

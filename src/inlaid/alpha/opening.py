@@ -9,7 +9,7 @@ from inlaid import config as recipe
 from inlaid import families
 from inlaid.alpha.joint import Joint
 from inlaid.alpha.merged import Merged
-from inlaid.alpha.rgba_vae import RgbaVaeTraining
+from inlaid.alpha.rgba_vae import RgbaVaeFamily
 from inlaid.console import once
 from inlaid.families import Family
 
@@ -31,19 +31,21 @@ def open_family(config: recipe.Config) -> families.Family:
     return family
 
 
-COMPOSED: Mapping[str, Callable[[Family, Any], Family]] = {"joint": Joint, "merged": Merged}
-"""How a family is composed with alpha, by the recipe's `alpha.kind`."""
+COMPOSED: Mapping[type[recipe.Section], Callable[[Family, Any], Family]] = {
+    recipe.Joint: Joint,
+    recipe.Merged: Merged,
+    recipe.RgbaVae: RgbaVaeFamily,
+}
+"""How a family is composed with alpha, by the class of the recipe's `alpha` or `rgba_vae` section."""
 
 
 def build_family(config: recipe.Config) -> Family:
-    """Create the family of a recipe, composed with its `alpha` section.
+    """Create the family of a recipe, composed with its `alpha` or `rgba_vae` section.
 
     Raises:
         ValueError: if the checkpoint is not of the family, or the family does not support the transparency.
     """
     opaque = families.get(config.model.family)(config.model)
-    if isinstance(config.tuner, recipe.Codec):
-        return RgbaVaeTraining(opaque, config.tuner)
-    if config.alpha.kind == "opaque":
-        return opaque
-    return COMPOSED[config.alpha.kind](opaque, config.alpha)
+    section = config.alpha if config.rgba_vae is None else config.rgba_vae
+    compose = COMPOSED.get(type(section))
+    return compose(opaque, section) if compose else opaque

@@ -1,8 +1,8 @@
-"""Training of an RGBA VAE: a family whose network is the RGBA VAE itself and whose items are pixels.
+"""The items and the network of a run that trains an RGBA VAE, and the folders of trained RGBA VAEs.
 
-The training loop is the same. An item is a clip as straight RGBA uint8, so no video is decoded after the
-cache is built. The frozen encoder runs in the training step, because each step samples a new background color
-for each clip. There is no text and no noise level.
+An item is a clip as straight RGBA uint8, so no video is decoded after the cache is built. The frozen encoder
+runs in the training step, because each step samples a new background color for each clip. There is no
+text and no noise level.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from inlaid.networks.rgba_vae import RgbaVae
 
 
-class RgbaVaeTraining(Composed):
-    """Stand-in for a family in runs that train an RGBA VAE: items are pixels, the network is the VAE."""
+class RgbaVaeFamily(Composed):
+    """Family of a run that trains an RGBA VAE: items are RGBA pixels, the network is the RGBA VAE."""
 
     encoders: Mapping[str, Sequence[str]] = {"media": (), "text": ()}
     images: Sequence[str] = ()
     media_key = ("pixels",)
     bytewise = ("latents",)
 
-    def __init__(self, opaque: Family, section: recipe.Codec) -> None:
+    def __init__(self, opaque: Family, section: recipe.RgbaVae) -> None:
         super().__init__(opaque)
         require_wan_vae(self)
-        self.codec = section
+        self.section = section
         self.images = ()
 
     def about(self) -> dict[str, str]:
@@ -82,16 +82,16 @@ class RgbaVaeTraining(Composed):
 
         from inlaid.networks import rgba_vae_checkpoint
 
-        start = folder or (Path(self.codec.start) if self.codec.start else None)
+        start = str(folder) if folder else self.section.init_from
         if meta:
             with torch.device("meta"):
                 vae = diffusers.AutoencoderKLWan.from_config(self.vae)
-                return rgba_vae_checkpoint.new(vae, self.codec.rank, 0)
+                return rgba_vae_checkpoint.new(vae, self.section.rank, 0)
         vae = self.load("vae", torch.float32)
         if start is None:
-            return rgba_vae_checkpoint.new(vae, self.codec.rank, 0)
-        loaded = rgba_vae_checkpoint.load(locate_rgba_vae(str(start)), vae)
-        if self.codec.train == "merge" and not any(b.any() for b in loaded.alpha.b):
+            return rgba_vae_checkpoint.new(vae, self.section.rank, 0)
+        loaded = rgba_vae_checkpoint.load(locate_rgba_vae(start), vae)
+        if self.section.train == "merge" and not any(b.any() for b in loaded.alpha.b):
             raise ValueError(
                 f"rgba_vae.init_from: the decoders of {start} are untrained and cannot decode alpha; set "
                 "rgba_vae.train: merge+decoders"
@@ -102,9 +102,9 @@ class RgbaVaeTraining(Composed):
         """Return reconstructed color and alpha (n, 4, t, h, w), about [-1, 1], of pixels of any dtype."""
         import torch
 
-        codec: Any = denoiser
-        video = x_t.to(codec.merge.conv_in.weight.dtype)
-        rgb, alpha = codec.decode(codec.encode(video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)))
+        vae: Any = denoiser
+        video = x_t.to(vae.merge.conv_in.weight.dtype)
+        rgb, alpha = vae.decode(vae.encode(video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)))
         return torch.cat([rgb, alpha.mean(1, keepdim=True)], 1)
 
     def problems(self, config: recipe.Config) -> list[str]:
@@ -115,12 +115,12 @@ class RgbaVaeTraining(Composed):
             for p in self.grid.problems(frames, *config.data.size)
         ]
         try:
-            if self.codec.start:
+            if self.section.init_from:
                 from inlaid.networks import rgba_vae_checkpoint
 
-                rgba_vae_checkpoint.read_config(locate_rgba_vae(self.codec.start))
-            if self.codec.perceptual != "none":
-                perceptual_file(self.codec.perceptual)
+                rgba_vae_checkpoint.read_config(locate_rgba_vae(self.section.init_from))
+            if self.section.perceptual != "none":
+                perceptual_file(self.section.perceptual)
         except ValueError as error:
             found.append(f"rgba_vae: {error}")
         return found
@@ -142,22 +142,23 @@ def require_wan_vae(family: Any) -> None:
         )
 
 
-def locate_rgba_vae(codec: str) -> Path:
+def locate_rgba_vae(where: str) -> Path:
     """Return the folder of an RGBA VAE: a folder, a run that trained one, or `tiny:wan`, shipped with inlaid.
 
     Raises:
         ValueError: if it does not exist.
     """
     from inlaid import tiny
+    from inlaid.networks.rgba_vae_checkpoint import FOLDER
 
-    if codec.startswith("tiny:"):
-        return tiny.rgba_vae_path(codec.removeprefix("tiny:"))
-    path = Path(codec).expanduser()
-    if (path / "codec" / "config.json").is_file() and not (path / "merge.safetensors").is_file():
-        return path / "codec"
+    if where.startswith("tiny:"):
+        return tiny.rgba_vae_path(where.removeprefix("tiny:"))
+    path = Path(where).expanduser()
+    if (path / FOLDER / "config.json").is_file() and not (path / "merge.safetensors").is_file():
+        return path / FOLDER
     if not path.is_dir():
         raise ValueError(
-            f"{codec} is not a folder: use a run that trained an RGBA VAE, a folder from `inlaid import`, "
+            f"{where} is not a folder: use a run that trained an RGBA VAE, a folder from `inlaid import`, "
             "or tiny:wan"
         )
     return path
@@ -185,28 +186,3 @@ def perceptual_file(name: str) -> Path:
             f"perceptual: {name} is not a local file and could not be downloaded from the Hub "
             f"({type(error).__name__}); {how}"
         ) from None
-
-
-def rgba_vae_card(config: recipe.Config, section: recipe.Codec, base: str, step: int) -> str:
-    """Return the README of an RGBA VAE's folder."""
-    data, optim = config.data, config.optim
-    settings = {
-        "VAE of": base,
-        "steps": step,
-        "samples seen": step * config.train.batch * config.train.accumulate,
-        "trained": section.train,
-        "rank of the decoders": section.rank,
-        "loss": section.loss + (", without perceptual terms" if section.perceptual == "none" else ""),
-        "largest alpha treated as transparent": f"{section.alpha_eps:.4f}",
-        "size": f"{data.size[0]} x {data.size[1]}, {', '.join(map(str, data.frames))} frames",
-        "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
-    }
-    lines = [
-        "---\nlibrary_name: inlaid\ntags: [inlaid, wan, rgba, vae]\n---\n",
-        f"# RGBA VAE for the VAE of {base}\n",
-        "A merge block and two low-rank decoders that store color and alpha of a clip in one latent.\n",
-        "```yaml\nalpha: {kind: merged, vae: path/to/this/folder}\n```\n",
-        "| setting | value |\n|---|---|",
-        *[f"| {k} | {v} |" for k, v in settings.items()],
-    ]
-    return "\n".join(lines) + "\n"

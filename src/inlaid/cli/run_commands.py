@@ -34,7 +34,7 @@ from inlaid.cli.app import (
 def train_(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train a model from a recipe. Ctrl-C saves a checkpoint; run the same command again to resume.
 
-    Fills the cache first, and validates and generates samples as the recipe says. Several processes:
+    Fills the cache first, and validates and generates samples as set in the recipe. Several processes:
     `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
     """
     config = load_recipe(recipe, overrides)

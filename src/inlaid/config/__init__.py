@@ -9,7 +9,6 @@ from inlaid.config.messages import explain
 from inlaid.config.sections import (
     CARRIERS,
     Alpha,
-    Codec,
     Config,
     Data,
     Full,
@@ -22,6 +21,7 @@ from inlaid.config.sections import (
     Objective,
     Opaque,
     Optim,
+    RgbaVae,
     Runtime,
     Sample,
     Section,
@@ -33,7 +33,6 @@ from inlaid.config.sections import (
 __all__ = [
     "CARRIERS",
     "Alpha",
-    "Codec",
     "Config",
     "Data",
     "Full",
@@ -46,6 +45,7 @@ __all__ = [
     "Objective",
     "Opaque",
     "Optim",
+    "RgbaVae",
     "Runtime",
     "Sample",
     "Section",

@@ -7,7 +7,18 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from inlaid.config.sections import Codec, Config, Full, Joint, LowRank, Matte, Merged, Opaque, Section, Source
+from inlaid.config.sections import (
+    Config,
+    Full,
+    Joint,
+    LowRank,
+    Matte,
+    Merged,
+    Opaque,
+    RgbaVae,
+    Section,
+    Source,
+)
 
 
 def explain(error: ValidationError, name: str, section: str | None = None) -> str:
@@ -24,7 +35,7 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
 
 _TAGS: dict[tuple[str, ...], type[Section]] = {
     (section, kind): part
-    for section, parts in (("tuner", (LowRank, Full, Codec)), ("alpha", (Opaque, Joint, Merged)))
+    for section, parts in (("tuner", (LowRank, Full)), ("alpha", (Opaque, Joint, Merged)))
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
@@ -63,6 +74,7 @@ def _keys(where: list[str]) -> list[str]:
         "data.matte": Matte,
         "tuner": LowRank,
         "alpha": Joint,
+        "rgba_vae": RgbaVae,
     }.get(".".join(p for p in where if not p.isdigit()))
     if section is None:
         field = Config.model_fields.get(where[0])

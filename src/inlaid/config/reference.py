@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from inlaid.config.sections import (
-    Codec,
     Config,
     Data,
     Full,
@@ -19,6 +18,7 @@ from inlaid.config.sections import (
     Objective,
     Opaque,
     Optim,
+    RgbaVae,
     Runtime,
     Sample,
     Source,
@@ -44,10 +44,10 @@ def reference_page() -> str:
     sections |= {
         "tuner (lora, dora, lokr, loha)": LowRank,
         "tuner (full)": Full,
-        "tuner (codec)": Codec,
         "alpha (opaque)": Opaque,
         "alpha (joint)": Joint,
         "alpha (merged)": Merged,
+        "rgba_vae": RgbaVae,
         "optim": Optim,
         "train": Train,
     }

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+ALPHA_EPS = 2 / 255
+"""Alpha up to this value, in [0, 1], counts as transparent: lossy codecs leave small values in empty regions."""
+
 
 class Section(BaseModel):
     """Frozen section of a recipe; its attribute docstrings are the help texts of its keys."""
@@ -233,21 +236,18 @@ class Full(Section):
     parameters."""
 
 
-class Codec(Section):
+class RgbaVae(Section):
     """Train an RGBA VAE instead of the denoiser: a merge block and two decoders on the frozen VAE."""
 
-    kind: Literal["codec"]
-    """Encodes color and alpha of a clip into one latent and decodes both (after Wan-Alpha). No text is
-    used."""
     train: Literal["merge+decoders", "merge"] = "merge+decoders"
     """`merge+decoders` trains the merge block and both decoders. `merge` trains only the merge block, with
     the frozen decoders of `init_from`."""
     rank: int = Field(default=128, ge=1)
     """Rank of the low-rank update of each decoder; with `init_from`, the rank of that RGBA VAE."""
-    start: str | None = Field(default=None, min_length=1)
+    init_from: str | None = Field(default=None, min_length=1)
     """Folder of an RGBA VAE to initialize from. Default: a new merge block (see `init`) and the decoders of
     the base VAE."""
-    begin: Literal["random", "encoder"] = "random"
+    init: Literal["random", "encoder"] = "random"
     """Initialization of the merge block without `init_from`. `random`: random weights. `encoder`: the block
     initially reproduces the VAE's encoding of the color, so color is correct from the start and only alpha
     remains to be learned."""
@@ -264,7 +264,7 @@ class Codec(Section):
     """Normalization of images before VGG16. Default: that of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
     """Alpha that masks the hard render of the reconstruction: the `reconstructed` or the `true` one."""
-    alpha_eps: float = Field(default=2 / 255, ge=0, lt=0.5)
+    alpha_eps: float = Field(default=ALPHA_EPS, ge=0, lt=0.5)
     """Alpha up to this value, in [0, 1], counts as transparent; lossy codecs leave small values in empty
     regions. The paper uses 0."""
     colors: list[tuple[int, int, int]] = []
@@ -469,7 +469,7 @@ class Merged(Section):
 
     kind: Literal["merged"]
     """One latent of the usual size (after Wan-Alpha); needs an RGBA VAE, see `vae`."""
-    codec: str = Field(min_length=1)
+    vae: str = Field(min_length=1)
     """Folder of an RGBA VAE: from a run that trained one or from an import. `tiny:wan` selects the one that
     ships with inlaid."""
     colors: int = Field(default=4, ge=1, le=8)
@@ -477,7 +477,7 @@ class Merged(Section):
     latents."""
 
 
-Tuner = Annotated[LowRank | Full | Codec, Field(discriminator="kind")]
+Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
 
 Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 
@@ -494,6 +494,9 @@ class Config(Section):
     objective: Objective = Objective()
     tuner: Tuner = LowRank()
     alpha: Alpha = Opaque()
+    rgba_vae: RgbaVae | None = None
+    """Train an RGBA VAE, which encodes color and alpha of a clip into one latent and decodes both (after
+    Wan-Alpha), instead of the denoiser. No text is used."""
     optim: Optim = Optim()
     train: Train = Train()
     sample: Sample = Sample()
@@ -565,17 +568,21 @@ def _conflicts(config: Config) -> Iterator[str]:
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
             yield f"memory.{key}: not supported with runtime.parallel={parallel}: use ddp, or remove it"
-    if tuner.kind == "codec":
-        yield from _codec_conflicts(config, tuner)
+    if config.rgba_vae is not None:
+        yield from _rgba_vae_conflicts(config, config.rgba_vae)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: cannot be combined with memory.layerwise_casting: remove one of them"
 
 
-def _codec_conflicts(config: Config, tuner: Codec) -> Iterator[str]:
+def _rgba_vae_conflicts(config: Config, section: RgbaVae) -> Iterator[str]:
     """Yield errors about keys that cannot be combined with training an RGBA VAE."""
     if config.alpha.kind != "opaque":
         yield f"alpha.kind: {config.alpha.kind} does not apply to training an RGBA VAE: leave `alpha` out"
-    if tuner.train == "merge" and tuner.start is None:
+    if config.tuner != LowRank():
+        yield "tuner: does not apply to training an RGBA VAE: leave `tuner` out"
+    if any(source.prior_preservation for source in config.data.sources):
+        yield "data.sources.prior_preservation: does not apply to training an RGBA VAE: remove it"
+    if section.train == "merge" and section.init_from is None:
         yield (
             "rgba_vae.init_from: missing, and train=merge needs decoders that were trained on alpha: set the "
             "folder of an RGBA VAE, or use train=merge+decoders"

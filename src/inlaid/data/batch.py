@@ -33,7 +33,7 @@ class Batch:
     ) -> Batch:
         """Return a micro-batch of cached clips and captions; randomness in a clip is a function of `seed`."""
         drawn = [
-            family.draw(clip, torch.Generator().manual_seed(stable_hash(*seed, "clip", i)))
+            family.sample_item(clip, torch.Generator().manual_seed(stable_hash(*seed, "clip", i)))
             for i, clip in enumerate(clips)
         ]
         stacked = {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}

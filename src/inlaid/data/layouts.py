@@ -90,9 +90,9 @@ class _Scan:
             return named, named is not None
         found = self.pairs.matte(path)
         if len(found) > 1:
-            shown = " and ".join(f.name for f in found)
+            names = " and ".join(f.name for f in found)
             self.problem(
-                "pair", self.name(path), f"has several alpha mattes ({shown}): keep one, or use a manifest"
+                "pair", self.name(path), f"has several alpha mattes ({names}): keep one, or use a manifest"
             )
         outside = [f for f in found if not _inside(f, self.root)]
         if outside:
@@ -123,8 +123,8 @@ class _Scan:
             elif not caption.strip():
                 self.problem("empty-caption", name, where)
             elif _legible(caption) != caption:
-                shown = _legible(caption)[:40]
-                self.problem("no-caption", name, f"{where}: invalid Unicode in `{shown}`")
+                excerpt = _legible(caption)[:40]
+                self.problem("no-caption", name, f"{where}: invalid Unicode in `{excerpt}`")
                 caption = ""
             text = " ".join(caption.split()) if isinstance(caption, str) else ""
             group = None if group is None else str(group)
@@ -198,7 +198,7 @@ def _detect(
     options: list[tuple[str, str, Path]] = []
     if patterns and wanted in ("auto", "precomputed"):
         names = {n for part in (patterns.media[0], patterns.text) for n in _matching(path, part)}
-        option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.says}", path)
+        option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.description}", path)
         if names and names >= {*_matching(path, patterns.video, kinds.KNOWN)}:
             return option  # the videos in the folder are those the latents were computed from
         options += [option] if names else []
@@ -222,7 +222,7 @@ def _detect(
 
 def _nothing(path: Path, wanted: str, patterns: PrecomputedLayout | None) -> str:
     """Return the message for a folder without any known layout."""
-    reads = f"this model reads {patterns.says}" if patterns else "this model does not read any"
+    reads = f"this model reads {patterns.description}" if patterns else "this model does not read any"
     needs = {
         "lines": "prompts.txt and videos.txt; set `caption_column` and `video_column` for other file names",
         "csv": ".csv",
@@ -262,28 +262,28 @@ def _matching(folder: Path, pattern: str, suffixes: tuple[str, ...] = ("",)) -> 
 
 
 def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None:
-    """Collect precomputed latents; `encoded.look` later inspects the content of the files."""
+    """Collect precomputed latents; `precomputed.inspect_item` later inspects the content of the files."""
     parts = [_matching(folder, part) for part in (*patterns.media, patterns.text)]
     captions = _matching(folder, patterns.caption)
     for name in sorted({*parts[0], *parts[-1]}):
         scan.count += 1
         there = [part[name] for part in parts if name in part]
-        shown = there[0].relative_to(folder).as_posix()
+        name = there[0].relative_to(folder).as_posix()
         wanted = [p.replace("*", name) for p in (*patterns.media, patterns.text)]
         missing = [w for w, part in zip(wanted, parts, strict=True) if name not in part]
         outside = [f for f in there if not _inside(f, scan.root)]
         if missing:
             scan.problem(
-                "half", shown, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+                "half", name, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
             )
         elif outside:
-            scan.problem("outside", shown)
+            scan.problem("outside", name)
         else:
             beside = captions.get(name)
             text = beside.read_text("utf-8-sig", "replace") if beside and _inside(beside, scan.root) else ""
             text = " ".join(text.split())
             scan.clips.append(
-                Clip(there[0], shown, text, scan.index, None, "precomputed", tuple(there[:-1]), there[-1])
+                Clip(there[0], name, text, scan.index, None, "precomputed", tuple(there[:-1]), there[-1])
             )
 
 
@@ -291,8 +291,8 @@ def _files(folder: Path, suffixes: tuple[str, ...] = kinds.KNOWN) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        shown = (f for f in sorted(files) if not f.startswith("."))
-        found += [Path(parent, f) for f in shown if f.lower().endswith(suffixes)]
+        visible = (f for f in sorted(files) if not f.startswith("."))
+        found += [Path(parent, f) for f in visible if f.lower().endswith(suffixes)]
     return found
 
 
@@ -340,10 +340,10 @@ def _lines(folder: Path, scan: _Scan) -> None:
     if len(prompts) != len(videos):  # the files may differ only in blank lines
         prompts, videos = ([line for line in part if line[1].strip()] for part in (prompts, videos))
     if len(prompts) != len(videos):
-        told = " and ".join(
+        message = " and ".join(
             f"{f.name} has {len(n)} lines" for f, n in zip(files, (prompts, videos), strict=True)
         )
-        raise ValueError(told)
+        raise ValueError(message)
     for (_, prompt), (number, video) in zip(prompts, videos, strict=True):
         if video.strip():
             scan.add(video, prompt, where=f"line {number}")

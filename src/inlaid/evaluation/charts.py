@@ -1,14 +1,13 @@
-"""Line charts as SVG, colored by the CSS of the enclosing page."""
+"""Layout of line charts; `templates/_chart.html` writes them as SVG, colored by the CSS of the page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
-
-from inlaid.evaluation.markup import Html, tag
 
 Point = tuple[float, float]
 
@@ -62,89 +61,140 @@ class _Frame:
         return round(px, 1), round(min(max(py, self.top - 6), self.bottom + 6), 1)
 
 
-def render(chart: Chart) -> Html:
-    """Render a chart as `<svg>`; empty if it has no points. Non-finite values are dropped."""
+@dataclass(frozen=True)
+class Text:
+    """Text of a drawing; `style` is a CSS class, as in the other shapes."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+    x: float
+    y: float
+    style: str
+    anchor: str | None = None
+    transform: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Straight line of a drawing."""
+
+    kind: ClassVar[str] = "rule"
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    style: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Line through points."""
+
+    kind: ClassVar[str] = "curve"
+    points: Sequence[Point]
+    style: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Point that shows a title on hover."""
+
+    kind: ClassVar[str] = "dot"
+    x: float
+    y: float
+    title: str
+    style: str
+
+
+Shape = Text | Rule | Curve | Dot
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Shapes of a chart, in pixels, in painting order."""
+
+    width: int
+    height: int
+    label: str
+    """Summary for screen readers."""
+    shapes: Sequence[Shape]
+
+
+def layout(chart: Chart) -> Drawing | None:
+    """Return the drawing of a chart; None if it has no points. Non-finite values are dropped."""
     finite = (replace(n, points=[p for p in n.points if math.isfinite(p[1])]) for n in chart.lines)
     lines = [line for line in finite if line.points]
     if not lines:
-        return Html("")
+        return None
     frame = _Frame(*_ranges(chart, lines), 58, chart.width - 14, 34, chart.height - 44)
-    said = "; ".join(f"{n.name}: {short(n.points[0][1])} to {short(n.points[-1][1])}" for n in lines)
-    return tag(
-        "svg",
-        _text(chart.title, frame.left, 16, "title"),
+    ends = "; ".join(f"{n.name}: {short(n.points[0][1])} to {short(n.points[-1][1])}" for n in lines)
+    shapes = [
+        Text(chart.title, frame.left, 16, "title"),
         *_axes(chart, frame),
         *_mark(chart, frame),
-        *(part for line in lines for part in _line(chart, line, frame)),
+        *(shape for line in lines for shape in _line(chart, line, frame)),
         *_legend(lines, frame.right),
-        cls="chart",
-        viewBox=f"0 0 {chart.width} {chart.height}",
-        role="img",
-        aria_label=f"{chart.title} over {chart.x}. {said}",
-    )
+    ]
+    return Drawing(chart.width, chart.height, f"{chart.title} over {chart.x}. {ends}", shapes)
 
 
 def _text(
-    text: str, x: float, y: float, style: str, anchor: str | None = None, turn: str | None = None
-) -> Html:
-    return tag("text", text, cls=style, x=round(x, 1), y=round(y, 1), text_anchor=anchor, transform=turn)
+    text: str, x: float, y: float, style: str, anchor: str | None = None, transform: str | None = None
+) -> Text:
+    return Text(text, round(x, 1), round(y, 1), style, anchor, transform)
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float, style: str) -> Html:
-    return tag("line", cls=style, x1=round(x1, 1), y1=round(y1, 1), x2=round(x2, 1), y2=round(y2, 1))
+def _rule(x1: float, y1: float, x2: float, y2: float, style: str) -> Rule:
+    return Rule(round(x1, 1), round(y1, 1), round(x2, 1), round(y2, 1), style)
 
 
-def _line(chart: Chart, line: Line, frame: _Frame) -> list[Html]:
-    path = " ".join(f"{x},{y}" for x, y in (frame.at(*p) for p in _thin(line.points)))
-    out = [tag("polyline", cls=line.style, points=path)]
+def _line(chart: Chart, line: Line, frame: _Frame) -> list[Shape]:
+    shapes: list[Shape] = [Curve([frame.at(*p) for p in _thin(line.points)], line.style)]
     if line.style == "base":
         x, y = frame.at(*line.points[-1])
-        out.append(_text(line.name, x, y - 5, "note is-base", "end"))
+        shapes.append(_text(line.name, x, y - 5, "note is-base", "end"))
     for p in line.points if line.dots else ():
-        x, y = frame.at(*p)
-        told = tag("title", f"{line.name}, {chart.x} {p[0]:g}: {p[1]:.5g}")
-        out.append(tag("circle", told, cls=line.style, cx=x, cy=y, r=3))
-    return out
+        title = f"{line.name}, {chart.x} {p[0]:g}: {p[1]:.5g}"
+        shapes.append(Dot(*frame.at(*p), title, line.style))
+    return shapes
 
 
-def _mark(chart: Chart, frame: _Frame) -> list[Html]:
+def _mark(chart: Chart, frame: _Frame) -> list[Shape]:
     if chart.mark is None or not frame.x[0] <= chart.mark <= frame.x[1]:
         return []
     x = frame.at(chart.mark, frame.y[0])[0]
     to_left = x > (frame.left + frame.right) / 2
-    name = _text(
-        chart.mark_name, x + (-4 if to_left else 4), frame.top + 9, "note", "end" if to_left else "start"
-    )
+    anchor, offset = ("end", -4) if to_left else ("start", 4)
+    name = _text(chart.mark_name, x + offset, frame.top + 9, "note", anchor)
     return [_rule(x, frame.top, x, frame.bottom, "mark"), name]
 
 
-def _legend(lines: Sequence[Line], right: float) -> list[Html]:
+def _legend(lines: Sequence[Line], right: float) -> list[Shape]:
     """Return the legend: a name and a sample per line. A single line needs none; base lines are labeled."""
     named = [line for line in lines if line.style != "base"]
-    out, x = [], right
+    shapes: list[Shape] = []
+    x = right
     for line in reversed(named if len(named) > 1 else []):
         x -= 6.4 * len(line.name)
-        out += [_text(line.name, x, 16, "note"), _rule(x - 26, 12, x - 5, 12, line.style)]
+        shapes += [_text(line.name, x, 16, "note"), _rule(x - 26, 12, x - 5, 12, line.style)]
         x -= 40
-    return out
+    return shapes
 
 
-def _axes(chart: Chart, frame: _Frame) -> list[Html]:
+def _axes(chart: Chart, frame: _Frame) -> list[Shape]:
     left, right, bottom = frame.left, frame.right, frame.bottom
-    out = []
+    shapes: list[Shape] = []
     for value in ticks(*frame.y, max(2, chart.height // 60)):
         y = frame.at(0, value)[1]
-        out += [_rule(left, y, right, y, "grid"), _text(short(value), left - 7, y + 3.5, "tick", "end")]
+        shapes += [_rule(left, y, right, y, "grid"), _text(short(value), left - 7, y + 3.5, "tick", "end")]
     for value in ticks(*frame.x, max(2, chart.width // 110)):
         x = frame.at(value, 0)[0]
-        out += [
-            _rule(x, bottom, x, bottom + 4, "grid"),
-            _text(short(value), x, bottom + 17, "tick", "middle"),
-        ]
+        shapes.append(_rule(x, bottom, x, bottom + 4, "grid"))
+        shapes.append(_text(short(value), x, bottom + 17, "tick", "middle"))
     middle = (frame.top + bottom) / 2
-    out.append(_rule(left, bottom, right, bottom, "axis"))
-    out.append(_text(chart.x, right, bottom + 34, "label", "end"))
-    return [*out, _text(chart.y, 13, middle, "label", "middle", f"rotate(-90 13 {middle})")]
+    shapes.append(_rule(left, bottom, right, bottom, "axis"))
+    shapes.append(_text(chart.x, right, bottom + 34, "label", "end"))
+    return [*shapes, _text(chart.y, 13, middle, "label", "middle", f"rotate(-90 13 {middle})")]
 
 
 def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:

@@ -10,12 +10,12 @@ import importlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,9 +34,8 @@ from inlaid.data.clips import Window
 from inlaid.data.modality import ImageSource, modality_of
 from inlaid.data.prepare import CachedDataset, build_cache
 from inlaid.data.prompts import Prompts, encode_prompts, resolve_sample
-from inlaid.evaluation.metrics import video
-from inlaid.evaluation.report import Pair, Report, ValidationClip, Verdict, Video, as_json, summary_table
-from inlaid.evaluation.video import everything
+from inlaid.evaluation.report import Output, Pair, Report, ValidationLoss, Verdict, as_json, summary_table
+from inlaid.evaluation.video import measure_frames
 from inlaid.files import atomic
 from inlaid.generation.generate import generate_samples
 from inlaid.media import compositing
@@ -45,13 +44,9 @@ from inlaid.runs.folder import Run, environment, read_header, read_metrics
 from inlaid.runs.launch import Context, start_processes
 from inlaid.training.steps import QUANTILES, DenoisingStep
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["Output", "Pair", "Prompt", "Report", "ValidationLoss", "Verdict", "evaluate", "summary_table"]
 
-
-__all__ = ["ValidationClip", "Pair", "Prompt", "Report", "Verdict", "Video", "evaluate", "summary_table"]
-
-YARDSTICK = 4
+REFERENCE_CLIPS = 4
 """Number of training clips measured as a reference for the metrics."""
 
 SAMPLING = ("size", "frames", "steps", "guidance", "negative_prompt", "seed")
@@ -107,7 +102,7 @@ def evaluate(
     began = time.perf_counter()
     place = Run(Path(run))
     config = _config(place, device, overrides)
-    if isinstance(config.tuner, recipe.Codec):
+    if config.rgba_vae is not None:
         raise ValueError(
             f"evaluate: {run} trained an RGBA VAE, which has no prompts; use inlaid.evaluation.rgba_vae"
         )
@@ -117,45 +112,36 @@ def evaluate(
         if ctx.world > 1:
             raise ValueError("evaluate: does not support several processes; start it without torchrun")
         clips, notes = _clips(config, family, place, ctx)
-        gauge = importlib.import_module(f"inlaid.evaluation.{family.modality}")
+        metrics = metrics_of(family.modality)
         if prompts is not None:
             chosen = list(prompts)
-        elif gauge.TRUTH:
-            chosen = truths(clips)
+        elif metrics.HAS_GROUND_TRUTH:
+            chosen = ground_truth_prompts(clips)
         else:
-            chosen = choose(config, clips, group_by, per_group)
+            chosen = default_prompts(config, clips, group_by, per_group)
         if prompts is None and len(chosen) > limit:
             notes.append(f"Generated for {limit} of {len(chosen)} prompts; raise `limit` to include more.")
-            chosen = _spread(chosen, limit)
-        if not chosen or not all(p.text.strip() for p in chosen):
-            raise ValueError("evaluate: no prompts, or an empty prompt: pass `prompts` or set sample.prompts")
-        named = [p.images for p in chosen if not isinstance(p.images, Window)]
-        if gauge.TRUTH and named:
-            raise ValueError(
-                "evaluate: a scene is measured against its true surfaces: pass scenes, not image files"
-            )
-        wrong = family.missing_images(len(named), [each for each in named if each])
-        if wrong:
-            raise ValueError(f"evaluate: {wrong[0]}")
+            chosen = _limited(chosen, limit)
+        _check_prompts(chosen, family, metrics)
         texts, images = [p.text for p in chosen], [p.images for p in chosen]
         encoded = encode_prompts(config, family, place, texts, config.sample, ctx, images)
         step = DenoisingStep(family, family.objective(config.objective, config.data.size))
         with atomic(place.folder / "report") as folder, TemporaryDirectory(prefix="inlaid-") as scratch:
             folder.mkdir(parents=True)
-            yardstick = None if gauge.TRUTH else _yardstick(place, clips, folder, notes)
-            both = _Both(chosen, encoded, count, folder, Path(scratch), gauge)
+            reference = None if metrics.HAS_GROUND_TRUTH else _reference_metrics(place, clips, folder, notes)
+            comparison = _Comparison(chosen, encoded, count, folder, Path(scratch), metrics)
             batches = clips.validation_batches(family) if clips else []
             for side, (denoiser, pipeline) in zip(sides, _networks(config, family, sides, ctx), strict=True):
-                both.measure(side, step, denoiser, batches, ctx.device)
-                both.draw(side, family, pipeline)
+                comparison.measure_loss(side, step, denoiser, batches, ctx.device)
+                comparison.generate(side, family, pipeline)
             report = Report(
                 run=place.folder.resolve().name,
                 folder=place.folder / "report",
                 names=(sides[0].name, sides[1].name),
                 step=sides[1].step,
-                pairs=both.pairs(),
-                validation=both.validation(step, batches),
-                training=yardstick,
+                pairs=comparison.pairs(),
+                validation=comparison.validation(step, batches),
+                training=reference,
                 sampling=_sampling(family, encoded),
                 settings=json.loads(config.model_dump_json()),
                 environment=_environment(ctx),
@@ -170,7 +156,52 @@ def evaluate(
     return report
 
 
-def choose(
+class ModalityMetrics(Protocol):
+    """Interface of the module `inlaid.evaluation.<modality>`, which measures the outputs of a modality."""
+
+    HAS_GROUND_TRUTH: bool
+    """Each example has a single correct output, so validation examples are generated."""
+
+    def measure(self, output: Any, prompt: Prompt) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Return the metrics of an output, and those of each of its parts."""
+        ...
+
+    def matches_prompt(self, metrics: Mapping[str, float]) -> bool | None:
+        """Return True if the metrics of an output show that it is correct; None if no metric decides it."""
+        ...
+
+    def comparable(self, output: Any) -> np.ndarray:
+        """Return the array that `distance` compares."""
+        ...
+
+    def distance(self, a: np.ndarray, b: np.ndarray) -> float:
+        """Return the difference of two outputs, in [0, 1]."""
+        ...
+
+    def preview(self, output: Any) -> Image.Image:
+        """Render an image of an output."""
+        ...
+
+
+def metrics_of(modality: str) -> ModalityMetrics:
+    """Return the metrics of a modality by name."""
+    return cast(ModalityMetrics, importlib.import_module(f"inlaid.evaluation.{modality}"))
+
+
+def _check_prompts(prompts: Sequence[Prompt], family: families.Family, metrics: ModalityMetrics) -> None:
+    if not prompts or not all(p.text.strip() for p in prompts):
+        raise ValueError("evaluate: no prompts, or an empty prompt: pass `prompts` or set sample.prompts")
+    images = [p.images for p in prompts if not isinstance(p.images, Window)]
+    if metrics.HAS_GROUND_TRUTH and images:
+        raise ValueError(
+            "evaluate: a scene is measured against its true surfaces: pass scenes, not image files"
+        )
+    problems = family.missing_images(len(images), [each for each in images if each])
+    if problems:
+        raise ValueError(f"evaluate: {problems[0]}")
+
+
+def default_prompts(
     config: recipe.Config, clips: CachedDataset | None, group_by: bool, per_group: int
 ) -> list[Prompt]:
     """Return the recipe's sample prompts and captions of each group, validation clips first.
@@ -183,22 +214,23 @@ def choose(
         if window.clip.group:
             groups.setdefault(window.clip.group, {}).setdefault(window.caption, window)
     images = config.sample.images or [()] * len(config.sample.prompts)
-    asked = [
+    from_recipe = [
         Prompt(text, images=each)
         for text, each in dict(zip(config.sample.prompts, images, strict=True)).items()
     ]
-    known = {p.text for p in asked}
-    found = [
+    known = {p.text for p in from_recipe}
+    from_groups = [
         Prompt(text, group, images=captions[text])
         for group, captions in sorted(groups.items())
         for text in [c for c in captions if c not in known][:per_group]
     ]
-    shown = {w.caption: w for w in reversed(windows)}
-    first = [Prompt(text, images=shown.get(text, ())) for text in clips.prompts.texts] if clips else []
-    return [*asked, *found] or first
+    if from_recipe or from_groups or clips is None:
+        return [*from_recipe, *from_groups]
+    first_windows = {w.caption: w for w in reversed(windows)}
+    return [Prompt(text, images=first_windows.get(text, ())) for text in clips.prompts.texts]
 
 
-def truths(clips: CachedDataset | None) -> list[Prompt]:
+def ground_truth_prompts(clips: CachedDataset | None) -> list[Prompt]:
     """Return the validation examples, or the training examples if there are none, as prompts.
 
     For modalities in which each example has one correct output (scenes).
@@ -210,7 +242,7 @@ def truths(clips: CachedDataset | None) -> list[Prompt]:
     return [Prompt(w.caption, group, images=w) for w in validation or clips.plan.train]
 
 
-def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
+def _limited(prompts: list[Prompt], limit: int) -> list[Prompt]:
     """Select `limit` prompts, round-robin over the groups, and keep their original order."""
     turn: dict[str, int] = {}
     rank = []
@@ -308,7 +340,7 @@ def _clips(
         return None, [" ".join(note.split())]
 
 
-def _yardstick(
+def _reference_metrics(
     place: Run, clips: CachedDataset | None, folder: Path, notes: list[str]
 ) -> dict[str, float] | None:
     """Return mean metrics of some training clips, and add a contact sheet of them to the report."""
@@ -320,17 +352,17 @@ def _yardstick(
     windows = [w for w in clips.plan.train if not w.clip.embedding]
     if not windows:
         return None
-    some = [windows[i] for i in np.unique(np.linspace(0, len(windows) - 1, YARDSTICK).round().astype(int))]
+    chosen = np.unique(np.linspace(0, len(windows) - 1, REFERENCE_CLIPS).round().astype(int))
     found, rows = [], []
-    with progress("read clips", len(some), "clip") as advance:
-        for window in some:
+    with progress("read clips", len(chosen), "clip") as advance:
+        for window in (windows[i] for i in chosen):
             try:
                 frames = window.read()
             except ValueError as error:
                 notes.append(f"A training clip could not be read: {error}")
                 continue
-            found.append(everything(frames))
-            frames = compositing.preview(frames) if window.alpha else frames
+            found.append(measure_frames(frames))
+            frames = compositing.preview(frames) if frames.shape[-1] == 4 else frames
             rows.append(SheetRow(window.clip.name, window.caption, frames))
             advance()
     if rows and not sheet.is_file():
@@ -364,7 +396,7 @@ def _environment(ctx: Context) -> dict[str, Any]:
 
 
 @dataclass
-class _Both:
+class _Comparison:
     """Collector of the outputs and losses of both sides, base first, for the same prompts and clips."""
 
     prompts: Sequence[Prompt]
@@ -374,13 +406,12 @@ class _Both:
     """Output folder; holds one folder of videos per side."""
     scratch: Path
     """Temporary folder for the frames of the base side: two sets of long videos may not fit in memory."""
-    gauge: Any = video
-    """Module of this package that measures the generated outputs."""
+    metrics: ModalityMetrics
     _losses: dict[str, list[list[float]]] = field(default_factory=dict)
-    _videos: dict[str, list[Video]] = field(default_factory=dict)
+    _outputs: dict[str, list[Output]] = field(default_factory=dict)
     _distances: list[float] = field(default_factory=list)
 
-    def measure(
+    def measure_loss(
         self,
         side: _Side,
         step: DenoisingStep,
@@ -390,53 +421,57 @@ class _Both:
     ) -> None:
         """Compute the validation loss of one side."""
         self._losses[side.role] = []
-        one = modality_of(step.family.modality).one
-        with progress(f"loss, {side.name}", len(batches), one, show=bool(batches)) as advance:
+        noun = modality_of(step.family.modality).one
+        with progress(f"loss, {side.name}", len(batches), noun, show=bool(batches)) as advance:
             for batch in batches:
                 self._losses[side.role] += step.validation(denoiser, [batch], device).tolist()
                 advance()
 
-    def draw(self, side: _Side, family: families.Family, pipeline: Any) -> None:
+    def generate(self, side: _Side, family: families.Family, pipeline: Any) -> None:
         """Generate and measure the outputs of one side."""
         found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
 
-        def seen(i: int, j: int, made: Any) -> None:
+        def receive(i: int, j: int, output: Any) -> None:
             prompt = self.prompts[i]
-            metrics, parts = self.gauge.gauge(made, prompt)
-            yes = self.gauge.right(metrics) if prompt.judge is None else bool(prompt.judge(made))
-            found.append((metrics, parts, yes, self.gauge.picture(made)))
-            kept, now = self.scratch / f"{i}-{j}.npy", self.gauge.keep(made)
+            metrics, parts = self.metrics.measure(output, prompt)
+            matches = self.metrics.matches_prompt(metrics)
+            if prompt.judge is not None:
+                matches = bool(prompt.judge(output))
+            found.append((metrics, parts, matches, self.metrics.preview(output)))
+            path, array = self.scratch / f"{i}-{j}.npy", self.metrics.comparable(output)
             if side.role == "base":
-                np.save(kept, now)
+                np.save(path, array)
             else:
-                self._distances.append(self.gauge.distance(np.load(kept), now))
-                kept.unlink()
+                self._distances.append(self.metrics.distance(np.load(path), array))
+                path.unlink()
 
         about = {"checkpoint": side.name, "strength": 0.0 if side.folder is None else 1.0}
         out = self.folder / side.role
-        paths = generate_samples(family, pipeline, self.encoded, out, about, count=self.count, seen=seen)
-        self._videos[side.role] = []
-        for path, (metrics, parts, yes, image) in zip(paths, found, strict=True):
+        paths = generate_samples(
+            family, pipeline, self.encoded, out, about, count=self.count, on_output=receive
+        )
+        self._outputs[side.role] = []
+        for path, (metrics, parts, matches, image) in zip(paths, found, strict=True):
             image.save(path.with_suffix(".png"))
             name = path.relative_to(self.folder).as_posix()
-            self._videos[side.role].append(Video(name, metrics, yes, parts))
+            self._outputs[side.role].append(Output(name, metrics, matches, parts))
 
     def pairs(self) -> list[Pair]:
         """Return the outputs of both sides, paired by prompt and seed."""
         first = self.encoded.sample.seed
         each = [(p, first + j) for p in self.prompts for j in range(self.count)]
-        columns = zip(each, self._videos["base"], self._videos["tuned"], self._distances, strict=True)
+        columns = zip(each, self._outputs["base"], self._outputs["tuned"], self._distances, strict=True)
         return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
 
-    def validation(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationClip | None:
+    def validation(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationLoss | None:
         """Return the validation losses; None without validation clips."""
         if not batches:
             return None
         names = [name for b in batches for name in b.names]
         levels = step.objective.quantile(torch.tensor(QUANTILES)).tolist()
-        one = modality_of(step.family.modality).one
-        return ValidationClip(
-            names, list(QUANTILES), levels, self._losses["base"], self._losses["tuned"], one
+        noun = modality_of(step.family.modality).one
+        return ValidationLoss(
+            names, list(QUANTILES), levels, self._losses["base"], self._losses["tuned"], noun
         )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from inlaid.evaluation import scene
 from inlaid.evaluation.metrics import alpha, video
-from inlaid.evaluation.metrics.alpha import TRUTH
 from inlaid.evaluation.metrics.metric import Metric
 
 if TYPE_CHECKING:
@@ -25,35 +24,35 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Format version of `report.json`; increased when a field changes its meaning."""
 
-METRICS: Mapping[str, Metric] = {**video.METRICS, **alpha.METRICS, **TRUTH, **scene.METRICS}
+METRICS: Mapping[str, Metric] = {**video.METRICS, **alpha.METRICS, **alpha.TRUTH, **scene.METRICS}
 """Names, units and meanings of the metrics of all modalities."""
 
-TELLING = 0.01
+MIN_LOSS_CHANGE = 0.01
 """Smallest relative change of the validation loss that counts as a change."""
 
-TELLING_YES = 0.2
+MIN_MATCH_CHANGE = 0.2
 """Smallest change in the share of outputs that match the prompt that counts as a change."""
 
-CHANGED = 0.002
+MIN_DIFFERENCE = 0.002
 """Videos with a smaller mean difference look identical (share of the value range; half a level of 255)."""
 
-FULL = 99.9
+FULL_COVERAGE = 99.9
 """Mean alpha in percent above which a video is fully opaque; below 100 minus this, fully transparent."""
 
-EARLIER = 0.02
+MIN_CHECKPOINT_GAIN = 0.02
 """Relative decrease in validation loss above which an earlier checkpoint is recommended."""
 
 
 @dataclass(frozen=True)
-class Video:
+class Output:
     """One generated video or scene."""
 
     file: str
     """Path relative to the report's folder; a PNG preview has the same name."""
     metrics: Mapping[str, float]
-    """`METRICS` of its modality; for transparent videos also `matte.METRICS`, and `matte.TRUTH` if the true
+    """`METRICS` of its modality; for transparent videos also `alpha.METRICS`, and `alpha.TRUTH` if the true
     alpha is known."""
-    yes: bool | None = None
+    matches_prompt: bool | None = None
     """Result of the prompt's `judge`; None if it has none."""
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metrics of each object of a scene."""
@@ -66,14 +65,14 @@ class Pair:
     prompt: str
     group: str
     seed: int
-    base: Video
-    tuned: Video
+    base: Output
+    tuned: Output
     distance: float
     """Mean absolute difference of the two videos, in [0, 1]."""
 
 
 @dataclass(frozen=True)
-class ValidationClip:
+class ValidationLoss:
     """Losses on validation clips, with the same noise for base and tuned."""
 
     clips: Sequence[str]
@@ -84,7 +83,7 @@ class ValidationClip:
     base: Sequence[Sequence[float]]
     """(clips, quantiles)"""
     tuned: Sequence[Sequence[float]]
-    one: str = "clip"
+    noun: str = "clip"
     """Singular noun for a validation example, `clip` or `scene`."""
 
     @property
@@ -115,13 +114,13 @@ class Group:
     distance: float
     judged: int
     """Number of pairs with a judge."""
-    base_yes: int
-    tuned_yes: int
+    base_matches: int
+    tuned_matches: int
 
     @property
-    def risen(self) -> float:
+    def match_gain(self) -> float:
         """Increase in the share of outputs that match the prompt, in [-1, 1]; 0 without a judge."""
-        return (self.tuned_yes - self.base_yes) / self.judged if self.judged else 0.0
+        return (self.tuned_matches - self.base_matches) / self.judged if self.judged else 0.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Report:
     step: int | None
     """Optimizer step of the tuned model; None if unknown."""
     pairs: Sequence[Pair]
-    validation: ValidationClip | None
+    validation: ValidationLoss | None
     training: Mapping[str, float] | None
     """`video.METRICS` of some training clips, as a reference for both models."""
     sampling: Mapping[str, Any]
@@ -167,12 +166,12 @@ class Report:
     verdict: Verdict = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "verdict", judge(self))
+        object.__setattr__(self, "verdict", assess(self))
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
         """Metrics available for every video, in display order."""
-        return measured([v for p in self.pairs for v in (p.base, p.tuned)])
+        return shared_metrics([v for p in self.pairs for v in (p.base, p.tuned)])
 
     @property
     def path(self) -> Path:
@@ -183,25 +182,26 @@ class Report:
     def groups(self) -> list[Group]:
         """Means per group, in order of appearance."""
         names = dict.fromkeys(p.group for p in self.pairs)
-        return [summarise(name, [p for p in self.pairs if p.group == name]) for name in names]
+        return [summarize(name, [p for p in self.pairs if p.group == name]) for name in names]
 
     @property
     def total(self) -> Group | None:
         """Means over all pairs; None without pairs."""
-        return summarise("all", self.pairs) if self.pairs else None
+        return summarize("all", self.pairs) if self.pairs else None
 
 
-def measured(videos: Sequence[Video]) -> Mapping[str, Metric]:
-    """Return the metrics that all the videos have."""
-    return {k: m for k, m in METRICS.items() if all(k in v.metrics for v in videos)}
+def shared_metrics(outputs: Sequence[Output]) -> Mapping[str, Metric]:
+    """Return the metrics that all outputs have."""
+    return {k: m for k, m in METRICS.items() if all(k in output.metrics for output in outputs)}
 
 
-def summarise(name: str, pairs: Sequence[Pair]) -> Group:
+def summarize(name: str, pairs: Sequence[Pair]) -> Group:
     """Return means over at least one pair."""
-    judged = [p for p in pairs if p.base.yes is not None and p.tuned.yes is not None]
+    judged = [p for p in pairs if p.base.matches_prompt is not None and p.tuned.matches_prompt is not None]
 
-    def means(videos: Sequence[Video]) -> dict[str, float]:
-        return {k: float(np.mean([v.metrics[k] for v in videos])) for k in measured(videos)}
+    def means(outputs: Sequence[Output]) -> dict[str, float]:
+        names = shared_metrics(outputs)
+        return {k: float(np.mean([output.metrics[k] for output in outputs])) for k in names}
 
     return Group(
         name,
@@ -210,31 +210,31 @@ def summarise(name: str, pairs: Sequence[Pair]) -> Group:
         means([p.tuned for p in pairs]),
         float(np.mean([p.distance for p in pairs])),
         len(judged),
-        sum(bool(p.base.yes) for p in judged),
-        sum(bool(p.tuned.yes) for p in judged),
+        sum(bool(p.base.matches_prompt) for p in judged),
+        sum(bool(p.tuned.matches_prompt) for p in judged),
     )
 
 
 # --- verdict ------------------------------------------------------------------------------------------------
 
 
-def judge(report: Report) -> Verdict:
+def assess(report: Report) -> Verdict:
     """Summarize the results; the judges' results take precedence over the loss."""
     loss, total = report.validation, report.total
-    reasons, warnings = [], [*_changes(report), *_checkpoints(report), *report.notes]
+    reasons, warnings = [], [*_metric_warnings(report), *_checkpoint_warnings(report), *report.notes]
     base, tuned = report.names
     for group in report.groups:
         if group.judged:
-            of = f"{group.tuned_yes} of {group.judged} {tuned} {report.makes}s match the prompt"
+            of = f"{group.tuned_matches} of {group.judged} {tuned} {report.makes}s match the prompt"
             name = f"{group.name}: " if group.name else ""
-            reasons.append(f"{name}{of}, {group.base_yes} of {group.judged} {base} {report.makes}s")
+            reasons.append(f"{name}{of}, {group.base_matches} of {group.judged} {base} {report.makes}s")
     if loss is not None:
         reasons.append(_loss_sentence(loss))
         if len(loss.clips) < 3:
             warnings.append(
-                f"Only {_count(len(loss.clips), f'validation {loss.one}')} measured: unreliable result."
+                f"Only {count_of(len(loss.clips), f'validation {loss.noun}')} measured: unreliable result."
             )
-    if total and total.distance < CHANGED:
+    if total and total.distance < MIN_DIFFERENCE:
         same = "are identical in every pixel" if total.distance == 0 else "look identical"
         return Verdict(
             "bad",
@@ -242,28 +242,28 @@ def judge(report: Report) -> Verdict:
             _sentences(reasons),
             warnings,
         )
-    risen = [g for g in report.groups if g.risen >= TELLING_YES]
-    fallen = [g for g in report.groups if g.risen <= -TELLING_YES]
-    warnings = [*_forgotten(fallen, report.makes), *warnings]
-    tone, headline = _headline(loss, risen, fallen, f"{report.makes}s")
+    improved = [g for g in report.groups if g.match_gain >= MIN_MATCH_CHANGE]
+    regressed = [g for g in report.groups if g.match_gain <= -MIN_MATCH_CHANGE]
+    warnings = [*_regressions(regressed, report.makes), *warnings]
+    tone, headline = _headline(loss, improved, regressed, f"{report.makes}s")
     return Verdict(tone, headline, _sentences(reasons), warnings)
 
 
 def _headline(
-    loss: ValidationClip | None, risen: list[Group], fallen: list[Group], made: str
+    loss: ValidationLoss | None, improved: list[Group], regressed: list[Group], made: str
 ) -> tuple[Any, str]:
-    worse = loss is not None and loss.change >= TELLING
-    better = loss is not None and loss.change <= -TELLING and loss.better * 2 > len(loss.clips)
-    if risen:
-        best = max(risen, key=lambda g: g.risen)
+    worse = loss is not None and loss.change >= MIN_LOSS_CHANGE
+    better = loss is not None and loss.change <= -MIN_LOSS_CHANGE and loss.better * 2 > len(loss.clips)
+    if improved:
+        best = max(improved, key=lambda g: g.match_gain)
         it = f"Improved {best.name}".rstrip()
-        of = f"{best.tuned_yes} of {best.judged} {made} match the prompt"
-        if fallen:
+        of = f"{best.tuned_matches} of {best.judged} {made} match the prompt"
+        if regressed:
             return "unclear", f"{it}, but other prompts got worse: {of}, with fewer matches elsewhere."
         if worse:
             return "unclear", f"{it}, but validation loss rose: {of}."
-        return "good", f"{it}: {of}, {best.base_yes} before training."
-    if fallen:
+        return "good", f"{it}: {of}, {best.base_matches} before training."
+    if regressed:
         return "bad", f"Worse: fewer {made} match the prompt than before training."
     if loss is None:
         return "unclear", f"No validation loss: there are no validation clips. Compare the {made}."
@@ -271,26 +271,26 @@ def _headline(
         return "good", f"Improved: validation loss fell {_percent(-loss.change)}."
     if worse:
         return "bad", f"The model does not generalize: validation loss rose {_percent(loss.change)}."
-    if abs(loss.change) >= TELLING:
+    if abs(loss.change) >= MIN_LOSS_CHANGE:
         return (
             "unclear",
-            f"Unclear: validation loss fell {_percent(-loss.change)}, but not on most {loss.one}s.",
+            f"Unclear: validation loss fell {_percent(-loss.change)}, but not on most {loss.noun}s.",
         )
     return "unclear", f"Unclear: validation loss hardly changed ({signed(loss.change)})."
 
 
-def _loss_sentence(loss: ValidationClip) -> str:
+def _loss_sentence(loss: ValidationLoss) -> str:
     base, tuned = loss.means
     return (
         f"validation loss changed from {base:.4f} to {tuned:.4f} ({signed(loss.change)}), "
-        f"lower on {loss.better} of {_count(len(loss.clips), loss.one)}"
+        f"lower on {loss.better} of {count_of(len(loss.clips), loss.noun)}"
     )
 
 
-def _changes(report: Report) -> list[str]:
+def _metric_warnings(report: Report) -> list[str]:
     """Return warnings about metrics that got worse and also moved away from the training clips."""
     total, wanted = report.total, report.training or {}
-    if total is None or total.distance < CHANGED or report.makes != "video":
+    if total is None or total.distance < MIN_DIFFERENCE or report.makes != "video":
         return []
     out = []
     a, b = total.base, total.tuned
@@ -308,13 +308,14 @@ def _changes(report: Report) -> list[str]:
             f"Frames are less consistent: consistency {a['consistency']:.3f} to {b['consistency']:.3f}."
         )
     covers = [p.tuned.metrics["coverage"] for p in report.pairs if "coverage" in p.tuned.metrics]
-    for what, same in (("opaque", [c > FULL for c in covers]), ("clear", [c < 100 - FULL for c in covers])):
-        if any(same):
-            out.append(f"{sum(same)} of {len(covers)} videos are {what} everywhere: no usable alpha.")
+    opaque, transparent = sum(c > FULL_COVERAGE for c in covers), sum(c < 100 - FULL_COVERAGE for c in covers)
+    for what, count in (("opaque", opaque), ("transparent", transparent)):
+        if count:
+            out.append(f"{count} of {len(covers)} videos are fully {what}: no usable alpha.")
     return out
 
 
-def _checkpoints(report: Report) -> list[str]:
+def _checkpoint_warnings(report: Report) -> list[str]:
     """Return warnings from the validation curve: a better earlier checkpoint or changed clips."""
     curve = {int(x["step"]): x["validation_loss"] for x in report.curves if "validation_loss" in x}
     here = (
@@ -326,14 +327,14 @@ def _checkpoints(report: Report) -> list[str]:
         return []
     out = []
     best = min(curve, key=lambda s: curve[s])
-    if best < here and curve[best] < (1 - EARLIER) * curve[here]:
+    if best < here and curve[best] < (1 - MIN_CHECKPOINT_GAIN) * curve[here]:
         rise = curve[here] / curve[best] - 1
         out.append(
             f"Validation loss was lowest at step {best} and has risen {_percent(rise)} since: "
             "try a checkpoint near that step."
         )
     measured = report.validation.means[1]
-    if here == report.step and abs(measured / curve[here] - 1) > TELLING:
+    if here == report.step and abs(measured / curve[here] - 1) > MIN_LOSS_CHANGE:
         out.append(
             f"Training measured a validation loss of {curve[here]:.4f} at step {here}, this evaluation "
             f"{measured:.4f}: if the clips have changed since, some may have been used for training."
@@ -341,13 +342,13 @@ def _checkpoints(report: Report) -> list[str]:
     return out
 
 
-def _forgotten(fallen: Sequence[Group], makes: str) -> list[str]:
+def _regressions(regressed: Sequence[Group], makes: str) -> list[str]:
     return [
         "Worse on prompts"
         + (f" \N{LEFT DOUBLE QUOTATION MARK}{g.name}\N{RIGHT DOUBLE QUOTATION MARK}" if g.name else "")
-        + f": {g.tuned_yes} of {g.judged} {makes}s match the "
-        f"prompt, {g.base_yes} before training."
-        for g in fallen
+        + f": {g.tuned_matches} of {g.judged} {makes}s match the "
+        f"prompt, {g.base_matches} before training."
+        for g in regressed
     ]
 
 
@@ -355,7 +356,8 @@ def _sentences(texts: Sequence[str]) -> list[str]:
     return [f"{t[0].upper()}{t[1:]}." for t in texts]
 
 
-def _count(n: int, what: str) -> str:
+def count_of(n: int, what: str) -> str:
+    """Format a count with its noun."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
@@ -383,7 +385,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {"format": FORMAT, "verdict": values.pop("verdict"), **values}
 
 
-def show(metric: str, value: float) -> str:
+def format_value(metric: str, value: float) -> str:
     """Format a metric as text."""
     return f"{value:.{METRICS[metric].digits}f}"
 
@@ -406,17 +408,17 @@ def summary_table(report: Report) -> Table:
     judged = total is not None and total.judged > 0
     metrics = {k: m for k, m in report.metrics.items() if m.brief}
     if "coverage" in metrics:  # all metrics exceed 80 columns
-        metrics = {k: metrics[k] for k in ("motion", "coverage", "matte_flicker", "haze")}
+        metrics = {k: metrics[k] for k in ("motion", "coverage", "alpha_flicker", "haze")}
     table.add_column(f"group ({report.makes}s)")
     for name in ("model", *(["judge ok"] if judged else []), *(m.brief for m in metrics.values()), "differ"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for group in [*groups, *([total] if total and len(groups) != 1 else [])]:
-        sides = ((group.base, group.base_yes), (group.tuned, group.tuned_yes))
+        sides = ((group.base, group.base_matches), (group.tuned, group.tuned_matches))
         for i, (name, (values, yes)) in enumerate(zip(report.names, sides, strict=True)):
             cells = ["" if i else escape(f"{group.name or 'prompts'} ({group.videos})"), name]
             if judged:
                 cells.append(f"{yes} of {group.judged}" if group.judged else "")
-            cells += [show(k, values[k]) for k in metrics]
+            cells += [format_value(k, values[k]) for k in metrics]
             table.add_row(*cells, f"{group.distance:.1%}" if i else "", end_section=i == 1)
     if report.training:
         gap = [""] if judged else []
@@ -424,7 +426,7 @@ def summary_table(report: Report) -> Table:
             "training clips",
             "",
             *gap,
-            *(show(k, report.training[k]) if k in report.training else "" for k in metrics),
+            *(format_value(k, report.training[k]) if k in report.training else "" for k in metrics),
             "",
         )
     return table

@@ -18,10 +18,11 @@ from inlaid.data.prepare import build_cache
 from inlaid.files import atomic
 from inlaid.media import compositing
 from inlaid.networks import rgba_vae_metrics
+from inlaid.networks.rgba_vae_checkpoint import FOLDER
 from inlaid.networks.rgba_vae_metrics import GUESSES, REGIONS
 from inlaid.runs.folder import Run
 from inlaid.runs.launch import start_processes
-from inlaid.training.rgba_vae_step import RgbaVaeStep, reconstruct
+from inlaid.training.rgba_vae import RgbaVaeStep, reconstruct
 
 SHOWN = 8
 """Number of clips in the image."""
@@ -35,9 +36,9 @@ class RgbaVaeReport:
     """Path of the JSON file; the image has the same name with `.png`."""
     clips: int
     values: dict[str, float]
-    """Result of `rgba_metrics.report`."""
+    """Result of `rgba_vae_metrics.report`."""
     warnings: list[str]
-    """Result of `rgba_metrics.trivial`."""
+    """Result of `rgba_vae_metrics.trivial`."""
 
 
 def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | None = None) -> RgbaVaeReport:
@@ -55,27 +56,27 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
     config = place.config()
     values = {"world_size": None, "device": device or config.runtime.device}
     config = recipe.build(recipe.merge(json.loads(config.model_dump_json()), {"runtime": values}))
-    section = config.tuner
-    if not isinstance(section, recipe.Codec):
+    section = config.rgba_vae
+    if section is None:
         raise ValueError(f"{run}: this run does not train an RGBA VAE; its recipe has no rgba_vae section")
     made = place.checkpoints()
-    folder = place.checkpoint(checkpoint) / "codec" if checkpoint else place.folder / "codec"
+    folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / FOLDER
     if not folder.is_dir():
         if not made:
             raise ValueError(f"{run}: nothing is trained yet; run `inlaid train` first")
-        folder = made[-1] / "codec"
+        folder = made[-1] / FOLDER
     family = build_family(config)
     with start_processes(config) as ctx:
         batches = build_cache(config, family, place, ctx).validation_batches(family)
         if not batches:
             raise ValueError(f"{run}: no validation clips; set data.validation and train again")
-        codec = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
+        vae = family.load_denoiser(torch.float32, folder=folder).to(ctx.device).eval()
         step = RgbaVaeStep.of(section.model_copy(update={"perceptual": "none"}), quiet=True)
-        rows = step.validation(codec, batches, ctx.device)
+        rows = step.validation(vae, batches, ctx.device)
         found = rgba_vae_metrics.report(rows.sum(0))
-        picture = _picture(step, codec, batches[:SHOWN], ctx.device)
+        picture = _picture(step, vae, batches[:SHOWN], ctx.device)
     warnings = rgba_vae_metrics.trivial(found)
-    path = place.folder / "report" / "codec.json"
+    path = place.folder / "report" / "rgba_vae.json"
     with atomic(path) as part:
         part.write_text(json.dumps({"clips": len(batches), **found, "warnings": warnings}, indent=1), "utf-8")
     with atomic(path.with_suffix(".png")) as part:
@@ -84,13 +85,13 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
 
 
 def _picture(
-    step: RgbaVaeStep, codec: torch.nn.Module, batches: list[Batch], device: torch.device
+    step: RgbaVaeStep, vae: torch.nn.Module, batches: list[Batch], device: torch.device
 ) -> Image.Image:
     """Return one row per clip: middle frame of original and reconstruction on a checkerboard, then alphas."""
     rows = []
     for batch in batches:
         true = batch.latents[:1]
-        got = reconstruct(codec, true.to(device), step.loss.alpha_eps, *batch.names, colors=step.colors).cpu()
+        got = reconstruct(vae, true.to(device), step.loss.alpha_eps, *batch.names, colors=step.colors).cpu()
         pair = [x[0, :, x.shape[2] // 2].permute(1, 2, 0).numpy() for x in (true, got)]
         ground = compositing.checkerboard(*pair[0].shape[:2], cell=max(4, pair[0].shape[0] // 8))
         shown = [compositing.composite(x[None], ground)[0] for x in pair]
@@ -108,8 +109,8 @@ def table(report: RgbaVaeReport) -> Table:
     for name in ("", *columns):
         out.add_column(name, justify="left" if not name else "right")
     keys = ("", *(f"_{r}" for r in REGIONS), "_balanced")
-    for who in ("codec", *GUESSES):
-        prefix = "" if who == "codec" else f"{who.replace(' ', '_')}_"
+    for who in ("RGBA VAE", *GUESSES):
+        prefix = "" if who == "RGBA VAE" else f"{who.replace(' ', '_')}_"
         each = [report.values.get(f"{prefix}alpha_mae{key}") for key in keys]
         out.add_row(who, *("-" if v is None else f"{v:.2f}" for v in each))
     return out

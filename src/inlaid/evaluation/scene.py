@@ -1,5 +1,7 @@
 """Metrics of generated scenes against the true surfaces, per object and overall.
 
+Implements `evaluate.ModalityMetrics`.
+
 `POINTS` points per object are sampled uniformly from meshes and surfaces with fixed seeds, so the same meshes
 give the same numbers. Lengths are in units of the scene's coordinate frame, whose longest side is about 2.
 Metrics "in place" assume that model and data share a coordinate frame; "aligned" metrics first remove a rigid
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-TRUTH = True
-"""Each scene has a ground truth, its surfaces, so validation scenes are generated."""
+HAS_GROUND_TRUTH = True
+"""The surfaces of each scene are its ground truth, so validation scenes are generated."""
 
 POINTS = 2048
 """Points sampled per object."""
@@ -32,10 +34,10 @@ POINTS = 2048
 NEAR = 0.1
 """Threshold of the F-score, as in the published evaluation."""
 
-GOOD = 0.8
+MATCH_F_SCORE = 0.8
 """Smallest F-score of a scene that counts as correct."""
 
-NOWHERE = 2 * BOUND * 3**0.5
+MISSING_DISTANCE = 2 * BOUND * 3**0.5
 """Distance assigned to an object that was not generated: the diagonal of the bounding box."""
 
 METRICS: Mapping[str, Metric] = {
@@ -71,50 +73,56 @@ METRICS: Mapping[str, Metric] = {
         "Distance between the centers of the generated and the true box, averaged over objects.",
     ),
 }  # fmt: skip
-"""Metrics returned by `gauge`, in display order."""
+"""Metrics returned by `measure`, in display order."""
 
-_EMPTY = {"f_score": 0.0, "chamfer": NOWHERE, "object_f": 0.0, "iou": 0.0, "box_iou": 0.0, "off": NOWHERE / 2}
+_MISSING_OBJECT = {
+    **dict.fromkeys(("f_score", "object_f", "iou", "box_iou"), 0.0),
+    "chamfer": MISSING_DISTANCE,
+    "off": MISSING_DISTANCE / 2,
+}
+"""Metrics of an object that was not generated."""
 
 
-def gauge(made: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def measure(output: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return all of `METRICS` of a scene, and the metrics of each object.
 
     Args:
-        made: generated scene.
+        output: generated scene.
         prompt: prompt whose `images` is the source scene.
     """
     truth = {f"object_{one.number}": one.surface for one in prompt.images.read().objects}
-    whole = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
-    drawn = {
-        n: meshes.sample_surface(made.meshes[n], POINTS, seed=i) if n in made.meshes else None
+    targets = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
+    sampled = {
+        n: meshes.sample_surface(output.meshes[n], POINTS, seed=i) if n in output.meshes else None
         for i, n in enumerate(sorted(truth))
     }
-    parts = {n: _object(drawn[n], whole[n]) for n in whole}
+    parts = {n: _object_metrics(sampled[n], targets[n]) for n in targets}
     means = {k: float(np.mean([p[k] for p in parts.values()])) for k in ("object_f", "iou", "box_iou", "off")}
-    there = [d[:, :3] for d in drawn.values() if d is not None]
-    if not there:
-        nothing = {"f_score": 0.0, "f_aligned": 0.0, "chamfer": NOWHERE, "chamfer_aligned": NOWHERE}
-        return {**nothing, **means}, parts
-    a, b = np.concatenate(there), np.concatenate([w[:, :3] for w in whole.values()])
-    moved = _moved(a, b)
+    found = [d[:, :3] for d in sampled.values() if d is not None]
+    if not found:
+        scene = {"f_score": 0.0, "f_aligned": 0.0}
+        scene |= {"chamfer": MISSING_DISTANCE, "chamfer_aligned": MISSING_DISTANCE}
+        return {**scene, **means}, parts
+    a, b = np.concatenate(found), np.concatenate([w[:, :3] for w in targets.values()])
+    aligned = _aligned(a, b)
     scene = {
         "f_score": mesh.f_score(a, b, NEAR),
-        "f_aligned": mesh.f_score(moved, b, NEAR),
+        "f_aligned": mesh.f_score(aligned, b, NEAR),
         "chamfer": mesh.chamfer(a, b),
-        "chamfer_aligned": mesh.chamfer(moved, b),
+        "chamfer_aligned": mesh.chamfer(aligned, b),
     }
     return {**scene, **means}, parts
 
 
-def right(metrics: Mapping[str, float]) -> bool:
-    """Return True if a scene counts as correct, see `GOOD`."""
-    return metrics["f_score"] >= GOOD
+def matches_prompt(metrics: Mapping[str, float]) -> bool:
+    """Return True if a scene counts as correct, see `MATCH_F_SCORE`."""
+    return metrics["f_score"] >= MATCH_F_SCORE
 
 
-def keep(made: GeneratedScene) -> np.ndarray:
+def comparable(output: GeneratedScene) -> np.ndarray:
     """Return the points (n, 3) on which the difference of two generated scenes is measured."""
-    found = [meshes.sample_surface(m, POINTS, seed=i)[:, :3] for i, m in enumerate(made.meshes.values())]
-    return np.concatenate(found) if found else np.full((1, 3), NOWHERE)
+    found = [meshes.sample_surface(m, POINTS, seed=i)[:, :3] for i, m in enumerate(output.meshes.values())]
+    return np.concatenate(found) if found else np.full((1, 3), MISSING_DISTANCE)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -122,11 +130,11 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return 0.0 if np.array_equal(a, b) else 1 - mesh.f_score(a, b, NEAR / 5)
 
 
-def picture(made: GeneratedScene) -> Image.Image:
+def preview(output: GeneratedScene) -> Image.Image:
     """Render turntable views in a row."""
     from PIL import Image
 
-    views = mesh_render.turntable(list(made.meshes.values()), 5, 192)
+    views = mesh_render.turntable(list(output.meshes.values()), 5, 192)
     return Image.fromarray(np.concatenate(list(views), 1))
 
 
@@ -136,22 +144,22 @@ def _points(surface: np.ndarray, seed: int) -> np.ndarray:
     return surface[rng.choice(len(surface), POINTS, replace=len(surface) < POINTS)]
 
 
-def _moved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    turn = mesh.align(a, b)
-    return a @ turn[:3, :3].T + turn[:3, 3]
+def _aligned(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    transform = mesh.align(a, b)
+    return a @ transform[:3, :3].T + transform[:3, 3]
 
 
-def _object(made: np.ndarray | None, true: np.ndarray) -> dict[str, float]:
+def _object_metrics(output: np.ndarray | None, true: np.ndarray) -> dict[str, float]:
     """Return the metrics of one object, given generated and true surfaces (n, 6)."""
-    if made is None:
-        return dict(_EMPTY)
-    a, b = made[:, :3], true[:, :3]
+    if output is None:
+        return dict(_MISSING_OBJECT)
+    a, b = output[:, :3], true[:, :3]
     boxes = [np.stack([p.min(0), p.max(0)]) for p in (a, b)]
     return {
         "f_score": mesh.f_score(a, b, NEAR),
         "chamfer": mesh.chamfer(a, b),
-        "object_f": mesh.f_score(_moved(a, b), b, NEAR),
-        "iou": _overlap(made, true, boxes),
+        "object_f": mesh.f_score(_aligned(a, b), b, NEAR),
+        "iou": _overlap(output, true, boxes),
         "box_iou": mesh.box_iou(*boxes),
         "off": float(np.linalg.norm(boxes[0].mean(0) - boxes[1].mean(0))),
     }
@@ -165,10 +173,10 @@ def _overlap(a: np.ndarray, b: np.ndarray, boxes: list[np.ndarray], count: int =
     from scipy.spatial import KDTree
 
     low, high = np.minimum(boxes[0][0], boxes[1][0]), np.maximum(boxes[0][1], boxes[1][1])
-    places = np.random.default_rng(0).uniform(low, high, (count, 3))
+    positions = np.random.default_rng(0).uniform(low, high, (count, 3))
     inside = []
     for surface in (a, b):
-        near = surface[KDTree(surface[:, :3]).query(places)[1]]
-        inside.append(((places - near[:, :3]) * near[:, 3:]).sum(-1) < 0)
+        near = surface[KDTree(surface[:, :3]).query(positions)[1]]
+        inside.append(((positions - near[:, :3]) * near[:, 3:]).sum(-1) < 0)
     union = (inside[0] | inside[1]).sum()
     return float((inside[0] & inside[1]).sum() / union) if union else 0.0

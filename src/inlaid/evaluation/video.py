@@ -1,4 +1,4 @@
-"""Evaluation of video: what is measured, kept and shown of each sample."""
+"""Evaluation of generated videos; implements `evaluate.ModalityMetrics`."""
 
 from __future__ import annotations
 
@@ -7,54 +7,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inlaid.evaluation.metrics.video import measure
+from inlaid.evaluation.metrics import alpha
+from inlaid.evaluation.metrics import video as video_metrics
 from inlaid.media import compositing
+from inlaid.media.contact_sheet import contact_strip
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-TRUTH = False
+HAS_GROUND_TRUTH = False
 """Videos have no ground truth."""
 
-
-def right(metrics: Mapping[str, float]) -> None:
-    """Return None: no metric decides whether a video matches its prompt."""
+distance = video_metrics.distance
 
 
-def keep(frames: np.ndarray) -> np.ndarray:
-    """Return the frames on which differences are measured; RGBA is composited over a checkerboard."""
-    return (
-        compositing.composite(frames, compositing.checkerboard(*frames.shape[1:3]))
-        if frames.shape[-1] == 4
-        else frames
-    )
-
-
-def picture(frames: np.ndarray) -> Image.Image:
-    """Return some of the frames in a row."""
-    from inlaid.evaluation.pictures import contact_strip
-
-    return contact_strip(keep(frames))
-
-
-def gauge(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return the metrics of a video, with `matte.TRUTH` if the true alpha is known, and no parts."""
-    metrics = everything(frames)
+def measure(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return the metrics of a video, with `alpha.TRUTH` if the true alpha is known, and no parts."""
+    metrics = measure_frames(frames)
     if prompt.truth is not None and frames.shape[-1] == 4:
-        from inlaid.evaluation.metrics import alpha
-
         metrics |= alpha.against(frames, prompt.truth(frames))
     return metrics, {}
 
 
-def everything(frames: np.ndarray) -> dict[str, float]:
-    """Return `METRICS` of RGB or RGBA frames (t, h, w, 3 or 4).
+def measure_frames(frames: np.ndarray) -> dict[str, float]:
+    """Return the video metrics of RGB or RGBA frames (t, h, w, 3 or 4).
 
-    RGBA is composited over gray, and `matte.METRICS` are added.
+    RGBA is composited over gray, and `alpha.METRICS` are added.
     """
     if frames.shape[-1] == 3:
-        return measure(frames)
-    from inlaid.evaluation.metrics import alpha
+        return video_metrics.measure(frames)
+    gray = compositing.composite(frames, np.full(3, 128, np.uint8))
+    return video_metrics.measure(gray) | alpha.measure(frames)
 
-    return measure(compositing.composite(frames, np.full(3, 128, np.uint8))) | alpha.measure(frames)
+
+def matches_prompt(metrics: Mapping[str, float]) -> None:
+    """Return None: no metric decides whether a video matches its prompt."""
+
+
+def comparable(frames: np.ndarray) -> np.ndarray:
+    """Return the frames on which differences are measured; RGBA is composited over a checkerboard."""
+    if frames.shape[-1] == 3:
+        return frames
+    return compositing.composite(frames, compositing.checkerboard(*frames.shape[1:3]))
+
+
+def preview(frames: np.ndarray) -> Image.Image:
+    """Return some of the frames in a row."""
+    return contact_strip(comparable(frames))

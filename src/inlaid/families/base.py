@@ -278,7 +278,7 @@ class Family(Checkpoint, ABC):
     ) -> np.ndarray:
         """Return the video of the stock pipeline in [0, 1].
 
-        It starts from `noise` (c, t, h, w) if given, else from noise that the pipeline samples.
+        It starts from `noise` (c, t, h, w), or if None from noise that the pipeline samples.
         """
         start = {} if noise is None else {"latents": self.pipeline_latents(noise, pipeline)}
         return pipeline(

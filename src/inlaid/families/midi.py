@@ -41,7 +41,7 @@ from inlaid.objectives import FlowMatching
 
 
 class _Open(tuple[Any, ...]):
-    """Values of an option: the listed ones and all that match the last one, a regular expression."""
+    """Values of an option: the listed values and all that match the last one, a regular expression."""
 
     def __contains__(self, value: object) -> bool:
         return re.fullmatch(str(self[-1]), str(value)) is not None or value in self[:-1]

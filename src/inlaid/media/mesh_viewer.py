@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
+import jinja2
 import numpy as np
 
 from inlaid.media.mesh_render import PALETTE
@@ -18,20 +16,24 @@ from inlaid.media.meshes import BOUND
 if TYPE_CHECKING:
     import trimesh
 
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+)
+
 
 def viewer_page(meshes: Mapping[str, trimesh.Trimesh], title: str) -> str:
     """Return the HTML page; vertex coordinates are quantized to 16 bits of the box."""
     parts = []
-    for i, (name, one) in enumerate(meshes.items()):
-        steps = (one.vertices / BOUND * 32767).round().clip(-32767, 32767).astype("<i2")
+    for i, (name, mesh) in enumerate(meshes.items()):
+        quantized = (mesh.vertices / BOUND * 32767).round().clip(-32767, 32767).astype("<i2")
         parts.append(
             {
                 "name": name,
                 "color": PALETTE[i % len(PALETTE)],
-                "points": base64.b64encode(steps.tobytes()).decode(),
-                "faces": base64.b64encode(np.asarray(one.faces, "<u4").tobytes()).decode(),
+                "points": base64.b64encode(quantized.tobytes()).decode(),
+                "faces": base64.b64encode(np.asarray(mesh.faces, "<u4").tobytes()).decode(),
             }
         )
-    text = Template((Path(__file__).with_name("templates") / "viewer.html").read_text("utf-8"))
-    data = json.dumps(parts).replace("</", "<\\/")
-    return text.substitute(title=escape(title), parts=data)
+    return TEMPLATES.get_template("viewer.html").render(title=title, parts=parts)

@@ -1,7 +1,7 @@
 """Storage and training losses of the trained parts of an RGBA VAE.
 
 The folder of an RGBA VAE contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
-`decoder_alpha_lora.safetensors`. Its `codec_id` is a hash of the weights, the base VAE, the transparency
+`decoder_alpha_lora.safetensors`. Its `rgba_vae_id` is a hash of the weights, the base VAE, the transparency
 threshold and the background colors. Latents of two RGBA VAEs are incompatible, so caches and adapters store
 the ID, and loading checks it.
 """
@@ -17,26 +17,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import atomic
 from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions
-from inlaid.networks.rgba_vae_losses import ALPHA_EPS, COLORS, RgbaLoss, hard_render, sample_colors
+from inlaid.networks.rgba_vae_losses import COLORS, RgbaLoss, hard_render, sample_colors
 
 FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
 """File stem of each trainable part of an `RgbaVae`."""
+
+FOLDER = "rgba_vae"
+"""Name of the folder in a run that trained an RGBA VAE, and in each of its checkpoints."""
 
 FORMAT = 1
 
 Colors = Sequence[Sequence[float]]
 
 
-def new(vae: Any, rank: int, seed: int, begin: Begin = "random") -> RgbaVae:
+def new(vae: Any, rank: int, seed: int, init: Init = "random") -> RgbaVae:
     """Create an untrained RGBA VAE on a Wan VAE; both decoders are equal to the VAE's decoder.
 
     Args:
         vae: the Wan VAE.
         rank: rank of the decoders' updates.
         seed: seed of the random weights.
-        begin: initialization of the merge block: `random`, or `encoder`, which reproduces the encoder's
+        init: initialization of the merge block: `random`, or `encoder`, which reproduces the encoder's
             output for color alone, so that color is correct from the first step.
 
     Raises:
@@ -47,12 +51,12 @@ def new(vae: Any, rank: int, seed: int, begin: Begin = "random") -> RgbaVae:
         torch.manual_seed(seed)
         merge = MergeBlock(width, z)
         loras = [DecoderLora.of(vae.decoder, rank) for _ in range(2)]
-    if begin == "encoder":
+    if init == "encoder":
         _as_encoder(merge, vae)
     return RgbaVae(vae, merge, *loras)
 
 
-Begin = Literal["random", "encoder"]
+Init = Literal["random", "encoder"]
 
 
 @torch.no_grad()
@@ -72,13 +76,13 @@ def _as_encoder(merge: Any, vae: Any) -> None:
 
 
 @torch.no_grad()
-def initialize(codec: RgbaVae, seed: int, begin: Begin) -> None:
+def initialize(rgba_vae: RgbaVae, seed: int, init: Init) -> None:
     """Initialize the weights of an RGBA VAE, in place."""
-    if codec.merge.conv_in.weight.is_meta:
+    if rgba_vae.merge.conv_in.weight.is_meta:
         return
-    fresh = new(codec.vae, codec.rgb.rank, seed, begin)
+    fresh = new(rgba_vae.vae, rgba_vae.rgb.rank, seed, init)
     for part in FILES:
-        getattr(codec, part).load_state_dict(getattr(fresh, part).state_dict())
+        getattr(rgba_vae, part).load_state_dict(getattr(fresh, part).state_dict())
 
 
 def fits(vae: Any) -> tuple[int, int]:
@@ -97,36 +101,36 @@ def fits(vae: Any) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def new_merge(codec: RgbaVae, seed: int) -> RgbaVae:
+def new_merge(rgba_vae: RgbaVae, seed: int) -> RgbaVae:
     """Initialize the merge block of an RGBA VAE, in place, and return the RGBA VAE."""
-    codec.merge.load_state_dict(new(codec.vae, 1, seed).merge.state_dict())
-    return codec
+    rgba_vae.merge.load_state_dict(new(rgba_vae.vae, 1, seed).merge.state_dict())
+    return rgba_vae
 
 
 # --- the folder -------------------------------------------------------------------------------------------
 
 
-def parts(codec: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+def parts(rgba_vae: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
     """Return the weights of an RGBA VAE by part, under the names used in files.
 
     A decoder has `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r) for every convolution.
 
     Args:
-        codec: RGBA VAE that defines the names.
+        rgba_vae: RGBA VAE that defines the names.
         weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
     """
-    held = dict(codec.state_dict()) if weights is None else weights
+    held = dict(rgba_vae.state_dict()) if weights is None else weights
     out: dict[str, dict[str, Tensor]] = {
         "merge": {n.removeprefix("merge."): t for n, t in held.items() if n.startswith("merge.")}
     }
-    for part, lora in (("rgb", codec.rgb), ("alpha", codec.alpha)):
+    for part, lora in (("rgb", rgba_vae.rgb), ("alpha", rgba_vae.alpha)):
         names = [(f"{part}.{s}.{i}", f"{n}.lora_{s.upper()}") for i, n in enumerate(lora.names) for s in "ab"]
         out[part] = {stored: held[own] for own, stored in names}
     return out
 
 
 def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: float, colors: Colors) -> str:
-    """Return the `codec_id`: a hash of the stored weights, base VAE, transparency threshold and colors."""
+    """Return the `rgba_vae_id`: a hash of the stored weights, base VAE, transparency threshold and colors."""
     digest = hashlib.sha256(json.dumps([FORMAT, base, alpha_eps, colors]).encode())
     for part in sorted(weights):
         for name in sorted(weights[part]):
@@ -148,7 +152,7 @@ def base_hash(vae: Any) -> str:
 
 
 def save(
-    codec: RgbaVae,
+    rgba_vae: RgbaVae,
     folder: Path,
     *,
     alpha_eps: float = ALPHA_EPS,
@@ -157,10 +161,10 @@ def save(
     dtype: torch.dtype = torch.float32,
     weights: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Write the folder of an RGBA VAE atomically; return its `codec_id`.
+    """Write the folder of an RGBA VAE atomically; return its `rgba_vae_id`.
 
     Args:
-        codec: RGBA VAE; its base VAE is not written.
+        rgba_vae: RGBA VAE; its base VAE is not written.
         folder: replaced if it exists.
         alpha_eps: largest alpha that was treated as transparent in training.
         colors: background colors of encoded clips, in [-1, 1].
@@ -173,18 +177,18 @@ def save(
     kept = (about or {}).get("parts", FILES)
     stored = {
         part: {n: t.detach().cpu().to(dtype).contiguous() for n, t in tensors.items()}
-        for part, tensors in parts(codec, weights).items()
+        for part, tensors in parts(rgba_vae, weights).items()
         if part in kept
     }
-    base = base_hash(codec.vae)
+    base = base_hash(rgba_vae.vae)
     name = identity(stored, base, alpha_eps, colors)
     values = {
         "format": FORMAT,
-        "codec_id": name,
+        "rgba_vae_id": name,
         "base_vae": base,
-        "z_dim": codec.merge.conv_out.weight.shape[0],
-        "width": codec.merge.conv_out.weight.shape[1],
-        "rank": {"rgb": codec.rgb.rank, "alpha": codec.alpha.rank},
+        "z_dim": rgba_vae.merge.conv_out.weight.shape[0],
+        "width": rgba_vae.merge.conv_out.weight.shape[1],
+        "rank": {"rgb": rgba_vae.rgb.rank, "alpha": rgba_vae.alpha.rank},
         "alpha_eps": alpha_eps,
         "colors": colors,
         **(about or {}),
@@ -192,7 +196,7 @@ def save(
     with atomic(folder) as temporary:
         temporary.mkdir(parents=True, exist_ok=True)
         for part, tensors in stored.items():
-            save_file(tensors, temporary / f"{FILES[part]}.safetensors", metadata={"codec_id": name})
+            save_file(tensors, temporary / f"{FILES[part]}.safetensors", metadata={"rgba_vae_id": name})
         (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     return name
 
@@ -206,8 +210,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text("utf-8"))
-        if not isinstance(values, dict) or "codec_id" not in values:
-            raise ValueError("it has no codec_id")
+        if not isinstance(values, dict) or "rgba_vae_id" not in values:
+            raise ValueError("it has no rgba_vae_id")
     except (OSError, ValueError) as error:
         cause = "file not found" if isinstance(error, FileNotFoundError) else str(error)
         raise ValueError(
@@ -244,10 +248,10 @@ def load(folder: Path, vae: Any) -> RgbaVae:
             "use the checkpoint that it was trained on"
         )
     eps = float(said.get("alpha_eps", ALPHA_EPS))
-    if identity(weights, base, eps, said.get("colors", COLORS)) != said["codec_id"]:
+    if identity(weights, base, eps, said.get("colors", COLORS)) != said["rgba_vae_id"]:
         raise ValueError(
-            f"{folder}: weights do not match the codec_id {said['codec_id']}: files of different RGBA VAEs "
-            "were mixed, or a file was changed; copy the whole folder again"
+            f"{folder}: weights do not match the rgba_vae_id {said['rgba_vae_id']}: files of different "
+            "RGBA VAEs were mixed, or a file was changed; copy the whole folder again"
         )
     return assemble(vae, weights, str(folder))
 
@@ -269,10 +273,10 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
         fill(merge, weights["merge"], f"{where}: the merge block")
     loras = [
         read_factors(vae.decoder, weights[part], f"{where}: the {what} decoder")
-        for part, what in (("rgb", "colour"), ("alpha", "alpha"))
+        for part, what in (("rgb", "color"), ("alpha", "alpha"))
     ]
-    codec = RgbaVae(vae, merge, *loras)
-    return codec if "merge" in weights else new_merge(codec, 0)
+    rgba_vae = RgbaVae(vae, merge, *loras)
+    return rgba_vae if "merge" in weights else new_merge(rgba_vae, 0)
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
@@ -347,7 +351,7 @@ def to_pixels(rgb: Tensor, alpha: Tensor) -> Tensor:
 
 
 def losses(
-    codec: RgbaVae,
+    rgba_vae: RgbaVae,
     rgba: Tensor,
     loss: RgbaLoss,
     generator: torch.Generator,
@@ -361,7 +365,7 @@ def losses(
     """Return the loss terms of one micro-batch by name, and `loss`, their sum.
 
     Args:
-        codec: RGBA VAE that is trained.
+        rgba_vae: RGBA VAE that is trained.
         rgba: clips, uint8 (b, 4, t, h, w), straight.
         loss: terms of the paper.
         generator: CPU generator of the background colors of the encoder's input and of both renders, and of
@@ -379,19 +383,19 @@ def losses(
     """
     (color,), (hard, soft) = sample_colors(generator, 1, colors), sample_colors(generator, 2)
     rgb, alpha = to_video(rgba)
-    z = codec.encode(hard_render(rgb, alpha, color, eps=loss.alpha_eps), alpha)
+    z = rgba_vae.encode(hard_render(rgb, alpha, color, eps=loss.alpha_eps), alpha)
     terms: dict[str, Tensor] = {}
-    spread = torch.tensor(codec.vae.config.latents_std, device=z.device).view(1, -1, 1, 1, 1)
+    spread = torch.tensor(rgba_vae.vae.config.latents_std, device=z.device).view(1, -1, 1, 1, 1)
     if anchor:
         ground = torch.tensor(GROUND, dtype=torch.float32) / 127.5 - 1
         with torch.no_grad():
             seen = hard_render(rgb, alpha, ground, eps=loss.alpha_eps)
-            own = codec.vae.encode(seen).latent_dist.mode()
+            own = rgba_vae.vae.encode(seen).latent_dist.mode()
         terms["anchor"] = anchor * ((z - own) / spread).square().mean()
     if noise:
         amount = noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
         z = z + (amount * torch.randn(z.shape, generator=generator)).to(z.device) * spread
-    got = codec.decode(z)
+    got = rgba_vae.decode(z)
     mask = alpha > 2 * loss.alpha_eps - 1
     for name, weight, one, two in (
         ("visible", visible, got[0], rgb),

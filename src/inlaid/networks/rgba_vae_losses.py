@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from inlaid.config.sections import ALPHA_EPS
+from inlaid.files import load_torch
+
 COLORS = tuple(product((-1.0, 1.0), repeat=3))
 """Corners of the color cube, from which background colors are sampled."""
-
-ALPHA_EPS = 2 / 255
-"""Alpha up to this value is treated as transparent, because lossy video codecs leave values above 0 in empty
-regions. The paper uses 0."""
 
 
 def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class Perceptual(nn.Module):
 
                 weights = load_file(path)
             else:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
+                weights = load_torch(path)
             return cls(weights, imagenet=imagenet)
         except Exception as error:
             raise ValueError(

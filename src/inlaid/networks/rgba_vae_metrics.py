@@ -11,29 +11,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-CLEAR, OPAQUE = 2, 253
-"""Largest alpha treated as transparent, and smallest treated as opaque."""
+from inlaid.config.sections import ALPHA_EPS
 
-REGIONS = ("opaque", "soft", "clear")
+REGIONS = ("opaque", "soft", "transparent")
 
-GUESSES = ("all opaque", "all clear", "mean")
+GUESSES = ("all opaque", "all transparent", "mean")
 """Constant-alpha baselines: 255, 0, and the mean of the clip."""
 
 COLORS = tuple(product((0.0, 255.0), repeat=3))
 
 COLUMNS = (
     *(f"pixels {r}" for r in REGIONS),
-    *(f"{who} {r}" for who in ("codec", *GUESSES) for r in REGIONS),
+    *(f"{who} {r}" for who in ("rgba_vae", *GUESSES) for r in REGIONS),
     *("visible", "rgb", "rgb mean", "rgb square", "alpha square"),
     *(f"composite {i}" for i in range(len(COLORS))),
     *("clips", "ssim alpha", "ssim composite"),
 )
 """Sums of `tally`: pixels and absolute errors of alpha by region, errors of color where it is visible,
 squared errors, and structural similarities."""
+
+
+def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
+    """Return the masks of `REGIONS` of alpha, 0-255, an array or a tensor.
+
+    Alpha up to `eps` of 255 is transparent; it is opaque from 1 minus that.
+    """
+    level = round(255 * eps)
+    opaque, transparent = alpha >= 255 - level, alpha <= level
+    return {"opaque": opaque, "soft": ~(opaque | transparent), "transparent": transparent}
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
@@ -45,12 +55,14 @@ def tally(true: Tensor, got: Tensor) -> Tensor:
     """
     true, got = true.float(), got.float()
     alpha, guess = true[3], got[3]
-    masks = (alpha >= OPAQUE, (alpha > CLEAR) & (alpha < OPAQUE), alpha <= CLEAR)
-    errors = {"codec": (guess - alpha).abs()}
+    masks = regions(alpha)
+    errors = {"rgba_vae": (guess - alpha).abs()}
     values = (torch.full_like(alpha[:1, :1, :1], v) for v in (255.0, 0.0, float(alpha.mean())))
     errors |= {who: (v - alpha).abs() for who, v in zip(GUESSES, values, strict=True)}
-    sums = [m.sum() for m in masks] + [(e * m).sum() for e in errors.values() for m in masks]
-    visible = alpha > CLEAR
+    sums = [m.sum() for m in masks.values()] + [
+        (e * m).sum() for e in errors.values() for m in masks.values()
+    ]
+    visible = ~masks["transparent"]
     difference = (got[:3] - true[:3]) * visible
     middle = (true[:3] * visible).sum((1, 2, 3), keepdim=True) / visible.sum().clamp_min(1)
     sums += [
@@ -87,17 +99,17 @@ def report(sums: Tensor) -> dict[str, float]:
     """Return metrics by name from summed `tally` vectors; regions without pixels are omitted.
 
     The metrics are `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`; the same for each of `GUESSES`
-    (such as `all_clear_alpha_mae_opaque`); `rgb_mae` where alpha is visible, and of the clip's mean color;
-    PSNR in dB of color, alpha and composites over the eight corners of the color cube, mean and worst; SSIM
-    of alpha and of composites over black and white.
+    (such as `all_transparent_alpha_mae_opaque`); `rgb_mae` where alpha is visible, and of the clip's mean
+    color; PSNR in dB of color, alpha and composites over the eight corners of the color cube, mean and
+    worst; SSIM of alpha and of composites over black and white.
     """
     value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
     pixels = {r: value[f"pixels {r}"] for r in REGIONS}
     there = [r for r in REGIONS if pixels[r]]
     total = max(1.0, sum(pixels.values()))
     out: dict[str, float] = {}
-    for who in ("codec", *GUESSES):
-        name = "" if who == "codec" else f"{who.replace(' ', '_')}_"
+    for who in ("rgba_vae", *GUESSES):
+        name = "" if who == "rgba_vae" else f"{who.replace(' ', '_')}_"
         each = {r: value[f"{who} {r}"] / pixels[r] for r in there}
         out[f"{name}alpha_mae"] = sum(value[f"{who} {r}"] for r in REGIONS) / total
         out |= {f"{name}alpha_mae_{r}": v for r, v in each.items()}

@@ -7,8 +7,8 @@ Layouts, recognized by tensor names:
 - two merged decoders for ComfyUI, each a VAE under the original Wan names, `..._rgb_channel.safetensors` and
   `..._alpha_channel.safetensors`.
 
-Import writes the folder of an RGBA VAE (`rgba_codec`). Every tensor of the updates and of the merge block is
-used, or nothing is written.
+Import writes the folder of an RGBA VAE (`rgba_vae_checkpoint`). Every tensor of the updates and of the merge
+block is used, or nothing is written.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlaid.files import atomic
+from inlaid.config.sections import ALPHA_EPS
+from inlaid.files import TorchFileError, atomic, load_torch
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions, merge_name, vae_name
 from inlaid.networks.rgba_vae_checkpoint import FILES
-from inlaid.networks.rgba_vae_losses import ALPHA_EPS
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
 """Part of an RGBA VAE for each name prefix of published files."""
@@ -45,7 +44,7 @@ FOLDED_LEFT = 0.02
 
 @dataclass(frozen=True)
 class Found:
-    """Contents of a published file, under the names of `rgba_codec`."""
+    """Contents of a published file, under the names of `rgba_vae_checkpoint`."""
 
     layout: str
     parts: Mapping[str, Mapping[str, Tensor]]
@@ -104,12 +103,10 @@ def _state(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, UnpicklingError, EOFError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read ({cause[:120]}); download it again") from None
+        state: Any = load_torch(path)
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); download it again") from None
+        cause = error.cause if isinstance(error, TorchFileError) else str(error).split("\n")[0][:120]
+        raise ValueError(f"{path} cannot be read ({cause}); download it again") from None
     for key in ("state_dict", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -318,10 +315,10 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
         ValueError: if it does not fit the VAE, or is incomplete.
     """
     found = read(path, vae.config.num_res_blocks)
-    codec, notes = assemble(found, vae, str(path))
+    rgba_vae, notes = assemble(found, vae, str(path))
     parts = [part for part in FILES if found.parts[part]]
     about = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
-    name = rgba_vae_checkpoint.save(codec, out, alpha_eps=ALPHA_EPS, about=about)
+    name = rgba_vae_checkpoint.save(rgba_vae, out, alpha_eps=ALPHA_EPS, about=about)
     sizes = {p: sum(t.numel() for t in found.parts[p].values()) for p in parts}
     said = ", ".join(f"{p} {n:,} values" for p, n in sizes.items())
     return [f"{found.layout}: {said}; RGBA VAE {name}", *notes]
@@ -378,13 +375,13 @@ def _released(name: str) -> str:
     return f"{_MERGE[block]}.{_INNER.get(inner, inner)}.{kind}"
 
 
-def decoder_layout(codec: RgbaVae) -> dict[str, Tensor]:
+def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
     """Return the low-rank updates under the names of `decoder.bin`."""
-    config: Any = codec.vae.config
+    config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
-    kinds = dict(convolutions(codec.vae.decoder))
+    kinds = dict(convolutions(rgba_vae.vae.decoder))
     out = {}
-    for group, lora in (("vae_fgr", codec.rgb), ("vae_pha", codec.alpha)):
+    for group, lora in (("vae_fgr", rgba_vae.rgb), ("vae_pha", rgba_vae.alpha)):
         for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
             three = isinstance(kinds[name], nn.Conv3d)
             path = f"{group}.{names[f'decoder.{name}']}{'.conv3D' if three else ''}"
@@ -393,24 +390,26 @@ def decoder_layout(codec: RgbaVae) -> dict[str, Tensor]:
     return out
 
 
-def whole_layout(codec: RgbaVae) -> dict[str, Tensor]:
+def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
     """Return the VAE twice with updates beside its weights, `vae_fgr.` and `vae_pha.`, and `middle.`."""
-    config: Any = codec.vae.config
+    config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
-    base = _original(codec.vae.state_dict(), names)
+    base = _original(rgba_vae.vae.state_dict(), names)
     out = {f"{group}.{n}": t.clone() for group in ("vae_fgr", "vae_pha") for n, t in base.items()}
-    out |= decoder_layout(codec)
-    return out | {f"middle.{_released(n)}": t.detach().clone() for n, t in codec.merge.state_dict().items()}
+    out |= decoder_layout(rgba_vae)
+    return out | {
+        f"middle.{_released(n)}": t.detach().clone() for n, t in rgba_vae.merge.state_dict().items()
+    }
 
 
-def folded_layout(codec: RgbaVae) -> dict[str, dict[str, Tensor]]:
+def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
     """Return two VAEs with merged updates under the original names, by entry of `HALVES`."""
-    config: Any = codec.vae.config
+    config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     out = {}
-    for half, lora in zip(HALVES, (codec.rgb, codec.alpha), strict=True):
-        changed = {f"decoder.{n}": t for n, t in lora.weights(codec.vae.decoder).items()}
-        out[half] = _original({**codec.vae.state_dict(), **changed}, names)
+    for half, lora in zip(HALVES, (rgba_vae.rgb, rgba_vae.alpha), strict=True):
+        changed = {f"decoder.{n}": t for n, t in lora.weights(rgba_vae.vae.decoder).items()}
+        out[half] = _original({**rgba_vae.vae.state_dict(), **changed}, names)
     return out
 
 
@@ -418,7 +417,7 @@ TARGETS = ("wan-alpha", "comfyui")
 """Export targets of an RGBA VAE."""
 
 
-def export(codec: RgbaVae, to: str, out: Path) -> Path:
+def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     """Export an RGBA VAE in published layouts, as safetensors, and verify the files by reading them back.
 
     `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, with the names and shapes of `decoder.bin` and
@@ -434,10 +433,10 @@ def export(codec: RgbaVae, to: str, out: Path) -> Path:
     if to == "comfyui":
         files = {
             f"vae_{half}": {n: t.bfloat16().contiguous() for n, t in tensors.items()}
-            for half, tensors in folded_layout(codec).items()
+            for half, tensors in folded_layout(rgba_vae).items()
         }
     else:
-        files = {"decoder": decoder_layout(codec), "vae": whole_layout(codec)}
+        files = {"decoder": decoder_layout(rgba_vae), "vae": whole_layout(rgba_vae)}
     with atomic(out) as folder:
         folder.mkdir(parents=True)
         for name, tensors in files.items():

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from inlaid import config as recipe
 from inlaid import families
-from inlaid.adapters import tuners
 from inlaid.alpha.opening import open_family
 from inlaid.console import say
 from inlaid.data.batch import Batch, stable_hash
@@ -26,13 +25,14 @@ from inlaid.networks import quantize
 from inlaid.runs.folder import Run, open_run
 from inlaid.runs.launch import Context
 from inlaid.runs.packages import PACKAGES, require_package
-from inlaid.training import memory, model_card, parallel
+from inlaid.training import memory, parallel
 from inlaid.training.checkpoints import load_state, save_state, unpack_state
 from inlaid.training.loader import Loader
 from inlaid.training.meters import Meters
 from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
 from inlaid.training.parallel import Replicated
-from inlaid.training.steps import Step, make_step
+from inlaid.training.steps import Step
+from inlaid.training.trained import Trained, trained_by
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Job:
     ctx: Context
     run: Run
     family: families.Family
+    trained: Trained
     loader: Loader
     strategy: Replicated
     denoiser: nn.Module
@@ -114,13 +115,13 @@ class Job:
 
     def save(self, step: int, *, final: bool) -> None:
         """Write a checkpoint and, at the end, the files for other programs; tensors are never sharded."""
-        gather, section, name = self.strategy.gather, self.config.tuner, tuners.folder(self.config.tuner)
+        gather, trained, name = self.strategy.gather, self.trained, self.trained.folder
         about = {"inlaid_step": str(step), **self.family.about()}
         with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
             with self.averaged():
-                weights = gather(tuners.weights(section, self.denoiser))
+                weights = gather(trained.weights(self.denoiser))
                 if folder is not None:
-                    tuners.save(section, self.denoiser, weights, folder / name, metadata=about)
+                    trained.save(self.denoiser, weights, folder / name, metadata=about)
             tensors = {f"weights.{n}": w for n, w in gather(self.parameters).items()}
             tensors |= {f"ema.{n}": w for n, w in gather(self.ema.weights if self.ema else {}).items()}
             state, moments = self.strategy.optimizer_state(self.optimizer)
@@ -133,14 +134,7 @@ class Job:
         if final and self.ctx.main:
             with atomic(self.run.folder / name) as folder:
                 shutil.copytree(self.run.checkpoint(str(step)) / name, folder)
-                card = model_card.run_model_card(
-                    self.config,
-                    self.family,
-                    step,
-                    self.prompts.texts,
-                    getattr(self.step, "objective", None),
-                )
-                (folder / "README.md").write_text(card, "utf-8")
+                (folder / "README.md").write_text(trained.card(step, self.prompts.texts), "utf-8")
         self.ctx.barrier()
         self.meters.pause()
 
@@ -186,7 +180,8 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     for key, name in named:  # fail before the cache is filled, not after
         if name in PACKAGES:
             require_package(key, name)
-    tuners.select(config.tuner, family.targets, family.load_denoiser(torch.float32, meta=True))
+    trained = trained_by(config, family)
+    trained.select(family.load_denoiser(torch.float32, meta=True))
     run = open_run(config, ctx)
     clips = build_cache(config, family, run, ctx)
     per_step = config.train.accumulate * ctx.world
@@ -206,18 +201,16 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     )
     validation = clips.validation_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
-    full = config.tuner.kind in ("full", "codec")  # float32 weights, computed under autocast
-    denoiser = family.load_denoiser(torch.float32 if full else ctx.precision).train()
-    quantize.shrink(config.memory, denoiser, strategy.device, ctx.precision)
+    denoiser = family.load_denoiser(torch.float32 if trained.autocast else ctx.precision).train()
+    quantize.shrink_weights(config.memory, denoiser, strategy.device, ctx.precision)
     if config.memory.gradient_checkpointing:
-        memory.checkpoint(denoiser, config.memory.gradient_checkpointing)
-    tuners.attach(config.tuner, family.targets, denoiser, seed=stable_hash(config.seed, "tuner"))
-    family.attached(denoiser)
+        memory.enable_checkpointing(denoiser, config.memory.gradient_checkpointing)
+    trained.attach(denoiser, seed=stable_hash(config.seed, "tuner"))
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)
     count = sum(p.numel() for p in parameters.values())
-    say(f"training {len(parameters)} tensors, {count:,} numbers ({config.tuner.kind})", show=ctx.main)
+    say(f"training {len(parameters)} tensors, {count:,} numbers ({trained.name})", show=ctx.main)
     optimizer = make_optimizer(
         ctx.optimizer,
         config.optim,
@@ -225,9 +218,8 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         offload=config.memory.offload_optimizer,
     )
     precision = torch.autocast(
-        ctx.device.type, ctx.precision, enabled=full and ctx.precision is not torch.float32
+        ctx.device.type, ctx.precision, enabled=trained.autocast and ctx.precision is not torch.float32
     )
-    step = make_step(config, family, precision, tuners.disabled)
     meters = Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = EMA(config.optim.ema, held) if config.optim.ema else None
@@ -236,13 +228,14 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         ctx,
         run,
         family,
+        trained,
         loader,
         strategy,
         denoiser,
         network,
         held,
         optimizer,
-        step,
+        trained.step(precision),
         validation,
         clips.prompts,
         meters,

@@ -68,7 +68,7 @@ class Replicated:
             return
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for part in parts(parameters):
+        for part in group_tensors(parameters):
             flat = torch.cat([p.grad.flatten() for p in part if p.grad is not None])
             dist.all_reduce(flat)
             flat /= self.ctx.world
@@ -129,7 +129,7 @@ class FSDP(Replicated):
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
         """Step as `Replicated.step`; the norm is over all shards."""
-        return whole(super().step(optimizer, parameters, clip))
+        return gather_whole(super().step(optimizer, parameters, clip))
 
     def _average(self, parameters: Sequence[Tensor]) -> None:
         """Do nothing: the backward pass has reduced the gradients."""
@@ -138,7 +138,7 @@ class FSDP(Replicated):
         """Gather as `Replicated.gather`, one tensor at a time; whole tensors go to the main process's CPU."""
         out = {}
         for name, tensor in held.items():
-            value = whole(tensor.detach())
+            value = gather_whole(tensor.detach())
             if self.ctx.main:
                 out[name] = value.cpu()
         return out
@@ -306,7 +306,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the moments in the state of AdamW."""
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor as a plain one; all processes must call it together."""
     from torch.distributed.tensor import DTensor
 
@@ -323,7 +323,7 @@ def _share(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def parts(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Tensor]]:
+def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Tensor]]:
     """Group adjacent tensors up to `most` elements in total, so that reducing needs little extra memory."""
     part: list[Tensor] = []
     for p in parameters:

@@ -13,11 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from inlaid import config as recipe
 from inlaid.data.batch import Batch, stable_hash
 from inlaid.families import Family
 from inlaid.objectives import Objective, mean_squared_error
-from inlaid.training.rgba_vae_step import RgbaVaeStep
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Quantiles of the noise level distribution at which the validation loss is measured."""
@@ -40,19 +38,6 @@ class Step(Protocol):
     def summary(self, rows: Tensor) -> dict[str, float]:
         """Return the mean row of all validation batches as named numbers, including the validation loss."""
         ...
-
-
-def make_step(
-    config: recipe.Config,
-    family: Family,
-    precision: AbstractContextManager[Any],
-    untuned: Callable[[nn.Module], AbstractContextManager[Any]],
-) -> Step:
-    """Return the step of a recipe."""
-    if isinstance(config.tuner, recipe.Codec):
-        return RgbaVaeStep.of(config.tuner, precision)
-    objective = family.objective(config.objective, config.data.size)
-    return DenoisingStep(family, objective, precision, untuned)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Alpha metrics of transparent videos, with and without ground truth.
 
 Without ground truth, no metric proves that alpha is good: smoke is soft, and glass has no distinct edge. The
-metrics show what changed between two videos of one prompt. `inlaid.mattes` compares alpha with ground truth.
+metrics show what changed between two videos of one prompt. `alpha_scores` compares alpha with ground truth.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ METRICS: Mapping[str, Metric] = {
     "soft": Metric(
         "soft share", "soft", "% of pixels", 1, "", "Share of pixels that are neither transparent nor opaque."
     ),
-    "matte_flicker": Metric(
+    "alpha_flicker": Metric(
         "alpha flicker",
-        "m.flick",
+        "a.flick",
         "% of range",
         2,
         "lower",
@@ -58,15 +58,15 @@ METRICS: Mapping[str, Metric] = {
 """Metrics returned by `measure`, in display order."""
 
 TRUTH: Mapping[str, Metric] = {
-    "matte_error": Metric(
+    "alpha_error": Metric(
         "alpha error",
-        "m.error",
+        "a.error",
         "of 255",
         1,
         "lower",
         "Mean absolute error of alpha against the ground truth.",
     ),
-    "matte_regions": Metric(
+    "alpha_regions": Metric(
         "alpha error by region",
         "regions",
         "of 255",
@@ -86,7 +86,7 @@ def measure(frames: np.ndarray) -> dict[str, float]:
     return {
         "coverage": 100 * found.coverage,
         "soft": 100 * found.soft,
-        "matte_flicker": 100 * flicker(alpha),
+        "alpha_flicker": 100 * flicker(alpha),
         "haze": 100 * haze(alpha),
         "edges": 100 * edges(frames),
     }
@@ -95,15 +95,15 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Return all of `TRUTH` for uint8 RGBA (t, h, w, 4) and the true alpha, uint8 (t, h, w)."""
     scores = alpha_scores.score(frames[..., 3], truth)
-    return {"matte_error": scores.mae, "matte_regions": scores.balanced}
+    return {"alpha_error": scores.mae, "alpha_regions": scores.balanced}
 
 
 def flicker(alpha: np.ndarray) -> float:
-    """Return `video.flicker` of alpha (t, h, w) in [0, 1]."""
+    """Return the flicker of alpha (t, h, w) in [0, 1]."""
     small = video.shrink(alpha)
     middle = small[1:-1]
     before, after = (video.compensate(x, middle).moved for x in (small[:-2], small[2:]))
-    return video.unsteady(before, middle, after)
+    return video.flicker(before, middle, after)
 
 
 def haze(alpha: np.ndarray) -> float:
@@ -125,11 +125,11 @@ def edges(frames: np.ndarray) -> float:
     """
     frames = frames[:: max(1, len(frames) // SOME)]
     alpha = frames[..., 3].astype(np.float32)
-    grey = video.luma(frames[..., :3]) * 255
-    matte, color = _slope(alpha) > 64, _slope(grey)
+    gray = video.luma(frames[..., :3]) * 255
+    alpha_edge, color = _slope(alpha) > 64, _slope(gray)
     steep = np.quantile(color.reshape(len(color), -1), 0.9, axis=1)[:, None, None]
     near = rgba.widened(color > np.maximum(steep, 8), REACH)
-    return float(near[matte].mean()) if matte.any() else 0.0
+    return float(near[alpha_edge].mean()) if alpha_edge.any() else 0.0
 
 
 def _slope(y: np.ndarray) -> np.ndarray:

@@ -15,13 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-REGIONS = ("opaque", "soft", "clear")
-
-TRIVIAL = ("all clear", "all opaque", "the mean")
-"""Names of the trivial predictors: alpha 0, alpha 255, and the mean alpha of the ground truth."""
-
-EPS = 2 / 255
-"""Ground-truth alpha up to which a pixel is transparent; it is opaque from 1 minus this."""
+from inlaid.config.sections import ALPHA_EPS
+from inlaid.networks.rgba_vae_metrics import GUESSES, REGIONS, regions
 
 HALF = 128
 """Alpha from which a pixel belongs to the binary foreground."""
@@ -43,40 +38,40 @@ class Scores:
     iou: float
     """Intersection over union of the foregrounds, alpha at least `HALF`; 1 if both are empty."""
     opaque: float | None
-    """Mean absolute error in the opaque region of the ground truth; likewise `soft` and `clear`."""
+    """Mean absolute error in the opaque region of the ground truth; likewise `soft` and `transparent`."""
     soft: float | None
-    clear: float | None
+    transparent: float | None
 
     @property
     def balanced(self) -> float:
         """Mean of the errors of the nonempty regions, with equal weights."""
-        there = [v for v in (self.opaque, self.soft, self.clear) if v is not None]
-        return sum(there) / len(there)
+        errors = [v for v in (self.opaque, self.soft, self.transparent) if v is not None]
+        return sum(errors) / len(errors)
 
 
-def score(found: np.ndarray, truth: np.ndarray, eps: float = EPS) -> Scores:
+def score(found: np.ndarray, truth: np.ndarray, eps: float = ALPHA_EPS) -> Scores:
     """Return the metrics of predicted alpha against the ground truth.
 
     Args:
         found: uint8 (t, h, w).
         truth: the same shape.
-        eps: see `EPS`.
+        eps: see `regions`.
     """
     assert found.shape == truth.shape and found.dtype == truth.dtype == np.uint8, (found.shape, truth.shape)
     a, b = found.astype(np.float32), truth.astype(np.float32)
-    off = np.abs(a - b)
+    errors = np.abs(a - b)
     masks = regions(truth, eps)
     slopes = [np.abs(np.diff(a, axis=i) - np.diff(b, axis=i)) for i in (1, 2)]
     changes = np.diff(a, axis=0) - np.diff(b, axis=0)
     subjects = found >= HALF, truth >= HALF
     union = float((subjects[0] | subjects[1]).sum())
     return Scores(
-        mae=_mean(off),
-        mse=_mean((off / 255) ** 2),
+        mae=_mean(errors),
+        mse=_mean((errors / 255) ** 2),
         gradient=sum(_mean(s) for s in slopes if s.size),
         temporal=_mean(np.sqrt((changes**2).mean((1, 2)))) if len(changes) else 0.0,
         iou=float((subjects[0] & subjects[1]).sum()) / union if union else 1.0,
-        **{name: _mean(off[mask]) if mask.any() else None for name, mask in masks.items()},
+        **{name: _mean(errors[mask]) if mask.any() else None for name, mask in masks.items()},
     )
 
 
@@ -84,24 +79,10 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean(dtype=np.float64))
 
 
-def regions(truth: np.ndarray, eps: float = EPS) -> dict[str, np.ndarray]:
-    """Return masks of the opaque, soft and transparent (`clear`) regions of alpha."""
-    level = round(255 * eps)
-    opaque, clear = truth >= 255 - level, truth <= level
-    return {"opaque": opaque, "soft": ~opaque & ~clear, "clear": clear}
-
-
-def baselines(truth: np.ndarray, eps: float = EPS) -> dict[str, Scores]:
-    """Return the metrics of the predictors of `TRIVIAL` against a ground truth."""
-    values = (0, 255, round(float(truth.mean())))
-    return {n: score(np.full_like(truth, v), truth, eps) for n, v in zip(TRIVIAL, values, strict=True)}
-
-
-def mean(scores: list[Scores]) -> Scores:
-    """Return the means over clips; the mean of a region is over the clips that contain it."""
-    names = Scores.__dataclass_fields__
-    columns = {n: [v for s in scores if (v := getattr(s, n)) is not None] for n in names}
-    return Scores(**{n: sum(c) / len(c) if c else None for n, c in columns.items()})  # type: ignore[arg-type]
+def baselines(truth: np.ndarray, eps: float = ALPHA_EPS) -> dict[str, Scores]:
+    """Return the metrics of the constant predictors `GUESSES` against a ground truth."""
+    values = (255, 0, round(float(truth.mean())))
+    return {n: score(np.full_like(truth, v), truth, eps) for n, v in zip(GUESSES, values, strict=True)}
 
 
 MARGIN = 0.5
@@ -115,8 +96,8 @@ def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN)
     wrong, whatever the share of the foreground; a mean over pixels would accept it.
 
     Args:
-        found: metrics of a clip, or their `mean` over clips.
-        trivial: from `baselines`, or their means.
+        found: metrics of a clip.
+        trivial: from `baselines`.
         margin: see `MARGIN`.
     """
     name = min(trivial, key=lambda n: trivial[n].balanced)
@@ -128,7 +109,10 @@ def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN)
             f"prediction `{name}` {best:.1f}: it should be below {margin * best:.1f}"
         )
     for region in REGIONS:
-        off, known = (getattr(s, region) for s in (found, trivial[name]))
-        if off is not None and off > 127.5:
-            out.append(f"the alpha error where {region} is {off:.1f} of 255, that of `{name}` {known:.1f}")
+        error, trivial_error = (getattr(s, region) for s in (found, trivial[name]))
+        if error is not None and error > 127.5:
+            out.append(
+                f"the alpha error in the {region} region is {error:.1f} of 255, that of `{name}` "
+                f"{trivial_error:.1f}"
+            )
     return out

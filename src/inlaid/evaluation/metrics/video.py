@@ -13,15 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from inlaid.evaluation.metrics.metric import Metric
-
-if TYPE_CHECKING:
-    pass
-
 
 LONG = 128
 """Maximum longer side in pixels for motion estimation."""
@@ -92,57 +87,10 @@ def measure(frames: np.ndarray) -> dict[str, float]:
     after = compensate(small[2:], small[1:-1]).moved
     return {
         "motion": 100 * _motion(small, match),
-        "flicker": 100 * unsteady(match.moved[:-1], small[1:-1], after),
+        "flicker": 100 * flicker(match.moved[:-1], small[1:-1], after),
         "consistency": _consistency(match.moved, small[1:]),
         "sharpness": _sharpness(y),
     }
-
-
-def motion(frames: np.ndarray) -> float:
-    """Return the mean displacement of blocks between frames, as a share of the frame's diagonal.
-
-    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still and for noise without motion. A frame that moves as a
-    whole by d pixels per frame gives d / diagonal, apart from the strip that enters; an object that fills a
-    tenth of the frame gives a tenth of that. The slowest detected motion is one pixel in `STRIDE` frames, at
-    the scale of `LONG`.
-    """
-    small = shrink(luma(frames))
-    return _motion(small, compensate(small[:-1], small[1:]))
-
-
-def flicker(frames: np.ndarray) -> float:
-    """Return the mean brightness deviation from both temporal neighbors along the motion, in [0, 1].
-
-    |Y_k - median(P, Y_k, N)|, with P and N the previous and next frames, motion-compensated to frame k: the
-    part that a motion-compensated temporal median filter would remove. 0 for stills, for motion that block
-    matching follows, and for fades and cuts, which do not revert. Brightness that alternates by a gives a;
-    independent noise of deviation s without motion gives s / sqrt(pi). Fewer than three frames give 0.
-    (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighboring frames: it counts
-    motion as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
-    """
-    small = shrink(luma(frames))
-    middle = small[1:-1]
-    return unsteady(compensate(small[:-2], middle).moved, middle, compensate(small[2:], middle).moved)
-
-
-def consistency(frames: np.ndarray) -> float:
-    """Return the mean correlation of each frame with the motion-compensated previous frame; in [-1, 1].
-
-    1 for stills and for motion that block matching follows; near 0 for unrelated frames, independent of
-    brightness and contrast. A pair of flat frames counts as 1, a pair with one flat frame as 0. One frame
-    gives 1.
-    """
-    small = shrink(luma(frames))
-    return _consistency(compensate(small[:-1], small[1:]).moved, small[1:])
-
-
-def sharpness(frames: np.ndarray) -> float:
-    """Return the variance of the Laplacian of luma (0-255), averaged over frames (Pech-Pacheco et al. 2000).
-
-    0 for frames without detail, including ramps. The maximum, 1020^2, is reached by a checkerboard of single
-    black and white pixels.
-    """
-    return _sharpness(luma(frames))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -223,7 +171,17 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
 
 
 def _motion(y: np.ndarray, match: Match) -> float:
-    """Return the mean displacement in (t, h, w), given the match of each frame with the previous frame."""
+    """Return the mean displacement of blocks between frames, as a share of the frame's diagonal.
+
+    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still and for noise without motion. A frame that moves as a
+    whole by d pixels per frame gives d / diagonal, apart from the strip that enters; an object that fills a
+    tenth of the frame gives a tenth of that. The slowest detected motion is one pixel in `STRIDE` frames, at
+    the scale of `LONG`.
+
+    Args:
+        y: (t, h, w).
+        match: match of each frame with the previous frame.
+    """
     lengths = match.lengths
     if len(y) > STRIDE:
         slow, fast, lengths = (
@@ -237,8 +195,16 @@ def _motion(y: np.ndarray, match: Match) -> float:
     return float(lengths.mean(dtype=np.float64) / np.hypot(*y.shape[1:])) if lengths.size else 0.0
 
 
-def unsteady(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
-    """Return the mean distance of frames from the median of themselves and their aligned neighbors."""
+def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
+    """Return the mean brightness deviation from both temporal neighbors along the motion, in [0, 1].
+
+    |Y_k - median(P, Y_k, N)|, with P and N the previous and next frames, motion-compensated to frame k: the
+    part that a motion-compensated temporal median filter would remove. 0 for stills, for motion that block
+    matching follows, and for fades and cuts, which do not revert. Brightness that alternates by a gives a;
+    independent noise of deviation s without motion gives s / sqrt(pi). Fewer than three frames give 0.
+    (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighboring frames: it counts
+    motion as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
+    """
     if not len(middle):
         return 0.0
     median = np.maximum(np.minimum(before, middle), np.minimum(np.maximum(before, middle), after))
@@ -246,6 +212,12 @@ def unsteady(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float
 
 
 def _consistency(before: np.ndarray, now: np.ndarray) -> float:
+    """Return the mean correlation of each frame with the motion-compensated previous frame; in [-1, 1].
+
+    1 for stills and for motion that block matching follows; near 0 for unrelated frames, independent of
+    brightness and contrast. A pair of flat frames counts as 1, a pair with one flat frame as 0. One frame
+    gives 1.
+    """
     if not len(now):
         return 1.0
     a, b = (x - x.mean(axis=(1, 2), keepdims=True, dtype=np.float64) for x in (before, now))
@@ -256,6 +228,11 @@ def _consistency(before: np.ndarray, now: np.ndarray) -> float:
 
 
 def _sharpness(y: np.ndarray) -> float:
+    """Return the variance of the Laplacian of luma (0-255), averaged over frames (Pech-Pacheco et al. 2000).
+
+    0 for frames without detail, including ramps. The maximum, 1020^2, is reached by a checkerboard of single
+    black and white pixels.
+    """
     if min(y.shape[1:]) < 3:
         return 0.0
     variances = []

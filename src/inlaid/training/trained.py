@@ -1,0 +1,156 @@
+"""What a run trains: an adapter or all weights of a denoiser, or an RGBA VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from inlaid import config as recipe
+from inlaid.adapters import tuners
+from inlaid.adapters.model_card import model_card
+from inlaid.data.modality import modality_of
+from inlaid.families import Family
+from inlaid.objectives import FlowMatching
+from inlaid.training.rgba_vae import TrainedRgbaVae
+from inlaid.training.steps import DenoisingStep, Step
+
+
+class Trained(Protocol):
+    """The trained weights of a run: their selection, loss and files.
+
+    Every `network` is the network of the family.
+    """
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder with the exported weights, in a run and in each of its checkpoints."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Name in progress messages."""
+        ...
+
+    @property
+    def autocast(self) -> bool:
+        """Load the whole network in float32 and compute under autocast.
+
+        If False, the network is loaded in the precision of the run.
+        """
+        ...
+
+    def select(self, network: nn.Module) -> list[str]:
+        """Return the names of the layers that get an adapter, or of the trainable parameters.
+
+        Also works on a network on the meta device.
+
+        Raises:
+            ValueError: if a target of the recipe matches nothing.
+        """
+        ...
+
+    def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
+        """Freeze the network, in place, and return its trainable parameters in float32, by name.
+
+        Args:
+            network: network without adapters.
+            seed: seed of new weights.
+
+        Raises:
+            ValueError: if a target of the recipe matches nothing.
+        """
+        ...
+
+    def weights(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors that `save` writes, by name."""
+        ...
+
+    def save(
+        self, network: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, metadata: Mapping[str, str]
+    ) -> None:
+        """Write the trained weights to `folder`, which is created if missing.
+
+        Args:
+            network: network that `attach` changed; only its configuration is read.
+            weights: tensors from the method `weights`, unsharded.
+            folder: output folder.
+            metadata: header entries of the files.
+        """
+        ...
+
+    def step(self, precision: AbstractContextManager[Any]) -> Step:
+        """Return the training step, which computes in the context `precision`."""
+        ...
+
+    def card(self, step: int, prompts: Sequence[str]) -> str:
+        """Return the README of the folder after `step` steps; `prompts` are the sample prompts."""
+        ...
+
+
+def trained_by(config: recipe.Config, family: Family) -> Trained:
+    """Return what a recipe trains; `family` is the recipe's family."""
+    if config.rgba_vae is not None:
+        return TrainedRgbaVae(config, config.rgba_vae, family.name)
+    return TrainedDenoiser(config, family)
+
+
+@dataclass(frozen=True)
+class TrainedDenoiser:
+    """Adapter or all weights of a denoiser, as the `tuner` section selects."""
+
+    config: recipe.Config
+    family: Family
+    folder: str = field(default="adapter", init=False)
+
+    @property
+    def name(self) -> str:
+        """Kind of the tuner."""
+        return self.config.tuner.kind
+
+    @property
+    def autocast(self) -> bool:
+        """True for full fine-tuning."""
+        return isinstance(self.config.tuner, recipe.Full)
+
+    def select(self, network: nn.Module) -> list[str]:
+        """Return the names of the layers that get an adapter, or of the trainable parameters."""
+        return tuners.select(self.config.tuner, self.family.targets, network)
+
+    def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
+        """Make the selected weights or new adapters trainable, in float32."""
+        tuners.attach(self.config.tuner, self.family.targets, network, seed=seed)
+        self.family.attached(network)
+        return {n: p for n, p in network.named_parameters() if p.requires_grad}
+
+    def weights(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of the adapter, or all tensors after full fine-tuning."""
+        return tuners.weights(self.config.tuner, network)
+
+    def save(
+        self, network: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, metadata: Mapping[str, str]
+    ) -> None:
+        """Write an adapter, or a whole network in diffusers layout."""
+        tuners.save(self.config.tuner, network, weights, folder, metadata=metadata)
+
+    def step(self, precision: AbstractContextManager[Any]) -> DenoisingStep:
+        """Return the denoising step."""
+        objective = self.family.objective(self.config.objective, self.config.data.size)
+        return DenoisingStep(self.family, objective, precision, tuners.disabled)
+
+    def card(self, step: int, prompts: Sequence[str]) -> str:
+        """Return the model card."""
+        objective = self.family.objective(self.config.objective, self.config.data.size)
+        flow = isinstance(objective, FlowMatching)
+        return model_card(
+            self.config,
+            step=step,
+            prompts=list(prompts) if self.family.text_length else [],
+            task=modality_of(self.family.modality).task(self.family),
+            objective="" if flow else "v-prediction on the checkpoint's schedule",
+            warnings=self.family.warnings(),
+        )
