@@ -14,11 +14,20 @@ import coverage
 import numpy as np
 import pytest
 
+from inlaid import config
 from inlaid.console import quiet
 from inlaid.tiny import random
+from inlaid.training.loop import train
+from support import forks
 from support.contract import open_family, shape
 
 quiet()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts the server of forks before the processes that share it; one alone starts it when it needs it."""
+    if getattr(config.option, "numprocesses", None):
+        forks.start()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -120,6 +129,27 @@ def estimated(shared: Path) -> Callable[..., Any]:
     return get
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _counted_once() -> Generator[None]:
+    """The pass on shapes that an estimate makes of a network is made once for each network and shape."""
+    from inlaid.check import estimate
+
+    known: dict[str, estimate.Counts] = {}
+    real = estimate.count
+
+    def count(family: Any, denoiser: Any, shape: Any, batch: int, **how: Any) -> estimate.Counts:
+        tensors = [(n, type(p), p.shape, p.dtype, p.requires_grad) for n, p in denoiser.named_parameters()]
+        about = [type(family), family.model, family.shapes(*shape), family.tokens(*shape), family.text_length]
+        key = hashlib.sha256(repr([denoiser, tensors, about, shape, batch, how]).encode()).hexdigest()
+        if key not in known:
+            known[key] = real(family, denoiser, shape, batch, **how)
+        return known[key]
+
+    estimate.count = count
+    yield
+    estimate.count = real
+
+
 @pytest.fixture(scope="session")
 def clips_of_session(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that gives a folder of small captioned clips, written once; not to be changed."""
@@ -198,7 +228,7 @@ def recipe(
                 "size": [32, 32],
                 "frames": 9,
                 "validation": 1,
-                "cache": str(encoded),
+                "cache": encoded and str(encoded),
             },
             "tuner": {"kind": "lora", "rank": 4},
             "optim": {"lr": 1e-2},
@@ -253,3 +283,24 @@ def contract_recipe(
         return raw
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _contract_runs() -> dict[tuple, config.Config]:
+    return {}
+
+
+@pytest.fixture
+def contract_run(
+    contract_recipe: Callable[..., dict], _contract_runs: dict[tuple, config.Config]
+) -> Callable[..., config.Config]:
+    """A function that gives the recipe of a finished run of a case, trained once; not to be changed."""
+
+    def get(case: tuple[str, str], kind: str = "lora") -> config.Config:
+        if (case, kind) not in _contract_runs:
+            settings = config.build(contract_recipe(case, tuner__kind=kind))
+            train(settings)
+            _contract_runs[case, kind] = settings
+        return _contract_runs[case, kind]
+
+    return get

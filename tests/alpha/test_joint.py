@@ -25,6 +25,7 @@ from inlaid.tiny.random import TEXT_WIDTH
 from inlaid.training import memory
 from inlaid.training.steps import DenoisingStep
 from support.joint import CASES, CPU, ONE_SEQUENCE, Checkpoint, every_case, given, network, opened, size, swap
+from support.slow import slow
 
 # --- positions ----------------------------------------------------------------------------------------------
 
@@ -464,7 +465,7 @@ def test_the_network_is_counted_on_shapes_alone(case: tuple[str, str], checkpoin
 # --- compiled, quantised ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [CASES[0], *ONE_SEQUENCE[:2]], ids="-".join)
+@pytest.mark.parametrize("case", [CASES[0], *map(slow, ONE_SEQUENCE[:2])], ids="-".join)
 def test_blocks_compile_into_one_graph(case: tuple[str, str], checkpoint: Checkpoint) -> None:
     family = opened(checkpoint, case)
     found = []

@@ -24,6 +24,11 @@ from inlaid.training.loop import train
 from support.rgba_vaes import disc, made, rgba_clips
 
 
+@pytest.fixture
+def encoded() -> None:
+    """Every run has a cache of its own here."""
+
+
 @pytest.fixture(scope="session")
 def vae(tiny_wan: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(tiny_wan, subfolder="vae").eval()

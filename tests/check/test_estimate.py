@@ -23,6 +23,7 @@ from inlaid.check.estimate import (
 from inlaid.networks import quantize
 from inlaid.tiny import random
 from inlaid.training import memory
+from support.slow import slow
 
 SHAPE = (9, 128, 192)
 LONG = (9, 256, 256)
@@ -50,8 +51,13 @@ def estimate(wan: families.Family, made: config.Config, **changes: Any) -> Estim
     return estimate_recipe(wan, made, shapes, windows, captions, **settings)
 
 
-@pytest.mark.parametrize("checkpointing", [True, 2, False])
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        *[("lora", True), ("dora", 2), ("full", False), slow("lora", 2), slow("lora", False)],
+        *[slow("dora", True), slow("dora", False), slow("full", True), slow("full", 2)],
+    ],
+)
 def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
     made = recipe(tuner={"kind": kind}, memory={"gradient_checkpointing": checkpointing})
     found = estimate(wan, made)
@@ -219,6 +225,7 @@ def test_targets_that_match_nothing(wan):
         estimate(wan, recipe(tuner={"targets": ["proj_in"]}))
 
 
+@pytest.mark.slow
 def test_nothing_is_downloaded_or_allocated_for_the_large_ones():
     model = config.Model(family="wan", checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers")
     found = estimate(families.get("wan")(model), recipe(), shapes={(5, 64, 64): 1}, precision=torch.bfloat16)

@@ -26,6 +26,11 @@ from support import videos
 CPU = Context(torch.device("cpu"), torch.float32, "adamw")
 
 
+@pytest.fixture
+def encoded() -> None:
+    """Every run has a cache of its own here."""
+
+
 def build(raw: dict) -> CachedDataset:
     settings = config.build(raw)
     return build_cache(settings, open_family(settings), open_run(settings, CPU), CPU)

@@ -26,6 +26,7 @@ from inlaid.objectives import mean_squared_error
 from inlaid.tiny import random
 from inlaid.training.loop import train
 from support.commands import inlaid
+from support.slow import slow
 
 CPU = torch.device("cpu")
 VARIANTS = [variant for name, variant in random.cases() if name == "cogvideox"]
@@ -234,7 +235,7 @@ def test_positions_are_made_once_for_each_size(
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b"])
+@pytest.mark.parametrize("variant", [slow("2b"), "5b"])
 def test_blocks_compile_whole_at_another_size(variant: str, checkpoint: Checkpoints) -> None:
     cog = family(checkpoint("cogvideox", variant))
     x, t, text = torch.randn(1, 16, 2, 8, 4), torch.tensor([0.5]), torch.randn(1, 226, 32)

@@ -24,7 +24,9 @@ from inlaid.runs.folder import Run
 from inlaid.runs.launch import start_processes
 from inlaid.training.loop import train
 from support.contract import (
+    CASES,
     CPU,
+    FIRST,
     WORDLESS,
     adapter,
     every_case,
@@ -36,15 +38,19 @@ from support.contract import (
     shape,
     video_cases,
 )
+from support.slow import slow
 
 
-@every_case
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(c, "lora") for c in CASES] + [(c, "dora") if c in FIRST else slow(c, "dora") for c in CASES],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_an_adapter_does_in_the_stock_pipeline_what_it_did_in_training(
-    case: tuple[str, str], kind: str, contract_recipe: Callable[..., dict]
+    case: tuple[str, str], kind: str, contract_run: Callable[..., config.Config]
 ) -> None:
-    cfg = config.build(contract_recipe(case, tuner__kind=kind))
-    run = train(cfg)
+    cfg = contract_run(case, kind)
+    run = Path(cfg.run)
     family = open_family(Path(cfg.model.checkpoint), case)
     weights = adapter(run)
     assert any(v.abs().max() > 0 for k, v in weights.items() if "lora_B" in k)
@@ -98,9 +104,12 @@ def test_loss_falls(case: tuple[str, str], contract_recipe: Callable[..., dict])
 
 @every_case
 def test_resume_is_bit_exact(
-    case: tuple[str, str], contract_recipe: Callable[..., dict], tmp_path: Path
+    case: tuple[str, str],
+    contract_recipe: Callable[..., dict],
+    contract_run: Callable[..., config.Config],
+    tmp_path: Path,
 ) -> None:
-    whole = train(config.build(contract_recipe(case, run=str(tmp_path / "whole"))))
+    whole = Path(contract_run(case).run)
     part = contract_recipe(case, run=str(tmp_path / "part"))
     train(config.build(part, ["train.steps=2"]))
     resumed = train(config.build(part))
@@ -124,13 +133,10 @@ def test_full_fine_tuning_loads_with_from_pretrained(
 
 @video_cases
 def test_videos_come_out_of_the_stock_pipeline(
-    case: tuple[str, str], contract_recipe: Callable[..., dict], tmp_path: Path
+    case: tuple[str, str], contract_run: Callable[..., config.Config], tmp_path: Path
 ) -> None:
-    raw = contract_recipe(case)
-    if case[1].endswith("a14b"):
-        raw["train"]["steps"] = 1
-    run = train(config.build(raw))
-    family = open_family(Path(raw["model"]["checkpoint"]), case)
+    cfg = contract_run(case)
+    run, family = Path(cfg.run), open_family(Path(cfg.model.checkpoint), case)
     from PIL import Image
 
     Image.new("RGB", (80, 50), "orange").save(tmp_path / "start.png")

@@ -28,6 +28,7 @@ from inlaid.data.modality import modality_of
 from inlaid.generation.generate import load_pipeline
 from inlaid.runs.folder import Run
 from inlaid.training.loop import train
+from support.slow import slow
 
 CPU = torch.device("cpu")
 CLIP, DINO = "image_encoder_1", "image_encoder_2"
@@ -116,7 +117,7 @@ def test_pictures_are_other_items_of_the_cache(scene_recipe: Callable[..., dict]
     assert len({n for names in named.values() for n in names}) == 4 * 3
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [slow("lora"), "dora"])
 def test_the_way_with_image_encoders(
     kind: str, scene_recipe: Callable[..., dict], tmp_path: Path, media_root: Path
 ) -> None:
@@ -250,6 +251,7 @@ def test_damaged_and_foreign_adapters_are_told(scene_recipe: Callable[..., dict]
 
 
 @pytest.mark.untraced
+@pytest.mark.slow
 def test_what_it_costs_at_the_published_size() -> None:
     raw = {
         "run": "x",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import sys
@@ -11,8 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
 
 from inlaid.cli.main import main
+
+_get_command = functools.cache(typer.main.get_command)
+"""Which reads the signatures of all commands, each time that one is called."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ def inlaid(*arguments: object) -> Done:
     out, err = io.StringIO(), io.StringIO()
     argv = ["inlaid", *map(str, arguments)]
     with (
+        mock.patch("typer.main.get_command", _get_command),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", argv),

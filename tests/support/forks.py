@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,9 +43,20 @@ _server: subprocess.Popen[bytes] | None = None
 
 
 def python() -> Path:
-    """A program that may be called as `python` is; it starts the server when it is first asked for."""
+    """A program that may be called as `python` is; waits for the server, and starts it if nobody has."""
+    start()
+    place = Path(os.environ[PLACE])
+    until = time.monotonic() + 300
+    while not place.exists():
+        assert time.monotonic() < until and (_server is None or _server.poll() is None), "no server of forks"
+        time.sleep(0.05)
+    return place.with_name("python")
+
+
+def start() -> None:
+    """Starts the server, which is there for this process and all that it starts."""
     global _server
-    if _server is None or _server.poll() is not None:
+    if PLACE not in os.environ:
         folder = Path(tempfile.mkdtemp(prefix="inlaid-forks-"))
         shim = folder / "python"
         shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{__file__}" "$@"\n', "utf-8")
@@ -52,15 +64,10 @@ def python() -> Path:
         environment = {**os.environ, PLACE: str(folder / "socket")}
         environment.setdefault("OMP_NUM_THREADS", "1")
         _server = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
+            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, env=environment
         )
-        assert _server.stdout and _server.stdout.readline() == b"ready\n", "the server of forks did not start"
         os.environ[PLACE] = environment[PLACE]
         atexit.register(_stop, _server, folder)
-    return Path(os.environ[PLACE]).with_name("python")
 
 
 def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
@@ -129,11 +136,12 @@ def serve() -> None:
     signal.set_wakeup_fd(waken.fileno())
     running: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door, selectors.DefaultSelector() as waiting:
-        door.bind(os.environ[PLACE])
+        place = Path(os.environ[PLACE])
+        door.bind(str(place.with_name("door")))
         door.listen(16)
         for source in (door, waking, sys.stdin):
             waiting.register(source, selectors.EVENT_READ)
-        print("ready", flush=True)
+        place.with_name("door").rename(place)  # now that it is open
         while True:
             for key, _ in waiting.select():
                 source = key.fileobj

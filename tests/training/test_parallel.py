@@ -64,7 +64,7 @@ def test_equals_one_process_and_goes_on_in_the_other(
     place = "checkpoints/step-000003"
     shutil.copytree(alone / place, tmp_path / "begun" / place, dirs_exist_ok=True)
     begun = together(
-        raw, tmp_path / "b.yaml", mode, "train.accumulate=2", start=torchrun if kind == "dora" else launch
+        raw, tmp_path / "b.yaml", mode, "train.accumulate=2", start=torchrun if kind == "lora" else launch
     )
     figures["alone, then shared"] = difference(begun, alone, 6)
     print(mode, kind, {k: f"{v:.1e}" for k, v in figures.items()})
