@@ -1,4 +1,4 @@
-"""Every command from end to end, as a shell calls it; what goes wrong is in `test_bad_inputs.py`."""
+"""Every command from end to end, as a shell calls it; what goes wrong is in `mistakes`."""
 
 from __future__ import annotations
 
