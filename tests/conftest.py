@@ -135,9 +135,9 @@ def _counted_once() -> Generator[None]:
     from inlaid.check import estimate
 
     known: dict[str, estimate.Counts] = {}
-    real = estimate.count
+    real = estimate.count_operations
 
-    def count(family: Any, denoiser: Any, shape: Any, batch: int, **how: Any) -> estimate.Counts:
+    def count_operations(family: Any, denoiser: Any, shape: Any, batch: int, **how: Any) -> estimate.Counts:
         tensors = [(n, type(p), p.shape, p.dtype, p.requires_grad) for n, p in denoiser.named_parameters()]
         about = [type(family), family.model, family.shapes(*shape), family.tokens(*shape), family.text_length]
         key = hashlib.sha256(repr([denoiser, tensors, about, shape, batch, how]).encode()).hexdigest()
@@ -145,9 +145,9 @@ def _counted_once() -> Generator[None]:
             known[key] = real(family, denoiser, shape, batch, **how)
         return known[key]
 
-    estimate.count = count
+    estimate.count_operations = count_operations
     yield
-    estimate.count = real
+    estimate.count_operations = real
 
 
 @pytest.fixture(scope="session")
