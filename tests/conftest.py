@@ -135,7 +135,7 @@ def _counted_once() -> Generator[None]:
     from inlaid.check import estimate
 
     known: dict[str, estimate.Counts] = {}
-    real = estimate.count
+    real = estimate.count_operations
 
     def count(family: Any, denoiser: Any, shape: Any, batch: int, **how: Any) -> estimate.Counts:
         tensors = [(n, type(p), p.shape, p.dtype, p.requires_grad) for n, p in denoiser.named_parameters()]
@@ -145,9 +145,9 @@ def _counted_once() -> Generator[None]:
             known[key] = real(family, denoiser, shape, batch, **how)
         return known[key]
 
-    estimate.count = count
+    estimate.count_operations = count
     yield
-    estimate.count = real
+    estimate.count_operations = real
 
 
 @pytest.fixture(scope="session")
