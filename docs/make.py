@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from inlaid import config
-from inlaid.cli.app import app
+from inlaid.cli.main import app
+from inlaid.config.reference import reference_page
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -61,7 +61,7 @@ def _default(parameter: Any) -> str:
     return "" if value is None or value is False or said else f"`{value}`"
 
 
-PAGES = {"config.md": config.reference, "cli.md": commands}
+PAGES = {"config.md": reference_page, "cli.md": commands}
 
 
 if __name__ == "__main__":

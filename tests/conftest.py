@@ -137,7 +137,7 @@ def _counted_once() -> Generator[None]:
     known: dict[str, estimate.Counts] = {}
     real = estimate.count_operations
 
-    def count_operations(family: Any, denoiser: Any, shape: Any, batch: int, **how: Any) -> estimate.Counts:
+    def count(family: Any, denoiser: Any, shape: Any, batch: int, **how: Any) -> estimate.Counts:
         tensors = [(n, type(p), p.shape, p.dtype, p.requires_grad) for n, p in denoiser.named_parameters()]
         about = [type(family), family.model, family.shapes(*shape), family.tokens(*shape), family.text_length]
         key = hashlib.sha256(repr([denoiser, tensors, about, shape, batch, how]).encode()).hexdigest()
@@ -145,7 +145,7 @@ def _counted_once() -> Generator[None]:
             known[key] = real(family, denoiser, shape, batch, **how)
         return known[key]
 
-    estimate.count_operations = count_operations
+    estimate.count_operations = count
     yield
     estimate.count_operations = real
 

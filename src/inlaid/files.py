@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -59,11 +59,13 @@ def sha256(path: Path) -> str:
 
 
 class TorchFileError(ValueError):
-    """Error for a file that `torch.load` cannot load, with the cause and whether the file is truncated."""
+    """Error for a file that `torch.load` cannot load, with the cause and a code."""
 
-    def __init__(self, path: Path, cause: str, *, truncated: bool = False) -> None:
+    def __init__(
+        self, path: Path, cause: str, code: Literal["unreadable", "truncated", "pickle"] = "unreadable"
+    ) -> None:
         super().__init__(f"{path}: {cause}")
-        self.cause, self.truncated = cause, truncated
+        self.cause, self.code = cause, code
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> Any:
@@ -90,12 +92,13 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except EOFError:
-        raise TorchFileError(path, "is truncated", truncated=True) from None
+        raise TorchFileError(path, "is truncated", "truncated") from None
     except UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
-        refused = called or "Unsupported" in str(error)
-        cause = f"a pickle that calls {called[1] if called else 'code'}: not loaded"
-        raise TorchFileError(path, cause if refused else "not a torch file") from None
+        if not called and "Unsupported" not in str(error):
+            raise TorchFileError(path, "not a torch file") from None
+        what = f"calls {called[1]}" if called else "runs code"
+        raise TorchFileError(path, f"a pickle that {what}: not loaded", "pickle") from None
     except Exception as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise TorchFileError(path, f"cannot be read ({cause})") from None

@@ -291,7 +291,7 @@ class Dense:
 
 
 def by_hand(family: Any, rule: str) -> Callable[..., Tensor]:
-    """The stock network, told by hand that there are two clips: positions twice, a mask for all pairs."""
+    """The stock network, stated by hand that there are two clips: positions twice, a mask for all pairs."""
     denoiser = network(family.single)
     for block in denoiser.transformer_blocks if hasattr(denoiser, "transformer_blocks") else ():
         block.attn1.processor = Dense(rule)

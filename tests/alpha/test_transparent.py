@@ -19,8 +19,8 @@ from inlaid.check import check
 from inlaid.check.scaffold import new_recipe
 from inlaid.data.modality import modality_of
 from inlaid.evaluation.evaluate import Prompt, evaluate
-from inlaid.evaluation.metrics.alpha import METRICS, TRUTH
-from inlaid.evaluation.metrics.video import METRICS
+from inlaid.evaluation.metrics import alpha as alpha_metrics
+from inlaid.evaluation.metrics import video as video_metrics
 from inlaid.evaluation.report import summary_table
 from inlaid.generation.generate import outputs
 from inlaid.media import compositing, rgba, video
@@ -111,11 +111,11 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     prompts = [Prompt("a disc", "discs", judge=yes, truth=truth)]
     report = evaluate(trained, prompts=prompts)
     assert shapes == [(9, 32, 32, 4)] * 2, "judges see alpha"
-    assert list(report.metrics) == [*METRICS, *METRICS, *TRUTH]
+    assert list(report.metrics) == [*video_metrics.METRICS, *alpha_metrics.METRICS, *alpha_metrics.TRUTH]
     assert report.pairs[0].tuned.metrics["alpha_error"] == 0
     assert report.training and 10 < report.training["coverage"] < 60
     page = report.path.read_text("utf-8")
-    assert "Matte flicker" in page and "checkerboard" in page and "Edge agreement" in page
+    assert "Alpha flicker" in page and "checkerboard" in page and "Edge agreement" in page
     assert {p.suffix for p in (trained / "report/tuned").iterdir()} == {
         ".json",
         ".mov",

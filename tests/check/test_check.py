@@ -128,7 +128,7 @@ def test_targets_that_match_nothing(run):
     report = run(tuner={"kind": "lora", "targets": ["proj_in"]})
     assert not report.ok
     assert "tuner.targets: `proj_in` matches no linear" in report.mistakes[0]
-    assert report.buckets, "the rest is still told"
+    assert report.buckets, "the rest is still stated"
 
 
 def test_damage_that_only_reading_shows(run, make_clips):

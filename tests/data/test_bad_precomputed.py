@@ -167,7 +167,7 @@ CASES_: dict[str, Case] = {
         MOCHI, save(LATENT, {"ldist": Harmful()}), (LATENT, "a pickle that calls", "not loaded")
     ),
     "an old pickle that runs code": Case(
-        COG, text(VIDEO, pickle.dumps(Harmful())), ("a pickle that calls", "not loaded")
+        COG, text(VIDEO, pickle.dumps(Harmful())), ("a pickle that", "not loaded")
     ),
     "cut off": Case(MOCHI, cut(LATENT, 0.5), ("is truncated", LATENT)),
     "cut off text": Case(COG, cut(PROMPT, 0.9), ("is truncated",)),

@@ -176,8 +176,8 @@ def test_all_mistakes_are_told_at_once_and_can_be_left_out(place: Path) -> None:
     assert done.code == 2 and "s1: has no seg.png" in done.said and "s2" in done.said
     left = inlaid("train", "recipe.yaml", "data.bad_clips=quarantine", "data.validation=0")
     assert left.code == 0, left.said
-    told = json.loads((place / "run/quarantine.json").read_text("utf-8"))
-    assert len(told) == 2
+    stated = json.loads((place / "run/quarantine.json").read_text("utf-8"))
+    assert len(stated) == 2
 
 
 GENERATE: dict[str, tuple[list[str], str]] = {

@@ -87,8 +87,8 @@ def test_lines_by_names_that_are_told(clips):
     """`--caption_column words.txt --video_column list.txt`: there, columns were names of files."""
     (clips / "words.txt").write_text("one\ntwo\n", "utf-8")
     (clips / "list.txt").write_text("a.mp4\nc.mp4\n", "utf-8")
-    told = {"caption_column": "words.txt", "video_column": "list.txt"}
-    made = plan({"path": str(clips), "layout": "lines", **told})
+    stated = {"caption_column": "words.txt", "video_column": "list.txt"}
+    made = plan({"path": str(clips), "layout": "lines", **stated})
     assert [(c.name, c.caption) for c in made.clips] == [("a.mp4", "one"), ("c.mp4", "two")]
     assert made.sources[0].why == "words.txt and list.txt" and made.problems == []
 

@@ -79,7 +79,7 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     path.write_text(json.dumps(recipe(kind, checkpoint, tmp_path / "run", str(source))), "utf-8")
     done = inlaid("check", path)
     assert done.code == 0, done.said
-    assert "is read as encoded: 4 clips of precomputed latents," in done.said
+    assert "is read as precomputed: 4 clips of precomputed latents," in done.said
     assert "4 windows are precomputed latents: their size" in done.said
     assert not (tmp_path / "run/check/contact_sheet.png").exists()
     report = json.loads((tmp_path / "run/check/report.json").read_text("utf-8"))
@@ -116,7 +116,7 @@ def test_text_that_changes_is_another_item(checkpoint: Checkpoint, tmp_path: Pat
     kind = CASES[1]
     raw = recipe(kind, checkpoint, tmp_path / "run", str(write(tmp_path / "precomputed", kind)))
     first = built(raw)
-    torch.save(torch.zeros(226, TEXT_WIDTH), tmp_path / "encoded/prompt_embeds/0.pt")
+    torch.save(torch.zeros(226, TEXT_WIDTH), tmp_path / "precomputed/prompt_embeds/0.pt")
     second = built(raw)
     assert second.built.made == 0
     assert len(set(second.text + second.validation_text) - set(first.text + first.validation_text)) == 1
@@ -172,7 +172,7 @@ def test_new_writes_a_recipe_for_them(checkpoint: Checkpoint, tmp_path: Path) ->
     out = tmp_path / "r.yaml"
     done = inlaid("new", "cogvideox", source, "--checkpoint", checkpoint(*CASES[1]), "-o", out)
     assert done.code == 0, done.said
-    assert "6 clips in encoded layout" in out.read_text("utf-8")
+    assert "6 clips in precomputed layout" in out.read_text("utf-8")
     assert inlaid("check", out, f"run={tmp_path / 'run'}").code == 0
 
 
@@ -190,6 +190,6 @@ def test_items_are_whole_after_a_full_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "save_file", full)
-        with pytest.raises(ValueError, match="the disk is full; 2 of 4 items are cached and stay"):
+        with pytest.raises(ValueError, match="the disk is full; 2 of 4 items are cached and kept"):
             built(raw)
     assert built(raw).built.made == 2

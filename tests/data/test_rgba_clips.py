@@ -397,8 +397,8 @@ def test_auto_divides_what_looks_premultiplied_and_only_that(clips: Path) -> Non
     assert codes(made) == {"premultiplied": ["a.mkv"]}
     seen = truth[..., 3] > 128
     assert np.array_equal(b, truth) and np.abs(a[seen].astype(int) - b[seen]).max() <= 2
-    told = plan(str(clips), matte=KEEP | {"premultiplied": False})
-    assert told.train[0].read()[seen].mean() < a[seen].mean() and codes(told) == {}
+    stated = plan(str(clips), matte=KEEP | {"premultiplied": False})
+    assert stated.train[0].read()[seen].mean() < a[seen].mean() and codes(stated) == {}
 
 
 def test_the_odd_one_out(clips: Path) -> None:

@@ -28,7 +28,7 @@ import typer
 import yaml
 
 from inlaid import config
-from inlaid.cli.app import app
+from inlaid.cli.main import app
 from inlaid.data.problems import KINDS
 from inlaid.evaluation import scene
 from inlaid.evaluation.metrics import video
@@ -172,25 +172,25 @@ def test_generated_pages_are_current(name: str) -> None:
 def test_every_problem_of_a_clip_is_explained() -> None:
     found = [*rows(DOCS / "how-to/your-own-clips.md", "Deal with bad clips")]
     found += rows(DOCS / "how-to/train-midi.md", "Deal with bad scenes")
-    told = {r[0].strip("`"): r[1] for r in found}
-    assert len(told) == len(found), "each code once"
-    assert told == {code: kind.severity for code, kind in KINDS.items()}
+    stated = {r[0].strip("`"): r[1] for r in found}
+    assert len(stated) == len(found), "each code once"
+    assert stated == {code: kind.severity for code, kind in KINDS.items()}
 
 
 def test_every_module_has_its_place() -> None:
-    told = named(DOCS / "explanation/design.md", "Where things are")
+    stated = named(DOCS / "explanation/design.md", "Where things are")
     source = ROOT / "src/inlaid"
     there = {p.name + "/" * p.is_dir() for p in source.iterdir() if not p.name.startswith("_")}
-    assert told == {n for n in there if n.endswith(("/", ".py"))}
+    assert stated == {n for n in there if n.endswith(("/", ".py"))}
 
 
 def test_video_metrics_are_explained() -> None:
-    told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Video metrics")]
-    assert told == [*video.METRICS]
-    told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Scene metrics")]
-    assert told == [*scene.METRICS]
-    told = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Matte metrics")]
-    assert told == [*METRICS, *TRUTH]
+    stated = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Video metrics")]
+    assert stated == [*video.METRICS]
+    stated = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Scene metrics")]
+    assert stated == [*scene.METRICS]
+    stated = [r[0].strip("`") for r in rows(DOCS / "reference/metrics.md", "Alpha metrics")]
+    assert stated == [*METRICS, *TRUTH]
 
 
 def test_containers_are_those_that_were_measured() -> None:
@@ -198,8 +198,8 @@ def test_containers_are_those_that_were_measured() -> None:
     assert (ROOT / "benchmarks/results/containers.md").read_text("utf-8") in page
     found = json.loads((ROOT / "benchmarks/results/containers.json").read_text("utf-8"))
     assert found["plain_vp9_lowest_alpha"] == 255 and len(found["clips"]) == 6
-    told = {r[0].strip("`") for r in rows(DOCS / "how-to/transparent-video.md", "What is written")}
-    assert told == set(config.CARRIERS)
+    stated = {r[0].strip("`") for r in rows(DOCS / "how-to/transparent-video.md", "What is written")}
+    assert stated == set(config.CARRIERS)
 
 
 @pytest.mark.untraced
@@ -210,9 +210,9 @@ def test_costs_are_those_of_check(
 ) -> None:
     costs = script("costs")
     monkeypatch.setattr(costs.cost, "estimate", estimated)
-    told = list(re.finditer(costs.ROW, costs.PAGES[name].read_text("utf-8")))
-    assert len(told) >= 4
-    for row in told[:count]:
+    stated = list(re.finditer(costs.ROW, costs.PAGES[name].read_text("utf-8")))
+    assert len(stated) >= 4
+    for row in stated[:count]:
         assert costs.cells(name, row) == row[0], "run docs/costs.py"
 
 
@@ -220,7 +220,7 @@ def test_costs_are_those_of_check(
 
 
 @dataclass(frozen=True)
-class Told:
+class TutorialResult:
     """What the tutorial left."""
 
     folder: Path
@@ -259,7 +259,7 @@ def python(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def tutorial(tmp_path_factory: pytest.TempPathFactory) -> TutorialResult:
     """Runs the page from top to bottom in an empty folder."""
     folder, start, output = tmp_path_factory.mktemp("tutorial"), cpu(), ""
     with inside(folder):
@@ -272,7 +272,7 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Told:
                 output += {"bash": shell, "python": python}[block.language](text)
     runs = [*folder.glob("runs/*")]
     assert len(runs) == 1
-    return Told(folder, runs[0], output, cpu() - start)
+    return TutorialResult(folder, runs[0], output, cpu() - start)
 
 
 @contextlib.contextmanager
@@ -295,7 +295,7 @@ def plain(line: str) -> str:
     return " ".join(line.split())
 
 
-def test_tutorial_shows_what_it_says(tutorial: Told) -> None:
+def test_tutorial_shows_what_it_says(tutorial: TutorialResult) -> None:
     shown = {plain(line) for line in tutorial.output.splitlines()}
     said = [
         line
@@ -309,11 +309,11 @@ def test_tutorial_shows_what_it_says(tutorial: Told) -> None:
 
 
 @pytest.mark.skipif(FULL, reason="the reader's own time is not limited")
-def test_tutorial_is_quick(tutorial: Told) -> None:
+def test_tutorial_is_quick(tutorial: TutorialResult) -> None:
     assert tutorial.seconds < SECONDS
 
 
-def test_run_folder_is_described(tutorial: Told) -> None:
+def test_run_folder_is_described(tutorial: TutorialResult) -> None:
     """Every file of a run is in the table, and all of the table that is not conditional is in the run."""
     table = rows(DOCS / "reference/run-folder.md")
     patterns = [p for r in table for p in re.findall("`(.+?)`", r[0])]
@@ -323,12 +323,12 @@ def test_run_folder_is_described(tutorial: Told) -> None:
     assert [p for p in always if not any(fnmatch(f, p) for f in files)] == []
 
 
-def test_metrics_are_described(tutorial: Told) -> None:
-    told = named(DOCS / "reference/metrics.md", "metrics.jsonl")
-    assert told == {k for line in read_metrics(tutorial.run / "metrics.jsonl") for k in line}
+def test_metrics_are_described(tutorial: TutorialResult) -> None:
+    stated = named(DOCS / "reference/metrics.md", "metrics.jsonl")
+    assert stated == {k for line in read_metrics(tutorial.run / "metrics.jsonl") for k in line}
 
 
-def test_report_is_described(tutorial: Told) -> None:
-    told = named(DOCS / "reference/metrics.md", "report.json")
+def test_report_is_described(tutorial: TutorialResult) -> None:
+    stated = named(DOCS / "reference/metrics.md", "report.json")
     report = json.loads((tutorial.run / "report/report.json").read_text("utf-8"))
-    assert told | {"format"} == {*report}
+    assert stated | {"format"} == {*report}

@@ -273,10 +273,10 @@ def test_the_way_from_scenes_to_a_glb(
     pair = ["--image", media_root / "scenes/bedroom_rgb.png", "--seg", media_root / "scenes/bedroom_seg.png"]
     done = inlaid("generate", tmp_path / "run", *pair, "--output", out, "--grid", 16, "--steps", 2)
     assert done.code == 0, done.said
-    told = json.loads(out.with_suffix(".json").read_text("utf-8"))
-    assert told["grid"] == 16 and len(told["objects"]) + sum("empty" in n for n in told["notes"]) == 4
-    if told["objects"]:
-        assert sorted(meshes.read_scene(out)) == sorted(told["objects"])
+    stated = json.loads(out.with_suffix(".json").read_text("utf-8"))
+    assert stated["grid"] == 16 and len(stated["objects"]) + sum("empty" in n for n in stated["notes"]) == 4
+    if stated["objects"]:
+        assert sorted(meshes.read_scene(out)) == sorted(stated["objects"])
     assert nodes(out) == [f"object_{n}" for n in (1, 2, 3, 4)], "also of what is empty"
     page = out.with_suffix(".html").read_text("utf-8")
     assert "src=" not in page and "http" not in page.replace("http-equiv", ""), "nothing from elsewhere"
@@ -425,8 +425,8 @@ def test_metrics_know_right_from_wrong() -> None:
 
 
 def test_scene_codes_are_told() -> None:
-    told = describe_plan([Problem("error", "no-surface", "a", "has none")], 3, noun="scene")
-    assert told[0].startswith("1 of 3 scenes lacks a surface (a: has none)")
+    stated = describe_plan([Problem("error", "no-surface", "a", "has none")], 3, noun="scene")
+    assert stated[0].startswith("1 of 3 scenes lacks a surface (a: has none)")
 
 
 def test_a_recipe_is_written_for_scenes(make_scenes: Callable[..., Path], tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_latents_are_samples_normalised_or_raw(folder: Path, mochi: Mochi) -> No
         return torch.Generator().manual_seed(9)
 
     z = DiagonalGaussianDistribution(expected.parameters).sample(generator())[0]
-    raw = family(folder, options={"latent_space": "raw"}).draw(item, generator())["latents"]
+    raw = family(folder, options={"latent_space": "raw"}).sample_item(item, generator())["latents"]
     assert torch.equal(raw, z), "what the public trainers learned"
     latents = mochi.sample_item(item, generator())["latents"]
     mean, std = (torch.tensor(encoder.config[k]).view(-1, 1, 1, 1) for k in ("latents_mean", "latents_std"))

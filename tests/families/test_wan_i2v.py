@@ -217,7 +217,7 @@ BOTH = "needs a first image and a last image for each prompt: "
 
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize(
-    ("variant", "arguments", "told"),
+    ("variant", "arguments", "stated"),
     [
         ("i2v", ["a cat"], FIRST + "1 prompts, 0 with images"),
         ("i2v", ["a cat", "--image", "none.png"], "--image: none.png: no such file"),
@@ -234,15 +234,15 @@ BOTH = "needs a first image and a last image for each prompt: "
     ],
 )
 def test_generate_refuses(
-    variant: str, arguments: list[str], told: str, written: Callable[..., Path]
+    variant: str, arguments: list[str], stated: str, written: Callable[..., Path]
 ) -> None:
     done = inlaid("generate", written(variant).parent, *arguments)
-    assert done.code == 2 and told in done.said and "Traceback" not in done.said, done.said
+    assert done.code == 2 and stated in done.said and "Traceback" not in done.said, done.said
 
 
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize(
-    ("variant", "changes", "told"),
+    ("variant", "changes", "stated"),
     [
         ("i2v", {"sample__prompts": ["a cat"]}, "sample.images: "),
         (
@@ -260,10 +260,10 @@ def test_generate_refuses(
     ],
 )
 def test_check_refuses(
-    variant: str, changes: dict[str, Any], told: str, written: Callable[..., Path]
+    variant: str, changes: dict[str, Any], stated: str, written: Callable[..., Path]
 ) -> None:
     done = inlaid("check", written(variant, **changes))
-    assert done.code == 2 and told in done.said and "Traceback" not in done.said, done.said
+    assert done.code == 2 and stated in done.said and "Traceback" not in done.said, done.said
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "image_processor"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from inlaid.evaluation.metrics import mesh
 from inlaid.media import mesh_render
 from inlaid.media import meshes as meshes_module
 from inlaid.media.mesh_render import View
+from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import (
     BOUND,
     LONGEST,
@@ -225,3 +228,11 @@ def test_real_segmentations(media_root: Path) -> None:
         ids = read_ids(media_root / "scenes" / f"{name}_seg.png")
         numbers = np.unique(ids)
         assert numbers[0] == 0 and 2 <= len(numbers) - 1 <= 8, numbers
+
+
+def test_the_viewer_escapes_names() -> None:
+    hostile = "</script><b onclick='x'>&"
+    text = viewer_page({hostile: trimesh.creation.box((1, 1, 1))}, f"</title>{hostile}")
+    assert text.count("</script>") == 1 and text.count("</title>") == 1 and "<b" not in text
+    data = re.search(r"const parts = (.*);\n", text)
+    assert data and json.loads(data[1])[0]["name"] == hostile

@@ -129,8 +129,8 @@ def test_the_way_with_image_encoders(
     recipe.write_text(yaml.safe_dump(raw), "utf-8")
     assert inlaid("train", recipe).code == 0
     adapter = run / "adapter"
-    told = inlaid("inspect", run)
-    assert told.code == 0 and told.said.count("adapter_model.safetensors") == 2, told.said
+    stated = inlaid("inspect", run)
+    assert stated.code == 0 and stated.said.count("adapter_model.safetensors") == 2, stated.said
     assert "`image_encoder_1`, `image_encoder_2`" in (adapter / "README.md").read_text("utf-8")
 
     # Stock peft reads the files, and does with them what the run's own pipeline does.

@@ -1,4 +1,4 @@
-"""The world of the tiny models is a function of its seed, holds a part out, and its judge tells right from wrong."""
+"""The procedural world is a function of its seed and reserves combinations, and its judge is right."""
 
 from collections import defaultdict
 from dataclasses import replace

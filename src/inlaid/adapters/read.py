@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter, Layout
 from inlaid.adapters.joint_published import ALPHA, recognize
 from inlaid.adapters.layers import base_layer, check_fit, low_rank_product, row_norms, some_of
-from inlaid.files import load_torch
+from inlaid.files import TorchFileError, load_torch
 from inlaid.networks.domain_embedding import read_domain_embedding
 
 if TYPE_CHECKING:
@@ -242,7 +242,12 @@ def load_safetensors(path: Path) -> Iterator[Any]:
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """Load the tensors of a torch file."""
-    state = load_torch(path)
+    try:
+        state = load_torch(path)
+    except TorchFileError as error:
+        if error.code == "pickle":
+            raise
+        raise ValueError(f"{path}: neither a safetensors nor a torch file") from None
     for key in ("state_dict", "module", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

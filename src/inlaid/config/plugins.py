@@ -1,7 +1,7 @@
 """Model families by name: the modules of `inlaid.families`, and installed plug-ins.
 
-A recipe's defaults are its family's. Loading a recipe therefore looks a family up by name, at run time, as any
-plug-in; this package imports none.
+A recipe's defaults are its family's. Loading a recipe therefore looks a family up by name at run time, like a
+plug-in; this package imports no family.
 """
 
 from __future__ import annotations

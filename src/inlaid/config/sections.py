@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ALPHA_EPS = 2 / 255
-"""Alpha up to this value, in [0, 1], counts as transparent: lossy codecs leave small values in empty regions."""
+"""Alpha up to this value, in [0, 1], counts as transparent: lossy files keep small values there."""
 
 
 class Section(BaseModel):

@@ -147,9 +147,9 @@ def assemble_plan(
     """
     clips = [c for f in found for c in f.clips]
     usable = [clips[i] for i in windows]
-    twins, doubled = duplicates(usable)
+    copies, doubled = duplicates(usable)
     problems += doubled
-    held, held_problems = _split_validation(usable, alike(usable) if alike else twins, data.validation, seed)
+    held, held_problems = _split_validation(usable, alike(usable) if alike else copies, data.validation, seed)
     problems += held_problems
     train = [w for i, ws in windows.items() for w in ws if clips[i].path not in held]
     out = [w for i, ws in windows.items() for w in ws if clips[i].path in held]

@@ -164,7 +164,9 @@ def _load(path: Path) -> Any:
     try:
         return load_torch(path, mmap=True)
     except TorchFileError as error:
-        raise MediaError(path, error.cause, "truncated" if error.truncated else "unreadable") from None
+        raise MediaError(
+            path, error.cause, "truncated" if error.code == "truncated" else "unreadable"
+        ) from None
 
 
 def _unfit(path: Path, cause: str) -> MediaError:

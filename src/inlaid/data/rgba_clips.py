@@ -1,8 +1,9 @@
 """RGBA clips on disk: a file with alpha, a folder of images, or a color file with an alpha matte.
 
 `Pairs` finds color and alpha matte by name, `inspect_clip` probes a clip and measures its alpha, and
-`read_rgba_clip` reads frames by time as straight RGBA. Color and alpha matte are read at the same frame numbers
-and scaled together. A pair that does not match raises an error; it is never trimmed to the shorter file.
+`read_rgba_clip` reads frames by time as straight RGBA. Color and alpha matte are read at the same
+frame numbers and scaled together. A pair that does not match raises an error and is never trimmed to the
+shorter file.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def _tiles(report: Report) -> list[dict[str, str]]:
         tiles.append((group.name or "Prompt matched", f"{group.tuned_matches} of {group.judged}", note))
     total = report.total
     if total:
-        note = f"mean over {count_of(total.videos, 'pair')}, of the value range"
+        unit = "of the value range" if report.makes == "video" else "of the surfaces"
+        note = f"mean over {count_of(total.videos, 'pair')}, {unit}"
         tiles.append((f"{base.capitalize()} and {tuned}: difference", f"{total.distance:.1%}", note))
     trained = report.adapter.get("trained", "")
     if trained:

@@ -48,7 +48,7 @@ class Family(Checkpoint, ABC):
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Recipe values that differ from the defaults of the sections, as a nested mapping."""
-    targets: ClassVar[Sequence[str]]
+    targets: Sequence[str]
     """Default adapter targets: regular expressions over full module names."""
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae",),

@@ -13,6 +13,16 @@ from inlaid.media.pixels import to_rgb
 
 
 def probe_image(path: Path) -> Probe:
+    """Probe an image.
+
+    Raises:
+        MediaError: if the file cannot be read.
+    """
+    """Return the properties of an image, as displayed.
+
+    Raises:
+        MediaError: if it cannot be read.
+    """
     with load_image(path) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         height, width = (image.width, image.height) if turned else (image.height, image.width)
@@ -23,11 +33,18 @@ def probe_image(path: Path) -> Probe:
         )
 
 
-# --- images and arrays --------------------------------------------------------------------------------------
-
-
 @contextmanager
 def load_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image; errors while it is open are errors of the file.
+
+    Raises:
+        MediaError: if the file cannot be read, or is animated.
+    """
+    """Open a still image.
+
+    Raises:
+        MediaError: if it cannot be read, is animated, or is too large.
+    """
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:

@@ -34,6 +34,8 @@ def color_matrix(frame: Any) -> Any:
 
 
 def has_alpha(frame: Any) -> bool:
+    """Return True if the format of a decoded frame has alpha."""
+    """Report whether the pixel format of a decoded frame has an alpha channel."""
     return any(c.is_alpha for c in frame.format.components)
 
 

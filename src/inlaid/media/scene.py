@@ -70,6 +70,8 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def image_size(image: np.ndarray) -> str:
+    """Return the size as text: HEIGHTxWIDTH."""
+    """Return `HEIGHTxWIDTH` of an image, for messages."""
     return f"{image.shape[0]}x{image.shape[1]}"
 
 

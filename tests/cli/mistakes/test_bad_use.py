@@ -178,7 +178,12 @@ ADAPTERS: dict[str, tuple[str, Any, list[Any], list[str]]] = {
         [],
         ["a.safetensors: a pickle with the extension of a safetensors file"],
     ),
-    "malicious pickle": ("a.bin", raw(lambda b: pickle.dumps(Evil())), [], ["a.bin: neither a safetensors"]),
+    "malicious pickle": (
+        "a.bin",
+        raw(lambda b: pickle.dumps(Evil())),
+        [],
+        ["a.bin: a pickle that runs code: not loaded"],
+    ),
     "malicious torch file": (
         "a.pt",
         lambda p, g: torch.save({"x": Evil()}, p),
@@ -338,7 +343,7 @@ def test_a_process_of_its_own(ground: Ground) -> None:
     command = [sys.executable, "-m", "inlaid", "import", "a.bin", "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: a.bin: not a torch file\n"
+    assert done.stderr == "error: a.bin: a pickle that runs code: not loaded\n"
     assert not Path("opened").exists()
 
 
