@@ -95,7 +95,7 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
         raise TorchFileError(path, "is truncated", "truncated") from None
     except UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
-        if not called and "Unsupported" not in str(error):
+        if not called and not head.startswith(b"\x80"):
             raise TorchFileError(path, "not a torch file") from None
         what = f"calls {called[1]}" if called else "runs code"
         raise TorchFileError(path, f"a pickle that {what}: not loaded", "pickle") from None

@@ -339,7 +339,7 @@ def test_sampler_of_a_plan_has_one_shape_per_batch(clips):
         made.train, config.Data(sources=[str(clips), {"path": str(clips), "repeats": 2}]).sources, 2, 0
     )
     for k in range(len(sampler)):
-        assert len({made.train[i].shape for i in sampler.batch(k)}) == 1
+        assert len({made.train[i].extent for i in sampler.batch(k)}) == 1
     shown = [made.train[i].clip.source for k in range(len(sampler)) for i in sampler.batch(k)]
     assert (shown.count(0), shown.count(1)) == (3, 6)
 

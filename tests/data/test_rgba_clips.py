@@ -19,7 +19,7 @@ from inlaid.data.cache import Cache
 from inlaid.data.plan import Plan, plan_dataset
 from inlaid.data.probes import Probes
 from inlaid.families.grid import Grid
-from inlaid.media import compositing, rgba
+from inlaid.media import compositing, rgba, rgba_images
 from inlaid.media.kinds import READER
 from support import rgba_clips as make
 from support import videos
@@ -180,7 +180,7 @@ def test_pairs_of_image_folders(clips: Path) -> None:
     make.images(clips / "a_alpha", pixels[..., 3:])
     (clips / "a.txt").write_text("a disc")
     assert np.array_equal(read(plan(str(clips))), pixels)
-    for k, file in enumerate(rgba_clips.frames_in(clips / "a_alpha")):
+    for k, file in enumerate(rgba_images.frames_in(clips / "a_alpha")):
         Image.fromarray(pixels[k, ..., 3].astype(np.uint16) * 257).save(file)
     assert np.array_equal(read(plan(str(clips))), pixels), "16-bit grey is scaled, not cut off"
 

@@ -129,12 +129,12 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     path = videos.write(tmp_path / "big.mp4", 60, 24, (1080, 1920), options={"preset": "ultrafast"})
     code = f"""
 import resource
-from inlaid import media
+from inlaid.media import video
 path, peak = {str(path)!r}, lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-media.read(path, 0.0, 2, 24, (64, 64))
+video.read_frames(path, 0.0, 2, 24, (64, 64))
 before = peak()
-media.probe(path)
-media.read(path, 0.0, 60, 24, (64, 64))
+video.probe(path)
+video.read_frames(path, 0.0, 60, 24, (64, 64))
 print(peak() - before)"""
     grown = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -260,7 +260,7 @@ def print_report(report: Report, console: Console) -> None:
         for s in report.sources
     ]
     examples = f"{modality_of(report.modality).one}s"
-    columns = ("source", "layout", examples, "usable", "windows", "validation set", "seconds", "uses")
+    columns = ("source", "layout", examples, "usable", "windows", "validation", "seconds", "uses")
     console.print(_table(columns, rows))
     for source in report.sources:
         console.print(Text(f"  {_short(source.path)} is read as {source.layout}: {source.why}", "dim"))
@@ -279,7 +279,7 @@ def print_report(report: Report, console: Console) -> None:
             for b in report.buckets
         ]
         length, size, count = modality_of(report.modality).columns
-        columns = (length, size, count, "validation set", "batches", "latent", "tokens")
+        columns = (length, size, count, "validation", "batches", "latent", "tokens")
         console.print(_table(columns, rows))
     if report.alphas:
         _print_alphas(report.alphas, console)

@@ -18,7 +18,7 @@ from inlaid.data.clips import Clip
 from inlaid.data.problems import KINDS, Problem
 from inlaid.data.rgba_clips import KNOWN, Pairs
 from inlaid.families.base import PrecomputedLayout
-from inlaid.media import kinds
+from inlaid.media import kinds, rgba_images
 
 VIDEO_COLUMNS = ("video", "file_name", "file", "path", "image", "frames_path")
 
@@ -66,7 +66,7 @@ class _Scan:
         try:
             inside, there = _inside(path, self.root), path.is_file()
             if transparent and not there:
-                there = bool(rgba_clips.frames_in(path))
+                there = bool(rgba_images.frames_in(path))
                 named = [] if there or not inside else self.pairs.named(path)
                 path, there = (named[0], True) if named else (path, there)
         except (OSError, ValueError):  # path too long, or contains a null character

@@ -9,7 +9,6 @@ shorter file.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from inlaid import config
-from inlaid.media import compositing, kinds, rgba, video
+from inlaid.media import compositing, kinds, rgba, rgba_images, video
 from inlaid.media.arrays import load_array, probe_array
-from inlaid.media.kinds import ANIMATED, EPSILON, IMAGES, MediaError, Probe, media_kind, nearest_frames
+from inlaid.media.kinds import ANIMATED, EPSILON, MediaError, Probe, media_kind, nearest_frames
 from inlaid.media.rgba import AlphaStats
 
 READER = 1
@@ -36,9 +35,6 @@ COLORS, ALPHA_NAMES = ("_rgb", "_fgr"), ("_alpha", "_pha", "_matte", "_seg")
 
 COLOR_FOLDERS, ALPHA_FOLDERS = ("rgb", "fgr"), ("alpha", "pha", "matte", "seg")
 """Prefixes of folder names: `pha/07.mp4` is the alpha matte of `fgr/07.mp4`."""
-
-FRAMES = (*IMAGES, ".tif", ".tiff")
-"""Suffixes of images in a folder of frames."""
 
 CHANNELS = (4, 3)
 """Channel counts of arrays, the more likely first."""
@@ -65,15 +61,6 @@ def rgba_kind(path: Path) -> Kind:
     return media_kind(path)
 
 
-def frames_in(folder: Path) -> list[Path]:
-    """Return the images of a folder of frames in natural order (9 before 10); empty without images."""
-    try:
-        there = [f for f in folder.iterdir() if f.suffix.lower() in FRAMES and not f.name.startswith(".")]
-    except OSError:
-        return []
-    return sorted((f for f in there if f.is_file()), key=rgba.natural)
-
-
 def entries(folder: Path) -> list[Path]:
     """Return the clip files below a folder; a folder of frames replaces its images.
 
@@ -84,7 +71,7 @@ def entries(folder: Path) -> list[Path]:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         here = Path(parent)
         visible = [here / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(KNOWN)]
-        images = set(frames_in(here)) if here != folder else set()
+        images = set(rgba_images.frames_in(here)) if here != folder else set()
         if images and not any(f.with_suffix(".txt").is_file() for f in images):
             found.append(here)
             visible = [f for f in visible if f not in images]
@@ -106,7 +93,7 @@ def captions(path: Path) -> list[Path]:
 
 def files(path: Path) -> list[Path]:
     """Return the files with a clip's content: the file itself, or the images of a folder."""
-    return frames_in(path) if path.is_dir() else [path]
+    return rgba_images.frames_in(path) if path.is_dir() else [path]
 
 
 class Pairs:
@@ -154,7 +141,7 @@ class Pairs:
         if folder not in self._known:
             found: dict[str, list[Path]] = {}
             for p in sorted(folder.iterdir()) if folder.is_dir() else ():
-                clip = p.suffix.lower() in KNOWN if p.is_file() else bool(frames_in(p))
+                clip = p.suffix.lower() in KNOWN if p.is_file() else bool(rgba_images.frames_in(p))
                 if clip and not p.name.startswith("."):
                     found.setdefault(stem(p), []).append(p)
             self._known[folder] = found
@@ -241,15 +228,15 @@ def _probe(path: Path) -> Probe:
     """Probe any kind of RGBA clip; folders and archives of frames have no timestamps."""
     what = rgba_kind(path)
     if what == "frames":
-        names = _names(path)
+        names = rgba_images.image_names(path)
         if not names:
             raise MediaError(path, "contains no images")
-        first = next(_frames(path, [0], gray=False))
-        sizes = {_size(path, name) for name in names}
+        first = next(rgba_images.read_named(path, [0], gray=False))
+        sizes = {rgba_images.named_size(path, name) for name in names}
         if len(sizes) > 1:
             listed = " and ".join(f"{w}x{h}" for w, h in sorted(sizes)[:2])
             raise MediaError(path, f"its images differ in size ({listed})")
-        next(_frames(path, [len(names) - 1], gray=False))
+        next(rgba_images.read_named(path, [len(names) - 1], gray=False))
         height, width, channels = first.shape
         return Probe(len(names), None, height, width, 0.0, codec="frames", transparent=channels == 4)
     if what == "image":
@@ -263,10 +250,10 @@ def _probe_image(path: Path) -> Probe:
     """Probe a still or animated image; decodes every frame to detect truncated files."""
     if not path.is_file():
         raise MediaError(path, "no such file")
-    times = _times(path)
+    times = rgba_images.frame_times(path)
     with Image.open(path) as image:
         codec, mode = image.format or "", image.mode
-    first = next(_animated(path, [0], gray=False))
+    first = next(rgba_images.read_animated(path, [0], gray=False))
     step = float(np.diff(times).min())
     return Probe(
         len(times) - 1,
@@ -354,7 +341,8 @@ def _pick(
         for i in indices:
             yield (pixels[i][..., :1] if gray else pixels[i]), 1.0
     else:
-        for pixels in (_frames if what == "frames" else _animated)(path, indices, gray=gray):
+        read = rgba_images.read_named if what == "frames" else rgba_images.read_animated
+        for pixels in read(path, indices, gray=gray):
             yield pixels, 1.0
 
 
@@ -365,7 +353,7 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
         MediaError: if the clip ends before the last wanted time.
     """
     what = rgba_kind(path)
-    if what == "image" and (ends := _times(path))[-1]:
+    if what == "image" and (ends := rgba_images.frame_times(path))[-1]:
         # Animated images store repeated frames as one long frame: select the frame displayed at the wanted
         # time, not the frame with the nearest start.
         step = float(np.diff(ends).min())
@@ -386,96 +374,6 @@ def _even(path: Path, fps: float) -> np.ndarray:
     if rgba_kind(path) == "array":
         probe = probe_array(path, CHANNELS)
         return np.arange(probe.frames) / float(probe.fps or fps)
-    return np.arange(len(_names(path)) if rgba_kind(path) == "frames" else len(_times(path)) - 1) / fps
-
-
-def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
-    """Return an image, EXIF-rotated, as uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3)."""
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
-        return level.astype(np.uint8)[..., None].repeat(1 if gray else 3, -1)
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point: save the image as 8-bit")
-    upright = ImageOps.exif_transpose(image)
-    alpha = "A" in image.getbands() or "transparency" in image.info
-    made = upright.convert("L" if gray else "RGBA" if alpha else "RGB")
-    return np.asarray(made).reshape(made.height, made.width, -1)
-
-
-def _names(path: Path) -> list[str]:
-    """Return the names of the images of a folder or `.zip` in natural order."""
-    if path.is_dir():
-        return [f.name for f in frames_in(path)]
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = [n for n in archive.namelist() if n.lower().endswith(FRAMES)]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise MediaError(path, f"cannot be read ({error})") from None
-    return sorted(inside, key=lambda n: rgba.natural(Path(n)))
-
-
-def _opened(path: Path, name: str) -> Image.Image:
-    """Load an image of a folder or `.zip`."""
-    try:
-        if path.is_dir():
-            image = Image.open(path / name)
-        else:
-            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
-                image = Image.open(file)
-                image.load()
-        image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-        raise MediaError(path, f"image {name} cannot be read ({error})") from None
-
-
-def _size(path: Path, name: str) -> tuple[int, int]:
-    if not path.is_dir():
-        return _opened(path, name).size
-    try:
-        with Image.open(path / name) as image:  # the header only
-            return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError(path, f"image {name} cannot be read ({error})") from None
-
-
-def _frames(path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool) -> Iterator[np.ndarray]:
-    names = _names(path)
-    for i in indices:
-        try:
-            yield _pixels(_opened(path, names[i]), gray=gray)
-        except ValueError as error:
-            raise (
-                error if isinstance(error, MediaError) else MediaError(path, f"{names[i]}: {error}")
-            ) from None
-
-
-def _times(path: Path) -> np.ndarray:
-    """Return the start times of an image's frames and the end of the last frame, in seconds.
-
-    All times are 0 for still images and for files without durations.
-    """
-    try:
-        with Image.open(path) as image:
-            durations = []
-            for i in range(getattr(image, "n_frames", 1)):
-                image.seek(i)
-                image.load()  # Pillow sets the duration only on load
-                durations.append(float(image.info.get("duration", 0)))
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
-        cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
-        raise MediaError(path, cause, "truncated" if "truncated" in str(error) else "unreadable") from None
-    return np.concatenate([[0.0], np.cumsum(durations)]) / 1000 * (len(durations) > 1 and min(durations) > 0)
-
-
-def _animated(path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool) -> Iterator[np.ndarray]:
-    """Yield frames of a still or animated image with Pillow, since FFmpeg cannot read all formats."""
-    try:
-        with Image.open(path) as image:
-            for i in indices:
-                image.seek(int(i))
-                yield _pixels(image, gray=gray)
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        raise (
-            error if isinstance(error, MediaError) else MediaError(path, f"cannot be read ({error})")
-        ) from None
+    named = rgba_kind(path) == "frames"
+    count = len(rgba_images.image_names(path)) if named else len(rgba_images.frame_times(path)) - 1
+    return np.arange(count) / fps

@@ -54,8 +54,7 @@ def clip_windows(
     fps: float,
     alpha: AlphaStats | None,
 ) -> list[VideoWindow]:
-    """Return the windows of a clip, in the bucket of the nearest aspect ratio; none if the clip is too short."""
-    """Return the windows of a clip, and the problems of its length and size."""
+    """Return the windows of a clip in the bucket of the nearest aspect ratio; none if it is too short."""
     if clip.embedding:
         return [
             VideoWindow(clip, VideoExtent(probe.frames, probe.height, probe.width), clip.caption, 0.0, fps)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +15,7 @@ from PIL import Image
 from inlaid import config
 from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import atomic
-from inlaid.media import video
+from inlaid.media import rgba_images, video
 from inlaid.media.compositing import NEAR, SEEN, blur_background, decontaminate, grow, snap
 from inlaid.media.kinds import MediaError
 
@@ -215,12 +213,12 @@ def _write_zip(path: Path, rgba: np.ndarray) -> None:
 
 
 def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
-    """Read every frame of a transparent file or a folder of PNGs: straight uint8 (t, h, w, 4).
+    """Read every frame of a transparent file or a folder of images: straight uint8 (t, h, w, 4).
 
     VP8 and VP9 are decoded with libvpx, because FFmpeg's native decoders silently drop alpha.
 
     Args:
-        path: video, animated or still image, `.zip` of PNGs, or a folder of PNGs; images in natural order.
+        path: video, animated or still image, `.zip` or folder of images, in natural order.
         suffix: overrides the suffix of the path.
 
     Raises:
@@ -228,13 +226,10 @@ def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
     """
     path = Path(path)
     suffix = (suffix or path.suffix).lower()
-    if path.is_dir():
-        names = sorted((p for p in path.iterdir() if p.suffix.lower() == ".png"), key=natural)
-        frames = [np.asarray(Image.open(p).convert("RGBA")) for p in names]
-    elif suffix == ".zip":
-        frames = list(_zipped(path))
+    if path.is_dir() or suffix == ".zip":
+        frames = list(rgba_images.read_named(path, range(len(rgba_images.image_names(path)))))
     elif suffix in (".png", ".webp"):
-        frames = list(_animated(path))
+        frames = list(rgba_images.read_animated(path, range(len(rgba_images.frame_times(path)) - 1)))
     else:
         frames = [frame.to_ndarray(format="rgba") for frame in video.decode_frames(path)]
     if not frames:
@@ -242,31 +237,4 @@ def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
     sizes = sorted({f.shape[:2] for f in frames})
     if len(sizes) > 1:
         raise MediaError(path, f"its images differ in size ({sizes[0]} and {sizes[1]}); resize them")
-    return np.stack(frames)
-
-
-def natural(path: Path) -> list[Any]:
-    """Return a natural sort key of a file name: f9 before f10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def _zipped(path: Path) -> Iterator[np.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = (Path(n) for n in archive.namelist() if n.lower().endswith(".png"))
-            for name in sorted(names, key=natural):
-                with archive.open(name.as_posix()) as file:
-                    yield np.asarray(Image.open(file).convert("RGBA"))
-    except (zipfile.BadZipFile, OSError, SyntaxError) as error:
-        raise MediaError(path, f"cannot be read ({error})") from None
-
-
-def _animated(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a still or animated PNG or WebP; FFmpeg does not read animated WebP."""
-    try:
-        with Image.open(path) as image:
-            for i in range(getattr(image, "n_frames", 1)):
-                image.seek(i)
-                yield np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError, EOFError) as error:
-        raise MediaError(path, f"cannot be read ({error})") from None
+    return np.stack([np.pad(f, ((0, 0), (0, 0), (0, 4 - f.shape[-1])), constant_values=255) for f in frames])

@@ -1,0 +1,132 @@
+"""RGBA frames of images: folders and archives of images, still and animated images."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from inlaid.media.kinds import IMAGES, MediaError
+
+FRAMES = (*IMAGES, ".tif", ".tiff")
+"""Suffixes of images in a folder of frames."""
+
+
+def natural(path: Path) -> list[Any]:
+    """Return a natural sort key of a file name: f9 before f10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def frames_in(folder: Path) -> list[Path]:
+    """Return the images of a folder of frames in natural order (9 before 10); empty without images."""
+    try:
+        there = [f for f in folder.iterdir() if f.suffix.lower() in FRAMES and not f.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted((f for f in there if f.is_file()), key=natural)
+
+
+def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
+    """Return an image, EXIF-rotated, as uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3)."""
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        return level.astype(np.uint8)[..., None].repeat(1 if gray else 3, -1)
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point: save the image as 8-bit")
+    upright = ImageOps.exif_transpose(image)
+    alpha = "A" in image.getbands() or "transparency" in image.info
+    made = upright.convert("L" if gray else "RGBA" if alpha else "RGB")
+    return np.asarray(made).reshape(made.height, made.width, -1)
+
+
+def image_names(path: Path) -> list[str]:
+    """Return the names of the images of a folder or `.zip` in natural order."""
+    if path.is_dir():
+        return [f.name for f in frames_in(path)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = [n for n in archive.namelist() if n.lower().endswith(FRAMES)]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise MediaError(path, f"cannot be read ({error})") from None
+    return sorted(inside, key=lambda n: natural(Path(n)))
+
+
+def load_named(path: Path, name: str) -> Image.Image:
+    """Load an image of a folder or `.zip`."""
+    try:
+        if path.is_dir():
+            image = Image.open(path / name)
+        else:
+            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+                image = Image.open(file)
+                image.load()
+        image.load()
+        return image
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+        raise MediaError(path, f"image {name} cannot be read ({error})") from None
+
+
+def named_size(path: Path, name: str) -> tuple[int, int]:
+    """Return width and height of an image of a folder or `.zip`."""
+    if not path.is_dir():
+        return load_named(path, name).size
+    try:
+        with Image.open(path / name) as image:  # the header only
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise MediaError(path, f"image {name} cannot be read ({error})") from None
+
+
+def read_named(
+    path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool = False
+) -> Iterator[np.ndarray]:
+    """Yield images of a folder or `.zip` by number, as `read_animated` does."""
+    names = image_names(path)
+    for i in indices:
+        try:
+            yield _pixels(load_named(path, names[i]), gray=gray)
+        except ValueError as error:
+            raise (
+                error if isinstance(error, MediaError) else MediaError(path, f"{names[i]}: {error}")
+            ) from None
+
+
+def frame_times(path: Path) -> np.ndarray:
+    """Return the start times of an image's frames and the end of the last frame, in seconds.
+
+    All times are 0 for still images and for files without durations.
+    """
+    try:
+        with Image.open(path) as image:
+            durations = []
+            for i in range(getattr(image, "n_frames", 1)):
+                image.seek(i)
+                image.load()  # Pillow sets the duration only on load
+                durations.append(float(image.info.get("duration", 0)))
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
+        raise MediaError(path, cause, "truncated" if "truncated" in str(error) else "unreadable") from None
+    return np.concatenate([[0.0], np.cumsum(durations)]) / 1000 * (len(durations) > 1 and min(durations) > 0)
+
+
+def read_animated(
+    path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool = False
+) -> Iterator[np.ndarray]:
+    """Yield frames of a still or animated image with Pillow, since FFmpeg cannot read all formats.
+
+    Frames are uint8, EXIF-rotated: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3).
+    """
+    try:
+        with Image.open(path) as image:
+            for i in indices:
+                image.seek(int(i))
+                yield _pixels(image, gray=gray)
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        raise (
+            error if isinstance(error, MediaError) else MediaError(path, f"cannot be read ({error})")
+        ) from None
