@@ -203,5 +203,5 @@ def test_folders_without_one_adapter(base, tmp_path: Path):
         read_adapter(tmp_path, WAN)
     for name in "ab":
         save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=r"2 files \(a.safetensors, b.safetensors\); name one"):
+    with pytest.raises(ValueError, match=r"2 candidate files \(a.safetensors, b.safetensors\); pass one"):
         read_adapter(tmp_path, WAN)

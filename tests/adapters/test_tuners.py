@@ -12,7 +12,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from safetensors.torch import load_file
 
 from inlaid import config
-from inlaid.adapters import efficient_layers, tuners
+from inlaid.adapters import tuners
 from inlaid.adapters.efficient_layers import _Product, _Rescaled, row_norm
 from inlaid.families.wan import Wan
 from inlaid.training.optim import swapped
@@ -88,7 +88,7 @@ def test_row_norm_from_factors() -> None:
 def test_factored_dora_equals_peft(tiny_wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = config.LowRank(kind="dora", rank=4)
     ours, our_weights = scrambled(tiny_wan, section)
-    monkeypatch.setattr(efficient_layers, "use_factor_norms", lambda denoiser: None)
+    monkeypatch.setattr(tuners, "use_factor_norms", lambda denoiser: None)
     peft, peft_weights = scrambled(tiny_wan, section)
     kinds = [{type(m).__name__ for m in d.modules() if isinstance(m, DoraLinearLayer)} for d in (ours, peft)]
     assert kinds == [{"FactoredDora"}, {"DoraLinearLayer"}]
@@ -120,7 +120,7 @@ def test_inputs_that_are_kept_as_they_come_change_no_bit(
 ) -> None:
     section = config.LowRank(kind=kind, rank=4)  # type: ignore[arg-type]
     ours, our_weights = scrambled(tiny_wan, section, dtype)
-    monkeypatch.setattr(efficient_layers, "keep_inputs", lambda denoiser: None)
+    monkeypatch.setattr(tuners, "keep_inputs", lambda denoiser: None)
     peft, peft_weights = scrambled(tiny_wan, section, dtype)
     kinds = [{type(d.get_submodule("blocks.0.attn1.to_q").lora_A["default"]).__name__} for d in (ours, peft)]
     assert kinds == [{"FirstFactor" if dtype is torch.bfloat16 else "Linear"}, {"Linear"}]

@@ -225,7 +225,7 @@ def test_bad_composites(tmp_path: Path) -> None:
         (tmp_path / "opaque.mp4", "red"): "opaque.mp4: is fully opaque",
         (tmp_path / "nobody.mov", "red"): "nobody.mov",
         (tmp_path / "broken.mov", "red"): "broken.mov",
-        (front, "no-colour"): "`no-colour` is neither a file nor a color",
+        (front, "nocolor"): "`nocolor` is neither a file nor a color",
         (front, tmp_path / "short.mp4"): "short.mp4: has 3 frames at 16 fps, but",
         (front, "red", "--out", tmp_path / "a.gif"): "videos are written as .mp4",
         (front, "red", "--fps", "0"): "--fps: 0 is not positive",

@@ -209,7 +209,7 @@ def test_costs_are_those_of_check(
     name: str, count: int, estimated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = script("costs")
-    monkeypatch.setattr(costs.cost, "estimate", estimated)
+    monkeypatch.setattr(costs.estimate, "estimate_recipe", estimated)
     stated = list(re.finditer(costs.ROW, costs.PAGES[name].read_text("utf-8")))
     assert len(stated) >= 4
     for row in stated[:count]:

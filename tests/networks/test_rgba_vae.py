@@ -23,7 +23,7 @@ from inlaid.networks.rgba_vae_losses import (
     soft_render,
 )
 
-LIMIT = 1e-5
+LIMIT = 3e-5
 
 
 def golden(root: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict]:

@@ -34,7 +34,7 @@ def family_class(name: str) -> Any:
         ValueError: if no such family is installed.
     """
     if name not in family_names():
-        raise ValueError(f"model.family: no family `{name}`; there are: {', '.join(family_names())}")
+        raise ValueError(f"model.family: no family `{name}`; choose from: {', '.join(family_names())}")
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             return entry.load()
