@@ -337,7 +337,7 @@ class Family(Checkpoint, ABC):
 
     def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
         """Return messages about images that prompts lack or must not have; empty if all match."""
-        return _missing_images(self, prompts, given)
+        return _missing_images(self, prompts, images)
 
 
 def _unreadable(images: Iterable[Path]) -> list[str]:
@@ -376,7 +376,7 @@ def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[s
     return {key: model.options.get(key, values[0]) for key, values in choices.items()}
 
 
-def _missing_images(family: Family, prompts: int, given: Sequence[Sequence[str]]) -> list[str]:
+def _missing_images(family: Family, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
     name = family.model.checkpoint
     if not family.images:
         return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
