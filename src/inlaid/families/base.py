@@ -126,8 +126,6 @@ class Family(Checkpoint, ABC):
                 f"this adapter was trained with alpha.kind={kind} and gives only noise without it"
             )
 
-    # --- shapes ---------------------------------------------------------------------------------------------
-
     @abstractmethod
     def shapes(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a clip's `latents` (c, t, h, w) and of its conditions; see `sample_item`.
@@ -146,8 +144,6 @@ class Family(Checkpoint, ABC):
     def tokens(self, length: int, height: int, width: int, /) -> int:
         """Return the length of the sequence that the denoiser attends over."""
 
-    # --- encoding for the cache -----------------------------------------------------------------------------
-
     def load_media_encoder(self, device: torch.device) -> Any:
         """Load the argument of `encode_media` in the precision of encoding: the VAE in float32."""
         import torch
@@ -161,8 +157,6 @@ class Family(Checkpoint, ABC):
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Encode captions to one item each: `text` (n, d), n without padding if the network masks padding."""
-
-    # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return `latents` (normalized, the training target) and conditions of a cached clip for one sample.
@@ -343,16 +337,7 @@ class Family(Checkpoint, ABC):
 
     def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
         """Return messages about images that prompts lack or must not have; empty if all match."""
-        name = self.model.checkpoint
-        if not self.images:
-            return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
-        what = " and a ".join(f"{each} image" for each in self.images)
-        if prompts != len(images):
-            return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(images)} with images"]
-        wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(images, 1) if len(g) != len(self.images)]
-        if wrong:
-            return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
-        return _unreadable(dict.fromkeys(Path(file) for each in images for file in each))
+        return _missing_images(self, prompts, images)
 
 
 def _unreadable(images: Iterable[Path]) -> list[str]:
@@ -389,3 +374,16 @@ def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[s
     if wrong:
         raise ValueError("; ".join(wrong))
     return {key: model.options.get(key, values[0]) for key, values in choices.items()}
+
+
+def _missing_images(family: Family, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
+    name = family.model.checkpoint
+    if not family.images:
+        return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
+    what = " and a ".join(f"{each} image" for each in family.images)
+    if prompts != len(images):
+        return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(images)} with images"]
+    wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(images, 1) if len(g) != len(family.images)]
+    if wrong:
+        return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
+    return _unreadable(dict.fromkeys(Path(file) for each in images for file in each))

@@ -136,7 +136,7 @@ class Wan(Family):
         self.component = "transformer_2" if model.expert == "low" else "transformer"
         self.transformer = self.read_config(self.component)
         self.clip = self.read_config("image_encoder") if (self.transformer or {}).get("image_dim") else None
-        self._refuse_unsupported()
+        _refuse_unsupported(self)
         assert self.vae and self.transformer
         # Early diffusers releases saved no scale factors; the defaults of the class are 8 and 4.
         self.stride = (self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8))
@@ -148,55 +148,6 @@ class Wan(Family):
         )  # an image is frame 1, at least one more latent frame follows
         self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
         self.fps = 24.0 if self.expand_timesteps else 16.0
-
-    def _refuse_unsupported(self) -> None:
-        name, t, vae, task = self.model.checkpoint, self.transformer, self.vae, self.model.task
-        if not self.two_experts and self.model.expert is not None:
-            raise ValueError(f"model.expert: {name} has one network; leave `expert` out")
-        if vae is None or t is None:
-            raise ValueError(
-                f"model.checkpoint: {name} has no `vae` or no `{self.component}` with a config.json"
-            )
-        kinds = (vae.get("_class_name"), t.get("_class_name"))
-        if kinds != ("AutoencoderKLWan", "WanTransformer3DModel"):
-            raise ValueError(
-                f"model.family: {name} is not a Wan text-to-video or image-to-video checkpoint, "
-                f"it contains {kinds[1]} and {kinds[0]}"
-            )
-        takes, z = t["in_channels"], vae["z_dim"]
-        i2v = 2 * z + vae.get("scale_factor_temporal", 4)
-        if takes != z and (takes != i2v or self.expand_timesteps):
-            raise ValueError(
-                f"model.checkpoint: {name} takes {takes} channels, not {z} for text-to-video or {i2v} for "
-                "image-to-video: control and inpainting checkpoints are not supported"
-            )
-        supported = "t2v" if takes == z else "i2v"
-        if task not in (None, supported) and not self.expand_timesteps:
-            raise ValueError(
-                f"model.task: {name} is for {supported}, not for {task}; leave `task` out, or choose a "
-                f"checkpoint for {task}"
-            )
-        if t.get("image_dim") and self.clip is None:
-            raise ValueError(
-                f"model.checkpoint: {name} needs an `image_encoder` with a config.json, which is missing"
-            )
-        if self.two_experts and self.boundary is None:
-            raise ValueError(
-                f"model.checkpoint: {name} has a transformer_2 but no boundary_ratio in model_index.json"
-            )
-        if self.boundary is not None and not self.two_experts:
-            raise ValueError(
-                f"model.checkpoint: {name} sets boundary_ratio {self.boundary} but has no transformer_2; "
-                "if it is a converted Wan 2.1, remove boundary_ratio from model_index.json"
-            )
-        if self.clip and self.options["text"] == "short":
-            raise ValueError(
-                f"model.options.text: {name} needs 512 text tokens to locate CLIP embeddings; leave it out"
-            )
-        if self.two_experts and self.model.expert is None:
-            raise ValueError(
-                f"model.expert: {name} has two experts; choose `high` (t >= {self.boundary}) or `low`"
-            )
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Add that checkpoints with two experts cannot sample in training: it needs both in memory."""
@@ -233,8 +184,6 @@ class Wan(Family):
         assert self.vae
         t, s = self.stride
         return self.vae["z_dim"], 1 + (frames - 1) // t, height // s, width // s
-
-    # --- encoding for the cache -----------------------------------------------------------------------------
 
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae", "image_encoder", "image_processor"),
@@ -312,8 +261,6 @@ class Wan(Family):
         hidden = model(ids.input_ids.to(device), ids.attention_mask.to(device)).last_hidden_state
         lengths = ids.attention_mask.sum(1).tolist()
         return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
-
-    # --- training and generation ----------------------------------------------------------------------------
 
     def share_positions(self, denoiser: Any) -> None:
         """Halve the frames passed to the module that computes positions from the latents."""
@@ -413,3 +360,53 @@ class Wan(Family):
                 load_into_transformer_2=self.model.expert == "low",
                 low_cpu_mem_usage=self.clip is None,
             )
+
+
+def _refuse_unsupported(family: Wan) -> None:
+    name, t, vae, task = family.model.checkpoint, family.transformer, family.vae, family.model.task
+    if not family.two_experts and family.model.expert is not None:
+        raise ValueError(f"model.expert: {name} has one network; leave `expert` out")
+    if vae is None or t is None:
+        raise ValueError(
+            f"model.checkpoint: {name} has no `vae` or no `{family.component}` with a config.json"
+        )
+    kinds = (vae.get("_class_name"), t.get("_class_name"))
+    if kinds != ("AutoencoderKLWan", "WanTransformer3DModel"):
+        raise ValueError(
+            f"model.family: {name} is not a Wan text-to-video or image-to-video checkpoint, "
+            f"it contains {kinds[1]} and {kinds[0]}"
+        )
+    takes, z = t["in_channels"], vae["z_dim"]
+    i2v = 2 * z + vae.get("scale_factor_temporal", 4)
+    if takes != z and (takes != i2v or family.expand_timesteps):
+        raise ValueError(
+            f"model.checkpoint: {name} takes {takes} channels, not {z} for text-to-video or {i2v} for "
+            "image-to-video: control and inpainting checkpoints are not supported"
+        )
+    supported = "t2v" if takes == z else "i2v"
+    if task not in (None, supported) and not family.expand_timesteps:
+        raise ValueError(
+            f"model.task: {name} is for {supported}, not for {task}; leave `task` out, or choose a "
+            f"checkpoint for {task}"
+        )
+    if t.get("image_dim") and family.clip is None:
+        raise ValueError(
+            f"model.checkpoint: {name} needs an `image_encoder` with a config.json, which is missing"
+        )
+    if family.two_experts and family.boundary is None:
+        raise ValueError(
+            f"model.checkpoint: {name} has a transformer_2 but no boundary_ratio in model_index.json"
+        )
+    if family.boundary is not None and not family.two_experts:
+        raise ValueError(
+            f"model.checkpoint: {name} sets boundary_ratio {family.boundary} but has no transformer_2; "
+            "if it is a converted Wan 2.1, remove boundary_ratio from model_index.json"
+        )
+    if family.clip and family.options["text"] == "short":
+        raise ValueError(
+            f"model.options.text: {name} needs 512 text tokens to locate CLIP embeddings; leave it out"
+        )
+    if family.two_experts and family.model.expert is None:
+        raise ValueError(
+            f"model.expert: {name} has two experts; choose `high` (t >= {family.boundary}) or `low`"
+        )

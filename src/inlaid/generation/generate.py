@@ -59,7 +59,7 @@ def generate(
         ValueError: for any problem the user can fix.
     """
     if not all(p.strip() for p in prompts) or not (prompts or images):
-        raise ValueError("generate: needs a prompt that is not empty")
+        raise ValueError("generate: prompt is missing or empty")
     if not math.isfinite(strength):
         raise ValueError(f"generate: strength {strength} is not a finite number such as 0.5")
     place = Run(Path(run))

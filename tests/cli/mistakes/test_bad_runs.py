@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from inlaid.data import cache as cache_module
-from inlaid.runs import folder as folder_module
 from inlaid.runs.folder import Run
+from inlaid.training import checkpoints
 from inlaid.training.steps import DenoisingStep
 from support.commands import files, inlaid
 from support.ground import WEIGHTS, Ground, cut, refused
@@ -37,7 +37,7 @@ def items(folder: Path | str = "cache") -> list[Path]:
     [
         (
             SafetensorError(NO_SPACE),
-            ["cache: the disk is full; 2 of 3 items are cached and stay", "Free space"],
+            ["cache: the disk is full; 2 of 3 items are cached and kept", "Free space"],
         ),
         (
             SafetensorError("I/O error: Read-only file system (os error 30)"),
@@ -245,7 +245,7 @@ def test_disk_full_while_saving(ground: Ground, monkeypatch: pytest.MonkeyPatch)
 
     recipe = ground.write()
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "save_file", full)
+        patch.setattr(checkpoints, "save_file", full)
         refused(inlaid("train", recipe), "run/checkpoints/step-000002: No space left on device: free disk")
     assert [p.name for p in Run(Path("run")).checkpoints()] == ["step-000001"]
     assert not list(Path().rglob(".tmp-*"))
