@@ -24,7 +24,18 @@ from inlaid.tiny import random
 from inlaid.tiny.random import TEXT_WIDTH
 from inlaid.training import memory
 from inlaid.training.steps import DenoisingStep
-from support.joint import CASES, CPU, ONE_SEQUENCE, Checkpoint, every_case, given, network, opened, size, swap
+from support.joint import (
+    CASES,
+    CPU,
+    ONE_SEQUENCE,
+    Checkpoint,
+    every_case,
+    network,
+    opened,
+    pipeline_inputs,
+    size,
+    swap,
+)
 from support.slow import slow
 
 # --- positions ----------------------------------------------------------------------------------------------
@@ -35,7 +46,7 @@ def test_equal_clips_stay_equal_and_wan_does_to_them_what_it_does_to_one(
     case: tuple[str, str], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = opened(checkpoint, case)
-    x, t, cond = given(family)
+    x, t, cond = pipeline_inputs(family)
     one = x.chunk(2, 2)[0]
     x = torch.cat([one, one], 2)
     with torch.no_grad():
@@ -53,7 +64,7 @@ def test_equal_clips_stay_equal_and_wan_does_to_them_what_it_does_to_one(
 def test_swapped_clips_come_out_swapped(case: tuple[str, str], checkpoint: Checkpoint) -> None:
     rule = "block" if case[0] == "wan" else "open"
     family = opened(checkpoint, case, domain_embedding=False, text_to_alpha=rule)
-    x, t, cond = given(family)
+    x, t, cond = pipeline_inputs(family)
     with torch.no_grad():
         out, swapped = (family.predict(network(family), y, t, cond) for y in (x, swap(x)))
     assert (swap(out) - swapped).abs().max() < 1e-5
@@ -65,7 +76,7 @@ def test_only_that_text_sees_colour_tells_the_halves_apart(
     case: tuple[str, str], checkpoint: Checkpoint
 ) -> None:
     family = opened(checkpoint, case)
-    x, t, cond = given(family)
+    x, t, cond = pipeline_inputs(family)
     with torch.no_grad():
         out, swapped = (family.predict(network(family), y, t, cond) for y in (x, swap(x)))
     assert (swap(out) - swapped).abs().max() > 1e-4
@@ -105,7 +116,7 @@ def test_tokens_of_colour_and_text_are_not_changed_at_all(
     layers = [m for m in denoiser.modules() if isinstance(m, HalfTokens)]
     for layer in layers:
         layer.register_forward_hook(watch)  # type: ignore[attr-defined]
-    x, t, cond = given(family)
+    x, t, cond = pipeline_inputs(family)
     with torch.no_grad():
         family.predict(denoiser.eval(), x, t, cond)
     each = {"wan": 8, "mochi": 4, "cogvideox": 4}[case[0]]
@@ -124,7 +135,7 @@ def test_all_that_trains_has_a_gradient_and_recomputing_changes_none(
         if recompute:
             memory.enable_checkpointing(denoiser.train(), True)
         torch.manual_seed(3)
-        family.predict(denoiser.train(), *given(family)).square().mean().backward()
+        family.predict(denoiser.train(), *pipeline_inputs(family)).square().mean().backward()
         found.append({n: p.grad for n, p in open_to.items()})
     assert "domain_embedding.weight" in found[0] and found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
@@ -136,7 +147,7 @@ def test_all_that_trains_has_a_gradient_and_recomputing_changes_none(
 def test_an_update_that_is_switched_off_or_weakened_is(kind: str, checkpoint: Checkpoint) -> None:
     family = opened(checkpoint, CASES[0])
     denoiser, _ = trained(family, kind)
-    asked = given(family)
+    asked = pipeline_inputs(family)
     with torch.no_grad():
         plain, tuned = (family.predict(d.eval(), *asked) for d in (network(family), denoiser))
         denoiser.disable_adapters()
@@ -151,7 +162,7 @@ def test_an_update_that_is_switched_off_or_weakened_is(kind: str, checkpoint: Ch
 def test_dropout_is_for_alpha_too(checkpoint: Checkpoint) -> None:
     family = opened(checkpoint, CASES[0], domain_embedding=False)
     denoiser, _ = trained(family, "lora", dropout=0.5)
-    asked = given(family)
+    asked = pipeline_inputs(family)
     with torch.no_grad():
         drawn = [family.predict(denoiser.train(), *asked) for _ in range(2)]
         same = [family.predict(denoiser.eval(), *asked) for _ in range(2)]
@@ -168,7 +179,7 @@ def test_the_vector_is_for_alpha(checkpoint: Checkpoint) -> None:
             torch.as_tensor(value).expand_as(denoiser.domain_embedding.weight)
         )
         with torch.no_grad():
-            family.predict(denoiser, *given(family))
+            family.predict(denoiser, *pipeline_inputs(family))
     colour, grey = (seen[1] - seen[0]).chunk(2, 1)
     assert not colour.any()
     assert torch.allclose(grey, denoiser.domain_embedding.weight.expand_as(grey), atol=1e-5)
@@ -436,7 +447,7 @@ def test_an_item_is_two_clips_and_is_drawn_as_one(case: tuple[str, str], checkpo
 
 def test_losses_are_reported_of_both(checkpoint: Checkpoint) -> None:
     family = opened(checkpoint, CASES[0])
-    x, _, cond = given(family, 3)
+    x, _, cond = pipeline_inputs(family, 3)
     step = DenoisingStep(family, family.objective(config.Objective(), (32, 32)))
     out = step(network(family), Batch(x, cond, ["a"] * 3), torch.Generator().manual_seed(0))
     assert torch.allclose((out["loss_rgb"] + out["loss_alpha"]) / 2, out["losses"])
@@ -475,7 +486,7 @@ def test_blocks_compile_into_one_graph(case: tuple[str, str], checkpoint: Checkp
         memory.enable_checkpointing(denoiser.train(), True)
         if backend:
             memory.compile_blocks(denoiser, backend)
-        family.predict(denoiser, *given(family)).square().mean().backward()
+        family.predict(denoiser, *pipeline_inputs(family)).square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in open_to.values() if p.grad is not None]))
     torch._dynamo.reset()
     assert (found[0] - found[1]).norm() <= 1e-4 * found[0].norm()
@@ -502,7 +513,7 @@ def test_the_base_may_be_small(scheme: Any, kind: str, checkpoint: Checkpoint) -
         for p in layer.lora_B.parameters():  # type: ignore[attr-defined]
             nn.init.normal_(p, std=0.3)
         layer.register_forward_hook(watch)  # type: ignore[attr-defined]
-    family.predict(denoiser, *given(family)).square().mean().backward()
+    family.predict(denoiser, *pipeline_inputs(family)).square().mean().backward()
     assert len(changes) == len(layers)
     assert all(colour.max() == 0 and grey.max() > 0 for colour, grey in changes)
 

@@ -25,7 +25,7 @@ from inlaid.runs.launch import start_processes
 from inlaid.tiny import random
 from inlaid.training.loop import train
 from support import rgba_clips
-from support.joint import CASES, Checkpoint, given
+from support.joint import CASES, Checkpoint, pipeline_inputs
 from support.ranks import difference, together
 from support.slow import slow
 
@@ -92,7 +92,8 @@ def test_an_adapter_does_in_the_pipeline_what_it_did_in_training(
             p.data = weights[NAME if plain.startswith(NAME) else f"transformer.{plain}"].clone()
     with torch.no_grad():
         before, after, half, ours = (
-            family.predict(d.eval(), *given(family)) for d in (*(p.transformer for p in pipes), tuned)
+            family.predict(d.eval(), *pipeline_inputs(family))
+            for d in (*(p.transformer for p in pipes), tuned)
         )
     assert (after - ours).abs().max() <= (0 if kind == "lora" else 2e-6)
     assert (after - before).abs().max() > 1e-5 and not torch.equal(half, after)

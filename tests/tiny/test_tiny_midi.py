@@ -10,7 +10,7 @@ import pytest
 import torch
 import trimesh
 from tiny_models import midi_data, midi_dit, midi_images, midi_vae, training
-from tiny_models.midi import normalise
+from tiny_models.midi import normalize
 from tiny_models.midi_data import SHIFT, Scenes
 from tiny_models.midi_dit import TRANSFORMER
 from tiny_models.midi_report import TinyModel, judge, load, obedience, reconstruction, true_surface
@@ -156,7 +156,7 @@ def test_normalised_latents_decode_to_the_same_field() -> None:
         mean, logvar = midi_vae.moments(vae, surfaces, 0).chunk(2, -1)
         field = vae.field(vae.tokens(mean), places)
         shift, scale = mean.mean((0, 1)), mean.std((0, 1))
-        normalise(vae, shift, scale)
+        normalize(vae, shift, scale)
         normal, narrower = midi_vae.moments(vae, surfaces, 0).chunk(2, -1)
         assert torch.allclose(normal, (mean - shift) / scale, atol=1e-4)
         assert torch.allclose(narrower, logvar - 2 * scale.log(), atol=1e-4)
