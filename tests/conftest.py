@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 import os
 import pickle
@@ -17,17 +19,23 @@ import pytest
 from inlaid import config
 from inlaid.console import quiet
 from inlaid.tiny import random
-from inlaid.training.loop import train
 from support import forks
-from support.contract import open_family, shape
 
 quiet()
+gc.disable()  # until everything is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Starts the server of forks before the processes that share it; one alone starts it when it needs it."""
     if getattr(config.option, "numprocesses", None):
         forks.start()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: it is not searched for garbage again and again."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -130,6 +138,18 @@ def estimated(shared: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _looked_up_once() -> Generator[None]:
+    """Plug-ins, and the speed of this machine: neither changes while tests run."""
+    from inlaid.check import estimate
+    from inlaid.config import plugins
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugins, "entry_points", functools.cache(plugins.entry_points))
+        patch.setattr(estimate, "measure_speed", functools.cache(estimate.measure_speed))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _counted_once() -> Generator[None]:
     """The pass on shapes that an estimate makes of a network is made once for each network and shape."""
     from inlaid.check import estimate
@@ -139,7 +159,8 @@ def _counted_once() -> Generator[None]:
 
     def count(family: Any, denoiser: Any, shape: Any, batch: int, **how: Any) -> estimate.Counts:
         tensors = [(n, type(p), p.shape, p.dtype, p.requires_grad) for n, p in denoiser.named_parameters()]
-        about = [type(family), family.model, family.shapes(*shape), family.tokens(*shape), family.text_length]
+        about = [type(family), family.model, getattr(family, "section", None), family.text_length]
+        about += [family.shapes(*shape), family.tokens(*shape)]
         key = hashlib.sha256(repr([denoiser, tensors, about, shape, batch, how]).encode()).hexdigest()
         if key not in known:
             known[key] = real(family, denoiser, shape, batch, **how)
@@ -256,6 +277,8 @@ def contract_recipe(
 ) -> Callable[..., dict]:
     """A function that gives a small recipe for a checkpoint of a family; `section__key` changes a value."""
 
+    from support.contract import open_family, shape
+
     def make(case: tuple[str, str], **changes: object) -> dict:
         folder = checkpoint(*case)
         family = open_family(folder, case)
@@ -295,6 +318,8 @@ def contract_run(
     contract_recipe: Callable[..., dict], _contract_runs: dict[tuple, config.Config]
 ) -> Callable[..., config.Config]:
     """A function that gives the recipe of a finished run of a case, trained once; not to be changed."""
+
+    from inlaid.training.loop import train
 
     def get(case: tuple[str, str], kind: str = "lora") -> config.Config:
         if (case, kind) not in _contract_runs:

@@ -33,6 +33,7 @@ from support.slow import mostly_slow, slow
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "launch")
 PUBLISHED = [p for p in RECIPES if "tiny" not in p.name]
+SETTINGS = {p: config.load(p) for p in RECIPES}
 
 name = pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
@@ -46,7 +47,7 @@ def family(settings: config.Config) -> families.Family:
 
 
 def test_there_are_recipes() -> None:
-    checkpoints = {config.load(p).model.checkpoint for p in PUBLISHED}
+    checkpoints = {SETTINGS[p].model.checkpoint for p in PUBLISHED}
     published = {id for name in families.names() for id in families.get(name).published}
     assert checkpoints == published, "one recipe or more for each published checkpoint"
 
@@ -56,8 +57,8 @@ def test_is_short_and_has_a_run_of_its_own(path: Path) -> None:
     lines = path.read_text("utf-8").splitlines()
     assert 7 <= len(lines) <= 25 and lines[0].startswith("# ")
     assert max(map(len, lines)) <= 120
-    runs = [config.load(p).run for p in RECIPES]
-    assert runs.count(config.load(path).run) == 1
+    runs = [settings.run for settings in SETTINGS.values()]
+    assert runs.count(SETTINGS[path].run) == 1
 
 
 @published
@@ -66,14 +67,11 @@ def test_published_checkpoint_can_do_it(path: Path) -> None:
     assert family(settings).problems(settings) == []
 
 
-KINDS = {
-    (c.model.family, c.alpha.kind, c.tuner.kind, c.rgba_vae is None): p
-    for p in PUBLISHED
-    for c in [config.load(p)]
-}
+KINDS = {(c.model.family, c.alpha.kind, c.rgba_vae is None): p for p, c in SETTINGS.items() if p in PUBLISHED}
+KINDS |= {c.tuner.kind: p for p, c in SETTINGS.items() if p in PUBLISHED}
 """A recipe of each kind."""
-QUICK = ("t2v-1.3b-lora", "2b-full", "mochi-1-lora", "triposg-lora")
-"""One recipe of each family, of those that are estimated quickly."""
+QUICK = ("t2v-1.3b-lora", "2b-full", "triposg-lora")
+"""Recipes of each sort of network, of those that are estimated quickly."""
 
 
 @pytest.mark.untraced

@@ -235,7 +235,7 @@ def test_positions_are_made_once_for_each_size(
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("variant", [slow("2b"), "5b"])
+@pytest.mark.parametrize("variant", [slow("2b"), slow("5b")])
 def test_blocks_compile_whole_at_another_size(variant: str, checkpoint: Checkpoints) -> None:
     cog = family(checkpoint("cogvideox", variant))
     x, t, text = torch.randn(1, 16, 2, 8, 4), torch.tensor([0.5]), torch.randn(1, 226, 32)

@@ -33,6 +33,7 @@ from support.contract import (
     example,
     first_cases,
     metrics,
+    mostly_first_cases,
     open_family,
     random_batch,
     shape,
@@ -102,7 +103,7 @@ def test_loss_falls(case: tuple[str, str], contract_recipe: Callable[..., dict])
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
 
 
-@every_case
+@mostly_first_cases
 def test_resume_is_bit_exact(
     case: tuple[str, str],
     contract_recipe: Callable[..., dict],
@@ -117,7 +118,7 @@ def test_resume_is_bit_exact(
     assert all(torch.equal(a[k], b[k]) for k in a) and set(a) == set(b)
 
 
-@every_case
+@mostly_first_cases
 def test_full_fine_tuning_loads_with_from_pretrained(
     case: tuple[str, str], contract_recipe: Callable[..., dict]
 ) -> None:
@@ -164,7 +165,7 @@ def test_the_network_is_counted_on_shapes_alone(
     assert counts.activations > 0 and counts.linear > 0 and counts.attention > 0
 
 
-@every_case
+@mostly_first_cases
 @pytest.mark.parametrize(
     "small", [{"layerwise_casting": "float8"}, {"quantize": "int8"}], ids=lambda s: next(iter(s.values()))
 )

@@ -15,6 +15,7 @@ from inlaid import config, families
 from inlaid.data.batch import Batch
 from inlaid.families import Family
 from inlaid.tiny import random
+from support.slow import mostly_slow
 
 CPU = torch.device("cpu")
 CASES = random.cases()
@@ -23,6 +24,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 FIRST = list({family: (family, variant) for family, variant in reversed(CASES)}.values())
 """One checkpoint of each family, for what does not depend on its kind."""
 first_cases = pytest.mark.parametrize("case", FIRST, ids="-".join)
+mostly_first_cases = pytest.mark.parametrize("case", mostly_slow(CASES, FIRST.__contains__), ids=IDS)
 
 
 def open_family(folder: Path, case: tuple[str, str]) -> Family:

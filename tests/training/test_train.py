@@ -23,6 +23,7 @@ from inlaid.training.checkpoints import load_state
 from inlaid.training.job import prepare
 from inlaid.training.loop import train
 from support import forks, ranks
+from support.slow import slow
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 
@@ -133,10 +134,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Callable[..., dict], tmp_pat
     assert (tmp_path / "run" / ADAPTER).is_file()
 
 
-def test_two_processes_equal_accumulation_two(recipe: Callable[..., dict], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launch", [ranks.launch, slow(ranks.torchrun)], ids=lambda f: f.__name__)
+def test_two_processes_equal_accumulation_two(
+    recipe: Callable[..., dict], tmp_path: Path, launch: ranks.Launch
+) -> None:
     one = run(recipe(run=str(tmp_path / "one"), train__accumulate=2, data__caption_dropout=0.3))
     file = write(recipe(run=str(tmp_path / "two"), data__caption_dropout=0.3), tmp_path / "two.yaml")
-    done = ranks.torchrun(["train", file])
+    done = launch(["train", file])
     assert done.returncode == 0, done.stderr
     assert difference(one, tmp_path / "two") < 1e-5
     # a checkpoint of two processes goes on in one
