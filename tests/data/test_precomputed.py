@@ -19,6 +19,7 @@ from inlaid.tiny.random import TEXT_WIDTH
 from inlaid.training.checkpoints import load_state
 from support.commands import inlaid
 from support.precomputed import CASES, Checkpoint, built, clips, encode, recipe, shape, write
+from support.slow import mostly_slow
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_the_same_items_as_from_the_clips(
     assert (once_more.built.made, once_more.built.reused) == (0, 3)
 
 
-@pytest.fixture(params=CASES[:3], ids="-".join)
+@pytest.fixture(params=mostly_slow(CASES[:3], CASES[2].__eq__), ids="-".join)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[tuple[str, str], Path]:
     """Encoded clips of random numbers in two sizes."""
     kind = request.param

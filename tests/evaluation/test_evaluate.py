@@ -20,6 +20,7 @@ from inlaid.generation.generate import generate
 from inlaid.media import video
 from inlaid.runs.folder import read_header, read_metrics
 from inlaid.training.loop import train
+from support.slow import slow
 
 
 def texture(h: int = 64, w: int = 64, seed: int = 0, smooth: int = 2) -> np.ndarray:
@@ -299,6 +300,7 @@ def test_an_adapter_that_changes_nothing_is_called_so(run: Path) -> None:
     assert found.validation and found.validation.change == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_compared(run: Path) -> None:
     found = evaluate(run, against="10", checkpoint="step-000020")
     assert found.names == ("step-000010", "step-000020") and found.step == 20
@@ -309,7 +311,7 @@ def test_checkpoints_are_compared(run: Path) -> None:
     assert found.validation.means == pytest.approx((curve[10], curve[20]), rel=1e-4)
 
 
-@pytest.mark.parametrize("tuner", [{"kind": "dora", "rank": 2}, {"kind": "full"}])
+@pytest.mark.parametrize("tuner", [slow({"kind": "dora", "rank": 2}), {"kind": "full"}])
 def test_other_tuners(recipe: Callable[..., dict], tuner: dict) -> None:
     raw = recipe(tuner=tuner, data__validation=1)
     found = evaluate(train(config.build(raw)))

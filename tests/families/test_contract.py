@@ -31,7 +31,6 @@ from support.contract import (
     adapter,
     every_case,
     example,
-    first_cases,
     metrics,
     mostly_first_cases,
     open_family,
@@ -39,7 +38,7 @@ from support.contract import (
     shape,
     video_cases,
 )
-from support.slow import slow
+from support.slow import mostly_slow, slow
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def trained_network(family: Family, cfg: config.Config, weights: dict) -> torch.
     return denoiser.eval()
 
 
-@first_cases
+@pytest.mark.parametrize("case", mostly_slow(FIRST, lambda c: c[0] != "midi"), ids="-".join)
 def test_loss_falls(case: tuple[str, str], contract_recipe: Callable[..., dict]) -> None:
     run = train(
         config.build(
@@ -154,7 +153,7 @@ def test_videos_come_out_of_the_stock_pipeline(
     assert frames[0].shape == (*shape(family), 3)
 
 
-@every_case
+@mostly_first_cases
 def test_the_network_is_counted_on_shapes_alone(
     case: tuple[str, str], checkpoint: Callable[[str, str], Path]
 ) -> None:

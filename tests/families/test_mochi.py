@@ -172,6 +172,7 @@ def test_blocks_compile_into_one_graph(mochi: Mochi) -> None:
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_graph_breaks(mochi: Mochi, network: nn.Module) -> None:
     """What `fullgraph` asserts, counted: the stock attention has breaks, ours has none."""
     caught: list[dict] = []
@@ -389,6 +390,7 @@ def test_sample_is_the_stock_pipeline(folder: Path, mochi: Mochi, network: nn.Mo
     assert torch.allclose(sigmas, torch.tensor(schedule(64)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_draws_too(folder: Path, mochi: Mochi) -> None:
     """Steps and guidance are float32; only what is computed inside the network and the VAE is rounded."""
     drawn = []

@@ -140,6 +140,7 @@ def test_sample_is_the_stock_pipeline(variant: str, checkpoint: Checkpoint) -> N
     assert np.array_equal(ours, (theirs * 255).round().astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_published_checkpoints_have_the_published_sizes() -> None:
     def model(name: str, **options: Any) -> Wan:
         return Wan(config.Model(family="wan", checkpoint=f"Wan-AI/{name}", **options))

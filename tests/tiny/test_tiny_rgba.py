@@ -12,6 +12,7 @@ from tiny_models.rgba import load_vae, reconstruct
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.tiny import rgba_judge, rgba_vae_path, rgba_world
 from inlaid.tiny.world import FRAMES, SIZE
+from support.slow import slow
 
 TRUE = [clip.frames for clip in rgba_world.subject_clips(8, seed=5)]
 
@@ -46,12 +47,12 @@ def test_the_judge_knows_the_subject() -> None:
     ("how", "which"),
     [
         ("red for orange", "subject"),
-        ("one colour", "subject"),
-        ("mixed all over", "subject"),
+        slow("one colour", "subject"),
+        slow("mixed all over", "subject"),
         ("all solid", "alpha"),
-        ("opaque ground", "alpha"),
+        slow("opaque ground", "alpha"),
         ("nothing", "alpha"),
-        ("matte elsewhere", "subject"),
+        slow("matte elsewhere", "subject"),
     ],
 )
 def test_the_judge_rejects_one_thing_wrong(how: str, which: str) -> None:

@@ -34,7 +34,7 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("mode", ["fsdp", slow("zero2"), slow("zero3")])
-@pytest.mark.parametrize(("kind", "recompute"), [slow("lora", True), ("dora", False), ("full", True)])
+@pytest.mark.parametrize(("kind", "recompute"), [slow("lora", True), slow("dora", False), ("full", True)])
 def test_equals_one_process_and_goes_on_in_the_other(
     recipe: Callable[..., dict],
     make_clips: Callable[..., Path],
@@ -73,8 +73,11 @@ def test_equals_one_process_and_goes_on_in_the_other(
     assert {p.name for p in (begun / "adapter").iterdir()} == {p.name for p in (alone / "adapter").iterdir()}
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("case", [c for c in FIRST if c[0] != "wan"], ids="-".join)
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [*((c, "fsdp") for c in FIRST if c[0] != "wan"), *(slow(c, "ddp") for c in FIRST if c[0] != "wan")],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_every_family_shared_is_the_family_alone(
     case: tuple[str, str],
     mode: str,

@@ -72,7 +72,7 @@ def test_loss_falls_and_everything_is_written(recipe: Callable[..., dict]) -> No
     ]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "dora", slow("full")])
 def test_going_on_is_bit_exact(recipe: Callable[..., dict], tmp_path: Path, kind: str) -> None:
     options = {"tuner": {"kind": kind}, "optim__ema": 0.9, "optim__lr": 1e-3}
     whole = run(recipe(run=str(tmp_path / "whole"), **options))
@@ -181,7 +181,7 @@ def test_targets_that_match_nothing_stop(recipe: Callable[..., dict]) -> None:
         run(recipe(tuner__targets=["proj_in", r"blocks\.\d+\.attn1\.to_q"]))
 
 
-@pytest.mark.parametrize("kind", ["dora", "full"])
+@pytest.mark.parametrize("kind", ["dora", slow("full")])
 def test_bfloat16_learns_and_keeps_trained_weights_in_float32(recipe: Callable[..., dict], kind: str) -> None:
     raw = recipe(tuner={"kind": kind}, runtime__precision="bfloat16", train__steps=30, optim__lr=3e-3)
     folder = run(raw)
