@@ -164,7 +164,7 @@ BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
     "unknown expert": (
         lambda base: None,
         {"model__expert": "mid"},
-        ["model.expert: "],
+        ["model.expert: should be 'high' or 'low' (got 'mid')"],
     ),
     "experts disagree": (
         lambda base: edit(base / "model_index.json", boundary_ratio=0.9),
