@@ -29,7 +29,7 @@ check: $(VENV)/installed-dev  ## what a commit must pass: seconds
 	$(BIN)/codespell src tests docs recipes benchmarks tools README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/pyright
 
-docs: $(VENV)/installed  ## regenerate the reference and the cost tables
+docs: $(VENV)/installed  ## regenerate the reference pages, the estimates and the picture of the imports
 	$(BIN)/python docs/make.py
 	$(BIN)/python docs/costs.py
 	$(BIN)/python docs/imports.py

@@ -23,7 +23,7 @@ from inlaid.networks.rgba_vae_losses import (
     soft_render,
 )
 
-LIMIT = 3e-5
+LIMIT = 1e-5
 
 
 def golden(root: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict]:
@@ -81,8 +81,10 @@ def test_merging_is_the_reference_s(goldens_root: Path) -> None:
     rendered = hard_render(inputs["video_fgr"], inputs["video_pha"], color, eps=0)
     assert (rendered - outputs["video_fgr_hard_rendered"]).abs().max() < LIMIT
     rgb, alpha = trunk(vae, rendered), trunk(vae, inputs["video_pha"])
-    assert (rgb - outputs["features_fgr"]).abs().max() < LIMIT
-    assert (alpha - outputs["features_pha"]).abs().max() < LIMIT
+    for features, reference in ((rgb, outputs["features_fgr"]), (alpha, outputs["features_pha"])):
+        # Sums in float32 of values up to 30: the reference is 2.1e-5 from the same sums in float64, and
+        # processors differ by as much. The bound is that of the other outputs at the scale of these.
+        assert (features - reference).abs().max() < LIMIT / 10 * reference.abs().max()
     assert (merge(rgb, alpha) - outputs["merged_latents"]).abs().max() < LIMIT
     assert (merge(alpha, rgb) - outputs["merged_latents"]).abs().max() > 0.1, "the order matters"
     mode = vae.encode(rendered).latent_dist.mode()

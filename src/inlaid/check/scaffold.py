@@ -16,7 +16,7 @@ from inlaid.media.kinds import Probe, available_formats
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 """Aspect ratios offered as buckets for clips of mixed shapes."""
 
-TEMPLATE = """\
+HEAD = """\
 # Made by `inlaid new {family} {clips}` from {found}.
 # Next: inlaid check {name}     report clips, problems, memory and time
 #       inlaid train {name}     train; run the same command again to resume
@@ -30,6 +30,11 @@ model:
 
 data:
   sources: {clips}
+"""
+
+TEMPLATE = (
+    HEAD
+    + """\
   size: [{size[0]}, {size[1]}]  # height, width: multiples of {grid.spatial}
 {aspects}  frames: {frames}  # {grid.temporal}n+{grid.offset} each, at {fps:g} frames per second
 {windows}{validation}  caption_dropout: 0.05  # share of empty captions, for classifier-free guidance
@@ -50,6 +55,7 @@ train:
 
 sample:
 {prompts}{sampling}"""
+)
 
 TRANSPARENT = """\
 # alpha:
@@ -137,20 +143,9 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
     return path
 
 
-SCENES = """\
-# Made by `inlaid new {family} {clips}` from {found}.
-# Next: inlaid check {name}     report clips, problems, memory and time
-#       inlaid train {name}     train; run the same command again to resume
-# All keys: docs/reference/config.md. Override any key on the command line: optim.lr=2e-4
-
-run: {run}  # folder of all output
-
-model:
-  family: {family}
-  checkpoint: {checkpoint}{choices}
-
-data:
-  sources: {clips}
+SCENES = (
+    HEAD
+    + """\
 {validation}
 tuner:
   kind: lora  # or dora (slower, often better) or full
@@ -168,6 +163,7 @@ train:
 sample:
   every: {sampled}  # generates validation and training scenes from their input images
 """
+)
 
 
 def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str) -> Path:

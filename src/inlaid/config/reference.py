@@ -1,57 +1,33 @@
-"""The recipe reference page and the JSON schema, generated from the sections."""
+"""The recipe reference page, generated from the sections."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from inlaid.config.sections import (
-    Config,
-    Data,
-    Full,
-    Joint,
-    LowRank,
-    Matte,
-    Memory,
-    Merged,
-    Model,
-    Objective,
-    Opaque,
-    Optim,
-    RgbaVae,
-    Runtime,
-    Sample,
-    Source,
-    Train,
-)
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe, for editors."""
-    return Config.model_json_schema()
+from inlaid.config import sections as s
 
 
 def reference_page() -> str:
     """Return the reference page of all sections in Markdown (`docs/reference/config.md`)."""
     sections = {
-        "(top level)": Config,
-        "model": Model,
-        "data": Data,
-        "data.sources": Source,
-        "data.matte": Matte,
-        "objective": Objective,
+        "(top level)": s.Config,
+        "model": s.Model,
+        "data": s.Data,
+        "data.sources": s.Source,
+        "data.matte": s.Matte,
+        "objective": s.Objective,
     }
     sections |= {
-        "tuner (lora, dora, lokr, loha)": LowRank,
-        "tuner (full)": Full,
-        "alpha (opaque)": Opaque,
-        "alpha (joint)": Joint,
-        "alpha (merged)": Merged,
-        "rgba_vae": RgbaVae,
-        "optim": Optim,
-        "train": Train,
+        "tuner (lora, dora, lokr, loha)": s.LowRank,
+        "tuner (full)": s.Full,
+        "alpha (opaque)": s.Opaque,
+        "alpha (joint)": s.Joint,
+        "alpha (merged)": s.Merged,
+        "rgba_vae": s.RgbaVae,
+        "optim": s.Optim,
+        "train": s.Train,
     }
-    sections |= {"sample": Sample, "memory": Memory, "runtime": Runtime}
+    sections |= {"sample": s.Sample, "memory": s.Memory, "runtime": s.Runtime}
     out = [
         "# Recipe reference",
         "",

@@ -183,10 +183,7 @@ class Family(Checkpoint, ABC):
         return self.load(self.component, dtype)
 
     def share_positions(self, denoiser: nn.Module) -> None:
-        """Make the network treat twice the latent frames as two clips whose positions both start at 0.
-
-        Called only for families with `video_layers`.
-        """
+        """Give two clips in one sequence the same positions; called only for families with `video_layers`."""
         raise NotImplementedError
 
     def attached(self, denoiser: nn.Module) -> None:
@@ -214,10 +211,7 @@ class Family(Checkpoint, ABC):
         """
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
-        """Return parts of latents (n, c, t, h, w) whose losses are reported separately, by name.
-
-        Empty if latents have a single part.
-        """
+        """Return parts of latents (n, c, t, h, w) whose losses are reported separately, by name, if any."""
         return {}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
@@ -337,7 +331,16 @@ class Family(Checkpoint, ABC):
 
     def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
         """Return messages about images that prompts lack or must not have; empty if all match."""
-        return _missing_images(self, prompts, images)
+        name = self.model.checkpoint
+        if not self.images:
+            return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
+        what = " and a ".join(f"{each} image" for each in self.images)
+        if prompts != len(images):
+            return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(images)} with images"]
+        wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(images, 1) if len(g) != len(self.images)]
+        if wrong:
+            return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
+        return _unreadable(dict.fromkeys(Path(file) for each in images for file in each))
 
 
 def _unreadable(images: Iterable[Path]) -> list[str]:
@@ -374,16 +377,3 @@ def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[s
     if wrong:
         raise ValueError("; ".join(wrong))
     return {key: model.options.get(key, values[0]) for key, values in choices.items()}
-
-
-def _missing_images(family: Family, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
-    name = family.model.checkpoint
-    if not family.images:
-        return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
-    what = " and a ".join(f"{each} image" for each in family.images)
-    if prompts != len(images):
-        return [f"{name} needs a {what} for each prompt: {prompts} prompts, {len(images)} with images"]
-    wrong = [f"prompt {i} has {len(g)}" for i, g in enumerate(images, 1) if len(g) != len(family.images)]
-    if wrong:
-        return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
-    return _unreadable(dict.fromkeys(Path(file) for each in images for file in each))
