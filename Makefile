@@ -29,21 +29,21 @@ check: $(VENV)/installed-dev  ## what a commit must pass: seconds
 	$(BIN)/codespell src tests docs recipes benchmarks tools README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/pyright
 
-docs: $(VENV)/installed  ## regenerate the reference pages, the estimates and the picture of the imports
+docs: $(VENV)/installed-dev  ## regenerate the reference pages, the estimates and the picture of the imports
 	$(BIN)/python docs/make.py
 	$(BIN)/python docs/costs.py
 	$(BIN)/python docs/imports.py
 
 # torch is pinned for development only: elsewhere pip would fetch gigabytes of CUDA.
+INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); $(BIN)/pip install -q -c constraints.txt
+
 $(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[mesh]'
+	$(INSTALL) -e '.[mesh]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	touch $@
+$(VENV)/installed-dev: pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]'
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) runs .work build dist

@@ -298,6 +298,7 @@ def plain(line: str) -> str:
     return " ".join(line.split())
 
 
+@pytest.mark.slow
 def test_tutorial_shows_what_it_says(tutorial: TutorialResult) -> None:
     shown = {plain(line) for line in tutorial.output.splitlines()}
     said = [
@@ -311,11 +312,13 @@ def test_tutorial_shows_what_it_says(tutorial: TutorialResult) -> None:
     assert [line for line in said if plain(line) not in shown] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FULL, reason="the reader's own time is not limited")
 def test_tutorial_is_quick(tutorial: TutorialResult) -> None:
     assert tutorial.seconds < SECONDS
 
 
+@pytest.mark.slow
 def test_run_folder_is_described(tutorial: TutorialResult) -> None:
     """Every file of a run is in the table, and all of the table that is not conditional is in the run."""
     table = rows(DOCS / "reference/run-folder.md")
@@ -326,11 +329,13 @@ def test_run_folder_is_described(tutorial: TutorialResult) -> None:
     assert [p for p in always if not any(fnmatch(f, p) for f in files)] == []
 
 
+@pytest.mark.slow
 def test_metrics_are_described(tutorial: TutorialResult) -> None:
     stated = named(DOCS / "reference/metrics.md", "metrics.jsonl")
     assert stated == {k for line in read_metrics(tutorial.run / "metrics.jsonl") for k in line}
 
 
+@pytest.mark.slow
 def test_report_is_described(tutorial: TutorialResult) -> None:
     stated = named(DOCS / "reference/metrics.md", "report.json")
     report = json.loads((tutorial.run / "report/report.json").read_text("utf-8"))

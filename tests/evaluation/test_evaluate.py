@@ -274,7 +274,7 @@ def test_videos_are_those_of_generate(run: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_prompts_of_each_group_are_chosen(run: Path) -> None:
-    found = evaluate(run, per_group=1)
+    found = evaluate(run, per_group=1, steps=1)
     assert found.pairs[0].prompt == "a clip"
     assert [p.group for p in found.pairs] == ["", "cat", "dog"]
     assert found.validation
@@ -284,9 +284,9 @@ def test_prompts_of_each_group_are_chosen(run: Path) -> None:
         wanted = {n for n in validation if n % 2 == (pair.group == "cat")}
         assert number in wanted or not wanted, "validation captions first"
         assert number % 2 == (pair.group == "cat")
-    few = evaluate(run, limit=2)
+    few = evaluate(run, limit=2, steps=1)
     assert [p.group for p in few.pairs] == ["", "cat"] and "2 of 5 prompts" in few.notes[0]
-    assert [p.group for p in evaluate(run, group_by=False).pairs] == [""]
+    assert [p.group for p in evaluate(run, group_by=False, steps=1).pairs] == [""]
 
 
 def test_an_adapter_that_changes_nothing_is_called_so(run: Path) -> None:

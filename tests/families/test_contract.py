@@ -27,6 +27,7 @@ from support.contract import (
     CASES,
     CPU,
     FIRST,
+    VIDEO,
     WORDLESS,
     adapter,
     every_case,
@@ -36,14 +37,14 @@ from support.contract import (
     open_family,
     random_batch,
     shape,
-    video_cases,
 )
 from support.slow import mostly_slow, slow
 
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [(c, "lora") for c in CASES] + [(c, "dora") if c in FIRST else slow(c, "dora") for c in CASES],
+    [(c, "lora") if c in FIRST else slow(c, "lora") for c in CASES]
+    + [(c, "dora") if c in FIRST else slow(c, "dora") for c in CASES],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_an_adapter_does_in_the_stock_pipeline_what_it_did_in_training(
@@ -131,7 +132,9 @@ def test_full_fine_tuning_loads_with_from_pretrained(
     assert len(changed) > 0.5 * len(base)
 
 
-@video_cases
+@pytest.mark.parametrize(
+    "case", mostly_slow(VIDEO, lambda c: c in FIRST or c[1] in ("i2v", "a14b")), ids="-".join
+)
 def test_videos_come_out_of_the_stock_pipeline(
     case: tuple[str, str], contract_run: Callable[..., config.Config], tmp_path: Path
 ) -> None:

@@ -38,7 +38,6 @@ def shape(family: Family) -> tuple[int, int, int]:
 
 
 VIDEO = [case for case in CASES if families.get(case[0]).modality == "video"]
-video_cases = pytest.mark.parametrize("case", VIDEO, ids="-".join)
 WORDLESS = {case[0] for case in CASES} - {case[0] for case in VIDEO}
 
 
