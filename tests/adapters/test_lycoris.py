@@ -112,7 +112,7 @@ def test_the_whole_way(recipe: Callable[..., dict], tmp_path: Path, kind: str) -
     assert len({v.read_bytes() for v in videos}) == 3
     assert inlaid("evaluate", folder).code == 0
     seen = inlaid("inspect", folder)
-    assert {"lokr": "LoKr", "loha": "LoHa"}[kind] in seen.said and "rank 4" in seen.said
+    assert {"lokr": "LoKr", "loha": "LoHa"}[kind] in seen.output and "rank 4" in seen.output
     assert kind in (folder / "adapter/README.md").read_text("utf-8")
     assert inlaid("export", folder, "--to", "merged").code == 0
     family = wan(Path(raw["model"]["checkpoint"]))
@@ -125,7 +125,7 @@ def test_the_whole_way(recipe: Callable[..., dict], tmp_path: Path, kind: str) -
         refused = inlaid("export", folder, "--to", to)
         assert (
             refused.code
-            and f"the {to} layout supports LoRA and DoRA only; export this {kind} as merged" in refused.said
+            and f"the {to} layout supports LoRA and DoRA only; export this {kind} as merged" in refused.output
         )
 
 

@@ -161,8 +161,8 @@ def test_bad_clips_are_named_before_anything_is_encoded(
     path.write_text(yaml.safe_dump(raw), "utf-8")
     for command in ("check", "train"):
         done = inlaid(command, path)
-        assert done.code == 2 and "Traceback" not in done.said, done.said
-        assert BAD[spoil] in done.said, done.said
+        assert done.code == 2 and "Traceback" not in done.output, done.output
+        assert BAD[spoil] in done.output, done.output
     assert not list((tmp_path / "run/cache").glob("media/*/*")), "nothing was encoded"
 
 
@@ -192,7 +192,7 @@ def test_bad_manifests(ground: tuple[Path, dict[str, Any]], tmp_path: Path, case
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw), "utf-8")
     done = inlaid("check", path)
-    assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
+    assert done.code == 2 and says in done.output and "Traceback" not in done.output, done.output
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_bad_recipes(ground: tuple[Path, dict[str, Any]], tmp_path: Path, change
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw), "utf-8")
     done = inlaid("check", path, change)
-    assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
+    assert done.code == 2 and says in done.output and "Traceback" not in done.output, done.output
 
 
 def test_bad_composites(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_bad_composites(tmp_path: Path) -> None:
         (front, "red", "--fps", "0"): "--fps: 0 is not positive",
     }.items():
         done = inlaid("composite", *arguments)
-        assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
+        assert done.code == 2 and says in done.output and "Traceback" not in done.output, done.output
 
 
 def test_bad_outputs(ground: tuple[Path, dict[str, Any]], tmp_path: Path, recipe: Any) -> None:
@@ -240,8 +240,10 @@ def test_bad_outputs(ground: tuple[Path, dict[str, Any]], tmp_path: Path, recipe
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(raw))), "utf-8")
     done = inlaid("generate", run, "a disc", "--checkpoint", "base", "--transparent", "mov,mp4")
-    assert done.code == 2 and "sample.transparent: `mp4` cannot carry alpha" in done.said, done.said
+    assert done.code == 2 and "sample.transparent: `mp4` cannot carry alpha" in done.output, done.output
     plain = {k: v for k, v in raw.items() if k != "alpha"}
     (run / "config.yaml").write_text(yaml.safe_dump(plain), "utf-8")
     done = inlaid("generate", run, "a disc", "--checkpoint", "base", "--transparent", "mov")
-    assert done.code == 2 and "has alpha.kind: opaque, so its videos have no alpha" in done.said, done.said
+    assert done.code == 2 and "has alpha.kind: opaque, so its videos have no alpha" in done.output, (
+        done.output
+    )

@@ -426,7 +426,7 @@ def test_clips_are_decoded_apart(checkpoint: Checkpoint) -> None:
 
 
 @every_case
-def test_an_item_is_two_clips_and_is_drawn_as_one(case: tuple[str, str], checkpoint: Checkpoint) -> None:
+def test_an_item_is_two_clips_and_is_sampled_as_one(case: tuple[str, str], checkpoint: Checkpoint) -> None:
     family = opened(checkpoint, case)
     frames = np.random.default_rng(0).integers(0, 255, (*size(family), 4), dtype=np.uint8)
     encoder = family.load_media_encoder(CPU)

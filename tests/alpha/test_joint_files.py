@@ -82,14 +82,14 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
     there = make()
     path = write(tmp_path / name, there)
     done = inlaid("import", path, tmp_path / "out", "--family", family)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     for words in (
         "joint transparency",
         "alpha is 1 in all published files",
         f"text_to_alpha: {rule}",
         "license",
     ):
-        assert words in " ".join(done.said.split()), done.said
+        assert words in " ".join(done.output.split()), done.output
     found = load_file(tmp_path / "out" / WEIGHTS)
     assert len(found) == count
     adapter = read_adapter(tmp_path / "out", families.get(family))
@@ -109,9 +109,9 @@ def test_every_tensor_arrives_at_its_own_scale(family: str, tmp_path: Path) -> N
     assert header["inlaid_alpha"] == "joint" and header["inlaid_text_to_alpha"] == rule
     assert header["inlaid_domain_embedding"] == ("no" if given is None else "yes")
     for place in (path, tmp_path / "out"):
-        said = " ".join(inlaid("inspect", place).said.split())
-        assert "transparency joint" in said and "cannot be imported" not in said, said
-        assert "domain embedding" in said
+        message = " ".join(inlaid("inspect", place).output.split())
+        assert "transparency joint" in message and "cannot be imported" not in message, message
+        assert "domain embedding" in message
 
 
 def test_another_alpha_may_be_given(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_wrong_files_are_refused_with_a_sentence(name: str, tmp_path: Path) -> N
     family, tensors, says = WRONG[name]
     path = write(tmp_path / ("x.pt" if "Mochi" in name else "x.safetensors"), tensors)
     done = inlaid("import", path, tmp_path / "out", "--family", family)
-    assert done.code == 2 and "Traceback" not in done.said
-    assert says.replace(" ", "") in "".join(done.said.split()), done.said
+    assert done.code == 2 and "Traceback" not in done.output
+    assert says.replace(" ", "") in "".join(done.output.split()), done.output
     assert not (tmp_path / "out").exists()
 
 
@@ -202,7 +202,7 @@ def test_made_for_another_size(checkpoint: Checkpoint, tmp_path: Path) -> None:
         "--checkpoint",
         checkpoint("cogvideox", "5b"),
     )
-    assert done.code == 2 and "trained on a network of another size" in " ".join(done.said.split())
+    assert done.code == 2 and "trained on a network of another size" in " ".join(done.output.split())
 
 
 def fitting(network: Any, family: str) -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ def test_an_imported_file_does_what_its_numbers_say(
     there = fitting(family.load_denoiser(torch.float32, meta=True), case[0])
     path = write(tmp_path / ("x.safetensors" if case[0] == "cogvideox" else "x.pt"), there)
     done = inlaid("import", path, tmp_path / "out", "--family", case[0], "--checkpoint", checkpoint(*case))
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     pipe = family.pipeline(denoiser=None, device=torch.device("cpu"), dtype=torch.float32)
     family.load_adapter(pipe, tmp_path / "out")
     layer = pipe.transformer.transformer_blocks[1].attn1.to_v

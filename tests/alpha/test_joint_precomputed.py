@@ -95,8 +95,8 @@ def test_alpha_of_another_clip(kind: tuple[str, str], checkpoint: Checkpoint, tm
     write(tmp_path, kind, joined=False)
     wide = torch.cat([moments(kind, 5)] * 2, 3)
     torch.save({"ldist": wide[None]} if kind[0] == "mochi" else wide, alpha_of(tmp_path, kind, "2"))
-    said = problems(kind, checkpoint, tmp_path)
-    assert "the color latents are" in said and "2." in said
+    message = problems(kind, checkpoint, tmp_path)
+    assert "the color latents are" in message and "2." in message
 
 
 def test_one_clip_is_not_two(checkpoint: Checkpoint, tmp_path: Path) -> None:

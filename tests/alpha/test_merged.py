@@ -166,7 +166,7 @@ def test_an_rgba_vae_may_have_colors_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ({"family": "wan", "variant": "ti2v"}, "has 48 channels"),
         ({"family": "wan", "variant": "i2v"}, "merged supports text-to-video only"),
@@ -178,19 +178,19 @@ def test_other_checkpoints_are_refused(
     merged: Callable[..., config.Config],
     checkpoint: Callable[[str, str], Path],
     model: dict,
-    said: str,
+    message: str,
 ) -> None:
     from inlaid.tiny import random
 
     variant = model["variant"] or next(v for f, v in random.cases() if f == model["family"])
     path = checkpoint(model["family"], variant)
     made_config = merged(model={"family": model["family"], "checkpoint": str(path)})
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         build_family(made_config)
 
 
 @pytest.mark.parametrize(
-    ("rgba_vae", "said"),
+    ("rgba_vae", "message"),
     [
         ("nowhere", "nowhere is not a folder"),
         ("tiny:mochi", "no RGBA VAE of a tiny model"),
@@ -200,12 +200,12 @@ def test_other_checkpoints_are_refused(
 def test_alpha_vae_must_be_an_rgba_vae(
     merged: Callable[..., config.Config],
     rgba_vae: str,
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         build_family(merged(alpha__vae=rgba_vae))
 
 
@@ -283,7 +283,7 @@ def _other_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (_without("vae_pha."), "a decoder is missing.*no tensors vae_pha"),
         (_without("vae_fgr."), "a decoder is missing.*no tensors vae_fgr"),
@@ -300,10 +300,10 @@ def _other_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ids=["no alpha", "no colour", "no factor", "extra", "extra merge", "rank", "width", "no tensors"],
 )
 def test_wrong_decoders_are_refused_with_a_sentence(
-    rgba_vae: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, change: Any, said: str, tmp_path: Path
+    rgba_vae: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, change: Any, message: str, tmp_path: Path
 ) -> None:
     torch.save(change(rgba_vae_published.decoder_layout(rgba_vae)), tmp_path / "decoder.bin")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         rgba_vae_published.convert(tmp_path / "decoder.bin", tmp_path / "out", vae)
     assert not (tmp_path / "out").exists()
 

@@ -52,9 +52,9 @@ def test_regions_catch_the_predictor_that_plain_errors_let_pass(constant: int) -
     found = measure(shown, got)
     assert found["alpha_mae"] < 15, "plain alpha error calls this good"
     assert found["rgb_mae"] == 0
-    said = " ".join(rgba_vae_metrics.trivial(found))
-    assert "in the mean of the regions" in said
-    assert f"where the clips are {'opaque' if constant == 0 else 'transparent'}" in said
+    message = " ".join(rgba_vae_metrics.trivial(found))
+    assert "in the mean of the regions" in message
+    assert f"where the clips are {'opaque' if constant == 0 else 'transparent'}" in message
     assert found["alpha_mae_balanced"] > 80
 
 
@@ -132,7 +132,7 @@ def test_an_rgba_vae_belongs_to_its_base_vae(vae: AutoencoderKLWan, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "is not an RGBA VAE: config.json cannot be used"),
         (lambda f: (f / "config.json").write_text("{}"), "it has no rgba_vae_id"),
@@ -143,11 +143,11 @@ def test_an_rgba_vae_belongs_to_its_base_vae(vae: AutoencoderKLWan, tmp_path: Pa
     ids=["no config", "no id", "no merge", "damaged", "changed"],
 )
 def test_a_damaged_folder_is_refused(
-    vae: AutoencoderKLWan, tmp_path: Path, damage: Callable[[Path], Any], said: str
+    vae: AutoencoderKLWan, tmp_path: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     rgba_vae_checkpoint.save(made(vae), tmp_path / "rgba_vae")
     damage(tmp_path / "rgba_vae")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         rgba_vae_checkpoint.load(tmp_path / "rgba_vae", vae)
 
 
@@ -280,7 +280,7 @@ def test_plain_decoders_are_no_aim(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"alpha": {"kind": "merged", "vae": "x"}}, "leave `alpha` out"),
         ({"sample": {"every": 2}}, "sample.every: an RGBA VAE generates no samples"),
@@ -298,23 +298,23 @@ def test_plain_decoders_are_no_aim(
     ],
 )
 def test_a_recipe_of_an_rgba_vae_names_conflicts(
-    rgba_vae_recipe: Callable[..., config.Config], changes: dict, said: str
+    rgba_vae_recipe: Callable[..., config.Config], changes: dict, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         rgba_vae_recipe(**changes)
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"perceptual": "vgg.pth"}, "perceptual: vgg.pth does not exist"),
         ({"init_from": "nowhere"}, "nowhere is not a folder"),
     ],
 )
 def test_files_of_an_rgba_vae_must_exist(
-    rgba_vae_recipe: Callable[..., config.Config], section: dict, said: str
+    rgba_vae_recipe: Callable[..., config.Config], section: dict, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         train(rgba_vae_recipe(rgba_vae={"rank": 2, **section}))
 
 

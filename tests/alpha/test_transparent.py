@@ -84,7 +84,7 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     assert samples == [f"00-clip-number-1-seed42.{s}" for s in ("json", "mov", "mp4", "webm")]
 
     made = commands.inlaid("generate", trained, "a disc", "--transparent", "png,mov,webm,apng,mkv")
-    assert made.code == 0, made.said
+    assert made.code == 0, made.output
     files = [Path(line) for line in made.out.split()]
     assert [f.suffix for f in files] == [".zip", ".mov", ".webm", ".apng", ".mkv", ".mp4"]
     first = rgba.read_rgba(files[0])
@@ -129,7 +129,7 @@ def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     assert "a.flick" in out.getvalue() and "haze" in out.getvalue()
 
 
-def test_what_has_no_matte_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_no_matte_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames = make.clip(size=(32, 32))
     frames[..., 3] = 255
     path, facts = modality_of("video").write(tmp_path / "a", frames, config.Sample(transparent=["png"]), 16)

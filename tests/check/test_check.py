@@ -145,7 +145,7 @@ def test_damage_that_only_reading_shows(run, make_clips):
     assert report.contact_sheet, "the others are drawn"
 
 
-def test_only_some_windows_are_drawn(run, make_clips, monkeypatch):
+def test_only_some_windows_are_shown(run, make_clips, monkeypatch):
     make_clips(7)
     drawn: list[str] = []
     monkeypatch.setattr(check, "ROWS", 3)

@@ -65,7 +65,9 @@ def place(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         (folder / "clips" / f"{i}.txt").write_text(f"clip number {i}", "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert "next: inlaid check clips.yaml" in worked("new", "wan", "clips", "--checkpoint", tiny_wan).said
+        assert (
+            "next: inlaid check clips.yaml" in worked("new", "wan", "clips", "--checkpoint", tiny_wan).output
+        )
         worked("train", "clips.yaml", *SHORT)
         yield folder
 
@@ -88,17 +90,17 @@ def drawn(*arguments: object) -> list[np.ndarray]:
 
 
 def test_help_names_every_command() -> None:
-    said = worked("--help").said
-    assert all(f" {name} " in said for name in COMMANDS)
-    assert "inlaid demo" in said and "no download, no GPU" in said
+    message = worked("--help").output
+    assert all(f" {name} " in message for name in COMMANDS)
+    assert "inlaid demo" in message and "no download, no GPU" in message
     assert sorted(COMMANDS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_names_its_arguments(command: str) -> None:
-    said = worked(command, "--help").said
-    missing = [word for word in COMMANDS[command] if word.lower() not in said.lower()]
-    assert not missing, said
+    message = worked(command, "--help").output
+    missing = [word for word in COMMANDS[command] if word.lower() not in message.lower()]
+    assert not missing, message
 
 
 def test_help_imports_nothing_slow() -> None:
@@ -114,7 +116,7 @@ def test_help_imports_nothing_slow() -> None:
 
 
 def test_without_arguments_it_helps() -> None:
-    assert "Commands" in inlaid().said
+    assert "Commands" in inlaid().output
 
 
 def test_our_own_mistakes_show_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +143,7 @@ def test_new_writes_a_recipe_that_check_passes(tiny_wan: Path) -> None:
     assert yaml.safe_load(text)["data"]["frames"] == [9]
     worked("new", "wan", "clips", "--out", "other.yaml", "--checkpoint", tiny_wan)
     done = worked("check", "other.yaml")
-    assert "ready to train: 0 errors, 0 warnings" in done.said
+    assert "ready to train: 0 errors, 0 warnings" in done.output
     report = json.loads(Path("runs/other/check/report.json").read_text("utf-8"))
     assert report["ok"] and Path("runs/other/check/contact_sheet.png").is_file()
     assert not Path("runs/other/cache").exists()
@@ -149,10 +151,10 @@ def test_new_writes_a_recipe_that_check_passes(tiny_wan: Path) -> None:
 
 def test_cache_encodes_once() -> None:
     first = worked("cache", "clips.yaml", "run=runs/cached", "data.validation=0")
-    assert first.said.endswith("5 encoded, 0 already cached: runs/cached/cache ")
+    assert first.output.endswith("5 encoded, 0 already cached: runs/cached/cache ")
     kept = files(Path("runs/cached/cache/media"))
     second = worked("cache", "clips.yaml", "run=runs/cached", "data.validation=0")
-    assert second.said.endswith("0 encoded, 5 already cached: runs/cached/cache ")
+    assert second.output.endswith("0 encoded, 5 already cached: runs/cached/cache ")
     assert files(Path("runs/cached/cache/media")) == kept
 
 
@@ -168,11 +170,11 @@ def test_train_leaves_a_run() -> None:
 def test_a_finished_run_stays_as_it_is_and_goes_on_when_asked() -> None:
     before = files(Path("runs/clips/checkpoints"))
     done = worked("train", "runs/clips")
-    assert "runs/clips" in done.said and "next: inlaid generate runs/clips" in done.said
+    assert "runs/clips" in done.output and "next: inlaid generate runs/clips" in done.output
     assert files(Path("runs/clips/checkpoints")) == before
     worked("train", "clips.yaml", *SHORT, "run=runs/more")
     done = worked("train", "runs/more", "train.steps=5")
-    assert "resuming after step 4" in done.said
+    assert "resuming after step 4" in done.output
     assert Run(Path("runs/more")).checkpoints()[-1].name == "step-000005"
 
 
@@ -222,8 +224,8 @@ def test_strength_goes_from_the_base_to_what_was_trained() -> None:
 def test_strength_of_a_dora_is_not_linear() -> None:
     worked("train", "clips.yaml", *SHORT, "run=runs/dora", "tuner.kind=dora", "train.steps=1")
     done = worked("generate", "runs/dora", "a cat", "--strength", 0.5)
-    assert "note: DoRA is not linear in its strength" in done.said
-    assert "yes, magnitudes as in peft" in worked("inspect", "runs/dora").said
+    assert "note: DoRA is not linear in its strength" in done.output
+    assert "yes, magnitudes as in peft" in worked("inspect", "runs/dora").output
 
 
 def test_a_full_fine_tune_is_used_like_an_adapter() -> None:
@@ -236,7 +238,7 @@ def test_a_full_fine_tune_is_used_like_an_adapter() -> None:
         folder = Path(worked("export", "runs/full", "--to", target).out.strip())
         assert files(folder) == files(Path("runs/full/adapter"))
     assert inlaid("export", "runs/full", "--to", "comfyui").code == 2
-    assert "WanTransformer3DModel" in worked("inspect", "runs/full").said
+    assert "WanTransformer3DModel" in worked("inspect", "runs/full").output
 
 
 def test_evaluate_writes_a_report() -> None:
@@ -263,11 +265,11 @@ def same(a: Path, b: Path) -> bool:
 def test_export_and_import_again(target: str, tiny_wan: Path) -> None:
     path = Path(worked("export", "runs/clips", "--to", target).out.strip())
     assert path.is_file() and path.is_relative_to("runs/clips/export")
-    facts = worked("inspect", path).said
+    facts = worked("inspect", path).output
     assert f"layout {target}" in facts and "rank 2" in facts
     done = worked("import", path, f"imported-{target}", "--checkpoint", tiny_wan)
     assert done.out.strip() == f"imported-{target}/{ADAPTER.name}"
-    assert f"note: {target}: " in done.said and "rank 2, LoRA" in done.said
+    assert f"note: {target}: " in done.output and "rank 2, LoRA" in done.output
     ours, theirs = load_file(ADAPTER), load_file(done.out.strip())
     if target == "kohya":  # which needs all layers or none: those that were not trained are zero
         assert all(not v.any() for k, v in theirs.items() if k not in ours and "lora_B" in k)
@@ -295,7 +297,7 @@ def test_export_of_merged_weights_is_a_network(tiny_wan: Path) -> None:
     changed = {k for k in base if not torch.equal(base[k], merged[k])}
     layers = {k.split(".lora_")[0].removeprefix("transformer.") for k in load_file(ADAPTER)}
     assert changed == {f"{layer}.weight" for layer in layers}
-    assert "class WanTransformer3DModel" in worked("inspect", folder).said
+    assert "class WanTransformer3DModel" in worked("inspect", folder).output
 
 
 def test_inspect_tells_what_each_thing_is(tiny_wan: Path) -> None:
@@ -320,6 +322,6 @@ def test_inspect_tells_what_each_thing_is(tiny_wan: Path) -> None:
         tiny_wan / "vae": ["model", "class AutoencoderKLWan", "z_dim 16"],
     }
     for path, words in expected.items():
-        said = worked("inspect", path).said
-        assert said.startswith(f"{path}") and f": {words[0]} " in said, said
-        assert not [word for word in words if word not in said], said
+        message = worked("inspect", path).output
+        assert message.startswith(f"{path}") and f": {words[0]} " in message, message
+        assert not [word for word in words if word not in message], message

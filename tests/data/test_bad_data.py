@@ -166,7 +166,7 @@ def test_quarantine_does_not_cure_a_broken_source(clips, tmp_path):
         require_usable(plan(str(clips)), "quarantine")
 
 
-def test_progress_is_told(clips):
+def test_progress_is_reported(clips):
     seen = []
     plan(str(clips), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]

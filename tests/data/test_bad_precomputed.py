@@ -73,7 +73,7 @@ MASK = torch.ones(1, 256, dtype=torch.bool)
 
 @dataclass(frozen=True)
 class Case:
-    """How encoded clips are spoiled, and what must be said."""
+    """How encoded clips are spoiled, and what must be reported."""
 
     kind: tuple[str, str]
     spoil: Spoil
@@ -189,19 +189,19 @@ def test_encoded_clip(
     path.write_text(json.dumps(recipe(bad.kind, checkpoint, tmp_path / "run", str(source))), "utf-8")
     for command in ("check", "cache"):
         done = inlaid(command, path)
-        assert done.code == 2 and "Traceback" not in done.said, done.said
+        assert done.code == 2 and "Traceback" not in done.output, done.output
         for word in bad.words:
-            assert word in done.said, f"`{word}` is missing in: {done.said}"
-    assert done.said.count("error: ") == 1
+            assert word in done.output, f"`{word}` is missing in: {done.output}"
+    assert done.output.count("error: ") == 1
     assert not list((tmp_path / "run").rglob("*.safetensors")) and "harm" not in capfd.readouterr().out
 
 
-def said(raw: dict, path: Path) -> str:
+def message(raw: dict, path: Path) -> str:
     """What `inlaid cache` says of a recipe that cannot work."""
     path.write_text(json.dumps(raw), "utf-8")
     done = inlaid("cache", path)
-    assert done.code == 2 and "Traceback" not in done.said, done.said
-    return done.said
+    assert done.code == 2 and "Traceback" not in done.output, done.output
+    return done.output
 
 
 def test_a_family_that_reads_none(tiny_wan: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -209,38 +209,40 @@ def test_a_family_that_reads_none(tiny_wan: Path, checkpoint: Checkpoint, tmp_pa
     raw = recipe(MOCHI, checkpoint, tmp_path / "run", str(source))
     raw["model"] = {"family": "wan", "checkpoint": str(tiny_wan)}
     raw["data"]["frames"] = 9
-    assert "contains no clips" in (found := said(raw, tmp_path / "r.yaml"))
+    assert "contains no clips" in (found := message(raw, tmp_path / "r.yaml"))
     assert "it contains 8 .pt files, but this model does not read any" in found
     raw["data"]["sources"] = {"path": str(source), "layout": "precomputed"}
-    assert "contains no precomputed latents; this model does not read any" in said(raw, tmp_path / "r.yaml")
+    assert "contains no precomputed latents; this model does not read any" in message(
+        raw, tmp_path / "r.yaml"
+    )
 
 
 def test_the_layout_of_another_family(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = str(write(tmp_path / "precomputed", COG))
-    found = said(recipe(MOCHI, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
+    found = message(recipe(MOCHI, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
     assert "it contains 8 .pt files, but this model reads NAME.latent.pt + NAME.embed.pt" in found
 
 
 def test_a_root_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = {"path": str(write(tmp_path / "precomputed", COG)), "root": str(tmp_path)}
-    found = said(recipe(COG, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
+    found = message(recipe(COG, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
     assert "`root` is only for manifests: remove it" in found
 
 
 def test_samples_without_prompts(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = str(write(tmp_path / "precomputed", COG))
     raw = recipe(COG, checkpoint, tmp_path / "run", source, sample__prompts=[], sample__every=2)
-    assert "sample.every: precomputed latents provide no prompts" in said(raw, tmp_path / "r.yaml")
+    assert "sample.every: precomputed latents provide no prompts" in message(raw, tmp_path / "r.yaml")
 
 
 def test_numbers_that_are_not_finite(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = write(tmp_path / "precomputed", COG)
     raw = recipe(COG, checkpoint, tmp_path / "run", str(source))
     torch.save(torch.full((32, 3, 4, 8), float("nan")), source / VIDEO)
-    assert "0.pt: NaN or infinite values in moments" in said(raw, tmp_path / "r.yaml")
+    assert "0.pt: NaN or infinite values in moments" in message(raw, tmp_path / "r.yaml")
     torch.save(torch.zeros(32, 3, 4, 8), source / VIDEO)
     torch.save(torch.full((226, W), float("inf")), source / PROMPT)
-    assert f"{PROMPT}: contains NaN or infinite values" in said(raw, tmp_path / "r.yaml")
+    assert f"{PROMPT}: contains NaN or infinite values" in message(raw, tmp_path / "r.yaml")
 
 
 def test_a_trigger_that_comes_too_late(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_a_trigger_that_comes_too_late(checkpoint: Checkpoint, tmp_path: Path) -
     )
     done = inlaid("check", path)
     assert done.code == 0
-    assert "4 of 4 clips have precomputed text embeddings" in done.said and "data.trigger" in done.said
+    assert "4 of 4 clips have precomputed text embeddings" in done.output and "data.trigger" in done.output
 
 
 def test_bad_ones_are_left_out_when_asked(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -309,6 +311,6 @@ def test_text_files(case: str, legacy: Path, checkpoint: Checkpoint, tmp_path: P
     for name, content in texts.items():
         (legacy / name).write_text(content, "utf-8")
     source = {"path": str(legacy), "layout": "lines", **keys}
-    found = said(recipe(COG, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
+    found = message(recipe(COG, checkpoint, tmp_path / "run", source), tmp_path / "r.yaml")
     for word in words:
         assert word in found, found

@@ -139,8 +139,8 @@ def test_a_bad_scene_is_named_by_check(name: str, place: Path) -> None:
     spoil, says = BAD[name]
     spoil(place / "scenes/s1")
     done = inlaid("check", "recipe.yaml")
-    assert (done.code, "Traceback" in done.said) == (2, False)
-    assert says in done.said and "s1" in done.said and "not ready" in done.said
+    assert (done.code, "Traceback" in done.output) == (2, False)
+    assert says in done.output and "s1" in done.output and "not ready" in done.output
 
 
 WARNED: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -166,16 +166,16 @@ def test_what_is_odd_is_warned_of(name: str, place: Path) -> None:
     for i in range(3):
         spoil(place / f"scenes/s{i}")
     done = inlaid("check", "recipe.yaml")
-    assert done.code == 0 and says in done.said
+    assert done.code == 0 and says in done.output
 
 
-def test_all_mistakes_are_told_at_once_and_can_be_left_out(place: Path) -> None:
+def test_all_mistakes_are_reported_at_once_and_can_be_left_out(place: Path) -> None:
     (place / "scenes/s1/seg.png").unlink()
     save(place / "scenes/s2/surface_1.npy", with_nan)
     done = inlaid("train", "recipe.yaml")
-    assert done.code == 2 and "s1: has no seg.png" in done.said and "s2" in done.said
+    assert done.code == 2 and "s1: has no seg.png" in done.output and "s2" in done.output
     left = inlaid("train", "recipe.yaml", "data.bad_clips=quarantine", "data.validation=0")
-    assert left.code == 0, left.said
+    assert left.code == 0, left.output
     stated = json.loads((place / "run/quarantine.json").read_text("utf-8"))
     assert len(stated) == 2
 
@@ -212,8 +212,8 @@ def test_generate_says_what_is_missing(name: str, place: Path) -> None:
     assert Run(run).config().model.family == "midi"
     arguments, says = GENERATE[name]
     done = inlaid("generate", "run", *arguments, "--checkpoint", "base")
-    assert (done.code, "Traceback" in done.said) == (2, False)
-    assert says in done.said, done.said
+    assert (done.code, "Traceback" in done.output) == (2, False)
+    assert says in done.output, done.output
 
 
 RECIPES = {
@@ -233,5 +233,5 @@ RECIPES = {
 def test_a_bad_recipe_is_refused(name: str, place: Path) -> None:
     change, says = RECIPES[name]
     done = inlaid("train", "recipe.yaml", change)
-    assert (done.code, "Traceback" in done.said) == (2, False)
-    assert says in done.said, done.said
+    assert (done.code, "Traceback" in done.output) == (2, False)
+    assert says in done.output, done.output

@@ -83,7 +83,7 @@ def test_lines_by_the_names_that_scripts_use(clips, name, layout):
     assert [(c.name, c.caption) for c in made.clips] == [("a.mp4", "one"), ("c.mp4", "two")]
 
 
-def test_lines_by_names_that_are_told(clips):
+def test_lines_by_names_that_are_given(clips):
     """`--caption_column words.txt --video_column list.txt`: there, columns were names of files."""
     (clips / "words.txt").write_text("one\ntwo\n", "utf-8")
     (clips / "list.txt").write_text("a.mp4\nc.mp4\n", "utf-8")

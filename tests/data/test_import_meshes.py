@@ -56,9 +56,9 @@ def off(truth: trimesh.Trimesh, point: np.ndarray) -> float:
 def test_surfaces_lie_on_their_meshes_and_normals_point_out(tmp_path: Path) -> None:
     made = meshes(tmp_path / "in")
     done = inlaid("import", "meshes", tmp_path / "in", tmp_path / "out", "--views", 2, "--size", 64)
-    assert done.code == 0, done.said
-    assert "broken.glb: `broken`: 2 of its parts were inside out" in done.said
-    assert "broken.glb: `broken` is not watertight" in done.said
+    assert done.code == 0, done.output
+    assert "broken.glb: `broken`: 2 of its parts were inside out" in done.output
+    assert "broken.glb: `broken` is not watertight" in done.output
     found = scenes.find_scenes(tmp_path / "out")
     assert len(found.scenes) == 8 and not found.findings
     for scene in found.scenes:
@@ -96,7 +96,7 @@ def test_pictures_beside_a_mesh_are_taken(tmp_path: Path) -> None:
         import_meshes(tmp_path / "in", tmp_path / "again")
 
 
-def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_imported_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.glb").write_bytes(b"no")
@@ -106,4 +106,4 @@ def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:
         (("bad", "out"), "cannot be read as a mesh"),
     ):
         done = inlaid("import", "meshes", *(tmp_path / a for a in arguments))
-        assert (done.code, "Traceback" in done.said) == (2, False) and says in done.said
+        assert (done.code, "Traceback" in done.output) == (2, False) and says in done.output

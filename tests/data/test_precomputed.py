@@ -79,9 +79,9 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(recipe(kind, checkpoint, tmp_path / "run", str(source))), "utf-8")
     done = inlaid("check", path)
-    assert done.code == 0, done.said
-    assert "is read as precomputed: 4 clips of precomputed latents," in done.said
-    assert "4 windows are precomputed latents: their size" in done.said
+    assert done.code == 0, done.output
+    assert "is read as precomputed: 4 clips of precomputed latents," in done.output
+    assert "4 windows are precomputed latents: their size" in done.output
     assert not (tmp_path / "run/check/contact_sheet.png").exists()
     report = json.loads((tmp_path / "run/check/report.json").read_text("utf-8"))
     assert report["clips"] == 4 and report["contact_sheet"] is None
@@ -97,8 +97,8 @@ def test_the_whole_job(folder: tuple, checkpoint: Checkpoint, tmp_path: Path) ->
     lines = read_metrics(run.metrics)
     assert [x["step"] for x in lines if "validation_loss" in x] == [2, 4]
     done = inlaid("evaluate", run.folder)
-    assert done.code == 0, done.said
-    assert "cannot be used" not in done.said and "could not be read" not in done.said
+    assert done.code == 0, done.output
+    assert "cannot be used" not in done.output and "could not be read" not in done.output
 
 
 def test_encoded_clips_are_mixed_with_others(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_new_writes_a_recipe_for_them(checkpoint: Checkpoint, tmp_path: Path) ->
     source = write(tmp_path / "precomputed", CASES[1], 6)
     out = tmp_path / "r.yaml"
     done = inlaid("new", "cogvideox", source, "--checkpoint", checkpoint(*CASES[1]), "-o", out)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     assert "6 clips in precomputed layout" in out.read_text("utf-8")
     assert inlaid("check", out, f"run={tmp_path / 'run'}").code == 0
 

@@ -312,7 +312,7 @@ def test_resizing_weighs_colour_with_alpha(clips: Path) -> None:
 # --- what is wrong ------------------------------------------------------------------------------------------
 
 
-def test_pairs_that_do_not_match_are_told_apart(clips: Path) -> None:
+def test_pairs_that_do_not_match_are_distinguished(clips: Path) -> None:
     pixels = make.clip()
     make.pair(clips, "long", pixels)
     make.video(clips / "long_alpha.mkv", pixels[:-1, ..., 3:])
@@ -356,7 +356,7 @@ def test_alpha_that_is_the_same_everywhere_is_refused(clips: Path) -> None:
     assert [w.clip.name for w in made.train] == ["rare.mkv"]
 
 
-def test_what_looks_wrong_is_said_and_mended(clips: Path) -> None:
+def test_what_looks_wrong_is_reported(clips: Path) -> None:
     truth = make.clip()
     times = compositing.to_uint8(compositing.premultiply(compositing.to_float(truth)))
     turned = truth.copy()

@@ -240,25 +240,25 @@ def cpu() -> float:
 
 def shell(text: str) -> str:
     """Runs lines: `inlaid` in this process, anything else in a shell."""
-    said = ""
+    message = ""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["inlaid"]:
             done = inlaid(*words[1:])
             assert done.code == 0, f"{line}\n{done.out}{done.err}"
-            said += done.out + done.err
+            message += done.out + done.err
         elif words:
             ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
             assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}"
-            said += ran.stdout + ran.stderr
-    return said
+            message += ran.stdout + ran.stderr
+    return message
 
 
 def python(text: str) -> str:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    message = io.StringIO()
+    with contextlib.redirect_stdout(message), contextlib.redirect_stderr(message):
         exec(compile(text, str(TUTORIAL), "exec"), {"__name__": "__main__"})
-    return said.getvalue()
+    return message.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -301,15 +301,15 @@ def plain(line: str) -> str:
 @pytest.mark.slow
 def test_tutorial_shows_what_it_says(tutorial: TutorialResult) -> None:
     shown = {plain(line) for line in tutorial.output.splitlines()}
-    said = [
+    message = [
         line
         for block in blocks(TUTORIAL.read_text("utf-8"))
         if block.mark == "shows"
         for line in block.text.splitlines()
         if line.strip() and line.strip() != "..."
     ]
-    assert len(said) > 20
-    assert [line for line in said if plain(line) not in shown] == []
+    assert len(message) > 20
+    assert [line for line in message if plain(line) not in shown] == []
 
 
 @pytest.mark.slow

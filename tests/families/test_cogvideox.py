@@ -290,7 +290,7 @@ def test_sample_is_the_stock_pipeline(variant: str, checkpoint: Checkpoints) -> 
     assert np.array_equal(ours, (theirs[-shape[0] :] * 255).round().astype(np.uint8))
 
 
-def test_bfloat16_base_trains_and_draws(checkpoint: Checkpoints) -> None:
+def test_bfloat16_base_trains_and_generates(checkpoint: Checkpoints) -> None:
     cog = family(checkpoint("cogvideox", "1.5-i2v"))
     denoiser = cog.load_denoiser(torch.bfloat16)
     trained = tuners.attach(config.LowRank(rank=2), cog.targets, denoiser, seed=0)
@@ -361,13 +361,13 @@ def test_adapter_without_alpha_comes_in_and_none_goes_to_comfyui(
     save_file(tensors, tmp_path / "old.safetensors")
     base = ("--family", "cogvideox", "--checkpoint", folder)
     done = inlaid("import", tmp_path / "old.safetensors", tmp_path / "new", *base)
-    assert done.code == 0 and "alpha = rank is assumed" in done.said
+    assert done.code == 0 and "alpha = rank is assumed" in done.output
     back = load_file(tmp_path / "new/pytorch_lora_weights.safetensors")
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
     half = inlaid("import", tmp_path / "old.safetensors", tmp_path / "half", *base, "--alpha", 2)
-    assert half.code == 0 and "alpha argument" in half.said
-    said = inlaid("inspect", tmp_path / "new").said
-    assert "family cogvideox" in said and "alpha 4" in said
+    assert half.code == 0 and "alpha argument" in half.output
+    message = inlaid("inspect", tmp_path / "new").output
+    assert "family cogvideox" in message and "alpha 4" in message
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -429,8 +429,8 @@ def test_mistakes_end_in_one_sentence(
     overrides = [f"{k}={json.dumps(v)}" for k, v in changes.items()]
     for command in ("check", "train"):
         done = inlaid(command, tmp_path / "r.yaml", *overrides)
-        assert done.code in (1, 2) and message in done.said, done.said
-        assert done.said.count(message) == 1 and "Traceback" not in done.said
+        assert done.code in (1, 2) and message in done.output, done.output
+        assert done.output.count(message) == 1 and "Traceback" not in done.output
     assert not (tmp_path / "run/cache").exists(), "nothing is encoded first"
 
 
@@ -468,8 +468,8 @@ def test_what_a_run_cannot_be_asked_for(
         (["a cat", "--image", tmp_path / "a.png", "--frames", "13"], "were learned for 9 frames of 32x32"),
     ):
         done = inlaid("generate", run, *options)
-        assert done.code == 2 and message in done.said and "Traceback" not in done.said, done.said
+        assert done.code == 2 and message in done.output and "Traceback" not in done.output, done.output
     for to in ("comfyui", "kohya"):
         done = inlaid("export", run, "--to", to)
-        assert done.code == 2 and f"no {to} layout is known for CogVideoX" in done.said, done.said
+        assert done.code == 2 and f"no {to} layout is known for CogVideoX" in done.output, done.output
     assert inlaid("export", run, "--to", "merged").code == 0

@@ -92,7 +92,7 @@ def test_tensors_decide_where_a_config_lies_or_is_missing(copy: Path) -> None:
     gone.load_denoiser(torch.float32)
 
 
-def test_the_scheduler_s_shift_is_read_and_told_where_it_is_missing(
+def test_the_scheduler_s_shift_is_read_and_reported_where_missing(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = copy / "scheduler/scheduler_config.json"
@@ -140,14 +140,14 @@ def test_extractors_do_what_transformers_do() -> None:
     from transformers import BitImageProcessorPil, CLIPImageProcessorPil
 
     pixels = np.random.default_rng(0).integers(0, 255, (70, 70, 3), dtype=np.uint8)
-    said = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
+    message = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
     for kind, ours in (
         (CLIPImageProcessorPil, CLIP),
         (BitImageProcessorPil, DINO),
     ):
-        stock = kind(**said, image_mean=ours.mean, image_std=ours.std, do_convert_rgb=True)
+        stock = kind(**message, image_mean=ours.mean, image_std=ours.std, do_convert_rgb=True)
         theirs = stock(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-        own = Extractor.of({**said, "image_mean": ours.mean, "image_std": ours.std}, ours)
+        own = Extractor.of({**message, "image_mean": ours.mean, "image_std": ours.std}, ours)
         assert (own.normalized(own.image(pixels)[None])[0] - theirs).abs().max() < 1e-5
 
 
@@ -205,7 +205,7 @@ def test_both_contexts_are_dropped_together_and_crowds_are_thinned(
     assert all(list(s) == sorted(s) for s in sets)
 
 
-def test_options_and_targets_that_change_the_function_are_told(
+def test_options_and_targets_that_change_the_function_are_reported(
     checkpoint: Callable[[str, str], Path], scene_recipe: Callable[..., dict]
 ) -> None:
     place = checkpoint("midi", "scene")
@@ -261,10 +261,10 @@ def test_the_way_from_scenes_to_a_glb(
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump(scene_recipe(sample__every=4)), "utf-8")
     checked = inlaid("check", recipe)
-    assert checked.code == 0 and "ready to train" in checked.said and "objects" in checked.said
+    assert checked.code == 0 and "ready to train" in checked.output and "objects" in checked.output
     assert (tmp_path / "run/check/contact_sheet.png").is_file()
     trained = inlaid("train", recipe)
-    assert trained.code == 0 and "--image rgb.png --seg seg.png" in trained.said
+    assert trained.code == 0 and "--image rgb.png --seg seg.png" in trained.output
     samples = tmp_path / "run/samples/step-000004"
     assert {p.suffix for p in samples.iterdir()} == {".glb", ".png", ".html", ".json"}
     header = json.loads(inlaid_header(tmp_path / "run/adapter"))
@@ -272,7 +272,7 @@ def test_the_way_from_scenes_to_a_glb(
     out = tmp_path / "out/bed.glb"
     pair = ["--image", media_root / "scenes/bedroom_rgb.png", "--seg", media_root / "scenes/bedroom_seg.png"]
     done = inlaid("generate", tmp_path / "run", *pair, "--output", out, "--grid", 16, "--steps", 2)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     stated = json.loads(out.with_suffix(".json").read_text("utf-8"))
     assert stated["grid"] == 16 and len(stated["objects"]) + sum("empty" in n for n in stated["notes"]) == 4
     if stated["objects"]:
@@ -285,7 +285,7 @@ def test_the_way_from_scenes_to_a_glb(
     other = next((tmp_path / "again").glob("*.glb"))
     assert other.name == "00-bedroom-rgb-seed42.glb" and other.read_bytes() == out.read_bytes()
     report = inlaid("evaluate", tmp_path / "run")
-    assert report.code == 0, report.said
+    assert report.code == 0, report.output
     found = json.loads((tmp_path / "run/report/report.json").read_text("utf-8"))
     pair_ = found["pairs"][0]
     assert pair_["group"] == "validation scenes" and set(pair_["tuned"]["metrics"]) == set(metrics())
@@ -311,7 +311,7 @@ def test_real_pictures_become_scenes_on_the_twin(
     pair = ["--image", media_root / f"scenes/{name}_rgb.png", "--seg", media_root / f"scenes/{name}_seg.png"]
     out = tmp_path / f"{name}.glb"
     done = inlaid("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     assert nodes(out) == [f"object_{n}" for n in range(1, count + 1)]
     there = meshes.read_scene(out)
     assert len(there) >= count - 1, "at most one is empty"
@@ -369,7 +369,7 @@ def test_old_files_of_weights_are_imported(
     for source, out in ((old.parent, "one"), (run / "adapter", "two")):
         done = inlaid("import", source, tmp_path / out, "--family", "midi",
                      "--checkpoint", checkpoint("midi", "scene"))  # fmt: skip
-        assert done.code == 0, done.said
+        assert done.code == 0, done.output
         made = load_file(tmp_path / out / "pytorch_lora_weights.safetensors")
         assert made.keys() == tensors.keys() and all(torch.equal(made[k], tensors[k]) for k in made)
 
@@ -424,7 +424,7 @@ def test_metrics_know_right_from_wrong() -> None:
     assert distance(comparable(GeneratedScene({"a": ball})), comparable(GeneratedScene({"a": ball}))) == 0
 
 
-def test_scene_codes_are_told() -> None:
+def test_scene_codes_are_reported() -> None:
     stated = describe_plan([Problem("error", "no-surface", "a", "has none")], 3, noun="scene")
     assert stated[0].startswith("1 of 3 scenes lacks a surface (a: has none)")
 
@@ -432,7 +432,7 @@ def test_scene_codes_are_told() -> None:
 def test_a_recipe_is_written_for_scenes(make_scenes: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_scenes()
     done = inlaid("new", "midi", folder, "--out", tmp_path / "new.yaml")
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     text = (tmp_path / "new.yaml").read_text("utf-8")
     assert "4 scenes in folders layout" in text and "VAST-AI/TripoSG" in text
     assert config.load(tmp_path / "new.yaml").data.validation == 0

@@ -391,7 +391,7 @@ def test_sample_is_the_stock_pipeline(folder: Path, mochi: Mochi, network: nn.Mo
 
 
 @pytest.mark.slow
-def test_bfloat16_draws_too(folder: Path, mochi: Mochi) -> None:
+def test_bfloat16_generates_too(folder: Path, mochi: Mochi) -> None:
     """Steps and guidance are float32; only what is computed inside the network and the VAE is rounded."""
     drawn = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -447,31 +447,31 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_command_in_the_same_words(folder: Path, clips: Path, here: Path) -> None:
     done = inlaid("new", "mochi", clips, "--checkpoint", folder)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     made = config.load(here / "clips.yaml")
     assert (made.model.family, made.data.size, made.data.frames) == ("mochi", (32, 48), [13])
     recipe = write(here / "r.yaml", folder, clips, model__options={"latent_space": "raw"})
     for command in (["check", recipe], ["train", recipe], ["generate", "run", "a cat"]):
         done = inlaid(*command)
-        assert done.code == 0, done.said
+        assert done.code == 0, done.output
     assert len(list(here.glob("run/samples/generated/*.mp4"))) == 1
-    said = inlaid("inspect", "run/adapter").out
+    message = inlaid("inspect", "run/adapter").out
     for words in ("inlaid_latent_space  raw", "8 in 2 blocks", "mochi", "alpha"):
-        assert words in said, said
+        assert words in message, message
     assert "| latent_space | raw |" in (here / "run/adapter/README.md").read_text("utf-8")
     for to in ("comfyui", "kohya"):
         refused = inlaid("export", "run", "--to", to)
-        assert refused.code == 2 and f"no {to} layout is known for Mochi; use `diffusers`" in refused.said
+        assert refused.code == 2 and f"no {to} layout is known for Mochi; use `diffusers`" in refused.output
     for to in ("diffusers", "merged"):
         assert inlaid("export", "run", "--to", to).code == 0
     done = inlaid("import", "run/export/diffusers", "again", "--family", "mochi")
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     again, before = (
         load_file(here / f / "pytorch_lora_weights.safetensors") for f in ("again", "run/adapter")
     )
     assert again.keys() == before.keys() and all(torch.equal(again[k], before[k]) for k in again)
     changed = inlaid("train", recipe, "model.options={latent_space: normalized}")
-    assert changed.code == 2 and "started with another recipe" in changed.said
+    assert changed.code == 2 and "started with another recipe" in changed.output
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -509,8 +509,8 @@ def test_bad_recipes_end_in_one_message(name: str, folder: Path, clips: Path, he
     changes, message = BAD[name]
     Image.new("RGB", (48, 32)).save(here / "start.png")
     done = inlaid("train", write(here / "r.yaml", folder, clips, **changes))
-    assert done.code == 2 and "Traceback" not in done.said
-    assert message.replace("CHECKPOINT", str(folder)).replace(" ", "") in done.said.replace(" ", "")
+    assert done.code == 2 and "Traceback" not in done.output
+    assert message.replace("CHECKPOINT", str(folder)).replace(" ", "") in done.output.replace(" ", "")
     assert not (here / "run/cache").exists(), "nothing was encoded for nothing"
 
 

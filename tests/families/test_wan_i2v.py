@@ -238,7 +238,7 @@ def test_generate_refuses(
     variant: str, arguments: list[str], stated: str, written: Callable[..., Path]
 ) -> None:
     done = inlaid("generate", written(variant).parent, *arguments)
-    assert done.code == 2 and stated in done.said and "Traceback" not in done.said, done.said
+    assert done.code == 2 and stated in done.output and "Traceback" not in done.output, done.output
 
 
 @pytest.mark.usefixtures("pictures")
@@ -264,7 +264,7 @@ def test_check_refuses(
     variant: str, changes: dict[str, Any], stated: str, written: Callable[..., Path]
 ) -> None:
     done = inlaid("check", written(variant, **changes))
-    assert done.code == 2 and stated in done.said and "Traceback" not in done.said, done.said
+    assert done.code == 2 and stated in done.output and "Traceback" not in done.output, done.output
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "image_processor"])
@@ -286,7 +286,7 @@ def test_the_json_beside_a_video_names_its_images(written: Callable[..., Path]) 
         "last frame of 00.mp4",
     ]
     done = inlaid("generate", run, "a cat", "-i", "start.png", "--last-image", "end.png")
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     (after,) = run.glob("samples/generated/*.json")
     assert json.loads(after.read_text("utf-8"))["images"] == ["start.png", "end.png"]
     assert probe(after.with_suffix(".mp4")).frames == 9

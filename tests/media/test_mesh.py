@@ -67,7 +67,7 @@ def test_extraction_of_nothing_and_of_a_field_that_is_positive_inside() -> None:
     assert found is not None and "sign was inverted" in note and found.volume > 0.5
 
 
-def test_problems_are_told() -> None:
+def test_problems_are_reported() -> None:
     good = trimesh.creation.icosphere(radius=0.5)
     assert mesh_problems(good) == []
     open_one = trimesh.Trimesh(good.vertices, good.faces[:-1], process=False)

@@ -208,7 +208,7 @@ def test_wide_pixels_become_square() -> None:
     assert wide.sum() == 32 and wide[16:48].all()
 
 
-def test_mending_does_what_the_recipe_says() -> None:
+def test_repair_does_what_the_recipe_says() -> None:
     pixels = clip("disc")
     pixels[0, 0, 0, 3] = 2
     kept = config.Matte(background="keep")
@@ -295,7 +295,7 @@ def test_composite_command(tmp_path: Path) -> None:
     }.items():
         out = tmp_path / "out.mp4"
         done = commands.inlaid("composite", front, background, "--out", out)
-        assert done.code == 0 and done.out.strip() == str(out), done.said
+        assert done.code == 0 and done.out.strip() == str(out), done.output
         video = read_frames(out, 0, T, 12, (H, W))
         assert np.abs(video[:, :4, -4:].astype(int) - corner).max() < 12
     opaque = clip("disc").copy()
@@ -308,4 +308,4 @@ def test_composite_command(tmp_path: Path) -> None:
         (front, "red", "--out", tmp_path / "out.gif"): "written as .mp4",
     }.items():
         done = commands.inlaid("composite", *args)
-        assert done.code == 2 and says in done.said and "Traceback" not in done.said, done.said
+        assert done.code == 2 and says in done.output and "Traceback" not in done.output, done.output

@@ -130,7 +130,7 @@ def test_the_way_with_image_encoders(
     assert inlaid("train", recipe).code == 0
     adapter = run / "adapter"
     stated = inlaid("inspect", run)
-    assert stated.code == 0 and stated.said.count("adapter_model.safetensors") == 2, stated.said
+    assert stated.code == 0 and stated.output.count("adapter_model.safetensors") == 2, stated.output
     assert "`image_encoder_1`, `image_encoder_2`" in (adapter / "README.md").read_text("utf-8")
 
     # Stock peft reads the files, and does with them what the run's own pipeline does.
@@ -163,14 +163,14 @@ def test_the_way_with_image_encoders(
     copied = run / "export/diffusers"
     assert load_file(copied / DINO / "adapter_model.safetensors").keys()
     refused = inlaid("export", run, "--to", "comfyui")
-    assert refused.code == 2 and "cannot represent image_encoder_1, image_encoder_2" in refused.said
+    assert refused.code == 2 and "cannot represent image_encoder_1, image_encoder_2" in refused.output
 
     # Made with it, at half its strength, and without.
     pair = ["--image", media_root / "scenes/bedroom_rgb.png", "--seg", media_root / "scenes/bedroom_seg.png"]
     for strength in ("1", "0.5", "0"):
         out = tmp_path / f"{strength}.glb"
         done = inlaid("generate", run, *pair, "-o", out, "--grid", 16, "--steps", 2, "--strength", strength)
-        assert done.code == 0, done.said
+        assert done.code == 0, done.output
     pipe.set_adapters(["inlaid"], [0.0])
     with torch.no_grad():
         off = pipe.transformer.get_submodule(DINO)(pixel_values=pixels)[0]
@@ -212,17 +212,17 @@ def test_recomputed_blocks_of_encoders_keep_less(checkpoint: Callable[[str, str]
     assert recomputed.activations < kept.activations and recomputed.linear > kept.linear
 
 
-def test_what_cannot_be_is_told(
+def test_what_cannot_be_is_reported(
     scene_recipe: Callable[..., dict], checkpoint: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     raw = scene_recipe()
     one = family(raw["model"]["checkpoint"], image_encoders="both")
-    for changes, said in (
+    for changes, message in (
         ({"tuner": {"kind": "full"}}, "needs tuner.kind lora or dora, not full"),
         ({"tuner__kind": "lokr"}, "needs tuner.kind lora or dora, not lokr"),
         ({"runtime": {"parallel": "fsdp"}}, "not supported with runtime.parallel=fsdp; use ddp"),
     ):
-        assert said in "; ".join(one.problems(config.build(scene_recipe(**changes))))
+        assert message in "; ".join(one.problems(config.build(scene_recipe(**changes))))
     assert one.problems(config.build(raw)) == []
     with pytest.raises(ValueError, match="this checkpoint has DINO only: set it to dino"):
         family(checkpoint("midi", "triposg"), image_encoders="both")
@@ -232,7 +232,7 @@ def test_what_cannot_be_is_told(
         train(config.build(scene_recipe(tuner__targets=[rf"({DINO}|blocks).*(to_|_proj).*"])))
 
 
-def test_damaged_and_foreign_adapters_are_told(scene_recipe: Callable[..., dict], tmp_path: Path) -> None:
+def test_damaged_and_foreign_adapters_are_reported(scene_recipe: Callable[..., dict], tmp_path: Path) -> None:
     raw = scene_recipe("dino")
     run = train(config.build(raw))
     one = family(raw["model"]["checkpoint"], image_encoders="dino")

@@ -29,7 +29,7 @@ class Done:
     err: str
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """Everything, without the boxes and line breaks that a terminal's width puts into it."""
         return re.sub(r"[\s│╭╮╰╯─━]+", " ", self.out + self.err)
 

@@ -59,9 +59,9 @@ class Ground:
 def refused(done: Done, *words: str, code: int = 2) -> str:
     """Asserts one clear message and gives it."""
     assert done.code == code, f"exit code {done.code}\n{done.out}{done.err}"
-    assert "Traceback" not in done.said
-    assert done.said.lower().count("error: ") == (code == 2), done.said
-    message = done.said[done.said.lower().find("error: ") :]
+    assert "Traceback" not in done.output
+    assert done.output.lower().count("error: ") == (code == 2), done.output
+    message = done.output[done.output.lower().find("error: ") :]
     for word in words:
         assert word in message, f"`{word}` is missing in: {message}"
     return message

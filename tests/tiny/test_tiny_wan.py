@@ -165,7 +165,7 @@ def test_the_shipped_folder_is_small_and_holds_no_pickle():
 
 
 @needs_twin
-def test_the_shipped_twin_draws_what_it_is_told():
+def test_the_shipped_twin_generates_what_the_prompt_asks():
     from tiny_models.wan_report import generate, load
 
     from inlaid.tiny import judge

@@ -68,7 +68,7 @@ def test_interval_cuts_the_same_distribution(preset: str, interval: tuple[float,
         assert t.quantile(q).item() == pytest.approx(inside.quantile(q).item(), abs=0.006)
 
 
-def test_quantiles_match_draws() -> None:
+def test_quantiles_match_samples() -> None:
     objective = FlowMatching(s=3.0, mean=0.5, std=0.7)
     q = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
     assert torch.allclose(draws(objective).quantile(q), objective.quantile(q), atol=0.005)

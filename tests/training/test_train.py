@@ -127,9 +127,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Callable[..., dict], tmp_pat
     while not metrics.is_file() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, message = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "run the same command again" in said and "Traceback" not in said
+    assert "run the same command again" in message and "Traceback" not in message
     assert len(Run(tmp_path / "run").checkpoints()) == 1
     assert (tmp_path / "run" / ADAPTER).is_file()
 
@@ -203,7 +203,7 @@ def test_both_experts_of_a14b_train_on_their_own_side(
         assert made[0].read_bytes() != base[0].read_bytes()
 
 
-def test_ti2v_5b_trains_and_draws(recipe: Callable[..., dict], tiny_5b: Path) -> None:
+def test_ti2v_5b_trains_and_generates(recipe: Callable[..., dict], tiny_5b: Path) -> None:
     folder = run(recipe(model__checkpoint=str(tiny_5b), data__size=[32, 32], sample__every=3))
     assert list((folder / "samples/step-000003").glob("*.mp4"))
 

@@ -291,8 +291,8 @@ def test_clips(ground: Ground, case: str) -> None:
     refused(inlaid("cache", recipe), *words)
     assert not Path("cache").exists(), "nothing is encoded before all is well"
     checked = inlaid("check", recipe)
-    assert checked.code == 2 and "not ready: " in checked.said
-    assert all(word in checked.said for word in words), checked.said
+    assert checked.code == 2 and "not ready: " in checked.output
+    assert all(word in checked.output for word in words), checked.output
     assert files(Path("d")) == clips, "the clips are only read"
     assert not Path("opened").exists(), "nothing of a pickle is run"
 
@@ -324,7 +324,7 @@ def test_what_is_only_worth_a_warning(ground: Ground, case: str) -> None:
     damage(Path("d"))
     recipe = ground.write(data__sources="d", data__frames=[1, 9])
     done = inlaid("check", recipe)
-    assert done.code == 0 and f"warning: {words}" in done.said and "ready to train: 0 errors" in done.said
+    assert done.code == 0 and f"warning: {words}" in done.output and "ready to train: 0 errors" in done.output
     assert inlaid("cache", recipe, "data.cache=cache").code == 0
 
 
@@ -332,5 +332,5 @@ def test_quarantine_names_what_is_left_out(ground: Ground) -> None:
     shutil.copytree(ground.clips, "d")
     captioned("9.mp4", b"this is no video")(Path("d"))
     done = inlaid("cache", ground.write(data__sources="d", data__bad_clips="quarantine"))
-    assert done.code == 0 and "excluded 1 clip(s) with errors; run/quarantine.json lists" in done.said
+    assert done.code == 0 and "excluded 1 clip(s) with errors; run/quarantine.json lists" in done.output
     assert "cannot be read" in json.loads(Path("run/quarantine.json").read_text("utf-8"))["9.mp4"]

@@ -65,7 +65,7 @@ def test_cache_that_cannot_be_written(
     kept = {p: p.read_bytes() for p in items()}
     assert len(kept) == 2
     done = inlaid("cache", recipe)
-    assert done.code == 0 and "1 encoded, 2 already cached" in done.said
+    assert done.code == 0 and "1 encoded, 2 already cached" in done.output
     assert {p: p.read_bytes() for p in kept} == kept, "what was encoded stays as it was"
 
 
@@ -83,11 +83,11 @@ def test_ctrl_c_while_caching(ground: Ground, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(cache_module, "save_file", stopped)
         done = inlaid(command, ground.write(data__cache=command))
         refused(done, code=130)
-        assert "interrupted: finished work is kept; run the same command again" in done.said
+        assert "interrupted: finished work is kept; run the same command again" in done.output
         assert len(items(command)) == 2 and not list(Path().rglob(".tmp-*"))
         monkeypatch.setattr(cache_module, "save_file", save_file)
         done = inlaid("cache", ground.write(data__cache=command))
-        assert done.code == 0 and "1 encoded, 2 already cached" in done.said
+        assert done.code == 0 and "1 encoded, 2 already cached" in done.output
 
 
 GARBLED: Mapping[str, Callable[[bytes], bytes]] = {
@@ -108,7 +108,7 @@ def test_damaged_item_is_encoded_again(ground: Ground, case: str, kind: str) -> 
     whole = {k: v.clone() for k, v in load_file(damaged).items()}  # not a view of what is cut
     damaged.write_bytes(GARBLED[case](damaged.read_bytes()))
     done = inlaid("cache", ground.write(data__cache="cache"))
-    assert done.code == 0 and "error" not in done.said
+    assert done.code == 0 and "error" not in done.output
     again = load_file(damaged)
     assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
 
@@ -288,7 +288,7 @@ def test_damaged_checkpoint(ground: Ground, case: str) -> None:
     if case == "truncated weights":  # the way out that the message names
         shutil.rmtree(LAST)
         done = inlaid("train", recipe)
-        assert done.code == 0 and "resuming after step 1" in done.said
+        assert done.code == 0 and "resuming after step 1" in done.output
 
 
 @pytest.mark.parametrize(
