@@ -1,1 +1,1 @@
-"""Where a run happens and what it leaves: devices, processes, run folder, optional packages."""
+"""Environment of a run: devices, processes, run folder, optional packages."""

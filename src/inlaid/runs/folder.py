@@ -1,4 +1,4 @@
-"""The run folder: recipe, checkpoints, metrics, cache and adapter by path."""
+"""The run folder: paths of its recipe, checkpoints, metrics, cache and adapter."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from inlaid.files import atomic
 from inlaid.runs.launch import Context
 
 CHANGEABLE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clips")
+"""Keys of a recipe that may change when a run is resumed; other changes raise an error."""
 
 CHANGEABLE_TRAIN = ("steps", "save_every", "keep", "log_every", "validate_every", "trackers", "accumulate")
-"""Parts of a recipe that may change when a run is resumed; any other change makes it a different run."""
+"""Keys of the `train` section that may change too; `steps` only with a constant learning rate."""
 
 
 def recipe_changes(old: recipe.Config, new: recipe.Config) -> list[str]:
-    """Return messages about differences between a run and the recipe to resume it that are not allowed."""
+    """Return messages about changes to the recipe that prevent resuming a run; empty if there are none."""
 
     def flat(config: recipe.Config) -> dict[str, Any]:
         out = {}
@@ -49,7 +50,7 @@ def recipe_changes(old: recipe.Config, new: recipe.Config) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return package versions and machine for `environment.json`."""
+    """Return the package versions and machine properties for `environment.json`."""
     packages = {}
     for name in (
         "inlaid",
@@ -83,13 +84,13 @@ def environment() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Run folder and the paths in it."""
+    """Run folder, with the paths in it."""
 
     folder: Path
 
     @property
     def adapter(self) -> Path:
-        """Trained weights for other programs: an adapter, or a diffusers transformer (full fine-tuning)."""
+        """Folder of the trained weights: an adapter, or after full fine-tuning a diffusers transformer."""
         return self.folder / "adapter"
 
     @property
@@ -101,7 +102,7 @@ class Run:
         """Return the recipe that the run was started with.
 
         Raises:
-            ValueError: when the folder is not a run folder.
+            ValueError: if the folder is not a run folder.
         """
         if not (self.folder / "config.yaml").is_file():
             raise ValueError(
@@ -110,7 +111,7 @@ class Run:
         return recipe.load(self.folder)
 
     def cache(self, config: recipe.Config) -> Path:
-        """Return the folder of cached items."""
+        """Return the cache folder: `data.cache`, or `cache` in the run folder."""
         return Path(config.data.cache) if config.data.cache else self.folder / "cache"
 
     def checkpoints(self) -> list[Path]:
@@ -119,10 +120,10 @@ class Run:
         return sorted(found, key=lambda p: int(p.name[5:]))
 
     def checkpoint(self, name: str) -> Path:
-        """Return a checkpoint by name or step.
+        """Return the folder of a checkpoint, given its name or step, such as `step-000500` or `500`.
 
         Raises:
-            ValueError: when it does not exist.
+            ValueError: if there is no such checkpoint.
         """
         wanted = [p for p in self.checkpoints() if name in (p.name, p.name[5:], p.name[5:].lstrip("0"))]
         if not wanted:
@@ -131,7 +132,7 @@ class Run:
         return wanted[0]
 
     def keep(self, n: int) -> None:
-        """Delete all but the newest n checkpoints, and partial files of a killed run."""
+        """Delete all but the newest n checkpoints, and partial checkpoints of a killed run."""
         for old in self.checkpoints()[:-n]:
             shutil.rmtree(old)
         for left in (self.folder / "checkpoints").glob(".tmp-*"):
@@ -139,13 +140,13 @@ class Run:
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """Yield a temporary folder that becomes checkpoint `step`."""
+        """Yield a temporary folder that becomes the checkpoint of `step` when the context exits."""
         with atomic(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
             folder.mkdir(parents=True)
             yield folder
 
     def truncate_metrics(self, step: int) -> None:
-        """Delete the lines after a step, which a resumed run writes again."""
+        """Delete the metrics after `step`; a resumed run writes them again."""
         if not self.metrics.is_file():
             return
         kept = []
@@ -160,7 +161,7 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl`, without a partial last line of a killed run."""
+    """Return the records of `metrics.jsonl`, without the partial last line of a killed run."""
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -172,10 +173,10 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def open_run(config: recipe.Config, ctx: Context) -> Run:
-    """Create the run folder, or check that the recipe matches the one the run was started with.
+    """Create the run folder of a recipe; if the run has checkpoints, check that the recipe can resume it.
 
     Raises:
-        ValueError: when it does not match.
+        ValueError: if the recipe cannot resume the run, or the folder cannot be written.
     """
     run = Run(Path(config.run))
     if run.checkpoints():

@@ -20,7 +20,7 @@ from inlaid import config as recipe
 
 @dataclass(frozen=True)
 class Devices:
-    """Devices of a machine, as a value so that tests can describe any machine."""
+    """Devices of a machine; a plain value, so that tests can describe any machine."""
 
     cuda: int = 0
     cuda_bfloat16: bool = False
@@ -48,10 +48,10 @@ class DevicePlan:
 
 
 def resolve_devices(config: recipe.Config, devices: Devices) -> DevicePlan:
-    """Choose device, precision and optimizer.
+    """Choose the device, precision and optimizer of a recipe.
 
     Raises:
-        ValueError: when the recipe names a device that this machine does not have.
+        ValueError: if the recipe names a device that this machine does not have.
     """
     wanted, notes = config.runtime.device, []
     available = {"cuda": devices.cuda > 0, "mps": devices.mps, "cpu": True}
@@ -99,13 +99,13 @@ class Context:
             dist.barrier()
 
     def total(self, value: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes; changes it in place."""
+        """Sum a tensor over all processes, in place, and return the tensor."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """Return one picklable value per process, ordered by rank."""
+        """Return the values of all processes, ordered by rank; `value` must be picklable."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
@@ -120,10 +120,10 @@ or saves."""
 
 @contextmanager
 def start_processes(config: recipe.Config) -> Iterator[Context]:
-    """Join the processes started by `torchrun` or `accelerate launch`, and leave the group at the end.
+    """Join the process group started by `torchrun` or `accelerate launch`, and leave the group at the end.
 
     Raises:
-        ValueError: when the recipe requires another number of processes or a missing device.
+        ValueError: if the recipe requires another number of processes, or a device that is missing.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     plan = resolve_devices(config, Devices.here())
@@ -147,7 +147,7 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
 
 
 class Interrupt:
-    """Handle the first Ctrl-C or SIGTERM as a request to stop after this step; the second stops at once."""
+    """Signal handler: the first Ctrl-C or SIGTERM stops the run after this step, the second at once."""
 
     def __init__(self) -> None:
         self.wanted = False

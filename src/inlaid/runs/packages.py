@@ -1,4 +1,4 @@
-"""Optional packages: imported when a recipe names them."""
+"""Optional packages, imported only when a recipe uses them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PACKAGES = {
     "trackio": ("trackio", "inlaid[trackio]"),
     "wandb": ("wandb", "inlaid[wandb]"),
 }
-"""Module and installation name of optimizers, quantization methods and trackers, by their name in recipes."""
+"""Module and `pip install` argument for each optional feature, by its name in recipes."""
 
 
 def require_package(key: str, name: str) -> Any:
-    """Import the module in `PACKAGES` that `key` of a recipe names.
+    """Import the module of `PACKAGES[name]`; `key` is the recipe key that selects it, for the error message.
 
     Raises:
-        ValueError: when it is not installed.
+        ValueError: if the package is not installed.
     """
     module, install = PACKAGES[name]
     try:

@@ -1,1 +1,1 @@
-"""The trainer: loop, job, loader, steps, optimizers, memory, parallelism, checkpoints, metrics."""
+"""Training: loop, job, loader, steps, optimizers, memory, parallelism, checkpoints, metrics."""

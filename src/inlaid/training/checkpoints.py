@@ -1,4 +1,4 @@
-"""Training state on disk: safetensors for tensors, JSON for the rest."""
+"""Training state on disk: tensors in safetensors, other values in JSON."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from inlaid.files import sha256
 from inlaid.runs.packages import require_package
 
 SUBCLASSES = ("OptimState4bit",)
-"""Tensor subclasses of torchao that consist of several plain tensors."""
+"""Names of torchao's tensor subclasses that consist of several plain tensors."""
 
 
 def pack_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a nested optimizer state to `tensors`, keyed by path; the result is JSON."""
+    """Move the tensors of a nested optimizer state to `tensors`, and return the rest as JSON values.
+
+    The key of a tensor is `prefix` followed by its path in the state.
+    """
     if type(state).__name__ in SUBCLASSES:
         parts, rest = state.__tensor_flatten__()
         kept = {n: pack_state(getattr(state, n), f"{prefix}.{n}", tensors) for n in parts}
@@ -42,7 +45,7 @@ def pack_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack_state(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Restore a state that `pack_state` returned."""
+    """Rebuild an optimizer state from the result of `pack_state` and its tensors."""
     if isinstance(state, dict) and "__tensor__" in state:
         return tensors[state["__tensor__"]]
     if isinstance(state, dict) and "__subclass__" in state:
@@ -58,17 +61,17 @@ def unpack_state(state: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write `trainer.safetensors`, and `state.json` with the hash of every file of the folder."""
+    """Write `trainer.safetensors`, and `state.json` with the SHA-256 of every file in the folder."""
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "trainer.safetensors")
     files = {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     (folder / "state.json").write_text(json.dumps({**values, "files": files}), "utf-8")
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read and verify a checkpoint.
+    """Verify a checkpoint; return its tensors and the values of its `state.json`.
 
     Raises:
-        ValueError: when a file is missing, truncated or changed.
+        ValueError: if a file is missing, truncated or changed.
     """
     out = f"{folder}: this checkpoint is damaged (%s); delete the folder to resume from the previous one"
     try:

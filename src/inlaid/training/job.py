@@ -1,4 +1,4 @@
-"""A training job: everything a run needs between two steps, and how it is prepared."""
+"""A training job: the state of a run, and its preparation from a recipe."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from inlaid.training.trained import Trained, trained_by
 
 @dataclass
 class Job:
-    """State of a run between two steps."""
+    """State of a run between two steps, with the operations of the training loop."""
 
     config: recipe.Config
     ctx: Context
@@ -59,7 +59,7 @@ class Job:
     _pipeline: object = field(default=None, init=False)
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
+        """Return the learning rate of a step, counted from 1."""
         return learning_rate(self.config.optim, step - 1, self.config.train.steps)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -67,7 +67,13 @@ class Job:
         return swapped(self.parameters, self.ema.weights if self.ema else None)
 
     def update(self, step: int) -> Tensor:
-        """Average gradients over processes, clip and apply them; returns their norm, on the device."""
+        """Run one optimizer step and update the EMA.
+
+        Gradients are averaged over processes and clipped.
+
+        Returns:
+            Gradient norm before clipping, on the device.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         norm = self.strategy.step(self.optimizer, list(self.parameters.values()), self.config.optim.clip)
@@ -76,13 +82,13 @@ class Job:
         return norm
 
     def validate(self, step: int) -> None:
-        """Measure and write the validation metrics, such as the loss at fixed noise levels."""
+        """Compute and write the validation metrics, with the EMA weights if there is an EMA."""
         if not self.validation:
             return
         n, world = len(self.validation), self.ctx.world
         mine = range(
             self.ctx.rank, -(-n // world) * world, world
-        )  # same number of passes in each process, as sharding needs
+        )  # sharded weights need the same number of passes in each process
         with self.averaged():
             rows = self.step.validation(
                 self.denoiser, [self.validation[i % n] for i in mine], self.ctx.device
@@ -92,7 +98,10 @@ class Job:
         self.meters.pause()
 
     def sample(self, step: int) -> None:
-        """Generate the sample prompts with the current weights; sharded weights need all processes."""
+        """Generate from the sample prompts, with the EMA weights if there is an EMA.
+
+        Only the main process generates, except with sharded weights, which need all processes.
+        """
         if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:
                 self._pipeline = self.family.pipeline(
@@ -114,7 +123,7 @@ class Job:
         self.meters.pause()
 
     def save(self, step: int, *, final: bool) -> None:
-        """Write a checkpoint and, at the end, the files for other programs; tensors are never sharded."""
+        """Write a checkpoint of whole (unsharded) tensors; if `final`, also the folder of trained weights."""
         gather, trained, name = self.strategy.gather, self.trained, self.trained.folder
         about = {"inlaid_step": str(step), **self.family.about()}
         with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
@@ -142,7 +151,7 @@ class Job:
         """Load the newest checkpoint, if there is one.
 
         Raises:
-            ValueError: when it is damaged or was written with another number of micro-batches per step.
+            ValueError: if the checkpoint is damaged, or has another number of micro-batches per step.
         """
         found = self.run.checkpoints()
         if not found:
@@ -164,10 +173,10 @@ class Job:
 
 
 def prepare(config: recipe.Config, ctx: Context) -> Job:
-    """Prepare the job: run folder, cache, network with its tuner, and optimizer.
+    """Prepare the job of a recipe: run folder, cache, network with trainable weights, and optimizer.
 
     Raises:
-        ValueError: for every mistake that the user can fix.
+        ValueError: for any problem the user can fix.
     """
     for note in ctx.notes:
         say(f"note: {note}", show=ctx.main)

@@ -1,4 +1,4 @@
-"""Micro-batches of a run by index."""
+"""Loader of the micro-batches of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inlaid.runs.launch import Context
 
 @dataclass
 class Loader:
-    """Random access to the micro-batches of a run by index."""
+    """Loader that reads any micro-batch of a run by its index."""
 
     family: families.Family
     store: Cache
@@ -47,7 +47,7 @@ class Loader:
         return replace(batch, prior_preservation=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
-        """Yield the micro-batches of this process from step `start` on, prefetching one."""
+        """Yield (index, micro-batch) for this process from step `start` to `steps`, prefetching one batch."""
         total = self.per_step
         indices = [
             k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)
@@ -63,4 +63,4 @@ class Loader:
     per_step: int = 1
     """Micro-batches per optimizer step over all processes."""
     prior_preservation: Sequence[float] = ()
-    """Weight of the prior preservation loss, for each source."""
+    """Weight of the prior preservation loss for each data source; 0 disables the loss."""

@@ -1,8 +1,8 @@
 """The training loop.
 
-Order, noise and time steps are pure functions of (seed, micro-batch index). A killed run therefore resumes
-bit-identically from its last checkpoint, and N processes compute what one process computes with
-gradient accumulation N.
+The order of the samples, the noise and the timesteps depend only on the seed and the micro-batch index. A
+killed run therefore resumes bit-identically from its last checkpoint, and N processes compute the same as one
+process with gradient accumulation over N micro-batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from inlaid.training.job import prepare
 
 
 def train(config: recipe.Config) -> Path:
-    """Fill the cache, train, validate and sample; resumes an interrupted run.
+    """Fill the cache, train, validate and sample; an interrupted run is resumed.
 
     Args:
         config: the recipe.
@@ -29,7 +29,7 @@ def train(config: recipe.Config) -> Path:
         The run folder.
 
     Raises:
-        ValueError: for every mistake that the user can fix.
+        ValueError: for any problem the user can fix.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the checkpoint is written.
     """
     with start_processes(config) as ctx:

@@ -1,4 +1,4 @@
-"""Memory savings of a training job: gradient checkpointing, compiled blocks, optimizer state offload."""
+"""Memory and speed options of training: gradient checkpointing, optimizer state offload, compilation."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
 def enable_checkpointing(denoiser: nn.Module, every: bool | int) -> None:
     """Enable gradient checkpointing for all blocks (True), or for every n-th block.
 
-    Checkpointed blocks store only their input. The others store all activations and need no extra time.
-    Gradients are the same.
+    Checkpointed blocks store only their input and are recomputed in the backward pass. Other blocks store all
+    activations and need no extra time. The gradients do not change.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
 
@@ -51,11 +51,11 @@ def enable_checkpointing(denoiser: nn.Module, every: bool | int) -> None:
 
 
 class Offloaded(torch.optim.Optimizer):
-    """Wrapper of any optimizer that steps on copies in CPU memory and keeps the optimizer state there.
+    """Optimizer state offload: a wrapper that runs any optimizer on CPU copies of the parameters.
 
-    Not torchao's `CPUOffloadOptimizer`, which runs on CUDA only and copies gradients in the backward pass,
-    before they are averaged over processes and clipped. This class does in `step` what the optimizer would do
-    on the device, and its state is that of the wrapped optimizer.
+    torchao's `CPUOffloadOptimizer` is not used: it runs on CUDA only and copies gradients in the backward
+    pass, before they are averaged over processes and clipped. This class does all work in `step`, and its
+    state dict is that of the wrapped optimizer.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class Offloaded(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Parameter groups of the inner optimizer, so that learning rates can be set."""
+        """Parameter groups of the wrapped optimizer, in which learning rates can be set."""
         return self.inner.param_groups
 
     @property
     def state(self) -> Mapping[Any, Any]:  # type: ignore[override]
-        """State of the inner optimizer."""
+        """State of the wrapped optimizer."""
         return self.inner.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Copy gradients to the CPU, step, and copy the weights back."""
+        """Copy the gradients to the CPU, run the optimizer step, and copy the weights back."""
         for here, there in zip(self.here, self.there, strict=True):
             if there.grad is None:
                 here.grad = None
@@ -100,16 +100,16 @@ class Offloaded(torch.optim.Optimizer):
             there.copy_(here, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Free the gradients on the device; the CPU copies are overwritten in the next step."""
+        """Free the gradients on the device; the next step overwrites the CPU copies."""
         for there in self.there:
             there.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state dict of the inner optimizer."""
+        """Return the state dict of the wrapped optimizer."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the inner optimizer; call it after the parameters are restored."""
+        """Load the state of the wrapped optimizer; call this after restoring the parameters."""
         self.inner.load_state_dict(state_dict)
         self._fetch()
 
@@ -117,12 +117,12 @@ class Offloaded(torch.optim.Optimizer):
 def compile_blocks(denoiser: nn.Module, backend: str = "inductor") -> None:
     """Compile each repeated block as one full graph; a graph break is an error.
 
-    The first shape is compiled statically, the second with dynamic sizes, which then serve all others: a run
-    with buckets compiles twice, and once more each for the validation loss and for samples.
+    The first shape is compiled with static sizes, the second with dynamic sizes, which all other shapes then
+    use. A run with several buckets therefore compiles twice, plus once for validation and once for samples.
     """
     import torch._dynamo.config as dynamo
 
-    dynamo.capture_dynamic_output_shape_ops = True  # Mochi picks real text tokens by `nonzero`
+    dynamo.capture_dynamic_output_shape_ops = True  # Mochi selects unpadded tokens with `nonzero`
     dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_SHAPES)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * COMPILED_SHAPES)
     for block in blocks(denoiser).values():

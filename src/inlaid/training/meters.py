@@ -1,4 +1,4 @@
-"""Metrics of a run: means, throughput, memory, trackers."""
+"""Metrics of a training run: mean losses, time per step, memory, trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from inlaid.runs.packages import require_package
 
 @dataclass
 class Meters:
-    """Collect losses on the device and read them only on `flush`, so that no step waits for the host."""
+    """Losses and gradient norms of a run, kept on the device until `check` or `flush` reads them.
+
+    No training step has to synchronize the device with the host.
+    """
 
     run: Run
     ctx: Context
@@ -35,7 +38,13 @@ class Meters:
             self._writers.append(_tracker(name, self.run, dict(self.settings)))
 
     def add(self, step: int, out: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """Record the losses (n,) of a micro-batch from a step's output, keys `losses` and `loss_NAME`."""
+        """Record the losses (n,) of a micro-batch: `losses` and every `loss_NAME` in the output of a step.
+
+        Args:
+            step: number of the optimizer step.
+            out: output of the training step.
+            names: names of the n clips.
+        """
         kept = {k.replace("losses", "loss"): v for k, v in out.items() if k.startswith(("losses", "loss_"))}
         self._losses.append((step, kept, names))
 
@@ -47,7 +56,7 @@ class Meters:
         """Check that all losses and gradients since the last `flush` are finite.
 
         Raises:
-            ValueError: naming the step and the clips.
+            ValueError: if they are not; the message names the first such step and its clips.
         """
         bad = []
         for step, losses, names in self._losses:
@@ -65,7 +74,10 @@ class Meters:
             )
 
     def flush(self, step: int, **more: float) -> dict[str, float]:
-        """Write the mean losses since the last call and `more` to `metrics.jsonl` and the trackers."""
+        """Write the mean losses since the last call, and the values in `more`, and return the written line.
+
+        Losses are averaged over all processes, so all processes must call this.
+        """
         names = list(self._losses[0][1]) if self._losses else ["loss"]
         sums = torch.zeros(len(names) + 1, device=self.ctx.device)
         if self._losses:
@@ -95,7 +107,7 @@ class Meters:
             writer(values, int(line["step"]))
 
     def pause(self) -> None:
-        """Exclude the time since the last step (saving, sampling) from the time per step."""
+        """Restart the clock of the time per step, to exclude the time spent on saving or sampling."""
         self._since = time.perf_counter()
 
 
@@ -103,7 +115,7 @@ def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
     """Return a function (values, step) that sends metrics to a tracker.
 
     Raises:
-        ValueError: when its package is not installed.
+        ValueError: if its package is not installed, or the tracker does not start.
     """
     module = require_package("train.trackers", name)
     if name == "tensorboard":
@@ -126,7 +138,7 @@ def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated on CUDA, else the resident size of this process."""
+    """Return the peak memory in bytes: allocated on CUDA, else the resident set size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -18,16 +18,18 @@ from inlaid.training.memory import Offloaded
 def make_optimizer(
     name: str, section: recipe.Optim, parameters: Sequence[nn.Parameter], *, offload: bool = False
 ) -> torch.optim.Optimizer:
-    """Create an optimizer by name; one-dimensional weights (norms, biases, DoRA magnitudes) do not decay.
+    """Create an optimizer by name.
+
+    Weight decay does not apply to one-dimensional weights (norms, biases, DoRA magnitudes).
 
     Args:
-        name: one of `optim.name`.
+        name: a value of `optim.name`.
         section: the `optim` section of the recipe.
         parameters: parameters to train.
-        offload: keep the optimizer state in CPU memory and step there.
+        offload: keep the optimizer state in CPU memory and run the optimizer step there.
 
     Raises:
-        ValueError: when its package is not installed.
+        ValueError: if the optimizer's package is not installed.
     """
     if offload:
         return Offloaded(parameters, lambda here: make_optimizer(name, section, here))
@@ -59,7 +61,7 @@ def _tensor_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def learning_rate(section: recipe.Optim, step: int, steps: int) -> float:
-    """Return the learning rate of a step (counted from 0); a pure function."""
+    """Return the learning rate of a step, counted from 0: linear warmup, then `optim.schedule`."""
     if step < section.warmup:
         return section.lr * (step + 1) / section.warmup
     done = (step - section.warmup) / max(1, steps - section.warmup)
@@ -71,7 +73,7 @@ def learning_rate(section: recipe.Optim, step: int, steps: int) -> float:
 class EMA:
     """Exponential moving average of the trained weights.
 
-    The decay warms up as (1 + step) / (10 + step).
+    The decay of a step is at most (1 + step) / (10 + step), so that the average starts fast.
     """
 
     def __init__(self, decay: float, weights: Mapping[str, Tensor]) -> None:
@@ -88,9 +90,9 @@ class EMA:
 
 @contextmanager
 def swapped(held: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Swap the contents of two sets of tensors inside the context, in place.
+    """Swap the contents of `held` and `weights` inside the context; None swaps nothing.
 
-    In place, because other objects hold references to the tensors.
+    Tensors are changed in place, because other objects hold references to them.
     """
 
     @torch.no_grad()

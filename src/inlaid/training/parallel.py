@@ -24,7 +24,7 @@ class Replicated:
     """`ddp` and single process: every process holds the whole network, and gradients are averaged."""
 
     sharded = False
-    """True if a forward pass needs all processes."""
+    """True if a forward pass requires all processes."""
 
     def __init__(self, ctx: Context, config: recipe.Config) -> None:
         self.ctx, self.config = ctx, config
@@ -35,23 +35,26 @@ class Replicated:
         return self.ctx.device
 
     def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
-        """Keep this process's share of the network; returns the trained parameters by name."""
+        """Keep this process's shard of the network, and return the trainable parameters by name."""
         return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
 
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return the network that the step receives, and the trained weights as this process holds them."""
+        """Return the network for the training step, and this process's shard of the trained weights."""
         return denoiser, parameters
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; after `last` they are complete in modes that reduce them here."""
+        """Accumulate the gradients of a micro-batch; `last` marks the last micro-batch of a step.
+
+        FSDP and ZeRO also reduce gradients here.
+        """
         loss.backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """Clip and apply the gradients; returns their norm before clipping, on the device."""
+        """Clip and apply the gradients, and return their norm before clipping, on the device."""
         self._average(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
         optimizer.step()
@@ -61,8 +64,9 @@ class Replicated:
     def _average(self, parameters: Sequence[Tensor]) -> None:
         """Average gradients over processes, once after the last micro-batch of a step.
 
-        Adapters are small, so overlapping this with the backward pass gains nothing. Without a wrapper around
-        the network, its names, gradient checkpointing and compilation stay unchanged.
+        `DistributedDataParallel` is not used: adapters are small, so overlapping communication with the
+        backward pass gains nothing, and a wrapper would interfere with parameter names, gradient
+        checkpointing and compilation.
         """
         if self.ctx.world == 1:
             return
@@ -76,17 +80,20 @@ class Replicated:
                 p.grad = g.view_as(p)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole tensors on the main process, nothing on the others; all processes must call it."""
+        """Return whole tensors on the main process, none on the others; all processes must call this."""
         return {n: t.detach() for n, t in held.items()} if self.ctx.main else {}
 
     @torch.no_grad()
     def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-        """Copy each process's share of `whole` into `held`; every process has `whole`."""
+        """Copy this process's shards of `whole` into `held`; all processes pass the same whole tensors."""
         for name, tensor in held.items():
             tensor.copy_(whole[name])
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """Return the optimizer state as JSON and, on the main process, its tensors; all must call it."""
+        """Return the optimizer state: JSON values and, on the main process, whole tensors.
+
+        All processes must call this.
+        """
         moments: dict[str, Tensor] = {}
         return pack_state(optimizer.state_dict(), "optimizer", moments), self.gather(moments)
 
@@ -96,14 +103,14 @@ class Replicated:
 
 
 class FSDP(Replicated):
-    """FSDP2: each process holds a shard of every weight, gradient and moment; running blocks are gathered.
+    """FSDP2: each process holds a shard of every weight, gradient and moment, and gathers a block to run it.
 
-    Frozen weights are sharded too. They may be bfloat16 beside trained float32 weights: only tensors that are
-    reduced must share one dtype, and everything trained is float32.
+    Frozen weights are sharded too. They may be bfloat16 while trained weights are float32: only gradients
+    must have a common dtype to be reduced, and all trained weights are float32.
     """
 
     sharded = True
-    device = torch.device("cpu")  # type: ignore[assignment]  # moved in blocks: may not fit whole
+    device = torch.device("cpu")  # type: ignore[assignment]  # sharded by block: may not fit whole
 
     def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
         """Shard each repeated block as one group, and everything else as another."""
@@ -115,27 +122,27 @@ class FSDP(Replicated):
         mesh = init_device_mesh(self.ctx.device.type, (self.ctx.world,))
         for block in quantize.blocks(denoiser).values():
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        # The root too: else its weights stay gathered after a pass without gradients, and training would
-        # continue with the EMA weights that were swapped in for validation.
+        # Reshard the root too: otherwise its weights stay gathered after a pass without gradients, and training
+        # would continue with the EMA weights that were swapped in for validation.
         self.root = fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
         return super().shard(denoiser)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate whole gradients until the last micro-batch, then reduce them once."""
+        """Accumulate unsharded gradients until the last micro-batch, then reduce them once."""
         self.root.set_requires_gradient_sync(last)
         loss.backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """Step as `Replicated.step`; the norm is over all shards."""
+        """Clip and apply the gradients (see `Replicated.step`); the norm includes all shards."""
         return gather_whole(super().step(optimizer, parameters, clip))
 
     def _average(self, parameters: Sequence[Tensor]) -> None:
-        """Do nothing: the backward pass has reduced the gradients."""
+        """Do nothing: the backward pass has already averaged the gradients."""
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather as `Replicated.gather`, one tensor at a time; whole tensors go to the main process's CPU."""
+        """Gather one tensor at a time into the CPU memory of the main process; see `Replicated.gather`."""
         out = {}
         for name, tensor in held.items():
             value = gather_whole(tensor.detach())
@@ -150,7 +157,7 @@ class FSDP(Replicated):
             tensor.copy_(_share(whole[name], tensor))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Shard moments like their weights; other values, such as step counts, are kept whole."""
+        """Restore the state; moments are sharded like their weights, step counts are not sharded."""
         own = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = [i for group in state["param_groups"] for i in group["params"]]
         shares = {
@@ -165,10 +172,11 @@ class FSDP(Replicated):
 
 
 class Zero(Replicated):
-    """DeepSpeed: gradients and moments are sharded (ZeRO-2), or the weights too (ZeRO-3).
+    """DeepSpeed: gradients and moments are sharded (ZeRO-2), with ZeRO-3 also the weights.
 
-    Its optimizer keeps flat copies of the trained weights, which `scatter` must refresh. Gradients are
-    reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its dtype.
+    DeepSpeed's optimizer keeps flat copies of the trained weights, which `scatter` must refresh. Gradients
+    are reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its
+    dtype.
     """
 
     def __init__(self, ctx: Context, config: recipe.Config) -> None:
@@ -184,7 +192,7 @@ class Zero(Replicated):
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Wrap the network as in `Replicated.own`; ZeRO-3 shards frozen weights too."""
+        """Wrap the network (see `Replicated.own`); ZeRO-3 shards frozen weights too."""
         self.groups = optimizer.state_dict()["param_groups"]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.shapes = {n: p.shape for n, p in denoiser.named_parameters()}
@@ -208,25 +216,25 @@ class Zero(Replicated):
         return self.engine, {n: p.ds_tensor for n, p in parameters.items()}  # type: ignore[attr-defined]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients as in `Replicated.backward`."""
+        """Accumulate the gradients of a micro-batch; see `Replicated.backward`."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """Step as `Replicated.step`."""
+        """Clip and apply the gradients; see `Replicated.step`."""
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.ctx.device)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather as `Replicated.gather`."""
-        if self.stage == 2:  # weights are slices of one tensor; safetensors needs separate ones
+        """Gather whole tensors; see `Replicated.gather`."""
+        if self.stage == 2:  # weights are views of one tensor; safetensors needs separate tensors
             return {n: t.clone() for n, t in super().gather(held).items()}
         out = {}
         for name, tensor in held.items():
             value = getattr(tensor, "ds_tensor", tensor).detach()
-            if name in self.shapes:  # buffers are whole
+            if name in self.shapes:  # buffers are not sharded
                 parts = value.new_empty(self.ctx.world * value.numel())
                 dist.all_gather_into_tensor(parts, value.flatten())
                 value = parts[: self.shapes[name].numel()].view(self.shapes[name])
@@ -248,7 +256,11 @@ class Zero(Replicated):
         self.engine.optimizer.refresh_fp32_params()
 
     def _share(self, parameter: Tensor) -> tuple[Tensor, int, int, int] | None:
-        """Locate this process's part of a weight: flat tensor, offset in it, length, offset in the weight."""
+        """Locate this process's shard of a weight; None if this process holds no part of the weight.
+
+        Returns:
+            Flat tensor, offset in the flat tensor, length, offset in the weight.
+        """
         zero: Any = self.engine.optimizer
         if self.stage == 3:
             group, at, n = zero.grad_position[zero.get_param_id(parameter)]
@@ -261,7 +273,7 @@ class Zero(Replicated):
         return flat, here.start, here.numel, there.start
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """Return the state as `Replicated.optimizer_state`, in the form of AdamW without DeepSpeed."""
+        """Return the state in the format of AdamW without DeepSpeed; see `Replicated.optimizer_state`."""
         state: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(self.trained):
             shape = getattr(p, "ds_shape", p.shape)
@@ -287,7 +299,7 @@ class Zero(Replicated):
 
     @torch.no_grad()
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Restore the state as `Replicated.load_optimizer`."""
+        """Restore the state; see `Replicated.load_optimizer`."""
         for i, p in enumerate(self.trained):
             share = self._share(p)
             if share is None or i not in state["state"]:
@@ -307,14 +319,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather_whole(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor as a plain one; all processes must call it together."""
+    """Return a sharded tensor as a plain tensor; all processes must call this together."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _share(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shard a whole tensor like another one, without communication."""
+    """Shard a whole tensor in the same way as `like`, without communication."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -324,7 +336,7 @@ def _share(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Tensor]]:
-    """Group adjacent tensors up to `most` elements in total, so that reducing needs little extra memory."""
+    """Yield groups of adjacent tensors of up to `most` elements, to limit the memory of the reduction."""
     part: list[Tensor] = []
     for p in parameters:
         if part and sum(q.numel() for q in part) + p.numel() > most:
@@ -336,7 +348,7 @@ def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator
 
 
 def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
-    """Return messages about settings that sharding does not support; empty if all are supported."""
+    """Return messages about settings that `runtime.parallel` does not support; empty if there are none."""
     mode, out = config.runtime.parallel, []
     if mode == "ddp":
         return out
@@ -361,7 +373,7 @@ def strategy(config: recipe.Config, ctx: Context) -> Replicated:
     """Return the parallel strategy of a recipe.
 
     Raises:
-        ValueError: with everything that it does not support.
+        ValueError: listing all settings of the recipe that the strategy does not support.
     """
     wrong = problems(config, ctx.world, ctx.precision)
     if wrong:

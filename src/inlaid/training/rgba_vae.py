@@ -1,4 +1,4 @@
-"""Training of an RGBA VAE: selection, files and loss of its weights."""
+"""Training of an RGBA VAE: trainable weights, loss and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from inlaid.networks.rgba_vae_metrics import COLUMNS
 
 @dataclass(frozen=True)
 class TrainedRgbaVae:
-    """Merge block, and decoders unless frozen, of an RGBA VAE (see `inlaid.training.trained.Trained`)."""
+    """Trained weights of an RGBA VAE: the merge block and, unless frozen, both decoders.
+
+    Implements `inlaid.training.trained.Trained`.
+    """
 
     config: recipe.Config
     section: recipe.RgbaVae
@@ -37,7 +40,7 @@ class TrainedRgbaVae:
         return [n for n, _ in network.named_parameters() if n.startswith(trained)]
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
-        """Initialize the weights, unless loaded from `init_from`, and make the selected weights trainable."""
+        """Make the selected weights trainable; without `init_from`, initialize all new weights first."""
         vae: Any = network
         if self.section.init_from is None:
             rgba_vae_checkpoint.initialize(vae, seed, self.section.init)
@@ -55,7 +58,7 @@ class TrainedRgbaVae:
     def save(
         self, network: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, metadata: Mapping[str, str]
     ) -> None:
-        """Write the folder of the RGBA VAE; `metadata` becomes part of its `config.json`."""
+        """Write the RGBA VAE folder; its `config.json` includes `metadata`."""
         vae: Any = network
         section = self.section
         about = {"loss": section.loss, **{n.removeprefix("inlaid_"): v for n, v in metadata.items()}}
@@ -107,13 +110,13 @@ class TrainedRgbaVae:
 
 
 def _backgrounds(section: recipe.RgbaVae) -> Sequence[Sequence[float]]:
-    """Return the background colors of encoded clips, in [-1, 1]."""
+    """Return the background colors, in [-1, 1], over which clips are encoded."""
     return [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
 
 
 @dataclass(frozen=True)
 class RgbaVaeStep:
-    """Loss of an RGBA VAE: the terms of `RgbaLoss` over background colors sampled for each micro-batch."""
+    """Training step of an RGBA VAE: `RgbaLoss` over background colors sampled for each micro-batch."""
 
     loss: RgbaLoss
     anchor: float = 0.0
@@ -136,7 +139,7 @@ class RgbaVaeStep:
         """Create the step of a recipe; `quiet` suppresses the note about disabled loss terms.
 
         Raises:
-            ValueError: when the perceptual network cannot be loaded.
+            ValueError: if its file cannot be loaded.
         """
         from inlaid.alpha.rgba_vae import perceptual_file
 
@@ -154,7 +157,7 @@ class RgbaVaeStep:
         return cls(loss, *weights, _backgrounds(section), precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch, see `Step`; terms are batch means, equal for all samples."""
+        """Return the losses of a micro-batch (see `Step`); each is the batch mean, repeated per sample."""
         if isinstance(self.loss.perceptual, nn.Module):
             self.loss.perceptual.to(batch.latents.device)
         vae: Any = denoiser
@@ -176,7 +179,7 @@ class RgbaVaeStep:
 
     @torch.no_grad()
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return sums of `rgba_vae_metrics.tally` over the reconstructed clips of each batch."""
+        """Return one row per batch: the sum of `rgba_vae_metrics.tally` over its reconstructed clips."""
         rows = [torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)] * (not batches)
         for batch in batches:
             true = batch.latents.to(device)
@@ -187,7 +190,7 @@ class RgbaVaeStep:
         return torch.stack(rows)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return `rgba_vae_metrics.report` and the validation loss.
+        """Return the metrics of `rgba_vae_metrics.report`, and `validation_loss`.
 
         The validation loss is the mean of the balanced alpha error and the color error.
         """
@@ -200,7 +203,7 @@ class RgbaVaeStep:
 def reconstruct(
     vae: Any, clips: Tensor, eps: float, *names: str, colors: Sequence[Sequence[float]] = COLORS
 ) -> Tensor:
-    """Encode and decode uint8 (b, 4, t, h, w); the background color is a function of `names`."""
+    """Encode and decode RGBA clips, uint8 (b, 4, t, h, w); `names` determine the background color."""
     rgb, alpha = rgba_vae_checkpoint.to_video(clips)
     color = torch.tensor(colors[stable_hash("color", *names) % len(colors)])
     return rgba_vae_checkpoint.to_pixels(

@@ -1,6 +1,6 @@
-"""Training steps: one micro-batch to losses, and the validation loss.
+"""Training steps: the losses of a micro-batch, and the validation loss.
 
-All randomness of a micro-batch (noise, time, colors) is a function of its generator.
+All random values of a micro-batch (noise, timesteps, background colors) come from the generator of the step.
 """
 
 from __future__ import annotations
@@ -22,21 +22,29 @@ QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class Step(Protocol):
-    """Callable that returns the losses of one micro-batch; `loss` is required.
+    """Training step: a callable that returns the losses of one micro-batch.
 
-    `losses` and every `loss_NAME` have one value per sample; their means are reported.
+    The result contains `loss`, the scalar to minimize. `losses` and any `loss_NAME` contain one value per
+    sample; their means are reported.
     """
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses; randomness comes from `generator` on the CPU, the same for every device."""
+        """Return the losses; `generator` is on the CPU: random values are the same on every device."""
         ...
 
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return one row of numbers per batch, the same in every call with the same network."""
+        """Return one row of metrics per batch, the same in every call with the same network."""
         ...
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return the mean row of all validation batches as named numbers, including the validation loss."""
+        """Return the mean of the rows of all validation batches as a mapping from metric name to value.
+
+        Args:
+            rows: mean over batches of the rows from `validation`.
+
+        Returns:
+            Metrics by name, including `validation_loss`.
+        """
         ...
 
 
@@ -45,8 +53,8 @@ class DenoisingStep:
     """Denoising loss: mean of w(t) (prediction - target)^2 in float32.
 
     For samples with prior preservation (Ruiz et al. 2023, section 3.2) the target is the prediction of the
-    network without its adapter, as in learning without forgetting (Li & Hoiem 2016). This target contains no
-    noise.
+    network without its adapter, as in learning without forgetting (Li & Hoiem 2016). Unlike the usual target,
+    this prediction is a function of x_t and t alone, without the variance of the sampled noise.
     """
 
     family: Family
@@ -55,7 +63,7 @@ class DenoisingStep:
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
     untuned: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
-    """Context that disables the trained weights; needed for batches with prior preservation."""
+    """Function that returns a context without the adapter; required for batches with prior preservation."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the losses of a micro-batch; see `Step`."""
@@ -70,13 +78,13 @@ class DenoisingStep:
         return {"loss": found["losses"].mean(), **{k: v.detach() for k, v in found.items()}, "t": t}
 
     def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
-        """Return the loss of each sample at given times (n,) and noise."""
+        """Return the loss (n,) of each sample at noise levels t (n,) in [0, 1] with the given noise."""
         return mean_squared_error(*self._predict(denoiser, batch, t, noise))
 
     def _predict(
         self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return prediction, target and weight of each sample."""
+        """Return the prediction, target and loss weight of each sample."""
         x0 = batch.latents.float()
         x_t = self.objective.corrupt(x0, noise, t)
         with self.precision:
@@ -90,7 +98,7 @@ class DenoisingStep:
 
     @torch.no_grad()
     def _untuned(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor | None:
-        """Return the base model's prediction for samples with prior preservation; None if there are none."""
+        """Return the base model's prediction for samples with prior preservation, or None if there are none."""
         if batch.prior_preservation is None:
             return None
         assert self.untuned is not None
@@ -103,7 +111,7 @@ class DenoisingStep:
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
         """Return the loss of each batch at each of `QUANTILES` with fixed noise: shape (batches, quantiles).
 
-        Noise levels and noise are the same in every call, so two calls differ only by the network.
+        Noise levels and noise are the same in every call, so results differ only if the network differs.
         """
         times = self.objective.quantile(torch.tensor(QUANTILES))
         was_training = denoiser.training
@@ -123,7 +131,7 @@ class DenoisingStep:
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return the mean over noise levels, and the loss at each level."""
+        """Return `validation_loss`, the mean over noise levels, and the loss at each level by name."""
         losses = rows.tolist()
         values = {f"validation_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
         return {"validation_loss": sum(losses) / len(losses), **values}

@@ -1,4 +1,4 @@
-"""What a run trains: an adapter or all weights of a denoiser, or an RGBA VAE."""
+"""Trained weights of a run: an adapter or weights of a denoiser, or an RGBA VAE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from inlaid.training.steps import DenoisingStep, Step
 class Trained(Protocol):
     """The trained weights of a run: their selection, loss and files.
 
-    Every `network` is the network of the family.
+    In all methods, `network` is the family's denoiser, or the RGBA VAE.
     """
 
     @property
@@ -33,12 +33,12 @@ class Trained(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in progress messages."""
+        """Name of the trained weights in progress messages."""
         ...
 
     @property
     def autocast(self) -> bool:
-        """Load the whole network in float32 and compute under autocast.
+        """True if the whole network is loaded in float32 and computes under autocast.
 
         If False, the network is loaded in the precision of the run.
         """
@@ -47,7 +47,7 @@ class Trained(Protocol):
     def select(self, network: nn.Module) -> list[str]:
         """Return the names of the layers that get an adapter, or of the trainable parameters.
 
-        Also works on a network on the meta device.
+        `network` may be on the meta device.
 
         Raises:
             ValueError: if a target of the recipe matches nothing.
@@ -55,11 +55,13 @@ class Trained(Protocol):
         ...
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
-        """Freeze the network, in place, and return its trainable parameters in float32, by name.
+        """Add adapters or unfreeze the selected weights, and return the trainable parameters by name.
+
+        The network changes in place. Its other parameters are frozen; trainable parameters are float32.
 
         Args:
             network: network without adapters.
-            seed: seed of new weights.
+            seed: random seed of new weights.
 
         Raises:
             ValueError: if a target of the recipe matches nothing.
@@ -77,9 +79,9 @@ class Trained(Protocol):
 
         Args:
             network: network that `attach` changed; only its configuration is read.
-            weights: tensors from the method `weights`, unsharded.
+            weights: whole (unsharded) tensors, as returned by the method `weights`.
             folder: output folder.
-            metadata: header entries of the files.
+            metadata: values to store in the files.
         """
         ...
 
@@ -93,7 +95,7 @@ class Trained(Protocol):
 
 
 def trained_by(config: recipe.Config, family: Family) -> Trained:
-    """Return what a recipe trains; `family` is the recipe's family."""
+    """Return the trained weights that a recipe selects; `family` is its family."""
     if config.rgba_vae is not None:
         return TrainedRgbaVae(config, config.rgba_vae, family.name)
     return TrainedDenoiser(config, family)
@@ -101,7 +103,7 @@ def trained_by(config: recipe.Config, family: Family) -> Trained:
 
 @dataclass(frozen=True)
 class TrainedDenoiser:
-    """Adapter or all weights of a denoiser, as the `tuner` section selects."""
+    """Adapter or weights of a denoiser, as selected by the `tuner` section."""
 
     config: recipe.Config
     family: Family
@@ -122,13 +124,13 @@ class TrainedDenoiser:
         return tuners.select(self.config.tuner, self.family.targets, network)
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
-        """Make the selected weights or new adapters trainable, in float32."""
+        """Add adapters or unfreeze the selected weights; see `Trained.attach`."""
         tuners.attach(self.config.tuner, self.family.targets, network, seed=seed)
         self.family.attached(network)
         return {n: p for n, p in network.named_parameters() if p.requires_grad}
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors of the adapter, or all tensors after full fine-tuning."""
+        """Return the tensors of the adapter, or of the whole network after full fine-tuning."""
         return tuners.weights(self.config.tuner, network)
 
     def save(
