@@ -1,7 +1,7 @@
-"""Training objectives: noise schedule, prediction target and sampling of noise levels, for any family.
+"""Training objectives of all families: noise schedule, prediction target and sampling of noise levels.
 
-Convention of the whole package: time t is in [0, 1], with 0 = data and 1 = noise; a flow prediction is
-noise - data.
+Conventions of the whole package: the noise level or time t is in [0, 1], with 0 = data and 1 = noise; a flow
+prediction is noise - data.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from inlaid import config as recipe
 
 
 class Objective(Protocol):
-    """Interface of a training objective: pure float32 functions; `t` is (n,), data and noise (n, ...)."""
+    """Interface of a training objective; all methods are pure functions in float32.
+
+    Times `t` are (n,); data `x0` and `noise` are (n, ...).
+    """
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
         """Sample n noise levels in [0, 1]."""
         ...
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the noise levels at quantiles q in [0, 1] of their distribution, for the validation loss."""
+        """Return the noise levels at quantiles q in [0, 1] of the distribution that `sample_time` samples.
+
+        The validation loss uses fixed quantiles instead of random samples.
+        """
         ...
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -35,12 +41,15 @@ class Objective(Protocol):
         ...
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return the weight of the squared error, shape (n,)."""
+        """Return the loss weight of each sample, (n,)."""
         ...
 
 
 def shift(u: Tensor, s: float) -> Tensor:
-    """Shift noise levels toward noise for s > 1: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23)."""
+    """Apply the timestep shift s to levels u: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
+
+    A shift s > 1 moves levels toward noise.
+    """
     return s * u / (1 + (s - 1) * u)
 
 
@@ -54,16 +63,16 @@ def _expand(t: Tensor, like: Tensor) -> Tensor:
 
 
 TABLE = 1000
-"""Entries of the discrete schedule of the `diffsynth` preset."""
+"""Number of entries in the discrete schedule of the `diffsynth` preset."""
 
 
 @dataclass(frozen=True)
 class FlowMatching:
     """Rectified flow: x_t = (1 - t) x0 + t noise, target noise - x0 (Liu et al. 2022, Lipman et al. 2022).
 
-    u is sampled and then shifted: logit-normal (preset `logit_normal`), uniform (`uniform`), or uniform over
-    a table of 1000 entries with a bell-shaped loss weight (`diffsynth`). Samples are from the distribution
-    truncated to `interval`.
+    A level u is sampled, then shifted by `s`. The distribution of u is logit-normal with `mean` and `std`
+    (preset `logit_normal`), uniform (`uniform`), or uniform over a table of 1000 entries, with a bell-shaped
+    loss weight (`diffsynth`). The distribution of shifted levels is truncated to `interval`.
     """
 
     preset: str = "logit_normal"
@@ -74,7 +83,10 @@ class FlowMatching:
 
     @classmethod
     def from_config(cls, section: recipe.Objective, *, family_shift: float) -> FlowMatching:
-        """Create from a recipe section; `family_shift` applies if neither recipe nor preset sets a shift."""
+        """Create the objective of a recipe section.
+
+        The shift is that of the recipe, or else of the preset, or else `family_shift`.
+        """
         preset_shift = {"diffsynth": 5.0, "uniform": 1.0}.get(section.preset, family_shift)
         s = section.shift if section.shift is not None else preset_shift
         return cls(section.preset, s, section.mean, section.std, section.interval)
@@ -84,7 +96,7 @@ class FlowMatching:
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the inverse cumulative distribution of the noise level, float32."""
+        """Return the noise levels at quantiles q of their truncated distribution, float32."""
         q = q.double()
         if self.preset == "diffsynth":
             table = self._table()
@@ -108,7 +120,7 @@ class FlowMatching:
         return noise - x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return 1, or for `diffsynth` exp(-2 (t - 0.5)^2) with minimum 0 and mean 1 over its table."""
+        """Return 1, or for `diffsynth` exp(-2 (t - 0.5)^2), offset and scaled to minimum 0 and mean 1."""
         if self.preset != "diffsynth":
             return torch.ones_like(t)
         table = _bell(self._table())
@@ -122,22 +134,22 @@ class FlowMatching:
 class VPrediction:
     """v-prediction on a discrete variance-preserving schedule (Salimans & Ho 2022, appendix D).
 
-    x_t = sqrt(abar) x0 + sqrt(1 - abar) noise, target sqrt(abar) noise - sqrt(1 - abar) x0. Entry i of n is
-    time t = (i + 1) / n, so t = 1 is the noisiest. The loss is the unweighted squared error of v, in float32.
-    It equals the squared error of x0 weighted by 1 / (1 - abar), which is very inaccurate in bfloat16 at
-    small t.
+    x_t is sqrt(abar) x0 + sqrt(1 - abar) noise, the target is v = sqrt(abar) noise - sqrt(1 - abar) x0.
+    Schedule entry i of n has time t = (i + 1) / n, so t = 1 is the noisiest. The loss is the unweighted
+    squared error of v in float32. It equals the squared error of x0 weighted by 1 / (1 - abar), but that form
+    is very inaccurate in bfloat16 at small t.
     """
 
     alphas_cumprod: tuple[float, ...]
-    """abar of each entry, decreasing."""
+    """abar of each schedule entry, in decreasing order."""
     interval: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def from_config(cls, section: recipe.Objective, alphas_cumprod: Tensor) -> VPrediction:
-        """Create from a recipe section.
+        """Create the objective of a recipe section.
 
         Raises:
-            ValueError: the section sets an option of flow matching.
+            ValueError: if the section sets an option of flow matching.
         """
         plain = recipe.Objective(interval=section.interval)
         wrong = [k for k, v in section if v != getattr(plain, k) and (k, v) != ("preset", "uniform")]
@@ -149,15 +161,15 @@ class VPrediction:
         return cls(tuple(alphas_cumprod.tolist()), section.interval)
 
     def index(self, t: Tensor) -> Tensor:
-        """Return the schedule entry at time t, int64: the network's timestep."""
+        """Return the index of the schedule entry at time t, int64, which is the network's timestep."""
         return (t * len(self.alphas_cumprod)).round().long() - 1
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
-        """Sample n entries inside `interval` uniformly, as times, float32."""
+        """Sample n times uniformly from the schedule entries inside `interval`, float32."""
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the entries at quantiles of `interval`, as times, float32."""
+        """Return the times at quantiles q of the schedule entries inside `interval`, float32."""
         n = len(self.alphas_cumprod)
         low, high = (round(edge * n) for edge in self.interval)
         chosen = low + (q.double() * (high - low)).long().clamp(max=max(high - low, 1) - 1)

@@ -1,1 +1,1 @@
-"""Transparency: how a family carries alpha (opaque, joint, merged)."""
+"""Alpha support of the model families: opaque, joint and merged."""

@@ -1,7 +1,7 @@
-"""A family composed with a way to carry alpha: an object that holds the opaque family.
+"""Base class that adds alpha to a family by composition.
 
-A composed family defines what alpha changes and forwards everything else to the family it holds, so that the
-rest of the package uses the contract of a family only.
+The composed family holds the opaque family, defines what alpha changes, and forwards everything else. The
+rest of the package uses only the interface of `Family`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ else:
 
 
 class Composed(_Contract):
-    """Forward every attribute and method that a subclass does not define to `opaque`.
+    """Base class of families with alpha; attributes that a subclass does not define are those of `opaque`.
 
-    The opaque family calls its own methods, never those of the subclass: where a method builds on another one
-    that alpha changes, the subclass defines both.
+    The opaque family calls its own methods, never those of the subclass. If a method of the opaque family
+    calls a method that the subclass replaces, the subclass must replace both.
     """
 
     channels: int = 4
@@ -29,12 +29,12 @@ class Composed(_Contract):
         self.opaque = opaque
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the opaque family; only called for names that are not found here."""
+        """Return an attribute of the opaque family; Python calls this only for names not found here."""
         if name == "opaque":  # while an instance is copied, before it has any attribute
             raise AttributeError(name)
         return getattr(self.opaque, name)
 
     @property
     def single(self) -> Family:
-        """The composed family itself; `Joint` returns the opaque family of one clip."""
+        """Family that processes a single clip: this family, or in `Joint` the opaque family."""
         return self

@@ -1,12 +1,13 @@
-"""Joint transparency: color and alpha are two clips in one token sequence (arXiv 2501.03006).
+"""Joint alpha: color and alpha are two clips in one token sequence (arXiv 2501.03006).
 
-The unchanged VAE encodes alpha as a gray video, and alpha follows color along the latent frame axis with the
-same positions. An adapter changes the alpha tokens only; an optional domain embedding, initially zero, is
-added to them. If text shares the sequence, text does not attend to alpha (`models.attention`).
+The unchanged VAE encodes alpha as a gray video. The latent frames of alpha follow those of color and have the
+same positions. The adapter applies to the alpha tokens only; an optional domain embedding, initialized to
+zero, is added to the alpha tokens. If text and video share the sequence, `text_to_alpha` restricts the
+attention of text to alpha (`networks.joint_attention`).
 
-An untrained network generates alpha as a second copy of the color clip; with the same noise in both halves
-the copies are bit-identical. An update of some tokens only is no change of weights, so such an adapter cannot
-be merged, and a program without support for it applies it to all tokens.
+Before training, the generated alpha clip looks like the color clip; with the same noise for both, the two are
+bit-identical. Because the adapter applies to some tokens only, it cannot be merged into the weights. A
+program without support for joint alpha applies it to all tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from inlaid.networks.half_tokens import HalfTokens, half_tokens_class
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 ALPHA = "alpha_"
-"""Prefix of the names of alpha's tensors in a cached item."""
+"""Prefix of the names of the alpha clip's tensors in a cached item."""
 
 
 class Joint(Composed):
@@ -58,7 +59,7 @@ class Joint(Composed):
         self.media_key = ("joint",)
 
     def about(self) -> dict[str, str]:
-        """Return the metadata of trained files, with the settings needed to apply the adapter."""
+        """Return the header metadata, including the settings needed to apply the adapter (`Family.about`)."""
         said = {
             "alpha": "joint",
             "alpha_tokens": TOKENS,
@@ -69,13 +70,14 @@ class Joint(Composed):
 
     @property
     def single(self) -> Family:
-        """Opaque family, for a single clip."""
+        """Opaque family, which processes a single clip."""
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the layout of precomputed latents.
+        """Return the layout of the precomputed latents in a folder, or None if the family reads none.
 
-        Color and alpha are in two folders if a folder for alpha exists; otherwise in one file, color first.
+        If a folder for alpha exists, color and alpha are in two folders; otherwise they are in one file,
+        color first.
         """
         one = self.single.precomputed
         if one is None:
@@ -88,7 +90,7 @@ class Joint(Composed):
         return pair if (folder / pair.media[1]).parent.is_dir() else one
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check that an adapter was trained with joint transparency (`Family.accept`)."""
+        """Check that an adapter was trained with joint alpha (`Family.accept`)."""
         said = header.get("inlaid_alpha", "opaque")
         if said != "joint":
             raise ValueError(
@@ -97,7 +99,7 @@ class Joint(Composed):
             )
 
     def warnings(self) -> list[str]:
-        """Return the warning for the model card."""
+        """Return the paragraph about joint alpha for the model card (`Family.warnings`)."""
         what = (
             "This adapter generates **transparent videos**: color and alpha are two clips in one token "
             "sequence, with the same positions, and the adapter applies to the alpha tokens only, as inlaid "
@@ -107,7 +109,7 @@ class Joint(Composed):
         return [what]
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems, including tuner kinds and targets that do not support alpha tokens only."""
+        """Return problems with a recipe, including tuners and targets that cannot be limited to alpha."""
         found, tuner = self.opaque.problems(config), config.tuner
         if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):
             only = f"tuner.kind: `joint` trains the alpha tokens only, which {tuner.kind} does not support"
@@ -121,7 +123,7 @@ class Joint(Composed):
             try:
                 hit = [n for n in names if re.fullmatch(target, n)]
             except re.error:
-                continue  # the tuner reports it
+                continue  # the tuner reports invalid patterns
             wrong = [n for n in hit if not self._sees_video(n)]
             if wrong:
                 found.append(
@@ -134,25 +136,25 @@ class Joint(Composed):
         return any(re.fullmatch(p, layer) for p in self.video_layers)
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents`, (c, 2 t, h, w): color, then alpha."""
+        """Return the shape of `latents`, (c, 2 * t, h, w): frames of color, then frames of alpha."""
         c, t, h, w = self.single.shapes(frames, height, width)["latents"]
         return {"latents": (c, 2 * t, h, w)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the cached tensors, for color and again for alpha."""
+        """Return the shapes of the cached tensors of color and, with the prefix `ALPHA`, of alpha."""
         return _both(*[self.single.stored(frames, height, width)] * 2)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of tokens, with twice the video tokens of a single clip."""
+        """Return the sequence length: text tokens in the sequence, and twice the tokens of a single clip."""
         return 2 * self.single.tokens(frames, height, width) - self.text_before
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, 4), straight alpha, as color and as a gray alpha video."""
+        """Encode straight RGBA uint8 (t, h, w, 4): color as a video, alpha as a gray video."""
         clips = frames[..., :3], np.repeat(frames[..., 3:], 3, -1)
         return _both(*(self.single.encode_media(encoder, clip) for clip in clips))
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Sample the latents of color, then of alpha, from their cached posteriors."""
+        """Return `latents` (c, 2 * t, h, w): the training samples of color and alpha, concatenated."""
         alpha = {k.removeprefix(ALPHA): v for k, v in item.items() if k.startswith(ALPHA)}
         clips = {k: item[k] for k in alpha}, alpha
         return {
@@ -160,7 +162,7 @@ class Joint(Composed):
         }
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
-        """Split latents into color and alpha."""
+        """Split latents (n, c, 2 * t, h, w) into `rgb` and `alpha`, whose losses are reported separately."""
         return dict(zip(("rgb", "alpha"), latents.chunk(2, 2), strict=True))
 
     # --- the network --------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class Joint(Composed):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the network, prepared for two clips."""
+        """Load the denoiser and modify it for two clips in one sequence."""
         return self._join(self.opaque.load_denoiser(dtype, meta=meta, folder=folder))
 
     def _join(self, network: Any) -> nn.Module:
@@ -209,7 +211,7 @@ class Joint(Composed):
     # --- sampling -----------------------------------------------------------------------------------------
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline, with all its networks prepared for two clips.
+        """Return the stock pipeline, with all its denoisers modified for two clips in one sequence.
 
         The VAE decodes the two clips separately.
         """
@@ -255,8 +257,8 @@ class Joint(Composed):
         """Load an adapter, restrict it to the alpha tokens, and load its domain embedding.
 
         Raises:
-            ValueError: if it was not trained with joint transparency, or its domain embedding is missing or
-                not expected.
+            ValueError: if the adapter was not trained with joint alpha, its domain embedding is missing, or
+                it has one although `alpha.domain_embedding` is false.
         """
         with safe_open(folder / WEIGHTS, "pt") as file:
             header = file.metadata() or {}

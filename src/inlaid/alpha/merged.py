@@ -1,8 +1,8 @@
 """Merged alpha (Wan-Alpha, Dong et al. 2025): color and alpha in one latent of an RGBA VAE.
 
-Network, objective and sampling are those of the opaque family; only the latents differ. Latents of two RGBA
-VAEs are incompatible, so the `rgba_vae_id` is part of the cache key and of the header of adapters, and both
-are checked.
+The network, the objective and the sampling are those of the opaque family; only the latents differ. Latents
+of different RGBA VAEs are incompatible, so the `rgba_vae_id` is part of the cache key, and adapters store it
+in their header, where `accept` checks it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 HEADER = "inlaid_rgba_vae"
-"""Header key of the RGBA VAE's `rgba_vae_id` in an adapter."""
+"""Key of the `rgba_vae_id` in the header of an adapter."""
 
 
 class Merged(Composed):
@@ -52,7 +52,7 @@ class Merged(Composed):
         return str(self.facts["rgba_vae_id"])
 
     def about(self) -> dict[str, str]:
-        """Return the metadata of trained files (`Family.about`), including the ID of the RGBA VAE."""
+        """Return the header metadata, including the ID of the RGBA VAE (`Family.about`)."""
         return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.rgba_vae_id}
 
     # --- before the cache ---------------------------------------------------------------------------------
@@ -60,13 +60,17 @@ class Merged(Composed):
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of `latents`, (colors, z, t, h, w).
 
-        The clip is encoded over several background colors, one of which is sampled at each step.
+        The clip is encoded over several background colors; each training sample uses one of the encodings.
         """
         shape = self.shapes(frames, height, width)["latents"]
         return {"latents": (min(self.section.colors, len(self.facts.get("colors", range(8)))), *shape)}
 
     def load_media_encoder(self, device: torch.device) -> RgbaVae:
-        """Load the RGBA VAE on the checkpoint's VAE, in float32."""
+        """Load the RGBA VAE in float32, with the checkpoint's VAE as its base.
+
+        Raises:
+            ValueError: if the RGBA VAE has no merge block, so that it cannot encode.
+        """
         import torch
 
         from inlaid.networks import rgba_vae_checkpoint
@@ -80,10 +84,13 @@ class Merged(Composed):
         return rgba_vae_checkpoint.load(self.vae_folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, 4), straight alpha, as `latents` (colors, z, t', h', w').
+        """Encode straight RGBA uint8 (t, h, w, 4) as `latents` (colors, z, t', h', w').
 
-        Latents are normalized per channel, (z - mean) / std. The background colors are a subset of the RGBA
-        VAE's colors that depends on the content of the clip.
+        Latents are normalized per channel, (z - mean) / std. The background colors are chosen from the RGBA
+        VAE's colors by a hash of the clip, so the result is reproducible.
+
+        Raises:
+            ValueError: if the clip has no alpha channel.
         """
         import numpy as np
         import torch
@@ -114,14 +121,14 @@ class Merged(Composed):
     # --- after the cache ----------------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Sample one of the cached latents."""
+        """Return one of the cached encodings, chosen at random: `latents` (z, t, h, w)."""
         import torch
 
         which = int(torch.randint(len(item["latents"]), (), generator=generator))
         return {**item, "latents": item["latents"][which]}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline, with the RGBA VAE as its attribute `rgba_vae`."""
+        """Return the stock pipeline, with the RGBA VAE in its attribute `rgba_vae`."""
         from inlaid.networks import rgba_vae_checkpoint
 
         pipe = self.opaque.pipeline(denoiser=denoiser, device=device, dtype=dtype)
@@ -179,7 +186,7 @@ class Merged(Composed):
 
 
 def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of a Wan VAE's latents, (z, 1, 1, 1) each."""
+    """Return the mean and standard deviation of each latent channel of a Wan VAE, both (z, 1, 1, 1)."""
     import torch
 
     mean, std = (

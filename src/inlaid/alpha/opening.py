@@ -1,4 +1,4 @@
-"""Open the model family of a recipe, with its alpha."""
+"""Create the model family of a recipe, with the alpha support that the recipe configures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from inlaid.families import Family
 
 
 def open_family(config: recipe.Config) -> families.Family:
-    """Return the family of a recipe, after checking that it supports everything in the recipe.
+    """Create the family of a recipe, check that it supports all settings, and print its notes.
 
     Raises:
-        ValueError: with everything that it does not support.
+        ValueError: if settings are not supported; the message lists all of these settings.
     """
     family = build_family(config)
     wrong = family.problems(config)
@@ -36,14 +36,15 @@ COMPOSED: Mapping[type[recipe.Section], Callable[[Family, Any], Family]] = {
     recipe.Merged: Merged,
     recipe.RgbaVae: RgbaVaeFamily,
 }
-"""How a family is composed with alpha, by the class of the recipe's `alpha` or `rgba_vae` section."""
+"""Class that adds alpha to an opaque family, by the class of the recipe's `alpha` or `rgba_vae` section."""
 
 
 def build_family(config: recipe.Config) -> Family:
-    """Create the family of a recipe, composed with its `alpha` or `rgba_vae` section.
+    """Create the family of a recipe, with alpha support as set in its `alpha` or `rgba_vae` section.
 
     Raises:
-        ValueError: if the checkpoint is not of the family, or the family does not support the transparency.
+        ValueError: if the checkpoint does not belong to the family, or the family does not support this kind
+            of alpha.
     """
     opaque = families.get(config.model.family)(config.model)
     section = config.alpha if config.rgba_vae is None else config.rgba_vae

@@ -1,8 +1,8 @@
-"""The items and the network of a run that trains an RGBA VAE, and the folders of trained RGBA VAEs.
+"""Family of runs that train an RGBA VAE, and lookup of the folders of RGBA VAEs.
 
-An item is a clip as straight RGBA uint8, so no video is decoded after the cache is built. The frozen encoder
-runs in the training step, because each step samples a new background color for each clip. There is no
-text and no noise level.
+A cached item is a clip in straight RGBA uint8, so no video file is decoded during training. The frozen
+encoder runs in the training step, because each step samples new background colors. Text and timesteps are not
+used.
 """
 
 from __future__ import annotations
@@ -38,22 +38,26 @@ class RgbaVaeFamily(Composed):
         self.images = ()
 
     def about(self) -> dict[str, str]:
-        """Return the metadata of trained files (`Family.about`)."""
+        """Return the header metadata, which names the base checkpoint (`Family.about`)."""
         return {"inlaid_base": self.name}
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents`, which are the pixels: (4, t, h, w)."""
+        """Return the shape of `latents`, which are RGBA pixels: (4, t, h, w)."""
         return {"latents": (4, frames, height, width)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes in the cache: the pixels."""
+        """Return the shape of the cached RGBA pixels, the same as `shapes`."""
         return self.shapes(frames, height, width)
 
     def load_media_encoder(self, device: torch.device) -> None:
         """Return None: pixels are cached without encoding."""
 
     def encode_media(self, encoder: None, frames: np.ndarray) -> dict[str, Tensor]:
-        """Return pixels uint8 (t, h, w, 4) as `latents` uint8 (4, t, h, w)."""
+        """Return RGBA pixels uint8 (t, h, w, 4) as `latents` uint8 (4, t, h, w).
+
+        Raises:
+            ValueError: if the clip has no alpha channel.
+        """
         import numpy as np
         import torch
 
@@ -72,7 +76,7 @@ class RgbaVaeFamily(Composed):
         return [{} for _ in captions]
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return no conditions."""
+        """Return an empty mapping: an RGBA VAE has no conditioning inputs."""
         return {}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> RgbaVae:
@@ -99,7 +103,10 @@ class RgbaVaeFamily(Composed):
         return loaded
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return reconstructed color and alpha (n, 4, t, h, w), about [-1, 1], of pixels of any dtype."""
+        """Return the reconstruction of clips: straight color and alpha (n, 4, t, h, w), not clamped.
+
+        `x_t` are RGBA clips of the same shape in [-1, 1], of any dtype; `t` and `cond` are not used.
+        """
         import torch
 
         vae: Any = denoiser
@@ -108,7 +115,7 @@ class RgbaVaeFamily(Composed):
         return torch.cat([rgb, alpha.mean(1, keepdim=True)], 1)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems of sizes, of the perceptual network's file and of `rgba_vae.init_from`."""
+        """Return problems with sizes, with the perceptual network's file and with `rgba_vae.init_from`."""
         found = [
             f"data: {p}"
             for frames in config.data.frames
@@ -143,10 +150,13 @@ def require_wan_vae(family: Any) -> None:
 
 
 def locate_rgba_vae(where: str) -> Path:
-    """Return the folder of an RGBA VAE: a folder, a run that trained one, or `tiny:wan`, shipped with inlaid.
+    """Return the folder of an RGBA VAE.
+
+    Args:
+        where: the folder itself, a run that trained an RGBA VAE, or `tiny:wan`, which ships with inlaid.
 
     Raises:
-        ValueError: if it does not exist.
+        ValueError: if the folder does not exist.
     """
     from inlaid import tiny
     from inlaid.networks.rgba_vae_checkpoint import FOLDER
@@ -165,10 +175,13 @@ def locate_rgba_vae(where: str) -> Path:
 
 
 def perceptual_file(name: str) -> Path:
-    """Return the file of a perceptual network: a local path, or `OWNER/NAME/FILE` on the Hub.
+    """Return the local path of a perceptual network's weights, after downloading them if needed.
+
+    Args:
+        name: local path, or `OWNER/NAME/FILE` on the Hub.
 
     Raises:
-        ValueError: if it is not found or cannot be downloaded.
+        ValueError: if the file does not exist or cannot be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_file():

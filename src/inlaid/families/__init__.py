@@ -1,4 +1,4 @@
-"""Model families: one file each. A new family needs no change elsewhere."""
+"""Model families, one file each. Adding a family requires no change elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Family", "Grid", "PrecomputedLayout", "get", "names"]
 
 
 def names() -> list[str]:
-    """Names of all families: the modules of this package and the entry points of group `inlaid.families`."""
+    """Return the names of all families: modules of this package and entry points of `inlaid.families`."""
     return family_names()
 
 

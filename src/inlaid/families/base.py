@@ -1,8 +1,8 @@
-"""Contract of a model family: the interface through which the package uses an architecture.
+"""Interface of a model family, through which the rest of the package uses an architecture.
 
-A family converts at its boundary. Everywhere else in the package pixels are uint8 (t, h, w, c), latents are
-normalized and (c, t, h, w) per sample, and time runs from 0 (data) to 1 (noise). Schedulers, scaling factors
-and module names are known only to families.
+A family converts between the conventions of its model and those of the package, in which pixels are uint8
+(t, h, w, c), latents are normalized and (c, t, h, w) per sample, and time runs from 0 (data) to 1 (noise).
+Only families know schedulers, scaling factors and module names.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrecomputedLayout:
-    """File layout of another trainer's precomputed latents, as paths in which `*` is the name of a clip."""
+    """File layout of another trainer's precomputed latents: path patterns in which `*` is the clip's name."""
 
     media: Sequence[str]
-    """Latents of the clip, which identify it, and of its conditioning images."""
+    """Latents of the clip, whose file name is the clip's name, then latents of its conditioning images."""
     text: str
+    """Text embeddings of the clip."""
     caption: str = "*.txt"
-    """Caption of the clip, if the trainer kept it."""
+    """Caption of the clip, if the trainer stored it."""
     video: str = "*"
-    """Source video of the clip, without suffix."""
+    """Source video of the clip, without file extension."""
 
     @property
     def description(self) -> str:
@@ -44,7 +45,10 @@ class PrecomputedLayout:
 
 
 class Family(Checkpoint, ABC):
-    """An architecture and its conventions. The constructor reads configuration files, never weights."""
+    """Base class of model families: an architecture and its conventions.
+
+    The constructor reads configuration files, never weights.
+    """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Recipe values that differ from the defaults of the sections, as a nested mapping."""
@@ -54,10 +58,9 @@ class Family(Checkpoint, ABC):
         "media": ("vae",),
         "text": ("tokenizer", "text_encoder"),
     }
-    """Components of the checkpoint that encode `media` and `text`; they are part of the identity of a cached
-    item."""
+    """Components of the checkpoint that encode `media` and `text`; their files are part of the cache key."""
     original_names: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Module names inside a block or at the root: (name in the original code, name in diffusers)."""
+    """Pairs of module names inside a block or at the root: (name in the original code, name in diffusers)."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published model sizes by hidden width, for messages."""
     text_length: ClassVar[int]
@@ -69,29 +72,30 @@ class Family(Checkpoint, ABC):
     component: str = "transformer"
     """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
-    """Options specific to the family (`model.options` in a recipe) and their values, the default first. An
-    option may change the result of `encode_media` only if `media_key` includes it."""
+    """Options specific to the family (`model.options` in a recipe) and their allowed values, the default
+    first. If an option changes the result of `encode_media`, `media_key` must include it."""
     channels: int = 3
     """Channels of the clips that `encode_media` accepts and `sample` returns: 3 for RGB, 4 for straight
     RGBA."""
     media_key: Sequence[str] = ()
-    """Everything besides the files of the encoder that determines the values of a cached clip."""
+    """Settings that determine the values of a cached clip, in addition to the files of the encoder."""
     bytewise: Sequence[str] = ()
-    """Tensors of a cached clip with one byte per value, such as pixels; the others have two."""
+    """Names of the tensors of a cached clip that have one byte per value, such as pixels; all others have
+    two bytes per value."""
     images: Sequence[str] = ()
-    """Conditioning frames besides the text: none, `first`, or `first` and `last`."""
+    """Conditioning images of a clip, in the order of `sample`: none, `first`, or `first` and `last`."""
     video_layers: ClassVar[Sequence[str]] = ()
-    """Linear layers that all video tokens pass through, as regular expressions over full module names; joint
-    transparency adapts only these. Empty if the family does not support it."""
+    """Linear layers that process all video tokens, as regular expressions over full module names. Joint alpha
+    adapts only these layers. Empty if the family does not support joint alpha."""
     text_before: ClassVar[int] = 0
-    """Number of text tokens that precede the video tokens in these layers."""
+    """Number of text tokens that precede the video tokens in the layers of `video_layers`."""
     joint_attention: ClassVar[Any] = None
-    """Factory of an attention processor for a rule (see `networks.joint_attention.attention`), in families
-    where text and video share a sequence."""
+    """Factory that returns an attention processor for a `networks.joint_attention.Rule`; None if text and
+    video do not share a sequence."""
     grid: Grid
     precomputed: PrecomputedLayout | None = None
-    """Layout of precomputed latents that this family reads: VAE moments, one file for each entry of
-    `stored`."""
+    """Layout of the precomputed latents that this family reads, if any. The files contain VAE moments, one
+    file for each entry of `stored`."""
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
@@ -99,7 +103,7 @@ class Family(Checkpoint, ABC):
 
     @property
     def single(self) -> Family:
-        """Family of a single clip; differs from self only where a sequence holds two clips."""
+        """Family that processes a single clip: self, except with joint alpha (two clips in one sequence)."""
         return self
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
@@ -107,18 +111,18 @@ class Family(Checkpoint, ABC):
         return self.precomputed
 
     def about(self) -> dict[str, str]:
-        """Return the header metadata of a weights file that describes what it was trained on."""
+        """Return the header metadata that records what a weights file was trained on."""
         return {"inlaid_base": self.name, **{f"inlaid_{k}": str(v) for k, v in self.options.items()}}
 
     def warnings(self) -> list[str]:
-        """Return paragraphs for the model card about surprises in using the file."""
+        """Return paragraphs for the model card about limitations in using the trained weights."""
         return []
 
     def accept(self, header: Mapping[str, str]) -> None:
         """Check the header of an adapter against this family.
 
         Raises:
-            ValueError: when the adapter was trained for something else.
+            ValueError: if the adapter requires other settings, such as another kind of alpha.
         """
         kind = header.get("inlaid_alpha")
         if kind and self.channels == 3:
@@ -128,24 +132,26 @@ class Family(Checkpoint, ABC):
 
     @abstractmethod
     def shapes(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a clip's `latents` (c, t, h, w) and of its conditions; see `sample_item`.
+        """Return the shapes of a clip's `latents` (c, t, h, w) and conditioning tensors; see `sample_item`.
+
+        The arguments are the fields of an `Extent`.
 
         Args:
-            length: frames of a video, or objects of a scene; the arguments are the fields of an `Extent`.
+            length: number of frames of a video, or of objects in a scene.
             height: in pixels.
             width: in pixels.
         """
 
     def stored(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a clip's tensors as `encode_media` returns them and the cache stores them."""
+        """Return the shapes of the tensors that `encode_media` returns for a clip and the cache stores."""
         return self.shapes(length, height, width)
 
     @abstractmethod
     def tokens(self, length: int, height: int, width: int, /) -> int:
-        """Return the length of the sequence that the denoiser attends over."""
+        """Return the sequence length of the denoiser's self-attention, in tokens."""
 
     def load_media_encoder(self, device: torch.device) -> Any:
-        """Load the argument of `encode_media` in the precision of encoding: the VAE in float32."""
+        """Load the `encoder` argument of `encode_media`, by default the VAE in float32."""
         import torch
 
         return self.load("vae", torch.float32).to(device).eval().requires_grad_(False)
@@ -156,20 +162,23 @@ class Family(Checkpoint, ABC):
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to one item each: `text` (n, d), n without padding if the network masks padding."""
+        """Encode each caption to an item with `text` (n, d), without padding if the network masks padding."""
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return `latents` (normalized, the training target) and conditions of a cached clip for one sample.
+        """Return a training sample of a cached clip: normalized `latents` and conditioning tensors.
 
-        Everything random in a clip (a sample of the posterior, a noised or dropped image) comes from
-        `generator`, so that it is a function of the seed and the index of the micro-batch.
+        All random choices (a sample of the posterior, a noised or dropped image) use `generator`, so they
+        depend only on the seed and the index of the micro-batch.
         """
         return dict(item)
 
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the denoiser, or a fine-tuned one from `folder`; `meta` returns it without weights."""
+        """Load the checkpoint's denoiser, or a fine-tuned one from `folder`.
+
+        If `meta` is true, return it on the meta device, without loading weights.
+        """
         import diffusers
         import torch
 
@@ -183,18 +192,26 @@ class Family(Checkpoint, ABC):
         return self.load(self.component, dtype)
 
     def share_positions(self, denoiser: nn.Module) -> None:
-        """Give two clips in one sequence the same positions; called only for families with `video_layers`."""
+        """Modify the denoiser to use the same positions for two clips in one sequence.
+
+        Called for joint alpha, so only in families with `video_layers`.
+        """
         raise NotImplementedError
 
     def attached(self, denoiser: nn.Module) -> None:
-        """Hook called after the adapter was attached; enables gradients of further trained parameters."""
+        """Hook called after an adapter is attached, for example to make further parameters trainable."""
 
     @abstractmethod
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:
-        """Return the objective of the published checkpoint with the recipe's section applied."""
+        """Return the training objective of the published checkpoint, changed by a recipe section.
+
+        Args:
+            section: `objective` section of the recipe.
+            size: height and width of the clips in pixels.
+        """
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Collate the text items of a batch to the `cond` of `predict`, without the clips' conditions."""
+        """Collate the text items of a batch to the text tensors in the `cond` of `predict`."""
         import torch
 
         return {name: torch.stack([item[name] for item in text]) for name in text[0]}
@@ -207,17 +224,18 @@ class Family(Checkpoint, ABC):
             denoiser: from `load_denoiser`.
             x_t: noisy latents (n, c, t, h, w).
             t: (n,), 0 = data, 1 = noise.
-            cond: from `collate`, and the stacked conditions from `sample_item`.
+            cond: text tensors from `collate`, and the stacked conditioning tensors from `sample_item`.
         """
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
-        """Return parts of latents (n, c, t, h, w) whose losses are reported separately, by name, if any."""
+        """Split latents (n, c, t, h, w) into named parts with separately reported losses; empty if none."""
         return {}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock diffusers pipeline around `denoiser`, or around the checkpoint's own denoiser.
+        """Return the stock diffusers pipeline with `denoiser`, or with the checkpoint's own if it is None.
 
-        All components have one precision. It has no text encoder: `sample` receives encoded text.
+        All components have the dtype of the denoiser. The pipeline has no text encoder, because `sample`
+        receives encoded text.
         """
         from diffusers import DiffusionPipeline
 
@@ -241,13 +259,14 @@ class Family(Checkpoint, ABC):
         generator: torch.Generator,
         images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Generate uint8 (t, h, w, `channels`) from text and `images` uint8 (h, w, 3).
+        """Generate a video, uint8 (t, h, w, `channels`), with the stock pipeline.
 
-        Runs the stock pipeline.
+        `text` and `negative` are items from `encode_text`; `images` are uint8 (h, w, 3), in the order of the
+        attribute `images`.
         """
         settings = {"size": size, "frames": frames, "steps": steps, "guidance": guidance}
         video = self.run(pipeline, text, negative, images, generator=generator, **settings)
-        # Some decoders return a few extra frames, all at the start, for an even number of latent frames.
+        # For an even number of latent frames, some decoders return a few extra frames at the start.
         return as_bytes(video[-frames:])
 
     def run(
@@ -264,9 +283,9 @@ class Family(Checkpoint, ABC):
         generator: torch.Generator,
         noise: Tensor | None = None,
     ) -> np.ndarray:
-        """Return the video of the stock pipeline in [0, 1].
+        """Run the stock pipeline and return the video (t, h, w, 3) in [0, 1].
 
-        It starts from `noise` (c, t, h, w), or if None from noise that the pipeline samples.
+        Sampling starts from `noise` (c, t, h, w); if it is None, the pipeline samples the noise.
         """
         start = {} if noise is None else {"latents": self.pipeline_latents(noise, pipeline)}
         return pipeline(
@@ -282,7 +301,7 @@ class Family(Checkpoint, ABC):
         ).frames[0]
 
     def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Convert noise (c, t, h, w) to the layout of the stock pipeline."""
+        """Convert noise (c, t, h, w) to the layout of the stock pipeline's argument `latents`."""
         return noise[None]
 
     def pipeline_inputs(
@@ -292,7 +311,7 @@ class Family(Checkpoint, ABC):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """Return the pipeline arguments that replace prompts and images, in the dtype of the network."""
+        """Return the pipeline arguments for encoded text, in the dtype of the denoiser, and for images."""
         from PIL import Image
 
         device, dtype = pipeline._execution_device, getattr(pipeline, self.component).dtype
@@ -302,15 +321,15 @@ class Family(Checkpoint, ABC):
         return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, **inputs}
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load `pytorch_lora_weights.safetensors` of a folder into a pipeline as adapter `inlaid`."""
+        """Load `pytorch_lora_weights.safetensors` from a folder into a pipeline, as adapter `inlaid`."""
         pipeline.load_lora_weights(str(folder), adapter_name="inlaid")
 
     def set_strength(self, pipeline: Any, strength: float) -> None:
-        """Scale a loaded adapter: 0 is the base model, 1 the trained model."""
+        """Set the scale of the loaded adapter: 1 as trained, 0 without its low-rank update."""
         pipeline.set_adapters(["inlaid"], [strength])
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return messages about what this checkpoint cannot do with this recipe; empty if valid."""
+        """Return messages about settings of a recipe that this checkpoint does not support, if any."""
         data, sample = config.data, config.sample
         sizes = [("data", frames, data.size) for frames in data.frames]
         if sample.frames or sample.size:
@@ -326,11 +345,11 @@ class Family(Checkpoint, ABC):
         return list(dict.fromkeys(found))
 
     def notes(self, config: recipe.Config) -> list[str]:
-        """Return messages about settings of this recipe that are valid but worth knowing."""
+        """Return messages about settings of a recipe that are valid but unusual."""
         return []
 
     def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
-        """Return messages about images that prompts lack or must not have; empty if all match."""
+        """Return messages about missing, unexpected or unreadable prompt images; empty if all are valid."""
         name = self.model.checkpoint
         if not self.images:
             return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
@@ -360,12 +379,16 @@ def _unreadable(images: Iterable[Path]) -> list[str]:
 
 
 def as_bytes(video: np.ndarray) -> np.ndarray:
-    """Convert [0, 1] to uint8 with rounding."""
+    """Convert a video in [0, 1] to uint8, with rounding."""
     return (video * 255).round().clip(0, 255).astype("uint8")
 
 
 def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return the value of each family option."""
+    """Return the value of each family option: that of the recipe, or the default.
+
+    Raises:
+        ValueError: if the recipe sets an unknown option or value.
+    """
     wrong = []
     for key, value in model.options.items():
         if key not in choices:

@@ -1,4 +1,4 @@
-"""A checkpoint in diffusers layout, on the Hub or in a folder."""
+"""Checkpoints in diffusers layout, on the Hub or in a folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class Checkpoint:
-    """Checkpoint in diffusers layout, on the Hub or in a folder: its configurations and components."""
+    """Configurations and components of a checkpoint in diffusers layout, on the Hub or in a folder."""
 
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    """Configuration values of published checkpoints by Hub id, needed before anything is downloaded; the
-    first id is the default."""
+    """Configuration values of published checkpoints by Hub ID, used instead of downloading them; the first ID
+    is the default checkpoint."""
     text_encoder: ClassVar[str] = "T5EncoderModel"
-    """Class of the text encoder in transformers."""
+    """Name of the text encoder's class in transformers."""
 
     def __init__(self, model: recipe.Model) -> None:
         self.model = model
@@ -29,14 +29,15 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Hub id, or the bare name of a local folder, for files that are shared with others."""
+        """Hub ID, or the name of a local folder without its path, for files that may be published."""
         return self.source.name if isinstance(self.source, Path) else self.source
 
     def read_config(self, component: str) -> dict[str, Any] | None:
         """Return the configuration of a component, or `model_index.json` for the empty name; None if absent.
 
         Raises:
-            ValueError: when the checkpoint is neither a local folder nor reachable on the Hub.
+            ValueError: if the checkpoint is neither a local folder nor reachable on the Hub, or the file is
+                not a JSON object.
         """
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         if component.startswith("feature_extractor"):
@@ -74,10 +75,14 @@ class Checkpoint:
 
     @contextmanager
     def loading(self, part: str, folder: Path | None = None) -> Iterator[None]:
-        """Convert any exception of the libraries while loading a component or a folder to a ValueError.
+        """Convert exceptions while loading a component or a folder, except MemoryError, to a ValueError.
+
+        Args:
+            part: component, or file of the checkpoint, for the message.
+            folder: folder that is loaded instead, for the message.
 
         Raises:
-            ValueError: naming the component or folder that cannot be loaded.
+            ValueError: if loading fails; the message names the component or folder.
         """
         try:
             yield
@@ -91,10 +96,10 @@ class Checkpoint:
             ) from error
 
     def folder(self, component: str) -> Path:
-        """Return the folder with the files of a component; downloads them if needed.
+        """Return the folder with the files of a component, after downloading them if needed.
 
         Raises:
-            ValueError: when they cannot be downloaded.
+            ValueError: if the download fails.
         """
         if isinstance(self.source, Path):
             return self.source / component
@@ -109,7 +114,7 @@ class Checkpoint:
         """Load a component with all its weights, as the diffusers class that its configuration names.
 
         Raises:
-            ValueError: when it cannot be loaded, or weights are missing from its files.
+            ValueError: if the component cannot be loaded, or weights are missing from its files.
         """
         import diffusers
 
@@ -123,7 +128,7 @@ class Checkpoint:
         return network
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Load the tokenizer and the text encoder."""
+        """Load the tokenizer and the text encoder, as a pair."""
         import transformers
 
         options: dict[str, Any] = {"revision": self.model.revision}
@@ -144,10 +149,10 @@ TINY = "tiny:"
 
 
 def locate(checkpoint: str) -> Path | str:
-    """Return a local folder as a path and a Hub id unchanged; `tiny:NAME` is a model that ships with inlaid.
+    """Return the path of a local checkpoint or of `tiny:NAME` (ships with inlaid), or the Hub ID unchanged.
 
     Raises:
-        ValueError: when it can be neither.
+        ValueError: if `checkpoint` is neither a folder in diffusers layout nor a possible Hub ID.
     """
     if checkpoint.startswith(TINY):
         from inlaid import tiny

@@ -4,9 +4,9 @@ Supports 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
 
 Surprises: The network takes frames before channels and attends to all 226 text tokens, including padding. It
 predicts v on a schedule of 1000 integer timesteps. Latents are samples of the posterior, so the cache stores
-moments. 1.5 makes one token from two latent frames, hence lengths 8n+5. 1.5-I2V was trained with image
-latents *divided* by the scaling factor, and its `ofs` input is always 2. The image of I2V is noised in pixel
-space, which cannot be reproduced on latents: the cache stores several noised encodings.
+moments. 1.5 combines two latent frames in one token, hence clip lengths of 8n+5. 1.5-I2V was trained with
+image latents *divided* by the scaling factor, and its `ofs` input is always 2. I2V adds noise to the image in
+pixel space, which cannot be reproduced on latents, so the cache stores several noised encodings.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from inlaid.networks.joint_attention import CogVideoXJointAttention, halve_cogvi
 from inlaid.objectives import VPrediction
 
 COPIES = 4
-"""Number of noised encodings of a first frame in the cache; each training sample uses one of them."""
+"""Number of noised encodings of the first frame in the cache; each training sample uses one encoding."""
 
 IMAGE_DROPOUT = 0.05
-"""Probability of training without the image, sampled for each clip."""
+"""Probability of replacing the image latents of a training sample by zeros."""
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the configuration of a published checkpoint, so that `check` needs no download to estimate."""
+    """Return the configuration of a published checkpoint, with which `check` estimates without a download."""
     large = heads == 48
     transformer = {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": heads}
     transformer |= {"num_layers": 42 if large else 30, "in_channels": 32 if image else 16}
@@ -53,7 +53,7 @@ def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[
 
 
 class CogVideoX(Family):
-    """CogVideoX: v-prediction on sampled VAE latents, text and video in one sequence."""
+    """CogVideoX: v-prediction on samples of the VAE posterior; text and video share one sequence."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"size": [480, 720], "frames": [49]},
@@ -116,7 +116,7 @@ class CogVideoX(Family):
             )
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Add the maximum size of 1.5, whose positions are a slice of a table of fixed size."""
+        """Also report sizes above the maximum of 1.5, whose positions are a slice of a fixed-size table."""
         found = super().problems(config)
         for section, size in (("data", config.data.size), ("sample", config.sample.size or (0, 0))):
             if self.pair == 2 and (size[0] > self.largest[0] or size[1] > self.largest[1]):
@@ -125,21 +125,21 @@ class CogVideoX(Family):
         return found
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return `latents` (16, t, h, w) and for I2V `image` (16, 1, h, w), padded in `predict`."""
+        """Return the shapes of `latents` (16, t, h, w) and, for I2V, `image` (16, 1, h, w)."""
         latents = (16, 1 + (frames - 1) // 4, height // 8, width // 8)
         return {"latents": latents} | ({"image": (16, 1, *latents[2:])} if self.images else {})
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return `moments` (32, t, h, w) and for I2V `image` (COPIES, 32, 1, h, w).
+        """Return the shapes of `moments` (32, t, h, w) and, for I2V, `image` (COPIES, 32, 1, h, w).
 
-        Moments are means and log-variances.
+        Both hold means and log-variances of the VAE posterior.
         """
         _, *latent = self.shapes(frames, height, width)["latents"]
         image = {"image": (COPIES, 32, 1, *latent[1:])} if self.images else {}
         return {"moments": (32, *latent), **image}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of text and video tokens, which attend to each other."""
+        """Return the sequence length: 226 text tokens, and the video tokens."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return self.text_length + t // self.pair * (h // 2) * (w // 2)
 
@@ -147,7 +147,7 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, 3) to moments of the clip and its noised first frame; see `stored`."""
+        """Encode uint8 (t, h, w, 3) to moments of the clip and of its noised first frames; see `stored`."""
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         like = next(encoder.parameters())
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 255 * 2 - 1
@@ -167,7 +167,10 @@ class CogVideoX(Family):
     # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return scaled samples of the posteriors; for I2V of one noised image, or zeros at IMAGE_DROPOUT."""
+        """Return scaled samples of the posteriors: `latents` and, for I2V, `image`.
+
+        `image` is one of the noised encodings, or zeros with probability `IMAGE_DROPOUT`.
+        """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         def sample(moments: Tensor) -> Tensor:
@@ -185,18 +188,18 @@ class CogVideoX(Family):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the transformer, with the position table of 2B cached by size."""
+        """Load the transformer; the positional embeddings of 2B are cached for each clip size."""
         network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
         embed = network.patch_embed
         embed._get_positional_embeddings = lru_cache(16)(embed._get_positional_embeddings)
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Halve the rotary positions that `predict` passes, and the position table of 2B."""
+        """Use the positions of one clip for both: rotary embeddings, or the positional embeddings of 2B."""
         halve_cogvideox(denoiser)
 
     def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Move frames before channels and convert to the dtype of the network."""
+        """Convert noise (c, t, h, w) to (1, t, c, h, w) in the dtype of the transformer."""
         return noise.transpose(0, 1)[None].to(pipeline.transformer.dtype)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> VPrediction:
@@ -204,7 +207,11 @@ class CogVideoX(Family):
         return VPrediction.from_config(section, torch.tensor(self.native.alphas_cumprod))
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict v; the image is concatenated to the channels of the first frame, zeros to the others."""
+        """Predict v.
+
+        For I2V, the image latents are appended to the channels of the first latent frame, and zeros to the
+        channels of the others.
+        """
         dtype, x, c = denoiser.dtype, x_t, self.transformer
         if self.images:
             rest = (0, 0, 0, 0, 0, x_t.shape[2] - 1)
@@ -220,7 +227,10 @@ class CogVideoX(Family):
         return v.transpose(1, 2)
 
     def _rotary(self, latent: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Return cosines and sines for latents (t, h, w) as in the stock pipelines, cached by size."""
+        """Return the rotary embeddings (cosines, sines) for latents (t, h, w); None if the network has none.
+
+        Computed as in the stock pipelines, and cached for each size.
+        """
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
@@ -238,17 +248,17 @@ class CogVideoX(Family):
         return self._tables[latent, device]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline; its VAE decodes in tiles, as the model cards recommend."""
+        """Return the stock pipeline with VAE tiling enabled, as the model cards recommend."""
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         pipe.vae.enable_tiling()
         return pipe
 
 
 def noised(frame: Tensor) -> Tensor:
-    """Return COPIES of a frame (3, 1, h, w) in [-1, 1], each with Gaussian noise of its own deviation.
+    """Return a frame (3, 1, h, w) in [-1, 1] with different Gaussian noise, as (COPIES, 3, 1, h, w).
 
-    The standard deviation is exp(N(-3, 0.5)), as in pretraining. The noise is a function of the frame, so
-    that a cache can be reproduced.
+    Each copy samples its own standard deviation, exp(N(-3, 0.5)), as in pretraining. The noise depends only
+    on the frame, so the cache is reproducible.
     """
     seed = int.from_bytes(hashlib.sha256(frame.numpy().tobytes()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Extents of training examples, and the sizes that a model family can represent."""
+"""Extents of training examples, and the valid clip sizes of a model family."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SceneExtent(NamedTuple):
 
 
 Extent = VideoExtent | SceneExtent
-"""Extent of a training example, in the terms of its modality."""
+"""Extent of a training example, depending on the modality."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Valid clip sizes: height and width are multiples of `spatial`, frames are `temporal` n + `offset`."""
+    """Valid clip sizes: multiples of `spatial` pixels, and lengths of `temporal` * n + `offset` frames."""
 
     spatial: int
     temporal: int

@@ -1,10 +1,10 @@
 """MIDI-3D (Huang et al. 2025, https://arxiv.org/abs/2412.03558), and TripoSG, its base.
 
-A scene takes the place of a clip: an input image, the objects in it, and the surface of each object.
-Surprises: All objects share one coordinate frame, so latents encode where an object is. The network predicts
-data - noise. All objects of a scene have the same time. Text is not used. The image conditioning of each
-object is a CLIP token and DINO tokens; dropout drops both together, because classifier-free guidance needs
-the unconditional prediction.
+A training example is a scene instead of a clip: an input image, the objects in it, and the surface of each
+object. Surprises: All objects share one coordinate frame, so latents encode the position of an object. The
+network predicts data - noise. All objects of a scene have the same timestep. Text is not used. The image
+conditioning of each object is a CLIP token and DINO tokens; dropout for classifier-free guidance drops both
+together.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from inlaid.objectives import FlowMatching
 
 
 class _Open(tuple[Any, ...]):
-    """Values of an option: the listed values and all that match the last one, a regular expression."""
+    """Allowed values of an option: the listed values, and all that match the last, a regular expression."""
 
     def __contains__(self, value: object) -> bool:
         return re.fullmatch(str(self[-1]), str(value)) is not None or value in self[:-1]
@@ -49,7 +49,7 @@ class _Open(tuple[Any, ...]):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encoders of scenes: shape VAE and image encoders."""
+    """Media encoder of scenes: the shape VAE and the image encoders."""
 
     vae: TripoSGVAE
     images: LoadedEncoders
@@ -108,7 +108,7 @@ class Midi(Family):
         self.targets = (*self.targets, *own, *self.conditioning.targets)
 
     def about(self) -> dict[str, str]:
-        """Add the blocks whose self-attention spans the scene, and the noise level shift."""
+        """Return the header metadata, including the multi-instance blocks and the timestep shift."""
         blocks = ",".join(map(str, self.blocks))
         return {
             **super().about(),
@@ -117,7 +117,7 @@ class Midi(Family):
         }
 
     def warnings(self) -> list[str]:
-        """Add where the adapters of the image encoders are."""
+        """Return a paragraph about where the adapters of trained image encoders are stored, if any."""
         names = ", ".join(f"`{encoder.name}`" for encoder in self.conditioning.trained.values())
         how = (
             "are in folders of the same names: `peft.PeftModel.from_pretrained(encoder, folder)` loads each."
@@ -125,7 +125,7 @@ class Midi(Family):
         return [f"Adapters of the image encoders {names} {how}"] if names else []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Also reject an adapter that was trained together with other image encoders."""
+        """Also reject an adapter that was trained with another value of the option `image_encoders`."""
         super().accept(header)
         key, own = "image_encoders", self.options["image_encoders"]
         found = header.get(f"inlaid_{key}", own)
@@ -133,7 +133,7 @@ class Midi(Family):
             raise ValueError(f"this adapter was trained with model.options.{key}={found}, not {own}")
 
     def shift(self) -> float:
-        """Return the noise level shift from the file of the scheduler."""
+        """Return the timestep shift of the scheduler's configuration, or if missing the published shift."""
         try:
             shift = midi_checkpoint.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
         except ValueError:
@@ -144,7 +144,7 @@ class Midi(Family):
         return float(shift)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return errors about keys that apply only to videos, and about images that do not match."""
+        """Return problems: video-only keys, mismatched images, and unsupported image encoder training."""
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
         if self.conditioning.trained:
@@ -155,7 +155,7 @@ class Midi(Family):
         return wrong
 
     def notes(self, config: recipe.Config) -> list[str]:
-        """Add valid but unusual settings: other multi-instance blocks, attention heads adapted in part."""
+        """Return notes about unusual settings: multi-instance blocks, partly adapted attention heads."""
         notes, pretrained = list(self.config_notes), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != pretrained:
             notes.append(
@@ -164,26 +164,32 @@ class Midi(Family):
         return [*notes, *partial_heads(getattr(config.tuner, "targets", []))]
 
     def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
-        """Return errors about images and segmentations; a scene has no prompt."""
+        """Return problems with the pairs of image and segmentation; scenes have no prompts."""
         return invalid_pairs(images)
 
     # --- shapes ---------------------------------------------------------------------------------------------
 
     def shapes(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """Return `latents` (n, tokens, channels) of n objects, and the image conditions."""
+        """Return the shapes of `latents` (n, tokens, channels) and of the image conditioning.
+
+        n is the number of objects, at most `MAX_OBJECTS`.
+        """
         c, n = self.transformer, min(objects, MAX_OBJECTS)
         widths = [w for w in (c["cross_attention_dim"], c["cross_attention_2_dim"]) if w]
         return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.conditioning.shapes(n, widths)}
 
     def stored(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """Return `moments` (n, tokens, 2 channels) in place of latents; n counts all objects of a scene."""
+        """Return the shapes of `moments` (n, tokens, 2 * channels) and of the image conditioning.
+
+        n is the number of all objects of the scene.
+        """
         latent = self.shapes(objects)
         _, tokens, channels = latent["latents"]
         images = {k: (objects, *latent[k][1:]) for k in self.conditioning.encoders}
         return {"moments": (objects, tokens, 2 * channels), **images}
 
     def tokens(self, objects: int, height: int = 0, width: int = 0) -> int:
-        """Return the tokens of a whole scene, whose objects attend to each other in some blocks."""
+        """Return the number of tokens of a whole scene, the sequence length of multi-instance blocks."""
         return min(objects, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
 
     # --- encoding for the cache -----------------------------------------------------------------------------
@@ -195,7 +201,7 @@ class Midi(Family):
             return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
 
     def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
-        """Load the frozen image encoders in float32; trained ones are taken from `network`."""
+        """Load the frozen image encoders in float32, and take the trained encoders from `network`."""
         found = {}
         for kind, encoder in self.conditioning.encoders.items():
             if kind not in self.conditioning.trained:
@@ -207,7 +213,7 @@ class Midi(Family):
     def load_image_encoder(
         self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
     ) -> nn.Module:
-        """Load one image encoder; `meta` returns it without weights."""
+        """Load one image encoder; if `meta` is true, on the meta device without weights."""
         folder = None if meta else self.folder(encoder.name)
         with self.loading(encoder.name):
             return midi_image_encoders.build(encoder, folder, dtype)
@@ -218,7 +224,7 @@ class Midi(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """Encode a `media.scene.Sample` to moments of its surfaces and image conditions; see `stored`."""
+        """Encode a `media.scene.Sample` to moments of its surfaces and image conditioning; see `stored`."""
         found = []
         for each in frames.objects:
             points = thinned(each.surface)
@@ -229,7 +235,7 @@ class Midi(Family):
         return {"moments": torch.stack(found), **images}
 
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return empty items: text is not used."""
+        """Return an empty item for each caption: text is not used."""
         return [{} for _ in captions]
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -238,7 +244,11 @@ class Midi(Family):
     # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return samples of the posteriors, of at most `MAX_OBJECTS` objects, and conditions with dropout."""
+        """Return `latents` of at most `MAX_OBJECTS` objects and image conditioning, or dropped conditioning.
+
+        Latents are samples of the posteriors. The conditioning of all objects is dropped with probability
+        `image_dropout`.
+        """
         n = len(item["moments"])
         kept = torch.randperm(n, generator=generator)[:MAX_OBJECTS].sort().values
         moments = item["moments"][kept].float()
@@ -252,7 +262,7 @@ class Midi(Family):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the transformer with its multi-instance blocks, and inside it the trained image encoders."""
+        """Load the transformer with its multi-instance blocks; trained image encoders are submodules."""
         path = None if meta else folder or self.folder("transformer")
         config = {**self.transformer, "multi_instance": self.blocks}
         with self.loading("transformer", folder):
@@ -269,13 +279,14 @@ class Midi(Family):
         return network
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return rectified flow with the shift of the scheduler."""
+        """Return flow matching with the timestep shift of the scheduler as default."""
         return FlowMatching.from_config(section, family_shift=self.shift())
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data for scenes (b, n, tokens, channels).
 
-        The network takes one object per row, n rows to a group, and predicts data - noise.
+        Each row of the network's input is an object, and each group of n rows is a scene. The network
+        predicts data - noise.
         """
         b, n = x_t.shape[:2]
         contexts, options = self.conditioning.rows(cond, denoiser.dtype)
@@ -300,7 +311,7 @@ class Midi(Family):
         return make_meshes(fields, how.get("grid") or 256, how.get("triangles"))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter and set the multi-instance blocks that it was trained with."""
+        """Load an adapter and restore the multi-instance blocks that it was trained with."""
         super().load_adapter(pipeline, folder)
         blocks = stored_blocks(folder)
         if blocks is not None:
@@ -316,7 +327,7 @@ VIDEO_KEYS = {
 
 
 def video_only_keys(config: recipe.Config) -> list[str]:
-    """Return a message for each recipe key that applies only to videos."""
+    """Return a message for each video-only key that the recipe sets."""
     derived = {"size": config.data.size, "frames": max(config.data.frames)}
     out = []
     for section, keys in VIDEO_KEYS.items():

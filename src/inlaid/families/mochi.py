@@ -1,9 +1,9 @@
 """Mochi 1 (Genmo 2024): https://github.com/genmoai/mochi.
 
-Surprises: The clock runs backwards: the model sees 1000 (1 - t) and predicts data - noise. Latents are
-samples of the posterior, so the cache stores moments; they are normalized per channel, which public trainers
-omitted. The unconditional input has no tokens at all, it is not an encoded "". T5 runs in float32. The VAE
-silently truncates lengths other than 6n+1.
+Surprises: The model's timestep runs backwards: it is 1000 (1 - t), and the model predicts data - noise.
+Latents are samples of the posterior, so the cache stores moments. Latents are normalized per channel, which
+public trainers omitted. The unconditional input has no text tokens; it is not an encoded "". T5 runs in
+float32. The VAE silently truncates clips whose length is not 6n+1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOO_FEW = "sample.steps: the sampling schedule of Mochi has two parts; use 2 ste
 
 
 class Mochi(Family):
-    """Mochi 1: flow matching on sampled, normalized VAE latents, text and video in one attention."""
+    """Mochi 1: flow matching on normalized samples of the VAE posterior, joint attention with text."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"size": [480, 848], "frames": [37]},
@@ -72,33 +72,33 @@ class Mochi(Family):
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Add the minimum number of sampling steps of the schedule."""
+        """Also report fewer than two sampling steps, which the sampling schedule does not support."""
         return super().problems(config) + ([TOO_FEW] if config.sample.steps < 2 else [])
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return `latents` (12, 1 + (frames - 1) / 6, height / 8, width / 8)."""
+        """Return the shape of `latents`, (12, 1 + (frames - 1) / 6, height / 8, width / 8)."""
         return {"latents": (12, 1 + (frames - 1) // 6, height // 8, width // 8)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return `moments` (24, t, h, w): means and log-variances of the VAE."""
+        """Return the shape of `moments`, (24, t, h, w): means and log-variances of the VAE posterior."""
         return {"moments": (24, *self.shapes(frames, height, width)["latents"][1:])}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens; up to 256 text tokens join them in attention."""
+        """Return the number of video tokens, without the up to 256 text tokens of joint attention."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 
     # --- encoding for the cache -----------------------------------------------------------------------------
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Load the tokenizer and T5, always in float32: its output in bfloat16 differs too much."""
+        """Load the tokenizer and T5, in float32 for any `dtype`: the bfloat16 output differs too much."""
         return super().load_text_encoder(device, torch.float32)
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
         """Encode uint8 (t, h, w, 3) to `moments` (24, t', h', w').
 
-        On CUDA it computes in bfloat16, as the reference implementations do.
+        On CUDA, the VAE computes in bfloat16, as in the reference implementations.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         device = next(encoder.parameters()).device
@@ -108,7 +108,7 @@ class Mochi(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to `text` (n, d), n <= 256 tokens without padding; 0 for an empty caption."""
+        """Encode captions to `text` (n, d): n <= 256 tokens without padding, n = 0 for an empty caption."""
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).to(next(model.parameters()).device)
@@ -122,9 +122,9 @@ class Mochi(Family):
 
     @cached_property
     def statistics(self) -> list[Tensor]:
-        """Mean and standard deviation per latent channel, (12, 1, 1, 1).
+        """Mean and standard deviation of each latent channel, both (12, 1, 1, 1).
 
-        Default: those of the published VAE.
+        Defaults are the values of the published VAE.
         """
         from diffusers import AutoencoderKLMochi
 
@@ -133,7 +133,7 @@ class Mochi(Family):
         return [torch.tensor(values).view(-1, 1, 1, 1) for values in found]
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a sample of the posterior, (z - mean) / std per channel, or z for `latent_space: raw`."""
+        """Return `latents`, a posterior sample z: normalized, or z itself with `latent_space: raw`."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         z = DiagonalGaussianDistribution(item["moments"][None].float()).sample(generator)[0]
@@ -143,11 +143,11 @@ class Mochi(Family):
         return {"latents": (z - mean) / std}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> Any:
-        """Load the transformer with attention that has no data-dependent shapes; positions stay float32."""
+        """Load the transformer with attention without data-dependent shapes, and positions in float32."""
         from diffusers import MochiTransformer3DModel
 
         kind: Any = MochiTransformer3DModel
-        kind._keep_in_fp32_modules = ["pos_frequencies"]  # in bfloat16, far positions rotate wrongly
+        kind._keep_in_fp32_modules = ["pos_frequencies"]  # bfloat16 angles are wrong at far positions
         network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
         network.rope._create_rope = rotation
         network.time_embed.pooler.register_forward_pre_hook(_unmasked)
@@ -156,15 +156,15 @@ class Mochi(Family):
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Halve the number of frames passed to the module that computes positions."""
+        """Compute rotary positions for half the frames and use them for both clips."""
         halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return flow matching without a noise level shift at any size."""
+        """Return flow matching; by default without a timestep shift, at any size."""
         return FlowMatching.from_config(section, family_shift=1.0)
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return `text` (n, m, d), m the longest of the batch, and `mask` (n, m) if lengths differ."""
+        """Return `text` (n, m, d), padded to the longest caption, and `mask` (n, m) if lengths differ."""
         lengths = [len(item["text"]) for item in text]
         found = {"text": nn.utils.rnn.pad_sequence([item["text"] for item in text], batch_first=True)}
         if len(set(lengths)) > 1:
@@ -177,14 +177,18 @@ class Mochi(Family):
         return -denoiser(x, text, (1 - t.float()) * 1000, cond.get("mask"), return_dict=False)[0]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return `Family.pipeline`; with `latent_space: raw` it decodes latents unchanged."""
+        """Return the stock pipeline; with `latent_space: raw`, it decodes latents without denormalization."""
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         if self.options["latent_space"] == "raw":
             pipe.vae.register_to_config(latents_mean=None, latents_std=None)
         return pipe
 
     def run(self, pipeline: Any, *args: Any, steps: int, **options: Any) -> np.ndarray:
-        """Run `Family.run`; guidance and steps are float32, network and VAE use the network's dtype."""
+        """Run the stock pipeline under autocast: networks in the denoiser's dtype, the sampler in float32.
+
+        Raises:
+            ValueError: if `steps` is less than 2.
+        """
         if steps < 2:
             raise ValueError(TOO_FEW)
         dtype, device = pipeline.transformer.dtype, pipeline._execution_device
@@ -198,7 +202,7 @@ class Mochi(Family):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """Return text padded to 256 tokens with masks; an empty negative prompt is zeros, fully masked."""
+        """Return text padded to 256 tokens, and masks; an empty prompt becomes zeros with an empty mask."""
         found = {}
         for prefix, item in {"": text, "negative_": negative}.items():
             embeds, mask = padded(item["text"][None].float().to(pipeline._execution_device))
@@ -207,7 +211,10 @@ class Mochi(Family):
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (v, heads, d / 2); the stock autocast supports neither the CPU nor `meta`."""
+    """Return cosines and sines (v, heads, d / 2) of positions (v, a).
+
+    Replaces the stock method, whose autocast supports neither CPU nor meta tensors.
+    """
     device = "cpu" if frequencies.is_meta else frequencies.device.type
     with torch.autocast(device, enabled=False):
         angles = torch.einsum("va,ahf->vhf", positions.float(), frequencies.float())
@@ -221,5 +228,8 @@ def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tenso
 
 
 def _unmasked(pooler: nn.Module, args: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Let the text pooler work without a mask; pads the text so that results are identical to the bit."""
+    """Pre-forward hook of the text pooler: if there is no mask, create it and pad the text.
+
+    The result is then bit-identical to that of text that was padded before.
+    """
     return padded(args[0]) if args[1] is None else args

@@ -4,11 +4,11 @@ Text-to-video: Wan 2.1 T2V, both experts of Wan 2.2 T2V-A14B, TI2V-5B. Text and 
 experts of 2.2 I2V-A14B, TI2V-5B with `task: i2v`. Text, first and last image: Wan 2.1 FLF2V.
 
 Surprises: The VAE has a mean and a standard deviation per channel instead of a scaling factor, and silently
-truncates lengths other than 4n+1. Text has 512 tokens, and those after its end are zero, not encoded padding.
-The timestep is 1000 t as a float, never rounded. There are two kinds of image conditioning. Most networks
-have additional input channels with a mask and an encoded video that is gray except for the images; those of
-2.1 also receive CLIP embeddings of the images. TI2V-5B receives the image as its first latent frame at time
-0, without a loss on this frame.
+truncates clips whose length is not 4n+1. Text embeddings are padded to 512 tokens with zeros, not with
+encoded padding. The timestep is 1000 t as a float, never rounded. There are two kinds of image conditioning.
+Most networks have additional input channels for a mask and the latents of a video that is gray except for the
+images; the networks of 2.1 also receive CLIP embeddings of the images. TI2V-5B receives the image as first
+latent frame, with time 0 and without a loss on this frame.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from inlaid.networks import joint_attention
 from inlaid.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
-"""Noise level shift at 480p and 720p (recommended by Wan), and the area in pixels that separates them."""
+"""Timestep shift at 480p and 720p (recommended by Wan), and the area in pixels that separates the two."""
 
 EXPERTS: Mapping[str, Any] = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+"""Entry of `model_index.json` in checkpoints with two experts."""
 
 IMAGE: Mapping[str, Any] = {"in_channels": 36}
+"""Entries of the transformer's configuration in image-to-video checkpoints."""
 
 CLIP: Mapping[str, Any] = {**IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
-"""Entries of `model_index.json` and of transformer configs of checkpoints with two experts or with images."""
+"""Entries of the transformer's configuration in image-to-video checkpoints with CLIP (Wan 2.1)."""
 
 ORIGINAL_NAMES = (
     ("self_attn.q", "attn1.to_q"),
@@ -63,13 +65,13 @@ ORIGINAL_NAMES = (
     ("head.head", "proj_out"),
     ("patch_embedding", "patch_embedding"),
 )
-"""Module names in the original code and in diffusers."""
+"""Pairs of module names: in the original code, and in diffusers."""
 
 
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return the configuration of a published checkpoint, so that `check` needs no download to estimate."""
+    """Return the configuration of a published checkpoint, with which `check` estimates without a download."""
     transformer = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
@@ -122,8 +124,8 @@ class Wan(Family):
     original_names: ClassVar[Sequence[tuple[str, str]]] = ORIGINAL_NAMES
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
-    """Length in training and sampling of the published models; the default of `encode_prompt`, 226, is
-    wrong."""
+    """Number of text tokens in training and sampling of the published models; the default of `encode_prompt`
+    in diffusers, 226, is wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -145,12 +147,12 @@ class Wan(Family):
         patch = self.transformer["patch_size"]
         shortest = (
             1 + self.stride[0] if self.images else 1
-        )  # an image is frame 1, at least one more latent frame follows
+        )  # an image is frame 1; at least one latent frame must follow
         self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Add that checkpoints with two experts cannot sample in training: it needs both in memory."""
+        """Also report sampling during training with two experts, which needs both experts in memory."""
         found = super().problems(config)
         if self.two_experts and config.sample.every:
             found.append(
@@ -159,9 +161,10 @@ class Wan(Family):
         return found
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return `latents` (z, 1 + (frames - 1) / 4, height / 8, width / 8) and shapes of the conditions.
+        """Return the shapes of `latents` (z, t, h, w) and conditioning tensors, described in `encode_media`.
 
-        For the conditions see `encode_media`. The VAE of TI2V-5B has 16 in place of 8.
+        t is 1 + (frames - 1) / 4, h is height / 8 and w is width / 8. TI2V-5B divides by 16 instead of 8, and
+        with an image, t is one less.
         """
         z, t, h, w = self._latent(frames, height, width)
         if not self.images:
@@ -175,7 +178,7 @@ class Wan(Family):
         return found
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens; text and CLIP embeddings are in cross-attention."""
+        """Return the number of video tokens; text and CLIP tokens are used only in cross-attention."""
         assert self.transformer
         _, *latent = self._latent(frames, height, width)
         return int(np.prod([n // p for n, p in zip(latent, self.transformer["patch_size"], strict=True)]))
@@ -192,7 +195,7 @@ class Wan(Family):
     text_encoder: ClassVar[str] = "UMT5EncoderModel"
 
     def load_media_encoder(self, device: torch.device) -> tuple[Any, Any, Any]:
-        """Load VAE, CLIP and its processor in float32; the last two are None if the network uses no CLIP."""
+        """Load the VAE and, if the network uses it, CLIP and its processor (otherwise None), in float32."""
         vae = super().load_media_encoder(device)
         if not self.clip:
             return vae, None, None
@@ -210,11 +213,11 @@ class Wan(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: tuple[Any, Any, Any], frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, 3) to `latents` (z, t', h', w'), the mode, (z - mean) / std per channel.
+        """Encode uint8 (t, h, w, 3) to `latents` (z, t', h', w'), the mode of the posterior, normalized.
 
-        With image conditioning also `first` (z, 1, h', w'), the first latent frame, which `latents` then
-        lacks; or `image_latents`, of a video that is gray (zero) except for the images, and with CLIP
-        `image_embeds` (1 or 2, 257, 1280).
+        With image conditioning, TI2V-5B also has `first` (z, 1, h', w'), the first latent frame, which is
+        removed from `latents`. Other networks have `image_latents` (z, t', h', w') of a video that is gray
+        (zero) except for the images and, with CLIP, `image_embeds` (1 or 2, 257, 1280).
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         vae, clip, processor = encoder
@@ -245,7 +248,7 @@ class Wan(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to `text` (n, d), n <= 512 tokens without padding; `collate` appends the zeros."""
+        """Encode captions to `text` (n, d): n <= 512 tokens without padding, which `collate` adds."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         tokenizer, model = encoder
@@ -263,13 +266,16 @@ class Wan(Family):
         return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
 
     def share_positions(self, denoiser: Any) -> None:
-        """Halve the frames passed to the module that computes positions from the latents."""
+        """Compute rotary positions for half the frames and use them for both clips."""
         joint_attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return flow matching with shift 3 at 480p and 5 at 720p.
+        """Return flow matching with default timestep shift 3 at 480p and 5 at 720p.
 
-        The interval of an expert is limited to its side of the boundary.
+        Noise levels are limited to the range of the trained expert.
+
+        Raises:
+            ValueError: if the recipe's `interval` lies outside the range of the expert.
         """
         by_size = SHIFT_720P if size[0] * size[1] > AREA_BETWEEN else SHIFT_480P
         objective = FlowMatching.from_config(section, family_shift=by_size)
@@ -296,7 +302,7 @@ class Wan(Family):
         return network
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return `text` (n, 512, d), zero after each caption; with `text: short` (n, m, d), m <= 512."""
+        """Return `text` (n, 512, d), padded with zeros; with `text: short`, (n, m, d) with m <= 512."""
         n, rows = self.text_length, [item["text"] for item in text]
         if self.options["text"] == "short":
             n = min(
@@ -307,7 +313,7 @@ class Wan(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data.
 
-        The timestep is 1000 t; TI2V-5B takes one per token, 0 for the tokens of an image.
+        The timestep is 1000 t. TI2V-5B takes one timestep per token, 0 for the tokens of the image.
         """
         dtype = denoiser.patch_embedding.weight.dtype
         timestep, x, leading = t.float() * 1000, x_t.to(dtype), 0
@@ -321,7 +327,7 @@ class Wan(Family):
         elif self.images:
             mask = torch.zeros_like(
                 x[:, : self.stride[0]]
-            )  # per latent frame: 1 for a frame that is an input image
+            )  # a channel per frame of a latent frame; 1 marks input images
             mask[:, :, 0] = 1
             if "last" in self.images:
                 mask[:, -1, -1] = 1
@@ -332,14 +338,14 @@ class Wan(Family):
         ]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline without its text encoder, with VAE and CLIP in float32.
+        """Return the stock pipeline with VAE and CLIP in float32.
 
-        `sample` receives encoded text.
+        The pipeline has no text encoder, because `sample` receives encoded text.
         """
         import diffusers
 
         kind = diffusers.WanImageToVideoPipeline if self.images else diffusers.WanPipeline
-        vae, clip, processor = Wan.load_media_encoder(self, device)  # not overridden by transparency
+        vae, clip, processor = Wan.load_media_encoder(self, device)  # not that of a family with alpha
         parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae}
         if clip:
             parts |= {"image_encoder": clip, "image_processor": processor}
@@ -350,8 +356,9 @@ class Wan(Family):
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter into the expert that it was trained on."""
-        # If the network has `add_k_proj` and the adapter has not, diffusers loads zeros, but no magnitudes of
-        # DoRA: let peft initialize the layers first. It then warns about layers missing in its config.
+        # If the network has `add_k_proj` but the adapter does not, diffusers adds zero factors, but no DoRA
+        # magnitudes. Without low_cpu_mem_usage, peft initializes the layers first, and warns about layers
+        # that are missing in its configuration.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
             pipeline.load_lora_weights(
