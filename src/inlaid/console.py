@@ -1,4 +1,4 @@
-"""Terminal output: one console, and progress bars for operations that take longer than two seconds."""
+"""Terminal output: the shared console (stderr), messages, and progress bars."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class _Speed(ProgressColumn):
 def progress(
     title: str, total: int, unit: str, *, show: bool = True, done: int = 0
 ) -> Iterator[Callable[..., None]]:
-    """Show a progress bar; yields a function that advances it.
+    """Show a progress bar and yield a function that updates it.
 
-    The function advances by n (default 1), or sets `done`, `total` and a `note` printed after the bar.
+    The function advances the bar by n (default 1), or sets `done`, `total`, and a `note` shown after the bar.
     """
     columns = (
         TextColumn("{task.description:<12}"),
@@ -81,7 +81,7 @@ def once(text: str) -> None:
 
 
 def quiet() -> None:
-    """Silence import and loading messages of the libraries; inlaid reports what matters once."""
+    """Silence the warnings that libraries such as diffusers and transformers print on import and loading."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -93,7 +93,7 @@ def quiet() -> None:
 
 
 def quiet_bars() -> None:
-    """Disable the libraries' progress bars for files that load within a moment."""
+    """Disable the loading progress bars and warnings of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Atomic file writing: a file is complete or absent."""
+"""Files: atomic writing, hashing, and safe loading of torch files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that becomes `path` on success and is deleted on failure.
+    """Yield a temporary path that is renamed to `path` on success and deleted on failure.
 
-    The temporary name keeps the suffix, because some writers choose the format by it. The caller may create a
-    file or a folder there.
+    The caller creates a file or a folder at the temporary path, which is in the same folder as `path` and has
+    the same suffix, because some writers derive the format from the suffix.
 
     Raises:
-        OSError: naming `path`, when the system cannot write it (disk full, read-only, no permission).
+        OSError: if the file cannot be written (disk full, read-only, no permission); the error names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -37,7 +37,7 @@ def atomic(path: Path) -> Iterator[Path]:
         if error.errno and str(error.filename or temporary).startswith(str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-    except SafetensorError as error:  # contains the system's error only as text
+    except SafetensorError as error:  # contains the operating system's error only as text
         number = re.search(r"os error (\d+)", str(error))
         if not number:
             raise
@@ -50,7 +50,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hex."""
+    """Return the SHA-256 of a file's content in hexadecimal."""
     out = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -69,11 +69,11 @@ class TorchFileError(ValueError):
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> Any:
-    """Load a torch file with `weights_only=True`, which runs no code of the file.
+    """Load a torch file with `weights_only=True`, so that no code in the file is run.
 
     Args:
         path: file in the zip or the legacy format of `torch.save`.
-        mmap: read tensors of the zip format only when they are used.
+        mmap: memory-map files in the zip format, so that a tensor is read when it is used.
 
     Raises:
         TorchFileError: if the file cannot be loaded.

@@ -1,1 +1,1 @@
-"""Bytes on disk to arrays and back: video, images, arrays, RGBA, meshes. Knows no recipe."""
+"""Reading and writing of media: video, images, arrays, RGBA video and meshes."""

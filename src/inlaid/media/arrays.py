@@ -1,4 +1,4 @@
-"""Clips stored as NumPy arrays, with headers checked before anything is allocated."""
+"""Clips stored as NumPy arrays; headers are validated before frames are loaded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from inlaid.media.kinds import MediaError, Probe
 
 
 def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
-    """Return the properties of an `.npz` clip with one of the given channel counts; four channels are RGBA.
+    """Return the properties of an `.npz` clip, without loading its frames.
+
+    Args:
+        path: the `.npz` file.
+        channels: accepted channel counts; a clip with four channels is RGBA.
 
     Raises:
-        MediaError: the file has no such frames.
+        MediaError: if the file has no such frames.
     """
     (t, h, w), (_, c), fps = _header(path, channels)
     interval, names = float(1 / fps) if fps else 0.0, "rgba" if c == 4 else "rgb24"
@@ -26,7 +30,13 @@ def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
 
 
 def fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np.ndarray:
-    """Scale RGB pixels (h, w, 3) to cover `size` and center-crop them: antialiased bicubic."""
+    """Scale RGB pixels to cover `size` and center-crop them, with an antialiased bicubic filter.
+
+    Args:
+        pixels: uint8 (h, w, 3).
+        size: height and width.
+        sar: pixel aspect ratio, width / height.
+    """
     height, width = pixels.shape[:2]
     scale = max(size[0] / height, size[1] / (width * sar))
     h, w = size[0] / scale, size[1] / scale / sar
@@ -39,7 +49,7 @@ def fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np
 def _header(
     path: Path, channels: Sequence[int]
 ) -> tuple[tuple[int, int, int], tuple[int, int], Fraction | None]:
-    """Return (t, h, w), the channel axis and count, and `fps` of an `.npz`, without loading its frames."""
+    """Read the headers of an `.npz`: (t, h, w), (channel axis, channel count), and `fps` or None."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist()]
@@ -73,14 +83,14 @@ def _header(
 
 
 def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[np.ndarray, Fraction | None]:
-    """Return the frames of an `.npz`, uint8 (t, h, w, c), and its frame rate.
+    """Return the frames of an `.npz`, uint8 (t, h, w, c), and its frame rate, or None if it has no `fps`.
 
     Args:
         path: the `.npz` file.
-        channels: accepted channel counts, the preferred one first.
+        channels: accepted channel counts, in order of preference.
 
     Raises:
-        MediaError: the file has no such frames.
+        MediaError: if the file has no such frames or is damaged.
     """
     _, (axis, _), fps = _header(path, channels)
     try:

@@ -1,4 +1,4 @@
-"""Straight and premultiplied alpha: composite, resize, fill, decontaminate."""
+"""Operations on straight and premultiplied RGBA: compositing, resizing and color cleanup."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 from inlaid.config.sections import ALPHA_EPS
 
 SEEN = 64
-"""Alpha above which the color of a pixel is compared."""
+"""Alpha, 0 to 255, above which the color of a pixel is compared after reading a file back."""
 
 NEAR = 4
-"""Distance in pixels from visible pixels within which nearly transparent ones belong to a soft edge."""
+"""Distance in pixels within which nearly transparent pixels count as the soft edge of visible pixels."""
 
 # --- straight and premultiplied -----------------------------------------------------------------------------
 
@@ -34,9 +34,10 @@ def premultiply(rgba: np.ndarray) -> np.ndarray:
 
 
 def unpremultiply(rgba: np.ndarray, under: np.ndarray | None = None) -> np.ndarray:
-    """Convert premultiplied float RGBA (..., 4) to straight; at alpha 0, color is that of `under`, or black.
+    """Convert premultiplied float RGBA (..., 4) to straight RGBA, float32.
 
-    8-bit premultiplied color has low precision at low alpha; the lost precision cannot be restored.
+    Transparent pixels get the color of `under` (..., 3), or black. Premultiplied color that was stored with
+    8 bits has low precision at low alpha; the lost precision cannot be restored.
     """
     alpha = rgba[..., 3:]
     there = alpha > 1e-4
@@ -47,17 +48,17 @@ def unpremultiply(rgba: np.ndarray, under: np.ndarray | None = None) -> np.ndarr
 def resize(
     rgba: np.ndarray, size: tuple[int, int], *, sar: float = 1.0, premultiplied: bool = False
 ) -> np.ndarray:
-    """Scale uint8 (t, h, w, 4) to cover `size` and center-crop it; the result is straight.
+    """Scale RGBA frames to cover `size` and center-crop them; the result is straight.
 
-    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. The filter
-    is bicubic with clipped overshoot, which neither fills empty regions nor makes holes. At alpha 0, color is
-    scaled without weights.
+    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. Transparent
+    pixels of the result get color scaled without weights, or black if `rgba` is premultiplied. The filter is
+    bicubic; overshoot is clipped.
 
     Args:
-        rgba: straight, or premultiplied with `premultiplied`.
+        rgba: uint8 (t, h, w, 4), straight unless `premultiplied`.
         size: height and width.
         sar: pixel aspect ratio, width / height.
-        premultiplied: `rgba` is premultiplied; it is converted to straight after scaling, in float.
+        premultiplied: `rgba` is premultiplied; the conversion to straight follows the scaling, in float.
     """
     height, width = rgba.shape[1:3]
     if (height, width) == tuple(size) and sar == 1:
@@ -87,10 +88,14 @@ def resize(
 
 
 def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Extrapolate color (h, w, 3) smoothly from pixels of weight (h, w, 1) 1 to all others.
+    """Extrapolate color smoothly from pixels of weight 1 to all other pixels.
 
-    Push-pull on a pyramid: averages weighted by `weight` on the way down, blended on the way up. Pixels of
-    weight 1 do not change.
+    Push-pull algorithm on an image pyramid: downsampling averages the color by weight, upsampling blends it
+    into pixels of low weight. Pixels of weight 1 do not change.
+
+    Args:
+        color: float (h, w, 3).
+        weight: float (h, w, 1), 0 to 1.
     """
     h, w = weight.shape[:2]
     if min(h, w) <= 1 or weight.min() >= 1:
@@ -111,7 +116,7 @@ def _enlarge(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _each(rgba: np.ndarray, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Apply `change` to the color of every frame; it takes color and alpha as floats."""
+    """Replace the color of every frame by `change(color, alpha)`, computed in float."""
     frames = (to_float(frame) for frame in rgba)
     return np.stack(
         [to_uint8(np.concatenate([change(f[..., :3], f[..., 3:]), f[..., 3:]], -1)) for f in frames]
@@ -119,11 +124,11 @@ def _each(rgba: np.ndarray, change: Callable[[np.ndarray, np.ndarray], np.ndarra
 
 
 def decontaminate(rgba: np.ndarray, opaque: float = 0.95) -> np.ndarray:
-    """Remove the background color from soft edges, by extrapolating the color of opaque pixels over them.
+    """Remove background color from soft edges: replace it by color extrapolated from opaque pixels.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).
-        opaque: alpha from which a pixel counts as opaque. A frame without such pixels is unchanged.
+        opaque: minimum alpha of an opaque pixel, 0 to 1. A frame without opaque pixels is unchanged.
     """
 
     def change(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -134,7 +139,14 @@ def decontaminate(rgba: np.ndarray, opaque: float = 0.95) -> np.ndarray:
 
 
 def grow(rgba: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Extrapolate the color of visible pixels under transparent ones, so that edges have no foreign color."""
+    """Replace the color of transparent pixels by color extrapolated from visible pixels.
+
+    Lossy encoding then mixes no unrelated color into the edges.
+
+    Args:
+        rgba: straight uint8 (t, h, w, 4).
+        eps: maximum alpha of a transparent pixel, 0 to 1.
+    """
 
     def change(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         seen = (alpha > eps).astype(np.float32)
@@ -144,7 +156,7 @@ def grow(rgba: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
 
 
 def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
-    """Fill transparent pixels with a blur of the foreground colors; visible pixels do not change.
+    """Fill transparent pixels with blurred foreground color; visible pixels do not change.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).
@@ -161,7 +173,7 @@ def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
 
 
 def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Set alpha (uint8) within `eps` of 0 or 1 to exactly 0 or 255."""
+    """Set alpha (uint8) that differs from 0 or 255 by at most 255 * `eps` to exactly 0 or 255."""
     level = round(255 * eps)
     return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
 
@@ -170,7 +182,7 @@ def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
 
 
 def checkerboard(height: int, width: int, cell: int = 16) -> np.ndarray:
-    """Return a checkerboard, the usual background of transparency: uint8 (h, w, 3)."""
+    """Return a white and gray checkerboard to show transparency: uint8 (h, w, 3)."""
     y, x = np.mgrid[:height, :width] // cell
     return np.where(((x + y) % 2)[..., None], 255, 204).astype(np.uint8).repeat(3, -1)
 
@@ -180,13 +192,15 @@ def composite(
 ) -> np.ndarray:
     """Composite a foreground over a background: uint8 (t, h, w, 3).
 
-    com = rgb a + (1 - a) background for straight color, com = rgb + (1 - a) background for premultiplied.
+    The result is rgb * a + (1 - a) * background for straight color, rgb + (1 - a) * background for
+    premultiplied color.
 
     Args:
         rgba: uint8 (t, h, w, 4).
         background: uint8, a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
         premultiplied: `rgba` is premultiplied.
-        linear: mix linear light (decoded sRGB) instead of code values; physically correct, but uncommon.
+        linear: mix linear light (decoded sRGB) instead of gamma-encoded values; physically correct, but
+            uncommon.
     """
     out = []
     for i, frame in enumerate(rgba):
@@ -203,7 +217,10 @@ def composite(
 
 
 def preview(rgba: np.ndarray) -> np.ndarray:
-    """Return the preview of straight uint8 (t, h, w, 4): over a checkerboard, with its alpha below.
+    """Return a preview of RGBA frames: above, composited over a checkerboard; below, alpha in gray.
+
+    Args:
+        rgba: straight uint8 (t, h, w, 4).
 
     Returns:
         uint8 (t, 2 h, w, 3).
@@ -214,7 +231,7 @@ def preview(rgba: np.ndarray) -> np.ndarray:
 
 
 def _decode(value: np.ndarray) -> np.ndarray:
-    """Convert sRGB code values to linear light (IEC 61966-2-1)."""
+    """Convert gamma-encoded sRGB values to linear light (IEC 61966-2-1)."""
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 

@@ -1,4 +1,4 @@
-"""Contact strips: frames in a row. Contact sheets: labeled strips in one image."""
+"""Contact strips (frames in a row) and contact sheets (labeled strips in one image)."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ INK, GREY, PAPER, LINE = "#1d2128", "#6b7280", "#fafaf8", "#d9dade"
 def contact_sheet(
     rows: Sequence[SheetRow], path: str | Path, *, title: str = "", columns: int = 6, width: int = 1440
 ) -> None:
-    """Write a PNG with one strip of evenly spaced frames per clip, below its label and caption; atomic.
+    """Write a PNG with a label, a caption and a strip of evenly spaced frames per clip, atomically.
 
     Args:
         rows: the clips, at least one.
         path: ends in `.png`.
         title: header line.
-        columns: maximum frames per strip.
+        columns: maximum number of frames per strip.
         width: sheet width in pixels.
     """
     margin, gap, tallest = 32, 6, 240
@@ -76,14 +76,14 @@ def contact_strip(
     gap: int | None = None,
     enlarge: bool = False,
 ) -> Image.Image:
-    """Return evenly spaced frames in a row with transparent gaps, with the first and the last frame.
+    """Return evenly spaced frames, including the first and the last, in a row with transparent gaps.
 
     Args:
         frames: uint8 (t, h, w, 3).
         count: maximum number of frames.
         box: maximum width and height of a frame in pixels.
         gap: pixels between frames. Default: 1/24 of a frame's width.
-        enlarge: scale small frames up to `box`; otherwise they keep their size.
+        enlarge: scale small frames up to `box`; otherwise, small frames keep their size.
     """
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
     height, width = frames.shape[1:3]
@@ -110,7 +110,7 @@ def _font(size: int, text: str) -> Any:
 
 
 def _wrap(text: str, font: Any, width: float, most: int) -> list[str]:
-    """Wrap text to `width` pixels, breaking long words; an ellipsis marks text beyond `most` lines."""
+    """Wrap text to `width` pixels, breaking long words; text beyond `most` lines becomes an ellipsis."""
     lines = [""]
     for word in " ".join(text.split()).split(" "):
         wider = f"{lines[-1]} {word}".strip()

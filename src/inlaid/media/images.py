@@ -1,4 +1,4 @@
-"""Images as frames."""
+"""Still images: probing and opening."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from inlaid.media.pixels import to_rgb
 
 
 def probe_image(path: Path) -> Probe:
-    """Probe an image.
+    """Return the properties of a still image; decodes it to detect damage.
+
+    Height and width are those after EXIF rotation.
 
     Raises:
-        MediaError: if the file cannot be read.
-    """
-    """Return the properties of an image, as displayed.
-
-    Raises:
-        MediaError: if it cannot be read.
+        MediaError: if the file cannot be read, is animated, or has more than 8 bits per channel.
     """
     with load_image(path) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -35,15 +32,12 @@ def probe_image(path: Path) -> Probe:
 
 @contextmanager
 def load_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image; errors while it is open are errors of the file.
+    """Open a still image for a `with` block.
+
+    Read errors inside the block, such as those from decoding the pixels, also become `MediaError`.
 
     Raises:
-        MediaError: if the file cannot be read, or is animated.
-    """
-    """Open a still image.
-
-    Raises:
-        MediaError: if it cannot be read, is animated, or is too large.
+        MediaError: if the file cannot be read, is animated, or is too large.
     """
     try:
         with Image.open(path) as image:

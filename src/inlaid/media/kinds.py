@@ -1,4 +1,4 @@
-"""Kinds of media files, their properties, and the errors of reading them."""
+"""Kinds and properties of media files, frame times, and the error for unusable files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ ARRAYS = (".npz",)
 KNOWN = (*VIDEOS, *IMAGES, *ARRAYS)
 
 ANIMATED = (".apng",)
-"""Further video suffixes, which only transparent runs search for."""
+"""Additional video suffixes, searched for only in transparent runs."""
 
 READER = 1
-"""Version of the output of `read` for the same file and arguments; part of the cache identity."""
+"""Version of the decoded pixels, part of cache keys; increase it when a file gives different pixels."""
 
 EPSILON = 1e-6
-"""Seconds below which two time differences are equal; far below any clock, far above float64 rounding."""
+"""Seconds below which two times count as equal; far below any frame interval, above float64 rounding."""
 
 
 class MediaError(ValueError):
-    """Error for an unusable file, with its path, the cause and a code."""
+    """Error for an unusable file; the message contains path and cause.
+
+    `code` is a problem code, a key of `data.problems.KINDS`.
+    """
 
     def __init__(self, path: Path, cause: str, code: str = "unreadable") -> None:
         super().__init__(f"{path}: {cause}")
@@ -43,39 +46,39 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class Probe:
-    """Properties of a clip that are known without decoding all of it.
+    """Properties of a clip, obtained without decoding all frames.
 
-    Height and width are those of the displayed frame: rotated, with square pixels.
+    Height and width are those of the displayed frame: after rotation, and with square pixels.
     """
 
     frames: int
     fps: Fraction | None
-    """Mean frame rate; None for frames without times (images, arrays without `fps`)."""
+    """Mean frame rate; None for clips without timestamps (images, arrays without `fps`)."""
     height: int
     width: int
     duration: float
-    """Seconds, including the duration of the last frame; 0 for frames without times."""
+    """Seconds, including the duration of the last frame; 0 for clips without timestamps."""
     interval: float = 0.0
-    """Median seconds between frames."""
+    """Median time between frames, in seconds."""
     variable: bool = False
-    """True if frame intervals differ by more than the container's rounding."""
+    """True if frame intervals vary by more than the rounding of the container's timestamps."""
     first: float = 0.0
-    """Time of the first frame in the file, in seconds; window starts are relative to it."""
+    """Timestamp of the first frame, in seconds; the start of a window is relative to this time."""
     codec: str = ""
     pix_fmt: str = ""
     transparent: bool = False
-    """True with an alpha channel, which `read` composites over white."""
+    """True if the clip has an alpha channel, which `video.read_frames` composites over white."""
     hdr: bool = False
-    """True with an HDR transfer function (PQ or HLG), which `read` does not tone-map."""
+    """True if the transfer function is PQ or HLG; `video.read_frames` does not tone-map."""
     untagged: bool = False
-    """True if the YUV matrix is unspecified; `read` assumes BT.601 below 720 lines, else BT.709."""
+    """True if the YUV matrix is unspecified: BT.601 is assumed below 720 lines, else BT.709."""
 
 
 def media_kind(path: Path) -> Kind:
     """Return the kind of a media file by its suffix: video, image or array.
 
     Raises:
-        MediaError: (a ValueError) the suffix is not supported.
+        MediaError: if the suffix is not supported.
     """
     suffix = path.suffix.lower()
     if suffix in (*VIDEOS, *ANIMATED):
@@ -91,7 +94,7 @@ def media_kind(path: Path) -> Kind:
 
 
 def nearest_frames(stamps: Sequence[float] | np.ndarray, wanted: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return the index of the timestamp nearest to each wanted time; the earlier one of a tie.
+    """Return the index of the timestamp nearest to each wanted time; in a tie, of the earlier timestamp.
 
     Args:
         stamps: ascending times in seconds, at least one.
@@ -103,9 +106,10 @@ def nearest_frames(stamps: Sequence[float] | np.ndarray, wanted: Sequence[float]
 
 
 def available_formats(probe: Probe, fps: float) -> int:
-    """Return the number of frames of a clip at `fps`; none is over half an interval past the last frame.
+    """Return the number of frames that a clip provides when sampled at `fps`.
 
-    For frames without times it is the number of frames in the file.
+    Sampling ends at most half a frame interval after the clip's last frame. A clip without timestamps
+    provides every frame in the file.
     """
     if probe.fps is None:
         return probe.frames

@@ -18,12 +18,15 @@ PALETTE = (
     (222, 96, 80), (80, 140, 220), (110, 185, 110), (235, 180, 70), (150, 115, 205), (90, 190, 190),
     (225, 130, 185), (150, 130, 110),
 )  # fmt: skip
-"""Colors of objects, by their index in the scene."""
+"""RGB colors of objects, by index in the scene."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Perspective camera on a sphere around the scene, in degrees, with a narrow field of view."""
+    """Perspective camera that looks at the origin; angles in degrees, y is up.
+
+    Azimuth 0 is on the +z axis, azimuth 90 on the +x axis. `field` is the field of view.
+    """
 
     azimuth: float = 30.0
     elevation: float = 20.0
@@ -31,7 +34,7 @@ class View:
     field: float = 30.0
 
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ray origins and unit directions (size^2, 3), row by row from the top left."""
+        """Return ray origins and unit directions, each (size * size, 3), row by row from the top left."""
         a, e = np.radians([self.azimuth, self.elevation])
         eye = self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
         forward = -eye / np.linalg.norm(eye)
@@ -54,13 +57,14 @@ def render(
     """Render objects by ray casting on the CPU.
 
     Args:
-        meshes: in scene coordinates.
+        meshes: one mesh per object, in scene coordinates.
         view: the camera.
         size: height and width of the image.
         colors: RGB of each object, repeated cyclically.
 
     Returns:
-        Image uint8 (size, size, 3) on white; object IDs uint8 (size, size), 0 for none, then 1, 2, ...
+        Image on white, uint8 (size, size, 3), and object IDs, uint8 (size, size): 0 is background, objects
+        are 1, 2, ... in the order of `meshes`.
     """
     import trimesh
 
@@ -84,5 +88,5 @@ def render(
 
 
 def turntable(meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256) -> np.ndarray:
-    """Render views from all sides: uint8 (frames, size, size, 3)."""
+    """Render evenly spaced views around the scene: uint8 (frames, size, size, 3)."""
     return np.stack([render(meshes, View(azimuth=360 * i / frames), size)[0] for i in range(frames)])

@@ -1,4 +1,4 @@
-"""HTML viewer of meshes as a single file without external resources."""
+"""HTML viewer for meshes: a single file without external resources."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATES = jinja2.Environment(
 
 
 def viewer_page(meshes: Mapping[str, trimesh.Trimesh], title: str) -> str:
-    """Return the HTML page; vertex coordinates are quantized to 16 bits of the box."""
+    """Return the HTML page for meshes by name; vertex coordinates are stored as 16-bit integers."""
     parts = []
     for i, (name, mesh) in enumerate(meshes.items()):
         quantized = (mesh.vertices / BOUND * 32767).round().clip(-32767, 32767).astype("<i2")

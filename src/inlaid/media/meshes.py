@@ -1,4 +1,4 @@
-"""Surfaces and meshes: reading, normalization, extraction from fields, checks, comparison, rendering.
+"""Surfaces, meshes and segmentations: reading, writing, normalization, extraction from fields, checks.
 
 All objects of a scene share one coordinate frame, about [-1, 1], y up.
 """
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 BOUND = 1.005
-"""Half the side of the box in which fields are decoded."""
+"""Half the side length of the box in which fields are decoded."""
 
 LONGEST = 1.9
-"""Longest side of a normalized scene, which keeps it inside the box."""
+"""Longest side of a normalized scene, chosen so that the scene stays inside the box."""
 
 POINTS = 20_480
-"""Points per surface in the published training."""
+"""Number of points per surface with which the published model was trained."""
 
 # --- surfaces -----------------------------------------------------------------------------------------------
 
 
 class Note(str):
-    """Message about a surface or a scene, with a code of `data.KINDS`."""
+    """Message about a surface or a scene, with a problem code (a key of `data.problems.KINDS`)."""
 
     code: str
 
@@ -50,18 +50,19 @@ class Surface:
     """Surface points of one object with outward unit normals, and messages about their quality."""
 
     points: np.ndarray
-    """float32 (n, 6)."""
+    """float32 (n, 6), positions and normals."""
     notes: tuple[Note, ...] = ()
 
 
 def read_surface(path: Path) -> list[Surface]:
-    """Read the surface of one object, or of several (k, n, 6).
+    """Read the surface of one object, an array (n, c), or of k objects, an array (k, n, c).
 
-    (n, 6) is positions and normals; (n, 3) positions, whose normals are estimated; the last column of (n, 4)
-    is ignored, because a normal has three numbers. `.npz` has `surface_points` and `surface_normals`.
+    If c is 6, a point has a position and a normal. If c is 3, it has only a position, and normals are
+    estimated. If c is 4, the last column is ignored, because a normal has three components. A `.npz` file
+    contains `surface_points` and optionally `surface_normals`.
 
     Raises:
-        MediaError: (a ValueError) with path and cause.
+        MediaError: if the file is not a valid surface; the message contains path and cause.
     """
     try:
         arrays: Any = np.load(path, allow_pickle=False)
@@ -124,15 +125,19 @@ def _surface(path: Path, points: np.ndarray) -> Surface:
 
 
 def flipped(points: np.ndarray) -> bool:
-    """Return True if the normals of (n, 6) point inward: the volume by the divergence theorem is negative."""
+    """Return True if most normals of a surface (n, 6) point inward.
+
+    In this case, the volume by the divergence theorem is negative.
+    """
     return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
 
 
 def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
-    """Estimate outward unit normals (n, 3): the direction of least variance around each point.
+    """Estimate outward unit normals (n, 3) of points (n, 3).
 
-    Signs propagate from the topmost point along a minimum spanning tree over neighbors whose planes differ
-    least (Hoppe et al. 1992).
+    A normal is the direction of least variance among the nearest points. Signs propagate from the topmost
+    point along a minimum spanning tree that connects neighbors with similar tangent planes (Hoppe et al.
+    1992).
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
@@ -160,7 +165,7 @@ def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
 
 
 def sample_surface(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Sample points of a mesh with the normals of their faces: float32 (count, 6)."""
+    """Sample points on a mesh, each with the normal of its face: float32 (count, 6)."""
     import trimesh
 
     drawn: Any = trimesh.sample.sample_surface(mesh, count, seed=seed)
@@ -169,7 +174,7 @@ def sample_surface(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) ->
 
 
 def normalizing(bounds: np.ndarray) -> np.ndarray:
-    """Return the transform (4, 4) of a whole scene: center of its bounds (2, 3) to 0, longest side to 1.9."""
+    """Return the transform (4, 4) that centers a scene with `bounds` (2, 3) and scales it to `LONGEST`."""
     size = float((bounds[1] - bounds[0]).max())
     assert size > 0, "a scene has a size"
     out = np.eye(4)
@@ -181,19 +186,23 @@ def normalizing(bounds: np.ndarray) -> np.ndarray:
 # --- from a field to a mesh ---------------------------------------------------------------------------------
 
 Field = Callable[[np.ndarray], np.ndarray]
-"""Function from points (n, 3) to values (n,), negative inside."""
+"""Function from points (n, 3) to values (n,), negative inside the object."""
 
 
 def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
-    """Return the zero surface of a field, or None without one, and a note if the field's sign was inverted.
+    """Extract the zero level set of a field as a mesh, with marching cubes.
 
-    The field is evaluated on a coarse grid, then on finer grids only near sign changes: about one hundredth
-    of the evaluations of a dense grid.
+    The field is evaluated on a coarse grid, then on finer grids only near sign changes. This takes about one
+    hundredth of the evaluations of a dense grid. A field that is negative at most corners of the box is
+    assumed to have the opposite sign and is inverted.
 
     Args:
         field: negative inside.
         resolution: cells per side; `coarse` times a power of two.
         coarse: cells per side of the first grid.
+
+    Returns:
+        The mesh, or None if the field has no zero level set; and a note if the sign was inverted, else "".
     """
     import trimesh
     from skimage.measure import marching_cubes
@@ -219,12 +228,12 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
 
 
 def _places(index: np.ndarray, cells: int) -> np.ndarray:
-    """Convert (fractional) grid indices to coordinates in the box; the last index is on its far side."""
+    """Convert grid indices, which may be fractional, to coordinates; 0 to `cells` spans the box."""
     return (index / cells * 2 - 1) * BOUND
 
 
 def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
-    """Return the grid at twice the resolution: interpolated, and evaluated again around sign changes."""
+    """Double the resolution of a grid: interpolate values, then evaluate the field around sign changes."""
     from scipy.ndimage import binary_dilation, zoom
 
     n = values.shape[0]
@@ -248,10 +257,10 @@ def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
 
 
 def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
-    """Decimate a mesh to at most `triangles` triangles, by quadric error.
+    """Decimate a mesh to at most `triangles` triangles by quadric error.
 
     Raises:
-        ValueError: the package fast-simplification is missing.
+        ValueError: if the package fast-simplification is not installed.
     """
     try:
         return mesh.simplify_quadric_decimation(face_count=triangles)
@@ -260,7 +269,7 @@ def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
 
 
 def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
-    """Return the problems of a mesh, one sentence each; empty for a valid mesh."""
+    """Return the problems of a mesh, such as `is not watertight`; empty for a valid mesh."""
     found = []
     if not np.isfinite(mesh.vertices).all():
         found.append("has vertices that are not finite")
@@ -278,7 +287,7 @@ def require_mesh_packages() -> None:
     """Check that the packages for scenes are installed.
 
     Raises:
-        ValueError: packages are missing, with the command that installs them.
+        ValueError: if packages are missing; the message contains the command that installs them.
     """
     missing = [name for name in ("trimesh", "skimage", "fpsample") if find_spec(name) is None]
     if missing:
@@ -288,7 +297,7 @@ def require_mesh_packages() -> None:
 
 
 def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
-    """Write a `.glb` with one named node per object, also for each object of `empty`; atomic."""
+    """Write a `.glb` atomically, with a named node per object; nodes of `empty` objects have no mesh."""
     import trimesh
 
     scene = trimesh.Scene()
@@ -306,10 +315,10 @@ FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
 
 
 def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
-    """Return the mesh with the faces of each connected component facing outward, and the number flipped.
+    """Return a copy of a mesh whose components all face outward, and the number of flipped components.
 
-    A component is inside out if its volume, by the divergence theorem about its center, is negative. A
-    component inside the bounding box of another is unchanged, because it may be a cavity.
+    A connected component is inside out if its volume, by the divergence theorem about its center, is
+    negative. A component inside the bounding box of another is unchanged, because it may be a cavity.
     """
     import trimesh
 
@@ -338,7 +347,7 @@ def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
     """Read the objects of a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` by name, in scene coordinates.
 
     Raises:
-        ValueError: with the path: the file cannot be read or has no triangles.
+        ValueError: if the file cannot be read or has no triangles; the message contains the path.
     """
     import trimesh
 
@@ -363,11 +372,11 @@ def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
 def read_ids(path: Path) -> np.ndarray:
     """Read the object IDs of a segmentation: int (h, w), 0 is background.
 
-    The IDs of a palette image are its indices, those of a gray image its values. An RGB image has one ID per
-    color, with black as background: conversion to gray could merge objects.
+    In a palette image, IDs are palette indices; in a gray image, pixel values. In an RGB image, every color
+    except black is an object. RGB is not converted to gray, which could merge objects.
 
     Raises:
-        MediaError: (a ValueError) with the path: the file is not such an image.
+        MediaError: if the file is not such an image; the message contains the path.
     """
     from PIL import Image
 

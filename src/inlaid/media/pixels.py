@@ -1,76 +1,234 @@
-"""Meaning of decoded pixels: color matrix, range, orientation, alpha; scaled and cropped to RGB."""
+"""Meaning of decoded pixels: matrix, range, primaries, transfer, orientation, alpha; scaled RGB comes out.
+
+Rules, with their sources:
+
+* YUV matrix and range: as tagged (ITU-T H.273). An untagged frame is BT.709 from 1280 columns or 720 lines on, else
+  BT.601, as video players decide.
+* Primaries and transfer: BT.709, BT.601 and sRGB are used as they are; wide gamut and HDR become sRGB (`color`).
+* Orientation: the display matrix of the file (ISO/IEC 14496-12, 8.3.2), mirrored ones included; EXIF for images.
+* Interlaced frames are deinterlaced when they are decoded (`video.decode_frames`).
+* Alpha is composited over white for opaque runs, straight or premultiplied as measured.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from inlaid.media import color
 from inlaid.media.arrays import fit_array
 from inlaid.media.kinds import MediaError
 
 PIXEL_LIMIT = 200_000_000
 """Maximum pixels of a scaled frame before cropping; only extreme aspect ratios reach it."""
 
-UNTAGGED = 2
-"""FFmpeg's code for an unspecified YUV matrix."""
+UNTAGGED = (2, 3)
+"""FFmpeg's codes for an unspecified YUV matrix."""
 
-HDR = (16, 18)
-"""FFmpeg's codes for the transfer functions PQ and HLG."""
+MATRICES = {
+    0: "RGB",
+    8: "YCgCo",
+    10: "BT.2020 constant luminance",
+    11: "SMPTE 2085",
+    12: "chromaticity-derived",
+    13: "chromaticity-derived constant luminance",
+    14: "ICtCp",
+    15: "IPT-PQ-C2",
+    16: "YCgCo-R even",
+    17: "YCgCo-R odd",
+}
+"""YUV matrices that FFmpeg's scaler cannot convert to RGB (ITU-T H.273, table 4)."""
 
 SCALE_FLAGS = 0x4 | 0x40000 | 0x2000
 """FFmpeg's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT; PyAV has names for the flags only since version 18."""
 
 
-def color_matrix(frame: Any) -> Any:
-    """Return the assumed YUV matrix of an untagged frame; None for a tagged one."""
+class Orientation(NamedTuple):
+    """How decoded pixels are turned for display: first transposed, then mirrored."""
+
+    transposed: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        """Turn pixels (h, w, c)."""
+        pixels = pixels.swapaxes(0, 1) if self.transposed else pixels
+        return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+
+    @property
+    def name(self) -> str:
+        """Name for people; empty if the pixels are displayed as decoded."""
+        if self == Orientation():
+            return ""
+        turns = {(False, True, True): "180", (True, True, False): "90", (True, False, True): "270"}
+        angle = turns.get(tuple(self))
+        return f"rotated by {angle} degrees" if angle else "mirrored"
+
+
+def orientation(path: Path, frame: Any) -> Orientation:
+    """Return the orientation that the display matrix of a decoded frame asks for.
+
+    Raises:
+        MediaError: for an angle that is not a multiple of 90 degrees.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            matrix = np.frombuffer(bytes(data), np.int32).astype(np.int64)
+            a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
+            small = max(map(abs, (a, b, c, d))) // 100
+            if max(abs(b), abs(c)) <= small:
+                return Orientation(False, a < 0, d < 0)
+            if max(abs(a), abs(d)) <= small:
+                return Orientation(True, c < 0, b < 0)
+            angle = np.degrees(np.arctan2(b, a))
+            raise MediaError(path, f"is displayed at an angle of {angle:.0f} degrees: turn it by multiples of 90")
+    return Orientation()
+
+
+def color_matrix(path: Path, frame: Any) -> Any:
+    """Return the YUV matrix to assume for an untagged frame; None for RGB and for a tagged frame.
+
+    Raises:
+        MediaError: if the matrix cannot be converted to RGB; names it.
+    """
     from av.video.reformatter import Colorspace
 
-    if frame.colorspace != UNTAGGED:
+    if frame.format.is_rgb or len(frame.format.components) < 3:
         return None
-    return Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709
+    if frame.colorspace in MATRICES:
+        raise MediaError(
+            path,
+            f"has the YUV matrix {MATRICES[frame.colorspace]}, which cannot be converted to RGB: convert it to BT.709",
+        )
+    if frame.colorspace not in UNTAGGED:
+        return None
+    return Colorspace.ITU709 if frame.height >= 720 or frame.width >= 1280 else Colorspace.ITU601
 
 
 def has_alpha(frame: Any) -> bool:
-    """Return True if the format of a decoded frame has alpha."""
-    """Report whether the pixel format of a decoded frame has an alpha channel."""
+    """Return True if the pixel format of a decoded frame has an alpha channel."""
     return any(c.is_alpha for c in frame.format.components)
 
 
-def fit_frame(path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float) -> np.ndarray:
-    """Rotate, scale to cover and center-crop one decoded frame: uint8 (h, w, 3)."""
-    turns = round(frame.rotation / 90) % 4
+def conversions(path: Path, frame: Any) -> list[str]:
+    """Name what is done to a decoded frame before it is RGB as displayed; empty for plain video.
+
+    Raises:
+        MediaError: if the frame cannot be converted.
+    """
+    color_matrix(path, frame)
+    found = color.conversion(frame.color_primaries, frame.color_trc)
+    return [
+        *([f"{found} converted to sRGB"] if found else []),
+        *(["deinterlaced"] if frame.interlaced_frame else []),
+        *([name] if (name := orientation(path, frame).name) else []),
+    ]
+
+
+def decoded(
+    path: Path, frame: Any, scaler: Any, channels: int, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Return a decoded frame as sRGB pixels: uint8 (h, w, channels), not turned.
+
+    Args:
+        path: file, for error messages.
+        frame: PyAV frame.
+        scaler: PyAV reformatter, reused between frames.
+        channels: 1 for gray, 3 for RGB, 4 for RGBA; gray is 0 to 255 for full and limited range.
+        size: height and width to scale to; None keeps the size.
+
+    Raises:
+        MediaError: if the frame cannot be converted to RGB.
+    """
+    import av.error
+
+    height, width = size or (frame.height, frame.width)
+    wide = channels > 1 and color.conversion(frame.color_primaries, frame.color_trc)
+    formats = {1: "gray", 3: "rgb48le" if wide else "rgb24", 4: "rgba64le" if wide else "rgba"}
+    matrix = color_matrix(path, frame) if channels > 1 else None
+    try:
+        made = scaler.reformat(
+            frame,
+            width=width,
+            height=height,
+            format=formats[channels],
+            src_colorspace=matrix,
+            interpolation=SCALE_FLAGS,
+            threads=1,
+        )
+    except (av.error.FFmpegError, ValueError, MemoryError) as error:
+        raise MediaError(path, f"cannot be converted to RGB ({error})") from None
+    pixels = made.to_ndarray().reshape(height, width, channels)
+    return color.to_srgb(pixels, frame.color_primaries, frame.color_trc) if wide else pixels
+
+
+def fit_frame(
+    path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float, premultiplied: bool = False
+) -> np.ndarray:
+    """Convert a decoded frame to RGB, uint8 (h, w, 3): turn it, scale it to cover `size`, center-crop it.
+
+    Args:
+        path: file, for error messages.
+        frame: PyAV frame; alpha is composited over white.
+        scaler: PyAV reformatter, reused between frames.
+        size: height and width.
+        sar: pixel aspect ratio, width / height.
+        premultiplied: color is already multiplied by alpha.
+
+    Raises:
+        MediaError: if the aspect ratio is too far from that of `size`, or the frame cannot be converted.
+    """
+    turn = orientation(path, frame)
     if has_alpha(frame):
-        pixels = frame.to_ndarray(format="rgba")
-        return fit_array(np.rot90(over_white(pixels), turns), size, sar if turns % 2 == 0 else 1 / sar)
-    height, width = size if turns % 2 == 0 else size[::-1]
+        pixels = over_white(decoded(path, frame, scaler, 4), premultiplied)
+        return fit_array(turn.apply(pixels), size, 1 / sar if turn.transposed else sar)
+    height, width = size[::-1] if turn.transposed else size
     scale = max(height / frame.height, width / (frame.width * sar))
     h, w = max(height, round(frame.height * scale)), max(width, round(frame.width * sar * scale))
     if h * w > PIXEL_LIMIT:
         raise MediaError(path, f"{frame.width}x{frame.height} is too extreme a shape for {size[1]}x{size[0]}")
-    scaled = scaler.reformat(
-        frame,
-        width=w,
-        height=h,
-        format="rgb24",
-        src_colorspace=color_matrix(frame),
-        interpolation=SCALE_FLAGS,
-        threads=1,
-    )
+    scaled = decoded(path, frame, scaler, 3, (h, w))
     top, left = (h - height) // 2, (w - width) // 2
-    return np.rot90(scaled.to_ndarray()[top : top + height, left : left + width], turns)
+    return turn.apply(scaled[top : top + height, left : left + width])
 
 
-def over_white(rgba: np.ndarray) -> np.ndarray:
-    """Composite straight RGBA over white; both uint8."""
+def over_white(rgba: np.ndarray, premultiplied: bool = False) -> np.ndarray:
+    """Composite RGBA (..., 4), straight or premultiplied, over white: RGB (..., 3), both uint8."""
     alpha = rgba[..., 3:].astype(np.uint16)
+    if premultiplied:
+        return np.minimum(rgba[..., :3] + (255 - alpha), 255).astype(np.uint8)
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
+def looks_premultiplied(rgba: np.ndarray) -> bool:
+    """Guess if color is multiplied by alpha in uint8 (..., 4).
+
+    It is if no soft pixel is brighter than its alpha, transparent pixels are black, and either an opaque pixel is
+    bright or the brightness of soft pixels follows their alpha (smoke and glass have no opaque pixel).
+    """
+    alpha, brightest = rgba[..., 3].astype(int), rgba[..., :3].max(-1)
+    soft, transparent = (alpha > 2) & (alpha < 253), alpha == 0
+    if soft.sum() < 50 or (brightest[soft] <= alpha[soft] + 2).mean() <= 0.995:
+        return False
+    if transparent.any() and (brightest[transparent] <= 2).mean() <= 0.995:
+        return False
+    if bool(((alpha >= 253) & (brightest > 64)).any()):
+        return True
+    levels, values = alpha[soft].astype(float), brightest[soft].astype(float)
+    if not levels.std() or not values.std():
+        return False
+    return bool(np.corrcoef(levels, values)[0, 1] > 0.7)
+
+
 def to_rgb(path: Path, image: Image.Image) -> np.ndarray:
-    """Return the pixels of an image, with EXIF orientation applied, over white: uint8 (h, w, 3)."""
+    """Return an image as RGB, uint8 (h, w, 3): EXIF orientation applied, alpha composited over white.
+
+    Raises:
+        MediaError: if the image has more than 8 bits per channel.
+    """
     if image.mode.startswith(("I", "F")):
         raise MediaError(path, f"has more than 8 bits per channel ({image.mode}): save it as 8-bit RGB")
     alpha = "A" in image.getbands() or "transparency" in image.info

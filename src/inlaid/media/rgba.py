@@ -1,4 +1,4 @@
-"""RGBA video files: written, read back and compared; statistics and repair of alpha."""
+"""RGBA video files: verified writing, reading, alpha statistics and cleanup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from inlaid.media.kinds import MediaError
 
 
 def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
-    """Apply the cleanup of `data.matte` to straight uint8 (t, h, w, 4) at its final size."""
+    """Apply the cleanup steps of `data.matte` to straight uint8 (t, h, w, 4), after resizing."""
     if how.snap:
         rgba = np.concatenate([rgba[..., :3], snap(rgba[..., 3:], how.snap / 255)], -1)
     if how.decontaminate:
@@ -35,40 +35,43 @@ def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AlphaStats:
-    """Alpha statistics of a clip; shares are of all pixels, in [0, 1], unless stated otherwise."""
+    """Alpha statistics of a clip. Shares are fractions of all pixels, 0 to 1, unless stated otherwise."""
 
     coverage: float
     """Mean alpha."""
     soft: float
-    """Share of pixels between transparent and opaque."""
+    """Share of partially transparent pixels."""
     residue: float
-    """Share of nearly transparent pixels away from visible ones: residue of lossy coding."""
+    """Share of nearly transparent pixels far from visible pixels, a residue of lossy compression."""
     lowest: int
+    """Minimum alpha, 0 to 255."""
     highest: int
+    """Maximum alpha, 0 to 255."""
     colored: float
-    """Share of the transparent pixels whose color is not black."""
+    """Fraction of the fully transparent pixels whose color is not black."""
     premultiplied: bool
-    """Estimate: no soft pixel is brighter than its alpha, and transparent pixels are black."""
+    """Estimate: partially transparent pixels are not brighter than their alpha, and fully
+    transparent pixels are black."""
     inverted: bool
-    """Estimate: the border of the frame is opaque and its middle is not."""
+    """Estimate: the border of the frame is opaque and the center is not."""
     limited: bool
-    """Estimate: no value outside 14 to 237, as if limited range was read as full range."""
+    """Estimate: all alpha values lie between 14 and 237, so limited range was probably read as full range."""
 
     @property
     def looks(self) -> str:
-        """Estimates in words: `straight`, or `premultiplied, inverted`."""
+        """Estimates as text, such as `straight` or `premultiplied, inverted`."""
         guesses = {"inverted": self.inverted, "limited range": self.limited}
         first = "premultiplied" if self.premultiplied else "straight"
         return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
 
     @property
     def constant(self) -> bool:
-        """True if alpha has one value everywhere."""
+        """True if alpha is the same in all pixels."""
         return self.lowest == self.highest
 
 
 def widened(mask: np.ndarray, by: int) -> np.ndarray:
-    """Dilate a mask (t, h, w) by a square of `by` pixels to each side."""
+    """Dilate a mask (t, h, w) by `by` pixels in each direction, with a square kernel."""
     for axis in (1, 2):
         wide = mask.copy()
         for step in range(1, by + 1):
@@ -83,7 +86,12 @@ def widened(mask: np.ndarray, by: int) -> np.ndarray:
 
 
 def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
-    """Measure the alpha of straight or premultiplied uint8 (t, h, w, 4)."""
+    """Measure the alpha statistics of RGBA frames.
+
+    Args:
+        rgba: straight or premultiplied uint8 (t, h, w, 4).
+        eps: difference from 0 or 1 up to which alpha counts as transparent or opaque.
+    """
     alpha, color = rgba[..., 3], rgba[..., :3]
     low, high = 255 * eps, 255 * (1 - eps)
     transparent, soft = alpha == 0, (alpha > low) & (alpha < high)
@@ -112,17 +120,18 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
 # --- files --------------------------------------------------------------------------------------------------
 
 CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Suffixes of files with alpha, and the maximum mean error (0-255) of alpha read back."""
+"""Suffixes of formats with alpha, and the maximum mean error of alpha after reading back (scale 0 to 255)."""
 
 COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Maximum mean error (0-255) of the color of visible pixels; VP9 subsamples color, which loses noise."""
+"""Maximum mean error of the color of visible pixels after reading back (scale 0 to 255); high for
+VP9, which subsamples color."""
 
 SUFFIXES = {"png": ".zip", **{name: f".{name}" for name in config.CARRIERS if name != "png"}}
-"""Suffixes of the formats of `sample.transparent`."""
+"""File suffixes by format name in `sample.transparent`."""
 
 
 def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
-    """Write straight RGBA, read it back and compare; atomic.
+    """Write straight RGBA atomically, after reading the file back and comparing it with the input.
 
     `.mov` is ProRes 4444, `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, `.mkv` FFV1; the last
     three are lossless.
@@ -133,7 +142,8 @@ def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Pat
         fps: frames per second.
 
     Raises:
-        ValueError: the format cannot carry alpha, or the file read back differs from the input.
+        ValueError: if the format has no alpha, `rgba` has another type or shape, or the file read back
+            differs too much from the input.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -213,16 +223,18 @@ def _write_zip(path: Path, rgba: np.ndarray) -> None:
 
 
 def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
-    """Read every frame of a transparent file or a folder of images: straight uint8 (t, h, w, 4).
+    """Read all frames of a video, image, `.zip` or folder of images: straight uint8 (t, h, w, 4).
 
-    VP8 and VP9 are decoded with libvpx, because FFmpeg's native decoders silently drop alpha.
+    Frames without alpha are opaque. VP8 and VP9 are decoded with libvpx, because FFmpeg's native decoders
+    silently drop alpha.
 
     Args:
-        path: video, animated or still image, `.zip` or folder of images, in natural order.
-        suffix: overrides the suffix of the path.
+        path: video, animated or still image, or a `.zip` or folder of images (read in natural order).
+        suffix: file suffix that selects the format. Default: the suffix of `path`.
 
     Raises:
-        MediaError: (a ValueError) with the path: the file cannot be read, or its images differ in size.
+        MediaError: if the file cannot be read, has no frames, or has images of different sizes; the message
+            contains the path.
     """
     path = Path(path)
     suffix = (suffix or path.suffix).lower()

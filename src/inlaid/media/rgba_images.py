@@ -1,4 +1,4 @@
-"""RGBA frames of images: folders and archives of images, still and animated images."""
+"""Frames from images, with or without alpha: folders and archives of images, still and animated images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from PIL import Image, ImageOps
 from inlaid.media.kinds import IMAGES, MediaError
 
 FRAMES = (*IMAGES, ".tif", ".tiff")
-"""Suffixes of images in a folder of frames."""
+"""File suffixes of images in a folder of frames."""
 
 
 def natural(path: Path) -> list[Any]:
-    """Return a natural sort key of a file name: f9 before f10."""
+    """Return a key that sorts file names in natural order, f9 before f10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def frames_in(folder: Path) -> list[Path]:
-    """Return the images of a folder of frames in natural order (9 before 10); empty without images."""
+    """Return the images of a folder in natural order (9 before 10); empty if it contains none."""
     try:
         there = [f for f in folder.iterdir() if f.suffix.lower() in FRAMES and not f.name.startswith(".")]
     except OSError:
@@ -32,7 +32,7 @@ def frames_in(folder: Path) -> list[Path]:
 
 
 def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
-    """Return an image, EXIF-rotated, as uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3)."""
+    """Return EXIF-rotated pixels, uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3)."""
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
         return level.astype(np.uint8)[..., None].repeat(1 if gray else 3, -1)
@@ -45,7 +45,11 @@ def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
 
 
 def image_names(path: Path) -> list[str]:
-    """Return the names of the images of a folder or `.zip` in natural order."""
+    """Return the names of the images of a folder or `.zip` in natural order.
+
+    Raises:
+        MediaError: if the `.zip` cannot be read.
+    """
     if path.is_dir():
         return [f.name for f in frames_in(path)]
     try:
@@ -57,7 +61,7 @@ def image_names(path: Path) -> list[str]:
 
 
 def load_named(path: Path, name: str) -> Image.Image:
-    """Load an image of a folder or `.zip`."""
+    """Load an image from a folder or `.zip`."""
     try:
         if path.is_dir():
             image = Image.open(path / name)
@@ -72,7 +76,7 @@ def load_named(path: Path, name: str) -> Image.Image:
 
 
 def named_size(path: Path, name: str) -> tuple[int, int]:
-    """Return width and height of an image of a folder or `.zip`."""
+    """Return the width and height of an image in a folder or `.zip`."""
     if not path.is_dir():
         return load_named(path, name).size
     try:
@@ -85,7 +89,7 @@ def named_size(path: Path, name: str) -> tuple[int, int]:
 def read_named(
     path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool = False
 ) -> Iterator[np.ndarray]:
-    """Yield images of a folder or `.zip` by number, as `read_animated` does."""
+    """Yield images of a folder or `.zip` by index in natural order, with pixels as in `read_animated`."""
     names = image_names(path)
     for i in indices:
         try:
@@ -97,7 +101,7 @@ def read_named(
 
 
 def frame_times(path: Path) -> np.ndarray:
-    """Return the start times of an image's frames and the end of the last frame, in seconds.
+    """Return the start time of each frame of an image and the end time of the last frame, in seconds.
 
     All times are 0 for still images and for files without durations.
     """
@@ -117,9 +121,10 @@ def frame_times(path: Path) -> np.ndarray:
 def read_animated(
     path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool = False
 ) -> Iterator[np.ndarray]:
-    """Yield frames of a still or animated image with Pillow, since FFmpeg cannot read all formats.
+    """Yield frames of a still or animated image by index.
 
-    Frames are uint8, EXIF-rotated: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3).
+    Frames are EXIF-rotated uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3). They are read
+    with Pillow, because FFmpeg does not support all formats.
     """
     try:
         with Image.open(path) as image:

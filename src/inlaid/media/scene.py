@@ -1,4 +1,4 @@
-"""A scene: an image, object masks and surfaces; and the meshes generated from them."""
+"""Scenes: an image with object masks and surfaces, and the generated meshes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 SMALL = 0.001
-"""Objects that cover at most this share of the input image are left out."""
+"""Share of the input image, 0 to 1, that an object must exceed; smaller objects are left out."""
 
 MAX_POINTS_SHOWN = 64
-"""Maximum number of objects generated from one input image; more mean that the file is no segmentation."""
+"""Maximum number of objects in a segmentation; a file with more is probably not a segmentation."""
 
 MAX_OBJECTS = 7
 """Maximum number of objects of a scene in one training step."""
@@ -33,15 +33,16 @@ class SceneObject:
     """One object of a scene."""
 
     number: int
+    """ID of the object in the segmentation."""
     mask: np.ndarray
     """bool (h, w)."""
     surface: np.ndarray
-    """Points and normals, float32 (n, 6), in the scene's frame."""
+    """Positions and normals, float32 (n, 6), in scene coordinates."""
 
 
 @dataclass(frozen=True)
 class SceneSample:
-    """Content of a scene."""
+    """Scene in memory."""
 
     name: str
     image: np.ndarray
@@ -50,7 +51,7 @@ class SceneSample:
     notes: tuple[Note, ...] = ()
 
     def alone(self, index: int) -> np.ndarray:
-        """Return the image of one object: uint8 (h, w, 3), all other pixels white, not cropped."""
+        """Return the full-size image of one object, with all other pixels white: uint8 (h, w, 3)."""
         return np.where(self.objects[index].mask[..., None], self.image, np.uint8(255))
 
 
@@ -70,8 +71,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def image_size(image: np.ndarray) -> str:
-    """Return the size as text: HEIGHTxWIDTH."""
-    """Return `HEIGHTxWIDTH` of an image, for messages."""
+    """Return the size of an image as text, `HEIGHTxWIDTH`, for messages."""
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
@@ -80,7 +80,7 @@ def image_size(image: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class GeneratedScene:
-    """Generated scene: the mesh of each object by name, in the scene's frame, with notes on defects."""
+    """Generated scene: meshes in scene coordinates by object name, and notes on defects."""
 
     meshes: dict[str, trimesh.Trimesh]
     empty: tuple[str, ...] = ()
@@ -89,13 +89,16 @@ class GeneratedScene:
 
 
 def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | None = None) -> GeneratedScene:
-    """Extract meshes from fields and check the meshes.
+    """Extract one mesh per object from its field, and check the meshes for defects.
 
     Args:
         fields: field of each object by name, negative inside.
         resolution: grid cells per side.
         triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
             package fast-simplification.
+
+    Raises:
+        ValueError: if a mesh must be decimated and fast-simplification is not installed.
     """
     meshes, empty, notes = {}, [], []
     coarse = min(64, resolution)
@@ -114,7 +117,7 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
 
 def thinned(surface: np.ndarray, count: int = POINTS) -> np.ndarray:
-    """Sample `count` points of a surface (n, 6) -> (count, 6), without replacement if n >= count."""
+    """Sample `count` points of a surface (n, 6), without replacement if n >= `count`: (count, 6)."""
     drawn = np.random.default_rng(0).choice(len(surface), count, replace=len(surface) < count)
     return surface if len(surface) == count else surface[drawn]
 
@@ -147,7 +150,7 @@ def invalid_pairs(given: Sequence[Sequence[str]]) -> list[str]:
 
 
 def tiles(sample: SceneSample, cell: int = 240) -> np.ndarray:
-    """Return input image, object overlay and surfaces from two sides: uint8 (4, cell, cell, 3)."""
+    """Return input image, object overlay, and surfaces from two sides: uint8 (4, cell, cell, 3)."""
     overlay = sample.image.astype(np.float32)
     for i, one in enumerate(sample.objects):
         color = np.array(PALETTE[i % len(PALETTE)], np.float32)

@@ -1,9 +1,9 @@
-"""Media files: probing clips, reading a time window, writing previews.
+"""Clips: probing, reading a time window, and writing H.264 video.
 
-Pixels are uint8 (t, h, w, 3) RGB at rest. Frames are selected by time, never by index, because containers
-round timestamps to milliseconds, start late and change rate. Each frame is scaled as soon as it is decoded,
-so a window at source size is never held in memory. FFmpeg (25 MB) is imported when the first video is opened;
-training from a complete cache never imports it.
+Pixels are uint8 RGB (t, h, w, 3). Frames are selected by time, never by index, because a container may round
+timestamps to milliseconds, start after time 0, and have a variable frame rate. Each frame is scaled when
+decoded, so that memory never holds a whole window at source size. FFmpeg (25 MB) is imported when the first
+video is opened; training from a complete cache never imports it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from inlaid.media.kinds import EPSILON, MediaError, Probe, media_kind, nearest_f
 from inlaid.media.pixels import HDR, SCALE_FLAGS, UNTAGGED, color_matrix, fit_frame, has_alpha, to_rgb
 
 WHOLE = (".gif", ".apng")
-"""Suffixes that must not be seeked: every frame is marked as a key frame but depends on the one before."""
+"""Suffixes of formats without seeking: every frame is marked as a key frame but depends on earlier frames."""
 
 UNSTAMPED = (".avi",)
-"""Suffixes whose packets may lack presentation times; decoded frames take their times in order."""
+"""Suffixes of formats whose packets may lack presentation times; frames get the decoding times in order."""
 
 # --- probing ------------------------------------------------------------------------------------------------
 
 
 def probe(path: str | Path) -> Probe:
-    """Return the properties of a clip, by demuxing all of it and decoding its first and last frames.
+    """Return the properties of a clip.
+
+    Demuxes the whole file, but decodes only the first frame and the frames from the last key frame on.
 
     Raises:
-        MediaError: (a ValueError) with path and cause: the file is unreadable or truncated.
+        MediaError: if the file is unreadable or truncated; the message contains path and cause.
     """
     path = Path(path)
     if not path.is_file():
@@ -97,7 +99,10 @@ def _probe_video(path: Path) -> Probe:
 
 
 def _demux(container: Any, stream: Any, unstamped: bool) -> tuple[list[int], int, int, bool]:
-    """Return ascending timestamps, the last key frame's, the header's frame count, and a damage flag."""
+    """Return sorted timestamps, the last key frame's timestamp, the promised frame count, and a damage flag.
+
+    The promised frame count is that of the header, or follows from its duration; 0 if unknown.
+    """
     stamps: list[int] = []
     last_key, cut = 0, False
     for packet in container.demux(stream):
@@ -127,14 +132,14 @@ def read_frames(path: str | Path, start: float, frames: int, fps: float, size: t
 
     Args:
         path: video, image (one frame) or `.npz`.
-        start: seconds after the clip's first frame.
+        start: seconds from the clip's first frame.
         frames: number of frames; frame k is the one nearest in time to start + k / fps.
         fps: sampling rate in frames per second.
         size: height and width.
 
     Raises:
-        MediaError: (a ValueError) with path and cause: the clip ends before the window, or the decoder
-            reports damage (H.264 decoders usually do; HEVC and VP9 decoders often do not detect it).
+        MediaError: if the clip ends before the end of the window, or if the decoder reports damage (H.264
+            decoders usually do; HEVC and VP9 decoders often do not).
     """
     path = Path(path)
     wanted = start + np.arange(frames) / float(fps)
@@ -172,10 +177,10 @@ def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.nda
 def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
     """Yield the decoded frame nearest to each wanted time, and its pixel aspect ratio (width / height).
 
-    A repeated frame is the same object.
+    A repeated frame is yielded as the same object.
 
     Raises:
-        MediaError: the video ends before the last wanted time.
+        MediaError: if the video ends before the last wanted time.
     """
     with _opened(path) as (_, stream):
         base, sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
@@ -194,16 +199,18 @@ def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
 def native_frames(
     path: Path, wanted: np.ndarray, *, gray: bool = False
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield frames at source size, rotated: uint8 (h, w, c), and the pixel aspect ratio (width / height).
+    """Yield pairs of a frame at source size, uint8 (h, w, c), and its pixel aspect ratio (width / height).
+
+    Frames are rotated as displayed.
 
     Args:
         path: a video.
-        wanted: ascending seconds after the first frame.
-        gray: return one channel, 0 to 255 for full and limited range; else RGB, or straight RGBA if the
-            video has alpha.
+        wanted: ascending times in seconds from the first frame.
+        gray: yield one channel, 0 to 255 also for limited-range video; otherwise RGB, or straight RGBA if
+            the video has alpha.
 
     Raises:
-        MediaError: the video ends before the last wanted time, or is damaged.
+        MediaError: if the video ends before the last wanted time or is damaged.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -222,10 +229,10 @@ def native_frames(
 
 
 def timestamps(path: Path) -> np.ndarray:
-    """Return the timestamps of a video's frames, in seconds after the first.
+    """Return the timestamps of a video's frames, in seconds from the first frame.
 
     Raises:
-        MediaError: no frame can be decoded.
+        MediaError: if no frame can be decoded.
     """
     with _opened(path) as (container, stream):
         found, _, _, _ = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
@@ -250,9 +257,15 @@ def _from(path: Path, pts: float) -> Generator[Any, None, None]:
 
 
 def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float) -> Iterator[Any]:
-    """Yield the frame nearest to each wanted timestamp, by the rule of `nearest`, as frames arrive in order.
+    """Yield the frame nearest to each wanted timestamp; in a tie, the earlier frame, as in `nearest_frames`.
 
-    `available` is strict about the end of a clip; here a wanted time may be at most one frame past it.
+    At the end of the clip, the limit is less strict than in `available_formats`: a wanted time may be up to
+    half the longest frame interval plus one output interval after the last frame.
+
+    Args:
+        frames: decoded frames in presentation order.
+        wanted: ascending timestamps, in units of `base`.
+        base: time base of the stream, in seconds.
     """
     last, longest, done = None, 0.0, 0
     for frame in frames:
@@ -306,7 +319,11 @@ def _no_index(path: Path) -> bool:
 
 
 def decode_frames(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
-    """Yield decoded frames in presentation order, from the key frame at or before `pts`."""
+    """Yield decoded frames in presentation order, from the key frame at or before `pts`, or from the start.
+
+    Raises:
+        MediaError: if the file cannot be read or a frame is damaged.
+    """
     from av import CodecContext
 
     with _opened(path) as (container, stream):
@@ -327,7 +344,7 @@ def decode_frames(path: Path, pts: int | None = None) -> Generator[Any, None, No
             for frame in decoder.decode(packet):
                 if unstamped and stamps:
                     frame.pts = stamps.pop(0)
-                # After a seek, frames before the first key frame may lack their reference frames: skip them.
+                # After a seek, frames before the first key frame may lack references: ignore their damage.
                 keyed = keyed or frame.key_frame
                 if keyed and frame.is_corrupt:
                     raise MediaError(path, f"is damaged at {frame.time or 0:.2f} s")
@@ -347,7 +364,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, 
         crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.
 
     Raises:
-        ValueError: the frames cannot be stored as H.264.
+        ValueError: if the frames cannot be stored as H.264, or `path` does not end in `.mp4`.
     """
     import av
     from av.video.reformatter import Colorspace, VideoReformatter
