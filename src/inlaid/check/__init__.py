@@ -1,1 +1,1 @@
-"""Before training: checks, memory and time estimates, new recipes."""
+"""Commands before training: write a recipe, check data and recipe, estimate memory and time."""

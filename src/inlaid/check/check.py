@@ -1,6 +1,7 @@
 """`inlaid check`: report sources, problems, buckets and an estimate of memory and time.
 
-Loads no weights. Reads the header and the end of every clip, and a few whole windows for the contact sheet.
+No model weights are loaded. Of every clip, the header and the end are read; a few windows are read completely
+for the contact sheet.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROWS = 12
 
 @dataclass(frozen=True)
 class Bucket:
-    """Windows of one extent."""
+    """Windows with the same length and size."""
 
     extent: Extent
     train: int
@@ -46,9 +47,11 @@ class Bucket:
     validation: int
     """Number of validation windows."""
     batches: int
-    """Batches per epoch, with repeats and weights."""
+    """Number of batches per epoch, including repeats and weights of sources."""
     latent: tuple[int, ...]
+    """Shape of the latents of a window."""
     tokens: int
+    """Number of tokens of a window."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ class Report:
     steps: int
     clips: int
     problems: list[Problem]
-    """Problems of clips and sources."""
+    """Problems with clips and sources."""
     mistakes: list[str]
-    """Problems of the recipe with this checkpoint."""
+    """Problems with the recipe for this checkpoint."""
     sources: list[SourceReport]
     buckets: list[Bucket]
     estimate: Estimate | None
@@ -146,7 +149,7 @@ def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list
 
 
 def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
-    """Return notes that are not problems."""
+    """Return notes, which inform about the run and require no change."""
     notes = family.notes(config)
     if not plan.train:
         return notes
@@ -219,7 +222,7 @@ def _memory_savings(config: recipe.Config) -> str:
 def _contact_sheet(
     config: recipe.Config, modality: Modality, plan: Plan, path: Path
 ) -> tuple[str, list[Problem]]:
-    """Draw evenly spaced windows as read for training; return the path and problems of unreadable windows."""
+    """Write a contact sheet of evenly spaced training windows; return its path and the problems found."""
     there = [w for w in plan.train if not w.clip.embedding]
     picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
     rows, problems = [], []
@@ -303,7 +306,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_alphas(alphas: Mapping[str, AlphaStats], console: Console) -> None:
-    """Print alpha statistics, measured as stored: the first clips and the mean of all clips."""
+    """Print the alpha statistics, measured before cleanup, of the first clips, and the mean of all clips."""
     rows = [(_short(name), *_alpha_cells(a), a.looks) for name, a in list(alphas.items())[:ROWS]]
     if len(alphas) > 1:
         mean = [sum(getattr(a, key) for a in alphas.values()) / len(alphas) for key in _SHARES]

@@ -1,7 +1,7 @@
 """Estimate of a run's parameters, memory, disk space and time, before anything is downloaded or loaded.
 
-The network is built on the meta device, the tuner is attached, and one forward and backward pass runs on
-shapes alone, with gradient checkpointing. The lifetime of every tensor is tracked and the operations are
+The network is built on the meta device, the tuner is attached, and one forward and backward pass is simulated
+on shapes only, with gradient checkpointing. The lifetime of every tensor is tracked and the operations are
 counted. The speed of the device is measured with matrix products.
 """
 
@@ -38,12 +38,13 @@ QUANTIZED_BYTES = {"int8": 1.0, "float8": 1.0, "int4": 0.5, "nf4": 0.5}
 """Bytes per weight of a quantized layer, without scales."""
 
 EFFICIENCY = (0.25, 0.7)
-"""Range of training speed relative to large matrix products: high overhead to very good kernels."""
+"""Minimum and maximum training speed, as a fraction of the speed of large matrix products."""
 
 OVERHEAD_SECONDS = 0.05
-"""Seconds per step below which overhead dominates and no time is estimated."""
+"""Seconds per step below which no time is estimated, because overhead dominates."""
 
 WORDS_TO_TOKENS = 1.5
+"""Estimated text tokens per word of a caption."""
 
 TEXT_WIDTHS = ("text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim")
 """Keys of a network's configuration for the width of its text input."""
@@ -54,10 +55,11 @@ class Counts:
     """Peak bytes and floating-point operations of one micro-batch, forward and backward."""
 
     activations: int
-    """Bytes alive at the peak, except weights, their gradients and the optimizer state."""
+    """Bytes allocated at the peak, without weights, their gradients and the optimizer state."""
     gradients: int
-    """Bytes of the gradients of trained weights that exist at the peak, in float32."""
+    """Bytes of the float32 gradients of trained weights at the peak."""
     linear: float
+    """Operations outside attention, linear in the number of tokens."""
     attention: float
     """Operations of self-attention, quadratic in the number of tokens."""
     across: float
@@ -65,7 +67,7 @@ class Counts:
 
 
 class _Attention(torch.autograd.Function):
-    """Stand-in for fused attention: keeps queries, keys, values and output, not the attention matrix."""
+    """Simulated fused attention: saves queries, keys, values and output, but no attention matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[[float], None]) -> Tensor:
@@ -85,7 +87,8 @@ class _Attention(torch.autograd.Function):
 class _Fused:
     """Context manager that replaces attention with `_Attention` and counts its operations.
 
-    Also covers checkpointed blocks. A `TorchFunctionMode` would miss the recomputation in the backward pass.
+    It also applies to the recomputation of checkpointed blocks in the backward pass, unlike a
+    `TorchFunctionMode`.
     """
 
     def __init__(self, video: int, text: int) -> None:
@@ -112,7 +115,7 @@ class _Fused:
 
 
 class _Ledger(TorchDispatchMode):
-    """Dispatch mode that tracks the bytes of all created tensors and their peak, and counts operations.
+    """Dispatch mode that tracks the memory of all new tensors and its peak, and counts operations.
 
     torch's `FlopCounterMode` is not used: its module hooks keep tensors alive.
     """
@@ -123,7 +126,7 @@ class _Ledger(TorchDispatchMode):
         self.now = self.gradients = 0
         self.flops = 0.0
         self.worst = (0, 0)
-        """Total bytes at the peak, and the bytes of gradients among them."""
+        """Total bytes and bytes of gradients at the peak."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -143,7 +146,7 @@ class _Ledger(TorchDispatchMode):
         return out
 
     def add(self, size: int) -> None:
-        """Record `size` new live bytes and update the peak."""
+        """Record `size` allocated bytes and update the peak."""
         self.now += size
         if self.now > self.worst[0]:
             self.worst = (self.now, self.gradients)
@@ -154,14 +157,14 @@ class _Ledger(TorchDispatchMode):
         self.now -= size
 
     def gradient(self, parameter: Tensor) -> None:
-        """Record a finished gradient, as float32 regardless of the precision of the simulated pass."""
+        """Record the gradient of a parameter, as float32 whatever the precision of the simulated pass."""
         assert parameter.grad is not None
         self.gradients += parameter.numel() * 4
         self.add(parameter.numel() * 4 - parameter.grad.nbytes)
 
 
 def _drop(parameter: Tensor) -> None:
-    """Free a gradient after it is added to the accumulated gradient."""
+    """Free the gradient of a parameter, whose accumulated gradient is already counted."""
     parameter.grad = None
 
 
@@ -182,7 +185,7 @@ def count_operations(
         extent: extent of each sample.
         batch: number of samples.
         checkpointing: gradient checkpointing of all blocks, or of every n-th block.
-        accumulating: gradients of an earlier micro-batch already exist.
+        accumulating: True if the gradients of an earlier micro-batch already exist.
     """
     if checkpointing:
         enable_checkpointing(denoiser, checkpointing)
@@ -238,7 +241,7 @@ class Estimate:
     """Bytes of device memory; 0 if unknown."""
     precision: str
     how: tuple[str, ...]
-    """Explanations of the numbers, and of missing numbers."""
+    """Explanations of the estimates, and of missing estimates."""
 
     @property
     def peak(self) -> int:
@@ -262,12 +265,12 @@ def estimate_recipe(
     Args:
         family: family instance; no weights need to be loaded.
         config: the recipe.
-        batches: batches per epoch for each extent.
-        windows: items to cache for each extent.
+        batches: number of batches per epoch for each extent.
+        windows: number of items to cache for each extent.
         captions: captions to cache.
         device: device of the run.
         precision: precision of the frozen base model.
-        optimizer: name of the optimizer that the device supports.
+        optimizer: name of the optimizer, resolved for the device.
 
     Raises:
         ValueError: if the tuner's targets match no layer.
@@ -341,7 +344,7 @@ def _cache(
     width: int,
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
-    """Return the bytes of the cache by kind, and an explanation."""
+    """Return the bytes of the cache for clips and for captions, and an explanation."""
     clips = sum(
         n * math.prod(shape) * (1 if name in family.bytewise else 2)
         for extent, n in windows.items()
@@ -355,7 +358,7 @@ def _cache(
 
 
 def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.Module, int]:
-    """Return the network, ready for training, on the meta device, and the number of trained weights.
+    """Return the network on the meta device, with its tuner, and the number of trained weights.
 
     All weights have the precision used for computation.
     """
@@ -374,7 +377,7 @@ def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.
 def _frozen(
     config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
 ) -> tuple[int, int]:
-    """Return the bytes of the frozen weights, and of the temporary copies of quantized or cast layers."""
+    """Return the bytes of the frozen weights, and of temporary copies of quantized or cast weights."""
     section = config.memory
     plain = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad) * precision.itemsize
     names = dict(denoiser.named_parameters())
@@ -388,7 +391,7 @@ def _frozen(
     if section.quantize:
         scales = {"int4": 2 * precision.itemsize / GROUP, "nf4": 4 / 64}.get(section.quantize, 0.0)
         held = sum(sizes.values()) * (QUANTIZED_BYTES[section.quantize] + scales)
-        # Dequantization unpacks the codes, then the values, in the forward and in the backward pass.
+        # Dequantization of int4 holds unpacked codes and values at the same time, in both passes.
         temporary = max(dense.values()) * (2 if section.quantize == "int4" else 1)
     else:
         assert section.layerwise_casting is not None
@@ -416,7 +419,7 @@ def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
 def _sharded(
     memory: dict[str, int], config: recipe.Config, denoiser: nn.Module, optimizer: str
 ) -> tuple[dict[str, int], str]:
-    """Return the memory of one of several processes, and an explanation of the sharding."""
+    """Return the memory of one process if tensors are sharded over processes, and an explanation."""
     world, parallel = config.runtime.world_size or 1, config.runtime.parallel
     if world == 1 or parallel == "ddp":
         return memory, ""
@@ -454,7 +457,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def measure_speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2) -> float:
-    """Measure the floating-point operations per second of large matrix products."""
+    """Measure the speed of large matrix products, in floating-point operations per second."""
     n = 4096 if device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=device).to(precision) for _ in range(2))
 
@@ -473,7 +476,7 @@ def measure_speed(device: torch.device, precision: torch.dtype, *, seconds: floa
 
 
 def describe_device(device: torch.device) -> tuple[str, int]:
-    """Return the name of a device and its memory in bytes; 0 if unknown."""
+    """Return the name of a device and its memory in bytes, or 0 if the memory is unknown."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory

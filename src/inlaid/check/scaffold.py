@@ -1,4 +1,4 @@
-"""`inlaid new`: write a commented recipe with settings that fit a folder of clips."""
+"""`inlaid new`: write a commented recipe with settings that suit a folder of clips or scenes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inlaid.families import Family, Grid
 from inlaid.media.kinds import Probe, available_formats
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
-"""Aspect ratios offered as buckets for clips of mixed shapes."""
+"""Aspect ratios from which buckets are chosen if clips have different shapes."""
 
 HEAD = """\
 # Made by `inlaid new {family} {clips}` from {found}.
@@ -70,13 +70,13 @@ NO_PROMPTS = "  seed: 42  # without prompts and images, samples use captions and
 
 
 def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> Path:
-    """Write a recipe.
+    """Write a recipe for a folder or manifest and return its path.
 
     Args:
         family: name of a model family.
         clips: folder or manifest.
         out: path of the recipe. Default: the name of `clips` + `.yaml` in the current folder.
-        checkpoint: Hub id or folder. Default: the family's first published checkpoint.
+        checkpoint: Hub ID or folder. Default: the family's first published checkpoint.
 
     Raises:
         ValueError: if there are no readable clips, or if the recipe already exists.
@@ -167,7 +167,7 @@ sample:
 
 
 def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str) -> Path:
-    """Write a recipe for scenes.
+    """Write a recipe for a folder of scenes and return its path.
 
     Raises:
         ValueError: if there are no readable scenes, or if the recipe already exists.
@@ -220,7 +220,7 @@ def _quoted(text: str) -> str:
 
 
 def _size(model: Family, probes: list[Probe]) -> tuple[int, int]:
-    """Return the family's size (704p for a grid above 16), adapted to small or portrait clips."""
+    """Return the family's default size (704p if its grid exceeds 16), adapted to small or portrait clips."""
     height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
     typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]
     scale = min(1.0, math.sqrt(typical / (height * width)))
@@ -233,7 +233,7 @@ def _size(model: Family, probes: list[Probe]) -> tuple[int, int]:
 
 
 def _aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
-    """Return the standard aspect ratios that occur, or none if one size fits nearly all clips."""
+    """Return the ratios of `ASPECTS` nearest to the clips; empty if `size` fits nearly all clips."""
 
     def off(probe: Probe, ratio: float) -> float:
         return abs(math.log(probe.width / probe.height / ratio))

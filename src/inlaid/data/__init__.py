@@ -1,1 +1,1 @@
-"""Datasets: layouts, clips, windows, problems, order and the cache."""
+"""Datasets: layouts, clips, windows, problems, batch order and the cache."""

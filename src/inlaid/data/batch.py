@@ -1,4 +1,4 @@
-"""Micro-batches: cached tensors stacked, and the hash that seeds their randomness."""
+"""Micro-batches of cached tensors, and the hash that seeds their random choices."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from inlaid.families import Family
 
 @dataclass(frozen=True)
 class Batch:
-    """Micro-batch: latents (n, c, t, h, w), conditions, and names of the clips."""
+    """Micro-batch: latents (n, c, t, h, w), conditions, and clip names."""
 
     latents: Tensor
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
     prior_preservation: Tensor | None = None
-    """Weight of the prior preservation loss of each sample, (n,); 0 trains on the clip itself."""
+    """Weight of the prior preservation loss per sample, (n,); 0 means that the sample is trained normally."""
 
     @classmethod
     def of(
@@ -31,7 +31,10 @@ class Batch:
         names: Sequence[str],
         *seed: Any,
     ) -> Batch:
-        """Return a micro-batch of cached clips and captions; randomness in a clip is a function of `seed`."""
+        """Return a micro-batch of cached clips and captions.
+
+        The random choices for each clip depend only on `seed` and its index in the batch.
+        """
         drawn = [
             family.sample_item(clip, torch.Generator().manual_seed(stable_hash(*seed, "clip", i)))
             for i, clip in enumerate(clips)
@@ -40,7 +43,7 @@ class Batch:
         return cls(stacked.pop("latents"), {**family.collate(text), **stacked}, names)
 
     def to(self, device: torch.device) -> Batch:
-        """Move the batch to a device; on CUDA from pinned memory, so the copy overlaps with computation."""
+        """Move the batch to a device; to CUDA from pinned memory, so that copies overlap with computation."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
         prior_preservation = None if self.prior_preservation is None else move(self.prior_preservation)
@@ -50,7 +53,7 @@ class Batch:
 
 
 def stable_hash(*parts: Any) -> int:
-    """Return a 63-bit hash that is the same in every process; seeds the micro-batches."""
+    """Return a 63-bit hash that is the same in every process; seeds random choices."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

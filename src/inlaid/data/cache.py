@@ -1,8 +1,8 @@
-"""Content-addressed cache of latents and text embeddings; training loads neither VAE nor text encoder.
+"""Content-addressed cache of latents and text embeddings, so that training loads no VAE or text encoder.
 
-An item's name is a hash of everything that determines its values: format version, family, the encoder's
-files, the window of the clip, and the clip's content. Items are never stale, runs can share a folder, and an
-interrupted build resumes.
+The name of an item is a hash of everything that determines its values: format version, family, the encoder's
+files, the window of the clip, and the clip's content. Therefore items are never stale, runs can share a cache
+folder, and an interrupted build can resume.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 VERSION = 1
-"""Version of the format; raise it when the values or names of an item's tensors change."""
+"""Version of the item format; increase it when the values or names of an item's tensors change."""
 
 T = TypeVar("T")
 
 
 def identity(*parts: Any) -> str:
-    """Return an item's name: a hash of JSON values, 40 hexadecimal digits."""
+    """Return the name of an item: a hash of JSON values, as 40 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
@@ -69,7 +69,7 @@ class Cache:
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
     def has(self, kind: str, name: str) -> bool:
-        """Return True if an item exists with the length in its header; `read` verifies the content."""
+        """Return True if an item exists and its file is complete; `read` also verifies the content."""
         path = self.path(kind, name)
         try:
             with path.open("rb") as file:
@@ -110,19 +110,19 @@ class Cache:
         return tensors
 
     def content(self, path: Path) -> str:
-        """Return a SHA-256 of a file's content, memoized by size and modification time."""
+        """Return the SHA-256 of a file's content, memoized by path, size and modification time."""
         key = file_state(path)
         if key not in self._hashes:
             self._hashes[key] = sha256(path)
         return self._hashes[key]
 
     def remember(self) -> None:
-        """Write the memoized content hashes, probes and alpha statistics."""
+        """Write the memoized content hashes, probes and alpha statistics to the cache folder."""
         write_memo(self.folder / "hashes.json", self._hashes)
         self.probes.save()
 
     def encoder(self, family: Family, part: str) -> list[str]:
-        """Return an encoder's identity: the commit of a Hub checkpoint, or hashes of its files."""
+        """Return the identity of an encoder: the commit of a Hub checkpoint, or the hashes of local files."""
         if not isinstance(family.source, Path):
             from huggingface_hub import hf_hub_download
 
@@ -138,14 +138,14 @@ class Cache:
         ]
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
-        """Return the item names of windows."""
+        """Return the names of the cache items of windows."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
         what += family.media_key
         files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
     def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
-        """Return the item names of captions, and of files with precomputed text embeddings."""
+        """Return the names of the cache items of captions and of files with precomputed text embeddings."""
         what, encoder = [VERSION, family.model.family], self.encoder(family, "text")
         return [
             identity(*what, encoder, str(dtype), w)
@@ -156,7 +156,7 @@ class Cache:
 
 
 def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
-    """Run jobs in threads ahead of the consumer; yield results in order, with exceptions as results."""
+    """Run jobs in threads ahead of the consumer; yield the result or exception of each job, in order."""
 
     def caught(job: Callable[[], T]) -> T | Exception:
         try:
@@ -179,7 +179,7 @@ def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Excepti
 
 @dataclass
 class Built:
-    """Result of a build: the number of items made and reused, and the errors of failed clips by path."""
+    """Result of a build: numbers of new and reused items, and the errors of failed clips by path."""
 
     made: int = 0
     reused: int = 0
@@ -199,9 +199,10 @@ def build_media(
     workers: int,
     advance: Advance,
 ) -> Built:
-    """Encode the windows that are not cached.
+    """Encode the windows that are not in the cache.
 
-    Stores latents as float16, which is more precise than bfloat16, and pixels unchanged.
+    Latents are stored as float16, which is more precise than bfloat16; integer pixels are stored unchanged.
+    Clips that cannot be read or encoded are recorded in `Built.failed`.
 
     Raises:
         ValueError: if the cache cannot be written. Items already written stay valid; run again to continue.
@@ -252,7 +253,9 @@ def build_text(
     dtype: torch.dtype,
     advance: Advance,
 ) -> Built:
-    """Encode the captions that are not cached, without padding and in the encoder's precision.
+    """Encode the captions that are not in the cache.
+
+    Text embeddings are stored without padding, in the encoder's precision.
 
     A path in `words` is a file with a precomputed text embedding.
 
@@ -286,7 +289,7 @@ def build_text(
 
 @contextmanager
 def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
-    """Count a written item; on failure raise an error with the number of items already cached."""
+    """Count the item written in the `with` block; a write error becomes a ValueError with the progress."""
     try:
         yield
     except OSError as error:

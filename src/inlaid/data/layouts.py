@@ -1,4 +1,4 @@
-"""Dataset layouts: folders, manifests, prompt lists; clips with their captions."""
+"""Dataset layouts: find clips and captions in folders, manifests and prompt lists."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ class Found:
 
     layout: str
     why: str
+    """Reason why this layout was chosen."""
     clips: list[Clip]
     problems: list[Problem]
     count: int
+    """Number of clips found, usable or not."""
 
 
 class _Scan:
@@ -60,7 +62,7 @@ class _Scan:
         self.problems.append(Problem(KINDS[code].severity, code, name, message, self.index))
 
     def file(self, text: str, where: str) -> Path | None:
-        """Return the path `text` (relative to the root) if it can be read; else record a problem."""
+        """Return the path of `text`, relative to the root, or record a problem and return None."""
         path = self.root / Path(os.path.normpath(text)).as_posix()
         transparent = self.channels == 4
         try:
@@ -84,7 +86,10 @@ class _Scan:
         return None
 
     def matte(self, path: Path, text: str | None, where: str) -> tuple[Path | None, bool]:
-        """Return the alpha matte of a clip, given by `text` or found beside it, and True without problems."""
+        """Return the alpha matte of a clip, or None, and True if there is no problem.
+
+        The matte is the file named by `text`; if `text` is None, it is searched for beside the clip.
+        """
         if text is not None:
             named = self.file(text.strip(), where)
             return named, named is not None
@@ -106,7 +111,10 @@ class _Scan:
     def add(
         self, text: str, caption: Any, group: Any = None, *, where: str = "", matte: str | None = None
     ) -> None:
-        """Add the clip at `text` (relative to the root) with its alpha matte, if both can be read."""
+        """Add the clip at `text`, relative to the root, with its alpha matte; record problems.
+
+        `where` is the clip's location in the manifest, for messages; `matte` is the path of the alpha matte.
+        """
         self.count += 1
         text = text.strip()
         path, alpha, well = self.file(text, where), None, True
@@ -136,18 +144,25 @@ class _Scan:
 def _inside(path: Path, root: Path) -> bool:
     """Return True if the path is under the root after resolving links.
 
-    Accepts circular links, for which `Path.resolve` raises.
+    Circular links raise no error, unlike in `Path.resolve`.
     """
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _legible(text: str) -> str:
-    """Replace invalid Unicode, which file names and JSON may contain, so that text can be printed."""
+    """Replace invalid Unicode, which file names and JSON can contain, so that the text can be printed."""
     return text.encode("utf-8", "replace").decode()
 
 
 def find_clips(source: config.Source, index: int, patterns: PrecomputedLayout | None, channels: int) -> Found:
-    """Find the clips of a source in any layout."""
+    """Find the clips of a source in any layout; problems are returned, not raised.
+
+    Args:
+        source: entry of `data.sources`.
+        index: index of the source.
+        patterns: layout of precomputed latents that the family reads, or None.
+        channels: 4 if the run is transparent, else 3.
+    """
     path = Path(source.path).expanduser()
     root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
     scan = _Scan(source, index, root, channels)
@@ -200,7 +215,7 @@ def _detect(
         names = {n for part in (patterns.media[0], patterns.text) for n in _matching(path, part)}
         option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.description}", path)
         if names and names >= {*_matching(path, patterns.video, kinds.KNOWN)}:
-            return option  # the videos in the folder are those the latents were computed from
+            return option  # the latents were computed from the videos in the folder
         options += [option] if names else []
     lines = _line_files(path, source)
     if lines:
@@ -221,7 +236,7 @@ def _detect(
 
 
 def _nothing(path: Path, wanted: str, patterns: PrecomputedLayout | None) -> str:
-    """Return the message for a folder without any known layout."""
+    """Return the error message for a folder that has no known layout."""
     reads = f"this model reads {patterns.description}" if patterns else "this model does not read any"
     needs = {
         "lines": "prompts.txt and videos.txt; set `caption_column` and `video_column` for other file names",
@@ -236,7 +251,7 @@ def _nothing(path: Path, wanted: str, patterns: PrecomputedLayout | None) -> str
 
 
 def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None:
-    """Return the file of captions and the file of paths, if both exist.
+    """Return the file with captions and the file with paths, or None unless both exist.
 
     Raises:
         ValueError: if several files match.
@@ -254,7 +269,7 @@ def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None
 
 
 def _matching(folder: Path, pattern: str, suffixes: tuple[str, ...] = ("",)) -> dict[str, Path]:
-    """Return the files that match a pattern such as `latents/*.pt`, by the text that replaces `*`."""
+    """Return the files that match a pattern such as `latents/*.pt`, keyed by the text that `*` matches."""
     head, tail = pattern.split("*")
     ends = tuple(tail + s for s in suffixes)
     found = {f.relative_to(folder / head).as_posix(): f for f in _files(folder / head, ends)}
@@ -404,7 +419,7 @@ def _objects(path: Path, scan: _Scan) -> None:
 
 
 def _columns(scan: _Scan, there: list[str]) -> Columns:
-    """Return the names of the columns with path, caption, group and alpha matte.
+    """Return the names of the columns for path, caption, group and alpha matte; the last two may be None.
 
     Raises:
         ValueError: if a column is missing; the message lists the existing columns.

@@ -1,7 +1,8 @@
 """Modalities, `video` and `scene`: the kind of media that a family is trained on and generates.
 
-A modality defines how examples are found on disk and drawn on a contact sheet, and how generated media are
-conditioned and written. Each modality is a module of this package; `Family.modality` is its name.
+A modality defines how examples are found on disk and shown on a contact sheet, how conditioning images are
+read, and how generated media are written. Each modality is a module `modality_NAME` of this package, where
+NAME is `Family.modality`.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class NamedImage:
-    """A conditioning image: a name, and pixels uint8 (h, w, 3) or a segmentation (h, w) of object numbers."""
+    """Conditioning image with a name: uint8 pixels (h, w, 3), or a segmentation (h, w) with object IDs."""
 
     name: str
     pixels: np.ndarray
 
 
 ImageSource = Sequence[str] | Window
-"""Image files, or a window whose frames are used."""
+"""Paths of image files, or a window from which the images are taken."""
 
 
 class Modality(ABC):
     """Interface of a modality. Stateless."""
 
     one: ClassVar[str]
-    """Name of an example in messages."""
+    """Word for a training example in messages, such as `clip`."""
     makes: ClassVar[str]
-    """Name of what `generate` makes."""
+    """Word for an output of `inlaid generate`, such as `video`."""
     asks: ClassVar[str]
     """Arguments of `inlaid generate` in printed example commands."""
     columns: ClassVar[tuple[str, str, str]]
-    """Headings of the table of shapes: length, size and count."""
+    """Column headings in the table of buckets, for length, size and number of windows."""
 
     @abstractmethod
     def plan(
@@ -65,46 +66,52 @@ class Modality(ABC):
             config: the recipe.
             family: family of the run.
             progress: called with (done, total) while examples are probed.
-            probes: probes of files; a cache has a memoized version. Default: read the files.
+            probes: reader of file properties, such as the memoizing one of a cache. Default: no memoization.
         """
 
     @abstractmethod
     def task(self, family: Family) -> str:
-        """Return the Hub's `pipeline_tag`, such as `text-to-video`."""
+        """Return the `pipeline_tag` for the Hub, such as `text-to-video`."""
 
     @abstractmethod
     def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
-        """Draw pairs of a window and the result of `Window.read` as a contact sheet in PNG."""
+        """Write a contact sheet as PNG.
+
+        Args:
+            rows: pairs of a window and the result of its `read`.
+            path: output file.
+            title: heading.
+        """
 
     @abstractmethod
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Return the prompt or name of each requested generation.
+        """Return the prompt of each output to generate, or its name if the modality has no prompts.
 
         Raises:
-            ValueError: if there are none, or if this modality does not accept prompts.
+            ValueError: if prompts or images are missing, or if the modality does not accept prompts.
         """
 
     @abstractmethod
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the conditioning images of one generation."""
+        """Read the conditioning images of one output."""
 
     def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """Return arguments of `Family.sample` besides steps and size."""
+        """Return additional arguments for `Family.sample` that only this modality has."""
         return {}
 
     @abstractmethod
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the sampling settings that are recorded beside each generated file."""
+        """Return the sampling settings to record beside each generated file."""
 
     @abstractmethod
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
         """Write the result of `Family.sample` to `stem` plus suffixes.
 
         Returns:
-            The main file, and facts about the result that are recorded beside it.
+            The main file, and metadata to record beside this file.
         """
 
 
 def modality_of(name: str) -> Modality:
-    """Return a modality by name."""
+    """Return the modality with this name."""
     return importlib.import_module(f"{__name__}_{name}").MODALITY

@@ -1,6 +1,7 @@
-"""Scene modality: an input image with segmented objects and their surfaces, generated as one mesh per object.
+"""Scene modality: from an input image with segmented objects, generate one mesh per object.
 
-A scene has no caption. Its name replaces the caption in reports and is not passed to a network.
+A training example also has the surface of each object. A scene has no caption; reports show its name instead,
+which is not passed to a network.
 """
 
 from __future__ import annotations
@@ -40,32 +41,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneClip(Clip):
-    """A scene on disk as a clip of `data`."""
+    """Clip that is a scene on disk."""
 
     scene: Scene
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The input image, the segmentation and the surfaces."""
+        """Files of the input image, the segmentation and the surfaces."""
         return self.scene.files
 
 
 @dataclass(frozen=True)
 class SceneWindow(Window):
-    """A whole scene as a training example; its caption is its name."""
+    """Training example that is a whole scene; its caption is the name of the scene."""
 
     extent: SceneExtent
-    """Number of objects, and size of the input image as the image encoder reads it."""
+    """Number of objects, and height and width of the image encoder's input."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Cache key: everything except the files' content that determines the item."""
+        """Cache key: everything that determines the cached item, except the content of the files."""
         assert isinstance(self.clip, SceneClip)
         return ("scene", READER, *self.extent, *self.clip.scene.surfaces)
 
     @property
     def words(self) -> str:
-        """Empty: scenes have no text condition."""
+        """Text condition: empty, because scenes have no captions."""
         return ""
 
     def read(self) -> SceneSample:
@@ -79,7 +80,7 @@ class SceneWindow(Window):
 
 
 class SceneModality(Modality):
-    """Scenes of an input image and the surfaces of its objects."""
+    """Modality of scenes: an input image and the surfaces of the objects in it."""
 
     one: ClassVar[str] = "scene"
     makes: ClassVar[str] = "scene"
@@ -93,7 +94,7 @@ class SceneModality(Modality):
         progress: Progress | None = None,
         probes: Probes | None = None,
     ) -> Plan:
-        """Read every scene with its surfaces, since most problems are in the surfaces."""
+        """Plan the scenes of all sources; reads every surface, because most problems are in the surfaces."""
         problems: list[Problem] = []
         found = [_find(source, i, problems) for i, source in enumerate(config.data.sources)]
         clips: list[Any] = [c for f in found for c in f.clips]
@@ -129,11 +130,11 @@ class SceneModality(Modality):
         return assemble_plan(config.data, config.seed, found, windows, problems, {}, together, self.one)
 
     def task(self, family: Family) -> str:
-        """Return the Hub's `pipeline_tag`."""
+        """Return the `pipeline_tag` for the Hub."""
         return "image-to-3d"
 
     def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
-        """Draw per scene the input image, an object overlay and the surfaces from two sides."""
+        """Write a contact sheet: per scene, input image, object overlay, and surfaces from two sides."""
         made = []
         for window, sample in rows:
             count = len(sample.objects)
@@ -143,10 +144,10 @@ class SceneModality(Modality):
         contact_sheet(made, path, title=title, columns=4, width=1024)
 
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Return the stems of the input images.
+        """Return the file names of the input images without suffix.
 
         Raises:
-            ValueError: if there are prompts, or no input image.
+            ValueError: if there are prompts or if there is no input image.
         """
         if prompts:
             raise ValueError(f"generate: scenes take no prompt (`{prompts[0]}`): pass --image and --seg")
@@ -170,7 +171,7 @@ class SceneModality(Modality):
         ]
 
     def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """Return the mesh resolution and the maximum number of triangles."""
+        """Return the grid resolution and the maximum number of triangles of a mesh."""
         return {"grid": sample.grid, "triangles": sample.triangles}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
@@ -178,9 +179,9 @@ class SceneModality(Modality):
         return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles")}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """Write a glb with a named node per object, a PNG of views from all sides, and an HTML viewer.
+        """Write a `.glb` with a named node per object, a PNG of views from all sides, and an HTML viewer.
 
-        The returned facts are the triangle counts of the objects and notes on mesh defects.
+        The returned metadata are the triangle counts of the objects and notes on mesh defects.
         """
         path = stem.with_name(f"{stem.name}.glb")
         for note in made.notes:
@@ -199,7 +200,7 @@ MODALITY = SceneModality()
 
 
 def _find(source: recipe.Source, index: int, problems: list[Problem]) -> Found:
-    """Find the scenes of a source; append its problems to `problems`."""
+    """Find the scenes of a source; append problems to `problems`."""
     root = Path(source.path).expanduser()
     clips: list[Clip] = []
     own: list[Problem] = []
@@ -224,7 +225,10 @@ def _problem(clip: Clip, code: str, message: str) -> Problem:
 
 
 def _together(clips: Sequence[Clip]) -> dict[Path, str]:
-    """Return marks by path, equal for scenes that share a file, so that views of one scene stay together."""
+    """Return a mark for each path, equal for scenes that share a file.
+
+    As a result, all views of a scene are on the same side of the validation split.
+    """
     owner: dict[str, int] = {}
     parent = list(range(len(clips)))
 

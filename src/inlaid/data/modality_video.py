@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class VideoModality(Modality):
-    """Videos and images with captions."""
+    """Modality of videos and images with captions."""
 
     one: ClassVar[str] = "clip"
     makes: ClassVar[str] = "video"
@@ -37,15 +37,15 @@ class VideoModality(Modality):
         progress: Progress | None = None,
         probes: Probes | None = None,
     ) -> Plan:
-        """Plan the clips of any layout that `data` reads."""
+        """Plan the clips of all sources, in any layout."""
         return plan_dataset(config.data, family.grid, family.fps, config.seed, progress, family, probes)
 
     def task(self, family: Family) -> str:
-        """Return the Hub's `pipeline_tag`."""
+        """Return the `pipeline_tag` for the Hub."""
         return "image-to-video" if family.images else "text-to-video"
 
     def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
-        """Draw a strip of frames per window, below the caption."""
+        """Write a contact sheet with a caption and a strip of frames for each window."""
         made = []
         for window, frames in rows:
             assert isinstance(window, VideoWindow)
@@ -59,14 +59,14 @@ class VideoModality(Modality):
         """Return the prompts.
 
         Raises:
-            ValueError: if there is no prompt, or an empty prompt.
+            ValueError: if there is no prompt or if a prompt is empty.
         """
         if not prompts or not all(p.strip() for p in prompts):
             raise ValueError("generate: prompt is missing or empty: pass a prompt")
         return list(prompts)
 
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read images, scaled and cropped to the size of the video."""
+        """Read conditioning images, scaled and cropped to the size of the video."""
         assert sample.size and sample.frames
         if isinstance(source, Window):
             if not family.images:
@@ -82,15 +82,16 @@ class VideoModality(Modality):
         ]
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the keys of `sample` that affect one video, and the frame rate."""
+        """Return the settings of `sample` that affect a video, and the frame rate."""
         other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """Write an mp4; for a video with alpha also the formats of `sample.transparent`, which keep alpha.
+        """Write an mp4 and, for a video with alpha, a file in each format of `sample.transparent`.
 
         The mp4 of a video with alpha is a preview over a checkerboard. Every file with alpha is read back and
-        compared; if alpha differs, PNG frames replace the file and a note is printed.
+        compared with the video; if they differ too much, a `.zip` of PNG frames is written instead, and a
+        note is printed.
         """
         path, facts = stem.with_name(f"{stem.name}.mp4"), {}
         if made.shape[-1] == 4:
@@ -98,7 +99,7 @@ class VideoModality(Modality):
             for i, file in enumerate(files):
                 try:
                     rgba.write_rgba(file, made, fps)
-                except ValueError as error:  # noise, from a barely trained network, compresses badly
+                except ValueError as error:  # noise of a barely trained network compresses badly
                     files[i] = path.with_suffix(SUFFIXES["png"])
                     say(f"note: {error}: written as {files[i].name} instead")
                     rgba.write_rgba(files[i], made, fps)

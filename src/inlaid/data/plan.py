@@ -37,11 +37,15 @@ class SourceReport:
     why: str
     """Reason why this layout was chosen."""
     clips: int = 0
+    """Number of clips found, usable or not."""
     usable: int = 0
+    """Number of clips with windows."""
     windows: int = 0
+    """Number of training windows."""
     validation: int = 0
-    """Windows of validation clips."""
+    """Number of validation windows."""
     seconds: float = 0.0
+    """Total duration of the clips."""
     repeats: int = 1
     weight: float = 1.0
 
@@ -65,11 +69,11 @@ class Plan:
     alphas: dict[Path, AlphaStats] = field(default_factory=dict)
     """Alpha statistics of each clip by path; empty unless the run is transparent."""
     noun: str = "clip"
-    """Name of an example in messages."""
+    """Word for a training example in messages, such as `clip`."""
 
     @property
     def errors(self) -> list[Problem]:
-        """Problems that stop the run or put a clip into quarantine."""
+        """Problems that stop the run or, with quarantine, exclude a clip."""
         return [p for p in self.problems if p.severity == "error"]
 
 
@@ -87,7 +91,7 @@ def plan_dataset(
 ) -> Plan:
     """Probe every clip and select the windows of a run.
 
-    Decodes only the first frame and the end of each file.
+    Decodes only a few frames of each video.
 
     Args:
         data: the recipe's `data` section; its `fps` overrides the argument.
@@ -95,8 +99,8 @@ def plan_dataset(
         fps: the family's frame rate.
         seed: determines the validation clips.
         progress: called with (done, total) while files are probed.
-        family: adds its layout of precomputed latents, and alpha if it has 4 channels.
-        probes: probes of files; a cache has a memoized version. Default: read the files.
+        family: family of the run; determines the layout of precomputed latents, and whether clips have alpha.
+        probes: reader of file properties, such as the memoizing one of a cache. Default: no memoization.
     """
     fps = float(data.fps or fps)
     patterns = [family.precomputed_in(Path(s.path).expanduser()) if family else None for s in data.sources]
@@ -137,12 +141,12 @@ def assemble_plan(
         data: the recipe's `data` section.
         seed: determines the validation clips.
         found: contents of each source.
-        windows: windows of usable clips, by index among all clips found.
+        windows: windows of each usable clip, by the clip's index among all clips found.
         problems: problems of clips; duplicates and validation problems are appended.
-        probes: probes by path.
-        alike: returns a mark by path; clips with equal marks go to the same side of the split. Default: clips
-            with equal content.
-        noun: name of an example in messages.
+        probes: probe of each readable clip, by path.
+        alike: function that returns a mark for each path; clips with equal marks are on the same side of the
+            split. Default: the content hash.
+        noun: word for a training example in messages.
         alphas: alpha statistics by path.
     """
     clips = [c for f in found for c in f.clips]
@@ -180,7 +184,7 @@ def _probe_all(
     fps: float,
     probes: Probes,
 ) -> tuple[dict[Path, Probe | ClipInspection], list[Problem]]:
-    """Probe every clip once, in threads."""
+    """Probe every file once, in threads; return the results by path, and problems."""
     first = {c.path: c for c in reversed(clips)}
     results: dict[Path, Probe | ClipInspection] = {}
     problems = [
@@ -216,9 +220,10 @@ def _probe_all(
 def _split_validation(
     clips: Sequence[Clip], marks: Mapping[Path, str], wanted: float, seed: int
 ) -> tuple[set[Path], list[Problem]]:
-    """Return the paths of the validation clips: those with the lowest hash of seed and name.
+    """Return the paths of the validation clips, and problems.
 
-    Clips with equal marks stay together.
+    Selects the clips with the lowest hash of seed and name. Clips with the same mark (content hash) are on
+    the same side of the split.
     """
     groups: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
@@ -241,7 +246,16 @@ def _split_validation(
 
 
 def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: str = "clip") -> list[str]:
-    """Return one line per code: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`."""
+    """Return one message per problem code.
+
+    Example: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`.
+
+    Args:
+        problems: the problems to describe.
+        total: number of clips of the plan.
+        most: maximum number of clip names in a message.
+        noun: word for a training example.
+    """
     groups: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         groups[problem.code].append(problem)
@@ -261,13 +275,16 @@ def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: 
 
 
 def require_usable(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Problem]:
-    """Raise if the plan has errors; with `quarantine`, only for errors of sources or if no clip remains.
+    """Raise an error if the run cannot start with this plan.
+
+    With `stop`, every error in the plan prevents the run. With `quarantine`, only errors of sources do, or a
+    plan without training windows.
 
     Returns:
-        The errors of the clips left out, for the caller to record; empty without errors.
+        The errors of excluded clips, for the caller to record; empty if the plan has no errors.
 
     Raises:
-        ValueError: with all errors, one line per code.
+        ValueError: if the run cannot start; the message has one line per problem code.
     """
     total = sum(s.clips for s in plan.sources)
     stops = [p for p in plan.errors if bad_clips == "stop" or p.code in SOURCE_CODES]

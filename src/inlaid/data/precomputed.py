@@ -1,8 +1,9 @@
-"""Precomputed latents of other trainers: their `.pt` files become cache items without a VAE or T5.
+"""Precomputed latents from other trainers: convert `.pt` files to cache items, without a VAE or text encoder.
 
-The keys in a file determine its content, independent of the family. Moments of the VAE are `ldist`
-(finetrainers), `mean` and `logvar` (genmo), or a bare tensor. Text embeddings are `prompt_embeds` with
-`prompt_attention_mask`, `y_feat` with `y_mask`, or a bare tensor. `Family.precomputed` defines the locations.
+The keys in a file determine its format, independent of the family. The moments of the VAE posterior are
+`ldist` (finetrainers), `mean` and `logvar` (genmo), or a bare tensor. Text embeddings are `prompt_embeds`
+with `prompt_attention_mask`, `y_feat` with `y_mask`, or a bare tensor. `Family.precomputed` defines the
+locations of the files.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 
 READER = 1
-"""Version of the conversion, part of cache keys; raise it when the same files give other items."""
+"""Version of the conversion, part of cache keys; increase it when the same files give different items."""
 
 MOMENTS = (("ldist",), ("mean", "logvar"))
 
 WIDTHS = ("text_dim", "text_embed_dim")
-"""Keys of a network's configuration for the width of text embeddings. Without either: T5-XXL's, 4096."""
+"""Configuration keys for the width of text embeddings. If both are missing, it is 4096 (T5-XXL)."""
 
 TEXTS = (("prompt_embeds", "prompt_attention_mask"), ("y_feat", "y_mask"))
 
@@ -41,7 +42,7 @@ def inspect_item(family: Family, latents: Sequence[Path], text: Path) -> tuple[i
 
 
 def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the cache item of a clip, as from `encode_media`, given the latents of the clip and its images.
+    """Read the cache item of a clip, as `encode_media` returns it, from the files in `Clip.latents`.
 
     Raises:
         MediaError: as in `inspect_item`.
@@ -54,7 +55,10 @@ def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
-    """Return moments of a clip and its images, or of color and alpha, from two files or joined in one."""
+    """Return the moments of a clip and its conditioning images, or of color and alpha for joint alpha.
+
+    Color and alpha are in two files, or concatenated along time in one file.
+    """
     clip, *others = (_moments(family, path) for path in latents)
     two = family.single is not family
     if two and not others:
@@ -72,7 +76,7 @@ def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
 
 
 def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
-    """Return the cache item of a caption, as from `encode_text`: `text` (n, d).
+    """Read the cache item of a caption, as `encode_text` returns it: `text` (n, d).
 
     Raises:
         MediaError: as in `inspect_item`; also if the embedding is not finite.
@@ -86,7 +90,7 @@ def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
 
 
 def _text(family: Family, path: Path) -> Tensor:
-    """Return text embeddings (n, d) without the masked tokens."""
+    """Read a text embedding (n, d), without masked tokens."""
     text, *mask = _parts(path, TEXTS, "a text embedding")
     text = text[0] if text.ndim == 3 and len(text) == 1 else text
     settings = family.read_config(family.component) or {}
@@ -106,7 +110,7 @@ def _text(family: Family, path: Path) -> Tensor:
 
 
 def _moments(family: Family, path: Path) -> Tensor:
-    """Return means and log-variances (2 z, t, h, w)."""
+    """Read the means and log-variances of the VAE posterior: (2 * z, t, h, w)."""
     import torch
 
     parts = _parts(path, MOMENTS, "latents")
@@ -121,7 +125,7 @@ def _moments(family: Family, path: Path) -> Tensor:
 
 
 def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
-    """Return the frames, height and width that correspond to latents."""
+    """Return the frames, height and width of the clip with these latents."""
     grid, family = family.grid, family.single
     _, there, *latent = moments.shape
     _, _, h, w = family.shapes(grid.offset, grid.spatial, grid.spatial)["latents"]
@@ -139,7 +143,7 @@ def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
 
 
 def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor]:
-    """Return the tensors of a file under one of the known sets of keys, or its bare tensor."""
+    """Return the tensors of the first set of keys in `known` that a file contains, or its bare tensor."""
     from torch import Tensor
 
     content = _load(path)
@@ -160,7 +164,7 @@ def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor
 
 
 def _load(path: Path) -> Any:
-    """Load a torch file; tensors are read when used, since probing needs only their shapes."""
+    """Load a torch file with memory mapping, because probing needs only the shapes of the tensors."""
     try:
         return load_torch(path, mmap=True)
     except TorchFileError as error:

@@ -21,12 +21,12 @@ from inlaid.runs.folder import Run
 from inlaid.runs.launch import Context
 
 MAX_VALIDATION_CLIPS = 16
-"""Maximum number of validation clips measured each time."""
+"""Maximum number of validation windows on which the validation loss is measured."""
 
 
 @dataclass(frozen=True)
 class CachedDataset:
-    """Dataset of a run, fully cached: names of cached items for each window of the plan."""
+    """Cached dataset of a run: the plan, and the names of the cache items of each window."""
 
     plan: Plan
     store: Cache
@@ -35,11 +35,12 @@ class CachedDataset:
     validation_media: Sequence[str]
     validation_text: Sequence[str]
     empty: str
+    """Name of the cached empty caption."""
     prompts: Prompts
     built: Built
 
     def validation_batches(self, family: families.Family) -> list[Batch]:
-        """Return the first validation clips, one per batch, on which the validation loss is measured."""
+        """Return the batches for the validation loss: the first validation windows, one per batch."""
         rows = zip(self.plan.validation, self.validation_media, self.validation_text, strict=True)
         return [
             Batch.of(
@@ -54,10 +55,11 @@ class CachedDataset:
 
 
 def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: Context) -> CachedDataset:
-    """Plan the dataset and encode what is not cached: clips, captions, empty caption and sample prompts.
+    """Plan the dataset and fill the cache: clips, captions, the empty caption and sample prompts.
 
     Raises:
-        ValueError: when clips have errors and the recipe says to stop.
+        ValueError: if clips have errors and `data.bad_clips` is `stop`, if no clip is left to train on, or if
+            samples are requested and there are no prompts.
     """
     store = Cache(run.cache(config))
     modality = modality_of(family.modality)

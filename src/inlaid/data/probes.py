@@ -39,21 +39,21 @@ class Probes:
 
 
 class CachedProbes(Probes):
-    """Probes memoized by size and modification time of the files, so that resuming a run opens no video."""
+    """Probes memoized by path, size and modification time, so that resuming a run opens no video."""
 
     def __init__(self, folder: Path) -> None:
         self._probes, self._alphas = (read_memo(folder / f"{name}.json") for name in ("probes", "alphas"))
         self._folder = folder
 
     def probe(self, path: Path) -> Probe:
-        """Return `Probes.probe`, memoized."""
+        """Return the result of `Probes.probe`, memoized."""
         if not path.is_file():
             return super().probe(path)
         key = f"{kinds.READER}|{file_state(path)}"
         return self._known(key) or self._add(key, super().probe(path))
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
-        """Return `Probes.inspect`, memoized by all files of the clip."""
+        """Return the result of `Probes.inspect`, memoized by the state of all files of the clip."""
         files = [f for part in (color, alpha) if part for f in rgba_clips.files(part)]
         if not files or not all(f.is_file() for f in files):
             return super().inspect(color, alpha)
@@ -71,7 +71,7 @@ class CachedProbes(Probes):
         return found
 
     def save(self) -> None:
-        """Write the memos."""
+        """Write the memoized values to the cache folder."""
         write_memo(self._folder / "probes.json", self._probes)
         if self._alphas:
             write_memo(self._folder / "alphas.json", self._alphas)
@@ -89,17 +89,17 @@ class CachedProbes(Probes):
         return found
 
 
-# --- memos --------------------------------------------------------------------------------------------------
+# --- memoized values ----------------------------------------------------------------------------------------
 
 
 def file_state(path: Path) -> str:
-    """Return a string of a file's path, size and modification time."""
+    """Return the state of a file as text: path, size and modification time."""
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def read_memo(path: Path) -> dict[str, Any]:
-    """Read a memo; a missing or damaged one is empty, since memos only save time."""
+    """Read memoized values; empty if the file is missing or damaged, because the values can be recomputed."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -108,6 +108,6 @@ def read_memo(path: Path) -> dict[str, Any]:
 
 
 def write_memo(path: Path, memo: Mapping[str, Any]) -> None:
-    """Write a memo atomically."""
+    """Write memoized values as JSON, atomically."""
     with atomic(path) as part:
         part.write_text(json.dumps(memo), "utf-8")

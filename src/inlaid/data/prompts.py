@@ -30,11 +30,17 @@ class Prompts:
     sample: recipe.Sample
     fps: float
     images: Sequence[Sequence[NamedImage]] = ()
-    """Input images of each prompt; empty if the family takes none."""
+    """Conditioning images of each prompt; empty if the family takes no images."""
 
 
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
-    """Return the `sample` section with overrides that are not None, and size and frames taken from `data`."""
+    """Return the `sample` section with overrides, and with missing size and frames taken from `data`.
+
+    Overrides that are None are ignored.
+
+    Raises:
+        ValueError: if an override is invalid.
+    """
     given = {k: v for k, v in overrides.items() if v is not None}
     try:
         sample = recipe.Sample.model_validate({**config.sample.model_dump(), **given})
@@ -54,7 +60,11 @@ def encode_prompts(
     ctx: Context,
     images: Sequence[ImageSource] = (),
 ) -> Prompts:
-    """Encode prompts through the run's cache and read their images; cached prompts need no text encoder."""
+    """Encode prompts and read their conditioning images.
+
+    Text embeddings are read from and written to the run's cache; the text encoder is loaded only if a prompt
+    is not cached.
+    """
     modality = modality_of(family.modality)
     pictures = [modality.read(family, each, sample) for each in images]
     store = Cache(run.cache(config))

@@ -1,4 +1,4 @@
-"""Order of training: buckets and shuffles as a function of (seed, index)."""
+"""Order of training: shuffled batches of windows with the same shape, reproducible from seed and index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inlaid.data.clips import Window
 
 
 def _permutation(n: int, *key: Hashable) -> list[int]:
-    """Return a permutation of `n` that depends only on the key, on every machine and in every version."""
+    """Return a permutation of range(n) that depends only on `key`, not on the machine or NumPy version."""
     entropy = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32)
     return np.random.RandomState(entropy).permutation(n).tolist()
 
@@ -24,9 +24,9 @@ def _permutation(n: int, *key: Hashable) -> list[int]:
 class BucketSampler:
     """Sampler of batches of window indices; all windows of a batch have the same shape.
 
-    Batch k is a function of the arguments and k only. Per epoch, each (source, shape) contributes
-    max(1, round(n * repeats * weight)) of its n windows, taken from an endless sequence of permutations: the
-    use counts of two of these windows never differ by more than one.
+    Batch k depends only on the arguments and k. In each epoch, the n windows with the same source and shape
+    are used max(1, round(n * repeats * weight)) times in total. They are taken from an endless sequence of
+    permutations, so that the numbers of uses of two of these windows never differ by more than one.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class BucketSampler:
         batch: int,
         seed: int,
     ) -> None:
-        """Prepare the order.
+        """Group the windows by source and shape.
 
         Args:
             entries: source index and shape of each window.
-            repeats: per source, repeats * weight.
-            batch: windows per batch; the last of a shape may be smaller.
+            repeats: repeats * weight of each source.
+            batch: windows per batch; the last batch of a shape may be smaller.
             seed: determines the order.
 
         Raises:
@@ -93,5 +93,5 @@ def make_sampler(
 ) -> BucketSampler:
     """Return the batch sampler of a plan's training windows."""
     shares = [s.repeats * s.weight for s in sources]
-    # The repr of the shape is part of the seed of the order: a plain tuple, not an `Extent`.
+    # The repr of the shape seeds the order: pass a plain tuple, because the repr of an `Extent` differs.
     return BucketSampler([(w.clip.source, tuple(w.extent)) for w in windows], shares, batch, seed)

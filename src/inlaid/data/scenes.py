@@ -1,7 +1,8 @@
-"""Scenes on disk: an input image, a segmentation, and the surface of each object; import of meshes as scenes.
+"""Scenes on disk: an input image, a segmentation, and the surface of each object.
 
-Three layouts: a folder per scene with `scene_rgb.png`, `seg.png` and `surface_ID.npy` for each object; the
-same with a single `surface.npy` for a scene of one object; and 3D-FRONT as processed by MIDI's authors.
+Three layouts are supported: a folder per scene with `scene_rgb.png`, `seg.png` and a `surface_ID.npy` for
+each object; the same with a single `surface.npy` for all objects, in order of ID; and 3D-FRONT as processed
+by the authors of MIDI.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
-"""File names of the input image; the first that exists is used. `rgb` is a single object on white."""
+"""File names of the input image; the first existing file is used. `rgb` shows a single object on white."""
 
 READER = 1
-"""Version of the output of `Scene.read`; raise it when the output changes."""
+"""Version of the output of `Scene.read`, part of cache keys; increase it when the output changes."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem with one scene; a scene with an error is not trained on."""
+    """Problem with one scene; a scene with an error is excluded from training."""
 
     severity: Literal["error", "warning"]
     name: str
@@ -49,7 +50,7 @@ class Scene:
     image: Path
     segmentation: Path
     surfaces: dict[int, Path] = field(hash=False)
-    """Surface files by number in the segmentation; key 0 means all objects, in order of number."""
+    """Surface files by object ID in the segmentation; key 0 is one file for all objects, in order of ID."""
     view: str = ""
     strict: bool = True
     """True if every visible object must have a surface."""
@@ -101,7 +102,7 @@ class Scene:
         return SceneSample(self.name, image, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
-        """Return surfaces by number; a single file holds all visible objects in order of number."""
+        """Read the surfaces by object ID; a single file contains all visible objects in order of ID."""
         if list(self.surfaces) != [0]:
             out = {}
             for number, path in self.surfaces.items():
@@ -121,7 +122,7 @@ class Scene:
 
 
 def _frame_notes(objects: Sequence[SceneObject]) -> list[Note]:
-    """Return a note if objects appear to be normalized separately instead of as a whole scene."""
+    """Return a note if the objects seem to be normalized one by one instead of as a whole scene."""
     if len(objects) < 2:
         return []
     bounds = np.stack([[o.surface[:, :3].min(0), o.surface[:, :3].max(0)] for o in objects])
@@ -146,7 +147,7 @@ class Found:
 
 
 def find_scenes(root: Path) -> Found:
-    """Find the scenes of a folder, in order of names; problems are returned as findings.
+    """Find the scenes below a folder, sorted by name; problems are returned as findings.
 
     Raises:
         ValueError: if the folder contains no scenes.

@@ -1,4 +1,4 @@
-"""Scenes rendered from mesh files."""
+"""Conversion of mesh files to training scenes: surfaces, renders and segmentations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def views(count: int, seed: int) -> Iterator[View]:
-    """Yield cameras as in MIDI's training data: azimuths over 360 degrees, elevation 0 to 30 degrees."""
+    """Yield cameras as in MIDI's training data: azimuth 0 to 360 degrees, elevation 0 to 30 degrees."""
     random = np.random.default_rng(seed)
     for i in range(count):
         yield View(
@@ -54,7 +54,7 @@ def import_meshes(folder: Path, out: Path, *, count: int = 4, size: int = 512) -
 
 
 def _supplied(source: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return images and segmentations beside a mesh: `NAME*_rgb.png` and `NAME*_seg.png`, one pair per view.
+    """Read the images and segmentations beside a mesh: a pair `NAME*_rgb.png`, `NAME*_seg.png` per view.
 
     Raises:
         MediaError: if a file cannot be read, a segmentation is missing, or sizes differ.
@@ -84,11 +84,12 @@ def prepare(
 ) -> list[Finding]:
     """Convert mesh files to training scenes: normalize each file, sample surfaces, render views.
 
-    Images and segmentations beside a mesh replace renders; object numbers follow the order of object names.
+    Images and segmentations beside a mesh are used instead of renders. Object IDs in these segmentations are
+    1, 2, ... in the order of the object names.
 
     Args:
-        sources: files with a mesh per object.
-        out: output folder; gets a folder per source and view.
+        sources: mesh files, with a separate mesh for each object.
+        out: output folder, with a subfolder for each source and view.
         count: number of rendered views per source.
         size: width and height of the renders in pixels.
         points: number of points per surface.
