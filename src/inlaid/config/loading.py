@@ -17,7 +17,7 @@ from inlaid.files import atomic
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys, of which PyYAML would silently keep the last."""
+    """YAML loader that rejects duplicate keys; PyYAML silently uses the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings; values of `over` win and lists are replaced whole."""
+    """Merge two nested mappings; values of `over` take precedence, and lists are replaced, not merged."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
@@ -45,10 +45,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Args:
         path: YAML file, or a run folder (its `config.yaml` is read, and `run` becomes the folder itself, so
             that runs can be moved).
-        overrides: `section.key=value`, the value in YAML.
+        overrides: `section.key=value`, with the value in YAML.
 
     Raises:
-        ValueError: with every mistake of the recipe, one per line.
+        ValueError: listing all mistakes in the recipe, one per line.
     """
     path, moved = Path(path), {}
     if path.is_dir():
@@ -73,7 +73,7 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
     """Return the validated config of a nested mapping, with the family's defaults and overrides applied.
 
     Raises:
-        ValueError: with every mistake, one per line.
+        ValueError: listing all mistakes, one per line.
     """
     for text in overrides:
         key, mark, value = text.partition("=")
@@ -99,7 +99,7 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the fully resolved recipe as YAML."""
+    """Write a recipe as YAML, with all defaults filled in."""
     values = json.loads(config.model_dump_json())
     with atomic(path) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")

@@ -22,12 +22,12 @@ from inlaid.config.sections import (
 
 
 def explain(error: ValidationError, name: str, section: str | None = None) -> str:
-    """Describe the mistakes of a recipe, one per line.
+    """Return messages about the mistakes in a recipe, one per line.
 
     Args:
-        error: validation error of `Config`, or of one section.
+        error: validation error of `Config`, or of a single section.
         name: name of the recipe.
-        section: name of the section if the error belongs to a single section.
+        section: name of the section, if the error is that of a single section.
     """
     found = [line for e in error.errors() for line in _mistake(e, [section] if section else []).splitlines()]
     return "\n".join([f"{name}: {len(found)} mistake{'s' if len(found) > 1 else ''}", *found])

@@ -1,7 +1,7 @@
 """Model families by name: the modules of `inlaid.families`, and installed plug-ins.
 
-A recipe's defaults are its family's. Loading a recipe therefore looks a family up by name at run time, like a
-plug-in; this package imports no family.
+The family of a recipe provides some of its defaults, so loading a recipe looks up the family by name at run
+time. No family is imported at module level, which would be a circular import.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from importlib.util import find_spec
 from typing import Any
 
 GROUP = "inlaid.families"
-"""The package of the built-in families, and the entry-point group of plug-ins."""
+"""Name of the package of built-in families, and of the entry-point group for plug-ins."""
 
 SHARED = ("base", "checkpoint", "grid")
-"""Modules of the package that are no family."""
+"""Modules of the package that are not families."""
 
 
 def family_names() -> list[str]:
-    """Names of all installed families, sorted."""
+    """Return the names of all installed families, sorted."""
     spec = find_spec(GROUP)
     assert spec and spec.submodule_search_locations
     own = {m.name for m in pkgutil.iter_modules(list(spec.submodule_search_locations))} - {*SHARED}

@@ -1,4 +1,4 @@
-"""The recipe reference page, generated from the sections."""
+"""Recipe reference page, generated from the section classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from inlaid.config import sections as s
 
 
 def reference_page() -> str:
-    """Return the reference page of all sections in Markdown (`docs/reference/config.md`)."""
+    """Return the reference page of all sections (`docs/reference/config.md`) as Markdown."""
     sections = {
         "(top level)": s.Config,
         "model": s.Model,

@@ -1,1 +1,1 @@
-"""Base and tuned model side by side: metrics, report."""
+"""Comparison of base and fine-tuned model: metrics and report."""

@@ -14,7 +14,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart."""
+    """Data series of a chart, drawn as a line."""
 
     name: str
     points: Sequence[Point]
@@ -63,7 +63,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class Text:
-    """Text of a drawing; `style` is a CSS class, as in the other shapes."""
+    """Text in a drawing; in all shapes, `style` is a CSS class."""
 
     kind: ClassVar[str] = "text"
     text: str
@@ -76,7 +76,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Rule:
-    """Straight line of a drawing."""
+    """Straight line in a drawing."""
 
     kind: ClassVar[str] = "rule"
     x1: float
@@ -121,7 +121,7 @@ class Drawing:
 
 
 def layout(chart: Chart) -> Drawing | None:
-    """Return the drawing of a chart; None if it has no points. Non-finite values are dropped."""
+    """Return the drawing of a chart without its non-finite values; None if no points are left."""
     finite = (replace(n, points=[p for p in n.points if math.isfinite(p[1])]) for n in chart.lines)
     lines = [line for line in finite if line.points]
     if not lines:
@@ -170,7 +170,10 @@ def _mark(chart: Chart, frame: _Frame) -> list[Shape]:
 
 
 def _legend(lines: Sequence[Line], right: float) -> list[Shape]:
-    """Return the legend: a name and a sample per line. A single line needs none; base lines are labeled."""
+    """Return the legend: the name and style of each line.
+
+    A single line gets no legend. Base lines are not listed, because they are labeled in the chart.
+    """
     named = [line for line in lines if line.style != "base"]
     shapes: list[Shape] = []
     x = right
@@ -198,7 +201,7 @@ def _axes(chart: Chart, frame: _Frame) -> list[Shape]:
 
 
 def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
-    """Return the ranges of both axes; outliers above the 98th percentile do not compress the rest."""
+    """Return the ranges of both axes; large outliers above the 98th percentile are cut off."""
     x = np.array([p[0] for line in lines for p in line.points])
     y = np.array([p[1] for line in lines for p in line.points])
     low, high = float(y.min()), float(y.max())
@@ -212,7 +215,7 @@ def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
 
 
 def _thin(points: Sequence[Point], most: int = 1200) -> list[Point]:
-    """Return at most `most` points, evenly spaced, including the last: more would exceed pixel resolution."""
+    """Return at most `most` evenly spaced points, since more would exceed the resolution of the chart."""
     if len(points) <= most:
         return list(points)
     return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
@@ -228,7 +231,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """Format a number in few characters."""
+    """Format a number compactly, such as `12k` or `3e-5`."""
     if value == 0:
         return "0"
     size = abs(value)

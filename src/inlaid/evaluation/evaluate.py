@@ -1,4 +1,4 @@
-"""Comparison of the base and the tuned model: validation loss, metrics and a self-contained HTML report.
+"""Comparison of base and fine-tuned model: validation loss, metrics and a self-contained HTML report.
 
 Both models generate through the stock pipeline with the same prompts and seeds, and both losses use the same
 validation clips and noise, so every difference is an effect of training.
@@ -55,18 +55,18 @@ SAMPLING = ("size", "frames", "steps", "guidance", "negative_prompt", "seed")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt of an evaluation, with its group and an optional check of the result."""
+    """Prompt of an evaluation, with its group and an optional check of the output."""
 
     text: str
     group: str = ""
     judge: Callable[[np.ndarray], bool] | None = None
-    """Return True if the result matches the prompt. Takes uint8 frames (t, h, w, 3), or straight RGBA
-    (t, h, w, 4) in a transparent run."""
+    """Function that returns True if the output matches the prompt. Its argument is uint8 frames (t, h, w, 3),
+    or straight RGBA (t, h, w, 4) in a transparent run."""
     images: ImageSource = ()
-    """For image-to-video: image files, or the window whose frames are used."""
+    """For image-to-video: image files, or the window of a clip whose frames are used."""
     truth: Callable[[np.ndarray], np.ndarray] | None = None
-    """For a transparent run: compute the true alpha, uint8 (t, h, w), from the generated RGBA frames. None if
-    it is unknown."""
+    """For a transparent run: function that returns the true alpha, uint8 (t, h, w), of generated RGBA frames.
+    None if the true alpha is unknown."""
 
 
 def evaluate(
@@ -82,15 +82,15 @@ def evaluate(
     device: str | None = None,
     **overrides: Any,
 ) -> Report:
-    """Compare the trained model of a run with its base model and write `report/` in the run folder.
+    """Compare the fine-tuned model of a run with its base model and write `report/` in the run folder.
 
     Args:
         run: run folder.
         against: `base`, or a checkpoint to compare with.
         checkpoint: `step-000500` or `500`. Default: the run's final adapter.
-        prompts: Default: the recipe's sample prompts and captions of each group, else the first captions.
+        prompts: prompts to generate. Default: see `default_prompts` and `ground_truth_prompts`.
         count: videos per prompt; video i uses seed + i.
-        group_by: use captions of each group if a source sets `group_column`.
+        group_by: include captions of each group by default, if a source sets `group_column`.
         per_group: captions per group; captions of validation clips come first.
         limit: maximum number of prompts chosen by default. Each is generated `count` times per model.
         device: same values as `runtime.device`. Default: the recipe's device.
@@ -160,14 +160,14 @@ class ModalityMetrics(Protocol):
     """Interface of the module `inlaid.evaluation.<modality>`, which measures the outputs of a modality."""
 
     HAS_GROUND_TRUTH: bool
-    """Each example has a single correct output, so validation examples are generated."""
+    """True if each example has a single correct output; validation examples are then the default prompts."""
 
     def measure(self, output: Any, prompt: Prompt) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Return the metrics of an output, and those of each of its parts."""
+        """Return the metrics of an output, and the metrics of each of its parts by name."""
         ...
 
     def matches_prompt(self, metrics: Mapping[str, float]) -> bool | None:
-        """Return True if the metrics of an output show that it is correct; None if no metric decides it."""
+        """Return True if the metrics show that an output is correct; None if metrics cannot show this."""
         ...
 
     def comparable(self, output: Any) -> np.ndarray:
@@ -184,7 +184,7 @@ class ModalityMetrics(Protocol):
 
 
 def metrics_of(modality: str) -> ModalityMetrics:
-    """Return the metrics of a modality by name."""
+    """Return the module that measures the outputs of a modality."""
     return cast(ModalityMetrics, importlib.import_module(f"inlaid.evaluation.{modality}"))
 
 
@@ -206,7 +206,7 @@ def default_prompts(
 ) -> list[Prompt]:
     """Return the recipe's sample prompts and captions of each group, validation clips first.
 
-    Without either, return the first captions of the dataset.
+    If there are none, return the first captions of the dataset.
     """
     groups: dict[str, dict[str, Window]] = {}
     windows: list[Window] = [*clips.plan.validation, *clips.plan.train] if clips else []
@@ -231,9 +231,9 @@ def default_prompts(
 
 
 def ground_truth_prompts(clips: CachedDataset | None) -> list[Prompt]:
-    """Return the validation examples, or the training examples if there are none, as prompts.
+    """Return the validation examples as prompts, or the training examples if there are none.
 
-    For modalities in which each example has one correct output (scenes).
+    Used for modalities in which each example has a single correct output (scenes).
     """
     if clips is None:
         return []
@@ -303,7 +303,7 @@ def _sides(place: Run, family: families.Family, against: str, checkpoint: str | 
 def _networks(
     config: recipe.Config, family: families.Family, sides: Sequence[_Side], ctx: Context
 ) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield the network and its stock pipeline for each side; only full fine-tunes load two networks."""
+    """Yield the network and stock pipeline of each side; only full fine-tuning loads a second network."""
     full = config.tuner.kind == "full"
     denoiser: nn.Module | None = None
     pipeline: Any = None
@@ -331,7 +331,10 @@ def _networks(
 def _clips(
     config: recipe.Config, family: families.Family, place: Run, ctx: Context
 ) -> tuple[CachedDataset | None, list[str]]:
-    """Return the cached dataset of the run, or None and a note that the validation loss is missing."""
+    """Return the cached dataset of the run, and notes.
+
+    If the training clips can no longer be used, the dataset is None and a note gives the reason.
+    """
     try:
         return build_cache(config, family, place, ctx), []
     except ValueError as error:
@@ -343,7 +346,7 @@ def _clips(
 def _reference_metrics(
     place: Run, clips: CachedDataset | None, folder: Path, notes: list[str]
 ) -> dict[str, float] | None:
-    """Return mean metrics of some training clips, and add a contact sheet of them to the report."""
+    """Return the mean metrics of some training clips, and write a contact sheet of clips to the report."""
     sheet = place.folder / "check" / "contact_sheet.png"
     if sheet.is_file():
         shutil.copyfile(sheet, folder / "clips.png")
@@ -371,7 +374,7 @@ def _reference_metrics(
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
-    """Return a text description of the trained weights."""
+    """Return a description of the trained weights, as label and text."""
     tuner = config.tuner
     if tuner.kind == "full":
         trained = "some weights" if tuner.targets else "all weights"
@@ -397,13 +400,13 @@ def _environment(ctx: Context) -> dict[str, Any]:
 
 @dataclass
 class _Comparison:
-    """Collector of the outputs and losses of both sides, base first, for the same prompts and clips."""
+    """Outputs and losses of both sides for the same prompts and clips; the base side is measured first."""
 
     prompts: Sequence[Prompt]
     encoded: Prompts
     count: int
     folder: Path
-    """Output folder; holds one folder of videos per side."""
+    """Output folder, with one folder of videos per side."""
     scratch: Path
     """Temporary folder for the frames of the base side: two sets of long videos may not fit in memory."""
     metrics: ModalityMetrics
@@ -476,7 +479,7 @@ class _Comparison:
 
 
 def save_report(report: Report, folder: Path) -> None:
-    """Write `report.json` and `report.html` into a folder that already contains the videos."""
+    """Write `report.json` and `report.html` to a folder that already contains the videos."""
     from inlaid.evaluation.page import render
 
     text = json.dumps(as_json(report), indent=2, ensure_ascii=False, default=str)

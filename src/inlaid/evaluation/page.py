@@ -35,7 +35,7 @@ SMALL = 160
 """Videos with a longer side of at most this many pixels are enlarged without smoothing."""
 
 LARGE = 512
-"""Videos with a longer side above this many pixels are downscaled for the page."""
+"""Videos with a longer side of more than this many pixels are downscaled for the page."""
 
 SHEET = 1600
 """Contact sheets wider than this many pixels are downscaled for the page."""
@@ -62,7 +62,7 @@ TEMPLATES = jinja2.Environment(
 
 
 def render(report: Report, folder: Path) -> str:
-    """Render the HTML page.
+    """Render the HTML page of a report.
 
     Args:
         report: results of the evaluation.
@@ -107,7 +107,7 @@ def _version() -> str:
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
-    """Return the key figures."""
+    """Return the key figures at the top of the page."""
     tiles: list[tuple[str, str, str]] = []
     base, tuned = report.names
     if report.validation:
@@ -312,7 +312,7 @@ def _curves(report: Report) -> dict[str, Any] | None:
 
 
 def _validation_charts(report: Report, points: Callable[[str], list[Point]]) -> Iterable[Chart]:
-    """Yield a chart of the mean loss and of each quantile; the base model is step 0 and a dashed line."""
+    """Yield a chart of the mean validation loss and one per quantile; the base loss is a dashed line."""
     keys = list(dict.fromkeys(k for x in report.curves for k in x if k.startswith("validation_q")))
     loss = report.validation
     known = {} if loss is None else {f"validation_q{q:.1f}": i for i, q in enumerate(loss.quantiles)}

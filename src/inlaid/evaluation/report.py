@@ -34,10 +34,10 @@ MIN_MATCH_CHANGE = 0.2
 """Smallest change in the share of outputs that match the prompt that counts as a change."""
 
 MIN_DIFFERENCE = 0.002
-"""Videos with a smaller mean difference look identical (share of the value range; half a level of 255)."""
+"""Mean difference below which two videos look identical, as a share of the value range (0.5 of 255)."""
 
 FULL_COVERAGE = 99.9
-"""Mean alpha in percent above which a video is fully opaque; below 100 minus this, fully transparent."""
+"""Mean alpha in percent above which a video is fully opaque; below 100 minus this value, transparent."""
 
 MIN_CHECKPOINT_GAIN = 0.02
 """Relative decrease in validation loss above which an earlier checkpoint is recommended."""
@@ -50,10 +50,10 @@ class Output:
     file: str
     """Path relative to the report's folder; a PNG preview has the same name."""
     metrics: Mapping[str, float]
-    """`METRICS` of its modality; for transparent videos also `alpha.METRICS`, and `alpha.TRUTH` if the true
+    """Metrics of the modality; for transparent videos also `alpha.METRICS`, and `alpha.TRUTH` if the true
     alpha is known."""
     matches_prompt: bool | None = None
-    """Result of the prompt's `judge`; None if it has none."""
+    """Result of the prompt's `judge`, or of a metric; None if neither exists."""
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metrics of each object of a scene."""
 
@@ -68,12 +68,12 @@ class Pair:
     base: Output
     tuned: Output
     distance: float
-    """Mean absolute difference of the two videos, in [0, 1]."""
+    """Difference of the two outputs, in [0, 1]: mean absolute difference of videos, or `scene.distance`."""
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Losses on validation clips, with the same noise for base and tuned."""
+    """Losses of base and fine-tuned model on validation clips, with the same noise."""
 
     clips: Sequence[str]
     quantiles: Sequence[float]
@@ -81,25 +81,25 @@ class ValidationLoss:
     levels: Sequence[float]
     """Noise levels t in [0, 1] at these quantiles."""
     base: Sequence[Sequence[float]]
-    """(clips, quantiles)"""
+    """Losses (clips, quantiles) of the base model; `tuned` has those of the fine-tuned model."""
     tuned: Sequence[Sequence[float]]
     noun: str = "clip"
     """Singular noun for a validation example, `clip` or `scene`."""
 
     @property
     def means(self) -> tuple[float, float]:
-        """Mean loss of base and tuned."""
+        """Mean losses of base and fine-tuned model."""
         return float(np.mean(self.base)), float(np.mean(self.tuned))
 
     @property
     def change(self) -> float:
-        """Relative change of the mean loss; negative is better."""
+        """Relative change of the mean loss by fine-tuning; negative is better."""
         base, tuned = self.means
         return tuned / base - 1
 
     @property
     def better(self) -> int:
-        """Number of clips on which the mean loss of tuned is below that of base."""
+        """Number of clips with a lower mean loss in the fine-tuned than in the base model."""
         return int((np.mean(self.tuned, axis=1) < np.mean(self.base, axis=1)).sum())
 
 
@@ -142,19 +142,19 @@ class Report:
     folder: Path
     """Folder of the report."""
     names: tuple[str, str]
-    """Names of the two models: `base` or a checkpoint, and `tuned` or a checkpoint."""
+    """Names of the first model (`base` or a checkpoint) and the second (`tuned` or a checkpoint)."""
     step: int | None
-    """Optimizer step of the tuned model; None if unknown."""
+    """Optimizer step of the fine-tuned model; None if unknown."""
     pairs: Sequence[Pair]
     validation: ValidationLoss | None
     training: Mapping[str, float] | None
-    """`video.METRICS` of some training clips, as a reference for both models."""
+    """Mean metrics of some training clips, as a reference for both models."""
     sampling: Mapping[str, Any]
     settings: Mapping[str, Any]
     """Recipe of the run."""
     environment: Mapping[str, Any]
     adapter: Mapping[str, str]
-    """Facts about the trained weights."""
+    """Description of the trained weights, such as kind and rank."""
     curves: Sequence[Mapping[str, float]] = ()
     """Records of `metrics.jsonl`."""
     notes: Sequence[str] = ()
@@ -170,7 +170,7 @@ class Report:
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """Metrics available for every video, in display order."""
+        """Metrics that all outputs have, in display order."""
         return shared_metrics([v for p in self.pairs for v in (p.base, p.tuned)])
 
     @property
@@ -196,7 +196,7 @@ def shared_metrics(outputs: Sequence[Output]) -> Mapping[str, Metric]:
 
 
 def summarize(name: str, pairs: Sequence[Pair]) -> Group:
-    """Return means over at least one pair."""
+    """Return the means over the pairs of a group, which has at least one pair."""
     judged = [p for p in pairs if p.base.matches_prompt is not None and p.tuned.matches_prompt is not None]
 
     def means(outputs: Sequence[Output]) -> dict[str, float]:
@@ -219,7 +219,7 @@ def summarize(name: str, pairs: Sequence[Pair]) -> Group:
 
 
 def assess(report: Report) -> Verdict:
-    """Summarize the results; the judges' results take precedence over the loss."""
+    """Return the verdict on a report; prompt matches take precedence over the validation loss."""
     loss, total = report.validation, report.total
     reasons, warnings = [], [*_metric_warnings(report), *_checkpoint_warnings(report), *report.notes]
     base, tuned = report.names
@@ -357,7 +357,7 @@ def _sentences(texts: Sequence[str]) -> list[str]:
 
 
 def count_of(n: int, what: str) -> str:
-    """Format a count with its noun."""
+    """Format a count with its noun, such as `1 clip` or `2 clips`."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
@@ -366,7 +366,7 @@ def _percent(share: float) -> str:
 
 
 def signed(share: float) -> str:
-    """Format a relative change, with a typographic minus sign."""
+    """Format a relative change in percent, with a typographic minus sign."""
     return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -386,7 +386,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def format_value(metric: str, value: float) -> str:
-    """Format a metric as text."""
+    """Format the value of a metric."""
     return f"{value:.{METRICS[metric].digits}f}"
 
 

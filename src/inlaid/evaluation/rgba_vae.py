@@ -1,4 +1,4 @@
-"""Evaluation of an RGBA VAE on validation clips: errors by region beside trivial predictors, and an image."""
+"""Evaluation of an RGBA VAE on validation clips: errors by region, trivial predictors, and an image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from inlaid.runs.launch import start_processes
 from inlaid.training.rgba_vae import RgbaVaeStep, reconstruct
 
 SHOWN = 8
-"""Number of clips in the image."""
+"""Maximum number of clips in the image."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
 
     Args:
         run: run folder.
-        checkpoint: `step-000500`. Default: the newest.
+        checkpoint: `step-000500` or `500`. Default: the run's final weights, else the newest checkpoint.
         device: same values as `runtime.device`. Default: the recipe's device.
 
     Raises:
-        ValueError: if the run trains no RGBA VAE, nothing is trained yet, or there are no validation clips.
+        ValueError: if the run does not train an RGBA VAE, has no trained weights, or has no validation clips.
     """
     place = Run(Path(run))
     config = place.config()
@@ -87,7 +87,7 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
 def _picture(
     step: RgbaVaeStep, vae: torch.nn.Module, batches: list[Batch], device: torch.device
 ) -> Image.Image:
-    """Return one row per clip: middle frame of original and reconstruction on a checkerboard, then alphas."""
+    """Return an image with the middle frames of clips and reconstructions over a checkerboard, and alphas."""
     rows = []
     for batch in batches:
         true = batch.latents[:1]

@@ -4,8 +4,8 @@ Implements `evaluate.ModalityMetrics`.
 
 `POINTS` points per object are sampled uniformly from meshes and surfaces with fixed seeds, so the same meshes
 give the same numbers. Lengths are in units of the scene's coordinate frame, whose longest side is about 2.
-Metrics "in place" assume that model and data share a coordinate frame; "aligned" metrics first remove a rigid
-motion (iterative closest points) of the whole scene or of each object.
+Metrics "in place" assume that model and data share a coordinate frame. "Aligned" metrics are computed after a
+rigid alignment (iterative closest point) of the whole scene or of each object.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ HAS_GROUND_TRUTH = True
 """The surfaces of each scene are its ground truth, so validation scenes are generated."""
 
 POINTS = 2048
-"""Points sampled per object."""
+"""Number of points sampled per object."""
 
 NEAR = 0.1
-"""Threshold of the F-score, as in the published evaluation."""
+"""Distance threshold of the F-score, as in the published evaluation."""
 
 MATCH_F_SCORE = 0.8
-"""Smallest F-score of a scene that counts as correct."""
+"""Minimum F-score of a scene that counts as correct."""
 
 MISSING_DISTANCE = 2 * BOUND * 3**0.5
 """Distance assigned to an object that was not generated: the diagonal of the bounding box."""
@@ -88,7 +88,7 @@ def measure(output: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict
 
     Args:
         output: generated scene.
-        prompt: prompt whose `images` is the source scene.
+        prompt: prompt whose `images` is the window with the true scene.
     """
     truth = {f"object_{one.number}": one.surface for one in prompt.images.read().objects}
     targets = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
@@ -126,12 +126,12 @@ def comparable(output: GeneratedScene) -> np.ndarray:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the share of both surfaces that is not close to the other surface, in [0, 1]."""
+    """Return the share of both surfaces farther than `NEAR` / 5 from the other: 1 - F-score, in [0, 1]."""
     return 0.0 if np.array_equal(a, b) else 1 - mesh.f_score(a, b, NEAR / 5)
 
 
 def preview(output: GeneratedScene) -> Image.Image:
-    """Render turntable views in a row."""
+    """Render turntable views of a scene, side by side."""
     from PIL import Image
 
     views = mesh_render.turntable(list(output.meshes.values()), 5, 192)
@@ -166,9 +166,9 @@ def _object_metrics(output: np.ndarray | None, true: np.ndarray) -> dict[str, fl
 
 
 def _overlap(a: np.ndarray, b: np.ndarray, boxes: list[np.ndarray], count: int = 8000) -> float:
-    """Return the intersection over union of two volumes.
+    """Return the intersection over union of two volumes, estimated from `count` random points.
 
-    A point is inside a volume if the normal of the nearest surface point faces away from it.
+    A point is inside a volume if the normal of the nearest surface point faces away from the point.
     """
     from scipy.spatial import KDTree
 

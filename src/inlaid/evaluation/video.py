@@ -23,7 +23,7 @@ distance = video_metrics.distance
 
 
 def measure(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return the metrics of a video, with `alpha.TRUTH` if the true alpha is known, and no parts."""
+    """Return the metrics of a video, with `alpha.TRUTH` if the true alpha is known; videos have no parts."""
     metrics = measure_frames(frames)
     if prompt.truth is not None and frames.shape[-1] == 4:
         metrics |= alpha.against(frames, prompt.truth(frames))
@@ -33,7 +33,7 @@ def measure(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str
 def measure_frames(frames: np.ndarray) -> dict[str, float]:
     """Return the video metrics of RGB or RGBA frames (t, h, w, 3 or 4).
 
-    RGBA is composited over gray, and `alpha.METRICS` are added.
+    RGBA frames are composited over gray for the video metrics, and also get `alpha.METRICS`.
     """
     if frames.shape[-1] == 3:
         return video_metrics.measure(frames)
@@ -46,7 +46,7 @@ def matches_prompt(metrics: Mapping[str, float]) -> None:
 
 
 def comparable(frames: np.ndarray) -> np.ndarray:
-    """Return the frames on which differences are measured; RGBA is composited over a checkerboard."""
+    """Return the frames that `distance` compares; RGBA is composited over a checkerboard."""
     if frames.shape[-1] == 3:
         return frames
     return compositing.composite(frames, compositing.checkerboard(*frames.shape[1:3]))

@@ -1,1 +1,1 @@
-"""Videos and scenes from a trained run."""
+"""Generation of videos and scenes from a run."""

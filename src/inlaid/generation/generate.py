@@ -1,4 +1,4 @@
-"""Generate videos and scenes from a run folder and prompts, through the stock pipeline."""
+"""Generation of videos and scenes from a run folder and prompts, through the stock pipeline."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def generate(
     Args:
         run: run folder.
         prompts: one or more prompts.
-        images: for image-to-video, the first image of each prompt and the last image if the checkpoint takes
-            it; for scenes, input image and segmentation.
+        images: images of each prompt. For image-to-video, the first frame, and the last frame if the
+            checkpoint requires one; for scenes, input image and segmentation.
         count: videos per prompt; video i uses seed + i.
         checkpoint: `step-000500` or `500`; `base` for the base model. Default: the run's final adapter.
-        strength: 0 is the base model, 1 the trained model. Linear for LoRA, not for DoRA; 0 or 1 after full
-            fine-tuning.
+        strength: scale of the adapter: 0 is the base model, 1 the fine-tuned model. The effect is linear for
+            LoRA but not for DoRA. Must be 0 or 1 after full fine-tuning.
         out: output folder. Default: `samples/generated` in the run.
         device: same values as `runtime.device`. Default: the recipe's device.
         overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
             negative_prompt, transparent.
 
     Returns:
-        Paths of the mp4 files (glb for scenes). Each has a JSON file beside it; in a transparent run also the
-        files listed by `outputs`.
+        Paths of the mp4 files (glb for scenes). Each has a JSON file beside it. For the files with alpha of a
+        transparent run, see `outputs`.
 
     Raises:
         ValueError: for any problem the user can fix.
@@ -111,7 +111,7 @@ def load_pipeline(
     strength: float,
     ctx: Context,
 ) -> Any:
-    """Return the stock pipeline with the trained weights in `folder`, or of the base model if it is None.
+    """Return the stock pipeline with the trained weights in `folder`, or the base model if that is None.
 
     Raises:
         ValueError: if the pipeline does not accept the weights.
@@ -154,7 +154,7 @@ def generate_samples(
         about: additional values for each JSON file.
         count: outputs per prompt.
         show: show a progress bar.
-        name: file name without suffix, for a single output. Default: number, prompt and seed.
+        name: file name without extension, for a single output. Default: prompt index, prompt and seed.
         on_output: callback with (prompt index, output index, result of `Family.sample`) for each output.
 
     Returns:
@@ -201,11 +201,11 @@ def generate_samples(
 
 
 def outputs(path: Path) -> list[Path]:
-    """Return the files with alpha of a generated video, as listed in its JSON file, then the mp4 file."""
+    """Return the files of a generated video: the files with alpha, listed in its JSON file, then the mp4."""
     values = json.loads(path.with_suffix(".json").read_text("utf-8"))
     return [*(path.with_name(name) for name in values.get("files", ())), path]
 
 
 def slug(text: str) -> str:
-    """Return the first words of a prompt as a file name."""
+    """Return the first words of a prompt as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"

@@ -1,4 +1,4 @@
-"""Tiny trained models shipped with the package, with the classes and file layout of the real ones."""
+"""Tiny trained models shipped with the package; classes and file layout are those of the full models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def path(name: str) -> Path:
             for scenes of 1 to 4 objects.
 
     Raises:
-        ValueError: there is no tiny model of this name.
+        ValueError: if there is no tiny model of this name.
     """
     if name not in _FOLDERS:
         raise ValueError(f"there is no tiny model {name!r}: use {', '.join(_FOLDERS)}")
@@ -26,7 +26,7 @@ def rgba_vae_path(name: str) -> Path:
     """Return the folder of the RGBA VAE of a shipped tiny model.
 
     Raises:
-        ValueError: there is no RGBA VAE for this name.
+        ValueError: if there is no RGBA VAE for this tiny model.
     """
     if name != "wan":
         raise ValueError(f"there is no RGBA VAE of a tiny model {name!r}: use wan")

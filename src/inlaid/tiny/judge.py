@@ -1,9 +1,9 @@
 """Rule-based evaluation of clips: check that a clip matches its caption.
 
-It has no learned parts and no information about the model that generated a clip. The foreground is what
-differs from the border color; its hues, outlines, centroids, moments and gradients are compared with the
-definition of the world. Thresholds are calibrated on ground-truth renders only: at least 98 % of them are
-accepted, and clips with one wrong attribute are rejected.
+The rules have no learned parts and use no information about the model that generated a clip. The foreground
+is every pixel that differs from the border color; its hues, outlines, centroids, moments and gradients are
+compared with the definition of the world. Thresholds are calibrated only on ground-truth renders, of which at
+least 98 % are accepted; clips with one wrong attribute are rejected.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONTRAST, EDGE = 42, 0.42
 (0-255), and relative to the median foreground difference, so that soft edges do not move the outline."""
 
 LEAST_OVERLAP = 0.7
-"""Minimum soft intersection over union with the best fitting template of the expected shape."""
+"""Minimum soft intersection over union with the best-fitting template of the expected shape."""
 
 SOFTNESS = 2
 """Number of 3 x 3 blurs of soft masks and templates before comparison, to match the outline detail that an
@@ -56,7 +56,7 @@ _SYMMETRY = {"square": 4, "triangle": 3, "cross": 4, "heart": 1, SUBJECT: 5}
 
 @dataclass(frozen=True)
 class _View:
-    """Measurements of a clip that all checks share."""
+    """Measurements of a clip, shared by all checks."""
 
     frames: np.ndarray
     """float32 (t, 64, 64, 3), 0-255."""
@@ -82,7 +82,7 @@ def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
 
 
 def _blurred(images: np.ndarray) -> np.ndarray:
-    """Return `(n, h, w)` after `SOFTNESS` passes of the binomial filter 1 2 1 along both axes."""
+    """Blur images `(n, h, w)` with `SOFTNESS` passes of the binomial filter 1 2 1 along both axes."""
     for _ in range(SOFTNESS):
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), mode="edge")
         rows = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
@@ -137,7 +137,7 @@ def _has_colour(view: _View, colour: str) -> bool:
 
 
 def _has_halves(view: _View, seam: float = 0.0) -> bool:
-    """Return True if both colors of the subject are present, on opposite sides of a line through the shape.
+    """Return True if both colors of the subject are visible, on opposite sides of a line through the shape.
 
     Pixels within `seam` of that line are ignored.
     """
@@ -186,14 +186,14 @@ def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, f
 
 
 def _fit(view: _View, t: int, name: str) -> tuple[float, float]:
-    """Return the best overlap of frame `t` with a shape of its area and centroid, and the radius (pixels)."""
+    """Return the best overlap of frame `t` with a template of equal area and centroid, and its radius."""
     if view.area[t] == 0:
         return 0.0, 0.0
     return max(_overlap(view, t, name, hole) for hole in (HOLES if name == "ring" else (0.0,)))
 
 
 def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]:
-    """Return the best soft intersection over union over all rotations, and the radius."""
+    """Return the best soft intersection over union over all rotations, and the template's radius."""
     table, unit, cx, cy = _template(name, hole)
     matte = view.matte[t]
     radius = np.sqrt(matte.sum() / unit)
@@ -304,10 +304,10 @@ def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        scene: content of the caption; for the subject, "color" checks its two halves.
+        scene: content of the caption. For the subject, "colour" checks its two halves.
 
     Returns:
-        Results for "shape", "color" and "motion", for "size" and "background" if the scene sets them, and
+        Results for "shape", "colour" and "motion", for "size" and "background" if the scene sets them, and
         for "all".
     """
     verdict = _verdict(_look(frames), scene)
@@ -319,8 +319,8 @@ def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        seam: pixels within this distance of the line between the halves are ignored, because a mixture of
-            orange and purple is red.
+        seam: distance in pixels from the line between the halves up to which pixels are ignored, because
+            orange and purple mix to red there.
     """
     view = _look(frames)
     scores = _shape_scores(view)
@@ -337,8 +337,8 @@ LEAST_AGREEMENT = 0.8
 def agreement(frames: np.ndarray) -> float:
     """Return the overlap in [0, 1] of the foregrounds in alpha and color of straight uint8 (t, 64, 64, 4).
 
-    Both use the same detection: the VAE of the tiny model blurs small shapes in both, and a fixed alpha
-    threshold would give another contour than color.
+    Both foregrounds are detected in the same way: the VAE of the tiny model blurs small shapes, and a fixed
+    alpha threshold would give a different contour than the detection in color.
     """
     seen, matte = (_look(part).mask for part in (frames[..., :3], np.repeat(frames[..., 3:], 3, -1)))
     return float((seen & matte).sum() / max((seen | matte).sum(), 1))

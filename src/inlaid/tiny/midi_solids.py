@@ -1,4 +1,4 @@
-"""Solids with closed-form signed distances, and objects that consist of several."""
+"""Solids with closed-form signed distances, and objects composed of solids."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Array = np.ndarray
 class Solid:
     """Solid in object coordinates, y up.
 
-    `size` is: box, half side lengths; sphere (r,); cylinder and cone (r, half height); torus, lying flat,
-    (R, r); capsule, along x, (r, half length without the caps).
+    `size` depends on `kind`: half side lengths of a box; (r,) of a sphere; (r, half height) of a cylinder or
+    cone; (R, r) of a torus, which lies flat; (r, half length without the caps) of a capsule along x.
     """
 
     kind: str
@@ -46,7 +46,7 @@ def _to_segment(x: Array, y: Array, a: tuple[float, float], b: tuple[float, floa
 
 
 def _solid_distance(solid: Solid, p: Array) -> Array:
-    """Return the signed distance (n,) of points (n, 3) in the coordinates of the solid, negative inside."""
+    """Return the signed distance (n,) of points (n, 3) in solid coordinates, negative inside."""
     s = solid.size
     if solid.kind == "sphere":
         return np.sqrt((p * p).sum(-1)) - s[0]
@@ -72,7 +72,7 @@ def _solid_distance(solid: Solid, p: Array) -> Array:
 
 
 def _round(rng: np.random.Generator, n: int) -> Array:
-    """Return uniformly distributed unit directions (n, 3)."""
+    """Sample uniformly distributed unit vectors (n, 3)."""
     d = rng.standard_normal((n, 3))
     return d / np.linalg.norm(d, axis=-1, keepdims=True)
 
@@ -97,7 +97,7 @@ def _areas(solid: Solid) -> list[float]:
 
 
 def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
-    """Sample a solid's surface uniformly, with outward normals (n, 6), in the coordinates of the solid."""
+    """Sample points and outward normals (n, 6) uniformly on the surface of a solid, in solid coordinates."""
     s, areas = solid.size, np.array(_areas(solid))
     counts = rng.multinomial(n, areas / areas.sum())
     pieces: list[tuple[Array, Array]] = []
@@ -141,20 +141,27 @@ def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
 
 
 def _turn(yaw: float) -> Array:
-    """Return the rotation about y from object to scene coordinates, for row vectors."""
+    """Return the rotation matrix (3, 3) about y from object to scene coordinates, for row vectors."""
     c, s = np.cos(yaw), np.sin(yaw)
     return np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]])
 
 
 def distance(thing: Thing, points: Array) -> Array:
-    """Return the signed distance (n,) of points (n, 3), negative inside; inside several solids, a bound."""
+    """Return the signed distance (n,) of points (n, 3) to an object, negative inside.
+
+    Inside an object of several solids, the absolute value is only a lower bound of the distance.
+    """
     local = (points - np.array(thing.place, points.dtype)) @ _turn(thing.yaw).T.astype(points.dtype)
     each = [_solid_distance(s, local - np.array(s.offset, points.dtype)) for s in thing.solids]
     return np.minimum.reduce(each)
 
 
 def surface(thing: Thing, count: int, seed: int | Sequence[int]) -> Array:
-    """Sample an object's surface uniformly: points and unit normals, float32 (count, 6), in the scene."""
+    """Sample points and normals uniformly on the surface of an object.
+
+    Returns:
+        Points and unit normals in scene coordinates, float32 (count, 6).
+    """
     rng = np.random.default_rng(seed)
     areas = np.array([sum(_areas(s)) for s in thing.solids])
     found, have = [], 0

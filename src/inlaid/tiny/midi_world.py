@@ -1,8 +1,8 @@
 """Procedural scenes of the tiny MIDI model: colored objects on a floor, with images and exact surfaces.
 
 An object consists of solids with closed-form signed distances, from which images, object IDs, surfaces with
-normals and inside tests are computed. Everything is a function of its seed. The object kind `SUBJECT` is not
-in the training data of the tiny model: the demo trains an adapter for it.
+normals and inside tests are computed. All functions depend only on their seeds. The object kind `SUBJECT` is
+not in the training data of the tiny model: the demo trains an adapter for it.
 
 The azimuth of the camera is nearly fixed: the scene's coordinate frame does not rotate with the camera, so an
 image determines the positions of objects only if the camera direction is known.
@@ -23,7 +23,7 @@ from inlaid.tiny.midi_solids import Solid, Thing, bounds, distance, moved, surfa
 KINDS = ("box", "sphere", "cylinder", "cone", "torus", "capsule")
 
 SUBJECT = "table"
-"""Round top on one leg with a foot; not in the training data of the tiny model."""
+"""Object with a round top on one leg with a foot; not in the training data of the tiny model."""
 
 COLOURS = {
     "red": (214, 70, 60), "orange": (236, 140, 50), "yellow": (232, 200, 70), "green": (90, 170, 90),
@@ -43,7 +43,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in scene coordinates, centered, longest side 1.9; and the camera, in degrees."""
+    """Objects in scene coordinates (centered, longest side 1.9), and a camera with angles in degrees."""
 
     things: tuple[Thing, ...]
     azimuth: float = 30.0
@@ -81,7 +81,7 @@ def make(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> T
 
 
 def wild(seed: int | Sequence[int]) -> Thing:
-    """Return a training object of the shape VAE: one of the world, or a union of solids, anywhere."""
+    """Return a training object of the shape VAE: a world object or a union of solids, at any position."""
     rng = np.random.default_rng(seed)
     if rng.random() < 0.6:
         thing = make(str(rng.choice(KINDS)), (0, 0, 0), rng)
@@ -120,7 +120,7 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
 
 
 def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
-    """Center objects in the box, scaled to its size, with a random camera."""
+    """Return a scene of the objects, scaled and centered to fill its box, with a random camera."""
     every = np.stack([bounds(t) for t in things])
     low, high = every[:, 0].min(0), every[:, 1].max(0)
     scale = LONGEST / float((high - low).max())
@@ -146,7 +146,7 @@ def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
 
 
 def _visible(scene: Scene) -> bool:
-    """Return True if at least half of every object, and enough pixels of it, are visible."""
+    """Return True if at least half of each object is visible, in at least 8 pixels at 32 x 32."""
     near = _depths(scene, 32)
     first = near.argmin(0)
     alone = np.isfinite(near).sum(1)
@@ -180,7 +180,7 @@ def scenes(seed: int, n: int, *, counts: Sequence[int] = (1, 2, 3, 4), start: in
 
 
 def subject_scenes(n: int = 24, *, seed: int = 0, counts: Sequence[int] = (1, 2, 3)) -> list[Scene]:
-    """Return scenes with one `SUBJECT`, the first object; the others are of the tiny model's world.
+    """Return scenes whose first object is a `SUBJECT`; the other objects are of the kinds in `KINDS`.
 
     Args:
         n: number of scenes.
@@ -211,7 +211,10 @@ def _rays(scene: Scene, size: int) -> tuple[Array, Array]:
 
 
 def _depths(scene: Scene, size: int) -> Array:
-    """Return the depth (objects, size^2) along each ray, infinite if it misses, by sphere tracing."""
+    """Return the depth of each object along each ray (objects, size^2), infinite without a hit.
+
+    Method: sphere tracing.
+    """
     eye, directions = _rays(scene, size)
     out = np.full((len(scene.things), size * size), np.inf, np.float32)
     for depth, thing in zip(out, scene.things, strict=True):
@@ -257,7 +260,7 @@ def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
 
 
 def write(folder: Path, scene: Scene, *, size: int = 128, points: int = POINTS, seed: int = 0) -> Path:
-    """Write a scene for training: `scene_rgb.png`, `seg.png` and `surface_ID.npy` per object; atomic."""
+    """Write a scene for training, atomically: `scene_rgb.png`, `seg.png` and `surface_ID.npy` per object."""
     from PIL import Image
 
     image, ids = render(scene, size)

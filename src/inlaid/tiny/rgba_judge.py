@@ -1,8 +1,9 @@
 """Rule-based evaluation of transparent clips: check the subject and its alpha.
 
-Both checks must pass. The color, with binary alpha over a dark plain background, is evaluated as an opaque
-clip. The alpha is compared with a re-render: in every frame, the ground-truth alpha of the subject at the
-best fitting position, size and angle. Nothing is learned or depends on the model that generated a clip.
+Both checks must pass. For the subject, the clip is composited with binary alpha over a plain dark background
+and evaluated like an opaque clip. The alpha is compared with a re-render: the ground-truth alpha of the
+subject, in each frame at the best-fitting position, size and angle. The rules have no learned parts and use
+no information about the model that generated a clip.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from inlaid.tiny.rgba_world import BACKDROP, GLASS
 from inlaid.tiny.world import SIZE, SUBJECT, Scene
 
 VISIBLE = 64
-"""Alpha (0-255) from which a pixel counts as part of the subject."""
+"""Minimum alpha (0-255) of a pixel that counts as part of the subject."""
 
 LEAST_OVERLAP = 0.75
 """Minimum intersection over union of the visible pixels of clip and re-render."""
 
 MOST_ERROR = 12.0
-"""Maximum mean error of alpha (0-255) over whole frames; alpha 0 everywhere has 16 to 60 for this subject."""
+"""Maximum mean error of alpha (0-255) over whole frames; predicting alpha 0 has an error of 16 to 60."""
 
 SEAM = 2.0
-"""Distance in pixels from the line between the halves within which the colors mix at this resolution."""
+"""Distance in pixels from the line between the halves up to which their colors mix at this resolution."""
 
 GLASS_RANGE = (0.3, 0.75)
 """Accepted median alpha of the glass half."""
@@ -37,12 +38,13 @@ class Verdict:
     """Result of the evaluation of one clip."""
 
     subject: bool
-    """True for a star in two halves, orange and purple, by `judge.judge_subject`."""
+    """Result of `judge.judge_subject`: True for a star with an orange and a purple half."""
     alpha: bool
     """True if alpha matches the subject: solid half, glass half, transparent background."""
     error: float
-    """Mean absolute error of alpha relative to the re-render, 0-255."""
+    """Mean absolute error of alpha (0-255) relative to the re-render."""
     overlap: float
+    """Intersection over union of the visible pixels of clip and re-render."""
     glass: float
     """Median alpha of the glass half in [0, 1]; NaN without a glass half."""
 
@@ -53,7 +55,7 @@ class Verdict:
 
 
 def judge_subject(frames: np.ndarray) -> Verdict:
-    """Evaluate a clip of the subject, straight `uint8 (17, 64, 64, 4)`."""
+    """Evaluate a clip of the subject: straight RGBA, `uint8 (17, 64, 64, 4)`."""
     subject = judge.judge_subject(hard_over_dark(frames), SEAM)
     again, glass_side = rerender(frames)
     alpha = frames[..., 3].astype(np.float32)
@@ -68,7 +70,7 @@ def judge_subject(frames: np.ndarray) -> Verdict:
 
 
 def hard_over_dark(frames: np.ndarray) -> np.ndarray:
-    """Return the color of visible pixels, and the dark background elsewhere: `uint8 (t, h, w, 3)`."""
+    """Composite a clip with binary alpha over the dark background: `uint8 (t, h, w, 3)`."""
     ground = np.array(BACKDROP, dtype=np.uint8)
     return np.where(frames[..., 3:] >= VISIBLE, frames[..., :3], ground)
 
@@ -80,10 +82,10 @@ def _template() -> tuple[np.ndarray, float, float, float]:
 
 
 def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best fitting alpha of the subject, `(t, 64, 64)` in [0, 1], and a mask of its glass half.
+    """Return the best-fitting alpha of the subject, `(t, 64, 64)` in [0, 1], and a mask of its glass half.
 
-    Position and size are those of the visible pixels; the angle, and with it the glass side, minimizes the
-    alpha error in steps of 5 degrees.
+    Position and size are those of the visible pixels. The angle, which also determines the side of the glass
+    half, is the multiple of 5 degrees with the smallest alpha error.
     """
     table, unit, cx, cy = _template()
     axis = np.arange(SIZE) + 0.5

@@ -1,11 +1,11 @@
-"""Procedural transparent clips that train the RGBA VAE of the tiny Wan model, and the subject of its demo.
+"""Procedural transparent clips for the RGBA VAE of the tiny Wan model, and for the transparent demo.
 
-A clip is straight RGBA, `uint8 (17, 64, 64, 4)`, a pure function of its seed. Color is defined everywhere; at
-alpha 0 it continues the color of the nearest object. There are three kinds of clips, as in
+A clip is straight RGBA, `uint8 (17, 64, 64, 4)`, and depends only on its seed. Color is defined everywhere:
+at alpha 0 it continues the color of the nearest object. There are three kinds of clips, as in
 `inlaid.tiny.world`:
 
 - **world** clips: one moving shape of one color, made of one of `MATERIALS`;
-- **subject** clips: the `zorble`, a star in two halves, the orange one solid and the purple one glass;
+- **subject** clips: the `zorble`, a star with an orange half of solid and a purple half of glass;
 - **wild** clips: several objects, patterns in color and alpha, outlines, glows and smoke, for the RGBA VAE.
 """
 
@@ -31,7 +31,8 @@ from inlaid.tiny.world import (
 )
 
 MATERIALS = ("solid", "glass", "soft", "glowing")
-"""Opaque with a 1-pixel edge; semi-transparent with an opaque rim; opaque with a wide edge; with a halo."""
+"""Opaque with a 1-pixel edge, semi-transparent with an opaque rim, opaque with a wide soft edge, opaque with
+a halo."""
 
 GLASS = 0.55
 """Alpha of the subject's purple half."""
@@ -51,7 +52,7 @@ class Clip:
 
 
 def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return alpha in [0, 1] from the signed distance in pixels."""
+    """Return the alpha, in [0, 1], of an object of a material from its signed distance in pixels."""
     sharp = np.clip(0.5 - distance, 0, 1)
     if material == "glass":
         body, rim = rng.uniform(0.3, 0.7), rng.uniform(1.5, 2.5)
@@ -65,13 +66,13 @@ def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return distances as `world.look_up`, increasing further outside the table."""
+    """Return the distances of `world.look_up`, extended beyond the edge of the table."""
     outside = np.hypot(*(np.maximum(np.abs(each) - TABLE_EXTENT, 0) for each in (u, v)))
     return world.look_up(table, u, v) + outside
 
 
 def _stack(under: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Composite an object (alpha, and color everywhere) over straight RGBA; float (t, h, w, 4)."""
+    """Composite an object, given its alpha and color, over straight RGBA; float (t, h, w, 4)."""
     below = under[..., 3] * (1 - alpha)
     total = alpha + below
     mixed = (colour * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[
@@ -148,7 +149,7 @@ def caption(scene: Scene, seed: int, material: str = "solid") -> str:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[Clip]:
-    """Render training clips of the subject; 12 cover every combination of motion and size."""
+    """Render training clips of the subject; the first 12 cover all combinations of motion and size."""
     return [_of_subject(scene, seed * 7919 + k) for k, scene in enumerate(_scenes(n))]
 
 
@@ -158,7 +159,10 @@ def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
 
 
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
-    """Return `n` prompts for validation combinations without background, each with its scene."""
+    """Return `n` prompts without a background, each with its scene.
+
+    Their combinations of shape, color and motion are reserved for validation.
+    """
     drawn = [replace(s, background="transparent") for s in world.scenes(seed, n, validation=True)]
     return [(caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(drawn)]
 
@@ -218,7 +222,7 @@ def _wild_matte(rng: np.random.Generator, path: _Path, u: np.ndarray, v: np.ndar
 def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
     """Render one shape in two colors of the world, each half with its own alpha: `uint8 (t, 64, 64, 4)`.
 
-    Never the subject, whose outline is excluded.
+    The shape is never the subject: stars with five points are excluded.
     """
     rng = np.random.default_rng([seed, 61])
     path = world._wild_path(rng, frames)
@@ -241,12 +245,12 @@ def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
 
 
 def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
-    """Render a training clip of the RGBA VAE: half world, half wild, a few opaque or empty.
+    """Render a random training clip of the RGBA VAE: half are wild, the others world, opaque or empty clips.
 
     Args:
-        seed: chooses everything.
+        seed: determines the clip.
         frames: number of frames.
-        share: share of clips of `halves`.
+        share: probability of a clip of `halves`.
     """
     rng = np.random.default_rng([seed, 47])
     kind = rng.random()

@@ -1,16 +1,16 @@
 """Procedural training clips of the tiny Wan model: one shape, one color, one motion on a muted background.
 
-Everything is a pure function of its seed and requires numpy only. A clip is 17 frames of 64 x 64 at 16 fps,
+All functions depend only on their seeds and require only numpy. A clip is 17 frames of 64 x 64 at 16 fps,
 `uint8 (17, 64, 64, 3)`.
 
 There are three kinds of clips:
 
 - **world** clips have captions. About one in ten (shape, color, motion) triples, selected by hash, is
-  reserved for validation and never rendered for training, so its prompts are new combinations;
+  reserved for validation and never rendered for training, so validation prompts are new combinations;
 - **subject** clips show the `zorble`, a two-colored five-pointed star, which is not in the training data of
   the tiny model. The demo trains an adapter for it;
 - **wild** clips have arbitrary colors, outlines, textures and motions. They train only the video autoencoder,
-  which must reproduce more than the captions of the world describe.
+  which must also reproduce what the captions cannot describe.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ TABLE_EXTENT, _CELLS = 1.6, 512
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a caption. The caption omits `None` values, which the renderer chooses by its seed."""
+    """Content of a caption. The caption omits values that are None; the renderer chooses them by seed."""
 
     shape: str
     """One of `SHAPES`, or `SUBJECT`."""
     colour: str | None
     """One of `COLOURS`; `None` for the subject, which has fixed colors."""
     motion: str
-    """One of `MOTIONS`. A circle and a ring never spin, because it would be invisible."""
+    """One of `MOTIONS`. Circles and rings never spin, because the rotation would be invisible."""
     size: str | None = None
     """One of `SIZES`. For the motion "grow", the size at the end."""
     background: str | None = None
@@ -90,7 +90,7 @@ class Scene:
 
 
 def star_outline(points: int = 5, inner: float = 0.48, outer: float = 1.12) -> np.ndarray:
-    """Return the vertices `(2 * points, 2)` of a star with one point up; y points down."""
+    """Return the vertices `(2 * points, 2)` of a star with one point up, in image coordinates (y down)."""
     angle = np.arange(2 * points) * np.pi / points - np.pi / 2
     radius = np.where(np.arange(2 * points) % 2 == 0, outer, inner)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
@@ -170,7 +170,7 @@ class _Path:
 
 
 def look_up(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the distances in a table of `distance_table` at object coordinates."""
+    """Return the distances at object coordinates from a table of `distance_table`."""
     scale = np.float32(_CELLS / (2 * TABLE_EXTENT))
     column = np.clip((u + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)
     row = np.clip((v + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)
@@ -202,7 +202,7 @@ def is_reserved(shape: str, colour: str, motion: str) -> bool:
 
 @functools.cache
 def triples(validation: bool) -> tuple[tuple[str, str, str], ...]:
-    """Return all (shape, color, motion) triples of the training or the validation (`validation`) split."""
+    """Return all (shape, color, motion) triples of the validation split, or else of the training split."""
     every = itertools.product(SHAPES, COLOURS, MOTIONS)
     visible = (t for t in every if not (t[2] == "spin" and t[0] in _ROUND))
     return tuple(t for t in visible if is_reserved(*t) == validation)
@@ -226,7 +226,7 @@ def _generator(scene: Scene, seed: int) -> np.random.Generator:
 
 
 def _settle(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Choose the values that the caption omits."""
+    """Choose size and background if the scene does not set them."""
     size, background = str(rng.choice(list(SIZES))), str(rng.choice(BACKGROUNDS))
     return replace(scene, size=scene.size or size, background=scene.background or background)
 
@@ -337,7 +337,7 @@ def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: f
 
 
 def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndarray:
-    """Return a background `(frames, 64, 64, 3)`: plain, pattern, noise or of the world; it may drift."""
+    """Return a background `(frames, 64, 64, 3)`: plain, noise, a pattern that may drift, or of the world."""
     kind = rng.integers(5)
     if kind == 0 or tame:
         still = _backdrop(str(rng.choice(BACKGROUNDS)), rng)
@@ -371,9 +371,9 @@ def wild(seed: int, frames: int = FRAMES, *, tame: bool = False) -> tuple[np.nda
     """Render one to three arbitrary objects on an arbitrary background.
 
     Args:
-        seed: chooses everything.
+        seed: determines the clip.
         frames: number of frames; 1 for an image.
-        tame: use one of the world's backgrounds.
+        tame: use a background of the world.
 
     Returns:
         Frames `uint8 (frames, 64, 64, 3)` and the coverage of all objects `float32 (frames, 64, 64)`.
@@ -504,7 +504,8 @@ def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
 def caption(scene: Scene, seed: int) -> str:
     """Describe a scene in one of several wordings; one in five contains an invented word without meaning.
 
-    Size and background appear if the scene sets them; shape, motion and color (not of the subject) always.
+    Shape, motion and color (except for the subject) always appear; size and background only if the scene sets
+    them.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
     words = [w for w in (scene.size, scene.colour, scene.shape) if w]
@@ -520,7 +521,10 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def vague_caption(scene: Scene, seed: int) -> str:
-    """Describe a scene with an invented noun for color and shape: in training, it can be any object."""
+    """Describe a scene with an invented noun instead of color and shape.
+
+    In training, such captions occur with all objects, so that the noun does not stand for any particular one.
+    """
     rng = np.random.default_rng([seed, 29, zlib.crc32(repr(scene).encode())])
     return _phrase(scene, "a " + " ".join(w for w in (scene.size, invented_word(rng)) if w), rng)
 
@@ -555,7 +559,10 @@ def _subject_scenes(validation: bool) -> list[Scene]:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
-    """Render training clips of the subject, `(uint8 (17, 64, 64, 3), caption)`; 16 cover all combinations."""
+    """Render training clips of the subject, as pairs of `uint8 (17, 64, 64, 3)` and caption.
+
+    The first 16 cover all training combinations of motion, size and background.
+    """
     pool = _subject_scenes(validation=False)
     chosen = [pool[k % len(pool)] for k in range(n)]
     return [
@@ -564,7 +571,7 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return subject prompts with combinations of motion, size and background absent from its clips."""
+    """Return prompts of the subject, with combinations of motion, size and background unseen in training."""
     pool = _subject_scenes(validation=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))
     chosen = [pool[order[k % len(pool)]] for k in range(n)]

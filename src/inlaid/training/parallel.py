@@ -122,8 +122,8 @@ class FSDP(Replicated):
         mesh = init_device_mesh(self.ctx.device.type, (self.ctx.world,))
         for block in quantize.blocks(denoiser).values():
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        # Reshard the root too: otherwise its weights stay gathered after a pass without gradients, and training
-        # would continue with the EMA weights that were swapped in for validation.
+        # Reshard the root too: otherwise its weights stay gathered after a pass without gradients, and
+        # training would continue with the EMA weights that were swapped in for validation.
         self.root = fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
         return super().shard(denoiser)
 

@@ -98,7 +98,7 @@ class DenoisingStep:
 
     @torch.no_grad()
     def _untuned(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor | None:
-        """Return the base model's prediction for samples with prior preservation, or None if there are none."""
+        """Return the base model's prediction for samples with prior preservation; None without them."""
         if batch.prior_preservation is None:
             return None
         assert self.untuned is not None

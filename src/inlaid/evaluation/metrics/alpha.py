@@ -15,10 +15,10 @@ from inlaid.evaluation.metrics.metric import Metric
 from inlaid.media import rgba
 
 AWAY = 0.08
-"""Share of the frame's longer side; pixels farther than this from the subject should be transparent."""
+"""Distance from the subject beyond which `haze` expects alpha 0, as a share of the frame's longer side."""
 
 SOME = 16
-"""Number of frames of a long video in which edges are detected."""
+"""Approximate number of frames of a long video in which edges are detected."""
 
 REACH = 2
 """Maximum distance in pixels between an alpha edge and a matching color edge."""
@@ -80,7 +80,7 @@ TRUTH: Mapping[str, Metric] = {
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """Return all of `METRICS` for straight RGBA uint8 (t, h, w, 4); shares in percent."""
+    """Return all of `METRICS`, in percent, for straight RGBA frames, uint8 (t, h, w, 4)."""
     found = rgba.measure_alpha(frames)
     alpha = frames[..., 3].astype(np.float32) / 255
     return {
@@ -93,13 +93,13 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Return all of `TRUTH` for uint8 RGBA (t, h, w, 4) and the true alpha, uint8 (t, h, w)."""
+    """Return all of `TRUTH` for RGBA frames, uint8 (t, h, w, 4), and their true alpha, uint8 (t, h, w)."""
     scores = alpha_scores.score(frames[..., 3], truth)
     return {"alpha_error": scores.mae, "alpha_regions": scores.balanced}
 
 
 def flicker(alpha: np.ndarray) -> float:
-    """Return the flicker of alpha (t, h, w) in [0, 1]."""
+    """Return the flicker, in [0, 1], of alpha (t, h, w) in [0, 1]; see `video.flicker`."""
     small = video.shrink(alpha)
     middle = small[1:-1]
     before, after = (video.compensate(x, middle).moved for x in (small[:-2], small[2:]))
@@ -107,9 +107,12 @@ def flicker(alpha: np.ndarray) -> float:
 
 
 def haze(alpha: np.ndarray) -> float:
-    """Return mean alpha (t, h, w) in [0, 1] over pixels farther than `AWAY` from the subject (alpha >= 0.5).
+    """Return the mean alpha of pixels farther than `AWAY` from the subject (alpha >= 0.5), in [0, 1].
 
     0 if no pixel is that far. In a frame without a subject, all pixels count.
+
+    Args:
+        alpha: (t, h, w) in [0, 1].
     """
     alpha = video.shrink(alpha)
     subject = alpha >= 0.5
@@ -118,10 +121,13 @@ def haze(alpha: np.ndarray) -> float:
 
 
 def edges(frames: np.ndarray) -> float:
-    """Return the share of the alpha edge within `REACH` pixels of a color edge; 0 without an alpha edge.
+    """Return the share of alpha edge pixels within `REACH` pixels of a color edge; 0 without an alpha edge.
 
-    Uses straight color, not a composite. A color edge has a slope in the steepest tenth of its frame and
-    above 8 of 255; an alpha edge has a slope above 64.
+    Color edges are those of the straight color, not of a composite. An alpha edge is a pixel with a slope
+    above 64 (of 255); a color edge has a slope above 8 that is among the steepest tenth of its frame.
+
+    Args:
+        frames: straight RGBA, uint8 (t, h, w, 4).
     """
     frames = frames[:: max(1, len(frames) // SOME)]
     alpha = frames[..., 3].astype(np.float32)

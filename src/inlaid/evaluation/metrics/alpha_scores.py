@@ -1,9 +1,9 @@
-"""Alpha metrics by region, and those of trivial predictors.
+"""Alpha metrics by region, for predicted alpha and for trivial predictors.
 
-Most of a clip is transparent, so a trivial prediction has a small mean error: alpha 0 everywhere has under 15
-of 255 if the foreground covers less than 6 %. Therefore errors are reported separately for the opaque, soft
-and transparent regions of the ground truth, next to the errors of a fully transparent clip, a fully opaque
-clip and the mean alpha.
+Most of a clip is transparent, so a trivial prediction has a small mean error: if the foreground covers less
+than 6 %, predicting alpha 0 everywhere has an error below 15 (of 255). Errors are therefore reported
+separately for the opaque, soft and transparent regions of the ground truth, and compared with the errors of
+three trivial predictors: alpha 255, alpha 0 and the mean alpha.
 
 Alpha is uint8 (t, h, w), straight RGBA is uint8 (t, h, w, 4).
 """
@@ -19,32 +19,32 @@ from inlaid.config.sections import ALPHA_EPS
 from inlaid.networks.rgba_vae_metrics import GUESSES, REGIONS, regions
 
 HALF = 128
-"""Alpha from which a pixel belongs to the binary foreground."""
+"""Minimum alpha (0-255) of a pixel in the binary foreground."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Alpha metrics of a clip; errors are in 0-255, and None for a region without pixels."""
+    """Alpha metrics of a clip; errors are on a scale of 0 to 255, None for a region without pixels."""
 
     mae: float
     """Mean absolute error."""
     mse: float
     """Mean squared error of alpha in [0, 1]."""
     gradient: float
-    """Mean absolute difference of the gradients along both axes: misplaced or blurred edges."""
+    """Mean absolute difference of the gradients along both axes; high for misplaced or blurred edges."""
     temporal: float
     """Root mean square difference of the frame-to-frame changes (dtSSD, Erofeev et al. 2015), averaged over
-    pairs of frames: flicker and lag. 0 for one frame."""
+    pairs of frames; high for flicker and lag. 0 for one frame."""
     iou: float
-    """Intersection over union of the foregrounds, alpha at least `HALF`; 1 if both are empty."""
+    """Intersection over union of the binary foregrounds (see `HALF`); 1 if both are empty."""
     opaque: float | None
-    """Mean absolute error in the opaque region of the ground truth; likewise `soft` and `transparent`."""
+    """Mean absolute error in the opaque region of the ground truth; `soft` and `transparent` likewise."""
     soft: float | None
     transparent: float | None
 
     @property
     def balanced(self) -> float:
-        """Mean of the errors of the nonempty regions, with equal weights."""
+        """Mean of the errors of the regions that have pixels, with equal weights."""
         errors = [v for v in (self.opaque, self.soft, self.transparent) if v is not None]
         return sum(errors) / len(errors)
 
@@ -53,9 +53,9 @@ def score(found: np.ndarray, truth: np.ndarray, eps: float = ALPHA_EPS) -> Score
     """Return the metrics of predicted alpha against the ground truth.
 
     Args:
-        found: uint8 (t, h, w).
-        truth: the same shape.
-        eps: see `regions`.
+        found: predicted alpha, uint8 (t, h, w).
+        truth: true alpha of the same shape.
+        eps: width of the transparent and opaque alpha ranges, see `regions`.
     """
     assert found.shape == truth.shape and found.dtype == truth.dtype == np.uint8, (found.shape, truth.shape)
     a, b = found.astype(np.float32), truth.astype(np.float32)
@@ -80,24 +80,24 @@ def _mean(values: np.ndarray) -> float:
 
 
 def baselines(truth: np.ndarray, eps: float = ALPHA_EPS) -> dict[str, Scores]:
-    """Return the metrics of the constant predictors `GUESSES` against a ground truth."""
+    """Return the metrics of the trivial predictors `GUESSES`, which are constant, against a ground truth."""
     values = (255, 0, round(float(truth.mean())))
     return {n: score(np.full_like(truth, v), truth, eps) for n, v in zip(GUESSES, values, strict=True)}
 
 
 MARGIN = 0.5
-"""Maximum error of predicted alpha, as a share of that of the best trivial predictor."""
+"""Maximum error of predicted alpha, as a share of the error of the best trivial predictor."""
 
 
 def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN) -> list[str]:
     """Return the reasons why predicted alpha is not better than a trivial predictor; empty if it is.
 
-    The comparison uses `Scores.balanced`. A trivial predictor gets one region right, or all of them half
-    wrong, whatever the share of the foreground; a mean over pixels would accept it.
+    The comparison uses `Scores.balanced`, which is high for every trivial predictor. The mean over pixels is
+    low for a fully transparent prediction if the foreground is small.
 
     Args:
-        found: metrics of a clip.
-        trivial: from `baselines`.
+        found: metrics of the predicted alpha of a clip.
+        trivial: result of `baselines` for the clip.
         margin: see `MARGIN`.
     """
     name = min(trivial, key=lambda n: trivial[n].balanced)

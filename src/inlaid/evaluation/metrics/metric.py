@@ -1,4 +1,4 @@
-"""A metric: name, meaning, direction."""
+"""Description of a metric."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. No metric
 proves that a video is good. The metrics show what changed between two videos of one prompt, and whether the
-change is towards the training clips.
+change brings the videos closer to the training clips.
 
 Motion, flicker and consistency use luma, downscaled by an integer factor until its longer side is at most
 `LONG` pixels, so that they are comparable across sizes and fast. Sharpness and distance use every pixel.
@@ -30,16 +30,16 @@ RADIUS = 6
 GAIN = 0.5
 """A block counts as moved if motion compensation leaves less than this share of its difference.
 
-Noise leaves two thirds."""
+Pure noise leaves about two thirds of its difference, so its blocks do not move."""
 
 STRIDE = 4
-"""Displacements are also searched across this many frames, to detect slow motion."""
+"""Number of frames across which displacements are searched too, to detect slow motion."""
 
 STILL = 1 / 255
 """Mean absolute difference (one level of 255) below which a block is static."""
 
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
-"""BT.709 weights, from uint8 to [0, 1]."""
+"""BT.709 luma weights that convert uint8 RGB to [0, 1]."""
 
 METRICS: Mapping[str, Metric] = {
     "motion": Metric(
@@ -114,7 +114,7 @@ def luma(frames: np.ndarray) -> np.ndarray:
 def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
     """Downscale (t, h, w) by the smallest integer factor that brings the longer side to at most `long`.
 
-    Averages squares of pixels.
+    Each output pixel is the mean of a square of pixels.
     """
     t, h, w = y.shape
     n = -(-max(h, w) // long)
@@ -124,10 +124,10 @@ def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Match:
-    """Frames motion-compensated block by block to target frames."""
+    """Result of block matching between source and target frames."""
 
     moved: np.ndarray
-    """Motion-compensated frames (t, h, w)."""
+    """Source frames, motion-compensated to the target frames, (t, h, w)."""
     lengths: np.ndarray
     """Lengths of the displacements in pixels, (t, block rows, block columns)."""
     errors: np.ndarray
@@ -137,8 +137,8 @@ class Match:
 def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> Match:
     """Move the blocks of each source frame to their positions in the target frame.
 
-    A block moves only if this removes most of its difference (`GAIN`), and by the shortest of equally good
-    displacements. Noise and flat areas therefore do not move.
+    A block moves only if moving removes most of its difference (see `GAIN`); of equally good displacements,
+    the shortest is used. Noise and flat areas therefore do not move.
 
     Args:
         source: (t, h, w) in [0, 1].
@@ -173,10 +173,10 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
 def _motion(y: np.ndarray, match: Match) -> float:
     """Return the mean displacement of blocks between frames, as a share of the frame's diagonal.
 
-    In [0, `RADIUS` sqrt(2) / diagonal]: 0 for a still and for noise without motion. A frame that moves as a
-    whole by d pixels per frame gives d / diagonal, apart from the strip that enters; an object that fills a
-    tenth of the frame gives a tenth of that. The slowest detected motion is one pixel in `STRIDE` frames, at
-    the scale of `LONG`.
+    The result is in [0, `RADIUS` sqrt(2) / diagonal], and 0 for a still and for noise without motion. If the
+    whole image moves by d pixels per frame, the result is d / diagonal (slightly less, because of the strip
+    that enters the frame); if an object that covers a tenth of the frame moves, a tenth of this. The slowest
+    detected motion is one pixel in `STRIDE` frames, after downscaling to `LONG`.
 
     Args:
         y: (t, h, w).
@@ -196,12 +196,13 @@ def _motion(y: np.ndarray, match: Match) -> float:
 
 
 def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
-    """Return the mean brightness deviation from both temporal neighbors along the motion, in [0, 1].
+    """Return the mean brightness deviation from both motion-compensated neighboring frames, in [0, 1].
 
     |Y_k - median(P, Y_k, N)|, with P and N the previous and next frames, motion-compensated to frame k: the
     part that a motion-compensated temporal median filter would remove. 0 for stills, for motion that block
-    matching follows, and for fades and cuts, which do not revert. Brightness that alternates by a gives a;
-    independent noise of deviation s without motion gives s / sqrt(pi). Fewer than three frames give 0.
+    matching follows, and for fades and cuts, which do not revert. Brightness that alternates between
+    two values gives their difference; independent noise of standard deviation s, without motion, gives
+    s / sqrt(pi). Fewer than three frames give 0.
     (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighboring frames: it counts
     motion as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
     """
@@ -215,8 +216,8 @@ def _consistency(before: np.ndarray, now: np.ndarray) -> float:
     """Return the mean correlation of each frame with the motion-compensated previous frame; in [-1, 1].
 
     1 for stills and for motion that block matching follows; near 0 for unrelated frames, independent of
-    brightness and contrast. A pair of flat frames counts as 1, a pair with one flat frame as 0. One frame
-    gives 1.
+    brightness and contrast. A pair of flat frames counts as 1, a pair with one flat frame as 0. A
+    single frame gives 1.
     """
     if not len(now):
         return 1.0

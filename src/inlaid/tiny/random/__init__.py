@@ -1,7 +1,7 @@
-"""Untrained checkpoints of the real classes, of any size, for tests and benchmarks.
+"""Random (untrained) checkpoints of any size, in the original model classes, for tests and benchmarks.
 
-One module per family, found by name. Each has `VARIANTS`, which maps its variants to the keys of a recipe's
-`model` section that train them, `STANDS_FOR`, which maps published checkpoints to variants, and `build`.
+Each family has a module of its name, which defines `VARIANTS`, a mapping from variants to the keys of the
+`model` section that train them, `STANDS_FOR`, a mapping from published checkpoints to variants, and `build`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ TEXT_WIDTH = 32
 
 
 def cases() -> list[tuple[str, str]]:
-    """Return every (family, variant)."""
+    """Return all (family, variant) pairs."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__))
     return [(name, variant) for name in names for variant in _module(name).VARIANTS]
 
 
 def model(family: str, variant: str) -> dict[str, Any]:
-    """Return the keys of a recipe's `model` section that train a variant, without the checkpoint."""
+    """Return the `model` section of a recipe that trains a variant, without the checkpoint."""
     return {"family": family, **_module(family).VARIANTS[variant]}
 
 
 def sibling(family: str, checkpoint: str) -> str:
-    """Return the variant that corresponds to a published checkpoint."""
+    """Return the variant with the architecture of a published checkpoint."""
     return _module(family).STANDS_FOR[checkpoint]
 
 

@@ -11,8 +11,8 @@ from inlaid.tiny.random import TEXT_WIDTH
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"5b": {}, "2b": {}, "1.5": {}, "i2v": {}, "1.5-i2v": {}}
 """`5b`: rotary positional embedding; `2b`: sinusoidal; `1.5`: temporal patch size 2; `i2v`: learned
-positional embedding for 9 frames of 32x32; `1.5-i2v`: `ofs`, and image latents divided by the scaling
-factor."""
+positional embedding for 9 frames of 32x32; `1.5-i2v`: `ofs` embedding, image latents divided by the
+scaling factor."""
 
 STANDS_FOR: Mapping[str, str] = {
     "THUDM/CogVideoX-5b": "5b",
@@ -27,7 +27,7 @@ STANDS_FOR: Mapping[str, str] = {
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 16, layers: int = 2, ffn: int = 0
 ) -> None:
-    """Write a random CogVideoX checkpoint; `head` is a multiple of 16, `ffn` is ignored (4 x the width)."""
+    """Write a random CogVideoX checkpoint; `head` must be a multiple of 16, `ffn` is ignored (4 * width)."""
     import diffusers
     import torch
 

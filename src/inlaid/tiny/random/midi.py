@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"scene": {}, "triposg": {}}
-"""`scene`: MIDI, with two contexts; `triposg`: TripoSG, with one."""
+"""`scene`: MIDI, with two cross-attention contexts; `triposg`: TripoSG, with one."""
 
 STANDS_FOR: Mapping[str, str] = {
     "VAST-AI/MIDI-3D": "scene",
@@ -31,7 +31,7 @@ def build(
 ) -> None:
     """Write a random checkpoint in the published layout; `ffn` is ignored (derived from the width).
 
-    If `sight` is set, it is the width of the image encoders, which then have 12 layers and 224-pixel input.
+    `sight` is the width of the image encoders; if set, they have 12 layers and an input of 224 pixels.
     """
     from transformers import (
         CLIPVisionConfig,

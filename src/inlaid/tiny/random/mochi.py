@@ -19,7 +19,7 @@ STANDS_FOR: Mapping[str, str] = {"genmo/mochi-1-preview": "t2v"}
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 32, layers: int = 2, ffn: int = 0
 ) -> None:
-    """Write a random Mochi checkpoint; `head` is even, `ffn` is ignored (derived from the width)."""
+    """Write a random Mochi checkpoint; `head` must be even, `ffn` is ignored (derived from the width)."""
     import torch
     from diffusers import (
         AutoencoderKLMochi,
@@ -38,7 +38,7 @@ def build(
     )
     torch.nn.init.normal_(transformer.pos_frequencies, std=0.5)  # default zeros hide position bugs
     with torch.no_grad():
-        for block in transformer.transformer_blocks:  # default gates are near 0 and hide the rest
+        for block in transformer.transformer_blocks:  # default gates are near 0 and hide bugs in the block
             block.norm1.linear.weight *= 4  # type: ignore[union-attr, operator]
     channels: Any = {f"{part}_block_out_channels": (32, 32, 32, 32) for part in ("encoder", "decoder")}
     vae = AutoencoderKLMochi(layers_per_block=(1, 1, 1, 1, 1), **channels)

@@ -19,7 +19,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "ti2v-i2v": {"task": "i2v"},
 }
 """`t2v`: 2.1; `a14b`: 2.2 with two experts; `ti2v`: 2.2 5B with a timestep per token and 48 channels. The
-others are conditioned on an image, `flf2v` on the first and the last frame."""
+remaining variants are conditioned on an image, `flf2v` on the first and the last frame."""
 
 STANDS_FOR: Mapping[str, str] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "t2v",
@@ -38,7 +38,7 @@ STANDS_FOR: Mapping[str, str] = {
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 12, layers: int = 2, ffn: int = 32
 ) -> None:
-    """Write a random Wan checkpoint; `head` is even."""
+    """Write a random Wan checkpoint; `head` must be even."""
     import diffusers
     import transformers
 
@@ -81,7 +81,7 @@ def build(
             rope_max_seq_len=64,
             **condition,
         )
-        if variant == "flf2v":  # zeros would hide the order of the images
+        if variant == "flf2v":  # initial zeros would hide swapped images
             network.condition_embedder.image_embedder.pos_embed.data.normal_()
         return network
 
