@@ -5,9 +5,9 @@
 Six clips of 17 frames, 240x416: three of real footage (a press, twice; a hiker) with synthetic alpha (a soft
 ellipse, a luma key of bright pixels, a luma key of dark pixels), and three procedural clips (glass, smoke,
 hair). The first five containers are written by inlaid; the others are written here with typical encoder
-settings. All are read with the reader that training uses. Errors are of 255: means over the clips, maximum
-over all clips; color is compared where alpha is above 0. `ghosts` is the share of transparent pixels that
-were read back with alpha above 0.
+settings. All are read with the reader that training uses. Errors are on a scale of 0 to 255: means over
+the clips, and the maximum over all clips. Color is compared where alpha is above 0. `ghosts` is the share of
+transparent pixels that were read back with alpha above 0.
 
 Without `--media` (a folder with `press` and `clips`), only the procedural clips are measured. Prints the
 table and writes `containers.json` and `containers.md`.
@@ -57,7 +57,7 @@ def real(folder: Path, frames: int, size: tuple[int, int]) -> dict[str, np.ndarr
 
 
 def procedural(frames: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Return three kinds of partial alpha with textured color."""
+    """Return three procedural clips with partial alpha and textured color."""
     height, width = size
     y, x = np.mgrid[:height, :width].astype(np.float32)
     t = np.arange(frames, dtype=np.float32)[:, None, None]
@@ -116,7 +116,7 @@ WRITTEN = {
     "apng": ".apng",
     "mkv, FFV1": ".mkv",
 }
-"""Containers written by inlaid: name to file suffix."""
+"""File extensions of the containers written by inlaid, by name."""
 
 READ: dict[str, tuple[str, Write]] = {
     "mov, PNG": ("a.mov", lambda p, x: encode(p, x, "png", "rgba")),
@@ -128,7 +128,7 @@ READ: dict[str, tuple[str, Write]] = {
     "webp, animated, lossless": ("a.webp", webp),
     "mp4 pair, H.264 crf 18": ("a.mp4", pair),
 }
-"""Containers that inlaid only reads: name to file name and writer."""
+"""File names and writers of the containers that inlaid only reads, by name."""
 
 KEEP = config.Matte(background="keep", premultiplied=False)
 

@@ -228,7 +228,7 @@ def steps(made: Any, clip: tuple[int, int, int], times: int) -> None:
 
 
 def settle() -> None:
-    """Return free memory to the system, and reset the peak resident size."""
+    """Release free memory to the operating system, and reset the peak resident size."""
     import ctypes
     import gc
 
@@ -238,13 +238,13 @@ def settle() -> None:
 
 
 def resident(name: str) -> int:
-    """Return `VmRSS` or `VmHWM` in bytes."""
+    """Return `VmRSS` (resident size) or `VmHWM` (its peak) in bytes."""
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def child(setting: dict[str, Any], folder: Path) -> None:
-    """Measure one setting and print a line of JSON."""
+    """Measure one setting in this process, and print the result as JSON."""
     import torch
 
     from inlaid.runs.launch import Devices, resolve_devices

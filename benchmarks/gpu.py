@@ -93,7 +93,7 @@ def toys(folder: Path) -> list[Row]:
 def network(
     family: Family, made: config.Config, device: torch.device, precision: torch.dtype
 ) -> torch.nn.Module:
-    """Return the published network with random weights, created parameter by parameter on the device."""
+    """Return the published network with random weights, created on the device one parameter at a time."""
     full = made.tuner.kind == "full"
     denoiser = family.load_denoiser(precision, meta=True)
     for module in denoiser.modules():
@@ -114,13 +114,13 @@ def network(
 
 
 def rebuilt(kind: Any, denoiser: Any, path: str, device: torch.device) -> torch.Tensor:
-    """Return a buffer that the constructor computes, from a cheap network with a single layer."""
+    """Return a buffer that the constructor of a network computes, from a small network with one layer."""
     few = {k: 1 for k in ("num_layers",) if k in denoiser.config}
     return dict(kind.from_config({**denoiser.config, **few}).named_buffers())[path].to(device)
 
 
 def run(row: Row, shape: tuple[int, int, int], device: torch.device, steps: int) -> dict[str, Any]:
-    """Measure one row; `out of memory` is a result."""
+    """Measure one row; out of memory is recorded as the outcome."""
     rest = {"runtime": {**row.rest.get("runtime", {}), "device": device.type}}
     raw = {
         "run": "x",

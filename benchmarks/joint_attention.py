@@ -2,8 +2,8 @@
 
     python benchmarks/joint_attention.py
 
-Each measurement runs in a separate process: the growth of the peak resident set size beyond queries, keys and
-values, on the CPU in float32. Writes `results/joint-attention.json`.
+Measures the growth of the peak resident set size beyond queries, keys and values, on the CPU in float32. Each
+measurement runs in a separate process. Writes `results/joint-attention.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 HEADS, WIDTH, TEXT = 2, 64, 256
 FULL = 44_776
-"""Tokens of Mochi at 79x480x848: twice 22,260 of video, 256 of text."""
+"""Number of tokens of Mochi at 79x480x848: 2 x 22,260 of video and 256 of text."""
 MEASURED = (FULL // 8, FULL // 4)
 RESULTS = Path(__file__).parent / "results/joint-attention.json"
 

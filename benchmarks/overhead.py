@@ -2,11 +2,10 @@
 
     python benchmarks/overhead.py [--steps 12] [--pairs 3] [--threads 2]
 
-Prints time per step and peak resident memory of `inlaid train` and of a forward-backward-optimizer loop
-without inlaid, with their ratios, and writes `benchmarks/results/overhead.json`. Uses a random Wan
-transformer of about 50 M parameters and a LoRA of rank 16 on attention and feed-forward layers. Runs
-alternate. The fastest step is reported besides the median, because other load on the machine only makes steps
-slower.
+Prints time per step and peak resident memory of `inlaid train` and of a minimal training loop without inlaid,
+with their ratios, and writes `benchmarks/results/overhead.json`. Uses a random Wan transformer of about 50 M
+parameters and a LoRA of rank 16 on attention and feed-forward layers. Runs of the two alternate. The fastest
+step is reported in addition to the median, because other load on the machine only makes steps slower.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def bare(folder: Path, steps: int) -> None:
 
 
 def measure(folder: Path, steps: int, kind: str, index: int) -> dict[str, float]:
-    """Return fastest and median step time after the second step, and peak resident MiB, of one process."""
+    """Return the fastest and median step time after the second step, and peak resident MiB, of a process."""
     if kind == "bare":
         command = [sys.executable, __file__, "--bare", str(folder), "--steps", str(steps)]
     else:

@@ -74,7 +74,7 @@ def inlaid(folder: Path, precision: str) -> list[float]:
         return norm
 
     Job.update = timed  # type: ignore[method-assign]
-    if not (folder / "cache").is_dir():  # encode in a separate process
+    if not (folder / "cache").is_dir():  # encode in a process of its own, which is not measured
         with __import__("inlaid.runtime").runtime.start(config.build(raw)) as ctx:
             built = config.build(raw)
             build_cache(built, open_family(built), open_run(built, ctx), ctx)
@@ -87,7 +87,7 @@ def diffsynth(folder: Path, precision: str) -> list[float]:
     """Train with DiffSynth-Studio's loop, loss and LoRA; return the CPU time at the end of each step."""
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")  # the wheel is for CUDA; no operator is used
+    library = torch.library.Library("torchvision", "DEF")  # the wheel is for CUDA; its operators are not used
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from accelerate import Accelerator

@@ -3,8 +3,8 @@
     python benchmarks/real.py MEDIA [--out runs/real]    # writes benchmarks/results/real.json, row by row
 
 MEDIA holds `clips/` (prompts.txt + videos.txt, metadata.csv, train.jsonl) and `press/` (videos with sidecar
-captions). The cache is shared, so later layouts of the same clips encode nothing. The network is a random Wan
-of the real classes, small enough for two cores; clips, latents and text have real sizes.
+captions). The cache is shared, so later layouts of the same clips are not encoded again. The network is a
+random Wan in the diffusers classes, small enough for two cores; clips, latents and text have real sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 def layouts(media: Path) -> dict[str, dict]:
-    """Return the sources by name."""
+    """Return the data source of each layout, by name."""
     clips = media / "clips"
     return {
         "press folder": {"path": str(media / "press")},

@@ -1,13 +1,13 @@
-"""Measure whether an adapter learns transparency: base against tuned, with the recipes of the alpha demos.
+"""Measure whether an adapter learns transparency, compared with the base model, in the alpha demos.
 
     python benchmarks/rgba.py [--kind merged] [--subject 40] [--world 40] [--out runs/rgba-merged]
     python benchmarks/rgba.py --kind joint [--world 40]
 
 `merged` trains on 16 transparent clips of a new subject and clips of original subjects, then generates
-prompts of both with the same seeds. A fixed, untrained judge determines whether the subject is visible and
-whether alpha matches it; the alpha error is computed against the best-fitting template of the subject.
-`joint` trains on alpha mattes of original subjects and generates prompts of them; alpha is correct if it
-covers the visible subject with an IoU of at least 0.8. Writes `benchmarks/results/rgba-KIND.json`.
+prompts of both with the same seeds. A rule-based judge decides whether the subject is visible and
+whether alpha matches the subject; the alpha error is relative to the best-fitting template of the subject.
+`joint` trains on clips of original subjects with alpha mattes and generates prompts of these subjects; alpha
+is correct if its IoU with the visible subject is at least 0.8. Writes `benchmarks/results/rgba-KIND.json`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure whether an adapter learns a new kind of object: base against tuned, recipe of the MIDI demo.
+"""Measure whether an adapter learns a new kind of object, compared with the base model, in the MIDI demo.
 
     python benchmarks/scenes.py [--kind lora|dora] [--image-encoders frozen|dino|clip|both] [--judged 30]
 

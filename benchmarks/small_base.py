@@ -64,7 +64,7 @@ def loss(denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def size(tensor: Tensor) -> int:
-    """Return the bytes of a tensor, or of the plain tensors a tensor subclass consists of."""
+    """Return the bytes of a tensor, or of the plain tensors of which a tensor subclass consists."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(size(getattr(tensor, n)) for n in tensor.__tensor_flatten__()[0])
     state = getattr(tensor, "quant_state", None)
@@ -72,7 +72,7 @@ def size(tensor: Tensor) -> int:
 
 
 def gradients(family: Wan, device: torch.device) -> list[dict[str, Any]]:
-    """Return one row per scheme and precision."""
+    """Return the gradient errors and model sizes, one row per scheme and precision."""
     rows = []
     wanted = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -100,7 +100,7 @@ def gradients(family: Wan, device: torch.device) -> list[dict[str, Any]]:
 
 
 def activations(family: Wan, device: torch.device) -> dict[str, int]:
-    """Return the bytes stored for the backward pass per value of `gradient_checkpointing`."""
+    """Return the bytes stored for the backward pass, for each value of `gradient_checkpointing`."""
     out = {}
     for every in (False, 4, 2, True):
         denoiser, _ = network(family, "lora", device, torch.float32, {})

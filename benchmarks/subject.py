@@ -1,11 +1,10 @@
-"""Measure whether a LoRA or DoRA learns the subject of the demo: base against tuned, judged from pixels.
+"""Measure whether a LoRA or DoRA learns the subject of the demo, compared with the base model.
 
     python benchmarks/subject.py [--kind lora|dora] [--subject 40] [--world 100] [--out runs/subject-lora]
 
 Trains with the recipe of the demo on 16 clips, then generates validation prompts of the new subject and of
-original subjects with the same seeds through the stock pipeline. A fixed, untrained judge (color, shape and
-motion computed from pixels) returns whether each video matches its prompt. Writes
-`benchmarks/results/subject-KIND.json`.
+original subjects with the same seeds through the stock pipeline. A rule-based judge decides from color, shape
+and motion whether a video matches its prompt. Writes `benchmarks/results/subject-KIND.json`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fill in the memory tables of the how-to pages from the estimate of `inlaid check`: `python docs/costs.py`.
 
-A row has a recipe (with optional overrides) and a size; this script writes its last three cells. A test
-checks that they are current.
+A table row begins with a recipe (with optional overrides) and a size; this script writes its last three
+cells. A test checks that the tables are current.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def figures(family: str, recipe: str, size: str) -> tuple[str, str, str]:
 
 
 def cells(family: str, row: re.Match[str]) -> str:
-    """Return a row of the table with current values."""
+    """Return a table row with current values."""
     found = figures(family, row["recipe"], row["size"])
     words = [f"`{row['recipe']}`", row["size"], *found]
     return f"| {' | '.join(words)} |"

@@ -33,15 +33,15 @@ LAYERS = (
 
 
 def module(file: Path) -> str:
-    """Dotted name of a source file."""
+    """Return the dotted module name of a source file."""
     parts = file.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports() -> dict[str, set[str]]:
-    """Return the modules that each module imports when it runs, also inside functions.
+    """Return the modules that each module imports when it runs, including imports inside functions.
 
-    Imports for type checking only do not count.
+    Imports only for type checking are excluded.
     """
     files = sorted(SOURCE.rglob("*.py"))
     known = {module(f) for f in files}
@@ -72,7 +72,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def between() -> Counter[tuple[str, str]]:
-    """Return how many imports lead from one top-level module to another."""
+    """Return the number of imports per pair of top-level modules (importing, imported)."""
     top = {m: m.split(".")[1] for m in imports() if m.count(".") and not m.endswith("__main__")}
     pairs = [(top[a], top[b]) for a, found in imports().items() if a in top for b in found if b in top]
     return Counter(p for p in pairs if p[0] != p[1])

@@ -23,11 +23,11 @@ TITLES = {
     "demo-midi": "after training on 24 scenes with a table",
 }
 NEW, OLD, PAD, TOP, LINE = 4, 2, 12, 40, 24
-"""Rows of the new subject and of original subjects; spacing in pixels."""
+"""Numbers of rows with the new subject and with original subjects; spacing in pixels."""
 
 
 def row(base: Path, run: Path) -> list[Image.Image]:
-    """Return the images of one row: base and tuned; for a scene, the input image first."""
+    """Return the images of one row: base and fine-tuned model; for a scene, the input image first."""
     pictures = [Image.open(p).convert("RGB") for p in (base, base.parent.parent / "tuned" / base.name)]
     if not base.with_suffix(".glb").is_file():
         return [p.resize((2 * p.width, 2 * p.height), Image.Resampling.LANCZOS) for p in pictures]
@@ -38,7 +38,7 @@ def row(base: Path, run: Path) -> list[Image.Image]:
 
 
 def main() -> None:
-    """Lay out base and tuned side by side: prompts of the new subject, then some of the original subjects."""
+    """Lay out base and fine-tuned model side by side: rows of the new subject, then of original subjects."""
     run, name = Path(sys.argv[1]), sys.argv[2]
     every = sorted((run / "report/base").glob("*.png"))
     half = len(every) // 2

@@ -2,14 +2,14 @@
 
 A small MIDI-3D checkpoint, trained on the procedural scenes of `inlaid.tiny.midi_world`. Stages:
 
-1. `vae`: train the shape VAE on solids of the scenes and on merged solids (`midi_vae`);
+1. `vae`: train the shape VAE on objects like those of the scenes and on unions of solids (`midi_vae`);
 2. `scenes`: render and encode the training scenes once (`midi_data`);
 3. `encoders`: pretrain the image encoders to describe objects (`midi_images`);
 4. `dit`: train the transformer together with the encoders (`midi_dit`);
 5. `export`: write the checkpoint folder, weights in float16.
 
 Every stage resumes from its last checkpoint in the work folder. Each batch is a function of its step number,
-so a repetition with the same machine, library versions and thread count gives the same files.
+so repeating the training with the same machine, library versions and thread count gives identical files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def load_vae(work: Path) -> TripoSGVAE:
 
 @torch.no_grad()
 def normalize(vae: TripoSGVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Fold latent normalization (mean 0, deviation 1) into a VAE: MIDI has no latent shift or scale."""
+    """Fold latent normalization (mean 0, standard deviation 1) into a VAE.
+
+    MIDI has no latent shift or scale in its configuration.
+    """
     c = len(mean)
     vae.post_quant.bias.add_(vae.post_quant.weight @ mean)
     vae.post_quant.weight.mul_(std)
@@ -56,7 +59,7 @@ def _rewrite(file: Path, **facts: Any) -> None:
 
 
 def export(work: Path, out: Path, scenes: int) -> None:
-    """Write the trained weights as a checkpoint folder; its model card and report are kept.
+    """Write the trained weights as a checkpoint folder; an existing model card and report are kept.
 
     Args:
         work: The work folder.
@@ -77,7 +80,7 @@ def export(work: Path, out: Path, scenes: int) -> None:
     for name, part in parts.items():
         shutil.rmtree(out / name, ignore_errors=True)
         part.save_pretrained(out / name)
-    for name in ("image_encoder_1", "image_encoder_2"):  # the precision that transformers loads
+    for name in ("image_encoder_1", "image_encoder_2"):  # the dtype in which transformers loads
         _rewrite(out / name / "config.json", dtype="float32")
     _rewrite(out / "transformer" / "config.json", num_tokens=TOKENS)
     (out / "scheduler").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Training scenes of the tiny MIDI, rendered and encoded once, and batches by step number."""
+"""Training data of the tiny MIDI: scenes, rendered and encoded once, and batches by step number."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PIECE = 250
 """Number of scenes per file."""
 
 COUNTS = (1, 2, 3, 2, 3, 4)
-"""Objects per scene, cycled."""
+"""Numbers of objects per scene, used cyclically."""
 
 SHIFT = 2.0
-"""Shift of noise levels, as in the scheduler configuration."""
+"""Timestep shift, as in the scheduler configuration."""
 
 
 @torch.no_grad()
@@ -62,15 +62,19 @@ def cache(work: Path, vae: TripoSGVAE, n: int, workers: int) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Batch of the transformer; rows are objects in the order of scenes, repeated for every repeat."""
+    """Batch of the transformer: one row per object and repeat.
+
+    Rows are in the order of scenes; all objects of all scenes are repeated with other noise.
+    """
 
     inputs: dict[str, Tensor]
     """`midi_images.encoder_inputs` of each object, without repeats."""
     kept: Tensor
-    """True if images condition an object's scene, False if dropped: bool (rows / repeats,)."""
+    """False for objects of scenes whose image conditioning is dropped: bool (rows / repeats,)."""
     groups: list[int]
+    """Number of rows of each scene, for all repeats."""
     x0: Tensor
-    """Clean latents (rows, tokens, channels); `noise` has this shape, noise levels `sigma` are (rows,)."""
+    """Clean latents (rows, tokens, channels); `noise` has the same shape, `sigma` (noise level) is (rows,)."""
     noise: Tensor
     sigma: Tensor
 
@@ -82,7 +86,7 @@ class Batch:
 
 
 class Scenes:
-    """Cached scenes in memory; latents have mean 0 and deviation 1 in every channel."""
+    """Cached scenes in memory; latents have mean 0 and standard deviation 1 in every channel."""
 
     def __init__(self, work: Path, n: int) -> None:
         pieces = [load_file(work / f"scenes-{start:05d}.safetensors") for start in range(0, n, PIECE)]
@@ -95,7 +99,7 @@ class Scenes:
         self.moments = torch.cat([(mean - self.mean) / self.std, logvar - 2 * self.std.log()], -1)
 
     def inputs(self, scenes: Sequence[int], seed: int) -> tuple[dict[str, Tensor], Tensor, list[int]]:
-        """Return encoder inputs with randomly permuted RGB channels, row indices, and rows per scene."""
+        """Return encoder inputs with RGB channels permuted at random, row indices, and rows per scene."""
         groups = [self.rows[k] for k in scenes]
         index = torch.cat([torch.arange(self.starts[k], self.starts[k] + self.rows[k]) for k in scenes])
         out = {name: t[index] for name, t in self.tensors.items()}
@@ -106,7 +110,7 @@ class Scenes:
         return out, index, groups
 
     def batch(self, step: int, scenes: int, repeats: int, dropped: float) -> Batch:
-        """Return batch `step`, a function of `step` only.
+        """Return batch `step`, which depends only on `step` and the arguments.
 
         Args:
             step: step number.

@@ -34,7 +34,7 @@ class Settings:
 
     scenes: int = 8000
     batch: int = 32
-    """Scenes per batch; each has `repeats` noise samples, for which the encoders run once."""
+    """Scenes per batch. Images are encoded once per scene and used with `repeats` noise samples."""
     repeats: int = 4
     steps: int = 600
     decay: float = 0.4

@@ -1,8 +1,8 @@
 """Image encoders of the tiny MIDI: construction, inputs and pretraining.
 
-The diffusion loss gives the encoders little gradient signal, so they are first pretrained to predict the
-position, size, kind and rotation of an object, with output layers that are discarded. They are then trained
-together with the transformer.
+The diffusion loss gives the encoders little gradient signal. They are therefore pretrained to predict the
+position, size, kind and rotation of an object, with additional output layers that are discarded, and then
+trained together with the transformer.
 """
 
 from __future__ import annotations
@@ -83,7 +83,11 @@ def build() -> nn.ModuleDict:
 
 
 def encoder_inputs(image: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the encoder inputs for a scene image (h, h, 3) and object ids (h, h), as the processors resize.
+    """Return the encoder inputs of a scene, resized like the image processors do.
+
+    Args:
+        image: uint8 (h, h, 3).
+        ids: object ids (h, h), 0 for none.
 
     Returns:
         uint8, not normalized: `clip` (rows, 3, 32, 32) and `own` (rows, 3, 64, 64), the object on
@@ -107,7 +111,7 @@ def encoder_inputs(image: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def contexts(clip: Any, dino: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return both contexts of the transformer from `encoder_inputs`: (rows, 1, 64), (rows, 65, 96)."""
+    """Return both contexts of the transformer, (rows, 1, 64) and (rows, 65, 96), from `encoder_inputs`."""
 
     def normal(x: Tensor, processor: Any) -> Tensor:
         known = processor.image_mean, processor.image_std
@@ -121,7 +125,10 @@ def contexts(clip: Any, dino: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 def describe(thing: Thing) -> np.ndarray:
-    """Return the description (FACTS,): box center, half box sides, rotation if visible, one-hot kind."""
+    """Return the description (FACTS,) of an object: box center, half box sides, rotation, one-hot kind.
+
+    The rotation is 0 for kinds on which it is not visible.
+    """
     box = bounds(thing)
     turned = float(thing.kind in ("box", "capsule"))
     turn = [turned * np.cos(2 * thing.yaw), turned * np.sin(2 * thing.yaw)]

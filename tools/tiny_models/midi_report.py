@@ -1,6 +1,6 @@
 """Evaluation of the shipped tiny MIDI: VAE reconstruction, and scenes with and without joint attention.
 
-Lengths are in the scene's coordinate frame, whose box has sides of 2: 0.02 of the box is 0.04.
+Lengths are in scene coordinates, in which the box has sides of length 2: 0.02 of the box is 0.04.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from inlaid.tiny.midi_world import SUBJECT, Scene
 STEPS, GUIDANCE = 20, 2.0
 
 SHAPE, SCENE, PLACE = 0.04, 0.1, 0.2
-"""Tolerances: VAE surfaces, scene surfaces, and object centers."""
+"""Distance thresholds of VAE surfaces, scene surfaces and object centers."""
 
 CELLS = 64
-"""Grid cells per side for decoding fields."""
+"""Grid cells per side when decoding a surface."""
 
 POINTS = 4096
 
@@ -81,7 +81,7 @@ def load(folder: Path) -> TinyModel:
 
 
 def contexts(model: TinyModel, image: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return both contexts of each object, computed through the image processors."""
+    """Return both contexts of each object, computed with the image processors."""
     masks = [ids == n for n in np.unique(ids) if n]
     masked = [np.where(m[..., None], image, np.uint8(255)) for m in masks]
 
@@ -114,7 +114,7 @@ def generate(
         seed: seed of the noise.
         steps: number of Euler steps.
         guidance: guidance scale; the unconditional prediction has no images.
-        together: let objects of a scene attend to each other.
+        together: let the objects of a scene attend to each other.
     """
     seen = [contexts(model, *scene) for scene in scenes]
     rows = [len(token) for token, _ in seen]
@@ -175,8 +175,8 @@ def judge(scenes: Sequence[Scene], found: Sequence[Sequence[np.ndarray | None]])
 
     Returns:
         `f_score` of whole scenes and `object_f_score` of each object, both at 0.1; `placed`, the share of
-        objects with a center offset below 0.1 of the box; `off`, the mean center offset, where an empty
-        object counts as one side of the box.
+        objects with a center offset below 0.1 of the box; `off`, the mean center offset. The offset of an
+        empty object counts as one side of the box.
     """
     whole, each, off, kinds = [], [], [], {}
     for scene, objects in zip(scenes, found, strict=True):

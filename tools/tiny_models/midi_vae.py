@@ -41,7 +41,7 @@ RATES = 0.02, 2e-3
 
 
 def moments(vae: TripoSGVAE, surfaces: Sequence[np.ndarray], seed: int) -> Tensor:
-    """Return the moments (n, TOKENS, 2 channels) of surfaces (p, 6) with equal numbers of points."""
+    """Return the moments (n, TOKENS, 2 * channels) of surfaces (p, 6) with equal numbers of points."""
     chosen = np.stack([s[choose_points(s, TOKENS, seed)] for s in surfaces])
     return vae.encode(torch.from_numpy(np.stack(surfaces)), torch.from_numpy(chosen))
 
@@ -80,7 +80,7 @@ class Pool:
             self.distances[k] = distance(thing, self.places[k])
 
     def batch(self, step: int) -> Batch:
-        """Return batch `step`, a function of `step` alone.
+        """Return batch `step`, which depends only on `step`.
 
         The horizontal axes of each object are randomly mirrored and swapped (eight variants).
         """

@@ -2,8 +2,8 @@
 
 A merge block and two low-rank decoders on the frozen VAE of the tiny Wan, trained with the losses of
 `inlaid train`, first on images and then on clips of `rgba_world`. Training resumes from its last checkpoint
-in the work folder; batch k is a function of k. Unlike a recipe, it uses Muon, which passes in minutes the
-loss plateau on which AdamW leaves such a small network.
+in the work folder; batch k depends only on k. Unlike `inlaid train`, this script uses Muon: with AdamW,
+such a small network stays on a loss plateau, which Muon leaves within minutes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tiny_models.wan_vae import fast_norm
 RANK = 16
 
 COLORS = [[c / 127.5 - 1 for c in GROUND]]
-"""Background color for encoding. With all eight corner colors, such a small merge block loses the foreground
-before it learns to remove the background."""
+"""Background color for encoding. With all eight corner colors of the RGB cube, such a small merge block loses
+the foreground before it learns to remove the background."""
 
 ANCHOR, VISIBLE, NOISE = 0.3, 1.0, 0.12
-"""Weights of `rgba_vae_checkpoint.losses`, for a pretrained transformer that makes small errors."""
+"""Arguments of `rgba_vae_checkpoint.losses`, for a pretrained transformer whose latents have small errors."""
 
 DECODERS = 0.03
-"""Learning rate of Muon for the decoders; the merge block has a smaller rate, see `Phase`."""
+"""Learning rate of Muon for the decoders; the rate of the merge block is smaller, see `Phase`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Phase:
     """Learning rate of Muon for the merge block; small, because larger steps destroy its initialization from
     the encoder's head."""
     visible_alpha: float = 0.0
-    """Loss weight of `rgba_vae_checkpoint.losses`."""
+    """Argument of `rgba_vae_checkpoint.losses`."""
     halves: float = 0.0
     """Share of clips from `rgba_world.halves`."""
 
@@ -109,8 +109,8 @@ def load_vae() -> AutoencoderKLWan:
 def begin() -> RgbaVae:
     """Return an untrained RGBA VAE, initialized for training on images before clips.
 
-    Images train only the last tap of a temporal convolution. Random weights in the other taps would disturb
-    the trained features with the first clip, so they are initialized to zero.
+    Images train only the last tap of a temporal convolution. The other taps are initialized to zero, because
+    random weights would disturb the trained features when training on clips starts.
     """
     rgba_vae = rgba_vae_checkpoint.new(load_vae(), RANK, 0, "encoder")
     blocks: Any = rgba_vae.merge.res
@@ -196,7 +196,7 @@ def reconstruct(rgba_vae: RgbaVae, clips: np.ndarray) -> np.ndarray:
 
 @fast_norm()
 def evaluate(folder: Path) -> dict[str, Any]:
-    """Measure reconstructions of clips not used for training, by kind, beside trivial predictors."""
+    """Measure reconstructions of unseen clips by kind, and those of trivial predictors."""
     rgba_vae = rgba_vae_checkpoint.load(folder, load_vae())
     kinds = {
         "world": np.stack([c.frames for c in rgba_world.clips(1, 32, validation=True)]),

@@ -20,14 +20,16 @@ T = TypeVar("T")
 class MuonAdamW:
     """Muon on matrices and flattened convolution kernels, AdamW on everything else.
 
-    AdamW alone keeps a small video VAE on a loss plateau (background only) for minutes; Muon passes it in
-    seconds. `torch.optim.Muon` takes 2-D parameters only, so it gets reshaped views that share memory.
+    With AdamW alone, a small video VAE stays for minutes on a loss plateau, where it reconstructs only the
+    background; with Muon, for seconds. `torch.optim.Muon` accepts only 2-D parameters, so it is given
+    reshaped views that share memory.
 
     Args:
         named: Parameters with their names.
         muon: Learning rate of Muon.
         adamw: Learning rate of AdamW.
-        by_adamw: Return True for names of matrices that AdamW trains (embeddings, output layers).
+        by_adamw: Function that returns True for names of matrices to train with AdamW (embeddings, output
+            layers).
     """
 
     def __init__(
@@ -100,7 +102,7 @@ def save_state(path: Path, facts: dict[str, object], **groups: dict[str, Tensor]
 
 
 def load_state(path: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """Read a file of `save_state`; return metadata and groups of tensors."""
+    """Read a file written by `save_state`; return metadata and groups of tensors."""
     groups: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
@@ -147,7 +149,7 @@ class _Made(Dataset):
 
 
 def ahead(make: Callable[[int], T], first: int, last: int, workers: int) -> Iterator[T]:
-    """Iterate over `make(step)`, prefetched by `workers` processes, or in this process if `workers` is 0."""
+    """Iterate over `make(step)` for steps in [first, last); `workers` processes prefetch, 0 for none."""
     sampler: Any = range(first, last)
     return iter(DataLoader(_Made(make), batch_size=None, sampler=sampler, num_workers=workers))
 
@@ -173,12 +175,12 @@ def run(
 
     Args:
         what: Name for the progress line.
-        state: File with `model`, `optimizer` and `average`, the EMA of the parameters to use afterwards.
+        state: Checkpoint with `model`, `optimizer` and `average`, the EMA of the parameters, to be exported.
         model: Initialized model on the training device.
         optimizer: Optimizer of the model's parameters.
         steps: Total number of steps.
-        make: Return the batch of step k, a function of k only.
-        losses: Return the values of a batch: `loss` is minimized, the others are only printed.
+        make: Function that returns the batch of step k, depending only on k.
+        losses: Function that returns the losses of a batch: `loss` is minimized, others are only printed.
         decay: Share of the steps, at the end, over which the learning rates decay to zero.
         ema: Decay of the EMA.
         workers: Processes that prefetch batches.

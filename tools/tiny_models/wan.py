@@ -5,11 +5,11 @@ A small `WanPipeline`, trained on the procedural clips of `inlaid.tiny.world`. S
 1. `vae`: train the video VAE on images, then short clips, then full clips (`wan_vae`);
 2. `latents`: encode the training clips of the transformer once (`wan_dit.cache`);
 3. `dit`: train the transformer and the text encoder (`wan_dit`);
-4. `decoder`: continue training only the VAE decoder; latents do not change, so it can run beside stage 3;
+4. `decoder`: continue training only the VAE decoder; latents do not change, so stage 3 can run in parallel;
 5. `export`: write the pipeline folder, weights in float16.
 
 Every stage resumes from its last checkpoint in the work folder. Each batch is a function of its step number,
-so a repetition with the same machine, library versions and thread count gives the same files.
+so repeating the training with the same machine, library versions and thread count gives identical files.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def load_vae(work: Path, *, decoder: bool = False) -> AutoencoderKLWan:
 
 
 def export(work: Path, out: Path, clips: int) -> None:
-    """Write the latest weights as a pipeline folder; its model card and report are kept.
+    """Write the latest weights as a pipeline folder; an existing model card and report are kept.
 
     Args:
         work: The work folder.
@@ -76,7 +76,7 @@ def export(work: Path, out: Path, clips: int) -> None:
         shutil.rmtree(out / part, ignore_errors=True)
     pipeline.save_pretrained(out)
     config = out / "text_encoder" / "config.json"
-    facts = json.loads(config.read_text()) | {"dtype": "float32"}  # the precision that transformers loads
+    facts = json.loads(config.read_text()) | {"dtype": "float32"}  # the dtype in which transformers loads
     config.write_text(json.dumps(facts, indent=2) + "\n")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {total / 1e6:.2f} MB")

@@ -63,7 +63,7 @@ SAVE_EVERY = 60.0
 
 @dataclass(frozen=True)
 class Cycle:
-    """Training cycle that ends with learning rates of zero."""
+    """Training cycle, at the end of which the learning rates are zero."""
 
     steps: int
     peak: float
@@ -82,7 +82,8 @@ class Settings:
 
     clips: int = 4608
     cycles: tuple[Cycle, ...] = (Cycle(6200, 1.0, 0.35, 0.65, 480), Cycle(2700, 0.5, 1.0, 0.8, 456))
-    """After the first cycle, nine of ten clips had the prompted background, and the folder had 8.07 MB."""
+    """Reason for the second cycle: after the first, only nine of ten clips had the prompted background, and the
+    folder had 8.07 MB."""
     batch: int = 32
     muon: float = 0.02
     adamw: float = 2e-3
@@ -110,10 +111,10 @@ def text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 
 class ShortContext(WanAttnProcessor):
-    """Cross-attention in which one zero token stands for many.
+    """Cross-attention in which a few padding tokens represent all of them.
 
-    The pipeline pads the text to 512 tokens with zeros and attends to all of them. Padding tokens are equal,
-    so `m` tokens with `log(n / m)` added to their logits give the same output as `n` tokens.
+    The pipeline pads the text to 512 tokens with zeros and attends to all tokens. The padding tokens are
+    equal, so `m` of them with `log(n / m)` added to their logits give the same output as `n`.
     """
 
     bias: Tensor | None = None
@@ -125,7 +126,7 @@ class ShortContext(WanAttnProcessor):
 
 
 def shorten(transformer: WanTransformer3DModel) -> ShortContext:
-    """Install one `ShortContext` in all cross-attentions of a transformer and return it."""
+    """Install one `ShortContext` in all cross-attention layers of a transformer, and return it."""
     short, blocks = ShortContext(), cast(Any, transformer.blocks)
     for block in blocks:
         block.attn2.set_processor(short)
@@ -133,7 +134,7 @@ def shorten(transformer: WanTransformer3DModel) -> ShortContext:
 
 
 def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode captions like the pipeline.
+    """Encode captions like the pipeline does.
 
     Args:
         encoder: The text encoder.
@@ -229,13 +230,13 @@ _BY_ADAMW = re.compile(
 
 
 def train(work: Path, latents: Tensor, settings: Settings, minutes: float | None = None) -> Path:
-    """Train transformer and text encoder in `work`, resuming from a checkpoint; return the weights' path.
+    """Train transformer and text encoder, resuming from a checkpoint; return the path of the weights.
 
     Args:
         work: Folder for checkpoints.
         latents: Normalized latents of `dataset(settings.clips)`, `(n, 16, 5, 8, 8)`.
         settings: Training settings.
-        minutes: Scale all cycles to this duration; the resulting step counts are saved.
+        minutes: Target duration. The step counts of all cycles are scaled to it, and saved.
     """
     words, pairs, state = tokenizer(), dataset(settings.clips), work / "dit.safetensors"
     for k in range(len(settings.cycles)):
@@ -323,9 +324,9 @@ def batch(
     settings: Settings,
     background: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return batch `step`, a function of `step`: latents, noise, sigma, token ids and mask.
+    """Return the latents, noise, sigma, token ids and mask of batch `step`, which depends only on `step`.
 
-    The width of ids and mask is a multiple of 8.
+    The width of token ids and mask is a multiple of 8.
     """
     rng, generator = np.random.default_rng([step, 71]), torch.Generator().manual_seed(step)
     chosen = rng.integers(len(latents), size=settings.batch)

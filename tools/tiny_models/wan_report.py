@@ -55,7 +55,7 @@ def generate(
 
 
 def shares(verdicts: Judged) -> dict[str, float]:
-    """Return the percentage of correct clips per attribute, over clips whose captions state it."""
+    """Return the percentage of correct clips per attribute, among clips whose captions state it."""
     names = ("shape", "colour", "motion", "size", "background", "all")
     stated = {name: [v[name] for v in verdicts if name in v] for name in names}
     return {name: round(100 * float(np.mean(answers)), 1) for name, answers in stated.items() if answers}
@@ -69,7 +69,7 @@ def obedience(pipe: Any, n: int = 100, *, seed: int = 1, **sampling: Any) -> dic
 
 
 def subject(pipe: Any, n: int = 40, *, seed: int = 2, **sampling: Any) -> dict[str, float]:
-    """Return the percentage of clips that show the subject named in their prompts, and per attribute."""
+    """Return the percentage of clips that show the subject of their prompts, and match it per attribute."""
     pairs = world.subject_prompts(n, seed)
     clips = generate(pipe, [prompt for prompt, _ in pairs], seed=seed, **sampling)
     judged = shares([judge.judge_scene(clip, scene) for clip, (_, scene) in zip(clips, pairs, strict=True)])
@@ -77,7 +77,7 @@ def subject(pipe: Any, n: int = 40, *, seed: int = 2, **sampling: Any) -> dict[s
 
 
 def reconstruction(pipe: Any, n: int = 32) -> dict[str, float]:
-    """Return the PSNR in dB of VAE reconstructions of clips not used for training, and judge results."""
+    """Return PSNR (dB) and accepted percentage of VAE reconstructions of clips not used for training."""
     held = [(scene, world.render(scene, k)) for k, scene in enumerate(world.scenes(3, n, validation=True))]
     star = [(scene, world.render(scene, k)) for k, (_, scene) in enumerate(world.subject_prompts(n, 3))]
     wild = np.stack([world.wild((1 << 41) + k)[0] for k in range(n)])

@@ -32,7 +32,7 @@ class Phase:
     batch: int
     steps: int
     seconds: float
-    """Nominal duration of one step, to divide a time budget among phases."""
+    """Nominal duration of one step in seconds, to divide a time budget among phases."""
     wild: float
     """Share of wild clips; the others are scenes from the training split of `world`."""
     tame: float = 0.0
@@ -47,7 +47,8 @@ FOREGROUND = 4.0
 """Additional loss weight of pixels covered by an object."""
 
 KL = 1e-4
-"""Weight of the KL term; posterior noise may add half of it to the mean squared error in [-1, 1]."""
+"""Weight of the KL term. At the optimum, posterior noise adds half of this value to the mean squared error of
+pixels in [-1, 1]."""
 
 
 def to_model(frames: np.ndarray) -> Tensor:
@@ -56,9 +57,9 @@ def to_model(frames: np.ndarray) -> Tensor:
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Decode like `vae.decode`, without the clamp that cuts the gradient.
+    """Decode like `vae.decode`, but without the clamp, which has zero gradient outside of [-1, 1].
 
-    `(b, 16, t', h', w')` to `(b, 3, t, h, w)`.
+    Latents `(b, 16, t', h', w')` become videos `(b, 3, t, h, w)`.
     """
     vae.clear_cache()
     z = vae.post_quant_conv(latents)
@@ -75,7 +76,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def fast_norm() -> Iterator[None]:
-    """Replace the forward of `WanRMS_norm` by one that is faster on CPU and equal up to rounding."""
+    """Replace the forward method of `WanRMS_norm` with a faster one for CPUs, equal up to rounding."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-24)
@@ -125,7 +126,7 @@ def train(work: Path, minutes: float | None = None) -> Path:
 
     Args:
         work: Folder for checkpoints.
-        minutes: Scale all phases to this duration by the time of the first steps; the step counts are saved.
+        minutes: Target duration. The step counts of all phases are scaled to it after 20 steps, and saved.
     """
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**CONFIG)
@@ -167,15 +168,15 @@ def _rate(step: int, counts: list[int]) -> float:
 
 @fast_norm()
 def train_decoder(work: Path, vae: AutoencoderKLWan, minutes: float | None = None) -> Path:
-    """Continue training only the decoder; the encoder, and so all cached latents, stay unchanged.
+    """Continue training only the decoder; the encoder, and therefore all cached latents, do not change.
 
-    Noise is added to latents, so that the decoder is robust to small errors of the transformer. The learning
+    Noise is added to the latents, so that the decoder is robust to small errors of the transformer. Learning
     rates decay to zero at the end of each phase and restart once, for the second phase.
 
     Args:
         work: Folder for checkpoints.
         vae: Result of `train`, with the encoder in its exported precision.
-        minutes: Scale both phases to this duration; the step counts are saved.
+        minutes: Target duration, see `train`.
     """
     vae.requires_grad_(False)
     encode: Any = vae._encode
