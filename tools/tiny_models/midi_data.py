@@ -74,7 +74,7 @@ class Batch:
     groups: list[int]
     """Number of rows of each scene, for all repeats."""
     x0: Tensor
-    """Clean latents (rows, tokens, channels); `noise` has the same shape, `sigma` (noise level) is (rows,)."""
+    """Clean latents (rows, tokens, channels); `noise` has the same shape, `sigma` (noise levels) (rows,)."""
     noise: Tensor
     sigma: Tensor
 

@@ -82,8 +82,8 @@ class Settings:
 
     clips: int = 4608
     cycles: tuple[Cycle, ...] = (Cycle(6200, 1.0, 0.35, 0.65, 480), Cycle(2700, 0.5, 1.0, 0.8, 456))
-    """Reason for the second cycle: after the first, only nine of ten clips had the prompted background, and the
-    folder had 8.07 MB."""
+    """Reason for the second cycle: after the first, only nine of ten clips had the prompted background, and
+    the folder had 8.07 MB."""
     batch: int = 32
     muon: float = 0.02
     adamw: float = 2e-3

@@ -47,7 +47,7 @@ class Loader:
         return replace(batch, prior_preservation=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (index, micro-batch) of this process for steps in [`start`, `steps`), prefetching one batch."""
+        """Yield (index, micro-batch) of this process for steps in [start, steps), prefetching one batch."""
         total = self.per_step
         indices = [
             k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)
