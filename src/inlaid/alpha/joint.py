@@ -145,7 +145,7 @@ class Joint(Composed):
         return _both(*[self.single.stored(frames, height, width)] * 2)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the sequence length: text tokens in the sequence, and twice the tokens of a single clip."""
+        """Return the sequence length: twice the video tokens of a single clip, and its text tokens once."""
         return 2 * self.single.tokens(frames, height, width) - self.text_before
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:

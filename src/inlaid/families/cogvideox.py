@@ -36,7 +36,7 @@ IMAGE_DROPOUT = 0.05
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the configuration of a published checkpoint, with which `check` estimates without a download."""
+    """Return the configuration of a published checkpoint, so that `check` needs no download for estimates."""
     large = heads == 48
     transformer = {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": heads}
     transformer |= {"num_layers": 42 if large else 30, "in_channels": 32 if image else 16}
@@ -116,7 +116,10 @@ class CogVideoX(Family):
             )
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Also report sizes above the maximum of 1.5, whose positions are a slice of a fixed-size table."""
+        """Return problems, including sizes above the maximum of 1.5.
+
+        The positions of 1.5 are a slice of a table of fixed size.
+        """
         found = super().problems(config)
         for section, size in (("data", config.data.size), ("sample", config.sample.size or (0, 0))):
             if self.pair == 2 and (size[0] > self.largest[0] or size[1] > self.largest[1]):

@@ -125,7 +125,7 @@ class Midi(Family):
         return [f"Adapters of the image encoders {names} {how}"] if names else []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Also reject an adapter that was trained with another value of the option `image_encoders`."""
+        """Check an adapter, including the image encoders that it was trained with (`Family.accept`)."""
         super().accept(header)
         key, own = "image_encoders", self.options["image_encoders"]
         found = header.get(f"inlaid_{key}", own)
@@ -244,7 +244,7 @@ class Midi(Family):
     # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return `latents` of at most `MAX_OBJECTS` objects and image conditioning, or dropped conditioning.
+        """Return `latents` and image conditioning of at most `MAX_OBJECTS` objects of a cached scene.
 
         Latents are samples of the posteriors. The conditioning of all objects is dropped with probability
         `image_dropout`.

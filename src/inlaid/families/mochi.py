@@ -72,7 +72,7 @@ class Mochi(Family):
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Also report fewer than two sampling steps, which the sampling schedule does not support."""
+        """Return problems, including fewer than two sampling steps, which the schedule does not support."""
         return super().problems(config) + ([TOO_FEW] if config.sample.steps < 2 else [])
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -84,7 +84,7 @@ class Mochi(Family):
         return {"moments": (24, *self.shapes(frames, height, width)["latents"][1:])}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens, without the up to 256 text tokens of joint attention."""
+        """Return the number of video tokens; joint attention adds up to 256 text tokens."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 

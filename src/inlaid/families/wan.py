@@ -71,7 +71,7 @@ ORIGINAL_NAMES = (
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return the configuration of a published checkpoint, with which `check` estimates without a download."""
+    """Return the configuration of a published checkpoint, so that `check` needs no download for estimates."""
     transformer = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
@@ -152,7 +152,7 @@ class Wan(Family):
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Also report sampling during training with two experts, which needs both experts in memory."""
+        """Return problems, including sampling during training, which would need two experts in memory."""
         found = super().problems(config)
         if self.two_experts and config.sample.every:
             found.append(

@@ -1,4 +1,4 @@
-"""Trained embedding added to the alpha tokens of a joint sequence, and its file."""
+"""Domain embedding of joint alpha, a trained vector added to the alpha tokens, and its file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 EMBEDDING = "domain_embedding.safetensors"
-"""File of the domain embedding, beside the low-rank update."""
+"""File of the domain embedding, in the folder of the adapter."""
 
 NAME = "domain_embedding"
 """Name of the domain embedding's module in the network and of its tensor in the file."""
@@ -21,16 +21,16 @@ TOKENS = "the second half of the video's"
 
 
 class DomainEmbedding(nn.Module):
-    """Domain embedding of the alpha tokens; a module, so that FSDP gathers it when it is called."""
+    """Domain embedding of the alpha tokens; a module, so that FSDP gathers its weight in `forward`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
         self.adapter_layers: list[Any] = []
-        """Layers of the adapter, not child modules; if one is disabled, the embedding is too."""
+        """Adapter layers, not registered as child modules; if any is disabled, the embedding is not added."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the embedding to the second half of the tokens (n, 2 v, d)."""
+        """Add the embedding to the second half of the tokens (n, 2 * v, d)."""
         color, alpha = x.chunk(2, 1)
         return torch.cat([color, alpha + self.weight.to(x.dtype)], 1)
 

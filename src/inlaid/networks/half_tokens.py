@@ -1,4 +1,4 @@
-"""Low-rank layers that update the second half of the video tokens only."""
+"""LoRA and DoRA layers that apply to the second half of the video tokens only."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class HalfTokens:
-    """Mixin of a peft layer that changes only the second half of the video tokens.
+    """Mixin for peft layers that applies the adapter to the second half of the video tokens only.
 
-    It has its own `forward`, because peft's has no hook between the layer and its update. It supports
-    disabled and inactive adapters, dropout, and variants such as DoRA.
+    It replaces `forward`, because peft's has no hook between the base layer and the update. Disabled and
+    inactive adapters, dropout, and variants such as DoRA are supported.
     """
 
     text = 0
     """Number of text tokens before the video tokens."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map (n, text + 2 v, in) to (n, text + 2 v, out)."""
+        """Apply the layer: (n, text + 2 * v, in) to (n, text + 2 * v, out)."""
         out = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return out
@@ -53,5 +53,5 @@ NOT_MERGEABLE = (
 
 @lru_cache
 def half_tokens_class(kind: type, text: int) -> type:
-    """Return the subclass of a peft layer that updates the second half of the video tokens only."""
+    """Return a subclass of the peft layer `kind` that applies to the second half of the video tokens only."""
     return type(f"HalfTokens{kind.__name__}", (HalfTokens, kind), {"text": text})

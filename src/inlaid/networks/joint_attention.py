@@ -1,9 +1,10 @@
 """Attention and positions for two clips, color and alpha, in one sequence of a network made for one clip.
 
-If text shares the sequence, it does not attend to alpha; all other pairs of tokens attend to each other
-(arXiv 2501.03006, section 3). An attention mask for this has an entry for each pair of tokens, 1.9 GiB for
-the 44,776 tokens of Mochi, and rules out fused kernels. Two calls are equivalent: one for the video queries,
-and one for the text queries without the alpha keys. Both clips have the positions of a single clip.
+Both clips have the positions of a single clip. If text shares the sequence, text does not attend to alpha;
+all other pairs of tokens attend to each other (arXiv 2501.03006, section 3). An attention mask for this rule
+has an entry for each pair of tokens, 1.9 GiB for the 44,776 tokens of Mochi, and prevents fused kernels.
+Instead, attention is computed in two equivalent calls: one for the video queries, and one for the text
+queries without the alpha keys.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rule = Literal["open", "block", "bias"]
-"""Attention of text to the second half of the video: full, none, or with a logit bias of -1."""
+"""Attention of text to the second half of the video tokens: full, none, or with a logit bias of -1."""
 
 
 def attention(
@@ -30,7 +31,7 @@ def attention(
     rule: Rule = "open",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute attention among all tokens, with restricted attention of text to the second half of the video.
+    """Compute attention over text and video tokens; `rule` restricts the attention of text to alpha.
 
     Args:
         query: (n, heads, tokens, d).
@@ -38,8 +39,8 @@ def attention(
         value: same shape as `query`.
         text: number of text tokens.
         first: True if text tokens precede the video tokens, False if they follow.
-        rule: attention of text to the second half of the video; `bias` subtracts 1 from the logits, a factor
-            of exp(-1) = 0.37.
+        rule: attention of text to the second half of the video tokens (alpha). `bias` subtracts 1 from the
+            logits, which multiplies the weights before normalization by exp(-1) = 0.37.
         mask: (n, 1, 1, tokens), True for valid keys.
 
     Returns:
@@ -66,7 +67,7 @@ def attention(
 
 
 def _without(x: Tensor, start: int, length: int, dim: int) -> Tensor:
-    """Remove `length` entries from `start` along `dim`; returns a view if they are the last ones."""
+    """Remove `length` entries from `start` along `dim`; return a view if these are the last entries."""
     before = x.narrow(dim, 0, start)
     rest = x.shape[dim] - start - length
     return torch.cat([before, x.narrow(dim, start + length, rest)], dim) if rest else before
@@ -77,7 +78,7 @@ def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int
 
     Args:
         positions: module that returns tensors with one entry per token.
-        select: maps the arguments of a call to those for the first clip.
+        select: function that maps the arguments of a call for two clips to those for the first clip.
         dim: token axis.
     """
     positions.register_forward_pre_hook(lambda _, args: select(*args))
@@ -85,13 +86,13 @@ def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int
 
 
 class MochiJointAttention:
-    """Attention processor that calls `mochi` with a rule."""
+    """Attention processor of Mochi with a rule for the attention of text to alpha."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule: Rule = rule
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Call `mochi`."""
+        """Compute attention over video and text, with the arguments and results of `mochi`."""
         return mochi(*args, **kwargs, rule=self.rule)
 
 
@@ -103,12 +104,12 @@ def mochi(
     image_rotary_emb: tuple[Tensor, Tensor],
     rule: Rule = "open",
 ) -> tuple[Tensor, Tensor]:
-    """Compute Mochi's attention over video (n, v, d) and text (n, m, e).
+    """Compute Mochi's joint attention over video (n, v, d) and text (n, m, e).
 
-    The stock processor finds valid text tokens with `nonzero`, sample by sample, which breaks compiled graphs
-    and does not work on meta tensors. Here `collate` removes the padding, and `attention_mask` (n, m) masks
-    the padding that a batch still needs; without a mask all text is valid. Outputs for padded text are
-    meaningless, and no token attends to padding.
+    The stock processor finds valid text tokens with `nonzero` in each sample, which breaks compiled graphs
+    and does not work on meta tensors. This function masks padding with `attention_mask` (n, m), True for
+    valid tokens; without a mask all text is valid. `Mochi.collate` pads only to the longest caption of the
+    batch. No token attends to padding, and outputs of padding tokens are meaningless.
     """
     parts = hidden_states, encoder_hidden_states
     layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -133,7 +134,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CogVideoXJointAttention:
-    """Attention processor of CogVideoX over text (n, m, d), then video (n, v, d), with a rule."""
+    """Attention processor of CogVideoX with a rule for the attention of text to alpha."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule: Rule = rule
@@ -146,7 +147,11 @@ class CogVideoXJointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute attention. The stock layer drops arguments that are not named here, with only a warning."""
+        """Compute joint attention over video `hidden_states` (n, v, d) and text (n, m, d); return both.
+
+        The stock attention layer passes only the arguments that are named here, and drops others with a
+        warning.
+        """
         from diffusers.models.embeddings import apply_rotary_emb
 
         assert attention_mask is None, "CogVideoX attends to padded text"
@@ -169,10 +174,11 @@ class CogVideoXJointAttention:
 
 
 def halve_cogvideox(network: Any) -> None:
-    """Make a CogVideoX network use the positions of one clip for two, as `halve` does.
+    """Make a CogVideoX network use the positions of a single clip for both clips.
 
-    Rotary embeddings are arguments of each call. The learned table of the 2B model is computed for each size;
-    the stock code would use the table built with the network for any clip of that length.
+    Rotary embeddings are arguments of each call, so they are replaced in a pre-forward hook. The positional
+    embeddings of 2B are computed for each clip size; the stock code would use the table that was built with
+    the network for every clip of that length.
     """
 
     def first_clip(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

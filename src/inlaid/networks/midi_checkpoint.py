@@ -1,7 +1,7 @@
-"""Components of a MIDI or TripoSG checkpoint, loaded from their folders.
+"""Loading of the components of a MIDI or TripoSG checkpoint from their folders.
 
-Their `model_index.json` names modules of another package, and some `config.json` are missing or wrong, so the
-tensor shapes determine the configuration of a network.
+The checkpoint's `model_index.json` names modules of another package, and some `config.json` files are missing
+or wrong, so network configurations are inferred from tensor shapes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE, infer_config
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a component: one, shards, or the `.fp16` variant if there is no other.
+    """Return the weight files of a component, sorted; `.fp16` files only if there are no others.
 
     Raises:
-        ValueError: the folder has no weights.
+        ValueError: if the folder has no weights.
     """
     found = sorted(folder.glob("*.safetensors"))
     plain = [f for f in found if ".fp16." not in f.name]
@@ -34,7 +34,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the tensors of a component, from its file headers."""
+    """Return the tensor shapes of a component by name, read from the file headers."""
     out: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
@@ -48,11 +48,11 @@ def transformer_config(
     """Return the configuration of a transformer, and warnings about wrong values in its `config.json`.
 
     Args:
-        config: values of its `config.json`; empty if it is missing.
-        shapes: tensor shapes, or None if unknown.
+        config: values of `config.json`; empty if the file is missing.
+        shapes: tensor shapes, which take precedence; None if unknown.
 
     Raises:
-        ValueError: the tensors are not those of such a transformer.
+        ValueError: if the tensors are not those of a TripoSG or MIDI transformer.
     """
     known = {k: p.default for k, p in signature(TripoSGTransformer).parameters.items()}
     out = {k: config.get(k, v) for k, v in known.items()}
@@ -67,10 +67,10 @@ def transformer_config(
 
 
 def vae_config(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return the configuration of a shape VAE from its tensor shapes; only the head count is from `config`.
+    """Infer the configuration of a shape VAE from its tensor shapes; only the head count is from `config`.
 
     Raises:
-        ValueError: the tensors are not those of such a VAE.
+        ValueError: if the tensors are not those of a TripoSG VAE.
     """
     known = {k: p.default for k, p in signature(TripoSGVAE).parameters.items()}
     out = {k: config.get(k, v) for k, v in known.items()}
@@ -95,10 +95,10 @@ def vae_config(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -
 
 
 def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Any:
-    """Build a network with the weights of a folder; on the meta device without a folder.
+    """Build a network with the weights of a folder, or on the meta device if `folder` is None.
 
     Raises:
-        ValueError: tensors are missing or unknown.
+        ValueError: if tensors are missing or unknown.
     """
     with torch.device("meta"):
         network = kind(**config)
@@ -113,11 +113,11 @@ def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None,
 
 
 def load_vae(folder: Path) -> TripoSGVAE:
-    """Load the shape VAE in float32: coordinates times 128 exceed bfloat16 precision."""
+    """Load the frozen shape VAE in float32: coordinates times 128 exceed the precision of bfloat16."""
     config = vae_config(read_json(folder / "config.json"), tensor_shapes(folder))
     return build(TripoSGVAE, config, folder, torch.float32).requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a configuration file; empty if it does not exist."""
+    """Read a JSON file; return an empty mapping if it does not exist."""
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}

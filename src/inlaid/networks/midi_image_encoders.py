@@ -1,7 +1,7 @@
 """Image conditioning of MIDI and TripoSG: a CLIP token (MIDI only) and DINO tokens of each object.
 
-The encoders are those of transformers. Frozen encoders (the default) have their outputs cached. For trained
-encoders the preprocessed images are cached, and the encoders run inside the network.
+The encoders are models of transformers. The outputs of frozen encoders (the default) are cached. For trained
+encoders, the preprocessed images are cached and the encoders run inside the denoiser.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ DROPOUT = {
     "clip": ("attention_dropout",),
     "dino": ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
 }
-"""Dropout rates of the encoder configurations: zero in the published ones, and always set to zero."""
+"""Names of the dropout rates in the encoder configurations. All rates are set to zero, as published."""
 
 PROJECTIONS = r"(q_proj|k_proj|v_proj|out_proj|o_proj|query|key|value|attention\.output\.dense)"
-"""Regular expression for the names of attention projections, in all versions of transformers."""
+"""Regular expression for the names of attention projections, which differ between transformers versions."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Extractor:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], default: Extractor) -> Extractor:
-        """Create from the values of a file, with those of `default` for missing ones."""
+        """Create from the values of `preprocessor_config.json`; missing values are those of `default`."""
 
         def number(value: Any, fallback: int) -> int:
             if isinstance(value, Mapping):
@@ -81,7 +81,7 @@ class Extractor:
         return self._small(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.NEAREST)[None]
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """Normalize uint8 (n, channels, h, w) to float32: RGB of object and scene; the mask to 0 and 1."""
+        """Normalize uint8 (n, channels, h, w) to float32: RGB by mean and std, the mask to 0 and 1."""
         mean, std = ([*x, *x, y][: pixels.shape[1]] for x, y in ((self.mean, 0.0), (self.std, 1.0)))
         shift, scale = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))
         return (pixels.float() / 255 - shift) / scale
@@ -108,12 +108,12 @@ class ImageEncoder:
 
     kind: Literal["clip", "dino"]
     name: str
-    """Name of its folder, and of the module in a transformer that trains it (see `add_encoders`)."""
+    """Name of the encoder's folder, and of its submodule if it is trained (see `add_encoders`)."""
     extractor: Extractor
     channels: int
-    """3, RGB of the object; or 7, RGB of the object, RGB of the whole image, and the object mask."""
+    """Number of input channels: 3 (RGB of the object) or 7 (also RGB of the whole image and the mask)."""
     config: Mapping[str, Any]
-    """Values of its `config.json`, with the published ones for missing values."""
+    """Values of the encoder's `config.json`; missing values are the published ones."""
 
     @property
     def patches(self) -> int:
@@ -136,12 +136,12 @@ class ImageConditioning:
         """Create from the configurations of a checkpoint.
 
         Args:
-            read: returns the configuration of a component.
+            read: function that returns the configuration of a component.
             single: True if DINO is the only encoder, as in TripoSG.
-            chosen: trained encoders: `frozen` (none), `dino`, `clip` or `both`.
+            chosen: encoders to train: `frozen` (none), `dino`, `clip` or `both`.
 
         Raises:
-            ValueError: a chosen encoder is not in the checkpoint.
+            ValueError: if a chosen encoder is not in the checkpoint.
         """
         if single and chosen in ("clip", "both"):
             raise ValueError("model.options.image_encoders: this checkpoint has DINO only: set it to dino")
@@ -160,21 +160,21 @@ class ImageConditioning:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Components that determine the cached tensors of an image."""
+        """Names of the components that determine the cached tensors of an image."""
         pairs = [(e, e.name.replace("image_encoder", "feature_extractor")) for e in self.encoders.values()]
         found = [[extractor] if e.kind in self.trained else [e.name, extractor] for e, extractor in pairs]
         return tuple(name for names in reversed(found) for name in names)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Regular expression for the names of the trained encoders' attention projections."""
+        """Adapter targets for the attention projections of the trained encoders; empty if none is trained."""
         names = "|".join(e.name for e in self.trained.values())
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes for n objects: `clip` (n, 1, d) and `dino` (n, m, d).
+        """Return the shapes of the conditioning of n objects: `clip` (n, 1, d) and `dino` (n, m, d).
 
-        For trained encoders: images (n, channels, s, s) instead, and `conditioned` ().
+        Trained encoders have images (n, channels, s, s) instead, and the scalar `conditioned` ().
         """
         out: dict[str, tuple[int, ...]] = {}
         for (kind, encoder), width in zip(self.encoders.items(), widths, strict=True):
@@ -184,12 +184,15 @@ class ImageConditioning:
         return {**out, **({"conditioned": ()} if self.trained else {})}
 
     def select(self, item: Mapping[str, Tensor], kept: Tensor, conditioned: bool) -> dict[str, Tensor]:
-        """Return the conditions of some objects of a cached scene, or zeros if not `conditioned`."""
+        """Return the conditioning of the objects with indices `kept`, dropped if not `conditioned`.
+
+        Token conditioning is dropped by zeros, images by the flag `conditioned` = 0.
+        """
         out = {k: item[k][kept] if k in self.trained else item[k][kept] * conditioned for k in self.encoders}
         return {**out, **({"conditioned": torch.tensor(float(conditioned))} if self.trained else {})}
 
     def rows(self, cond: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Convert conditions of scenes (b, n, ...) to contexts (b n, ...) and further network arguments."""
+        """Convert conditioning of scenes (b, n, ...) to contexts (b * n, ...) and other network arguments."""
         rows = {k: cond[k].flatten(0, 1) for k in self.encoders}
         contexts = [v if k in self.trained else v.to(dtype) for k, v in rows.items()]
         n = len(contexts[0]) // len(cond[next(iter(rows))])
@@ -197,7 +200,7 @@ class ImageConditioning:
 
 
 def square(pixels: np.ndarray, fill: int) -> np.ndarray:
-    """Pad (h, w, ...) to a centered square: the optical axis of the camera is at the center."""
+    """Pad (h, w, ...) to a square with the image in the center, which keeps the optical axis centered."""
     height, width = pixels.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -224,8 +227,8 @@ def encoder_inputs(
         masks: bool (h, w) of each object.
 
     Returns:
-        uint8 (n, channels, s, s) by kind: the object on white, and for 7 channels also the whole image and
-        the mask.
+        Images by kind of encoder, uint8 (n, channels, s, s): the object on white and, with 7 channels, also
+        the whole image and the mask.
     """
     scene = square(image, 255)
     whole = {kind: each.extractor.image(scene) for kind, each in encoders.items() if each.channels == 7}
@@ -257,8 +260,8 @@ class LoadedEncoders:
             masks: bool (h, w) of each object.
 
         Returns:
-            `clip` (n, 1, d), if the checkpoint has this encoder, and `dino` (n, m, d), float32. For an
-            encoder whose network is not loaded, its input (see `encoder_inputs`).
+            `clip` (n, 1, d), if the checkpoint has this encoder, and `dino` (n, m, d), float32. If the
+            network of an encoder is not loaded, the input of the encoder (see `encoder_inputs`).
         """
         out = encoder_inputs(self.encoders, image, masks)
         for kind, network in self.networks.items():
@@ -268,11 +271,12 @@ class LoadedEncoders:
 
 
 def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[ImageEncoder, nn.Module]]) -> None:
-    """Add encoders to a transformer, by the index of their context, so that they train together.
+    """Add encoders to a transformer as submodules, so that they are trained together.
 
-    They become submodules with their names in the checkpoint. The contexts at these indices may then be
-    images, uint8 (rows, channels, h, w), and the transformer accepts `conditioned` (rows,): 0 for a row
-    without image conditioning (for classifier-free guidance), else 1.
+    The submodules have the names of the encoders in the checkpoint. The keys of `encoders` are indices of
+    the transformer's contexts. These contexts may then be images, uint8 (rows, channels, h, w), and the
+    transformer accepts `conditioned` (rows,): 0 for a row without image conditioning (for classifier-free
+    guidance), else 1.
     """
 
     def encode_contexts(
@@ -290,20 +294,20 @@ def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[Image
 
     for encoder, module in encoders.values():
         network.add_module(encoder.name, module)
-    # Patch embeddings are computed in the storage dtype of the encoder weights: do not cast these layerwise.
+    # Patch embeddings are computed in the storage dtype of the weights, so the encoders must not be cast.
     names = [encoder.name for encoder, _ in encoders.values()]
     network._skip_layerwise_casting_patterns = [*network._skip_layerwise_casting_patterns, *names]
     network.register_forward_pre_hook(encode_contexts, with_kwargs=True)
 
 
 def build(encoder: ImageEncoder, folder: Path | None, dtype: torch.dtype) -> nn.Module:
-    """Build a frozen encoder with the weights of a folder; on the meta device without a folder.
+    """Build a frozen encoder with the weights of a folder, or on the meta device if `folder` is None.
 
-    The DINO encoder of MIDI has 7 input channels: object, scene and mask. For a network with RGB input, the
-    kernels of the first layer are copied to the scene channels, and the red one to the mask.
+    The DINO encoder of MIDI has 7 input channels: object, scene and mask. If the weights have 3, the kernels
+    of the first layer are copied to the scene channels, and the red kernel to the mask, with a warning.
 
     Raises:
-        ValueError: the encoder has another number of input channels.
+        ValueError: if the weights have another number of input channels.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 

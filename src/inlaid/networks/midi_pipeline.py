@@ -1,4 +1,4 @@
-"""Pipeline from encoded images to shape latents, in diffusers style; diffusers has none for MIDI."""
+"""Diffusers-style pipeline from encoded images to shape latents; diffusers itself has none for MIDI."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE
 
 
 class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
-    """Rectified-flow sampler for the instances of a scene; adapters load into `transformer` as usual.
+    """Rectified-flow sampler for the objects of a scene; adapters load into `transformer` as usual.
 
-    The network predicts data - noise, so a step adds the prediction. The image encoders are loaded on first
-    use.
+    The network predicts data - noise, so each step adds the prediction. The image encoders are loaded on
+    first use.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -52,11 +52,11 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Generate the latents (n, tokens, channels) of the n objects of a scene, float32.
 
         Args:
-            contexts: one or two, each (n, m, context width), in the order of the network's arguments.
-            steps: Euler steps.
-            guidance: classifier-free guidance scale; the unconditional contexts are zeros. No guidance if at
-                most 1.
-            generator: random generator of the noise.
+            contexts: one or two tensors (n, m, context width), in the order of the network's arguments.
+            steps: number of Euler steps.
+            guidance: classifier-free guidance scale; the unconditional contexts are zeros. A scale of 1 or
+                less disables guidance.
+            generator: CPU generator of the initial noise.
         """
         network: Any = self.transformer
         device, dtype = network.device, network.dtype

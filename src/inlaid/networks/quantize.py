@@ -1,4 +1,4 @@
-"""Quantized and cast linear layers of a frozen base model."""
+"""Quantization and layerwise casting of a frozen base model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUP = 64
 
 
 def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return the repeated blocks by name, in order: entries of module lists at the root of the network."""
+    """Return the repeated blocks by name, in order: the entries of module lists at the network's root."""
     return {
         f"{name}.{i}": block
         for name, child in denoiser.named_children()
@@ -30,7 +30,7 @@ def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers of the blocks by name, except those that compute the scale of a norm."""
+    """Return the linear layers of the blocks by name, except those with `norm` in the name (modulation)."""
     return {
         f"{name}.{inner}": layer
         for name, block in blocks(denoiser).items()
@@ -46,8 +46,8 @@ def shrink_weights(
 
     Args:
         section: `memory` section of the recipe.
-        denoiser: frozen network, changed in place block by block, so that a network that fits only when
-            quantized never has to fit unquantized.
+        denoiser: network, frozen and changed in place. Layers are moved and quantized one by one, so that the
+            unquantized network does not have to fit into device memory.
         device: target device.
         compute: dtype of the activations.
     """
@@ -67,7 +67,7 @@ def shrink_weights(
 
 
 def dense(layer: nn.Module) -> Tensor:
-    """Return the weight of a linear layer dequantized; without a copy if it is not quantized."""
+    """Return the dequantized weight of a linear layer, or the weight itself if it is not quantized."""
     weight: Any = layer.weight
     if isinstance(layer, Int4Linear):
         return layer.dequantize()
@@ -81,14 +81,17 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def _torchao(scheme: str, layer: nn.Linear) -> None:
-    """Quantize weights only, one scale per row; matrix products use the dtype of the activations."""
+    """Quantize the weights of a layer in place with torchao, with one scale per row.
+
+    Matrix products use the dtype of the activations.
+    """
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     quantize_(layer, {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[scheme]())
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
-    """Return the layer in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023), one scale per 64 weights."""
+    """Return the layer in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023), with one scale per 64 weights."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     own: dict[str, Any] = {"compute_dtype": layer.weight.dtype, "quant_type": "nf4"}
@@ -102,11 +105,11 @@ def _nf4(layer: nn.Linear) -> nn.Module:
 
 
 class Int4Linear(nn.Linear):
-    """Frozen linear layer with 4 bits per weight, and scale and offset per group of up to 64 weights.
+    """Frozen linear layer with 4-bit weights, and a scale and an offset per group of up to 64 weights.
 
     torchao's packed int4 has no gradient, and its unpacked int4 uses as much memory as int8. This layer
-    consists of plain tensors: it runs on every device, compiles, and saves nothing dense for the backward
-    pass.
+    consists of plain tensors: it runs on every device, can be compiled, and saves no dequantized weight for
+    the backward pass.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -124,7 +127,7 @@ class Int4Linear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802
-        """Packed weight; peft calls `dequantize()` of layers with this attribute."""
+        """Packed weight; peft calls `dequantize()` on layers that have this attribute."""
         return self.weight
 
     def dequantize(self) -> Tensor:
@@ -143,7 +146,7 @@ def _unpack(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 
 class _Int4Product(torch.autograd.Function):
-    """Product x W^T that saves the packed weight for the backward pass and unpacks it again there."""
+    """Product x W^T that saves the packed weight and unpacks it again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:

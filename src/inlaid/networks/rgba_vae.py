@@ -1,11 +1,11 @@
 """The RGBA VAE of Wan-Alpha (Dong et al. 2025): https://arxiv.org/abs/2509.24979.
 
-Color and alpha share one latent. The frozen Wan encoder reads both as RGB videos; a merge block takes the
-features of the encoder's trunk, not its latents, and predicts the shared latent directly; two low-rank
-adaptations of the frozen decoder decode color and alpha. Implemented from a description of the method.
+Color and alpha share one latent. The frozen Wan encoder processes both as RGB videos. A merge block maps the
+features of the encoder's trunk (not its latents) to the shared latent. Two low-rank updates of the frozen
+decoder decode color and alpha. Implemented from a description of the method.
 
-The latent is in the VAE's own scale, not normalized. The low-rank update of the decoders is scaled by
-1 / rank. Decoded color is straight, and arbitrary where alpha is 0.
+Latents are in the VAE's own scale, not normalized. The low-rank updates are scaled by 1 / rank. Decoded color
+is straight, and arbitrary where alpha is 0.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, CHANNELS = 384, 16
-"""Channels of the encoder's trunk and of the latent in the published checkpoints."""
+"""Number of channels of the encoder's trunk and of the latent in the published checkpoints."""
 
 
 class MergeBlock(nn.Module):
-    """Block that merges the trunk features of color and alpha, (b, width, t, h, w), into one latent.
+    """Network that merges the encoder features of color and alpha into one latent.
 
-    The latent is (b, channels, t, h, w). The block processes the whole latent sequence at once, which is
-    equivalent to the published form, frame by frame with a cache.
+    It processes all latent frames at once, which is equivalent to the published implementation, which
+    processes them one by one with a cache.
     """
 
     def __init__(self, width: int = WIDTH, channels: int = CHANNELS) -> None:
@@ -46,11 +46,11 @@ class MergeBlock(nn.Module):
         self.norm_out = WanRMS_norm(width, images=False)
         self.conv_out = WanCausalConv3d(width, channels, 3, padding=1)
         for name, parameter in self.att.named_parameters():
-            if ".proj." in name:  # as published; the class of diffusers initializes the projection randomly
+            if ".proj." in name:  # as published; diffusers initializes the projection randomly
                 nn.init.zeros_(parameter)
 
     def forward(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Return the latent (b, channels, t, h, w) of color and alpha features, each (b, width, t, h, w)."""
+        """Merge features of color and alpha, each (b, width, t, h, w), to a latent (b, channels, t, h, w)."""
         x = self.res[0](self.conv_in(torch.cat([rgb, alpha], 1)))
         for attention, residual in zip(self.att, list(self.res)[1:], strict=True):
             x = residual(attention(x))
@@ -60,8 +60,8 @@ class MergeBlock(nn.Module):
 class DecoderLora(nn.Module):
     """Low-rank update of every convolution of a decoder, in weight space: W + B A / rank.
 
-    peft cannot wrap Wan's causal convolutions, which are called with a cache. The effective weights are
-    computed once per clip and used for all its chunks.
+    peft cannot wrap Wan's causal convolutions, which are called with a cache. The updated weights are
+    computed once per clip and used for all chunks of the clip.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], rank: int = 128) -> None:
@@ -76,11 +76,11 @@ class DecoderLora(nn.Module):
 
     @classmethod
     def of(cls, decoder: nn.Module, rank: int = 128) -> DecoderLora:
-        """Create an update for every convolution of a decoder; it is zero until trained."""
+        """Create the update of a decoder, which is zero until it is trained."""
         return cls({n: m.weight.shape for n, m in convolutions(decoder)}, rank)
 
     def weights(self, decoder: nn.Module) -> dict[str, Tensor]:
-        """Return the effective weights by parameter name."""
+        """Return the updated weights of the decoder's convolutions by parameter name."""
         found = dict(convolutions(decoder))
         out = {}
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
@@ -91,22 +91,25 @@ class DecoderLora(nn.Module):
 
 
 def convolutions(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Iterate over all 2-D and 3-D convolutions by name."""
+    """Iterate over names and modules of all 2-D and 3-D convolutions."""
     yield from ((n, m) for n, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
 
 
 class RgbaVae(nn.Module):
-    """Frozen Wan VAE with a merge block and two low-rank decoders."""
+    """Frozen Wan VAE with a merge block and low-rank updates of the decoder for color and alpha."""
 
     def __init__(self, vae: Any, merge: MergeBlock, rgb: DecoderLora, alpha: DecoderLora) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False)
         self.merge, self.rgb, self.alpha = merge, rgb, alpha
         self.checkpointing = False
-        """Use gradient checkpointing in decoding, one latent frame at a time."""
+        """Whether decoding uses gradient checkpointing, one latent frame at a time."""
 
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Encode hard-rendered color and alpha, (b, 3, t, h, w) in [-1, 1], as a latent, not normalized."""
+        """Encode hard-rendered color and alpha, each (b, 3, t, h, w) in [-1, 1], to a latent.
+
+        The latent (b, c, t', h', w') is not normalized.
+        """
         return self.merge(trunk(self.vae, rgb), trunk(self.vae, alpha))
 
     def enable_gradient_checkpointing(self, *_: Any) -> None:
@@ -114,7 +117,7 @@ class RgbaVae(nn.Module):
         self.checkpointing = True
 
     def decode(self, z: Tensor, *, checkpointing: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Decode a latent to straight color and alpha, each (b, 3, t, h, w), about [-1, 1], not clamped."""
+        """Decode an unnormalized latent to straight color and alpha, each (b, 3, t, h, w), not clamped."""
         again = self.checkpointing if checkpointing is None else checkpointing
         x = self.vae.post_quant_conv(z)
         decoder = self.vae.decoder
@@ -126,10 +129,10 @@ class RgbaVae(nn.Module):
 
 @torch.no_grad()
 def trunk(vae: Any, video: Tensor) -> Tensor:
-    """Return the features of a Wan encoder between its middle block and its head, (b, width, t', h', w').
+    """Return the output of a Wan encoder's middle block (the input of its head), (b, width, t', h', w').
 
     Raises:
-        ValueError: if tiling is enabled, which would return the features of tiles.
+        ValueError: if tiling is enabled, because the features would be those of tiles.
     """
     if vae.use_tiling:
         raise ValueError("encoder features are not available from a tiled VAE; call disable_tiling()")
@@ -151,8 +154,8 @@ def decode(
         decoder: decoder of a Wan VAE.
         x: (b, c, t, h, w), after `post_quant_conv`.
         weights: weights by parameter name that replace the decoder's own.
-        checkpointing: use gradient checkpointing per chunk. The caches of the convolutions are inputs and
-            outputs of each chunk, so that the recomputation uses the same caches as the forward pass.
+        checkpointing: use gradient checkpointing for each latent frame. The caches of the convolutions are
+            inputs and outputs of each step, so that the recomputation uses the caches of the forward pass.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -189,7 +192,7 @@ _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
 
 def merge_name(released: str) -> str | None:
-    """Map the published name of a merge block's parameter (after `middle.`) to its own name, or None."""
+    """Map the published name (after `middle.`) of a parameter to its name in `MergeBlock`, or to None."""
     for pattern, name in _MERGE.items():
         found = re.fullmatch(pattern, released)
         if found:
@@ -199,11 +202,11 @@ def merge_name(released: str) -> str | None:
 
 
 def vae_name(original: str, residuals: int = 2) -> str | None:
-    """Map the original name of a Wan VAE's module or parameter to its diffusers name, or None.
+    """Map the original name of a Wan VAE's module or parameter to its diffusers name, or to None.
 
     Args:
         original: original name, such as `decoder.upsamples.3.resample.1.weight`.
-        residuals: residual blocks per stage, `num_res_blocks` of the configuration.
+        residuals: number of residual blocks per stage, `num_res_blocks` in the configuration.
     """
     top = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
     part, _, rest = original.partition(".")
@@ -230,7 +233,7 @@ def vae_name(original: str, residuals: int = 2) -> str | None:
 
 
 def _inside(rest: str) -> str:
-    """Map a name within a residual block, an attention block or a resampler."""
+    """Map the original name of a parameter inside a residual block, an attention block or a resampler."""
     found = re.match(r"residual\.([0236])(?=\.|$)", rest)
     if found:
         return _RESIDUAL[found[1]] + rest[found.end() :]

@@ -1,9 +1,9 @@
-"""Storage and training losses of the trained parts of an RGBA VAE.
+"""Storage, initialization and training losses of the trained parts of an RGBA VAE.
 
 The folder of an RGBA VAE contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
-`decoder_alpha_lora.safetensors`. Its `rgba_vae_id` is a hash of the weights, the base VAE, the transparency
-threshold and the background colors. Latents of two RGBA VAEs are incompatible, so caches and adapters store
-the ID, and loading checks it.
+`decoder_alpha_lora.safetensors`. The `rgba_vae_id` is a hash of the weights, the base VAE, the transparency
+threshold and the background colors. Latents of different RGBA VAEs are incompatible, so caches and adapters
+store this ID, and it is checked when they are loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lo
 """File stem of each trainable part of an `RgbaVae`."""
 
 FOLDER = "rgba_vae"
-"""Name of the folder in a run that trained an RGBA VAE, and in each of its checkpoints."""
+"""Name of the RGBA VAE's folder in a run that trained it, and in each checkpoint of the run."""
 
 FORMAT = 1
 
@@ -34,11 +34,11 @@ Colors = Sequence[Sequence[float]]
 
 
 def new(vae: Any, rank: int, seed: int, init: Init = "random") -> RgbaVae:
-    """Create an untrained RGBA VAE on a Wan VAE; both decoders are equal to the VAE's decoder.
+    """Create an untrained RGBA VAE from a Wan VAE; both decoders are equal to the VAE's decoder.
 
     Args:
-        vae: the Wan VAE.
-        rank: rank of the decoders' updates.
+        vae: Wan VAE, the base of the RGBA VAE.
+        rank: rank of the updates of the decoders.
         seed: seed of the random weights.
         init: initialization of the merge block: `random`, or `encoder`, which reproduces the encoder's
             output for color alone, so that color is correct from the first step.
@@ -61,7 +61,7 @@ Init = Literal["random", "encoder"]
 
 @torch.no_grad()
 def _as_encoder(merge: Any, vae: Any) -> None:
-    """Initialize a merge block as the encoder's own head on the color features; alpha has weight 0."""
+    """Initialize a merge block to compute the encoder's head from the color features, and ignore alpha."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
     nn.init.zeros_(merge.conv_in.bias)
@@ -77,7 +77,7 @@ def _as_encoder(merge: Any, vae: Any) -> None:
 
 @torch.no_grad()
 def initialize(rgba_vae: RgbaVae, seed: int, init: Init) -> None:
-    """Initialize the weights of an RGBA VAE, in place."""
+    """Initialize the trained parts of an RGBA VAE in place; does nothing on the meta device."""
     if rgba_vae.merge.conv_in.weight.is_meta:
         return
     fresh = new(rgba_vae.vae, rgba_vae.rgb.rank, seed, init)
@@ -86,10 +86,10 @@ def initialize(rgba_vae: RgbaVae, seed: int, init: Init) -> None:
 
 
 def fits(vae: Any) -> tuple[int, int]:
-    """Return the width of the encoder's trunk and the number of latent channels.
+    """Check that merged alpha supports a VAE; return the encoder's width and the number of latent channels.
 
     Raises:
-        ValueError: if the VAE has another architecture, such as that of Wan 2.2 TI2V-5B.
+        ValueError: if the VAE is not supported, such as that of Wan 2.2 TI2V-5B.
     """
     z = vae.config.z_dim
     if z != 16 or vae.config.patch_size:
@@ -102,7 +102,7 @@ def fits(vae: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def new_merge(rgba_vae: RgbaVae, seed: int) -> RgbaVae:
-    """Initialize the merge block of an RGBA VAE, in place, and return the RGBA VAE."""
+    """Initialize the merge block of an RGBA VAE in place, and return the RGBA VAE."""
     rgba_vae.merge.load_state_dict(new(rgba_vae.vae, 1, seed).merge.state_dict())
     return rgba_vae
 
@@ -111,9 +111,9 @@ def new_merge(rgba_vae: RgbaVae, seed: int) -> RgbaVae:
 
 
 def parts(rgba_vae: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return the weights of an RGBA VAE by part, under the names used in files.
+    """Return the weights of an RGBA VAE by part (key of `FILES`) and by name in the file.
 
-    A decoder has `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r) for every convolution.
+    The decoder parts have `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r) for every convolution.
 
     Args:
         rgba_vae: RGBA VAE that defines the names.
@@ -141,7 +141,7 @@ def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: 
 
 
 def base_hash(vae: Any) -> str:
-    """Return a hash of a VAE's weights rounded to bfloat16, equal for copies in float32 and bfloat16."""
+    """Return a hash of a VAE's weights in bfloat16, which is equal for float32 and bfloat16 copies."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -164,10 +164,10 @@ def save(
     """Write the folder of an RGBA VAE atomically; return its `rgba_vae_id`.
 
     Args:
-        rgba_vae: RGBA VAE; its base VAE is not written.
-        folder: replaced if it exists.
+        rgba_vae: RGBA VAE; the base VAE is not written.
+        folder: folder to write; replaced if it exists.
         alpha_eps: largest alpha that was treated as transparent in training.
-        colors: background colors of encoded clips, in [-1, 1].
+        colors: background colors over which clips are encoded, in [-1, 1].
         about: further entries of `config.json`, such as the losses and the number of steps.
         dtype: dtype of the weights on disk.
         weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
@@ -205,7 +205,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the `config.json` of an RGBA VAE.
 
     Raises:
-        ValueError: if the folder is not an RGBA VAE, or files are missing.
+        ValueError: if the folder does not contain an RGBA VAE, or files are missing.
     """
     path = folder / "config.json"
     try:
@@ -226,10 +226,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, vae: Any) -> RgbaVae:
-    """Load an RGBA VAE on its base VAE, in float32; ranks are inferred from the tensors.
+    """Load an RGBA VAE in float32, with `vae` as its base; ranks are inferred from the tensors.
 
     Raises:
-        ValueError: if files are missing, damaged, from different RGBA VAEs, or for another base VAE.
+        ValueError: if files are missing, damaged, or from different RGBA VAEs, or `vae` is not the base VAE.
     """
     from safetensors.torch import load_file
 
@@ -257,10 +257,10 @@ def load(folder: Path, vae: Any) -> RgbaVae:
 
 
 def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) -> RgbaVae:
-    """Create an RGBA VAE from the weights of its parts; `merge` may be missing.
+    """Create an RGBA VAE from the weights of its parts; without `merge`, the merge block is untrained.
 
     Args:
-        vae: the Wan VAE.
+        vae: Wan VAE, the base of the RGBA VAE.
         weights: tensors by part and name; all must be used.
         where: prefix of error messages.
 
@@ -280,7 +280,7 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load weights into a module strictly; `where` is the prefix of error messages.
+    """Load weights into a module and check that all match; `where` is the prefix of error messages.
 
     Raises:
         ValueError: if tensors are missing, unexpected or of another shape.
@@ -305,7 +305,7 @@ def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) 
     """Create the low-rank update of a decoder from stored factors; the rank is inferred from the tensors.
 
     Raises:
-        ValueError: if factors are missing or unexpected, or ranks differ.
+        ValueError: if factors are missing, unexpected or of the wrong shape, or ranks differ.
     """
     found = dict(convolutions(decoder))
     wanted = {f"{name}.lora_{side}" for name in found for side in "AB"}
@@ -339,13 +339,13 @@ def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) 
 
 
 def to_video(rgba: Tensor) -> tuple[Tensor, Tensor]:
-    """Split uint8 (b, 4, t, h, w), straight, into color and alpha, each (b, 3, t, h, w) in [-1, 1]."""
+    """Split straight RGBA uint8 (b, 4, t, h, w) into color and alpha, each (b, 3, t, h, w) in [-1, 1]."""
     video = rgba.float() / 127.5 - 1
     return video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)
 
 
 def to_pixels(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """Join decoded color and alpha to uint8 (b, 4, t, h, w); alpha is the mean of its clamped channels."""
+    """Join decoded color and alpha to uint8 (b, 4, t, h, w); alpha is the mean of the clamped channels."""
     video = torch.cat([rgb.clamp(-1, 1), alpha.clamp(-1, 1).mean(1, keepdim=True)], 1)
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -366,20 +366,20 @@ def losses(
 
     Args:
         rgba_vae: RGBA VAE that is trained.
-        rgba: clips, uint8 (b, 4, t, h, w), straight.
-        loss: terms of the paper.
-        generator: CPU generator of the background colors of the encoder's input and of both renders, and of
-            the noise.
-        anchor: weight of the squared distance between the latents and the VAE's own latents of the clip,
-            hard-rendered over `GROUND`, in units of their standard deviation. Not in the paper: it makes the
-            VAE's own decoder reproduce the color, and a denoiser pretrained on opaque latents has less to
-            learn.
-        noise: largest amount of noise added to latents before decoding, in units of their standard deviation,
-            which makes the decoders robust to errors of the denoiser. Not in the paper.
-        visible: weight of the mean absolute error of color over visible pixels only. Not in the paper: if few
+        rgba: clips in straight RGBA, uint8 (b, 4, t, h, w).
+        loss: the loss terms of the paper.
+        generator: CPU generator that samples the background colors of the encoder input and of both renders,
+            and the noise.
+        anchor: weight of the squared distance between the latents and the latents of the opaque VAE for the
+            clip hard-rendered over `GROUND`, in units of the latents' standard deviation. Not in the paper.
+            It keeps latents close to those of opaque videos, so that the VAE's own decoder reproduces the
+            color and a denoiser pretrained on opaque latents has less to learn.
+        noise: largest amount of noise added to latents before decoding, in units of the latents' standard
+            deviation. Not in the paper. It makes the decoders robust to errors of the denoiser.
+        visible: weight of the mean absolute error of color over visible pixels only. Not in the paper. If few
             pixels are visible, they contribute little to the means of the other terms.
-        visible_alpha: the same for alpha.
-        colors: background colors of the encoder's input, in [-1, 1].
+        visible_alpha: weight of the mean absolute error of alpha over visible pixels only.
+        colors: background colors of the encoder input, in [-1, 1].
     """
     (color,), (hard, soft) = sample_colors(generator, 1, colors), sample_colors(generator, 2)
     rgb, alpha = to_video(rgba)
@@ -410,4 +410,4 @@ def losses(
 
 
 GROUND = (62, 66, 70)
-"""Dark background color (0-255) of the clips that `anchor` compares with."""
+"""Dark background color (0-255) of the opaque clips that the loss term `anchor` uses."""

@@ -1,6 +1,8 @@
-"""Losses of the RGBA VAE: two renders and nine terms (Dong et al. 2025, section 3.2).
+"""Losses of the RGBA VAE: soft and hard renders, and nine loss terms (Dong et al. 2025, section 3.2).
 
-Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is a video too: -1 is transparent, 1 is opaque.
+Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is also a video: -1 is transparent, 1 is opaque. A soft render
+composites color over a background by alpha. A hard render replaces transparent pixels by the background and
+keeps the straight color of all other pixels.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ COLORS = tuple(product((-1.0, 1.0), repeat=3))
 
 
 def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
-    """Composite color over a background (3,): rgb a + color (1 - a), a = (alpha + 1) / 2."""
+    """Composite over a background color (3,): rgb * a + color * (1 - a) with a = (alpha + 1) / 2."""
     a = (alpha + 1) / 2
     return rgb * a + _background(color, rgb) * (1 - a)
 
 
 def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor, *, eps: float = ALPHA_EPS) -> Tensor:
-    """Replace rgb by the background color where alpha is at most eps, without a gradient to alpha."""
+    """Replace rgb by a background color (3,) where a <= eps, a = (alpha + 1) / 2; alpha gets no gradient."""
     visible = (alpha.detach() + 1) / 2 > eps
     return torch.where(visible, rgb, _background(color, rgb).to(rgb.dtype))
 
@@ -49,7 +51,7 @@ _SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "cen
 
 
 def edges(x: Tensor, kind: Edge) -> Tensor:
-    """Return the gradient magnitude of the gray video per frame, zero-padded: (b, 1, t, h, w)."""
+    """Return the gradient magnitude of each gray frame, with zero padding: (b, 1, t, h, w)."""
     grey = luma(x)
     flat = grey.transpose(1, 2).flatten(0, 1)
     slope = torch.tensor([-1.0, 0.0, 1.0], device=x.device, dtype=x.dtype)
@@ -63,8 +65,8 @@ def edges(x: Tensor, kind: Edge) -> Tensor:
 class Perceptual(nn.Module):
     """First two stages of VGG16 (Simonyan & Zisserman 2014), up to the last activation of the second stage.
 
-    Uses the keys `features.{0,2,5,7}.{weight,bias}` of torchvision's file; widths are inferred from the
-    tensors.
+    The weights are `features.{0,2,5,7}.{weight,bias}` in torchvision's file. Widths are inferred from the
+    tensors. If `imagenet` is true, frames are normalized with the mean and std of ImageNet.
     """
 
     def __init__(self, weights: dict[str, Tensor], *, imagenet: bool) -> None:
@@ -89,7 +91,7 @@ class Perceptual(nn.Module):
         """Load a local `.safetensors` or `.pth` file.
 
         Raises:
-            ValueError: if the file is missing, or is not such a network.
+            ValueError: if the file is missing, or does not contain the weights of a VGG16.
         """
         try:
             if path.suffix == ".safetensors":
@@ -113,10 +115,11 @@ class Perceptual(nn.Module):
 
 @dataclass(frozen=True)
 class RgbaLoss:
-    """Nine loss terms: absolute, perceptual and edge error of alpha and of two renders of the color.
+    """Nine loss terms: L1, perceptual and edge error of alpha, of the soft render and of the hard render.
 
-    The preset `paper` uses Sobel edges and the L2 norm of perceptual features of ImageNet-normalized frames;
-    `reference` (the released trainer) uses central differences and the mean squared error of features.
+    The preset `paper` uses Sobel edges and the root mean square error of perceptual features of
+    ImageNet-normalized frames; `reference` (the released trainer) uses central differences and the mean
+    squared error of the features.
     """
 
     preset: Literal["paper", "reference"] = "paper"
@@ -124,10 +127,10 @@ class RgbaLoss:
     """Perceptual network; None omits the three perceptual terms."""
     alpha_eps: float = ALPHA_EPS
     edge: Edge | None = None
-    """Filter of the edge terms; default: that of the preset."""
+    """Filter of the edge terms; None uses the filter of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Alpha that masks the hard render of the reconstruction: reconstructed alpha fluctuates around the
-    threshold in transparent regions, true alpha does not."""
+    """Alpha that decides which pixels of the reconstruction's hard render are background. Reconstructed alpha
+    fluctuates around the threshold in transparent regions, true alpha does not."""
 
     def __call__(
         self, rgb: Tensor, alpha: Tensor, true_rgb: Tensor, true_alpha: Tensor, hard: Tensor, soft: Tensor
@@ -139,8 +142,8 @@ class RgbaLoss:
             alpha: reconstructed alpha.
             true_rgb: color of the clip.
             true_alpha: alpha of the clip.
-            hard: background color (3,) of both hard renders.
-            soft: background color (3,) of both soft renders.
+            hard: background color (3,) of the hard renders of the reconstruction and of the clip.
+            soft: background color (3,) of the soft renders of the reconstruction and of the clip.
         """
         eps = self.alpha_eps
         mask = alpha if self.hard_mask == "reconstructed" else true_alpha
@@ -170,6 +173,6 @@ class RgbaLoss:
 def sample_colors(
     generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
 ) -> list[Tensor]:
-    """Sample `n` background colors independently, by default for encoder input, hard and soft render."""
+    """Sample `n` background colors (3,) in [-1, 1] independently from `among`."""
     picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
     return [torch.tensor(among[i]) for i in picks]

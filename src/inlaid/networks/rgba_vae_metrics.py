@@ -1,10 +1,11 @@
 """Reconstruction metrics of RGBA clips, with baselines that predict a constant alpha.
 
-If the subject is small, an RGBA VAE that decodes fully transparent clips has a small mean error of alpha. The
-error is therefore also reported by region of the true alpha (opaque, soft, transparent), and `balanced` is
-the mean of the three, which no constant alpha can make small. All values are on the scale 0-255.
+If the subject is small, an RGBA VAE that decodes every clip as fully transparent has a small mean error of
+alpha. The error is therefore also reported for each region of the true alpha (opaque, soft, transparent), and
+`balanced` is the mean over the three regions, which is large for every constant alpha. Errors are on the
+scale 0-255.
 
-Each clip is reduced to a vector of sums, which are added over clips of any size and over processes.
+Each clip is reduced to a vector of sums. These vectors are added over clips of any size and over processes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from inlaid.config.sections import ALPHA_EPS
 REGIONS = ("opaque", "soft", "transparent")
 
 GUESSES = ("all opaque", "all transparent", "mean")
-"""Constant-alpha baselines: 255, 0, and the mean of the clip."""
+"""Baselines with constant alpha: 255, 0, and the mean alpha of the clip."""
 
 COLORS = tuple(product((0.0, 255.0), repeat=3))
 
@@ -32,14 +33,14 @@ COLUMNS = (
     *(f"composite {i}" for i in range(len(COLORS))),
     *("clips", "ssim alpha", "ssim composite"),
 )
-"""Sums of `tally`: pixels and absolute errors of alpha by region, errors of color where it is visible,
-squared errors, and structural similarities."""
+"""Names of the sums in `tally`: pixels and absolute errors of alpha in each region, errors of color in
+visible pixels, squared errors, and structural similarities."""
 
 
 def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
-    """Return the masks of `REGIONS` of alpha, 0-255, an array or a tensor.
+    """Return a mask for each of `REGIONS` from alpha in 0-255, an array or a tensor.
 
-    Alpha up to `eps` of 255 is transparent; it is opaque from 1 minus that.
+    Alpha is transparent up to 255 * eps and opaque from 255 * (1 - eps).
     """
     level = round(255 * eps)
     opaque, transparent = alpha >= 255 - level, alpha <= level
@@ -50,8 +51,8 @@ def tally(true: Tensor, got: Tensor) -> Tensor:
     """Return the sums of one clip, float64, one value for each of `COLUMNS`.
 
     Args:
-        true: clip, uint8 (4, t, h, w), straight alpha.
-        got: its reconstruction, likewise.
+        true: original clip, uint8 (4, t, h, w), straight alpha.
+        got: reconstructed clip, in the same format.
     """
     true, got = true.float(), got.float()
     alpha, guess = true[3], got[3]
@@ -84,7 +85,7 @@ def tally(true: Tensor, got: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean structural similarity (Wang et al. 2004) of (c, t, h, w) on 0-255, windows of 7 x 7."""
+    """Return the mean SSIM (Wang et al. 2004) of two videos (c, t, h, w) in 0-255, with 7 x 7 windows."""
 
     def mean(x: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(x.transpose(0, 1), min(7, *x.shape[-2:]), 1)
@@ -96,12 +97,15 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def report(sums: Tensor) -> dict[str, float]:
-    """Return metrics by name from summed `tally` vectors; regions without pixels are omitted.
+    """Return metrics by name from the sum of `tally` vectors; regions without pixels are omitted.
 
-    The metrics are `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`; the same for each of `GUESSES`
-    (such as `all_transparent_alpha_mae_opaque`); `rgb_mae` where alpha is visible, and of the clip's mean
-    color; PSNR in dB of color, alpha and composites over the eight corners of the color cube, mean and
-    worst; SSIM of alpha and of composites over black and white.
+    The metrics are:
+    - `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`, and the same for each baseline of `GUESSES`,
+      such as `all_transparent_alpha_mae_opaque`;
+    - `rgb_mae` of visible pixels, and `mean_rgb_mae` of the baseline that predicts the clip's mean color;
+    - PSNR in dB of color, of alpha, and of composites over the eight corners of the color cube (mean and
+      worst);
+    - SSIM of alpha, and of composites over black and white.
     """
     value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
     pixels = {r: value[f"pixels {r}"] for r in REGIONS}
@@ -128,7 +132,7 @@ def report(sums: Tensor) -> dict[str, float]:
 
 
 def trivial(found: Mapping[str, float]) -> list[str]:
-    """Return warnings about an RGBA VAE that is hardly better than a constant alpha; empty if it is better.
+    """Return warnings if alpha is hardly better than a baseline, or very inaccurate in a region.
 
     Args:
         found: metrics from `report`.

@@ -1,14 +1,15 @@
 """Import and export of published RGBA VAE files: decoder updates, whole VAEs, merged decoders.
 
-Layouts, recognized by tensor names:
+Supported layouts, recognized by tensor names:
 
-- `decoder.bin`: low-rank updates, `vae_fgr.decoder.PATH[.conv3D].lora_{A,B}.default.weight` and `vae_pha.`;
-- a whole VAE: updates beside base weights or merged into them, and the merge block as `middle.`;
-- two merged decoders for ComfyUI, each a VAE under the original Wan names, `..._rgb_channel.safetensors` and
-  `..._alpha_channel.safetensors`.
+- `decoder.bin`: low-rank updates, `vae_fgr.decoder.PATH[.conv3D].lora_{A,B}.default.weight`, and the same
+  names with `vae_pha.`;
+- a whole VAE: base weights with the updates stored separately or merged, and the merge block as `middle.`;
+- two VAEs with merged decoder updates for ComfyUI, under the original Wan names, in the files
+  `..._rgb_channel.safetensors` and `..._alpha_channel.safetensors`.
 
-Import writes the folder of an RGBA VAE (`rgba_vae_checkpoint`). Every tensor of the updates and of the merge
-block is used, or nothing is written.
+Import writes the folder of an RGBA VAE (`rgba_vae_checkpoint`). It uses every tensor of the updates and of
+the merge block, or writes nothing.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convoluti
 from inlaid.networks.rgba_vae_checkpoint import FILES
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
-"""Part of an RGBA VAE for each name prefix of published files."""
+"""Part of an RGBA VAE by the prefix of tensor names in published files."""
 
 HALVES = ("rgb_channel", "alpha_channel")
-"""Substrings of the names of the two files for ComfyUI."""
+"""Substrings that identify the two files for ComfyUI by name."""
 
 RANK = 128
-"""Rank of the updates extracted from merged decoders, that of the published updates."""
+"""Rank of the updates that are extracted from merged decoders, equal to that of the published updates."""
 
 FOLDED_LEFT = 0.02
-"""Largest relative error of a merged layer after extraction to `RANK`; bfloat16 rounding alone is 0.003."""
+"""Largest accepted relative error of a layer after extraction; bfloat16 rounding alone causes 0.003."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Found:
 
     layout: str
     parts: Mapping[str, Mapping[str, Tensor]]
-    """For `rgb` and `alpha`, factors or whole decoder weights; for `merge`, its weights."""
+    """Tensors of each part: for `rgb` and `alpha`, low-rank factors or merged decoder weights."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
-    """Weights of the base VAE in the file."""
+    """Weights of the base VAE that the file contains."""
     notes: Sequence[str] = ()
 
 
 def is_rgba_vae(path: Path) -> bool:
-    """Return True if a file or folder has one of these layouts, judged by names."""
+    """Return True if a file or folder has one of the supported layouts, judged by tensor or file names."""
     if path.is_dir():
         return any(half in p.name for half in HALVES for p in path.glob("*.safetensors"))
     if not path.is_file():
@@ -81,7 +82,7 @@ def read(path: Path, residuals: int = 2) -> Found:
 
     Args:
         path: file; for ComfyUI, either of the two files or their folder.
-        residuals: residual blocks per stage of the VAE.
+        residuals: number of residual blocks per stage of the VAE.
 
     Raises:
         ValueError: if a decoder is missing, or a tensor is unexpected.
@@ -116,7 +117,7 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _group(name: str) -> tuple[str, str]:
-    """Split a name into its group prefix and the rest; the group is empty if it has none."""
+    """Split a tensor name into its group (key of `GROUPS`, or empty if there is none) and the rest."""
     found = re.search(r"(?:^|\.)(vae_fgr|vae_pha|middle)\.(.+)$", name)
     if not found or (found[1] == "middle" and not found[2].startswith("block.")):
         return "", name
@@ -219,7 +220,7 @@ def _comfyui(path: Path, residuals: int) -> Found:
 
 
 def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
-    """Create an RGBA VAE from a published file on its base VAE; return it with notes for the user.
+    """Create an RGBA VAE from a published file and its base VAE; return it with notes for the user.
 
     Raises:
         ValueError: if shapes, ranks or the base VAE do not fit.
@@ -260,10 +261,10 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
 
 @torch.no_grad()
 def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tuple[DecoderLora, float]:
-    """Extract the low-rank update, at most `RANK`, from merged weights.
+    """Extract the low-rank update of a decoder, of rank `RANK` at most, from merged weights.
 
     Returns:
-        The update, and the largest relative error of a layer.
+        The update, and the largest relative error among the layers.
 
     Raises:
         ValueError: if tensors do not fit, or the error exceeds `FOLDED_LEFT`.
@@ -312,7 +313,7 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
     """Convert a published file to the folder of an RGBA VAE; return notes for the user.
 
     Raises:
-        ValueError: if it does not fit the VAE, or is incomplete.
+        ValueError: if the file does not fit the VAE, or is incomplete.
     """
     found = read(path, vae.config.num_res_blocks)
     rgba_vae, notes = assemble(found, vae, str(path))
@@ -328,7 +329,12 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
 
 
 def original_names(residuals: int, stages: int) -> dict[str, str]:
-    """Return the original name of every module of a Wan VAE by its diffusers name."""
+    """Return the original names of the modules of a Wan VAE by diffusers name.
+
+    Args:
+        residuals: number of residual blocks per stage.
+        stages: number of stages.
+    """
     inside = [
         *(f"residual.{i}" for i in (0, 2, 3, 6)),
         "shortcut",
@@ -363,7 +369,7 @@ _INNER = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def _released(name: str) -> str:
-    """Return the published name, after `middle.`, of a merge block's parameter."""
+    """Return the published name (after `middle.`) of a parameter of `MergeBlock`."""
     for own, released in (
         ("conv_in", "block.conv1"),
         ("norm_out", "block.head.0"),
@@ -391,7 +397,10 @@ def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
-    """Return the VAE twice with updates beside its weights, `vae_fgr.` and `vae_pha.`, and `middle.`."""
+    """Return the tensors of the whole-VAE layout, with the updates stored separately.
+
+    The base weights are stored twice, as `vae_fgr.` and `vae_pha.`; the merge block is `middle.`.
+    """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     base = _original(rgba_vae.vae.state_dict(), names)
@@ -403,7 +412,7 @@ def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
-    """Return two VAEs with merged updates under the original names, by entry of `HALVES`."""
+    """Return the tensors of two VAEs with merged updates, under the original names, by entry of `HALVES`."""
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     out = {}
@@ -420,8 +429,8 @@ TARGETS = ("wan-alpha", "comfyui")
 def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     """Export an RGBA VAE in published layouts, as safetensors, and verify the files by reading them back.
 
-    `wan-alpha`: `decoder.safetensors` and `vae.safetensors`, with the names and shapes of `decoder.bin` and
-    the whole VAE; no pickle is written. `comfyui`: two VAEs with merged updates, in bfloat16.
+    Target `wan-alpha` writes `decoder.safetensors` and `vae.safetensors`, with the tensor names and shapes of
+    `decoder.bin` and of the whole VAE. Target `comfyui` writes two VAEs with merged updates, in bfloat16.
 
     Raises:
         ValueError: if the target is unknown.

@@ -3,9 +3,9 @@
 Li et al. 2025 (https://arxiv.org/abs/2502.06608) and Huang et al. 2025 (https://arxiv.org/abs/2412.03558).
 Written from a description; the state dicts match the published files.
 
-Unusual: queries, keys and values of a head are spread over `to_q`, `to_k` and `to_v`; time is a token in
-front of the latents; a skip connection replaces the hidden states; the network predicts data - noise; the
-field of the VAE is negative inside.
+Surprises: Queries, keys and values of a head are spread over `to_q`, `to_k` and `to_v`. The timestep is a
+token before the latent tokens. Skip connections are not added: a linear layer maps the skip and the hidden
+states to new hidden states. The network predicts data - noise. The field of the VAE is negative inside.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 MULTI_INSTANCE_BLOCKS = (8, 9, 10, 11, 12)
-"""Blocks with self-attention over all instances of a scene, in every published script."""
+"""Indices of the blocks with self-attention over all objects of a scene, in every published script."""
 
 TOKENS = 2048
-"""Latent tokens per instance."""
+"""Number of latent tokens per object."""
 
 
 class Attention(nn.Module):
     """Attention whose heads span the concatenated projections.
 
-    The h-th slice of the concatenated outputs of `to_q`, `to_k` and `to_v` belongs to head h and holds its
-    query, key and value. In cross-attention this applies to `to_k` and `to_v`. So an adapter on `to_q` alone
-    changes some heads, not the queries.
+    The outputs of `to_q`, `to_k` and `to_v` are concatenated and split into one slice per head, which holds
+    the query, key and value of the head. In cross-attention this applies to `to_k` and `to_v`. In
+    self-attention, an adapter on `to_q` alone therefore changes queries, keys and values of some heads, not
+    the queries of all heads.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, groups: Sequence[int] | None = None
     ) -> Tensor:
-        """Compute attention within each row, to a context, or over the rows of each group.
+        """Compute self-attention within each row or each group of rows, or cross-attention to a context.
 
         Args:
             x: (rows, n, width).
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if k.shape[2] == 1:
-            # A softmax over one key is 1. This gives zero gradients of q and k, without rounding errors.
+            # A softmax over one key is 1. This form gives q and k gradients of exactly zero.
             out = v + 0 * (q + k)
         elif groups:
             out = _grouped(q, k, v, groups)
@@ -96,7 +97,7 @@ class Attention(nn.Module):
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
-    """Compute attention over groups of rows, each merged into one sequence, without repeated tokens."""
+    """Compute self-attention over groups of rows, each concatenated to one sequence."""
     assert sum(groups) == len(q), f"groups {list(groups)} do not make {len(q)} rows in total"
 
     def attend(start: int, scenes: int, size: int) -> Tensor:
@@ -119,7 +120,10 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
 
 
 class Block(nn.Module):
-    """Transformer block: optional skip, self-attention, up to two parallel cross-attentions, feed-forward."""
+    """Transformer block: optional skip connection, self-attention, up to two cross-attentions, feed-forward.
+
+    Two cross-attentions are parallel: their outputs are added.
+    """
 
     def __init__(
         self, width: int, heads: int, contexts: Sequence[int], *, skip: bool = False, qk_norm: bool = True
@@ -148,7 +152,15 @@ class Block(nn.Module):
         skip: Tensor | None = None,
         scales: Sequence[float] = (1.0, 1.0),
     ) -> Tensor:
-        """Run the block; arguments as in `TripoSGTransformer.forward`."""
+        """Run the block on hidden states (rows, n, width).
+
+        Args:
+            x: hidden states.
+            contexts: a tensor (rows, m, context width) for each cross-attention.
+            groups: number of rows of each scene; None for no attention across rows.
+            skip: hidden states of an earlier block, for blocks with a skip connection.
+            scales: factors of the two cross-attentions.
+        """
         if skip is not None:
             x = self.skip_norm(self.skip_linear(torch.cat([skip, x], -1)))
         x = x + self.attn1(self.norm1(x), groups=groups)
@@ -176,16 +188,16 @@ class _Time(nn.Module):
 
 
 class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Denoiser of TripoSG (one context) and MIDI (two): latents (rows, tokens, channels), a row per instance.
+    """Denoiser of TripoSG (one context) and MIDI (two contexts), with one object per row.
 
-    Rows of one scene attend to each other in the blocks of `multi_instance`. `num_tokens` is the number of
-    latent tokens in training; the network accepts any number.
+    Rows of a scene attend to each other in the blocks listed in `multi_instance`. `num_tokens` is the number
+    of latent tokens per object in training; the network accepts any number.
     """
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("Block",)
     _no_split_modules = ("Block",)
-    # The time embedding is computed in the storage dtype of these weights: do not cast them to fp8.
+    # The time embedding is computed in the storage dtype of its weights, so they must not be cast to fp8.
     _skip_layerwise_casting_patterns: list[str] = ["time_proj", "norm"]  # noqa: RUF012
 
     @register_to_config
@@ -237,8 +249,9 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states: noisy latents (rows, n, channels).
             timestep: (rows,), 0 to 1000, not rounded.
             encoder_hidden_states: (rows, m, cross_attention_dim).
-            encoder_hidden_states_2: (rows, m2, cross_attention_2_dim), for a network with a second context.
-            groups: number of rows of each scene, in order, with sum `rows`. None: no attention across rows.
+            encoder_hidden_states_2: (rows, m2, cross_attention_2_dim), for a network with two contexts.
+            groups: number of rows of each scene, in order; the sum is `rows`. None for no attention across
+                rows.
             scales: factors of the two cross-attentions.
         """
         contexts = [encoder_hidden_states]
@@ -264,7 +277,7 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def partial_heads(targets: Sequence[str]) -> list[str]:
-    """Return a warning about adapter targets that match only some projections of an attention layer."""
+    """Return a warning if adapter targets match only some projections of an attention layer, else nothing."""
     layers = {
         attention: [f"blocks.0.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
         for attention in ("attn1", "attn2", "attn2_2")
@@ -279,7 +292,7 @@ def partial_heads(targets: Sequence[str]) -> list[str]:
 
 
 def stored_blocks(path: Path) -> list[int] | None:
-    """Return the multi-instance blocks an adapter was trained with; None if its metadata lack them."""
+    """Return the multi-instance blocks that an adapter was trained with; None if it does not store them."""
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with safe_open(file, "pt") as opened:
             blocks = (opened.metadata() or {}).get("inlaid_multi_instance_blocks")
@@ -292,7 +305,7 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Infer the configuration of a transformer from its tensor shapes, for a missing or wrong `config.json`.
 
     Raises:
-        ValueError: the tensors are not those of such a transformer.
+        ValueError: if the tensors are not those of a TripoSG or MIDI transformer.
     """
     try:
         width, channels = shapes["proj_in.weight"]
@@ -315,7 +328,7 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 class _Frequencies(nn.Module):
-    """Frequency embedding: points, sines and cosines of 2^k points; (..., 3) to (..., 3 + 6 n), float32."""
+    """Frequency embedding (..., 3 + 6 * n), float32: points (..., 3), and sines and cosines of 2^k points."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -369,9 +382,10 @@ class _Decoder(nn.Module):
 
 
 class TripoSGVAE(ModelMixin, ConfigMixin):
-    """Shape VAE: surface points with normals to latent tokens, and these to a field that is negative inside.
+    """Shape VAE: encodes surface points with normals to latent tokens, decodes them to an implicit field.
 
-    Latents are neither scaled nor shifted. Use float32: coordinates times 128 exceed bfloat16 precision.
+    The field is negative inside the object. Latents are neither scaled nor shifted. Use float32: coordinates
+    times 128 exceed the precision of bfloat16.
     """
 
     @register_to_config
@@ -401,7 +415,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         self.decoder = _Decoder(features, width_decoder, num_layers_decoder, num_attention_heads)
 
     def encode(self, surface: Tensor, queries: Tensor) -> Tensor:
-        """Return the posterior's moments (b, m, 2 channels): means, then log-variances.
+        """Return the posterior's moments (b, m, 2 * channels): means, then log-variances.
 
         Args:
             surface: (b, p, 6), positions and outward unit normals.
@@ -423,7 +437,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         return x
 
     def field(self, tokens: Tensor, points: Tensor, chunk: int = 50_000) -> Tensor:
-        """Return the field (b, q) at points (b, q, 3): negative inside, with arbitrary scale."""
+        """Return the field (b, q) at points (b, q, 3): negative inside the object, with arbitrary scale."""
         out = []
         for part in points.split(chunk, 1):
             y = self.decoder.proj_query(self.embedder(part).to(tokens.dtype))
@@ -448,18 +462,18 @@ class Field:
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """Sample the posterior: mean + exp(logvar / 2) noise."""
+    """Sample the posterior: mean + exp(logvar / 2) * noise, with `noise` of the shape of the mean."""
     mean, logvar = moments.chunk(2, -1)
     return mean + (0.5 * logvar).exp() * noise
 
 
 def choose_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return indices of evenly spread points: 4 `count` random points, thinned by farthest point sampling.
+    """Return indices of evenly spread points: farthest point sampling from 4 * count random points.
 
     Args:
-        points: (p, 3) or more columns.
+        points: (p, 3) or more columns, of which the first three are positions.
         count: number of indices.
-        seed: random seed; the same for every instance of a scene.
+        seed: random seed; the same for every object of a scene.
     """
     import fpsample
 

@@ -1,4 +1,4 @@
-"""Cross-attention of Wan to its 512 text tokens at the cost of the non-padding tokens."""
+"""Cross-attention of Wan to fewer than 512 text tokens, with the same result as with zero padding to 512."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class ShortText(WanAttnProcessor):
-    """Cross-attention in which each zero token of the text stands for several.
+    """Cross-attention processor that gives a few zero tokens the weight of all zero padding.
 
-    Wan pads text to 512 tokens with zeros and attends to all of them. The zero tokens are equal, so `m` of
-    them have the weight of `n` if `log(n / m)` is added to their logits: the same output up to rounding, from
-    fewer tokens.
+    Wan pads text to 512 tokens with zeros and attends to the padding. All zero tokens are equal, so `m` zero
+    tokens have the weight of `n` if `log(n / m)` is added to their logits. The output is the same up to
+    rounding.
     """
 
     bias: Tensor | None = None
-    """Logit bias (b, 1, 1, tokens) of the text in the current forward pass; None for text of full length."""
+    """Logit bias (b, 1, 1, tokens) of the text in the current forward pass; None if text has full length."""
 
     def __call__(
         self,
@@ -28,14 +28,15 @@ class ShortText(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """Call `WanAttnProcessor` with `bias` as attention mask."""
+        """Compute cross-attention with `WanAttnProcessor`, with `bias` as attention mask."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 
 def allow_short_text(transformer: Any, length: int = 512) -> None:
-    """Let a Wan transformer accept text padded to fewer than `length` tokens.
+    """Modify a Wan transformer to accept text padded to fewer than `length` tokens.
 
-    Such text must have at least one zero token. Text of the full length is processed as in the stock network.
+    Text that is shorter than `length` must end with at least one zero token. Text of the full length is
+    processed as in the stock network.
     """
     processor = ShortText()
 
