@@ -1,1 +1,1 @@
-"""Tuners and adapter files: attach, train, read, write, merge, convert."""
+"""Tuners and adapter files: attaching, training, reading, writing, merging and converting adapters."""

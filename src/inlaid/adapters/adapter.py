@@ -1,4 +1,4 @@
-"""An adapter in canonical form: diffusers module names, alpha per module, optional DoRA magnitudes."""
+"""LoRA or DoRA adapter in memory: diffusers module names, LoRA alpha per module, optional magnitudes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-"""File name that `load_lora_weights(folder)` loads."""
+"""File name that `load_lora_weights(folder)` of diffusers loads."""
 
 KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 """Display names of the adapter kinds."""
@@ -26,27 +26,28 @@ METADATA_KEY = "lora_adapter_metadata"
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA or DoRA in the internal form, independent of the file layout."""
+    """LoRA or DoRA in a form that is independent of the file layout."""
 
     tensors: Mapping[str, Tensor]
     """`<module>.lora_A.weight` (r, in), `.lora_B.weight` (out, r) and, if trained, `.lora_B.bias` (out) and
-    `.lora_magnitude_vector` (out). Modules have diffusers names; convolutions keep their kernel axes."""
+    `.lora_magnitude_vector` (out). Modules have diffusers names; factors of convolutions also have kernel
+    axes."""
     alpha: Mapping[str, float]
-    """Alpha of each module; the update is scaled by alpha / rank."""
+    """LoRA alpha of each module; the update is scaled by alpha / rank."""
     layout: Layout
     """Layout of the source file."""
     alpha_from: str = "alpha argument"
-    """Source of alpha."""
+    """Source of the LoRA alpha, as text."""
     notes: Sequence[str] = ()
-    """Notes for the user about the import."""
+    """Notes for the user about reading the file."""
     header: Mapping[str, str] = field(default_factory=dict)
-    """Remaining metadata of the file."""
+    """Metadata of the file, without the LoRA configuration."""
     vector: Tensor | None = None
-    """Domain embedding of joint transparency, added to the alpha tokens, (d,)."""
+    """Domain embedding (d,) of joint alpha, which is added to the alpha tokens."""
 
     @property
     def joint(self) -> bool:
-        """True if the adapter applies to the alpha tokens only (`alpha.joint`)."""
+        """True if the adapter applies to the alpha tokens of joint alpha only (`alpha.joint`)."""
         return self.header.get("inlaid_alpha") == "joint"
 
     @property
@@ -69,7 +70,7 @@ class Adapter:
         return self.alpha[module] / self.tensors[f"{module}.lora_A.weight"].shape[0]
 
     def peft_config(self) -> dict[str, Any]:
-        """Return the arguments of `peft.LoraConfig` that restore this adapter exactly."""
+        """Return the `peft.LoraConfig` arguments that represent this adapter exactly."""
         rank, alpha = self.rank, {m: int(a) if float(a).is_integer() else a for m, a in self.alpha.items()}
         r, a = (Counter(values.values()).most_common(1)[0][0] for values in (rank, alpha))
         return {

@@ -1,4 +1,4 @@
-"""`inlaid export` and `inlaid import`: adapters between a run folder and other programs."""
+"""Conversion of adapters to and from other programs: `inlaid export` and `inlaid import`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,21 @@ from inlaid.runs.folder import Run
 def export_run(
     run: Path, to: str, out: Path | None = None, checkpoint: str | None = None, then: Path | None = None
 ) -> Path:
-    """Export the trained weights of a run to another program's layout, and verify them by reading them back.
+    """Export the trained weights of a run to another program's layout, and verify the written file.
 
     Args:
         run: run folder.
         to: `diffusers`, `comfyui`, `kohya` or `merged`; for an RGBA VAE `wan-alpha` or `comfyui`.
-        out: file or folder. Default: `export/` in the run.
-        checkpoint: checkpoint name such as `step-000500`. Default: the final weights of the run.
-        then: LoRA to merge after the trained weights, such as a step-distillation LoRA; only for `merged`. A
-            DoRA rescales the rows of the weights it is applied to, so it must come first.
+        out: file or folder to write. Default: a path in the folder `export` of the run.
+        checkpoint: name of a training checkpoint, such as `step-000500`. Default: the final weights.
+        then: LoRA to merge after the trained weights, such as a step-distillation LoRA; only for `merged`. It
+            cannot be a DoRA, which rescales rows of the weights it is merged into and so must come first.
+
+    Returns:
+        The path of the written file or folder.
 
     Raises:
-        ValueError: if the target is unknown or cannot represent the weights.
+        ValueError: if the target is unknown, exists, or cannot represent the weights.
     """
     place = Run(run)
     settings = place.config()
@@ -116,21 +119,22 @@ def import_adapter(
     alpha: float | None = None,
     dora_scale: str | None = None,
 ) -> tuple[Path, Sequence[str]]:
-    """Convert an adapter of any known layout to diffusers, or a published RGBA VAE to a folder.
+    """Convert an adapter in any known layout to the diffusers layout, or a published RGBA VAE to a folder.
 
     Args:
-        adapter: file or folder.
-        out: folder to write: an adapter, or an RGBA VAE if the file is one.
+        adapter: file or folder of an adapter or RGBA VAE.
+        out: folder to write.
         family: name of a model family.
-        checkpoint: base model; used to check shapes, and required if values in the file are relative to it.
-        alpha: alpha for files that store none.
-        dora_scale: `comfyui` or `merged`: the norm that the file's `dora_scale` is relative to.
+        checkpoint: base model, to check shapes. Required for an RGBA VAE, and for a `dora_scale`, which is
+            relative to the weights of the base model.
+        alpha: LoRA alpha for files that store none.
+        dora_scale: `comfyui` or `merged`: definition of `dora_scale` in the file (see `read_adapter`).
 
     Returns:
         The written path, and notes for the user.
 
     Raises:
-        ValueError: if the file is damaged or unknown, or if a tensor would be lost.
+        ValueError: if the file is damaged, has an unknown layout, or has tensors that cannot be converted.
     """
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"--alpha: {alpha:g} is not a finite number above 0")
@@ -170,7 +174,7 @@ def _refuse_taken(out: Path) -> None:
 def _import_rgba_vae(
     path: Path, out: Path, family: str, checkpoint: str | None
 ) -> tuple[Path, Sequence[str]]:
-    """Convert the decoders or the whole VAE of a published RGBA VAE to a folder of inlaid."""
+    """Convert a file of a published RGBA VAE (decoders or whole VAE) to the folder of an RGBA VAE."""
     if checkpoint is None:
         raise ValueError(
             f"{path}: an RGBA VAE, which extends the VAE of a checkpoint; pass it with --checkpoint, such as "

@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers that keep less for the backward pass than peft's."""
+"""LoRA and DoRA layers that save fewer tensors for the backward pass than peft's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ADAPTER = "default"
 
 
 def use_factor_norms(denoiser: nn.Module) -> None:
-    """Make every DoRA linear layer compute its norm from the factors.
+    """Make every DoRA linear layer compute its norm from the factors, without the product B A.
 
     peft computes B A through an identity matrix (in, in) and adds it to a copy of W, in each layer and pass.
-    The squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, whose largest
-    intermediate is W A^T (out, r). The result is equal up to rounding. It needs no gradient, because DoRA
-    treats the norm as a constant (Liu et al. 2024, section 4.3).
+    This function computes the squared row norms of W + s B A as ||W||^2 + 2 s <W A^T, B> +
+    s^2 <B (A A^T), B>, of which the largest intermediate is W A^T (out, r). The result is equal up to
+    rounding. The norm needs no gradient, because DoRA treats it as a constant (Liu et al. 2024, section 4.3).
     """
     from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -41,11 +41,11 @@ def use_factor_norms(denoiser: nn.Module) -> None:
 
 
 def keep_inputs(denoiser: nn.Module) -> None:
-    """Make every low-rank linear layer save its input for the backward pass in the original dtype.
+    """Make every LoRA linear layer save its input for the backward pass in the original dtype.
 
-    peft first casts the input to the dtype of the factors and so saves a float32 copy in each layer: six
-    times the size of one bfloat16 tensor for queries, keys and values. Casting again in the backward
-    pass gives bit-identical gradients.
+    peft casts the input to the dtype of the factors and saves a float32 copy in each layer. For queries, keys
+    and values of the same bfloat16 input, the three copies are six times its size. Here the cast is repeated
+    in the backward pass, which gives bit-identical gradients.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -60,7 +60,7 @@ def keep_inputs(denoiser: nn.Module) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in the dtype of W for x of any dtype; saves only x and W."""
+    """Product x W^T in the dtype of W, for x of any dtype; saves only x and W for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Rescaled(torch.autograd.Function):
-    """(m - 1) y + s m B h; saves y (..., out) and h (..., r), but not the product with B."""
+    """DoRA update (m - 1) y + s m B h from y (..., out) and h (..., r); does not save the product B h."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, m: Tensor, s: float) -> Tensor:

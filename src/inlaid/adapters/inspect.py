@@ -1,4 +1,4 @@
-"""Describe a file or folder: adapter, RGBA VAE, cache, checkpoint, run or model."""
+"""Description of a file or folder: adapter, RGBA VAE, cached item, checkpoint, run or model."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Inspection:
 
 
 def inspect_path(path: str | Path) -> Inspection:
-    """Inspect an adapter in any layout, a cached item, a checkpoint, a run or a model.
+    """Inspect an adapter in any layout, an RGBA VAE, a cached item, a checkpoint, a run or a model.
 
-    Loads no network.
+    No network is loaded.
 
     Raises:
-        ValueError: if nothing is found, or a file is damaged.
+        ValueError: if the path contains none of these, or a file is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -115,7 +115,7 @@ def _inspect_file(path: Path) -> Inspection:
 
 
 def _sizes(file: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and dtype of each tensor of an open safetensors file, without reading any data."""
+    """Return the shape and dtype of each tensor in an open safetensors file, without reading tensor data."""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8", "I64": "int64"}
     slices = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
     return {

@@ -1,8 +1,8 @@
-"""Conversion of published TransPixeler adapters (joint transparency) to the usual tensor names.
+"""Conversion of published TransPixeler adapters (joint alpha) to the usual tensor names.
 
-These files do not store LoRA alpha, which was 1 for every rank. Read as ordinary adapters their update is
-too strong by a factor of the rank, and applies to all tokens. This module is based on the layout of the
-files, not on the authors' code.
+These files do not store LoRA alpha, which was 1 for every rank. If they are loaded as ordinary adapters, the
+update is too strong by a factor of the rank and applies to all tokens. This module is based on the layout of
+the files, not on the authors' code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from inlaid.networks.domain_embedding import NAME, TOKENS
 
 ALPHA = 1.0
-"""LoRA alpha of all published files: the update is divided by the rank."""
+"""LoRA alpha of all published files, so the update is scaled by 1 / rank."""
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -26,23 +26,24 @@ _MOCHI = re.compile(r"block_(\d+)\.to_(q|k|v|out)_lora\.([01])\.weight")
 
 @dataclass(frozen=True)
 class Published:
-    """Recognized adapter of joint transparency."""
+    """Published adapter of joint alpha, with the usual tensor names."""
 
     tensors: Mapping[str, Tensor]
-    """Tensors without the domain embedding, under names with the prefix of a known layout."""
+    """Tensors without the domain embedding, under names of a layout that `read_adapter` reads."""
     vector: Tensor | None
-    """Domain embedding, added to the alpha tokens, (d,)."""
+    """Domain embedding (d,), which is added to the alpha tokens, if any."""
     header: Mapping[str, str]
-    """Header in the form that inlaid writes."""
+    """Header metadata as in adapters that inlaid writes."""
     name: str
+    """Model and publisher, for messages."""
     notes: Sequence[str]
 
 
 def recognize(tensors: Mapping[str, Tensor]) -> Published | None:
-    """Recognize a published adapter of joint transparency; return None for other files.
+    """Convert a published adapter of joint alpha; return None for other files.
 
     Raises:
-        ValueError: if it is such a file, but tensors are missing or unexpected.
+        ValueError: if the file is such an adapter, but tensors are missing, unexpected or of unequal ranks.
     """
     if "domain_emb" in tensors:
         rest = {k: v for k, v in tensors.items() if k != "domain_emb"}
@@ -70,7 +71,7 @@ def _mochi(match: re.Match[str]) -> str:
 def _whole(
     tensors: Mapping[str, Tensor], key: re.Pattern[str], halves: set[str], layers: Sequence[str]
 ) -> None:
-    """Check that a file has both factors of every layer in all blocks from the first, and nothing else.
+    """Check that a file has both factors of every layer in all blocks from 0 to the last, and nothing else.
 
     Raises:
         ValueError: if tensors are missing or unexpected.

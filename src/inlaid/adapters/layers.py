@@ -1,4 +1,4 @@
-"""Layers of a network that an adapter applies to: names, shapes, norms and low-rank products."""
+"""Helpers for the layers that an adapter applies to: names, shapes, norms and low-rank products."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from inlaid.adapters.adapter import Adapter
 
 
 def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of all linear and convolution layers by name, with kernels flattened into `in`.
+    """Return (out, in) of all linear and convolution layers by name; `in` includes the kernel size.
 
-    Also works on a network on the meta device.
+    The network may be on the meta device.
     """
     return {
         name.removesuffix(".base_layer"): (m.weight.shape[0], math.prod(m.weight.shape[1:]))
@@ -46,7 +46,7 @@ def check_fit(
         widths: names of model sizes by hidden width, for messages.
 
     Raises:
-        ValueError: if a layer is missing or has another size.
+        ValueError: if the network lacks a layer, or a layer has another size.
     """
     missing = [m for m in adapter.modules if m not in layers]
     wrong: dict[tuple, str] = {}
@@ -71,19 +71,22 @@ def check_fit(
 
 
 def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return the transformers models inside a denoiser by name; their adapters are stored in subfolders."""
+    """Return the transformers models inside a denoiser (image encoders that are trained with it) by name.
+
+    Their adapters are stored in subfolders of the same names.
+    """
     from transformers import PreTrainedModel
 
     return {name: child for name, child in denoiser.named_children() if isinstance(child, PreTrainedModel)}
 
 
 def low_rank_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the update s B A in float32, (out, in) with kernels flattened."""
+    """Return the update s B A in float32, (out, in); `in` includes the kernel size."""
     return scale * (b.float().flatten(1) @ a.float().flatten(1))
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """Return the norm of each output row."""
+    """Return the L2 norm of each output row (out,) of a weight (out, in, ...), at least 1e-8."""
     return torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(1e-8)
 
 

@@ -1,7 +1,7 @@
 """LoKr and LoHa (Yeh et al. 2023, https://arxiv.org/abs/2309.14859): faster layers, files, and a loader.
 
-The stock pipelines load neither, `transformer.load_lora_adapter` loads a LoKr, and nothing in diffusers loads
-a LoHa. The file layout is that of a LoRA: `pytorch_lora_weights.safetensors`, peft's names under
+The stock pipelines load neither LoKr nor LoHa; `transformer.load_lora_adapter` loads LoKr only. The file
+layout is that of a LoRA in diffusers: `pytorch_lora_weights.safetensors`, with peft's tensor names under
 `transformer.` and peft's configuration in the header, as `load_lora_adapter` expects.
 """
 
@@ -28,15 +28,16 @@ _CONFIG: Mapping[str, tuple[str, ...]] = {
     "lokr": ("peft_type", "r", "alpha", "decompose_both", "decompose_factor", "use_effective_conv2d"),
     "loha": ("peft_type", "r", "alpha", "use_effective_conv2d"),
 }
-"""Settings that change the function and are therefore stored in the header."""
+"""Settings of peft that change the output of the layers, and are therefore stored in the header."""
 
 
 def factor(denoiser: nn.Module, name: str) -> None:
-    """Make linear layers with adapter `name` faster, with the same results up to rounding.
+    """Make LoKr and LoHa linear layers of adapter `name` faster, with the same results up to rounding.
 
-    peft computes the update (out, in) in float32 in every pass. A Kronecker product need not be materialized:
-    (w1 x w2) x is two small products. The update of LoHa must be, and is applied in the dtype of the
-    activations. peft's random choice of layers (off by default) is dropped, so that a layer is one graph.
+    peft computes the update (out, in) in float32 in every pass. For LoKr, this is not necessary: a Kronecker
+    product applied to x is two small matrix products. For LoHa, the update is computed, but applied in the
+    dtype of the activations. peft's module dropout (off by default) is not supported, so that each layer
+    compiles to one graph.
     """
     from peft.tuners.loha.layer import Linear as LoHaLinear
     from peft.tuners.lokr.layer import Linear as LoKrLinear
@@ -55,7 +56,7 @@ def factor(denoiser: nn.Module, name: str) -> None:
 
         @property
         def split(self) -> int:
-            """Number of columns of the second factor."""
+            """Number of columns of the second Kronecker factor."""
             return (self.lokr_w2 if name in self.lokr_w2 else self.lokr_w2_b)[name].shape[1]
 
     class FactoredLoHa(LoHaLinear):
@@ -84,7 +85,7 @@ def write(
     """Write a LoKr or LoHa adapter.
 
     Args:
-        folder: created if missing.
+        folder: folder to write; created if missing.
         tensors: tensors by name, such as `<module>.lokr_w1`.
         peft_config: `LoKrConfig` or `LoHaConfig` as a mapping.
         metadata: additional header entries.
@@ -105,10 +106,10 @@ def write(
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return tensors and configuration of a LoKr or LoHa written by `write` or peft; None for other adapters.
+    """Return the tensors and peft configuration of a LoKr or LoHa adapter; None for other adapters.
 
     Raises:
-        ValueError: if the file is damaged, or stores no peft configuration.
+        ValueError: if the file is damaged, contains NaN or infinity, or stores no peft configuration.
     """
     tensors, config, file = open_adapter(path)
     if not any(mark in key for key in tensors for mark in ("lokr_", "hada_")):
@@ -129,9 +130,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
-    """Load a LoKr or LoHa into a network; return False for other adapters.
+    """Load a LoKr or LoHa adapter into a network and return True; return False for other adapters.
 
-    On a meta network this only checks that the adapter fits.
+    On the meta device, this only checks that the adapter fits.
 
     Raises:
         ValueError: if the file is damaged, or a tensor does not fit the network.
@@ -166,16 +167,19 @@ def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
 
 
 def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
-    """Export an adapter: a copy for `diffusers`, or merged into `base` for `merged`.
+    """Export a LoKr or LoHa adapter: a copy of the file (`diffusers`), or the network with merged weights.
 
     Args:
         path: folder of the adapter.
-        to: a `write.Target`.
+        to: target, `diffusers` or `merged`.
         out: folder to write.
-        base: for `merged`, network without adapters in float32; merged in place.
+        base: float32 network without adapters, required for `merged` and changed in place.
+
+    Returns:
+        The file, or for `merged` the folder.
 
     Raises:
-        ValueError: if `to` is a layout for LoRA and DoRA only.
+        ValueError: if the target supports LoRA and DoRA only.
     """
     found = read(path)
     assert found
@@ -194,7 +198,7 @@ def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
 
 @torch.no_grad()
 def merge(base: nn.Module, path: Path) -> None:
-    """Merge an adapter into a network of float32 weights, in place."""
+    """Merge a LoKr or LoHa adapter into a network with float32 weights, in place."""
     from peft.tuners.lycoris_utils import LycorisLayer
 
     load(base, path)

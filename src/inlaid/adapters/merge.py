@@ -1,4 +1,4 @@
-"""Effective weight updates of an adapter, merged into or attached to a network."""
+"""Weight updates of an adapter, and functions that merge or attach it to a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inlaid.networks.half_tokens import NOT_MERGEABLE
 
 
 def effective_delta(adapter: Adapter, module: str, base_weight: Tensor) -> Tensor:
-    """Return the change of a layer's weight, float32: s B A, or for DoRA W' - W."""
+    """Return the change of a layer's weight by merging, in float32: s B A, or W' - W for DoRA."""
     if not adapter.dora:
         return layer_delta(adapter, module).to(base_weight.device).reshape(base_weight.shape)
     return _merged(adapter, module, base_weight) - base_weight.float()
@@ -24,7 +24,8 @@ def merge_adapter(denoiser: nn.Module, adapter: Adapter) -> None:
     """Merge an adapter into a network in place, in float32, and cast each weight back to its own dtype.
 
     Raises:
-        ValueError: if the network has an adapter attached, is quantized, or does not fit.
+        ValueError: if the adapter is for alpha tokens only or does not fit, or the network is quantized or
+            has an adapter attached.
     """
     if adapter.joint:
         raise ValueError(NOT_MERGEABLE)
@@ -68,7 +69,7 @@ def attach_adapter(network: nn.Module, adapter: Adapter, name: str = "inlaid") -
 
 
 def layer_delta(adapter: Adapter, module: str) -> Tensor:
-    """Return the update s B A of a layer in float32, (out, in) with kernels flattened."""
+    """Return the update s B A of a layer in float32, (out, in); `in` includes the kernel size."""
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return low_rank_product(a, b, adapter.scale(module))
 

@@ -1,4 +1,4 @@
-"""Model card of an adapter."""
+"""Model card of the trained weights."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def model_card(
     objective: str = "",
     warnings: Sequence[str] = (),
 ) -> str:
-    """Return the model card of trained weights: front matter for the Hub, loading code, training settings.
+    """Return the model card of the trained weights: front matter for the Hub, loading code and settings.
 
     Args:
-        config: recipe of the run. For a local checkpoint only the folder name is included.
+        config: recipe of the run. For a local base model, the card contains only the name of its folder.
         step: number of training steps.
         prompts: example prompts.
         task: pipeline tag of the Hub.
-        objective: description of the objective; default: the recipe's preset.
-        warnings: paragraphs with limitations.
+        objective: description of the training objective. Default: the recipe's preset.
+        warnings: paragraphs about limitations.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""The adapter that a run has trained: find it, validate it, load it into a pipeline."""
+"""Trained weights of a run: lookup, validation, and loading into a pipeline."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from inlaid.console import say
 from inlaid.runs.folder import Run, read_header
 
 BASE = "base"
-"""Checkpoint name of the base model."""
+"""Value of `checkpoint` that selects the base model without trained weights."""
 
 
 def trained_folder(run: Run, checkpoint: str | None, family: families.Family) -> Path:
     """Return the folder of the trained weights of a run or of one of its checkpoints.
 
-    Adapters are validated here, before anything large is loaded: a pipeline would reject them late or not at
-    all.
+    Adapters are validated here, before large files are loaded, because a pipeline would reject an invalid
+    adapter late or not at all.
 
     Raises:
-        ValueError: if nothing is trained yet, or the adapter is damaged or belongs to a different network.
+        ValueError: if the run has no trained weights, or the adapter is damaged or does not fit the family.
     """
     if checkpoint is not None:
         folder = run.checkpoint(checkpoint) / "adapter"
@@ -55,10 +55,10 @@ def trained_folder(run: Run, checkpoint: str | None, family: families.Family) ->
 
 
 def load_into_pipeline(family: families.Family, pipeline: Any, folder: Path) -> None:
-    """Load an adapter into a stock pipeline, under the name `inlaid`.
+    """Load an adapter of any kind into a pipeline, under the name `inlaid`.
 
     Raises:
-        ValueError: if the pipeline does not accept the adapter.
+        ValueError: if the adapter does not fit, or the pipeline loads no weights from the folder.
     """
     network = getattr(pipeline, family.component)
     if not lycoris.load(network, folder):

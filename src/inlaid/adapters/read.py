@@ -1,11 +1,11 @@
-"""Read adapter files in the layouts of the common trainers.
+"""Reader of adapter files in the layouts of the common trainers.
 
-In memory an adapter has one form: diffusers module names, alpha beside the factors, a DoRA magnitude per row
-(`adapter.Adapter`). The stock loaders ignore most foreign layouts with only a warning, and drop alpha without
-any. `read_adapter` therefore uses every tensor or raises.
+All layouts are converted to an `adapter.Adapter`. The stock loaders ignore most layouts of other trainers
+with only a warning, and discard LoRA alpha without a warning. `read_adapter` instead uses every tensor of a
+file or raises an error.
 
-DoRA follows peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): W' = m (W + s B A) / ||W + s B A|| per
-row.
+DoRA is defined as in peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): each row of the weight is
+W' = m (W + s B A) / ||W + s B A||.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ def read_adapter(
     Args:
         path: adapter file, folder that contains one, or run folder.
         family: model family that defines the module names.
-        alpha: value for files that store no alpha. Default: the rank of each module, with a note.
-        shapes: (out, in) of the network's layers, from `layer_shapes`; the adapter must fit them.
-        base: network without adapters; required for files with `dora_scale`, which is relative to its
-            weights.
-        dora_scale: what a `dora_scale` of shape (out, 1) multiplies: (W + s B A) / ||W|| (`comfyui`), or
-            (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Files written by inlaid record it.
+        alpha: LoRA alpha for files that store none. Default: the rank of each module, with a note.
+        shapes: (out, in) of the network's layers, from `layer_shapes`, to check that the adapter fits.
+        base: network without adapters. Required for files with `dora_scale`, which is relative to the
+            weights of the base model.
+        dora_scale: definition of a `dora_scale` (out, 1), which is a factor of (W + s B A) / ||W||
+            (`comfyui`) or of (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Not needed for files
+            written by inlaid, which store it.
 
     Raises:
         ValueError: if the file is damaged, has an unknown layout, does not fit the network, or contains
@@ -147,7 +148,7 @@ def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], P
 
 
 def _locate(path: Path) -> Path:
-    """Return the weights file of a folder, or `path` itself if it is a file."""
+    """Return the weights file in a folder, or `path` itself if it is a file."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -167,9 +168,10 @@ def _locate(path: Path) -> Path:
 
 
 def _open(path: Path, alpha: float | None = None) -> _File:
-    """Return the tensors and header of a file, and the LoRA configuration in the header or beside the file.
+    """Open a file with its tensors, header, and LoRA configuration from the header or `adapter_config.json`.
 
-    In published files of joint transparency, tensor names and alpha are corrected, unless `alpha` is passed.
+    Published files of joint alpha are converted to the usual tensor names and, unless `alpha` is passed, get
+    their LoRA alpha of 1.
     """
     header: dict[str, str] = {}
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
@@ -217,7 +219,7 @@ def load_safetensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file.
 
     Raises:
-        ValueError: if it is another kind of file, truncated or damaged.
+        ValueError: if the file has another format, is truncated or is damaged.
     """
     head, size = _head(path)
     announced = struct.unpack("<Q", head[:8])[0] if len(head) > 8 else 0
@@ -261,7 +263,7 @@ class _Parsed:
     file: _File
     layout: Layout
     parts: dict[str, dict[str, Tensor]]
-    """By module: A and B, plus alpha, magnitude, dora_scale, bias and diff_b if the file has them."""
+    """Tensors of each module: A and B, and if present alpha, magnitude, dora_scale, bias and diff_b."""
     problems: list[str]
     notes: list[str]
 
@@ -320,7 +322,10 @@ def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) ->
 
 
 def _finder(family: type[Family] | Family, layers: Iterable[str]):
-    """Return a function that maps a module name of a file to its diffusers name and its naming scheme."""
+    """Return a function that maps a module name in a file to (diffusers name, naming scheme), or None.
+
+    Its second argument is True for names with underscores instead of dots (kohya).
+    """
     layers = set(layers)
     dotted = {ours: (ours, "diffusers") for _, ours in family.original_names}
     dotted = {**{original: (ours, "original") for original, ours in family.original_names}, **dotted}
@@ -345,7 +350,7 @@ def _finder(family: type[Family] | Family, layers: Iterable[str]):
 
 
 def split_block(module: str) -> tuple[str, str]:
-    """Split `blocks.0.attn1.to_q` into (`blocks.0.`, `attn1.to_q`); outside the blocks return (``, name)."""
+    """Split `blocks.0.attn1.to_q` into `blocks.0.` (empty outside the blocks) and `attn1.to_q`."""
     match = _BLOCK.fullmatch(module)
     assert match
     return match[1] or "", match[2]
@@ -417,9 +422,10 @@ def _misshapen(module: str, parts: Mapping[str, Tensor]) -> list[str]:
 
 
 def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Counter[str]]:
-    """Return alpha of every module, and how many modules have it from which source.
+    """Return the LoRA alpha of each module, and the number of modules for each source of alpha.
 
-    The file takes precedence over the `alpha` argument.
+    Raises:
+        ValueError: if the `alpha` argument contradicts the file.
     """
     config, out, sources = parsed.file.config, {}, Counter[str]()
     patterns = config.get("alpha_pattern") or {}
@@ -448,9 +454,9 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
 def _normalized(
     parsed: _Parsed, alphas: dict[str, float], base: nn.Module | None, dora_scale: DoraRule | None
 ) -> tuple[dict[str, Tensor], int]:
-    """Return the tensors in the form of `Adapter`, and the number of layers converted to full rank.
+    """Return the tensors under the names of `Adapter`, and the number of layers converted to full rank.
 
-    Sets alpha of the converted layers in `alphas`.
+    Changes `alphas` in place: the LoRA alpha of converted layers is their new rank.
     """
     path, rule = parsed.file.path, parsed.file.header.get(DORA_RULE_KEY, dora_scale)
     tensors: dict[str, Tensor] = {}
@@ -488,10 +494,10 @@ def _base_weight(base: nn.Module | None, module: str, path: Path) -> Tensor:
 def _from_dora_scale(
     parts: Mapping[str, Tensor], scale: float, weight: Tensor, rule: str | None, path: Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """Replace dora_scale by a magnitude, or, if it is per input column, by factors of full rank.
+    """Replace a dora_scale per output row by a magnitude, and one per input column by full-rank factors.
 
     Returns:
-        The new parts, and True if dora_scale is per input column.
+        The new tensors of the module, and True if dora_scale is per input column.
     """
     dora_scale = parts["dora_scale"].float()
     rest = {k: v for k, v in parts.items() if k != "dora_scale"}
@@ -521,7 +527,7 @@ def _from_dora_scale(
 
 
 def _full_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exact factors A and B of a weight difference; one of the two is the identity."""
+    """Return factors A and B whose product is exactly a weight difference; one factor is the identity."""
     flat = delta.flatten(1)
     n_out, n_in = flat.shape
     a, b = (torch.eye(n_in), flat) if n_in <= n_out else (flat, torch.eye(n_out))

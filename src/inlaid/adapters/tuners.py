@@ -1,4 +1,4 @@
-"""Tuners: selection of the trainable weights and their storage, independent of model families.
+"""Tuners: selection, preparation and storage of the trainable weights, independent of model families.
 
 LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) use peft's `add_adapter`; full
 fine-tuning makes the weights themselves trainable.
@@ -29,7 +29,7 @@ def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[s
     """Return the names that fully match any of the patterns.
 
     Raises:
-        ValueError: if a pattern is no regular expression or matches nothing.
+        ValueError: if a pattern is not a regular expression or matches nothing.
     """
     found: set[str] = set()
     wrong = []
@@ -61,9 +61,9 @@ Section = recipe.LowRank | recipe.Full
 
 
 def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
-    """Return the names of the layers that get an adapter, or of the trainable parameters.
+    """Return the names of the layers that get an adapter or, for full fine-tuning, of trainable parameters.
 
-    Also works on a network on the meta device.
+    The network may be on the meta device.
 
     Raises:
         ValueError: if a target matches nothing.
@@ -87,12 +87,12 @@ def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> lis
 def attach(
     section: Section, targets: Sequence[str], denoiser: nn.Module, *, seed: int
 ) -> dict[str, nn.Parameter]:
-    """Freeze the denoiser and make the selected weights or new adapters trainable, in float32.
+    """Freeze the denoiser, then make selected weights trainable or attach adapters, in float32.
 
     Args:
         section: tuner section of the recipe.
         targets: default targets of the family.
-        denoiser: network; changed in place.
+        denoiser: network to train; changed in place.
         seed: seed of the initial low-rank factors.
 
     Returns:
@@ -115,7 +115,8 @@ def attach(
             if not section.dropout and any(p.dtype in half for p in denoiser.parameters()):
                 keep_inputs(denoiser)
             lycoris.factor(denoiser, ADAPTER)
-            # peft initializes in the dtype of the base model, which may be float8: repeat it in float32.
+            # peft initializes adapters in the dtype of the base model, which may be float8. In that case,
+            # initialize them again in float32.
             rounded = {p.dtype for p in denoiser.parameters() if p.requires_grad} != {torch.float32}
             _float32(denoiser)
             if rounded:
@@ -126,7 +127,7 @@ def attach(
 
 @contextmanager
 def disabled(denoiser: nn.Module) -> Iterator[None]:
-    """Disable the adapters within the context, which restores the network before `attach`."""
+    """Context manager that disables the adapters, so that the network computes as the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
@@ -179,7 +180,7 @@ def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
 
 
 def weights(section: Section, denoiser: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that `save` writes, by name: the trained ones, or all after full fine-tuning."""
+    """Return the tensors that `save` writes by name: adapter tensors, or for full fine-tuning all tensors."""
     if isinstance(section, recipe.Full):
         return denoiser.state_dict(keep_vars=True)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
@@ -193,18 +194,21 @@ def save(
     *,
     metadata: Mapping[str, str],
 ) -> Path:
-    """Write the trained weights: an adapter, or a whole network in diffusers layout.
+    """Write the trained weights: an adapter or, for full fine-tuning, the network in diffusers layout.
 
     Args:
         section: tuner section of the recipe.
-        denoiser: network that `attach` changed; only its configuration is read.
-        weights: tensors from the function `weights`, unsharded.
-        folder: created if missing.
-        metadata: header entries of the file.
+        denoiser: network after `attach`; only its configuration is used.
+        weights: unsharded tensors, named as by the function `weights`.
+        folder: folder to write; created if missing.
+        metadata: header entries of the adapter file.
+
+    Returns:
+        The path of the adapter file, or the folder of the network.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(section, recipe.Full):
-        from torch.distributed.fsdp import FSDPModule  # a second of imports that only full fine-tuning needs
+        from torch.distributed.fsdp import FSDPModule  # slow import that only full fine-tuning needs
 
         with torch.device("meta"):  # FSDP replaces the class of a sharded network and shards its weights
             kind = next(c for c in type(denoiser).__mro__ if not issubclass(c, FSDPModule))

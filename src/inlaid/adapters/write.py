@@ -1,4 +1,4 @@
-"""Write adapters in the layouts of other programs, and verify each by reading it back."""
+"""Writer of adapters in the layouts of other programs; exports are verified by reading them back."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def write_diffusers(
     peft_config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write an adapter that `load_lora_weights(folder)` restores completely: alpha, ranks, DoRA.
+    """Write a LoRA or DoRA that `load_lora_weights(folder)` restores completely, with LoRA alpha and ranks.
 
-    Only settings that change the function go into the header, because other releases of peft reject unknown
-    settings.
+    The header contains only settings that change the output of the layers, because other releases of peft
+    reject unknown settings.
 
     Args:
-        folder: created if missing.
+        folder: folder to write; created if missing.
         tensors: state dict from `get_peft_model_state_dict`.
         peft_config: `LoraConfig.to_dict()`.
         metadata: additional header entries.
@@ -64,7 +64,7 @@ def write_diffusers(
         Path of the file, written atomically.
 
     Raises:
-        ValueError: if there are no tensors, or tensors that diffusers cannot load.
+        ValueError: if there are no tensors, diffusers cannot load a tensor, or the file cannot be written.
     """
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -93,10 +93,13 @@ def write_peft(
     `load_adapter` of transformers (5.23) also loads a LoRA, but ignores the magnitudes of a DoRA.
 
     Args:
-        folder: created if missing.
+        folder: folder to write; created if missing.
         tensors: state dict from `get_peft_model_state_dict`.
-        peft_config: `LoraConfig.to_dict()`; only settings that change the function are used.
+        peft_config: `LoraConfig.to_dict()`; only rank, LoRA alpha and `use_dora` are used.
         metadata: header entries of the weights file.
+
+    Returns:
+        Path of the weights file.
     """
     from peft import LoraConfig
 
@@ -110,7 +113,7 @@ def write_peft(
 
 
 def adapter_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the header entry in which diffusers expects peft's configuration."""
+    """Return the header entry that contains peft's configuration in the form that diffusers expects."""
     packed = json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
     return {METADATA_KEY: packed}
 
@@ -123,20 +126,20 @@ def export_adapter(
     family: type[Family] | Family,
     base: nn.Module | None = None,
 ) -> Path:
-    """Write an adapter for another program, and read it back to verify that it is equivalent.
+    """Write an adapter for another program, and verify the result by reading it back.
 
     Args:
         adapter: adapter from `read_adapter`.
-        to: `diffusers`: a folder. `comfyui`: a file with original names under `diffusion_model.`. `kohya`: a
-            file with the names of kohya and musubi, and zeros for untrained layers. `merged`: the whole
-            network as a diffusers folder.
-        out: file for `comfyui` and `kohya`, folder for the others.
+        to: `diffusers`: a folder with a LoRA or DoRA file. `comfyui`: a file with the original module names
+            under `diffusion_model.`. `kohya`: a file with the module names of kohya and musubi-tuner, and
+            zeros for untrained layers. `merged`: the whole network as a diffusers folder.
+        out: file for `comfyui` and `kohya`, folder for `diffusers` and `merged`.
         family: model family that defines the module names.
-        base: network without adapters. Required for `merged`, which merges into it in place, for `comfyui`
-            with DoRA, and for the sizes of untrained layers in `kohya`.
+        base: network without adapters. Required for `merged`, which changes it in place, for `comfyui` with
+            DoRA, and for `kohya` if the sizes of untrained layers cannot be inferred.
 
     Returns:
-        The file, or the folder for `merged`.
+        The path of the adapter file, also for `diffusers`; for `merged`, the folder.
 
     Raises:
         ValueError: if the target layout cannot represent the adapter, or `out` exists.
@@ -177,7 +180,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write a safetensors file atomically.
 
     Raises:
-        ValueError: if it cannot be written.
+        ValueError: if the file cannot be written.
     """
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     try:
@@ -188,11 +191,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors for ComfyUI: original names and one alpha per layer.
+    """Return the tensors for ComfyUI: original module names, and a LoRA alpha per layer.
 
-    ComfyUI multiplies W + s B A by dora_scale / ||W||, while DoRA is defined with ||W + s B A||. dora_scale
-    is therefore m ||W|| / ||W + s B A||, which makes the two equal. Stock converters support no alpha outside
-    the blocks; there it is folded into B.
+    ComfyUI multiplies W + s B A by dora_scale / ||W||, but DoRA multiplies it by m / ||W + s B A||. For equal
+    results, dora_scale is m ||W|| / ||W + s B A||. Stock converters support no LoRA alpha outside the blocks,
+    so the scale of these layers is multiplied into B.
     """
     if adapter.dora and base is None:
         raise ValueError(
@@ -221,9 +224,9 @@ def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | 
 
 
 def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors for kohya: all default targets up to the last trained block.
+    """Return the tensors for kohya: all default targets of each block up to the last trained block.
 
-    Stock converters fail if a default target is missing, so untrained targets are zero.
+    Stock converters fail if a default target is missing, so untrained targets get factors of zero.
     """
     if adapter.dora:
         raise ValueError("no other program reads DoRA in the kohya layout: export as merged or comfyui")
@@ -263,7 +266,7 @@ def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | No
 
 
 def _size(adapter: Adapter, module: str) -> tuple[int, int]:
-    """Return (out, in) of the layer that a module of the adapter applies to."""
+    """Return (out, in) of a layer from its factors; `in` includes the kernel size."""
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return b.shape[0], math.prod(a.shape[1:])
 
@@ -272,7 +275,7 @@ def write_network(out: Path, base: nn.Module) -> Path:
     """Write a whole network as a diffusers folder with shards of at most 5 GB, and verify the written files.
 
     Raises:
-        ValueError: if it cannot be written.
+        ValueError: if the folder cannot be written.
     """
     try:
         with atomic(out) as folder:
@@ -291,7 +294,7 @@ def write_network(out: Path, base: nn.Module) -> Path:
 
 
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
-    """Assert that two adapters have the same effect on every layer; extra layers must be zero."""
+    """Assert that two adapters have the same effect on every layer, and that additional layers are zero."""
     assert (wanted.vector is None) == (got.vector is None), "the domain embedding was lost in export"
     assert wanted.vector is None or torch.equal(wanted.vector, got.vector), "the domain embedding differs"  # type: ignore[arg-type]
     for module in got.modules:
