@@ -14,6 +14,12 @@ from inlaid.config.reference import reference_page
 REFERENCE = Path(__file__).parent / "reference"
 
 
+EXITS = (
+    "Every command has `--help`. On invalid input, a command prints one message and exits with code 2. After "
+    "Ctrl-C, it exits with code 130."
+)
+
+
 def commands() -> str:
     """Return the page of commands, generated from their help."""
     group: Any = typer.main.get_command(app)
@@ -23,7 +29,7 @@ def commands() -> str:
         "Generated from `inlaid --help` by `python docs/make.py`; a test keeps it current.",
         "",
         *_paragraphs(group.help),
-        "Every command has `--help`. Invalid input exits with one message and code 2, Ctrl-C with code 130.",
+        EXITS,
         "",
     ]
     for name, command in group.commands.items():
@@ -35,7 +41,10 @@ def commands() -> str:
         rows += [(", ".join(p.opts), p) for p in options]
         if rows:
             out += ["| argument or option | default | meaning |", "|---|---|---|"]
-            out += [f"| `{left}` | {_default(p)} | {_line(p.help)} |" for left, p in rows]
+            out += [
+                f"| `{left.replace('|', chr(92) + '|')}` | {_default(p)} | {_line(p.help)} |"
+                for left, p in rows
+            ]
             out.append("")
     return "\n".join(out)
 

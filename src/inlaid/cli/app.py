@@ -22,25 +22,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="""Fine-tune diffusion transformers on your clips; diffusers and ComfyUI load the adapter.
+    help="""Fine-tune diffusion transformers on your clips. diffusers and ComfyUI load the adapter.
 
     Demo (no download, no GPU): `inlaid demo`
 
-    Your own clips: `inlaid new wan data/pets` writes a recipe, `inlaid check pets.yaml` checks the data,
-    `inlaid train pets.yaml` trains; then `inlaid generate runs/pets "a corgi surfing"` and `inlaid evaluate
-    runs/pets`.
+    Your own clips: `inlaid new wan data/pets` writes a recipe, `inlaid check pets.yaml` checks the data, and
+    `inlaid train pets.yaml` trains. Then use `inlaid generate runs/pets "a corgi surfing"` and `inlaid
+    evaluate runs/pets`.
 
     Override any value of a recipe on the command line:
     `inlaid train pets.yaml optim.lr=2e-4 train.steps=500`.""",
 )
 
-Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML) or run folder.", show_default=False)]
+Recipe = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML) or run folder.", show_default=False)
+]
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...", help="Values that override the recipe.", show_default=False
-    ),
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that override the recipe.", show_default=False),
 ]
 
 INTERRUPTED = "interrupted: finished work is kept; run the same command again to resume"
@@ -69,9 +69,9 @@ Size = Annotated[
     typer.Option(metavar="HxW", help="Height x width in pixels, such as 480x832.", show_default=False),
 ]
 
-Frames = Annotated[int | None, typer.Option(help="Frames.", show_default=False)]
+Frames = Annotated[int | None, typer.Option(help="Number of frames.", show_default=False)]
 
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default=False)]
+Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.", show_default=False)]
 
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.", show_default=False)]
 

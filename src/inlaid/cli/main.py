@@ -58,15 +58,16 @@ def demo(
         typer.Option("--out", "-o", help="Output folder. Default: `runs/demo`, `runs/demo-midi`, ..."),
     ] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
-    family: Annotated[str, typer.Option(help="`wan` (video) or `midi` (scenes of meshes).")] = "wan",
+    family: Annotated[str, typer.Option(help="`wan` (video) or `midi` (3D scenes).")] = "wan",
     alpha: Annotated[
         str, typer.Option(help="`opaque`; or `merged` or `joint` for transparent clips.")
     ] = "opaque",
 ) -> None:
     """Run the whole workflow on a tiny model: no download, no GPU.
 
-    Takes minutes. Makes 16 clips of a subject that the model has not been trained on, or 24 scenes with a new
-    kind of object, then checks, caches, trains, generates and evaluates.
+    Takes minutes. Creates training data, then checks, caches, trains, generates and evaluates. The data is 16
+    clips of a subject that is new to the model; with `--alpha joint`, 96 RGBA clips of shapes that the model
+    already generates; with `--family midi`, 24 scenes with a new kind of object.
     """
     quiet_libraries()
     from inlaid.cli import demo_scenes

@@ -12,11 +12,13 @@ from inlaid.cli.app import Overrides, Recipe, app, echo, load_recipe, quiet_libr
 
 @app.command()
 def new(
-    family: Annotated[str, typer.Argument(help="Model family: wan, cogvideox, mochi or midi.")],
+    family: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="Model family: wan, cogvideox, mochi or midi.")
+    ],
     clips: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA", help="Folder or manifest with clips and captions (midi: folder of scenes)."
+            metavar="DATA", help="Folder or manifest of clips with captions (midi: folder of scenes)."
         ),
     ],
     out: Annotated[
@@ -24,7 +26,7 @@ def new(
         typer.Option("--out", "-o", help="Recipe to write. Default: name of the data folder + `.yaml`."),
     ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Base model: Hub id or folder. Default: the family's smallest.")
+        str | None, typer.Option(help="Base model: Hub id or folder. Default: the family's smallest model.")
     ] = None,
 ) -> None:
     """Inspect your clips and write a commented recipe that fits them."""
@@ -53,9 +55,9 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def cache(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Encode clips and captions into the cache. Run it again to resume.
+    """Encode clips and captions into the cache. Run the same command again to resume.
 
-    `train` runs this step automatically.
+    `train` also does this automatically.
     """
     config = load_recipe(recipe, overrides)
     from inlaid.alpha.opening import open_family

@@ -34,8 +34,8 @@ from inlaid.cli.app import (
 def train_(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train a model from a recipe. Ctrl-C saves a checkpoint; run the same command again to resume.
 
-    Fills the cache first, and validates and generates samples as set in the recipe. Several processes:
-    `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
+    Encodes missing clips and captions first. Validates and generates samples as set in the recipe. To use
+    several processes: `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
     """
     config = load_recipe(recipe, overrides)
     from inlaid.training.loop import train
@@ -58,7 +58,9 @@ def train_(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command("generate")
 def generate_(
     run: RunFolder,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default=False)] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPTS", help="One or more prompts.", show_default=False)
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.")
     ] = None,
@@ -70,11 +72,15 @@ def generate_(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="Checkpoint such as `step-000500`, or `base` for the base model. Default: the final weights."
+            help="Training checkpoint, such as `step-000500`, or `base` for the base model. "
+            "Default: the final weights."
         ),
     ] = None,
     strength: Annotated[
-        float, typer.Option(help="Scale of the adapter: 0 is the base model, 1 the trained model.")
+        float,
+        typer.Option(
+            help="Scale of the adapter: 1 is the fine-tuned model; for a LoRA, 0 is the base model."
+        ),
     ] = 1.0,
     size: Size = None,
     frames: Frames = None,
@@ -86,17 +92,20 @@ def generate_(
         str | None,
         typer.Option(
             metavar="mov,webm,png",
-            help="File formats of transparent videos, also apng, mkv. Default: `sample.transparent`.",
+            help="File formats of transparent videos, separated by commas: mov, webm, png, apng, mkv. "
+            "Default: `sample.transparent`.",
             show_default=False,
         ),
     ] = None,
     seg: Annotated[
         list[Path] | None,
-        typer.Option(help="Scenes: segmentation of each --image.", show_default=False),
+        typer.Option(help="Scenes: segmentation image of each --image.", show_default=False),
     ] = None,
     grid: Annotated[
         int | None,
-        typer.Option(help="Scenes: cells per side of the grid, a power of two.", show_default=False),
+        typer.Option(
+            help="Scenes: cells per side of the grid for mesh extraction, a power of two.", show_default=False
+        ),
     ] = None,
     triangles: Annotated[
         int | None, typer.Option(help="Scenes: maximum number of triangles per object.", show_default=False)
@@ -104,15 +113,18 @@ def generate_(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "--output", "-o", help="Output folder, or a .glb. Default: samples/generated in the run."
+            "--out",
+            "--output",
+            "-o",
+            help="Output folder, or a .glb file. Default: samples/generated in the run folder.",
         ),
     ] = None,
     device: Device = None,
 ) -> None:
     """Generate videos or scenes with a trained run.
 
-    Writes mp4 files, each with its settings in a JSON file beside it. Scenes are generated from an
-    image and its segmentation: `inlaid generate RUN --image rgb.png --seg seg.png -o scene.glb`.
+    Writes mp4 files, and a JSON file of settings beside each. Scenes are generated from an image and its
+    segmentation: `inlaid generate RUN --image rgb.png --seg seg.png -o scene.glb`.
     """
     texts = list(prompts or [])
     if file:
@@ -191,10 +203,11 @@ def evaluate_(
     last_image: LastImage = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos per prompt.")] = 1,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Such as `step-000500`. Default: the final weights.")
+        str | None,
+        typer.Option(help="Training checkpoint, such as `step-000500`. Default: the final weights."),
     ] = None,
     against: Annotated[
-        str, typer.Option(help="Model to compare with: `base` or another checkpoint of the run.")
+        str, typer.Option(help="Model to compare with: `base`, or a training checkpoint of the run.")
     ] = "base",
     size: Size = None,
     frames: Frames = None,
@@ -204,10 +217,10 @@ def evaluate_(
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Compare the base model and the trained model.
+    """Compare the base model and the fine-tuned model.
 
-    Generates with the same prompts and seeds, measures the validation loss and video metrics, and writes
-    `report.html`.
+    Generates with the same prompts and seeds, computes the validation loss and video metrics, and writes
+    `report/report.html` in the run folder.
     """
     quiet_libraries()
     from inlaid.console import console

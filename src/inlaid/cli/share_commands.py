@@ -16,20 +16,24 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); RGBA VAE: `wan-alpha`, `comfyui`."
+            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); for an RGBA VAE: `wan-alpha`, "
+            "`comfyui`."
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File or folder to write. Default: export/ in the run.")
+        Path | None,
+        typer.Option("--out", "-o", help="File or folder to write. Default: export/ in the run folder."),
     ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Such as `step-000500`. Default: the final weights.")
+        str | None,
+        typer.Option(help="Training checkpoint, such as `step-000500`. Default: the final weights."),
     ] = None,
     then: Annotated[
-        Path | None, typer.Option(help="With `merged`: LoRA to merge on top, such as a step distillation.")
+        Path | None,
+        typer.Option(help="With `merged`: LoRA to merge on top, such as a step-distillation LoRA."),
     ] = None,
 ) -> None:
-    """Export trained weights to another program's layout.
+    """Export trained weights in the format of another program.
 
     The written file is read back and verified.
     """
@@ -45,26 +49,29 @@ def import_(
         list[Path],
         typer.Argument(
             metavar="ADAPTER OUT | meshes DIR OUT",
-            help="Adapter in any layout and output folder; or `meshes`, mesh folder and output folder.",
+            help="Adapter in any format and output folder; or `meshes`, mesh folder and output folder.",
             show_default=False,
         ),
     ],
     family: Annotated[str, typer.Option(help="Model family: wan, cogvideox, mochi or midi.")] = "wan",
     checkpoint: Annotated[
-        str | None, typer.Option(help="Base model; needed to check shapes and convert `dora_scale`.")
+        str | None,
+        typer.Option(help="Base model (Hub id or folder); needed to check shapes and convert `dora_scale`."),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Alpha, if the file does not store it.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha, if the file does not store it.")] = None,
     dora_scale: Annotated[
-        str | None, typer.Option(help="Convention of `dora_scale` in the file: `comfyui` or `merged`.")
+        str | None, typer.Option(help="Definition of `dora_scale` in the file: `comfyui` or `merged`.")
     ] = None,
     views: Annotated[
-        int, typer.Option(min=1, help="Meshes: images rendered of each mesh, from all sides.")
+        int, typer.Option(min=1, help="Meshes: number of images to render per mesh, from different sides.")
     ] = 4,
-    size: Annotated[int, typer.Option(min=16, help="Meshes: height and width of an image in pixels.")] = 512,
+    size: Annotated[
+        int, typer.Option(min=16, help="Meshes: height and width of the rendered images in pixels.")
+    ] = 512,
 ) -> None:
-    """Convert another trainer's adapter to diffusers layout.
+    """Convert another trainer's adapter to the diffusers format.
 
-    Fails unless every tensor of the file is used.
+    Raises an error unless every tensor of the file is used.
 
     `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
     DIR.
@@ -92,7 +99,7 @@ def import_(
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="Adapter, cache item, checkpoint, run folder or model folder.")
+        Path, typer.Argument(help="Adapter, cached item, checkpoint, run folder or model folder.")
     ],
 ) -> None:
     """Describe the content of a file or folder."""
@@ -114,13 +121,13 @@ def composite(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="mp4 file to write.")] = Path("composite.mp4"),
     premultiplied: Annotated[
-        bool, typer.Option("--premultiplied", help="Color in the foreground is premultiplied with alpha.")
+        bool, typer.Option("--premultiplied", help="Color in the foreground is premultiplied by alpha.")
     ] = False,
     linear: Annotated[
-        bool, typer.Option("--linear", help="Blend in linear light; most tools blend code values.")
+        bool, typer.Option("--linear", help="Blend in linear light; most tools blend gamma-encoded values.")
     ] = False,
     fps: Annotated[
-        float | None, typer.Option(help="Frame rate. Default: that of the foreground, else 16.")
+        float | None, typer.Option(help="Frame rate. Default: the frame rate of the foreground, else 16.")
     ] = None,
 ) -> None:
     """Composite a transparent video over a background."""

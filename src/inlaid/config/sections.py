@@ -45,7 +45,7 @@ class Model(Section):
     """Wan 2.2 A14B only: which of the two experts to train, `high` noise or `low` noise. Each expert trains
     on its own interval of noise levels."""
     options: dict[str, str | int | float | bool] = {}
-    """Options specific to the family, as `name: value`; the how-to page of the family lists them."""
+    """Options of the family, as `name: value`; the how-to page of the family lists its options."""
 
 
 class Source(Section):
@@ -56,7 +56,7 @@ class Source(Section):
     folder of precomputed latents from another trainer."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl", "precomputed"] = "auto"
     """How captions are stored; `auto` detects it. `precomputed` reads latents and text embeddings instead of
-    clips; `auto` selects it if every clip of the folder has both."""
+    clips; `auto` selects it if every video in the folder, if any, has a latent or embedding file."""
     root: str | None = None
     """Folder that the paths in the manifest are relative to; paths that lead out of it are errors. Default:
     the folder of the manifest."""
@@ -76,34 +76,34 @@ class Source(Section):
     repeats: int = Field(default=1, ge=1)
     """Number of times each clip appears in one epoch."""
     weight: float = Field(default=1.0, gt=0)
-    """Sampling weight of this source relative to the others, on top of `repeats`; with 0.5 each clip appears
-    in every second epoch."""
+    """Sampling weight of this source relative to the others, in addition to `repeats`; with 0.5, each clip
+    appears in every second epoch."""
     prior_preservation: float = Field(default=0.0, ge=0)
-    """Weight of the prior preservation loss for clips of this source. Above 0, the target is the prediction
-    of the network without the adapter instead of the clip, which preserves what the base model generates for
-    such captions. 10 preserves nearly all of it; 0 trains on the clips."""
+    """Weight of the prior preservation loss for clips of this source. Above 0, the training target is the
+    prediction of the network without the adapter, so the adapter preserves what the base model generates for
+    such captions. 10 preserves nearly everything; 0 trains on the clips."""
 
 
 class Matte(Section):
     """How alpha is read from clips and alpha mattes, and corrected. Ignored when `alpha.kind` is `opaque`."""
 
     premultiplied: bool | Literal["auto"] = "auto"
-    """Color in the files is premultiplied with alpha, and is divided by alpha when read. `auto` decides for
-    each clip; `inlaid check` lists the clips it treats as premultiplied."""
+    """Color in the files is premultiplied by alpha; inlaid divides it by alpha. `auto` decides for each clip,
+    and `inlaid check` lists the clips that it treats as premultiplied."""
     invert: bool = False
     """White means transparent in the alpha mattes."""
     limited: bool = False
     """Alpha mattes use limited range (black 16, white 235) without declaring it in the file."""
     snap: int = Field(default=0, ge=0, le=127)
-    """Alpha values within this many levels (of 255) of fully transparent or fully opaque are set to exactly
-    that. 2 removes the residue that lossy codecs leave in empty regions."""
+    """Alpha values within this many levels of 0 or 255 are set to 0 or 255. A value of 2 removes the residue
+    that lossy codecs leave in empty regions."""
     decontaminate: bool = False
     """Remove the color of an old background from soft edges by growing color outward from opaque pixels. Do
     not use it for smoke or glass, whose own color is in soft pixels."""
     background: Literal["grow", "blur", "keep"] = "grow"
     """Color of fully transparent pixels: `grow` extends the color of the visible pixels, `blur` fills with a
-    blurred field of it, `keep` leaves what the file contains. A composite never shows this color, but a
-    network that learns color sees it."""
+    blurred copy of that color, `keep` leaves what the file contains. A composite never shows this color, but
+    the network is trained on it."""
 
 
 class Data(Section):
@@ -114,15 +114,15 @@ class Data(Section):
     size: tuple[int, int] = (480, 832)
     """Height and width in pixels. With several `aspects` only the area (height x width) is used."""
     aspects: list[str] = []
-    """Aspect ratio buckets as `width:height`, such as `16:9`, `1:1` or `9:16`; each clip goes to the nearest.
+    """Aspect ratio buckets as `width:height`, such as `16:9`, `1:1` or `9:16`; each clip uses the nearest.
     Empty: one bucket of `size`."""
     frames: list[int] = [81]
-    """Clip lengths in frames, one number or a list; each clip goes to the longest length that it fills."""
+    """Clip lengths in frames, one number or a list; each clip uses the longest length that it can fill."""
     fps: float | None = Field(default=None, gt=0)
     """Frame rate at which clips are sampled. Default: the frame rate the base model was trained at."""
     stride: int | None = Field(default=None, ge=1)
-    """Frames (at `fps`) between the starts of two windows of a long clip. Default: the length of a window (no
-    overlap)."""
+    """Minimum number of frames (at `fps`) between the starts of two windows of a long clip. Default: the
+    length of a window (no overlap)."""
     max_windows: int = Field(default=1, ge=1)
     """Maximum number of windows per clip, spread evenly over it."""
     slow: Literal["repeat", "keep"] = "repeat"
@@ -189,8 +189,8 @@ class Objective(Section):
     """`logit_normal`: logit-normal noise levels, weight 1. `diffsynth`: table of 1000 levels, shift 5,
     bell-shaped weight. `uniform`: uniform levels, weight 1."""
     shift: float | None = Field(default=None, gt=0)
-    """Noise level shift s in s u / (1 + (s - 1) u). Default: the shift of the preset, else that of the family
-    for this size."""
+    """Timestep shift (flow shift) s: a sampled level u in [0, 1] becomes s u / (1 + (s - 1) u). Default: the
+    shift of the preset, else the family's shift for this size."""
     mean: float = 0.0
     """Mean of the normal distribution of `logit_normal`."""
     std: float = Field(default=1.0, gt=0)
@@ -212,13 +212,13 @@ class LowRank(Section):
 
     kind: Literal["lora", "dora", "lokr", "loha"] = "lora"
     """`lora`: low-rank update. `dora`: LoRA plus a trained magnitude per output row; slower, often better.
-    `lokr`: Kronecker product; a much smaller file. `loha`: product of two low-rank updates, which has a
-    higher rank."""
+    `lokr`: Kronecker product; a much smaller file. `loha`: elementwise (Hadamard) product of two low-rank
+    updates, which has a higher rank."""
     rank: int = Field(default=32, ge=1)
     """Rank of the update. A higher rank has more capacity and needs more memory."""
     alpha: float | None = Field(default=None, gt=0)
-    """The update is scaled by alpha / rank. Default: alpha = rank, a scale of 1 that stays correct in tools
-    that drop alpha."""
+    """LoRA alpha: the update is scaled by alpha / rank. Default: alpha = rank, a scale of 1, which stays
+    correct in tools that drop alpha."""
     targets: list[str] = []
     """Regular expressions over full module names; an expression without a match is an error. Default: the
     targets of the family."""
@@ -230,7 +230,7 @@ class Full(Section):
     """Full fine-tuning."""
 
     kind: Literal["full"] = "full"
-    """Trains all weights of the denoiser, or those that `targets` match."""
+    """Trains all weights of the denoiser, or only the parameters that match `targets`."""
     targets: list[str] = []
     """Regular expressions over full parameter names; an expression without a match is an error. Default: all
     parameters."""
@@ -256,29 +256,28 @@ class RgbaVae(Section):
     features. `reference` (the released trainer): central differences, and squared error of features without
     normalization."""
     perceptual: str = Field(default="none", min_length=1)
-    """VGG16 weights for the perceptual terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none` disables
-    these three of the nine loss terms."""
+    """VGG16 weights for the perceptual loss terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none`
+    disables these terms."""
     edge: Literal["sobel", "central"] | None = None
     """Filter of the edge terms. Default: the filter of the preset."""
     vgg_normalize: Literal["imagenet", "none"] | None = None
-    """Normalization of images before VGG16. Default: that of the preset."""
+    """Normalization of images before VGG16. Default: the normalization of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Alpha that masks the hard render of the reconstruction: the `reconstructed` or the `true` one."""
+    """In three loss terms, a background color replaces the transparent pixels of the reconstruction. This key
+    sets which alpha determines these pixels: `reconstructed`, or the `true` alpha of the clip."""
     alpha_eps: float = Field(default=ALPHA_EPS, ge=0, lt=0.5)
     """Alpha up to this value, in [0, 1], counts as transparent; lossy codecs leave small values in empty
     regions. The paper uses 0."""
     colors: list[tuple[int, int, int]] = []
-    """Background colors, RGB in 0-255, on which clips are encoded. Empty: the eight corners of the RGB cube
-    as in the paper, so that no color stands for transparency."""
+    """Background colors, RGB in 0-255, over which clips are encoded. Empty: the eight corners of the RGB cube
+    as in the paper, so that no color means transparency."""
     anchor: float = Field(default=0.0, ge=0)
-    """Weight of a loss term that keeps latents close to the base VAE's latents of the clip on dark gray, so
+    """Weight of a loss term that keeps latents close to the base VAE's latents of the clip over dark gray, so
     that a denoiser trained on opaque clips adapts faster. Not in the paper."""
     visible: float = Field(default=0.0, ge=0)
-    """Weight of the mean color error over visible pixels only; needed for small subjects. Not in the
-    paper."""
+    """Weight of the color error over visible pixels only; needed for small subjects. Not in the paper."""
     visible_alpha: float = Field(default=0.0, ge=0)
-    """Weight of the mean alpha error over visible pixels only; needed for glass and smoke. Not in the
-    paper."""
+    """Weight of the alpha error over visible pixels only; needed for glass and smoke. Not in the paper."""
     noise: float = Field(default=0.0, ge=0)
     """Maximum standard deviation of the noise added to latents before decoding, in units of their own
     standard deviation; makes the decoders robust to imperfect latents. Not in the paper."""
@@ -289,7 +288,7 @@ class Optim(Section):
 
     name: Literal["adamw", "adamw8bit", "adamw4bit", "prodigy"] = "adamw"
     """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the optimizer state), `adamw4bit` (torchao, an
-    eighth), `prodigy` (prodigyopt, finds the learning rate itself; set `lr` to 1)."""
+    eighth), `prodigy` (prodigyopt, adapts the learning rate; set `lr` to 1)."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -415,7 +414,7 @@ class Memory(Section):
     """Store the frozen base model in this type and cast each layer to the precision of the run while it
     computes. Adapters only."""
     offload_optimizer: bool = False
-    """Keep the optimizer state in CPU memory and step there (`optim.name: adamw` on CUDA only)."""
+    """Keep the optimizer state in CPU memory and run the optimizer step there (`adamw` on CUDA only)."""
 
 
 class Runtime(Section):
@@ -433,9 +432,9 @@ class Runtime(Section):
     """Threads that decode clips while caching."""
     compile: bool = False
     """Compile the repeated blocks with torch.compile: faster steps, but minutes of compilation at the start
-    and again at the second shape."""
+    and again at the second clip shape."""
     parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
-    """How several processes share the work. `ddp`: each holds all weights. `fsdp` (FSDP2): weights, gradients
+    """How processes share the work. `ddp`: each process holds all weights. `fsdp` (FSDP2): weights, gradients
     and optimizer state are sharded. `zero3` (DeepSpeed): the same. `zero2` (DeepSpeed): only gradients and
     optimizer state are sharded."""
 
@@ -448,16 +447,16 @@ class Opaque(Section):
 
 
 class Joint(Section):
-    """Color and alpha as two clips in one token sequence that share their positions."""
+    """Color and alpha as two clips with the same positions in one token sequence."""
 
     kind: Literal["joint"]
-    """Two latents, color first; the adapter changes the tokens of alpha only (after TransPixeler)."""
+    """Two latents, color first; the adapter changes the alpha tokens only (after TransPixeler)."""
     text_to_alpha: Literal["block", "bias", "open"] = "block"
     """Attention from text to alpha in models where both are in one sequence: none (`block`), with weights e
     times smaller (`bias`, as published for CogVideoX), or the same as to color (`open`). Wan uses
     cross-attention and accepts `block` only."""
     domain_embedding: bool = True
-    """Add a trained vector, initialized to zero, to every token of alpha."""
+    """Add a trained vector, initialized to zero, to every alpha token."""
     shared_noise: bool = True
     """Sampling starts from the same noise for color and alpha. Training uses independent noise for each."""
     alpha_from: Literal["mean", "max"] = "mean"
@@ -470,11 +469,11 @@ class Merged(Section):
     kind: Literal["merged"]
     """One latent of the usual size (after Wan-Alpha); needs an RGBA VAE, see `vae`."""
     vae: str = Field(min_length=1)
-    """Folder of an RGBA VAE: from a run that trained one or from an import. `tiny:wan` selects the one that
+    """Folder of an RGBA VAE, from a training run or from an import. `tiny:wan` selects the RGBA VAE that
     ships with inlaid."""
     colors: int = Field(default=4, ge=1, le=8)
-    """Number of background colors each clip is encoded on; each training sample uses one of the resulting
-    latents."""
+    """Number of background colors over which each clip is encoded; each training sample uses one of the
+    resulting latents."""
 
 
 Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]
@@ -483,20 +482,20 @@ Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 
 
 class Config(Section):
-    """A whole recipe."""
+    """A whole recipe. A model family may override defaults, such as `data.size` and `sample.guidance`."""
 
     run: str = Field(min_length=1)
-    """Run folder: where the run is written, and the argument of every later command."""
+    """Run folder, which contains all output and is the first argument of later commands."""
     seed: int = Field(default=0, ge=0)
-    """Seed; the order of clips, the noise and the noise levels are functions of it."""
+    """Seed of the order of clips, the noise and the noise levels."""
     model: Model
     data: Data
     objective: Objective = Objective()
     tuner: Tuner = LowRank()
     alpha: Alpha = Opaque()
     rgba_vae: RgbaVae | None = None
-    """Train an RGBA VAE, which encodes color and alpha of a clip into one latent and decodes both (after
-    Wan-Alpha), instead of the denoiser. No text is used."""
+    """Section that trains an RGBA VAE instead of the denoiser (after Wan-Alpha). An RGBA VAE encodes color
+    and alpha of a clip into one latent and decodes both. Captions are not used."""
     optim: Optim = Optim()
     train: Train = Train()
     sample: Sample = Sample()
