@@ -37,6 +37,7 @@ def inlaid(folder: Path, precision: str) -> list[float]:
     from inlaid.data.prepare import build_cache
     from inlaid.media import video
     from inlaid.runs.folder import open_run
+    from inlaid.runs.launch import start_processes
     from inlaid.tiny import random
     from inlaid.training.job import Job
     from inlaid.training.loop import train
@@ -75,7 +76,7 @@ def inlaid(folder: Path, precision: str) -> list[float]:
 
     Job.update = timed  # type: ignore[method-assign]
     if not (folder / "cache").is_dir():  # encode in a process of its own, which is not measured
-        with __import__("inlaid.runtime").runtime.start(config.build(raw)) as ctx:
+        with start_processes(config.build(raw)) as ctx:
             built = config.build(raw)
             build_cache(built, open_family(built), open_run(built, ctx), ctx)
         return []

@@ -93,7 +93,7 @@ def main() -> None:
         times = ", ".join(
             f"{k} {v['seconds']:.0f} s ({v['cpu_seconds']:.0f} s CPU)" for k, v in steps.items()
         )
-        print(f"{name:<26} {rows[-1]['clips']} clips, {rows[-1]['encoded']} encoded; {times}", flush=True)
+        print(f"{name:<26} {rows[-1]['clips']} clips, {rows[-1]['precomputed']} encoded; {times}", flush=True)
         about = {"size": [480, 832], "frames": 81, "threads": os.environ.get("OMP_NUM_THREADS"), "rows": rows}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps({**about, "packages": environment()["packages"]}, indent=1), "utf-8")

@@ -8,7 +8,7 @@ import pytest
 from inlaid import config
 from inlaid.data.plan import plan_dataset, require_usable
 from inlaid.data.windows import sizes, spread
-from inlaid.media.kinds import nearest_frames
+from inlaid.media.kinds import frames_on_show
 from support import videos
 from support.sources import GRID, SIZE, codes, message, plan
 
@@ -45,7 +45,7 @@ def test_windows_of_a_long_clip(tmp_path):
     stamps = np.arange(120) / 24
     for window in made.train:
         wanted = window.start + np.arange(17) / 16
-        assert videos.numbers(window.read()) == nearest_frames(stamps, wanted).tolist()
+        assert videos.numbers(window.read()) == frames_on_show(stamps, wanted, 16).tolist()
     assert len(plan(str(tmp_path), max_windows=4, stride=40).train) == 2
     assert len(plan(str(tmp_path), max_windows=99, stride=8).train) == 9
 

@@ -182,7 +182,7 @@ def test_damaged_array(tmp_path):
         ("zeros.mkv", bytes(4000), "cannot be read"),
         ("a.png", b"nothing", "is not an image"),
         ("a.npz", b"PK\x03\x04....", "not an npz clip"),
-        ("a.flv", b"FLV", "`.flv` files are not read"),
+        ("a.swf", b"FWS", "`.swf` files are not read"),
     ],
 )
 def test_files_that_are_something_else(tmp_path, name, content, cause):
@@ -228,7 +228,7 @@ def test_cut_off_video_with_its_index_first(tmp_path):
     write_video(path, np.stack([noise(k, (64, 64)) for k in range(48)]), 24)
     raw = path.read_bytes()
     path.write_bytes(raw[: int(len(raw) * 0.7)])
-    with pytest.raises(MediaError, match="of 48 frames can be decoded") as error:
+    with pytest.raises(MediaError, match=r"\d+ bytes are missing at its end") as error:
         video_probe(path)
     assert error.value.code == "truncated"
 

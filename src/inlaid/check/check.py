@@ -7,7 +7,7 @@ for the contact sheet.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,12 +24,14 @@ from inlaid.check.estimate import Estimate, estimate_recipe
 from inlaid.console import progress
 from inlaid.data.modality import Modality, modality_of
 from inlaid.data.plan import Plan, SourceReport, describe_plan
+from inlaid.data.probes import CachedProbes
 from inlaid.data.problems import Problem
 from inlaid.data.sampler import make_sampler
 from inlaid.families.grid import Extent
 from inlaid.files import atomic
 from inlaid.media.kinds import MediaError
 from inlaid.media.rgba import AlphaStats
+from inlaid.runs.folder import Run
 from inlaid.runs.launch import Devices, resolve_devices
 from inlaid.training import memory
 
@@ -74,6 +76,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     alphas: dict[str, AlphaStats] = field(default_factory=dict)
     """Alpha statistics by clip name; empty unless the run is transparent."""
+    conversions: dict[str, str] = field(default_factory=dict)
+    """What is done to the pixels of a clip for display, by clip name, such as `deinterlaced; mirrored`."""
     contact_sheet: str | None = None
     modality: str = "video"
 
@@ -102,8 +106,10 @@ def check_recipe(config: recipe.Config) -> Report:
     """
     family = build_family(config)
     modality = modality_of(family.modality)
+    probes = CachedProbes(Run(Path(config.run)).cache(config))
     with progress("probe", 1, modality.one) as advance:
-        plan = modality.plan(config, family, lambda done, of: advance(done=done, total=of))
+        plan = modality.plan(config, family, lambda done, of: advance(done=done, total=of), probes)
+    probes.save()
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
     estimate, notes = None, _notes(config, family, plan)
@@ -127,6 +133,11 @@ def check_recipe(config: recipe.Config) -> Report:
         estimate=estimate,
         notes=notes,
         alphas={c.name: plan.alphas[c.path] for c in plan.clips if c.path in plan.alphas},
+        conversions={
+            c.name: plan.probes[c.path].conversions
+            for c in plan.clips
+            if c.path in plan.probes and plan.probes[c.path].conversions
+        },
         modality=family.modality,
     )
     if plan.train:
@@ -155,7 +166,10 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
         return notes
     clips = {w.clip.path for w in (*plan.train, *plan.validation)}
     if not plan.validation:
+        copies = sum(p.code == "duplicate" for p in plan.problems)
         few = f"there are only {len(clips)} {plan.noun}s"
+        if copies + 1 >= len(clips) > 1:
+            few = f"all {len(clips)} {plan.noun}s are copies of one, and copies stay on the same side"
         why = "data.validation is 0" if not config.data.validation else few
         notes.append(f"no validation {plan.noun}s ({why}): no validation loss is computed")
     sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
@@ -170,13 +184,29 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
             f"{ready} windows are precomputed latents: their size and length are fixed{image}, and they are "
             "not on the contact sheet"
         )
+    notes += _conversions(plan)
     assumed = sum(p.untagged for p in plan.probes.values())
     if assumed:
         notes.append(
-            f"{assumed} of {len(plan.probes)} files do not specify a color matrix: BT.601 is assumed below "
-            "720 lines, else BT.709"
+            f"{assumed} of {len(plan.probes)} files do not specify a color matrix: BT.709 is assumed from "
+            "1280 columns or 720 lines on, else BT.601"
         )
     return notes
+
+
+def _conversions(plan: Plan) -> list[str]:
+    """Return a note for each way in which the pixels of some clips are converted for display."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for clip in plan.clips:
+        if clip.path in plan.probes:
+            for what in filter(None, plan.probes[clip.path].conversions.split("; ")):
+                found[what].append(clip.name)
+    listed = {what: ", ".join(names[:5]) for what, names in found.items()}
+    return [
+        f"{what}: {len(names)} of {len(plan.clips)} {plan.noun}s ({listed[what]}"
+        f"{f' and {len(names) - 5} more' if len(names) > 5 else ''})"
+        for what, names in found.items()
+    ]
 
 
 def _estimate(

@@ -69,7 +69,7 @@ class Cache:
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
     def has(self, kind: str, name: str) -> bool:
-        """Return True if an item exists and its file is complete; `read` also verifies the content."""
+        """Return True if an item is complete and has its own name; `read` also verifies its content."""
         path = self.path(kind, name)
         try:
             with path.open("rb") as file:
@@ -77,14 +77,16 @@ class Cache:
                 size = int.from_bytes(head, "little")
                 header = json.loads(file.read(size))
             end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-            return path.stat().st_size == 8 + size + end
+            whole = path.stat().st_size == 8 + size + end
+            return whole and header["__metadata__"]["item"] == f"{kind}/{name}"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
             return False
 
     def write(self, kind: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write an item atomically, with its digest in the header."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        header = {**metadata, "inlaid_cache": str(VERSION), "digest": digest(tensors)}
+        about = {"inlaid_cache": str(VERSION), "item": f"{kind}/{name}", "digest": digest(tensors)}
+        header = {**metadata, **about}
         with atomic(self.path(kind, name)) as temporary:
             save_file(tensors, temporary, metadata=header)
 
@@ -92,7 +94,7 @@ class Cache:
         """Read and verify an item.
 
         Raises:
-            ValueError: if the item is missing, truncated or modified.
+            ValueError: if the item is missing, truncated or modified, or if its file is that of another item.
         """
         path = self.path(kind, name)
         try:
@@ -103,6 +105,11 @@ class Cache:
             raise ValueError(
                 f"{path}: cached item cannot be read ({error}): delete the file and run again"
             ) from None
+        if header.get("item") != f"{kind}/{name}":
+            raise ValueError(
+                f"{path}: this file is the cached item {header.get('item', 'of an older version')}, not "
+                f"{kind}/{name}: delete the file and run again"
+            )
         if header.get("digest") != digest(tensors):
             raise ValueError(
                 f"{path}: cached item was modified after it was written: delete the file and run again"

@@ -20,13 +20,13 @@ UPSCALE = 1.5
 """Scale factor above which a clip gets a warning: the model learns the blur of an enlarged clip."""
 
 CROPPED = 0.3
-"""Cropped share of the frame, 0 to 1, above which a clip gets a warning."""
+"""Share of the frame that is cropped, 0 to 1, above which a clip gets a warning."""
 
 RESIDUE = 0.005
-"""Share of pixels with nearly transparent alpha, 0 to 1, above which a clip gets a warning."""
+"""Value of `AlphaStats.residue`, 0 to 1, above which a clip gets a warning."""
 
 ODD = 0.4
-"""Distance of a clip's coverage from the median of all clips above which the clip gets a warning."""
+"""Difference, 0 to 1, between a clip's coverage and the median above which the clip gets a warning."""
 
 
 def clip_problems(
@@ -37,7 +37,16 @@ def clip_problems(
     size: Size | None,
     alpha: AlphaStats | None,
 ) -> list[Problem]:
-    """Return the problems of a readable clip; `size` is its bucket's, or None if the clip has no window."""
+    """Return the problems of a readable clip.
+
+    Args:
+        clip: the clip.
+        probe: its properties.
+        data: the recipe's `data` section.
+        fps: sampling rate in frames per second.
+        size: size of the clip's bucket; None if the clip has no window.
+        alpha: alpha statistics; None in an opaque run.
+    """
     out: list[Problem] = []
 
     def add(code: str, message: str) -> None:
@@ -64,8 +73,8 @@ def clip_problems(
         add("slow", f"{float(probe.fps):g} fps of {fps:g}: {effect}")
     if alpha:
         out += alpha_problems(clip, alpha, data.matte)
-    elif probe.transparent:
-        add("transparent", "")
+    elif probe.transparent and not probe.opaque:
+        add("transparent", "color is premultiplied" if probe.premultiplied else "")
     if probe.hdr:
         add("hdr", "")
     if size is not None:
@@ -122,7 +131,11 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
 
 
 def duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
-    """Return a mark per path, equal for files of equal content, and a warning for each further copy."""
+    """Return a mark for each path, and a warning for each copy of a clip.
+
+    Clips with equal content have equal marks. The mark is a content hash, or the path if no other clip has
+    the same size in bytes.
+    """
 
     def files(clip: Clip) -> tuple[Path, ...]:
         return (clip.path,) if clip.latents else clip.files

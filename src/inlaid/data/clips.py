@@ -1,4 +1,4 @@
-"""Clips and windows: what one training item is."""
+"""Clips, and windows of clips, which are the training examples."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ class Clip:
 
     path: Path
     name: str
-    """Path relative to the source's root, with forward slashes."""
+    """Path relative to the root of the source, with forward slashes."""
     caption: str
-    """Caption as stored, with each run of white space replaced by one space. Empty if the clip has none; then
-    only precomputed latents have windows."""
+    """Caption as stored, with each run of white space replaced by one space.
+
+    Empty if the clip has no caption; such a clip is used only if its latents are precomputed.
+    """
     source: int
     """Index into `data.sources`."""
     group: str | None
@@ -51,18 +53,18 @@ class Clip:
 
 @dataclass(frozen=True)
 class Window(ABC):
-    """A clip, or part of a clip, that is one training example."""
+    """Training example: a clip or part of a clip."""
 
     clip: Clip
     extent: Extent
-    """Equal for all windows of a batch."""
+    """Length and size; equal for all windows of a batch."""
     caption: str
     """Caption with prefix and trigger."""
 
     @property
     @abstractmethod
     def key(self) -> tuple[Hashable, ...]:
-        """Cache key: everything except the files' content that determines the item."""
+        """Cache key: everything that determines the cached item, except the content of the files."""
 
     @property
     def words(self) -> str | Path:
@@ -71,7 +73,7 @@ class Window(ABC):
 
     @abstractmethod
     def read(self) -> Any:
-        """Read the argument of `Family.encode_media`.
+        """Read the window from disk, as the input of `Family.encode_media`.
 
         Raises:
             ValueError: if a file cannot be read; the message names the file.
@@ -80,7 +82,7 @@ class Window(ABC):
 
 @dataclass(frozen=True)
 class VideoWindow(Window):
-    """A time range of a video or image at a size."""
+    """Time range of a video, or an image, at the training size."""
 
     extent: VideoExtent
     start: float
@@ -89,10 +91,12 @@ class VideoWindow(Window):
     """Sampling rate in frames per second."""
     alpha: config.Matte | None = None
     """Settings for reading and correcting alpha; None if the clip is read as opaque."""
+    premultiplied: bool = False
+    """True if a clip with premultiplied alpha is read as opaque, composited over white."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Cache key: everything except the files' content that determines the pixels."""
+        """Cache key: everything that determines the pixels, except the content of the files."""
         if self.clip.embedding:
             return ("precomputed", precomputed.READER)
         frames, height, width = self.extent
@@ -100,7 +104,8 @@ class VideoWindow(Window):
         if self.alpha:
             how, pair = self.alpha.model_dump_json(), self.clip.matte is not None
             return ("rgba_clip", READER, kinds.READER, self.clip.kind, pair, *shape, how)
-        return ("window", kinds.READER, self.clip.kind, *shape)
+        over_white = ("premultiplied",) if self.premultiplied else ()
+        return ("window", kinds.READER, self.clip.kind, *shape, *over_white)
 
     def read(self) -> np.ndarray:
         """Read the pixels as uint8: (t, h, w, 3), or (t, h, w, 4) with straight alpha in a transparent run.
@@ -113,4 +118,4 @@ class VideoWindow(Window):
         place = (self.start, frames, self.fps, (height, width))
         if self.alpha:
             return rgba_clips.read_rgba_clip(self.clip.path, self.clip.matte, *place, self.alpha)
-        return video.read_frames(self.clip.path, *place)
+        return video.read_frames(self.clip.path, *place, premultiplied=self.premultiplied)

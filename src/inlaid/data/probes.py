@@ -93,9 +93,12 @@ class CachedProbes(Probes):
 
 
 def file_state(path: Path) -> str:
-    """Return the state of a file as text: path, size and modification time."""
+    """Return a string that changes when a file is replaced or written to, even with its size and time kept.
+
+    It contains path, size, inode, and the times of modification and of the last change of the inode.
+    """
     stat = path.stat()
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}|{stat.st_ctime_ns}"
 
 
 def read_memo(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Problems of a dataset: codes, severities and what to do."""
+"""Problems of a dataset: codes, severities, messages and fixes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ class Problem:
     name: str
     """Name of the clip or of the source."""
     message: str
-    """Details of this case; may be empty if the code is sufficient."""
+    """Details; empty if the code is sufficient."""
     source: int = 0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Wording of a problem code: `3 of 40 clips` + `one` or `many` + (names) + `cure`."""
+    """Message of a problem code.
+
+    It consists of the number of clips, `one` or `many` (the text for one or for several clips), the names of
+    the clips, and `cure` (what to do): `3 of 40 clips have no caption (...): add a .txt beside each`.
+    """
 
     severity: Severity
     one: str
@@ -208,9 +212,14 @@ KINDS: dict[str, Kind] = {
         "have unusual alpha",
         "inspect the contact sheet",
     ),
-    "hdr": Kind("warning", "is HDR", "are HDR", "colors will look pale: convert to SDR"),
+    "hdr": Kind(
+        "warning",
+        "is HDR",
+        "are HDR",
+        "nothing to do, tone-mapped to SDR by BT.2390; grade to SDR yourself for full control",
+    ),
 }
-"""All problem codes, in the order of reporting."""
+"""All problem codes, in the order in which they are reported."""
 
 SOURCE_CODES = ("layout", "validation")
 """Codes of problems with a source rather than a clip; quarantine does not apply to them."""

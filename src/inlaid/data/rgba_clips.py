@@ -21,11 +21,11 @@ from PIL import Image
 from inlaid import config
 from inlaid.media import compositing, kinds, rgba, rgba_images, video
 from inlaid.media.arrays import load_array, probe_array
-from inlaid.media.kinds import ANIMATED, EPSILON, MediaError, Probe, media_kind, nearest_frames
+from inlaid.media.kinds import ANIMATED, EPSILON, MediaError, Probe, frames_on_show, media_kind
 from inlaid.media.rgba import AlphaStats
 
 READER = 1
-"""Version of the output of `read`, part of cache keys; raise it when the same files give other pixels."""
+"""Version of the decoded pixels, part of cache keys; increase it when files give different pixels."""
 
 KNOWN = (*kinds.KNOWN, *ANIMATED, ".zip")
 """File suffixes of clips in transparent runs."""
@@ -37,13 +37,13 @@ COLOR_FOLDERS, ALPHA_FOLDERS = ("rgb", "fgr"), ("alpha", "pha", "matte", "seg")
 """Prefixes of folder names: `pha/07.mp4` is the alpha matte of `fgr/07.mp4`."""
 
 CHANNELS = (4, 3)
-"""Channel counts of arrays, the more likely first."""
+"""Accepted channel counts of arrays, in order of preference."""
 
 FAR = 24
-"""Gap in frames between two wanted frames above which the reader seeks instead of decoding."""
+"""Distance in frames between two wanted frames above which the reader seeks instead of decoding."""
 
 FRAMES_INSPECTED, LONG = 8, 512
-"""Number of frames on which alpha is measured, and the longer side in pixels to which they are subsampled."""
+"""Number of frames on which alpha is measured, and the maximum longer side in pixels after subsampling."""
 
 Kind = kinds.Kind | Literal["frames"]
 
@@ -51,7 +51,7 @@ Kind = kinds.Kind | Literal["frames"]
 
 
 def rgba_kind(path: Path) -> Kind:
-    """Return how an RGBA clip is read: as video, image (possibly animated), array or frames.
+    """Return the kind of an RGBA clip: video, image (still or animated), array, or frames (folder or `.zip`).
 
     Raises:
         MediaError: if the file type is unknown.
@@ -62,9 +62,10 @@ def rgba_kind(path: Path) -> Kind:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return the clip files below a folder; a folder of frames replaces its images.
+    """Return the clips below a folder: files, and folders of frames.
 
-    A subfolder with images is one clip unless one of the images has a caption file.
+    A subfolder with images is a folder of frames, and thus one clip, unless one of the images has a caption
+    file.
     """
     found: list[Path] = []
     for parent, folders, files in os.walk(folder):
@@ -80,7 +81,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def stem(path: Path) -> str:
-    """Return a clip's name without suffix, or the whole name of a folder."""
+    """Return the name of a clip without its file suffix, or the whole name of a folder."""
     return path.stem if path.suffix.lower() in KNOWN else path.name
 
 
@@ -126,7 +127,7 @@ class Pairs:
         return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
 
     def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
-        """Return files of the same stem in the parallel folder, such as `pha/07.mp4` for `fgr/07.mp4`."""
+        """Return files with the same stem in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`."""
         for folder in path.parents:
             if folder == self._root or not folder.is_relative_to(self._root):
                 break
@@ -157,7 +158,7 @@ class ClipInspection:
 
     probe: Probe
     alpha: AlphaStats
-    """Statistics of `FRAMES_INSPECTED` frames."""
+    """Statistics of at most `FRAMES_INSPECTED` frames."""
 
 
 def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
@@ -188,7 +189,7 @@ def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
 
 
 def _few(path: Path, matte: Path | None, indices: np.ndarray) -> np.ndarray:
-    """Read frames, subsampled without interpolation so that alpha values stay as stored."""
+    """Read frames, subsampled without interpolation so that alpha values do not change."""
     out = []
     for pixels, _ in _joined(path, matte, indices):
         step = -(-max(pixels.shape[:2]) // LONG)
@@ -211,7 +212,7 @@ def _format(path: Path) -> str:
 
 
 def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
-    """Raise if color and alpha matte differ in frame count, size or frame rate."""
+    """Raise a `MediaError` if color and alpha matte differ in frame count, size or frame rate."""
     wrong = []
     if probe.frames != other.frames:
         wrong.append(f"{probe.frames} frames and {other.frames} in {matte.name}")
@@ -220,6 +221,9 @@ def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
         wrong.append(f"{sizes[0]} and {sizes[1]} in {matte.name}")
     if probe.fps and other.fps and abs(float(probe.fps / other.fps) - 1) > 0.01:
         wrong.append(f"{float(probe.fps):g} fps and {float(other.fps):g} in {matte.name}")
+    if probe.orientation != other.orientation:
+        turned = [p.orientation or "not rotated" for p in (probe, other)]
+        wrong.append(f"{turned[0]}, and {matte.name} is {turned[1]}")
     if wrong:
         raise MediaError(path, ", ".join(wrong), "pair")
 
@@ -280,14 +284,14 @@ def read_rgba_clip(
     size: tuple[int, int],
     how: config.Matte,
 ) -> np.ndarray:
-    """Read a window of an RGBA clip: uint8 (t, h, w, 4), straight alpha, scaled to cover `size`, cropped.
+    """Read a window of an RGBA clip, scaled to cover `size` and center-cropped: straight uint8 (t, h, w, 4).
 
     Args:
-        path: a file or a folder of images; the color if there is an alpha matte.
+        path: file or folder of images; the color part if there is an alpha matte.
         matte: the alpha matte, white where the clip is opaque.
         start: seconds from the clip's first frame.
-        frames: number of frames; frame k is the frame displayed nearest to start + k / fps.
-        fps: sampling rate in frames per second; also the clip's own rate if it has no timestamps.
+        frames: number of frames; frame k is the one nearest in time to start + k / fps.
+        fps: sampling rate in frames per second; also the assumed rate of a clip without timestamps.
         size: height and width in pixels.
         how: the recipe's `data.matte` with `premultiplied` resolved to a bool.
 
@@ -310,7 +314,7 @@ def read_rgba_clip(
 def _joined(
     path: Path, matte: Path | None, indices: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield RGBA frames by number, as stored: uint8 (h, w, 4), and pixel aspect ratios (width / height)."""
+    """Yield pairs of a frame as stored, uint8 (h, w, 4), and its pixel aspect ratio (width / height)."""
     colors = _pick(path, indices, gray=False)
     if matte is None:
         for pixels, sar in colors:
@@ -327,13 +331,13 @@ def _joined(
 def _pick(
     path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield frames by ascending number and the pixel aspect ratio (width / height).
+    """Yield pairs of a frame and its pixel aspect ratio (width / height).
 
-    Frames are uint8 (h, w, 1) if `gray`, else (h, w, 3) or (h, w, 4).
+    `indices` are ascending frame numbers. Frames are uint8 (h, w, 1) if `gray`, else (h, w, 3) or (h, w, 4).
     """
     what = rgba_kind(path)
     if what == "video":
-        times, numbers = video.timestamps(path), np.asarray(indices)
+        times, numbers = video.frame_times(path), np.asarray(indices)
         for part in np.split(numbers, np.flatnonzero(np.diff(numbers) > FAR) + 1):
             yield from video.native_frames(path, times[part], gray=gray)
     elif what == "array":
@@ -347,7 +351,7 @@ def _pick(
 
 
 def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
-    """Return the frame number for each wanted time; a clip without timestamps has the rate `fps`.
+    """Return the frame number for each wanted time; a clip without timestamps is assumed to run at `fps`.
 
     Raises:
         MediaError: if the clip ends before the last wanted time.
@@ -360,9 +364,16 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
         last, times = float(ends[-1]) - step, ends[:-1]
         chosen = np.searchsorted(times, wanted + step / 2 - EPSILON, side="right") - 1
     else:
-        times = video.timestamps(path) if what == "video" else _even(path, fps)
+        if what == "video":
+            ends = video.frame_times(path)
+            times, held = ends[:-1], float(ends[-1] - ends[-2])
+        else:
+            times, held = _even(path, fps), 0.0
         step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-        last, chosen = float(times[-1]), nearest_frames(times, wanted)
+        last, chosen = (
+            float(times[-1]) + max(0.0, held - max(step, 1 / fps)),
+            frames_on_show(times, wanted, fps),
+        )
     if wanted[-1] > last + max(step, 1 / fps) / 2 + EPSILON:
         cause = f"{len(times)} frames, the window needs {len(wanted)} frames from {wanted[0]:.3f} s"
         raise MediaError(path, f"ends after {cause}", "truncated")
@@ -370,7 +381,7 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
 
 
 def _even(path: Path, fps: float) -> np.ndarray:
-    """Return evenly spaced times of non-video frames in seconds, at an array's own rate or at `fps`."""
+    """Return frame times in seconds of a clip without timestamps, at its own frame rate or at `fps`."""
     if rgba_kind(path) == "array":
         probe = probe_array(path, CHANNELS)
         return np.arange(probe.frames) / float(probe.fps or fps)

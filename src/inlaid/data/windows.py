@@ -15,7 +15,7 @@ from inlaid.media.rgba import AlphaStats
 
 
 def caption(text: str, data: config.Data) -> str:
-    """Return the caption with the prefix, and with the trigger unless the caption contains it as a word."""
+    """Return the caption with prefix and trigger; a trigger already in the caption is not added again."""
     text = f"{data.caption_prefix.strip()} {text}".strip()
     trigger = data.trigger.strip()
     if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
@@ -24,7 +24,7 @@ def caption(text: str, data: config.Data) -> str:
 
 
 def sizes(data: config.Data, grid: Grid) -> list[Size]:
-    """Return height and width of each bucket: `size`, or one size of about that area per aspect ratio."""
+    """Return (height, width) of each bucket: `data.size`, or a size of about this area per aspect ratio."""
     if not data.aspects:
         return [data.size]
     area = data.size[0] * data.size[1]
@@ -33,16 +33,20 @@ def sizes(data: config.Data, grid: Grid) -> list[Size]:
 
 
 def spread(there: int, length: int, stride: int, most: int) -> list[int]:
-    """Return first frames of at most `most` windows, at least `stride` apart, spread over `there` frames."""
+    """Return the first frame of each window of a clip.
+
+    Up to `most` windows of `length` frames are spread evenly over `there` frames, with at least `stride`
+    frames between the starts of two windows.
+    """
     room = there - length
     count = min(most, 1 + room // stride)
     return [room // 2] if count == 1 else [i * room // (count - 1) for i in range(count)]
 
 
 def frames_available(probe: Probe, data: config.Data, fps: float) -> tuple[int, float]:
-    """Return the number of frames available in a clip and its sampling rate in frames per second."""
+    """Return the number of frames that a clip provides and its sampling rate in frames per second."""
     if data.slow == "keep" and probe.fps and probe.fps < fps * 0.99:
-        return probe.frames, float(probe.fps)
+        fps = float(probe.fps)
     return available_formats(probe, fps), fps
 
 
@@ -54,7 +58,7 @@ def clip_windows(
     fps: float,
     alpha: AlphaStats | None,
 ) -> list[VideoWindow]:
-    """Return the windows of a clip in the bucket of the nearest aspect ratio; none if it is too short."""
+    """Return the windows of a clip, in the bucket of the nearest aspect ratio; empty if it is too short."""
     if clip.embedding:
         return [
             VideoWindow(clip, VideoExtent(probe.frames, probe.height, probe.width), clip.caption, 0.0, fps)
@@ -71,4 +75,5 @@ def clip_windows(
     if alpha:
         divided = alpha.premultiplied if data.matte.premultiplied == "auto" else data.matte.premultiplied
         how = data.matte.model_copy(update={"premultiplied": divided})
-    return [VideoWindow(clip, extent, text, round(s / rate, 9), rate, how) for s in starts]
+    over_white = probe.premultiplied and not alpha
+    return [VideoWindow(clip, extent, text, round(s / rate, 9), rate, how, over_white) for s in starts]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from inlaid.media import color
 from inlaid.media.kinds import MediaError, Probe
 from inlaid.media.pixels import to_rgb
 
@@ -25,8 +26,18 @@ def probe_image(path: Path) -> Probe:
         height, width = (image.width, image.height) if turned else (image.height, image.width)
         alpha = "A" in image.getbands() or "transparency" in image.info
         to_rgb(path, image)
+        profile = color.icc_name(image)
         return Probe(
-            1, None, height, width, 0.0, codec=image.format or "", pix_fmt=image.mode, transparent=alpha
+            1,
+            None,
+            height,
+            width,
+            0.0,
+            codec=image.format or "",
+            pix_fmt=image.mode,
+            transparent=alpha,
+            opaque=alpha and image.convert("RGBA").getextrema()[3][0] == 255,
+            conversions=f"{profile} converted to sRGB" if profile else "",
         )
 
 
@@ -41,7 +52,8 @@ def load_image(path: Path) -> Iterator[Image.Image]:
     """
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
+            # A phone's JPEG has further pictures inside (MPO): a gain map, a depth map, a second view.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise MediaError(path, f"is an animated {image.format}: convert it to mp4 or gif")
             yield image
     except MediaError:

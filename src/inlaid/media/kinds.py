@@ -14,9 +14,12 @@ Kind = Literal["video", "image", "array"]
 
 Trouble = Literal["unreadable", "truncated", "unfitting", "no-alpha", "constant-alpha", "pair"]
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+VIDEOS = (
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"),
+    *(".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".3gp", ".flv", ".wmv", ".ogv"),
+)
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 
 ARRAYS = (".npz",)
 
@@ -25,7 +28,7 @@ KNOWN = (*VIDEOS, *IMAGES, *ARRAYS)
 ANIMATED = (".apng",)
 """Additional video suffixes, searched for only in transparent runs."""
 
-READER = 1
+READER = 2
 """Version of the decoded pixels, part of cache keys; increase it when a file gives different pixels."""
 
 EPSILON = 1e-6
@@ -53,7 +56,7 @@ class Probe:
 
     frames: int
     fps: Fraction | None
-    """Mean frame rate; None for clips without timestamps (images, arrays without `fps`)."""
+    """Frame rate apart from held frames; None without timestamps (images, arrays without `fps`)."""
     height: int
     width: int
     duration: float
@@ -67,11 +70,22 @@ class Probe:
     codec: str = ""
     pix_fmt: str = ""
     transparent: bool = False
-    """True if the clip has an alpha channel, which `video.read_frames` composites over white."""
-    hdr: bool = False
-    """True if the transfer function is PQ or HLG; `video.read_frames` does not tone-map."""
+    """True with an alpha channel, which `read_frames` composites over white."""
+    opaque: bool = False
+    """True if that channel is opaque in every frame that was decoded: the first and the last ones."""
+    premultiplied: bool = False
+    """Guess: color is multiplied by alpha."""
+    conversions: str = ""
+    """What is done to the pixels for display, separated by semicolons, such as `deinterlaced; mirrored`."""
+    orientation: str = ""
+    """How the stored frames are turned for display; empty if they are not."""
     untagged: bool = False
-    """True if the YUV matrix is unspecified: BT.601 is assumed below 720 lines, else BT.709."""
+    """True if the YUV matrix is unspecified: BT.709 is assumed from 1280x720 on, else BT.601."""
+
+    @property
+    def hdr(self) -> bool:
+        """True with an HDR transfer function (PQ or HLG), which is tone-mapped."""
+        return "(HDR)" in self.conversions
 
 
 def media_kind(path: Path) -> Kind:
@@ -93,16 +107,25 @@ def media_kind(path: Path) -> Kind:
 # --- time ---------------------------------------------------------------------------------------------------
 
 
-def nearest_frames(stamps: Sequence[float] | np.ndarray, wanted: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return the index of the timestamp nearest to each wanted time; in a tie, of the earlier timestamp.
+def frames_on_show(
+    stamps: Sequence[float] | np.ndarray, wanted: Sequence[float] | np.ndarray, fps: float
+) -> np.ndarray:
+    """Return the index of the frame that is displayed at each wanted time.
+
+    A frame is on show until the next one starts. Because timestamps are rounded and rates differ, the next
+    frame is already taken half an interval before its start: half the frame interval or half the sampling
+    interval, whichever is shorter. For a constant rate this is the nearest frame, in a tie the earlier
+    one; a frame that is held longer stays until the next is due.
 
     Args:
         stamps: ascending times in seconds, at least one.
         wanted: times in seconds.
+        fps: sampling rate in frames per second.
     """
     stamps, wanted = np.asarray(stamps, np.float64), np.asarray(wanted, np.float64)
-    middles = (stamps[1:] + stamps[:-1]) / 2
-    return np.searchsorted(middles, wanted - EPSILON / 2, side="left")
+    step = 1 / float(fps)
+    until = np.where(np.diff(stamps) <= step, (stamps[1:] + stamps[:-1]) / 2, stamps[1:] - step / 2)
+    return np.searchsorted(until, wanted - EPSILON / 2, side="left")
 
 
 def available_formats(probe: Probe, fps: float) -> int:

@@ -1,11 +1,13 @@
-"""Meaning of decoded pixels: matrix, range, primaries, transfer, orientation, alpha; scaled RGB comes out.
+"""Conversion of decoded frames to RGB: YUV matrix, range, primaries, transfer, orientation, alpha, scaling.
 
-Rules, with their sources:
+Rules and their sources:
 
-* YUV matrix and range: as tagged (ITU-T H.273). An untagged frame is BT.709 from 1280 columns or 720 lines on, else
-  BT.601, as video players decide.
-* Primaries and transfer: BT.709, BT.601 and sRGB are used as they are; wide gamut and HDR become sRGB (`color`).
-* Orientation: the display matrix of the file (ISO/IEC 14496-12, 8.3.2), mirrored ones included; EXIF for images.
+* YUV matrix and range: as tagged (ITU-T H.273). An untagged frame is BT.709 from 1280 columns or 720 lines
+  on, else BT.601, as video players decide.
+* Primaries and transfer: BT.709, BT.601 and sRGB are used as they are; wide gamut and HDR become sRGB
+  (`color`).
+* Orientation: the display matrix of the file (ISO/IEC 14496-12, 8.3.2), including mirroring; EXIF for
+  images.
 * Interlaced frames are deinterlaced when they are decoded (`video.decode_frames`).
 * Alpha is composited over white for opaque runs, straight or premultiplied as measured.
 """
@@ -23,7 +25,7 @@ from inlaid.media.arrays import fit_array
 from inlaid.media.kinds import MediaError
 
 PIXEL_LIMIT = 200_000_000
-"""Maximum pixels of a scaled frame before cropping; only extreme aspect ratios reach it."""
+"""Maximum number of pixels of a scaled frame before cropping; only extreme aspect ratios exceed it."""
 
 UNTAGGED = (2, 3)
 """FFmpeg's codes for an unspecified YUV matrix."""
@@ -43,24 +45,24 @@ MATRICES = {
 """YUV matrices that FFmpeg's scaler cannot convert to RGB (ITU-T H.273, table 4)."""
 
 SCALE_FLAGS = 0x4 | 0x40000 | 0x2000
-"""FFmpeg's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT; PyAV has names for the flags only since version 18."""
+"""FFmpeg's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT, as numbers: PyAV names them only since version 18."""
 
 
 class Orientation(NamedTuple):
-    """How decoded pixels are turned for display: first transposed, then mirrored."""
+    """Orientation of decoded pixels for display: first transposed, then mirrored."""
 
     transposed: bool = False
     mirror_x: bool = False
     mirror_y: bool = False
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """Turn pixels (h, w, c)."""
+        """Orient pixels (h, w, c) for display."""
         pixels = pixels.swapaxes(0, 1) if self.transposed else pixels
         return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
     @property
     def name(self) -> str:
-        """Name for people; empty if the pixels are displayed as decoded."""
+        """Description for messages; empty if the pixels are displayed as decoded."""
         if self == Orientation():
             return ""
         turns = {(False, True, True): "180", (True, True, False): "90", (True, False, True): "270"}
@@ -69,10 +71,10 @@ class Orientation(NamedTuple):
 
 
 def orientation(path: Path, frame: Any) -> Orientation:
-    """Return the orientation that the display matrix of a decoded frame asks for.
+    """Return the orientation from the display matrix of a decoded frame.
 
     Raises:
-        MediaError: for an angle that is not a multiple of 90 degrees.
+        MediaError: if the angle is not a multiple of 90 degrees.
     """
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
@@ -84,7 +86,9 @@ def orientation(path: Path, frame: Any) -> Orientation:
             if max(abs(a), abs(d)) <= small:
                 return Orientation(True, c < 0, b < 0)
             angle = np.degrees(np.arctan2(b, a))
-            raise MediaError(path, f"is displayed at an angle of {angle:.0f} degrees: turn it by multiples of 90")
+            raise MediaError(
+                path, f"is displayed at an angle of {angle:.0f} degrees: turn it by multiples of 90"
+            )
     return Orientation()
 
 
@@ -92,7 +96,7 @@ def color_matrix(path: Path, frame: Any) -> Any:
     """Return the YUV matrix to assume for an untagged frame; None for RGB and for a tagged frame.
 
     Raises:
-        MediaError: if the matrix cannot be converted to RGB; names it.
+        MediaError: if the matrix cannot be converted to RGB; the message names the matrix.
     """
     from av.video.reformatter import Colorspace
 
@@ -101,7 +105,7 @@ def color_matrix(path: Path, frame: Any) -> Any:
     if frame.colorspace in MATRICES:
         raise MediaError(
             path,
-            f"has the YUV matrix {MATRICES[frame.colorspace]}, which cannot be converted to RGB: convert it to BT.709",
+            f"its YUV matrix {MATRICES[frame.colorspace]} cannot be converted to RGB: convert it to BT.709",
         )
     if frame.colorspace not in UNTAGGED:
         return None
@@ -114,7 +118,7 @@ def has_alpha(frame: Any) -> bool:
 
 
 def conversions(path: Path, frame: Any) -> list[str]:
-    """Name what is done to a decoded frame before it is RGB as displayed; empty for plain video.
+    """Return descriptions of the conversions of a decoded frame to displayed sRGB; empty if none is needed.
 
     Raises:
         MediaError: if the frame cannot be converted.
@@ -131,7 +135,7 @@ def conversions(path: Path, frame: Any) -> list[str]:
 def decoded(
     path: Path, frame: Any, scaler: Any, channels: int, size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Return a decoded frame as sRGB pixels: uint8 (h, w, channels), not turned.
+    """Return a decoded frame as sRGB pixels, uint8 (h, w, channels), before rotation.
 
     Args:
         path: file, for error messages.
@@ -168,7 +172,7 @@ def decoded(
 def fit_frame(
     path: Path, frame: Any, scaler: Any, size: tuple[int, int], sar: float, premultiplied: bool = False
 ) -> np.ndarray:
-    """Convert a decoded frame to RGB, uint8 (h, w, 3): turn it, scale it to cover `size`, center-crop it.
+    """Convert a decoded frame to RGB, uint8 (h, w, 3): rotate it, scale it to cover `size`, center-crop it.
 
     Args:
         path: file, for error messages.
@@ -204,10 +208,11 @@ def over_white(rgba: np.ndarray, premultiplied: bool = False) -> np.ndarray:
 
 
 def looks_premultiplied(rgba: np.ndarray) -> bool:
-    """Guess if color is multiplied by alpha in uint8 (..., 4).
+    """Estimate from uint8 RGBA (..., 4) whether color is premultiplied by alpha.
 
-    It is if no soft pixel is brighter than its alpha, transparent pixels are black, and either an opaque pixel is
-    bright or the brightness of soft pixels follows their alpha (smoke and glass have no opaque pixel).
+    True if partially transparent pixels are not brighter than their alpha, transparent pixels are black, and
+    either an opaque pixel is bright or the brightness of partially transparent pixels correlates with their
+    alpha (smoke and glass have no opaque pixels).
     """
     alpha, brightest = rgba[..., 3].astype(int), rgba[..., :3].max(-1)
     soft, transparent = (alpha > 2) & (alpha < 253), alpha == 0
@@ -224,13 +229,16 @@ def looks_premultiplied(rgba: np.ndarray) -> bool:
 
 
 def to_rgb(path: Path, image: Image.Image) -> np.ndarray:
-    """Return an image as RGB, uint8 (h, w, 3): EXIF orientation applied, alpha composited over white.
+    """Return an image as RGB, uint8 (h, w, 3): EXIF orientation and ICC profile applied, alpha over white.
 
     Raises:
-        MediaError: if the image has more than 8 bits per channel.
+        MediaError: if the image has more than 8 bits per channel, or an ICC profile that cannot be applied.
     """
     if image.mode.startswith(("I", "F")):
         raise MediaError(path, f"has more than 8 bits per channel ({image.mode}): save it as 8-bit RGB")
     alpha = "A" in image.getbands() or "transparency" in image.info
-    upright = ImageOps.exif_transpose(image)
+    try:
+        upright = color.image_to_srgb(ImageOps.exif_transpose(image))
+    except ValueError as error:
+        raise MediaError(path, str(error)) from None
     return over_white(np.asarray(upright.convert("RGBA"))) if alpha else np.asarray(upright.convert("RGB"))

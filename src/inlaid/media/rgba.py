@@ -18,6 +18,7 @@ from inlaid.files import atomic
 from inlaid.media import rgba_images, video
 from inlaid.media.compositing import NEAR, SEEN, blur_background, decontaminate, grow, snap
 from inlaid.media.kinds import MediaError
+from inlaid.media.pixels import looks_premultiplied
 
 
 def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
@@ -101,7 +102,6 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
     )
     h, w = alpha.shape[1:]
     inside = alpha[:, h // 4 : h - h // 4 or h, w // 4 : w - w // 4 or w]
-    bright = (alpha >= high) & (brightest > 64)
     return AlphaStats(
         coverage=float(alpha.mean() / 255),
         soft=float(soft.mean()),
@@ -109,9 +109,7 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
         lowest=int(alpha.min()),
         highest=int(alpha.max()),
         colored=float((brightest[transparent] > 2).mean()) if transparent.any() else 0.0,
-        premultiplied=bool(soft.sum() >= 50 and bright.any())
-        and bool((brightest[soft] <= alpha[soft].astype(int) + 2).mean() > 0.995)
-        and bool(not transparent.any() or (brightest[transparent] <= 2).mean() > 0.995),
+        premultiplied=looks_premultiplied(rgba),
         inverted=bool(edge.mean() > 240 and inside.mean() < 200),
         limited=bool(alpha.min() >= 14 and alpha.max() <= 237 and alpha.min() != alpha.max()),
     )

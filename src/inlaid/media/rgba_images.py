@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from inlaid.media import color
 from inlaid.media.kinds import IMAGES, MediaError
 
 FRAMES = (*IMAGES, ".tif", ".tiff")
@@ -40,7 +41,7 @@ def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
         raise ValueError("pixels are floating-point: save the image as 8-bit")
     upright = ImageOps.exif_transpose(image)
     alpha = "A" in image.getbands() or "transparency" in image.info
-    made = upright.convert("L" if gray else "RGBA" if alpha else "RGB")
+    made = upright.convert("L") if gray else color.image_to_srgb(upright).convert("RGBA" if alpha else "RGB")
     return np.asarray(made).reshape(made.height, made.width, -1)
 
 

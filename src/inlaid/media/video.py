@@ -8,25 +8,40 @@ video is opened; training from a complete cache never imports it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from inlaid.files import atomic
 from inlaid.media.arrays import fit_array, load_array, probe_array
+from inlaid.media.containers import cut_off
 from inlaid.media.images import load_image, probe_image
-from inlaid.media.kinds import EPSILON, MediaError, Probe, media_kind, nearest_frames
-from inlaid.media.pixels import HDR, SCALE_FLAGS, UNTAGGED, color_matrix, fit_frame, has_alpha, to_rgb
+from inlaid.media.kinds import EPSILON, MediaError, Probe, frames_on_show, media_kind
+from inlaid.media.pixels import (
+    SCALE_FLAGS,
+    UNTAGGED,
+    conversions,
+    decoded,
+    fit_frame,
+    has_alpha,
+    looks_premultiplied,
+    orientation,
+    to_rgb,
+)
 
-WHOLE = (".gif", ".apng")
-"""Suffixes of formats without seeking: every frame is marked as a key frame but depends on earlier frames."""
+WHOLE = ("gif", "apng")
+"""Formats without seeking: every frame is marked as a key frame but depends on earlier frames."""
 
-UNSTAMPED = (".avi",)
-"""Suffixes of formats whose packets may lack presentation times; frames get the decoding times in order."""
+UNSTAMPED = ("avi",)
+"""Formats whose packets may lack presentation times; frames get the decoding times in order."""
+
+INDEXED = ("mov", "matroska", "avi")
+"""Formats whose files contain an index, so that seeking is exact and damage at the end is certain."""
 
 # --- probing ------------------------------------------------------------------------------------------------
 
@@ -50,42 +65,46 @@ def probe(path: str | Path) -> Probe:
 
 
 def _probe_video(path: Path) -> Probe:
-    if _no_index(path):
-        raise MediaError(path, "is incomplete: its index (moov) is missing", "truncated")
+    if missing := cut_off(path):
+        raise MediaError(path, f"is incomplete: {missing}", "truncated")
     with _opened(path) as (container, stream):
-        stamps, last_key, promised, cut = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
+        kind = container.format.name
+        found = _demux(container, stream)
         base = float(stream.time_base or 0)
         rate, sar, codec = stream.average_rate, stream.sample_aspect_ratio, stream.codec_context.name
-    if not stamps or not base:
+    if not found.stamps or not base:
         raise MediaError(path, "has no frames")
-    head = next(decode_frames(path), None)
+    head = next(decode_frames(path, raw=True), None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
-    times = np.array([s for s in stamps if s >= head.pts], np.float64) * base
-    if path.suffix.lower() == ".gif":
-        cut = cut or path.read_bytes().rstrip(b"\0")[-1:] != b";"
-    tail = 0
-    try:
-        for frame in decode_frames(path, last_key):
-            tail += frame.pts is not None and frame.pts >= last_key
-    except MediaError:
-        cut = True
-    lost = max(0, sum(s >= last_key for s in stamps) - tail)
-    if cut or lost > 1 or len(stamps) < promised - max(2, 0.02 * promised):
-        there = f"{len(stamps) - lost}{f' of {promised}' if promised else ''} frames"
+    if kind == "gif":
+        found = found._replace(damaged=found.damaged or path.read_bytes().rstrip(b"\0")[-1:] != b";")
+    look = _Look(path)
+    look.at(head)
+    lost, broken = _missing_at_the_end(path, found, look, kind)
+    if (
+        found.damaged
+        or broken
+        or lost > 1
+        or len(found.stamps) < found.promised - max(2, 0.02 * found.promised)
+    ):
+        of = f" of {found.promised}" if found.promised > len(found.stamps) - lost else ""
+        there = f"{len(found.stamps) - lost}{of} frames"
         raise MediaError(path, f"is incomplete or damaged at its end: {there} can be decoded", "truncated")
+    times = np.array([s for s in found.stamps if s >= head.pts], np.float64) * base
     steps = np.diff(times)
     mean = float(times[-1] - times[0]) / len(steps) if len(steps) else 0.0
     interval = float(np.median(steps)) if len(steps) else float(1 / rate) if rate else 0.0
-    exact = rate and (not mean or abs(float(rate) * mean - 1) < 0.005)
-    sideways = round(head.rotation / 90) % 2 == 1
+    typical = interval if mean > 1.2 * interval else mean  # a held frame does not make a clip slow
+    exact = rate and (not typical or abs(float(rate) * typical - 1) < 0.005)
+    turn = orientation(path, head)
     height, width = head.height, round(head.width * float(sar or 1))
     return Probe(
         frames=len(times),
-        fps=rate if exact else Fraction(1 / mean).limit_denominator(1001) if mean else Fraction(0),
-        height=width if sideways else height,
-        width=height if sideways else width,
-        duration=float(times[-1] - times[0]) + interval,
+        fps=rate if exact else Fraction(1 / typical).limit_denominator(1001) if typical else Fraction(0),
+        height=width if turn.transposed else height,
+        width=height if turn.transposed else width,
+        duration=float(times[-1] - times[0]) + _held(found.last * base, interval),
         interval=interval,
         variable=bool(len(steps))
         and bool(np.abs(steps - interval).max() > max(0.002, 1.1 * base, 0.1 * interval)),
@@ -93,49 +112,124 @@ def _probe_video(path: Path) -> Probe:
         codec=codec,
         pix_fmt=head.format.name,
         transparent=has_alpha(head),
-        hdr=head.color_trc in HDR,
-        untagged=head.colorspace == UNTAGGED and not head.format.is_rgb,
+        opaque=look.opaque,
+        premultiplied=look.premultiplied,
+        conversions="; ".join(look.conversions),
+        orientation=turn.name,
+        untagged=head.colorspace in UNTAGGED and not head.format.is_rgb and len(head.format.components) > 2,
     )
 
 
-def _demux(container: Any, stream: Any, unstamped: bool) -> tuple[list[int], int, int, bool]:
-    """Return sorted timestamps, the last key frame's timestamp, the promised frame count, and a damage flag.
+class _Look:
+    """What the decoded frames of a probe show: conversions, transparency, premultiplication."""
 
-    The promised frame count is that of the header, or follows from its duration; 0 if unknown.
+    def __init__(self, path: Path) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._path, self._scaler = path, VideoReformatter()
+        self.conversions: list[str] = []
+        self.opaque, self.premultiplied = True, False
+        self._same: list[bool] = []
+
+    def at(self, frame: Any) -> None:
+        """Look at a frame as it was decoded.
+
+        Raises:
+            MediaError: if it cannot be converted to RGB.
+        """
+        self.conversions += [c for c in conversions(self._path, frame) if c not in self.conversions]
+        if has_alpha(frame):
+            pixels = decoded(self._path, frame, self._scaler, 4)
+            self.opaque = self.opaque and bool((pixels[..., 3] == 255).all())
+            if not self.opaque:
+                self._same.append(looks_premultiplied(pixels))
+                self.premultiplied = all(self._same)
+        else:
+            small = (min(frame.height, 64), min(frame.width, 64))
+            decoded(self._path, frame, self._scaler, 3, small)
+
+
+def _missing_at_the_end(path: Path, found: _Demuxed, look: _Look, kind: str) -> tuple[int, bool]:
+    """Decode the end of a video; return the number of frames that are lost there, and a damage flag.
+
+    Seeking is inexact in formats without an index (MPEG-TS), so that a loss is confirmed by decoding
+    everything.
     """
-    stamps: list[int] = []
-    last_key, cut = 0, False
+    lost, broken = len(found.stamps), True
+    starts = [found.last_key] if kind in WHOLE or kind.startswith(INDEXED) else [found.last_key, None]
+    for start in starts:
+        tail, broken = 0, False
+        try:
+            for frame in decode_frames(path, start, raw=True):
+                if frame.pts is not None and frame.pts >= found.last_key:
+                    tail += 1
+                    look.at(frame)
+        except MediaError as error:
+            broken = True
+            if error.code == "unreadable" and "cannot be converted" in error.cause:
+                raise
+        lost = max(0, sum(s >= found.last_key for s in found.stamps) - tail)
+        if lost <= 1 and not broken:
+            break
+    return lost, broken
+
+
+def _held(last: float, interval: float) -> float:
+    """Return the seconds that the last frame is shown: its own duration if held, else `interval`."""
+    return last if last > 1.5 * interval else interval
+
+
+class _Demuxed(NamedTuple):
+    """Packets of a stream; times in its time base."""
+
+    stamps: list[int]
+    """Sorted timestamps of the frames that are shown: an edit list hides others."""
+    last_key: int
+    """Timestamp of the last key frame."""
+    last: int
+    """Duration of the last frame; 0 if unknown."""
+    promised: int
+    """Frame count by the header, where no index tells it better; 0 if unknown."""
+    damaged: bool
+
+
+def _demux(container: Any, stream: Any) -> _Demuxed:
+    """Return the packets of a stream."""
+    unstamped = container.format.name in UNSTAMPED
+    durations: dict[int, int] = {}
+    last_key, damaged = 0, False
     for packet in container.demux(stream):
         stamp = packet.dts if packet.pts is None or unstamped else packet.pts
         if packet.size and stamp is not None and not packet.is_discard:
-            stamps.append(stamp)
+            durations[stamp] = packet.duration or 0
             last_key = stamp if packet.is_keyframe else last_key
-            cut = cut or packet.is_corrupt
-    stamps.sort()
-    promised = stream.frames
-    clock = stream.metadata.get("DURATION", "")
-    if not promised and clock.count(":") == 2 and len(stamps) > 1:
-        hours, minutes, seconds = clock.split(":")
-        whole = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        steps = np.diff(stamps) * float(stream.time_base)
-        missing = whole - stamps[-1] * float(stream.time_base) - float(steps.mean())
-        if missing > max(3 * steps.max(), 0.05 * whole):
-            promised = len(stamps) + round(missing / float(steps.mean()))
-    return stamps, last_key, promised, cut
+            damaged = damaged or packet.is_corrupt
+    stamps = sorted(durations)
+    promised = 0 if container.format.name.startswith(("mov", "matroska")) else stream.frames
+    return _Demuxed(stamps, last_key, durations[stamps[-1]] if stamps else 0, promised, damaged)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def read_frames(path: str | Path, start: float, frames: int, fps: float, size: tuple[int, int]) -> np.ndarray:
+def read_frames(
+    path: str | Path,
+    start: float,
+    frames: int,
+    fps: float,
+    size: tuple[int, int],
+    *,
+    premultiplied: bool = False,
+) -> np.ndarray:
     """Read a window of a clip, scaled to cover `size` and center-cropped: uint8 (t, h, w, 3).
 
     Args:
         path: video, image (one frame) or `.npz`.
         start: seconds from the clip's first frame.
-        frames: number of frames; frame k is the one nearest in time to start + k / fps.
+        frames: number of frames; frame k is the one on show at start + k / fps (see `frames_on_show`).
         fps: sampling rate in frames per second.
         size: height and width.
+        premultiplied: color of a video with alpha is already multiplied by alpha.
 
     Raises:
         MediaError: if the clip ends before the end of the window, or if the decoder reports damage (H.264
@@ -144,7 +238,7 @@ def read_frames(path: str | Path, start: float, frames: int, fps: float, size: t
     path = Path(path)
     wanted = start + np.arange(frames) / float(fps)
     if media_kind(path) == "video":
-        return _read_video(path, wanted, size)
+        return _read_video(path, wanted, size, fps, premultiplied)
     if media_kind(path) == "image":
         with load_image(path) as image:
             pixels = to_rgb(path, image)[None]
@@ -154,30 +248,37 @@ def read_frames(path: str | Path, start: float, frames: int, fps: float, size: t
         times = np.arange(len(pixels)) / float(rate or fps)
     if wanted[-1] > times[-1] + 0.5 / fps + EPSILON:
         raise MediaError(path, _too_short(len(pixels), wanted), "truncated")
-    return np.stack([fit_array(pixels[i], size) for i in nearest_frames(times, wanted)])
+    return np.stack([fit_array(pixels[i], size) for i in frames_on_show(times, wanted, fps)])
 
 
 def _too_short(there: int, wanted: np.ndarray) -> str:
     return f"ends after {there} frames, but the window is {len(wanted)} frames from {wanted[0]:.3f} s"
 
 
-def _read_video(path: Path, wanted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _read_video(
+    path: Path, wanted: np.ndarray, size: tuple[int, int], fps: float, premultiplied: bool
+) -> np.ndarray:
     from av.video.reformatter import VideoReformatter
 
     out = np.empty((len(wanted), *size, 3), np.uint8)
     scaler, previous = VideoReformatter(), None
-    for i, (frame, sar) in enumerate(_at(path, wanted)):
+    for i, (frame, sar) in enumerate(_at(path, wanted, fps)):
         if frame is previous:
             out[i] = out[i - 1]
             continue
-        out[i], previous = fit_frame(path, frame, scaler, size, sar), frame
+        out[i], previous = fit_frame(path, frame, scaler, size, sar, premultiplied), frame
     return out
 
 
-def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
-    """Yield the decoded frame nearest to each wanted time, and its pixel aspect ratio (width / height).
+def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tuple[Any, float]]:
+    """Yield the decoded frame on show at each wanted time, and its pixel aspect ratio (width / height).
 
     A repeated frame is yielded as the same object.
+
+    Args:
+        path: a video.
+        wanted: ascending times in seconds from the first frame.
+        fps: sampling rate; None selects the frame nearest to each time, for times that are those of frames.
 
     Raises:
         MediaError: if the video ends before the last wanted time.
@@ -188,8 +289,9 @@ def _at(path: Path, wanted: np.ndarray) -> Iterator[tuple[Any, float]]:
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
     wanted_pts = head.pts + wanted / base
+    step = 1 / float(fps) / base if fps else math.inf
     done = 0
-    for frame in _pick(_from(path, wanted_pts[0]), wanted_pts, base):
+    for frame in _pick(_from(path, wanted_pts[0]), wanted_pts, base, step):
         done += 1
         yield frame, sar
     if done < len(wanted):
@@ -217,31 +319,30 @@ def native_frames(
     scaler, previous, out = VideoReformatter(), None, (np.empty(0), 1.0)
     for frame, sar in _at(path, wanted):
         if frame is not previous:
-            turns, yuv = round(frame.rotation / 90) % 4, not frame.format.is_rgb
-            to = "gray" if gray else "rgba" if has_alpha(frame) else "rgb24"
-            matrix = color_matrix(frame) if yuv and not gray else None
-            made = scaler.reformat(
-                frame, format=to, src_colorspace=matrix, interpolation=SCALE_FLAGS, threads=1
-            )
-            pixels = np.rot90(made.to_ndarray().reshape(frame.height, frame.width, -1), turns)
-            out, previous = (pixels, sar if turns % 2 == 0 else 1 / sar), frame
+            turn = orientation(path, frame)
+            channels = 1 if gray else 4 if has_alpha(frame) else 3
+            pixels = turn.apply(decoded(path, frame, scaler, channels))
+            out, previous = (pixels, 1 / sar if turn.transposed else sar), frame
         yield out
 
 
-def timestamps(path: Path) -> np.ndarray:
-    """Return the timestamps of a video's frames, in seconds from the first frame.
+def frame_times(path: Path) -> np.ndarray:
+    """Return the start times of a video's frames and the end of the last one.
+
+    Times are in seconds from the first frame.
 
     Raises:
         MediaError: if no frame can be decoded.
     """
     with _opened(path) as (container, stream):
-        found, _, _, _ = _demux(container, stream, path.suffix.lower() in UNSTAMPED)
+        found = _demux(container, stream)
         base = float(stream.time_base or 0)
     head = next(decode_frames(path), None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
-    times = np.array([s for s in found if s >= head.pts], np.float64) * base
-    return times - times[0]
+    times = np.array([s for s in found.stamps if s >= head.pts], np.float64) * base
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    return np.append(times - times[0], times[-1] - times[0] + _held(found.last * base, interval))
 
 
 def _from(path: Path, pts: float) -> Generator[Any, None, None]:
@@ -256,30 +357,35 @@ def _from(path: Path, pts: float) -> Generator[Any, None, None]:
     yield from frames
 
 
-def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float) -> Iterator[Any]:
-    """Yield the frame nearest to each wanted timestamp; in a tie, the earlier frame, as in `nearest_frames`.
+def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -> Iterator[Any]:
+    """Yield the frame on show at each wanted timestamp, by the rule of `frames_on_show`.
 
     At the end of the clip, the limit is less strict than in `available_formats`: a wanted time may be up to
-    half the longest frame interval plus one output interval after the last frame.
+    half the longest frame interval plus one output interval after the last frame, or as long as it is held.
 
     Args:
         frames: decoded frames in presentation order.
         wanted: ascending timestamps, in units of `base`.
         base: time base of the stream, in seconds.
+        step: sampling interval, in units of `base`.
     """
     last, longest, done = None, 0.0, 0
     for frame in frames:
         if frame.pts is None or (last is not None and frame.pts <= last.pts):
             continue
         if last is not None:
-            longest = max(longest, frame.pts - last.pts)
-            while done < len(wanted) and wanted[done] - EPSILON / 2 / base <= (last.pts + frame.pts) / 2:
+            gap = frame.pts - last.pts
+            longest = max(longest, gap)
+            until = (last.pts + frame.pts) / 2 if gap <= step else frame.pts - step / 2
+            while done < len(wanted) and wanted[done] - EPSILON / 2 / base <= until:
                 yield last
                 done += 1
         if done == len(wanted):
             return
         last = frame
     beyond = longest / 2 + (wanted[-1] - wanted[0]) / max(len(wanted) - 1, 1)
+    if last is not None:
+        beyond = max(beyond, last.duration or 0)
     while last is not None and done < len(wanted) and wanted[done] <= last.pts + beyond:
         yield last
         done += 1
@@ -287,7 +393,7 @@ def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float) -> Iterator[An
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a container and its first video stream; FFmpeg errors become `MediaError`."""
+    """Open a container and its default video stream; FFmpeg errors become `MediaError`."""
     import av
     import av.error
     from av.stream import Disposition
@@ -297,58 +403,100 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise MediaError(path, "has no video stream")
-            streams[0].codec_context.thread_count = 1
-            yield container, streams[0]
+            default = [s for s in streams if s.disposition & Disposition.default]
+            stream = (default or streams)[0]
+            if stream.codec_context is None:
+                raise MediaError(path, "its video stream has an unknown codec")
+            stream.codec_context.thread_count = 1
+            yield container, stream
     except av.error.FFmpegError as error:
         raise MediaError(path, f"cannot be read ({error.strerror})") from None
 
 
-def _no_index(path: Path) -> bool:
-    """Return True for an mp4 or mov file that ends before its index (moov) is complete."""
-    whole, at, end = [], 0, path.stat().st_size
-    with path.open("rb") as file:
-        while len(head := file.read(16)) >= 8:
-            size = int.from_bytes(head[:4], "big")
-            size = int.from_bytes(head[8:], "big") if size == 1 else size
-            at += size
-            if size < 8 or at > end:
-                break
-            whole.append(head[4:8])
-            file.seek(at)
-    return whole[:1] == [b"ftyp"] and b"moov" not in whole
-
-
-def decode_frames(path: Path, pts: int | None = None) -> Generator[Any, None, None]:
+def decode_frames(path: Path, pts: int | None = None, *, raw: bool = False) -> Generator[Any, None, None]:
     """Yield decoded frames in presentation order, from the key frame at or before `pts`, or from the start.
+
+    Args:
+        path: a video.
+        pts: timestamp in the stream's time base; None starts at the beginning.
+        raw: yield interlaced frames as they are stored; by default they are deinterlaced.
 
     Raises:
         MediaError: if the file cannot be read or a frame is damaged.
     """
+    with _opened(path) as (container, stream):
+        frames = _stored_frames(path, container, stream, pts)
+        yield from frames if raw else _progressive(path, frames, stream)
+
+
+def _stored_frames(path: Path, container: Any, stream: Any, pts: int | None) -> Iterator[Any]:
     from av import CodecContext
 
-    with _opened(path) as (container, stream):
-        decoder: Any = stream.codec_context
-        if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
-            # FFmpeg's native VP8 and VP9 decoders silently drop alpha.
-            decoder = CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
-        unstamped = path.suffix.lower() in UNSTAMPED
-        if pts is not None and not unstamped and path.suffix.lower() not in WHOLE:
-            container.seek(pts, stream=stream)
-        stamps: list[int] = []
-        keyed = False
-        for packet in container.demux(stream):
-            if packet.size and packet.dts is not None:
-                stamps.append(packet.dts)
-            if not packet.size and decoder is not stream.codec_context:
-                packet = None
-            for frame in decoder.decode(packet):
-                if unstamped and stamps:
-                    frame.pts = stamps.pop(0)
-                # After a seek, frames before the first key frame may lack references: ignore their damage.
-                keyed = keyed or frame.key_frame
-                if keyed and frame.is_corrupt:
-                    raise MediaError(path, f"is damaged at {frame.time or 0:.2f} s")
-                yield frame
+    decoder: Any = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
+        # FFmpeg's native VP8 and VP9 decoders silently drop alpha.
+        decoder = CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
+    unstamped = container.format.name in UNSTAMPED
+    if pts is not None and not unstamped and container.format.name not in WHOLE:
+        container.seek(pts, stream=stream)
+    stamps: list[int] = []
+    keyed = False
+    for packet in container.demux(stream):
+        if packet.size and packet.dts is not None:
+            stamps.append(packet.dts)
+        if not packet.size and decoder is not stream.codec_context:
+            packet = None
+        for frame in decoder.decode(packet):
+            if unstamped and stamps:
+                frame.pts = stamps.pop(0)
+            # After a seek, frames before the first key frame may lack references: ignore their damage.
+            keyed = keyed or frame.key_frame
+            if keyed and frame.is_corrupt:
+                raise MediaError(path, f"is damaged at {frame.time or 0:.2f} s")
+            yield frame
+
+
+def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any]:
+    """Deinterlace the frames marked as interlaced with FFmpeg's bwdif, frame for frame."""
+    import av.error
+    from av.filter import Graph
+
+    graph: Any = None
+
+    def ready() -> Iterator[Any]:
+        while True:
+            try:
+                made = graph.pull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                return
+            if made.pts is not None:
+                scale = made.time_base / stream.time_base
+                made.pts, made.duration = round(made.pts * scale), round((made.duration or 0) * scale)
+                made.time_base = stream.time_base
+            yield made
+
+    for frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if graph is None:
+            graph = Graph()
+            source = graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format,
+                time_base=stream.time_base,
+            )
+            graph.link_nodes(
+                source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+            )
+            graph.configure()
+        frame.time_base = stream.time_base
+        graph.push(frame)
+        yield from ready()
+    if graph is not None:
+        graph.push(None)
+        yield from ready()
 
 
 # --- writing ------------------------------------------------------------------------------------------------
