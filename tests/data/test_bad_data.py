@@ -18,6 +18,9 @@ from support.sources import SIZE, codes, message, plan
 
 # --- problems of clips --------------------------------------------------------------------------------------
 
+HALF = (200, 60, 30, 128)
+"""A color with alpha."""
+
 
 def test_captions_that_are_not_there(clips):
     (clips / "a.txt").unlink()
@@ -53,12 +56,12 @@ def test_a_missing_and_a_foreign_file(clips):
 
 
 def test_captioned_files_are_not_passed_over(clips):
-    (clips / "d.flv").write_bytes(b"FLV")
+    (clips / "d.swf").write_bytes(b"FLV")
     (clips / "d.txt").write_text("somebody wrote this")
     (clips / "notes.txt").write_text("no clip of this name")
     made = plan(str(clips))
-    assert codes(made) == {"unreadable": ["d.flv"]}
-    assert "1 of 4 clips cannot be read (d.flv: `.flv` files are not supported)" in message(made)
+    assert codes(made) == {"unreadable": ["d.swf"]}
+    assert "1 of 4 clips cannot be read (d.swf: `.swf` files are not supported)" in message(made)
 
 
 def test_too_short_says_by_how_much(clips):
@@ -98,7 +101,16 @@ def test_warnings_do_not_stop(tmp_path):
     videos.write(folder / "small.mp4", 12, 16, (16, 32))
     videos.write(folder / "tall.mp4", 12, 16, (128, 64))
     videos.write(folder / "hdr.mp4", 12, 16, SIZE, trc=18)
-    videos.write(folder / "clear.mkv", 12, 16, SIZE, codec="ffv1", pix_fmt="bgra")
+    videos.write(
+        folder / "clear.mkv",
+        12,
+        16,
+        SIZE,
+        codec="ffv1",
+        pix_fmt="bgra",
+        draw=lambda k, s: videos.still(s, HALF),
+    )
+    videos.write(folder / "solid.mkv", 12, 16, SIZE, codec="ffv1", pix_fmt="bgra")
     for clip in folder.iterdir():
         clip.with_suffix(".txt").write_text(clip.stem)
     made = plan(str(folder))

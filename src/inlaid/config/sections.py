@@ -39,7 +39,7 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub checkpoint."""
     task: Literal["t2v", "i2v"] | None = None
-    """`t2v` trains text-to-video, `i2v` trains text and first image to video. Default: the task of the
+    """`t2v` trains text-to-video, `i2v` trains video from text and a first image. Default: the task of the
     checkpoint; only Wan 2.2 TI2V-5B supports both."""
     expert: Literal["high", "low"] | None = None
     """Wan 2.2 A14B only: which of the two experts to train, `high` noise or `low` noise. Each expert trains
@@ -55,10 +55,10 @@ class Source(Section):
     """Folder of clips, manifest (`.csv`, `.jsonl`, `.json`), folder with `prompts.txt` and `videos.txt`, or
     folder of precomputed latents from another trainer."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl", "precomputed"] = "auto"
-    """How captions are stored; `auto` detects it. `precomputed` reads latents and text embeddings instead of
-    clips; `auto` selects it if every video in the folder, if any, has a latent or embedding file."""
+    """Layout of clips and captions; `auto` detects it. `precomputed` reads latents and text embeddings instead
+    of clips; `auto` selects it if the folder has such files and no video lacks them."""
     root: str | None = None
-    """Folder that the paths in the manifest are relative to; paths that lead out of it are errors. Default:
+    """Folder that the paths in the manifest are relative to; paths outside of it are errors. Default:
     the folder of the manifest."""
     video_column: str | None = None
     """Column with the path of the clip. Default: the first that exists of video, file_name, file, path,
@@ -124,7 +124,7 @@ class Data(Section):
     """Minimum number of frames (at `fps`) between the starts of two windows of a long clip. Default: the
     length of a window (no overlap)."""
     max_windows: int = Field(default=1, ge=1)
-    """Maximum number of windows per clip, spread evenly over it."""
+    """Maximum number of windows per clip, spread evenly over the clip."""
     slow: Literal["repeat", "keep"] = "repeat"
     """Clips with a frame rate below `fps`: `repeat` duplicates frames and keeps the speed, `keep` uses the
     frames unchanged, which plays the clip faster."""
@@ -139,7 +139,7 @@ class Data(Section):
     validation: float = Field(default=0.1, ge=0)
     """Clips excluded from training to measure the validation loss: a fraction if below 1, else a count."""
     cache: str | None = Field(default=None, min_length=1)
-    """Folder for cached latents and text embeddings; runs may share one. Default: `cache` in the run
+    """Folder for cached latents and text embeddings; several runs may share it. Default: `cache` in the run
     folder."""
     bad_clips: Literal["stop", "quarantine"] = "stop"
     """What `cache` and `train` do with clips that have errors: `stop`, or `quarantine` to continue without
@@ -279,8 +279,8 @@ class RgbaVae(Section):
     visible_alpha: float = Field(default=0.0, ge=0)
     """Weight of the alpha error over visible pixels only; needed for glass and smoke. Not in the paper."""
     noise: float = Field(default=0.0, ge=0)
-    """Maximum standard deviation of the noise added to latents before decoding, in units of their own
-    standard deviation; makes the decoders robust to imperfect latents. Not in the paper."""
+    """Maximum standard deviation of the noise added to latents before decoding, in units of the
+    latents' standard deviation; makes the decoders robust to imperfect latents. Not in the paper."""
 
 
 class Optim(Section):
@@ -344,7 +344,7 @@ class Sample(Section):
     """Samples generated during training, and the defaults of `inlaid generate`."""
 
     prompts: list[str] = []
-    """Prompts sampled during training and compared by `inlaid evaluate`. Empty: the first captions of the
+    """Prompts for samples during training and for `inlaid evaluate`. Empty: the first captions of the
     data."""
     images: list[list[str]] = []
     """Image-to-video only: for each prompt the first image, or a list of the first and the last image.
@@ -358,7 +358,7 @@ class Sample(Section):
     frames: int | None = Field(default=None, ge=1)
     """Length in frames. Default: the longest of `data.frames`."""
     steps: int = Field(default=30, ge=1)
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
     transparent: list[str] = ["mov", "webm"]

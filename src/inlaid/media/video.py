@@ -112,7 +112,7 @@ def _probe_video(path: Path) -> Probe:
         codec=codec,
         pix_fmt=head.format.name,
         transparent=has_alpha(head),
-        opaque=look.opaque,
+        opaque=look.opaque and has_alpha(head),
         premultiplied=look.premultiplied,
         conversions="; ".join(look.conversions),
         orientation=turn.name,
