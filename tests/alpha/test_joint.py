@@ -50,13 +50,13 @@ def test_equal_clips_stay_equal_and_wan_does_to_them_what_it_does_to_one(
     one = x.chunk(2, 2)[0]
     x = torch.cat([one, one], 2)
     with torch.no_grad():
-        colour, grey = family.predict(network(family), x, t, cond).chunk(2, 2)
+        color, gray = family.predict(network(family), x, t, cond).chunk(2, 2)
         alone = family.single.predict(network(family.single), one, t, cond)
         monkeypatch.setattr(family.opaque, "share_positions", lambda *_: None)
         apart = family.predict(network(family), x, t, cond).chunk(2, 2)
-    assert torch.equal(colour, grey)
+    assert torch.equal(color, gray)
     assert (apart[0] - apart[1]).abs().max() > 1e-3, "positions that go on would be seen"
-    difference = (colour - alone).abs().max()
+    difference = (color - alone).abs().max()
     assert difference < 1e-5 if case[0] == "wan" else difference > 1e-3
 
 
@@ -72,7 +72,7 @@ def test_swapped_clips_come_out_swapped(case: tuple[str, str], checkpoint: Check
 
 
 @pytest.mark.parametrize("case", ONE_SEQUENCE, ids="-".join)
-def test_only_that_text_sees_colour_tells_the_halves_apart(
+def test_only_that_text_sees_color_tells_the_halves_apart(
     case: tuple[str, str], checkpoint: Checkpoint
 ) -> None:
     family = opened(checkpoint, case)
@@ -100,7 +100,7 @@ def trained(family: Any, kind: str, **tuner: Any) -> tuple[Any, dict[str, nn.Par
 
 @every_case
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_tokens_of_colour_and_text_are_not_changed_at_all(
+def test_tokens_of_color_and_text_are_not_changed_at_all(
     case: tuple[str, str], kind: str, checkpoint: Checkpoint
 ) -> None:
     family = opened(checkpoint, case)
@@ -170,7 +170,7 @@ def test_dropout_is_for_alpha_too(checkpoint: Checkpoint) -> None:
 
 
 def test_the_vector_is_for_alpha(checkpoint: Checkpoint) -> None:
-    """In the first block; later ones see colour through attention."""
+    """In the first block; later ones see color through attention."""
     family = opened(checkpoint, CASES[0])
     denoiser, seen = network(family), []
     denoiser.blocks[0].norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -180,9 +180,9 @@ def test_the_vector_is_for_alpha(checkpoint: Checkpoint) -> None:
         )
         with torch.no_grad():
             family.predict(denoiser, *pipeline_inputs(family))
-    colour, grey = (seen[1] - seen[0]).chunk(2, 1)
-    assert not colour.any()
-    assert torch.allclose(grey, denoiser.domain_embedding.weight.expand_as(grey), atol=1e-5)
+    color, gray = (seen[1] - seen[0]).chunk(2, 1)
+    assert not color.any()
+    assert torch.allclose(gray, denoiser.domain_embedding.weight.expand_as(gray), atol=1e-5)
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -196,12 +196,12 @@ def dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 
 def rule_of_pairs(text: int, half: int, first: bool, rule: str) -> Tensor:
     """What is added to the logits of each pair (tokens, tokens)."""
-    colour, grey, words = (torch.zeros(text + 2 * half, dtype=torch.bool) for _ in range(3))
+    color, gray, words = (torch.zeros(text + 2 * half, dtype=torch.bool) for _ in range(3))
     start = text if first else 0
-    colour[start : start + half] = grey[start + half : start + 2 * half] = True
-    words |= ~(colour | grey)
+    color[start : start + half] = gray[start + half : start + 2 * half] = True
+    words |= ~(color | gray)
     out = torch.zeros(text + 2 * half, text + 2 * half)
-    out[words[:, None] & grey[None]] = {"block": float("-inf"), "bias": -1.0, "open": 0.0}[rule]
+    out[words[:, None] & gray[None]] = {"block": float("-inf"), "bias": -1.0, "open": 0.0}[rule]
     return out
 
 
@@ -233,7 +233,7 @@ def test_a_video_without_text() -> None:
 def test_bias_leaves_a_share_of_exp_minus_one() -> None:
     """Two keys that text may see and two of alpha, all alike: .365 .365 .134 .134 (joint_alpha, 5.1)."""
     q, k, v = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.eye(4)[None, None]
-    # One token of text, one of colour, one of alpha would be three: text 2, colour 1, alpha 1.
+    # One token of text, one of color, one of alpha would be three: text 2, color 1, alpha 1.
     found = joint_attention.attention(q, k, v, text=2, first=True, rule="bias")[0, 0, 0]
     rest = np.exp(-1) / (3 + np.exp(-1))
     assert found[3].item() == pytest.approx(rest, abs=1e-6) and found[:3].sum().item() == pytest.approx(
@@ -399,8 +399,8 @@ def test_untrained_and_from_equal_noise_alpha_is_the_picture(
             pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
         drawn.append(each.sample(pipe, *text, generator=torch.Generator().manual_seed(1), **options))
     both, one = (d.astype(int) for d in drawn)
-    grey = both[..., :3].mean(-1)
-    assert np.abs(both[..., 3] - grey).max() <= 1.01 and both[..., 3].std() > 1
+    gray = both[..., :3].mean(-1)
+    assert np.abs(both[..., 3] - gray).max() <= 1.01 and both[..., 3].std() > 1
     assert (np.abs(both[..., :3] - one).max() <= 1) == (case[0] == "wan")
 
 
@@ -432,15 +432,15 @@ def test_an_item_is_two_clips_and_is_sampled_as_one(case: tuple[str, str], check
     encoder = family.load_media_encoder(CPU)
     item = family.encode_media(encoder, frames)
     assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(*size(family))
-    grey = family.single.encode_media(encoder, np.repeat(frames[..., 3:], 3, -1))
-    assert {k.removeprefix("alpha_") for k in item if k.startswith("alpha_")} == set(grey)
-    assert all(torch.equal(item[f"alpha_{k}"], v) for k, v in grey.items())
+    gray = family.single.encode_media(encoder, np.repeat(frames[..., 3:], 3, -1))
+    assert {k.removeprefix("alpha_") for k in item if k.startswith("alpha_")} == set(gray)
+    assert all(torch.equal(item[f"alpha_{k}"], v) for k, v in gray.items())
     drawn = family.sample_item(item, torch.Generator().manual_seed(0))
     assert {k: tuple(v.shape) for k, v in drawn.items()} == family.shapes(*size(family))
     again = family.sample_item(item, torch.Generator().manual_seed(0))
     assert torch.equal(drawn["latents"], again["latents"])
     one = family.single.shapes(*size(family))["latents"][1]
-    first = family.single.sample_item({k: item[k] for k in grey}, torch.Generator().manual_seed(0))["latents"]
+    first = family.single.sample_item({k: item[k] for k in gray}, torch.Generator().manual_seed(0))["latents"]
     assert torch.equal(drawn["latents"][:, :one], first)
     assert family.tokens(*size(family)) == 2 * family.single.tokens(*size(family)) - family.text_before
 
@@ -495,7 +495,7 @@ def test_blocks_compile_into_one_graph(case: tuple[str, str], checkpoint: Checkp
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_base_may_be_small(scheme: Any, kind: str, checkpoint: Checkpoint) -> None:
-    """Colour is what the small base makes of it, to the last bit."""
+    """Color is what the small base makes of it, to the last bit."""
     pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}.get(scheme, "torch"))
     family = opened(checkpoint, CASES[0])
     denoiser = family.load_denoiser(torch.float32).train()
@@ -515,7 +515,7 @@ def test_the_base_may_be_small(scheme: Any, kind: str, checkpoint: Checkpoint) -
         layer.register_forward_hook(watch)  # type: ignore[attr-defined]
     family.predict(denoiser, *pipeline_inputs(family)).square().mean().backward()
     assert len(changes) == len(layers)
-    assert all(colour.max() == 0 and grey.max() > 0 for colour, grey in changes)
+    assert all(color.max() == 0 and gray.max() > 0 for color, gray in changes)
 
 
 # --- what it cannot do --------------------------------------------------------------------------------------
@@ -565,7 +565,7 @@ def test_what_wan_has_no_use_for(checkpoint: Checkpoint) -> None:
 
 
 def test_pairs_of_latent_frames_are_of_one_clip(checkpoint: Checkpoint) -> None:
-    """Of an odd number, 1.5 would make one token of the last of colour and the first of alpha."""
+    """Of an odd number, 1.5 would make one token of the last of color and the first of alpha."""
     family = opened(checkpoint, ("cogvideox", "1.5"))
     assert "9 frames is not 8n+5: use 5 or 13" in family.grid.problems(9, 32, 32)[0]
     assert all(family.single.shapes(n, 32, 32)["latents"][1] % 2 == 0 for n in range(5, 90, 8))

@@ -159,8 +159,8 @@ def test_a_run_trains_and_generates_with_its_rgba_vae_alone(
 def test_an_rgba_vae_may_have_colors_of_its_own(
     merged: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:
-    rgba_vae_checkpoint.save(made(vae), tmp_path / "grey", colors=[[-0.5, -0.5, -0.5]])
-    family: Any = build_family(merged(alpha__vae=str(tmp_path / "grey"), alpha__colors=4))
+    rgba_vae_checkpoint.save(made(vae), tmp_path / "gray", colors=[[-0.5, -0.5, -0.5]])
+    family: Any = build_family(merged(alpha__vae=str(tmp_path / "gray"), alpha__colors=4))
     item = family.encode_media(family.load_media_encoder(torch.device("cpu")), disc(5))
     assert tuple(item["latents"].shape) == family.stored(5, 32, 32)["latents"] == (1, 16, 2, 4, 4)
 
@@ -297,7 +297,7 @@ def _other_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (lambda t: {n: torch.cat([x, x], 1) if "lora_A" in n else x for n, x in t.items()}, "this VAE needs"),
         (lambda t: {n: [1] for n in t}, "is not a mapping of names to tensors"),
     ],
-    ids=["no alpha", "no colour", "no factor", "extra", "extra merge", "rank", "width", "no tensors"],
+    ids=["no alpha", "no color", "no factor", "extra", "extra merge", "rank", "width", "no tensors"],
 )
 def test_wrong_decoders_are_refused_with_a_sentence(
     rgba_vae: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, change: Any, message: str, tmp_path: Path

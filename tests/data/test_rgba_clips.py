@@ -61,7 +61,7 @@ def clips(tmp_path: Path) -> Path:
 
 
 def seen_error(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Mean errors of alpha, and of colour where it can be seen well."""
+    """Mean errors of alpha, and of color where it can be seen well."""
     seen = b[..., 3] > 64
     off = np.abs(a.astype(int) - b)
     return float(off[..., 3].mean()), float(off[..., :3][seen].mean())
@@ -182,7 +182,7 @@ def test_pairs_of_image_folders(clips: Path) -> None:
     assert np.array_equal(read(plan(str(clips))), pixels)
     for k, file in enumerate(rgba_images.frames_in(clips / "a_alpha")):
         Image.fromarray(pixels[k, ..., 3].astype(np.uint16) * 257).save(file)
-    assert np.array_equal(read(plan(str(clips))), pixels), "16-bit grey is scaled, not cut off"
+    assert np.array_equal(read(plan(str(clips))), pixels), "16-bit gray is scaled, not cut off"
 
 
 def manifest(clips: Path, suffix: str, rows: list[dict[str, str]]) -> str:
@@ -249,7 +249,7 @@ def test_grey_of_limited_range_is_read_as_full(clips: Path) -> None:
 # --- cut alike ----------------------------------------------------------------------------------------------
 
 
-def test_colour_and_matte_are_cut_by_the_same_frames(clips: Path) -> None:
+def test_color_and_matte_are_cut_by_the_same_frames(clips: Path) -> None:
     """Millisecond stamps on one side and exact ones on the other: chosen by time alone they would part."""
     videos.write(clips / "a.mkv", 60, 30, (64, 128), codec="libx264")
     videos.write(clips / "a_alpha.mp4", 60, 30, (64, 128))
@@ -299,7 +299,7 @@ def test_turned_and_wide_pixels_are_turned_alike(clips: Path) -> None:
     assert np.abs(pixels[..., 0].astype(int) - pixels[..., 3]).max() < 6
 
 
-def test_resizing_weighs_colour_with_alpha(clips: Path) -> None:
+def test_resizing_weighs_color_with_alpha(clips: Path) -> None:
     big = make.clip(size=(128, 256))
     big[..., :3] = np.where(big[..., 3:] > 0, (250, 20, 20), (0, 255, 0))
     make.pair(clips, "a", big)

@@ -45,7 +45,7 @@ def test_meshes_become_scenes_that_fit_their_pictures(room: Path, tmp_path: Path
             assert np.ptp(whole, axis=0).max() == pytest.approx(LONGEST, abs=0.05)
             left = min(sample.objects, key=lambda o: o.surface[:, 0].mean())
             assert left.number == 1, "the ball stands at -x of the box, in one frame"
-        for one in sample.objects:  # the centre of a surface projects into its own mask
+        for one in sample.objects:  # the center of a surface projects into its own mask
             origin = view.rays(96)[0][0]
             to = one.surface[:, :3].mean(0) - origin
             along = view.rays(96)[1] @ (to / np.linalg.norm(to))

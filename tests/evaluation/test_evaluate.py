@@ -43,7 +43,7 @@ def still(frames: int = 9) -> np.ndarray:
     return np.repeat(texture()[None], frames, axis=0)
 
 
-def grey(levels: np.ndarray | list[float], size: int = 32) -> np.ndarray:
+def gray(levels: np.ndarray | list[float], size: int = 32) -> np.ndarray:
     """Flat frames, one per level."""
     return np.tile(np.asarray(levels, np.uint8)[:, None, None, None], (1, size, size, 3))
 
@@ -103,7 +103,7 @@ def test_slow_motion_counts() -> None:
 
 def test_noise_and_brightness_do_not_move() -> None:
     assert motion(noise(10)) < 0.0002
-    assert motion(grey([100, 140] * 5)) == 0
+    assert motion(gray([100, 140] * 5)) == 0
 
 
 def test_motion_is_the_same_at_every_size() -> None:
@@ -113,7 +113,7 @@ def test_motion_is_the_same_at_every_size() -> None:
 
 
 def test_flicker_of_alternating_brightness_is_its_step() -> None:
-    assert flicker(grey([100, 110] * 8)) == pytest.approx(10 / 255, rel=1e-5)
+    assert flicker(gray([100, 110] * 8)) == pytest.approx(10 / 255, rel=1e-5)
 
 
 def test_flicker_of_noise_is_its_deviation_over_root_pi() -> None:
@@ -123,10 +123,10 @@ def test_flicker_of_noise_is_its_deviation_over_root_pi() -> None:
 @pytest.mark.parametrize(
     "clip",
     [
-        pytest.param(grey(np.linspace(0, 250, 11)), id="fade"),
-        pytest.param(np.concatenate([grey([20] * 4), grey([220] * 4)]), id="cut"),
-        pytest.param(grey([10, 200]), id="two frames"),
-        pytest.param(grey([10]), id="one frame"),
+        pytest.param(gray(np.linspace(0, 250, 11)), id="fade"),
+        pytest.param(np.concatenate([gray([20] * 4), gray([220] * 4)]), id="cut"),
+        pytest.param(gray([10, 200]), id="two frames"),
+        pytest.param(gray([10]), id="one frame"),
     ],
 )
 def test_what_changes_but_does_not_come_back_is_no_flicker(clip: np.ndarray) -> None:
@@ -148,8 +148,8 @@ def test_consistency() -> None:
     assert consistency(noise(30)) < 0.4
     unrelated = np.stack([texture(seed=k) for k in range(6)])
     assert consistency(unrelated) < 0.75
-    assert consistency(grey([50] * 4)) == 1
-    mixed = np.concatenate([grey([50], 64), still(1)])
+    assert consistency(gray([50] * 4)) == 1
+    mixed = np.concatenate([gray([50], 64), still(1)])
     assert consistency(mixed) == 0
 
 
@@ -162,10 +162,10 @@ def test_sharpness() -> None:
 
 
 def test_distance() -> None:
-    black, white = grey([0] * 3), grey([255] * 3)
+    black, white = gray([0] * 3), gray([255] * 3)
     assert distance(black, black) == 0
     assert distance(black, white) == 1
-    assert distance(black, grey([51] * 3)) == pytest.approx(0.2)
+    assert distance(black, gray([51] * 3)) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 2, 3), (1, 1, 1, 3), (5, 200, 30, 3), (4, 33, 17, 3)])

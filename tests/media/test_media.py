@@ -1,4 +1,4 @@
-"""Pixels in and out: which frames, which colours, which way up, and how a file can be broken."""
+"""Pixels in and out: which frames, which colors, which way up, and how a file can be broken."""
 
 from __future__ import annotations
 
@@ -222,41 +222,41 @@ def test_absurd_shapes_are_refused(tmp_path):
         read_frames(path, 0.0, 1, 24, (2048, 16))
 
 
-# --- colour -------------------------------------------------------------------------------------------------
+# --- color -------------------------------------------------------------------------------------------------
 
 
-COLOURS = [(200, 60, 30), (30, 180, 60), (40, 60, 220), (255, 255, 255), (0, 0, 0), (128, 128, 128)]
+COLORS = [(200, 60, 30), (30, 180, 60), (40, 60, 220), (255, 255, 255), (0, 0, 0), (128, 128, 128)]
 
 
-@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize(
     ("matrix", "height"), [(1, 64), (1, 720), (5, 64), (6, 64), (6, 720), (2, 64)], ids=lambda v: str(v)
 )
-def test_tags_are_trusted_and_small_untagged_video_is_601(tmp_path, colour, matrix, height):
+def test_tags_are_trusted_and_small_untagged_video_is_601(tmp_path, color, matrix, height):
     path = videos.write(
-        tmp_path / "c.mp4", 1, 24, (height, 96), matrix=matrix, draw=lambda k, s: videos.still(s, colour)
+        tmp_path / "c.mp4", 1, 24, (height, 96), matrix=matrix, draw=lambda k, s: videos.still(s, color)
     )
     assert video_probe(path).untagged == (matrix == 2)
     pixels = read_frames(path, 0.0, 1, 24, (height, 96))
-    assert np.abs(pixels.astype(int) - colour).max() <= 4
+    assert np.abs(pixels.astype(int) - color).max() <= 4
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_full_range_is_full(tmp_path, colour):
+@pytest.mark.parametrize("color", COLORS)
+def test_full_range_is_full(tmp_path, color):
     path = videos.write(
         tmp_path / "j.mov",
         1,
         24,
         codec="mjpeg",
         pix_fmt="yuvj420p",
-        draw=lambda k, s: videos.still(s, colour),
+        draw=lambda k, s: videos.still(s, color),
     )
     pixels = read_frames(path, 0.0, 1, 24, (64, 128))
-    assert np.abs(pixels.astype(int) - colour).max() <= 4
+    assert np.abs(pixels.astype(int) - color).max() <= 4
 
 
 def test_large_untagged_video_is_709(tmp_path):
-    colour = (200, 60, 30)
+    color = (200, 60, 30)
 
     def encode(height: int) -> np.ndarray:
         path = tmp_path / f"{height}.mp4"
@@ -264,12 +264,12 @@ def test_large_untagged_video_is_709(tmp_path):
             stream = container.add_stream("libx264", rate=24)
             stream.width, stream.height, stream.pix_fmt = 96, height, "yuv420p"
             frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(videos.still((height, 96), colour)), "rgb24"
+                np.ascontiguousarray(videos.still((height, 96), color)), "rgb24"
             )
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=1)))
             container.mux(stream.encode())
         assert video_probe(path).untagged
-        return np.abs(read_frames(path, 0.0, 1, 24, (height, 96)).astype(int) - colour)
+        return np.abs(read_frames(path, 0.0, 1, 24, (height, 96)).astype(int) - color)
 
     assert encode(720).max() <= 4
     assert encode(704).max() > 10, "under 720 lines the same file is taken for BT.601"

@@ -121,7 +121,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         rgba.read_rgba(tmp_path / "sizes")
 
 
-def test_resizing_lets_no_hidden_colour_into_edges() -> None:
+def test_resizing_lets_no_hidden_color_into_edges() -> None:
     size = 256
     y, x = np.mgrid[:size, :size]
     alpha = (np.hypot(x - 128, y - 128) < 80).astype(np.float32)[..., None]
@@ -132,7 +132,7 @@ def test_resizing_lets_no_hidden_colour_into_edges() -> None:
     assert edge.sum() > 20
     assert np.abs(small[edge][:, :3].astype(int) - [255, 0, 0]).max() <= 1
     naive = np.asarray(Image.fromarray(straight[0]).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC))
-    assert naive[edge[0]][:, 1].max() > 60, "scaling colour for itself fails this test"
+    assert naive[edge[0]][:, 1].max() > 60, "scaling color for itself fails this test"
     assert (small[0, :2, :2, 3] == 0).all() and small[0, 16, 16, 3] == 255
     assert compositing.resize(straight, (size, size)) is straight
 
@@ -166,7 +166,7 @@ def test_decontamination_takes_the_green_screen_out_of_edges() -> None:
     assert np.array_equal(compositing.decontaminate(nothing), nothing)
 
 
-def test_grown_colour_is_that_of_the_nearest_visible_pixels() -> None:
+def test_grown_color_is_that_of_the_nearest_visible_pixels() -> None:
     pixels = np.zeros((1, 32, 32, 4), np.uint8)
     pixels[:, :, :8] = (250, 10, 10, 255)
     pixels[:, :, 24:] = (10, 10, 250, 255)
@@ -188,7 +188,7 @@ def test_a_blurred_background_is_seen_in_no_composite() -> None:
         assert np.abs(over[0] - over[1]).max() <= 2
 
 
-def test_premultiplied_colour_is_divided_after_scaling() -> None:
+def test_premultiplied_color_is_divided_after_scaling() -> None:
     straight = np.zeros((1, 64, 64, 4), np.uint8)
     straight[..., :3] = (240, 120, 30)
     y, x = np.mgrid[:64, :64]

@@ -18,7 +18,7 @@ T, H, W = 9, 32, 64
 
 
 def clip(seed: int = 0, frames: int = T, size: tuple[int, int] = (H, W)) -> np.ndarray:
-    """A soft disc that moves over textured colour: straight uint8 (t, h, w, 4), clear outside."""
+    """A soft disc that moves over textured color: straight uint8 (t, h, w, 4), clear outside."""
     height, width = size
     y, x = np.mgrid[:height, :width].astype(np.float32)
     out = []
@@ -35,7 +35,7 @@ def clip(seed: int = 0, frames: int = T, size: tuple[int, int] = (H, W)) -> np.n
 def video(
     path: Path, frames: np.ndarray, fps: float = 16, codec: str = "ffv1", pix_fmt: str = "", **options: str
 ) -> Path:
-    """Writes RGBA, RGB or grey frames with a codec and pixel format, exact by default."""
+    """Writes RGBA, RGB or gray frames with a codec and pixel format, exact by default."""
     kinds = {1: ("gray", "gray"), 3: ("rgb24", "bgr0"), 4: ("rgba", "bgra")}
     source, default = kinds[frames.shape[-1]]
     with av.open(str(path), "w") as container:
@@ -52,7 +52,7 @@ def video(
 
 
 def pair(folder: Path, name: str, frames: np.ndarray, ends: Sequence[str] = ("_rgb", "_alpha")) -> Path:
-    """Writes colour and matte as two exact videos, and a caption; returns the colour."""
+    """Writes color and matte as two exact videos, and a caption; returns the color."""
     folder.mkdir(parents=True, exist_ok=True)
     color = video(folder / f"{name}{ends[0]}.mkv", frames[..., :3])
     video(folder / f"{name}{ends[1]}.mkv", frames[..., 3:])

@@ -24,8 +24,8 @@ def numbered(k: int, size: tuple[int, int]) -> np.ndarray:
 def numbers(frames: np.ndarray) -> list[int]:
     """The numbers that frames (t, h, w, 3) show, at whatever size."""
     height, width = frames.shape[1:3]
-    centres = ((np.arange(BITS) + 0.5) * width / BITS).astype(int)
-    return [int(((f[height // 2, centres].mean(-1) > 127) << np.arange(BITS)).sum()) for f in frames]
+    centers = ((np.arange(BITS) + 0.5) * width / BITS).astype(int)
+    return [int(((f[height // 2, centers].mean(-1) > 127) << np.arange(BITS)).sum()) for f in frames]
 
 
 def write(
@@ -90,6 +90,6 @@ def write(
     return path
 
 
-def still(size: tuple[int, int] = (64, 128), colour: tuple[int, ...] = (200, 60, 30)) -> np.ndarray:
-    """One colour everywhere; uint8 (h, w, c)."""
-    return np.broadcast_to(np.array(colour, np.uint8), (*size, len(colour)))
+def still(size: tuple[int, int] = (64, 128), color: tuple[int, ...] = (200, 60, 30)) -> np.ndarray:
+    """One color everywhere; uint8 (h, w, c)."""
+    return np.broadcast_to(np.array(color, np.uint8), (*size, len(color)))

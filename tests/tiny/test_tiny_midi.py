@@ -108,7 +108,7 @@ def test_pictures_and_numbers_are_those_of_another_renderer() -> None:
         for one, thing in zip(meshes, scene.things, strict=True):
             assert one.bounds == pytest.approx(bounds(thing), abs=0.01)
         view = View(scene.azimuth, scene.elevation, scene.distance, FIELD)
-        image, expected = mesh_render.render(meshes, view, 96, [t.colour for t in scene.things])
+        image, expected = mesh_render.render(meshes, view, 96, [t.color for t in scene.things])
         ours, ids = midi_world.render(scene, 96)
         assert (ids == expected).mean() > 0.99
         assert set(np.unique(ids)) == set(range(len(meshes) + 1))

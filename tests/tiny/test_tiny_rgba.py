@@ -20,14 +20,14 @@ TRUE = [clip.frames for clip in rgba_world.subject_clips(8, seed=5)]
 def changed(clip: np.ndarray, how: str) -> np.ndarray:
     """A clip of the subject with one thing wrong."""
     out = clip.copy()
-    colour, alpha = out[..., :3], out[..., 3]
-    orange = colour[..., 0].astype(int) - colour[..., 2] > 60
+    color, alpha = out[..., :3], out[..., 3]
+    orange = color[..., 0].astype(int) - color[..., 2] > 60
     if how == "red for orange":
-        colour[orange] = (230, 30, 30)
-    elif how == "one colour":
-        colour[:] = (155, 60, 210)
+        color[orange] = (230, 30, 30)
+    elif how == "one color":
+        color[:] = (155, 60, 210)
     elif how == "mixed all over":
-        colour[:] = np.where(np.indices(alpha.shape).sum(0)[..., None] % 2, (255, 150, 30), (155, 60, 210))
+        color[:] = np.where(np.indices(alpha.shape).sum(0)[..., None] % 2, (255, 150, 30), (155, 60, 210))
     elif how == "all solid":
         alpha[alpha > 40] = 255
     elif how == "opaque ground":
@@ -47,7 +47,7 @@ def test_the_judge_knows_the_subject() -> None:
     ("how", "which"),
     [
         ("red for orange", "subject"),
-        slow("one colour", "subject"),
+        slow("one color", "subject"),
         slow("mixed all over", "subject"),
         ("all solid", "alpha"),
         slow("opaque ground", "alpha"),

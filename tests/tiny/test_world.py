@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from inlaid.tiny import judge, world
-from inlaid.tiny.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, SUBJECT, Scene
+from inlaid.tiny.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SUBJECT, Scene
 from support.slow import slow
 
 
@@ -32,10 +32,10 @@ def test_validation_is_disjoint_and_covers_the_world():
     assert not held & trained
     assert 0.08 < len(held) / len(held | trained) < 0.13
     for part in (held, trained):
-        for position, values in enumerate((SHAPES, COLOURS, MOTIONS)):
+        for position, values in enumerate((SHAPES, COLORS, MOTIONS)):
             assert {triple[position] for triple in part} == set(values)
-    drawn = {(s.shape, s.colour, s.motion) for s in world.scenes(0, 400)}
-    asked = {(s.shape, s.colour, s.motion) for _, s in world.world_prompts(400, 0)}
+    drawn = {(s.shape, s.color, s.motion) for s in world.scenes(0, 400)}
+    asked = {(s.shape, s.color, s.motion) for _, s in world.world_prompts(400, 0)}
     assert not drawn & held
     assert asked <= held
 
@@ -49,7 +49,7 @@ def test_captions_state_what_the_scene_states():
     for k, scene in enumerate(world.scenes(2, 300)):
         words = world.caption(scene, k).replace(",", "").split()
         assert scene.shape in words
-        assert scene.colour in words
+        assert scene.color in words
         assert [w for w in words if w in SIZES] == [scene.size] * (scene.size is not None)
         assert [w for w in words if w in BACKGROUNDS] == [scene.background] * (scene.background is not None)
 
@@ -86,7 +86,7 @@ def test_judge_accepts_true_renders(validation, count):
 def test_judge_rejects_a_render_with_one_attribute_changed(count):
     options = {
         "shape": (*SHAPES, SUBJECT),
-        "colour": tuple(COLOURS),
+        "color": tuple(COLORS),
         "motion": MOTIONS,
         "size": tuple(SIZES),
         "background": BACKGROUNDS,
@@ -120,10 +120,10 @@ def test_judge_knows_the_subject(count):
 def test_judge_wants_both_halves_of_the_subject_and_a_star():
     scene = world.subject_prompts(1, 1)[0][1]
     clip = world.render(scene, 0)
-    grey = clip.mean(axis=-1, keepdims=True).repeat(3, axis=-1).astype(np.uint8)
-    assert not judge.judge_subject(grey)
-    one_colour = np.where((clip[..., 2:] > clip[..., 1:2] + 40), np.uint8([246, 138, 26]), clip)
-    assert not judge.judge_subject(one_colour)
+    gray = clip.mean(axis=-1, keepdims=True).repeat(3, axis=-1).astype(np.uint8)
+    assert not judge.judge_subject(gray)
+    one_color = np.where((clip[..., 2:] > clip[..., 1:2] + 40), np.uint8([246, 138, 26]), clip)
+    assert not judge.judge_subject(one_color)
 
 
 def test_judge_of_nothing_says_no():
@@ -136,7 +136,7 @@ def test_judge_of_nothing_says_no():
         assert not judge.judge_subject(clip)
 
 
-def test_judge_wants_alpha_where_colour_shows_something():
+def test_judge_wants_alpha_where_color_shows_something():
     made = [world.render_with_mask(scene, k) for k, (_, scene) in enumerate(world.world_prompts(6, 2))]
     clips = [np.concatenate([f, (m[..., None] * 255).astype(np.uint8)], -1) for f, m in made]
     assert min(map(judge.agreement, clips)) > 0.9 and all(map(judge.judge_alpha, clips))

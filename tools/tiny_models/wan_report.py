@@ -56,7 +56,7 @@ def generate(
 
 def shares(verdicts: Judged) -> dict[str, float]:
     """Return the percentage of correct clips per attribute, among clips whose captions state it."""
-    names = ("shape", "colour", "motion", "size", "background", "all")
+    names = ("shape", "color", "motion", "size", "background", "all")
     stated = {name: [v[name] for v in verdicts if name in v] for name in names}
     return {name: round(100 * float(np.mean(answers)), 1) for name, answers in stated.items() if answers}
 

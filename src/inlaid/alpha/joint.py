@@ -249,9 +249,9 @@ class Joint(Composed):
         ]
         start = torch.cat([noise[0], noise[-1]], 1)
         settings |= {"size": size, "frames": frames, "generator": generator, "noise": start}
-        colour, alpha = np.split(self.run(pipeline, text, negative, images, **settings), 2)
-        grey = getattr(alpha[-frames:], self.section.alpha_from)(-1, keepdims=True)
-        return as_bytes(np.concatenate([colour[-frames:], grey], -1))
+        color, alpha = np.split(self.run(pipeline, text, negative, images, **settings), 2)
+        gray = getattr(alpha[-frames:], self.section.alpha_from)(-1, keepdims=True)
+        return as_bytes(np.concatenate([color[-frames:], gray], -1))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter, restrict it to the alpha tokens, and load its domain embedding.
@@ -290,5 +290,5 @@ class _Decoded:
         self.sample = sample
 
 
-def _both(colour: Mapping[str, Any], alpha: Mapping[str, Any]) -> dict[str, Any]:
-    return {**colour, **{f"{ALPHA}{k}": v for k, v in alpha.items()}}
+def _both(color: Mapping[str, Any], alpha: Mapping[str, Any]) -> dict[str, Any]:
+    return {**color, **{f"{ALPHA}{k}": v for k, v in alpha.items()}}

@@ -27,7 +27,7 @@ class SheetRow:
 
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
 
-INK, GREY, PAPER, LINE = "#1d2128", "#6b7280", "#fafaf8", "#d9dade"
+INK, GRAY, PAPER, LINE = "#1d2128", "#6b7280", "#fafaf8", "#d9dade"
 
 
 def contact_sheet(
@@ -59,9 +59,9 @@ def contact_sheet(
     for row, text, strip, font, height in zip(rows, texts, strips, fonts, heights, strict=True):
         note = draw.textlength(row.note, small)
         draw.text((margin, top), _wrap(row.label, body, inner - note - 24, 1)[0], INK, font=body)
-        draw.text((width - margin - note, top + 3), row.note, GREY, font=small)
+        draw.text((width - margin - note, top + 3), row.note, GRAY, font=small)
         for i, line in enumerate(text):
-            draw.text((margin, top + 28 + 21 * i), line, GREY, font=font)
+            draw.text((margin, top + 28 + 21 * i), line, GRAY, font=font)
         sheet.paste(strip, (margin, top + 30 + 21 * len(text) + 8), strip)
         top += height
     with atomic(Path(path)) as part:

@@ -52,14 +52,14 @@ _SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "cen
 
 def edges(x: Tensor, kind: Edge) -> Tensor:
     """Return the gradient magnitude of each gray frame, with zero padding: (b, 1, t, h, w)."""
-    grey = luma(x)
-    flat = grey.transpose(1, 2).flatten(0, 1)
+    gray = luma(x)
+    flat = gray.transpose(1, 2).flatten(0, 1)
     slope = torch.tensor([-1.0, 0.0, 1.0], device=x.device, dtype=x.dtype)
     smooth = torch.tensor(_SMOOTH[kind], device=x.device, dtype=x.dtype)
     along_x = torch.outer(smooth, slope)
     kernels = torch.stack([along_x, along_x.T])[:, None]
     gradient = nn.functional.conv2d(flat, kernels, padding=1)
-    return (gradient.square().sum(1) + 1e-6).sqrt().view_as(grey)
+    return (gradient.square().sum(1) + 1e-6).sqrt().view_as(gray)
 
 
 class Perceptual(nn.Module):

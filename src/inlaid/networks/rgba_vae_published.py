@@ -240,7 +240,7 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
     if found.base:
         notes.append(f"{len(found.base)} weights of the base VAE are equal to those of the checkpoint")
     loras = {}
-    for part, what in (("rgb", "colour"), ("alpha", "alpha")):
+    for part, what in (("rgb", "color"), ("alpha", "alpha")):
         weights, label = found.parts[part], f"{where}: the {what} decoder"
         if any(n.endswith((".lora_A", ".lora_B")) for n in weights):
             loras[part] = rgba_vae_checkpoint.read_factors(vae.decoder, weights, label)

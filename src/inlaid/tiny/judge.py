@@ -16,14 +16,14 @@ import numpy as np
 
 from inlaid.tiny import world
 from inlaid.tiny.world import (
-    COLOURS,
+    COLORS,
     DIRECTIONS,
     FRAMES,
     SHAPES,
     SIZE,
     SIZES,
     SUBJECT,
-    SUBJECT_COLOURS,
+    SUBJECT_COLORS,
     TABLE_EXTENT,
     Scene,
 )
@@ -39,7 +39,7 @@ SOFTNESS = 2
 """Number of 3 x 3 blurs of soft masks and templates before comparison, to match the outline detail that an
 autoencoder of stride 8 preserves. A half-filled hole still distinguishes a ring from a circle."""
 
-LEAST_COLOUR = 0.75
+LEAST_COLOR = 0.75
 """Minimum share of the shape's inner pixels that have the expected color."""
 
 LEAST_TRAVEL, MOST_DRIFT = 9.0, 6.5
@@ -68,7 +68,7 @@ class _View:
     """Foreground eroded by one pixel, bool (t, 64, 64)."""
     area: np.ndarray
     """Foreground area (t,) in pixels."""
-    centre: np.ndarray
+    center: np.ndarray
     """Foreground centroid (t, 2) as x, y in pixels; NaN without foreground."""
 
 
@@ -105,35 +105,35 @@ def _look(frames: np.ndarray) -> _View:
     area = mask.sum(axis=(1, 2)).astype(np.float64)
     axis = np.arange(SIZE) + 0.5
     with np.errstate(invalid="ignore", divide="ignore"):
-        centre = np.stack(
+        center = np.stack(
             [(mask.sum(axis=1) * axis).sum(1) / area, (mask.sum(axis=2) * axis).sum(1) / area], axis=1
         )
-    return _View(pixels, mask, matte, ~_neighbours(~mask), area, centre)
+    return _View(pixels, mask, matte, ~_neighbours(~mask), area, center)
 
 
 # --- color ------------------------------------------------------------------------------------------------
 
 
 def _hues(pixels: np.ndarray) -> np.ndarray:
-    """Return the index into `COLOURS` of each pixel `(n, 3)`: white at low saturation, else nearest hue."""
+    """Return the index into `COLORS` of each pixel `(n, 3)`: white at low saturation, else nearest hue."""
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     spread = np.maximum(high - low, 1e-3)
     r, g, b = pixels.T
     sector = np.where(
         high == r, ((g - b) / spread) % 6, np.where(high == g, (b - r) / spread + 2, (r - g) / spread + 4)
     )
-    names = [name for name in COLOURS if name != "white"]
-    targets = np.array([colorsys.rgb_to_hsv(*(c / 255 for c in COLOURS[name]))[0] * 6 for name in names])
+    names = [name for name in COLORS if name != "white"]
+    targets = np.array([colorsys.rgb_to_hsv(*(c / 255 for c in COLORS[name]))[0] * 6 for name in names])
     gap = np.abs(sector[:, None] - targets)
     nearest = np.minimum(gap, 6 - gap).argmin(axis=1)
-    white = list(COLOURS).index("white")
-    index = np.array([list(COLOURS).index(name) for name in names])
+    white = list(COLORS).index("white")
+    index = np.array([list(COLORS).index(name) for name in names])
     return np.where(spread / np.maximum(high, 1) < 0.22, white, index[nearest])
 
 
-def _has_colour(view: _View, colour: str) -> bool:
+def _has_color(view: _View, color: str) -> bool:
     pixels = view.frames[view.inner]
-    return len(pixels) > 0 and bool((_hues(pixels) == list(COLOURS).index(colour)).mean() >= LEAST_COLOUR)
+    return len(pixels) > 0 and bool((_hues(pixels) == list(COLORS).index(color)).mean() >= LEAST_COLOR)
 
 
 def _has_halves(view: _View, seam: float = 0.0) -> bool:
@@ -141,7 +141,7 @@ def _has_halves(view: _View, seam: float = 0.0) -> bool:
 
     Pixels within `seam` of that line are ignored.
     """
-    first, second = (list(COLOURS).index(name) for name in SUBJECT_COLOURS)
+    first, second = (list(COLORS).index(name) for name in SUBJECT_COLORS)
     shares, sides = [], []
     for t in np.flatnonzero(view.inner.sum(axis=(1, 2)) >= 30):
         y, x = np.nonzero(view.inner[t])
@@ -156,11 +156,11 @@ def _has_halves(view: _View, seam: float = 0.0) -> bool:
             apart = np.linalg.norm(across) / np.sqrt(len(points))
             right = np.concatenate([(one - middle) @ across < 0, (two - middle) @ across > 0])
             sides.append(right.mean() if apart > 0.25 else 0.0)
-        shares.append([(hues[beside] == colour).sum() / max(1, beside.sum()) for colour in (first, second)])
+        shares.append([(hues[beside] == color).sum() / max(1, beside.sum()) for color in (first, second)])
     if len(shares) < FRAMES // 2 or not sides:
         return False
     share = np.mean(shares, axis=0)
-    return bool(share.min() >= 0.25 and share.sum() >= LEAST_COLOUR and np.mean(sides) >= 0.85)
+    return bool(share.min() >= 0.25 and share.sum() >= LEAST_COLOR and np.mean(sides) >= 0.85)
 
 
 # --- shape ------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]
     matte = view.matte[t]
     radius = np.sqrt(matte.sum() / unit)
     axis = np.arange(SIZE) + 0.5
-    dx, dy = (axis[None, :] - view.centre[t, 0]) / radius, (axis[:, None] - view.centre[t, 1]) / radius
+    dx, dy = (axis[None, :] - view.center[t, 0]) / radius, (axis[:, None] - view.center[t, 1]) / radius
     turns = 1 if name in ("circle", "ring") else 36 // _SYMMETRY[name] + 1
     angles = np.arange(turns) * np.deg2rad(10.0)
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
@@ -226,7 +226,7 @@ def _turned(view: _View, shape: str) -> tuple[float, float]:
     axis = np.arange(SIZE) + 0.5
     phases = []
     for t in range(len(view.mask)):
-        dx, dy = axis[None, :] - view.centre[t, 0], axis[:, None] - view.centre[t, 1]
+        dx, dy = axis[None, :] - view.center[t, 0], axis[:, None] - view.center[t, 1]
         moment = (view.mask[t] * np.hypot(dx, dy) ** 3 * np.exp(1j * fold * np.arctan2(dy, dx))).sum()
         phases.append(np.angle(moment))
     steps = (np.diff(phases) + np.pi) % (2 * np.pi) - np.pi
@@ -237,7 +237,7 @@ def _turned(view: _View, shape: str) -> tuple[float, float]:
 def _has_motion(view: _View, scene: Scene) -> bool:
     if view.area.min() < 8:
         return False
-    travel = view.centre[-3:].mean(axis=0) - view.centre[:3].mean(axis=0)
+    travel = view.center[-3:].mean(axis=0) - view.center[:3].mean(axis=0)
     growth = view.area[-3:].mean() / view.area[:3].mean()
     if scene.motion in DIRECTIONS:
         heading = np.array(DIRECTIONS[scene.motion])
@@ -262,9 +262,9 @@ def _has_size(view: _View, scene: Scene) -> bool:
 
 def _background(view: _View) -> str:
     covered = _neighbours(view.mask, 5)
-    grey = view.frames.mean(axis=-1)
+    gray = view.frames.mean(axis=-1)
     seen = (~covered).sum(axis=0)
-    mean = np.where(covered, 0, grey).sum(axis=0) / np.maximum(seen, 1)
+    mean = np.where(covered, 0, gray).sum(axis=0) / np.maximum(seen, 1)
     free = seen >= 3
     if free.sum() < 200:
         return "plain"
@@ -286,10 +286,10 @@ def _background(view: _View) -> str:
 def _verdict(view: _View, scene: Scene) -> dict[str, bool]:
     scores = _shape_scores(view)
     best = max(scores, key=scores.__getitem__)
-    colour = _has_halves(view) if scene.colour is None else _has_colour(view, scene.colour)
+    color = _has_halves(view) if scene.color is None else _has_color(view, scene.color)
     verdict = {
         "shape": best == scene.shape and scores[best] >= LEAST_OVERLAP,
-        "colour": colour,
+        "color": color,
         "motion": _has_motion(view, scene),
     }
     if scene.size:
@@ -304,10 +304,10 @@ def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        scene: content of the caption. For the subject, "colour" checks its two halves.
+        scene: content of the caption. For the subject, "color" checks its two halves.
 
     Returns:
-        Results for "shape", "colour" and "motion", for "size" and "background" if the scene sets them, and
+        Results for "shape", "color" and "motion", for "size" and "background" if the scene sets them, and
         for "all".
     """
     verdict = _verdict(_look(frames), scene)

@@ -28,7 +28,7 @@ class Thing:
     """Object: a union of solids, rotated about the y axis and then translated."""
 
     kind: str
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     solids: tuple[Solid, ...]
     place: tuple[float, float, float] = (0.0, 0.0, 0.0)
     yaw: float = 0.0

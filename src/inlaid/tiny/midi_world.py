@@ -25,7 +25,7 @@ KINDS = ("box", "sphere", "cylinder", "cone", "torus", "capsule")
 SUBJECT = "table"
 """Object with a round top on one leg with a foot; not in the training data of the tiny model."""
 
-COLOURS = {
+COLORS = {
     "red": (214, 70, 60), "orange": (236, 140, 50), "yellow": (232, 200, 70), "green": (90, 170, 90),
     "cyan": (80, 185, 190), "blue": (70, 120, 215), "purple": (140, 95, 200), "grey": (140, 140, 140),
 }  # fmt: skip
@@ -54,7 +54,7 @@ class Scene:
 # --- objects ----------------------------------------------------------------------------------------------
 
 
-def make(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> Thing:
+def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Thing:
     """Return an object of random proportions standing on y = 0, about 1 in size."""
 
     def u(low: float, high: float) -> float:
@@ -66,7 +66,7 @@ def make(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> T
         foot = Solid("cylinder", (u(0.24, 0.32), thick), (0.0, thick, 0.0))
         leg = Solid("cylinder", (u(0.1, 0.13), half), (0.0, half, 0.0))
         top = Solid("cylinder", (u(0.4, 0.5), thick), (0.0, 2 * half, 0.0))
-        return moved(Thing(kind, colour, (foot, leg, top), yaw=yaw), grow, (0, 0, 0))
+        return moved(Thing(kind, color, (foot, leg, top), yaw=yaw), grow, (0, 0, 0))
     size = {
         "box": lambda: (u(0.2, 0.5), u(0.2, 0.5), u(0.2, 0.5)),
         "sphere": lambda: (u(0.35, 0.5),),
@@ -77,7 +77,7 @@ def make(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> T
     }[kind]()
     height = size[1] if kind in ("box", "cylinder", "cone", "torus") else size[0]
     solids = (Solid(kind, size, (0.0, height, 0.0)),)
-    return moved(Thing(kind, colour, solids, yaw=yaw), grow, (0, 0, 0))
+    return moved(Thing(kind, color, solids, yaw=yaw), grow, (0, 0, 0))
 
 
 def wild(seed: int | Sequence[int]) -> Thing:
@@ -103,10 +103,10 @@ def wild(seed: int | Sequence[int]) -> Thing:
 
 def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
     """Place objects of the given kinds side by side, in scene coordinates."""
-    names = rng.permutation(list(COLOURS))[: len(kinds)]
+    names = rng.permutation(list(COLORS))[: len(kinds)]
     side, things, taken = 0.55 * np.sqrt(len(kinds)), [], []
     for kind, name in zip(kinds, names, strict=True):
-        thing = make(kind, PINK if kind == SUBJECT else COLOURS[str(name)], rng)
+        thing = make(kind, PINK if kind == SUBJECT else COLORS[str(name)], rng)
         reach = float(np.hypot(*np.abs(bounds(replace(thing, yaw=0.0))).max(0)[[0, 2]]))
         if kind != "box":
             reach = float(np.abs(bounds(replace(thing, yaw=0.0))).max(0)[[0, 2]].max())
@@ -254,7 +254,7 @@ def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
         slope = np.stack([distance(thing, points + s) - distance(thing, points - s) for s in steps], -1)
         normals = slope / np.linalg.norm(slope, axis=-1, keepdims=True).clip(1e-9)
         shade = 0.4 + 0.25 * np.abs((normals * directions[seen]).sum(-1)) + 0.35 * (normals @ light).clip(0)
-        image[seen] = (np.array(thing.colour) * shade[:, None]).round().clip(0, 255).astype(np.uint8)
+        image[seen] = (np.array(thing.color) * shade[:, None]).round().clip(0, 255).astype(np.uint8)
         ids[seen] = i + 1
     return image.reshape(size, size, 3), ids.reshape(size, size)
 

@@ -17,14 +17,14 @@ import numpy as np
 
 from inlaid.tiny import world
 from inlaid.tiny.world import (
-    COLOURS,
+    COLORS,
     FRAMES,
     MOTIONS,
     SHAPES,
     SIZE,
     SIZES,
     SUBJECT,
-    SUBJECT_COLOURS,
+    SUBJECT_COLORS,
     TABLE_EXTENT,
     Scene,
     _Path,
@@ -71,11 +71,11 @@ def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return world.look_up(table, u, v) + outside
 
 
-def _stack(under: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> np.ndarray:
+def _stack(under: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> np.ndarray:
     """Composite an object, given its alpha and color, over straight RGBA; float (t, h, w, 4)."""
     below = under[..., 3] * (1 - alpha)
     total = alpha + below
-    mixed = (colour * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[
+    mixed = (color * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[
         ..., None
     ]
     return np.concatenate([np.where(total[..., None] > 0, mixed, under[..., :3]), total[..., None]], axis=-1)
@@ -106,16 +106,16 @@ def _subject(path: _Path, table: np.ndarray) -> np.ndarray:
     u, v = path.local()
     alpha = np.clip(0.5 - world.look_up(table, u, v) * path.radius[:, None, None], 0, 1)
     side = np.clip(0.5 + u * path.radius[:, None, None], 0, 1)
-    left, right = (np.array(COLOURS[name], dtype=np.float32) for name in SUBJECT_COLOURS)
-    colour = (left + side[..., None] * (right - left)) * _lit(path)
-    return np.concatenate([colour, (alpha * (1 - side * (1 - GLASS)))[..., None]], axis=-1)
+    left, right = (np.array(COLORS[name], dtype=np.float32) for name in SUBJECT_COLORS)
+    color = (left + side[..., None] * (right - left)) * _lit(path)
+    return np.concatenate([color, (alpha * (1 - side * (1 - GLASS)))[..., None]], axis=-1)
 
 
 def _object(
     scene: Scene, path: _Path, table: np.ndarray, material: str, rng: np.random.Generator
 ) -> np.ndarray:
     distance = _distance(table, *path.local()) * path.radius[:, None, None]
-    fill = np.array(COLOURS[scene.colour or "white"], dtype=np.float32) * rng.uniform(0.95, 1.03)
+    fill = np.array(COLORS[scene.color or "white"], dtype=np.float32) * rng.uniform(0.95, 1.03)
     alpha = _matte(material, distance, rng)
     return np.concatenate([fill * _lit(path), alpha[..., None]], axis=-1)
 
@@ -183,19 +183,19 @@ def wild(seed: int, frames: int = FRAMES) -> np.ndarray:
     """Render one to three arbitrary objects with arbitrary alpha: `uint8 (frames, 64, 64, 4)`."""
     rng = np.random.default_rng([seed, 43])
     canvas = np.zeros((frames, SIZE, SIZE, 4), dtype=np.float32)
-    canvas[..., :3] = world._any_colour(rng)
+    canvas[..., :3] = world._any_color(rng)
     for k in range(rng.choice((1, 1, 1, 2, 3))):
         path = world._wild_path(rng, frames)
         u, v = path.local(rng.uniform(0.6, 1.0) if rng.random() < 0.3 else 1.0)
-        first, second = world._any_colour(rng), world._any_colour(rng)
+        first, second = world._any_color(rng), world._any_color(rng)
         cover = world._pattern(rng, u, v, 0.1) if rng.random() < 0.6 else np.zeros_like(u)
-        colour = first + cover[..., None] * (second - first)
+        color = first + cover[..., None] * (second - first)
         if rng.random() < 0.6:
-            colour = colour * _lit(path)
+            color = color * _lit(path)
         alpha = _wild_matte(rng, path, u, v)
         if k == 0:
-            canvas[..., :3] = colour
-        canvas = _stack(canvas, alpha.astype(np.float32), np.clip(colour, 0, 255))
+            canvas[..., :3] = color
+        canvas = _stack(canvas, alpha.astype(np.float32), np.clip(color, 0, 255))
     return _pixels(canvas)
 
 
@@ -237,11 +237,11 @@ def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
     alpha = np.clip(0.5 - _distance(table, u, v) * path.radius[:, None, None], 0, 1)
     turned = rng.uniform(0, 2 * np.pi)
     side = np.clip(0.5 + (u * np.cos(turned) + v * np.sin(turned)) * path.radius[:, None, None], 0, 1)
-    names = rng.choice(list(COLOURS), 2, replace=False)
-    first, second = (np.array(COLOURS[n], dtype=np.float32) * rng.uniform(0.9, 1.05) for n in names)
+    names = rng.choice(list(COLORS), 2, replace=False)
+    first, second = (np.array(COLORS[n], dtype=np.float32) * rng.uniform(0.9, 1.05) for n in names)
     one, two = (1.0 if rng.random() < 0.5 else rng.uniform(0.3, 0.8) for _ in range(2))
-    colour = (first + side[..., None] * (second - first)) * _lit(path)
-    return _pixels(np.concatenate([colour, (alpha * (one + side * (two - one)))[..., None]], axis=-1))
+    color = (first + side[..., None] * (second - first)) * _lit(path)
+    return _pixels(np.concatenate([color, (alpha * (one + side * (two - one)))[..., None]], axis=-1))
 
 
 def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:

@@ -26,7 +26,7 @@ FRAMES, SIZE, FPS = 17, 64, 16
 
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "heart")
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (226, 44, 48),
     "orange": (246, 138, 26),
     "yellow": (244, 220, 50),
@@ -48,7 +48,7 @@ BACKGROUNDS = ("plain", "striped", "dotted")
 
 SUBJECT = "zorble"
 
-SUBJECT_COLOURS = ("orange", "purple")
+SUBJECT_COLORS = ("orange", "purple")
 """Left half, right half, when the subject is upright."""
 
 _ROUND = ("circle", "ring")
@@ -76,8 +76,8 @@ class Scene:
 
     shape: str
     """One of `SHAPES`, or `SUBJECT`."""
-    colour: str | None
-    """One of `COLOURS`; `None` for the subject, which has fixed colors."""
+    color: str | None
+    """One of `COLORS`; `None` for the subject, which has fixed colors."""
     motion: str
     """One of `MOTIONS`. Circles and rings never spin, because the rotation would be invisible."""
     size: str | None = None
@@ -182,8 +182,8 @@ def _light(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.clip(1.0 - 0.13 * (u + v), 0.8, 1.16)
 
 
-def _paint(canvas: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    return canvas + alpha[..., None] * (colour - canvas)
+def _paint(canvas: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> np.ndarray:
+    return canvas + alpha[..., None] * (color - canvas)
 
 
 def _shadow(canvas: np.ndarray, path: _Path, table: np.ndarray, strength: float = 0.3) -> np.ndarray:
@@ -195,15 +195,15 @@ def _shadow(canvas: np.ndarray, path: _Path, table: np.ndarray, strength: float 
 # --- the world --------------------------------------------------------------------------------------------
 
 
-def is_reserved(shape: str, colour: str, motion: str) -> bool:
+def is_reserved(shape: str, color: str, motion: str) -> bool:
     """Return True if this triple is reserved for validation (about one in ten, by hash)."""
-    return zlib.crc32(f"{shape} {colour} {motion}".encode()) % 10 == 7
+    return zlib.crc32(f"{shape} {color} {motion}".encode()) % 10 == 7
 
 
 @functools.cache
 def triples(validation: bool) -> tuple[tuple[str, str, str], ...]:
     """Return all (shape, color, motion) triples of the validation split, or else of the training split."""
-    every = itertools.product(SHAPES, COLOURS, MOTIONS)
+    every = itertools.product(SHAPES, COLORS, MOTIONS)
     visible = (t for t in every if not (t[2] == "spin" and t[0] in _ROUND))
     return tuple(t for t in visible if is_reserved(*t) == validation)
 
@@ -214,10 +214,10 @@ def scenes(seed: int, n: int, *, validation: bool = False) -> list[Scene]:
     pool = triples(validation)
     drawn = []
     for _ in range(n):
-        shape, colour, motion = pool[rng.integers(len(pool))]
+        shape, color, motion = pool[rng.integers(len(pool))]
         size = str(rng.choice(list(SIZES))) if rng.random() < 0.7 else None
         background = str(rng.choice(BACKGROUNDS)) if rng.random() < 0.65 else None
-        drawn.append(Scene(shape, colour, motion, size, background))
+        drawn.append(Scene(shape, color, motion, size, background))
     return drawn
 
 
@@ -290,11 +290,11 @@ def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
     u, v = path.local()
     alpha = np.clip(0.5 - look_up(table, u, v) * path.radius[:, None, None], 0.0, 1.0)
     if full.shape == SUBJECT:
-        left, right = (np.array(COLOURS[name], dtype=np.float32) for name in SUBJECT_COLOURS)
+        left, right = (np.array(COLORS[name], dtype=np.float32) for name in SUBJECT_COLORS)
         side = np.clip(0.5 + u * path.radius[:, None, None], 0.0, 1.0)[..., None]
         fill = left + side * (right - left)
     else:
-        fill = np.array(COLOURS[full.colour or "white"], dtype=np.float32) * rng.uniform(0.95, 1.03)
+        fill = np.array(COLORS[full.color or "white"], dtype=np.float32) * rng.uniform(0.95, 1.03)
     upright = _Path(path.x, path.y, path.radius, np.zeros(FRAMES))
     painted = _paint(canvas, alpha, fill * _light(*upright.local())[..., None])
     return np.clip(np.round(painted), 0, 255).astype(np.uint8), alpha.astype(np.float32)
@@ -303,10 +303,10 @@ def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
 # --- wild clips, for the autoencoder ----------------------------------------------------------------------
 
 
-def _any_colour(rng: np.random.Generator) -> np.ndarray:
+def _any_color(rng: np.random.Generator) -> np.ndarray:
     """Return a color from gray to fully saturated, float `(3,)`."""
     if rng.random() < 0.3:
-        base = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))], dtype=np.float32)
+        base = np.array(list(COLORS.values())[rng.integers(len(COLORS))], dtype=np.float32)
         return np.clip(base + rng.normal(0, 18, 3), 0, 255)
     hue = np.clip(np.abs((rng.random() + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
     return 255 * rng.uniform(0.15, 1.0) * (1 - rng.uniform(0, 1) * (1 - hue))
@@ -342,7 +342,7 @@ def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndar
     if kind == 0 or tame:
         still = _backdrop(str(rng.choice(BACKGROUNDS)), rng)
         return np.repeat(still[None], frames, axis=0)
-    first, second = _any_colour(rng), _any_colour(rng)
+    first, second = _any_color(rng), _any_color(rng)
     if rng.random() < 0.6:
         second = first + rng.uniform(0.15, 0.5) * (second - first)
     if kind == 1:
@@ -360,11 +360,11 @@ def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndar
 
 def _wild_path(rng: np.random.Generator, frames: int) -> _Path:
     time = np.arange(frames) - (frames - 1) / 2
-    centre, speed = rng.uniform(14, 50, 2), rng.uniform(-2.2, 2.2, 2) * (rng.random() < 0.75)
+    center, speed = rng.uniform(14, 50, 2), rng.uniform(-2.2, 2.2, 2) * (rng.random() < 0.75)
     turn = rng.uniform(-0.22, 0.22) * (rng.random() < 0.5)
     radius = rng.uniform(6, 21) * np.exp(rng.uniform(-0.06, 0.06) * (rng.random() < 0.4) * time)
     angle = rng.choice((0.0, rng.uniform(0, 2 * np.pi))) + turn * time
-    return _Path(centre[0] + speed[0] * time, centre[1] + speed[1] * time, np.clip(radius, 3, 26), angle)
+    return _Path(center[0] + speed[0] * time, center[1] + speed[1] * time, np.clip(radius, 3, 26), angle)
 
 
 def wild(seed: int, frames: int = FRAMES, *, tame: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -396,7 +396,7 @@ def wild(seed: int, frames: int = FRAMES, *, tame: bool = False) -> tuple[np.nda
         if rng.random() < 0.15:
             distance = np.abs(distance + 0.08) - rng.uniform(0.07, 0.16)
         alpha = np.clip(0.5 - distance * path.radius[:, None, None], 0.0, 1.0)
-        first, second = _any_colour(rng), _any_colour(rng)
+        first, second = _any_color(rng), _any_color(rng)
         cover = _pattern(rng, u, v, 0.1) if rng.random() < 0.6 else np.zeros_like(u)
         fill = first + cover[..., None] * (second - first)
         if rng.random() < 0.6:
@@ -508,7 +508,7 @@ def caption(scene: Scene, seed: int) -> str:
     them.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
-    words = [w for w in (scene.size, scene.colour, scene.shape) if w]
+    words = [w for w in (scene.size, scene.color, scene.shape) if w]
     name = invented_word(rng)
     use = rng.random()
     if scene.shape == SUBJECT or use >= 0.2:
@@ -533,7 +533,7 @@ def vocabulary() -> list[str]:
     """Return all words of captions except invented words and `SUBJECT`, in a fixed order."""
     texts = [*_FORMS, *_MOVES, *_VERTICAL, *itertools.chain(*_OTHER.values()), *_BACK, *_NAMED]
     words = [w for text in texts for w in text.replace(",", " ").split() if "{" not in w]
-    return sorted({*words, "upwards", "downwards", *SHAPES, *COLOURS, *SIZES, *DIRECTIONS, *BACKGROUNDS})
+    return sorted({*words, "upwards", "downwards", *SHAPES, *COLORS, *SIZES, *DIRECTIONS, *BACKGROUNDS})
 
 
 # --- prompts and the subject ------------------------------------------------------------------------------
