@@ -55,12 +55,30 @@ def train_(recipe: Recipe, overrides: Overrides = None) -> None:
         echo(f"{run}\nnext: {samples}inlaid evaluate {run}")
 
 
+Prompts = Annotated[
+    list[str] | None, typer.Argument(metavar="PROMPTS", help="One or more prompts.", show_default=False)
+]
+
+Strength = Annotated[
+    float,
+    typer.Option(help="Scale of the adapter: 1 is the fine-tuned model; for a LoRA, 0 is the base model."),
+]
+
+Transparent = Annotated[
+    str | None,
+    typer.Option(
+        metavar="mov,webm,png",
+        help="File formats of transparent videos, separated by commas: mov, webm, png, apng, mkv. "
+        "Default: `sample.transparent`.",
+        show_default=False,
+    ),
+]
+
+
 @app.command("generate")
 def generate_(
     run: RunFolder,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPTS", help="One or more prompts.", show_default=False)
-    ] = None,
+    prompts: Prompts = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Text file with one prompt per line.")
     ] = None,
@@ -76,27 +94,14 @@ def generate_(
             "Default: the final weights."
         ),
     ] = None,
-    strength: Annotated[
-        float,
-        typer.Option(
-            help="Scale of the adapter: 1 is the fine-tuned model; for a LoRA, 0 is the base model."
-        ),
-    ] = 1.0,
+    strength: Strength = 1.0,
     size: Size = None,
     frames: Frames = None,
     steps: Steps = None,
     guidance: Guidance = None,
     negative: Negative = None,
     seed: Seed = None,
-    transparent: Annotated[
-        str | None,
-        typer.Option(
-            metavar="mov,webm,png",
-            help="File formats of transparent videos, separated by commas: mov, webm, png, apng, mkv. "
-            "Default: `sample.transparent`.",
-            show_default=False,
-        ),
-    ] = None,
+    transparent: Transparent = None,
     seg: Annotated[
         list[Path] | None,
         typer.Option(help="Scenes: segmentation image of each --image.", show_default=False),

@@ -55,8 +55,8 @@ class Source(Section):
     """Folder of clips, manifest (`.csv`, `.jsonl`, `.json`), folder with `prompts.txt` and `videos.txt`, or
     folder of precomputed latents from another trainer."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl", "precomputed"] = "auto"
-    """Layout of clips and captions; `auto` detects it. `precomputed` reads latents and text embeddings instead
-    of clips; `auto` selects it if the folder has such files and no video lacks them."""
+    """Layout of clips and captions; `auto` detects it. `precomputed` reads latents and text embeddings, not
+    clips; `auto` selects it if the folder has such files and no video lacks them."""
     root: str | None = None
     """Folder that the paths in the manifest are relative to; paths outside of it are errors. Default:
     the folder of the manifest."""
