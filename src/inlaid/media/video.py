@@ -95,7 +95,9 @@ def _probe_video(path: Path) -> Probe:
     steps = np.diff(times)
     mean = float(times[-1] - times[0]) / len(steps) if len(steps) else 0.0
     interval = float(np.median(steps)) if len(steps) else float(1 / rate) if rate else 0.0
-    typical = interval if mean > 1.2 * interval else mean  # a held frame does not make a clip slow
+    typical = mean
+    if mean > 1.2 * interval:  # a held frame does not make a clip slow
+        typical = float(steps[steps <= 1.5 * interval].mean())
     exact = rate and (not typical or abs(float(rate) * typical - 1) < 0.005)
     turn = orientation(path, head)
     height, width = head.height, round(head.width * float(sar or 1))
