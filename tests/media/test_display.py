@@ -319,7 +319,7 @@ def test_pictures_with_a_profile(tmp_path: Path, name: str, suffix: str, mode: s
     wide.convert(mode).save(path, icc_profile=icc, **how)
     assert off(video.read_frames(path, 0, 1, 1, SIZE)[0]) <= 3
     assert off(rgba.read_rgba(path)[0][..., :3]) <= 3 if suffix != "jpg" else True
-    assert video.probe(path).conversions == "wide converted to sRGB"
+    assert video.probe(path).conversions == "ICC profile wide converted to sRGB"
 
 
 def test_a_gray_picture_with_a_profile_and_a_broken_profile(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def clip_problems(
     if probe.width % 2 or probe.height % 2:
         add("odd-size", f"{probe.width}x{probe.height}")
     if probe.variable:
-        add("variable-rate", f"{float(probe.fps or 0):.2f} fps on average")
+        add("variable-rate", f"{float(probe.fps or 0):.2f} fps apart from held frames")
     if probe.fps and probe.fps < fps * 0.99:
         effect = "frames are repeated" if data.slow == "repeat" else "the video plays faster"
         add("slow", f"{float(probe.fps):g} fps of {fps:g}: {effect}")

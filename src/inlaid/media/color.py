@@ -165,7 +165,7 @@ def icc_name(image: Image.Image) -> str:
         name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(raw))).strip()
     except (ImageCms.PyCMSError, OSError, TypeError) as error:
         raise ValueError(f"its ICC profile cannot be read ({error}): remove or replace the profile") from None
-    return "" if "srgb" in name.lower() else name or "an ICC profile"
+    return "" if "srgb" in name.lower() else f"ICC profile {name}".strip()
 
 
 def image_to_srgb(image: Image.Image) -> Image.Image:
