@@ -310,7 +310,7 @@ WARNINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "variable frame rate": (
         lambda d: videos.write(d / "0.mp4", 14, 16, (32, 32), stamps=UNEVEN),
-        "1 of 2 clips has a variable frame rate (0.mp4: 15.64 fps on average): nothing to do",
+        "1 of 2 clips has a variable frame rate (0.mp4: 15.64 fps apart from held frames): nothing to do",
     ),
 }
 
