@@ -36,5 +36,5 @@ class Composed(_Contract):
 
     @property
     def single(self) -> Family:
-        """Family that processes a single clip: this family, or in `Joint` the opaque family."""
+        """The family for one clip: self, or in `Joint` the wrapped opaque family."""
         return self

@@ -70,7 +70,7 @@ class Joint(Composed):
 
     @property
     def single(self) -> Family:
-        """Opaque family, which processes a single clip."""
+        """The family for one clip: the wrapped opaque family."""
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:

@@ -26,7 +26,8 @@ def new(
         typer.Option("--out", "-o", help="Recipe to write. Default: name of the data folder + `.yaml`."),
     ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Base model: Hub id or folder. Default: the family's smallest model.")
+        str | None,
+        typer.Option(help="Base model to train: Hub id or folder. Default: the family's smallest model."),
     ] = None,
 ) -> None:
     """Inspect your clips and write a commented recipe that fits them."""

@@ -90,7 +90,7 @@ def generate_(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="Training checkpoint, such as `step-000500`, or `base` for the base model. "
+            help="Checkpoint of this run, such as `step-000500`, or `base` for the base model. "
             "Default: the final weights."
         ),
     ] = None,
@@ -209,10 +209,10 @@ def evaluate_(
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Videos per prompt.")] = 1,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Training checkpoint, such as `step-000500`. Default: the final weights."),
+        typer.Option(help="Checkpoint of this run, such as `step-000500`. Default: the final weights."),
     ] = None,
     against: Annotated[
-        str, typer.Option(help="Model to compare with: `base`, or a training checkpoint of the run.")
+        str, typer.Option(help="Model to compare with: `base`, or a checkpoint of this run.")
     ] = "base",
     size: Size = None,
     frames: Frames = None,

@@ -16,8 +16,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="`diffusers`, `comfyui`, `kohya`, `merged` (full weights); for an RGBA VAE: `wan-alpha`, "
-            "`comfyui`."
+            help="`diffusers`, `comfyui`, `kohya`, `merged` (adapter merged into the model); for an "
+            "RGBA VAE: `wan-alpha`, `comfyui`."
         ),
     ],
     out: Annotated[
@@ -26,7 +26,7 @@ def export(
     ] = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Training checkpoint, such as `step-000500`. Default: the final weights."),
+        typer.Option(help="Checkpoint of this run, such as `step-000500`. Default: the final weights."),
     ] = None,
     then: Annotated[
         Path | None,
@@ -60,7 +60,11 @@ def import_(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha, if the file does not store it.")] = None,
     dora_scale: Annotated[
-        str | None, typer.Option(help="Definition of `dora_scale` in the file: `comfyui` or `merged`.")
+        str | None,
+        typer.Option(
+            help="Definition of `dora_scale` in the file: relative to the norms of the base weights "
+            "(`comfyui`), or of the updated weights as in LyCORIS (`merged`)."
+        ),
     ] = None,
     views: Annotated[
         int, typer.Option(min=1, help="Meshes: number of images to render per mesh, from different sides.")

@@ -56,7 +56,7 @@ class Source(Section):
     folder of precomputed latents from another trainer."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl", "precomputed"] = "auto"
     """Layout of clips and captions; `auto` detects it. `precomputed` reads latents and text embeddings, not
-    clips; `auto` selects it if the folder has such files and no video lacks them."""
+    clips; `auto` selects it if the folder has such files, and one for every video in the folder (if any)."""
     root: str | None = None
     """Folder that the paths in the manifest are relative to; paths outside of it are errors. Default:
     the folder of the manifest."""
@@ -80,8 +80,8 @@ class Source(Section):
     appears in every second epoch."""
     prior_preservation: float = Field(default=0.0, ge=0)
     """Weight of the prior preservation loss for clips of this source. Above 0, the training target is the
-    prediction of the network without the adapter, so the adapter preserves what the base model generates for
-    such captions. 10 preserves nearly everything; 0 trains on the clips."""
+    prediction without the adapter, so the adapter preserves what the base model generates for such captions.
+    Unlike in DreamBooth, any clips can be used. 10 preserves nearly everything; 0 trains on the clips."""
 
 
 class Matte(Section):
@@ -121,8 +121,8 @@ class Data(Section):
     fps: float | None = Field(default=None, gt=0)
     """Frame rate at which clips are sampled. Default: the frame rate the base model was trained at."""
     stride: int | None = Field(default=None, ge=1)
-    """Minimum number of frames (at `fps`) between the starts of two windows of a long clip. Default: the
-    length of a window (no overlap)."""
+    """Minimum distance between the starts of two windows of a long clip, in frames at `fps`; skips no frames
+    within a window. Default: the length of a window (no overlap)."""
     max_windows: int = Field(default=1, ge=1)
     """Maximum number of windows per clip, spread evenly over the clip."""
     slow: Literal["repeat", "keep"] = "repeat"
@@ -252,9 +252,9 @@ class RgbaVae(Section):
     initially reproduces the VAE's encoding of the color, so color is correct from the start and only alpha
     remains to be learned."""
     loss: Literal["paper", "reference"] = "paper"
-    """Preset of the loss. `paper`: Sobel edges, and the norm of the difference of ImageNet-normalized
-    features. `reference` (the released trainer): central differences, and squared error of features without
-    normalization."""
+    """Preset of the loss. `paper`: Sobel edges, and the norm of the difference of VGG features of
+    ImageNet-normalized images. `reference` (the released trainer): central differences, and squared error of
+    features of images without normalization."""
     perceptual: str = Field(default="none", min_length=1)
     """VGG16 weights for the perceptual loss terms: a local file, or `OWNER/NAME/FILE` on the Hub. `none`
     disables these terms."""
@@ -263,8 +263,8 @@ class RgbaVae(Section):
     vgg_normalize: Literal["imagenet", "none"] | None = None
     """Normalization of images before VGG16. Default: the normalization of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """In three loss terms, a background color replaces the transparent pixels of the reconstruction. This key
-    sets which alpha determines these pixels: `reconstructed`, or the `true` alpha of the clip."""
+    """Three loss terms replace transparent pixels of the reconstruction with a background color. Pixels count
+    as transparent by the `reconstructed` alpha, or by the `true` alpha of the clip."""
     alpha_eps: float = Field(default=ALPHA_EPS, ge=0, lt=0.5)
     """Alpha up to this value, in [0, 1], counts as transparent; lossy codecs leave small values in empty
     regions. The paper uses 0."""
@@ -450,10 +450,10 @@ class Joint(Section):
     """Color and alpha as two clips with the same positions in one token sequence."""
 
     kind: Literal["joint"]
-    """Two latents, color first; the adapter changes the alpha tokens only (after TransPixeler)."""
+    """Two latents, color first; the adapter changes the alpha tokens only (method of TransPixeler)."""
     text_to_alpha: Literal["block", "bias", "open"] = "block"
-    """Attention from text to alpha in models where both are in one sequence: none (`block`), with weights e
-    times smaller (`bias`, as published for CogVideoX), or the same as to color (`open`). Wan uses
+    """Attention from text to alpha in models where both are in one sequence: none (`block`), with weights
+    divided by e = 2.718 (`bias`, as published for CogVideoX), or the same as to color (`open`). Wan uses
     cross-attention and accepts `block` only."""
     domain_embedding: bool = True
     """Add a trained vector, initialized to zero, to every alpha token."""
@@ -467,7 +467,7 @@ class Merged(Section):
     """Color and alpha in one latent that an RGBA VAE encodes and decodes."""
 
     kind: Literal["merged"]
-    """One latent of the usual size (after Wan-Alpha); needs an RGBA VAE, see `vae`."""
+    """One latent of the usual size (method of Wan-Alpha); needs an RGBA VAE, see `vae`."""
     vae: str = Field(min_length=1)
     """Folder of an RGBA VAE, from a training run or from an import. `tiny:wan` selects the RGBA VAE that
     ships with inlaid."""
@@ -494,8 +494,8 @@ class Config(Section):
     tuner: Tuner = LowRank()
     alpha: Alpha = Opaque()
     rgba_vae: RgbaVae | None = None
-    """Section that trains an RGBA VAE instead of the denoiser (after Wan-Alpha). An RGBA VAE encodes color
-    and alpha of a clip into one latent and decodes both. Captions are not used."""
+    """Section that trains an RGBA VAE instead of the denoiser (method of Wan-Alpha). An RGBA VAE encodes
+    color and alpha of a clip into one latent and decodes both. Captions are not used."""
     optim: Optim = Optim()
     train: Train = Train()
     sample: Sample = Sample()

@@ -303,7 +303,7 @@ def _sides(place: Run, family: families.Family, against: str, checkpoint: str | 
 def _networks(
     config: recipe.Config, family: families.Family, sides: Sequence[_Side], ctx: Context
 ) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield the network and stock pipeline of each side; only full fine-tuning loads a second network."""
+    """Yield the network and pipeline of both models; only full fine-tuning loads a second network."""
     full = config.tuner.kind == "full"
     denoiser: nn.Module | None = None
     pipeline: Any = None
@@ -400,15 +400,15 @@ def _environment(ctx: Context) -> dict[str, Any]:
 
 @dataclass
 class _Comparison:
-    """Outputs and losses of both sides for the same prompts and clips; the base side is measured first."""
+    """Outputs and losses of both models for the same prompts and clips; role `base` is measured first."""
 
     prompts: Sequence[Prompt]
     encoded: Prompts
     count: int
     folder: Path
-    """Output folder, with one folder of videos per side."""
+    """Output folder, with one folder of videos per model."""
     scratch: Path
-    """Temporary folder for the frames of the base side: two sets of long videos may not fit in memory."""
+    """Temporary folder for the frames of role `base`: two sets of long videos may not fit in memory."""
     metrics: ModalityMetrics
     _losses: dict[str, list[list[float]]] = field(default_factory=dict)
     _outputs: dict[str, list[Output]] = field(default_factory=dict)
@@ -422,7 +422,7 @@ class _Comparison:
         batches: Sequence[Batch],
         device: torch.device,
     ) -> None:
-        """Compute the validation loss of one side."""
+        """Compute the validation loss of one of the two models."""
         self._losses[side.role] = []
         noun = modality_of(step.family.modality).one
         with progress(f"loss, {side.name}", len(batches), noun, show=bool(batches)) as advance:
@@ -431,7 +431,7 @@ class _Comparison:
                 advance()
 
     def generate(self, side: _Side, family: families.Family, pipeline: Any) -> None:
-        """Generate and measure the outputs of one side."""
+        """Generate and measure the outputs of one of the two models."""
         found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
 
         def receive(i: int, j: int, output: Any) -> None:

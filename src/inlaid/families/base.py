@@ -103,7 +103,7 @@ class Family(Checkpoint, ABC):
 
     @property
     def single(self) -> Family:
-        """Family that processes a single clip: self, except with joint alpha (two clips in one sequence)."""
+        """The family for one clip: self; with joint alpha (two clips in one sequence), the wrapped family."""
         return self
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:

@@ -1,4 +1,4 @@
-"""Structure of container files: whether a file ends before its container does."""
+"""Parse the structure of container files to detect truncated files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SEGMENT = b"\x18\x53\x80\x67"
 
 
 def cut_off(path: Path) -> str:
-    """Say what of an mp4, mov, Matroska or WebM file is missing at its end; empty if nothing is.
+    """Return what is missing at the end of an mp4, mov, Matroska or WebM file; empty if it is complete.
 
     Decided by the sizes that the file declares (ISO/IEC 14496-12; RFC 8794), so a file that was downloaded
     or copied in part is recognized without decoding it. The format is taken from the content, not from the

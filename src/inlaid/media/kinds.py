@@ -56,7 +56,7 @@ class Probe:
 
     frames: int
     fps: Fraction | None
-    """Frame rate apart from held frames; None without timestamps (images, arrays without `fps`)."""
+    """Frame rate; longer frames do not lower it. None without timestamps (images, arrays without `fps`)."""
     height: int
     width: int
     duration: float

@@ -193,8 +193,8 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
     """Extract the zero level set of a field as a mesh, with marching cubes.
 
     The field is evaluated on a coarse grid, then on finer grids only near sign changes. This takes about one
-    hundredth of the evaluations of a dense grid. A field that is negative at most corners of the box is
-    assumed to have the opposite sign and is inverted.
+    hundredth of the evaluations of a dense grid. If a field is negative at more than four of the eight
+    corners of the box, its sign is assumed to be wrong and is flipped.
 
     Args:
         field: negative inside.

@@ -177,7 +177,7 @@ def _missing_at_the_end(path: Path, found: _Demuxed, look: _Look, kind: str) -> 
 
 
 def _held(last: float, interval: float) -> float:
-    """Return the seconds that the last frame is shown: its own duration if held, else `interval`."""
+    """Return the seconds the last frame is shown: its duration if over 1.5 intervals, else `interval`."""
     return last if last > 1.5 * interval else interval
 
 
@@ -362,8 +362,8 @@ def _from(path: Path, pts: float) -> Generator[Any, None, None]:
 def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -> Iterator[Any]:
     """Yield the frame on show at each wanted timestamp, by the rule of `frames_on_show`.
 
-    At the end of the clip, the limit is less strict than in `available_formats`: a wanted time may be up to
-    half the longest frame interval plus one output interval after the last frame, or as long as it is held.
+    After the last frame, a wanted time is accepted within (longest frame interval) / 2 + one output interval,
+    or within the duration of the last frame if that is longer. `available_formats` is stricter.
 
     Args:
         frames: decoded frames in presentation order.

@@ -115,11 +115,12 @@ class Perceptual(nn.Module):
 
 @dataclass(frozen=True)
 class RgbaLoss:
-    """Nine loss terms: L1, perceptual and edge error of alpha, of the soft render and of the hard render.
+    """Nine loss terms: L1, perceptual and edge error, each of alpha, the soft render and the hard render.
 
-    The preset `paper` uses Sobel edges and the root mean square error of perceptual features of
-    ImageNet-normalized frames; `reference` (the released trainer) uses central differences and the mean
-    squared error of the features.
+    Soft render: color composited over a background color by alpha. Hard render: transparent pixels replaced
+    by a background color, all others unchanged. The preset `paper` uses Sobel edges and the root mean square
+    error of perceptual features of ImageNet-normalized frames; `reference` (the released trainer) uses
+    central differences and the mean squared error of the features.
     """
 
     preset: Literal["paper", "reference"] = "paper"
