@@ -85,9 +85,9 @@ def read_adapter(
         shapes: (out, in) of the network's layers, from `layer_shapes`, to check that the adapter fits.
         base: network without adapters. Required for files with `dora_scale`, which is relative to the
             weights of the base model.
-        dora_scale: definition of a `dora_scale` (out, 1), which is a factor of (W + s B A) / ||W||
-            (`comfyui`) or of (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Not needed for files
-            written by inlaid, which store it.
+        dora_scale: definition of a `dora_scale` (out, 1), which multiplies (W + s B A) / ||W|| (`comfyui`)
+            or (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Not needed for files written by
+            inlaid, which store it.
 
     Raises:
         ValueError: if the file is damaged, has an unknown layout, does not fit the network, or contains

@@ -56,7 +56,8 @@ class Source(Section):
     folder of precomputed latents from another trainer."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl", "precomputed"] = "auto"
     """Layout of clips and captions; `auto` detects it. `precomputed` reads latents and text embeddings, not
-    clips; `auto` selects it if the folder has such files, and one for every video in the folder (if any)."""
+    clips; `auto` selects it if the folder has such files, and either no videos or such a file for every
+    video."""
     root: str | None = None
     """Folder that the paths in the manifest are relative to; paths outside of it are errors. Default:
     the folder of the manifest."""
@@ -452,9 +453,9 @@ class Joint(Section):
     kind: Literal["joint"]
     """Two latents, color first; the adapter changes the alpha tokens only (method of TransPixeler)."""
     text_to_alpha: Literal["block", "bias", "open"] = "block"
-    """Attention from text to alpha in models where both are in one sequence: none (`block`), with weights
-    divided by e = 2.718 (`bias`, as published for CogVideoX), or the same as to color (`open`). Wan uses
-    cross-attention and accepts `block` only."""
+    """Attention of text tokens to alpha tokens, in models with both in one sequence: none (`block`),
+    attention weights divided by e = 2.718 (`bias`, as published for CogVideoX), or as to color tokens
+    (`open`). Wan uses cross-attention and accepts `block` only."""
     domain_embedding: bool = True
     """Add a trained vector, initialized to zero, to every alpha token."""
     shared_noise: bool = True

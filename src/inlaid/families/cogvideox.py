@@ -258,7 +258,7 @@ class CogVideoX(Family):
 
 
 def noised(frame: Tensor) -> Tensor:
-    """Return a frame (3, 1, h, w) in [-1, 1] with different Gaussian noise, as (COPIES, 3, 1, h, w).
+    """Return copies of a frame (3, 1, h, w), each with its own Gaussian noise: (COPIES, 3, 1, h, w).
 
     Each copy samples its own standard deviation, exp(N(-3, 0.5)), as in pretraining. The noise depends only
     on the frame, so the cache is reproducible.

@@ -41,7 +41,7 @@ from inlaid.objectives import FlowMatching
 
 
 class _Open(tuple[Any, ...]):
-    """Allowed values of an option: the listed values, and all that match the last, a regular expression."""
+    """Allowed values of an option; the last entry is a regular expression for further values."""
 
     def __contains__(self, value: object) -> bool:
         return re.fullmatch(str(self[-1]), str(value)) is not None or value in self[:-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -181,11 +182,9 @@ def image_to_srgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA" if alpha else "RGB")
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         gray = source.profile.xcolor_space.strip() == "GRAY"
-        opaque = (
-            image.convert("L") if gray and image.mode != "L" else image if not alpha else image.convert("RGB")
-        )
+        opaque = image.convert("L" if gray else "RGB") if gray or alpha else image
         made = ImageCms.profileToProfile(
             opaque,
             source,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from inlaid.media import color
@@ -36,7 +37,7 @@ def probe_image(path: Path) -> Probe:
             codec=image.format or "",
             pix_fmt=image.mode,
             transparent=alpha,
-            opaque=alpha and image.convert("RGBA").getextrema()[3][0] == 255,
+            opaque=alpha and bool((np.asarray(image.convert("RGBA"))[..., 3] == 255).all()),
             conversions=f"{profile} converted to sRGB" if profile else "",
         )
 

@@ -31,7 +31,7 @@ UNTAGGED = (2, 3)
 """FFmpeg's codes for an unspecified YUV matrix."""
 
 MATRICES = {
-    0: "RGB",
+    0: "identity (a wrong tag)",
     8: "YCgCo",
     10: "BT.2020 constant luminance",
     11: "SMPTE 2085",
@@ -66,7 +66,7 @@ class Orientation(NamedTuple):
         if self == Orientation():
             return ""
         turns = {(False, True, True): "180", (True, True, False): "90", (True, False, True): "270"}
-        angle = turns.get(tuple(self))
+        angle = turns.get((self.transposed, self.mirror_x, self.mirror_y))
         return f"rotated by {angle} degrees" if angle else "mirrored"
 
 

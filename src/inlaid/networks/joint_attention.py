@@ -177,8 +177,8 @@ def halve_cogvideox(network: Any) -> None:
     """Make a CogVideoX network use the positions of a single clip for both clips.
 
     Rotary embeddings are arguments of each call, so they are replaced in a pre-forward hook. The positional
-    embeddings of 2B are computed for each clip size; the stock code would use the table that was built with
-    the network for every clip of that length.
+    embeddings of 2B are computed for each clip size; for every clip of that length, the stock code would
+    use the one table that was built with the network.
     """
 
     def first_clip(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -61,7 +61,7 @@ Init = Literal["random", "encoder"]
 
 @torch.no_grad()
 def _as_encoder(merge: Any, vae: Any) -> None:
-    """Initialize a merge block to compute the encoder's head from the color features, and ignore alpha."""
+    """Initialize a merge block to apply the encoder's head to the color features and ignore alpha."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
     nn.init.zeros_(merge.conv_in.bias)
