@@ -5,11 +5,12 @@ Values are layered: section default < family default < YAML < `key=value`. An un
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from inlaid.config.conflicts import conflicts
 
 ALPHA_EPS = 2 / 255
 """Alpha up to this value, in [0, 1], counts as transparent: lossy files keep small values there."""
@@ -515,86 +516,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        wrong = list(_conflicts(self))
+        wrong = list(conflicts(self))
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
-
-
-def _conflicts(config: Config) -> Iterator[str]:
-    """Yield errors about keys that are valid alone but not together."""
-    memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
-    if any(source.prior_preservation for source in config.data.sources):
-        if tuner.kind == "full":
-            yield (
-                "data.sources.prior_preservation: needs the network without its adapter, which full "
-                "fine-tuning does not keep: train an adapter (tuner.kind=lora)"
-            )
-        elif parallel in ("fsdp", "zero3"):
-            yield (
-                f"data.sources.prior_preservation: not supported with runtime.parallel={parallel}: "
-                "use ddp or zero2"
-            )
-        if config.alpha.kind != "opaque":
-            yield (
-                "data.sources.prior_preservation: not supported in transparent runs, the base model has "
-                "no alpha to preserve: remove it, or set alpha.kind=opaque"
-            )
-        if all(source.prior_preservation for source in config.data.sources):
-            yield (
-                "data.sources.prior_preservation: is set on every source, so nothing new is trained: "
-                "remove it from the sources to train on"
-            )
-    small = [k for k in ("quantize", "layerwise_casting") if getattr(memory, k) is not None]
-    if tuner.kind == "full":
-        for key in small:
-            yield (
-                f"memory.{key}: needs a frozen base model, full fine-tuning trains it in float32: "
-                "remove it, or train an adapter (tuner.kind=lora)"
-            )
-    elif isinstance(tuner, LowRank) and tuner.kind in ("lokr", "loha") and tuner.dropout:
-        yield f"tuner.dropout: not supported with tuner.kind={tuner.kind}: remove it, or use lora or dora"
-    if len(small) == 2:
-        yield "memory.layerwise_casting: cannot be combined with memory.quantize: remove one of them"
-    elif memory.layerwise_casting == "float8" and tuner.kind == "dora":
-        yield (
-            "memory.layerwise_casting: DoRA needs norms of weights, which float8 tensors do not "
-            "support: use memory.quantize=float8, which needs the same memory"
-        )
-    if memory.quantize in ("int4", "nf4") and tuner.kind == "loha":
-        yield f"memory.quantize: LoHa does not support packed weights ({memory.quantize}): use int8 or float8"
-    if memory.offload_optimizer and config.optim.name != "adamw":
-        yield f"memory.offload_optimizer: needs optim.name=adamw (got {config.optim.name}): remove it"
-    if parallel != "ddp":
-        for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
-            yield f"memory.{key}: not supported with runtime.parallel={parallel}: use ddp, or remove it"
-    if config.rgba_vae is not None:
-        yield from _rgba_vae_conflicts(config, config.rgba_vae)
-    if config.runtime.compile and memory.layerwise_casting:
-        yield "runtime.compile: cannot be combined with memory.layerwise_casting: remove one of them"
-
-
-def _rgba_vae_conflicts(config: Config, section: RgbaVae) -> Iterator[str]:
-    """Yield errors about keys that cannot be combined with training an RGBA VAE."""
-    if config.alpha.kind != "opaque":
-        yield f"alpha.kind: {config.alpha.kind} does not apply to training an RGBA VAE: leave `alpha` out"
-    if config.tuner != LowRank():
-        yield "tuner: does not apply to training an RGBA VAE: leave `tuner` out"
-    if any(source.prior_preservation for source in config.data.sources):
-        yield "data.sources.prior_preservation: does not apply to training an RGBA VAE: remove it"
-    if section.train == "merge" and section.init_from is None:
-        yield (
-            "rgba_vae.init_from: missing, and train=merge needs decoders that were trained on alpha: set the "
-            "folder of an RGBA VAE, or use train=merge+decoders"
-        )
-    if config.runtime.parallel != "ddp":
-        yield f"runtime.parallel: an RGBA VAE trains with ddp only, not {config.runtime.parallel}: use ddp"
-    if config.runtime.compile:
-        yield "runtime.compile: an RGBA VAE has no repeated blocks to compile: remove it"
-    for key in ("quantize", "layerwise_casting"):
-        if getattr(config.memory, key) is not None:
-            yield f"memory.{key}: not supported for an RGBA VAE, which stays in float32: remove it"
-    if config.sample.every:
-        yield (
-            "sample.every: an RGBA VAE generates no samples, validation reconstructs clips instead: remove it"
-        )
