@@ -7,27 +7,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from inlaid.config.messages import explain
+from inlaid.config.parse import (
+    EMPTY,
+    MAX_DEPTH,
+    ParseError,
+    dump,
+    parse,
+    parse_override,
+    read_text,
+    shorten,
+)
 from inlaid.config.plugins import family_class
-from inlaid.config.sections import Config
+from inlaid.config.sections import Config, Section
+from inlaid.config.values import kinds
 from inlaid.files import atomic
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys; PyYAML silently uses the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"duplicate key `{key.value}`; keep one", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,15 +52,12 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe; `inlaid new FAMILY DATA` writes one")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a recipe, the file is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{path}: not valid YAML: {where}{what or ' '.join(str(error).split())}") from None
+        raw = parse(read_text(path), empty=EMPTY)
+    except ParseError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        found = "the file is empty" if raw is None else f"found {type(raw).__name__}"
+        found = f"found {'text' if isinstance(raw, str) else type(raw).__name__}"
+        found = "the file is empty" if raw is EMPTY or raw is None else found
         raise ValueError(f"{path}: a recipe is a mapping of sections (run, model, data, ...); {found}")
     return build({**raw, **moved}, overrides, name=str(path))
 
@@ -76,21 +69,14 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
         ValueError: listing all mistakes, one per line.
     """
     for text in overrides:
-        key, mark, value = text.partition("=")
-        if not mark or not all(key.strip().split(".")):
-            raise ValueError(f"`{text}` is not an override; write section.key=value, such as optim.lr=2e-4")
-        try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"`{text}`: the value is not valid YAML") from None
-        parts = key.strip().split(".")
-        for part in reversed(parts):
-            nested = {part: nested}
+        keys, nested = _override(text)
+        for key in reversed(keys):
+            nested = {key: nested}
         raw = merge(raw, nested)
-        if len(parts) > 2 and parts[:2] == ["data", "sources"]:
-            raise ValueError(f"`{text}`: data.sources is a list; set all of it, such as data.sources=[a, b]")
+    raw = _filled(raw, Config)
     section = raw.get("model")
     family = section.get("family") if isinstance(section, Mapping) else None
+    family = getattr(family, "text", family)
     defaults = family_class(family).defaults if isinstance(family, str) else {}
     try:
         return Config.model_validate(merge(defaults, raw))
@@ -98,8 +84,52 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
         raise ValueError(explain(error, name)) from None
 
 
+def _override(text: str) -> tuple[list[str], Any]:
+    """Return the keys and the value of an override `section.key=value`.
+
+    Raises:
+        ValueError: if it is not an override.
+    """
+    path, mark, value = text.partition("=")
+    keys, shown = path.strip().split("."), shorten(text, 80)
+    if not mark or not all(keys):
+        raise ValueError(f"`{shown}` is not an override; write section.key=value, such as optim.lr=2e-4")
+    if len(keys) > 2 and keys[:2] == ["data", "sources"]:
+        raise ValueError(f"`{shown}`: data.sources is a list; set all of it, such as data.sources=[a, b]")
+    if len(keys) > MAX_DEPTH:
+        raise ValueError(
+            f"`{shown}`: unknown key; sections are nested at most twice, such as data.matte.snap"
+        )
+    try:
+        return keys, parse_override(value, empty=EMPTY)
+    except ParseError as error:
+        raise ValueError(f"`{shown}`: the value is not valid YAML: {error}") from None
+
+
+def _filled(raw: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """Return a section in which empty sections and lists have their defaults; other empty values are null."""
+    out = {}
+    for key, value in raw.items():
+        field = section.model_fields.get(key) if isinstance(key, str) else None
+        found = list(kinds(field.annotation)) if field else []
+        parts = [kind for kind in found if issubclass(kind, Section)]
+        if value is EMPTY or (value is None and type(None) not in found):
+            if list in found or dict in found:
+                continue
+            value = {} if parts else None
+        nested = parts or [Section]
+        if isinstance(value, Mapping):
+            value = _filled(value, next((p for p in nested if {*value} <= {*p.model_fields}), nested[0]))
+        elif isinstance(value, list):
+            value = [
+                _filled(v, nested[0]) if isinstance(v, Mapping) else None if v is EMPTY else v for v in value
+            ]
+        out[key] = value
+    return out
+
+
 def save(config: Config, path: Path) -> None:
     """Write a recipe as YAML, with all defaults filled in."""
     values = json.loads(config.model_dump_json())
     with atomic(path) as temporary:
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
+        temporary.write_text(dump(values), "utf-8")

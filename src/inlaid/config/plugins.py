@@ -12,6 +12,8 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
+from inlaid.config.parse import shorten
+
 GROUP = "inlaid.families"
 """Name of the package of built-in families, and of the entry-point group for plug-ins."""
 
@@ -34,7 +36,9 @@ def family_class(name: str) -> Any:
         ValueError: if no such family is installed.
     """
     if name not in family_names():
-        raise ValueError(f"model.family: no family `{name}`; choose from: {', '.join(family_names())}")
+        raise ValueError(
+            f"model.family: no family `{shorten(name, 60)}`; choose from: {', '.join(family_names())}"
+        )
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             return entry.load()

@@ -5,12 +5,15 @@ Values are layered: section default < family default < YAML < `key=value`. An un
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from inlaid.config.conflicts import conflicts
+from inlaid.config.parse import Decimal, Integer, shorten
+from inlaid.config.values import read_values
 
 ALPHA_EPS = 2 / 255
 """Alpha up to this value, in [0, 1], counts as transparent: lossy files keep small values there."""
@@ -26,6 +29,13 @@ class Section(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+    prose: ClassVar[frozenset[str]] = frozenset()
+    """Keys with text for people or for the text encoder, which may contain tabs and line breaks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any) -> Any:
+        return read_values(cls, value, cls.prose) if isinstance(value, dict) else value
 
 
 class Model(Section):
@@ -111,6 +121,8 @@ class Matte(Section):
 class Data(Section):
     """The training clips, and how they are cropped, sampled and captioned."""
 
+    prose: ClassVar[frozenset[str]] = frozenset({"trigger", "caption_prefix"})
+
     sources: list[Source]
     """One path, a list of paths, or a list of sources."""
     size: tuple[int, int] = (480, 832)
@@ -151,7 +163,10 @@ class Data(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         many = value if isinstance(value, list) else [] if value is None else [value]
-        return [{"path": str(v)} if isinstance(v, (str, Path)) else v for v in many]
+        return [
+            {"path": getattr(v, "text", v)} if isinstance(v, (str, Integer, Decimal)) else v
+            for v in (str(v) if isinstance(v, Path) else v for v in many)
+        ]
 
     @field_validator("sources")
     @classmethod
@@ -163,24 +178,24 @@ class Data(Section):
     @field_validator("frames", mode="before")
     @classmethod
     def _frames(cls, value: Any) -> Any:
-        return sorted(set(value)) if isinstance(value, list) and value else [value] if value != [] else [0]
+        return value if isinstance(value, (list, tuple)) else [value]
 
     @field_validator("frames")
     @classmethod
     def _positive(cls, value: list[int]) -> list[int]:
-        if min(value) < 1:
+        if min(value, default=0) < 1:
             raise ValueError("needs at least one length, each of at least 1 frame")
-        return value
+        return sorted(set(value))
 
     @field_validator("aspects")
     @classmethod
     def _ratios(cls, value: list[str]) -> list[str]:
         for text in value:
-            parts = text.split(":")
+            parts = [p.strip() for p in text.split(":")]
             if len(parts) != 2 or not all(
-                p.strip().replace(".", "", 1).isdigit() and float(p) > 0 for p in parts
+                re.fullmatch(r"\d{1,6}(\.\d{0,6})?", p, re.ASCII) and float(p) > 0 for p in parts
             ):
-                raise ValueError(f"`{text}` is not an aspect ratio such as `16:9`")
+                raise ValueError(f"`{shorten(text, 60)}` is not an aspect ratio such as `16:9`")
         return value
 
 
@@ -345,6 +360,8 @@ CARRIERS = ("mov", "webm", "png", "apng", "mkv")
 class Sample(Section):
     """Samples generated during training, and the defaults of `inlaid generate`."""
 
+    prose: ClassVar[frozenset[str]] = frozenset({"prompts", "negative_prompt"})
+
     prompts: list[str] = []
     """Prompts for samples during training and for `inlaid evaluate`. Empty: the first captions of the
     data."""
@@ -392,7 +409,9 @@ class Sample(Section):
     def _carriers(cls, value: list[str]) -> list[str]:
         wrong = [name for name in value if name not in CARRIERS]
         if wrong:
-            raise ValueError(f"`{wrong[0]}` cannot carry alpha; choose from: {', '.join(CARRIERS)}")
+            raise ValueError(
+                f"`{shorten(wrong[0], 60)}` cannot carry alpha; choose from: {', '.join(CARRIERS)}"
+            )
         return value
 
     @field_validator("prompts")

@@ -95,7 +95,7 @@ RECIPES: dict[str, tuple[dict[str, Any] | str | bytes, list[str], list[str]]] = 
         ["`data.sources.0.path=x`: data.sources is a list; set all of it, such as data.sources=[a, b]"],
     ),
     "endless seed": ({"sample__seed": 10**30}, [], ["sample.seed: should be less than 9223372036854775808"]),
-    "keys that are no text": ("1: 2\nrun: x\n", [], ["1: Keys should be strings"]),
+    "keys that are no text": ("1: 2\nrun: x\n", [], ["1: unknown key; known keys: run, seed"]),
     "override of a section": ({}, ["train=5"], ["train: needs a mapping with keys (steps", "(got 5)"]),
 }
 

@@ -1,0 +1,367 @@
+"""YAML of recipes and overrides: YAML 1.2 scalars, bounded size, and causes of mistakes.
+
+PyYAML resolves scalars by YAML 1.1, in which `16:9` is 969, `010` is 8, `1e3` is text and `on` is true. Here,
+scalars are those of the YAML 1.2 core schema, and values are built from the parser's events, so that nesting,
+aliases and tags are bounded before anything is built from them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml import events
+
+MAX_BYTES = 2_000_000
+"""Maximum size of a recipe file."""
+
+MAX_VALUES = 50_000
+"""Maximum number of values of a document, with aliases expanded."""
+
+MAX_DEPTH = 30
+"""Maximum number of nested lists and mappings."""
+
+TOO_DEEP = f"more than {MAX_DEPTH} nested lists or mappings"
+
+MAX_DIGITS = 400
+"""Maximum length of a number; longer ones stay text."""
+
+_PARSER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+_NULL = re.compile(r"null|Null|NULL|~|")
+_TRUE, _FALSE = re.compile(r"true|True|TRUE"), re.compile(r"false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF, _NAN = re.compile(r"[-+]?\.(inf|Inf|INF)"), re.compile(r"\.(nan|NaN|NAN)")
+_TAG = "tag:yaml.org,2002:"
+
+
+class Integer(int):
+    """Integer of a document, with its text: a field that takes text gets `007`, not `7`."""
+
+    text: str
+
+
+class Decimal(float):
+    """Floating-point number of a document, with its text."""
+
+    text: str
+
+
+def scalar(text: str) -> Any:
+    """Return the value of an unquoted scalar in the YAML 1.2 core schema."""
+    if _NULL.fullmatch(text):
+        return None
+    if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):
+        return bool(_TRUE.fullmatch(text))
+    number: Integer | Decimal
+    if len(text) > MAX_DIGITS:
+        return text
+    if _INT.fullmatch(text):
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        number = Integer(text, base)
+    elif _FLOAT.fullmatch(text):
+        number = Decimal(text)
+    elif _INF.fullmatch(text) or _NAN.fullmatch(text):
+        number = Decimal(text.replace(".", ""))
+    else:
+        return text
+    number.text = text
+    return number
+
+
+class ParseError(ValueError):
+    """Text that is not one bounded YAML document, with line, column and cause."""
+
+
+EMPTY: Any = type("Empty", (), {"__repr__": lambda self: "null"})()
+"""Value of a key without a value, as an alternative to None: `sample:` differs from `sample: null`."""
+
+
+class _MistakeError(Exception):
+    """Cause of a mistake, at a mark."""
+
+    def __init__(self, cause: str, mark: Any = None) -> None:
+        super().__init__(cause)
+        self.mark = mark
+
+
+def parse(text: str, *, empty: Any = None) -> Any:
+    """Return the value of a YAML document of at most `MAX_BYTES`.
+
+    Args:
+        text: the document.
+        empty: value of an empty document, and of keys and list items without a value.
+
+    Raises:
+        ParseError: if it is not one valid document; the message has line, column and cause.
+    """
+    return _parse(text, empty).root
+
+
+def _parse(text: str, empty: Any) -> _Builder:
+    if len(text) > MAX_BYTES:
+        raise ParseError(f"{len(text):,} characters; at most {MAX_BYTES:,} are read")
+    try:
+        return _build(yaml.parse(text, _PARSER), empty)
+    except _MistakeError as error:
+        mark, cause = error.mark, str(error)
+    except UnicodeEncodeError:
+        mark, cause = None, "not valid Unicode text"
+    except yaml.reader.ReaderError as error:
+        mark, cause = None, f"control character U+{_code(error):04X}: remove it"
+    except yaml.MarkedYAMLError as error:
+        mark, cause = error.problem_mark, _cause(error, text)
+    except yaml.YAMLError as error:
+        mark, cause = None, " ".join(str(error).split())
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    raise ParseError(where + cause) from None
+
+
+def _code(error: yaml.reader.ReaderError) -> int:
+    return error.character if isinstance(error.character, int) else ord(error.character)
+
+
+def parse_override(text: str, *, empty: Any = None) -> Any:
+    """Return the value of an override: a list or mapping in brackets, a quoted text, or one scalar.
+
+    A scalar is the whole text: ` #` and `: ` have no special meaning in it, since a shell removes comments.
+
+    Raises:
+        ParseError: if brackets or quotes are not valid YAML; the message has the cause.
+    """
+    text = text.strip()
+    if not text:
+        return empty
+    if text[:1] not in ("[", "{", '"', "'"):
+        return scalar(text)
+    try:
+        built = _parse(text, empty)
+    except ParseError as error:
+        hint = "; ` #` starts a comment in YAML: put the text in quotes" if " #" in text else ""
+        raise ParseError(f"{error}{hint}") from None
+    if built.stop < len(text):
+        raise ParseError(
+            f"`{shorten(text[built.stop :].strip(), 40)}` follows the value: put all of it in quotes"
+        )
+    return built.root
+
+
+def shorten(text: str, most: int) -> str:
+    """Return a text for a message: printable, and with its middle left out if it is longer than `most`."""
+    if len(text) > most:
+        half = (most - 1) // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+_HINTS = (
+    (
+        r"escape",
+        "in double quotes `\\` starts an escape: use single quotes for regular expressions and paths",
+    ),
+    (r"mapping values are not allowed", "put text that contains `: ` in quotes"),
+    (r"undefined alias|alphabetic or numeric", "put text that starts with `*`, `&` or `!` in quotes"),
+)
+
+
+def _cause(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Return the problem that PyYAML found, and what to do about it."""
+    problem, mark = error.problem or "not valid", error.problem_mark
+    line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+    character = line[mark.column : mark.column + 1] if mark else ""
+    if character == "\t" or ("\t" in line[: len(line) - len(line.lstrip())]):
+        return "a tab (`'\\t'`): indent with spaces"
+    if "cannot start any token" in problem and character:
+        return f"a value cannot start with {character!r}: put the text in quotes"
+    if "nesting" in problem:
+        return TOO_DEEP
+    hints = [hint for pattern, hint in _HINTS if re.search(pattern, problem)]
+    return ": ".join([problem, *hints[:1]])
+
+
+@dataclass
+class _Open:
+    """A list or mapping that is being built."""
+
+    value: Any
+    mark: Any
+    anchor: str | None
+    size: int = 1
+    """Number of values, with aliases expanded."""
+    key: str | None = None
+    merged: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _Builder:
+    """Builds one document from events, without recursion."""
+
+    stack: list[_Open] = field(default_factory=list)
+    anchors: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    empty: Any = None
+    root: Any = None
+    stop: int = 0
+    """Index of the first character after the document's value."""
+
+    def add(self, value: Any, size: int, mark: Any) -> None:
+        """Add a complete value to the innermost list or mapping, as key or value."""
+        if not self.stack:
+            self.root = value
+            return
+        top = self.stack[-1]
+        top.size += size
+        if top.size > MAX_VALUES:
+            raise _MistakeError(f"more than {MAX_VALUES:,} values, with aliases expanded", mark)
+        if isinstance(top.value, list):
+            top.value.append(value)
+        elif top.key is None:
+            self._key(top, value, mark)
+        elif top.key == "<<":
+            parts = value if isinstance(value, list) else [value]
+            if not all(isinstance(part, dict) for part in parts):
+                raise _MistakeError("`<<` needs a mapping, or a list of mappings", mark)
+            top.merged += parts
+            top.key = None
+        else:
+            top.value[top.key], top.key = value, None
+
+    def _key(self, top: _Open, value: Any, mark: Any) -> None:
+        if not isinstance(value, str):
+            raise _MistakeError("a key must be text", mark)
+        if value in top.value:
+            raise _MistakeError(f"duplicate key `{shorten(value, 60)}`; keep one", mark)
+        top.key = value
+
+    def start(self, value: Any, event: Any) -> None:
+        """Open a list or mapping."""
+        if len(self.stack) >= MAX_DEPTH:
+            raise _MistakeError(TOO_DEEP, event.start_mark)
+        if event.tag not in (None, "!", f"{_TAG}{'seq' if isinstance(value, list) else 'map'}"):
+            raise _MistakeError(f"tag `{event.tag[:60]}` is not supported", event.start_mark)
+        self.stack.append(_Open(value, event.start_mark, event.anchor))
+
+    def end(self) -> None:
+        """Close the innermost list or mapping."""
+        done = self.stack.pop()
+        if done.merged:
+            own = dict(done.value)
+            done.value.clear()
+            for part in reversed(done.merged):
+                done.value.update(part)
+            done.value.update(own)
+        if done.anchor:
+            self.anchors[done.anchor] = (done.value, done.size)
+        self.add(done.value, done.size, done.mark)
+
+    def scalar(self, event: Any) -> None:
+        """Add a scalar; unquoted ones are resolved, except keys."""
+        tag, mark = event.tag, event.start_mark
+        key = bool(self.stack) and isinstance(self.stack[-1].value, dict) and self.stack[-1].key is None
+        resolved = (f"{_TAG}{kind}" for kind in ("int", "float", "bool", "null"))
+        if tag not in (None, "!", f"{_TAG}str", *resolved):
+            raise _MistakeError(f"tag `{tag[:60]}` is not supported", mark)
+        plain = (event.implicit[0] and tag is None) or tag not in (None, "!", f"{_TAG}str")
+        value = scalar(event.value) if plain and not key else event.value
+        if value is None and not event.value:
+            value = self.empty
+        if event.anchor:
+            self.anchors[event.anchor] = (value, 1)
+        self.add(value, 1, mark)
+
+    def alias(self, event: Any) -> None:
+        """Add the value of an anchor."""
+        if any(part.anchor == event.anchor for part in self.stack):
+            raise _MistakeError(f"alias `*{event.anchor[:60]}` contains itself", event.start_mark)
+        if event.anchor not in self.anchors:
+            raise _MistakeError(
+                f"undefined alias `*{event.anchor[:60]}`: put text that starts with `*` in quotes",
+                event.start_mark,
+            )
+        self.add(*self.anchors[event.anchor], event.start_mark)
+
+
+def _build(stream: Iterator[Any], empty: Any) -> _Builder:
+    """Build the only document of a stream of events.
+
+    Raises:
+        _MistakeError: if there are several documents, or one is not bounded or not supported.
+    """
+    builder, documents = _Builder(empty=empty, root=empty), 0
+    for event in stream:
+        if isinstance(event, events.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise _MistakeError("a second document starts (`---`); keep one", event.start_mark)
+        elif isinstance(event, events.AliasEvent):
+            builder.alias(event)
+        elif isinstance(event, events.ScalarEvent):
+            builder.scalar(event)
+        elif isinstance(event, events.SequenceStartEvent):
+            builder.start([], event)
+        elif isinstance(event, events.MappingStartEvent):
+            builder.start({}, event)
+        elif isinstance(event, events.CollectionEndEvent):
+            builder.end()
+        if isinstance(event, (events.ScalarEvent, events.CollectionEndEvent)):
+            builder.stop = event.end_mark.index
+    return builder
+
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Raises:
+        ValueError: if the file is larger than `MAX_BYTES` or is not text.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path}: not a recipe, the file is larger than {MAX_BYTES / 1e6:g} MB")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}: not a recipe, the file is not UTF-8 text (line {line}); save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise ValueError(f"{path}: not a recipe, the file contains NUL characters; save it as UTF-8 text")
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Dumper that quotes every text that YAML 1.1 or 1.2 reads as a number."""
+
+
+_Dumper.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+for _tag, _pattern in (("int", _INT), ("float", _FLOAT)):
+    _Dumper.add_implicit_resolver(
+        f"{_TAG}{_tag}", re.compile(f"^(?:{_pattern.pattern})$"), [*"-+.0123456789"]
+    )
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = None if value.isprintable() else '"'  # PyYAML writes U+0085 and U+2028 as line breaks elsewhere
+    return dumper.represent_scalar(f"{_TAG}str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(values: Any) -> str:
+    """Return plain values as YAML that `parse` and other readers read as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

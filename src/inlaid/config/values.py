@@ -1,0 +1,115 @@
+"""Values of a recipe, read as the type that their key accepts, or refused with the cause."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from inlaid.config.parse import Decimal, Integer
+
+MAX_INTEGER = 2**63
+"""Integers of a recipe are below this value in magnitude."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Value that no type accepts, in place of a value that was not meant."""
+
+    value: Any
+    why: str
+
+
+def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: frozenset[str]) -> dict[Any, Any]:
+    """Return the values of a section, each in the type that its key accepts, or `Refused`.
+
+    Args:
+        section: class of the section.
+        values: values from YAML or from Python.
+        prose: keys that accept tabs and line breaks.
+    """
+    return {
+        key: _read(value, *_accepted(section, key), key in prose) if key in section.model_fields else value
+        for key, value in values.items()
+    }
+
+
+def kinds(annotation: Any) -> Iterator[type]:
+    """Yield the types of the values in an annotation: those of unions, lists, tuples and literals."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from map(type, parts)
+    elif origin is Annotated:
+        yield from kinds(parts[0])
+    elif origin in (Union, types.UnionType):
+        for part in parts:
+            yield from kinds(part)
+    elif origin is not None:
+        yield origin
+        for part in parts[1:] if origin is dict else parts:
+            yield from kinds(part)
+    elif isinstance(annotation, type):
+        yield annotation
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from _literals(part)
+
+
+@cache
+def _accepted(section: type[BaseModel], key: str) -> tuple[frozenset[type], frozenset[Any]]:
+    """Return the types and the literals that a key accepts."""
+    annotation = section.model_fields[key].annotation
+    return frozenset(kinds(annotation)), frozenset(_literals(annotation))
+
+
+def _read(value: Any, accepted: frozenset[type], literals: frozenset[Any], several_lines: bool) -> Any:
+    if any(issubclass(kind, BaseModel) for kind in accepted):
+        return value
+    if isinstance(value, list):
+        return [_read(v, accepted, literals, several_lines) for v in value]
+    if isinstance(value, dict):
+        return {k: _read(v, accepted, literals, several_lines) for k, v in value.items()}
+    if value is None and type(None) not in accepted:
+        return Refused(value, "is empty: set a value, or remove the key")
+    if isinstance(value, bool):
+        if bool not in accepted and accepted & {int, float}:
+            return Refused(value, "should be a number")
+    elif isinstance(value, int | float):
+        return _number(value, accepted)
+    elif isinstance(value, str):
+        why = _unmeant(value, accepted, literals, several_lines)
+        return Refused(value, why) if why else value
+    return value
+
+
+def _number(value: float, accepted: frozenset[type]) -> Any:
+    if isinstance(value, Integer | Decimal) and str in accepted and not accepted & {int, float}:
+        return value.text
+    whole = isinstance(value, int) or (int in accepted and float not in accepted)
+    if whole and abs(value) >= MAX_INTEGER:
+        return Refused(value, f"should be less than {MAX_INTEGER}")
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _unmeant(value: str, accepted: frozenset[type], literals: frozenset[Any], several_lines: bool) -> str:
+    """Return why a text cannot have been meant; empty if it can."""
+    kept = "\t\n\r" if several_lines else ""
+    wrong = next((c for c in value if (c < " " or c == "\x7f") and c not in kept), None)
+    if wrong:
+        return (
+            f"contains the control character {wrong!r}: in double quotes, `\\` starts an escape: use single "
+            "quotes for regular expressions and paths"
+        )
+    if value in literals or type(None) not in accepted or bool in accepted:
+        return ""
+    nothing = ("none",) if str in accepted and not literals else ("none", "off", "no", "nil", "disabled")
+    return "write null for no value" if value.lower() in nothing else ""
