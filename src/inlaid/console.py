@@ -88,7 +88,7 @@ def quiet() -> None:
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     libraries = ("diffusers", "transformers", "peft", "bitsandbytes", "torchao", "torch.distributed")
-    for name in (*libraries, "torch.utils._pytree"):
+    for name in (*libraries, "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

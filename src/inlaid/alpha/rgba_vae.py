@@ -190,12 +190,9 @@ def perceptual_file(name: str) -> Path:
     how = "use the path of torchvision's vgg16 file, OWNER/NAME/FILE on the Hub, or none"
     if len(parts) < 3 or name.startswith((".", "/", "~")):
         raise ValueError(f"perceptual: {name} does not exist; {how}")
-    from huggingface_hub import hf_hub_download
+    from inlaid.families import hub
 
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
-    except Exception as error:
-        raise ValueError(
-            f"perceptual: {name} is not a local file and could not be downloaded from the Hub "
-            f"({type(error).__name__}); {how}"
-        ) from None
+        return hub.fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
+    except hub.HubError as error:
+        raise ValueError(f"perceptual: {name} is not a local file, and {error}; {how}") from None

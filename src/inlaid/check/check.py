@@ -34,6 +34,8 @@ from inlaid.media.rgba import AlphaStats
 from inlaid.runs.folder import Run
 from inlaid.runs.launch import Devices, resolve_devices
 from inlaid.training import memory
+from inlaid.training.cautions import cautions
+from inlaid.training.trained import trained_by
 
 ROWS = 12
 """Maximum number of rows on the contact sheet and in the table of alpha statistics."""
@@ -74,6 +76,8 @@ class Report:
     estimate: Estimate | None
     """None if the recipe has mistakes or if there are no training windows."""
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """Settings that are valid but unlikely to be meant, and a Hub that cannot be reached."""
     alphas: dict[str, AlphaStats] = field(default_factory=dict)
     """Alpha statistics by clip name; empty unless the run is transparent."""
     conversions: dict[str, str] = field(default_factory=dict)
@@ -113,8 +117,15 @@ def check_recipe(config: recipe.Config) -> Report:
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
     estimate, notes = None, _notes(config, family, plan)
+    parts = [c for part in family.encoders.values() for c in part]
+    hub = family.availability([*parts, *([family.component] if config.rgba_vae is None else [])])
+    warnings: list[str] = []
+    if hub:
+        found = {"note": notes, "warning": warnings, "error": mistakes}[hub.severity]
+        found.append(f"model.checkpoint: {hub.text}")
     if buckets:
         try:
+            warnings += _cautions(config, family)
             estimate, more = _estimate(config, family, plan, buckets)
             notes += more
         except ValueError as error:
@@ -132,6 +143,7 @@ def check_recipe(config: recipe.Config) -> Report:
         buckets=buckets,
         estimate=estimate,
         notes=notes,
+        warnings=warnings,
         alphas={c.name: plan.alphas[c.path] for c in plan.clips if c.path in plan.alphas},
         conversions={
             c.name: plan.probes[c.path].conversions
@@ -192,6 +204,14 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
             "1280 columns or 720 lines on, else BT.601"
         )
     return notes
+
+
+def _cautions(config: recipe.Config, family: families.Family) -> list[str]:
+    """Return warnings about the recipe for this network."""
+    import torch
+
+    network = family.load_denoiser(torch.float32, meta=True)
+    return cautions(config, network, trained_by(config, family).select(network))
 
 
 def _conversions(plan: Plan) -> list[str]:
@@ -320,6 +340,8 @@ def print_report(report: Report, console: Console) -> None:
         _print_estimate(report.estimate, report.steps, console)
     for note in report.notes:
         console.print(Text(f"note: {note}", "cyan"))
+    for line in report.warnings:
+        console.print(Text(f"warning: {line}", "yellow"))
     for severity, style in (("warning", "yellow"), ("error", "red")):
         found = [p for p in report.problems if p.severity == severity]
         for line in describe_plan(found, report.clips, most=8, noun=modality_of(report.modality).one):
@@ -329,7 +351,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.contact_sheet:
         console.print(Text(f"\ncontact sheet: {report.contact_sheet}"))
     errors = len(report.mistakes) + sum(p.severity == "error" for p in report.problems)
-    warnings = sum(p.severity == "warning" for p in report.problems)
+    warnings = len(report.warnings) + sum(p.severity == "warning" for p in report.problems)
     counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
     verdict, style = ("ready to train", "bold green") if report.ok else ("not ready", "bold red")
     console.print(Text(f"{verdict}: {counts}", style))

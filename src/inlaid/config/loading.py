@@ -78,6 +78,9 @@ def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = 
     family = section.get("family") if isinstance(section, Mapping) else None
     family = getattr(family, "text", family)
     defaults = family_class(family).defaults if isinstance(family, str) else {}
+    optim = raw.get("optim")
+    if isinstance(optim, Mapping) and optim.get("name") == "prodigy":
+        defaults = merge(defaults, {"optim": {"lr": 1.0}})  # it adapts the rate: other values only scale it
     try:
         return Config.model_validate(merge(defaults, raw))
     except ValidationError as error:

@@ -305,9 +305,9 @@ class Optim(Section):
 
     name: Literal["adamw", "adamw8bit", "adamw4bit", "prodigy"] = "adamw"
     """`adamw` (torch), `adamw8bit` (bitsandbytes, a quarter of the optimizer state), `adamw4bit` (torchao, an
-    eighth), `prodigy` (prodigyopt, adapts the learning rate; set `lr` to 1)."""
+    eighth), `prodigy` (prodigyopt, adapts the learning rate)."""
     lr: float = Field(default=1e-4, gt=0)
-    """Learning rate after warm-up."""
+    """Learning rate after warm-up. Default for `prodigy`: 1."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moments."""
     eps: float = Field(default=1e-8, gt=0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -131,12 +130,7 @@ class Cache:
     def encoder(self, family: Family, part: str) -> list[str]:
         """Return the identity of an encoder: the commit of a Hub checkpoint, or the hashes of local files."""
         if not isinstance(family.source, Path):
-            from huggingface_hub import hf_hub_download
-
-            name = "model_index.json"
-            path = hf_hub_download(family.source, name, revision=family.model.revision)
-            commit = re.search(r"snapshots[/\\]([0-9a-f]+)", path)
-            return [family.source, commit[1] if commit else str(family.model.revision), part]
+            return [family.source, family.commit(), part]
         files = [
             f for c in family.encoders[part] for f in sorted((family.source / c).rglob("*")) if f.is_file()
         ]

@@ -69,8 +69,6 @@ class Family(Checkpoint, ABC):
     """Frame rate of the training data of the published checkpoint."""
     modality: ClassVar[str] = "video"
     """Modality of inputs and outputs: `video` or `scene`."""
-    component: str = "transformer"
-    """Name of the denoiser in the checkpoint and in the pipeline."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
     """Options specific to the family (`model.options` in a recipe) and their allowed values, the default
     first. If an option changes the result of `encode_media`, `media_key` must include it."""
@@ -172,25 +170,6 @@ class Family(Checkpoint, ABC):
         """
         return dict(item)
 
-    def load_denoiser(
-        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
-    ) -> nn.Module:
-        """Load the checkpoint's denoiser, or a fine-tuned one from `folder`.
-
-        If `meta` is true, return it on the meta device, without loading weights.
-        """
-        import diffusers
-        import torch
-
-        kind = getattr(diffusers, self._class_name(self.component))
-        if meta:
-            with torch.device("meta"):
-                return kind.from_config(self.read_config(self.component))
-        if folder is not None:
-            with self.loading("", folder):
-                return kind.from_pretrained(folder, torch_dtype=dtype)
-        return self.load(self.component, dtype)
-
     def share_positions(self, denoiser: nn.Module) -> None:
         """Modify the denoiser to use the same positions for two clips in one sequence.
 
@@ -241,7 +220,7 @@ class Family(Checkpoint, ABC):
 
         network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype)
         parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, self.component: network}
-        options = {"revision": self.model.revision, "torch_dtype": network.dtype}
+        options = {"torch_dtype": network.dtype, **self.fetched_pipeline(parts)}
         with self.loading("model_index.json"):
             pipe = DiffusionPipeline.from_pretrained(self.source, **options, **parts)
         return pipe.to(device)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlaid import config as recipe
+from inlaid.config.parse import shorten
+from inlaid.families import hub
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 class Checkpoint:
@@ -20,6 +24,8 @@ class Checkpoint:
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     """Configuration values of published checkpoints by Hub ID, used instead of downloading them; the first ID
     is the default checkpoint."""
+    component: str = "transformer"
+    """Name of the denoiser in the checkpoint and in the pipeline."""
     text_encoder: ClassVar[str] = "T5EncoderModel"
     """Name of the text encoder's class in transformers."""
 
@@ -36,8 +42,8 @@ class Checkpoint:
         """Return the configuration of a component, or `model_index.json` for the empty name; None if absent.
 
         Raises:
-            ValueError: if the checkpoint is neither a local folder nor reachable on the Hub, or the file is
-                not a JSON object.
+            ValueError: if the file is neither local, nor cached, nor readable on the Hub, or is not a JSON
+                object.
         """
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         if component.startswith("feature_extractor"):
@@ -58,20 +64,9 @@ class Checkpoint:
                     f"model.checkpoint: {path} is not a JSON object; copy or download the checkpoint again"
                 )
             return found
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            return json.loads(
-                Path(hf_hub_download(self.source, name, revision=self.model.revision)).read_text("utf-8")
-            )
-        except EntryNotFoundError:
-            return None
-        except Exception as error:
-            raise ValueError(
-                f"model.checkpoint: `{self.source}` is not a local folder and could not be read from the Hub "
-                f"({type(error).__name__}); check the name and the network, or run `hf auth login`"
-            ) from None
+        with self._asking():
+            file = hub.fetch(self.source, self.model.revision, name)
+        return json.loads(file.read_text("utf-8")) if file else None
 
     @contextmanager
     def loading(self, part: str, folder: Path | None = None) -> Iterator[None]:
@@ -103,12 +98,54 @@ class Checkpoint:
         """
         if isinstance(self.source, Path):
             return self.source / component
-        from huggingface_hub import snapshot_download
+        with self._asking():
+            return hub.fetch_component(self.source, self.model.revision, component)
 
-        wanted = f"{component}/*"
-        with self.loading(component):
-            found = snapshot_download(self.source, revision=self.model.revision, allow_patterns=wanted)
-        return Path(found) / component
+    def commit(self) -> str:
+        """Return the commit of a Hub checkpoint, or its revision if the commit is unknown."""
+        assert isinstance(self.source, str)
+        with self._asking():
+            file = hub.fetch(self.source, self.model.revision, "model_index.json")
+        found = re.search(r"snapshots[/\\]([0-9a-f]+)", str(file))
+        return found[1] if found else str(self.model.revision)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except hub.HubError as error:
+            raise ValueError(f"model.checkpoint: {error}") from error
+
+    def fetched(self, *components: str) -> dict[str, Any]:
+        """Download the files of components if needed; return arguments of `from_pretrained` that use them.
+
+        Raises:
+            ValueError: if the download fails.
+        """
+        if isinstance(self.source, Path):
+            return {}
+        for component in components:
+            self.folder(component)
+        return hub.local_options(self.model.revision)
+
+    def availability(self, components: Iterable[str]) -> hub.Availability | None:
+        """Report whether components of a Hub checkpoint are reachable and the size of the download.
+
+        Returns:
+            None for a local checkpoint.
+        """
+        if isinstance(self.source, Path):
+            return None
+        return hub.availability(self.source, self.model.revision, components)
+
+    def fetched_pipeline(self, given: Collection[str]) -> dict[str, Any]:
+        """Download the components of the pipeline that are not `given`; return arguments as `fetched`."""
+        if isinstance(self.source, Path):
+            return {}
+        with self._asking():
+            file = hub.fetch(self.source, self.model.revision, "model_index.json")
+        index = json.loads(file.read_text("utf-8")) if file else {}
+        return self.fetched(*(k for k, v in index.items() if isinstance(v, list) and v[0] and k not in given))
 
     def load(self, component: str, dtype: torch.dtype) -> Any:
         """Load a component with all its weights, as the diffusers class that its configuration names.
@@ -116,12 +153,9 @@ class Checkpoint:
         Raises:
             ValueError: if the component cannot be loaded, or weights are missing from its files.
         """
-        import diffusers
-
+        kind, options = self._class(component), self.fetched(component)
         with self.loading(component):
-            network = getattr(diffusers, self._class_name(component)).from_pretrained(
-                self.source, subfolder=component, revision=self.model.revision, torch_dtype=dtype
-            )
+            network = kind.from_pretrained(self.source, subfolder=component, torch_dtype=dtype, **options)
             missing = [n for n, p in network.named_parameters() if p.is_meta]
             if missing:
                 raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
@@ -131,18 +165,46 @@ class Checkpoint:
         """Load the tokenizer and the text encoder, as a pair."""
         import transformers
 
-        options: dict[str, Any] = {"revision": self.model.revision}
+        folders = self.folder("tokenizer"), self.folder("text_encoder")
         with self.loading("tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.source, subfolder="tokenizer", **options
-            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
         with self.loading("text_encoder"):
             kind: Any = getattr(transformers, self.text_encoder)
-            encoder = kind.from_pretrained(self.source, subfolder="text_encoder", dtype=dtype, **options)
+            encoder = kind.from_pretrained(folders[1], dtype=dtype)
         return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
-    def _class_name(self, component: str) -> str:
-        return (self.read_config(component) or {})["_class_name"]
+    def load_denoiser(
+        self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
+    ) -> nn.Module:
+        """Load the checkpoint's denoiser, or a fine-tuned one from `folder`.
+
+        If `meta` is true, return it on the meta device, without loading weights.
+        """
+        import torch
+
+        if meta:
+            with torch.device("meta"):
+                return self._class(self.component).from_config(self.read_config(self.component))
+        if folder is not None:
+            with self.loading("", folder):
+                return self._class(self.component).from_pretrained(folder, torch_dtype=dtype)
+        return self.load(self.component, dtype)
+
+    def _class(self, component: str) -> Any:
+        """Return the diffusers class that the configuration of a component names.
+
+        Raises:
+            ValueError: if diffusers has no such class.
+        """
+        import diffusers
+
+        name = str((self.read_config(component) or {}).get("_class_name"))
+        if not hasattr(diffusers, name):
+            raise ValueError(
+                f"model.checkpoint: `{component}` of {self.model.checkpoint} is a `{shorten(name, 60)}`, "
+                f"which diffusers {diffusers.__version__} does not have: upgrade diffusers"
+            )
+        return getattr(diffusers, name)
 
 
 TINY = "tiny:"

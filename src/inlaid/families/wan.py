@@ -201,14 +201,11 @@ class Wan(Family):
             return vae, None, None
         from transformers import CLIPImageProcessor, CLIPVisionModel
 
-        options: dict[str, Any] = {"revision": self.model.revision}
+        folders = self.folder("image_processor"), self.folder("image_encoder")
         with self.loading("image_processor"):
-            processor = CLIPImageProcessor.from_pretrained(
-                self.source, subfolder="image_processor", **options
-            )
+            processor = CLIPImageProcessor.from_pretrained(folders[0])
         with self.loading("image_encoder"):
-            options |= {"subfolder": "image_encoder", "dtype": torch.float32}
-            clip: Any = CLIPVisionModel.from_pretrained(self.source, **options)
+            clip: Any = CLIPVisionModel.from_pretrained(folders[1], dtype=torch.float32)
         return vae, clip.to(device).eval().requires_grad_(False), processor
 
     @torch.no_grad()
@@ -350,8 +347,9 @@ class Wan(Family):
         if clip:
             parts |= {"image_encoder": clip, "image_processor": processor}
         parts[self.component] = denoiser if denoiser is not None else self.load_denoiser(dtype)
+        options = self.fetched_pipeline(parts)
         with self.loading("model_index.json"):
-            pipe = kind.from_pretrained(self.source, revision=self.model.revision, torch_dtype=dtype, **parts)
+            pipe = kind.from_pretrained(self.source, torch_dtype=dtype, **options, **parts)
         return pipe.to(device)
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:

@@ -26,6 +26,7 @@ from inlaid.runs.folder import Run, open_run
 from inlaid.runs.launch import Context
 from inlaid.runs.packages import PACKAGES, require_package
 from inlaid.training import memory, parallel
+from inlaid.training.cautions import cautions
 from inlaid.training.checkpoints import load_state, save_state, unpack_state
 from inlaid.training.loader import Loader
 from inlaid.training.meters import Meters
@@ -190,7 +191,9 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         if name in PACKAGES:
             require_package(key, name)
     trained = trained_by(config, family)
-    trained.select(family.load_denoiser(torch.float32, meta=True))
+    meta = family.load_denoiser(torch.float32, meta=True)
+    for caution in cautions(config, meta, trained.select(meta)):
+        say(f"warning: {caution}", show=ctx.main)
     run = open_run(config, ctx)
     clips = build_cache(config, family, run, ctx)
     per_step = config.train.accumulate * ctx.world

@@ -1,0 +1,58 @@
+"""Warnings about settings of a recipe that are valid but unlikely to be meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from inlaid import config as recipe
+from inlaid.runs.folder import Run
+
+
+def cautions(config: recipe.Config, denoiser: nn.Module, selected: list[str]) -> list[str]:
+    """Return warnings about a recipe, which `check` and `train` print.
+
+    Args:
+        config: the recipe.
+        denoiser: network without adapters; may be on the meta device.
+        selected: names of the layers that get an adapter.
+    """
+    found, optim, steps = [], config.optim, config.train.steps
+    if optim.name == "prodigy" and optim.lr != 1:
+        found.append(
+            f"optim.lr: {optim.lr:g} scales the rate that prodigy estimates, made for 1: leave lr out"
+        )
+    if optim.warmup >= steps:
+        found.append(
+            f"optim.warmup: {optim.warmup} of {steps} steps: the learning rate never stays at {optim.lr:g}"
+        )
+    checkpoints = Run(Path(config.run)).checkpoints()
+    done = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+    if done > steps:
+        found.append(
+            f"train.steps: {steps}, but {config.run} is trained for {done} steps already: nothing is left to "
+            "train; raise train.steps, or choose another folder (run=...)"
+        )
+    over = _over_width(config.tuner, denoiser, selected) if config.rgba_vae is None else []
+    return [*found, *over]
+
+
+def _over_width(tuner: recipe.LowRank | recipe.Full, denoiser: nn.Module, selected: list[str]) -> list[str]:
+    """Return a warning if the rank is higher than that of a layer's weight (LoRA and DoRA)."""
+    if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):
+        return []
+    sizes = {name: min(_matrix(denoiser.get_submodule(name))) for name in selected}
+    narrow = [name for name, size in sizes.items() if size < tuner.rank]
+    if not narrow:
+        return []
+    least = min(narrow, key=lambda name: sizes[name])
+    where = f"{len(narrow)} of {len(sizes)} layers (least {sizes[least]}, {least})"
+    why = "more parameters than the layer and no more capacity: lower the rank"
+    return [f"tuner.rank: {tuner.rank} is over the width of {where}: {why}"]
+
+
+def _matrix(layer: nn.Module) -> tuple[int, int]:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight.shape[0], weight[0].numel()
