@@ -224,7 +224,7 @@ def free_space() -> int:
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
-_OTHER = (".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".tflite", ".pb", ".xml", ".gguf", ".md")
+_OTHER = (".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", ".pb", ".xml", ".gguf", ".md")
 """Suffixes of files that are not used."""
 
 
