@@ -277,3 +277,11 @@ def test_texts_that_yaml_reads_otherwise_survive_saving(tmp_path: Path) -> None:
     made = config.build(BASE | {"sample": {"prompts": [f"x{t}" for t in texts] + texts[:6]}, "run": "1e3"})
     config.save(made, tmp_path / "r.yaml")
     assert config.load(tmp_path / "r.yaml") == made
+
+
+def test_shared_modules_are_no_families() -> None:
+    from inlaid import families
+
+    assert set(families.names()) >= {"cogvideox", "midi", "mochi", "wan"}
+    for name in families.names():
+        assert issubclass(families.get(name), families.Family)
