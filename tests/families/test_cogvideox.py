@@ -431,7 +431,7 @@ def test_mistakes_end_in_one_sentence(
         done = inlaid(command, tmp_path / "r.yaml", *overrides)
         assert done.code in (1, 2) and message in done.output, done.output
         assert done.output.count(message) == 1 and "Traceback" not in done.output
-    assert not (tmp_path / "run/cache").exists(), "nothing is encoded first"
+    assert not list((tmp_path / "run/cache").glob("media/*/*")), "nothing is encoded first"
 
 
 def test_other_checkpoints_are_refused(checkpoint: Checkpoints, tiny_wan: Path, tmp_path: Path) -> None:
