@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter
 from inlaid.adapters.layers import base_layer, layer_shapes, row_norms, some_of
 from inlaid.adapters.merge import effective_delta, layer_delta, merge_adapter
 from inlaid.adapters.read import DORA_RULE_KEY, TENSOR_KEY, load_safetensors, read_adapter, split_block
-from inlaid.files import atomic
+from inlaid.files import atomic, save_file
 from inlaid.networks.domain_embedding import EMBEDDING, NAME
 from inlaid.networks.half_tokens import NOT_MERGEABLE
 
@@ -108,7 +107,9 @@ def write_peft(
     named = {f"base_model.model.{k}": t for k, t in sorted(tensors.items())}
     write_tensors(path, named, metadata)
     config = {k: peft_config[k] for k in ("r", "lora_alpha", "use_dora")}
-    LoraConfig(**config, target_modules=modules, inference_mode=True).save_pretrained(str(folder))
+    made = LoraConfig(**config, inference_mode=True)
+    made.target_modules = modules  # type: ignore[assignment]  # a set would be written in any order
+    made.save_pretrained(str(folder))
     return path
 
 
