@@ -184,8 +184,8 @@ def umask() -> int:
     return old
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of the errors of a full disk, of a quota and of the largest size of a file."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk and of an exceeded quota."""
 
 
 class _NamedError(OSError):

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inlaid import config as recipe
+from inlaid.runs.ranks import RankLostError, join, watched
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
 
     Raises:
         ValueError: if the recipe requires another number of processes, or a device that is missing.
+        RankLostError: if another process has ended or is stopped.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     plan = resolve_devices(config, Devices.here())
@@ -137,24 +139,40 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
     device = torch.device(plan.device, local) if plan.device == "cuda" else torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    ctx = Context(device, plan.precision, plan.optimizer, rank, world, plan.notes)
+    if world == 1:
+        yield ctx
+        return
+    backend, store = "nccl" if device.type == "cuda" else "gloo", join(COLLECTIVE_TIMEOUT)
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=world)
     try:
-        yield Context(device, plan.precision, plan.optimizer, rank, world, plan.notes)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        with watched(rank, config.runtime.rank_timeout):
+            yield ctx
+    except RankLostError:
+        raise  # without leaving the group, which would wait for the lost process
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 class Interrupt:
-    """Signal handler: the first Ctrl-C or SIGTERM stops the run after this step, the second at once."""
+    """Signal handler: the first Ctrl-C, SIGTERM or SIGHUP stops the run after this step.
+
+    A second Ctrl-C or SIGTERM stops it at once. A second signal of another kind does not: when a session
+    ends, its processes get several.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
         self._old: dict[int, Any] = {}
+        self._seen: set[int] = set()
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                continue  # `nohup` ignores it
             try:
                 self._old[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread: the caller handles signals
@@ -166,7 +184,12 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.wanted:
+        if number in self._seen and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        self.wanted = True
-        print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
+        self._seen.add(number)
+        if not self.wanted:
+            self.wanted = True
+            with suppress(OSError, RuntimeError, ValueError):  # no terminal; it is being written to
+                print(
+                    "\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True
+                )
