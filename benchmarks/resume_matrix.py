@@ -186,11 +186,11 @@ def prepare(folder: Path, kind: Kind) -> list[list[str]]:
         "tuner": {"kind": "lora", "rank": 4},
         "optim": {"lr": 1e-3},
         "train": {"steps": STEPS, "save_every": 2, "log_every": 1, "validate_every": 3, "trackers": []},
-        "sample": {"steps": 1, "every": 3},
+        "sample": {"steps": 2, "every": 3},
     }
     if family.modality == "scene":
         scenes(folder / "clips")
-        raw["sample"] = {"steps": 1, "grid": 16}
+        raw["sample"] = {"steps": 2, "grid": 16}
     else:
         grid = family.grid
         size = [grid.spatial * 2, grid.spatial * 2]
@@ -268,22 +268,21 @@ class Ready:
 
     @classmethod
     def of(cls, kind: Kind, folder: Path) -> Ready:
-        """Run the commands of a kind without interruption."""
+        """Write data, checkpoint and recipe of a kind."""
         stage = folder / "stage0"
         stage.mkdir(parents=True)
-        commands = prepare(stage, kind)
-        out = cls(kind, commands, [stage], [])
-        for i, command in enumerate(commands, 1):
-            following = shutil.copytree(stage, folder / f"stage{i}")
-            start = time.monotonic()
+        return cls(kind, prepare(stage, kind), [stage], [])
+
+    def complete(self, count: int) -> None:
+        """Run the first commands without interruption, unless that is done."""
+        for i in range(len(self.seconds), count):
+            following = shutil.copytree(self.stages[i], self.stages[0].with_name(f"stage{i + 1}"))
+            start, command = time.monotonic(), self.commands[i]
             with inside(following):
-                codes = run(command, kind.processes)
-                assert not any(codes), (
-                    f"{kind.name}: {command} {codes}: {Path('log').read_text('utf-8')[-1500:]}"
-                )
-            out.stages.append(stage := following)
-            out.seconds.append(time.monotonic() - start)
-        return out
+                codes = run(command, self.kind.processes)
+                assert not any(codes), f"{self.kind.name}: {Path('log').read_text('utf-8')[-1500:]}"
+            self.stages.append(following)
+            self.seconds.append(time.monotonic() - start)
 
 
 def matrix(folder: Path, kills: int, seed: int, seconds: float) -> dict[str, Any]:
@@ -305,6 +304,7 @@ def matrix(folder: Path, kills: int, seed: int, seconds: float) -> dict[str, Any
             ready[kind.name] = Ready.of(kind, folder / re.sub(r"\W+", "-", kind.name))
         whole = ready[kind.name]
         stage = {"report": 1, "export": 2, "random": rng.choice([0, 0, 1, 2])}.get(place, 0)
+        whole.complete(stage + 1)
         for most in (8, 3, 1):  # a place may have fewer events: smaller numbers until it is killed
             count, after = rng.randint(1, most), rng.random() * whole.seconds[stage]
             mine = shutil.copytree(whole.stages[stage], folder / "trial")
