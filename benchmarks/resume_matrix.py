@@ -40,6 +40,8 @@ PARTS = {
     "report": r"(^|/)run/(\.tmp-[^/]*-)?report",
     "export": r"/export",
 }
+MEMOS = ("config.yaml", "environment.json", "cache/probes", "cache/hashes", "cache/alphas")
+"""Files with paths and times, which differ between equal runs."""
 VOLATILE = {"seconds_per_step", "created", "seconds", "environment", "versions"}
 """Values that differ between equal runs."""
 
@@ -144,9 +146,7 @@ def content(folder: Path) -> dict[str, str]:
     out = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name.startswith(
-            ("config.yaml", "environment.json", "cache/probes", "cache/hash")
-        ):
+        if not path.is_file() or name.startswith(MEMOS):
             continue
         data = path.read_bytes()
         if path.suffix == ".jsonl":
