@@ -76,9 +76,9 @@ def inlaid(folder: Path, precision: str) -> list[float]:
 
     Job.update = timed  # type: ignore[method-assign]
     if not (folder / "cache").is_dir():  # encode in a process of its own, which is not measured
-        with start_processes(config.build(raw)) as ctx:
-            built = config.build(raw)
-            build_cache(built, open_family(built), open_run(built, ctx), ctx)
+        built = config.build(raw)
+        with start_processes(built) as ctx, open_run(built, ctx) as run:
+            build_cache(built, open_family(built), run, ctx)
         return []
     train(config.build(raw))
     return seconds

@@ -1,10 +1,15 @@
 """Test exact resume: after `kill -9` at random times and a restart, results must be bit-identical.
 
     python benchmarks/resume.py [--times 10] [--seed N]
+    python benchmarks/resume.py --matrix [--kills 100] [--minutes 10]
 
 Trains a tiny random Wan DoRA once without interruption, then `--times` times with one to three kills each,
 and compares every tensor of the last checkpoint: weights, EMA and optimizer state. Writes
 `benchmarks/results/resume.json`.
+
+`--matrix` kills train, evaluate and export of ten kinds of runs at file-system events and at random times,
+and compares every file of the run folder; see `resume_matrix.py`. Writes
+`benchmarks/results/resume-matrix.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -53,6 +58,31 @@ def recipe(folder: Path, name: str) -> list[str]:
     return [sys.executable, "-m", "inlaid", "train", str(path)]
 
 
+def run_matrix(kills: int, seed: int, minutes: float) -> int:
+    """Run the matrix, write its results, and return the exit code."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+    import resume_matrix
+    import torch
+
+    from inlaid.console import quiet
+    from inlaid.runs.folder import environment
+    from support.forks import preload
+
+    torch.set_num_threads(1)
+    quiet()
+    preload()
+    with tempfile.TemporaryDirectory() as name:
+        found = resume_matrix.matrix(Path(name), kills, seed, 60 * minutes)
+    RESULTS.parent.mkdir(exist_ok=True)
+    about = {**found, "packages": environment()["packages"]}
+    (RESULTS.parent / "resume-matrix.json").write_text(json.dumps(about, indent=1), "utf-8")
+    text = resume_matrix.table(found)
+    (RESULTS.parent / "resume-matrix.md").write_text(text, "utf-8")
+    print(text)
+    return int(found["identical"] != found["kills"])
+
+
 def main() -> None:
     """Run the benchmark and print a line per trial."""
     parser = argparse.ArgumentParser(
@@ -60,7 +90,12 @@ def main() -> None:
     )
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--matrix", action="store_true")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=60)
     args = parser.parse_args()
+    if args.matrix:
+        sys.exit(run_matrix(args.kills, args.seed, args.minutes))
     rng = random.Random(args.seed)
     from inlaid.media import video
     from inlaid.runs.folder import Run, environment

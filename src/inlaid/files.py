@@ -1,19 +1,104 @@
-"""Files: atomic writing, hashing, and safe loading of torch files."""
+"""Files: atomic writing, temporaries, hashing, and safe loading of torch files."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
+import stat
+import time
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# --- processes and their temporaries ------------------------------------------------------------------------
+
+HOST = socket.gethostname()
+"""Name of this machine in locks and messages."""
+
+_HOST_TAG = hashlib.sha256(HOST.encode()).hexdigest()[:4]
+_TEMPORARY = re.compile(r"\.tmp-(\d+)(?:\.([0-9a-f]{4}))?-")
+_FOREIGN_AGE = 24 * 3600
+"""Seconds after which a temporary of another machine counts as left over: its process cannot be looked up."""
+_swept: set[tuple[int, Path]] = set()
+
+
+def process_start(pid: int) -> str | None:
+    """Return the start time of a running process of this machine; None if no such process runs.
+
+    A process number is used again after its process has ended, so number and start time identify a process.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+        state, *fields = text[text.rindex(")") + 2 :].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, ValueError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return "unknown"  # no /proc, such as on macOS
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the path under which this process writes `path`: same folder, same suffix, at most 255 bytes."""
+    prefix = f".tmp-{os.getpid()}.{_HOST_TAG}-"
+    name = os.fsencode(path.name)[-(255 - len(prefix)) :].decode("utf-8", "ignore")
+    return path.with_name(prefix + name)
+
+
+def sweep(folder: Path, *, deep: bool = True) -> None:
+    """Delete the temporaries of processes that have ended, also in subfolders if `deep`.
+
+    Temporaries of running processes stay, and those of other machines for a day.
+    """
+    for base, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            found = _TEMPORARY.match(name)
+            if not found:
+                continue
+            path = Path(base, name)
+            if found[2] not in (None, _HOST_TAG):
+                with suppress(OSError):
+                    if time.time() - path.lstat().st_mtime > _FOREIGN_AGE:
+                        _delete(path)
+            elif process_start(int(found[1])) is None:
+                _delete(path)
+        folders[:] = [n for n in folders if deep and not _TEMPORARY.match(n)]
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder; a process that is killed meanwhile does not leave a part of it under its name."""
+    aside = temporary_path(path)
+    os.replace(path, aside)
+    _delete(aside)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -21,32 +106,178 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and deleted on failure.
 
     The caller creates a file or a folder at the temporary path, which is in the same folder as `path` and has
-    the same suffix, because some writers derive the format from the suffix.
+    the same suffix, because some writers derive the format from the suffix. Files get the modes that the
+    umask selects, whatever mode their writer chose, and are synced before they are renamed, so that a power
+    failure leaves the old or the new content.
 
     Raises:
         OSError: if the file cannot be written (disk full, read-only, no permission); the error names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    if (os.getpid(), path.parent) not in _swept:
+        sweep(path.parent, deep=False)
+        _swept.add((os.getpid(), path.parent))
+    temporary = temporary_path(path)
     try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and str(error.filename or temporary).startswith(str(temporary)):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-    except SafetensorError as error:  # contains the operating system's error only as text
-        number = re.search(r"os error (\d+)", str(error))
-        if not number:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        with naming(path, temporary):
+            yield temporary
+            _finish(temporary)
+            _put(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _delete(temporary)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder; a folder that it replaces is renamed first and deleted last."""
+    aside = None
+    if path.is_dir():
+        aside = temporary_path(path.with_name(f"old-{path.name}"))
+        os.replace(path, aside)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if aside:
+            os.replace(aside, path)
+        raise
+    if aside:
+        _delete(aside)
+    sync(path.parent)
+
+
+def _finish(path: Path) -> None:
+    """Set the modes of a file, or of a folder and everything in it, and sync the content."""
+    allowed = ~umask()
+    for part in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if part.is_symlink():
+            continue
+        found = part.stat().st_mode
+        wanted = (0o777 if stat.S_ISDIR(found) else 0o666) & allowed
+        if found & 0o777 != wanted:
+            with suppress(PermissionError):  # a file system without modes
+                part.chmod(wanted | found & 0o7000)
+        sync(part)
+
+
+def sync(path: Path) -> None:
+    """Write a file or folder from memory to the disk."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except PermissionError:  # folders on Windows, files that the umask hides from their owner
+        return
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(number)
+
+
+def umask() -> int:
+    """Return the umask of this process: the permissions that new files do not get."""
+    with suppress(OSError):
+        found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
+        if found:
+            return int(found[1], 8)
+    old = os.umask(0o077)
+    os.umask(old)
+    return old
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk and of an exceeded quota."""
+
+
+class _NamedError(OSError):
+    """Error that already names its file and, if the disk is full, the space needed."""
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None, size: int = 0) -> Iterator[None]:
+    """Make every error of the operating system name `path`.
+
+    Args:
+        path: file or folder that is written in the context.
+        temporary: path under which it is written; errors that name this path, or a path in it, name the final
+            path instead.
+        size: number of bytes to write. Default: the size of what was written before the error.
+
+    Raises:
+        OSError: the error, with the file that could not be written; if the disk is full, with the space that
+            the file needs and the space that is free.
+    """
+    place = temporary or path
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number, cause = getattr(error, "errno", None), str(error)
+        if not number:  # shutil and safetensors give the number only as text
+            found = re.search(r"(?:os error|Errno) (\d+)", cause)
+            if not found:
+                raise
+            number = int(found[1])
+        name = os.fsdecode(getattr(error, "filename", None) or place)
+        if name != str(place) and not name.startswith(f"{place}{os.sep}"):
+            raise
+        text = error.strerror if isinstance(error, _NamedError) else os.strerror(number)
+        if number in FULL and not isinstance(error, _NamedError):
+            text = f"{text} ({_space(place, size)})"
+        raise _NamedError(number, text, f"{path}{name[len(str(place)) :]}") from None
+
+
+def _space(place: Path, size: int) -> str:
+    """Return how much space a file needs and how much is free, for the message about a full disk."""
+    needs = f"it needs {megabytes(size)}"
+    if not size:
+        parts = place.rglob("*") if place.is_dir() else [place]
+        with suppress(OSError):
+            needs = f"it needs more than {megabytes(sum(p.stat().st_size for p in parts if p.is_file()))}"
+    free = next(shutil.disk_usage(p).free for p in place.parents if p.exists())
+    return f"{needs}, {megabytes(free)} are free"
+
+
+def megabytes(size: float) -> str:
+    """Return a number of bytes as text, such as `1.5 MB`."""
+    unit = next((u for u in ("GB", "MB") if size >= {"GB": 1e9, "MB": 1e5}[u]), "kB")
+    return f"{size / {'GB': 1e9, 'MB': 1e6, 'kB': 1e3}[unit]:.1f} {unit}"
+
+
+def append(path: Path, text: str) -> None:
+    """Append text to a file.
+
+    Raises:
+        OSError: if the file cannot be written; the error names the file.
+    """
+    with naming(path, size=len(text)), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; equal tensors and metadata give equal bytes.
+
+    `safetensors.torch.save_file` writes the metadata in another order in every process.
+
+    Raises:
+        OSError: if the file cannot be written; the error names the file and, if the disk is full, its size.
+    """
+    from safetensors import torch as safetensors
+
+    with naming(path, size=sum(t.numel() * t.element_size() for t in tensors.values())):
+        safetensors.save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+        if not metadata or len(metadata) < 2:
+            return
+        with path.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            about = header.pop("__metadata__")
+            ordered = {"__metadata__": dict(sorted(about.items())), **header}
+            text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= size, "the header has grown"
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:

@@ -33,7 +33,8 @@ def encoded() -> None:
 
 def build(raw: dict) -> CachedDataset:
     settings = config.build(raw)
-    return build_cache(settings, open_family(settings), open_run(settings, CPU), CPU)
+    with open_run(settings, CPU) as run:
+        return build_cache(settings, open_family(settings), run, CPU, lambda *_: run.begin(settings, CPU))
 
 
 def files(raw: dict, kind: str) -> list[Path]:

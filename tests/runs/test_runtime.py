@@ -17,6 +17,7 @@ from inlaid.runs.launch import Context, DevicePlan, Devices, resolve_devices
 from inlaid.training.checkpoints import load_state, pack_state, save_state, unpack_state
 from inlaid.training.meters import Meters
 from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
+from support.processes import ended_process
 
 
 def resolve(devices: Devices, **runtime_section: object) -> DevicePlan:
@@ -135,10 +136,12 @@ def test_optimizer_state_survives_the_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "change", "remove", "state"])
 def test_damaged_checkpoints_are_named(tmp_path: Path, damage: str) -> None:
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter/a.txt").write_text("hello", "utf-8")
-    save_state(tmp_path, {"w": torch.ones(100)}, {"step": 1, "per_step": 1, "optimizer": {}})
-    file = tmp_path / (
+    for step in (1, 2):
+        folder = tmp_path / f"step-{step:06d}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter/a.txt").write_text("hello", "utf-8")
+        save_state(folder, {"w": torch.ones(100)}, {"step": step, "per_step": 1, "optimizer": {}})
+    file = folder / (
         "state.json"
         if damage == "state"
         else "adapter/a.txt"
@@ -151,8 +154,12 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, damage: str) -> None:
         content = bytearray(file.read_bytes())
         content[-3] ^= 1
         file.write_bytes(content if damage == "change" else content[:-4])
-    with pytest.raises(ValueError, match=f"is damaged.*{file.name}.*resume from the previous one"):
-        load_state(tmp_path)
+    offer = "delete the folder to resume from the previous one, step-000001"
+    with pytest.raises(ValueError, match=f"step-000002: this checkpoint is damaged.*{file.name}.*{offer}"):
+        load_state(folder)
+    (tmp_path / "step-000001/trainer.safetensors").unlink()
+    with pytest.raises(ValueError, match="start again from step 0: no earlier checkpoint is usable"):
+        load_state(folder)
 
 
 def test_run_folder(tmp_path: Path) -> None:
@@ -162,7 +169,7 @@ def test_run_folder(tmp_path: Path) -> None:
     for step in (5, 10, 100000):
         with run.writing(step) as folder:
             (folder / "x").write_text("x", "utf-8")
-    (tmp_path / "checkpoints/.tmp-1-step-000015").mkdir()
+    (tmp_path / f"checkpoints/.tmp-{ended_process()}-step-000015").mkdir()
     assert [p.name for p in run.checkpoints()] == ["step-000005", "step-000010", "step-100000"]
     assert run.checkpoint("10") == run.checkpoint("step-000010") == tmp_path / "checkpoints/step-000010"
     with pytest.raises(ValueError, match="no checkpoint `7`; available: step-000005, step-000010"):
@@ -193,7 +200,7 @@ def test_meters_average_and_write(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "loss"')
     Run(tmp_path).truncate_metrics(2)
     assert [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()] == [line]
-    Run(tmp_path).truncate_metrics(1)
+    Run(tmp_path).truncate_metrics(0)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 

@@ -119,8 +119,8 @@ def client(arguments: list[str]) -> NoReturn:
 # --- the server ---------------------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """Imports everything, then forks for every client until the test session ends."""
+def preload() -> None:
+    """Imports everything that the commands import."""
     import importlib
 
     import inlaid
@@ -129,6 +129,11 @@ def serve() -> None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+
+
+def serve() -> None:
+    """Imports everything, then forks for every client until the test session ends."""
+    preload()
     waking, waken = socket.socketpair()
     waking.setblocking(False), waken.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

@@ -79,7 +79,8 @@ def recipe(kind: tuple[str, str], checkpoint: Checkpoint, run: Path, source: Any
 
 def built(raw: dict) -> CachedDataset:
     settings = config.build(raw)
-    return build_cache(settings, open_family(settings), open_run(settings, CPU), CPU)
+    with open_run(settings, CPU) as run:
+        return build_cache(settings, open_family(settings), run, CPU)
 
 
 def clips(folder: Path, kind: tuple[str, str], fps: float, n: int = 3) -> Path:

@@ -17,7 +17,7 @@ from inlaid.adapters import tuners
 from inlaid.families.wan import Wan
 from inlaid.networks import quantize
 from inlaid.networks.quantize import CASTS, Int4Linear
-from inlaid.runs.folder import read_metrics
+from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.launch import Context
 from inlaid.tiny import random
 from inlaid.training import memory
@@ -275,7 +275,8 @@ def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], tmp_path
     """Each key arrives where it has its effect."""
     ctx = Context(CPU, torch.float32, "adamw4bit")
     section = {"quantize": "int8", "gradient_checkpointing": 2}
-    job = prepare(config.build(recipe(memory=section, optim__name="adamw4bit", runtime__compile=True)), ctx)
+    settings = config.build(recipe(memory=section, optim__name="adamw4bit", runtime__compile=True))
+    job = prepare(settings, ctx, Run(Path(settings.run)))
     blocks = quantize.blocks(job.denoiser)
     assert all(b._compiled_call_impl is not None for b in blocks.values())
     assert {type(p).__name__ for n, p in job.denoiser.named_parameters() if "base_layer.weight" in n} == {
@@ -283,10 +284,9 @@ def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], tmp_path
     }
     assert type(job.optimizer).__name__ == "AdamW4bit"
     assert job.denoiser.gradient_checkpointing
-    off = recipe(memory={"gradient_checkpointing": False}, run=str(tmp_path / "other"))
-    assert not prepare(
-        config.build(off), Context(CPU, torch.float32, "adamw")
-    ).denoiser.gradient_checkpointing
+    off = config.build(recipe(memory={"gradient_checkpointing": False}, run=str(tmp_path / "other")))
+    job = prepare(off, Context(CPU, torch.float32, "adamw"), Run(Path(off.run)))
+    assert not job.denoiser.gradient_checkpointing
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_micro_batches_are_functions_of_their_index(recipe: Callable[..., dict])
     """What two processes see together is what one process sees alone, whatever was seen before."""
     settings = config.build(recipe(train__batch=2, data__caption_dropout=0.5))
     ctx = Context(torch.device("cpu"), torch.float32, "adamw")
-    loader = prepare(settings, ctx).loader
+    loader = prepare(settings, ctx, Run(Path(settings.run))).loader
     loader.per_step = 2
     alone = dict(loader.stream(0, 4, ctx))
     for rank in (0, 1):

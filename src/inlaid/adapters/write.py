@@ -7,20 +7,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter
 from inlaid.adapters.layers import base_layer, layer_shapes, row_norms, some_of
 from inlaid.adapters.merge import effective_delta, layer_delta, merge_adapter
 from inlaid.adapters.read import DORA_RULE_KEY, TENSOR_KEY, load_safetensors, read_adapter, split_block
-from inlaid.files import atomic
+from inlaid.files import atomic, save_file
 from inlaid.networks.domain_embedding import EMBEDDING, NAME
 from inlaid.networks.half_tokens import NOT_MERGEABLE
 
@@ -64,7 +63,8 @@ def write_diffusers(
         Path of the file, written atomically.
 
     Raises:
-        ValueError: if there are no tensors, diffusers cannot load a tensor, or the file cannot be written.
+        ValueError: if there are no tensors, or diffusers cannot load a tensor.
+        OSError: if the file cannot be written.
     """
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -108,7 +108,9 @@ def write_peft(
     named = {f"base_model.model.{k}": t for k, t in sorted(tensors.items())}
     write_tensors(path, named, metadata)
     config = {k: peft_config[k] for k in ("r", "lora_alpha", "use_dora")}
-    LoraConfig(**config, target_modules=modules, inference_mode=True).save_pretrained(str(folder))
+    made = LoraConfig(**config, inference_mode=True)
+    made.target_modules = modules  # type: ignore[assignment]  # a set would be written in any order
+    made.save_pretrained(str(folder))
     return path
 
 
@@ -160,19 +162,19 @@ def export_adapter(
         merge_adapter(base, adapter)
         return write_network(out, base)
     if to == "diffusers":
-        if adapter.vector is not None:
-            write_tensors(out / EMBEDDING, {NAME: adapter.vector}, adapter.header)
-        path = write_diffusers(out, adapter.tensors, adapter.peft_config(), adapter.header)
-    else:
-        path = out if out.suffix == ".safetensors" else out / f"{to}.safetensors"
-        tensors = _comfyui(adapter, family, base) if to == "comfyui" else _kohya(adapter, family, base)
-        rule = {DORA_RULE_KEY: "comfyui"} if adapter.dora else {}
-        write_tensors(path, tensors, {**adapter.header, **rule})
-    try:
-        _verify(adapter, read_adapter(path, family, base=base), base)
-    except BaseException:
-        path.unlink()
-        raise
+        taken = out.is_dir() and any(out.iterdir())  # the caller's temporary folder, with other parts
+        with nullcontext(out) if taken else atomic(out) as folder:
+            if adapter.vector is not None:
+                write_tensors(folder / EMBEDDING, {NAME: adapter.vector}, adapter.header)
+            path = write_diffusers(folder, adapter.tensors, adapter.peft_config(), adapter.header)
+            _verify(adapter, read_adapter(path, family, base=base), base)
+        return out / path.name
+    path = out if out.suffix == ".safetensors" else out / f"{to}.safetensors"
+    tensors = _comfyui(adapter, family, base) if to == "comfyui" else _kohya(adapter, family, base)
+    rule = {DORA_RULE_KEY: "comfyui"} if adapter.dora else {}
+    with atomic(path) as part:
+        write_tensors(part, tensors, {**adapter.header, **rule})
+        _verify(adapter, read_adapter(part, family, base=base), base)
     return path
 
 
@@ -180,14 +182,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write a safetensors file atomically.
 
     Raises:
-        ValueError: if the file cannot be written.
+        OSError: if the file cannot be written.
     """
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    try:
-        with atomic(path) as temporary:
-            save_file(own, temporary, metadata={**header, "format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from None
+    with atomic(path) as temporary:
+        save_file(own, temporary, metadata={**header, "format": "pt"})
 
 
 def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
@@ -288,8 +287,8 @@ def write_network(out: Path, base: nn.Module) -> Path:
                             f"{key} differs on disk"
                         )
             assert not left, f"not written: {some_of(left)}"
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{out}: cannot be written ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
     return out
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,43 +15,80 @@ import typer
 
 from inlaid.cli import prepare_commands, run_commands, share_commands  # noqa: F401 - register commands
 from inlaid.cli.app import INTERRUPTED, app, echo, quiet_libraries
+from inlaid.cli.streams import lasting_streams
 
 ClickException: Any = typer.BadParameter.__mro__[2]
 """Base class of typer's usage errors; the package that defines it depends on the version of typer."""
 
 
 def main() -> None:
-    """Run a command and exit: code 2 with one message for a user's mistake, 130 for Ctrl-C.
+    """Run a command and exit.
 
-    Only bugs of inlaid show a traceback; set INLAID_TRACEBACK to see it for user errors as well.
+    Exit codes: 2 with one message for a user's mistake; 130 for Ctrl-C, SIGTERM and SIGHUP; 1 if another
+    process of the run is lost. Only bugs of inlaid show a traceback; set INLAID_TRACEBACK to see it for user
+    errors as well.
     """
+    with lasting_streams():
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """Run a command and return its exit code."""
     try:
-        code = app(standalone_mode=False) or 0  # the code of a typer.Exit, or None
+        with _stop_signals():
+            code = app(standalone_mode=False) or 0  # the code of a typer.Exit, or None
         if code == 130:  # some versions of typer return this for Ctrl-C
             raise KeyboardInterrupt
-        sys.exit(code)
+        return code
     except (KeyboardInterrupt, typer.Abort):
         echo(f"\n{INTERRUPTED}")
-        sys.exit(130)
+        return 130
     except ValueError as error:
         if os.environ.get("INLAID_TRACEBACK"):
             raise
         echo(f"error: {error}")
-        sys.exit(2)
+        return 2
     except ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except OSError as error:
         if error.errno is None:  # a library's own error, not one of the system
             raise
         full = ": free disk space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         echo(f"error: {error.filename or 'a file could not be written'}: {error.strerror}{full}")
-        sys.exit(2)
+        return 2
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch is not imported here
+        kind = type(error).__name__  # of torch, which is not imported here
+        if kind == "RankLostError":
+            echo(f"error: {error}")
+            return 1
+        if kind != "OutOfMemoryError":
             raise
         echo(f"error: {str(error).split('.')[0]}: lower data.size, data.frames or train.batch, and run again")
-        sys.exit(2)
+        return 2
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP stop a command as Ctrl-C does, so that it deletes its temporaries.
+
+    A signal that is ignored, such as SIGHUP under `nohup`, stays ignored.
+    """
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    ours = [n for n in numbers if n is not None and signal.getsignal(n) is signal.SIG_DFL]
+    with suppress(ValueError):  # not in the main thread: the caller handles signals
+        for number in ours:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            for number in ours:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @app.command()

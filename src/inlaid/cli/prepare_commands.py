@@ -66,6 +66,6 @@ def cache(recipe: Recipe, overrides: Overrides = None) -> None:
     from inlaid.runs.folder import open_run
     from inlaid.runs.launch import start_processes
 
-    with start_processes(config) as ctx:
-        clips = build_cache(config, open_family(config), open_run(config, ctx), ctx)
+    with start_processes(config) as ctx, open_run(config, ctx) as run:
+        clips = build_cache(config, open_family(config), run, ctx, lambda *_: run.begin(config, ctx))
     echo(f"{clips.built.made} encoded, {clips.built.reused} already cached: {clips.store.folder}")

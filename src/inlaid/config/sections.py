@@ -42,8 +42,7 @@ class Model(Section):
     """The network to train."""
 
     family: str
-    """Architecture: `wan`, `cogvideox`, `mochi`, `midi`, or the name of an installed plug-in (entry point
-    group `inlaid.families`)."""
+    """Architecture: `wan`, `cogvideox`, `mochi`, `midi`, or a plug-in (entry points `inlaid.families`)."""
     checkpoint: str
     """Base model: Hub id, local folder in diffusers layout, or `tiny:wan` or `tiny:midi` for the tiny trained
     models that ship with inlaid."""
@@ -351,6 +350,8 @@ class Train(Section):
     """Steps between measurements of the validation loss."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = ["tensorboard"]
     """Where metrics are sent besides `metrics.jsonl`."""
+    accept_changed_data: bool = False
+    """Resume although clips or captions have changed since the checkpoint; holds for one launch."""
 
 
 CARRIERS = ("mov", "webm", "png", "apng", "mkv")
@@ -363,8 +364,7 @@ class Sample(Section):
     prose: ClassVar[frozenset[str]] = frozenset({"prompts", "negative_prompt"})
 
     prompts: list[str] = []
-    """Prompts for samples during training and for `inlaid evaluate`. Empty: the first captions of the
-    data."""
+    """Prompts for samples during training and `inlaid evaluate`. Empty: the first captions of the data."""
     images: list[list[str]] = []
     """Image-to-video only: for each prompt the first image, or a list of the first and the last image.
     Without prompts, the images come from the clips."""
@@ -447,8 +447,9 @@ class Runtime(Section):
     """Precision of the frozen base model and its activations; adapters, losses and optimizer state are
     float32. `auto`: bfloat16 on CUDA, else float32."""
     world_size: int | None = Field(default=None, ge=1)
-    """Number of processes that this recipe requires; a launch with another number is an error. Default: any
-    number."""
+    """Number of processes that this recipe requires; any other number is an error. Default: any number."""
+    rank_timeout: float = Field(default=300, gt=0)
+    """Seconds without a sign of life after which a process counts as stopped, and the others end."""
     workers: int = Field(default=2, ge=0)
     """Threads that decode clips while caching."""
     compile: bool = False

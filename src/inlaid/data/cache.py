@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from inlaid.data import precomputed
 from inlaid.data.probes import CachedProbes, file_state, read_memo, write_memo
 from inlaid.families import Family
-from inlaid.files import atomic, sha256
+from inlaid.files import atomic, save_file, sha256
 
 if TYPE_CHECKING:
     from inlaid.data.clips import Window

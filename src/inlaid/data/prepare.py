@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,8 +54,16 @@ class CachedDataset:
         ]
 
 
-def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: Context) -> CachedDataset:
+def build_cache(
+    config: recipe.Config,
+    family: families.Family,
+    run: Run,
+    ctx: Context,
+    begin: Callable[[Plan, Cache], None] | None = None,
+) -> CachedDataset:
     """Plan the dataset and fill the cache: clips, captions, the empty caption and sample prompts.
+
+    `begin` is called with the plan and the cache after all checks of the data, before anything is encoded.
 
     Raises:
         ValueError: if clips have errors and `data.bad_clips` is `stop`, if no clip is left to train on, or if
@@ -74,6 +82,8 @@ def build_cache(config: recipe.Config, family: families.Family, run: Run, ctx: C
     texts = asked or list(dict.fromkeys(w.caption for w in windows if w.caption))[:4]
     words = list(dict.fromkeys([*(w.words for w in windows), "", sample.negative_prompt, *texts]))
     text_names = dict(zip(words, store.text_names(family, words, dtype), strict=True))
+    if begin:
+        begin(plan, store)
     mine = slice(ctx.rank, None, ctx.world)
     with progress(f"cache {modality.one}s", len(names[mine]), modality.one, show=ctx.main) as advance:
         built = cache.build_media(

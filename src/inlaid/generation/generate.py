@@ -18,9 +18,10 @@ from inlaid.alpha.opening import build_family
 from inlaid.console import progress, say
 from inlaid.data.modality import modality_of
 from inlaid.data.prompts import Prompts, encode_prompts, resolve_sample
+from inlaid.files import atomic
 from inlaid.networks.rgba_vae_checkpoint import FOLDER
 from inlaid.runs.folder import Run, environment
-from inlaid.runs.launch import Context, start_processes
+from inlaid.runs.launch import Context, choose_threads, start_processes
 
 
 def generate(
@@ -117,6 +118,7 @@ def load_pipeline(
         ValueError: if the pipeline does not accept the weights.
     """
     options: dict[str, Any] = {"device": ctx.device, "dtype": ctx.precision}
+    choose_threads(ctx, family.load_denoiser(torch.float32, meta=True))
     if folder is None:
         return family.pipeline(denoiser=None, **options)
     if config.tuner.kind == "full":
@@ -190,9 +192,8 @@ def generate_samples(
                 if images:
                     values["images"] = [each.name for each in images]
                 values |= {"versions": environment()["packages"]}
-                path.with_suffix(".json").write_text(
-                    json.dumps(values, indent=2, ensure_ascii=False), "utf-8"
-                )
+                with atomic(path.with_suffix(".json")) as part:
+                    part.write_text(json.dumps(values, indent=2, ensure_ascii=False), "utf-8")
                 paths.append(path)
                 if on_output:
                     on_output(i, j, made)

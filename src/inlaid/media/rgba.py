@@ -193,8 +193,9 @@ def _write_video(path: Path, rgba: np.ndarray, fps: Fraction, suffix: str) -> No
     from av.video.reformatter import Colorspace, VideoReformatter
 
     codec, pix_fmt, container_name, options, source = _CODECS[suffix]
-    loop = {"plays": "0"} if suffix == ".apng" else {}
-    with av.open(str(path), "w", format=container_name, options=loop) as container:
+    muxer = {"plays": "0"} if suffix == ".apng" else {}
+    muxer["fflags"] = "+bitexact"  # Matroska would write a random number
+    with av.open(str(path), "w", format=container_name, options=muxer) as container:
         stream: Any = container.add_stream(codec, rate=fps)
         stream.height, stream.width = rgba.shape[1:3]
         stream.pix_fmt, stream.options = pix_fmt, options

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,13 +18,23 @@ import torch
 from safetensors import safe_open
 
 from inlaid import config as recipe
-from inlaid.files import atomic
+from inlaid.files import atomic, remove, sweep
 from inlaid.runs.launch import Context
+from inlaid.runs.lock import owned, unwritable
 
 CHANGEABLE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clips")
 """Keys of a recipe that may change when a run is resumed; other changes raise an error."""
 
-CHANGEABLE_TRAIN = ("steps", "save_every", "keep", "log_every", "validate_every", "trackers", "accumulate")
+CHANGEABLE_TRAIN = (
+    "steps",
+    "save_every",
+    "keep",
+    "log_every",
+    "validate_every",
+    "trackers",
+    "accumulate",
+    "accept_changed_data",
+)
 """Keys of the `train` section that may change too; `steps` only with a constant learning rate."""
 
 
@@ -110,6 +120,24 @@ class Run:
             )
         return recipe.load(self.folder)
 
+    def begin(self, config: recipe.Config, ctx: Context) -> None:
+        """Write the recipe and the environment; all processes must call this.
+
+        `train.accept_changed_data` holds for one launch, so it is not written.
+
+        Raises:
+            ValueError: if the folder cannot be written.
+        """
+        if ctx.main:
+            train = config.train.model_copy(update={"accept_changed_data": False})
+            try:
+                recipe.save(config.model_copy(update={"train": train}), self.folder / "config.yaml")
+                with atomic(self.folder / "environment.json") as part:
+                    part.write_text(json.dumps(environment(), indent=2), "utf-8")
+            except OSError as error:
+                raise unwritable(self.folder, error) from None
+        ctx.barrier()
+
     def cache(self, config: recipe.Config) -> Path:
         """Return the cache folder: `data.cache`, or `cache` in the run folder."""
         return Path(config.data.cache) if config.data.cache else self.folder / "cache"
@@ -134,19 +162,27 @@ class Run:
     def keep(self, n: int) -> None:
         """Delete all but the newest n checkpoints, and partial checkpoints of a killed run."""
         for old in self.checkpoints()[:-n]:
-            shutil.rmtree(old)
-        for left in (self.folder / "checkpoints").glob(".tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(old)
+        sweep(self.folder / "checkpoints")
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """Yield a temporary folder that becomes the checkpoint of `step` when the context exits."""
+        """Yield a temporary folder that becomes the checkpoint of `step` when the context exits.
+
+        Raises:
+            OSError: if the checkpoint cannot be written, or the run folder has been deleted.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the run folder has been deleted", str(self.folder))
         with atomic(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
             folder.mkdir(parents=True)
             yield folder
 
     def truncate_metrics(self, step: int) -> None:
-        """Delete the metrics after `step`; a resumed run writes them again."""
+        """Delete the metrics after `step`; a resumed run writes them again.
+
+        A run that was killed before its first checkpoint starts at step 0, without metrics.
+        """
         if not self.metrics.is_file():
             return
         kept = []
@@ -172,30 +208,27 @@ def read_header(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def open_run(config: recipe.Config, ctx: Context) -> Run:
-    """Create the run folder of a recipe; if the run has checkpoints, check that the recipe can resume it.
+@contextmanager
+def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
+    """Own the run folder of a recipe inside the context, and check that the recipe can resume the run.
+
+    Writes nothing but the lock: `Run.begin` writes the recipe, once all checks of a command have passed.
+    Deletes the temporaries that killed processes left in the run folder and in the cache.
 
     Raises:
-        ValueError: if the recipe cannot resume the run, or the folder cannot be written.
+        ValueError: if another process owns the run, the recipe cannot resume it, or the folder cannot be
+            written.
     """
     run = Run(Path(config.run))
-    if run.checkpoints():
-        differ = recipe_changes(run.config(), config)
+    with owned(run.folder) if ctx.main else nullcontext():
+        differ = recipe_changes(run.config(), config) if run.checkpoints() else []
         if differ:
             raise ValueError(
                 f"{run.folder}: this run was started with another recipe:\n"
                 + "\n".join(f"  {d}" for d in differ)
                 + "\nrestore these values to resume, or choose another folder (run=...)"
             )
-    if ctx.main:
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            recipe.save(config, run.folder / "config.yaml")
-        except OSError as error:
-            raise ValueError(
-                f"{run.folder}: the run folder cannot be written ({error.strerror}); choose another folder "
-                "(run=...), or free disk space"
-            ) from None
-        (run.folder / "environment.json").write_text(json.dumps(environment(), indent=2), "utf-8")
-    ctx.barrier()
-    return run
+        if ctx.main:
+            for folder in {run.folder, run.cache(config)}:
+                sweep(folder)
+        yield run

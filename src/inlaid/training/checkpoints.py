@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from inlaid.files import sha256
+from inlaid.files import save_file, sha256
 from inlaid.runs.packages import require_package
+from inlaid.training.fingerprint import Fingerprint
 
 SUBCLASSES = ("OptimState4bit",)
 """Names of torchao's tensor subclasses that consist of several plain tensors."""
@@ -60,34 +64,113 @@ def unpack_state(state: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [unpack_state(v, tensors) for v in state] if isinstance(state, list) else state
 
 
-def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write `trainer.safetensors`, and `state.json` with the SHA-256 of every file in the folder."""
+DATA = "data.json"
+"""File of a checkpoint with the fingerprint of the data."""
+
+
+def save_state(
+    folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], data: Fingerprint | None = None
+) -> None:
+    """Write the state of a run to a checkpoint folder, which already contains the trained weights.
+
+    Writes `trainer.safetensors`, `data.json`, and `state.json` with the SHA-256 of every file and of its own
+    values.
+    """
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "trainer.safetensors")
-    files = {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    (folder / "state.json").write_text(json.dumps({**values, "files": files}), "utf-8")
+    (folder / DATA).write_text(
+        json.dumps(data or {"sources": [], "excluded": []}, ensure_ascii=False), "utf-8"
+    )
+    files = {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    own = {**values, "files": files}
+    (folder / "state.json").write_text(json.dumps({**own, "digest": _digest(own)}), "utf-8")
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON values."""
+    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Verify a checkpoint; return its tensors and the values of its `state.json`.
 
     Raises:
-        ValueError: if a file is missing, truncated or changed.
+        ValueError: if a file is missing, truncated or changed; the message offers the newest earlier
+            checkpoint that is not damaged.
     """
-    out = f"{folder}: this checkpoint is damaged (%s); delete the folder to resume from the previous one"
+    values = verify(folder)
+    return load_tensors(folder), values
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare all files of a checkpoint with their hashes, and return the values of its `state.json`.
+
+    Raises:
+        ValueError: as `load_state`.
+    """
+    try:
+        return _verified(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder}: this checkpoint is damaged ({error}); {_way_out(folder)}") from None
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Load the tensors of a checkpoint that `verify` has accepted.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    try:
+        return load_file(folder / "trainer.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder}: this checkpoint is damaged ({error}); {_way_out(folder)}") from None
+
+
+def load_fingerprint(folder: Path) -> Fingerprint:
+    """Return the fingerprint of the data in a checkpoint that `verify` has accepted."""
+    return json.loads((folder / DATA).read_text("utf-8"))
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """Return the values of `state.json`; a ValueError states the damage."""
     try:
         values = json.loads((folder / "state.json").read_text("utf-8"))
-        bad = [
-            n
-            for n, digest in values["files"].items()
-            if not (folder / n).is_file() or sha256(folder / n) != digest
-        ]
-        bad += [f"{key} in state.json" for key in ("step", "per_step", "optimizer") if key not in values]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(out % f"state.json: {cause}") from None
+    except OSError as error:
+        raise ValueError(f"state.json: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError("state.json: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"state.json: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError("state.json: not a mapping")
+    absent = [key for key in ("step", "per_step", "optimizer", "files", "digest") if key not in values]
+    if absent:
+        raise ValueError(f"missing: {', '.join(f'{key} in state.json' for key in absent)}")
+    if values.pop("digest") != _digest(values):
+        raise ValueError("state.json was changed after it was written")
+    number = re.fullmatch(r"step-(\d+)", folder.name)
+    for key in ("step", "per_step"):
+        value = values[key]
+        if type(value) is not int or value < 1:
+            raise ValueError(f"state.json: {key} is {str(value)[:40]!r}, not a number above 0")
+    if number and int(number[1]) != values["step"]:
+        raise ValueError(f"state.json: it is that of step {values['step']}")
+    files = values["files"]
+    if not isinstance(files, dict) or "trainer.safetensors" not in files:
+        raise ValueError("state.json: no hashes of files")
+    bad = [n for n, digest in files.items() if not (folder / n).is_file() or sha256(folder / n) != digest]
     if bad:
-        raise ValueError(out % f"missing, truncated or changed: {', '.join(bad)}")
-    try:
-        return load_file(folder / "trainer.safetensors"), values
-    except (SafetensorError, OSError) as error:
-        raise ValueError(out % error) from None
+        raise ValueError(f"missing, truncated or changed: {', '.join(bad)}")
+    return values
+
+
+def _way_out(folder: Path) -> str:
+    """Return how to go on without a damaged checkpoint."""
+    number = re.fullmatch(r"step-(\d+)", folder.name)
+    others = [p for p in folder.parent.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    earlier = [p for p in others if number and int(p.name[5:]) < int(number[1])]
+    for other in sorted(earlier, key=lambda p: int(p.name[5:]), reverse=True):
+        with suppress(ValueError):
+            _verified(other)
+            return f"delete the folder to resume from the previous one, {other.name}"
+    return "delete the folder to start again from step 0: no earlier checkpoint is usable"

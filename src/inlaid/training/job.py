@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +18,21 @@ from inlaid import families
 from inlaid.alpha.opening import open_family
 from inlaid.console import say
 from inlaid.data.batch import Batch, stable_hash
+from inlaid.data.cache import Cache
+from inlaid.data.plan import Plan
 from inlaid.data.prepare import build_cache
 from inlaid.data.prompts import Prompts
 from inlaid.data.sampler import make_sampler
-from inlaid.files import atomic
+from inlaid.files import atomic, sha256
 from inlaid.generation.generate import generate_samples
 from inlaid.networks import quantize
-from inlaid.runs.folder import Run, open_run
-from inlaid.runs.launch import Context
+from inlaid.runs.folder import Run, read_metrics
+from inlaid.runs.launch import Context, choose_threads
 from inlaid.runs.packages import PACKAGES, require_package
 from inlaid.training import memory, parallel
 from inlaid.training.cautions import cautions
-from inlaid.training.checkpoints import load_state, save_state, unpack_state
+from inlaid.training.checkpoints import load_fingerprint, load_tensors, save_state, unpack_state, verify
+from inlaid.training.fingerprint import Fingerprint, differences, fingerprint
 from inlaid.training.loader import Loader
 from inlaid.training.meters import Meters
 from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
@@ -55,6 +60,7 @@ class Job:
     validation: list[Batch]
     prompts: Prompts
     meters: Meters
+    data: Fingerprint
     ema: EMA | None = None
     start: int = 0
     _pipeline: object = field(default=None, init=False)
@@ -127,6 +133,7 @@ class Job:
         """Write a checkpoint of whole (unsharded) tensors; if `final`, also the folder of trained weights."""
         gather, trained, name = self.strategy.gather, self.trained, self.trained.folder
         about = {"inlaid_step": str(step), **self.family.about()}
+        self.meters.sync()  # a checkpoint at step n means that the metrics up to step n are on the disk
         with self.run.writing(step) if self.ctx.main else nullcontext() as folder:
             with self.averaged():
                 weights = gather(trained.weights(self.denoiser))
@@ -138,43 +145,133 @@ class Job:
             tensors |= moments
             if folder is not None:
                 values = {"step": step, "per_step": self.loader.per_step, "optimizer": state}
-                save_state(folder, tensors, values)
+                save_state(folder, tensors, values, self.data)
         if self.ctx.main:
             self.run.keep(self.config.train.keep)
         if final and self.ctx.main:
-            with atomic(self.run.folder / name) as folder:
-                shutil.copytree(self.run.checkpoint(str(step)) / name, folder)
-                (folder / "README.md").write_text(trained.card(step, self.prompts.texts), "utf-8")
+            self.publish(step)
         self.ctx.barrier()
         self.meters.pause()
 
-    def resume(self) -> None:
-        """Load the newest checkpoint, if there is one.
+    def publish(self, step: int) -> None:
+        """Copy the trained weights of a checkpoint to the run folder, with a model card."""
+        name = self.trained.folder
+        with atomic(self.run.folder / name) as folder:
+            shutil.copytree(self.run.checkpoint(str(step)) / name, folder)
+            (folder / "README.md").write_text(self.trained.card(step, self.prompts.texts), "utf-8")
+
+    def complete(self) -> None:
+        """Write what a finished run has and this one lacks, because it was killed or its files were deleted.
+
+        The checkpoint of the last step decides: the trained weights in the run folder must be those of the
+        checkpoint, the metrics must contain its validation loss, and its samples must exist.
+        """
+        step, every = self.start, self.config.sample.every
+        lacks = [False, False, False]
+        if self.ctx.main:
+            lines = read_metrics(self.run.metrics)
+            made = list((self.run.folder / "samples" / f"step-{step:06d}").glob("*.json"))
+            lacks = [
+                bool(self.validation)
+                and not any(x["step"] == step and "validation_loss" in x for x in lines),
+                every is not None and step % every == 0 and len(made) < len(self.prompts.texts),
+                not published(self.run.folder, self.run.checkpoint(str(step)), self.trained.folder),
+            ]
+            self.run.keep(self.config.train.keep)
+        validation, samples, weights = self.ctx.gather(lacks)[0]
+        if validation:
+            self.validate(step)
+        if samples:
+            self.sample(step)
+        if weights and self.ctx.main:
+            say(f"completing the run: {self.run.folder / self.trained.folder} of step {step}")
+            self.publish(step)
+        self.ctx.barrier()
+
+    def resume(self, found: Path, values: Mapping[str, Any]) -> None:
+        """Load a checkpoint; `values` is the result of `verify`.
 
         Raises:
-            ValueError: if the checkpoint is damaged, or has another number of micro-batches per step.
+            ValueError: if the checkpoint lacks a trained weight, or has another optimizer's state.
         """
-        found = self.run.checkpoints()
-        if not found:
-            return
-        tensors, values = load_state(found[-1])
-        if values["per_step"] != self.loader.per_step:
+        tensors = load_tensors(found)
+        try:
+            for key, held in (("weights", self.parameters), ("ema", self.ema.weights if self.ema else {})):
+                self.strategy.scatter({n: tensors[f"{key}.{n}"] for n in held}, held)
+            self.strategy.load_optimizer(self.optimizer, unpack_state(values["optimizer"], tensors))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"{self.run.folder}: was trained with {values['per_step']} micro-batches per step over all "
-                f"processes, this launch has {self.loader.per_step}: set train.accumulate so that processes "
-                f"x accumulate = {values['per_step']}"
-            )
-        for key, held in (("weights", self.parameters), ("ema", self.ema.weights if self.ema else {})):
-            self.strategy.scatter({n: tensors[f"{key}.{n}"] for n in held}, held)
-        self.strategy.load_optimizer(self.optimizer, unpack_state(values["optimizer"], tensors))
+                f"{found}: this checkpoint does not fit the recipe ({error}); choose another folder (run=...)"
+            ) from None
         self.start = values["step"]
-        if self.ctx.main:
-            self.run.truncate_metrics(self.start)
-        say(f"resuming after step {self.start} ({found[-1]})", show=self.ctx.main)
+        say(f"resuming after step {self.start} ({found})", show=self.ctx.main)
 
 
-def prepare(config: recipe.Config, ctx: Context) -> Job:
-    """Prepare the job of a recipe: run folder, cache, network with trainable weights, and optimizer.
+def published(run: Path, checkpoint: Path, name: str) -> bool:
+    """Return True if the folder `name` of a run is that of the checkpoint, with a model card."""
+    ours = [f for f in (checkpoint / name).rglob("*") if f.is_file()]
+    pairs = [(f, run / name / f.relative_to(checkpoint / name)) for f in ours]
+    return (run / name / "README.md").is_file() and all(
+        b.is_file() and a.stat().st_size == b.stat().st_size and sha256(a) == sha256(b) for a, b in pairs
+    )
+
+
+def resumed_from(config: recipe.Config, ctx: Context, run: Run) -> tuple[Path | None, dict[str, Any]]:
+    """Return the newest checkpoint of a run, None if there is none, and the values of its state.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or has another number of micro-batches per step.
+    """
+    found = run.checkpoints()
+    if not found:
+        return None, {}
+    values, per_step = verify(found[-1]), config.train.accumulate * ctx.world
+    if values["per_step"] != per_step:
+        raise ValueError(
+            f"{run.folder}: was trained with {values['per_step']} micro-batches per step over all "
+            f"processes, this launch has {per_step}: set train.accumulate so that processes "
+            f"x accumulate = {values['per_step']}"
+        )
+    return found[-1], values
+
+
+def check_data(
+    config: recipe.Config, checkpoint: Path | None, now: Fingerprint, *, encoded: bool = True
+) -> None:
+    """Compare the data with those of the checkpoint from which a run resumes.
+
+    Args:
+        config: recipe of the run.
+        checkpoint: folder of the checkpoint; None for a new run.
+        now: fingerprint of the data now.
+        encoded: False if the clips have not been encoded yet, so that some may still be excluded.
+
+    Raises:
+        ValueError: if they differ and `train.accept_changed_data` is not set.
+    """
+    lines = differences(load_fingerprint(checkpoint), now, encoded=encoded) if checkpoint else []
+    if not lines or not checkpoint:
+        return
+    text = "\n".join(f"  {line}" for line in lines)
+    if config.train.accept_changed_data:
+        say(f"note: the data have changed since {checkpoint.name}:\n{text}")
+        return
+    raise ValueError(
+        f"{config.run}: the data have changed since {checkpoint.name}, from which the run resumes:\n{text}\n"
+        "restore them, choose another folder (run=...), or set train.accept_changed_data=true to go on with "
+        "the changed data"
+    )
+
+
+def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
+    """Prepare the job of a recipe: cache, network with trainable weights, and optimizer.
+
+    All checks come first: nothing is written to the run folder before they have passed.
+
+    Args:
+        config: the recipe.
+        ctx: device and rank of this process.
+        run: run folder, from `open_run`.
 
     Raises:
         ValueError: for any problem the user can fix.
@@ -182,22 +279,19 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     for note in ctx.notes:
         say(f"note: {note}", show=ctx.main)
     strategy, family = parallel.strategy(config, ctx), open_family(config)
-    wrong = memory.problems(config, ctx.device, ctx.precision)
-    if wrong:
-        raise ValueError("this device does not support this recipe:\n" + "\n".join(f"  {w}" for w in wrong))
-    named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
-    named.append(("memory.quantize", config.memory.quantize or ""))
-    for key, name in named:  # fail before the cache is filled, not after
-        if name in PACKAGES:
-            require_package(key, name)
-    trained = trained_by(config, family)
-    meta = family.load_denoiser(torch.float32, meta=True)
-    for caution in cautions(config, meta, trained.select(meta)):
-        say(f"warning: {caution}", show=ctx.main)
-    run = open_run(config, ctx)
-    clips = build_cache(config, family, run, ctx)
-    per_step = config.train.accumulate * ctx.world
-    sampler = make_sampler(clips.plan.train, config.data.sources, config.train.batch, config.seed)
+    trained = check_recipe(config, ctx, family)
+    resumed, values = resumed_from(config, ctx, run)
+    sources, planned = config.data.sources, {}
+
+    def begin(plan: Plan, store: Cache) -> None:
+        planned.update(fingerprint(plan, store, sources))
+        check_data(config, resumed, planned, encoded=False)
+        run.begin(config, ctx)
+
+    clips = build_cache(config, family, run, ctx, begin)
+    data = fingerprint(clips.plan, clips.store, sources, planned)
+    check_data(config, resumed, data)
+    sampler = make_sampler(clips.plan.train, sources, config.train.batch, config.seed)
     loader = Loader(
         family,
         clips.store,
@@ -208,8 +302,8 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
         sampler,
         config.data.caption_dropout,
         config.seed,
-        per_step,
-        [source.prior_preservation for source in config.data.sources],
+        config.train.accumulate * ctx.world,
+        [source.prior_preservation for source in sources],
     )
     validation = clips.validation_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
@@ -232,27 +326,38 @@ def prepare(config: recipe.Config, ctx: Context) -> Job:
     precision = torch.autocast(
         ctx.device.type, ctx.precision, enabled=trained.autocast and ctx.precision is not torch.float32
     )
-    meters = Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()))
+    start = values.get("step", 0)
+    if ctx.main:
+        run.truncate_metrics(start)
+    meters = Meters(run, ctx, config.train.trackers, json.loads(config.model_dump_json()), start)
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = EMA(config.optim.ema, held) if config.optim.ema else None
-    job = Job(
-        config,
-        ctx,
-        run,
-        family,
-        trained,
-        loader,
-        strategy,
-        denoiser,
-        network,
-        held,
-        optimizer,
-        trained.step(precision),
-        validation,
-        clips.prompts,
-        meters,
-        ema,
-    )
-    job.resume()
+    step = trained.step(precision)
+    job = Job(config, ctx, run, family, trained, loader, strategy, denoiser, network, held, optimizer, step,
+              validation, clips.prompts, meters, data, ema)  # fmt: skip
+    if resumed:
+        job.resume(resumed, values)
     meters.pause()
     return job
+
+
+def check_recipe(config: recipe.Config, ctx: Context, family: families.Family) -> Trained:
+    """Return the trained weights that a recipe selects, after the checks that need no data.
+
+    Raises:
+        ValueError: if the device does not support the recipe, a package is missing, or a target of the recipe
+            matches nothing.
+    """
+    wrong = memory.problems(config, ctx.device, ctx.precision)
+    if wrong:
+        raise ValueError("this device does not support this recipe:\n" + "\n".join(f"  {w}" for w in wrong))
+    named = [("optim.name", ctx.optimizer), *(("train.trackers", name) for name in config.train.trackers)]
+    named.append(("memory.quantize", config.memory.quantize or ""))
+    for key, name in named:
+        if name in PACKAGES:
+            require_package(key, name)
+    trained, network = trained_by(config, family), family.load_denoiser(torch.float32, meta=True)
+    for caution in cautions(config, network, trained.select(network)):
+        say(f"warning: {caution}", show=ctx.main)
+    choose_threads(ctx, network)
+    return trained

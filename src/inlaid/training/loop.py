@@ -15,6 +15,7 @@ import torch
 from inlaid import config as recipe
 from inlaid.console import progress
 from inlaid.data.batch import stable_hash
+from inlaid.runs.folder import open_run
 from inlaid.runs.launch import Interrupt, start_processes
 from inlaid.training.job import prepare
 
@@ -32,8 +33,8 @@ def train(config: recipe.Config) -> Path:
         ValueError: for any problem the user can fix.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the checkpoint is written.
     """
-    with start_processes(config) as ctx:
-        job = prepare(config, ctx)
+    with start_processes(config) as ctx, open_run(config, ctx) as run:
+        job = prepare(config, ctx, run)
         t, meters = config.train, job.meters
         with (
             Interrupt() as interrupt,
@@ -71,4 +72,6 @@ def train(config: recipe.Config) -> Path:
                     raise KeyboardInterrupt(
                         f"stopped after step {step}; run the same command again to resume"
                     )
-    return job.run.folder
+        if job.start >= t.steps:
+            job.complete()
+    return run.folder

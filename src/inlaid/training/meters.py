@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlaid.files import append, sync
 from inlaid.runs.folder import Run
 from inlaid.runs.launch import Context
 from inlaid.runs.packages import require_package
@@ -28,6 +29,8 @@ class Meters:
     ctx: Context
     trackers: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    start: int = 0
+    """Step after which the run resumes; TensorBoard drops what was logged after it."""
     _losses: list[tuple[int, Mapping[str, Tensor], Sequence[str]]] = field(default_factory=list, init=False)
     _norms: list[tuple[int, Tensor]] = field(default_factory=list, init=False)
     _writers: list[Any] = field(default_factory=list, init=False)
@@ -35,7 +38,7 @@ class Meters:
 
     def __post_init__(self) -> None:
         for name in self.trackers if self.ctx.main else ():
-            self._writers.append(_tracker(name, self.run, dict(self.settings)))
+            self._writers.append(_tracker(name, self.run, dict(self.settings), self.start))
 
     def add(self, step: int, out: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """Record the losses (n,) of a micro-batch: `losses` and every `loss_NAME` in the output of a step.
@@ -100,18 +103,22 @@ class Meters:
         """Write one line to `metrics.jsonl` and the trackers."""
         if not self.ctx.main:
             return
-        with self.run.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.run.metrics, json.dumps(line) + "\n")
         values = {k: v for k, v in line.items() if k != "step"}
         for writer in self._writers:
             writer(values, int(line["step"]))
+
+    def sync(self) -> None:
+        """Write `metrics.jsonl` from memory to the disk."""
+        if self.ctx.main and self.run.metrics.is_file():
+            sync(self.run.metrics)
 
     def pause(self) -> None:
         """Restart the clock of the time per step, to exclude the time spent on saving or sampling."""
         self._since = time.perf_counter()
 
 
-def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
+def _tracker(name: str, run: Run, settings: dict[str, Any], start: int) -> Any:
     """Return a function (values, step) that sends metrics to a tracker.
 
     Raises:
@@ -119,7 +126,7 @@ def _tracker(name: str, run: Run, settings: dict[str, Any]) -> Any:
     """
     module = require_package("train.trackers", name)
     if name == "tensorboard":
-        writer = module.SummaryWriter(str(run.folder / "tensorboard"))
+        writer = module.SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
 
         def tensorboard(values: Mapping[str, float], step: int) -> None:
             for key, value in values.items():

@@ -1,0 +1,144 @@
+"""Lock of a run folder: one process at a time trains in it or fills its cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from inlaid.files import HOST, process_start
+
+NAME = "run.lock"
+"""Name of the lock file in a run folder: the number, machine and start of the process that owns the run."""
+
+RENEWED = 20.0
+"""Seconds between renewals of a lock, for processes of other machines, which cannot look up its owner."""
+
+EXPIRES = 300.0
+"""Seconds without a renewal after which the lock of another machine counts as left behind."""
+
+PATIENCE = 2.0
+"""Seconds to wait for an owner that is about to end, such as a process that has just been killed."""
+
+_mine: set[tuple[int, Path]] = set()
+"""Locks of this process; the process number is part of them because a fork inherits the set."""
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Own a run folder inside the context. The folder is created if it is missing.
+
+    The lock of a process that has ended is taken over. On this machine that is looked up; on another machine
+    a process has ended if it has not renewed its lock for `EXPIRES` seconds.
+
+    Raises:
+        ValueError: if another process owns the folder, or the folder cannot be written.
+    """
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    path = folder / NAME
+    key = (os.getpid(), path.resolve())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        values = _take(path, key)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    _mine.add(key)
+    done = threading.Event()
+    threading.Thread(target=_renew, args=(path, done), name="lock", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        _mine.discard(key)
+        with suppress(OSError), _opened(path) as file:
+            if (_read(file) or values).items() >= values.items():
+                path.unlink()
+        with suppress(OSError):  # of a run that was refused before it wrote anything
+            for parent in missing:
+                parent.rmdir()
+
+
+def _take(path: Path, key: tuple[int, Path]) -> dict[str, Any]:
+    """Write the lock file, unless its owner runs, and return its values."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        with _opened(path) as file:
+            owner = _read(file)
+            if not owner or not _runs(owner, key):
+                since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+                start = process_start(os.getpid())
+                values = {"pid": os.getpid(), "host": HOST, "start": start, "since": since}
+                file.truncate(0)
+                json.dump(values, file)
+                return values
+        if time.monotonic() > until:
+            raise ValueError(_refusal(path, owner))
+        time.sleep(0.05)
+
+
+def unwritable(folder: Path, error: OSError) -> ValueError:
+    """Return the error for a run folder that cannot be written."""
+    cause = f"the run folder cannot be written ({error.strerror})"
+    return ValueError(f"{folder}: {cause}; choose another folder (run=...), or free disk space")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """Open a lock file while no other process reads or writes it."""
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except (ImportError, OSError):  # Windows; some network file systems: the content alone decides
+                pass
+            with suppress(OSError):
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    yield file
+                    return
+        # the file was deleted before it was locked: its owner has just ended
+
+
+def _read(file: TextIO) -> dict[str, Any] | None:
+    """Return the owner in a lock file, and when the lock was renewed; None if the file is no valid lock."""
+    file.seek(0)
+    try:
+        owner = json.load(file)
+        kept = {k: owner[k] for k in ("pid", "host", "start", "since")}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return {**kept, "renewed": os.fstat(file.fileno()).st_mtime} if isinstance(kept["pid"], int) else None
+
+
+def _runs(owner: dict[str, Any], key: tuple[int, Path]) -> bool:
+    """Return True if the owner of a lock runs; `key` is the lock as this process would hold it."""
+    if owner["host"] != HOST:
+        return time.time() - owner["renewed"] < EXPIRES
+    if owner["pid"] == os.getpid():
+        return key in _mine
+    start = process_start(owner["pid"])
+    return start is not None and start in (owner["start"], "unknown")
+
+
+def _refusal(path: Path, owner: dict[str, Any]) -> str:
+    text = (
+        f"{path.parent}: this run is in use by process {owner['pid']} on {owner['host']}, started "
+        f"{owner['since']}: wait until it has ended, or choose another folder (run=...)"
+    )
+    if owner["host"] == HOST:
+        return text
+    return f"{text}; if that process has ended, wait {EXPIRES / 60:.0f} minutes or delete {path}"
+
+
+def _renew(path: Path, done: threading.Event) -> None:
+    """Renew the lock until the run ends."""
+    while not done.wait(RENEWED):
+        with suppress(OSError):
+            os.utime(path)
