@@ -1,7 +1,7 @@
 """Limits on what a file may claim before it is read, each with an environment variable that raises it.
 
-A header of a few bytes can promise terabytes, and a small archive can expand to gigabytes. Sizes are therefore
-compared with the file and with these limits before memory is allocated.
+A header of a few bytes can promise terabytes, and a small archive can expand to gigabytes. Sizes are
+therefore compared with the file and with these limits before memory is allocated.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def expanded(size: int, stored: int, what: str) -> str:
     large = ARRAY.exceeded(size, f"{what} has {as_size(size)}")
     if large or size <= SMALL:
         return large
-    return EXPANSION.exceeded(ratio, f"{what} expands {ratio:.0f} times, from {as_size(stored)} to {as_size(size)}")
+    return EXPANSION.exceeded(
+        ratio, f"{what} expands {ratio:.0f} times, from {as_size(stored)} to {as_size(size)}"
+    )
 
 
 def nesting(text: str) -> int:

@@ -16,7 +16,7 @@ from inlaid.reading import FileError, cause_of
 OUTSIDE = "outside"
 """Problem code of a path that leads out of its data set."""
 
-PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0\r\n", b"v=0\n", b"[playlist]")
+PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0\r\n", b"v=0\n", b"[playlist]", b"<?xml", b"<MPD")
 """First bytes of files that name other files, which FFmpeg would open under any suffix."""
 
 
@@ -28,6 +28,8 @@ class Root:
         self._real = os.path.realpath(folder)
         self._listed: dict[Path, dict[str, str]] = {}
         self._parents: dict[str, bool] = {}
+        self.skipped: dict[Path, FileError] = {}
+        """Folders that `walk` did not enter, with the reason."""
 
     def guard(self, path: Path) -> Path:
         """Return `path` if it may be read: inside the root after all symbolic links are resolved.
@@ -47,9 +49,9 @@ class Root:
         Circular links raise no error, unlike in `Path.resolve`.
         """
         try:
-            if os.path.islink(path):
+            if path.is_symlink():
                 return _is_within(os.path.realpath(path), self._real)
-            parent = os.path.dirname(os.path.abspath(path))
+            parent = str(path.parent)
             if parent not in self._parents:
                 self._parents[parent] = _is_within(os.path.realpath(parent), self._real)
             return self._parents[parent] or _is_within(os.path.realpath(path), self._real)
@@ -57,7 +59,7 @@ class Root:
             return False
 
     def _is_named_inside(self, path: Path) -> bool:
-        return _is_within(os.path.abspath(path), os.path.abspath(self.folder))
+        return _is_within(str(path.absolute()), str(self.folder.absolute()))
 
     def named(self, text: str) -> Path:
         """Return the path that a manifest names: relative to the root, or absolute and inside of it.
@@ -87,10 +89,10 @@ class Root:
 
     def _relative(self, path: Path, text: str) -> Path:
         """Return an absolute path inside the root as a path below `folder`, which may be relative."""
-        for base, own in ((os.path.abspath(self.folder), os.path.abspath(text)), (self._real, os.path.realpath(path))):
-            if _is_within(own, base):
-                return self.folder / os.path.relpath(own, base)
-        return path
+        base = str(self.folder.absolute())
+        if _is_within(os.path.normpath(text), base):
+            return self.folder / os.path.relpath(text, base)
+        return self.folder / os.path.relpath(os.path.realpath(path), self._real)
 
     def find(self, path: Path) -> Path | None:
         """Return the existing path that equals `path` up to Unicode normalization; None if there is none."""
@@ -122,16 +124,15 @@ class Root:
         if folder not in self._listed:
             found: dict[str, str] = {}
             try:
-                names = sorted(os.listdir(folder), reverse=True)  # the first in order is kept
+                names = sorted((f.name for f in os.scandir(folder)), reverse=True)  # the first is kept
             except OSError:
                 names = []
             for name in names:
                 plain = unicodedata.normalize("NFC", name)
-                stem, suffix = os.path.splitext(plain)
                 found[plain] = name
-                found[stem + suffix.lower() + "\0"] = name
+                found[Path(plain).stem + Path(plain).suffix.lower() + "\0"] = name
             for name in names:  # an exact name precedes one that differs in form
-                stem, suffix = os.path.splitext(name)
+                stem, suffix = Path(name).stem, Path(name).suffix
                 if suffix == suffix.lower():
                     found[unicodedata.normalize("NFC", stem) + suffix + "\0"] = name
             self._listed[folder] = found
@@ -140,29 +141,35 @@ class Root:
     def walk(self, top: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
         """Yield each visible folder with the sorted names of its folders and files, from the top down.
 
-        Linked folders inside the root are followed, except into their own parents.
-
-        Raises:
-            FileError: if a folder is a link that leads out of the root, or cannot be listed.
+        Linked folders inside the root are followed, except into their own parents. Folders that are outside
+        or cannot be listed are recorded in `skipped`.
         """
 
-        def failed(error: OSError) -> None:
-            raise FileError(Path(error.filename), f"cannot be listed ({cause_of(error)})", "layout")
+        def skip(error: OSError) -> None:
+            path = Path(error.filename)
+            self.skipped[path] = FileError(path, f"cannot be listed ({cause_of(error)})")
 
         top = self.folder if top is None else top
-        if not os.path.isdir(top):
+        if not top.is_dir() or not self._enters(top):
             return
-        for parent, folders, files in os.walk(self.guard(top), followlinks=True, onerror=failed):
+        for parent, folders, files in os.walk(top, followlinks=True, onerror=skip):
             here = os.path.realpath(parent)
             visible = sorted(f for f in folders if not f.startswith("."))
-            for name in visible:
-                if os.path.islink(path := os.path.join(parent, name)):
-                    self.guard(Path(path))
-            folders[:] = [f for f in visible if not self._is_loop(os.path.join(parent, f), here)]
+            folders[:] = [f for f in visible if self._enters(Path(parent, f), here)]
             yield Path(parent), list(folders), sorted(f for f in files if not f.startswith("."))
 
-    def _is_loop(self, path: str, here: str) -> bool:
-        return os.path.islink(path) and _is_within(here, os.path.realpath(path))
+    def _enters(self, path: Path, here: str = "") -> bool:
+        """Return True if `walk` enters a folder; `here` is the resolved folder that contains it."""
+        if not path.is_symlink():
+            return True
+        if here and _is_within(here, os.path.realpath(path)):
+            return False
+        try:
+            self.guard(path)
+        except FileError as error:
+            self.skipped[path] = error
+            return False
+        return True
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -180,5 +187,5 @@ def refuse_playlist(path: Path) -> None:
             head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     except OSError:
         return  # reported by the reader of the file
-    if head.startswith(PLAYLISTS) or (head.startswith(b"<?xml") or head.startswith(b"<MPD")):
+    if head.startswith(PLAYLISTS):
         raise FileError(path, "is a playlist, which names other files: use the files themselves")

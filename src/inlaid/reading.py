@@ -1,4 +1,4 @@
-"""Reading of users' files: one exception, one place that converts what libraries raise, bounded text and JSON."""
+"""Reading of users' files: one exception, converted from all that libraries raise; bounded text and JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def reading(
 ) -> Iterator[None]:
     """Convert every exception of a library in the `with` block to a `FileError` with the name of the file.
 
-    This includes `MemoryError` and `RecursionError`, which hostile files cause. A `FileError` passes unchanged.
+    This includes `MemoryError` and `RecursionError`, which hostile files cause. A `FileError`, or
+    another `ValueError` that begins with the path, passes unchanged.
 
     Args:
         path: file that the block reads.
@@ -50,9 +51,13 @@ def reading(
     except FileError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise  # our own error, which names the file
         why = cause_of(error)
         code = "truncated" if isinstance(error, EOFError) or "truncated" in why else "unreadable"
-        known = isinstance(error, (MemoryError, RecursionError)) or (isinstance(error, OSError) and error.errno)
+        known = isinstance(error, (MemoryError, RecursionError)) or (
+            isinstance(error, OSError) and error.errno
+        )
         cause = f"is not {what} ({why})" if what and not known else f"cannot be read ({why})"
         raise raises(path, cause, code) from error
 
@@ -109,8 +114,8 @@ def read_text(path: Path, limit: Limit = limits.TEXT) -> str:
             raise FileError(path, long)
         try:
             return decode_text(path.read_bytes())
-        except UnicodeDecodeError as error:
-            raise FileError(path, f"is not UTF-8 (byte {error.start})") from None
+        except UnicodeDecodeError:
+            raise FileError(path, "is not UTF-8") from None
 
 
 def parse_json(text: str) -> Any:
@@ -150,7 +155,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # --- archives -----------------------------------------------------------------------------------------------
 
 
-def check_member(path: Path, member: zipfile.ZipInfo, raises: Callable[[Path, str, str], FileError] = FileError) -> None:
+def check_member(
+    path: Path, member: zipfile.ZipInfo, raises: Callable[[Path, str, str], FileError] = FileError
+) -> None:
     """Check the size that an archive declares for a member, before it is read.
 
     Raises:

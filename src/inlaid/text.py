@@ -15,14 +15,18 @@ _MARKS = (
 )
 """Byte order marks and their encodings; UTF-32 precedes UTF-16, whose mark it begins with."""
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 """Control characters except tab and newline, characters that reorder text, and unpaired surrogates."""
 
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 """Unicode categories of control, format and space characters."""
 
-_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u2800\u3164\uffa0\ufffc"
-"""Characters of other categories that show nothing: fillers and joiners."""
+_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u2800\u3164\uffa0\ufffc" + "".join(
+    map(chr, range(0xFE00, 0xFE10))
+)
+"""Characters of other categories that show nothing: fillers, joiners and variation selectors."""
 
 
 def printable(text: object, *, lines: bool = True) -> str:
@@ -43,13 +47,15 @@ def _escape(match: re.Match[str]) -> str:
 
 def is_blank(text: str) -> bool:
     """Return True if nothing of a text is visible: only spaces, control or zero-width characters."""
-    return all(unicodedata.category(c) in _INVISIBLE or c in _BLANK or "\ufe00" <= c <= "\ufe0f" for c in text)
+    return all(
+        unicodedata.category(c) in _INVISIBLE or c in _BLANK or "\ufe00" <= c <= "\ufe0f" for c in text
+    )
 
 
 def decode_text(raw: bytes) -> str:
     """Decode UTF-8, or UTF-16 or UTF-32 with a byte order mark; UTF-16 is also recognized without.
 
-    Newlines become `\\n`, as in text files that Python opens.
+    Line ends become single newlines, as in text files that Python opens.
 
     Raises:
         UnicodeDecodeError: if the bytes are in none of these encodings.

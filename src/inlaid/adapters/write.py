@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,19 +160,23 @@ def export_adapter(
             raise ValueError(f"{out}: already exists: choose a new folder")
         merge_adapter(base, adapter)
         return write_network(out, base)
-    if to == "diffusers":
-        if adapter.vector is not None:
-            write_tensors(out / EMBEDDING, {NAME: adapter.vector}, adapter.header)
-        path = write_diffusers(out, adapter.tensors, adapter.peft_config(), adapter.header)
-    else:
-        path = out if out.suffix == ".safetensors" else out / f"{to}.safetensors"
-        tensors = _comfyui(adapter, family, base) if to == "comfyui" else _kohya(adapter, family, base)
-        rule = {DORA_RULE_KEY: "comfyui"} if adapter.dora else {}
-        write_tensors(path, tensors, {**adapter.header, **rule})
+    single = to != "diffusers" and out.suffix == ".safetensors"
+    path = out if single else out / (WEIGHTS if to == "diffusers" else f"{to}.safetensors")
+    existed = path.parent.exists()
     try:
+        if to == "diffusers":
+            if adapter.vector is not None:
+                write_tensors(out / EMBEDDING, {NAME: adapter.vector}, adapter.header)
+            write_diffusers(out, adapter.tensors, adapter.peft_config(), adapter.header)
+        else:
+            tensors = _comfyui(adapter, family, base) if to == "comfyui" else _kohya(adapter, family, base)
+            rule = {DORA_RULE_KEY: "comfyui"} if adapter.dora else {}
+            write_tensors(path, tensors, {**adapter.header, **rule})
         _verify(adapter, read_adapter(path, family, base=base), base)
     except BaseException:
-        path.unlink()
+        path.unlink(missing_ok=True)
+        if not existed and not single:
+            shutil.rmtree(out, ignore_errors=True)
         raise
     return path
 

@@ -22,6 +22,7 @@ from inlaid import families
 from inlaid.alpha.opening import build_family
 from inlaid.check.estimate import Estimate, estimate_recipe
 from inlaid.console import progress
+from inlaid.data.captions import long_texts
 from inlaid.data.modality import Modality, modality_of
 from inlaid.data.plan import Plan, SourceReport, describe_plan
 from inlaid.data.probes import CachedProbes
@@ -196,6 +197,8 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
             f"{ready} windows are precomputed latents: their size and length are fixed{image}, and they are "
             "not on the contact sheet"
         )
+    for text, why in long_texts(family, [*config.sample.prompts, config.sample.negative_prompt]).items():
+        notes.append(f"sample.prompts: `{text[:40]}...` has {why}")
     notes += _conversions(plan)
     assumed = sum(p.untagged for p in plan.probes.values())
     if assumed:

@@ -52,7 +52,7 @@ def read_header(file: IO[bytes]) -> Header:
     if not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"shape {shape} is invalid")
     if dtype.hasobject:
-        raise ValueError("is a pickle")
+        raise ValueError("contains objects: a pickle, which can run code")
     return Header(shape, fortran, dtype)
 
 

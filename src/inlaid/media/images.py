@@ -92,7 +92,9 @@ def checked_image(source: Path | IO[bytes], path: Path, what: str = "") -> Image
         raise MediaError(path, large)
     frames = getattr(image, "n_frames", 1)
     total = 4 * pixels * frames
-    if frames > 1 and (large := limits.ARRAY.exceeded(total, f"{frames} frames have {limits.as_size(total)}")):
+    if frames > 1 and (
+        large := limits.ARRAY.exceeded(total, f"{frames} frames have {limits.as_size(total)}")
+    ):
         raise MediaError(path, named + large)
     return image
 

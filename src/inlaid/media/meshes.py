@@ -91,7 +91,9 @@ def read_surface(path: Path) -> list[Surface]:
         why = f"is {found.dtype} {found.shape}; a surface must be (n, 6), positions and normals"
         raise MediaError(path, why, "surface")
     each = found if found.ndim == 3 else found[None]
-    if many := limits.POINTS.exceeded(each.shape[0] * each.shape[1], f"has {found.size // found.shape[-1]:,} points"):
+    if many := limits.POINTS.exceeded(
+        each.shape[0] * each.shape[1], f"has {found.size // found.shape[-1]:,} points"
+    ):
         raise MediaError(path, many, "surface")
     if many := limits.OBJECTS.exceeded(len(each), f"contains {len(each)} surfaces"):
         raise MediaError(path, many, "several")

@@ -23,7 +23,7 @@ FRAMES = (*IMAGES, ".tif", ".tiff")
 
 def natural(path: Path) -> list[Any]:
     """Return a key that sorts file names in natural order, f9 before f10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def frames_in(folder: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def image_names(path: Path) -> list[str]:
         require_file(path, MediaError)
         with zipfile.ZipFile(path) as archive:
             inside = [n for n in archive.namelist() if n.lower().endswith(FRAMES)]
-    return sorted(inside, key=lambda n: natural(Path(n)))
+        return sorted(inside, key=lambda n: natural(Path(n)))
 
 
 @contextmanager
@@ -80,17 +80,6 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
             check_member(path, archive.getinfo(name), MediaError)
             with archive.open(name) as file, checked_image(file, path, name) as image:
                 yield image
-
-
-def load_named(path: Path, name: str) -> Image.Image:
-    """Load an image from a folder or `.zip`.
-
-    Raises:
-        MediaError: if it cannot be read; the message names the image.
-    """
-    with _opened(path, name) as image:
-        image.load()
-        return image.copy() if not path.is_dir() else image
 
 
 def named_size(path: Path, name: str) -> tuple[int, int]:
