@@ -25,7 +25,7 @@ from inlaid.console import progress
 from inlaid.data.captions import long_texts
 from inlaid.data.modality import Modality, modality_of
 from inlaid.data.plan import Plan, SourceReport, describe_plan
-from inlaid.data.probes import CachedProbes
+from inlaid.data.probes import CachedProbes, read_memo, write_memo
 from inlaid.data.problems import Problem
 from inlaid.data.sampler import make_sampler
 from inlaid.families.grid import Extent
@@ -127,7 +127,10 @@ def check_recipe(config: recipe.Config) -> Report:
     if buckets:
         try:
             warnings += _cautions(config, family)
-            estimate, more = _estimate(config, family, plan, buckets)
+            memo_file = Run(Path(config.run)).cache(config) / "estimates.json"
+            memo = read_memo(memo_file)
+            estimate, more = _estimate(config, family, plan, buckets, memo)
+            write_memo(memo_file, memo)
             notes += more
         except ValueError as error:
             mistakes.append(str(error))
@@ -233,7 +236,11 @@ def _conversions(plan: Plan) -> list[str]:
 
 
 def _estimate(
-    config: recipe.Config, family: families.Family, plan: Plan, buckets: Sequence[Bucket]
+    config: recipe.Config,
+    family: families.Family,
+    plan: Plan,
+    buckets: Sequence[Bucket],
+    memo: dict[str, Any],
 ) -> tuple[Estimate, list[str]]:
     import torch
 
@@ -256,6 +263,7 @@ def _estimate(
         device=device,
         precision=precision,
         optimizer=optimizer,
+        memo=memo,
     )
     if estimate.capacity and estimate.peak > 0.95 * estimate.capacity:
         notes.append(
