@@ -103,6 +103,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("ignore", message="Image size")  # of Pillow; `limits.PIXELS` applies
     libraries = ("diffusers", "transformers", "peft", "bitsandbytes", "torchao", "torch.distributed")
     for name in (*libraries, "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -49,7 +49,7 @@ class Root:
         Circular links raise no error, unlike in `Path.resolve`.
         """
         try:
-            if path.is_symlink():
+            if path.is_symlink() or ".." in path.parts:
                 return _is_within(os.path.realpath(path), self._real)
             parent = str(path.parent)
             if parent not in self._parents:
@@ -59,7 +59,7 @@ class Root:
             return False
 
     def _is_named_inside(self, path: Path) -> bool:
-        return _is_within(str(path.absolute()), str(self.folder.absolute()))
+        return _is_within(os.path.normpath(path.absolute()), os.path.normpath(self.folder.absolute()))
 
     def named(self, text: str) -> Path:
         """Return the path that a manifest names: relative to the root, or absolute and inside of it.
@@ -89,7 +89,7 @@ class Root:
 
     def _relative(self, path: Path, text: str) -> Path:
         """Return an absolute path inside the root as a path below `folder`, which may be relative."""
-        base = str(self.folder.absolute())
+        base = os.path.normpath(self.folder.absolute())
         if _is_within(os.path.normpath(text), base):
             return self.folder / os.path.relpath(text, base)
         return self.folder / os.path.relpath(os.path.realpath(path), self._real)

@@ -20,7 +20,7 @@ from inlaid.paths import Root
 
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
 
-_MARKS = ("", "frame", "img", "image", "f")
+_MARKS = ("", "frame", "f")
 """Prefixes of frame numbers that say nothing about the content of an image."""
 
 
