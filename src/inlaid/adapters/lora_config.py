@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from inlaid.reading import FileError, parse_json
+
+HUGE = 1e30
+"""Bound of alpha, far above that of any trained adapter; float32 overflows at 3e38."""
 
 _CONFIG_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "peft_type": str,
@@ -53,7 +55,7 @@ def parse_config(path: Path, raw: str, origin: str) -> dict[str, Any]:
     alphas = {"lora_alpha": config.get("lora_alpha", 1), "alpha": config.get("alpha"), **patterns}
     for key, value in alphas.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value) and value):
+        if value is not None and not (number and value and abs(value) < HUGE):
             raise wrong(f"alpha of `{key}` is {str(value)[:40]}, it must be a finite number other than 0")
     if "lora_alpha" in config and config["lora_alpha"] is None:
         del config["lora_alpha"]

@@ -28,7 +28,7 @@ from inlaid import limits
 from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter, Layout
 from inlaid.adapters.joint_published import ALPHA, recognize
 from inlaid.adapters.layers import base_layer, check_fit, low_rank_product, row_norms, some_of
-from inlaid.adapters.lora_config import parse_config
+from inlaid.adapters.lora_config import HUGE, parse_config
 from inlaid.files import TorchFileError, load_torch
 from inlaid.networks.domain_embedding import EMBEDDING, read_domain_embedding
 from inlaid.reading import FileError, read_text, reading, require_file
@@ -65,9 +65,6 @@ _PARTS = {
     "lora_up": "B",
     "lora_magnitude_vector": "magnitude",
 }
-
-HUGE = 1e30
-"""Bound of |A| |B| |alpha|, far above any trained adapter and below the largest float32, 3e38."""
 
 _BLOCK = re.compile(r"(\w*blocks\.\d+\.)?(.+)")
 
@@ -267,7 +264,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         state = load_torch(path)
     except TorchFileError as error:
-        if error.code == "pickle":
+        if error.code == "pickle" or "a tensor has" in error.cause or "INLAID_" in error.cause:
             raise
         raise ValueError(f"{path}: neither a safetensors nor a torch file") from None
     for key in ("state_dict", "module", "model"):
