@@ -28,6 +28,9 @@ LAYERS = (
     ("media", "networks", "objectives"),
     ("config",),
     ("console", "files"),
+    ("paths",),
+    ("reading",),
+    ("limits", "text"),
 )
 """Top-level modules of the package from top to bottom; imports go down only."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,9 +19,25 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+from inlaid.text import printable
+
+
+class _SafeConsole(Console):
+    """Console that shows control characters in any text as escapes.
+
+    File names, captions and tensor names come from users' files and could otherwise control the terminal.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render to segments; those with the console's own control codes are unchanged."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+console = _SafeConsole(stderr=True, highlight=False)
 
 _said: set[str] = set()
 
@@ -70,7 +86,7 @@ def progress(
 def say(text: str, *, show: bool = True) -> None:
     """Print one line."""
     if show:
-        console.print(text, markup=False)
+        console.print(printable(text), markup=False)
 
 
 def once(text: str) -> None:
@@ -87,6 +103,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("ignore", message="Image size")  # of Pillow; `limits.PIXELS` applies
     libraries = ("diffusers", "transformers", "peft", "bitsandbytes", "torchao", "torch.distributed")
     for name in (*libraries, "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

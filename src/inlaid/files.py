@@ -16,9 +16,12 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+from inlaid import limits
+from inlaid.reading import FileError, check_member, reading, require_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -289,14 +292,8 @@ def sha256(path: Path) -> str:
     return out.hexdigest()
 
 
-class TorchFileError(ValueError):
-    """Error for a file that `torch.load` cannot load, with the cause and a code."""
-
-    def __init__(
-        self, path: Path, cause: str, code: Literal["unreadable", "truncated", "pickle"] = "unreadable"
-    ) -> None:
-        super().__init__(f"{path}: {cause}")
-        self.cause, self.code = cause, code
+class TorchFileError(FileError):
+    """Error for a file that `torch.load` cannot load; `code` is `unreadable`, `truncated` or `pickle`."""
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> Any:
@@ -307,29 +304,59 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
         mmap: memory-map files in the zip format, so that a tensor is read when it is used.
 
     Raises:
-        TorchFileError: if the file cannot be loaded.
+        TorchFileError: if the file cannot be loaded, or if its tensors claim more than `limits.ARRAY`.
     """
     from pickle import UnpicklingError
 
     import torch
 
-    try:
+    with reading(path, TorchFileError):
+        require_file(path, TorchFileError)
         is_zip = zipfile.is_zipfile(path)
         with path.open("rb") as file:
             head = file.read(4)
-        if not head or (head == b"PK\x03\x04" and not is_zip):
-            raise EOFError
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-    except EOFError:
-        raise TorchFileError(path, "is truncated", "truncated") from None
-    except UnpicklingError as error:
-        called = re.search(r"GLOBAL (\S+)", str(error))
-        if not called and not head.startswith(b"\x80"):
-            raise TorchFileError(path, "not a torch file") from None
-        what = f"calls {called[1]}" if called else "runs code"
-        raise TorchFileError(path, f"a pickle that {what}: not loaded", "pickle") from None
-    except Exception as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise TorchFileError(path, f"cannot be read ({cause})") from None
+        if head == b"PK\x03\x04" and not is_zip:
+            raise TorchFileError(path, "is truncated", "truncated")
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    check_member(path, member, TorchFileError)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        except EOFError:
+            raise TorchFileError(path, "is truncated", "truncated") from None
+        except UnpicklingError as error:
+            called = re.search(r"GLOBAL (\S+)", str(error))
+            if not called and not head.startswith(b"\x80"):
+                raise TorchFileError(path, "not a torch file") from None
+            what = f"calls {called[1]}" if called else "runs code"
+            raise TorchFileError(path, f"a pickle that {what}: not loaded", "pickle") from None
+        _check_claims(path, found)
+        return found
+
+
+def _check_claims(path: Path, content: Any) -> None:
+    """Check that the tensors of a loaded file are not larger in use than in the file.
+
+    A tensor with stride 0 repeats a few stored values; converting it allocates all of them.
+    """
+    import torch
+
+    rest, seen = [content], 0
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            stored = 0 if value.layout != torch.strided else value.untyped_storage().nbytes()
+            claimed = value.numel() * value.element_size()
+            large = limits.ARRAY.exceeded(claimed, f"a tensor has {limits.as_size(claimed)}")
+            if large and claimed > stored:
+                raise TorchFileError(path, large)
+        elif isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, (list, tuple)):
+            rest += value
+        seen += 1
+        if seen > 1_000_000:
+            raise TorchFileError(path, "contains more than 1,000,000 values")

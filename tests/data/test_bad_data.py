@@ -31,7 +31,7 @@ def test_captions_that_are_not_there(clips):
         "1 of 3 clips has no caption (a.mp4): add a .txt beside each",
         "1 of 3 clips has an empty caption (c.mp4): describe the clip",
     ]
-    (clips / "c.txt").write_bytes(b"\xff\xfe caption")
+    (clips / "c.txt").write_bytes(b"\xe9t\xe9 caption")
     made = plan(str(clips))
     assert codes(made) == {"no-caption": ["a.mp4", "c.mp4"]}
     assert "c.mp4: c.txt is not UTF-8): add a caption to each, as UTF-8 text" in message(made)

@@ -171,7 +171,7 @@ CASES_: dict[str, Case] = {
     ),
     "cut off": Case(MOCHI, cut(LATENT, 0.5), ("is truncated", LATENT)),
     "cut off text": Case(COG, cut(PROMPT, 0.9), ("is truncated",)),
-    "an empty file": Case(COG, cut(VIDEO, 0), ("is truncated", VIDEO)),
+    "an empty file": Case(COG, cut(VIDEO, 0), ("the file is empty", VIDEO)),
     "no tensors at all": Case(COG, text(VIDEO, b"<html>not found</html>"), (VIDEO, "cannot be read")),
     "all gone": Case(MOCHI, empty, ("contains no clips",)),
     "a link that leads away": Case(MOCHI, outside, ("is outside of its source", LATENT)),

@@ -118,8 +118,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda s: ((s / "surface_1.npy").unlink(), np.savez(s / "surface_1.npz", a=1)),
         "has no array surface_points",
     ),
-    "text as a picture": (lambda s: (s / "scene_rgb.png").write_text("x"), "cannot be read as an image"),
-    "text as a segmentation": (lambda s: (s / "seg.png").write_text("x"), "cannot be read as a segmentation"),
+    "text as a picture": (lambda s: (s / "scene_rgb.png").write_text("x"), "scene_rgb.png: is not an image"),
+    "text as a segmentation": (lambda s: (s / "seg.png").write_text("x"), "seg.png: is not an image"),
     "odd names": (lambda s: (s / "surface_1.npy").rename(s / "surface_a.npy"), "is named neither"),
     "both kinds of names": (
         lambda s: shutil.copy(s / "surface_1.npy", s / "surface.npy"), "has both surface.npy and"

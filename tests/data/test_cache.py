@@ -166,7 +166,7 @@ def test_a_damaged_memo_is_only_a_memo(tmp_path: Path) -> None:
     store = Cache(tmp_path)
     assert store.content(file).startswith("2cf24dba5fb0a30e")
     store.remember()
-    assert Cache(tmp_path)._hashes
+    assert Cache(tmp_path).probes._hashes
 
 
 def test_a_probe_is_remembered_until_its_file_changes(tmp_path, monkeypatch) -> None:

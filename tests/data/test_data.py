@@ -145,7 +145,7 @@ def test_csv_with_named_columns(clips):
             {"video_column": "clip", "caption_column": "x"},
             "no column `x`; its columns are clip, words: set `caption_column`",
         ),
-        ({}, "has none of the columns video, file_name, file, path, image, frames_path; its columns are"),
+        ({}, "has none of the columns video, file_name, file, path, image, frames_path, video_path"),
         ({"video_column": "clip"}, "has none of the columns caption, prompt, text; its columns are"),
         ({"video_column": "clip", "caption_column": "words", "group_column": "g"}, "no column `g`"),
     ],
@@ -300,9 +300,9 @@ def test_paths_stay_inside(clips, name):
 
 
 def test_links_that_leave_a_folder(clips):
-    (clips.parent / "secret.txt").write_text("secret")
+    (clips.parent / "other.txt").write_text("secret")
     (clips / "a.txt").unlink()
-    (clips / "a.txt").symlink_to(clips.parent / "secret.txt")
+    (clips / "a.txt").symlink_to(clips.parent / "other.txt")
     videos.write(clips.parent / "outside.mp4", 12, 16, SIZE)
     (clips / "d.mp4").symlink_to(clips.parent / "outside.mp4")
     (clips / "e.mp4").symlink_to(clips / "b.final.mp4")

@@ -103,7 +103,7 @@ def test_what_cannot_be_imported_is_reported_in_one_line(tmp_path: Path) -> None
     for arguments, says in (
         (("nowhere", "out"), "no such folder"),
         (("empty", "out"), "contains no meshes (.glb"),
-        (("bad", "out"), "cannot be read as a mesh"),
+        (("bad", "out"), "is not a mesh"),
     ):
         done = inlaid("import", "meshes", *(tmp_path / a for a in arguments))
         assert (done.code, "Traceback" in done.output) == (2, False) and says in done.output

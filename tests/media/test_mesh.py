@@ -147,7 +147,7 @@ def test_scenes_keep_names_and_places(tmp_path: Path) -> None:
     for name, one in meshes.items():
         assert np.allclose(there[name].bounds, one.bounds, atol=1e-6)
     (tmp_path / "bad.glb").write_bytes(b"no")
-    with pytest.raises(ValueError, match="cannot be read as a mesh"):
+    with pytest.raises(ValueError, match="is not a mesh"):
         read_scene(tmp_path / "bad.glb")
 
 

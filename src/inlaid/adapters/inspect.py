@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,8 @@ from inlaid.adapters.read import (
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.networks.domain_embedding import EMBEDDING
 from inlaid.networks.rgba_vae_checkpoint import FILES, FOLDER
+from inlaid.reading import parse_json, read_text, reading
+from inlaid.text import printable
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ def inspect_path(path: str | Path) -> Inspection:
     Raises:
         ValueError: if the path contains none of these, or a file is damaged.
     """
-    path = Path(path)
+    with reading(Path(path)):
+        return _inspect(Path(path))
+
+
+def _inspect(path: Path) -> Inspection:
     if path.is_file():
         return _inspect_file(path)
     if not path.is_dir():
@@ -91,7 +96,7 @@ def describe(inspection: Inspection, indent: str = "") -> str:
     lines += [f"{indent}  {k:<{width}}  {v}" for k, v in inspection.facts.items()]
     lines += [f"{indent}  {note}" for note in inspection.notes]
     lines += [describe(part, indent + "  ") for part in inspection.parts]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _inspect_file(path: Path) -> Inspection:
@@ -203,8 +208,8 @@ def _inspect_rgba_vae(folder: Path) -> Inspection:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        value = parse_json(read_text(path))
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -236,7 +241,7 @@ def _texts(header: Mapping[str, str]) -> dict[str, str]:
 
 
 def _bytes(path: Path) -> str:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not p.is_symlink()]
     size = float(sum(p.stat().st_size for p in files))
     for unit in ("B", "kB", "MB"):
         if size < 1000:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inlaid.adapters.adapter import Adapter
+from inlaid.text import printable
 
 
 def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
@@ -27,7 +28,7 @@ def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 def some_of(names: Iterable[object], most: int = 4) -> str:
     """Join the first names for a message: `a, b and 3 more`."""
-    names = [str(n) for n in names]
+    names = [n if len(n := printable(name, lines=False)) <= 120 else f"{n[:117]}..." for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -10,7 +10,6 @@ W' = m (W + s B A) / ||W + s B A||.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -25,11 +24,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from inlaid import limits
 from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter, Layout
 from inlaid.adapters.joint_published import ALPHA, recognize
 from inlaid.adapters.layers import base_layer, check_fit, low_rank_product, row_norms, some_of
+from inlaid.adapters.lora_config import HUGE, parse_config
 from inlaid.files import TorchFileError, load_torch
-from inlaid.networks.domain_embedding import read_domain_embedding
+from inlaid.networks.domain_embedding import EMBEDDING, read_domain_embedding
+from inlaid.reading import FileError, read_text, reading, require_file
 
 if TYPE_CHECKING:
     from inlaid.families import Family
@@ -93,7 +95,20 @@ def read_adapter(
         ValueError: if the file is damaged, has an unknown layout, does not fit the network, or contains
             tensors that cannot be represented as a LoRA or DoRA.
     """
-    file = _open(_locate(Path(path)), alpha)
+    with reading(Path(path)):
+        file = _open(_locate(Path(path)), alpha)
+        return _adapter(file, family, alpha, shapes, base, dora_scale)
+
+
+def _adapter(
+    file: _File,
+    family: type[Family] | Family,
+    alpha: float | None,
+    shapes: Mapping[str, tuple[int, int]] | None,
+    base: nn.Module | None,
+    dora_scale: DoraRule | None,
+) -> Adapter:
+    """Return the adapter of an open file."""
     parsed = _parse(file, family, shapes or {})
     problems = _problems(parsed, family)
     strange = [m for m in parsed.parts if not any(re.fullmatch(t, m) for t in family.targets)]
@@ -113,6 +128,7 @@ def read_adapter(
         )
     elif sources["rank"]:
         notes.append(f"{sources['rank']} layers store no alpha: alpha = rank is used, as in other programs")
+    _refuse_overflow(parsed, alphas)
     tensors, full = _normalized(parsed, alphas, base, dora_scale)
     if full:
         notes.append(
@@ -179,24 +195,21 @@ def _open(path: Path, alpha: float | None = None) -> _File:
             header = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     else:
-        tensors = _unpickle(path)
+        with reading(path):
+            tensors = _unpickle(path)
     raw, origin = header.get(METADATA_KEY), f"the file's header ({METADATA_KEY})"
     config_file = path.with_name("adapter_config.json")
     if raw is None and config_file.is_file() and path.name == PEFT_WEIGHTS:
-        raw, origin = config_file.read_text("utf-8"), config_file.name
-    try:
-        config = json.loads(raw) if raw else {}
-        config = {k.removeprefix("transformer."): v for k, v in config.items()}
-        for value in [config.get("lora_alpha", 1), *(config.get("alpha_pattern") or {}).values()]:
-            float(value)
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"{path}: {origin} is not a LoRA configuration in JSON") from None
+        raw, origin = read_text(config_file), config_file.name
+    config = parse_config(path, raw or "{}", origin)
     try:
         found = recognize(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: adapter of joint transparency that cannot be used: {error}") from None
     if found is None:
-        return _File(path, tensors, header, config, origin, read_domain_embedding(path.parent, header))
+        with reading(path.parent / EMBEDDING):
+            vector = read_domain_embedding(path.parent, header)
+        return _File(path, tensors, header, config, origin, vector)
     config = {} if alpha is not None else {"lora_alpha": ALPHA}
     header = {**header, **found.header}
     return _File(path, found.tensors, header, config, found.name, found.vector, found.notes)
@@ -209,6 +222,7 @@ def _head(path: Path) -> tuple[bytes, int]:
             head, size = stream.read(9), path.stat().st_size
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    require_file(path)
     if not size:
         raise ValueError(f"{path}: the file is empty")
     return head, size
@@ -234,12 +248,15 @@ def load_safetensors(path: Path) -> Iterator[Any]:
             f"{path}: truncated: the header alone needs {announced + 8} bytes, the file has {size}: "
             "copy it again"
         )
-    try:
-        opened = safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}): copy it again") from None
-    with opened as file:
-        yield file
+    if large := limits.TEXT.exceeded(announced, f"its header has {limits.as_size(announced)}"):
+        raise FileError(path, large)
+    with reading(path):
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise FileError(path, f"truncated or damaged ({error}): copy it again") from None
+        with opened as file:
+            yield file
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
@@ -247,7 +264,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         state = load_torch(path)
     except TorchFileError as error:
-        if error.code == "pickle":
+        if error.code == "pickle" or "a tensor has" in error.cause or "INLAID_" in error.cause:
             raise
         raise ValueError(f"{path}: neither a safetensors nor a torch file") from None
     for key in ("state_dict", "module", "model"):
@@ -411,13 +428,14 @@ def _problems(parsed: _Parsed, family: type[Family] | Family) -> list[str]:
 
 def _misshapen(module: str, parts: Mapping[str, Tensor]) -> list[str]:
     a, b, out = parts["A"], parts["B"], []
-    if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+    if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
         return [f"{module}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied"]
     for name in ("magnitude", "bias", "diff_b"):
         if name in parts and parts[name].numel() != b.shape[0]:
             out.append(f"{module}: {name} has {parts[name].numel()} values for {b.shape[0]} outputs")
     if "alpha" in parts and (parts["alpha"].numel() != 1 or not parts["alpha"].any()):
-        out.append(f"{module}: alpha is {parts['alpha'].tolist()}")
+        some = parts["alpha"].flatten()[:4].tolist()
+        out.append(f"{module}: alpha is {some[0] if parts['alpha'].numel() == 1 else some}")
     return out
 
 
@@ -449,6 +467,24 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
             f"{parsed.file.path}: --alpha is {alpha:g}, but the file stores alpha {stored}: omit --alpha"
         )
     return out, sources
+
+
+def _refuse_overflow(parsed: _Parsed, alphas: Mapping[str, float]) -> None:
+    """Check that the update of each layer, alpha / rank * B A, is representable in float32.
+
+    Raises:
+        ValueError: if a layer's update could overflow.
+    """
+    wild = []
+    for module, parts in parsed.parts.items():
+        a, b = (parts[x].abs().max().double().item() for x in "AB")
+        if not max(1.0, a) * max(1.0, b) * max(1.0, abs(alphas[module])) < HUGE:
+            wild.append(module)
+    if wild:
+        raise ValueError(
+            f"{parsed.file.path}: {len(wild)} layers with values or alpha so large that the update overflows "
+            f"({some_of(wild)})"
+        )
 
 
 def _normalized(

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -172,9 +172,16 @@ def export_adapter(
     path = out if out.suffix == ".safetensors" else out / f"{to}.safetensors"
     tensors = _comfyui(adapter, family, base) if to == "comfyui" else _kohya(adapter, family, base)
     rule = {DORA_RULE_KEY: "comfyui"} if adapter.dora else {}
-    with atomic(path) as part:
-        write_tensors(part, tensors, {**adapter.header, **rule})
-        _verify(adapter, read_adapter(part, family, base=base), base)
+    existed = path.parent.exists()
+    try:
+        with atomic(path) as part:
+            write_tensors(part, tensors, {**adapter.header, **rule})
+            _verify(adapter, read_adapter(part, family, base=base), base)
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                path.parent.rmdir()
+        raise
     return path
 
 

@@ -22,9 +22,10 @@ from inlaid import families
 from inlaid.alpha.opening import build_family
 from inlaid.check.estimate import Estimate, estimate_recipe
 from inlaid.console import progress
+from inlaid.data.captions import long_texts
 from inlaid.data.modality import Modality, modality_of
 from inlaid.data.plan import Plan, SourceReport, describe_plan
-from inlaid.data.probes import CachedProbes
+from inlaid.data.probes import CachedProbes, read_memo, write_memo
 from inlaid.data.problems import Problem
 from inlaid.data.sampler import make_sampler
 from inlaid.families.grid import Extent
@@ -126,7 +127,10 @@ def check_recipe(config: recipe.Config) -> Report:
     if buckets:
         try:
             warnings += _cautions(config, family)
-            estimate, more = _estimate(config, family, plan, buckets)
+            memo_file = Run(Path(config.run)).cache(config) / "estimates.json"
+            memo = read_memo(memo_file)
+            estimate, more = _estimate(config, family, plan, buckets, memo)
+            write_memo(memo_file, memo)
             notes += more
         except ValueError as error:
             mistakes.append(str(error))
@@ -196,6 +200,8 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
             f"{ready} windows are precomputed latents: their size and length are fixed{image}, and they are "
             "not on the contact sheet"
         )
+    for text, why in long_texts(family, [*config.sample.prompts, config.sample.negative_prompt]).items():
+        notes.append(f"sample.prompts: `{text[:40]}...` has {why}")
     notes += _conversions(plan)
     assumed = sum(p.untagged for p in plan.probes.values())
     if assumed:
@@ -230,7 +236,11 @@ def _conversions(plan: Plan) -> list[str]:
 
 
 def _estimate(
-    config: recipe.Config, family: families.Family, plan: Plan, buckets: Sequence[Bucket]
+    config: recipe.Config,
+    family: families.Family,
+    plan: Plan,
+    buckets: Sequence[Bucket],
+    memo: dict[str, Any],
 ) -> tuple[Estimate, list[str]]:
     import torch
 
@@ -253,6 +263,7 @@ def _estimate(
         device=device,
         precision=precision,
         optimizer=optimizer,
+        memo=memo,
     )
     if estimate.capacity and estimate.peak > 0.95 * estimate.capacity:
         notes.append(

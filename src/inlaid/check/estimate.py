@@ -7,13 +7,15 @@ counted. The speed of the device is measured with matrix products.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from inlaid import __version__
 from inlaid import config as recipe
 from inlaid.families import Family
 from inlaid.families.grid import Extent
@@ -216,6 +219,23 @@ def count_operations(
     return Counts(peak - gradients, gradients, ledger.flops, **fused.counts)
 
 
+def _counted(
+    family: Family, denoiser: nn.Module, extent: Extent, batch: int, memo: dict[str, Any], **how: Any
+) -> Counts:
+    """Return `count_operations`, memoized by everything that determines it, and by the library versions."""
+    tensors = [(n, type(p), p.shape, p.dtype, p.requires_grad) for n, p in denoiser.named_parameters()]
+    about = [type(family), family.model, family.options, family.text_length, family.channels]
+    about += [family.shapes(*extent), family.tokens(*extent), __version__]
+    about += [version(name) for name in ("torch", "diffusers", "peft")]
+    key = hashlib.sha256(repr([denoiser, tensors, about, extent, batch, how]).encode()).hexdigest()
+    try:
+        return Counts(**memo[key])
+    except (LookupError, TypeError):
+        found = count_operations(family, denoiser, extent, batch, **how)
+        memo[key] = asdict(found)
+        return found
+
+
 def text_width(denoiser: nn.Module) -> int:
     """Return the width of a network's text input from its configuration; 4096 (T5-XXL) if it is missing."""
     config: Any = getattr(denoiser, "config", {})
@@ -259,6 +279,7 @@ def estimate_recipe(
     device: torch.device,
     precision: torch.dtype,
     optimizer: str,
+    memo: dict[str, Any] | None = None,
 ) -> Estimate:
     """Estimate the resources of a run.
 
@@ -271,6 +292,7 @@ def estimate_recipe(
         device: device of the run.
         precision: precision of the frozen base model.
         optimizer: name of the optimizer, resolved for the device.
+        memo: known results of the simulated pass, by identity; new results are added.
 
     Raises:
         ValueError: if the tuner's targets match no layer.
@@ -281,11 +303,12 @@ def estimate_recipe(
     parameters = sum(p.numel() for p in denoiser.parameters()) - (0 if full else trained)
     largest = max(batches, key=lambda e: family.tokens(*e))
     checkpointing, accumulate = config.memory.gradient_checkpointing, config.train.accumulate
-    counts = count_operations(
+    counts = _counted(
         family,
         denoiser,
         largest,
         config.train.batch,
+        {} if memo is None else memo,
         checkpointing=checkpointing,
         accumulating=accumulate > 1,
     )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from inlaid.text import printable
+
 if TYPE_CHECKING:
     from inlaid.config import Config
 
@@ -89,7 +91,7 @@ Device = Annotated[
 
 def echo(text: str) -> None:
     """Print a message to stderr; stdout has results only."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def load_recipe(path: Path, overrides: list[str] | None) -> Config:

@@ -73,8 +73,8 @@ class Source(Section):
     the folder of the manifest."""
     video_column: str | None = None
     """Column with the path of the clip. Default: the first that exists of video, file_name, file, path,
-    image, frames_path and, for transparent runs, video_rgb, video_fgr, rgb, fgr. With `layout: lines`, the
-    file that lists the clips; default `videos.txt`."""
+    image, frames_path, video_path, filename, file_path, image_path and, for transparent runs, video_rgb,
+    video_fgr, rgb, fgr. With `layout: lines`, the file that lists the clips; default `videos.txt`."""
     caption_column: str | None = None
     """Column with the caption. Default: the first that exists of caption, prompt, text. With `layout: lines`,
     the file that lists the captions; default `prompts.txt`, `prompt.txt` or `captions.txt`."""

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from inlaid.data import precomputed
-from inlaid.data.probes import CachedProbes, file_state, read_memo, write_memo
+from inlaid.data.probes import CachedProbes
 from inlaid.families import Family
-from inlaid.files import atomic, save_file, sha256
+from inlaid.files import atomic, save_file
 
 if TYPE_CHECKING:
     from inlaid.data.clips import Window
@@ -57,10 +57,9 @@ class Cache:
 
     folder: Path
     probes: CachedProbes = field(init=False, repr=False)
-    _hashes: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.probes, self._hashes = CachedProbes(self.folder), read_memo(self.folder / "hashes.json")
+        self.probes = CachedProbes(self.folder)
 
     def path(self, kind: str, name: str) -> Path:
         """Return the path of an item, which may not exist yet."""
@@ -116,14 +115,10 @@ class Cache:
 
     def content(self, path: Path) -> str:
         """Return the SHA-256 of a file's content, memoized by path, size and modification time."""
-        key = file_state(path)
-        if key not in self._hashes:
-            self._hashes[key] = sha256(path)
-        return self._hashes[key]
+        return self.probes.content(path)
 
     def remember(self) -> None:
         """Write the memoized content hashes, probes and alpha statistics to the cache folder."""
-        write_memo(self.folder / "hashes.json", self._hashes)
         self.probes.save()
 
     def encoder(self, family: Family, part: str) -> list[str]:

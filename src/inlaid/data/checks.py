@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -130,11 +130,17 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
     return out
 
 
-def duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
+def duplicates(
+    clips: Sequence[Clip], content: Callable[[Path], str] = sha256
+) -> tuple[dict[Path, str], list[Problem]]:
     """Return a mark for each path, and a warning for each copy of a clip.
 
     Clips with equal content have equal marks. The mark is a content hash, or the path if no other clip has
     the same size in bytes.
+
+    Args:
+        clips: the usable clips.
+        content: function that returns the content hash of a file.
     """
 
     def files(clip: Clip) -> tuple[Path, ...]:
@@ -143,16 +149,19 @@ def duplicates(clips: Sequence[Clip]) -> tuple[dict[Path, str], list[Problem]]:
     def size(clip: Clip) -> int:
         return sum(f.stat().st_size for f in files(clip))
 
+    sizes = {clip.path: size(clip) for clip in clips}
+    real = {clip.path: clip.path.resolve() for clip in clips}
     by_size: dict[int, set[Path]] = defaultdict(set)
     for clip in clips:
-        by_size[size(clip)].add(clip.path.resolve())
+        by_size[sizes[clip.path]].add(real[clip.path])
     marks: dict[Path, str] = {}
     problems: list[Problem] = []
     first: dict[str, Clip] = {}
     for clip in clips:
-        alone = len(by_size[size(clip)]) == 1
-        mark = str(clip.path.resolve()) if alone else ",".join(sha256(f.resolve()) for f in files(clip))
-        marks[clip.path] = mark
+        if clip.path not in marks:
+            alone = len(by_size[sizes[clip.path]]) == 1
+            marks[clip.path] = str(real[clip.path]) if alone else ",".join(map(content, files(clip)))
+        mark = marks[clip.path]
         other = first.setdefault(mark, clip)
         if other is not clip:
             same = "listed twice" if other.path == clip.path else f"same content as {other.name}"

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlaid import config
-from inlaid.data import precomputed, rgba_clips
+from inlaid.data import precomputed, rgba_clips, sequences
 from inlaid.data.rgba_clips import READER, Kind
 from inlaid.families.grid import Extent, VideoExtent
 from inlaid.media import kinds, video
+from inlaid.media.kinds import MediaError
+from inlaid.reading import reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,6 +118,10 @@ class VideoWindow(Window):
         assert not self.clip.embedding, "precomputed latents have no pixels"
         frames, height, width = self.extent
         place = (self.start, frames, self.fps, (height, width))
-        if self.alpha:
-            return rgba_clips.read_rgba_clip(self.clip.path, self.clip.matte, *place, self.alpha)
-        return video.read_frames(self.clip.path, *place, premultiplied=self.premultiplied)
+        path = self.clip.path
+        with reading(path, MediaError):
+            if self.alpha:
+                return rgba_clips.read_rgba_clip(path, self.clip.matte, *place, self.alpha)
+            if self.clip.kind == "frames":
+                return sequences.read_sequence(path, *place)
+            return video.read_frames(path, *place, premultiplied=self.premultiplied)

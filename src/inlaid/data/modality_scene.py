@@ -34,6 +34,8 @@ from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import Note
 from inlaid.media.scene import MAX_OBJECTS, SceneSample, read_image, tiles
+from inlaid.reading import FileError, reading
+from inlaid.text import printable
 
 if TYPE_CHECKING:
     from inlaid.families import Family
@@ -76,7 +78,8 @@ class SceneWindow(Window):
             MediaError: if a file is invalid; the message names the file and the problem.
         """
         assert isinstance(self.clip, SceneClip)
-        return self.clip.scene.read()
+        with reading(self.clip.path, MediaError):
+            return self.clip.scene.read()
 
 
 class SceneModality(Modality):
@@ -101,17 +104,19 @@ class SceneModality(Modality):
         size = family.extractor.crop  # type: ignore[attr-defined]
         windows: dict[int, list[Window]] = {}
 
-        def inspect(clip: SceneClip) -> tuple[int, Sequence[Note]] | MediaError:
+        def inspect(clip: SceneClip) -> tuple[int, Sequence[Note]] | FileError:
             try:
-                sample = clip.scene.read()
-                return len(sample.objects), sample.notes
-            except MediaError as error:
+                with reading(clip.path, MediaError):
+                    sample = clip.scene.read()
+                    return len(sample.objects), sample.notes
+            except FileError as error:
                 return error
+            raise AssertionError("unreachable")
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for i, seen in enumerate(pool.map(inspect, clips)):
                 clip = clips[i]
-                if isinstance(seen, MediaError):
+                if isinstance(seen, FileError):
                     cause = str(seen).removeprefix(f"{clip.path.parent}{os.sep}")
                     problems.append(Problem("error", seen.code, clip.name, cause, clip.source))
                 else:
@@ -221,7 +226,7 @@ def _find(source: recipe.Source, index: int, problems: list[Problem]) -> Found:
 
 
 def _problem(clip: Clip, code: str, message: str) -> Problem:
-    return Problem(KINDS[code].severity, code, clip.name, str(message), clip.source)
+    return Problem(KINDS[code].severity, code, clip.name, printable(message, lines=False), clip.source)
 
 
 def _together(clips: Sequence[Clip]) -> dict[Path, str]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from inlaid import config
-from inlaid.data import precomputed
+from inlaid.data import precomputed, sequences
+from inlaid.data.captions import long_texts
 from inlaid.data.checks import clip_problems, duplicates, outliers
 from inlaid.data.clips import Clip, Window
 from inlaid.data.layouts import Found, find_clips
@@ -24,8 +25,11 @@ from inlaid.data.rgba_clips import ClipInspection
 from inlaid.data.windows import clip_windows, sizes
 from inlaid.families.base import Family
 from inlaid.families.grid import Grid
+from inlaid.files import sha256
 from inlaid.media.kinds import MediaError, Probe
 from inlaid.media.rgba import AlphaStats
+from inlaid.reading import FileError, reading
+from inlaid.text import printable
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def plan_dataset(
     results, failed = _probe_all(clips, progress, family, fps, probes or Probes())
     probed = {p: each.probe if isinstance(each, ClipInspection) else each for p, each in results.items()}
     alphas = {p: each.alpha for p, each in results.items() if isinstance(each, ClipInspection)}
-    problems += failed + outliers(clips, alphas)
+    problems += failed + outliers(clips, alphas) + _gaps(clips)
     buckets = sizes(data, grid)
     windows: dict[int, Sequence[Window]] = {}
     for i, clip in enumerate(clips):
@@ -121,7 +125,32 @@ def plan_dataset(
             problems += clip_problems(clip, probe, data, fps, made[0].extent[1:] if made else None, alpha)
             if made and (clip.caption or clip.embedding):
                 windows[i] = made
-    return assemble_plan(data, seed, found, windows, problems, probed, alphas=alphas)
+    if family:
+        problems += _long_captions(family, windows)
+    content = (probes or Probes()).content
+    return assemble_plan(data, seed, found, windows, problems, probed, alphas=alphas, content=content)
+
+
+def _gaps(clips: Sequence[Clip]) -> list[Problem]:
+    """Return a warning for each image sequence whose frame numbers have gaps."""
+    out = []
+    for clip in clips:
+        lost = sequences.missing_frames([f.name for f in clip.files]) if clip.kind == "frames" else 0
+        if lost > 0:
+            message = f"{lost} of {lost + len(clip.files)} frame numbers"
+            out.append(Problem("warning", "gaps", clip.name, message, clip.source))
+    return out
+
+
+def _long_captions(family: Family, windows: Mapping[int, Sequence[Window]]) -> list[Problem]:
+    """Return a warning for each clip whose caption, with prefix and trigger, has too many tokens."""
+    firsts = [made[0] for made in windows.values() if not made[0].clip.embedding]
+    long = long_texts(family, [w.caption for w in firsts])
+    return [
+        Problem("warning", "long-caption", w.clip.name, long[w.caption], w.clip.source)
+        for w in firsts
+        if w.caption in long
+    ]
 
 
 def assemble_plan(
@@ -134,6 +163,7 @@ def assemble_plan(
     alike: Callable[[Sequence[Clip]], Mapping[Path, str]] | None = None,
     noun: str = "clip",
     alphas: dict[Path, AlphaStats] | None = None,
+    content: Callable[[Path], str] = sha256,
 ) -> Plan:
     """Split the windows into training and validation and build the plan.
 
@@ -148,10 +178,11 @@ def assemble_plan(
             split. Default: the content hash.
         noun: word for a training example in messages.
         alphas: alpha statistics by path.
+        content: function that returns the content hash of a file.
     """
     clips = [c for f in found for c in f.clips]
     usable = [clips[i] for i in windows]
-    copies, doubled = duplicates(usable)
+    copies, doubled = duplicates(usable, content)
     problems += doubled
     held, held_problems = _split_validation(usable, alike(usable) if alike else copies, data.validation, seed)
     problems += held_problems
@@ -193,21 +224,23 @@ def _probe_all(
         if c.matte != first[c.path].matte
     ]
 
-    def probe(path: Path) -> Probe | ClipInspection | MediaError:
+    def probe(path: Path) -> Probe | ClipInspection | FileError:
         clip = first[path]
         try:
-            if not (clip.embedding and family):
-                alpha = family and family.channels == 4
-                return probes.inspect(path, clip.matte) if alpha else probes.probe(path)
-            frames, height, width = precomputed.inspect_item(family, clip.latents, clip.embedding)
-            rate = Fraction(fps).limit_denominator(1000)
-            return Probe(frames, rate, height, width, frames / fps, 1 / fps)
-        except MediaError as error:
+            with reading(path, MediaError):
+                if not (clip.embedding and family):
+                    alpha = family and family.channels == 4
+                    return probes.inspect(path, clip.matte) if alpha else probes.probe(path)
+                frames, height, width = precomputed.inspect_item(family, clip.latents, clip.embedding)
+                rate = Fraction(fps).limit_denominator(1000)
+                return Probe(frames, rate, height, width, frames / fps, 1 / fps)
+        except FileError as error:
             return error
+        raise AssertionError("unreachable")
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for done, (path, result) in enumerate(zip(first, pool.map(probe, first), strict=True), 1):
-            if isinstance(result, MediaError):
+            if isinstance(result, FileError):
                 clip = first[path]
                 problems.append(Problem("error", result.code, clip.name, result.cause, clip.source))
             else:
@@ -265,7 +298,7 @@ def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: 
         if code in SOURCE_CODES:
             out += [f"{p.name}: {p.message}" if code == "layout" else p.message for p in group]
             continue
-        names = [f"{p.name}: {p.message}" if p.message else p.name for p in group[:most]]
+        names = [printable(": ".join(filter(None, (p.name, p.message))), lines=False) for p in group[:most]]
         more = f" and {len(group) - most} more" if len(group) > most else ""
         joined = ("; " if any(p.message for p in group[:most]) else ", ").join(names)
         verb = says.one if len(group) == 1 else says.many

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from inlaid.data import rgba_clips
+from inlaid.data import rgba_clips, sequences
 from inlaid.data.rgba_clips import ClipInspection
-from inlaid.files import atomic
+from inlaid.files import atomic, sha256
 from inlaid.media import kinds, video
 from inlaid.media.kinds import Probe
 from inlaid.media.rgba import AlphaStats
@@ -27,7 +27,11 @@ class Probes:
         Raises:
             MediaError: if the file cannot be used.
         """
-        return video.probe(path)
+        return sequences.probe_sequence(path) if path.is_dir() else video.probe(path)
+
+    def content(self, path: Path) -> str:
+        """Return the SHA-256 of a file's content."""
+        return sha256(path)
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
         """Probe an RGBA clip, whose alpha may be in a separate file, and measure its alpha.
@@ -39,17 +43,21 @@ class Probes:
 
 
 class CachedProbes(Probes):
-    """Probes memoized by path, size and modification time, so that resuming a run opens no video."""
+    """Probes and content hashes memoized by the state of the files, so that resuming opens no video."""
 
     def __init__(self, folder: Path) -> None:
-        self._probes, self._alphas = (read_memo(folder / f"{name}.json") for name in ("probes", "alphas"))
+        names = ("probes", "alphas", "hashes")
+        self._probes, self._alphas, self._hashes = (read_memo(folder / f"{name}.json") for name in names)
         self._folder = folder
 
     def probe(self, path: Path) -> Probe:
         """Return the result of `Probes.probe`, memoized."""
-        if not path.is_file():
+        if path.is_dir():
+            key = f"{kinds.READER}|{path.resolve()}|{_together(rgba_clips.files(path))}"
+        elif path.is_file():
+            key = f"{kinds.READER}|{file_state(path)}"
+        else:
             return super().probe(path)
-        key = f"{kinds.READER}|{file_state(path)}"
         return self._known(key) or self._add(key, super().probe(path))
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
@@ -57,8 +65,7 @@ class CachedProbes(Probes):
         files = [f for part in (color, alpha) if part for f in rgba_clips.files(part)]
         if not files or not all(f.is_file() for f in files):
             return super().inspect(color, alpha)
-        now = hashlib.sha256("\n".join(map(file_state, files)).encode()).hexdigest()
-        key = f"{rgba_clips.READER}|{kinds.READER}|{color.resolve()}|{now}"
+        key = f"{rgba_clips.READER}|{kinds.READER}|{color.resolve()}|{_together(files)}"
         known = self._known(key)
         try:
             if known:
@@ -70,11 +77,19 @@ class CachedProbes(Probes):
         self._add(key, found.probe)
         return found
 
+    def content(self, path: Path) -> str:
+        """Return the SHA-256 of a file's content, memoized."""
+        key = file_state(path)
+        if key not in self._hashes:
+            self._hashes[key] = super().content(path)
+        return self._hashes[key]
+
     def save(self) -> None:
         """Write the memoized values to the cache folder."""
         write_memo(self._folder / "probes.json", self._probes)
-        if self._alphas:
-            write_memo(self._folder / "alphas.json", self._alphas)
+        for name, memo in (("alphas", self._alphas), ("hashes", self._hashes)):
+            if memo:
+                write_memo(self._folder / f"{name}.json", memo)
 
     def _known(self, key: str) -> Probe | None:
         try:
@@ -101,11 +116,16 @@ def file_state(path: Path) -> str:
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}|{stat.st_ctime_ns}"
 
 
+def _together(files: Sequence[Path]) -> str:
+    """Return a hash of the states of several files."""
+    return hashlib.sha256("\n".join(map(file_state, files)).encode("utf-8", "replace")).hexdigest()
+
+
 def read_memo(path: Path) -> dict[str, Any]:
     """Read memoized values; empty if the file is missing or damaged, because the values can be recomputed."""
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, MemoryError):
         found = None
     return found if isinstance(found, dict) else {}
 

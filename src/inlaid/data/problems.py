@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
         "error",
         "is outside of its source",
         "are outside of their source",
-        "use paths inside the source's `root`",
+        "copy the files into the source, or set `path` or `root` to a folder that contains them",
     ),
     "missing": Kind("error", "does not exist", "do not exist", "correct the manifest or `root`"),
     "row": Kind("error", "has a broken row", "have a broken row", "correct the manifest"),
@@ -83,6 +83,18 @@ KINDS: dict[str, Kind] = {
     "half": Kind("error", "is incomplete", "are incomplete", "encode again, or remove the remaining files"),
     "too-short": Kind(
         "error", "is too short", "are too short", "remove, or add a smaller length to data.frames"
+    ),
+    "gaps": Kind(
+        "warning",
+        "is an image sequence with missing frames",
+        "are image sequences with missing frames",
+        "render the missing frames, or split the sequence: the motion jumps there",
+    ),
+    "long-caption": Kind(
+        "warning",
+        "has a caption that is too long",
+        "have captions that are too long",
+        "shorten it, with the important words first",
     ),
     "image": Kind("error", "is an image", "are images", "add 1 to data.frames to train on images too"),
     "duplicate": Kind("warning", "is a copy", "are copies", "keep one copy, or set `repeats`"),

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from inlaid import config as recipe
 from inlaid import families
-from inlaid.console import progress
+from inlaid.console import progress, say
 from inlaid.data import cache
 from inlaid.data.cache import Cache
+from inlaid.data.captions import long_texts
 from inlaid.data.modality import ImageSource, NamedImage, modality_of
 from inlaid.runs.folder import Run
 from inlaid.runs.launch import Context
@@ -67,6 +68,8 @@ def encode_prompts(
     """
     modality = modality_of(family.modality)
     pictures = [modality.read(family, each, sample) for each in images]
+    for text, why in long_texts(family, [*prompts, sample.negative_prompt]).items():
+        say(f"warning: the prompt `{text[:40]}...` has {why}", show=ctx.main)
     store = Cache(run.cache(config))
     dtype = ctx.precision if ctx.device.type == "cuda" else torch.float32
     texts = list(dict.fromkeys([*prompts, sample.negative_prompt]))

@@ -8,7 +8,6 @@ shorter file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from inlaid import config
 from inlaid.media import compositing, kinds, rgba, rgba_images, video
 from inlaid.media.arrays import load_array, probe_array
+from inlaid.media.images import load_image
 from inlaid.media.kinds import ANIMATED, EPSILON, MediaError, Probe, frames_on_show, media_kind
 from inlaid.media.rgba import AlphaStats
 
@@ -61,35 +60,21 @@ def rgba_kind(path: Path) -> Kind:
     return media_kind(path)
 
 
-def entries(folder: Path) -> list[Path]:
-    """Return the clips below a folder: files, and folders of frames.
-
-    A subfolder with images is a folder of frames, and thus one clip, unless one of the images has a caption
-    file.
-    """
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        here = Path(parent)
-        visible = [here / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(KNOWN)]
-        images = set(rgba_images.frames_in(here)) if here != folder else set()
-        if images and not any(f.with_suffix(".txt").is_file() for f in images):
-            found.append(here)
-            visible = [f for f in visible if f not in images]
-        found += visible
-    return sorted(found)
-
-
 def stem(path: Path) -> str:
     """Return the name of a clip without its file suffix, or the whole name of a folder."""
     return path.stem if path.suffix.lower() in KNOWN else path.name
 
 
 def captions(path: Path) -> list[Path]:
-    """Return the possible caption files of a clip: `dog_rgb.txt` or `dog.txt` beside `dog_rgb.mp4`."""
+    """Return the possible caption files of a clip.
+
+    They are `dog_rgb.txt` or `dog.txt` beside `dog_rgb.mp4`; for a folder of frames `shot` also
+    `shot/shot.txt` and `shot/caption.txt`.
+    """
     own = stem(path)
     ends = [own.removesuffix(e) for e in COLORS if own.endswith(e)]
-    return [path.with_name(f"{name}.txt") for name in (own, *ends)]
+    inside = [path / f"{own}.txt", path / "caption.txt"] if path.suffix.lower() not in KNOWN else []
+    return [*(path.with_name(f"{name}.txt") for name in (own, *ends)), *inside]
 
 
 def files(path: Path) -> list[Path]:
@@ -232,17 +217,7 @@ def _probe(path: Path) -> Probe:
     """Probe any kind of RGBA clip; folders and archives of frames have no timestamps."""
     what = rgba_kind(path)
     if what == "frames":
-        names = rgba_images.image_names(path)
-        if not names:
-            raise MediaError(path, "contains no images")
-        first = next(rgba_images.read_named(path, [0], gray=False))
-        sizes = {rgba_images.named_size(path, name) for name in names}
-        if len(sizes) > 1:
-            listed = " and ".join(f"{w}x{h}" for w, h in sorted(sizes)[:2])
-            raise MediaError(path, f"its images differ in size ({listed})")
-        next(rgba_images.read_named(path, [len(names) - 1], gray=False))
-        height, width, channels = first.shape
-        return Probe(len(names), None, height, width, 0.0, codec="frames", transparent=channels == 4)
+        return probe_frames(path)
     if what == "image":
         return _probe_image(path)
     if what == "array":
@@ -250,12 +225,29 @@ def _probe(path: Path) -> Probe:
     return video.probe(path)
 
 
+def probe_frames(path: Path) -> Probe:
+    """Probe a folder or `.zip` of frames; reads the first and the last image, and the sizes of all.
+
+    Raises:
+        MediaError: if there are no images, or if they differ in size or cannot be read.
+    """
+    names = rgba_images.image_names(path)
+    if not names:
+        raise MediaError(path, "contains no images")
+    first = next(rgba_images.read_named(path, [0]))
+    sizes = {rgba_images.named_size(path, name) for name in names}
+    if len(sizes) > 1:
+        listed = " and ".join(f"{w}x{h}" for w, h in sorted(sizes)[:2])
+        raise MediaError(path, f"its images differ in size ({listed})")
+    next(rgba_images.read_named(path, [len(names) - 1]))
+    height, width, channels = first.shape
+    return Probe(len(names), None, height, width, 0.0, codec="frames", transparent=channels == 4)
+
+
 def _probe_image(path: Path) -> Probe:
     """Probe a still or animated image; decodes every frame to detect truncated files."""
-    if not path.is_file():
-        raise MediaError(path, "no such file")
     times = rgba_images.frame_times(path)
-    with Image.open(path) as image:
+    with load_image(path, animated=True) as image:
         codec, mode = image.format or "", image.mode
     first = next(rgba_images.read_animated(path, [0], gray=False))
     step = float(np.diff(times).min())

@@ -7,23 +7,22 @@ by the authors of MIDI.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from inlaid import limits
 from inlaid.media import meshes
 from inlaid.media.kinds import MediaError
 from inlaid.media.meshes import Note, Surface
 from inlaid.media.scene import SMALL, SceneObject, SceneSample, image_size, read_image
-
-if TYPE_CHECKING:
-    pass
-
+from inlaid.paths import Root
+from inlaid.reading import FileError, parse_json, read_text
+from inlaid.text import printable
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
 """File names of the input image; the first existing file is used. `rgb` shows a single object on white."""
@@ -71,6 +70,8 @@ class Scene:
             why = f"is {image_size(ids)}, but {self.image.name} is {image_size(image)}"
             raise MediaError(self.segmentation, why, "image-size")
         numbers = [n for n in np.unique(ids).tolist() if n > 0]
+        if many := limits.OBJECTS.exceeded(len(numbers), f"contains {len(numbers):,} objects"):
+            raise MediaError(self.segmentation, many, "several")
         read = self._surfaces(numbers)
         absent = sorted(set(read) - set(numbers))
         if absent:
@@ -154,7 +155,20 @@ def find_scenes(root: Path) -> Found:
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found = _front(root) if (root / "midi_room_ids.json").is_file() else _folders(root)
+    tree = Root(root)
+    found = _front(tree) if (root / "midi_room_ids.json").is_file() else _folders(tree)
+    for folder, error in tree.skipped.items():
+        name = printable(folder.relative_to(root).as_posix(), lines=False)
+        found.findings.append(Finding("error", name, error.cause, error.code))
+    kept = []
+    for scene in found.scenes:
+        try:
+            for file in scene.files:
+                tree.guard(file)
+            kept.append(scene)
+        except FileError as error:
+            found.findings.append(Finding("error", scene.name, f"{file.name} {error.cause}", error.code))
+    found.scenes = kept
     if not found.scenes and not found.findings:
         raise ValueError(
             f"{root}: contains no scenes; a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy "
@@ -163,22 +177,23 @@ def find_scenes(root: Path) -> Found:
     return found
 
 
-def _folders(root: Path) -> Found:
-    found = Found("folders")
-    places = [p for p in (root, *sorted(root.rglob("*"))) if p.is_dir() and not p.name.startswith(".")]
-    for place in places:
-        surfaces = sorted([*place.glob("surface*.npy"), *place.glob("surface*.npz")])
-        marks = [n for n in (*IMAGES, "seg.png") if (place / n).is_file()]
+def _folders(tree: Root) -> Found:
+    found, root = Found("folders"), tree.folder
+    for place, _, names in tree.walk():
+        surfaces = [place / n for n in names if n.startswith("surface") and n.endswith((".npy", ".npz"))]
+        marks = [n for n in (*IMAGES, "seg.png") if n in names]
         if not surfaces and "seg.png" not in marks:
             continue
         name = place.relative_to(root).as_posix() if place != root else root.name
-        image = next((place / n for n in IMAGES if (place / n).is_file()), None)
-        numbered = {int(m[1]): p for p in surfaces if (m := re.fullmatch(r"surface_(\d+)\.np[yz]", p.name))}
+        image = next((place / n for n in IMAGES if n in names), None)
+        numbered = {
+            int(m[1]): p for p in surfaces if (m := re.fullmatch(r"surface_(\d{1,9})\.np[yz]", p.name))
+        }
         plain = [p for p in surfaces if p.stem == "surface"]
         odd = [p.name for p in surfaces if p not in numbered.values() and p not in plain]
         wrong = [
             *([] if image else [("no-image", "has no scene_rgb.png")]),
-            *([] if (place / "seg.png").is_file() else [("no-segmentation", "has no seg.png")]),
+            *([] if "seg.png" in marks else [("no-segmentation", "has no seg.png")]),
             *([] if surfaces else [("no-surface", "has no surface.npy")]),
             *([("names", f"{odd[0]} is named neither surface.npy nor surface_ID.npy")] if odd else []),
             *([("names", "has both surface.npy and surface_ID.npy")] if numbered and plain else []),
@@ -186,27 +201,62 @@ def _folders(root: Path) -> Found:
         found.findings += [Finding("error", name, message, code) for code, message in wrong]
         if not wrong and image:
             found.scenes.append(Scene(name, image, place / "seg.png", numbered or {0: plain[0]}))
+    found.scenes.sort(key=lambda s: s.name)
     return found
 
 
-def _front(root: Path) -> Found:
-    """Find scenes in MIDI's layout of 3D-FRONT: rooms, the furniture of each room, rendered views."""
-    found = Found("3d-front")
+def _ids(tree: Root, name: str) -> list[Any]:
+    """Read a list of IDs of 3D-FRONT.
+
+    Raises:
+        ValueError: if the file cannot be read or is not a JSON list.
+    """
+    path = tree.folder / name
     try:
-        rooms, furniture = (
-            json.loads((root / f"midi_{n}_ids.json").read_text("utf-8")) for n in ("room", "furniture")
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{root}: midi_room_ids.json and midi_furniture_ids.json cannot be read: {error}"
-        ) from None
+        found = parse_json(read_text(tree.guard(path)))
+    except FileError as error:
+        raise ValueError(f"{tree.folder}: {name} cannot be read: {error.cause}") from None
+    except ValueError as error:
+        raise ValueError(f"{tree.folder}: {name} cannot be read: {error}") from None
+    if not isinstance(found, list):
+        raise ValueError(f"{tree.folder}: {name} is not a list of IDs")
+    return found
+
+
+def _part(value: Any) -> str:
+    """Return an ID of 3D-FRONT, which is a relative path without suffix.
+
+    Raises:
+        ValueError: if it is a number or another value, or leads upward.
+    """
+    parts = Path(value).parts if isinstance(value, str) else ()
+    if not parts or Path(value).is_absolute() or ".." in parts or "\0" in value:
+        shown = printable(repr(value)[:60], lines=False)
+        raise ValueError(f"the ID {shown} is not the name of a file or folder: correct the list of IDs")
+    return value
+
+
+def _front(tree: Root) -> Found:
+    """Find scenes in MIDI's layout of 3D-FRONT: rooms, the furniture of each room, rendered views."""
+    found, root = Found("3d-front"), tree.folder
+    rooms, furniture = (_ids(tree, f"midi_{n}_ids.json") for n in ("room", "furniture"))
     if len(rooms) != len(furniture):
         raise ValueError(
             f"{root}: midi_room_ids.json has {len(rooms)} rooms, midi_furniture_ids.json {len(furniture)}"
         )
-    for room, names in zip(rooms, furniture, strict=True):
-        views = sorted((root / "3D-FRONT-RENDER" / room).glob("semantic_*.png"))
-        surfaces = {i: root / "3D-FRONT-SURFACE" / room / f"{n}.npy" for i, n in enumerate(names, 1)}
+    for number, (given, objects) in enumerate(zip(rooms, furniture, strict=True), 1):
+        try:
+            room = _part(given)
+            if not isinstance(objects, list):
+                raise ValueError(f"the furniture of `{room}` is not a list of IDs")
+            names = [_part(n) for n in objects]
+            folder = root / "3D-FRONT-SURFACE" / room
+            surfaces = {i: tree.guard(folder / f"{n}.npy") for i, n in enumerate(names, 1)}
+            views = sorted(tree.guard(root / "3D-FRONT-RENDER" / room).glob("semantic_*.png"))
+        except ValueError as error:
+            code, cause = (error.code, error.cause) if isinstance(error, FileError) else ("names", str(error))
+            found.findings.append(Finding("error", f"room {number}", cause, code))
+            continue
         gone = [p.name for p in surfaces.values() if not p.is_file()]
         if gone or not views:
             code = "no-surface" if gone else "no-image"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from inlaid import config as recipe
 from inlaid.config.parse import shorten
 from inlaid.families import hub
+from inlaid.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ class Checkpoint:
             if not path.is_file():
                 return None
             try:
-                found = json.loads(path.read_text("utf-8"))
+                found = parse_json(read_text(path))
             except ValueError:
                 found = None
             if not isinstance(found, dict):
@@ -160,6 +161,23 @@ class Checkpoint:
             if missing:
                 raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
         return network
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int] | None:
+        """Return the number of tokens of each text, as the text encoder gets them before it cuts them off.
+
+        Nothing is downloaded: None if the checkpoint's tokenizer is not on this machine.
+        """
+        import transformers
+
+        options: dict[str, Any] = {"revision": self.model.revision, "local_files_only": True}
+        try:
+            with self.loading("tokenizer"):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    self.source, subfolder="tokenizer", **options
+                )
+        except ValueError:
+            return None
+        return [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False).input_ids]
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
         """Load the tokenizer and the text encoder, as a pair."""

@@ -1,17 +1,127 @@
-"""Clips stored as NumPy arrays; headers are validated before frames are loaded."""
+"""Clips and surfaces stored as NumPy arrays; headers are validated before values are read.
+
+The shape in a header is compared with the size of the file first, because a header of a few bytes can promise
+terabytes. Frames are streamed: memory holds one frame at a time, not the whole array.
+"""
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from inlaid import limits
 from inlaid.media.kinds import MediaError, Probe
+from inlaid.reading import check_member, reading, require_file
+
+FASTEST = 1000
+"""Highest plausible frame rate, in frames per second."""
+
+# --- headers and bounded reading ----------------------------------------------------------------------------
+
+
+class Header(NamedTuple):
+    """Header of an array in NumPy's format."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of bytes of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """Read the header of an open `.npy` file, and leave the file at the first value.
+
+    Raises:
+        ValueError: if it is not a header, or if its shape or type is invalid.
+    """
+    version = np.lib.format.read_magic(file)
+    old = version == (1, 0)
+    reader: Any = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = reader(file)
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"shape {shape} is invalid")
+    if dtype.hasobject:
+        raise ValueError("contains objects: a pickle, which can run code")
+    return Header(shape, fortran, dtype)
+
+
+def read_values(file: IO[bytes], header: Header, available: int) -> np.ndarray:
+    """Read the values of an array after its header.
+
+    Args:
+        file: open file, at the first value.
+        header: header of the array.
+        available: size of the file or member in bytes.
+
+    Raises:
+        ValueError: if the header claims more than is available, or more than `limits.ARRAY`.
+    """
+    claim = f"its header claims {_by(header.shape)} values, {limits.as_size(header.size)}"
+    if header.size > available:
+        raise ValueError(f"{claim}, but the file has {limits.as_size(available)}")
+    if large := limits.ARRAY.exceeded(header.size, claim):
+        raise ValueError(large)
+    raw = file.read(header.size)
+    if len(raw) < header.size:
+        raise EOFError("truncated")
+    values = np.frombuffer(raw, header.dtype)
+    return values.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Read a `.npy` file, under the empty name, or arrays of an `.npz` file by name.
+
+    Args:
+        path: the file.
+        names: arrays of an `.npz` to read, where they exist. Default: all.
+
+    Raises:
+        MediaError: if the file is damaged, contains a pickle, or claims more than it has or than the limits.
+    """
+    with reading(path, MediaError):
+        available = require_file(path, MediaError).st_size
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return {"": read_values(file, read_header(file), available)}
+        out = {}
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if names is None or name in names:
+                    check_member(path, member, MediaError)
+                    with archive.open(member) as file:
+                        out[name] = read_values(file, read_header(file), member.file_size)
+        return out
+
+
+# --- clips --------------------------------------------------------------------------------------------------
+
+
+class _Clip(NamedTuple):
+    """Header of an `.npz` clip."""
+
+    header: Header
+    axis: int
+    """Axis of the channels."""
+    channels: int
+    fps: Fraction | None
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """Number of frames, height and width."""
+        t, h, w = (n for i, n in enumerate(self.header.shape) if i != self.axis)
+        return t, h, w
 
 
 def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
@@ -24,9 +134,11 @@ def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
     Raises:
         MediaError: if the file has no such frames.
     """
-    (t, h, w), (_, c), fps = _header(path, channels)
-    interval, names = float(1 / fps) if fps else 0.0, "rgba" if c == 4 else "rgb24"
-    return Probe(t, fps, h, w, t * interval, interval, codec="npz", pix_fmt=names, transparent=c == 4)
+    clip = _clip(path, channels)
+    (t, h, w), fps = clip.extent, clip.fps
+    interval, names = float(1 / fps) if fps else 0.0, "rgba" if clip.channels == 4 else "rgb24"
+    clear = clip.channels == 4
+    return Probe(t, fps, h, w, t * interval, interval, codec="npz", pix_fmt=names, transparent=clear)
 
 
 def fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np.ndarray:
@@ -46,55 +158,128 @@ def fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
 
 
-def _header(
-    path: Path, channels: Sequence[int]
-) -> tuple[tuple[int, int, int], tuple[int, int], Fraction | None]:
-    """Read the headers of an `.npz`: (t, h, w), (channel axis, channel count), and `fps` or None."""
-    try:
+def _clip(path: Path, channels: Sequence[int]) -> _Clip:
+    """Read the headers of an `.npz` clip.
+
+    Raises:
+        MediaError: if the file has no such frames, or if they are not as large as the header claims.
+    """
+    with reading(path, MediaError, "an npz clip"):
+        require_file(path, MediaError)
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist()]
             if "frames" not in names:
-                raise MediaError(path, f"has no array `frames`; its arrays are: {', '.join(names) or 'none'}")
-            with archive.open("frames.npy") as file:
-                version = np.lib.format.read_magic(file)
-                reader = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = reader(file)
-        fps = None
-        if "fps" in names:
-            with np.load(path, allow_pickle=False) as arrays:
-                fps = Fraction(float(arrays["fps"])).limit_denominator(1001)
-    except MediaError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        raise MediaError(path, f"is not an npz clip ({error})") from None
-    places = [(i, n) for n in channels for i in (3, 0, 1) if len(shape) == 4 and shape[i] == n]
-    if dtype != np.uint8 or not places or 0 in shape:
-        wants = " or ".join(f"(t, h, w, {n}), ({n}, t, h, w) or (t, {n}, h, w)" for n in channels)
-        wants = f"uint8 and {wants}"
-        raise MediaError(path, f"`frames` is {dtype} {tuple(shape)}; it must be {wants}")
-    if fps is not None and fps <= 0:
-        raise MediaError(path, f"`fps` is {fps}; it must be positive")
-    t, h, w = (n for i, n in enumerate(shape) if i != places[0][0])
-    return (t, h, w), places[0], fps
+                there = ", ".join(names[:20]) or "none"
+                raise MediaError(path, f"has no array `frames`; its arrays are: {there}")
+            member = archive.getinfo("frames.npy")
+            check_member(path, member, MediaError)
+            with archive.open(member) as file:
+                header = read_header(file)
+                available = member.file_size - file.tell()
+        shape = header.shape
+        places = [(i, n) for n in channels for i in (3, 0, 1) if len(shape) == 4 and shape[i] == n]
+        if header.dtype != np.uint8 or not places or 0 in shape:
+            wants = " or ".join(f"(t, h, w, {n}), ({n}, t, h, w) or (t, {n}, h, w)" for n in channels)
+            raise MediaError(path, f"`frames` is {header.dtype} {shape}; it must be uint8 and {wants}")
+        if header.size > available:
+            claim = f"`frames` is {shape}, {limits.as_size(header.size)}"
+            cause = f"{claim}, but the file has {limits.as_size(available)} of it"
+            raise MediaError(path, cause, "truncated")
+        clip = _Clip(header, *places[0], _fps(path) if "fps" in names else None)
+    pixels = clip.extent[1] * clip.extent[2]
+    if large := limits.PIXELS.exceeded(pixels, f"a frame has {pixels / 1e6:.0f} megapixels"):
+        raise MediaError(path, large)
+    return clip
 
 
-def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[np.ndarray, Fraction | None]:
-    """Return the frames of an `.npz`, uint8 (t, h, w, c), and its frame rate, or None if it has no `fps`.
+def _fps(path: Path) -> Fraction:
+    value = load_arrays(path, ("fps",))["fps"]
+    rate = float(value.reshape(())) if value.size == 1 else math.nan
+    if not 0 < rate <= FASTEST:
+        raise MediaError(path, f"`fps` is {value if value.size == 1 else value.shape}; it must be positive")
+    return Fraction(rate).limit_denominator(1001)
+
+
+class Frames:
+    """Frames of an `.npz` clip, uint8 (h, w, c) each, read when they are indexed.
+
+    The file is read forward: ascending indices decompress it once. Only for arrays (c, t, h, w), and in
+    Fortran order, the first access reads the whole array.
+    """
+
+    def __init__(self, path: Path, clip: _Clip) -> None:
+        self._path, self._header, self._axis = path, clip.header, clip.axis
+        self._count, self._height, self._width = clip.extent
+        self._whole: np.ndarray | None = None
+        self._file: IO[bytes] | None = None
+        self._archive: zipfile.ZipFile | None = None
+        self._next, self._last = 0, np.empty(0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        index = int(index)
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        index %= self._count
+        with reading(self._path, _damaged):
+            if self._header.fortran or self._axis == 0:
+                self._whole = self._read_whole() if self._whole is None else self._whole
+                return self._whole[index]
+            return self._forward(index)
+
+    def _read_whole(self) -> np.ndarray:
+        return np.moveaxis(load_arrays(self._path, ("frames",))["frames"], self._axis, -1)
+
+    def _forward(self, index: int) -> np.ndarray:
+        if index == self._next - 1:
+            return self._last
+        if self._file is None or index < self._next:
+            self.close()
+            self._archive = zipfile.ZipFile(self._path)
+            self._file, self._next = self._archive.open("frames.npy"), 0
+            read_header(self._file)
+        size = math.prod(self._header.shape[1:])
+        while self._next <= index:
+            raw = self._file.read(size)
+            if len(raw) < size:
+                raise EOFError(f"truncated after {self._next} of {self._count} frames")
+            self._next += 1
+        if self._next == self._count:
+            self._file.read(1)  # the end of a member verifies its checksum
+        shape = [n for i, n in enumerate(self._header.shape) if i]
+        self._last = np.moveaxis(np.frombuffer(raw, np.uint8).reshape(shape), self._axis - 1, -1)
+        return self._last
+
+    def close(self) -> None:
+        """Close the file; a later access opens it again."""
+        for each in (self._file, self._archive):
+            if each is not None:
+                each.close()
+        self._file = self._archive = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _damaged(path: Path, cause: str, code: str) -> MediaError:
+    return MediaError(path, cause.replace("cannot be read", "is damaged"), "truncated")
+
+
+def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[Frames, Fraction | None]:
+    """Return the frames of an `.npz`, uint8 (h, w, c) each, and its frame rate, or None if it has no `fps`.
 
     Args:
         path: the `.npz` file.
         channels: accepted channel counts, in order of preference.
 
     Raises:
-        MediaError: if the file has no such frames or is damaged.
+        MediaError: if the file has no such frames; also when a frame is read and the file is damaged.
     """
-    _, (axis, _), fps = _header(path, channels)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return np.moveaxis(arrays["frames"], axis, -1), fps
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise MediaError(path, f"is damaged ({error})", "truncated") from None
+    clip = _clip(path, channels)
+    return Frames(path, clip), clip.fps
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "1"

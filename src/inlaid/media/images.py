@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
+from inlaid import limits
 from inlaid.media import color
 from inlaid.media.kinds import MediaError, Probe
 from inlaid.media.pixels import to_rgb
+from inlaid.reading import reading, require_file
 
 
 def probe_image(path: Path) -> Probe:
@@ -43,23 +46,58 @@ def probe_image(path: Path) -> Probe:
 
 
 @contextmanager
-def load_image(path: Path) -> Iterator[Image.Image]:
-    """Open a still image for a `with` block.
+def load_image(path: Path, *, animated: bool = False) -> Iterator[Image.Image]:
+    """Open an image for a `with` block, after checking the size that its header claims.
 
-    Read errors inside the block, such as those from decoding the pixels, also become `MediaError`.
+    Whatever Pillow raises inside the block, such as from decoding the pixels, also becomes `MediaError`.
+
+    Args:
+        path: the file.
+        animated: accept images of several frames.
 
     Raises:
-        MediaError: if the file cannot be read, is animated, or is too large.
+        MediaError: if the file cannot be read, is animated, or is larger than `limits.PIXELS`.
     """
-    try:
-        with Image.open(path) as image:
+    with reading(path, _unreadable):
+        require_file(path, MediaError)
+        with checked_image(path, path) as image:
             # A phone's JPEG has further pictures inside (MPO): a gain map, a depth map, a second view.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            if not animated and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise MediaError(path, f"is an animated {image.format}: convert it to mp4 or gif")
             yield image
-    except MediaError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        code = "truncated" if "truncated" in str(error) else "unreadable"
-        cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
-        raise MediaError(path, cause, code) from None
+
+
+def checked_image(source: Path | IO[bytes], path: Path, what: str = "") -> Image.Image:
+    """Open an image with Pillow, without decoding it, after checking the size that its header claims.
+
+    Args:
+        source: what Pillow opens.
+        path: file for messages.
+        what: name of the image inside of an archive or folder, for messages.
+
+    Raises:
+        MediaError: if the image is larger than `limits.PIXELS`, or all its frames than `limits.ARRAY`.
+    """
+    named = f"image {what} " if what else ""
+    allowed = limits.PIXELS.value
+    # Pillow has a limit of its own, above which it warns, and above twice of which it raises.
+    Image.MAX_IMAGE_PIXELS = int(max(Image.MAX_IMAGE_PIXELS or 0, allowed))
+    try:
+        image = Image.open(source)
+    except Image.DecompressionBombError:
+        large = limits.PIXELS.exceeded(3 * Image.MAX_IMAGE_PIXELS, f"{named}has far too many pixels")
+        raise MediaError(path, large) from None
+    pixels = image.width * image.height
+    if large := limits.PIXELS.exceeded(pixels, f"{named}has {pixels / 1e6:.0f} megapixels"):
+        raise MediaError(path, large)
+    frames = getattr(image, "n_frames", 1)
+    total = 4 * pixels * frames
+    if frames > 1 and (
+        large := limits.ARRAY.exceeded(total, f"{frames} frames have {limits.as_size(total)}")
+    ):
+        raise MediaError(path, named + large)
+    return image
+
+
+def _unreadable(path: Path, cause: str, code: str) -> MediaError:
+    return MediaError(path, "is not an image" if "cannot identify" in cause else cause, code)

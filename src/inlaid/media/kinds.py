@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from inlaid.reading import FileError
+
 Kind = Literal["video", "image", "array"]
 
 Trouble = Literal["unreadable", "truncated", "unfitting", "no-alpha", "constant-alpha", "pair"]
@@ -35,16 +37,8 @@ EPSILON = 1e-6
 """Seconds below which two times count as equal; far below any frame interval, above float64 rounding."""
 
 
-class MediaError(ValueError):
-    """Error for an unusable file; the message contains path and cause.
-
-    `code` is a problem code, a key of `data.problems.KINDS`.
-    """
-
-    def __init__(self, path: Path, cause: str, code: str = "unreadable") -> None:
-        super().__init__(f"{path}: {cause}")
-        self.cause = cause
-        self.code = code
+class MediaError(FileError):
+    """Error for an unusable media file; the message contains path and cause."""
 
 
 @dataclass(frozen=True)

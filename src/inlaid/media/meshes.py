@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from inlaid import limits
 from inlaid.files import atomic
+from inlaid.media.arrays import load_arrays, read_header
+from inlaid.media.images import load_image
 from inlaid.media.kinds import MediaError
+from inlaid.paths import Root
+from inlaid.reading import reading, require_file
 
 if TYPE_CHECKING:
     import trimesh
@@ -29,6 +34,9 @@ LONGEST = 1.9
 
 POINTS = 20_480
 """Number of points per surface with which the published model was trained."""
+
+ESTIMATED = 8 * POINTS
+"""Number of points above which a surface is thinned before its normals are estimated, which takes seconds."""
 
 # --- surfaces -----------------------------------------------------------------------------------------------
 
@@ -64,24 +72,17 @@ def read_surface(path: Path) -> list[Surface]:
     Raises:
         MediaError: if the file is not a valid surface; the message contains path and cause.
     """
-    try:
-        arrays: Any = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            found = arrays
-        else:
-            with arrays:
-                names = ("surface_points", "surface_normals")
-                if names[0] not in arrays:
-                    raise ValueError(f"has no array {names[0]}; its arrays are: {', '.join(arrays.files)}")
-                parts = [arrays[n] for n in names if n in arrays]
-                found = np.concatenate(parts, -1)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        head = path.read_bytes()[:6] if path.is_file() else b""
-        pickled = "pickle" in str(error) and (head[:1] == b"\x80" or head == b"\x93NUMPY")
-        why = "is a pickle, which can run code; save its arrays with numpy.savez" if pickled else str(error)
-        if "pickle" in str(error) and not pickled:
-            why = "is neither .npy nor .npz"
-        raise MediaError(path, why, "pickle" if pickled else "unreadable") from None
+    names = ("surface_points", "surface_normals")
+    arrays = load_arrays(path, names) if _is_array(path) else {}
+    if "" in arrays:
+        found = arrays[""]
+    elif names[0] not in arrays:
+        with reading(path, MediaError), zipfile.ZipFile(path) as archive:
+            there = ", ".join(n.removesuffix(".npy") for n in archive.namelist()[:20])
+        raise MediaError(path, f"has no array {names[0]}; its arrays are: {there}")
+    else:
+        with reading(path, MediaError):
+            found = np.concatenate([arrays[n] for n in names if n in arrays], -1)
     if (
         found.ndim not in (2, 3)
         or found.shape[-1] not in (3, 4, 6)
@@ -90,7 +91,40 @@ def read_surface(path: Path) -> list[Surface]:
         why = f"is {found.dtype} {found.shape}; a surface must be (n, 6), positions and normals"
         raise MediaError(path, why, "surface")
     each = found if found.ndim == 3 else found[None]
-    return [_surface(path, np.asarray(one, np.float32)) for one in each]
+    if many := limits.POINTS.exceeded(
+        each.shape[0] * each.shape[1], f"has {found.size // found.shape[-1]:,} points"
+    ):
+        raise MediaError(path, many, "surface")
+    if many := limits.OBJECTS.exceeded(len(each), f"contains {len(each)} surfaces"):
+        raise MediaError(path, many, "several")
+    with reading(path, MediaError):
+        return [_surface(path, np.asarray(one, np.float32)) for one in each]
+
+
+def _is_array(path: Path) -> bool:
+    """Return True for `.npy` and `.npz` content.
+
+    Raises:
+        MediaError: if the file is a pickle, or is neither.
+    """
+    with reading(path, MediaError):
+        require_file(path, MediaError)
+        with path.open("rb") as file:
+            head = file.read(6)
+            if head == b"\x93NUMPY":
+                file.seek(0)
+                try:
+                    read_header(file)
+                except ValueError as error:
+                    if "pickle" not in str(error):
+                        raise
+                    head = b"\x80"
+    if head[:1] == b"\x80":
+        why = "is a pickle, which can run code; save its arrays with numpy.savez"
+        raise MediaError(path, why, "pickle")
+    if head != b"\x93NUMPY" and not zipfile.is_zipfile(path):
+        raise MediaError(path, "is neither .npy nor .npz")
+    return True
 
 
 def _surface(path: Path, points: np.ndarray) -> Surface:
@@ -111,6 +145,7 @@ def _surface(path: Path, points: np.ndarray) -> Surface:
     if points.shape[1] < 6:
         why = "normals were estimated from neighboring points; store (n, 6) for exact normals"
         notes.append(Note("estimated", why))
+        points = points[:: -(-len(points) // ESTIMATED)]
         points = np.concatenate([points[:, :3], estimate_normals(points[:, :3])], -1)
     length = np.linalg.norm(points[:, 3:], axis=-1, keepdims=True)
     if (length < 1e-6).any():
@@ -343,6 +378,22 @@ def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
     return trimesh.Trimesh(mesh.vertices, faces, process=False), turned
 
 
+def _inside_resolver(path: Path) -> Any:
+    """Return trimesh's reader of the files that a mesh names, limited to the folder of the mesh."""
+    import trimesh
+
+    root = Root(path.parent)
+
+    class Resolver(trimesh.resolvers.FilePathResolver):
+        def get(self, name: str) -> bytes:
+            """Return the content of a file beside the mesh."""
+            file = root.named(name.strip())
+            require_file(file, MediaError)
+            return file.read_bytes()
+
+    return Resolver(str(path))
+
+
 def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
     """Read the objects of a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` by name, in scene coordinates.
 
@@ -351,16 +402,16 @@ def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
     """
     import trimesh
 
-    try:
-        scene: Any = trimesh.load(path, force="scene", process=False)
+    with reading(path, MediaError, "a mesh"):
+        require_file(path, MediaError)
+        options: Any = {"force": "scene", "process": False, "resolver": _inside_resolver(path)}
+        scene: Any = trimesh.load(path, **options)
         out = {}
         for node in sorted(scene.graph.nodes_geometry):
             transform, geometry = scene.graph[node]
             mesh = scene.geometry[geometry]
             if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
                 out[str(node)] = mesh.copy().apply_transform(transform)
-    except Exception as error:  # trimesh's readers raise many types
-        raise ValueError(f"{path}: cannot be read as a mesh ({error})") from None
     if not out:
         raise ValueError(f"{path}: has no triangles")
     return out
@@ -378,20 +429,13 @@ def read_ids(path: Path) -> np.ndarray:
     Raises:
         MediaError: if the file is not such an image; the message contains the path.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode in ("P", "L", "I;16", "I", "1"):
-                return np.asarray(image).astype(np.int64)
-            if image.mode not in ("RGB", "RGBA", "LA"):
-                raise ValueError(f"is {image.mode}; save it as a palette, gray or RGB image")
-            pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
-    except (OSError, SyntaxError) as error:
-        raise MediaError(path, f"cannot be read as a segmentation ({error})") from None
-    except ValueError as error:
-        raise MediaError(path, str(error)) from None
+    with load_image(path) as image:
+        image.load()
+        if image.mode in ("P", "L", "I;16", "I", "1"):
+            return np.asarray(image).astype(np.int64)
+        if image.mode not in ("RGB", "RGBA", "LA"):
+            raise MediaError(path, f"is {image.mode}; save it as a palette, gray or RGB image")
+        pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
     code = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
     code[pixels[..., 3] == 0] = 0
     return np.unique(np.concatenate([[0], code.ravel()]), return_inverse=True)[1][1:].reshape(code.shape)

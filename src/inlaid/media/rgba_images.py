@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from inlaid.media import color
+from inlaid.media.images import checked_image, load_image
 from inlaid.media.kinds import IMAGES, MediaError
+from inlaid.reading import check_member, reading, require_file
 
 FRAMES = (*IMAGES, ".tif", ".tiff")
 """File suffixes of images in a folder of frames."""
@@ -20,7 +23,7 @@ FRAMES = (*IMAGES, ".tif", ".tiff")
 
 def natural(path: Path) -> list[Any]:
     """Return a key that sorts file names in natural order, f9 before f10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def frames_in(folder: Path) -> list[Path]:
@@ -53,38 +56,36 @@ def image_names(path: Path) -> list[str]:
     """
     if path.is_dir():
         return [f.name for f in frames_in(path)]
-    try:
+    with reading(path, MediaError):
+        require_file(path, MediaError)
         with zipfile.ZipFile(path) as archive:
             inside = [n for n in archive.namelist() if n.lower().endswith(FRAMES)]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise MediaError(path, f"cannot be read ({error})") from None
-    return sorted(inside, key=lambda n: natural(Path(n)))
+        return sorted(inside, key=lambda n: natural(Path(n)))
 
 
-def load_named(path: Path, name: str) -> Image.Image:
-    """Load an image from a folder or `.zip`."""
-    try:
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[Image.Image]:
+    """Open an image of a folder or `.zip` for a `with` block, after checking its size."""
+
+    def unreadable(path: Path, cause: str, code: str) -> MediaError:
+        return MediaError(path, f"image {name} {cause}", code)
+
+    with reading(path, unreadable):
         if path.is_dir():
-            image = Image.open(path / name)
-        else:
-            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
-                image = Image.open(file)
-                image.load()
-        image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-        raise MediaError(path, f"image {name} cannot be read ({error})") from None
+            require_file(path / name, MediaError)
+            with checked_image(path / name, path, name) as image:
+                yield image
+            return
+        with zipfile.ZipFile(path) as archive:
+            check_member(path, archive.getinfo(name), MediaError)
+            with archive.open(name) as file, checked_image(file, path, name) as image:
+                yield image
 
 
 def named_size(path: Path, name: str) -> tuple[int, int]:
     """Return the width and height of an image in a folder or `.zip`."""
-    if not path.is_dir():
-        return load_named(path, name).size
-    try:
-        with Image.open(path / name) as image:  # the header only
-            return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError(path, f"image {name} cannot be read ({error})") from None
+    with _opened(path, name) as image:  # the header only
+        return image.size
 
 
 def read_named(
@@ -93,12 +94,9 @@ def read_named(
     """Yield images of a folder or `.zip` by index in natural order, with pixels as in `read_animated`."""
     names = image_names(path)
     for i in indices:
-        try:
-            yield _pixels(load_named(path, names[i]), gray=gray)
-        except ValueError as error:
-            raise (
-                error if isinstance(error, MediaError) else MediaError(path, f"{names[i]}: {error}")
-            ) from None
+        with _opened(path, names[i]) as image:
+            pixels = _pixels(image, gray=gray)
+        yield pixels
 
 
 def frame_times(path: Path) -> np.ndarray:
@@ -106,16 +104,12 @@ def frame_times(path: Path) -> np.ndarray:
 
     All times are 0 for still images and for files without durations.
     """
-    try:
-        with Image.open(path) as image:
-            durations = []
-            for i in range(getattr(image, "n_frames", 1)):
-                image.seek(i)
-                image.load()  # Pillow sets the duration only on load
-                durations.append(float(image.info.get("duration", 0)))
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
-        cause = "is not an image" if "cannot identify" in str(error) else f"cannot be read ({error})"
-        raise MediaError(path, cause, "truncated" if "truncated" in str(error) else "unreadable") from None
+    with load_image(path, animated=True) as image:
+        durations = []
+        for i in range(getattr(image, "n_frames", 1)):
+            image.seek(i)
+            image.load()  # Pillow sets the duration only on load
+            durations.append(float(image.info.get("duration", 0)))
     return np.concatenate([[0.0], np.cumsum(durations)]) / 1000 * (len(durations) > 1 and min(durations) > 0)
 
 
@@ -127,12 +121,7 @@ def read_animated(
     Frames are EXIF-rotated uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3). They are read
     with Pillow, because FFmpeg does not support all formats.
     """
-    try:
-        with Image.open(path) as image:
-            for i in indices:
-                image.seek(int(i))
-                yield _pixels(image, gray=gray)
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        raise (
-            error if isinstance(error, MediaError) else MediaError(path, f"cannot be read ({error})")
-        ) from None
+    with load_image(path, animated=True) as image:
+        for i in indices:
+            image.seek(int(i))
+            yield _pixels(image, gray=gray)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from inlaid.media.kinds import MediaError
+from inlaid.media.images import load_image
 from inlaid.media.mesh_render import PALETTE
 from inlaid.media.meshes import POINTS, Field, Note, decimated, extract, mesh_problems, read_ids
 
@@ -61,13 +61,10 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         MediaError: if the file cannot be read; the message names the file.
     """
-    try:
-        with Image.open(path) as image:
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise MediaError(path, f"cannot be read as an image ({error})") from None
+    with load_image(path) as image:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
 
 
 def image_size(image: np.ndarray) -> str:

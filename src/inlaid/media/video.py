@@ -132,6 +132,7 @@ class _Look:
         self.conversions: list[str] = []
         self.opaque, self.premultiplied = True, False
         self._same: list[bool] = []
+        self._seen: set[tuple[Any, ...]] = set()
 
     def at(self, frame: Any) -> None:
         """Look at a frame as it was decoded.
@@ -146,7 +147,8 @@ class _Look:
             if not self.opaque:
                 self._same.append(looks_premultiplied(pixels))
                 self.premultiplied = all(self._same)
-        else:
+        elif (kind := (frame.format.name, frame.width, frame.height, frame.colorspace)) not in self._seen:
+            self._seen.add(kind)
             small = (min(frame.height, 64), min(frame.width, 64))
             decoded(self._path, frame, self._scaler, 3, small)
 

@@ -6,7 +6,6 @@ or wrong, so network configurations are inferred from tensor shapes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE, infer_config
+from inlaid.reading import parse_json, read_text, reading
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -119,5 +119,13 @@ def load_vae(folder: Path) -> TripoSGVAE:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file; return an empty mapping if it does not exist."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    """Read a JSON file; return an empty mapping if it does not exist.
+
+    Raises:
+        FileError: if it is not a JSON object.
+    """
+    with reading(path, what="a JSON object"):
+        found = parse_json(read_text(path)) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise TypeError(f"found {type(found).__name__}")
+        return found

@@ -21,6 +21,7 @@ from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import atomic
 from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions
 from inlaid.networks.rgba_vae_losses import COLORS, RgbaLoss, hard_render, sample_colors
+from inlaid.reading import parse_json, read_text
 
 FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
 """File stem of each trainable part of an `RgbaVae`."""
@@ -209,11 +210,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = parse_json(read_text(path))
         if not isinstance(values, dict) or "rgba_vae_id" not in values:
             raise ValueError("it has no rgba_vae_id")
-    except (OSError, ValueError) as error:
-        cause = "file not found" if isinstance(error, FileNotFoundError) else str(error)
+        if not {*values.get("parts", FILES)} <= {*FILES}:
+            raise ValueError("it has unknown parts")
+    except (OSError, ValueError, TypeError) as error:
+        cause = str(error) if path.is_file() else "file not found"
         raise ValueError(
             f"{folder} is not an RGBA VAE: config.json cannot be used ({cause}); use a run that trained an "
             "RGBA VAE, or a folder from `inlaid import`"

@@ -1,0 +1,124 @@
+"""Limits on what a file may claim before it is read, each with an environment variable that raises it.
+
+A header of a few bytes can promise terabytes, and a small archive can expand to gigabytes. Sizes are
+therefore compared with the file and with these limits before memory is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit, and the environment variable that replaces its default."""
+
+    variable: str
+    default: float
+    unit: float = 1.0
+    """Factor between the value of the variable and the unit in which sizes are compared."""
+
+    @property
+    def value(self) -> float:
+        """The current limit.
+
+        Raises:
+            ValueError: if the variable is not a positive number.
+        """
+        text = os.environ.get(self.variable, "")
+        if not text:
+            return self.default * self.unit
+        try:
+            given = float(text)
+        except ValueError:
+            given = math.nan
+        if not given > 0:
+            raise ValueError(f"{self.variable}={text}: not a positive number")
+        return given * self.unit
+
+    def exceeded(self, size: float, what: str) -> str:
+        """Return a message if `size` is above the limit, else an empty string.
+
+        Args:
+            size: number of bytes, pixels, points or levels.
+            what: what has this size, with its number, such as `frames of 12 GB`.
+        """
+        limit = self.value
+        if size <= limit:
+            return ""
+        return f"{what}, above the limit of {limit / self.unit:g}: set {self.variable} to allow more"
+
+
+ARRAY = Limit("INLAID_MAX_ARRAY_GB", 4, 1e9)
+"""Decoded bytes of one array, one member of an archive or one animated image."""
+
+EXPANSION = Limit("INLAID_MAX_EXPANSION", 200)
+"""Decoded bytes per stored byte of a member of an archive that is larger than `SMALL`."""
+
+PIXELS = Limit("INLAID_MAX_MEGAPIXELS", 120, 1e6)
+"""Pixels of an image."""
+
+TEXT = Limit("INLAID_MAX_TEXT_MB", 64, 1e6)
+"""Bytes of a manifest, prompt list, JSON file or JSON header."""
+
+CAPTION = Limit("INLAID_MAX_CAPTION_MB", 1, 1e6)
+"""Bytes of a caption file."""
+
+DEPTH = Limit("INLAID_MAX_DEPTH", 100)
+"""Levels of nesting of JSON and YAML."""
+
+POINTS = Limit("INLAID_MAX_POINTS", 4e6)
+"""Points of a surface file."""
+
+OBJECTS = Limit("INLAID_MAX_OBJECTS", 255)
+"""Objects in a segmentation."""
+
+SMALL = 256_000_000
+"""Decoded bytes up to which a member of an archive may expand by any factor: flat images compress well."""
+
+
+def as_size(size: float) -> str:
+    """Return a number of bytes as text, such as `1.9 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def expanded(size: int, stored: int, what: str) -> str:
+    """Return a message if a member of an archive expands too much, else an empty string.
+
+    A member that is stored without compression may have any size.
+
+    Args:
+        size: decoded size in bytes.
+        stored: size in the archive in bytes.
+        what: name of the member, for the message.
+    """
+    ratio = size / max(1, stored)
+    if ratio <= 1.1:
+        return ""
+    large = ARRAY.exceeded(size, f"{what} has {as_size(size)}")
+    if large or size <= SMALL:
+        return large
+    return EXPANSION.exceeded(
+        ratio, f"{what} expands {ratio:.0f} times, from {as_size(stored)} to {as_size(size)}"
+    )
+
+
+def nesting(text: str) -> int:
+    """Return the greatest depth of brackets in a text, including those inside of strings."""
+    import numpy as np
+
+    deepest = depth = 0
+    for start in range(0, len(text), 1 << 20):
+        raw = np.frombuffer(text[start : start + (1 << 20)].encode("ascii", "replace"), np.uint8)
+        steps = np.zeros(len(raw), np.int32)
+        steps[(raw == ord("[")) | (raw == ord("{"))] = 1
+        steps[(raw == ord("]")) | (raw == ord("}"))] = -1
+        depths = depth + np.cumsum(steps)
+        deepest, depth = max(deepest, int(depths.max())), int(depths[-1])
+    return deepest
