@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,10 @@ from inlaid.console import progress, say
 from inlaid.data import cache
 from inlaid.data.batch import Batch
 from inlaid.data.cache import Built, Cache
-from inlaid.data.modality import ImageSource, NamedImage, modality_of
+from inlaid.data.modality import ImageSource, Modality, NamedImage, modality_of
 from inlaid.data.plan import Plan, require_usable
 from inlaid.data.prompts import Prompts, resolve_sample
+from inlaid.files import atomic
 from inlaid.runs.folder import Run
 from inlaid.runs.launch import Context
 
@@ -52,6 +53,39 @@ class CachedDataset:
             )
             for w, m, t in list(rows)[:MAX_VALIDATION_CLIPS]
         ]
+
+
+def _report_failed(
+    config: recipe.Config,
+    run: Run,
+    modality: Modality,
+    failed: Mapping[str, str],
+    quarantined: Mapping[str, str] | None,
+) -> None:
+    """Raise for clips that could not be encoded, or list them with the quarantined clips in a file.
+
+    Args:
+        config: the recipe.
+        run: the run folder.
+        modality: names the examples.
+        failed: reasons of clips that could not be encoded, by path.
+        quarantined: reasons of clips that were left out, by name; None in processes that write nothing.
+
+    Raises:
+        ValueError: if there are such clips and `data.bad_clips` is `stop`.
+    """
+    if failed and config.data.bad_clips == "stop":
+        lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
+        raise ValueError(
+            f"{len(failed)} {modality.one}(s) could not be encoded:\n{lines}\n"
+            "fix or remove them, or set data.bad_clips=quarantine; the others are cached"
+        )
+    if quarantined is not None and (failed or quarantined):
+        listed = {**quarantined, **failed}
+        path = run.folder / "quarantine.json"
+        with atomic(path) as part:
+            part.write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
+        say(f"excluded {len(listed)} {modality.one}(s) with errors; {path} lists them with the reasons")
 
 
 def build_cache(
@@ -108,17 +142,7 @@ def build_cache(
     if ctx.main:
         store.remember()
     failed = {k: v for part in ctx.gather(built.failed) for k, v in part.items()}
-    if failed and config.data.bad_clips == "stop":
-        lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))
-        raise ValueError(
-            f"{len(failed)} {modality.one}(s) could not be encoded:\n{lines}\n"
-            "fix or remove them, or set data.bad_clips=quarantine; the others are cached"
-        )
-    if ctx.main and (failed or quarantined):
-        listed = {**quarantined, **failed}
-        (run.folder / "quarantine.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False), "utf-8")
-        where = run.folder / "quarantine.json"
-        say(f"excluded {len(listed)} {modality.one}(s) with errors; {where} lists them with the reasons")
+    _report_failed(config, run, modality, failed, quarantined if ctx.main else None)
     train, validation = (
         [w for w in part if str(w.clip.path) not in failed] for part in (plan.train, plan.validation)
     )
