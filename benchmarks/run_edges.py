@@ -100,7 +100,7 @@ CASES: dict[str, Callable[[Path], tuple[str, int]]] = {
     "disk of 16 kB (cache)": on_disk("size=16k"),
     "disk of 60 kB (first checkpoint)": on_disk("size=60k", ready=True),
     "disk of 160 kB (second checkpoint)": on_disk("size=160k", ready=True),
-    "disk of 280 kB (samples)": on_disk("size=280k", ready=True),
+    "disk of 280 kB (third checkpoint)": on_disk("size=280k", ready=True),
     "disk of 360 kB (adapter)": on_disk("size=360k", ready=True),
     "name of 255 bytes": lambda f: train(f, f"run={'x' * 255}"),
     "name of 256 bytes": lambda f: train(f, f"run={'x' * 256}"),
