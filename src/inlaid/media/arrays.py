@@ -51,8 +51,6 @@ def read_header(file: IO[bytes]) -> Header:
     shape, fortran, dtype = reader(file)
     if not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"shape {shape} is invalid")
-    if dtype.hasobject:
-        raise ValueError("contains objects: a pickle, which can run code")
     return Header(shape, fortran, dtype)
 
 
@@ -67,6 +65,8 @@ def read_values(file: IO[bytes], header: Header, available: int) -> np.ndarray:
     Raises:
         ValueError: if the header claims more than is available, or more than `limits.ARRAY`.
     """
+    if header.dtype.hasobject:
+        raise ValueError("contains objects: a pickle, which can run code")
     claim = f"its header claims {_by(header.shape)} values, {limits.as_size(header.size)}"
     if header.size > available:
         raise ValueError(f"{claim}, but the file has {limits.as_size(available)}")
