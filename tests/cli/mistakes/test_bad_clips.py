@@ -176,7 +176,11 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
         "d/m.csv",
         ["is outside of its source (C:\\clips\\0.mp4: line 3)"],
     ),
-    "link out of the folder": (link("9.mp4", "/etc/passwd"), "d", ["is outside of its source (9.mp4: is a link to"]),
+    "link out of the folder": (
+        link("9.mp4", "/etc/passwd"),
+        "d",
+        ["is outside of its source (9.mp4: is a link to"],
+    ),
     "links in a circle": (link("9.mp4", "9.mp4"), "d", ["1 of 3 clips does not exist (9.mp4)"]),
     "name that is no text": (
         lambda d: captioned(os.fsdecode(b"\xff.mp4"), b"")(d),
