@@ -110,7 +110,7 @@ def expanded(size: int, stored: int, what: str) -> str:
 
 
 def nesting(text: str) -> int:
-    """Return the greatest depth of brackets in a text, including those inside of strings."""
+    """Return the greatest depth of brackets in a text that has no strings."""
     import numpy as np
 
     deepest = depth = 0

@@ -37,7 +37,11 @@ class Root:
         Raises:
             FileError: if it is outside (code `outside`); the message names the path and what to do.
         """
-        if not self.holds(path):
+        try:
+            inside = self.holds(path)
+        except OSError as error:  # such as a path that is too long
+            raise FileError(path, f"cannot be read ({cause_of(error)})", "missing") from None
+        if not inside:
             target = os.path.realpath(path)
             leads = f"is a link to {target}" if self._is_named_inside(path) else "is outside"
             raise FileError(path, f"{leads}, which is not in {self.folder}: copy the file into it", OUTSIDE)
@@ -55,7 +59,7 @@ class Root:
             if parent not in self._parents:
                 self._parents[parent] = _is_within(os.path.realpath(parent), self._real)
             return self._parents[parent] or _is_within(os.path.realpath(path), self._real)
-        except (OSError, ValueError):  # a null character
+        except ValueError:  # a null character
             return False
 
     def _is_named_inside(self, path: Path) -> bool:

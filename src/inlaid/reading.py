@@ -127,10 +127,9 @@ def parse_json(text: str) -> Any:
     """
     if long := limits.TEXT.exceeded(len(text), f"has {limits.as_size(len(text))} of JSON"):
         raise ValueError(long)
-    if limits.nesting(text) > limits.DEPTH.value:
-        depth = limits.nesting(_outside_strings(text))
-        if deep := limits.DEPTH.exceeded(depth, f"is nested {depth} levels deep"):
-            raise ValueError(deep)
+    depth = limits.nesting(_outside_strings(text))
+    if deep := limits.DEPTH.exceeded(depth, f"is nested {depth} levels deep"):
+        raise ValueError(deep)
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:

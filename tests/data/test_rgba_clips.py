@@ -32,7 +32,9 @@ KEEP = {"background": "keep"}
 def plan(*sources: Any, channels: int = 4, probes: Probes | None = None, **section: Any) -> Plan:
     """A plan of a transparent run that keeps pixels as they are."""
     section = {"size": SIZE, "frames": [make.T], "validation": 0, "matte": KEEP} | section
-    family: Any = SimpleNamespace(channels=channels, precomputed=None, precomputed_in=lambda folder: None)
+    family: Any = SimpleNamespace(
+        channels=channels, text_length=0, precomputed=None, precomputed_in=lambda folder: None
+    )
     return plan_dataset(
         config.Data(sources=list(sources), **section), GRID, 16, 0, family=family, probes=probes
     )

@@ -69,7 +69,8 @@ class _Scan:
             self.guard_frames(path)
             return path
         except FileError as error:
-            self.problem(error.code, label, where if error.code == OUTSIDE and where else error.cause)
+            place = error.code in (OUTSIDE, "missing") and where
+            self.problem(error.code, label, where if place else error.cause)
         except (OSError, ValueError):  # the path is too long
             self.problem("missing", label, where)
         return None

@@ -123,7 +123,7 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[st
                 f"{path.name}: {long}: look for an unclosed quote, or shorten the text"
             ) from None
         cure = "look for an unclosed quote"
-        raise ValueError(f"{path.name} is not valid CSV ({error}): {cure} from line {start} on") from None
+        raise ValueError(f"is not valid CSV ({error}): {cure} from line {start} on") from None
 
 
 def _delimiter(text: str, source: config.Source, transparent: bool) -> str:

@@ -51,8 +51,6 @@ def read_header(file: IO[bytes]) -> Header:
     shape, fortran, dtype = reader(file)
     if not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"shape {shape} is invalid")
-    if dtype.hasobject:
-        raise ValueError("contains objects: a pickle, which can run code")
     return Header(shape, fortran, dtype)
 
 
@@ -67,6 +65,8 @@ def read_values(file: IO[bytes], header: Header, available: int) -> np.ndarray:
     Raises:
         ValueError: if the header claims more than is available, or more than `limits.ARRAY`.
     """
+    if header.dtype.hasobject:
+        raise ValueError("contains objects: a pickle, which can run code")
     claim = f"its header claims {_by(header.shape)} values, {limits.as_size(header.size)}"
     if header.size > available:
         raise ValueError(f"{claim}, but the file has {limits.as_size(available)}")
@@ -203,7 +203,8 @@ def _fps(path: Path) -> Fraction:
 class Frames:
     """Frames of an `.npz` clip, uint8 (h, w, c) each, read when they are indexed.
 
-    The file is read forward: ascending indices decompress it once. Only for arrays (c, t, h, w), and in
+    The first access reads the file once to verify its checksum, which is at its end. Then the file is read
+    forward: ascending indices decompress it once more. Only for arrays (c, t, h, w), and in
     Fortran order, the first access reads the whole array.
     """
 
@@ -213,7 +214,7 @@ class Frames:
         self._whole: np.ndarray | None = None
         self._file: IO[bytes] | None = None
         self._archive: zipfile.ZipFile | None = None
-        self._next, self._last = 0, np.empty(0)
+        self._next, self._last, self._verified = 0, np.empty(0), False
 
     def __len__(self) -> int:
         return self._count
@@ -238,6 +239,11 @@ class Frames:
         if self._file is None or index < self._next:
             self.close()
             self._archive = zipfile.ZipFile(self._path)
+            if not self._verified:
+                with self._archive.open("frames.npy") as file:
+                    while file.read(1 << 20):
+                        pass
+                self._verified = True
             self._file, self._next = self._archive.open("frames.npy"), 0
             read_header(self._file)
         size = math.prod(self._header.shape[1:])
@@ -246,8 +252,6 @@ class Frames:
             if len(raw) < size:
                 raise EOFError(f"truncated after {self._next} of {self._count} frames")
             self._next += 1
-        if self._next == self._count:
-            self._file.read(1)  # the end of a member verifies its checksum
         shape = [n for i, n in enumerate(self._header.shape) if i]
         self._last = np.moveaxis(np.frombuffer(raw, np.uint8).reshape(shape), self._axis - 1, -1)
         return self._last

@@ -113,12 +113,7 @@ def _is_array(path: Path) -> bool:
             head = file.read(6)
             if head == b"\x93NUMPY":
                 file.seek(0)
-                try:
-                    read_header(file)
-                except ValueError as error:
-                    if "pickle" not in str(error):
-                        raise
-                    head = b"\x80"
+                head = b"\x80" if read_header(file).dtype.hasobject else head
     if head[:1] == b"\x80":
         why = "is a pickle, which can run code; save its arrays with numpy.savez"
         raise MediaError(path, why, "pickle")
