@@ -20,7 +20,7 @@ from inlaid.generation.generate import generate
 from inlaid.runs.folder import read_header
 from inlaid.training.loop import train
 from support.commands import inlaid
-from support.slow import mostly_slow
+from support.slow import slow
 
 KINDS = ["lokr", "loha"]
 FILE = "adapter/pytorch_lora_weights.safetensors"
@@ -95,7 +95,7 @@ def test_what_was_trained_reloads(tiny_wan: Path, tmp_path: Path, kind: str) -> 
     }
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lokr".__eq__))
+@pytest.mark.parametrize("kind", map(slow, KINDS))
 def test_the_whole_way(recipe: Callable[..., dict], tmp_path: Path, kind: str) -> None:
     """Train, go on, draw at two strengths, evaluate, look into, and export."""
     raw = recipe(tuner={"kind": kind, "rank": 4}, optim__lr=3e-2)

@@ -476,7 +476,7 @@ def test_the_network_is_counted_on_shapes_alone(case: tuple[str, str], checkpoin
 # --- compiled, quantised ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [CASES[0], *map(slow, ONE_SEQUENCE[:2])], ids="-".join)
+@pytest.mark.parametrize("case", [slow(CASES[0]), *map(slow, ONE_SEQUENCE[:2])], ids="-".join)
 def test_blocks_compile_into_one_graph(case: tuple[str, str], checkpoint: Checkpoint) -> None:
     family = opened(checkpoint, case)
     found = []

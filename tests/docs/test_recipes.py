@@ -256,7 +256,7 @@ def launch(command: list[str], recipe: Path, run: Path, tmp_path: Path, *overrid
 
 
 @pytest.mark.parametrize("mode", ["ddp", slow("fsdp")])
-@pytest.mark.parametrize("how", ["torchrun", slow("nodes"), "accelerate", "slurm"])
+@pytest.mark.parametrize("how", ["torchrun", slow("nodes"), slow("accelerate"), "slurm"])
 def test_launch_file_equals_accumulation_two(
     how: str, mode: str, recipe: Callable[..., dict], tmp_path: Path
 ) -> None:

@@ -273,6 +273,7 @@ def test_videos_are_those_of_generate(run: Path, monkeypatch: pytest.MonkeyPatch
     assert not np.array_equal(base, tuned)
 
 
+@pytest.mark.slow
 def test_prompts_of_each_group_are_chosen(run: Path) -> None:
     found = evaluate(run, per_group=1, steps=1)
     assert found.pairs[0].prompt == "a clip"

@@ -256,6 +256,7 @@ def test_a_complete_run_makes_what_is_missing(
     assert ours == theirs, "down to the last byte"
 
 
+@pytest.mark.slow
 def test_equal_runs_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     """The order in safetensors and in sets of strings differs from process to process."""
     code = (

@@ -185,10 +185,10 @@ class Checkpoint:
 
         folders = self.folder("tokenizer"), self.folder("text_encoder")
         with self.loading("tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0], local_files_only=True)
         with self.loading("text_encoder"):
             kind: Any = getattr(transformers, self.text_encoder)
-            encoder = kind.from_pretrained(folders[1], dtype=dtype)
+            encoder = kind.from_pretrained(folders[1], dtype=dtype, local_files_only=True)
         return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
     def load_denoiser(
