@@ -11,7 +11,11 @@ demo: $(VENV)/installed  ## the main job on a tiny trained model: no download, n
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(VENV)/installed-dev check  ## lint, types, import contracts, tests: what CI runs, minutes on two cores
+test: $(VENV)/installed-dev lint  ## lint, types, import contracts, tests: what CI runs, minutes on two cores
+	$(MAKE) --no-print-directory -j 2 types fast
+
+.PHONY: fast lint types
+fast: $(VENV)/installed-dev
 	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/installed-dev check  ## also the tests marked slow, and those of deepspeed where it is installed
@@ -22,11 +26,15 @@ coverage: $(VENV)/installed-dev  ## of the tests that `make test` runs: at least
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered --fail-under=90
 
-check: $(VENV)/installed-dev  ## what a commit must pass: seconds
+check: lint types  ## what a commit must pass: a minute
+
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests benchmarks docs tools
 	$(BIN)/ruff check src tests benchmarks docs tools
 	$(BIN)/lint-imports
 	$(BIN)/codespell src tests docs recipes benchmarks tools README.md CONTRIBUTING.md CHANGELOG.md
+
+types: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 docs: $(VENV)/installed-dev  ## regenerate the reference pages, the estimates and the picture of the imports

@@ -18,6 +18,7 @@ from inlaid.alpha import opening
 from inlaid.media import rgba, video
 from support import rgba_clips as make
 from support.commands import inlaid
+from support.slow import mostly_slow
 
 SIZE = (32, 32)
 
@@ -150,8 +151,11 @@ BAD: dict[Callable[[Path], None], str] = {
     too_short: "is too short (01_rgb.mkv: 9 frames at 16 fps need 0.56 s, it has 0.19 s)",
 }
 
+OFTEN = (lone_color, shorter, two_mattes, opaque, damaged, no_alpha_inside, sizes_differ, no_caption)
+"""Mistakes of each kind, which every run of the tests makes."""
 
-@pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
+
+@pytest.mark.parametrize("spoil", mostly_slow(BAD, OFTEN.__contains__), ids=lambda f: f.__name__)
 def test_bad_clips_are_named_before_anything_is_encoded(
     ground: tuple[Path, dict[str, Any]], tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:

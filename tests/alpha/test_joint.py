@@ -454,7 +454,7 @@ def test_losses_are_reported_of_both(checkpoint: Checkpoint) -> None:
     assert out["loss"] == out["losses"].mean() and not torch.allclose(out["loss_rgb"], out["loss_alpha"])
 
 
-@every_case
+@pytest.mark.parametrize("case", [CASES[0], *map(slow, CASES[1:])], ids="-".join)
 def test_the_network_is_counted_on_shapes_alone(case: tuple[str, str], checkpoint: Checkpoint) -> None:
     """Attention is quadratic in twice the tokens."""
     family = opened(checkpoint, case)

@@ -72,7 +72,7 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [(c, "lora") if c in FEW else slow(c, "lora") for c in CASES]
+    [(c, "lora") if c == ("wan", "t2v") else slow(c, "lora") for c in CASES]
     + [(c, "dora") if c == ("wan", "t2v") else slow(c, "dora") for c in CASES],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
@@ -121,6 +121,7 @@ def test_resume_is_bit_exact(
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", mostly_slow(FEW, FEW[0].__eq__), ids="-".join)
 def test_loss_falls(case: tuple[str, str], joint_recipe: Callable[..., dict]) -> None:
     """That of alpha, which is all that can change of its own."""

@@ -115,6 +115,7 @@ def test_cached_clips_are_named_by_rgba_vae_and_colors(
     assert len(names) == 3
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_generates_with_its_rgba_vae_alone(
     merged: Callable[..., config.Config], rgba_vaes: list[Path], tmp_path: Path
 ) -> None:

@@ -226,6 +226,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_an_rgba_vae_and_resumes_to_the_same_bits(
     rgba_vae_recipe: Callable[..., config.Config], vae: AutoencoderKLWan, tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ def estimate(wan: families.Family, made: config.Config, **changes: Any) -> Estim
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
     [
-        *[("lora", True), ("dora", 2), ("full", False), slow("lora", 2), slow("lora", False)],
+        *[("lora", True), slow("dora", 2), ("full", False), slow("lora", 2), slow("lora", False)],
         *[slow("dora", True), slow("dora", False), slow("full", True), slow("full", 2)],
     ],
 )

@@ -146,7 +146,7 @@ def test_new_writes_a_recipe_that_check_passes(tiny_wan: Path) -> None:
     assert "ready to train: 0 errors" in done.output
     report = json.loads(Path("runs/other/check/report.json").read_text("utf-8"))
     assert report["ok"] and Path("runs/other/check/contact_sheet.png").is_file()
-    assert not Path("runs/other/cache").exists()
+    assert not list(Path("runs/other/cache").rglob("*.safetensors")), "nothing is encoded"
 
 
 def test_cache_encodes_once() -> None:

@@ -311,6 +311,7 @@ def test_other_lies_of_npz_headers(tmp_path):
         refused(lambda p=path: probe_array(p), path)
 
 
+@pytest.mark.slow
 def test_an_npz_bomb_is_bounded(tmp_path, monkeypatch):
     """1.5 MB that were 1.94 GB and 52 s."""
     path = tmp_path / "bomb.npz"

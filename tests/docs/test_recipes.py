@@ -67,15 +67,13 @@ def test_published_checkpoint_can_do_it(path: Path) -> None:
     assert family(settings).problems(settings) == []
 
 
-KINDS = {(c.model.family, c.alpha.kind, c.rgba_vae is None): p for p, c in SETTINGS.items() if p in PUBLISHED}
-KINDS |= {c.tuner.kind: p for p, c in SETTINGS.items() if p in PUBLISHED}
-"""A recipe of each kind."""
-QUICK = ("t2v-1.3b-lora", "2b-full", "triposg-lora")
-"""Recipes of each sort of network, of those that are estimated quickly."""
+TRAINED = ("t2v-1.3b-lora", "2b-full", "t2v-14b-rgba-dora", "5b-joint", "tiny-demo", "rgba-vae")
+"""Recipes of each kind of alpha and tuner, and of an RGBA VAE, that every run of the tests trains."""
 
 
+@pytest.mark.slow
 @pytest.mark.untraced
-@pytest.mark.parametrize("path", mostly_slow(PUBLISHED, lambda p: p.stem in QUICK), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 def test_cost_is_known_and_comments_are_right(path: Path, estimated: Callable[..., Estimate]) -> None:
     """The network is made without weights, its tuner attached: targets and numbers are the real ones."""
     settings = config.load(path)
@@ -103,7 +101,7 @@ def test_cost_is_known_and_comments_are_right(path: Path, estimated: Callable[..
 
 @pytest.mark.parametrize(
     "path",
-    mostly_slow(RECIPES, lambda p: p in KINDS.values() or p not in PUBLISHED),
+    mostly_slow(RECIPES, lambda p: p.stem in TRAINED),
     ids=lambda p: p.stem,
 )
 def test_trains_two_steps(
@@ -256,7 +254,7 @@ def launch(command: list[str], recipe: Path, run: Path, tmp_path: Path, *overrid
 
 
 @pytest.mark.parametrize("mode", ["ddp", slow("fsdp")])
-@pytest.mark.parametrize("how", ["torchrun", slow("nodes"), slow("accelerate"), "slurm"])
+@pytest.mark.parametrize("how", ["torchrun", slow("nodes"), slow("accelerate"), slow("slurm")])
 def test_launch_file_equals_accumulation_two(
     how: str, mode: str, recipe: Callable[..., dict], tmp_path: Path
 ) -> None:

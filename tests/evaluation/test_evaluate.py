@@ -246,6 +246,7 @@ def test_evaluate_compares_base_and_tuned(run: Path) -> None:
     assert not [p for p in run.iterdir() if p.name.startswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_validation_loss_is_the_one_of_training(run: Path) -> None:
     found = evaluate(run)
     last = [x for x in read_metrics(run / "metrics.jsonl") if "validation_loss" in x][-1]
@@ -290,6 +291,7 @@ def test_prompts_of_each_group_are_chosen(run: Path) -> None:
     assert [p.group for p in evaluate(run, group_by=False, steps=1).pairs] == [""]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_changes_nothing_is_called_so(run: Path) -> None:
     path = run / "adapter" / WEIGHTS
     header = read_header(path)
@@ -334,6 +336,7 @@ def test_without_the_clips_the_videos_remain(trained: Path, run: Path) -> None:
     assert [p.prompt for p in found.pairs] == ["a clip"]
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_the_old_report(run: Path) -> None:
     def broken(frames: np.ndarray) -> bool:
         raise ValueError("the judge fell asleep")

@@ -117,6 +117,7 @@ def test_pictures_are_other_items_of_the_cache(scene_recipe: Callable[..., dict]
     assert len({n for names in named.values() for n in names}) == 4 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [slow("lora"), "dora"])
 def test_the_way_with_image_encoders(
     kind: str, scene_recipe: Callable[..., dict], tmp_path: Path, media_root: Path

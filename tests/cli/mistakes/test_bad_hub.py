@@ -18,6 +18,7 @@ def served(tiny_wan: Path) -> Iterator[FakeHub]:
         yield made
 
 
+@pytest.mark.slow
 def test_commands_exit_with_2_and_one_sentence(served: FakeHub, ground: Ground, tmp_path: Path) -> None:
     served.mode = "missing"
     recipe = ground.write(model__checkpoint="some/one", data__cache="cache")
