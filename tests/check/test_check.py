@@ -64,6 +64,25 @@ def test_a_good_recipe(run, tmp_path):
     assert not list((tmp_path / "run").glob("**/.tmp*"))
 
 
+def test_copies_of_one_clip_are_the_reason_for_no_validation(run, make_clips):
+    folder = make_clips(4)
+    content = (folder / "00.mp4").read_bytes() if (folder / "00.mp4").exists() else None
+    paths = sorted(folder.glob("*.mp4"))
+    for path in paths:
+        path.write_bytes(content or paths[0].read_bytes())
+    report = run(data__sources=str(folder), data__validation=1)
+    assert any("all 4 clips are copies of one, and copies stay on the same side" in n for n in report.notes)
+
+
+def test_conversions_are_listed(run, make_clips):
+    folder = make_clips(4)
+    path = sorted(folder.glob("*.mp4"))[0]
+    videos.write(path, 24, 16, (32, 64), trc=18)
+    report = run(data__sources=str(folder))
+    assert report.conversions == {path.name: "HLG (HDR) converted to sRGB"}
+    assert f"HLG (HDR) converted to sRGB: 1 of 4 clips ({path.name})" in " ".join(printed(report).split())
+
+
 def test_the_sheet_shows_the_frames_of_the_model(run, tmp_path, tiny_wan):
     folder = tmp_path / "clips"
     folder.mkdir()

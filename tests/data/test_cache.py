@@ -110,6 +110,17 @@ def test_a_changed_item_stops_with_its_name(recipe: Callable[..., dict]) -> None
         train(config.build(raw))
 
 
+def test_an_item_under_the_name_of_another_is_encoded_again(recipe: Callable[..., dict]) -> None:
+    raw = recipe()
+    first = build(raw)
+    one, two = files(raw, "media")[:2]
+    right = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(ValueError, match=f"{one.name}: this file is the cached item media/{two.stem}, not"):
+        first.store.read("media", one.stem)
+    assert build(raw).built.made == 1 and one.read_bytes() == right
+
+
 def test_a_full_disk_keeps_what_is_there(
     recipe: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from av.video.reformatter import Colorspace
 from PIL import Image, ImageCms
 
+from inlaid.data import rgba_clips
 from inlaid.data.probes import CachedProbes
 from inlaid.media import color, rgba, video
 from inlaid.media.kinds import MediaError, Probe, available_formats
@@ -177,6 +178,17 @@ def test_an_oblique_display_matrix_is_refused(tmp_path: Path) -> None:
     marked.display(path, (1, 1, -1, 1))
     with pytest.raises(MediaError, match="at an angle of 45 degrees"):
         video.probe(path)
+
+
+def test_a_matte_that_is_not_turned_with_its_color_is_refused(tmp_path: Path) -> None:
+    color_file = marked.write(tmp_path / "a_rgb.mp4", FRAMES[:8])
+    matte = marked.write(tmp_path / "a_alpha.mp4", FRAMES[:8])
+    marked.display(color_file, (-1, 0, 0, -1))
+    with pytest.raises(MediaError, match=r"rotated by 180 degrees, and a_alpha.mp4 is not rotated") as error:
+        rgba_clips.inspect_clip(color_file, matte)
+    assert error.value.code == "pair"
+    marked.display(matte, (-1, 0, 0, -1))
+    assert rgba_clips.inspect_clip(color_file, matte).probe.orientation == "rotated by 180 degrees"
 
 
 # --- color (1.5, 1.7, 1.8, 1.10) ----------------------------------------------------------------------------
