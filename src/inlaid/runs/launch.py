@@ -115,18 +115,17 @@ class Context:
         return out
 
 
-TINY = 20_000_000
+TINY = 1_000_000
 """Number of parameters up to which a network computes in one thread on a CPU."""
 
 
 def choose_threads(ctx: Context, network: nn.Module) -> None:
     """Let a tiny network on a CPU compute in one thread, until `start_processes` ends.
 
-    Its operations take microseconds, so threads mostly wait for each other, and beside another busy process
-    they wait for a core too. Measured with the demo (2.4 million parameters, batch 12) on two cores beside
-    four busy processes: one thread 1.4 s per step; two threads 2.1 s if they sleep while they wait, and over
-    20 s if they spin, which is the default. The choice depends on the network only, because the number of
-    threads changes rounding and a resumed run must use the same. `OMP_NUM_THREADS` takes precedence.
+    Its operations take microseconds, so threads mostly wait for each other. A network of 2.4 million
+    parameters (the demo) is faster with two threads on a quiet machine. The choice depends on the network
+    only, because the number of threads changes rounding and a resumed run must use the same.
+    `OMP_NUM_THREADS` takes precedence.
     """
     if ctx.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
         return
