@@ -21,7 +21,7 @@ from inlaid.data.prompts import Prompts, encode_prompts, resolve_sample
 from inlaid.files import atomic
 from inlaid.networks.rgba_vae_checkpoint import FOLDER
 from inlaid.runs.folder import Run, environment
-from inlaid.runs.launch import Context, choose_threads, start_processes
+from inlaid.runs.launch import Context, start_processes
 
 
 def generate(
@@ -118,7 +118,6 @@ def load_pipeline(
         ValueError: if the pipeline does not accept the weights.
     """
     options: dict[str, Any] = {"device": ctx.device, "dtype": ctx.precision}
-    choose_threads(ctx, family.load_denoiser(torch.float32, meta=True))
     if folder is None:
         return family.pipeline(denoiser=None, **options)
     if config.tuner.kind == "full":

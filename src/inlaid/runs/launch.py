@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlaid import config as recipe
-from inlaid.console import say
 from inlaid.runs.ranks import RankLostError, join, watched
 
 
@@ -115,25 +114,6 @@ class Context:
         return out
 
 
-TINY = 1_000_000
-"""Number of parameters up to which a network computes in one thread on a CPU."""
-
-
-def choose_threads(ctx: Context, network: nn.Module) -> None:
-    """Let a tiny network on a CPU compute in one thread, until `start_processes` ends.
-
-    Its operations take microseconds, so threads mostly wait for each other. A network of 2.4 million
-    parameters (the demo) is faster with two threads on a quiet machine. The choice depends on the network
-    only, because the number of threads changes rounding and a resumed run must use the same.
-    `OMP_NUM_THREADS` takes precedence.
-    """
-    if ctx.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
-        return
-    if sum(p.numel() for p in network.parameters()) <= TINY:
-        say("note: a tiny network computes in one CPU thread; set OMP_NUM_THREADS for more", show=ctx.main)
-        torch.set_num_threads(1)
-
-
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 """Timeout of collective operations; the default of 10 minutes is too short while one process encodes, samples
 or saves."""
@@ -161,11 +141,7 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
         torch.cuda.set_device(device)
     ctx = Context(device, plan.precision, plan.optimizer, rank, world, plan.notes)
     if world == 1:
-        threads = torch.get_num_threads()
-        try:
-            yield ctx
-        finally:
-            torch.set_num_threads(threads)
+        yield ctx
         return
     backend, store = "nccl" if device.type == "cuda" else "gloo", join(COLLECTIVE_TIMEOUT)
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=world)

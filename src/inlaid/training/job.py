@@ -27,7 +27,7 @@ from inlaid.files import atomic, sha256
 from inlaid.generation.generate import generate_samples
 from inlaid.networks import quantize
 from inlaid.runs.folder import Run, read_metrics
-from inlaid.runs.launch import Context, choose_threads
+from inlaid.runs.launch import Context
 from inlaid.runs.packages import PACKAGES, require_package
 from inlaid.training import memory, parallel
 from inlaid.training.cautions import cautions
@@ -359,5 +359,4 @@ def check_recipe(config: recipe.Config, ctx: Context, family: families.Family) -
     trained, network = trained_by(config, family), family.load_denoiser(torch.float32, meta=True)
     for caution in cautions(config, network, trained.select(network)):
         say(f"warning: {caution}", show=ctx.main)
-    choose_threads(ctx, network)
     return trained
