@@ -16,7 +16,7 @@ from inlaid.data import cache
 from inlaid.data.plan import Plan, plan_dataset
 from inlaid.runs.folder import Run, read_metrics
 from inlaid.tiny.random import TEXT_WIDTH
-from inlaid.training.checkpoints import load_state
+from support.checkpoints import load_state
 from support.commands import inlaid
 from support.precomputed import CASES, Checkpoint, built, clips, encode, recipe, shape, write
 from support.slow import mostly_slow

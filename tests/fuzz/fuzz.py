@@ -253,7 +253,7 @@ class Targets:
         from inlaid.families.grid import Grid
         from inlaid.families.wan import Wan
         from inlaid.media import meshes
-        from inlaid.training.checkpoints import load_state
+        from inlaid.training.checkpoints import load_tensors, verify
 
         if kind == "recipe":
             (self.folder / name).write_bytes(raw)
@@ -273,7 +273,8 @@ class Targets:
             if name == "probes.json":
                 CachedProbes(place).probe(self.clips / "a.mp4")
                 return
-            load_state(place)
+            verify(place)
+            load_tensors(place)
             describe(inspect_path(place))
         elif name.startswith("surface"):
             (self.folder / name).write_bytes(raw)

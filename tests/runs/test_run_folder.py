@@ -22,8 +22,9 @@ from inlaid.runs import lock
 from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.lock import owned
 from inlaid.training import job
-from inlaid.training.checkpoints import load_state, verify
+from inlaid.training.checkpoints import verify
 from inlaid.training.loop import train
+from support.checkpoints import load_state
 from support.commands import files as content
 from support.processes import ended_process
 

@@ -14,9 +14,10 @@ from torch import nn
 from inlaid import config
 from inlaid.runs.folder import Run, read_metrics, recipe_changes
 from inlaid.runs.launch import Context, DevicePlan, Devices, resolve_devices
-from inlaid.training.checkpoints import load_state, pack_state, save_state, unpack_state
+from inlaid.training.checkpoints import pack_state, save_state, unpack_state
 from inlaid.training.meters import Meters
 from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
+from support.checkpoints import load_state
 from support.processes import ended_process
 
 

@@ -21,10 +21,11 @@ from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.launch import Context
 from inlaid.tiny import random
 from inlaid.training import memory
-from inlaid.training.checkpoints import load_state, pack_state, save_state, unpack_state
+from inlaid.training.checkpoints import pack_state, save_state, unpack_state
 from inlaid.training.job import prepare
 from inlaid.training.loop import train
 from inlaid.training.optim import make_optimizer
+from support.checkpoints import load_state
 from support.slow import slow
 
 CPU = torch.device("cpu")

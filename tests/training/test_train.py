@@ -19,10 +19,10 @@ from inlaid import config
 from inlaid.generation.generate import generate
 from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.launch import Context
-from inlaid.training.checkpoints import load_state
 from inlaid.training.job import prepare
 from inlaid.training.loop import train
 from support import forks, ranks
+from support.checkpoints import load_state
 from support.slow import slow
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"

@@ -91,22 +91,12 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Verify a checkpoint; return its tensors and the values of its `state.json`.
-
-    Raises:
-        ValueError: if a file is missing, truncated or changed; the message offers the newest earlier
-            checkpoint that is not damaged.
-    """
-    values = verify(folder)
-    return load_tensors(folder), values
-
-
 def verify(folder: Path) -> dict[str, Any]:
     """Compare all files of a checkpoint with their hashes, and return the values of its `state.json`.
 
     Raises:
-        ValueError: as `load_state`.
+        ValueError: if a file is missing, truncated or changed; the message offers the newest earlier
+            checkpoint that is not damaged.
     """
     try:
         return _verified(folder)
