@@ -138,7 +138,24 @@ def run(arguments: list[str], processes: int = 1, **how: Any) -> list[int]:
         time.sleep(how["after"])
         with contextlib.suppress(ProcessLookupError):
             os.kill(ranks[-1], signal.SIGKILL)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    return wait(ranks)
+
+
+def wait(ranks: list[int]) -> list[int]:
+    """Return the exit codes; after one rank is killed the others have time to end, as with `torchrun`."""
+    codes: dict[int, int] = {}
+    until = float("inf")
+    while len(codes) < len(ranks):
+        for pid in ranks:
+            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+                until = min(until, time.monotonic() + 15) if codes[pid] else until
+        if time.monotonic() > until:
+            for pid in set(ranks) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+            until = float("inf")
+        time.sleep(0.005)
+    return [codes[pid] for pid in ranks]
 
 
 def content(folder: Path) -> dict[str, str]:

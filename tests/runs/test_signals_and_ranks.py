@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.ranks import Peer, Watch
@@ -145,6 +146,33 @@ def test_a_stopped_rank_is_reported(recipe: Callable[..., dict], tmp_path: Path)
     assert second.returncode == 1 and "Traceback" not in message
     assert f"rank 0 (process {pid} on" in message
     assert "has given no sign of life for 1 s (runtime.rank_timeout)" in message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """A process that dies before it has joined the others is not waited for without end."""
+    from inlaid.runs import ranks as watch
+
+    monkeypatch.setattr(watch, "JOIN_LEAST", 1.0)
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(ranks.free_port())}
+    for name, value in {**where, "WORLD_SIZE": "2", "RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    wanted = f"{['others', 'rank 0'][rank]} of 2 processes did not join within 1 s"
+    with pytest.raises(watch.RankLostError, match=wanted):
+        watch.join(0.5)
+
+
+def test_a_rank_that_ends_while_joining_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inlaid.runs import ranks as watch
+
+    monkeypatch.setattr(watch, "JOIN_LEAST", 1.0)
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 3)]))
+    for name, value in {"MASTER_ADDR": "h", "MASTER_PORT": "1", "WORLD_SIZE": "3", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    store.set("inlaid/mark/1", "of a process that has ended")
+    with pytest.raises(watch.RankLostError, match="rank 1, 2 of 3 processes did not join"):
+        watch.join(0.5)
 
 
 def test_a_rank_of_another_machine_that_is_silent() -> None:

@@ -449,7 +449,8 @@ class Runtime(Section):
     world_size: int | None = Field(default=None, ge=1)
     """Number of processes that this recipe requires; any other number is an error. Default: any number."""
     rank_timeout: float = Field(default=300, gt=0)
-    """Seconds without a sign of life after which a process counts as stopped, and the others end."""
+    """Seconds without a sign of life after which a process counts as stopped, and the others end. Also how
+    long processes wait for each other at the start (at least 60 s)."""
     workers: int = Field(default=2, ge=0)
     """Threads that decode clips while caching."""
     compile: bool = False

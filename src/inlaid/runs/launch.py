@@ -143,7 +143,7 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
     if world == 1:
         yield ctx
         return
-    backend, store = "nccl" if device.type == "cuda" else "gloo", join(COLLECTIVE_TIMEOUT)
+    backend, store = "nccl" if device.type == "cuda" else "gloo", join(config.runtime.rank_timeout)
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=world)
     try:
         with watched(rank, config.runtime.rank_timeout):

@@ -23,6 +23,9 @@ INTERVAL = 0.25
 GRACE = 3.0
 """Seconds for the main thread to end after another process is lost: gloo raises an error, NCCL waits on."""
 
+JOIN_LEAST = 60.0
+"""Seconds to wait at least for all processes at the start: they may import at different speeds."""
+
 
 class RankLostError(RuntimeError):
     """Error of a run whose other process has ended or is stopped."""
@@ -133,31 +136,50 @@ def _stopped(pid: int) -> bool:
     return text[text.rindex(")") + 2] in "Tt"
 
 
-def join(timeout: timedelta) -> Any:
+def join(timeout: float) -> Any:
     """Return a store that the processes of this launch share with no earlier launch.
 
     `torchrun --max-restarts` keeps its store when it restarts the processes, and these would read the
     addresses of the ended ones from it (https://github.com/pytorch/pytorch/issues/135712). The number of
     restarts does not help, because every machine counts its own. Therefore rank 0 answers the mark of each
     process with a name for this launch, until all have confirmed it: an ended process confirms nothing.
+
+    Args:
+        timeout: seconds to wait for the other processes, at least JOIN_LEAST.
+
+    Raises:
+        RankLostError: if a process of the launch does not join in time.
     """
     import torch.distributed as dist
 
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    mark = uuid.uuid4().hex
-    if rank:
-        store.set(f"inlaid/mark/{rank}", mark)
-        name = store.get(f"inlaid/name/{mark}").decode()
-        store.set(f"inlaid/confirmed/{name}/{rank}", "")
-        return dist.PrefixStore(name, store)
-    answered: set[bytes] = set()
-    while not all(store.check([f"inlaid/confirmed/{mark}/{r}"]) for r in range(1, world)):
-        for key in (f"inlaid/mark/{r}" for r in range(1, world)):
-            if store.check([key]) and (theirs := store.get(key)) not in answered:
-                store.set(f"inlaid/name/{theirs.decode()}", mark)
-                answered.add(theirs)
-        time.sleep(0.01)
-    return dist.PrefixStore(mark, store)
+    seconds, missing = max(timeout, JOIN_LEAST), "rank 0" if int(os.environ["RANK"]) else "others"
+    until = time.monotonic() + seconds
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        mark = uuid.uuid4().hex
+        if rank:
+            store.set(f"inlaid/mark/{rank}", mark)
+            name = store.get(f"inlaid/name/{mark}").decode()
+            store.set(f"inlaid/confirmed/{name}/{rank}", "")
+            return dist.PrefixStore(name, store)
+        answered: set[bytes] = set()
+        waiting = set(range(1, world))
+        while waiting := {r for r in waiting if not store.check([f"inlaid/confirmed/{mark}/{r}"])}:
+            missing = f"rank {', '.join(map(str, sorted(waiting)))}"
+            for key in (f"inlaid/mark/{r}" for r in waiting):
+                if store.check([key]) and (theirs := store.get(key)) not in answered:
+                    store.set(f"inlaid/name/{theirs.decode()}", mark)
+                    answered.add(theirs)
+            if time.monotonic() > until:
+                raise dist.DistStoreError(missing)
+            time.sleep(0.01)
+        return dist.PrefixStore(mark, store)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise RankLostError(
+            f"{missing} of {os.environ['WORLD_SIZE']} processes did not join within {seconds:g} s "
+            "(runtime.rank_timeout), at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}. {_WAY_OUT}"
+        ) from error
 
 
 @contextmanager
