@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all coverage check docs clean
 
@@ -43,7 +44,9 @@ docs: $(VENV)/installed-dev  ## regenerate the reference pages, the estimates an
 	$(BIN)/python docs/imports.py
 
 # torch is pinned for development only: elsewhere pip would fetch gigabytes of CUDA.
-INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); $(BIN)/pip install -q -c constraints.txt
+# Bytecode is compiled at the first import: pip compiles all of torch and transformers, for a minute.
+INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/pip install -q --no-compile -c constraints.txt
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(INSTALL) -e '.[mesh]'

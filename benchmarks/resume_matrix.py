@@ -177,6 +177,29 @@ def content(folder: Path) -> dict[str, str]:
     return out
 
 
+def where(wanted: Any, got: Any, at: str = "") -> list[str]:
+    """Return the places in JSON values that differ, with both values."""
+    if isinstance(wanted, dict) and isinstance(got, dict):
+        return [x for k in {**wanted, **got} for x in where(wanted.get(k), got.get(k), f"{at}/{k}")]
+    if isinstance(wanted, list) and isinstance(got, list) and len(wanted) == len(got):
+        return [x for i, pair in enumerate(zip(wanted, got, strict=True)) for x in where(*pair, f"{at}/{i}")]
+    return [] if wanted == got else [f"{at}: {wanted!r:.60} -> {got!r:.60}"]
+
+
+def differences(wanted: Path, got: Path) -> list[str]:
+    """Return the files of two run folders that differ; in JSON files the places."""
+    one, two = content(wanted), content(got)
+    names = sorted(n for n in {*one, *two} if one.get(n) != two.get(n))
+    out = []
+    for name in names:
+        places: list[str] = []
+        if name.endswith(".json") and name in one and name in two:
+            both = [stripped(json.loads((folder / name).read_bytes())) for folder in (wanted, got)]
+            places = where(both[0], both[1])
+        out += [f"{name}{place}" for place in places] or [name]
+    return out
+
+
 def stripped(value: Any) -> Any:
     """Return JSON values without those that differ between equal runs."""
     if isinstance(value, dict):
@@ -327,12 +350,12 @@ def matrix(folder: Path, kills: int, seed: int, seconds: float) -> dict[str, Any
             mine = shutil.copytree(whole.stages[stage], folder / "trial")
             with inside(mine):
                 how = trial(whole.commands[stage], kind, place, count, after)
-            wanted, got = content(whole.stages[stage + 1] / "run"), content(mine / "run")
+            differ = differences(whole.stages[stage + 1] / "run", mine / "run")
             left = [p.name for p in mine.rglob(".tmp-*")]
             shutil.rmtree(mine)
             if not how.startswith("not killed"):
                 break
-        differ = sorted(n for n in {*got, *wanted} if got.get(n) != wanted.get(n)) + left
+        differ += left
         at = f"{after:.2f} s" if place == "random" else f"event {count} in {place}"
         row = {"kind": kind.name, "command": whole.commands[stage][0], "place": place, "at": at}
         rows.append({**row, "outcome": how, "differ": differ[:5]})

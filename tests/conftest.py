@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import logging
 import os
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from inlaid.tiny import random
 from support import forks
 
 quiet()
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's deprecated calls
 gc.disable()  # until everything is imported
 
 

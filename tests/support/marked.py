@@ -10,7 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 
 COLORS = {"tl": (200, 40, 40), "tr": (40, 180, 60), "bl": (40, 60, 200), "br": (220, 200, 40)}
 """Colors of the quarters: top left, top right, bottom left, bottom right."""
@@ -109,10 +109,11 @@ def write(
         if ticks:
             context.time_base = Fraction(1, 1600)
         packets: list[Any] = []
+        context.thread_count, scaler = 1, VideoReformatter()
         for i, pixels in enumerate(frames):
             kind = source or ("rgba" if pixels.shape[2] == 4 else "rgb24")
             made: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=kind)
-            made = made.reformat(format=pix_fmt, dst_colorspace=matrix)
+            made = scaler.reformat(made, format=pix_fmt, dst_colorspace=matrix, threads=1)
             made.pts = ticks[i] if ticks else None
             if ticks:
                 made.time_base = Fraction(1, 1600)

@@ -9,6 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from inlaid.alpha.composed import Composed
@@ -42,9 +43,11 @@ def video(
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.options = pix_fmt or default, options
+        stream.codec_context.thread_count, scaler = 1, VideoReformatter()
         for pixels in frames:
             pixels = np.ascontiguousarray(pixels[..., 0] if source == "gray" else pixels)
-            frame = av.VideoFrame.from_ndarray(pixels, format=source).reformat(format=pix_fmt or default)
+            frame = av.VideoFrame.from_ndarray(pixels, format=source)
+            frame = scaler.reformat(frame, format=pix_fmt or default, threads=1)
             frame.pts = None
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -9,6 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 BITS = 8
 TICKS = 90_000
@@ -67,7 +68,7 @@ def write(
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = size[1], size[0], pix_fmt
         context = stream.codec_context
-        context.gop_size = gop
+        context.gop_size, context.thread_count = gop, 1
         context.colorspace, context.color_trc = matrix, trc
         context.color_range = 0 if matrix == 2 else 1
         if sar:
@@ -77,10 +78,11 @@ def write(
         stream.options = options or {}
         if rotation:
             stream.set_display_rotation(rotation)
+        scaler = VideoReformatter()  # a frame's own method would prepare the conversion for every frame
         for k in range(n):
             pixels = np.ascontiguousarray(draw(k, size))
             frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[-1] == 4 else "rgb24")
-            frame = frame.reformat(format=pix_fmt, dst_colorspace=1 if matrix == 1 else 5)
+            frame = scaler.reformat(frame, format=pix_fmt, dst_colorspace=1 if matrix == 1 else 5, threads=1)
             if stamps is None:
                 frame.pts, frame.time_base = k, 1 / Fraction(fps).limit_denominator(1001)
             else:

@@ -14,7 +14,7 @@ from inlaid.tiny import rgba_judge, rgba_vae_path, rgba_world
 from inlaid.tiny.world import FRAMES, SIZE
 from support.slow import slow
 
-TRUE = [clip.frames for clip in rgba_world.subject_clips(8, seed=5)]
+TRUE = [clip.frames for clip in rgba_world.subject_clips(4, seed=5)]
 
 
 def changed(clip: np.ndarray, how: str) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_the_judge_rejects_one_thing_wrong(how: str, which: str) -> None:
 
 
 def test_the_judge_rejects_the_old_world() -> None:
-    assert not any(rgba_judge.judge_subject(c.frames).both for c in rgba_world.clips(1, 12, validation=True))
+    assert not any(rgba_judge.judge_subject(c.frames).both for c in rgba_world.clips(1, 6, validation=True))
 
 
 def test_the_shipped_rgba_vae_keeps_color_and_alpha() -> None:
