@@ -92,6 +92,21 @@ def mask(value: int) -> Callable[[Path], tuple[str, int]]:
     return case
 
 
+def many_files(folder: Path) -> tuple[str, int]:
+    """Train on 5,000 clips, of which one is not a video."""
+    for i in range(4, 5000):
+        os.link(folder / f"clips/{i % 4}.mp4", folder / f"clips/{i}.mp4")
+        (folder / f"clips/{i}.txt").write_text(f"clip number {i}", "utf-8")
+    broken = folder / "clips/2500.mp4"
+    broken.unlink()
+    broken.write_bytes(b"not a video")
+    before = os.times()
+    message, code = train(folder)
+    after = os.times()
+    seconds = sum(b - a for a, b in zip(before[2:4], after[2:4], strict=True))
+    return f"{message} ({seconds:.0f} s of CPU time)", code
+
+
 CASES: dict[str, Callable[[Path], tuple[str, int]]] = {
     "a second `train` on the folder": two_runs,
     "the folder is deleted meanwhile": deleted,
@@ -104,6 +119,7 @@ CASES: dict[str, Callable[[Path], tuple[str, int]]] = {
     "disk of 360 kB (adapter)": on_disk("size=360k", ready=True),
     "name of 255 bytes": lambda f: train(f, f"run={'x' * 255}"),
     "name of 256 bytes": lambda f: train(f, f"run={'x' * 256}"),
+    "5,000 clips, one of them broken": many_files,
     "umask 022": mask(0o022),
     "umask 077": mask(0o077),
 }

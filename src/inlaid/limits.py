@@ -48,7 +48,7 @@ class Limit:
         limit = self.value
         if size <= limit:
             return ""
-        return f"{what}, above the limit of {limit / self.unit:g}: set {self.variable} to allow more"
+        return f"{what}, above the limit of {limit / self.unit:,g}: set {self.variable} to allow more"
 
 
 ARRAY = Limit("INLAID_MAX_ARRAY_GB", 4, 1e9)
@@ -67,7 +67,16 @@ CAPTION = Limit("INLAID_MAX_CAPTION_MB", 1, 1e6)
 """Bytes of a caption file."""
 
 DEPTH = Limit("INLAID_MAX_DEPTH", 100)
-"""Levels of nesting of JSON and YAML."""
+"""Levels of nesting of JSON."""
+
+RECIPE = Limit("INLAID_MAX_RECIPE_MB", 2, 1e6)
+"""Bytes of a recipe."""
+
+RECIPE_VALUES = Limit("INLAID_MAX_RECIPE_VALUES", 50_000)
+"""Values of a recipe, with aliases expanded."""
+
+RECIPE_DEPTH = Limit("INLAID_MAX_RECIPE_DEPTH", 30)
+"""Levels of nesting of a recipe."""
 
 POINTS = Limit("INLAID_MAX_POINTS", 4e6)
 """Points of a surface file."""

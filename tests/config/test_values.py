@@ -180,11 +180,11 @@ def bomb(first: str, level: str, n: int = 20) -> str:
 FILES: dict[str, tuple[str | bytes, str]] = {
     "aliases in lists": (
         bomb("a0: &a0 [x, x]\n", "a{i}: &a{i} [{nine}]"),
-        "more than 50,000 values, with aliases",
+        "too many values, with aliases expanded, above the limit of 50,000",
     ),
     "aliases in mappings": (
         bomb("a0: &a0 {x: 1}\n", "a{i}: &a{i} {{b: *a{j}, c: *a{j}, d: *a{j}, e: *a{j}}}"),
-        "more than 50,000 values, with aliases",
+        "too many values, with aliases expanded, above the limit of 50,000",
     ),
     "a small bomb": ("run: &a [x, x, x]\nmodel: [*a, *a]\ndata: {sources: *a}", "mistakes"),
     "an alias in itself": ("a: &a [*a]", "alias `*a` contains itself"),
@@ -193,8 +193,14 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "braces": ("{a: " * 3000, "nested lists or mappings"),
     "dashes": ("- " * 3000, "nested lists or mappings"),
     "indentation": ("\n".join(" " * i + "a:" for i in range(500)), "nested lists or mappings"),
-    "a huge file": (b"# " + b"x" * 3_000_000, "not a recipe, the file is larger than 2 MB"),
-    "many values": ("run:\n" + "- a\n" * 100_000, "more than 50,000 values"),
+    "a huge file": (
+        b"# " + b"x" * 3_000_000,
+        "not a recipe, the file is large, above the limit of 2: set INLAID_MAX_RECIPE_MB",
+    ),
+    "many values": (
+        "run:\n" + "- a\n" * 100_000,
+        "too many values, with aliases expanded, above the limit of 50,000",
+    ),
     "many keys": ("".join(f"k{i}: 1\n" for i in range(20_000)), "and 19,983 more"),
     "a huge text": ("run: x\nmodel: " + "y" * 1_000_000, "model: needs a mapping"),
     "a huge key": ("run: x\n? " + "y" * 1_000_000 + "\n: 1", "yyyy: unknown key"),

@@ -394,7 +394,7 @@ def test_a_run_folder_that_is_deleted_meanwhile(
         shutil.rmtree(tmp_path / "run")
 
     monkeypatch.setattr(job.Job, "validate", delete)
-    with pytest.raises(FileNotFoundError, match="the run folder has been deleted"):
+    with pytest.raises(ValueError, match="the run folder has been deleted or moved"):
         run(recipe(train__validate_every=2))
     assert not (tmp_path / "run").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -202,7 +203,11 @@ def test_a_refusal_of_one_rank_is_told_once(recipe: Callable[..., dict], tmp_pat
 
 @pytest.mark.slow
 def test_restarts_of_torchrun_end_with_the_same_bits(recipe: Callable[..., dict], tmp_path: Path) -> None:
-    """`torchrun --max-restarts=3`: rank 1, rank 0 and rank 1 are killed at different steps."""
+    """`torchrun --max-restarts=3`: a rank is killed at three random steps."""
+    seed = time.time_ns() % 2**32
+    rng = random.Random(seed)
+    kills = [(step, rng.randrange(2)) for step in sorted(rng.sample(range(1, 57), 3))]
+    print(f"seed {seed}: steps and ranks {kills}")
     changes = {"train__steps": 60, "train__save_every": 3, "train__log_every": 1}
     whole = write(recipe(run=str(tmp_path / "whole"), **changes), tmp_path / "whole.yaml")
     assert ranks.launch(["train", whole]).returncode == 0
@@ -213,7 +218,7 @@ def test_restarts_of_torchrun_end_with_the_same_bits(recipe: Callable[..., dict]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         killed = []
-        for step, victim in ((5, 1), (20, 0), (41, 1)):
+        for step, victim in kills:
             wait_for(lambda step=step: steps(tmp_path / "run") >= step, process)
             owner = pid_in(tmp_path / "run")
             pid = owner if victim == 0 else other_rank(process.pid, owner)

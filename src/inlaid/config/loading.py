@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from inlaid import limits
 from inlaid.config.messages import explain
 from inlaid.config.parse import (
     EMPTY,
-    MAX_DEPTH,
     ParseError,
     dump,
     parse,
@@ -99,7 +99,7 @@ def _override(text: str) -> tuple[list[str], Any]:
         raise ValueError(f"`{shown}` is not an override; write section.key=value, such as optim.lr=2e-4")
     if len(keys) > 2 and keys[:2] == ["data", "sources"]:
         raise ValueError(f"`{shown}`: data.sources is a list; set all of it, such as data.sources=[a, b]")
-    if len(keys) > MAX_DEPTH:
+    if len(keys) > limits.RECIPE_DEPTH.value:
         raise ValueError(
             f"`{shown}`: unknown key; sections are nested at most twice, such as data.matte.snap"
         )

@@ -17,16 +17,9 @@ from typing import Any
 import yaml
 from yaml import events
 
-MAX_BYTES = 2_000_000
-"""Maximum size of a recipe file."""
+from inlaid import limits
 
-MAX_VALUES = 50_000
-"""Maximum number of values of a document, with aliases expanded."""
-
-MAX_DEPTH = 30
-"""Maximum number of nested lists and mappings."""
-
-TOO_DEEP = f"more than {MAX_DEPTH} nested lists or mappings"
+TOO_DEEP = "too many nested lists or mappings"
 
 MAX_DIGITS = 400
 """Maximum length of a number; longer ones stay text."""
@@ -91,7 +84,7 @@ class _MistakeError(Exception):
 
 
 def parse(text: str, *, empty: Any = None) -> Any:
-    """Return the value of a YAML document of at most `MAX_BYTES`.
+    """Return the value of a YAML document of at most `limits.RECIPE`.
 
     Args:
         text: the document.
@@ -104,8 +97,8 @@ def parse(text: str, *, empty: Any = None) -> Any:
 
 
 def _parse(text: str, empty: Any) -> _Builder:
-    if len(text) > MAX_BYTES:
-        raise ParseError(f"{len(text):,} characters; at most {MAX_BYTES:,} are read")
+    if large := limits.RECIPE.exceeded(len(text), f"{len(text):,} characters"):
+        raise ParseError(large)
     try:
         return _build(yaml.parse(text, _PARSER), empty)
     except _MistakeError as error:
@@ -215,8 +208,8 @@ class _Builder:
             return
         top = self.stack[-1]
         top.size += size
-        if top.size > MAX_VALUES:
-            raise _MistakeError(f"more than {MAX_VALUES:,} values, with aliases expanded", mark)
+        if large := limits.RECIPE_VALUES.exceeded(top.size, "too many values, with aliases expanded"):
+            raise _MistakeError(large, mark)
         if isinstance(top.value, list):
             top.value.append(value)
         elif top.key is None:
@@ -239,8 +232,8 @@ class _Builder:
 
     def start(self, value: Any, event: Any) -> None:
         """Open a list or mapping."""
-        if len(self.stack) >= MAX_DEPTH:
-            raise _MistakeError(TOO_DEEP, event.start_mark)
+        if deep := limits.RECIPE_DEPTH.exceeded(len(self.stack) + 1, TOO_DEEP):
+            raise _MistakeError(deep, event.start_mark)
         if event.tag not in (None, "!", f"{_TAG}{'seq' if isinstance(value, list) else 'map'}"):
             raise _MistakeError(f"tag `{event.tag[:60]}` is not supported", event.start_mark)
         self.stack.append(_Open(value, event.start_mark, event.anchor))
@@ -324,12 +317,12 @@ def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-        ValueError: if the file is larger than `MAX_BYTES` or is not text.
+        ValueError: if the file is larger than `limits.RECIPE` or is not text.
     """
     with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{path}: not a recipe, the file is larger than {MAX_BYTES / 1e6:g} MB")
+        data = file.read(int(limits.RECIPE.value) + 1)
+    if large := limits.RECIPE.exceeded(len(data), f"{path}: not a recipe, the file is large"):
+        raise ValueError(large)
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)

@@ -290,7 +290,7 @@ def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ValueError(
-            f"{folder}: {'the disk is full' if full else f'cannot be written ({error.strerror})'}; "
+            f"{folder}: {'the disk is full' if full else 'cannot be written'} ({error.strerror}); "
             f"{built.made + built.reused} of {total} items are cached and kept. "
             f"{'Free space, or point' if full else 'Point'} data.cache to another disk, and run again"
         ) from None

@@ -217,7 +217,7 @@ def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
 
     Raises:
         ValueError: if another process owns the run, the recipe cannot resume it, or the folder cannot be
-            written.
+            written or is deleted meanwhile.
     """
     run = Run(Path(config.run))
     with owned(run.folder) if ctx.main else nullcontext():
@@ -231,4 +231,12 @@ def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
         if ctx.main:
             for folder in {run.folder, run.cache(config)}:
                 sweep(folder)
-        yield run
+        try:
+            yield run
+        except OSError as error:
+            if run.folder.exists() or error.errno is None:
+                raise
+            raise ValueError(
+                f"{run.folder}: the run folder has been deleted or moved during the run; put it "
+                "back and run the same command again, or start again"
+            ) from error
