@@ -195,7 +195,7 @@ def differences(wanted: Path, got: Path) -> list[str]:
         places: list[str] = []
         if name.endswith(".json") and name in one and name in two:
             both = [stripped(json.loads((folder / name).read_bytes())) for folder in (wanted, got)]
-            places = where(both[0], both[1])
+            places = where(both[0], both[1]) or [": order of keys"]
         out += [f"{name}{place}" for place in places] or [name]
     return out
 

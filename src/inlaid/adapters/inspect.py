@@ -102,7 +102,7 @@ def describe(inspection: Inspection, indent: str = "") -> str:
 def _inspect_file(path: Path) -> Inspection:
     if path.suffix == ".safetensors":
         with load_safetensors(path) as file:
-            header = file.metadata() or {}
+            header = dict(sorted((file.metadata() or {}).items()))  # read in random order
             sizes = _sizes(file)
     else:
         state = _open(path).tensors

@@ -192,7 +192,7 @@ def _open(path: Path, alpha: float | None = None) -> _File:
     header: dict[str, str] = {}
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
         with load_safetensors(path) as file:
-            header = file.metadata() or {}
+            header = dict(sorted((file.metadata() or {}).items()))  # read in random order
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     else:
         with reading(path):

@@ -205,7 +205,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_header(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file."""
     with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        return dict(sorted((file.metadata() or {}).items()))  # read in random order
 
 
 @contextmanager
