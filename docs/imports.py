@@ -76,8 +76,9 @@ def imports() -> dict[str, set[str]]:
 
 def between() -> Counter[tuple[str, str]]:
     """Return the number of imports per pair of top-level modules (importing, imported)."""
-    top = {m: m.split(".")[1] for m in imports() if m.count(".") and not m.endswith("__main__")}
-    pairs = [(top[a], top[b]) for a, found in imports().items() if a in top for b in found if b in top]
+    graph = imports()
+    top = {m: m.split(".")[1] for m in graph if m.count(".") and not m.endswith("__main__")}
+    pairs = [(top[a], top[b]) for a, found in graph.items() if a in top for b in found if b in top]
     return Counter(p for p in pairs if p[0] != p[1])
 
 

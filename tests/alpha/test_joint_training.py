@@ -73,7 +73,7 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("case", "kind"),
     [(c, "lora") if c == ("wan", "t2v") else slow(c, "lora") for c in CASES]
-    + [(c, "dora") if c == ("wan", "t2v") else slow(c, "dora") for c in CASES],
+    + [slow(c, "dora") for c in CASES],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_an_adapter_does_in_the_pipeline_what_it_did_in_training(

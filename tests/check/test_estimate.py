@@ -123,6 +123,7 @@ def test_adamw_state_is_what_torch_keeps():
     assert kept == STATE_BYTES["adamw"] * weight.numel()
 
 
+@pytest.mark.slow
 def test_precision_halves_the_frozen_weights(wan):
     wide, narrow = (estimate(wan, recipe(), precision=p) for p in (torch.float32, torch.bfloat16))
     assert wide.memory["frozen weights"] == 2 * narrow.memory["frozen weights"]

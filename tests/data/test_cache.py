@@ -138,7 +138,8 @@ def test_a_full_disk_keeps_what_is_there(
     with monkeypatch.context() as patch:
         patch.setattr(cache, "save_file", full)
         with pytest.raises(
-            ValueError, match=r"the disk is full; 2 of 4 items are cached and kept\. Free space"
+            ValueError,
+            match=r"the disk is full \(No space left on device.*\); 2 of 4 items are cached and kept\. Free",
         ):
             build(raw)
     assert len(files(raw, "media")) == 2 and not list(Path(raw["run"]).rglob(".tmp-*"))

@@ -314,7 +314,7 @@ def test_checkpoints_are_compared(run: Path) -> None:
     assert found.validation.means == pytest.approx((curve[10], curve[20]), rel=1e-4)
 
 
-@pytest.mark.parametrize("tuner", [slow({"kind": "dora", "rank": 2}), {"kind": "full"}])
+@pytest.mark.parametrize("tuner", [slow({"kind": "dora", "rank": 2}), slow({"kind": "full"})])
 def test_other_tuners(recipe: Callable[..., dict], tuner: dict) -> None:
     raw = recipe(tuner=tuner, data__validation=1)
     found = evaluate(train(config.build(raw)))

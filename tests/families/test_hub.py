@@ -62,9 +62,10 @@ def test_a_refusal_is_one_sentence_after_seconds(served: FakeHub, tmp_path: Path
         assert word in found["error"]
     assert "\n" not in found["error"]
     assert found["severity"] == severity
-    assert found["seconds"] < 4, "two requests of a second; huggingface_hub alone takes 34 s"
+    assert found["seconds"] < 9, "requests of a second, and imports; huggingface_hub alone takes 34 s"
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_names_the_file(served: FakeHub, tmp_path: Path) -> None:
     served.mode = "cut"
     found = ask(served, tmp_path)

@@ -253,6 +253,7 @@ def test_views_of_one_scene_are_validation_together(
     assert {w.extent for w in plan.train} <= {(n, 32, 32) for n in (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_the_way_from_scenes_to_a_glb(
     scene_recipe: Callable[..., dict], tmp_path: Path, media_root: Path
 ) -> None:

@@ -184,6 +184,7 @@ def _context() -> Any:
     return SimpleNamespace(device=CPU, precision=torch.float32)
 
 
+@pytest.mark.slow
 def test_it_goes_on_exactly_and_recomputes_the_same(
     scene_recipe: Callable[..., dict], tmp_path: Path
 ) -> None:

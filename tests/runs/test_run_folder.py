@@ -219,7 +219,7 @@ class Killed(BaseException):
     """What `kill -9` does to a process, as far as a test in the same process can."""
 
 
-@pytest.mark.parametrize("where", ["before", "within", "missing", "old", "card", "samples"])
+@pytest.mark.parametrize("where", ["before", slow("within"), "missing", slow("old"), slow("card"), "samples"])
 def test_a_complete_run_makes_what_is_missing(
     recipe: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -74,7 +74,8 @@ def opened(checkpoint: Callable[[str, str], Path], case: tuple[str, str]) -> Fam
     return families.get(case[0])(config.Model(checkpoint=str(checkpoint(*case)), **random.model(*case)))
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, lambda c: c == ("wan", "t2v")), ids=IDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_every_network_with_dora(checkpoint: Callable[[str, str], Path], case: tuple[str, str]) -> None:
     same(opened(checkpoint, case), "dora", "eager")
 

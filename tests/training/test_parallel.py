@@ -34,7 +34,7 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("mode", ["fsdp", slow("zero2"), slow("zero3")])
-@pytest.mark.parametrize(("kind", "recompute"), [slow("lora", True), slow("dora", False), ("full", True)])
+@pytest.mark.parametrize(("kind", "recompute"), [slow("lora", True), slow("dora", False), slow("full", True)])
 def test_equals_one_process_and_goes_on_in_the_other(
     recipe: Callable[..., dict],
     make_clips: Callable[..., Path],

@@ -89,7 +89,7 @@ def test_going_on_is_bit_exact(recipe: Callable[..., dict], tmp_path: Path, kind
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw8bit", slow("prodigy")])
 def test_other_optimizers_resume(recipe: Callable[..., dict], tmp_path: Path, name: str) -> None:
     pytest.importorskip({"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name])
     options = {"optim__name": name, "optim__lr": 1.0 if name == "prodigy" else 1e-2, "tuner__rank": 64}
@@ -181,7 +181,7 @@ def test_targets_that_match_nothing_stop(recipe: Callable[..., dict]) -> None:
         run(recipe(tuner__targets=["proj_in", r"blocks\.\d+\.attn1\.to_q"]))
 
 
-@pytest.mark.parametrize("kind", ["dora", slow("full")])
+@pytest.mark.parametrize("kind", [slow("dora"), slow("full"), "lora"])
 def test_bfloat16_learns_and_keeps_trained_weights_in_float32(recipe: Callable[..., dict], kind: str) -> None:
     raw = recipe(tuner={"kind": kind}, runtime__precision="bfloat16", train__steps=30, optim__lr=3e-3)
     folder = run(raw)

@@ -37,7 +37,10 @@ def items(folder: Path | str = "cache") -> list[Path]:
     [
         (
             SafetensorError(NO_SPACE),
-            ["cache: the disk is full; 2 of 3 items are cached and kept", "Free space"],
+            [
+                "cache: the disk is full (No space left on device",
+                "; 2 of 3 items are cached and kept. Free space",
+            ],
         ),
         (
             SafetensorError("I/O error: Read-only file system (os error 30)"),
