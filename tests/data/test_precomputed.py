@@ -191,8 +191,6 @@ def test_items_are_whole_after_a_full_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "save_file", full)
-        with pytest.raises(
-            ValueError, match=r"the disk is full \(No space.*\); 2 of 4 items are cached and kept"
-        ):
+        with pytest.raises(ValueError, match=r"the disk is full \(No space.*\); 2 of 4 items are cached"):
             built(raw)
     assert built(raw).built.made == 2

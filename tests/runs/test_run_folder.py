@@ -27,6 +27,7 @@ from inlaid.training.loop import train
 from support.checkpoints import load_state
 from support.commands import files as content
 from support.processes import ended_process
+from support.slow import slow
 
 WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
 

@@ -39,7 +39,7 @@ def items(folder: Path | str = "cache") -> list[Path]:
             SafetensorError(NO_SPACE),
             [
                 "cache: the disk is full (No space left on device",
-                "; 2 of 3 items are cached and kept. Free space",
+                "; 2 of 3 items are cached and kept",
             ],
         ),
         (
