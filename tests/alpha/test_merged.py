@@ -391,6 +391,7 @@ def test_published_names_at_full_width() -> None:
 # --- what comes first -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dora_is_merged_before_a_lora_that_distils_steps(
     recipe: Callable[..., dict], tiny_wan: Path, tmp_path: Path
 ) -> None:

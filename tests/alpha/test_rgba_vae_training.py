@@ -319,6 +319,7 @@ def test_files_of_an_rgba_vae_must_exist(
         train(rgba_vae_recipe(rgba_vae={"rank": 2, **section}))
 
 
+@pytest.mark.slow
 def test_nine_terms_with_a_perceptual_network_and_a_note_without(
     rgba_vae_recipe: Callable[..., config.Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,7 @@ def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
     assert 0.9 < ratio < 1.1, f"{found.memory} against {ledger.worst}"
 
 
+@pytest.mark.slow
 def test_checkpointing_and_batch_change_activations(wan):
     on, off = (estimate(wan, recipe(memory={"gradient_checkpointing": g})) for g in (True, False))
     assert on.memory["activations"] < 0.6 * off.memory["activations"]

@@ -221,6 +221,7 @@ def test_strength_goes_from_the_base_to_what_was_trained() -> None:
     assert np.array_equal(drawn("a cat", "--checkpoint", "4")[0], whole)
 
 
+@pytest.mark.slow
 def test_strength_of_a_dora_is_not_linear() -> None:
     worked("train", "clips.yaml", *SHORT, "run=runs/dora", "tuner.kind=dora", "train.steps=1")
     done = worked("generate", "runs/dora", "a cat", "--strength", 0.5)
@@ -241,6 +242,7 @@ def test_a_full_fine_tune_is_used_like_an_adapter() -> None:
     assert "WanTransformer3DModel" in worked("inspect", "runs/full").output
 
 
+@pytest.mark.slow
 def test_evaluate_writes_a_report() -> None:
     Path("one.txt").write_text("a cat\n", "utf-8")
     done = worked("evaluate", "runs/clips", "--file", "one.txt", "--count", 2, "--steps", 1, "--seed", 3)

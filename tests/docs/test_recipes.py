@@ -67,7 +67,7 @@ def test_published_checkpoint_can_do_it(path: Path) -> None:
     assert family(settings).problems(settings) == []
 
 
-TRAINED = ("t2v-1.3b-lora", "2b-full", "t2v-14b-rgba-dora", "5b-joint", "rgba-vae")
+TRAINED = ("t2v-1.3b-lora", "t2v-14b-rgba-dora", "rgba-vae")
 """Recipes of each kind of alpha and tuner, and of an RGBA VAE, that every run of the tests trains."""
 
 

@@ -256,6 +256,7 @@ def test_validation_loss_is_the_one_of_training(run: Path) -> None:
     assert not found.notes and not any("clips have changed" in w for w in found.verdict.warnings)
 
 
+@pytest.mark.slow
 def test_videos_are_those_of_generate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared before they are encoded: x264 itself varies from call to call below 64 pixels."""
     drawn = []

@@ -87,6 +87,7 @@ def test_sizes_are_reported_and_no_weights_are_downloaded(
     assert not [r for r in served.requests if r.startswith("GET /some/one/resolve")]
 
 
+@pytest.mark.slow
 def test_cached_files_need_no_hub(served: FakeHub, tmp_path: Path, tiny_wan: Path) -> None:
     served.mode = "ok"
     code = "from inlaid.families import hub\nfor c in ('vae', 'text_encoder', 'transformer'): "

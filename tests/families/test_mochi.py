@@ -207,6 +207,7 @@ def test_targets_are_four_layers_per_block(mochi: Mochi) -> None:
     assert chosen == [f"transformer_blocks.{i}.attn1.{leaf}" for i in range(2) for leaf in leaves]
 
 
+@pytest.mark.slow
 def test_the_published_checkpoint_has_the_published_sizes() -> None:
     mochi = family("genmo/mochi-1-preview")
     meta = mochi.load_denoiser(torch.float32, meta=True)
@@ -445,6 +446,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_in_the_same_words(folder: Path, clips: Path, here: Path) -> None:
     done = inlaid("new", "mochi", clips, "--checkpoint", folder)
     assert done.code == 0, done.output

@@ -175,6 +175,7 @@ def test_default_targets_are_ten_modules_per_block(tiny_wan: Path) -> None:
         assert len(trained) == 2 * 10 * tensors
 
 
+@pytest.mark.slow
 def test_published_checkpoints_have_the_published_sizes() -> None:
     def model(name: str, **options: object) -> Wan:
         return family(f"Wan-AI/{name}-Diffusers", **options)

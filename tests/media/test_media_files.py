@@ -332,6 +332,7 @@ def test_contact_sheet_shows_first_and_last_frames(tmp_path):
     assert sheet[:70].min() < 60, "dark title"
 
 
+@pytest.mark.slow
 def test_contact_sheet_cuts_long_captions(tmp_path):
     frames = np.zeros((1, 16, 16, 3), np.uint8)
 

@@ -201,6 +201,7 @@ def test_it_goes_on_exactly_and_recomputes_the_same(
         assert any(whole[k].any() for k in whole if "lora_B" in k)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_of_encoders_keep_less(checkpoint: Callable[[str, str], Path]) -> None:
     one = family(checkpoint("midi", "scene"), image_encoders="dino")
 
@@ -234,6 +235,7 @@ def test_what_cannot_be_is_reported(
         train(config.build(scene_recipe(tuner__targets=[rf"({DINO}|blocks).*(to_|_proj).*"])))
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_adapters_are_reported(scene_recipe: Callable[..., dict], tmp_path: Path) -> None:
     raw = scene_recipe("dino")
     run = train(config.build(raw))

@@ -114,7 +114,7 @@ def pid_in(run: Path) -> int:
     return json.loads((run / "run.lock").read_text("utf-8"))["pid"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_dead_rank_is_one_sentence_in_the_other(
     recipe: Callable[..., dict], tmp_path: Path, rank: int
 ) -> None:
@@ -154,11 +154,11 @@ def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch, rank:
     """A process that dies before it has joined the others is not waited for without end."""
     from inlaid.runs import ranks as watch
 
-    monkeypatch.setattr(watch, "JOIN_LEAST", 1.0)
+    monkeypatch.setattr(watch, "JOIN_LEAST", 0.3)
     where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(ranks.free_port())}
     for name, value in {**where, "WORLD_SIZE": "2", "RANK": str(rank)}.items():
         monkeypatch.setenv(name, value)
-    wanted = f"{['others', 'rank 0'][rank]} of 2 processes did not join within 1 s"
+    wanted = f"{['others', 'rank 0'][rank]} of 2 processes did not join within 0.5 s"
     with pytest.raises(watch.RankLostError, match=wanted):
         watch.join(0.5)
 
@@ -166,7 +166,7 @@ def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch, rank:
 def test_a_rank_that_ends_while_joining_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from inlaid.runs import ranks as watch
 
-    monkeypatch.setattr(watch, "JOIN_LEAST", 1.0)
+    monkeypatch.setattr(watch, "JOIN_LEAST", 0.3)
     store = dist.HashStore()
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 3)]))
     for name, value in {"MASTER_ADDR": "h", "MASTER_PORT": "1", "WORLD_SIZE": "3", "RANK": "0"}.items():

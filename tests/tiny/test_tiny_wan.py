@@ -117,6 +117,7 @@ def test_an_optimiser_continues_exactly(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(wan_dit, "TRANSFORMER", SMALL)
     latents = torch.randn(6, 16, 2, 4, 4)

@@ -258,7 +258,7 @@ def test_offloaded_steps_are_the_same(tmp_path: Path) -> None:
     "section",
     [
         slow({"quantize": "int8"}),
-        {"quantize": "int4", "gradient_checkpointing": 2},
+        slow({"quantize": "int4", "gradient_checkpointing": 2}),
         slow({"quantize": "nf4", "gradient_checkpointing": False}),
         {"layerwise_casting": "bfloat16"},
     ],
