@@ -16,7 +16,7 @@ test: $(VENV)/installed-dev lint  ## lint, types, import contracts, tests: what 
 	$(MAKE) --no-print-directory -j 2 types fast
 
 .PHONY: fast lint types
-fast: $(VENV)/compiled  ## failed tests run again, with the values of what they assert
+fast: $(VENV)/installed-dev  ## failed tests run again, with the values of what they assert
 	$(PYTEST) -m "not slow" --assert=plain || { $(PYTEST) --last-failed; exit 1; }
 
 test-all: $(VENV)/installed-dev check  ## also the tests marked slow, and those of deepspeed where it is installed
@@ -55,11 +55,6 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	touch $(VENV)/installed $@
-
-# What the processes of the tests import, once: each would compile it for itself.
-$(VENV)/compiled: $(VENV)/installed-dev
-	PYTHONPATH=tests $(BIN)/python -c 'from support.forks import preload; preload()' 2>/dev/null
-	touch $@
 
 clean:
 	rm -rf $(VENV) runs .work build dist

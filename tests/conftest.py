@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
-import logging
 import os
 import pickle
 import shutil
@@ -23,14 +22,18 @@ from inlaid.tiny import random
 from support import forks
 
 quiet()
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's deprecated calls
 gc.disable()  # until everything is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts the server of forks before the processes that share it; one alone starts it when it needs it."""
+    """Starts the server of forks before the processes that share it; one alone starts it when it needs it.
+
+    The processes wait for it: it imports what they import, and so compiles it for all of them.
+    """
     if getattr(config.option, "numprocesses", None):
         forks.start()
+    elif hasattr(config, "workerinput"):
+        forks.python()
 
 
 def pytest_collection_finish() -> None:

@@ -106,7 +106,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Image size")  # of Pillow; `limits.PIXELS` applies
     libraries = ("diffusers", "transformers", "peft", "bitsandbytes", "torchao", "torch.distributed")
     for name in (*libraries, "torch.utils._pytree", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        if logging.getLogger(name).level != logging.ERROR:  # setting a level clears the caches of all loggers
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_bars() -> None:
@@ -115,5 +116,6 @@ def quiet_bars() -> None:
     from transformers.utils import logging as transformers_logging
 
     for module in (diffusers_logging, transformers_logging):
-        module.set_verbosity_error()
+        if module.get_verbosity() != module.ERROR:
+            module.set_verbosity_error()
         module.disable_progress_bar()

@@ -124,7 +124,9 @@ def preload() -> None:
     import importlib
 
     import inlaid
+    from inlaid.console import quiet
 
+    quiet()
     assert all(callable(getattr(inlaid, name)) for name in inlaid.__all__)  # which imports all of it
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
