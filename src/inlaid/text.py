@@ -46,7 +46,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Return True if nothing of a text is visible: only spaces, control or zero-width characters."""
+    """Return True if a text has no visible characters: only spaces, control or zero-width characters."""
     return all(
         unicodedata.category(c) in _INVISIBLE or c in _BLANK or "\ufe00" <= c <= "\ufe0f" for c in text
     )

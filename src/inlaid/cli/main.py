@@ -112,7 +112,8 @@ def demo(
     dora: Annotated[bool, typer.Option("--dora", help="Train a DoRA instead of a LoRA.")] = False,
     family: Annotated[str, typer.Option(help="`wan` (video) or `midi` (3D scenes).")] = "wan",
     alpha: Annotated[
-        str, typer.Option(help="`opaque`; or `merged` or `joint` for transparent clips.")
+        str,
+        typer.Option(help="`opaque`; `merged` (color and alpha in one latent) or `joint` (as two clips)."),
     ] = "opaque",
 ) -> None:
     """Run the whole workflow on a tiny model: no download, no GPU.

@@ -68,7 +68,7 @@ def scalar(text: str) -> Any:
 
 
 class ParseError(ValueError):
-    """Text that is not one bounded YAML document, with line, column and cause."""
+    """Error for text that is not one YAML document within the limits, with line, column and cause."""
 
 
 EMPTY: Any = type("Empty", (), {"__repr__": lambda self: "null"})()
@@ -192,7 +192,7 @@ class _Open:
 
 @dataclass
 class _Builder:
-    """Builds one document from events, without recursion."""
+    """Builder of one document from events, without recursion."""
 
     stack: list[_Open] = field(default_factory=list)
     anchors: dict[str, tuple[Any, int]] = field(default_factory=dict)
@@ -282,7 +282,7 @@ def _build(stream: Iterator[Any], empty: Any) -> _Builder:
     """Build the only document of a stream of events.
 
     Raises:
-        _MistakeError: if there are several documents, or one is not bounded or not supported.
+        _MistakeError: if there is more than one document, or it exceeds a limit or uses unsupported YAML.
     """
     builder, documents = _Builder(empty=empty, root=empty), 0
     for event in stream:

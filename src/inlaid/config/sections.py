@@ -470,7 +470,7 @@ class Opaque(Section):
 
 
 class Joint(Section):
-    """Color and alpha as two clips with the same positions in one token sequence."""
+    """Color and alpha as two clips concatenated into one token sequence, with the same positions."""
 
     kind: Literal["joint"]
     """Two latents, color first; the adapter changes the alpha tokens only (method of TransPixeler)."""

@@ -39,7 +39,7 @@ def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: froz
 
 
 def kinds(annotation: Any) -> Iterator[type]:
-    """Yield the types of the values in an annotation: those of unions, lists, tuples and literals."""
+    """Yield every type in an annotation: members of unions, containers and elements, types of literals."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         yield from map(type, parts)

@@ -126,7 +126,7 @@ def comparable(output: GeneratedScene) -> np.ndarray:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the share of both surfaces farther than `NEAR` / 5 from the other: 1 - F-score, in [0, 1]."""
+    """Return 1 - F-score of two point clouds at the distance `NEAR` / 5, in [0, 1]; 0 if identical."""
     return 0.0 if np.array_equal(a, b) else 1 - mesh.f_score(a, b, NEAR / 5)
 
 

@@ -44,7 +44,7 @@ PEAK = 1000.0
 
 
 def conversion(primaries: int, transfer: int) -> str:
-    """Name the conversion of decoded RGB to sRGB; empty if the pixels are used as they are."""
+    """Return the name of the conversion from decoded RGB to sRGB; an empty string if none is needed."""
     gamut = PRIMARIES[primaries][0] if primaries in PRIMARIES else ""
     curve = TRANSFERS.get(transfer, "")
     return " ".join(x for x in (gamut, curve) if x)
@@ -80,7 +80,7 @@ def to_srgb(pixels: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
 
 @cache
 def _decoding(transfer: int) -> np.ndarray:
-    """Return linear light by 16-bit code: 1 is SDR white, or the peak of the scene for HLG."""
+    """Return a table from 16-bit code values to linear light; 1.0 is SDR white (for HLG, the peak)."""
     x = np.arange(65536, dtype=np.float64) / 65535
     if transfer == LINEAR:
         out = x

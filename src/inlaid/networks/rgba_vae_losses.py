@@ -30,7 +30,7 @@ def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
 
 
 def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor, *, eps: float = ALPHA_EPS) -> Tensor:
-    """Replace rgb by a background color (3,) where a <= eps, a = (alpha + 1) / 2; alpha gets no gradient."""
+    """Replace rgb by a background color (3,) where (alpha + 1) / 2 <= eps; alpha gets no gradient."""
     visible = (alpha.detach() + 1) / 2 > eps
     return torch.where(visible, rgb, _background(color, rgb).to(rgb.dtype))
 

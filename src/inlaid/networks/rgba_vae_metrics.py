@@ -48,7 +48,7 @@ def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
-    """Return the sums of one clip, float64, one value for each of `COLUMNS`.
+    """Return the error and similarity sums of one clip: float64, one value per entry of `COLUMNS`.
 
     Args:
         true: original clip, uint8 (4, t, h, w), straight alpha.

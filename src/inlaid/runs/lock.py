@@ -34,8 +34,8 @@ _mine: set[tuple[int, Path]] = set()
 def owned(folder: Path) -> Iterator[None]:
     """Own a run folder inside the context. The folder is created if it is missing.
 
-    The lock of a process that has ended is taken over. On this machine that is looked up; on another machine
-    a process has ended if it has not renewed its lock for `EXPIRES` seconds.
+    The lock of a process that has ended is taken over. A process on this machine is checked directly; a
+    process on another machine is assumed to have ended if it has not renewed its lock for `EXPIRES` seconds.
 
     Raises:
         ValueError: if another process owns the folder, or the folder cannot be written.

@@ -137,12 +137,13 @@ def _stopped(pid: int) -> bool:
 
 
 def join(timeout: float) -> Any:
-    """Return a store that the processes of this launch share with no earlier launch.
+    """Return a store that is shared by the processes of this launch only.
 
-    `torchrun --max-restarts` keeps its store when it restarts the processes, and these would read the
-    addresses of the ended ones from it (https://github.com/pytorch/pytorch/issues/135712). The number of
-    restarts does not help, because every machine counts its own. Therefore rank 0 answers the mark of each
-    process with a name for this launch, until all have confirmed it: an ended process confirms nothing.
+    `torchrun --max-restarts` reuses its store after a restart, so that the new processes would read the
+    addresses of processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The number of
+    restarts does not help, because every machine counts its own. Therefore each process writes a random ID,
+    and rank 0 replies to each ID with the name of this launch until every process has confirmed the name. IDs
+    left by ended processes are harmless: these processes never confirm.
 
     Args:
         timeout: seconds to wait for the other processes, at least JOIN_LEAST.
@@ -191,8 +192,9 @@ def watched(rank: int, timeout: float) -> Iterator[None]:
         timeout: seconds without a sign of life after which a process counts as stopped.
 
     Raises:
-        RankLostError: if a collective operation failed because another process is lost. A process whose
-            collective operation does not fail prints the message and ends with exit code 1.
+        RankLostError: if a collective operation fails because another process is lost. If this process does
+            not leave the context within `GRACE` seconds of the loss (NCCL hangs, it does not fail), it
+            prints the message and exits with code 1.
     """
     import torch.distributed as dist
 

@@ -5,7 +5,7 @@ at alpha 0 it continues the color of the nearest object. There are three kinds o
 `inlaid.tiny.world`:
 
 - **world** clips: one moving shape of one color, made of one of `MATERIALS`;
-- **subject** clips: the `zorble`, a star with an orange half of solid and a purple half of glass;
+- **subject** clips: the `zorble`, a star whose orange half is solid and whose purple half is glass;
 - **wild** clips: several objects, patterns in color and alpha, outlines, glows and smoke, for the RGBA VAE.
 """
 

@@ -208,7 +208,7 @@ class Job:
 
 
 def published(run: Path, checkpoint: Path, name: str) -> bool:
-    """Return True if the folder `name` of a run is that of the checkpoint, with a model card."""
+    """Return True if a run's folder `name` has a model card and the same files as the checkpoint's folder."""
     ours = [f for f in (checkpoint / name).rglob("*") if f.is_file()]
     pairs = [(f, run / name / f.relative_to(checkpoint / name)) for f in ours]
     return (run / name / "README.md").is_file() and all(
@@ -316,7 +316,7 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)
     count = sum(p.numel() for p in parameters.values())
-    say(f"training {len(parameters)} tensors, {count:,} numbers ({trained.name})", show=ctx.main)
+    say(f"training {len(parameters)} tensors, {count:,} parameters ({trained.name})", show=ctx.main)
     optimizer = make_optimizer(
         ctx.optimizer,
         config.optim,

@@ -21,7 +21,7 @@ from inlaid.training.checkpoints import pack_state
 
 
 class Replicated:
-    """`ddp` and single process: every process holds the whole network, and gradients are averaged."""
+    """Strategy of `ddp` and one process: every process holds the whole network; gradients are averaged."""
 
     sharded = False
     """True if a forward pass requires all processes."""
