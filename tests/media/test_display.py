@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from inlaid.data import rgba_clips
 from inlaid.data.probes import CachedProbes
 from inlaid.media import color, rgba, video
-from inlaid.media.kinds import MediaError, Probe, available_formats
+from inlaid.media.kinds import MediaError, Probe, available_frames
 from support import marked
 from support.marked import FRAMES, SIZE, numbers, off
 
@@ -27,7 +27,7 @@ def read(path: Path, frames: int | None = None, fps: float = 16) -> np.ndarray:
     """All frames as displayed, or the first ones."""
     probe = video.probe(path)
     size = (probe.height, probe.width)
-    count = frames or available_formats(probe, fps)
+    count = frames or available_frames(probe, fps)
     return video.read_frames(path, 0.0, count, fps, size, premultiplied=probe.premultiplied)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inlaid.media.kinds import MediaError, Probe, available_formats, frames_on_show
+from inlaid.media.kinds import MediaError, Probe, available_frames, frames_on_show
 from inlaid.media.video import probe as video_probe
 from inlaid.media.video import read_frames
 from support import videos
@@ -58,14 +58,14 @@ def test_nearest_survives_millisecond_stamps():
 def test_available_counts_whole_frames_only(frames, rate, fps, count):
     interval = 1 / rate
     probe = Probe(frames, Fraction(rate), 8, 8, frames * interval, interval)
-    assert available_formats(probe, fps) == count
+    assert available_frames(probe, fps) == count
     stamps = np.arange(frames) / rate
     assert (count - 1) / fps <= stamps[-1] + interval / 2 + 1e-3
     assert count / fps > stamps[-1] + interval / 2 - 1e-3
 
 
 def test_frames_without_a_clock_are_counted_as_they_are():
-    assert available_formats(Probe(81, None, 8, 8, 0.0), 16) == 81
+    assert available_frames(Probe(81, None, 8, 8, 0.0), 16) == 81
 
 
 # --- choosing frames in files -------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_frames_are_chosen_by_time(tmp_path, suffix, codec, pix_fmt, fps):
     assert probe.frames == 48
     assert float(probe.fps) == pytest.approx(float(fps), rel=0.003)
     assert not probe.variable
-    count = available_formats(probe, 16)
+    count = available_frames(probe, 16)
     stamps = [k / Fraction(fps) for k in range(48)]
     if suffix == "gif":  # its clock ticks in hundredths, so the file itself says other times
         stamps = [Fraction(round(s * 100), 100) for s in stamps]
@@ -100,7 +100,7 @@ def test_variable_rate_is_seen_and_followed(tmp_path):
     probe = video_probe(path := videos.write(tmp_path / "v.mp4", 60, 24, stamps=stamps))
     assert probe.variable
     assert float(probe.fps) == pytest.approx(59 / stamps[-1], rel=0.03)
-    n = available_formats(probe, 16)
+    n = available_frames(probe, 16)
     shown = videos.numbers(read_frames(path, 0.0, n, 16, (32, 64)))
     gaps = np.diff(stamps)
     due = stamps[1:] - np.minimum(gaps, 1 / 16) / 2

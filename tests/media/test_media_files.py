@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from inlaid.media.contact_sheet import SheetRow, _font, _wrap, contact_sheet
-from inlaid.media.kinds import IMAGES, MediaError, available_formats
+from inlaid.media.kinds import IMAGES, MediaError, available_frames
 from inlaid.media.video import probe as video_probe
 from inlaid.media.video import read_frames, write_video
 from support import videos
@@ -60,7 +60,7 @@ def test_opaque_files_are_not_called_transparent(tmp_path):
 def test_one_frame_is_a_clip_too(tmp_path):
     path = videos.write(tmp_path / "one.mp4", 1, 24)
     probe = video_probe(path)
-    assert (probe.frames, probe.fps, available_formats(probe, 16)) == (1, 24, 1)
+    assert (probe.frames, probe.fps, available_frames(probe, 16)) == (1, 24, 1)
     assert read_frames(path, 0.0, 1, 16, (32, 64)).shape == (1, 32, 64, 3)
 
 
@@ -136,7 +136,7 @@ def test_arrays_with_a_rate_are_sampled_by_time(tmp_path):
     np.savez(tmp_path / "a.npz", frames=frames, fps=24)
     probe = video_probe(tmp_path / "a.npz")
     assert (probe.fps, probe.duration) == (24, 1.0)
-    n = available_formats(probe, 16)
+    n = available_frames(probe, 16)
     wanted = [Fraction(k, 16) for k in range(n)]
     exact = expected([Fraction(k, 24) for k in range(24)], wanted)
     assert videos.numbers(read_frames(tmp_path / "a.npz", 0.0, n, 16, (32, 64))) == exact

@@ -341,7 +341,7 @@ def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) ->
 def _finder(family: type[Family] | Family, layers: Iterable[str]):
     """Return a function that maps a module name in a file to (diffusers name, naming scheme), or None.
 
-    Its second argument is True for names with underscores instead of dots (kohya).
+    The returned function takes a name and whether it has underscores instead of dots (kohya).
     """
     layers = set(layers)
     dotted = {ours: (ours, "diffusers") for _, ours in family.original_names}

@@ -11,7 +11,7 @@ from inlaid.data.checks import CROPPED
 from inlaid.data.modality import modality_of
 from inlaid.data.plan import describe_plan, plan_dataset
 from inlaid.families import Family, Grid
-from inlaid.media.kinds import Probe, available_formats
+from inlaid.media.kinds import Probe, available_frames
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 """Aspect ratios from which buckets are chosen if clips have different shapes."""
@@ -106,7 +106,7 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
     size = _size(model, probes)
     ratios = _aspects(probes, size)
     frames = _frames(probes, model)
-    windows = min(8, max(available_formats(p, model.fps) // max(frames) for p in probes))
+    windows = min(8, max(available_frames(p, model.fps) // max(frames) for p in probes))
     captions = list(dict.fromkeys(c.caption for c in plan.clips if c.caption))[:2] or [
         "describe the video to generate"
     ]
@@ -220,7 +220,7 @@ def _quoted(text: str) -> str:
 
 
 def _size(model: Family, probes: list[Probe]) -> tuple[int, int]:
-    """Return the family's default size (704p if its grid exceeds 16), adapted to small or portrait clips."""
+    """Return the family's default size (704p if sizes have steps of over 16 pixels), adapted to the clips."""
     height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
     typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]
     scale = min(1.0, math.sqrt(typical / (height * width)))
@@ -249,7 +249,7 @@ def _frames(probes: list[Probe], model: Family) -> list[int]:
     """Return the family's frame count, and up to three smaller counts for shorter clips."""
     grid: Grid = model.grid
     longest = grid.snap_frames(max(model.defaults["data"]["frames"]))
-    fills = {min(longest, grid.snap_frames(available_formats(p, model.fps))) for p in probes}
+    fills = {min(longest, grid.snap_frames(available_frames(p, model.fps))) for p in probes}
     ordered = sorted(n for n in fills if n)
     while len(ordered) > 4:  # keep shortest and longest, remove one of the two closest neighbors
         gaps = [ordered[i + 1] / ordered[i] for i in range(len(ordered) - 1)]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from inlaid.media.compositing import checkerboard, composite
-from inlaid.media.kinds import available_formats, media_kind
+from inlaid.media.kinds import available_frames, media_kind
 from inlaid.media.rgba import measure_alpha, read_rgba
 from inlaid.media.video import probe, read_frames, write_video
 
@@ -48,7 +48,7 @@ def composite_file(
         behind = checkerboard(height, width)
     elif path.is_file():
         frames = 1 if media_kind(path) == "image" else len(pixels)
-        there = available_formats(probe(path), rate)
+        there = available_frames(probe(path), rate)
         if there < frames:
             raise ValueError(
                 f"{path}: has {there} frames at {rate:g} fps, but {foreground} has {frames}: use a longer "

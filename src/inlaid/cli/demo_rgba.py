@@ -43,7 +43,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts of the new subject and `n` of the pretraining domain, with judges of RGBA."""
+    """Return `n` prompts of the new subject and `n` of the pretraining domain, with judges of RGBA clips."""
     new = [
         Prompt(t, SUBJECT, lambda frames: rgba_judge.judge_subject(frames).both, truth=_again)
         for t, _ in rgba_world.subject_prompts(n, 2)

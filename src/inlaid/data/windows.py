@@ -8,7 +8,7 @@ import re
 from inlaid import config
 from inlaid.data.clips import Clip, Size, VideoWindow
 from inlaid.families.grid import Grid, VideoExtent
-from inlaid.media.kinds import Probe, available_formats
+from inlaid.media.kinds import Probe, available_frames
 from inlaid.media.rgba import AlphaStats
 
 # --- windows and buckets ------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def frames_available(probe: Probe, data: config.Data, fps: float) -> tuple[int, 
     """Return the number of frames that a clip provides and its sampling rate in frames per second."""
     if data.slow == "keep" and probe.fps and probe.fps < fps * 0.99:
         fps = float(probe.fps)
-    return available_formats(probe, fps), fps
+    return available_frames(probe, fps), fps
 
 
 def clip_windows(

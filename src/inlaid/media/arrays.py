@@ -162,7 +162,7 @@ def _clip(path: Path, channels: Sequence[int]) -> _Clip:
     """Read the headers of an `.npz` clip.
 
     Raises:
-        MediaError: if the file has no such frames, or if they are not as large as the header claims.
+        MediaError: if the file has no uint8 `frames` with such channels, or is smaller than declared.
     """
     with reading(path, MediaError, "an npz clip"):
         require_file(path, MediaError)

@@ -96,7 +96,7 @@ def _decoding(transfer: int) -> np.ndarray:
 
 @cache
 def _encoding() -> np.ndarray:
-    """Return the 8-bit sRGB code by 16-bit linear light."""
+    """Return a table from 16-bit linear light to 8-bit sRGB codes."""
     x = np.arange(65536, dtype=np.float64) / 65535
     code = np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
     return (255 * code).round().astype(np.uint8)

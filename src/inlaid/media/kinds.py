@@ -122,7 +122,7 @@ def frames_on_show(
     return np.searchsorted(until, wanted - EPSILON / 2, side="left")
 
 
-def available_formats(probe: Probe, fps: float) -> int:
+def available_frames(probe: Probe, fps: float) -> int:
     """Return the number of frames that a clip provides when sampled at `fps`.
 
     Sampling ends at most half a frame interval after the clip's last frame. A clip without timestamps

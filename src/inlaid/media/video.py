@@ -123,7 +123,7 @@ def _probe_video(path: Path) -> Probe:
 
 
 class _Look:
-    """What the decoded frames of a probe show: conversions, transparency, premultiplication."""
+    """Findings from the decoded frames of a probe: conversions, transparency, premultiplication."""
 
     def __init__(self, path: Path) -> None:
         from av.video.reformatter import VideoReformatter
@@ -365,7 +365,7 @@ def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -
     """Yield the frame on show at each wanted timestamp, by the rule of `frames_on_show`.
 
     After the last frame, a wanted time is accepted within (longest frame interval) / 2 + one output interval,
-    or within the duration of the last frame if that is longer. `available_formats` is stricter.
+    or within the duration of the last frame if that is longer. `kinds.available_frames` is stricter.
 
     Args:
         frames: decoded frames in presentation order.

@@ -193,7 +193,7 @@ def watched(rank: int, timeout: float) -> Iterator[None]:
 
     Raises:
         RankLostError: if a collective operation fails because another process is lost. If this process does
-            not leave the context within `GRACE` seconds of the loss (NCCL hangs, it does not fail), it
+            not leave the context within `GRACE` seconds of the loss (NCCL hangs instead of failing), it
             prints the message and exits with code 1.
     """
     import torch.distributed as dist
