@@ -145,8 +145,8 @@ class Root:
     def walk(self, top: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
         """Yield each visible folder with the sorted names of its folders and files, from the top down.
 
-        Linked folders inside the root are followed, except into their own parents. Folders that are outside
-        or cannot be listed are recorded in `skipped`.
+        Linked folders inside the root are followed, except into folders that were entered before. Folders
+        that are outside or cannot be listed are recorded in `skipped`.
         """
 
         def skip(error: OSError) -> None:
@@ -154,20 +154,28 @@ class Root:
             self.skipped[path] = FileError(path, f"cannot be listed ({cause_of(error)})")
 
         top = self.folder if top is None else top
-        if not top.is_dir() or not self._enters(top):
+        seen = {os.path.realpath(top)}
+        if not top.is_dir() or not self._enters(top, set()):
             return
         for parent, folders, files in os.walk(top, followlinks=True, onerror=skip):
-            here = os.path.realpath(parent)
             visible = sorted(f for f in folders if not f.startswith("."))
-            folders[:] = [f for f in visible if self._enters(Path(parent, f), here)]
+            seen.update(
+                os.path.realpath(Path(parent, f)) for f in visible if not Path(parent, f).is_symlink()
+            )
+            folders[:] = [f for f in visible if self._enters(Path(parent, f), seen)]
             yield Path(parent), list(folders), sorted(f for f in files if not f.startswith("."))
 
-    def _enters(self, path: Path, here: str = "") -> bool:
-        """Return True if `walk` enters a folder; `here` is the resolved folder that contains it."""
+    def _enters(self, path: Path, seen: set[str]) -> bool:
+        """Return True if `walk` enters a folder; `seen` has the resolved folders that were entered before.
+
+        A folder is entered once through links, however many links point to it and to each other.
+        """
         if not path.is_symlink():
             return True
-        if here and _is_within(here, os.path.realpath(path)):
+        real = os.path.realpath(path)
+        if real in seen:
             return False
+        seen.add(real)
         try:
             self.guard(path)
         except FileError as error:

@@ -303,7 +303,7 @@ class Targets:
             return _digest(load_tensors(place)), json.loads((place / "state.json").read_text("utf-8"))
         if name.startswith("surface"):
             (self.folder / name).write_bytes(raw)
-            return [points.tobytes() for points in meshes.read_surface(self.folder / name)]
+            return repr([vars(s) for s in meshes.read_surface(self.folder / name)])
         folder = self.folder / "one"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -270,8 +270,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "module", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: not a mapping of names to tensors")
+    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not named or not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
+        raise ValueError(f"{path}: not a mapping of names to dense tensors")
     return state
 
 

@@ -74,7 +74,8 @@ def _run() -> int:
         if kind == "RankLostError":
             echo(f"error: {error}")
             return 1
-        if kind != "OutOfMemoryError":
+        memory = ("can't allocate memory", "Storage size calculation overflowed", "not enough memory")
+        if kind != "OutOfMemoryError" and not any(text in str(error) for text in memory):
             raise
         echo(f"error: {str(error).split('.')[0]}: lower data.size, data.frames or train.batch, and run again")
         return 2

@@ -28,6 +28,7 @@ from inlaid.cli.app import (
     load_recipe,
     quiet_libraries,
 )
+from inlaid.reading import FileError, read_text
 
 
 @app.command("train")
@@ -132,6 +133,9 @@ def generate_(
     segmentation: `inlaid generate RUN --image rgb.png --seg seg.png -o scene.glb`.
     """
     texts = list(prompts or [])
+    for text in (*texts, negative or ""):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"the prompt {text!r} is not UTF-8 text: enter it in UTF-8")
     if file:
         texts += _lines(file)
     if not texts and not (image and seg):
@@ -167,9 +171,9 @@ def generate_(
 
 def _lines(file: Path) -> list[str]:
     try:
-        found = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--file: {file} is not UTF-8 text; save it as UTF-8, one prompt per line") from None
+        found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    except FileError as error:
+        raise ValueError(f"--file: {error}; one prompt per line") from None
     if not found:
         raise ValueError(f"--file: {file} contains no prompt; write one per line")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 def conflicts(config: Config) -> Iterator[str]:
     """Yield errors about keys that are valid alone but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
+    for source in config.data.sources:
+        if os.path.realpath(source.path) == os.path.realpath(config.run):
+            yield (
+                f"run: {config.run} is the folder of a data source, and files of the run would become "
+                "part of the data: choose another folder"
+            )
     if any(source.prior_preservation for source in config.data.sources):
         if tuner.kind == "full":
             yield (

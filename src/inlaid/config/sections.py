@@ -336,7 +336,7 @@ class Train(Section):
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1, le=4096)
     """Samples per micro-batch on each device."""
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation: micro-batches per optimizer step on each device."""

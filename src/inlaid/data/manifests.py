@@ -83,7 +83,7 @@ def read_rows(path: Path, source: config.Source, transparent: bool) -> tuple[Col
 def _table(path: Path, text: str, source: config.Source, transparent: bool) -> tuple[Columns, Iterator[Row]]:
     delimiter = _delimiter(text, source, transparent)
     rows = _cells(path, text, delimiter)
-    header = [c.strip() for c in next(rows, (0, []))[1]]
+    header = next((found for _, cells in rows if any(found := [c.strip() for c in cells])), [])
     if not any(header):
         raise ValueError(f"{path.name} is empty")
     twice = next((c for i, c in enumerate(header) if c and c in header[:i]), None)

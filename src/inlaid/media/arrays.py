@@ -195,8 +195,11 @@ def _clip(path: Path, channels: Sequence[int]) -> _Clip:
 def _fps(path: Path) -> Fraction:
     value = load_arrays(path, ("fps",))["fps"]
     rate = float(value.reshape(())) if value.size == 1 else math.nan
-    if not 0 < rate <= FASTEST:
-        raise MediaError(path, f"`fps` is {value if value.size == 1 else value.shape}; it must be positive")
+    if not 1 / 1001 <= rate <= FASTEST:
+        raise MediaError(
+            path,
+            f"`fps` is {value if value.size == 1 else value.shape}; it must be between 0.001 and {FASTEST:g}",
+        )
     return Fraction(rate).limit_denominator(1001)
 
 

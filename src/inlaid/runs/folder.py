@@ -183,14 +183,16 @@ class Run:
 
         A run that was killed before its first checkpoint starts at step 0, without metrics.
         """
-        if not self.metrics.is_file():
+        if not self.metrics.exists():
             return
+        if not self.metrics.is_file():
+            raise ValueError(f"{self.metrics}: is not a regular file: delete it, and run again")
         kept = []
-        for line in self.metrics.read_text("utf-8").splitlines():
+        for line in self.metrics.read_text("utf-8", "replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 continue  # partial line of a killed run
         with atomic(self.metrics) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
