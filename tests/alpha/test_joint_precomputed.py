@@ -63,7 +63,7 @@ def test_both_clips_are_read(
         made.plan.sources[0].layout == "precomputed"
         and [w.extent for w in made.plan.train] == [shape(kind)] * 3
     )
-    family = build_family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
+    family = build_family(config.build(settings(kind, checkpoint, tmp_path / "run", tmp_path)))
     for name, wanted in zip(made.media, clips, strict=True):
         item = made.store.read("media", name)
         assert {k: tuple(v.shape) for k, v in item.items()} == family.stored(*shape(kind))
@@ -104,6 +104,6 @@ def test_one_clip_is_not_two(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "video_latents/0.pt"
     path.parent.mkdir()
     torch.save(moments(kind, 0), path)
-    family = build_family(config.build(settings(kind, checkpoint, tmp_path, tmp_path)))
+    family = build_family(config.build(settings(kind, checkpoint, tmp_path / "run", tmp_path)))
     with pytest.raises(MediaError, match="has 3 latent frames: color and alpha"):
         precomputed.read_item(family, [path])

@@ -272,7 +272,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             state = state[key]
     named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
     if not named or not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
-        raise ValueError(f"{path}: not a mapping of names to dense tensors")
+        raise ValueError(f"{path}: not a mapping of names to tensors")
     return state
 
 

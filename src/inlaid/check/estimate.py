@@ -231,7 +231,13 @@ def _counted(
     try:
         return Counts(**memo[key])
     except (LookupError, TypeError):
-        found = count_operations(family, denoiser, extent, batch, **how)
+        try:
+            found = count_operations(family, denoiser, extent, batch, **how)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"data.size, data.frames: the network does not accept clips of this size ({extent}): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         memo[key] = asdict(found)
         return found
 
@@ -303,21 +309,15 @@ def estimate_recipe(
     parameters = sum(p.numel() for p in denoiser.parameters()) - (0 if full else trained)
     largest = max(batches, key=lambda e: family.tokens(*e))
     checkpointing, accumulate = config.memory.gradient_checkpointing, config.train.accumulate
-    try:
-        counts = _counted(
-            family,
-            denoiser,
-            largest,
-            config.train.batch,
-            {} if memo is None else memo,
-            checkpointing=checkpointing,
-            accumulating=accumulate > 1,
-        )
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(
-            f"data.size, data.frames: the network does not accept clips of this size ({largest}): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    counts = _counted(
+        family,
+        denoiser,
+        largest,
+        config.train.batch,
+        {} if memo is None else memo,
+        checkpointing=checkpointing,
+        accumulating=accumulate > 1,
+    )
     held = torch.float32 if full else precision
     frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
     offloaded = config.memory.offload_optimizer and device.type != "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ def conflicts(config: Config) -> Iterator[str]:
     """Yield errors about keys that are valid alone but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
     for source in config.data.sources:
-        if os.path.realpath(source.path) == os.path.realpath(config.run):
+        if Path(config.run).is_dir() and os.path.realpath(source.path) == os.path.realpath(config.run):
             yield (
                 f"run: {config.run} is the folder of a data source, and files of the run would become "
                 "part of the data: choose another folder"
