@@ -17,7 +17,8 @@ test: $(VENV)/installed-dev lint  ## lint, types, import contracts, tests: what 
 
 .PHONY: fast lint types
 fast: $(VENV)/installed-dev  ## failed tests run again, with the values of what they assert
-	$(PYTEST) -m "not slow" --assert=plain || { $(PYTEST) --last-failed; exit 1; }
+	$(PYTEST) -m "not slow" --assert=plain || \
+		{ $(PYTEST) -m "not slow" --last-failed --last-failed-no-failures none; exit 1; }
 
 test-all: $(VENV)/installed-dev check  ## also the tests marked slow, and those of deepspeed where it is installed
 	$(PYTEST)

@@ -31,7 +31,7 @@ def test_linked_folders_that_contain_each_other_are_entered_once(tmp_path: Path,
         for i in range(links):
             (tmp_path / name / f"link{i}").symlink_to(f"../{other}")
     found = [Path(parent, f) for parent, _, files in Root(tmp_path).walk() for f in files]
-    assert {f.name for f in found} == {"a.mp4", "b.mp4"} and len(found) <= 4
+    assert sorted(f.name for f in found) == ["a.mp4", "b.mp4"]
 
 
 @pytest.mark.parametrize("fps", [1e-4, 1e-9, 1e-310, 0.0, -1.0, 1e9, np.inf, np.nan])
