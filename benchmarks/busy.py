@@ -27,7 +27,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results/busy.json"
 LIMIT = 2.5
 BUSY = "while True: pass"
-SPINNING = "200000"  # of GNU OpenMP's documentation: the default count if threads are not more than cores
+SPINNING = "300000"  # the default of GNU OpenMP, by its documentation of GOMP_SPINCOUNT
 
 
 def prepare(folder: Path) -> dict[str, Any]:

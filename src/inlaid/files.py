@@ -255,6 +255,11 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
+def read_metadata(file: Any) -> dict[str, str]:
+    """Return the metadata of an open safetensors file, sorted: the library returns it in random order."""
+    return dict(sorted((file.metadata() or {}).items()))
+
+
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; equal tensors and metadata give equal bytes.
 

@@ -21,6 +21,7 @@ from inlaid.adapters.read import (
     load_safetensors,
     split_block,
 )
+from inlaid.files import read_metadata
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.networks.domain_embedding import EMBEDDING
 from inlaid.networks.rgba_vae_checkpoint import FILES, FOLDER
@@ -102,7 +103,7 @@ def describe(inspection: Inspection, indent: str = "") -> str:
 def _inspect_file(path: Path) -> Inspection:
     if path.suffix == ".safetensors":
         with load_safetensors(path) as file:
-            header = dict(sorted((file.metadata() or {}).items()))  # read in random order
+            header = read_metadata(file)
             sizes = _sizes(file)
     else:
         state = _open(path).tensors

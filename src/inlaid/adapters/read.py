@@ -29,7 +29,7 @@ from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter
 from inlaid.adapters.joint_published import ALPHA, recognize
 from inlaid.adapters.layers import base_layer, check_fit, low_rank_product, row_norms, some_of
 from inlaid.adapters.lora_config import HUGE, parse_config
-from inlaid.files import TorchFileError, load_torch
+from inlaid.files import TorchFileError, load_torch, read_metadata
 from inlaid.networks.domain_embedding import EMBEDDING, read_domain_embedding
 from inlaid.reading import FileError, read_text, reading, require_file
 
@@ -192,7 +192,7 @@ def _open(path: Path, alpha: float | None = None) -> _File:
     header: dict[str, str] = {}
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
         with load_safetensors(path) as file:
-            header = dict(sorted((file.metadata() or {}).items()))  # read in random order
+            header = read_metadata(file)
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     else:
         with reading(path):

@@ -24,7 +24,7 @@ from torch import Tensor
 from inlaid.data import precomputed
 from inlaid.data.probes import CachedProbes
 from inlaid.families import Family
-from inlaid.files import atomic, save_file
+from inlaid.files import atomic, read_metadata, save_file
 
 if TYPE_CHECKING:
     from inlaid.data.clips import Window
@@ -97,7 +97,7 @@ class Cache:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-                header = file.metadata() or {}
+                header = read_metadata(file)
         except Exception as error:
             raise ValueError(
                 f"{path}: cached item cannot be read ({error}): delete the file and run again"

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from inlaid import config as recipe
-from inlaid.files import atomic, remove, sweep
+from inlaid.files import atomic, read_metadata, remove, sweep
 from inlaid.runs.launch import Context
 from inlaid.runs.lock import owned, unwritable
 
@@ -207,7 +207,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_header(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file."""
     with safe_open(path, "pt") as file:
-        return dict(sorted((file.metadata() or {}).items()))  # read in random order
+        return read_metadata(file)
 
 
 @contextmanager
