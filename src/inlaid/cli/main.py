@@ -38,7 +38,7 @@ def _brief_spinning() -> None:
 
     GNU OpenMP lets a thread that waits for the others spin for milliseconds. If another program uses the
     processor, the spinning thread holds the core that the others need: with one busy process on two cores, a
-    step took 4 times as long (`benchmarks/busy.py`). Results are the same bits.
+    step took 3.4 times as long (`benchmarks/busy.py`). Results are the same bits.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
