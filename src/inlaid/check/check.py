@@ -156,7 +156,7 @@ def check_recipe(config: recipe.Config) -> Report:
         },
         modality=family.modality,
     )
-    if plan.train:
+    if plan.train and (estimate or not buckets):  # sizes that cannot be estimated take minutes to draw
         sheet, damaged = _contact_sheet(config, modality, plan, folder / "contact_sheet.png")
         report = replace(report, contact_sheet=sheet or None, problems=[*damaged, *report.problems])
     with atomic(folder / "report.json") as part:
