@@ -1,1 +1,1 @@
-"""Networks that diffusers lacks: TripoSG, MIDI-3D, RGBA VAE, joint attention, quantized layers."""
+"""Networks that diffusers lacks, such as TripoSG, MIDI-3D, Wan-Alpha's RGBA VAE and quantized layers."""

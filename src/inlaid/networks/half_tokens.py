@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers that apply to the second half of the video tokens only."""
+"""LoRA and DoRA layers that change only the tokens of the alpha clip, the second half of the video tokens."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from torch import Tensor
 
 
 class HalfTokens:
-    """Mixin for peft layers that applies the adapter to the second half of the video tokens only.
+    """Mixin that limits the adapter of a peft layer to the second half of the video tokens.
 
-    It replaces `forward`, because peft's has no hook between the base layer and the update. Disabled and
-    inactive adapters, dropout, and variants such as DoRA are supported.
+    It replaces `forward`, because the `forward` of peft has no hook between the base layer and the adapter.
+    Disabled and inactive adapters, dropout, and variants such as DoRA are supported.
     """
 
     text = 0
-    """Number of text tokens before the video tokens."""
+    """Number of text tokens that precede the video tokens in the sequence."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the layer: (n, text + 2 * v, in) to (n, text + 2 * v, out)."""
+        """Apply the base layer to all tokens, and the adapter to the second half of the video tokens.
+
+        The shape changes from (n, text + 2 * v, in) to (n, text + 2 * v, out).
+        """
         out = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return out
@@ -38,7 +41,7 @@ class HalfTokens:
         return torch.cat([out[:, :head], last.to(out.dtype)], 1)
 
     def merge(self, *_: Any, **__: Any) -> None:
-        """Raise an error, because the update cannot be merged.
+        """Raise an error: an adapter that applies to some tokens only cannot be merged into the weights.
 
         Raises:
             ValueError: always.
@@ -53,5 +56,10 @@ NOT_MERGEABLE = (
 
 @lru_cache
 def half_tokens_class(kind: type, text: int) -> type:
-    """Return a subclass of the peft layer `kind` that applies to the second half of the video tokens only."""
+    """Return a subclass of a peft layer whose adapter changes only the second half of the video tokens.
+
+    Args:
+        kind: class of the peft layer.
+        text: number of text tokens that precede the video tokens.
+    """
     return type(f"HalfTokens{kind.__name__}", (HalfTokens, kind), {"text": text})

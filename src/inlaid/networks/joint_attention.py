@@ -1,10 +1,11 @@
-"""Attention and positions for two clips, color and alpha, in one sequence of a network made for one clip.
+"""Attention and positions for two clips, color and alpha, in the token sequence of a video network.
 
-Both clips have the positions of a single clip. If text shares the sequence, text does not attend to alpha;
-all other pairs of tokens attend to each other (arXiv 2501.03006, section 3). An attention mask for this rule
-has an entry for each pair of tokens, 1.9 GiB for the 44,776 tokens of Mochi, and prevents fused kernels.
-Instead, attention is computed in two equivalent calls: one for the video queries, and one for the text
-queries without the alpha keys.
+Video networks are trained on one clip per sequence, so color and alpha both get the positions of a single
+clip. If the sequence also contains text, text does not attend to alpha; all other pairs of tokens attend to
+each other (arXiv 2501.03006, section 3). An attention mask for this rule would have one entry per pair of
+tokens, which is 1.9 GiB for the 44,776 tokens of Mochi, and would prevent fused kernels. Instead, attention
+is computed in two calls with the same result: one for the video queries, and one for the text queries without
+the alpha keys.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rule = Literal["open", "block", "bias"]
-"""Attention of text to the second half of the video tokens: full, none, or with a logit bias of -1."""
+"""Attention of text tokens to alpha tokens: full (`open`), none (`block`) or reduced (`bias`). `bias`
+subtracts 1 from the attention logits."""
 
 
 def attention(
@@ -31,7 +33,7 @@ def attention(
     rule: Rule = "open",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute attention over text and video tokens; `rule` restricts the attention of text to alpha.
+    """Compute attention over text tokens and the video tokens of color and alpha.
 
     Args:
         query: (n, heads, tokens, d).
@@ -39,8 +41,9 @@ def attention(
         value: same shape as `query`.
         text: number of text tokens.
         first: True if text tokens precede the video tokens, False if they follow.
-        rule: attention of text to the second half of the video tokens (alpha). `bias` subtracts 1 from the
-            logits, which multiplies the weights before normalization by exp(-1) = 0.37.
+        rule: attention of text to alpha, the second half of the video tokens: full (`open`), none (`block`)
+            or reduced (`bias`). `bias` subtracts 1 from the logits, which multiplies the weights before
+            normalization by exp(-1) = 0.37.
         mask: (n, 1, 1, tokens), True for valid keys.
 
     Returns:
@@ -67,32 +70,37 @@ def attention(
 
 
 def _without(x: Tensor, start: int, length: int, dim: int) -> Tensor:
-    """Remove `length` entries from `start` along `dim`; return a view if these are the last entries."""
+    """Remove the `length` entries that start at index `start` of dimension `dim`.
+
+    The result is a view of `x` if these entries are the last.
+    """
     before = x.narrow(dim, 0, start)
     rest = x.shape[dim] - start - length
     return torch.cat([before, x.narrow(dim, start + length, rest)], dim) if rest else before
 
 
 def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int) -> None:
-    """Make a positional embedding module return the positions of one clip twice for a sequence of two clips.
+    """Make a positional embedding module give color and alpha the positions of a single clip.
 
     Args:
-        positions: module that returns tensors with one entry per token.
-        select: function that maps the arguments of a call for two clips to those for the first clip.
-        dim: token axis.
+        positions: module that returns a tuple of tensors with one entry per token. Hooks reduce its input to
+            the first clip, and repeat its output for the second clip.
+        select: function that converts the arguments of a call for two clips to the arguments for the first
+            clip.
+        dim: dimension of the tokens in the returned tensors.
     """
     positions.register_forward_pre_hook(lambda _, args: select(*args))
     positions.register_forward_hook(lambda _, args, out: tuple(torch.cat([x, x], dim) for x in out))
 
 
 class MochiJointAttention:
-    """Attention processor of Mochi with a rule for the attention of text to alpha."""
+    """Attention processor of Mochi that can restrict the attention of text tokens to alpha tokens."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule: Rule = rule
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Compute attention over video and text, with the arguments and results of `mochi`."""
+        """Compute attention over video and text with the function `mochi` and the rule of this processor."""
         return mochi(*args, **kwargs, rule=self.rule)
 
 
@@ -106,10 +114,11 @@ def mochi(
 ) -> tuple[Tensor, Tensor]:
     """Compute Mochi's joint attention over video (n, v, d) and text (n, m, e).
 
-    The stock processor finds valid text tokens with `nonzero` in each sample, which breaks compiled graphs
-    and does not work on meta tensors. This function masks padding with `attention_mask` (n, m), True for
-    valid tokens; without a mask all text is valid. `Mochi.collate` pads only to the longest caption of the
-    batch. No token attends to padding, and outputs of padding tokens are meaningless.
+    The attention processor of diffusers finds the valid text tokens of each sample with `nonzero`, which
+    causes graph breaks in compiled networks and fails on meta tensors. This function masks padding with
+    `attention_mask` (n, m) instead, which is True for valid tokens; None means that all text tokens are
+    valid. `Mochi.collate` pads text only to the longest caption of the batch. No token attends to padding,
+    and the outputs of padding tokens are meaningless.
     """
     parts = hidden_states, encoder_hidden_states
     layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -128,13 +137,17 @@ def mochi(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x (n, v, heads, d) by angles (v, heads, d / 2), in float32."""
+    """Apply rotary positional embedding to `x` (n, v, heads, d), computed in float32.
+
+    Each pair of adjacent channels is rotated by one angle. `cos` and `sin` of the angles are
+    (v, heads, d / 2).
+    """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 class CogVideoXJointAttention:
-    """Attention processor of CogVideoX with a rule for the attention of text to alpha."""
+    """Attention processor of CogVideoX that can restrict the attention of text tokens to alpha tokens."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule: Rule = rule
@@ -147,10 +160,10 @@ class CogVideoXJointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute joint attention over video `hidden_states` (n, v, d) and text (n, m, d); return both.
+        """Compute joint attention over video (n, v, d) and text (n, m, d); return both outputs.
 
-        The stock attention layer passes only the arguments that are named here, and drops others with a
-        warning.
+        The attention layer of diffusers passes only arguments that this signature names, and drops others
+        with a warning.
         """
         from diffusers.models.embeddings import apply_rotary_emb
 
@@ -174,11 +187,12 @@ class CogVideoXJointAttention:
 
 
 def halve_cogvideox(network: Any) -> None:
-    """Make a CogVideoX network use the positions of a single clip for both clips.
+    """Make a CogVideoX network give color and alpha the positions of a single clip.
 
-    Rotary embeddings are arguments of each call, so they are replaced in a pre-forward hook. The positional
-    embeddings of 2B are computed for each clip size; for every clip of that length, the stock code would
-    use the one table that was built with the network.
+    Rotary embeddings are arguments of each call, so a pre-forward hook replaces them. CogVideoX-2B has
+    sinusoidal positional embeddings instead, which are computed for each clip size. diffusers would use a
+    precomputed table for one length. This table is disabled: if two clips together had this length, they
+    would get the positions of one long clip.
     """
 
     def first_clip(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

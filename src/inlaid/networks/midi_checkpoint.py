@@ -1,7 +1,7 @@
-"""Loading of the components of a MIDI or TripoSG checkpoint from their folders.
+"""Loader of the components of a MIDI or TripoSG checkpoint.
 
-The checkpoint's `model_index.json` names modules of another package, and some `config.json` files are missing
-or wrong, so network configurations are inferred from tensor shapes.
+diffusers cannot load these checkpoints: `model_index.json` refers to classes of another package, and some
+`config.json` files are missing or wrong. Network configurations are therefore inferred from tensor shapes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from inlaid.reading import parse_json, read_text, reading
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a component, sorted; `.fp16` files only if there are no others.
+    """Return the sorted paths of the .safetensors files of a component.
+
+    Files with `.fp16.` in the name are returned only if there are no others.
 
     Raises:
-        ValueError: if the folder has no weights.
+        ValueError: if the folder has no .safetensors file.
     """
     found = sorted(folder.glob("*.safetensors"))
     plain = [f for f in found if ".fp16." not in f.name]
@@ -34,7 +36,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the tensor shapes of a component by name, read from the file headers."""
+    """Return the shapes of a component's tensors by tensor name, without loading the tensors."""
     out: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
@@ -48,8 +50,8 @@ def transformer_config(
     """Return the configuration of a transformer, and warnings about wrong values in its `config.json`.
 
     Args:
-        config: values of `config.json`; empty if the file is missing.
-        shapes: tensor shapes, which take precedence; None if unknown.
+        config: contents of `config.json`; empty if the file is missing.
+        shapes: tensor shapes by name, which take precedence over `config`; None if unknown.
 
     Raises:
         ValueError: if the tensors are not those of a TripoSG or MIDI transformer.
@@ -67,7 +69,9 @@ def transformer_config(
 
 
 def vae_config(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Infer the configuration of a shape VAE from its tensor shapes; only the head count is from `config`.
+    """Infer the configuration of a shape VAE from its tensor shapes.
+
+    Values that shapes do not determine, such as the number of attention heads, are taken from `config`.
 
     Raises:
         ValueError: if the tensors are not those of a TripoSG VAE.
@@ -95,7 +99,7 @@ def vae_config(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -
 
 
 def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Any:
-    """Build a network with the weights of a folder, or on the meta device if `folder` is None.
+    """Build a network with the weights in `folder`; without a folder, build it on the meta device.
 
     Raises:
         ValueError: if tensors are missing or unknown.
@@ -113,16 +117,20 @@ def build(kind: type[nn.Module], config: Mapping[str, Any], folder: Path | None,
 
 
 def load_vae(folder: Path) -> TripoSGVAE:
-    """Load the frozen shape VAE in float32: coordinates times 128 exceed the precision of bfloat16."""
+    """Load the frozen shape VAE in float32.
+
+    bfloat16 is not precise enough for the VAE's frequency embedding, which multiplies coordinates by up to
+    128.
+    """
     config = vae_config(read_json(folder / "config.json"), tensor_shapes(folder))
     return build(TripoSGVAE, config, folder, torch.float32).requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file; return an empty mapping if it does not exist.
+    """Read a JSON object from a file; return an empty mapping if the file does not exist.
 
     Raises:
-        FileError: if it is not a JSON object.
+        FileError: if the file does not contain a JSON object.
     """
     with reading(path, what="a JSON object"):
         found = parse_json(read_text(path)) if path.is_file() else {}

@@ -1,7 +1,8 @@
-"""Image conditioning of MIDI and TripoSG: a CLIP token (MIDI only) and DINO tokens of each object.
+"""Image encoders of MIDI and TripoSG: CLIP (MIDI only) and DINO embeddings of each object in an image.
 
-The encoders are models of transformers. The outputs of frozen encoders (the default) are cached. For trained
-encoders, the preprocessed images are cached and the encoders run inside the denoiser.
+The encoders are models of the transformers library. They are frozen by default, and their outputs are cached.
+If an encoder is trained, its preprocessed input images are cached instead, and the encoder runs inside the
+denoiser.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CLIP_LARGE = {
     "image_size": 224,
     "patch_size": 14,
 }
-"""ViT-L/14, the published `image_encoder_1`."""
+"""Default configuration of MIDI's CLIP encoder (`image_encoder_1`): ViT-L/14, as published."""
 
 DINO_LARGE = {
     "hidden_size": 1024,
@@ -37,21 +38,25 @@ DINO_LARGE = {
     "image_size": 518,
     "patch_size": 14,
 }
-"""DINOv2-large, the published `image_encoder_2`."""
+"""Default configuration of the DINO encoders of MIDI (`image_encoder_2`) and TripoSG: DINOv2-large."""
 
 DROPOUT = {
     "clip": ("attention_dropout",),
     "dino": ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
 }
-"""Names of the dropout rates in the encoder configurations. All rates are set to zero, as published."""
+"""Names of the dropout rates in the encoder configurations. All rates are set to 0, as published."""
 
 PROJECTIONS = r"(q_proj|k_proj|v_proj|out_proj|o_proj|query|key|value|attention\.output\.dense)"
-"""Regular expression for the names of attention projections, which differ between transformers versions."""
+"""Regular expression for the names of the encoders' attention projections; the names depend on the version of
+the transformers library."""
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Preprocessing of a square image, as in `preprocessor_config.json`."""
+    """Preprocessing of a square image for an encoder: resize, center crop and normalization.
+
+    The settings are those of `preprocessor_config.json`.
+    """
 
     edge: int
     crop: int
@@ -60,7 +65,7 @@ class Extractor:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], default: Extractor) -> Extractor:
-        """Create from the values of `preprocessor_config.json`; missing values are those of `default`."""
+        """Create the preprocessing from `preprocessor_config.json`; `default` supplies missing values."""
 
         def number(value: Any, fallback: int) -> int:
             if isinstance(value, Mapping):
@@ -73,15 +78,22 @@ class Extractor:
         return cls(edge, crop, mean, std)
 
     def image(self, pixels: np.ndarray) -> Tensor:
-        """Resize (bicubic) and center-crop an image: uint8 (n, n, 3) to uint8 (3, crop, crop)."""
+        """Resize (bicubic) and center-crop an image from uint8 (n, n, 3) to uint8 (3, crop, crop)."""
         return self._small(Image.fromarray(pixels), Image.Resampling.BICUBIC).permute(2, 0, 1)
 
     def mask(self, mask: np.ndarray) -> Tensor:
-        """Resize (nearest) and center-crop a mask: bool (n, n) to uint8 (1, crop, crop) of 0 and 255."""
+        """Resize (nearest neighbor) and center-crop a mask from bool (n, n) to uint8 (1, crop, crop).
+
+        Values of the result are 0 and 255.
+        """
         return self._small(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.NEAREST)[None]
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """Normalize uint8 (n, channels, h, w) to float32: RGB by mean and std, the mask to 0 and 1."""
+        """Convert images from uint8 (n, channels, h, w) to normalized float32.
+
+        The 3 or 6 RGB channels are normalized by mean and std. The mask, which is the 7th channel if present,
+        is scaled to 0 and 1.
+        """
         mean, std = ([*x, *x, y][: pixels.shape[1]] for x, y in ((self.mean, 0.0), (self.std, 1.0)))
         shift, scale = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))
         return (pixels.float() / 255 - shift) / scale
@@ -93,50 +105,57 @@ class Extractor:
 
 
 CLIP = Extractor(224, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""Published preprocessing of `image_encoder_1`."""
+"""Preprocessing of MIDI's CLIP encoder (`image_encoder_1`), as published."""
 
 DINO = Extractor(512, 512, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Published preprocessing of `image_encoder_2`."""
+"""Preprocessing of MIDI's DINO encoder (`image_encoder_2`), as published."""
 
 DINO_SINGLE = Extractor(256, 224, DINO.mean, DINO.std)
-"""Published preprocessing of TripoSG's single encoder."""
+"""Preprocessing of TripoSG's DINO encoder, as published."""
 
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """One image encoder of a checkpoint."""
+    """Description of one image encoder of a checkpoint, without its weights."""
 
     kind: Literal["clip", "dino"]
     name: str
-    """Name of the encoder's folder, and of its submodule if it is trained (see `add_encoders`)."""
+    """Name of the encoder's folder in the checkpoint. If the encoder is trained, its submodule in the
+    transformer has the same name (see `add_encoders`)."""
     extractor: Extractor
     channels: int
-    """Number of input channels: 3 (RGB of the object) or 7 (also RGB of the whole image and the mask)."""
+    """Number of input channels: 3 (RGB of the object), or 7 (also RGB of the whole image, and the object's
+    mask)."""
     config: Mapping[str, Any]
-    """Values of the encoder's `config.json`; missing values are the published ones."""
+    """Contents of the encoder's `config.json`; missing values are filled in from the published
+    configuration."""
 
     @property
     def patches(self) -> int:
-        """Number of patch tokens of DINO, without the class token."""
+        """Number of patch tokens that DINO returns for an image, without the class token."""
         return (self.extractor.crop // self.config["patch_size"]) ** 2
 
 
 @dataclass(frozen=True)
 class ImageConditioning:
-    """Image encoders of a checkpoint by kind, in the order of the network's contexts."""
+    """All image encoders of a checkpoint, and the subset that is trained.
+
+    Encoders have the keys `clip` and `dino`, in the order of the transformer's cross-attention contexts.
+    """
 
     encoders: Mapping[str, ImageEncoder]
     trained: Mapping[str, ImageEncoder]
-    """Trained encoders: their input images are cached instead of their outputs."""
+    """Encoders that are trained. The cache stores their input images instead of their outputs."""
 
     @classmethod
     def of(
         cls, read: Callable[[str], Mapping[str, Any] | None], single: bool, chosen: str
     ) -> ImageConditioning:
-        """Create from the configurations of a checkpoint.
+        """Describe the image encoders of a checkpoint, using its configuration files.
 
         Args:
-            read: function that returns the configuration of a component.
+            read: function that takes the name of a component and returns its configuration, or None if it has
+                none.
             single: True if DINO is the only encoder, as in TripoSG.
             chosen: encoders to train: `frozen` (none), `dino`, `clip` or `both`.
 
@@ -160,21 +179,30 @@ class ImageConditioning:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Names of the components that determine the cached tensors of an image."""
+        """Names of the checkpoint components that determine the cached image conditioning.
+
+        For a frozen encoder, these are the encoder and its preprocessing; for a trained encoder, only the
+        preprocessing.
+        """
         pairs = [(e, e.name.replace("image_encoder", "feature_extractor")) for e in self.encoders.values()]
         found = [[extractor] if e.kind in self.trained else [e.name, extractor] for e, extractor in pairs]
         return tuple(name for names in reversed(found) for name in names)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Adapter targets for the attention projections of the trained encoders; empty if none is trained."""
+        """Adapter targets (regular expressions) for the attention projections of the trained encoders.
+
+        The tuple is empty if no encoder is trained.
+        """
         names = "|".join(e.name for e in self.trained.values())
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the conditioning of n objects: `clip` (n, 1, d) and `dino` (n, m, d).
+        """Return the shapes of the image conditioning of `n` objects by name.
 
-        Trained encoders have images (n, channels, s, s) instead, and the scalar `conditioned` ().
+        A frozen encoder has tokens, `clip` (n, 1, d) or `dino` (n, m, d), with d from `widths`. A trained
+        encoder has images (n, channels, s, s) instead. If any encoder is trained, the scalar `conditioned` is
+        added, with shape ().
         """
         out: dict[str, tuple[int, ...]] = {}
         for (kind, encoder), width in zip(self.encoders.items(), widths, strict=True):
@@ -184,15 +212,20 @@ class ImageConditioning:
         return {**out, **({"conditioned": ()} if self.trained else {})}
 
     def select(self, item: Mapping[str, Tensor], kept: Tensor, conditioned: bool) -> dict[str, Tensor]:
-        """Return the conditioning of the objects with indices `kept`, dropped if not `conditioned`.
+        """Return the image conditioning of the objects with the indices `kept`; drop it unless `conditioned`.
 
-        Token conditioning is dropped by zeros, images by the flag `conditioned` = 0.
+        Dropped tokens are zeros. Images of trained encoders are not changed: the result has an entry
+        `conditioned`, which is 0 if the network must ignore the images, else 1.
         """
         out = {k: item[k][kept] if k in self.trained else item[k][kept] * conditioned for k in self.encoders}
         return {**out, **({"conditioned": torch.tensor(float(conditioned))} if self.trained else {})}
 
     def rows(self, cond: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Convert conditioning of scenes (b, n, ...) to contexts (b * n, ...) and other network arguments."""
+        """Convert the image conditioning of b scenes with n objects each to arguments of the transformer.
+
+        The result is the list of contexts, flattened from (b, n, ...) to (b * n, ...), and further keyword
+        arguments.
+        """
         rows = {k: cond[k].flatten(0, 1) for k in self.encoders}
         contexts = [v if k in self.trained else v.to(dtype) for k, v in rows.items()]
         n = len(contexts[0]) // len(cond[next(iter(rows))])
@@ -200,7 +233,10 @@ class ImageConditioning:
 
 
 def square(pixels: np.ndarray, fill: int) -> np.ndarray:
-    """Pad (h, w, ...) to a square with the image in the center, which keeps the optical axis centered."""
+    """Pad an image (h, w, ...) symmetrically to a square with the value `fill`.
+
+    The optical axis stays in the center.
+    """
     height, width = pixels.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -209,7 +245,10 @@ def square(pixels: np.ndarray, fill: int) -> np.ndarray:
 
 
 def encode(encoder: ImageEncoder, network: nn.Module, pixels: Tensor) -> Tensor:
-    """Encode images uint8 (n, channels, h, w): the CLIP token (n, 1, d), or the DINO tokens (n, m, d)."""
+    """Encode preprocessed images, uint8 (n, channels, h, w), with CLIP or DINO.
+
+    CLIP returns one token per image, (n, 1, d); DINO returns m tokens per image, (n, m, d).
+    """
     weight = next(network.parameters())
     inputs = encoder.extractor.normalized(pixels.to(weight.device)).to(weight.dtype)
     out: Any = network(pixel_values=inputs)
@@ -219,16 +258,16 @@ def encode(encoder: ImageEncoder, network: nn.Module, pixels: Tensor) -> Tensor:
 def encoder_inputs(
     encoders: Mapping[str, ImageEncoder], image: np.ndarray, masks: Iterable[np.ndarray]
 ) -> dict[str, Tensor]:
-    """Return the encoder inputs for each object of an image.
+    """Return the preprocessed input images of each encoder for the objects in an image.
 
     Args:
-        encoders: encoders by kind.
+        encoders: encoders by kind (`clip`, `dino`).
         image: uint8 (h, w, 3).
-        masks: bool (h, w) of each object.
+        masks: one mask per object, bool (h, w).
 
     Returns:
-        Images by kind of encoder, uint8 (n, channels, s, s): the object on white and, with 7 channels, also
-        the whole image and the mask.
+        Input images by kind of encoder, uint8 (n, channels, s, s). They show the object on a white
+        background. Inputs with 7 channels also contain the whole image and the mask.
     """
     scene = square(image, 255)
     whole = {kind: each.extractor.image(scene) for kind, each in encoders.items() if each.channels == 7}
@@ -246,22 +285,23 @@ def encoder_inputs(
 
 @dataclass(frozen=True)
 class LoadedEncoders:
-    """Loaded image encoders by kind."""
+    """Image encoders of a checkpoint, and their loaded networks, by kind (`clip`, `dino`)."""
 
     encoders: Mapping[str, ImageEncoder]
     networks: Mapping[str, nn.Module]
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
-        """Encode the objects of an image.
+        """Encode the objects in an image.
 
         Args:
             image: uint8 (h, w, 3).
-            masks: bool (h, w) of each object.
+            masks: one mask per object, bool (h, w).
 
         Returns:
-            `clip` (n, 1, d), if the checkpoint has this encoder, and `dino` (n, m, d), float32. If the
-            network of an encoder is not loaded, the input of the encoder (see `encoder_inputs`).
+            `clip` (n, 1, d) if the checkpoint has a CLIP encoder, and `dino` (n, m, d), float32. If the
+            network of an encoder is not loaded, its entry is the encoder's input instead (see
+            `encoder_inputs`).
         """
         out = encoder_inputs(self.encoders, image, masks)
         for kind, network in self.networks.items():
@@ -271,12 +311,12 @@ class LoadedEncoders:
 
 
 def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[ImageEncoder, nn.Module]]) -> None:
-    """Add encoders to a transformer as submodules, so that they are trained together.
+    """Add image encoders to a transformer as submodules, so that they are trained with it.
 
-    The submodules have the names of the encoders in the checkpoint. The keys of `encoders` are indices of
-    the transformer's contexts. These contexts may then be images, uint8 (rows, channels, h, w), and the
-    transformer accepts `conditioned` (rows,): 0 for a row without image conditioning (for classifier-free
-    guidance), else 1.
+    The submodules have the names of the encoders in the checkpoint. The keys of `encoders` are indices of the
+    transformer's contexts. The transformer then also accepts images as these contexts, uint8
+    (rows, channels, h, w), and encodes them. Its new argument `conditioned` (rows,) is 0 for a row whose
+    image conditioning is dropped (for classifier-free guidance), else 1.
     """
 
     def encode_contexts(
@@ -301,13 +341,14 @@ def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[Image
 
 
 def build(encoder: ImageEncoder, folder: Path | None, dtype: torch.dtype) -> nn.Module:
-    """Build a frozen encoder with the weights of a folder, or on the meta device if `folder` is None.
+    """Build a frozen image encoder with the weights in `folder`; without a folder, on the meta device.
 
-    The DINO encoder of MIDI has 7 input channels: object, scene and mask. If the weights have 3, the kernels
-    of the first layer are copied to the scene channels, and the red kernel to the mask, with a warning.
+    The DINO encoder of MIDI has 7 input channels: object, scene and mask. Weights for 3 input channels are
+    extended to 7, with a warning. The kernels of the first layer are copied for the scene, and the kernel of
+    the red channel for the mask.
 
     Raises:
-        ValueError: if the weights have another number of input channels.
+        ValueError: if the weights have any other number of input channels.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 

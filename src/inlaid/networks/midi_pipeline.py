@@ -1,4 +1,4 @@
-"""Diffusers-style pipeline from encoded images to shape latents; diffusers itself has none for MIDI."""
+"""Pipeline in the style of diffusers that generates the shape latents of a MIDI or TripoSG scene."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE
 
 
 class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
-    """Rectified-flow sampler for the objects of a scene; adapters load into `transformer` as usual.
+    """Rectified-flow sampler for the shape latents of all objects of a scene.
 
-    The network predicts data - noise, so each step adds the prediction. The image encoders are loaded on
-    first use.
+    The network predicts data - noise, so each step adds the prediction, multiplied by the step size. The
+    image encoders are loaded on first use. `load_lora_weights` loads adapters into `transformer`, as in other
+    pipelines of diffusers.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -29,7 +30,7 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(shift=shift)
         self.load_encoders: Callable[[], LoadedEncoders] | None = None
-        """Loader of the image encoders, set by the code that creates the pipeline."""
+        """Function that loads the image encoders; set by the code that creates the pipeline."""
         self._encoders: LoadedEncoders | None = None
 
     @property
@@ -49,14 +50,15 @@ class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         guidance: float = 7.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Generate the latents (n, tokens, channels) of the n objects of a scene, float32.
+        """Generate the latents of the n objects of a scene, float32 (n, tokens, channels).
 
         Args:
-            contexts: one or two tensors (n, m, context width), in the order of the network's arguments.
+            contexts: one or two cross-attention contexts (n, m, context width), in the order of the network's
+                arguments.
             steps: number of Euler steps.
-            guidance: classifier-free guidance scale; the unconditional contexts are zeros. A scale of 1 or
-                less disables guidance.
-            generator: CPU generator of the initial noise.
+            guidance: classifier-free guidance scale; 1 or less disables guidance. The unconditional contexts
+                are zeros.
+            generator: CPU generator for the initial noise.
         """
         network: Any = self.transformer
         device, dtype = network.device, network.dtype

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from inlaid import config as recipe
 
 CASTS = {"float8": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}
-"""Storage types of `memory.layerwise_casting`."""
+"""Storage dtype for each value of `memory.layerwise_casting`."""
 
 GROUP = 64
-"""Number of adjacent weights that share a scale in `int4`."""
+"""Largest number of adjacent weights that share a scale and an offset in `int4` quantization."""
 
 
 def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return the repeated blocks by name, in order: the entries of module lists at the network's root."""
+    """Return the repeated transformer blocks of a network by name, in order.
+
+    They are the entries of all module lists that are direct children of the network. Entries without
+    submodules are omitted.
+    """
     return {
         f"{name}.{i}": block
         for name, child in denoiser.named_children()
@@ -30,7 +34,10 @@ def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers of the blocks by name, except those with `norm` in the name (modulation)."""
+    """Return the linear layers in the repeated blocks of a network by name.
+
+    Layers with `norm` in the name, which compute the modulation, are omitted.
+    """
     return {
         f"{name}.{inner}": layer
         for name, block in blocks(denoiser).items()
@@ -42,12 +49,12 @@ def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
 def shrink_weights(
     section: recipe.Memory, denoiser: nn.Module, device: torch.device, compute: torch.dtype
 ) -> None:
-    """Quantize or cast a frozen network and move it to its device; attach adapters afterwards.
+    """Quantize or cast a network, and move it to `device`. Adapters must be attached afterwards.
 
     Args:
         section: `memory` section of the recipe.
-        denoiser: network, frozen and changed in place. Layers are moved and quantized one by one, so that the
-            unquantized network does not have to fit into device memory.
+        denoiser: network, which is frozen and changed in place. Layers are moved and quantized one by one, so
+            the unquantized network does not have to fit into device memory.
         device: target device.
         compute: dtype of the activations.
     """
@@ -67,7 +74,7 @@ def shrink_weights(
 
 
 def dense(layer: nn.Module) -> Tensor:
-    """Return the dequantized weight of a linear layer, or the weight itself if it is not quantized."""
+    """Return the weight of a linear layer, dequantized if the layer is quantized."""
     weight: Any = layer.weight
     if isinstance(layer, Int4Linear):
         return layer.dequantize()
@@ -81,9 +88,9 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def _torchao(scheme: str, layer: nn.Linear) -> None:
-    """Quantize the weights of a layer in place with torchao, with one scale per row.
+    """Quantize the weight of a layer in place with torchao, to int8 or float8 with one scale per row.
 
-    Matrix products use the dtype of the activations.
+    Matrix products are computed in the dtype of the activations.
     """
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
@@ -91,7 +98,10 @@ def _torchao(scheme: str, layer: nn.Linear) -> None:
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
-    """Return the layer in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023), with one scale per 64 weights."""
+    """Return the layer quantized by bitsandbytes to 4-bit NormalFloat, with one scale per 64 weights.
+
+    The format is from QLoRA (Dettmers et al. 2023).
+    """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     own: dict[str, Any] = {"compute_dtype": layer.weight.dtype, "quant_type": "nf4"}
@@ -105,11 +115,11 @@ def _nf4(layer: nn.Linear) -> nn.Module:
 
 
 class Int4Linear(nn.Linear):
-    """Frozen linear layer with 4-bit weights, and a scale and an offset per group of up to 64 weights.
+    """Frozen linear layer with 4-bit weights; each group of up to 64 weights has a scale and an offset.
 
-    torchao's packed int4 has no gradient, and its unpacked int4 uses as much memory as int8. This layer
-    consists of plain tensors: it runs on every device, can be compiled, and saves no dequantized weight for
-    the backward pass.
+    torchao's packed int4 has no backward pass, and its unpacked int4 needs as much memory as int8. This layer
+    consists of plain tensors, so it runs on every device and can be compiled. It saves no dequantized weight
+    for the backward pass.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -127,15 +137,18 @@ class Int4Linear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802
-        """Packed weight; peft calls `dequantize()` on layers that have this attribute."""
+        """Packed 4-bit weight.
+
+        peft calls `dequantize()` on layers that have this attribute, as HQQ layers do.
+        """
         return self.weight
 
     def dequantize(self) -> Tensor:
-        """Return the weight (out, in) in the dtype of its scales."""
+        """Return the dequantized weight (out, in), in the dtype of the scales."""
         return _unpack(self.weight, self.scale, self.low)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer: (..., in) to (..., out)."""
+        """Apply the layer to `x` (..., in); the result is (..., out)."""
         out = _Int4Product.apply(x, self.weight, self.scale.to(x.dtype), self.low.to(x.dtype))
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
@@ -146,7 +159,10 @@ def _unpack(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 
 class _Int4Product(torch.autograd.Function):
-    """Product x W^T that saves the packed weight and unpacks it again in the backward pass."""
+    """Matrix product x W^T with a packed 4-bit weight.
+
+    Only the packed weight is saved for the backward pass, where it is unpacked again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""The RGBA VAE of Wan-Alpha (Dong et al. 2025): https://arxiv.org/abs/2509.24979.
+"""RGBA VAE of Wan-Alpha (Dong et al. 2025, https://arxiv.org/abs/2509.24979) for transparent clips.
 
-Color and alpha share one latent. The frozen Wan encoder processes both as RGB videos. A merge block maps the
-features of the encoder's trunk (not its latents) to the shared latent. Two low-rank updates of the frozen
-decoder decode color and alpha. Implemented from a description of the method.
+Color and alpha share one latent. The frozen Wan encoder processes color and alpha separately, each as an RGB
+video. A trained merge block maps both outputs of the encoder's middle block to the shared latent; the
+encoder's own latents are not used. Two low-rank updates (LoRA) of the frozen decoder decode the latent, one
+to color and one to alpha. This implementation was written from a description of the method.
 
-Latents are in the VAE's own scale, not normalized. The low-rank updates are scaled by 1 / rank. Decoded color
-is straight, and arbitrary where alpha is 0.
+Latents are not normalized by the mean and std of the VAE. The low-rank updates are scaled by 1 / rank.
+Decoded color is straight (not premultiplied), and arbitrary where alpha is 0.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, CHANNELS = 384, 16
-"""Number of channels of the encoder's trunk and of the latent in the published checkpoints."""
+"""Number of channels of the encoder features and of the latent in the published checkpoints."""
 
 
 class MergeBlock(nn.Module):
     """Network that merges the encoder features of color and alpha into one latent.
 
-    It processes all latent frames at once, which is equivalent to the published implementation, which
-    processes them one by one with a cache.
+    It processes all latent frames at once. The published implementation processes one frame at a time with a
+    cache; the result is the same.
     """
 
     def __init__(self, width: int = WIDTH, channels: int = CHANNELS) -> None:
@@ -50,7 +51,7 @@ class MergeBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Merge features of color and alpha, each (b, width, t, h, w), to a latent (b, channels, t, h, w)."""
+        """Merge color and alpha features, each (b, width, t, h, w), into a latent (b, channels, t, h, w)."""
         x = self.res[0](self.conv_in(torch.cat([rgb, alpha], 1)))
         for attention, residual in zip(self.att, list(self.res)[1:], strict=True):
             x = residual(attention(x))
@@ -58,14 +59,17 @@ class MergeBlock(nn.Module):
 
 
 class DecoderLora(nn.Module):
-    """Low-rank update of every convolution of a decoder, in weight space: W + B A / rank.
+    """Low-rank update (LoRA) of all convolutions of a decoder: weight W becomes W + B A / rank.
 
-    peft cannot wrap Wan's causal convolutions, which are called with a cache. The updated weights are
-    computed once per clip and used for all chunks of the clip.
+    peft cannot wrap Wan's causal convolutions, because they are called with a cache. The updated weights are
+    computed once per clip and used for all latent frames of the clip.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], rank: int = 128) -> None:
-        """Create the factors; `shapes` maps names of convolutions to weight shapes (out, in, *kernel)."""
+        """Create the low-rank factors: A is random and B is zero.
+
+        `shapes` maps the names of convolutions to weight shapes (out, in, *kernel).
+        """
         super().__init__()
         self.names = list(shapes)
         self.rank = rank
@@ -76,11 +80,11 @@ class DecoderLora(nn.Module):
 
     @classmethod
     def of(cls, decoder: nn.Module, rank: int = 128) -> DecoderLora:
-        """Create the update of a decoder, which is zero until it is trained."""
+        """Create the low-rank update of a decoder; the update is zero until it is trained."""
         return cls({n: m.weight.shape for n, m in convolutions(decoder)}, rank)
 
     def weights(self, decoder: nn.Module) -> dict[str, Tensor]:
-        """Return the updated weights of the decoder's convolutions by parameter name."""
+        """Return the decoder's convolution weights with the update added, by parameter name."""
         found = dict(convolutions(decoder))
         out = {}
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
@@ -91,33 +95,41 @@ class DecoderLora(nn.Module):
 
 
 def convolutions(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Iterate over names and modules of all 2-D and 3-D convolutions."""
+    """Yield the name and the module of each 2-D or 3-D convolution in a module."""
     yield from ((n, m) for n, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
 
 
 class RgbaVae(nn.Module):
-    """Frozen Wan VAE with a merge block and low-rank updates of the decoder for color and alpha."""
+    """Frozen Wan VAE with a merge block and two low-rank updates of the decoder.
+
+    The merge block computes one latent of color and alpha. One update decodes color, the other decodes alpha.
+    """
 
     def __init__(self, vae: Any, merge: MergeBlock, rgb: DecoderLora, alpha: DecoderLora) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False)
         self.merge, self.rgb, self.alpha = merge, rgb, alpha
         self.checkpointing = False
-        """Whether decoding uses gradient checkpointing, one latent frame at a time."""
+        """True if `decode` uses gradient checkpointing, one latent frame at a time."""
 
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Encode hard-rendered color and alpha, each (b, 3, t, h, w) in [-1, 1], to a latent.
+        """Encode color and alpha, each (b, 3, t, h, w) in [-1, 1], to one latent (b, c, t', h', w').
 
-        The latent (b, c, t', h', w') is not normalized.
+        Transparent pixels of `rgb` must have been replaced by a background color (`hard_render`). The latent
+        is not normalized.
         """
         return self.merge(trunk(self.vae, rgb), trunk(self.vae, alpha))
 
     def enable_gradient_checkpointing(self, *_: Any) -> None:
-        """Enable gradient checkpointing of the decoders, one latent frame at a time."""
+        """Enable gradient checkpointing in `decode`, one latent frame at a time."""
         self.checkpointing = True
 
     def decode(self, z: Tensor, *, checkpointing: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Decode an unnormalized latent to straight color and alpha, each (b, 3, t, h, w), not clamped."""
+        """Decode an unnormalized latent to color and alpha, each (b, 3, t, h, w).
+
+        Color is straight (not premultiplied). Values are not clamped to [-1, 1]. `checkpointing` overrides
+        the attribute of the same name.
+        """
         again = self.checkpointing if checkpointing is None else checkpointing
         x = self.vae.post_quant_conv(z)
         decoder = self.vae.decoder
@@ -129,10 +141,12 @@ class RgbaVae(nn.Module):
 
 @torch.no_grad()
 def trunk(vae: Any, video: Tensor) -> Tensor:
-    """Return the output of a Wan encoder's middle block (the input of its head), (b, width, t', h', w').
+    """Return the output of a Wan encoder's middle block for a video, (b, width, t', h', w').
+
+    This output is the input of the encoder's head, which computes latents.
 
     Raises:
-        ValueError: if tiling is enabled, because the features would be those of tiles.
+        ValueError: if tiling is enabled, because the features would be computed per tile.
     """
     if vae.use_tiling:
         raise ValueError("encoder features are not available from a tiled VAE; call disable_tiling()")
@@ -148,14 +162,15 @@ def trunk(vae: Any, video: Tensor) -> Tensor:
 def decode(
     decoder: nn.Module, x: Tensor, weights: Mapping[str, Tensor], *, checkpointing: bool = False
 ) -> Tensor:
-    """Decode latent frames one by one, with gradients and without clamping.
+    """Decode latents with a Wan decoder, one latent frame at a time, with gradients and without clamping.
 
     Args:
         decoder: decoder of a Wan VAE.
-        x: (b, c, t, h, w), after `post_quant_conv`.
+        x: latents (b, c, t, h, w), after `post_quant_conv`.
         weights: weights by parameter name that replace the decoder's own.
         checkpointing: use gradient checkpointing for each latent frame. The caches of the convolutions are
-            inputs and outputs of each step, so that the recomputation uses the caches of the forward pass.
+            inputs and outputs of each step, so that the recomputation uses the same caches as the forward
+            pass.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -192,7 +207,10 @@ _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
 
 def merge_name(released: str) -> str | None:
-    """Map the published name (after `middle.`) of a parameter to its name in `MergeBlock`, or to None."""
+    """Convert the published name of a merge block's parameter to its name in `MergeBlock`.
+
+    `released` is the published name without the prefix `middle.`. The result is None if the name is unknown.
+    """
     for pattern, name in _MERGE.items():
         found = re.fullmatch(pattern, released)
         if found:
@@ -202,10 +220,12 @@ def merge_name(released: str) -> str | None:
 
 
 def vae_name(original: str, residuals: int = 2) -> str | None:
-    """Map the original name of a Wan VAE's module or parameter to its diffusers name, or to None.
+    """Convert the original name of a Wan VAE's module or parameter to its diffusers name.
+
+    The result is None if the name is unknown.
 
     Args:
-        original: original name, such as `decoder.upsamples.3.resample.1.weight`.
+        original: name in Wan's original checkpoint, such as `decoder.upsamples.3.resample.1.weight`.
         residuals: number of residual blocks per stage, `num_res_blocks` in the configuration.
     """
     top = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
@@ -233,7 +253,11 @@ def vae_name(original: str, residuals: int = 2) -> str | None:
 
 
 def _inside(rest: str) -> str:
-    """Map the original name of a parameter inside a residual block, an attention block or a resampler."""
+    """Convert the original name of a parameter within a block to its diffusers name.
+
+    The block is a residual block, an attention block or a resampler; `rest` is the name without the block's
+    prefix.
+    """
     found = re.match(r"residual\.([0236])(?=\.|$)", rest)
     if found:
         return _RESIDUAL[found[1]] + rest[found.end() :]

@@ -1,9 +1,10 @@
 """Storage, initialization and training losses of the trained parts of an RGBA VAE.
 
-The folder of an RGBA VAE contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
-`decoder_alpha_lora.safetensors`. The `rgba_vae_id` is a hash of the weights, the base VAE, the transparency
-threshold and the background colors. Latents of different RGBA VAEs are incompatible, so caches and adapters
-store this ID, and it is checked when they are loaded.
+An RGBA VAE encodes color and alpha of a clip into one latent. Its folder contains `config.json`,
+`merge.safetensors`, `decoder_rgb_lora.safetensors` and `decoder_alpha_lora.safetensors`. The `rgba_vae_id` is
+a hash of the weights, the base VAE, the transparency threshold and the background colors. Latents of
+different RGBA VAEs are incompatible. Caches and adapters therefore store the ID of their RGBA VAE, which is
+checked when they are loaded.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from inlaid.networks.rgba_vae_losses import COLORS, RgbaLoss, hard_render, sampl
 from inlaid.reading import parse_json, read_text
 
 FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
-"""File stem of each trainable part of an `RgbaVae`."""
+"""File name, without suffix, of each trained part of an `RgbaVae`."""
 
 FOLDER = "rgba_vae"
-"""Name of the RGBA VAE's folder in a run that trained it, and in each checkpoint of the run."""
+"""Name of the folder that contains the trained RGBA VAE, in the run and in each of its checkpoints."""
 
 FORMAT = 1
 
@@ -35,14 +36,15 @@ Colors = Sequence[Sequence[float]]
 
 
 def new(vae: Any, rank: int, seed: int, init: Init = "random") -> RgbaVae:
-    """Create an untrained RGBA VAE from a Wan VAE; both decoders are equal to the VAE's decoder.
+    """Create an untrained RGBA VAE from a Wan VAE; both decoders initially equal the decoder of the VAE.
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
-        rank: rank of the updates of the decoders.
+        rank: rank of the low-rank updates of the decoders.
         seed: seed of the random weights.
-        init: initialization of the merge block: `random`, or `encoder`, which reproduces the encoder's
-            output for color alone, so that color is correct from the first step.
+        init: initialization of the merge block. `random`: random weights. `encoder`: the block initially
+            reproduces the VAE's latent of the color and ignores alpha, so color is correct from the first
+            step.
 
     Raises:
         ValueError: if the VAE is not supported.
@@ -62,7 +64,7 @@ Init = Literal["random", "encoder"]
 
 @torch.no_grad()
 def _as_encoder(merge: Any, vae: Any) -> None:
-    """Initialize a merge block to apply the encoder's head to the color features and ignore alpha."""
+    """Initialize a merge block so that it returns the VAE's latent of the color and ignores alpha."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
     nn.init.zeros_(merge.conv_in.bias)
@@ -78,7 +80,10 @@ def _as_encoder(merge: Any, vae: Any) -> None:
 
 @torch.no_grad()
 def initialize(rgba_vae: RgbaVae, seed: int, init: Init) -> None:
-    """Initialize the trained parts of an RGBA VAE in place; does nothing on the meta device."""
+    """Initialize the trained parts of an RGBA VAE in place.
+
+    An RGBA VAE on the meta device is not changed.
+    """
     if rgba_vae.merge.conv_in.weight.is_meta:
         return
     fresh = new(rgba_vae.vae, rgba_vae.rgb.rank, seed, init)
@@ -87,10 +92,13 @@ def initialize(rgba_vae: RgbaVae, seed: int, init: Init) -> None:
 
 
 def fits(vae: Any) -> tuple[int, int]:
-    """Check that merged alpha supports a VAE; return the encoder's width and the number of latent channels.
+    """Check that a VAE can be the base of an RGBA VAE.
+
+    Returns:
+        The number of channels of the encoder features, and the number of latent channels.
 
     Raises:
-        ValueError: if the VAE is not supported, such as that of Wan 2.2 TI2V-5B.
+        ValueError: if the VAE is not supported, for example the VAE of Wan 2.2 TI2V-5B.
     """
     z = vae.config.z_dim
     if z != 16 or vae.config.patch_size:
@@ -103,7 +111,7 @@ def fits(vae: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def new_merge(rgba_vae: RgbaVae, seed: int) -> RgbaVae:
-    """Initialize the merge block of an RGBA VAE in place, and return the RGBA VAE."""
+    """Initialize the merge block of an RGBA VAE randomly and in place; return the RGBA VAE."""
     rgba_vae.merge.load_state_dict(new(rgba_vae.vae, 1, seed).merge.state_dict())
     return rgba_vae
 
@@ -112,13 +120,14 @@ def new_merge(rgba_vae: RgbaVae, seed: int) -> RgbaVae:
 
 
 def parts(rgba_vae: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return the weights of an RGBA VAE by part (key of `FILES`) and by name in the file.
+    """Return the trained weights of an RGBA VAE by part and by name.
 
-    The decoder parts have `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r) for every convolution.
+    Parts are the keys of `FILES`, and names are those in the files. The two decoder parts have `NAME.lora_A`
+    (r, in, *kernel) and `NAME.lora_B` (out, r) for each convolution NAME.
 
     Args:
         rgba_vae: RGBA VAE that defines the names.
-        weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
+        weights: weights by parameter name to return instead of those of `rgba_vae`, such as an EMA.
     """
     held = dict(rgba_vae.state_dict()) if weights is None else weights
     out: dict[str, dict[str, Tensor]] = {
@@ -131,7 +140,11 @@ def parts(rgba_vae: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dic
 
 
 def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: float, colors: Colors) -> str:
-    """Return the `rgba_vae_id`: a hash of the stored weights, base VAE, transparency threshold and colors."""
+    """Return the `rgba_vae_id`, a hash that identifies an RGBA VAE.
+
+    It covers the stored weights, the hash `base` of the base VAE, the transparency threshold and the
+    background colors.
+    """
     digest = hashlib.sha256(json.dumps([FORMAT, base, alpha_eps, colors]).encode())
     for part in sorted(weights):
         for name in sorted(weights[part]):
@@ -142,7 +155,10 @@ def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: 
 
 
 def base_hash(vae: Any) -> str:
-    """Return a hash of a VAE's weights in bfloat16, which is equal for float32 and bfloat16 copies."""
+    """Return a hash of a VAE's weights after conversion to bfloat16.
+
+    Float32 and bfloat16 copies of a VAE therefore have the same hash.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -162,16 +178,17 @@ def save(
     dtype: torch.dtype = torch.float32,
     weights: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Write the folder of an RGBA VAE atomically; return its `rgba_vae_id`.
+    """Write an RGBA VAE to a folder atomically; return its `rgba_vae_id`.
 
     Args:
-        rgba_vae: RGBA VAE; the base VAE is not written.
+        rgba_vae: RGBA VAE; its base VAE is not written.
         folder: folder to write; replaced if it exists.
         alpha_eps: largest alpha that was treated as transparent in training.
-        colors: background colors over which clips are encoded, in [-1, 1].
-        about: further entries of `config.json`, such as the losses and the number of steps.
+        colors: background colors that replace transparent pixels of clips before encoding, in [-1, 1].
+        about: further entries of `config.json`, such as the losses and the number of steps. The entry
+            `parts`, if present, lists the parts to write.
         dtype: dtype of the weights on disk.
-        weights: weights by parameter name that replace those of the RGBA VAE, such as an EMA.
+        weights: weights by parameter name to write instead of those of `rgba_vae`, such as an EMA.
     """
     from safetensors.torch import save_file
 
@@ -203,7 +220,7 @@ def save(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the `config.json` of an RGBA VAE.
+    """Read the `config.json` of an RGBA VAE, and check that the files of its parts exist.
 
     Raises:
         ValueError: if the folder does not contain an RGBA VAE, or files are missing.
@@ -229,7 +246,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, vae: Any) -> RgbaVae:
-    """Load an RGBA VAE in float32, with `vae` as its base; ranks are inferred from the tensors.
+    """Load an RGBA VAE from a folder in float32, with `vae` as its base.
+
+    The ranks are inferred from the tensors.
 
     Raises:
         ValueError: if files are missing, damaged, or from different RGBA VAEs, or `vae` is not the base VAE.
@@ -260,11 +279,11 @@ def load(folder: Path, vae: Any) -> RgbaVae:
 
 
 def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) -> RgbaVae:
-    """Create an RGBA VAE from the weights of its parts; without `merge`, the merge block is untrained.
+    """Create an RGBA VAE from the weights of its parts.
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
-        weights: tensors by part and name; all must be used.
+        weights: tensors by part and name. Without the part `merge`, the merge block has random weights.
         where: prefix of error messages.
 
     Raises:
@@ -283,10 +302,12 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load weights into a module and check that all match; `where` is the prefix of error messages.
+    """Load weights into a module, and check that all names and shapes match.
+
+    `where` is the prefix of error messages.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of another shape.
+        ValueError: if tensors are missing, unexpected or of the wrong shape.
     """
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     given = {n: tuple(t.shape) for n, t in weights.items()}
@@ -305,10 +326,13 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
 
 
 def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> DecoderLora:
-    """Create the low-rank update of a decoder from stored factors; the rank is inferred from the tensors.
+    """Create the low-rank update of a decoder from stored factors.
+
+    The rank is inferred from the tensors; `where` is the prefix of error messages.
 
     Raises:
-        ValueError: if factors are missing, unexpected or of the wrong shape, or ranks differ.
+        ValueError: if factors are missing, unexpected or of the wrong shape, or if layers have different
+            ranks.
     """
     found = dict(convolutions(decoder))
     wanted = {f"{name}.lora_{side}" for name in found for side in "AB"}
@@ -342,13 +366,19 @@ def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) 
 
 
 def to_video(rgba: Tensor) -> tuple[Tensor, Tensor]:
-    """Split straight RGBA uint8 (b, 4, t, h, w) into color and alpha, each (b, 3, t, h, w) in [-1, 1]."""
+    """Convert RGBA clips, uint8 (b, 4, t, h, w), to color and alpha, each (b, 3, t, h, w) in [-1, 1].
+
+    Alpha is repeated in three channels. Color remains straight (not premultiplied).
+    """
     video = rgba.float() / 127.5 - 1
     return video[:, :3], video[:, 3:].expand(-1, 3, -1, -1, -1)
 
 
 def to_pixels(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """Join decoded color and alpha to uint8 (b, 4, t, h, w); alpha is the mean of the clamped channels."""
+    """Convert decoded color and alpha to RGBA clips, uint8 (b, 4, t, h, w).
+
+    Values are clamped to [-1, 1]. Alpha is then averaged over its three channels.
+    """
     video = torch.cat([rgb.clamp(-1, 1), alpha.clamp(-1, 1).mean(1, keepdim=True)], 1)
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -365,23 +395,25 @@ def losses(
     visible_alpha: float = 0.0,
     colors: Colors = COLORS,
 ) -> dict[str, Tensor]:
-    """Return the loss terms of one micro-batch by name, and `loss`, their sum.
+    """Compute the loss terms of one micro-batch by name; the entry `loss` is their sum.
 
     Args:
         rgba_vae: RGBA VAE that is trained.
         rgba: clips in straight RGBA, uint8 (b, 4, t, h, w).
         loss: the loss terms of the paper.
-        generator: CPU generator that samples the background colors of the encoder input and of both renders,
-            and the noise.
-        anchor: weight of the squared distance between the latents and the latents of the opaque VAE for the
-            clip hard-rendered over `GROUND`, in units of the latents' standard deviation. Not in the paper.
-            It keeps latents close to those of opaque videos, so that the VAE's own decoder reproduces the
-            color and a denoiser pretrained on opaque latents has less to learn.
-        noise: largest amount of noise added to latents before decoding, in units of the latents' standard
-            deviation. Not in the paper. It makes the decoders robust to errors of the denoiser.
+        generator: CPU generator for the noise and for the background colors of the encoder input and of the
+            two renders in the loss.
+        anchor: weight of the mean squared distance between the latents and the base VAE's latents of an
+            opaque clip, in units of the latents' standard deviation. In the opaque clip, the color `GROUND`
+            replaces transparent pixels. The term is not in the paper. It keeps latents close to those of
+            opaque videos, so that the base VAE's decoder reproduces the color, and a denoiser pretrained on
+            opaque latents has less to learn.
+        noise: maximum standard deviation of the noise added to latents before decoding, in units of the
+            latents' standard deviation. Not in the paper. It makes the decoders robust to errors of the
+            denoiser.
         visible: weight of the mean absolute error of color over visible pixels only. Not in the paper. If few
-            pixels are visible, they contribute little to the means of the other terms.
-        visible_alpha: weight of the mean absolute error of alpha over visible pixels only.
+            pixels are visible, they contribute little to the other terms, which are means over all pixels.
+        visible_alpha: weight of the mean absolute error of alpha over visible pixels only. Not in the paper.
         colors: background colors of the encoder input, in [-1, 1].
     """
     (color,), (hard, soft) = sample_colors(generator, 1, colors), sample_colors(generator, 2)
@@ -413,4 +445,4 @@ def losses(
 
 
 GROUND = (62, 66, 70)
-"""Dark background color (0-255) of the opaque clips that the loss term `anchor` uses."""
+"""Background color (RGB, 0-255) of the opaque clips in the loss term `anchor`: dark gray."""

@@ -1,8 +1,8 @@
-"""Losses of the RGBA VAE: soft and hard renders, and nine loss terms (Dong et al. 2025, section 3.2).
+"""Nine loss terms of the RGBA VAE, and the renders that they compare (Dong et al. 2025, section 3.2).
 
-Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is also a video: -1 is transparent, 1 is opaque. A soft render
-composites color over a background by alpha. A hard render replaces transparent pixels by the background and
-keeps the straight color of all other pixels.
+Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is also a video: -1 is transparent, 1 is opaque. A soft render is
+the color composited over a background color by alpha. In a hard render, a background color replaces
+transparent pixels, and all other pixels keep their color.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import load_torch
 
 COLORS = tuple(product((-1.0, 1.0), repeat=3))
-"""Corners of the color cube, from which background colors are sampled."""
+"""Corners of the RGB cube in [-1, 1], from which background colors are sampled."""
 
 
 def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
-    """Composite over a background color (3,): rgb * a + color * (1 - a) with a = (alpha + 1) / 2."""
+    """Composite color over a background color (3,) by alpha.
+
+    The result is rgb * a + color * (1 - a) with a = (alpha + 1) / 2.
+    """
     a = (alpha + 1) / 2
     return rgb * a + _background(color, rgb) * (1 - a)
 
 
 def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor, *, eps: float = ALPHA_EPS) -> Tensor:
-    """Replace rgb by a background color (3,) where (alpha + 1) / 2 <= eps; alpha gets no gradient."""
+    """Replace transparent pixels of `rgb` by a background color (3,).
+
+    Pixels are transparent if (alpha + 1) / 2 <= eps. Alpha gets no gradient.
+    """
     visible = (alpha.detach() + 1) / 2 > eps
     return torch.where(visible, rgb, _background(color, rgb).to(rgb.dtype))
 
@@ -40,7 +46,7 @@ def _background(color: Tensor, like: Tensor) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Convert a video to gray, (b, 1, t, h, w)."""
+    """Convert an RGB video to grayscale, (b, 1, t, h, w), with the studio-range weights of BT.601."""
     weights = torch.tensor([65.738, 129.057, 25.064], device=x.device, dtype=x.dtype) / 256
     return (x * weights.view(1, 3, 1, 1, 1)).sum(1, keepdim=True)
 
@@ -51,7 +57,10 @@ _SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "cen
 
 
 def edges(x: Tensor, kind: Edge) -> Tensor:
-    """Return the gradient magnitude of each gray frame, with zero padding: (b, 1, t, h, w)."""
+    """Return the gradient magnitude of each frame in grayscale, (b, 1, t, h, w).
+
+    The filter is Sobel or central differences, with zero padding.
+    """
     gray = luma(x)
     flat = gray.transpose(1, 2).flatten(0, 1)
     slope = torch.tensor([-1.0, 0.0, 1.0], device=x.device, dtype=x.dtype)
@@ -63,10 +72,11 @@ def edges(x: Tensor, kind: Edge) -> Tensor:
 
 
 class Perceptual(nn.Module):
-    """First two stages of VGG16 (Simonyan & Zisserman 2014), up to the last activation of the second stage.
+    """Feature network of the perceptual loss: the first two stages of VGG16 (Simonyan & Zisserman 2014).
 
-    The weights are `features.{0,2,5,7}.{weight,bias}` in torchvision's file. Widths are inferred from the
-    tensors. If `imagenet` is true, frames are normalized with the mean and std of ImageNet.
+    Its output is the last activation of the second stage. Weights have the names of torchvision's file,
+    `features.{0,2,5,7}.{weight,bias}`. Numbers of channels are inferred from the tensors. If `imagenet` is
+    true, frames are normalized with the mean and std of ImageNet.
     """
 
     def __init__(self, weights: dict[str, Tensor], *, imagenet: bool) -> None:
@@ -88,7 +98,7 @@ class Perceptual(nn.Module):
 
     @classmethod
     def load(cls, path: Path, *, imagenet: bool) -> Perceptual:
-        """Load a local `.safetensors` or `.pth` file.
+        """Load the network from a local `.safetensors` or `.pth` file.
 
         Raises:
             ValueError: if the file is missing, or does not contain the weights of a VGG16.
@@ -108,43 +118,48 @@ class Perceptual(nn.Module):
             ) from None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features of each frame of a video (b, 3, t, h, w) in [-1, 1]."""
+        """Return the features of all frames of a video (b, 3, t, h, w) in [-1, 1].
+
+        The result is (b * t, channels, h / 2, w / 2).
+        """
         frames = ((x + 1) / 2).transpose(1, 2).flatten(0, 1)
         return self.features((frames - self.mean) / self.std)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class RgbaLoss:
-    """Nine loss terms: L1, perceptual and edge error, each of alpha, the soft render and the hard render.
+    """Nine loss terms: the L1, perceptual and edge errors of alpha, the soft render and the hard render.
 
-    Soft render: color composited over a background color by alpha. Hard render: transparent pixels replaced
-    by a background color, all others unchanged. The preset `paper` uses Sobel edges and the root mean square
-    error of perceptual features of ImageNet-normalized frames; `reference` (the released trainer) uses
-    central differences and the mean squared error of the features.
+    A soft render is the color composited over a background color by alpha. In a hard render, a background
+    color replaces transparent pixels, and all other pixels keep their color. The preset `paper` uses Sobel
+    edges and the root mean square error of the perceptual features. The preset `reference`, as in the
+    released trainer, uses central differences and the mean squared error of the features. By default,
+    training normalizes frames by the mean and std of ImageNet before `perceptual` with `paper`, but not with
+    `reference`.
     """
 
     preset: Literal["paper", "reference"] = "paper"
     perceptual: Callable[[Tensor], Tensor] | None = None
-    """Perceptual network; None omits the three perceptual terms."""
+    """Feature network of the perceptual terms, such as `Perceptual`; None omits these three terms."""
     alpha_eps: float = ALPHA_EPS
     edge: Edge | None = None
-    """Filter of the edge terms; None uses the filter of the preset."""
+    """Filter of the edge terms; None selects the filter of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Alpha that decides which pixels of the reconstruction's hard render are background. Reconstructed alpha
-    fluctuates around the threshold in transparent regions, true alpha does not."""
+    """Alpha that selects the transparent pixels in the hard render of the reconstruction. In transparent
+    regions, reconstructed alpha fluctuates around the threshold; true alpha does not."""
 
     def __call__(
         self, rgb: Tensor, alpha: Tensor, true_rgb: Tensor, true_alpha: Tensor, hard: Tensor, soft: Tensor
     ) -> dict[str, Tensor]:
-        """Return the terms by name, and `loss`, their sum.
+        """Compute the loss terms by name; the entry `loss` is their sum.
 
         Args:
             rgb: reconstructed straight color.
             alpha: reconstructed alpha.
-            true_rgb: color of the clip.
-            true_alpha: alpha of the clip.
-            hard: background color (3,) of the hard renders of the reconstruction and of the clip.
-            soft: background color (3,) of the soft renders of the reconstruction and of the clip.
+            true_rgb: straight color of the original clip.
+            true_alpha: alpha of the original clip.
+            hard: background color (3,) of the hard renders of the reconstruction and of the original clip.
+            soft: background color (3,) of the soft renders of the reconstruction and of the original clip.
         """
         eps = self.alpha_eps
         mask = alpha if self.hard_mask == "reconstructed" else true_alpha
@@ -174,6 +189,6 @@ class RgbaLoss:
 def sample_colors(
     generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
 ) -> list[Tensor]:
-    """Sample `n` background colors (3,) in [-1, 1] independently from `among`."""
+    """Sample `n` background colors, each (3,) in [-1, 1], independently from `among`."""
     picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
     return [torch.tensor(among[i]) for i in picks]

@@ -1,11 +1,12 @@
-"""Reconstruction metrics of RGBA clips, with baselines that predict a constant alpha.
+"""Reconstruction metrics of RGBA clips, compared with baselines that predict a constant alpha.
 
-If the subject is small, an RGBA VAE that decodes every clip as fully transparent has a small mean error of
-alpha. The error is therefore also reported for each region of the true alpha (opaque, soft, transparent), and
-`balanced` is the mean over the three regions, which is large for every constant alpha. Errors are on the
-scale 0-255.
+An RGBA VAE that decodes every clip as fully transparent has a small mean error of alpha if subjects are
+small. The error is therefore also reported for the opaque, soft (partly transparent) and transparent pixels
+of the true alpha. `balanced` is the mean over these three regions, which is large for every constant alpha.
+Errors are on the scale 0-255.
 
-Each clip is reduced to a vector of sums. These vectors are added over clips of any size and over processes.
+`tally` reduces each clip to a vector of sums. The vectors can be added over clips of different sizes and over
+processes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from inlaid.config.sections import ALPHA_EPS
 REGIONS = ("opaque", "soft", "transparent")
 
 GUESSES = ("all opaque", "all transparent", "mean")
-"""Baselines with constant alpha: 255, 0, and the mean alpha of the clip."""
+"""Names of the baselines, which predict a constant alpha: 255, 0, or the mean alpha of the clip."""
 
 COLORS = tuple(product((0.0, 255.0), repeat=3))
 
@@ -33,14 +34,15 @@ COLUMNS = (
     *(f"composite {i}" for i in range(len(COLORS))),
     *("clips", "ssim alpha", "ssim composite"),
 )
-"""Names of the sums in `tally`: pixels and absolute errors of alpha in each region, errors of color in
-visible pixels, squared errors, and structural similarities."""
+"""Names of the entries in a vector of `tally`: pixel counts and absolute errors of alpha by region, errors of
+color in visible pixels, squared errors, the number of clips, and SSIM."""
 
 
 def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
-    """Return a mask for each of `REGIONS` from alpha in 0-255, an array or a tensor.
+    """Return boolean masks of the opaque, soft (partly transparent) and transparent pixels, by name.
 
-    Alpha is transparent up to 255 * eps and opaque from 255 * (1 - eps).
+    Pixels are transparent up to an alpha of 255 * eps, and opaque from 255 * (1 - eps). `alpha` is an array
+    or a tensor with values in 0-255.
     """
     level = round(255 * eps)
     opaque, transparent = alpha >= 255 - level, alpha <= level
@@ -48,10 +50,12 @@ def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
-    """Return the error and similarity sums of one clip: float64, one value per entry of `COLUMNS`.
+    """Return the vector of sums for one clip, from which `report` computes metrics.
+
+    The vector is float64, with one value per entry of `COLUMNS`.
 
     Args:
-        true: original clip, uint8 (4, t, h, w), straight alpha.
+        true: original clip, RGBA uint8 (4, t, h, w) with straight alpha.
         got: reconstructed clip, in the same format.
     """
     true, got = true.float(), got.float()
@@ -97,11 +101,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def report(sums: Tensor) -> dict[str, float]:
-    """Return metrics by name from the sum of `tally` vectors; regions without pixels are omitted.
+    """Compute metrics by name from the sum of the vectors of `tally`.
 
-    The metrics are:
-    - `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`, and the same for each baseline of `GUESSES`,
-      such as `all_transparent_alpha_mae_opaque`;
+    Regions without pixels are omitted. The metrics are:
+    - `alpha_mae` (all pixels), `alpha_mae_REGION` and `alpha_mae_balanced` (mean over regions), and the same
+      for each baseline of `GUESSES`, such as `all_transparent_alpha_mae_opaque`;
     - `rgb_mae` of visible pixels, and `mean_rgb_mae` of the baseline that predicts the clip's mean color;
     - PSNR in dB of color, of alpha, and of composites over the eight corners of the color cube (mean and
       worst);
@@ -133,6 +137,9 @@ def report(sums: Tensor) -> dict[str, float]:
 
 def trivial(found: Mapping[str, float]) -> list[str]:
     """Return warnings if alpha is hardly better than a baseline, or very inaccurate in a region.
+
+    Alpha is hardly better than a baseline if its `alpha_mae_balanced` exceeds half that of the baseline. It
+    is very inaccurate in a region if its mean absolute error there exceeds 64 of 255.
 
     Args:
         found: metrics from `report`.

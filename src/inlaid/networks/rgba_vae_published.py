@@ -1,15 +1,16 @@
-"""Import and export of published RGBA VAE files: decoder updates, whole VAEs, merged decoders.
+"""Import and export of RGBA VAEs in the file layouts of Wan-Alpha.
 
-Supported layouts, recognized by tensor names:
+Supported layouts, recognized by tensor names, or by file names for ComfyUI:
 
-- `decoder.bin`: low-rank updates, `vae_fgr.decoder.PATH[.conv3D].lora_{A,B}.default.weight`, and the same
-  names with `vae_pha.`;
-- a whole VAE: base weights with the updates stored separately or merged, and the merge block as `middle.`;
-- two VAEs with merged decoder updates for ComfyUI, under the original Wan names, in the files
+- `decoder.bin`: low-rank updates of both decoders. The tensor names are
+  `vae_fgr.decoder.PATH[.conv3D].lora_{A,B}.default.weight` for color, and the same with `vae_pha.` for alpha.
+- A whole VAE: the base weights, the merge block with the prefix `middle.`, and the low-rank updates, which
+  are separate tensors or merged into the weights.
+- Two VAEs for ComfyUI with merged updates and Wan's original tensor names, in files named
   `..._rgb_channel.safetensors` and `..._alpha_channel.safetensors`.
 
-Import writes the folder of an RGBA VAE (`rgba_vae_checkpoint`). It uses every tensor of the updates and of
-the merge block, or writes nothing.
+Import writes the folder of an RGBA VAE (see `rgba_vae_checkpoint`). If it cannot use every tensor of the
+updates and of the merge block, it raises an error and writes nothing.
 """
 
 from __future__ import annotations
@@ -31,32 +32,35 @@ from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convoluti
 from inlaid.networks.rgba_vae_checkpoint import FILES
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
-"""Part of an RGBA VAE by the prefix of tensor names in published files."""
+"""Prefixes of tensor names in published files, and the part of an RGBA VAE that each prefix identifies."""
 
 HALVES = ("rgb_channel", "alpha_channel")
-"""Substrings that identify the two files for ComfyUI by name."""
+"""Substrings that identify the two files for ComfyUI by name: the color VAE and the alpha VAE."""
 
 RANK = 128
-"""Rank of the updates that are extracted from merged decoders, equal to that of the published updates."""
+"""Largest rank of an update that is extracted from a merged decoder, equal to the rank of published
+updates."""
 
 FOLDED_LEFT = 0.02
-"""Largest accepted relative error of a layer after extraction; bfloat16 rounding alone causes 0.003."""
+"""Largest accepted relative error of a layer whose low-rank update is extracted from merged weights. Rounding
+to bfloat16 alone causes an error of 0.003."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Contents of a published file, under the names of `rgba_vae_checkpoint`."""
+    """Contents of a published file, with the tensor names of `rgba_vae_checkpoint`."""
 
     layout: str
     parts: Mapping[str, Mapping[str, Tensor]]
-    """Tensors of each part: for `rgb` and `alpha`, low-rank factors or merged decoder weights."""
+    """Tensors by part and name. The parts `rgb` and `alpha` contain low-rank factors or merged decoder
+    weights."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
-    """Weights of the base VAE that the file contains."""
+    """Weights of the base VAE by diffusers name; empty if the file does not contain the base VAE."""
     notes: Sequence[str] = ()
 
 
 def is_rgba_vae(path: Path) -> bool:
-    """Return True if a file or folder has one of the supported layouts, judged by tensor or file names."""
+    """Return True if the tensor names of a file, or the file names in a folder, match a supported layout."""
     if path.is_dir():
         return any(half in p.name for half in HALVES for p in path.glob("*.safetensors"))
     if not path.is_file():
@@ -78,14 +82,14 @@ def is_rgba_vae(path: Path) -> bool:
 
 
 def read(path: Path, residuals: int = 2) -> Found:
-    """Read a published file.
+    """Read a published RGBA VAE.
 
     Args:
-        path: file; for ComfyUI, either of the two files or their folder.
+        path: published file; for ComfyUI, one of the two files or their folder.
         residuals: number of residual blocks per stage of the VAE.
 
     Raises:
-        ValueError: if a decoder is missing, or a tensor is unexpected.
+        ValueError: if a file cannot be read, a decoder is missing, or a tensor is unexpected.
     """
     if path.is_dir() or any(half in path.name for half in HALVES):
         return _comfyui(path, residuals)
@@ -117,7 +121,10 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _group(name: str) -> tuple[str, str]:
-    """Split a tensor name into its group (key of `GROUPS`, or empty if there is none) and the rest."""
+    """Split a tensor name into its prefix (key of `GROUPS`) and the rest.
+
+    If the name has none of these prefixes, the prefix is empty and the rest is the name.
+    """
     found = re.search(r"(?:^|\.)(vae_fgr|vae_pha|middle)\.(.+)$", name)
     if not found or (found[1] == "middle" and not found[2].startswith("block.")):
         return "", name
@@ -180,7 +187,11 @@ def _grouped(path: Path, state: Mapping[str, Tensor], residuals: int) -> Found:
 
 
 def _factor_name(rest: str, residuals: int) -> str | None:
-    """Map `decoder.conv1.conv3D.lora_A.default.weight` to `conv_in.lora_A`."""
+    """Convert the published name of a low-rank factor to its name in `rgba_vae_checkpoint`.
+
+    For example, `decoder.conv1.conv3D.lora_A.default.weight` becomes `conv_in.lora_A`. The result is None if
+    the name is unknown.
+    """
     found = re.fullmatch(r"decoder\.(.+?)(?:\.conv3D)?\.lora_([AB])(?:\.\w+)?\.weight", rest)
     own = vae_name(f"decoder.{found[1]}", residuals) if found else None
     return f"{own.removeprefix('decoder.')}.lora_{found[2]}" if own and found else None
@@ -220,10 +231,13 @@ def _comfyui(path: Path, residuals: int) -> Found:
 
 
 def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
-    """Create an RGBA VAE from a published file and its base VAE; return it with notes for the user.
+    """Create an RGBA VAE from a published file and its base VAE.
+
+    Returns:
+        The RGBA VAE, and notes for the user.
 
     Raises:
-        ValueError: if shapes, ranks or the base VAE do not fit.
+        ValueError: if the shapes or ranks of the tensors are wrong, or `vae` is not the base VAE.
     """
     notes, own = list(found.notes), vae.state_dict()
     for name, tensor in found.base.items():
@@ -261,13 +275,13 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
 
 @torch.no_grad()
 def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tuple[DecoderLora, float]:
-    """Extract the low-rank update of a decoder, of rank `RANK` at most, from merged weights.
+    """Extract the low-rank update of a decoder from merged weights, with a rank of at most `RANK`.
 
     Returns:
-        The update, and the largest relative error among the layers.
+        The update, and the largest relative error of a layer.
 
     Raises:
-        ValueError: if tensors do not fit, or the error exceeds `FOLDED_LEFT`.
+        ValueError: if tensors do not fit the decoder, or the error exceeds `FOLDED_LEFT`.
     """
     own = decoder.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -310,7 +324,7 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
 
 
 def convert(path: Path, out: Path, vae: Any) -> list[str]:
-    """Convert a published file to the folder of an RGBA VAE; return notes for the user.
+    """Convert a published file to the folder `out` of an RGBA VAE; return notes for the user.
 
     Raises:
         ValueError: if the file does not fit the VAE, or is incomplete.
@@ -329,7 +343,7 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
 
 
 def original_names(residuals: int, stages: int) -> dict[str, str]:
-    """Return the original names of the modules of a Wan VAE by diffusers name.
+    """Return a mapping from diffusers names to original names for the modules of a Wan VAE.
 
     Args:
         residuals: number of residual blocks per stage.
@@ -369,7 +383,7 @@ _INNER = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def _released(name: str) -> str:
-    """Return the published name (after `middle.`) of a parameter of `MergeBlock`."""
+    """Return the published name of a parameter of `MergeBlock`, without the prefix `middle.`."""
     for own, released in (
         ("conv_in", "block.conv1"),
         ("norm_out", "block.head.0"),
@@ -382,7 +396,7 @@ def _released(name: str) -> str:
 
 
 def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
-    """Return the low-rank updates under the names of `decoder.bin`."""
+    """Return the low-rank updates of both decoders with the tensor names of `decoder.bin`."""
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     kinds = dict(convolutions(rgba_vae.vae.decoder))
@@ -397,9 +411,10 @@ def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
-    """Return the tensors of the whole-VAE layout, with the updates stored separately.
+    """Return the tensors of an RGBA VAE in Wan-Alpha's whole-VAE layout, with separate low-rank updates.
 
-    The base weights are stored twice, as `vae_fgr.` and `vae_pha.`; the merge block is `middle.`.
+    The base weights are stored twice, with the prefixes `vae_fgr.` and `vae_pha.`. The merge block has the
+    prefix `middle.`.
     """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
@@ -412,7 +427,10 @@ def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of two VAEs with merged updates, under the original names, by entry of `HALVES`."""
+    """Return two VAEs for ComfyUI, one for color and one for alpha, with merged low-rank updates.
+
+    The tensors have Wan's original names. The keys of the result are the entries of `HALVES`.
+    """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     out = {}
@@ -423,11 +441,11 @@ def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
 
 
 TARGETS = ("wan-alpha", "comfyui")
-"""Export targets of an RGBA VAE."""
+"""Values of the option `--to` that export an RGBA VAE."""
 
 
 def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
-    """Export an RGBA VAE in published layouts, as safetensors, and verify the files by reading them back.
+    """Export an RGBA VAE to a folder in a published layout, and verify the files by reading them back.
 
     Target `wan-alpha` writes `decoder.safetensors` and `vae.safetensors`, with the tensor names and shapes of
     `decoder.bin` and of the whole VAE. Target `comfyui` writes two VAEs with merged updates, in bfloat16.

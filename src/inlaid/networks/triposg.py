@@ -1,11 +1,12 @@
-"""TripoSG and MIDI: diffusion transformer over shape tokens, and the shape VAE.
+"""Networks of TripoSG and MIDI: the diffusion transformer for shape latents, and the shape VAE.
 
 Li et al. 2025 (https://arxiv.org/abs/2502.06608) and Huang et al. 2025 (https://arxiv.org/abs/2412.03558).
-Written from a description; the state dicts match the published files.
+The code was written from a description; the state dicts match the published files.
 
-Surprises: Queries, keys and values of a head are spread over `to_q`, `to_k` and `to_v`. The timestep is a
-token before the latent tokens. Skip connections are not added: a linear layer maps the skip and the hidden
-states to new hidden states. The network predicts data - noise. The field of the VAE is negative inside.
+Differences from usual transformers: An attention head is a slice of the concatenated outputs of `to_q`,
+`to_k` and `to_v` (see `Attention`). The timestep is a token before the latent tokens. Skip connections are
+not added: a linear layer maps the skip and the hidden states to new hidden states. The network predicts
+data - noise. The VAE decodes to a field that is negative inside the object.
 """
 
 from __future__ import annotations
@@ -27,19 +28,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 MULTI_INSTANCE_BLOCKS = (8, 9, 10, 11, 12)
-"""Indices of the blocks with self-attention over all objects of a scene, in every published script."""
+"""Indices of the blocks whose self-attention spans all objects of a scene, as in every published script."""
 
 TOKENS = 2048
-"""Number of latent tokens per object."""
+"""Default number of latent tokens per object."""
 
 
 class Attention(nn.Module):
-    """Attention whose heads span the concatenated projections.
+    """Attention whose heads are slices of the concatenated outputs of `to_q`, `to_k` and `to_v`.
 
-    The outputs of `to_q`, `to_k` and `to_v` are concatenated and split into one slice per head, which holds
-    the query, key and value of the head. In cross-attention this applies to `to_k` and `to_v`. In
-    self-attention, an adapter on `to_q` alone therefore changes queries, keys and values of some heads, not
-    the queries of all heads.
+    In self-attention, one slice holds the query, key and value of a head. An adapter on `to_q` alone
+    therefore changes queries, keys and values of some heads, not the queries of all heads. In
+    cross-attention, only the outputs of `to_k` and `to_v` are concatenated.
     """
 
     def __init__(
@@ -67,12 +67,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, groups: Sequence[int] | None = None
     ) -> Tensor:
-        """Compute self-attention within each row or each group of rows, or cross-attention to a context.
+        """Compute self-attention, or cross-attention to `context`.
 
         Args:
             x: (rows, n, width).
             context: (rows, m, context width); None for self-attention.
-            groups: sizes of groups of consecutive rows that attend to each other as one sequence.
+            groups: sizes of groups of consecutive rows; self-attention treats each group as one sequence.
+                None for self-attention within each row.
         """
         rows, n, _ = x.shape
         if context is None:
@@ -97,7 +98,7 @@ class Attention(nn.Module):
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
-    """Compute self-attention over groups of rows, each concatenated to one sequence."""
+    """Compute self-attention over groups of rows; the rows of a group are concatenated into one sequence."""
     assert sum(groups) == len(q), f"groups {list(groups)} do not make {len(q)} rows in total"
 
     def attend(start: int, scenes: int, size: int) -> Tensor:
@@ -120,9 +121,9 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
 
 
 class Block(nn.Module):
-    """Transformer block: optional skip connection, self-attention, up to two cross-attentions, feed-forward.
+    """Transformer block with self-attention, up to two cross-attentions and a feed-forward network.
 
-    Two cross-attentions are parallel: their outputs are added.
+    A block may begin with a skip connection. Two cross-attentions are parallel: their outputs are added.
     """
 
     def __init__(
@@ -156,10 +157,11 @@ class Block(nn.Module):
 
         Args:
             x: hidden states.
-            contexts: a tensor (rows, m, context width) for each cross-attention.
-            groups: number of rows of each scene; None for no attention across rows.
+            contexts: one tensor (rows, m, context width) per cross-attention.
+            groups: number of rows of each scene, whose rows attend to each other; None for no attention
+                across rows.
             skip: hidden states of an earlier block, for blocks with a skip connection.
-            scales: factors of the two cross-attentions.
+            scales: factors of the outputs of the two cross-attentions.
         """
         if skip is not None:
             x = self.skip_norm(self.skip_linear(torch.cat([skip, x], -1)))
@@ -188,10 +190,11 @@ class _Time(nn.Module):
 
 
 class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Denoiser of TripoSG (one context) and MIDI (two contexts), with one object per row.
+    """Denoiser of TripoSG (one cross-attention context) and MIDI (two contexts).
 
-    Rows of a scene attend to each other in the blocks listed in `multi_instance`. `num_tokens` is the number
-    of latent tokens per object in training; the network accepts any number.
+    Each row of the batch is one object. Rows of the same scene attend to each other in the blocks listed in
+    `multi_instance`. `num_tokens` is the number of latent tokens per object in training; the network accepts
+    any number.
     """
 
     _supports_gradient_checkpointing = True
@@ -225,7 +228,11 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> None:
-        """Load an adapter through peft, and set `multi_instance` to the blocks in its metadata."""
+        """Load an adapter as in diffusers, and restore the multi-instance blocks that it was trained with.
+
+        The blocks are read from the adapter's metadata. If they are not stored there, `multi_instance` is
+        unchanged.
+        """
         path = pretrained_model_name_or_path_or_dict
         if not isinstance(path, Mapping) and Path(path).exists():
             options.setdefault("use_safetensors", True)
@@ -246,13 +253,13 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Predict data - noise.
 
         Args:
-            hidden_states: noisy latents (rows, n, channels).
+            hidden_states: noisy latents (rows, n, channels), one object per row.
             timestep: (rows,), 0 to 1000, not rounded.
             encoder_hidden_states: (rows, m, cross_attention_dim).
             encoder_hidden_states_2: (rows, m2, cross_attention_2_dim), for a network with two contexts.
             groups: number of rows of each scene, in order; the sum is `rows`. None for no attention across
                 rows.
-            scales: factors of the two cross-attentions.
+            scales: factors of the outputs of the two cross-attentions.
         """
         contexts = [encoder_hidden_states]
         if encoder_hidden_states_2 is not None:
@@ -277,7 +284,10 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def partial_heads(targets: Sequence[str]) -> list[str]:
-    """Return a warning if adapter targets match only some projections of an attention layer, else nothing."""
+    """Return a warning if adapter targets match only some projections of an attention layer.
+
+    The list is empty if there is no such layer.
+    """
     layers = {
         attention: [f"blocks.0.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
         for attention in ("attn1", "attn2", "attn2_2")
@@ -292,7 +302,10 @@ def partial_heads(targets: Sequence[str]) -> list[str]:
 
 
 def stored_blocks(path: Path) -> list[int] | None:
-    """Return the multi-instance blocks that an adapter was trained with; None if it does not store them."""
+    """Read the indices of the multi-instance blocks from an adapter's metadata; None if they are not stored.
+
+    Multi-instance blocks have self-attention over all objects of a scene.
+    """
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with safe_open(file, "pt") as opened:
             blocks = (opened.metadata() or {}).get("inlaid_multi_instance_blocks")
@@ -302,7 +315,9 @@ def stored_blocks(path: Path) -> list[int] | None:
 
 
 def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Infer the configuration of a transformer from its tensor shapes, for a missing or wrong `config.json`.
+    """Infer the configuration of a transformer from its tensor shapes.
+
+    This is needed if `config.json` is missing or wrong.
 
     Raises:
         ValueError: if the tensors are not those of a TripoSG or MIDI transformer.
@@ -328,7 +343,10 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 class _Frequencies(nn.Module):
-    """Frequency embedding (..., 3 + 6 * n), float32: points (..., 3), and sines and cosines of 2^k points."""
+    """Frequency embedding of points (..., 3), float32 (..., 3 + 6 * n).
+
+    For a point p, it contains p, sin(2^k p) and cos(2^k p) for k = 0 to n - 1.
+    """
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -342,7 +360,10 @@ class _Frequencies(nn.Module):
 
 
 class _CrossBlock(nn.Module):
-    """Cross-attention to a normalized context and feed-forward, without self-attention."""
+    """Transformer block of the shape VAE with cross-attention and a feed-forward network.
+
+    It has no self-attention. The context of the cross-attention is normalized.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -382,10 +403,10 @@ class _Decoder(nn.Module):
 
 
 class TripoSGVAE(ModelMixin, ConfigMixin):
-    """Shape VAE: encodes surface points with normals to latent tokens, decodes them to an implicit field.
+    """Shape VAE: encodes surface points with normals to latent tokens, and decodes an implicit field.
 
-    The field is negative inside the object. Latents are neither scaled nor shifted. Use float32: coordinates
-    times 128 exceed the precision of bfloat16.
+    The field is negative inside the object. Latents are neither scaled nor shifted. Use float32: bfloat16 is
+    not precise enough for the frequency embedding, which multiplies coordinates by up to 128.
     """
 
     @register_to_config
@@ -415,7 +436,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         self.decoder = _Decoder(features, width_decoder, num_layers_decoder, num_attention_heads)
 
     def encode(self, surface: Tensor, queries: Tensor) -> Tensor:
-        """Return the posterior's moments (b, m, 2 * channels): means, then log-variances.
+        """Encode a surface to the posterior's means and log-variances, concatenated: (b, m, 2 * channels).
 
         Args:
             surface: (b, p, 6), positions and outward unit normals.
@@ -430,14 +451,20 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         return torch.cat([mean, logvar.clamp(-30, 20)], -1)
 
     def tokens(self, latents: Tensor) -> Tensor:
-        """Return the decoder tokens of latents (b, m, channels), computed once for all query points."""
+        """Convert latents (b, m, channels) to decoder tokens, which `field` needs.
+
+        The tokens are computed once and used for all points.
+        """
         x = self.post_quant(latents.to(self.post_quant.weight.dtype))
         for block in list(self.decoder.blocks)[:-1]:
             x = block(x)
         return x
 
     def field(self, tokens: Tensor, points: Tensor, chunk: int = 50_000) -> Tensor:
-        """Return the field (b, q) at points (b, q, 3): negative inside the object, with arbitrary scale."""
+        """Return the field (b, q) at points (b, q, 3): negative inside the object, with arbitrary scale.
+
+        `tokens` is the result of the method `tokens`. The field is evaluated at `chunk` points at a time.
+        """
         out = []
         for part in points.split(chunk, 1):
             y = self.decoder.proj_query(self.embedder(part).to(tokens.dtype))
@@ -447,7 +474,10 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
 
 
 class Field:
-    """Field of one object, for `media.meshes.extract`: points (n, 3) to values (n,), negative inside."""
+    """Implicit field of one object, as a function of points; `media.meshes.extract` converts it to a mesh.
+
+    Points (n, 3) give values (n,), which are negative inside the object.
+    """
 
     def __init__(self, vae: TripoSGVAE, latents: Tensor) -> None:
         self.vae = vae
@@ -456,24 +486,29 @@ class Field:
 
     @torch.no_grad()
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        """Return the field at points (n, 3), evaluated in chunks."""
+        """Return the values (n,) of the field at points (n, 3), evaluated in chunks."""
         batch = torch.from_numpy(points.astype(np.float32))[None].to(self.tokens.device)
         return self.vae.field(self.tokens, batch)[0].float().cpu().numpy()
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """Sample the posterior: mean + exp(logvar / 2) * noise, with `noise` of the shape of the mean."""
+    """Sample latents from the posterior: mean + exp(logvar / 2) * noise.
+
+    `moments` contains means, then log-variances, in the last dimension. `noise` has the shape of the means.
+    """
     mean, logvar = moments.chunk(2, -1)
     return mean + (0.5 * logvar).exp() * noise
 
 
 def choose_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return indices of evenly spread points: farthest point sampling from 4 * count random points.
+    """Return the indices of evenly spread points, chosen by farthest point sampling.
+
+    The candidates are 4 * count random points.
 
     Args:
-        points: (p, 3) or more columns, of which the first three are positions.
+        points: (p, 3) or more columns; the first three columns are positions.
         count: number of indices.
-        seed: random seed; the same for every object of a scene.
+        seed: seed of the random candidates; the same for every object of a scene.
     """
     import fpsample
 

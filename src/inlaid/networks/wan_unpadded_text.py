@@ -1,4 +1,4 @@
-"""Cross-attention of Wan to fewer than 512 text tokens, with the same result as with zero padding to 512."""
+"""Cross-attention of Wan for text that is not padded to 512 tokens, with the same result as padded text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 
 class ShortText(WanAttnProcessor):
-    """Cross-attention processor that gives a few zero tokens the weight of all zero padding.
+    """Cross-attention processor of Wan that makes a few zero tokens equivalent to padding to 512 tokens.
 
-    Wan pads text to 512 tokens with zeros and attends to the padding. All zero tokens are equal, so `m` zero
-    tokens have the weight of `n` if `log(n / m)` is added to their logits. The output is the same up to
-    rounding.
+    Wan pads text to 512 tokens with zeros, and attends to the padding. All zero tokens have the same key and
+    value. Therefore `m` zero tokens have the effect of `n` zero tokens if `log(n / m)` is added to their
+    attention logits. The output is the same up to rounding.
     """
 
     bias: Tensor | None = None
-    """Logit bias (b, 1, 1, tokens) of the text in the current forward pass; None if text has full length."""
+    """Attention bias (b, 1, 1, tokens) for the text of the current forward pass; None if the text has the
+    full length."""
 
     def __call__(
         self,
@@ -28,15 +29,15 @@ class ShortText(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """Compute cross-attention with `WanAttnProcessor`, with `bias` as attention mask."""
+        """Compute cross-attention like `WanAttnProcessor`, but with `bias` as attention mask."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 
 def allow_short_text(transformer: Any, length: int = 512) -> None:
-    """Modify a Wan transformer to accept text padded to fewer than `length` tokens.
+    """Modify a Wan transformer to accept text with fewer than `length` tokens.
 
-    Text that is shorter than `length` must end with at least one zero token. Text of the full length is
-    processed as in the stock network.
+    Shorter text must end with at least one zero token, which represents all missing padding. Text of the full
+    length is processed as usual.
     """
     processor = ShortText()
 
