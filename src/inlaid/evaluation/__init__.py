@@ -1,1 +1,1 @@
-"""Comparison of base and fine-tuned model: metrics and report."""
+"""Comparison of a fine-tuned model with its base model: metrics and report."""

@@ -1,4 +1,7 @@
-"""Layout of line charts; `templates/_chart.html` writes them as SVG, colored by the CSS of the page."""
+"""Layout of line charts for the evaluation report.
+
+The template `templates/_chart.html` writes the shapes as SVG; the CSS of the page sets their colors.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,42 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """Data series of a chart, drawn as a line."""
+    """Data series that is drawn as a line in a chart."""
 
     name: str
     points: Sequence[Point]
     style: str
-    """CSS class: `raw` (thin and pale), `main` (bold) or `base` (dashed and labeled)."""
+    """CSS class of the line: `raw` (thin and pale), `main` (bold) or `base` (dashed, with a label)."""
     dots: bool = False
-    """Mark each point and show its values on hover."""
+    """True to mark each point with a dot that shows its values on hover."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Chart with labeled axes; width and height in pixels."""
+    """Line chart with labeled axes; width and height are in pixels."""
 
     title: str
     x: str
-    """Label of the horizontal axis, which starts at 0."""
+    """Label of the horizontal axis. The axis starts at 0."""
     y: str
     """Label of the vertical axis."""
     lines: Sequence[Line]
     width: int = 640
     height: int = 260
     mark: float | None = None
-    """Position to mark on the horizontal axis, such as the evaluated step."""
+    """Position of a vertical marker on the horizontal axis, such as the evaluated training step. None for no
+    marker."""
     mark_name: str = ""
     zero: bool = False
-    """Start the vertical axis at 0."""
+    """True to start the vertical axis at 0."""
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Mapping from data coordinates to pixels of the chart."""
+    """Conversion from data coordinates to pixel positions in a chart."""
 
     x: Point
-    """Range of the data along x."""
+    """Lowest and highest x value of the data."""
     y: Point
     left: float
     right: float
@@ -63,7 +67,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class Text:
-    """Text in a drawing; in all shapes, `style` is a CSS class."""
+    """Text element of a drawing; `style` is its CSS class."""
 
     kind: ClassVar[str] = "text"
     text: str
@@ -76,7 +80,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Rule:
-    """Straight line in a drawing."""
+    """Straight line from (x1, y1) to (x2, y2) in a drawing."""
 
     kind: ClassVar[str] = "rule"
     x1: float
@@ -88,7 +92,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Curve:
-    """Line through points."""
+    """Line through a sequence of points in a drawing."""
 
     kind: ClassVar[str] = "curve"
     points: Sequence[Point]
@@ -97,7 +101,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Dot:
-    """Point that shows a title on hover."""
+    """Dot in a drawing that shows its title on hover."""
 
     kind: ClassVar[str] = "dot"
     x: float
@@ -111,17 +115,21 @@ Shape = Text | Rule | Curve | Dot
 
 @dataclass(frozen=True)
 class Drawing:
-    """Shapes of a chart, in pixels, in painting order."""
+    """Graphical elements of a chart, with positions in pixels, in the order in which they are painted."""
 
     width: int
     height: int
     label: str
-    """Summary for screen readers."""
+    """Text summary of the chart for screen readers."""
     shapes: Sequence[Shape]
 
 
 def layout(chart: Chart) -> Drawing | None:
-    """Return the drawing of a chart without its non-finite values; None if no points are left."""
+    """Compute the drawing of a chart; points with non-finite values are left out.
+
+    Returns:
+        The drawing, or None if no points are left.
+    """
     finite = (replace(n, points=[p for p in n.points if math.isfinite(p[1])]) for n in chart.lines)
     lines = [line for line in finite if line.points]
     if not lines:
@@ -170,9 +178,10 @@ def _mark(chart: Chart, frame: _Frame) -> list[Shape]:
 
 
 def _legend(lines: Sequence[Line], right: float) -> list[Shape]:
-    """Return the legend: the name and style of each line.
+    """Return the elements of the legend: the name and line style of each line.
 
-    A single line gets no legend. Base lines are not listed, because they are labeled in the chart.
+    A chart with a single line gets no legend. Lines of style `base` are not listed, because they have labels
+    in the chart.
     """
     named = [line for line in lines if line.style != "base"]
     shapes: list[Shape] = []
@@ -201,7 +210,10 @@ def _axes(chart: Chart, frame: _Frame) -> list[Shape]:
 
 
 def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
-    """Return the ranges of both axes; large outliers above the 98th percentile are cut off."""
+    """Return the ranges of the horizontal and the vertical axis.
+
+    If a few values are much larger than the 98th percentile, the vertical axis ends near that percentile.
+    """
     x = np.array([p[0] for line in lines for p in line.points])
     y = np.array([p[1] for line in lines for p in line.points])
     low, high = float(y.min()), float(y.max())
@@ -215,14 +227,17 @@ def _ranges(chart: Chart, lines: Sequence[Line]) -> tuple[Point, Point]:
 
 
 def _thin(points: Sequence[Point], most: int = 1200) -> list[Point]:
-    """Return at most `most` evenly spaced points, since more would exceed the resolution of the chart."""
+    """Return at most `most` evenly spaced points, because a chart cannot show more detail."""
     if len(points) <= most:
         return list(points)
     return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return about `most` tick values inside an interval: multiples of 1, 2 or 5 times a power of ten."""
+    """Return about `most` axis tick values in [low, high].
+
+    The values are multiples of 1, 2 or 5 times a power of ten.
+    """
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
@@ -231,7 +246,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """Format a number compactly, such as `12k` or `3e-5`."""
+    """Format a number as a short axis label, such as `12k` or `3e-5`."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -242,7 +257,10 @@ def short(value: float) -> str:
 
 
 def smooth(points: Sequence[Point], share: float = 0.05) -> list[Point]:
-    """Return the moving average over `share` of all points, with shorter windows at the ends (no padding)."""
+    """Return the moving average of a curve over a window of `share` times the number of points.
+
+    The window is shorter at the ends of the curve.
+    """
     half = max(1, round(len(points) * share / 2))
     x, y = (np.array([p[i] for p in points], np.float64) for i in (0, 1))
     total = np.concatenate([[0.0], np.cumsum(y)])

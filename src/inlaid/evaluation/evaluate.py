@@ -1,7 +1,7 @@
-"""Comparison of base and fine-tuned model: validation loss, metrics and a self-contained HTML report.
+"""Comparison of a fine-tuned model with its base model: validation loss, metrics and an HTML report.
 
-Both models generate through the stock pipeline with the same prompts and seeds, and both losses use the same
-validation clips and noise, so every difference is an effect of training.
+Both models generate with the standard diffusers pipeline, the same prompts and the same seeds. Both losses
+are computed with the same validation clips and noise. Every difference is therefore an effect of training.
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ from inlaid.training.steps import QUANTILES, DenoisingStep
 __all__ = ["Output", "Pair", "Prompt", "Report", "ValidationLoss", "Verdict", "evaluate", "summary_table"]
 
 REFERENCE_CLIPS = 4
-"""Number of training clips measured as a reference for the metrics."""
+"""Number of training clips whose metrics are measured as a reference."""
 
 SAMPLING = ("size", "frames", "steps", "guidance", "negative_prompt", "seed")
-"""Fields of the recipe's `sample` section that `evaluate` accepts as overrides."""
+"""Fields of the recipe's `sample` section that arguments of `evaluate` can override."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt of an evaluation, with its group and an optional check of the output."""
+    """Prompt of an evaluation, with its group and an optional function that checks the output."""
 
     text: str
     group: str = ""
     judge: Callable[[np.ndarray], bool] | None = None
-    """Function that returns True if the output matches the prompt. Its argument is uint8 frames (t, h, w, 3),
-    or straight RGBA (t, h, w, 4) in a transparent run."""
+    """Function that returns True if the output matches the prompt. Its argument is a video, uint8 (t, h, w,
+    3), or for a run with transparent videos straight RGBA (t, h, w, 4)."""
     images: ImageSource = ()
-    """For image-to-video: image files, or the window of a clip whose frames are used."""
+    """Conditioning images for image-to-video: image files, or a training example whose frames are used."""
     truth: Callable[[np.ndarray], np.ndarray] | None = None
-    """For a transparent run: function that returns the true alpha, uint8 (t, h, w), of generated RGBA frames.
-    None if the true alpha is unknown."""
+    """Function that returns the true alpha, uint8 (t, h, w), of a generated RGBA video. None if the true
+    alpha is unknown, or if the run has no alpha."""
 
 
 def evaluate(
@@ -82,19 +82,19 @@ def evaluate(
     device: str | None = None,
     **overrides: Any,
 ) -> Report:
-    """Compare the fine-tuned model of a run with its base model and write `report/` in the run folder.
+    """Compare a run's fine-tuned model with its base model, and write `report/` in the run folder.
 
     Args:
         run: run folder.
-        against: `base`, or a checkpoint to compare with.
-        checkpoint: `step-000500` or `500`. Default: the run's final adapter.
+        against: model to compare with: `base`, or a checkpoint of the run.
+        checkpoint: checkpoint to evaluate, such as `step-000500` or `500`. Default: the run's final weights.
         prompts: prompts to generate. Default: see `default_prompts` and `ground_truth_prompts`.
-        count: videos per prompt; video i uses seed + i.
-        group_by: include captions of each group by default, if a source sets `group_column`.
-        per_group: captions per group; captions of validation clips come first.
-        limit: maximum number of prompts chosen by default. Each is generated `count` times per model.
-        device: same values as `runtime.device`. Default: the recipe's device.
-        overrides: fields of the recipe's `sample` section, listed in `SAMPLING`.
+        count: number of videos per prompt; video i uses the seed `seed` + i.
+        group_by: add captions of each group to the default prompts, if a data source sets `group_column`.
+        per_group: number of captions per group; captions of validation clips come first.
+        limit: maximum number of default prompts. Each model generates every prompt `count` times.
+        device: device name as in `runtime.device`. Default: the recipe's device.
+        overrides: fields of the recipe's `sample` section to change; `SAMPLING` lists the allowed fields.
 
     Raises:
         ValueError: for any problem the user can fix.
@@ -157,34 +157,41 @@ def evaluate(
 
 
 class ModalityMetrics(Protocol):
-    """Interface of the module `inlaid.evaluation.<modality>`, which measures the outputs of a modality."""
+    """Interface of the modules `inlaid.evaluation.video` and `inlaid.evaluation.scene`.
+
+    Each of these modules measures the outputs of one modality.
+    """
 
     HAS_GROUND_TRUTH: bool
-    """True if each example has a single correct output; validation examples are then the default prompts."""
+    """True if each example has a single correct output. The default prompts are then the validation
+    examples."""
 
     def measure(self, output: Any, prompt: Prompt) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Return the metrics of an output, and the metrics of each of its parts by name."""
+        """Return the metrics of an output, and the metrics of each of its parts by part name.
+
+        The parts of a scene are its objects; a video has no parts.
+        """
         ...
 
     def matches_prompt(self, metrics: Mapping[str, float]) -> bool | None:
-        """Return True if the metrics show that an output is correct; None if metrics cannot show this."""
+        """Return True if the metrics show that an output is correct; None if metrics cannot decide this."""
         ...
 
     def comparable(self, output: Any) -> np.ndarray:
-        """Return the array that `distance` compares."""
+        """Convert an output to the array that `distance` compares."""
         ...
 
     def distance(self, a: np.ndarray, b: np.ndarray) -> float:
-        """Return the difference of two outputs, in [0, 1]."""
+        """Return the difference of two outputs in [0, 1], given their arrays from `comparable`."""
         ...
 
     def preview(self, output: Any) -> Image.Image:
-        """Render an image of an output."""
+        """Render a preview image of an output."""
         ...
 
 
 def metrics_of(modality: str) -> ModalityMetrics:
-    """Return the module that measures the outputs of a modality."""
+    """Return the evaluation module of a modality."""
     return cast(ModalityMetrics, importlib.import_module(f"inlaid.evaluation.{modality}"))
 
 
@@ -204,9 +211,10 @@ def _check_prompts(prompts: Sequence[Prompt], family: families.Family, metrics: 
 def default_prompts(
     config: recipe.Config, clips: CachedDataset | None, group_by: bool, per_group: int
 ) -> list[Prompt]:
-    """Return the recipe's sample prompts and captions of each group, validation clips first.
+    """Return the prompts of an evaluation for which the user gives no prompts.
 
-    If there are none, return the first captions of the dataset.
+    These are the recipe's sample prompts, followed by `per_group` captions of each group, validation captions
+    first. If there are neither, they are the first captions of the dataset.
     """
     groups: dict[str, dict[str, Window]] = {}
     windows: list[Window] = [*clips.plan.validation, *clips.plan.train] if clips else []
@@ -231,9 +239,9 @@ def default_prompts(
 
 
 def ground_truth_prompts(clips: CachedDataset | None) -> list[Prompt]:
-    """Return the validation examples as prompts, or the training examples if there are none.
+    """Return the validation examples as prompts, or the training examples if there is no validation data.
 
-    Used for modalities in which each example has a single correct output (scenes).
+    Used for scenes, because each scene has a single correct output.
     """
     if clips is None:
         return []
@@ -243,7 +251,7 @@ def ground_truth_prompts(clips: CachedDataset | None) -> list[Prompt]:
 
 
 def _limited(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    """Select `limit` prompts, round-robin over the groups, and keep their original order."""
+    """Select `limit` prompts in their original order, with about equally many from each group."""
     turn: dict[str, int] = {}
     rank = []
     for i, prompt in enumerate(prompts):
@@ -257,10 +265,10 @@ def _limited(prompts: list[Prompt], limit: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two models to compare."""
+    """One of the two models that an evaluation compares."""
 
     role: str
-    """`base` or `tuned`; also the name of its folder in the report."""
+    """Role of the model, `base` or `tuned`; also the name of its folder in the report."""
     name: str
     folder: Path | None
     """Folder of the trained weights; None for the base model."""
@@ -268,7 +276,7 @@ class _Side:
 
 
 def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
-    """Return the run's recipe with the overrides of this evaluation, always for a single process."""
+    """Return the run's recipe with the overrides of this evaluation, changed to use a single process."""
     wrong = [k for k in overrides if k not in SAMPLING]
     if wrong:
         raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; available: {', '.join(SAMPLING)}")
@@ -303,7 +311,11 @@ def _sides(place: Run, family: families.Family, against: str, checkpoint: str | 
 def _networks(
     config: recipe.Config, family: families.Family, sides: Sequence[_Side], ctx: Context
 ) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield the network and pipeline of both models; only full fine-tuning loads a second network."""
+    """Yield (denoiser, pipeline) for each of the two models.
+
+    The second model reuses the denoiser of the first with another adapter. A second denoiser is loaded only
+    after full fine-tuning.
+    """
     full = config.tuner.kind == "full"
     denoiser: nn.Module | None = None
     pipeline: Any = None
@@ -331,7 +343,7 @@ def _networks(
 def _clips(
     config: recipe.Config, family: families.Family, place: Run, ctx: Context
 ) -> tuple[CachedDataset | None, list[str]]:
-    """Return the cached dataset of the run, and notes.
+    """Return the cached dataset of the run and a list of notes.
 
     If the training clips can no longer be used, the dataset is None and a note gives the reason.
     """
@@ -346,7 +358,11 @@ def _clips(
 def _reference_metrics(
     place: Run, clips: CachedDataset | None, folder: Path, notes: list[str]
 ) -> dict[str, float] | None:
-    """Return the mean metrics of some training clips, and write a contact sheet of clips to the report."""
+    """Return the mean metrics of `REFERENCE_CLIPS` training clips, or None if there are none.
+
+    Also write a contact sheet of training clips to the report. A clip that cannot be read adds an entry to
+    `notes`.
+    """
     sheet = place.folder / "check" / "contact_sheet.png"
     if sheet.is_file():
         shutil.copyfile(sheet, folder / "clips.png")
@@ -374,7 +390,7 @@ def _reference_metrics(
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
-    """Return a description of the trained weights, as label and text."""
+    """Return facts about the trained weights for the report, such as kind and rank, by label."""
     tuner = config.tuner
     if tuner.kind == "full":
         trained = "some weights" if tuner.targets else "all weights"
@@ -384,7 +400,7 @@ def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
 
 
 def _sampling(family: families.Family, encoded: Prompts) -> dict[str, Any]:
-    """Return the sampling settings of the generated outputs."""
+    """Return the sampling settings with which the outputs were generated."""
     if family.modality != "video":
         return modality_of(family.modality).settings(encoded.sample, encoded.fps)
     return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}
@@ -400,15 +416,19 @@ def _environment(ctx: Context) -> dict[str, Any]:
 
 @dataclass
 class _Comparison:
-    """Outputs and losses of both models for the same prompts and clips; role `base` is measured first."""
+    """Outputs and losses of both models for the same prompts and clips.
+
+    The model with role `base` must be measured first.
+    """
 
     prompts: Sequence[Prompt]
     encoded: Prompts
     count: int
     folder: Path
-    """Output folder, with one folder of videos per model."""
+    """Output folder, with one subfolder of videos per model."""
     scratch: Path
-    """Temporary folder for the frames of role `base`: two sets of long videos may not fit in memory."""
+    """Temporary folder for the base model's outputs, because two sets of long videos may not fit in
+    memory."""
     metrics: ModalityMetrics
     _losses: dict[str, list[list[float]]] = field(default_factory=dict)
     _outputs: dict[str, list[Output]] = field(default_factory=dict)
@@ -460,14 +480,14 @@ class _Comparison:
             self._outputs[side.role].append(Output(name, metrics, matches, parts))
 
     def pairs(self) -> list[Pair]:
-        """Return the outputs of both sides, paired by prompt and seed."""
+        """Return the outputs of both models in pairs with the same prompt and seed."""
         first = self.encoded.sample.seed
         each = [(p, first + j) for p in self.prompts for j in range(self.count)]
         columns = zip(each, self._outputs["base"], self._outputs["tuned"], self._distances, strict=True)
         return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
 
     def validation(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationLoss | None:
-        """Return the validation losses; None without validation clips."""
+        """Return the validation losses of both models, or None if there are no validation clips."""
         if not batches:
             return None
         names = [name for b in batches for name in b.names]

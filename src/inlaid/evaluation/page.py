@@ -1,6 +1,7 @@
 """Evaluation report as a single self-contained HTML file.
 
-This module prepares plain values; the templates in `templates` escape them and hold the markup.
+This module computes plain values. The Jinja templates in `templates` contain the markup and escape the
+values.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ from inlaid.evaluation.report import (
 from inlaid.media.video import probe, read_frames, write_video
 
 SMALL = 160
-"""Videos with a longer side of at most this many pixels are enlarged without smoothing."""
+"""Maximum longer side, in pixels, of videos that the page enlarges without smoothing."""
 
 LARGE = 512
-"""Videos with a longer side of more than this many pixels are downscaled for the page."""
+"""Maximum longer side, in pixels, of videos in the page; larger videos are downscaled."""
 
 SHEET = 1600
-"""Contact sheets wider than this many pixels are downscaled for the page."""
+"""Maximum width, in pixels, of the contact sheet in the page; a wider contact sheet is downscaled."""
 
 UNNAMED = "Prompts of the recipe"
-"""Heading of the unnamed group."""
+"""Heading of the prompt group without a name."""
 
 OTHER_CURVES = (
     ("learning_rate", "Learning rate", "rate"),
     ("gradient_norm", "Gradient norm", "norm before clipping"),
     ("seconds_per_step", "Time per step", "seconds"),
 )
-"""Keys of `metrics.jsonl`, chart titles and units."""
+"""Additional charts of the training run: key in `metrics.jsonl`, chart title and unit."""
 
 TONES = {"good": "model improved", "unclear": "unclear", "bad": "not improved"}
 
@@ -66,14 +67,14 @@ def render(report: Report, folder: Path) -> str:
 
     Args:
         report: results of the evaluation.
-        folder: folder with the report's videos, a PNG for each, and optionally `clips.png`, the contact sheet
-            of training clips.
+        folder: folder with the report's videos and a PNG preview of each video. It may also contain
+            `clips.png`, the contact sheet of training clips.
     """
     return TEMPLATES.get_template("report.html").render(page_values(report, folder))
 
 
 def page_values(report: Report, folder: Path) -> dict[str, Any]:
-    """Return the variables of `templates/report.html`; a section without content is None."""
+    """Return the variables of `templates/report.html`; the value of a section without content is None."""
     sections = {
         "videos": (f"{report.makes.capitalize()}s", _videos(report, folder)),
         "numbers": ("Numbers", _numbers(report)),
@@ -107,7 +108,7 @@ def _version() -> str:
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
-    """Return the key figures at the top of the page."""
+    """Return the title, value and note of each key figure at the top of the page."""
     tiles: list[tuple[str, str, str]] = []
     base, tuned = report.names
     if report.validation:
@@ -196,7 +197,10 @@ def _side(role: str, name: str, output: Output, folder: Path, scratch: Path) -> 
 
 
 def _video(path: Path, scratch: Path) -> tuple[str, tuple[int, int]]:
-    """Return a video as a data URI with its height and width; videos larger than `LARGE` are downscaled."""
+    """Return a video as a data URI, with its height and width.
+
+    Videos larger than `LARGE` are downscaled.
+    """
     properties = probe(path)
     size = (properties.height, properties.width)
     scale = LARGE / max(size)
@@ -312,7 +316,10 @@ def _curves(report: Report) -> dict[str, Any] | None:
 
 
 def _validation_charts(report: Report, points: Callable[[str], list[Point]]) -> Iterable[Chart]:
-    """Yield a chart of the mean validation loss and one per quantile; the base loss is a dashed line."""
+    """Yield a chart of the mean validation loss, and a chart for each quantile of the noise levels.
+
+    A dashed line shows the loss of the base model.
+    """
     keys = list(dict.fromkeys(k for x in report.curves for k in x if k.startswith("validation_q")))
     loss = report.validation
     known = {} if loss is None else {f"validation_q{q:.1f}": i for i, q in enumerate(loss.quantiles)}
@@ -339,7 +346,7 @@ def _validation_charts(report: Report, points: Callable[[str], list[Point]]) -> 
 
 
 def _clips(folder: Path) -> str | None:
-    """Return the contact sheet as a data URI."""
+    """Return the contact sheet of training clips as a data URI, or None if there is no contact sheet."""
     path = folder / "clips.png"
     if not path.is_file():
         return None
@@ -375,7 +382,7 @@ def _settings(report: Report) -> list[dict[str, Any]]:
 
 
 def _value(value: Any) -> str:
-    """Format a setting as text."""
+    """Format the value of a setting as text."""
     if value is None or value in ("", [], {}):
         return "\N{EN DASH}"
     if not isinstance(value, list | tuple):

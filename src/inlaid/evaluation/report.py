@@ -1,7 +1,7 @@
 """Results of an evaluation: metrics, a verdict in plain text, `report.json` and `report.html`.
 
-`report.json` is for programs; `report.html` (written by `page`) is for people. Their folder is written
-atomically.
+`report.json` is for programs. `report.html`, which the module `page` renders, is for people. The report
+folder is written atomically.
 """
 
 from __future__ import annotations
@@ -22,45 +22,50 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
-"""Format version of `report.json`; increased when a field changes its meaning."""
+"""Format version of `report.json`, increased when the meaning of a field changes."""
 
 METRICS: Mapping[str, Metric] = {**video.METRICS, **alpha.METRICS, **alpha.TRUTH, **scene.METRICS}
-"""Names, units and meanings of the metrics of all modalities."""
+"""Descriptions of the metrics of all modalities, by metric name."""
 
 MIN_LOSS_CHANGE = 0.01
-"""Smallest relative change of the validation loss that counts as a change."""
+"""Minimum relative change of the validation loss; smaller changes do not count as a change."""
 
 MIN_MATCH_CHANGE = 0.2
-"""Smallest change in the share of outputs that match the prompt that counts as a change."""
+"""Minimum change of the share of outputs that match their prompts; smaller changes do not count as a
+change."""
 
 MIN_DIFFERENCE = 0.002
-"""Mean difference below which two videos look identical, as a share of the value range (0.5 of 255)."""
+"""Mean difference below which two videos count as identical in appearance, as a share of the value range. The
+value 0.002 is half a level of 255."""
 
 FULL_COVERAGE = 99.9
-"""Mean alpha in percent above which a video is fully opaque; below 100 minus this value, transparent."""
+"""Mean alpha in percent above which a video counts as fully opaque. Below 100 minus this value, it counts as
+fully transparent."""
 
 MIN_CHECKPOINT_GAIN = 0.02
-"""Relative decrease in validation loss above which an earlier checkpoint is recommended."""
+"""Minimum relative decrease of the validation loss for which an earlier checkpoint is recommended."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One generated video or scene."""
+    """Video or scene that a model generated, with its metrics."""
 
     file: str
-    """Path relative to the report's folder; a PNG preview has the same name."""
+    """Path of the output, relative to the report folder. A PNG preview is beside it, with the same name
+    except for the suffix."""
     metrics: Mapping[str, float]
-    """Metrics of the modality; for transparent videos also `alpha.METRICS`, and `alpha.TRUTH` if the true
-    alpha is known."""
+    """Metrics of the output by name. A transparent video also has `alpha.METRICS`, and `alpha.TRUTH` if its
+    true alpha is known."""
     matches_prompt: bool | None = None
-    """Result of the prompt's `judge`, or of a metric; None if neither exists."""
+    """True if the output matches its prompt, according to the function `Prompt.judge` or a metric. None if
+    neither can decide."""
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Metrics of each object of a scene."""
+    """Metrics of each object of a scene, by object name."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Outputs of both models for one prompt and seed."""
+    """Outputs of both models for the same prompt and seed."""
 
     prompt: str
     group: str
@@ -68,44 +73,46 @@ class Pair:
     base: Output
     tuned: Output
     distance: float
-    """Difference of the two outputs, in [0, 1]: mean absolute difference of videos, or `scene.distance`."""
+    """Difference of the two outputs in [0, 1]: the mean absolute difference of videos, or `scene.distance` of
+    scenes."""
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Losses of base and fine-tuned model on validation clips, with the same noise."""
+    """Losses of the base model and the fine-tuned model on the same validation clips, with the same noise."""
 
     clips: Sequence[str]
     quantiles: Sequence[float]
-    """Quantiles of the noise level distribution."""
+    """Quantiles of the training noise level distribution at which losses are measured."""
     levels: Sequence[float]
-    """Noise levels t in [0, 1] at these quantiles."""
+    """Noise levels t at these quantiles, in [0, 1]."""
     base: Sequence[Sequence[float]]
-    """Losses (clips, quantiles) of the base model; `tuned` has those of the fine-tuned model."""
+    """Losses (clips, quantiles) of the base model. The field `tuned` contains the losses of the fine-tuned
+    model."""
     tuned: Sequence[Sequence[float]]
     noun: str = "clip"
-    """Singular noun for a validation example, `clip` or `scene`."""
+    """Word for a validation example, in the singular: `clip` or `scene`."""
 
     @property
     def means(self) -> tuple[float, float]:
-        """Mean losses of base and fine-tuned model."""
+        """Mean losses of the base model and of the fine-tuned model."""
         return float(np.mean(self.base)), float(np.mean(self.tuned))
 
     @property
     def change(self) -> float:
-        """Relative change of the mean loss by fine-tuning; negative is better."""
+        """Relative change of the mean loss from the base to the fine-tuned model; negative is better."""
         base, tuned = self.means
         return tuned / base - 1
 
     @property
     def better(self) -> int:
-        """Number of clips with a lower mean loss in the fine-tuned than in the base model."""
+        """Number of clips on which the fine-tuned model has a lower mean loss than the base model."""
         return int((np.mean(self.tuned, axis=1) < np.mean(self.base, axis=1)).sum())
 
 
 @dataclass(frozen=True)
 class Group:
-    """Means over the pairs of one group."""
+    """Mean metrics and match counts of a prompt group."""
 
     name: str
     videos: int
@@ -113,19 +120,22 @@ class Group:
     tuned: Mapping[str, float]
     distance: float
     judged: int
-    """Number of pairs with a judge."""
+    """Number of pairs in which both outputs were checked against the prompt."""
     base_matches: int
     tuned_matches: int
 
     @property
     def match_gain(self) -> float:
-        """Increase in the share of outputs that match the prompt, in [-1, 1]; 0 without a judge."""
+        """Increase of the share of outputs that match their prompts, in [-1, 1].
+
+        It is 0 if no outputs were checked.
+        """
         return (self.tuned_matches - self.base_matches) / self.judged if self.judged else 0.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Summary of an evaluation in plain text."""
+    """Conclusion of an evaluation in plain text."""
 
     tone: Literal["good", "unclear", "bad"]
     headline: str
@@ -135,16 +145,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """Complete results of an evaluation; written by `save`."""
+    """Complete results of an evaluation, as written to `report.json` and `report.html`."""
 
     run: str
     """Name of the run folder."""
     folder: Path
-    """Folder of the report."""
+    """Path of the report folder."""
     names: tuple[str, str]
-    """Names of the first model (`base` or a checkpoint) and the second (`tuned` or a checkpoint)."""
+    """Names of the two compared models: `base` or a checkpoint for the first, `tuned` or a checkpoint for the
+    second."""
     step: int | None
-    """Optimizer step of the fine-tuned model; None if unknown."""
+    """Training step of the fine-tuned model; None if unknown."""
     pairs: Sequence[Pair]
     validation: ValidationLoss | None
     training: Mapping[str, float] | None
@@ -154,15 +165,15 @@ class Report:
     """Recipe of the run."""
     environment: Mapping[str, Any]
     adapter: Mapping[str, str]
-    """Description of the trained weights, such as kind and rank."""
+    """Description of the trained weights, such as kind and rank, by label."""
     curves: Sequence[Mapping[str, float]] = ()
-    """Records of `metrics.jsonl`."""
+    """Records of the run's `metrics.jsonl`, for the charts."""
     notes: Sequence[str] = ()
-    """Missing measurements, with reasons."""
+    """Sentences about measurements that are missing or incomplete, with the reasons."""
     created: str = ""
     seconds: float = 0.0
     makes: str = "video"
-    """Singular noun for an output, `video` or `scene`."""
+    """Word for an output, in the singular: `video` or `scene`."""
     verdict: Verdict = field(init=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +181,7 @@ class Report:
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """Metrics that all outputs have, in display order."""
+        """Descriptions of the metrics that all outputs have, in display order."""
         return shared_metrics([v for p in self.pairs for v in (p.base, p.tuned)])
 
     @property
@@ -180,23 +191,23 @@ class Report:
 
     @property
     def groups(self) -> list[Group]:
-        """Means per group, in order of appearance."""
+        """Mean metrics of each prompt group, in the order of the prompts."""
         names = dict.fromkeys(p.group for p in self.pairs)
         return [summarize(name, [p for p in self.pairs if p.group == name]) for name in names]
 
     @property
     def total(self) -> Group | None:
-        """Means over all pairs; None without pairs."""
+        """Mean metrics over all pairs; None if there are no pairs."""
         return summarize("all", self.pairs) if self.pairs else None
 
 
 def shared_metrics(outputs: Sequence[Output]) -> Mapping[str, Metric]:
-    """Return the metrics that all outputs have."""
+    """Return the descriptions of the metrics that all of these outputs have."""
     return {k: m for k, m in METRICS.items() if all(k in output.metrics for output in outputs)}
 
 
 def summarize(name: str, pairs: Sequence[Pair]) -> Group:
-    """Return the means over the pairs of a group, which has at least one pair."""
+    """Return the mean metrics and match counts of a group of at least one pair."""
     judged = [p for p in pairs if p.base.matches_prompt is not None and p.tuned.matches_prompt is not None]
 
     def means(outputs: Sequence[Output]) -> dict[str, float]:
@@ -219,7 +230,10 @@ def summarize(name: str, pairs: Sequence[Pair]) -> Group:
 
 
 def assess(report: Report) -> Verdict:
-    """Return the verdict on a report; prompt matches take precedence over the validation loss."""
+    """Return the verdict on a report.
+
+    The share of outputs that match their prompts takes precedence over the validation loss.
+    """
     loss, total = report.validation, report.total
     reasons, warnings = [], [*_metric_warnings(report), *_checkpoint_warnings(report), *report.notes]
     base, tuned = report.names
@@ -288,7 +302,11 @@ def _loss_sentence(loss: ValidationLoss) -> str:
 
 
 def _metric_warnings(report: Report) -> list[str]:
-    """Return warnings about metrics that got worse and also moved away from the training clips."""
+    """Return warnings about metrics of the fine-tuned model's videos.
+
+    A metric causes a warning if it became worse and also farther from the training clips. Fully opaque or
+    fully transparent videos also cause warnings.
+    """
     total, wanted = report.total, report.training or {}
     if total is None or total.distance < MIN_DIFFERENCE or report.makes != "video":
         return []
@@ -316,7 +334,10 @@ def _metric_warnings(report: Report) -> list[str]:
 
 
 def _checkpoint_warnings(report: Report) -> list[str]:
-    """Return warnings from the validation curve: a better earlier checkpoint or changed clips."""
+    """Return warnings that follow from the validation loss curve of the training run.
+
+    They report that an earlier checkpoint has a lower loss, or that validation clips changed since training.
+    """
     curve = {int(x["step"]): x["validation_loss"] for x in report.curves if "validation_loss" in x}
     here = (
         report.step
@@ -366,7 +387,7 @@ def _percent(share: float) -> str:
 
 
 def signed(share: float) -> str:
-    """Format a relative change in percent, with a typographic minus sign."""
+    """Format a relative change as a percentage with a sign; the minus sign is typographic."""
     return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -374,7 +395,7 @@ def signed(share: float) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return the report as JSON-compatible values."""
+    """Convert the report to JSON-compatible values."""
     values = asdict(report)
     del values["folder"], values["curves"]
     values["names"] = {"base": report.names[0], "tuned": report.names[1]}
@@ -386,12 +407,12 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def format_value(metric: str, value: float) -> str:
-    """Format the value of a metric."""
+    """Format the value of a metric with the number of digits in its description."""
     return f"{value:.{METRICS[metric].digits}f}"
 
 
 def summary_table(report: Report) -> Table:
-    """Return the report as a table of at most 80 columns, with one row per model and group."""
+    """Return the report as a table with one row per group and model, at most 80 columns wide."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table

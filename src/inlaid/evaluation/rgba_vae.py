@@ -1,4 +1,8 @@
-"""Evaluation of an RGBA VAE on validation clips: errors by region, trivial predictors, and an image."""
+"""Evaluation of an RGBA VAE on validation clips.
+
+The report contains errors by alpha region (opaque, soft, transparent), a comparison with trivial (constant)
+predictors, and an image.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +29,31 @@ from inlaid.runs.launch import start_processes
 from inlaid.training.rgba_vae import RgbaVaeStep, reconstruct
 
 SHOWN = 8
-"""Maximum number of clips in the image."""
+"""Maximum number of clips in the report image."""
 
 
 @dataclass(frozen=True)
 class RgbaVaeReport:
-    """Measured errors of an RGBA VAE and the path of the report."""
+    """Errors of an RGBA VAE on validation clips, and the path of the written report."""
 
     path: Path
-    """Path of the JSON file; the image has the same name with `.png`."""
+    """Path of the JSON file. The report image has the same path with the suffix `.png`."""
     clips: int
     values: dict[str, float]
-    """Result of `rgba_vae_metrics.report`."""
+    """Metrics by name, from `rgba_vae_metrics.report`."""
     warnings: list[str]
-    """Result of `rgba_vae_metrics.trivial`."""
+    """Warnings from `rgba_vae_metrics.trivial`, such as alpha that is hardly better than a constant
+    prediction."""
 
 
 def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | None = None) -> RgbaVaeReport:
-    """Reconstruct the validation clips of a run that trains an RGBA VAE; write `report/` in the run folder.
+    """Measure how well a trained RGBA VAE reconstructs its run's validation clips; write `report/`.
 
     Args:
-        run: run folder.
-        checkpoint: `step-000500` or `500`. Default: the run's final weights, else the newest checkpoint.
-        device: same values as `runtime.device`. Default: the recipe's device.
+        run: run folder; `report/` is written inside.
+        checkpoint: checkpoint such as `step-000500` or `500`. Default: the final weights, or the newest
+            checkpoint if there are no final weights.
+        device: device name as in `runtime.device`. Default: the recipe's device.
 
     Raises:
         ValueError: if the run does not train an RGBA VAE, has no trained weights, or has no validation clips.
@@ -87,7 +93,10 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
 def _picture(
     step: RgbaVaeStep, vae: torch.nn.Module, batches: list[Batch], device: torch.device
 ) -> Image.Image:
-    """Return an image with the middle frames of clips and reconstructions over a checkerboard, and alphas."""
+    """Return an image that compares the middle frames of original and reconstructed clips.
+
+    Each row shows original and reconstruction over a checkerboard, and then the alpha of both.
+    """
     rows = []
     for batch in batches:
         true = batch.latents[:1]
@@ -103,7 +112,10 @@ def _picture(
 
 
 def table(report: RgbaVaeReport) -> Table:
-    """Return a table of mean alpha errors (0-255) of the RGBA VAE and of trivial predictors, by region."""
+    """Return a table of mean alpha errors (0-255) by region, for the RGBA VAE and trivial predictors.
+
+    The trivial predictors give the same alpha everywhere.
+    """
     out = Table(title=f"alpha: mean error, 0-255, {report.clips} validation clips", title_justify="left")
     columns = ("all", *REGIONS, "mean of regions")
     for name in ("", *columns):
@@ -117,7 +129,7 @@ def table(report: RgbaVaeReport) -> Table:
 
 
 def text(report: RgbaVaeReport) -> list[str]:
-    """Return the remaining metrics as sentences, then the warnings."""
+    """Return sentences with the metrics that are not in `table`, followed by the warnings."""
     v = report.values
     return [
         (

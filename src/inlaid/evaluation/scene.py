@@ -1,11 +1,12 @@
-"""Metrics of generated scenes against the true surfaces, per object and overall.
+"""Metrics of generated scenes against the true surfaces, per object and for the whole scene.
 
-Implements `evaluate.ModalityMetrics`.
+This module implements `evaluate.ModalityMetrics` for scenes.
 
-`POINTS` points per object are sampled uniformly from meshes and surfaces with fixed seeds, so the same meshes
-give the same numbers. Lengths are in units of the scene's coordinate frame, whose longest side is about 2.
-Metrics "in place" assume that model and data share a coordinate frame. "Aligned" metrics are computed after a
-rigid alignment (iterative closest point) of the whole scene or of each object.
+For each object, `POINTS` points are sampled uniformly from meshes and surfaces. The seeds are fixed, so the
+same meshes give the same numbers. Lengths are in units of the scene's coordinate frame, in which the longest
+side of a scene is about 2. Metrics "in place" assume that model and data use the same coordinate frame.
+"Aligned" metrics are computed after a rigid alignment (iterative closest point) of the whole scene or of each
+object.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ if TYPE_CHECKING:
 
 
 HAS_GROUND_TRUTH = True
-"""The surfaces of each scene are its ground truth, so validation scenes are generated."""
+"""True because a scene's surfaces are its only correct output. Validation scenes are therefore the default
+prompts."""
 
 POINTS = 2048
-"""Number of points sampled per object."""
+"""Number of surface points sampled per object."""
 
 NEAR = 0.1
-"""Distance threshold of the F-score, as in the published evaluation."""
+"""Distance threshold of the F-score; the published evaluation of MIDI uses the same value."""
 
 MATCH_F_SCORE = 0.8
-"""Minimum F-score of a scene that counts as correct."""
+"""Minimum F-score at which a scene counts as correct."""
 
 MISSING_DISTANCE = 2 * BOUND * 3**0.5
-"""Distance assigned to an object that was not generated: the diagonal of the bounding box."""
+"""Distance that is assigned to an object that was not generated: the diagonal of the scene's bounding box."""
 
 METRICS: Mapping[str, Metric] = {
     "f_score": Metric(
@@ -73,22 +75,22 @@ METRICS: Mapping[str, Metric] = {
         "Distance between the centers of the generated and the true box, averaged over objects.",
     ),
 }  # fmt: skip
-"""Metrics returned by `measure`, in display order."""
+"""Descriptions of the metrics that `measure` returns, in display order."""
 
 _MISSING_OBJECT = {
     **dict.fromkeys(("f_score", "object_f", "iou", "box_iou"), 0.0),
     "chamfer": MISSING_DISTANCE,
     "off": MISSING_DISTANCE / 2,
 }
-"""Metrics of an object that was not generated."""
+"""Metric values of an object that was not generated."""
 
 
 def measure(output: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return all of `METRICS` of a scene, and the metrics of each object.
+    """Return all `METRICS` of a generated scene, and the metrics of each object by name.
 
     Args:
         output: generated scene.
-        prompt: prompt whose `images` is the window with the true scene.
+        prompt: prompt; its attribute `images` is the training example (window) with the true scene.
     """
     truth = {f"object_{one.number}": one.surface for one in prompt.images.read().objects}
     targets = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
@@ -115,23 +117,26 @@ def measure(output: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict
 
 
 def matches_prompt(metrics: Mapping[str, float]) -> bool:
-    """Return True if a scene counts as correct, see `MATCH_F_SCORE`."""
+    """Return True if the F-score of a scene is at least `MATCH_F_SCORE`."""
     return metrics["f_score"] >= MATCH_F_SCORE
 
 
 def comparable(output: GeneratedScene) -> np.ndarray:
-    """Return the points (n, 3) on which the difference of two generated scenes is measured."""
+    """Return surface points (n, 3) of a generated scene, which `distance` compares."""
     found = [meshes.sample_surface(m, POINTS, seed=i)[:, :3] for i, m in enumerate(output.meshes.values())]
     return np.concatenate(found) if found else np.full((1, 3), MISSING_DISTANCE)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return 1 - F-score of two point clouds at the distance `NEAR` / 5, in [0, 1]; 0 if identical."""
+    """Return the difference, in [0, 1], of two point clouds: 1 - F-score with the threshold `NEAR` / 5.
+
+    Identical point clouds have the difference 0.
+    """
     return 0.0 if np.array_equal(a, b) else 1 - mesh.f_score(a, b, NEAR / 5)
 
 
 def preview(output: GeneratedScene) -> Image.Image:
-    """Render turntable views of a scene, side by side."""
+    """Render a scene from several directions, side by side in one image."""
     from PIL import Image
 
     views = mesh_render.turntable(list(output.meshes.values()), 5, 192)
@@ -139,7 +144,7 @@ def preview(output: GeneratedScene) -> Image.Image:
 
 
 def _points(surface: np.ndarray, seed: int) -> np.ndarray:
-    """Sample `POINTS` points of a surface (n, 6)."""
+    """Sample `POINTS` points from a surface (n, 6) of positions and normals."""
     rng = np.random.default_rng(seed)
     return surface[rng.choice(len(surface), POINTS, replace=len(surface) < POINTS)]
 
@@ -150,7 +155,12 @@ def _aligned(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _object_metrics(output: np.ndarray | None, true: np.ndarray) -> dict[str, float]:
-    """Return the metrics of one object, given generated and true surfaces (n, 6)."""
+    """Return the metrics of one object.
+
+    Args:
+        output: generated surface (n, 6); None if the object was not generated.
+        true: true surface (n, 6).
+    """
     if output is None:
         return dict(_MISSING_OBJECT)
     a, b = output[:, :3], true[:, :3]
@@ -166,9 +176,10 @@ def _object_metrics(output: np.ndarray | None, true: np.ndarray) -> dict[str, fl
 
 
 def _overlap(a: np.ndarray, b: np.ndarray, boxes: list[np.ndarray], count: int = 8000) -> float:
-    """Return the intersection over union of two volumes, estimated from `count` random points.
+    """Return the intersection over union of two volumes, estimated with `count` random points.
 
-    A point is inside a volume if the normal of the nearest surface point faces away from the point.
+    A volume is given by its surface (n, 6) of positions and normals. A point is inside if the normal of the
+    nearest surface point faces away from it.
     """
     from scipy.spatial import KDTree
 

@@ -1,4 +1,4 @@
-"""Evaluation of generated videos; implements `evaluate.ModalityMetrics`."""
+"""Evaluation of generated videos; this module implements `evaluate.ModalityMetrics`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 HAS_GROUND_TRUTH = False
-"""Videos have no ground truth."""
+"""False because a prompt has no single correct video."""
 
 distance = video_metrics.distance
 
 
 def measure(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return the metrics of a video, with `alpha.TRUTH` if the true alpha is known; videos have no parts."""
+    """Return the metrics of a video, and an empty mapping because a video has no parts.
+
+    If the prompt has a true alpha, the metrics include `alpha.TRUTH`.
+    """
     metrics = measure_frames(frames)
     if prompt.truth is not None and frames.shape[-1] == 4:
         metrics |= alpha.against(frames, prompt.truth(frames))
@@ -33,7 +36,8 @@ def measure(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str
 def measure_frames(frames: np.ndarray) -> dict[str, float]:
     """Return the video metrics of RGB or RGBA frames (t, h, w, 3 or 4).
 
-    RGBA frames are composited over gray for the video metrics, and also get `alpha.METRICS`.
+    For the video metrics, RGBA frames are composited over gray. The result for RGBA frames also includes
+    `alpha.METRICS`.
     """
     if frames.shape[-1] == 3:
         return video_metrics.measure(frames)
@@ -42,16 +46,16 @@ def measure_frames(frames: np.ndarray) -> dict[str, float]:
 
 
 def matches_prompt(metrics: Mapping[str, float]) -> None:
-    """Return None: no metric decides whether a video matches its prompt."""
+    """Return None, because no metric can decide whether a video matches its prompt."""
 
 
 def comparable(frames: np.ndarray) -> np.ndarray:
-    """Return the frames that `distance` compares; RGBA is composited over a checkerboard."""
+    """Return the RGB frames that `distance` compares; RGBA frames are composited over a checkerboard."""
     if frames.shape[-1] == 3:
         return frames
     return compositing.composite(frames, compositing.checkerboard(*frames.shape[1:3]))
 
 
 def preview(frames: np.ndarray) -> Image.Image:
-    """Return some of the frames in a row."""
+    """Return an image with some of the frames side by side."""
     return contact_strip(comparable(frames))

@@ -1,4 +1,7 @@
-"""Model families, one file each. Adding a family requires no change elsewhere."""
+"""Model families, with one module for each supported model architecture.
+
+Adding a family requires no change in other modules.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ __all__ = ["Family", "Grid", "PrecomputedLayout", "get", "names"]
 
 
 def names() -> list[str]:
-    """Return the names of all families: modules of this package and entry points of `inlaid.families`."""
+    """Return the sorted names of all installed model families.
+
+    A family is a module of this package, or a plugin with an entry point in the group `inlaid.families`.
+    """
     return family_names()
 
 
 def get(name: str) -> type[Family]:
-    """Return the class of a family.
+    """Return the class of a model family by name.
 
     Raises:
         ValueError: if no such family is installed.

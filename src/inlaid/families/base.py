@@ -1,8 +1,9 @@
-"""Interface of a model family, through which the rest of the package uses an architecture.
+"""Interface of a model family; all other code accesses a model architecture through this interface.
 
-A family converts between the conventions of its model and those of the package, in which pixels are uint8
-(t, h, w, c), latents are normalized and (c, t, h, w) per sample, and time runs from 0 (data) to 1 (noise).
-Only families know schedulers, scaling factors and module names.
+A family converts between the conventions of its model and the conventions of this package. In this package,
+pixels are uint8 (t, h, w, c), and latents are normalized and have shape (c, t, h, w) per sample. Time runs
+from 0 (data) to 1 (noise). Only family classes contain details of schedulers, VAE scaling factors and module
+names.
 """
 
 from __future__ import annotations
@@ -27,73 +28,84 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrecomputedLayout:
-    """File layout of another trainer's precomputed latents: path patterns in which `*` is the clip's name."""
+    """Layout of files with latents that another trainer precomputed.
+
+    The fields are path patterns in which `*` stands for the clip's name, such as `video_latents/*.pt`.
+    """
 
     media: Sequence[str]
-    """Latents of the clip, whose file name is the clip's name, then latents of its conditioning images."""
+    """Path patterns of the latent files: the clip, then each conditioning image. With joint alpha (color and
+    alpha as two clips), the color clip and then the alpha clip."""
     text: str
-    """Text embeddings of the clip."""
+    """Path pattern of the clip's text embeddings."""
     caption: str = "*.txt"
-    """Caption of the clip, if the trainer stored it."""
+    """Path pattern of the clip's caption, if the other trainer stored captions."""
     video: str = "*"
-    """Source video of the clip, without file extension."""
+    """Path pattern of the source video, without its file extension."""
 
     @property
     def description(self) -> str:
-        """Layout as text, for messages."""
+        """Text that describes the layout in messages, such as `NAME.latent.pt + NAME.embed.pt`."""
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
 
 
 class Family(Checkpoint, ABC):
-    """Base class of model families: an architecture and its conventions.
+    """Base class of model families, which adapt a model architecture to the conventions of this package.
 
-    The constructor reads configuration files, never weights.
+    The constructor reads the configuration files of a checkpoint, but no weights.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Recipe values that differ from the defaults of the sections, as a nested mapping."""
+    """Default values of recipe keys that differ for this family, as a nested mapping by recipe section."""
     targets: Sequence[str]
-    """Default adapter targets: regular expressions over full module names."""
+    """Layers that an adapter modifies by default, as regular expressions that must match the full module
+    name."""
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae",),
         "text": ("tokenizer", "text_encoder"),
     }
-    """Components of the checkpoint that encode `media` and `text`; their files are part of the cache key."""
+    """Names of the checkpoint components that encode `media` (videos, images) and `text`. The content of
+    their files is part of the cache key."""
     original_names: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Pairs of module names inside a block or at the root: (name in the original code, name in diffusers)."""
+    """Pairs of module names (name in the original code, name in diffusers), for reading adapters in the
+    original format. The names are relative to a transformer block or to the network."""
     widths: ClassVar[Mapping[int, str]] = {}
-    """Names of the published model sizes by hidden width, for messages."""
+    """Names of the published model sizes, such as `Wan 14B`, by width of the hidden layers. Used in
+    messages."""
     text_length: ClassVar[int]
-    """Maximum number of text tokens of the network."""
+    """Maximum number of text tokens that the denoiser accepts."""
     fps: float
-    """Frame rate of the training data of the published checkpoint."""
+    """Frame rate, in frames per second, of the videos on which the published checkpoint was trained."""
     modality: ClassVar[str] = "video"
-    """Modality of inputs and outputs: `video` or `scene`."""
+    """Modality of the training examples and outputs: `video` or `scene` (3D objects)."""
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {}
-    """Options specific to the family (`model.options` in a recipe) and their allowed values, the default
-    first. If an option changes the result of `encode_media`, `media_key` must include it."""
+    """Allowed values of each family-specific option (`model.options` in a recipe); the first value is the
+    default. If an option changes the result of `encode_media`, `media_key` must include the option."""
     channels: int = 3
-    """Channels of the clips that `encode_media` accepts and `sample` returns: 3 for RGB, 4 for straight
-    RGBA."""
+    """Number of channels of the clips that `encode_media` accepts and `sample` returns: 3 for RGB, 4 for RGBA
+    with straight alpha."""
     media_key: Sequence[str] = ()
-    """Settings that determine the values of a cached clip, in addition to the files of the encoder."""
+    """Settings that become part of the cache key because they change the encoded clips. The files of the
+    encoder are always part of the cache key."""
     bytewise: Sequence[str] = ()
-    """Names of the tensors of a cached clip that have one byte per value, such as pixels; all others have
+    """Names of the cached tensors that take one byte per value, such as pixels. All other cached tensors take
     two bytes per value."""
     images: Sequence[str] = ()
-    """Conditioning images of a clip, in the order of `sample`: none, `first`, or `first` and `last`."""
+    """Names of the conditioning images of a clip, in the order that `sample` expects, such as `first` and
+    `last` for the first and the last frame. Empty for text-to-video."""
     video_layers: ClassVar[Sequence[str]] = ()
-    """Linear layers that process all video tokens, as regular expressions over full module names. Joint alpha
-    adapts only these layers. Empty if the family does not support joint alpha."""
+    """Linear layers that process all video tokens, as regular expressions that must match the full module
+    name. Joint alpha (color and alpha as two clips in one token sequence) adapts only these layers. Empty if
+    the family does not support joint alpha."""
     text_before: ClassVar[int] = 0
-    """Number of text tokens that precede the video tokens in the layers of `video_layers`."""
+    """Number of text tokens before the video tokens in the input of the layers in `video_layers`."""
     joint_attention: ClassVar[Any] = None
-    """Factory that returns an attention processor for a `networks.joint_attention.Rule`; None if text and
-    video do not share a sequence."""
+    """Function that takes a rule for the attention of text to alpha (`networks.joint_attention.Rule`) and
+    returns an attention processor. None if text and video tokens are not in one sequence."""
     grid: Grid
     precomputed: PrecomputedLayout | None = None
-    """Layout of the precomputed latents that this family reads, if any. The files contain VAE moments, one
-    file for each entry of `stored`."""
+    """Locations of the precomputed latents that this family can read; None if it can read none. The files
+    contain means and log-variances of the VAE posterior, in one file for each tensor of `stored`."""
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
@@ -101,23 +113,26 @@ class Family(Checkpoint, ABC):
 
     @property
     def single(self) -> Family:
-        """The family for one clip: self; with joint alpha (two clips in one sequence), the wrapped family."""
+        """Family for a single clip: `self`, or with joint alpha the wrapped family that has no alpha.
+
+        With joint alpha, color and alpha are two clips in one token sequence.
+        """
         return self
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the layout of the precomputed latents in a folder, or None if the family reads none."""
+        """Return the file layout of precomputed latents in a folder, or None if this family can read none."""
         return self.precomputed
 
     def about(self) -> dict[str, str]:
-        """Return the header metadata that records what a weights file was trained on."""
+        """Return metadata for the header of a weights file: the base checkpoint and the family options."""
         return {"inlaid_base": self.name, **{f"inlaid_{k}": str(v) for k, v in self.options.items()}}
 
     def warnings(self) -> list[str]:
-        """Return paragraphs for the model card about limitations in using the trained weights."""
+        """Return paragraphs for the model card that explain limitations of the trained weights."""
         return []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check the header of an adapter against this family.
+        """Check that an adapter is compatible with this family, from the metadata in its file header.
 
         Raises:
             ValueError: if the adapter requires other settings, such as another kind of alpha.
@@ -130,59 +145,67 @@ class Family(Checkpoint, ABC):
 
     @abstractmethod
     def shapes(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a clip's `latents` (c, t, h, w) and conditioning tensors; see `sample_item`.
+        """Return the shapes of `latents` (c, t, h, w) and the conditioning tensors of one training sample.
 
-        The arguments are the fields of an `Extent`.
+        `sample_item` returns tensors of these shapes. The arguments are the fields of a `VideoExtent` or
+        `SceneExtent`.
 
         Args:
             length: number of frames of a video, or of objects in a scene.
-            height: in pixels.
-            width: in pixels.
+            height: height in pixels.
+            width: width in pixels.
         """
 
     def stored(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors that `encode_media` returns for a clip and the cache stores."""
+        """Return the shapes of the cached tensors of one clip, as `encode_media` returns them."""
         return self.shapes(length, height, width)
 
     @abstractmethod
     def tokens(self, length: int, height: int, width: int, /) -> int:
-        """Return the sequence length of the denoiser's self-attention, in tokens."""
+        """Return the number of tokens in the denoiser's self-attention sequence for one clip."""
 
     def load_media_encoder(self, device: torch.device) -> Any:
-        """Load the `encoder` argument of `encode_media`, by default the VAE in float32."""
+        """Load the encoder that `encode_media` takes as an argument; by default, the VAE in float32."""
         import torch
 
         return self.load("vae", torch.float32).to(device).eval().requires_grad_(False)
 
     @abstractmethod
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, `channels`) to the float32 tensors that the cache stores."""
+        """Encode a clip, uint8 (t, h, w, `channels`), to the float32 tensors that are stored in the cache."""
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode each caption to an item with `text` (n, d), without padding if the network masks padding."""
+        """Encode captions to text embeddings: for each caption, a mapping with the key `text` (n, d).
+
+        If the network masks padding, the embedding has no padding tokens.
+        """
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a training sample of a cached clip: normalized `latents` and conditioning tensors.
+        """Return the training sample of a cached clip: normalized `latents` and the conditioning tensors.
 
-        All random choices (a sample of the posterior, a noised or dropped image) use `generator`, so they
-        depend only on the seed and the index of the micro-batch.
+        All random choices use `generator`: the sample from the VAE posterior, and the noise or dropout of a
+        conditioning image. They therefore depend only on the seed and the index of the micro-batch.
         """
         return dict(item)
 
     def share_positions(self, denoiser: nn.Module) -> None:
-        """Modify the denoiser to use the same positions for two clips in one sequence.
+        """Modify the denoiser so that two clips in one sequence have the same positional embeddings.
 
-        Called for joint alpha, so only in families with `video_layers`.
+        Called only for joint alpha, in which color and alpha are two clips. Only families with `video_layers`
+        implement this method.
         """
         raise NotImplementedError
 
     def attached(self, denoiser: nn.Module) -> None:
-        """Hook called after an adapter is attached, for example to make further parameters trainable."""
+        """Hook that runs after an adapter is attached to the denoiser.
+
+        For example, a family can make further parameters trainable.
+        """
 
     @abstractmethod
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> Objective:
-        """Return the training objective of the published checkpoint, changed by a recipe section.
+        """Return the training objective of the published checkpoint with the changes that the recipe sets.
 
         Args:
             section: `objective` section of the recipe.
@@ -190,31 +213,34 @@ class Family(Checkpoint, ABC):
         """
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Collate the text items of a batch to the text tensors in the `cond` of `predict`."""
+        """Stack the encoded captions of a batch into the text tensors of the argument `cond` of `predict`."""
         import torch
 
         return {name: torch.stack([item[name] for item in text]) for name in text[0]}
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict noise - data (flow matching) or v (v-prediction), in the package's conventions.
+        """Predict noise - data for flow matching, or v for v-prediction, in the conventions of this package.
 
         Args:
-            denoiser: from `load_denoiser`.
+            denoiser: network from `load_denoiser`.
             x_t: noisy latents (n, c, t, h, w).
-            t: (n,), 0 = data, 1 = noise.
+            t: noise levels (n,), with 0 = data and 1 = noise.
             cond: text tensors from `collate`, and the stacked conditioning tensors from `sample_item`.
         """
 
     def parts(self, latents: Tensor) -> dict[str, Tensor]:
-        """Split latents (n, c, t, h, w) into named parts with separately reported losses; empty if none."""
+        """Split latents (n, c, t, h, w) into named parts whose losses are also reported separately.
+
+        The result is empty if only the total loss is reported.
+        """
         return {}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock diffusers pipeline with `denoiser`, or with the checkpoint's own if it is None.
+        """Return the standard diffusers pipeline with the given denoiser.
 
-        All components have the dtype of the denoiser. The pipeline has no text encoder, because `sample`
-        receives encoded text.
+        If `denoiser` is None, the checkpoint's own denoiser is loaded with `dtype`. All components have the
+        dtype of the denoiser. The pipeline has no text encoder, because `sample` receives encoded text.
         """
         from diffusers import DiffusionPipeline
 
@@ -238,10 +264,10 @@ class Family(Checkpoint, ABC):
         generator: torch.Generator,
         images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Generate a video, uint8 (t, h, w, `channels`), with the stock pipeline.
+        """Generate a video, uint8 (t, h, w, `channels`), with the standard diffusers pipeline.
 
-        `text` and `negative` are items from `encode_text`; `images` are uint8 (h, w, 3), in the order of the
-        attribute `images`.
+        `text` and `negative` are encoded prompts from `encode_text`. `images` are conditioning images, uint8
+        (h, w, 3), in the order of the attribute `Family.images`.
         """
         settings = {"size": size, "frames": frames, "steps": steps, "guidance": guidance}
         video = self.run(pipeline, text, negative, images, generator=generator, **settings)
@@ -262,9 +288,9 @@ class Family(Checkpoint, ABC):
         generator: torch.Generator,
         noise: Tensor | None = None,
     ) -> np.ndarray:
-        """Run the stock pipeline and return the video (t, h, w, 3) in [0, 1].
+        """Run the standard diffusers pipeline and return the video (t, h, w, 3) with values in [0, 1].
 
-        Sampling starts from `noise` (c, t, h, w); if it is None, the pipeline samples the noise.
+        Sampling starts from `noise` (c, t, h, w). If `noise` is None, the pipeline samples the initial noise.
         """
         start = {} if noise is None else {"latents": self.pipeline_latents(noise, pipeline)}
         return pipeline(
@@ -280,7 +306,7 @@ class Family(Checkpoint, ABC):
         ).frames[0]
 
     def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Convert noise (c, t, h, w) to the layout of the stock pipeline's argument `latents`."""
+        """Convert noise (c, t, h, w) to the layout of the diffusers pipeline's argument `latents`."""
         return noise[None]
 
     def pipeline_inputs(
@@ -290,7 +316,10 @@ class Family(Checkpoint, ABC):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """Return the pipeline arguments for encoded text, in the dtype of the denoiser, and for images."""
+        """Return the diffusers pipeline's arguments for encoded prompts and conditioning images.
+
+        The prompt embeddings have the dtype of the denoiser.
+        """
         from PIL import Image
 
         device, dtype = pipeline._execution_device, getattr(pipeline, self.component).dtype
@@ -300,15 +329,18 @@ class Family(Checkpoint, ABC):
         return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, **inputs}
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load `pytorch_lora_weights.safetensors` from a folder into a pipeline, as adapter `inlaid`."""
+        """Load an adapter into a pipeline under the name `inlaid`.
+
+        The adapter is the file `pytorch_lora_weights.safetensors` in `folder`.
+        """
         pipeline.load_lora_weights(str(folder), adapter_name="inlaid")
 
     def set_strength(self, pipeline: Any, strength: float) -> None:
-        """Set the scale of the loaded adapter: 1 as trained, 0 without its low-rank update."""
+        """Set the scale of the loaded adapter: 1 as trained, 0 to disable its low-rank update."""
         pipeline.set_adapters(["inlaid"], [strength])
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return messages about settings of a recipe that this checkpoint does not support, if any."""
+        """Return a message for each recipe setting that this checkpoint does not support."""
         data, sample = config.data, config.sample
         sizes = [("data", frames, data.size) for frames in data.frames]
         if sample.frames or sample.size:
@@ -324,11 +356,19 @@ class Family(Checkpoint, ABC):
         return list(dict.fromkeys(found))
 
     def notes(self, config: recipe.Config) -> list[str]:
-        """Return messages about settings of a recipe that are valid but unusual."""
+        """Return a message for each recipe setting that is valid but unusual."""
         return []
 
     def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
-        """Return messages about missing, unexpected or unreadable prompt images; empty if all are valid."""
+        """Return messages about missing, unexpected or unreadable conditioning images of the prompts.
+
+        Args:
+            prompts: number of prompts.
+            images: image files of each prompt.
+
+        Returns:
+            Messages; empty if all images are valid.
+        """
         name = self.model.checkpoint
         if not self.images:
             return [f"{name} is text-to-video and uses no images; leave images out"] if images else []
@@ -342,7 +382,7 @@ class Family(Checkpoint, ABC):
 
 
 def _unreadable(images: Iterable[Path]) -> list[str]:
-    """Return messages about files that are not images."""
+    """Return a message for each file that is not a readable image."""
     from inlaid.media.kinds import IMAGES
     from inlaid.media.video import probe
 
@@ -358,15 +398,15 @@ def _unreadable(images: Iterable[Path]) -> list[str]:
 
 
 def as_bytes(video: np.ndarray) -> np.ndarray:
-    """Convert a video in [0, 1] to uint8, with rounding."""
+    """Convert a video with values in [0, 1] to uint8 by rounding."""
     return (video * 255).round().clip(0, 255).astype("uint8")
 
 
 def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return the value of each family option: that of the recipe, or the default.
+    """Return the value of each family option: the recipe's value if set, otherwise the default.
 
     Raises:
-        ValueError: if the recipe sets an unknown option or value.
+        ValueError: if the recipe sets an unknown option or a value that is not allowed.
     """
     wrong = []
     for key, value in model.options.items():

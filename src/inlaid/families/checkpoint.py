@@ -1,4 +1,4 @@
-"""Checkpoints in diffusers layout, on the Hub or in a folder."""
+"""Access to a pretrained checkpoint in diffusers layout, on the Hugging Face Hub or in a local folder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ if TYPE_CHECKING:
 
 
 class Checkpoint:
-    """Configurations and components of a checkpoint in diffusers layout, on the Hub or in a folder."""
+    """Pretrained checkpoint in diffusers layout, on the Hugging Face Hub or in a local folder.
+
+    Reads the configurations and loads the components, such as the VAE.
+    """
 
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    """Configuration values of published checkpoints by Hub ID, used instead of downloading them; the first ID
-    is the default checkpoint."""
+    """Configurations of published checkpoints, by Hub ID and component name. Used instead of downloading the
+    configuration files. The first Hub ID is the default checkpoint."""
     component: str = "transformer"
-    """Name of the denoiser in the checkpoint and in the pipeline."""
+    """Name of the denoiser component in the checkpoint and in the diffusers pipeline."""
     text_encoder: ClassVar[str] = "T5EncoderModel"
-    """Name of the text encoder's class in transformers."""
+    """Class name of the text encoder in transformers."""
 
     def __init__(self, model: recipe.Model) -> None:
         self.model = model
@@ -36,15 +39,16 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Hub ID, or the name of a local folder without its path, for files that may be published."""
+        """Name of the checkpoint in files that may be published: Hub ID, or folder name without its path."""
         return self.source.name if isinstance(self.source, Path) else self.source
 
     def read_config(self, component: str) -> dict[str, Any] | None:
-        """Return the configuration of a component, or `model_index.json` for the empty name; None if absent.
+        """Return the JSON configuration of a component, or None if the checkpoint does not have it.
+
+        For an empty component name, return the content of `model_index.json`.
 
         Raises:
-            ValueError: if the file is neither local, nor cached, nor readable on the Hub, or is not a JSON
-                object.
+            ValueError: if a local file is not a JSON object, or if a Hub file is neither cached nor readable.
         """
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         if component.startswith("feature_extractor"):
@@ -71,14 +75,14 @@ class Checkpoint:
 
     @contextmanager
     def loading(self, part: str, folder: Path | None = None) -> Iterator[None]:
-        """Convert exceptions while loading a component or a folder, except MemoryError, to a ValueError.
+        """Context manager that converts loading errors to a ValueError; a MemoryError is not converted.
 
         Args:
-            part: component, or file of the checkpoint, for the message.
-            folder: folder that is loaded instead, for the message.
+            part: component or file of the checkpoint, for the message.
+            folder: folder that is loaded instead of the component, for the message.
 
         Raises:
-            ValueError: if loading fails; the message names the component or folder.
+            ValueError: if loading fails; the message names the component or the folder.
         """
         try:
             yield
@@ -92,7 +96,7 @@ class Checkpoint:
             ) from error
 
     def folder(self, component: str) -> Path:
-        """Return the folder with the files of a component, after downloading them if needed.
+        """Return the local folder of a component; download missing files of a Hub checkpoint first.
 
         Raises:
             ValueError: if the download fails.
@@ -103,7 +107,7 @@ class Checkpoint:
             return hub.fetch_component(self.source, self.model.revision, component)
 
     def commit(self) -> str:
-        """Return the commit of a Hub checkpoint, or its revision if the commit is unknown."""
+        """Return the commit hash of a Hub checkpoint, or the configured revision if the hash is unknown."""
         assert isinstance(self.source, str)
         with self._asking():
             file = hub.fetch(self.source, self.model.revision, "model_index.json")
@@ -118,7 +122,10 @@ class Checkpoint:
             raise ValueError(f"model.checkpoint: {error}") from error
 
     def fetched(self, *components: str) -> dict[str, Any]:
-        """Download the files of components if needed; return arguments of `from_pretrained` that use them.
+        """Download missing components of a Hub checkpoint; return `from_pretrained` arguments to load them.
+
+        The arguments make `from_pretrained` use local files only. For a local checkpoint, no arguments are
+        needed.
 
         Raises:
             ValueError: if the download fails.
@@ -130,17 +137,21 @@ class Checkpoint:
         return hub.local_options(self.model.revision)
 
     def availability(self, components: Iterable[str]) -> hub.Availability | None:
-        """Report whether components of a Hub checkpoint are reachable and the size of the download.
+        """Return whether components of a Hub checkpoint can be read, and how much would be downloaded.
 
         Returns:
-            None for a local checkpoint.
+            The availability, or None for a local checkpoint.
         """
         if isinstance(self.source, Path):
             return None
         return hub.availability(self.source, self.model.revision, components)
 
     def fetched_pipeline(self, given: Collection[str]) -> dict[str, Any]:
-        """Download the components of the pipeline that are not `given`; return arguments as `fetched`."""
+        """Download all pipeline components that are not in `given`.
+
+        Returns:
+            Arguments of `from_pretrained` that load the local files, as `fetched` returns them.
+        """
         if isinstance(self.source, Path):
             return {}
         with self._asking():
@@ -149,10 +160,12 @@ class Checkpoint:
         return self.fetched(*(k for k, v in index.items() if isinstance(v, list) and v[0] and k not in given))
 
     def load(self, component: str, dtype: torch.dtype) -> Any:
-        """Load a component with all its weights, as the diffusers class that its configuration names.
+        """Load a component with all its weights.
+
+        Its class is the diffusers class that the component's configuration names.
 
         Raises:
-            ValueError: if the component cannot be loaded, or weights are missing from its files.
+            ValueError: if the component cannot be loaded, or its files lack weights.
         """
         kind, options = self._class(component), self.fetched(component)
         with self.loading(component):
@@ -163,9 +176,9 @@ class Checkpoint:
         return network
 
     def count_tokens(self, texts: Sequence[str]) -> list[int] | None:
-        """Return the number of tokens of each text, as the text encoder gets them before it cuts them off.
+        """Return the number of tokens of each text before truncation to the text encoder's maximum length.
 
-        Nothing is downloaded: None if the checkpoint's tokenizer is not on this machine.
+        Nothing is downloaded: the result is None if the checkpoint's tokenizer is not on this machine.
         """
         import transformers
 
@@ -180,7 +193,7 @@ class Checkpoint:
         return [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False).input_ids]
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Load the tokenizer and the text encoder, as a pair."""
+        """Load the text encoder and return the pair (tokenizer, text encoder)."""
         import transformers
 
         folders = self.folder("tokenizer"), self.folder("text_encoder")
@@ -194,9 +207,9 @@ class Checkpoint:
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the checkpoint's denoiser, or a fine-tuned one from `folder`.
+        """Load the denoiser of the checkpoint, or a fine-tuned denoiser from `folder`.
 
-        If `meta` is true, return it on the meta device, without loading weights.
+        If `meta` is true, the denoiser is created on the meta device, and no weights are loaded.
         """
         import torch
 
@@ -209,10 +222,10 @@ class Checkpoint:
         return self.load(self.component, dtype)
 
     def _class(self, component: str) -> Any:
-        """Return the diffusers class that the configuration of a component names.
+        """Return the diffusers class that a component's configuration names.
 
         Raises:
-            ValueError: if diffusers has no such class.
+            ValueError: if the installed diffusers version does not have the class.
         """
         import diffusers
 
@@ -229,7 +242,9 @@ TINY = "tiny:"
 
 
 def locate(checkpoint: str) -> Path | str:
-    """Return the path of a local checkpoint or of `tiny:NAME` (ships with inlaid), or the Hub ID unchanged.
+    """Convert the checkpoint name of a recipe to a local path; return a Hub ID unchanged.
+
+    `tiny:NAME` gives the path of a tiny model that is part of the inlaid package.
 
     Raises:
         ValueError: if `checkpoint` is neither a folder in diffusers layout nor a possible Hub ID.

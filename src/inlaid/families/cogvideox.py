@@ -1,12 +1,17 @@
 """CogVideoX 1.0 and 1.5 (Yang et al. 2024): https://arxiv.org/abs/2408.06072.
 
-Supports 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
+Supported checkpoints: 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
 
-Surprises: The network takes frames before channels and attends to all 226 text tokens, including padding. It
-predicts v on a schedule of 1000 integer timesteps. Latents are samples of the posterior, so the cache stores
-moments. 1.5 combines two latent frames in one token, hence clip lengths of 8n+5. 1.5-I2V was trained with
-image latents *divided* by the scaling factor, and its `ofs` input is always 2. I2V adds noise to the image in
-pixel space, which cannot be reproduced on latents, so the cache stores several noised encodings.
+Pitfalls:
+
+- The network takes latents with frames before channels, and attends to all 226 text tokens, including
+  padding.
+- It predicts v on a schedule of 1000 integer timesteps.
+- Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
+- In 1.5, a token covers two latent frames, so clips have 8n+5 frames.
+- 1.5-I2V was trained with image latents *divided* by the scaling factor. Its input `ofs` is always 2.
+- Image-to-video (I2V) training adds noise to the pixels of the image. Adding noise to latents is not
+  equivalent, so the cache stores several encodings of the image, each with different noise.
 """
 
 from __future__ import annotations
@@ -29,14 +34,21 @@ from inlaid.networks.joint_attention import CogVideoXJointAttention, halve_cogvi
 from inlaid.objectives import VPrediction
 
 COPIES = 4
-"""Number of noised encodings of the first frame in the cache; each training sample uses one encoding."""
+"""Number of encodings of the first frame in the cache, each with different noise. A training sample uses one
+of these encodings."""
 
 IMAGE_DROPOUT = 0.05
-"""Probability of replacing the image latents of a training sample by zeros."""
+"""Probability that the image latents of a training sample are replaced by zeros."""
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the configuration of a published checkpoint, so that `check` needs no download for estimates."""
+    """Return the configurations of a published checkpoint, so that estimates need no download.
+
+    Args:
+        heads: number of attention heads, 30 (2B) or 48 (5B).
+        pairs: True for 1.5, in which a token covers two latent frames.
+        image: True for image-to-video.
+    """
     large = heads == 48
     transformer = {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": heads}
     transformer |= {"num_layers": 42 if large else 30, "in_channels": 32 if image else 16}
@@ -53,7 +65,7 @@ def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[
 
 
 class CogVideoX(Family):
-    """CogVideoX: v-prediction on samples of the VAE posterior; text and video share one sequence."""
+    """CogVideoX family: v-prediction on VAE posterior samples; text and video tokens form one sequence."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"size": [480, 720], "frames": [49]},
@@ -116,9 +128,9 @@ class CogVideoX(Family):
             )
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems, including sizes above the maximum of 1.5.
+        """Return a message for each unsupported setting, such as a size above the maximum of CogVideoX 1.5.
 
-        The positions of 1.5 are a slice of a table of fixed size.
+        The maximum exists because 1.5 takes its positions from a table of fixed size.
         """
         found = super().problems(config)
         for section, size in (("data", config.data.size), ("sample", config.sample.size or (0, 0))):
@@ -128,21 +140,22 @@ class CogVideoX(Family):
         return found
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `latents` (16, t, h, w) and, for I2V, `image` (16, 1, h, w)."""
+        """Return the shapes of `latents` (16, t, h, w) and, for image-to-video, of `image` (16, 1, h, w)."""
         latents = (16, 1 + (frames - 1) // 4, height // 8, width // 8)
         return {"latents": latents} | ({"image": (16, 1, *latents[2:])} if self.images else {})
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `moments` (32, t, h, w) and, for I2V, `image` (COPIES, 32, 1, h, w).
+        """Return the shapes of the cached tensors.
 
-        Both hold means and log-variances of the VAE posterior.
+        They are `moments` (32, t, h, w) and, for image-to-video, `image` (COPIES, 32, 1, h, w). Both tensors
+        hold means and log-variances of the VAE posterior.
         """
         _, *latent = self.shapes(frames, height, width)["latents"]
         image = {"image": (COPIES, 32, 1, *latent[1:])} if self.images else {}
         return {"moments": (32, *latent), **image}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the sequence length: 226 text tokens, and the video tokens."""
+        """Return the length of the token sequence: 226 text tokens plus the video tokens."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return self.text_length + t // self.pair * (h // 2) * (w // 2)
 
@@ -150,7 +163,11 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, 3) to moments of the clip and of its noised first frames; see `stored`."""
+        """Encode a clip, uint8 (t, h, w, 3), and noisy copies of its first frame (image-to-video only).
+
+        Returns:
+            Means and log-variances of the VAE posteriors, in the shapes of `stored`.
+        """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         like = next(encoder.parameters())
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 255 * 2 - 1
@@ -160,7 +177,7 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to `text` (226, d); padding is encoded and attended to, as in pretraining."""
+        """Encode each caption to `text` (226, d), including the padding, to which the network attends."""
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).input_ids
@@ -170,9 +187,10 @@ class CogVideoX(Family):
     # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return scaled samples of the posteriors: `latents` and, for I2V, `image`.
+        """Return scaled samples of the VAE posteriors: `latents` and, for image-to-video, `image`.
 
-        `image` is one of the noised encodings, or zeros with probability `IMAGE_DROPOUT`.
+        `image` comes from one of the noisy encodings of the first frame. With probability `IMAGE_DROPOUT`, it
+        is zero.
         """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -191,29 +209,32 @@ class CogVideoX(Family):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the transformer; the positional embeddings of 2B are cached for each clip size."""
+        """Load the transformer; the positional embeddings of CogVideoX 2B are cached for each clip size."""
         network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
         embed = network.patch_embed
         embed._get_positional_embeddings = lru_cache(16)(embed._get_positional_embeddings)
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Use the positions of one clip for both: rotary embeddings, or the positional embeddings of 2B."""
+        """Modify the denoiser to use the positional embeddings of one clip for both clips of joint alpha.
+
+        Covers rotary embeddings, and the sinusoidal embeddings of 2B.
+        """
         halve_cogvideox(denoiser)
 
     def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Convert noise (c, t, h, w) to (1, t, c, h, w) in the dtype of the transformer."""
+        """Convert noise (c, t, h, w) to (1, t, c, h, w), with the dtype of the transformer."""
         return noise.transpose(0, 1)[None].to(pipeline.transformer.dtype)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> VPrediction:
-        """Return v-prediction on the schedule of the checkpoint."""
+        """Return the v-prediction objective with the checkpoint's noise schedule."""
         return VPrediction.from_config(section, torch.tensor(self.native.alphas_cumprod))
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict v.
+        """Predict v, in the conventions of this package.
 
-        For I2V, the image latents are appended to the channels of the first latent frame, and zeros to the
-        channels of the others.
+        For image-to-video, the network takes the image latents as additional channels. These channels contain
+        the image in the first latent frame, and zeros in all other frames.
         """
         dtype, x, c = denoiser.dtype, x_t, self.transformer
         if self.images:
@@ -232,7 +253,7 @@ class CogVideoX(Family):
     def _rotary(self, latent: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return the rotary embeddings (cosines, sines) for latents (t, h, w); None if the network has none.
 
-        Computed as in the stock pipelines, and cached for each size.
+        They are computed as in the diffusers pipelines, and cached for each size.
         """
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
@@ -251,17 +272,17 @@ class CogVideoX(Family):
         return self._tables[latent, device]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline with VAE tiling enabled, as the model cards recommend."""
+        """Return the standard diffusers pipeline with VAE tiling enabled, as the model cards recommend."""
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         pipe.vae.enable_tiling()
         return pipe
 
 
 def noised(frame: Tensor) -> Tensor:
-    """Return copies of a frame (3, 1, h, w), each with its own Gaussian noise: (COPIES, 3, 1, h, w).
+    """Return noisy copies (COPIES, 3, 1, h, w) of a frame (3, 1, h, w), each with different Gaussian noise.
 
-    Each copy samples its own standard deviation, exp(N(-3, 0.5)), as in pretraining. The noise depends only
-    on the frame, so the cache is reproducible.
+    The standard deviation of each copy is sampled as exp(N(-3, 0.5)), as in pretraining. The random seed is a
+    hash of the frame, so the cache is reproducible.
     """
     seed = int.from_bytes(hashlib.sha256(frame.numpy().tobytes()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)

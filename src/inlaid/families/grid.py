@@ -1,4 +1,4 @@
-"""Extents of training examples, and the valid clip sizes of a model family."""
+"""Sizes of training examples, and the clip sizes that a model family supports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class VideoExtent(NamedTuple):
-    """Extent of a video; height and width in pixels."""
+    """Number of frames of a video, and its height and width in pixels."""
 
     frames: int
     height: int
@@ -15,7 +15,7 @@ class VideoExtent(NamedTuple):
 
 
 class SceneExtent(NamedTuple):
-    """Extent of a scene; height and width of the input image in pixels."""
+    """Number of objects in a scene, and the height and width of the input image in pixels."""
 
     objects: int
     height: int
@@ -23,27 +23,31 @@ class SceneExtent(NamedTuple):
 
 
 Extent = VideoExtent | SceneExtent
-"""Extent of a training example, depending on the modality."""
+"""Extent (length, height and width) of a training example, which is a video or a scene."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Valid clip sizes: multiples of `spatial` pixels, and lengths of `temporal` * n + `offset` frames."""
+    """Clip sizes that a model supports.
+
+    Height and width are multiples of `spatial` pixels. The number of frames is `temporal` * n + `offset`.
+    """
 
     spatial: int
     temporal: int
     offset: int = 1
     only: tuple[int, int, int] | None = None
-    """The only valid (frames, height, width), for a network with learned positional embeddings."""
+    """Single supported size (frames, height, width) of a network with learned positional embeddings. None if
+    the network supports many sizes."""
 
     def snap_frames(self, n: int) -> int:
-        """Return the largest valid length of at most n frames, or 0 if there is none."""
+        """Return the largest supported number of frames that is at most n, or 0 if there is none."""
         if self.only:
             return self.only[0] if n >= self.only[0] else 0
         return 0 if n < self.offset else (n - self.offset) // self.temporal * self.temporal + self.offset
 
     def snap_size(self, height: float, width: float) -> tuple[int, int]:
-        """Return the nearest valid height and width."""
+        """Return the nearest supported height and width."""
         if self.only:
             return self.only[1:]
         return max(1, round(height / self.spatial)) * self.spatial, max(
@@ -51,7 +55,7 @@ class Grid:
         ) * self.spatial
 
     def problems(self, frames: int, height: int, width: int) -> list[str]:
-        """Return messages about invalid sizes, each with the nearest valid size; empty if valid."""
+        """Return messages about unsupported sizes, with the nearest supported sizes; empty if supported."""
         if self.only:
             valid, size = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
             problem = (

@@ -1,7 +1,8 @@
-"""Files of repositories on the Hub: what is reachable, what is cached, and downloads.
+"""Access to repositories on the Hugging Face Hub: availability, cached files and downloads.
 
-All access to the Hub goes through this module, so that every failure is one sentence with the repository, the
-file and the way out, after seconds. huggingface_hub alone repeats requests for half a minute.
+All access to the Hub goes through this module. Every failure is therefore reported within seconds, in a
+sentence that names the repository, the file and a solution. huggingface_hub alone would repeat requests for
+half a minute.
 """
 
 from __future__ import annotations
@@ -17,33 +18,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 TIMEOUT = 5.0
-"""Seconds to wait for an answer of the Hub before it counts as not reachable."""
+"""Time in seconds after which the Hub counts as unreachable if it has not responded."""
 
 
 class HubError(ValueError):
-    """Failure to read from the Hub, as a sentence."""
+    """Failure to read from the Hub; the message is a sentence for the user."""
 
 
 class UnreachableError(HubError):
-    """The Hub does not answer, or answers with an error of its own: cached files can still be used."""
+    """Failure because the Hub cannot be reached or reports a server error; cached files can still be used."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """Files of a repository at one commit."""
+    """Commit hash and file list of a Hub repository."""
 
     commit: str
     sizes: Mapping[str, int]
-    """Size of each file in bytes."""
+    """Size in bytes of each file, by file name."""
 
 
 def repository(name: str, revision: str | None = None, probe: str = "model_index.json") -> Repository:
-    """Return the files of a repository; asks the Hub once per process.
+    """Return the commit and file list of a Hub repository; requested only once per process.
 
     Args:
-        name: Hub id.
+        name: Hub ID.
         revision: branch, tag or commit.
-        probe: file whose access is tested, since the files of a gated repository are listed for everybody.
+        probe: file that is requested to test access. The file list alone does not show whether access is
+            granted, because a gated repository lists its files for everybody.
 
     Raises:
         HubError: if there is no such repository or access is denied.
@@ -72,7 +74,7 @@ def _asked(name: str, revision: str | None, probe: str) -> Repository | HubError
 
 
 def explain(error: Exception, name: str, revision: str | None, file: str | None) -> HubError:
-    """Return the failure of a request or a download as a sentence."""
+    """Convert an exception during a request or a download to a HubError with a message for the user."""
     from huggingface_hub import constants, errors
 
     what = f"`{file}` of {name}" if file else name
@@ -119,7 +121,7 @@ def _chain(error: BaseException | None) -> Iterable[BaseException]:
 
 
 def cached(name: str, revision: str | None, file: str) -> Path | None:
-    """Return the path of a file in the cache; None if it is not there."""
+    """Return the path of a file in the local Hub cache, or None if the file is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, file, revision=revision)
@@ -127,13 +129,13 @@ def cached(name: str, revision: str | None, file: str) -> Path | None:
 
 
 def _cached_index(name: str, revision: str | None) -> dict[str, Any] | None:
-    """Return the cached `model_index.json`, which lists the components of a checkpoint; None if missing."""
+    """Return the cached `model_index.json`, which lists a checkpoint's components; None if not cached."""
     path = cached(name, revision, "model_index.json")
     return json.loads(path.read_text("utf-8")) if path else None
 
 
 def _cached_component(name: str, revision: str | None, component: str) -> Path | None:
-    """Return the folder of a component in the cache, if all its weights are there."""
+    """Return the cached folder of a component; None if the folder or a weights file is not cached."""
     index = cached(name, revision, "model_index.json")
     folder = index.parent / component if index else None
     if folder is None or not folder.is_dir():
@@ -150,10 +152,13 @@ def _cached_component(name: str, revision: str | None, component: str) -> Path |
 
 
 def fetch(name: str, revision: str | None, file: str) -> Path | None:
-    """Return a file, after downloading it if it is not cached; None if the repository does not have it.
+    """Return the local path of a repository file, after downloading it if needed.
+
+    Returns:
+        The path, or None if the repository does not have the file.
 
     Raises:
-        HubError: if it can neither be downloaded nor found in the cache.
+        HubError: if the file can neither be downloaded nor found in the cache.
     """
     try:
         known = repository(name, revision).sizes
@@ -166,10 +171,10 @@ def fetch(name: str, revision: str | None, file: str) -> Path | None:
 
 
 def fetch_component(name: str, revision: str | None, component: str) -> Path:
-    """Return the folder of a component, after downloading the files that are not cached.
+    """Return the local folder of a component, after downloading the files that are not cached.
 
     Raises:
-        HubError: if they can neither be downloaded nor found in the cache.
+        HubError: if the files can neither be downloaded nor found in the cache.
     """
     try:
         known = repository(name, revision).sizes
@@ -185,17 +190,19 @@ def fetch_component(name: str, revision: str | None, component: str) -> Path:
 
 
 def fetch_file(name: str, file: str) -> Path:
-    """Return a file of any repository, such as weights of a perceptual network.
+    """Return the local path of one file from any Hub repository, after downloading it if needed.
+
+    Used for files outside checkpoints, such as weights of a perceptual network.
 
     Raises:
-        HubError: if it can neither be downloaded nor found in the cache.
+        HubError: if the file can neither be downloaded nor found in the cache.
     """
     path = cached(name, None, file)
     return path or _download(name, None, [file], repository(name, None, file).sizes)
 
 
 def _download(name: str, revision: str | None, files: Iterable[str], sizes: Mapping[str, int]) -> Path:
-    """Return the path of the last of some files, after downloading those that are not cached."""
+    """Download the files that are not cached, and return the local path of the last file."""
     from huggingface_hub import constants, hf_hub_download
 
     files = list(files)
@@ -217,7 +224,7 @@ def _download(name: str, revision: str | None, files: Iterable[str], sizes: Mapp
 
 
 def free_space() -> int:
-    """Return the free bytes on the disk of the Hub's cache."""
+    """Return the free space in bytes on the disk of the Hub cache."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
@@ -225,13 +232,14 @@ def free_space() -> int:
 
 
 _OTHER = (".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", ".pb", ".xml", ".gguf", ".md")
-"""Suffixes of files that are not used."""
+"""Suffixes of repository files that are never loaded."""
 
 
 def needed_files(names: Iterable[str], component: str) -> list[str]:
-    """Return the files of a component that are loaded: configuration, and weights in one format.
+    """Return the files that are loaded for a component: its configuration, and its weights in one format.
 
-    Variants (`model.fp16.safetensors`) and pickles beside safetensors are left out.
+    Variants such as `model.fp16.safetensors` are left out if there are weights without a variant. Pickled
+    weights are left out if there are safetensors.
     """
     prefix = f"{component}/"
     own = [n for n in names if n.startswith(prefix) and n.count("/") == 1 and not n.endswith(_OTHER)]
@@ -247,15 +255,19 @@ def needed_files(names: Iterable[str], component: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether the files of some components can be read."""
+    """Result of checking whether components of a Hub checkpoint can be read."""
 
     text: str
     severity: Literal["note", "warning", "error"]
-    """`note` if they can, `warning` if the Hub is not reachable now, `error` if it refuses."""
+    """`note` if the components can be read, `warning` if the Hub cannot be reached now, `error` if access is
+    denied or disk space is missing."""
 
 
 def availability(name: str, revision: str | None, components: Iterable[str]) -> Availability:
-    """Report whether components are reachable on the Hub and how much will be downloaded, without weights."""
+    """Return whether components can be read from the Hub, and the size of the download.
+
+    No weights are downloaded.
+    """
     from huggingface_hub import constants
 
     components = list(dict.fromkeys(components))
@@ -291,5 +303,5 @@ def _size(n: float) -> str:
 
 
 def local_options(revision: str | None) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` for files that have been fetched: no further requests."""
+    """Return the `from_pretrained` arguments to load downloaded files without further requests to the Hub."""
     return {"revision": revision, "local_files_only": True}

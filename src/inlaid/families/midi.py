@@ -1,10 +1,15 @@
-"""MIDI-3D (Huang et al. 2025, https://arxiv.org/abs/2412.03558), and TripoSG, its base.
+"""MIDI-3D (Huang et al. 2025, https://arxiv.org/abs/2412.03558) and its base model TripoSG.
 
-A training example is a scene instead of a clip: an input image, the objects in it, and the surface of each
-object. Surprises: All objects share one coordinate frame, so latents encode the position of an object. The
-network predicts data - noise. All objects of a scene have the same timestep. Text is not used. The image
-conditioning of each object is a CLIP token and DINO tokens; dropout for classifier-free guidance drops both
-together.
+A training example is a scene instead of a clip: an input image, the objects in the image, and the surface of
+each object.
+
+Pitfalls:
+
+- All objects share one coordinate frame, so the latents of an object also encode its position.
+- All objects of a scene have the same timestep.
+- The network predicts data - noise.
+- Text is not used. The image conditioning of an object consists of a CLIP token and DINO tokens. Dropout for
+  classifier-free guidance drops both kinds of tokens together.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ from inlaid.objectives import FlowMatching
 
 
 class _Open(tuple[Any, ...]):
-    """Allowed values of an option; the last entry is a regular expression for further values."""
+    """Allowed values of an option: fixed values, followed by a regular expression for other values."""
 
     def __contains__(self, value: object) -> bool:
         return re.fullmatch(str(self[-1]), str(value)) is not None or value in self[:-1]
@@ -49,14 +54,17 @@ class _Open(tuple[Any, ...]):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Media encoder of scenes: the shape VAE and the image encoders."""
+    """Encoders of a scene: the shape VAE and the image encoders."""
 
     vae: TripoSGVAE
     images: LoadedEncoders
 
 
 class Midi(Family):
-    """MIDI (CLIP and DINO) and TripoSG (DINO only): flow matching on the tokens of all objects of a scene."""
+    """MIDI and TripoSG family: flow matching on the latent tokens of all objects of a scene.
+
+    MIDI has two image encoders, CLIP and DINO; TripoSG has only DINO.
+    """
 
     modality: ClassVar[str] = "scene"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -108,7 +116,10 @@ class Midi(Family):
         self.targets = (*self.targets, *own, *self.conditioning.targets)
 
     def about(self) -> dict[str, str]:
-        """Return the header metadata, including the multi-instance blocks and the timestep shift."""
+        """Return metadata for weights file headers, including multi-instance blocks and timestep shift.
+
+        Multi-instance blocks are the transformer blocks whose attention spans all objects of a scene.
+        """
         blocks = ",".join(map(str, self.blocks))
         return {
             **super().about(),
@@ -117,7 +128,10 @@ class Midi(Family):
         }
 
     def warnings(self) -> list[str]:
-        """Return a paragraph about where the adapters of trained image encoders are stored, if any."""
+        """Return a paragraph for the model card about adapters of the image encoders, if any were trained.
+
+        The paragraph explains in which folders the adapters are and how to load them.
+        """
         names = ", ".join(f"`{encoder.name}`" for encoder in self.conditioning.trained.values())
         how = (
             "are in folders of the same names: `peft.PeftModel.from_pretrained(encoder, folder)` loads each."
@@ -125,7 +139,10 @@ class Midi(Family):
         return [f"Adapters of the image encoders {names} {how}"] if names else []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check an adapter, including the image encoders that it was trained with (`Family.accept`)."""
+        """Check that an adapter is compatible and was trained with the same option `image_encoders`.
+
+        Extends `Family.accept`.
+        """
         super().accept(header)
         key, own = "image_encoders", self.options["image_encoders"]
         found = header.get(f"inlaid_{key}", own)
@@ -133,7 +150,10 @@ class Midi(Family):
             raise ValueError(f"this adapter was trained with model.options.{key}={found}, not {own}")
 
     def shift(self) -> float:
-        """Return the timestep shift of the scheduler's configuration, or if missing the published shift."""
+        """Return the timestep shift in the scheduler's configuration.
+
+        If it is missing, print a note and return the shift of the published checkpoint.
+        """
         try:
             shift = midi_checkpoint.read_json(self.folder("scheduler") / "scheduler_config.json").get("shift")
         except ValueError:
@@ -144,7 +164,11 @@ class Midi(Family):
         return float(shift)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems: video-only keys, mismatched images, and unsupported image encoder training."""
+        """Return a message for each unsupported recipe setting.
+
+        Checks for video-only keys, invalid pairs of image and segmentation, and settings that cannot be
+        combined with training of the image encoders.
+        """
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
         if self.conditioning.trained:
@@ -155,7 +179,11 @@ class Midi(Family):
         return wrong
 
     def notes(self, config: recipe.Config) -> list[str]:
-        """Return notes about unusual settings: multi-instance blocks, partly adapted attention heads."""
+        """Return notes about unusual settings.
+
+        The notes report multi-instance attention (across objects) in other blocks than the pretrained blocks,
+        and adapter targets that match only some projections of an attention layer.
+        """
         notes, pretrained = list(self.config_notes), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != pretrained:
             notes.append(
@@ -164,24 +192,24 @@ class Midi(Family):
         return [*notes, *partial_heads(getattr(config.tuner, "targets", []))]
 
     def missing_images(self, prompts: int, images: Sequence[Sequence[str]]) -> list[str]:
-        """Return problems with the pairs of image and segmentation; scenes have no prompts."""
+        """Return messages about invalid pairs of input image and segmentation; `prompts` is not used."""
         return invalid_pairs(images)
 
     # --- shapes ---------------------------------------------------------------------------------------------
 
     def shapes(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `latents` (n, tokens, channels) and of the image conditioning.
+        """Return the shapes of `latents` (n, tokens, channels) and of the image conditioning tensors.
 
-        n is the number of objects, at most `MAX_OBJECTS`.
+        n is the number of objects in a training sample, at most `MAX_OBJECTS`.
         """
         c, n = self.transformer, min(objects, MAX_OBJECTS)
         widths = [w for w in (c["cross_attention_dim"], c["cross_attention_2_dim"]) if w]
         return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.conditioning.shapes(n, widths)}
 
     def stored(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `moments` (n, tokens, 2 * channels) and of the image conditioning.
+        """Return the shapes of the cached `moments` (n, tokens, 2 * channels) and image conditioning tensors.
 
-        n is the number of all objects of the scene.
+        n is the number of objects in the scene. `moments` are means and log-variances of the VAE posterior.
         """
         latent = self.shapes(objects)
         _, tokens, channels = latent["latents"]
@@ -189,7 +217,10 @@ class Midi(Family):
         return {"moments": (objects, tokens, 2 * channels), **images}
 
     def tokens(self, objects: int, height: int = 0, width: int = 0) -> int:
-        """Return the number of tokens of a whole scene, the sequence length of multi-instance blocks."""
+        """Return the number of latent tokens of all objects of a scene.
+
+        In multi-instance blocks, attention spans all these tokens.
+        """
         return min(objects, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
 
     # --- encoding for the cache -----------------------------------------------------------------------------
@@ -201,7 +232,10 @@ class Midi(Family):
             return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
 
     def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
-        """Load the frozen image encoders in float32, and take the trained encoders from `network`."""
+        """Return the image encoders: frozen encoders loaded in float32, and trained encoders from `network`.
+
+        Without `network`, trained encoders are left out.
+        """
         found = {}
         for kind, encoder in self.conditioning.encoders.items():
             if kind not in self.conditioning.trained:
@@ -213,18 +247,21 @@ class Midi(Family):
     def load_image_encoder(
         self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
     ) -> nn.Module:
-        """Load one image encoder; if `meta` is true, on the meta device without weights."""
+        """Load one image encoder; with `meta`, create it on the meta device without weights."""
         folder = None if meta else self.folder(encoder.name)
         with self.loading(encoder.name):
             return midi_image_encoders.build(encoder, folder, dtype)
 
     def load_media_encoder(self, device: torch.device) -> Encoder:
-        """Load the shape VAE and the image encoders."""
+        """Load the shape VAE and the frozen image encoders, for `encode_media`."""
         return Encoder(self.load_vae(device), self.load_image_encoders(device))
 
     @torch.no_grad()
     def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """Encode a `media.scene.Sample` to moments of its surfaces and image conditioning; see `stored`."""
+        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the cached tensors.
+
+        `stored` gives the shapes of the tensors.
+        """
         found = []
         for each in frames.objects:
             points = thinned(each.surface)
@@ -235,19 +272,19 @@ class Midi(Family):
         return {"moments": torch.stack(found), **images}
 
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return an empty item for each caption: text is not used."""
+        """Return an empty mapping for each caption, because the network uses no text."""
         return [{} for _ in captions]
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Return None: there is no text encoder."""
+        """Return None, because the network has no text encoder."""
 
     # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return `latents` and image conditioning of at most `MAX_OBJECTS` objects of a cached scene.
+        """Return the training sample of a cached scene: `latents` and image conditioning.
 
-        Latents are samples of the posteriors. The conditioning of all objects is dropped with probability
-        `image_dropout`.
+        If the scene has more than `MAX_OBJECTS` objects, a random subset is used. Latents are samples of the
+        VAE posteriors. With probability `image_dropout`, the image conditioning of all objects is dropped.
         """
         n = len(item["moments"])
         kept = torch.randperm(n, generator=generator)[:MAX_OBJECTS].sort().values
@@ -262,7 +299,11 @@ class Midi(Family):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the transformer with its multi-instance blocks; trained image encoders are submodules."""
+        """Load the transformer with the multi-instance blocks that the recipe chooses.
+
+        In these blocks, attention spans all objects of a scene. Trained image encoders are added to the
+        transformer as submodules.
+        """
         path = None if meta else folder or self.folder("transformer")
         config = {**self.transformer, "multi_instance": self.blocks}
         with self.loading("transformer", folder):
@@ -279,14 +320,14 @@ class Midi(Family):
         return network
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return flow matching with the timestep shift of the scheduler as default."""
+        """Return the flow matching objective; its default timestep shift is that of the scheduler."""
         return FlowMatching.from_config(section, family_shift=self.shift())
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict noise - data for scenes (b, n, tokens, channels).
+        """Predict noise - data for scenes (b, n, tokens, channels) of n objects each.
 
-        Each row of the network's input is an object, and each group of n rows is a scene. The network
-        predicts data - noise.
+        The network's input has one row per object, and each group of n rows is a scene. Its output, data -
+        noise, is negated.
         """
         b, n = x_t.shape[:2]
         contexts, options = self.conditioning.rows(cond, denoiser.dtype)
@@ -294,14 +335,18 @@ class Midi(Family):
         return -denoiser(x, times, *contexts, groups=[n] * b, **options).view_as(x_t)
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return inlaid's own pipeline, since diffusers has none; the VAE stays in float32."""
+        """Return inlaid's own pipeline, because diffusers has none for MIDI; the VAE stays in float32."""
         network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype).to(device)
         pipe = ScenePipeline(network, self.load_vae(device), self.shift())
         pipe.load_encoders = lambda: self.load_image_encoders(device, network)
         return pipe
 
     def sample(self, pipeline: Any, text: Any, negative: Any, **how: Any) -> Any:
-        """Generate a `media.scene.Made`, one mesh per object, from an input image and its segmentation."""
+        """Generate a scene with one mesh per object, from an input image and its segmentation.
+
+        Returns:
+            A `media.scene.GeneratedScene`.
+        """
         image, ids = how["images"]
         numbers = [n for n in np.unique(ids).tolist() if n > 0]
         contexts = pipeline.encoders(image, [ids == n for n in numbers])
@@ -311,7 +356,10 @@ class Midi(Family):
         return make_meshes(fields, how.get("grid") or 256, how.get("triangles"))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter and restore the multi-instance blocks that it was trained with."""
+        """Load an adapter, and set the multi-instance blocks with which the adapter was trained.
+
+        In these blocks, attention spans all objects of a scene.
+        """
         super().load_adapter(pipeline, folder)
         blocks = stored_blocks(folder)
         if blocks is not None:
@@ -323,11 +371,11 @@ VIDEO_KEYS = {
              "caption_dropout", "matte"),
     "sample": ("prompts", "negative_prompt", "size", "frames"),
 }  # fmt: skip
-"""Recipe keys that do not apply to scenes."""
+"""Recipe keys that apply only to videos, by recipe section."""
 
 
 def video_only_keys(config: recipe.Config) -> list[str]:
-    """Return a message for each video-only key that the recipe sets."""
+    """Return a message for each recipe key that is set but applies only to videos."""
     derived = {"size": config.data.size, "frames": max(config.data.frames)}
     out = []
     for section, keys in VIDEO_KEYS.items():

@@ -1,9 +1,13 @@
 """Mochi 1 (Genmo 2024): https://github.com/genmoai/mochi.
 
-Surprises: The model's timestep runs backwards: it is 1000 (1 - t), and the model predicts data - noise.
-Latents are samples of the posterior, so the cache stores moments. Latents are normalized per channel, which
-public trainers omitted. The unconditional input has no text tokens; it is not an encoded "". T5 runs in
-float32. The VAE silently truncates clips whose length is not 6n+1.
+Pitfalls:
+
+- The model's timestep runs backwards: it is 1000 (1 - t). The model predicts data - noise.
+- Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
+- Latents are normalized per channel. Other public trainers omitted the normalization.
+- The unconditional input has no text tokens at all; it is not the encoding of "".
+- The text encoder T5 runs in float32.
+- If the length of a clip is not 6n+1, the VAE silently drops frames.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ TOO_FEW = "sample.steps: the sampling schedule of Mochi has two parts; use 2 ste
 
 
 class Mochi(Family):
-    """Mochi 1: flow matching on normalized samples of the VAE posterior, joint attention with text."""
+    """Mochi 1 family: flow matching on normalized VAE latents; text and video share joint attention."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"size": [480, 848], "frames": [37]},
@@ -72,31 +76,40 @@ class Mochi(Family):
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems, including fewer than two sampling steps, which the schedule does not support."""
+        """Return a message for each unsupported setting, such as fewer than two sampling steps.
+
+        Mochi's sampling schedule has two parts, so it needs at least two steps.
+        """
         return super().problems(config) + ([TOO_FEW] if config.sample.steps < 2 else [])
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents`, (12, 1 + (frames - 1) / 6, height / 8, width / 8)."""
+        """Return the shape of `latents`, which is (12, 1 + (frames - 1) / 6, height / 8, width / 8)."""
         return {"latents": (12, 1 + (frames - 1) // 6, height // 8, width // 8)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `moments`, (24, t, h, w): means and log-variances of the VAE posterior."""
+        """Return the shape of the cached tensor `moments`, (24, t, h, w).
+
+        It holds means and log-variances of the VAE posterior.
+        """
         return {"moments": (24, *self.shapes(frames, height, width)["latents"][1:])}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens; joint attention adds up to 256 text tokens."""
+        """Return the number of video tokens, without the up to 256 text tokens in joint attention."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 
     # --- encoding for the cache -----------------------------------------------------------------------------
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Load the tokenizer and T5, in float32 for any `dtype`: the bfloat16 output differs too much."""
+        """Load the tokenizer and the T5 text encoder, always in float32.
+
+        `dtype` is ignored: the output in bfloat16 differs too much from the output in float32.
+        """
         return super().load_text_encoder(device, torch.float32)
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, 3) to `moments` (24, t', h', w').
+        """Encode a clip, uint8 (t, h, w, 3), to `moments` (24, t', h', w') of the VAE posterior.
 
         On CUDA, the VAE computes in bfloat16, as in the reference implementations.
         """
@@ -108,7 +121,10 @@ class Mochi(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to `text` (n, d): n <= 256 tokens without padding, n = 0 for an empty caption."""
+        """Encode each caption to `text` (n, d), without padding.
+
+        n is the number of tokens, at most 256; it is 0 for an empty caption.
+        """
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).to(next(model.parameters()).device)
@@ -122,9 +138,9 @@ class Mochi(Family):
 
     @cached_property
     def statistics(self) -> list[Tensor]:
-        """Mean and standard deviation of each latent channel, both (12, 1, 1, 1).
+        """Mean and standard deviation of each latent channel, both of shape (12, 1, 1, 1).
 
-        Defaults are the values of the published VAE.
+        Values that the VAE's configuration lacks are taken from the published VAE.
         """
         from diffusers import AutoencoderKLMochi
 
@@ -133,7 +149,10 @@ class Mochi(Family):
         return [torch.tensor(values).view(-1, 1, 1, 1) for values in found]
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return `latents`, a posterior sample z: normalized, or z itself with `latent_space: raw`."""
+        """Return `latents`, a normalized sample of the VAE posterior.
+
+        With the option `latent_space: raw`, the sample is not normalized.
+        """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         z = DiagonalGaussianDistribution(item["moments"][None].float()).sample(generator)[0]
@@ -143,7 +162,10 @@ class Mochi(Family):
         return {"latents": (z - mean) / std}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> Any:
-        """Load the transformer with attention without data-dependent shapes, and positions in float32."""
+        """Load the transformer and replace its attention by an implementation that can be compiled.
+
+        The replacement has no data-dependent shapes. Positional embeddings are computed in float32.
+        """
         from diffusers import MochiTransformer3DModel
 
         kind: Any = MochiTransformer3DModel
@@ -156,15 +178,21 @@ class Mochi(Family):
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Compute rotary positions for half the frames and use them for both clips."""
+        """Modify the denoiser to compute rotary embeddings for one clip and use them for both clips.
+
+        With joint alpha, color and alpha are two clips in one sequence.
+        """
         halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return flow matching; by default without a timestep shift, at any size."""
+        """Return the flow matching objective; by default without a timestep shift, whatever the clip size."""
         return FlowMatching.from_config(section, family_shift=1.0)
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return `text` (n, m, d), padded to the longest caption, and `mask` (n, m) if lengths differ."""
+        """Return `text` (n, m, d), padded to the longest caption in the batch.
+
+        If the lengths differ, also return `mask` (n, m), True for tokens that are not padding.
+        """
         lengths = [len(item["text"]) for item in text]
         found = {"text": nn.utils.rnn.pad_sequence([item["text"] for item in text], batch_first=True)}
         if len(set(lengths)) > 1:
@@ -172,19 +200,24 @@ class Mochi(Family):
         return found
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict noise - data: the network gets timestep 1000 (1 - t) and returns data - noise."""
+        """Predict noise - data; the network takes the timestep 1000 (1 - t) and returns data - noise."""
         x, text = x_t.to(denoiser.dtype), cond["text"].to(denoiser.dtype)
         return -denoiser(x, text, (1 - t.float()) * 1000, cond.get("mask"), return_dict=False)[0]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline; with `latent_space: raw`, it decodes latents without denormalization."""
+        """Return the standard diffusers pipeline.
+
+        With the option `latent_space: raw`, the pipeline decodes latents without denormalization.
+        """
         pipe = super().pipeline(denoiser=denoiser, device=device, dtype=dtype)
         if self.options["latent_space"] == "raw":
             pipe.vae.register_to_config(latents_mean=None, latents_std=None)
         return pipe
 
     def run(self, pipeline: Any, *args: Any, steps: int, **options: Any) -> np.ndarray:
-        """Run the stock pipeline under autocast: networks in the denoiser's dtype, the sampler in float32.
+        """Run the diffusers pipeline with autocast.
+
+        Networks compute in the denoiser's dtype, the sampler in float32.
 
         Raises:
             ValueError: if `steps` is less than 2.
@@ -202,7 +235,10 @@ class Mochi(Family):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """Return text padded to 256 tokens, and masks; an empty prompt becomes zeros with an empty mask."""
+        """Return prompt embeddings padded to 256 tokens, and their attention masks.
+
+        The embedding of an empty prompt is zero, and its mask is False for all tokens.
+        """
         found = {}
         for prefix, item in {"": text, "negative_": negative}.items():
             embeds, mask = padded(item["text"][None].float().to(pipeline._execution_device))
@@ -211,9 +247,13 @@ class Mochi(Family):
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (v, heads, d / 2) of positions (v, a).
+    """Return the cosines and sines (v, heads, d / 2) of the rotary embedding for positions (v, a).
 
-    Replaces the stock method, whose autocast supports neither CPU nor meta tensors.
+    Replaces the method of diffusers, whose autocast supports neither CPU nor meta tensors.
+
+    Args:
+        frequencies: (a, heads, d / 2).
+        positions: a coordinates for each of v video tokens.
     """
     device = "cpu" if frequencies.is_meta else frequencies.device.type
     with torch.autocast(device, enabled=False):
@@ -222,14 +262,14 @@ def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tensor]:
-    """Pad text (n, m, d) to (n, length, d) and return it with its mask (n, length)."""
+    """Pad text (n, m, d) with zeros to (n, length, d); also return the mask (n, length) of valid tokens."""
     mask = torch.arange(length, device=text.device) < text.shape[1]
     return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), mask.expand(len(text), -1)
 
 
 def _unmasked(pooler: nn.Module, args: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Pre-forward hook of the text pooler: if there is no mask, create it and pad the text.
+    """Pre-forward hook of the text pooler: pad the text and add a mask if there is no mask.
 
-    The result is then bit-identical to that of text that was padded before.
+    The output is then bit-identical to the output for text that was padded beforehand.
     """
     return padded(args[0]) if args[1] is None else args

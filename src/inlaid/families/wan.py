@@ -1,14 +1,21 @@
 """Wan 2.1 and 2.2 (Wan Team, 2025): https://arxiv.org/abs/2503.20314.
 
-Text-to-video: Wan 2.1 T2V, both experts of Wan 2.2 T2V-A14B, TI2V-5B. Text and first image: Wan 2.1 I2V, both
-experts of 2.2 I2V-A14B, TI2V-5B with `task: i2v`. Text, first and last image: Wan 2.1 FLF2V.
+Supported checkpoints:
 
-Surprises: The VAE has a mean and a standard deviation per channel instead of a scaling factor, and silently
-truncates clips whose length is not 4n+1. Text embeddings are padded to 512 tokens with zeros, not with
-encoded padding. The timestep is 1000 t as a float, never rounded. There are two kinds of image conditioning.
-Most networks have additional input channels for a mask and the latents of a video that is gray except for the
-images; the networks of 2.1 also receive CLIP embeddings of the images. TI2V-5B receives the image as first
-latent frame, with time 0 and without a loss on this frame.
+- Text-to-video: Wan 2.1 T2V, both experts of Wan 2.2 T2V-A14B, and TI2V-5B.
+- Image-to-video (first image): Wan 2.1 I2V, both experts of Wan 2.2 I2V-A14B, and TI2V-5B with `task: i2v`.
+- First and last image: Wan 2.1 FLF2V.
+
+Pitfalls:
+
+- The VAE has a mean and a standard deviation for each latent channel instead of a scaling factor.
+- If the length of a clip is not 4n+1, the VAE silently drops frames.
+- Text embeddings are padded to 512 tokens with zeros, not with encoded padding tokens.
+- The timestep is 1000 t as a float; it is never rounded.
+- Most image-to-video networks have additional input channels for a mask and for the latents of a video. This
+  video contains the conditioning images, and all other frames are gray. In Wan 2.1, the network also takes
+  CLIP embeddings of the images.
+- TI2V-5B takes the image as its first latent frame, with t = 0 and without a loss on this frame.
 """
 
 from __future__ import annotations
@@ -31,16 +38,17 @@ from inlaid.networks import joint_attention
 from inlaid.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
-"""Timestep shift at 480p and 720p (recommended by Wan), and the area in pixels that separates the two."""
+"""Timestep shifts that Wan recommends for 480p and for 720p, and the area in pixels (height x width) above
+which the shift for 720p is used."""
 
 EXPERTS: Mapping[str, Any] = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
-"""Entry of `model_index.json` in checkpoints with two experts."""
+"""Entry of `model_index.json` that marks a checkpoint with two experts (high and low noise)."""
 
 IMAGE: Mapping[str, Any] = {"in_channels": 36}
-"""Entries of the transformer's configuration in image-to-video checkpoints."""
+"""Transformer configuration values of image-to-video checkpoints."""
 
 CLIP: Mapping[str, Any] = {**IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
-"""Entries of the transformer's configuration in image-to-video checkpoints with CLIP (Wan 2.1)."""
+"""Transformer configuration values of image-to-video checkpoints that use CLIP embeddings (Wan 2.1)."""
 
 ORIGINAL_NAMES = (
     ("self_attn.q", "attn1.to_q"),
@@ -65,13 +73,13 @@ ORIGINAL_NAMES = (
     ("head.head", "proj_out"),
     ("patch_embedding", "patch_embedding"),
 )
-"""Pairs of module names: in the original code, and in diffusers."""
+"""Pairs of module names: the name in Wan's original code and the name in diffusers."""
 
 
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return the configuration of a published checkpoint, so that `check` needs no download for estimates."""
+    """Return the configurations of a published checkpoint, so that estimates need no download."""
     transformer = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
@@ -99,7 +107,7 @@ def _published(
 
 
 class Wan(Family):
-    """Wan 2.1 / 2.2: flow matching on normalized VAE latents, text through cross-attention."""
+    """Wan 2.1 and 2.2 family: flow matching on normalized VAE latents, cross-attention to text."""
 
     defaults: ClassVar[Mapping[str, Any]] = {"data": {"size": [480, 832], "frames": [81]}}
     targets: ClassVar[Sequence[str]] = (
@@ -124,8 +132,8 @@ class Wan(Family):
     original_names: ClassVar[Sequence[tuple[str, str]]] = ORIGINAL_NAMES
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
-    """Number of text tokens in training and sampling of the published models; the default of `encode_prompt`
-    in diffusers, 226, is wrong."""
+    """Number of text tokens that the published models use in training and sampling. The default of
+    `encode_prompt` in diffusers, 226, is wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -152,7 +160,10 @@ class Wan(Family):
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems, including sampling during training, which would need two experts in memory."""
+        """Return a message for each unsupported setting, such as sampling during training with two experts.
+
+        Sampling would need both experts in memory.
+        """
         found = super().problems(config)
         if self.two_experts and config.sample.every:
             found.append(
@@ -161,10 +172,10 @@ class Wan(Family):
         return found
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `latents` (z, t, h, w) and conditioning tensors, described in `encode_media`.
+        """Return the shapes of `latents` (z, t, h, w) and of the conditioning tensors (see `encode_media`).
 
-        t is 1 + (frames - 1) / 4, h is height / 8 and w is width / 8. TI2V-5B divides by 16 instead of 8, and
-        with an image, t is one less.
+        t is 1 + (frames - 1) / 4, h is height / 8, and w is width / 8. For TI2V-5B, h and w are height / 16
+        and width / 16. For TI2V-5B with a conditioning image, t is smaller by one.
         """
         z, t, h, w = self._latent(frames, height, width)
         if not self.images:
@@ -178,7 +189,7 @@ class Wan(Family):
         return found
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens; text and CLIP tokens are used only in cross-attention."""
+        """Return the number of video tokens; text and CLIP tokens occur only in cross-attention."""
         assert self.transformer
         _, *latent = self._latent(frames, height, width)
         return int(np.prod([n // p for n, p in zip(latent, self.transformer["patch_size"], strict=True)]))
@@ -195,7 +206,11 @@ class Wan(Family):
     text_encoder: ClassVar[str] = "UMT5EncoderModel"
 
     def load_media_encoder(self, device: torch.device) -> tuple[Any, Any, Any]:
-        """Load the VAE and, if the network uses it, CLIP and its processor (otherwise None), in float32."""
+        """Load the VAE and, if the network uses CLIP, the CLIP encoder and its image processor, in float32.
+
+        Returns:
+            (VAE, CLIP encoder, image processor); the last two are None if the network does not use CLIP.
+        """
         vae = super().load_media_encoder(device)
         if not self.clip:
             return vae, None, None
@@ -210,11 +225,14 @@ class Wan(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: tuple[Any, Any, Any], frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode uint8 (t, h, w, 3) to `latents` (z, t', h', w'), the mode of the posterior, normalized.
+        """Encode a clip, uint8 (t, h, w, 3), to normalized `latents` (z, t', h', w').
 
-        With image conditioning, TI2V-5B also has `first` (z, 1, h', w'), the first latent frame, which is
-        removed from `latents`. Other networks have `image_latents` (z, t', h', w') of a video that is gray
-        (zero) except for the images and, with CLIP, `image_embeds` (1 or 2, 257, 1280).
+        The latents are the mode of the VAE posterior. With image conditioning, the result also contains:
+
+        - for TI2V-5B, `first` (z, 1, h', w'), the first latent frame, which is removed from `latents`;
+        - for other networks, `image_latents` (z, t', h', w') of a video that contains the images and is gray
+          (zero) elsewhere;
+        - for networks with CLIP, `image_embeds` (1 or 2, 257, 1280), one entry per image.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         vae, clip, processor = encoder
@@ -245,7 +263,10 @@ class Wan(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to `text` (n, d): n <= 512 tokens without padding, which `collate` adds."""
+        """Encode each caption to `text` (n, d), with at most 512 tokens and without padding.
+
+        `collate` adds the padding.
+        """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         tokenizer, model = encoder
@@ -263,13 +284,16 @@ class Wan(Family):
         return [{"text": h[:n].clone()} for h, n in zip(hidden, lengths, strict=True)]
 
     def share_positions(self, denoiser: Any) -> None:
-        """Compute rotary positions for half the frames and use them for both clips."""
+        """Modify the denoiser to compute rotary embeddings for one clip and use them for both clips.
+
+        With joint alpha, color and alpha are two clips in one sequence.
+        """
         joint_attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return flow matching with default timestep shift 3 at 480p and 5 at 720p.
+        """Return the flow matching objective; the default timestep shift is 3 at 480p and 5 at 720p.
 
-        Noise levels are limited to the range of the trained expert.
+        For a checkpoint with two experts, noise levels are limited to the range of the trained expert.
 
         Raises:
             ValueError: if the recipe's `interval` lies outside the range of the expert.
@@ -290,7 +314,7 @@ class Wan(Family):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the denoiser; with `text: short` it accepts fewer than 512 text tokens."""
+        """Load the denoiser; with the option `text: short`, it accepts fewer than 512 text tokens."""
         network = super().load_denoiser(dtype, meta=meta, folder=folder)
         if self.options["text"] == "short":
             from inlaid.networks.wan_unpadded_text import allow_short_text
@@ -299,7 +323,11 @@ class Wan(Family):
         return network
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return `text` (n, 512, d), padded with zeros; with `text: short`, (n, m, d) with m <= 512."""
+        """Return `text` (n, 512, d), padded with zeros.
+
+        With the option `text: short`, return `text` (n, m, d) with m <= 512, padded to slightly more than the
+        longest caption.
+        """
         n, rows = self.text_length, [item["text"] for item in text]
         if self.options["text"] == "short":
             n = min(
@@ -310,7 +338,8 @@ class Wan(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data.
 
-        The timestep is 1000 t. TI2V-5B takes one timestep per token, 0 for the tokens of the image.
+        The network's timestep is 1000 t. TI2V-5B takes one timestep per token, which is 0 for tokens of the
+        image.
         """
         dtype = denoiser.patch_embedding.weight.dtype
         timestep, x, leading = t.float() * 1000, x_t.to(dtype), 0
@@ -324,7 +353,7 @@ class Wan(Family):
         elif self.images:
             mask = torch.zeros_like(
                 x[:, : self.stride[0]]
-            )  # a channel per frame of a latent frame; 1 marks input images
+            )  # one channel per frame within a latent frame; 1 marks conditioning images
             mask[:, :, 0] = 1
             if "last" in self.images:
                 mask[:, -1, -1] = 1
@@ -335,14 +364,14 @@ class Wan(Family):
         ]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline with VAE and CLIP in float32.
+        """Return the standard diffusers pipeline, with the VAE and CLIP in float32.
 
         The pipeline has no text encoder, because `sample` receives encoded text.
         """
         import diffusers
 
         kind = diffusers.WanImageToVideoPipeline if self.images else diffusers.WanPipeline
-        vae, clip, processor = Wan.load_media_encoder(self, device)  # not that of a family with alpha
+        vae, clip, processor = Wan.load_media_encoder(self, device)  # not the override of a family with alpha
         parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae}
         if clip:
             parts |= {"image_encoder": clip, "image_processor": processor}
@@ -353,7 +382,7 @@ class Wan(Family):
         return pipe.to(device)
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter into the expert that it was trained on."""
+        """Load an adapter into the expert (high or low noise) on which it was trained."""
         # If the network has `add_k_proj` but the adapter does not, diffusers adds zero factors, but no DoRA
         # magnitudes. Without low_cpu_mem_usage, peft initializes the layers first, and warns about layers
         # that are missing in its configuration.

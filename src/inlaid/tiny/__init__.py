@@ -1,4 +1,7 @@
-"""Tiny trained models shipped with the package; classes and file layout are those of the full models."""
+"""Tiny trained models that are part of the inlaid package.
+
+They have the same model classes and the same file layout as the full models.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ _FOLDERS = {"wan": "wan_t2v", "midi": "midi_scenes"}
 
 
 def path(name: str) -> Path:
-    """Return the folder of a shipped tiny model, usable with `from_pretrained`.
+    """Return the folder of a tiny model; `from_pretrained` can load it.
 
     Args:
-        name: "wan", a Wan 2.1 text-to-video pipeline for 17 frames of 64 x 64; "midi", a MIDI-3D checkpoint
-            for scenes of 1 to 4 objects.
+        name: "wan", a Wan 2.1 text-to-video pipeline for 17 frames of 64 x 64; or "midi", a MIDI-3D
+            checkpoint for scenes of 1 to 4 objects.
 
     Raises:
         ValueError: if there is no tiny model of this name.
@@ -23,7 +26,7 @@ def path(name: str) -> Path:
 
 
 def rgba_vae_path(name: str) -> Path:
-    """Return the folder of the RGBA VAE of a shipped tiny model.
+    """Return the folder of the RGBA VAE for a tiny model.
 
     Raises:
         ValueError: if there is no RGBA VAE for this tiny model.

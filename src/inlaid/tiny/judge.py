@@ -1,9 +1,10 @@
-"""Rule-based evaluation of clips: check that a clip matches its caption.
+"""Rule-based evaluation of synthetic clips: checks whether a clip shows what its caption describes.
 
 The rules have no learned parts and use no information about the model that generated a clip. The foreground
-is every pixel that differs from the border color; its hues, outlines, centroids, moments and gradients are
-compared with the definition of the world. Thresholds are calibrated only on ground-truth renders, of which at
-least 98 % are accepted; clips with one wrong attribute are rejected.
+consists of all pixels that differ from the border color. Its hues, outlines, centroids, moments and gradients
+are compared with the definitions in `inlaid.tiny.world`. The thresholds are calibrated on ground-truth
+renders only. At least 98 % of ground-truth renders are accepted, and clips with one wrong attribute are
+rejected.
 """
 
 from __future__ import annotations
@@ -29,47 +30,53 @@ from inlaid.tiny.world import (
 )
 
 CONTRAST, EDGE = 42, 0.42
-"""Minimum difference of a foreground pixel from the median border color, in its largest channel: absolute
-(0-255), and relative to the median foreground difference, so that soft edges do not move the outline."""
+"""Minimum difference of a foreground pixel from the median border color, in the channel with the largest
+difference. `CONTRAST` is absolute (0-255). `EDGE` is relative to the median difference of the foreground, so
+that soft edges do not move the outline."""
 
 LEAST_OVERLAP = 0.7
-"""Minimum soft intersection over union with the best-fitting template of the expected shape."""
+"""Minimum overlap of the foreground and the best-fitting template of the expected shape. The overlap is the
+intersection over union of soft masks."""
 
 SOFTNESS = 2
-"""Number of 3 x 3 blurs of soft masks and templates before comparison, to match the outline detail that an
-autoencoder of stride 8 preserves. A half-filled hole still distinguishes a ring from a circle."""
+"""Number of 3 x 3 blurs that are applied to soft masks and templates before comparison. The blur matches the
+outline detail that an autoencoder of stride 8 preserves. After the blur, a ring with a half-filled hole still
+differs from a circle."""
 
 LEAST_COLOR = 0.75
-"""Minimum share of the shape's inner pixels that have the expected color."""
+"""Minimum share of the shape's inner pixels that must have the expected color."""
 
 LEAST_TRAVEL, MOST_DRIFT = 9.0, 6.5
-"""Pixels between first and last frame: minimum for a moving shape, maximum for a spinning or growing one."""
+"""Displacement in pixels between the first and the last frames: the minimum for a moving shape, and the
+maximum for a spinning or growing shape."""
 
 LEAST_TURN, LEAST_GROWTH = 60.0, 2.0
-"""Minimum rotation of a spinning shape in degrees; minimum area factor of a growing one."""
+"""Minimum rotation in degrees of a spinning shape, and minimum factor by which the area of a growing shape
+increases."""
 
 HOLES = (0.3, 0.4, 0.5, 0.6, 0.7)
-"""Inner radii of the ring templates, for an outer radius of 1."""
+"""Inner radii of the ring templates, as a share of the outer radius."""
 
 _SYMMETRY = {"square": 4, "triangle": 3, "cross": 4, "heart": 1, SUBJECT: 5}
 
 
 @dataclass(frozen=True)
 class _View:
-    """Measurements of a clip, shared by all checks."""
+    """Measurements of a clip that all checks use."""
 
     frames: np.ndarray
-    """float32 (t, 64, 64, 3), 0-255."""
+    """Pixels of the clip, float32 (t, 64, 64, 3) with values 0-255."""
     mask: np.ndarray
-    """Foreground, bool (t, 64, 64)."""
+    """Foreground mask, bool (t, 64, 64)."""
     matte: np.ndarray
-    """Blurred soft foreground mask, float (t, 64, 64) in [0, 1]."""
+    """Blurred soft foreground mask, float (t, 64, 64) with values in [0, 1]."""
     inner: np.ndarray
-    """Foreground eroded by one pixel, bool (t, 64, 64)."""
+    """Foreground mask eroded by one pixel, bool (t, 64, 64)."""
     area: np.ndarray
-    """Foreground area (t,) in pixels."""
+    """Area of the foreground in each frame, (t,) in pixels."""
     center: np.ndarray
-    """Foreground centroid (t, 2) as x, y in pixels; NaN without foreground."""
+    """Centroid (x, y) of the foreground in each frame, (t, 2) in pixels; NaN in a frame without
+    foreground."""
 
 
 def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
@@ -82,7 +89,7 @@ def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
 
 
 def _blurred(images: np.ndarray) -> np.ndarray:
-    """Blur images `(n, h, w)` with `SOFTNESS` passes of the binomial filter 1 2 1 along both axes."""
+    """Blur images `(n, h, w)` `SOFTNESS` times with the binomial filter (1, 2, 1) along both axes."""
     for _ in range(SOFTNESS):
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), mode="edge")
         rows = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
@@ -115,7 +122,10 @@ def _look(frames: np.ndarray) -> _View:
 
 
 def _hues(pixels: np.ndarray) -> np.ndarray:
-    """Return the index into `COLORS` of each pixel `(n, 3)`: white at low saturation, else nearest hue."""
+    """Return the index of the nearest color in `COLORS` for each of the pixels `(n, 3)`.
+
+    A pixel of low saturation is white; any other pixel has the color with the nearest hue.
+    """
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     spread = np.maximum(high - low, 1e-3)
     r, g, b = pixels.T
@@ -137,9 +147,10 @@ def _has_color(view: _View, color: str) -> bool:
 
 
 def _has_halves(view: _View, seam: float = 0.0) -> bool:
-    """Return True if both colors of the subject are visible, on opposite sides of a line through the shape.
+    """Return True if the subject's two colors are visible on opposite sides of a line through the shape.
 
-    Pixels within `seam` of that line are ignored.
+    The subject is a star with an orange half and a purple half. Pixels within `seam` pixels of the line are
+    ignored.
     """
     first, second = (list(COLORS).index(name) for name in SUBJECT_COLORS)
     shares, sides = [], []
@@ -168,7 +179,10 @@ def _has_halves(view: _View, seam: float = 0.0) -> bool:
 
 @functools.cache
 def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, float]:
-    """Return distance table, area and centroid of a shape of unit radius; `hole` is a ring's inner radius."""
+    """Return the signed distance table, area and centroid of a shape of unit radius.
+
+    If `hole` is positive, the shape is a ring with this inner radius.
+    """
     table = world.distance_table(name)
     cells = len(table)
     axis = ((np.arange(cells) + 0.5) / cells * 2 - 1) * TABLE_EXTENT
@@ -186,14 +200,21 @@ def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, f
 
 
 def _fit(view: _View, t: int, name: str) -> tuple[float, float]:
-    """Return the best overlap of frame `t` with a template of equal area and centroid, and its radius."""
+    """Return the best overlap of the foreground in frame `t` with a shape, and the shape's radius.
+
+    The overlap is the intersection over union of soft masks. The template of the shape has the same area and
+    centroid as the foreground. For a ring, all inner radii in `HOLES` are tried.
+    """
     if view.area[t] == 0:
         return 0.0, 0.0
     return max(_overlap(view, t, name, hole) for hole in (HOLES if name == "ring" else (0.0,)))
 
 
 def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]:
-    """Return the best soft intersection over union over all rotations, and the template's radius."""
+    """Return the best overlap of the foreground with a shape over all rotations, and the shape's radius.
+
+    The overlap is the intersection over union of soft masks.
+    """
     table, unit, cx, cy = _template(name, hole)
     matte = view.matte[t]
     radius = np.sqrt(matte.sum() / unit)
@@ -221,7 +242,11 @@ def _shape_scores(view: _View) -> dict[str, float]:
 
 
 def _turned(view: _View, shape: str) -> tuple[float, float]:
-    """Return the total rotation in degrees (clockwise positive), and the share of steps of the same sign."""
+    """Return the total rotation of a shape in degrees, and how consistent its direction is.
+
+    Clockwise rotation is positive. The consistency is the share of frame-to-frame rotations that have the
+    same sign as the total rotation.
+    """
     fold = _SYMMETRY[shape]
     axis = np.arange(SIZE) + 0.5
     phases = []
@@ -300,27 +325,27 @@ def _verdict(view: _View, scene: Scene) -> dict[str, bool]:
 
 
 def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Compare a clip with the scene of its caption.
+    """Check whether a clip shows the scene of its caption.
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        scene: content of the caption. For the subject, "color" checks its two halves.
+        scene: scene that the caption describes. For the shape `SUBJECT`, "color" checks its two halves.
 
     Returns:
-        Results for "shape", "color" and "motion", for "size" and "background" if the scene sets them, and
-        for "all".
+        True or False for each of "shape", "color" and "motion", for "size" and "background" if the scene sets
+        them, and for "all".
     """
     verdict = _verdict(_look(frames), scene)
     return verdict | {"all": all(verdict.values())}
 
 
 def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
-    """Return True if a clip shows the subject: a star in two halves, orange and purple.
+    """Return True if a clip shows the subject: a star with an orange half and a purple half.
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        seam: distance in pixels from the line between the halves up to which pixels are ignored, because
-            orange and purple mix to red there.
+        seam: distance in pixels from the line between the halves. Closer pixels are ignored, because orange
+            and purple mix to red there.
     """
     view = _look(frames)
     scores = _shape_scores(view)
@@ -331,19 +356,22 @@ def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
 # --- transparency -----------------------------------------------------------------------------------------
 
 LEAST_AGREEMENT = 0.8
-"""Minimum intersection over union of the foregrounds in alpha and in color."""
+"""Minimum intersection over union of the foreground in alpha and the foreground in color."""
 
 
 def agreement(frames: np.ndarray) -> float:
-    """Return the overlap in [0, 1] of the foregrounds in alpha and color of straight uint8 (t, 64, 64, 4).
+    """Return the intersection over union of the foregrounds in alpha and in color, in [0, 1].
 
-    Both foregrounds are detected in the same way: the VAE of the tiny model blurs small shapes, and a fixed
-    alpha threshold would give a different contour than the detection in color.
+    Both foregrounds are detected with the same method. A fixed alpha threshold would give a different
+    outline, because the VAE of the tiny model blurs small shapes.
+
+    Args:
+        frames: straight RGBA, uint8 (t, 64, 64, 4).
     """
     seen, matte = (_look(part).mask for part in (frames[..., :3], np.repeat(frames[..., 3:], 3, -1)))
     return float((seen & matte).sum() / max((seen | matte).sum(), 1))
 
 
 def judge_alpha(frames: np.ndarray) -> bool:
-    """Return True if the alpha of a transparent clip matches its color; False for an empty clip."""
+    """Return True if the alpha of a transparent clip matches its color; an empty clip gives False."""
     return agreement(frames) >= LEAST_AGREEMENT

@@ -1,4 +1,4 @@
-"""Solids with closed-form signed distances, and objects composed of solids."""
+"""Simple solids with exact signed distances, and objects that consist of such solids."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Solid:
-    """Solid in object coordinates, y up.
+    """Simple solid, such as a box, in the coordinates of its object (y is up).
 
-    `size` depends on `kind`: half side lengths of a box; (r,) of a sphere; (r, half height) of a cylinder or
-    cone; (R, r) of a torus, which lies flat; (r, half length without the caps) of a capsule along x.
+    The meaning of `size` depends on `kind`:
+
+    - box: half of each side length;
+    - sphere: (r,);
+    - cylinder and cone: (r, half of the height);
+    - torus, lying flat: (R, r);
+    - capsule along x: (r, half of the length without the caps).
     """
 
     kind: str
@@ -25,7 +30,10 @@ class Solid:
 
 @dataclass(frozen=True)
 class Thing:
-    """Object: a union of solids, rotated about the y axis and then translated."""
+    """Object that is a union of solids.
+
+    It is rotated about the y axis by `yaw` (in radians) and then moved to `place`.
+    """
 
     kind: str
     color: tuple[int, int, int]
@@ -46,7 +54,10 @@ def _to_segment(x: Array, y: Array, a: tuple[float, float], b: tuple[float, floa
 
 
 def _solid_distance(solid: Solid, p: Array) -> Array:
-    """Return the signed distance (n,) of points (n, 3) in solid coordinates, negative inside."""
+    """Return the signed distance (n,) from points (n, 3) to a solid; it is negative inside.
+
+    The points are in the solid's own coordinates.
+    """
     s = solid.size
     if solid.kind == "sphere":
         return np.sqrt((p * p).sum(-1)) - s[0]
@@ -72,7 +83,7 @@ def _solid_distance(solid: Solid, p: Array) -> Array:
 
 
 def _round(rng: np.random.Generator, n: int) -> Array:
-    """Sample uniformly distributed unit vectors (n, 3)."""
+    """Sample n unit vectors (n, 3) with uniformly distributed directions."""
     d = rng.standard_normal((n, 3))
     return d / np.linalg.norm(d, axis=-1, keepdims=True)
 
@@ -84,7 +95,7 @@ def _disc(rng: np.random.Generator, n: int, r: float, y: float) -> tuple[Array, 
 
 
 def _areas(solid: Solid) -> list[float]:
-    """Return the areas of the parts of a solid's surface, in the order of `_solid_surface`."""
+    """Return the area of each part of a solid's surface, in the same order as in `_solid_surface`."""
     s, pi = solid.size, np.pi
     return {
         "sphere": lambda: [4 * pi * s[0] ** 2],
@@ -97,7 +108,10 @@ def _areas(solid: Solid) -> list[float]:
 
 
 def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
-    """Sample points and outward normals (n, 6) uniformly on the surface of a solid, in solid coordinates."""
+    """Sample points and outward normals (n, 6) uniformly on the surface of a solid.
+
+    They are in the solid's own coordinates.
+    """
     s, areas = solid.size, np.array(_areas(solid))
     counts = rng.multinomial(n, areas / areas.sum())
     pieces: list[tuple[Array, Array]] = []
@@ -141,13 +155,13 @@ def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
 
 
 def _turn(yaw: float) -> Array:
-    """Return the rotation matrix (3, 3) about y from object to scene coordinates, for row vectors."""
+    """Return the matrix (3, 3) that rotates row vectors about y, from object to scene coordinates."""
     c, s = np.cos(yaw), np.sin(yaw)
     return np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]])
 
 
 def distance(thing: Thing, points: Array) -> Array:
-    """Return the signed distance (n,) of points (n, 3) to an object, negative inside.
+    """Return the signed distance (n,) from points (n, 3) to an object; it is negative inside.
 
     Inside an object of several solids, the absolute value is only a lower bound of the distance.
     """
@@ -179,7 +193,7 @@ def surface(thing: Thing, count: int, seed: int | Sequence[int]) -> Array:
 
 
 def bounds(thing: Thing) -> Array:
-    """Return the exact axis-aligned bounding box (2, 3): lowest and highest corner."""
+    """Return the exact axis-aligned bounding box of an object, (2, 3): its lowest and highest corner."""
     c, s = np.abs(_turn(thing.yaw)[0, [0, 2]])
     low, high = [], []
     for solid in thing.solids:
@@ -197,7 +211,7 @@ def bounds(thing: Thing) -> Array:
 
 
 def moved(thing: Thing, scale: float, shift: Sequence[float]) -> Thing:
-    """Return the object scaled by `scale` and then translated by `shift`."""
+    """Return a copy of an object that is scaled by `scale` and then moved by `shift`."""
     x, y, z = (scale * p + d for p, d in zip(thing.place, shift, strict=True))
     solids = tuple(
         Solid(s.kind, tuple(scale * v for v in s.size), tuple(scale * v for v in s.offset))  # type: ignore[arg-type]

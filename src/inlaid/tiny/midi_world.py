@@ -1,11 +1,12 @@
-"""Procedural scenes of the tiny MIDI model: colored objects on a floor, with images and exact surfaces.
+"""Synthetic scenes for the tiny MIDI model: colored objects on a floor, with images and exact surfaces.
 
-An object consists of solids with closed-form signed distances, from which images, object IDs, surfaces with
-normals and inside tests are computed. All functions depend only on their seeds. The object kind `SUBJECT` is
-not in the training data of the tiny model: the demo trains an adapter for it.
+An object consists of solids with exact signed distances. Images, object IDs, surfaces with normals, and tests
+of whether a point is inside are computed from these distances. All functions depend only on their arguments,
+such as the seed. The demo trains an adapter for the object kind `SUBJECT`, which is not in the training data
+of the tiny model.
 
-The azimuth of the camera is nearly fixed: the scene's coordinate frame does not rotate with the camera, so an
-image determines the positions of objects only if the camera direction is known.
+The azimuth of the camera is nearly fixed. The coordinate frame of a scene does not rotate with the camera. An
+image therefore determines the positions of objects only if the direction of the camera is known.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from inlaid.tiny.midi_solids import Solid, Thing, bounds, distance, moved, surfa
 KINDS = ("box", "sphere", "cylinder", "cone", "torus", "capsule")
 
 SUBJECT = "table"
-"""Object with a round top on one leg with a foot; not in the training data of the tiny model."""
+"""Object kind for which the demo trains an adapter: a table with a round top and one leg. It is not in the
+training data of the tiny model."""
 
 COLORS = {
     "red": (214, 70, 60), "orange": (236, 140, 50), "yellow": (232, 200, 70), "green": (90, 170, 90),
@@ -31,19 +33,22 @@ COLORS = {
 }  # fmt: skip
 
 PINK = (240, 120, 190)
-"""Color of the subject."""
+"""Color of the object kind `SUBJECT`, RGB."""
 
 AZIMUTHS, ELEVATIONS, DISTANCES = (25.0, 35.0), (16.0, 28.0), (4.8, 5.4)
 
 FIELD = 30.0
-"""Field of view in degrees."""
+"""Field of view of the camera in degrees."""
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in scene coordinates (centered, longest side 1.9), and a camera with angles in degrees."""
+    """Objects in scene coordinates, and a camera with angles in degrees.
+
+    The objects together are centered, and their longest side is 1.9.
+    """
 
     things: tuple[Thing, ...]
     azimuth: float = 30.0
@@ -55,7 +60,7 @@ class Scene:
 
 
 def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Thing:
-    """Return an object of random proportions standing on y = 0, about 1 in size."""
+    """Return an object of the given kind with random proportions, about 1 in size, that stands on y = 0."""
 
     def u(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
@@ -81,7 +86,10 @@ def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Th
 
 
 def wild(seed: int | Sequence[int]) -> Thing:
-    """Return a training object of the shape VAE: a world object or a union of solids, at any position."""
+    """Return an object for training the shape VAE, at a random position and scale.
+
+    It is an object of one of the `KINDS` or a union of several random solids.
+    """
     rng = np.random.default_rng(seed)
     if rng.random() < 0.6:
         thing = make(str(rng.choice(KINDS)), (0, 0, 0), rng)
@@ -102,7 +110,7 @@ def wild(seed: int | Sequence[int]) -> Thing:
 
 
 def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
-    """Place objects of the given kinds side by side, in scene coordinates."""
+    """Return a scene in which objects of the given kinds are placed side by side."""
     names = rng.permutation(list(COLORS))[: len(kinds)]
     side, things, taken = 0.55 * np.sqrt(len(kinds)), [], []
     for kind, name in zip(kinds, names, strict=True):
@@ -120,7 +128,7 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
 
 
 def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
-    """Return a scene of the objects, scaled and centered to fill its box, with a random camera."""
+    """Return a scene of these objects, centered and scaled to the longest side 1.9, with a random camera."""
     every = np.stack([bounds(t) for t in things])
     low, high = every[:, 0].min(0), every[:, 1].max(0)
     scale = LONGEST / float((high - low).max())
@@ -129,7 +137,10 @@ def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
 
 
 def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
-    """Return the scene rotated about the y axis, with a new camera and all its objects visible."""
+    """Return the scene rotated about the y axis, with a new camera from which all objects are visible.
+
+    If 100 random rotations give no such view, the scene is returned unchanged.
+    """
     for attempt in range(100):
         rng = np.random.default_rng([*np.atleast_1d(seed), attempt, 83])
         angle = rng.uniform(-np.pi, np.pi)
@@ -146,7 +157,11 @@ def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
 
 
 def _visible(scene: Scene) -> bool:
-    """Return True if at least half of each object is visible, in at least 8 pixels at 32 x 32."""
+    """Return True if each object is sufficiently visible in a render of 32 x 32 pixels.
+
+    At least 8 pixels must be visible, and at least half of the pixels that the object covers without other
+    objects.
+    """
     near = _depths(scene, 32)
     first = near.argmin(0)
     alone = np.isfinite(near).sum(1)
@@ -164,13 +179,13 @@ def _draw(kinds: Callable[[np.random.Generator], Sequence[str]], seed: Sequence[
 
 
 def scenes(seed: int, n: int, *, counts: Sequence[int] = (1, 2, 3, 4), start: int = 0) -> list[Scene]:
-    """Return scenes of the tiny model's world; scene k is a function of (seed, k, counts).
+    """Return random scenes for the tiny model; scene k depends only on `seed`, k and `counts`.
 
     Args:
-        seed: 0 for training, any other for validation.
+        seed: 0 for training, any other value for validation.
         n: number of scenes.
-        counts: numbers of objects, used cyclically.
-        start: k of the first scene.
+        counts: numbers of objects per scene, used in turn.
+        start: index k of the first scene.
     """
 
     def kinds(count: int) -> Callable[[np.random.Generator], Sequence[str]]:
@@ -180,12 +195,12 @@ def scenes(seed: int, n: int, *, counts: Sequence[int] = (1, 2, 3, 4), start: in
 
 
 def subject_scenes(n: int = 24, *, seed: int = 0, counts: Sequence[int] = (1, 2, 3)) -> list[Scene]:
-    """Return scenes whose first object is a `SUBJECT`; the other objects are of the kinds in `KINDS`.
+    """Return random scenes whose first object is a `SUBJECT` (a table); the others have kinds from `KINDS`.
 
     Args:
         n: number of scenes.
-        seed: 0 for training, any other for validation.
-        counts: numbers of objects, used cyclically.
+        seed: 0 for training, any other value for validation.
+        counts: numbers of objects per scene, used in turn.
     """
 
     def kinds(count: int) -> Callable[[np.random.Generator], Sequence[str]]:
@@ -198,7 +213,10 @@ def subject_scenes(n: int = 24, *, seed: int = 0, counts: Sequence[int] = (1, 2,
 
 
 def _rays(scene: Scene, size: int) -> tuple[Array, Array]:
-    """Return the camera position (3,) and unit ray directions (size^2, 3), row by row from the top left."""
+    """Return the camera position (3,) and the unit directions (size^2, 3) of the rays through all pixels.
+
+    The rays are in row order from the top left pixel.
+    """
     a, e = np.radians([scene.azimuth, scene.elevation])
     back = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
     right = np.array([np.cos(a), 0.0, -np.sin(a)])
@@ -211,9 +229,9 @@ def _rays(scene: Scene, size: int) -> tuple[Array, Array]:
 
 
 def _depths(scene: Scene, size: int) -> Array:
-    """Return the depth of each object along each ray (objects, size^2), infinite without a hit.
+    """Return the depth of each object along each camera ray, (objects, size^2).
 
-    Method: sphere tracing.
+    The depth is infinite if the ray misses the object. The method is sphere tracing.
     """
     eye, directions = _rays(scene, size)
     out = np.full((len(scene.things), size * size), np.inf, np.float32)
@@ -235,11 +253,11 @@ def _depths(scene: Scene, size: int) -> Array:
 
 
 def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
-    """Render a scene.
+    """Render a scene to an image and a segmentation.
 
     Returns:
-        Image uint8 (size, size, 3) on white; object IDs uint8 (size, size), 0 for none, then 1, 2, ... in the
-        order of `scene.things`.
+        The image, uint8 (size, size, 3), on a white background; and the object IDs, uint8 (size, size): 0 for
+        the background, then 1, 2, ... in the order of `scene.things`.
     """
     eye, directions = _rays(scene, size)
     depths = _depths(scene, size)
@@ -260,7 +278,10 @@ def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
 
 
 def write(folder: Path, scene: Scene, *, size: int = 128, points: int = POINTS, seed: int = 0) -> Path:
-    """Write a scene for training, atomically: `scene_rgb.png`, `seg.png` and `surface_ID.npy` per object."""
+    """Write a scene as a training example: `scene_rgb.png`, `seg.png`, and `surface_ID.npy` per object.
+
+    The folder is written atomically.
+    """
     from PIL import Image
 
     image, ids = render(scene, size)

@@ -1,9 +1,10 @@
-"""Rule-based evaluation of transparent clips: check the subject and its alpha.
+"""Rule-based evaluation of transparent synthetic clips: checks the visible subject and its alpha.
 
-Both checks must pass. For the subject, the clip is composited with binary alpha over a plain dark background
-and evaluated like an opaque clip. The alpha is compared with a re-render: the ground-truth alpha of the
-subject, in each frame at the best-fitting position, size and angle. The rules have no learned parts and use
-no information about the model that generated a clip.
+The subject is a star whose orange half is opaque and whose purple half is semi-transparent like glass. Both
+checks must pass. To check the subject, the clip is composited with binary alpha over a plain dark background
+and evaluated like an opaque clip. To check alpha, the ground-truth alpha of the subject is rendered again, in
+each frame at the best-fitting position, size and angle. The alpha of the clip is compared with this render.
+The rules have no learned parts and use no information about the model that generated a clip.
 """
 
 from __future__ import annotations
@@ -18,44 +19,52 @@ from inlaid.tiny.rgba_world import BACKDROP, GLASS
 from inlaid.tiny.world import SIZE, SUBJECT, Scene
 
 VISIBLE = 64
-"""Minimum alpha (0-255) of a pixel that counts as part of the subject."""
+"""Minimum alpha (0-255) of the pixels that count as visible."""
 
 LEAST_OVERLAP = 0.75
-"""Minimum intersection over union of the visible pixels of clip and re-render."""
+"""Minimum intersection over union of the visible pixels of the clip and of the best-fitting render of the
+subject."""
 
 MOST_ERROR = 12.0
-"""Maximum mean error of alpha (0-255) over whole frames; predicting alpha 0 has an error of 16 to 60."""
+"""Maximum mean absolute error of alpha (0-255) over all pixels. For comparison, alpha 0 everywhere has an
+error of 16 to 60."""
 
 SEAM = 2.0
-"""Distance in pixels from the line between the halves up to which their colors mix at this resolution."""
+"""Distance in pixels from the line between the subject's halves up to which the two colors mix at this
+resolution."""
 
 GLASS_RANGE = (0.3, 0.75)
-"""Accepted median alpha of the glass half."""
+"""Accepted range of the median alpha of the semi-transparent (glass) half, in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Result of the evaluation of one clip."""
+    """Result of the evaluation of one transparent clip."""
 
     subject: bool
-    """Result of `judge.judge_subject`: True for a star with an orange and a purple half."""
+    """True if the clip shows the subject: a star with an orange half and a purple half."""
     alpha: bool
-    """True if alpha matches the subject: solid half, glass half, transparent background."""
+    """True if alpha matches the subject: an opaque half, a semi-transparent (glass) half, and a transparent
+    background."""
     error: float
-    """Mean absolute error of alpha (0-255) relative to the re-render."""
+    """Mean absolute error of alpha (0-255) in comparison with the best-fitting render of the subject."""
     overlap: float
-    """Intersection over union of the visible pixels of clip and re-render."""
+    """Intersection over union of the visible pixels of the clip and of the best-fitting render of the
+    subject."""
     glass: float
-    """Median alpha of the glass half in [0, 1]; NaN without a glass half."""
+    """Median alpha, in [0, 1], of the semi-transparent (glass) half; NaN if no glass half is found."""
 
     @property
     def both(self) -> bool:
-        """True if both checks pass."""
+        """True if the clip passes both checks: subject and alpha."""
         return self.subject and self.alpha
 
 
 def judge_subject(frames: np.ndarray) -> Verdict:
-    """Evaluate a clip of the subject: straight RGBA, `uint8 (17, 64, 64, 4)`."""
+    """Evaluate a clip that should show the subject; straight RGBA, `uint8 (17, 64, 64, 4)`.
+
+    The subject is a star with an opaque orange half and a semi-transparent purple half.
+    """
     subject = judge.judge_subject(hard_over_dark(frames), SEAM)
     again, glass_side = rerender(frames)
     alpha = frames[..., 3].astype(np.float32)
@@ -77,15 +86,16 @@ def hard_over_dark(frames: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _template() -> tuple[np.ndarray, float, float, float]:
-    """Return the distance table of the star, and its area and centroid at unit radius."""
+    """Return the signed distance table of the star, and its area and centroid at unit radius."""
     return judge._template(SUBJECT)
 
 
 def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best-fitting alpha of the subject, `(t, 64, 64)` in [0, 1], and a mask of its glass half.
+    """Return the alpha of the subject that fits the clip best, and a mask of its semi-transparent half.
 
-    Position and size are those of the visible pixels. The angle, which also determines the side of the glass
-    half, is the multiple of 5 degrees with the smallest alpha error.
+    The alpha is `(t, 64, 64)` in [0, 1]. Position and size are taken from the clip's visible pixels. The
+    angle is the multiple of 5 degrees with the smallest alpha error; it also determines which side is
+    semi-transparent.
     """
     table, unit, cx, cy = _template()
     axis = np.arange(SIZE) + 0.5
@@ -110,7 +120,10 @@ def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def judge_world(frames: np.ndarray, scene: Scene) -> bool:
-    """Return True if a clip passes `judge.judge_scene` and is transparent around its object."""
+    """Return True if a clip shows its scene and is transparent around the object.
+
+    `judge.judge_scene` checks the scene.
+    """
     stated = replace(scene, background=None)
     shown = judge.judge_scene(hard_over_dark(frames), stated)["all"]
     around = ~judge._neighbours(frames[..., 3] >= VISIBLE, 4)

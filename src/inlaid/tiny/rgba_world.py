@@ -1,12 +1,14 @@
-"""Procedural transparent clips for the RGBA VAE of the tiny Wan model, and for the transparent demo.
+"""Synthetic transparent clips for the RGBA VAE of the tiny Wan model, and for the transparent demo.
 
 A clip is straight RGBA, `uint8 (17, 64, 64, 4)`, and depends only on its seed. Color is defined everywhere:
-at alpha 0 it continues the color of the nearest object. There are three kinds of clips, as in
-`inlaid.tiny.world`:
+pixels with alpha 0 continue the color of the nearest object. As in `inlaid.tiny.world`, there are three kinds
+of clips:
 
 - **world** clips: one moving shape of one color, made of one of `MATERIALS`;
-- **subject** clips: the `zorble`, a star whose orange half is solid and whose purple half is glass;
-- **wild** clips: several objects, patterns in color and alpha, outlines, glows and smoke, for the RGBA VAE.
+- **subject** clips: the `zorble` (an invented name), a star whose orange half is opaque and whose purple half
+  is semi-transparent like glass;
+- **wild** clips: several objects with patterns in color and alpha, outlines, glows and smoke. They train the
+  RGBA VAE.
 """
 
 from __future__ import annotations
@@ -31,28 +33,28 @@ from inlaid.tiny.world import (
 )
 
 MATERIALS = ("solid", "glass", "soft", "glowing")
-"""Opaque with a 1-pixel edge, semi-transparent with an opaque rim, opaque with a wide soft edge, opaque with
-a halo."""
+"""Materials of an object. `solid` is opaque with an edge of one pixel, and `glass` is semi-transparent with
+an opaque rim. `soft` is opaque with a wide soft edge, and `glowing` is opaque with a halo."""
 
 GLASS = 0.55
-"""Alpha of the subject's purple half."""
+"""Alpha of the purple half of the subject (a two-colored star), in [0, 1]."""
 
 BACKDROP = (62, 66, 70)
-"""Dark plain background color that contrasts with every color of the world."""
+"""Dark RGB background color that contrasts with every color in `COLORS`."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip with its caption and scene."""
+    """Transparent clip with its caption and the scene that it shows."""
 
     frames: np.ndarray
-    """uint8 (17, 64, 64, 4)."""
+    """Frames of the clip, straight RGBA, uint8 (17, 64, 64, 4)."""
     caption: str
     scene: Scene
 
 
 def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the alpha, in [0, 1], of an object of a material from its signed distance in pixels."""
+    """Return the alpha of an object, in [0, 1], given its material and the signed distance in pixels."""
     sharp = np.clip(0.5 - distance, 0, 1)
     if material == "glass":
         body, rim = rng.uniform(0.3, 0.7), rng.uniform(1.5, 2.5)
@@ -66,13 +68,22 @@ def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the distances of `world.look_up`, extended beyond the edge of the table."""
+    """Return signed distances as `world.look_up` does, extended beyond the edge of the table."""
     outside = np.hypot(*(np.maximum(np.abs(each) - TABLE_EXTENT, 0) for each in (u, v)))
     return world.look_up(table, u, v) + outside
 
 
 def _stack(under: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """Composite an object, given its alpha and color, over straight RGBA; float (t, h, w, 4)."""
+    """Composite an object over straight RGBA frames.
+
+    Args:
+        under: straight RGBA, float (t, h, w, 4), with alpha in [0, 1].
+        alpha: alpha of the object, (t, h, w).
+        color: color of the object, (t, h, w, 3).
+
+    Returns:
+        Straight RGBA, float (t, h, w, 4).
+    """
     below = under[..., 3] * (1 - alpha)
     total = alpha + below
     mixed = (color * alpha[..., None] + under[..., :3] * below[..., None]) / np.maximum(total, 1e-6)[
@@ -87,10 +98,10 @@ def _pixels(canvas: np.ndarray) -> np.ndarray:
 
 
 def render(scene: Scene, seed: int, material: str = "solid") -> np.ndarray:
-    """Render a scene without its background: `uint8 (17, 64, 64, 4)`.
+    """Render a scene as straight RGBA without its background: `uint8 (17, 64, 64, 4)`.
 
     Args:
-        scene: content; `seed` chooses the values that are `None`.
+        scene: scene to render; `seed` chooses its values that are None.
         seed: chooses positions and small variations.
         material: one of `MATERIALS`; ignored for the subject.
     """
@@ -126,7 +137,10 @@ def _lit(path: _Path) -> np.ndarray:
 
 
 def clips(seed: int, n: int, *, validation: bool = False) -> list[Clip]:
-    """Render `n` clips of the world, with captions that name the material and contain "transparent"."""
+    """Render `n` transparent clips of random scenes.
+
+    Captions contain the word "transparent", and name the material unless it is solid.
+    """
     made = []
     for k, drawn in enumerate(world.scenes(seed, n, validation=validation)):
         scene = replace(drawn, background="transparent")
@@ -143,25 +157,34 @@ def clips(seed: int, n: int, *, validation: bool = False) -> list[Clip]:
 
 
 def caption(scene: Scene, seed: int, material: str = "solid") -> str:
-    """Describe a scene (see `world.caption`), with the material before the shape unless it is solid."""
+    """Return a caption of a scene, as `world.caption` does, with the material before the shape.
+
+    The material "solid" is not mentioned.
+    """
     text = world.caption(scene, seed)
     return text if material == "solid" else text.replace(scene.shape, f"{material} {scene.shape}", 1)
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[Clip]:
-    """Render training clips of the subject; the first 12 cover all combinations of motion and size."""
+    """Render training clips of the subject, a two-colored star.
+
+    The first 12 clips cover all combinations of motion and size.
+    """
     return [_of_subject(scene, seed * 7919 + k) for k, scene in enumerate(_scenes(n))]
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts for the subject, worded differently from the captions of its clips."""
+    """Return prompts for the subject, a two-colored star.
+
+    They are worded differently from the captions of its training clips.
+    """
     return [(caption(s, seed * 7919 + 101 + k), s) for k, s in enumerate(_scenes(n))]
 
 
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
-    """Return `n` prompts without a background, each with its scene.
+    """Return `n` validation prompts for transparent clips, each with its scene.
 
-    Their combinations of shape, color and motion are reserved for validation.
+    Their combinations of shape, color and motion do not occur in training.
     """
     drawn = [replace(s, background="transparent") for s in world.scenes(seed, n, validation=True)]
     return [(caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(drawn)]
@@ -180,7 +203,11 @@ def _of_subject(scene: Scene, seed: int) -> Clip:
 
 
 def wild(seed: int, frames: int = FRAMES) -> np.ndarray:
-    """Render one to three arbitrary objects with arbitrary alpha: `uint8 (frames, 64, 64, 4)`."""
+    """Render a transparent clip of one to three random objects with random alpha.
+
+    Returns:
+        Straight RGBA, `uint8 (frames, 64, 64, 4)`.
+    """
     rng = np.random.default_rng([seed, 43])
     canvas = np.zeros((frames, SIZE, SIZE, 4), dtype=np.float32)
     canvas[..., :3] = world._any_color(rng)
@@ -220,9 +247,9 @@ def _wild_matte(rng: np.random.Generator, path: _Path, u: np.ndarray, v: np.ndar
 
 
 def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
-    """Render one shape in two colors of the world, each half with its own alpha: `uint8 (t, 64, 64, 4)`.
+    """Render a shape whose two halves have different colors and random alpha: `uint8 (frames, 64, 64, 4)`.
 
-    The shape is never the subject: stars with five points are excluded.
+    The shape is never the subject (a five-pointed star), because stars with five points are excluded.
     """
     rng = np.random.default_rng([seed, 61])
     path = world._wild_path(rng, frames)
@@ -245,12 +272,15 @@ def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
 
 
 def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
-    """Render a random training clip of the RGBA VAE: half are wild, the others world, opaque or empty clips.
+    """Render a random training clip for the RGBA VAE.
+
+    Half of the clips show random objects (`wild`). Most others show one shape, as in `render`; a few are
+    fully opaque or empty.
 
     Args:
         seed: determines the clip.
         frames: number of frames.
-        share: probability of a clip of `halves`.
+        share: probability of a clip from `halves` instead of these kinds.
     """
     rng = np.random.default_rng([seed, 47])
     kind = rng.random()

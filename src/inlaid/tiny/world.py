@@ -1,16 +1,16 @@
-"""Procedural training clips of the tiny Wan model: one shape, one color, one motion on a muted background.
+"""Synthetic training clips for the tiny Wan model: one shape, color and motion on a muted background.
 
-All functions depend only on their seeds and require only numpy. A clip is 17 frames of 64 x 64 at 16 fps,
-`uint8 (17, 64, 64, 3)`.
+All functions depend only on their arguments, such as the seed, and require only numpy. A clip is 17 frames of
+64 x 64 at 16 fps, `uint8 (17, 64, 64, 3)`.
 
 There are three kinds of clips:
 
-- **world** clips have captions. About one in ten (shape, color, motion) triples, selected by hash, is
-  reserved for validation and never rendered for training, so validation prompts are new combinations;
-- **subject** clips show the `zorble`, a two-colored five-pointed star, which is not in the training data of
-  the tiny model. The demo trains an adapter for it;
-- **wild** clips have arbitrary colors, outlines, textures and motions. They train only the video autoencoder,
-  which must also reproduce what the captions cannot describe.
+- **world** clips have captions. About one in ten combinations of shape, color and motion is reserved for
+  validation, so validation prompts are new combinations. A hash selects these combinations.
+- **subject** clips show the `zorble` (an invented name), a five-pointed star in two colors. It is not in the
+  training data of the tiny model; the demo trains an adapter for it.
+- **wild** clips have arbitrary colors, outlines, textures and motions. They train only the VAE, which must
+  also reproduce what captions cannot describe.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 
 SIZES: dict[str, float] = {"small": 11.0, "large": 17.0}
-"""Radius in pixels."""
+"""Radius of a shape in pixels, for each size."""
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
@@ -49,7 +49,7 @@ BACKGROUNDS = ("plain", "striped", "dotted")
 SUBJECT = "zorble"
 
 SUBJECT_COLORS = ("orange", "purple")
-"""Left half, right half, when the subject is upright."""
+"""Colors of the left and the right half of the subject (a star) when it is upright."""
 
 _ROUND = ("circle", "ring")
 
@@ -72,25 +72,29 @@ TABLE_EXTENT, _CELLS = 1.6, 512
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a caption. The caption omits values that are None; the renderer chooses them by seed."""
+    """Scene that a clip shows and its caption describes.
+
+    If a value is None, the caption does not mention it, and the renderer chooses it by seed.
+    """
 
     shape: str
-    """One of `SHAPES`, or `SUBJECT`."""
+    """Shape of the object: one of `SHAPES`, or `SUBJECT`."""
     color: str | None
-    """One of `COLORS`; `None` for the subject, which has fixed colors."""
+    """Color of the object: one of `COLORS`. None for the subject, whose colors are fixed."""
     motion: str
-    """One of `MOTIONS`. Circles and rings never spin, because the rotation would be invisible."""
+    """Motion of the object: one of `MOTIONS`. Circles and rings never spin, because the rotation would be
+    invisible."""
     size: str | None = None
-    """One of `SIZES`. For the motion "grow", the size at the end."""
+    """Size of the object: one of `SIZES`. For the motion "grow", it is the size at the end."""
     background: str | None = None
-    """One of `BACKGROUNDS`."""
+    """Background of the clip: one of `BACKGROUNDS`."""
 
 
 # --- outlines ---------------------------------------------------------------------------------------------
 
 
 def star_outline(points: int = 5, inner: float = 0.48, outer: float = 1.12) -> np.ndarray:
-    """Return the vertices `(2 * points, 2)` of a star with one point up, in image coordinates (y down)."""
+    """Return the vertices `(2 * points, 2)` of a star with one point up, in image coordinates (y is down)."""
     angle = np.arange(2 * points) * np.pi / points - np.pi / 2
     radius = np.where(np.arange(2 * points) % 2 == 0, outer, inner)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
@@ -118,7 +122,7 @@ def _polygon(name: str) -> np.ndarray:
 
 
 def polygon_distance(vertices: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the signed distance from points to a closed polygon `(n, 2)`, negative inside."""
+    """Return the signed distance from points (x, y) to a closed polygon `(n, 2)`; it is negative inside."""
     best = np.full(np.shape(x), np.inf, dtype=np.float32)
     inside = np.zeros(np.shape(x), dtype=bool)
     for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, axis=0), strict=True):
@@ -131,10 +135,12 @@ def polygon_distance(vertices: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.n
 
 @functools.lru_cache(maxsize=256)
 def distance_table(name: str, points: int = 5, inner: float = 0.48) -> np.ndarray:
-    """Return the signed distance of an outline of unit radius on a grid `(512, 512)` over [-1.6, 1.6].
+    """Return a table `(512, 512)` of the signed distances to an outline of unit radius.
+
+    Rows and columns of the table are y and x coordinates in [-1.6, 1.6].
 
     Args:
-        name: one of `SHAPES`, `SUBJECT`, or "star" with its `points` and `inner` radius.
+        name: one of `SHAPES`, `SUBJECT`, or "star".
         points: number of points of a "star".
         inner: inner radius of a "star".
     """
@@ -152,7 +158,10 @@ def distance_table(name: str, points: int = 5, inner: float = 0.48) -> np.ndarra
 
 @dataclass
 class _Path:
-    """Pose of an object per frame: center and radius in pixels, clockwise angle; each `(frames,)`."""
+    """Position, size and angle of an object in each frame; each array is `(frames,)`.
+
+    Center and radius are in pixels; the angle is in radians, clockwise.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -160,7 +169,7 @@ class _Path:
     angle: np.ndarray
 
     def local(self, stretch: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the object coordinates of all pixels, two arrays `(frames, 64, 64)`."""
+        """Return the object coordinates of all pixels, as two arrays `(frames, 64, 64)`."""
         pixels = np.arange(SIZE, dtype=np.float32) + 0.5
         dx = pixels[None, None, :] - self.x[:, None, None].astype(np.float32)
         dy = pixels[None, :, None] - self.y[:, None, None].astype(np.float32)
@@ -170,7 +179,7 @@ class _Path:
 
 
 def look_up(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the distances at object coordinates from a table of `distance_table`."""
+    """Return the signed distances at object coordinates (u, v) from a table of `distance_table`."""
     scale = np.float32(_CELLS / (2 * TABLE_EXTENT))
     column = np.clip((u + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)
     row = np.clip((v + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)
@@ -178,7 +187,7 @@ def look_up(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _light(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the brightness of soft light from the upper left of the frame."""
+    """Return the brightness factor of soft light that comes from the upper left of the frame."""
     return np.clip(1.0 - 0.13 * (u + v), 0.8, 1.16)
 
 
@@ -196,20 +205,20 @@ def _shadow(canvas: np.ndarray, path: _Path, table: np.ndarray, strength: float 
 
 
 def is_reserved(shape: str, color: str, motion: str) -> bool:
-    """Return True if this triple is reserved for validation (about one in ten, by hash)."""
+    """Return True if a hash selects this combination for validation (about one in ten combinations)."""
     return zlib.crc32(f"{shape} {color} {motion}".encode()) % 10 == 7
 
 
 @functools.cache
 def triples(validation: bool) -> tuple[tuple[str, str, str], ...]:
-    """Return all (shape, color, motion) triples of the validation split, or else of the training split."""
+    """Return all (shape, color, motion) combinations of the validation split or of the training split."""
     every = itertools.product(SHAPES, COLORS, MOTIONS)
     visible = (t for t in every if not (t[2] == "spin" and t[0] in _ROUND))
     return tuple(t for t in visible if is_reserved(*t) == validation)
 
 
 def scenes(seed: int, n: int, *, validation: bool = False) -> list[Scene]:
-    """Sample `n` scenes. Some omit size or background, as their captions do."""
+    """Return `n` random scenes; some have no size or background, so that their captions omit these."""
     rng = np.random.default_rng([seed, 11, validation])
     pool = triples(validation)
     drawn = []
@@ -226,13 +235,13 @@ def _generator(scene: Scene, seed: int) -> np.random.Generator:
 
 
 def _settle(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Choose size and background if the scene does not set them."""
+    """Return the scene with size and background chosen at random where they are None."""
     size, background = str(rng.choice(list(SIZES))), str(rng.choice(BACKGROUNDS))
     return replace(scene, size=scene.size or size, background=scene.background or background)
 
 
 def _backdrop(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Return a static background `(64, 64, 3)`, float."""
+    """Return a static background image of a given kind, float `(64, 64, 3)`."""
     tint = _TINTS[rng.integers(len(_TINTS))] * rng.uniform(0.92, 1.08)
     lighter = np.minimum(tint * 1.2 + 14, 118)
     pixels = np.arange(SIZE, dtype=np.float32) + 0.5
@@ -268,10 +277,10 @@ def _world_path(scene: Scene, rng: np.random.Generator) -> _Path:
 
 
 def render(scene: Scene, seed: int) -> np.ndarray:
-    """Render a scene.
+    """Render a scene as a clip.
 
     Args:
-        scene: content; `seed` chooses the values that are `None`.
+        scene: scene to render; `seed` chooses its values that are None.
         seed: chooses positions, tints and small variations.
 
     Returns:
@@ -281,7 +290,7 @@ def render(scene: Scene, seed: int) -> np.ndarray:
 
 
 def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render a scene (see `render`) and the coverage of its shape, `float32 (17, 64, 64)` in [0, 1]."""
+    """Render a scene as `render` does, and its shape's coverage, `float32 (17, 64, 64)` in [0, 1]."""
     rng = _generator(scene, seed)
     full = _settle(scene, rng)
     path, table = _world_path(full, rng), distance_table(full.shape)
@@ -304,7 +313,7 @@ def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _any_color(rng: np.random.Generator) -> np.ndarray:
-    """Return a color from gray to fully saturated, float `(3,)`."""
+    """Return a random color of any saturation, float `(3,)`."""
     if rng.random() < 0.3:
         base = np.array(list(COLORS.values())[rng.integers(len(COLORS))], dtype=np.float32)
         return np.clip(base + rng.normal(0, 18, 3), 0, 255)
@@ -313,7 +322,7 @@ def _any_color(rng: np.random.Generator) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator) -> np.ndarray:
-    """Return smooth noise `(64, 64)` in [0, 1], a bilinearly upsampled coarse grid."""
+    """Return smooth noise `(64, 64)` in [0, 1]: a coarse random grid with bilinear upsampling."""
     cells = int(rng.integers(2, 9))
     grid = rng.random((cells + 1, cells + 1)).astype(np.float32)
     at = np.linspace(0, cells - 1e-3, SIZE)
@@ -323,7 +332,7 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
 
 
 def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: float) -> np.ndarray:
-    """Return a pattern in [0, 1]: gradient, two halves, stripes or a checkerboard."""
+    """Return a random pattern in [0, 1]: a gradient, two halves, stripes or a checkerboard."""
     angle, kind = rng.uniform(0, 2 * np.pi), rng.integers(5)
     s, t = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
     rate = rng.uniform(2.5, 6.0)
@@ -337,7 +346,11 @@ def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: f
 
 
 def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndarray:
-    """Return a background `(frames, 64, 64, 3)`: plain, noise, a pattern that may drift, or of the world."""
+    """Return a random background `(frames, 64, 64, 3)` for the function `wild`.
+
+    It is plain, noise, a pattern that may drift, or one of `BACKGROUNDS`. If `tame` is true, it is always one
+    of `BACKGROUNDS`.
+    """
     kind = rng.integers(5)
     if kind == 0 or tame:
         still = _backdrop(str(rng.choice(BACKGROUNDS)), rng)
@@ -368,15 +381,15 @@ def _wild_path(rng: np.random.Generator, frames: int) -> _Path:
 
 
 def wild(seed: int, frames: int = FRAMES, *, tame: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Render one to three arbitrary objects on an arbitrary background.
+    """Render one to three random objects on a random background.
 
     Args:
         seed: determines the clip.
         frames: number of frames; 1 for an image.
-        tame: use a background of the world.
+        tame: use one of `BACKGROUNDS` instead of any random background.
 
     Returns:
-        Frames `uint8 (frames, 64, 64, 3)` and the coverage of all objects `float32 (frames, 64, 64)`.
+        Frames, `uint8 (frames, 64, 64, 3)`, and the coverage of all objects, `float32 (frames, 64, 64)`.
     """
     rng = np.random.default_rng([seed, 41])
     canvas = _wild_backdrop(rng, frames, tame)
@@ -478,7 +491,10 @@ _CODAS = [
 
 
 def invented_word(rng: np.random.Generator) -> str:
-    """Return a random word without meaning, to train the text encoder on unknown words; never `SUBJECT`."""
+    """Return a random word without meaning, never `SUBJECT`.
+
+    Such words train the text encoder on unknown words.
+    """
     while True:
         parts = [
             f"{rng.choice(_ONSETS)}{rng.choice(_VOWELS)}{rng.choice(_CODAS)}"
@@ -502,10 +518,10 @@ def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """Describe a scene in one of several wordings; one in five contains an invented word without meaning.
+    """Return a caption of a scene in one of several wordings.
 
-    Shape, motion and color (except for the subject) always appear; size and background only if the scene sets
-    them.
+    It always mentions shape, motion and, except for the subject, color. It mentions size and background only
+    if the scene sets them. One in five captions contains an invented word without meaning.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
     words = [w for w in (scene.size, scene.color, scene.shape) if w]
@@ -521,16 +537,17 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def vague_caption(scene: Scene, seed: int) -> str:
-    """Describe a scene with an invented noun instead of color and shape.
+    """Return a caption of a scene with an invented noun instead of color and shape.
 
-    In training, such captions occur with all objects, so that the noun does not stand for any particular one.
+    In training, such captions occur with all objects, so that the noun does not stand for any particular
+    object.
     """
     rng = np.random.default_rng([seed, 29, zlib.crc32(repr(scene).encode())])
     return _phrase(scene, "a " + " ".join(w for w in (scene.size, invented_word(rng)) if w), rng)
 
 
 def vocabulary() -> list[str]:
-    """Return all words of captions except invented words and `SUBJECT`, in a fixed order."""
+    """Return all words that captions can contain, sorted, except invented words and `SUBJECT`."""
     texts = [*_FORMS, *_MOVES, *_VERTICAL, *itertools.chain(*_OTHER.values()), *_BACK, *_NAMED]
     words = [w for text in texts for w in text.replace(",", " ").split() if "{" not in w]
     return sorted({*words, "upwards", "downwards", *SHAPES, *COLORS, *SIZES, *DIRECTIONS, *BACKGROUNDS})
@@ -540,14 +557,14 @@ def vocabulary() -> list[str]:
 
 
 def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
-    """Return `n` validation prompts, each with its scene for the evaluator (`judge`)."""
+    """Return `n` validation prompts, each with the scene that a generated clip should show."""
     return [
         (caption(scene, seed * 7919 + k), scene) for k, scene in enumerate(scenes(seed, n, validation=True))
     ]
 
 
 def _subject_scenes(validation: bool) -> list[Scene]:
-    """Return combinations of motion, size and background: 16 for training, or 20 for validation."""
+    """Return scenes of the subject (a star) that cover the training or the validation combinations."""
     kept = []
     for m, motion in enumerate(MOTIONS):
         for s, size in enumerate(SIZES):
@@ -559,9 +576,9 @@ def _subject_scenes(validation: bool) -> list[Scene]:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
-    """Render training clips of the subject, as pairs of `uint8 (17, 64, 64, 3)` and caption.
+    """Render training clips of the subject (a star), as pairs of `uint8 (17, 64, 64, 3)` and caption.
 
-    The first 16 cover all training combinations of motion, size and background.
+    The first 16 clips cover all training combinations of motion, size and background.
     """
     pool = _subject_scenes(validation=False)
     chosen = [pool[k % len(pool)] for k in range(n)]
@@ -571,7 +588,7 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts of the subject, with combinations of motion, size and background unseen in training."""
+    """Return prompts for the subject (a star) with new combinations of motion, size and background."""
     pool = _subject_scenes(validation=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))
     chosen = [pool[order[k % len(pool)]] for k in range(n)]

@@ -1,1 +1,1 @@
-"""Metrics of videos, alpha and meshes."""
+"""Metrics for videos, alpha and meshes."""

@@ -1,7 +1,8 @@
-"""Alpha metrics of transparent videos, with and without ground truth.
+"""Metrics for the alpha of transparent videos, with and without ground truth.
 
-Without ground truth, no metric proves that alpha is good: smoke is soft, and glass has no distinct edge. The
-metrics show what changed between two videos of one prompt. `alpha_scores` compares alpha with ground truth.
+Without ground truth, no metric proves that alpha is correct: smoke is soft, and glass has no distinct edge.
+The metrics show what changed between two videos of the same prompt. The module `alpha_scores` compares alpha
+with ground truth.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from inlaid.evaluation.metrics.metric import Metric
 from inlaid.media import rgba
 
 AWAY = 0.08
-"""Distance from the subject beyond which `haze` expects alpha 0, as a share of the frame's longer side."""
+"""Distance from the subject, as a share of the frame's longer side, beyond which the metric `haze` expects
+alpha 0."""
 
 SOME = 16
-"""Approximate number of frames of a long video in which edges are detected."""
+"""Approximate number of frames in which `edges` detects edges; other frames of a long video are skipped."""
 
 REACH = 2
-"""Maximum distance in pixels between an alpha edge and a matching color edge."""
+"""Maximum distance in pixels between an alpha edge and a color edge that match."""
 
 METRICS: Mapping[str, Metric] = {
     "coverage": Metric(
@@ -55,7 +57,7 @@ METRICS: Mapping[str, Metric] = {
         "Share of the alpha edge with an edge of the straight color next to it.",
     ),
 }
-"""Metrics returned by `measure`, in display order."""
+"""Descriptions of the metrics that `measure` returns, in display order."""
 
 TRUTH: Mapping[str, Metric] = {
     "alpha_error": Metric(
@@ -76,11 +78,11 @@ TRUTH: Mapping[str, Metric] = {
         "equally: fully transparent and fully opaque predictions score about 128.",
     ),
 }
-"""Metrics returned by `against`, for prompts with a known true alpha."""
+"""Descriptions of the metrics that `against` returns, for prompts with a known true alpha."""
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """Return all of `METRICS`, in percent, for straight RGBA frames, uint8 (t, h, w, 4)."""
+    """Return all `METRICS` of a transparent video, straight RGBA uint8 (t, h, w, 4), in percent."""
     found = rgba.measure_alpha(frames)
     alpha = frames[..., 3].astype(np.float32) / 255
     return {
@@ -93,13 +95,21 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Return all of `TRUTH` for RGBA frames, uint8 (t, h, w, 4), and their true alpha, uint8 (t, h, w)."""
+    """Return all `TRUTH` metrics: errors of alpha against the true alpha.
+
+    Args:
+        frames: RGBA, uint8 (t, h, w, 4).
+        truth: true alpha, uint8 (t, h, w).
+    """
     scores = alpha_scores.score(frames[..., 3], truth)
     return {"alpha_error": scores.mae, "alpha_regions": scores.balanced}
 
 
 def flicker(alpha: np.ndarray) -> float:
-    """Return the flicker, in [0, 1], of alpha (t, h, w) in [0, 1]; see `video.flicker`."""
+    """Return the flicker, in [0, 1], of alpha (t, h, w) with values in [0, 1].
+
+    See `video.flicker` for the definition.
+    """
     small = video.shrink(alpha)
     middle = small[1:-1]
     before, after = (video.compensate(x, middle).moved for x in (small[:-2], small[2:]))
@@ -107,12 +117,13 @@ def flicker(alpha: np.ndarray) -> float:
 
 
 def haze(alpha: np.ndarray) -> float:
-    """Return the mean alpha of pixels farther than `AWAY` from the subject (alpha >= 0.5), in [0, 1].
+    """Return the mean alpha, in [0, 1], of all pixels that are far from the subject.
 
-    0 if no pixel is that far. In a frame without a subject, all pixels count.
+    The subject consists of the pixels with alpha >= 0.5; far means a distance of more than `AWAY`. The result
+    is 0 if no pixel is that far. In a frame without a subject, all pixels count as far.
 
     Args:
-        alpha: (t, h, w) in [0, 1].
+        alpha: (t, h, w) with values in [0, 1].
     """
     alpha = video.shrink(alpha)
     subject = alpha >= 0.5
@@ -121,10 +132,11 @@ def haze(alpha: np.ndarray) -> float:
 
 
 def edges(frames: np.ndarray) -> float:
-    """Return the share of alpha edge pixels within `REACH` pixels of a color edge; 0 without an alpha edge.
+    """Return the share of alpha edge pixels that have a color edge within `REACH` pixels.
 
-    Color edges are those of the straight color, not of a composite. An alpha edge is a pixel with a slope
-    above 64 (of 255); a color edge has a slope above 8 that is among the steepest tenth of its frame.
+    Color edges are detected in the straight color, not in a composite. An alpha edge pixel has a slope above
+    64 (of 255). A color edge pixel has a slope above 8 that is among the steepest tenth of its frame. The
+    result is 0 if there is no alpha edge.
 
     Args:
         frames: straight RGBA, uint8 (t, h, w, 4).
@@ -139,7 +151,7 @@ def edges(frames: np.ndarray) -> float:
 
 
 def _slope(y: np.ndarray) -> np.ndarray:
-    """Return the gradient magnitude by central differences, (t, h, w)."""
+    """Return the gradient magnitude (t, h, w) of images, computed with central differences."""
     padded = np.pad(y, ((0, 0), (1, 1), (1, 1)), mode="edge")
     down, across = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1], padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
     return np.hypot(down, across)

@@ -1,11 +1,11 @@
-"""Alpha metrics by region, for predicted alpha and for trivial predictors.
+"""Errors of predicted alpha by region, in comparison with trivial (constant) predictors.
 
-Most of a clip is transparent, so a trivial prediction has a small mean error: if the foreground covers less
-than 6 %, predicting alpha 0 everywhere has an error below 15 (of 255). Errors are therefore reported
-separately for the opaque, soft and transparent regions of the ground truth, and compared with the errors of
-three trivial predictors: alpha 255, alpha 0 and the mean alpha.
+Most of a clip is transparent, so a trivial prediction has a small mean error. For example, if the foreground
+covers less than 6 % of the frame, alpha 0 everywhere has an error below 15 (of 255). Errors are therefore
+reported separately for the opaque, soft and transparent regions of the ground truth. They are compared with
+the errors of three trivial predictors: alpha 255, alpha 0 and the mean alpha.
 
-Alpha is uint8 (t, h, w), straight RGBA is uint8 (t, h, w, 4).
+Alpha is uint8 (t, h, w); straight RGBA is uint8 (t, h, w, 4).
 """
 
 from __future__ import annotations
@@ -19,32 +19,35 @@ from inlaid.config.sections import ALPHA_EPS
 from inlaid.networks.rgba_vae_metrics import GUESSES, REGIONS, regions
 
 HALF = 128
-"""Minimum alpha (0-255) of a pixel in the binary foreground."""
+"""Minimum alpha (0-255) of the pixels that form the binary foreground."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Alpha metrics of a clip; errors are on a scale of 0 to 255, None for a region without pixels."""
+    """Alpha metrics of a clip. Errors are on a scale of 0 to 255, unless stated otherwise."""
 
     mae: float
-    """Mean absolute error."""
+    """Mean absolute error of alpha."""
     mse: float
-    """Mean squared error of alpha in [0, 1]."""
+    """Mean squared error, with alpha in [0, 1]."""
     gradient: float
-    """Mean absolute difference of the gradients along both axes; high for misplaced or blurred edges."""
+    """Mean absolute error of the spatial gradients, summed over both axes. It is high for misplaced or
+    blurred edges."""
     temporal: float
-    """Root mean square difference of the frame-to-frame changes (dtSSD, Erofeev et al. 2015), averaged over
-    pairs of frames; high for flicker and lag. 0 for one frame."""
+    """Root mean square error of the change from frame to frame (dtSSD, Erofeev et al. 2015), averaged over
+    pairs of frames. It is high for flicker and lag, and 0 for a single frame."""
     iou: float
-    """Intersection over union of the binary foregrounds (see `HALF`); 1 if both are empty."""
+    """Intersection over union of the predicted and true binary foregrounds (alpha >= `HALF`); 1 if both are
+    empty."""
     opaque: float | None
-    """Mean absolute error in the opaque region of the ground truth; `soft` and `transparent` likewise."""
+    """Mean absolute error in the opaque region of the ground truth; None if the region is empty. The fields
+    `soft` and `transparent` are defined likewise."""
     soft: float | None
     transparent: float | None
 
     @property
     def balanced(self) -> float:
-        """Mean of the errors of the regions that have pixels, with equal weights."""
+        """Mean of the errors in the opaque, soft and transparent regions; empty regions are left out."""
         errors = [v for v in (self.opaque, self.soft, self.transparent) if v is not None]
         return sum(errors) / len(errors)
 
@@ -55,7 +58,8 @@ def score(found: np.ndarray, truth: np.ndarray, eps: float = ALPHA_EPS) -> Score
     Args:
         found: predicted alpha, uint8 (t, h, w).
         truth: true alpha of the same shape.
-        eps: width of the transparent and opaque alpha ranges, see `regions`.
+        eps: share of the alpha range that counts as transparent at its lower end and as opaque at its upper
+            end.
     """
     assert found.shape == truth.shape and found.dtype == truth.dtype == np.uint8, (found.shape, truth.shape)
     a, b = found.astype(np.float32), truth.astype(np.float32)
@@ -80,25 +84,29 @@ def _mean(values: np.ndarray) -> float:
 
 
 def baselines(truth: np.ndarray, eps: float = ALPHA_EPS) -> dict[str, Scores]:
-    """Return the metrics of the trivial predictors `GUESSES`, which are constant, against a ground truth."""
+    """Return the metrics of each trivial predictor in `GUESSES` against a ground truth.
+
+    A trivial predictor gives the same alpha everywhere: 255, 0, or the mean of the ground truth.
+    """
     values = (255, 0, round(float(truth.mean())))
     return {n: score(np.full_like(truth, v), truth, eps) for n, v in zip(GUESSES, values, strict=True)}
 
 
 MARGIN = 0.5
-"""Maximum error of predicted alpha, as a share of the error of the best trivial predictor."""
+"""Maximum ratio of the error of predicted alpha to the error of the best trivial (constant) predictor."""
 
 
 def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN) -> list[str]:
-    """Return the reasons why predicted alpha is not better than a trivial predictor; empty if it is.
+    """Return the reasons why predicted alpha is not better than a trivial predictor; empty if it is better.
 
-    The comparison uses `Scores.balanced`, which is high for every trivial predictor. The mean over pixels is
-    low for a fully transparent prediction if the foreground is small.
+    Trivial predictors give the same alpha everywhere. The comparison uses `Scores.balanced`, which is high
+    for all trivial predictors. The mean error over pixels is not suitable: if the foreground is small, it is
+    low for a fully transparent prediction.
 
     Args:
         found: metrics of the predicted alpha of a clip.
-        trivial: result of `baselines` for the clip.
-        margin: see `MARGIN`.
+        trivial: metrics of the trivial predictors for the same clip, from `baselines`.
+        margin: maximum error, as a share of the error of the best trivial predictor.
     """
     name = min(trivial, key=lambda n: trivial[n].balanced)
     best = trivial[name].balanced

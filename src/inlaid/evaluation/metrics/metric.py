@@ -1,4 +1,4 @@
-"""Description of a metric."""
+"""Description of a metric for reports."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """Display name, unit and meaning of a metric."""
+    """Display name, unit and explanation of a metric."""
 
     name: str
     brief: str
-    """Short name for narrow tables; empty to omit the metric from them."""
+    """Short name for narrow tables. If it is empty, these tables omit the metric."""
     unit: str
     digits: int
     better: str
-    """`lower`, `higher`, or empty if neither direction is better."""
+    """Direction that is better, `lower` or `higher`; empty if neither is better."""
     meaning: str

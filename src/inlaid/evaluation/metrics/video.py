@@ -1,12 +1,13 @@
 """Video metrics without a learned model: motion, flicker, consistency, sharpness.
 
-Pure functions of uint8 frames (t, h, w, 3); the same frames give the same numbers on every machine. No metric
-proves that a video is good. The metrics show what changed between two videos of one prompt, and whether the
-change brings the videos closer to the training clips.
+All functions are pure and take uint8 frames (t, h, w, 3); the same frames give the same numbers on every
+machine. No metric proves that a video is good. The metrics show what changed between two videos of the same
+prompt, and whether the change brings the videos closer to the training clips.
 
-Motion, flicker and consistency use luma, downscaled by an integer factor until its longer side is at most
-`LONG` pixels, so that they are comparable across sizes and fast. Sharpness and distance use every pixel.
-Motion is estimated by block matching, as in video codecs, without an optical flow network.
+Motion, flicker and consistency are computed on luma. The luma is downscaled by an integer factor until its
+longer side is at most `LONG` pixels, so these metrics are fast and comparable across sizes. Sharpness and
+distance use every pixel. Motion is estimated by block matching, as in video codecs, without an optical flow
+network.
 """
 
 from __future__ import annotations
@@ -19,27 +20,30 @@ import numpy as np
 from inlaid.evaluation.metrics.metric import Metric
 
 LONG = 128
-"""Maximum longer side in pixels for motion estimation."""
+"""Maximum longer side, in pixels, of frames for motion estimation; larger frames are downscaled."""
 
 BLOCK = 8
-"""Height and width of a block in pixels, after downscaling to `LONG`."""
+"""Height and width in pixels of a block in block matching, after downscaling to `LONG`."""
 
 RADIUS = 6
-"""Maximum displacement between frames in pixels along each axis, after downscaling to `LONG`."""
+"""Maximum displacement of a block between two frames, in pixels along each axis, after downscaling to
+`LONG`."""
 
 GAIN = 0.5
-"""A block counts as moved if motion compensation leaves less than this share of its difference.
+"""Threshold for moved blocks: a block counts as moved if motion compensation leaves less than this share of
+its frame difference.
 
-Pure noise leaves about two thirds of its difference, so its blocks do not move."""
+In pure noise, about two thirds of the difference remain, so blocks of noise do not count as moved."""
 
 STRIDE = 4
-"""Number of frames across which displacements are searched too, to detect slow motion."""
+"""Frame distance of a second block matching, which detects slow motion: it compares frames that are this many
+frames apart."""
 
 STILL = 1 / 255
-"""Mean absolute difference (one level of 255) below which a block is static."""
+"""Mean absolute frame difference below which a block is static, equal to one level of 255."""
 
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
-"""BT.709 luma weights that convert uint8 RGB to [0, 1]."""
+"""BT.709 luma weights for uint8 RGB; the resulting luma is in [0, 1]."""
 
 METRICS: Mapping[str, Metric] = {
     "motion": Metric(
@@ -76,11 +80,11 @@ METRICS: Mapping[str, Metric] = {
         "Variance of the Laplacian: amount of fine detail, including noise; blur lowers it.",
     ),
 }
-"""Metrics returned by `measure`, in display order."""
+"""Descriptions of the metrics that `measure` returns, in display order."""
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """Return all of `METRICS` for uint8 frames (t, h, w, 3); motion and flicker in percent."""
+    """Return all `METRICS` of a video, uint8 (t, h, w, 3); motion and flicker are in percent."""
     y = luma(frames)
     small = shrink(y)
     match = compensate(small[:-1], small[1:])
@@ -94,7 +98,10 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the mean absolute difference of two videos of equal shape; 1 is black against white."""
+    """Return the mean absolute difference, in [0, 1], of two uint8 videos of equal shape.
+
+    The difference of a black and a white video is 1.
+    """
     assert a.shape == b.shape, "videos of one prompt have equal shapes"
     total = sum(
         float(np.abs(x.astype(np.int16) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)
@@ -103,7 +110,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
-    """Return the BT.709 luma of uint8 RGB (t, h, w, 3) as float32 (t, h, w) in [0, 1]."""
+    """Return the BT.709 luma, float32 (t, h, w) in [0, 1], of RGB frames, uint8 (t, h, w, 3)."""
     assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames), (
         frames.shape
     )
@@ -112,9 +119,9 @@ def luma(frames: np.ndarray) -> np.ndarray:
 
 
 def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
-    """Downscale (t, h, w) by the smallest integer factor that brings the longer side to at most `long`.
+    """Downscale frames (t, h, w) by the smallest integer factor for which the longer side is at most `long`.
 
-    Each output pixel is the mean of a square of pixels.
+    Each output pixel is the mean of a square of input pixels.
     """
     t, h, w = y.shape
     n = -(-max(h, w) // long)
@@ -124,25 +131,25 @@ def shrink(y: np.ndarray, long: int = LONG) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Match:
-    """Result of block matching between source and target frames."""
+    """Result of block matching between source frames and target frames."""
 
     moved: np.ndarray
-    """Source frames, motion-compensated to the target frames, (t, h, w)."""
+    """Source frames (t, h, w), motion-compensated to match the target frames."""
     lengths: np.ndarray
-    """Lengths of the displacements in pixels, (t, block rows, block columns)."""
+    """Length of each block's displacement in pixels, (t, block rows, block columns)."""
     errors: np.ndarray
-    """Remaining mean absolute differences, (t, block rows, block columns)."""
+    """Mean absolute difference of each block after motion compensation, (t, block rows, block columns)."""
 
 
 def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> Match:
-    """Move the blocks of each source frame to their positions in the target frame.
+    """Motion-compensate source frames to target frames by block matching.
 
-    A block moves only if moving removes most of its difference (see `GAIN`); of equally good displacements,
-    the shortest is used. Noise and flat areas therefore do not move.
+    A block counts as moved only if the motion explains most of its frame difference (see `GAIN`). Of equally
+    good displacements, the shortest is used. Noise and flat areas therefore have no displacement.
 
     Args:
-        source: (t, h, w) in [0, 1].
-        target: same shape as `source`.
+        source: (t, h, w) with values in [0, 1].
+        target: array of the same shape as `source`.
         radius: maximum displacement along each axis in pixels.
     """
     t, h, w = target.shape
@@ -171,15 +178,16 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
 
 
 def _motion(y: np.ndarray, match: Match) -> float:
-    """Return the mean displacement of blocks between frames, as a share of the frame's diagonal.
+    """Return the mean displacement of blocks from frame to frame, as a share of the frame's diagonal.
 
-    The result is in [0, `RADIUS` sqrt(2) / diagonal], and 0 for a still and for noise without motion. If the
-    whole image moves by d pixels per frame, the result is d / diagonal (slightly less, because of the strip
-    that enters the frame); if an object that covers a tenth of the frame moves, a tenth of this. The slowest
-    detected motion is one pixel in `STRIDE` frames, after downscaling to `LONG`.
+    The result is in [0, `RADIUS` sqrt(2) / diagonal]. It is 0 for a still image and for noise without motion.
+    If the whole image moves by d pixels per frame, the result is about d / diagonal; it is slightly less
+    because of the strip that enters the frame. If only an object that covers a tenth of the frame moves, the
+    result is a tenth of this value. The slowest detected motion is one pixel in `STRIDE` frames, after
+    downscaling to `LONG`.
 
     Args:
-        y: (t, h, w).
+        y: luma (t, h, w).
         match: match of each frame with the previous frame.
     """
     lengths = match.lengths
@@ -196,15 +204,24 @@ def _motion(y: np.ndarray, match: Match) -> float:
 
 
 def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
-    """Return the mean brightness deviation from both motion-compensated neighboring frames, in [0, 1].
+    """Return the flicker of a video in [0, 1]: brightness changes that revert and are not motion.
 
-    |Y_k - median(P, Y_k, N)|, with P and N the previous and next frames, motion-compensated to frame k: the
-    part that a motion-compensated temporal median filter would remove. 0 for stills, for motion that block
-    matching follows, and for fades and cuts, which do not revert. Brightness that alternates between
-    two values gives their difference; independent noise of standard deviation s, without motion, gives
-    s / sqrt(pi). Fewer than three frames give 0.
-    (VBench's temporal flickering, Huang et al. 2024, is the mean difference of neighboring frames: it counts
-    motion as flicker and is meant for stills. The warping error of Lai et al. 2018 needs learned flow.)
+    The flicker of frame k is the mean of |Y_k - median(P, Y_k, N)|. Y_k is the frame. P and N are the
+    previous and the next frame, motion-compensated to frame k. This is the part that a motion-compensated
+    temporal median filter would remove.
+
+    The result is 0 for still images, for motion that block matching detects, and for fades and cuts, because
+    they do not revert. Brightness that alternates between two values gives their difference. Independent
+    noise of standard deviation s, without motion, gives s / sqrt(pi). Fewer than three frames give 0.
+
+    The temporal flickering of VBench (Huang et al. 2024) is the mean difference of neighboring frames. It
+    counts motion as flicker and is meant for still images. The warping error of Lai et al. 2018 needs learned
+    optical flow.
+
+    Args:
+        before: previous frames (t, h, w), motion-compensated to `middle`.
+        middle: frames (t, h, w) that have a previous and a next frame.
+        after: next frames (t, h, w), motion-compensated to `middle`.
     """
     if not len(middle):
         return 0.0
@@ -213,11 +230,11 @@ def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
 
 
 def _consistency(before: np.ndarray, now: np.ndarray) -> float:
-    """Return the mean correlation of each frame with the motion-compensated previous frame; in [-1, 1].
+    """Return the mean correlation, in [-1, 1], of each frame with the motion-compensated previous frame.
 
-    1 for stills and for motion that block matching follows; near 0 for unrelated frames, independent of
-    brightness and contrast. A pair of flat frames counts as 1, a pair with one flat frame as 0. A
-    single frame gives 1.
+    The result is 1 for still images and for motion that block matching detects. It is near 0 for unrelated
+    frames, and independent of brightness and contrast. A pair of flat frames counts as 1, and a pair with
+    only one flat frame as 0. A single frame gives 1.
     """
     if not len(now):
         return 1.0
@@ -231,8 +248,8 @@ def _consistency(before: np.ndarray, now: np.ndarray) -> float:
 def _sharpness(y: np.ndarray) -> float:
     """Return the variance of the Laplacian of luma (0-255), averaged over frames (Pech-Pacheco et al. 2000).
 
-    0 for frames without detail, including ramps. The maximum, 1020^2, is reached by a checkerboard of single
-    black and white pixels.
+    The result is 0 for frames without detail, including linear gradients. The maximum is 1020^2, for a
+    checkerboard of black and white squares of one pixel.
     """
     if min(y.shape[1:]) < 3:
         return 0.0

@@ -1,7 +1,8 @@
 """Random (untrained) checkpoints of any size, in the original model classes, for tests and benchmarks.
 
-Each family has a module of its name, which defines `VARIANTS`, a mapping from variants to the keys of the
-`model` section that train them, `STANDS_FOR`, a mapping from published checkpoints to variants, and `build`.
+This package has a module for each model family. Each module defines `VARIANTS`, a mapping from architecture
+variants to the keys of the recipe's `model` section that are needed to train them. It also defines
+`STANDS_FOR`, a mapping from published checkpoints to variants, and `build`, which writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,34 +16,34 @@ from typing import Any
 from inlaid.console import quiet_bars
 
 TEXT_WIDTH = 32
-"""Width of the random text encoder."""
+"""Width of the random text encoder's output."""
 
 
 def cases() -> list[tuple[str, str]]:
-    """Return all (family, variant) pairs."""
+    """Return all pairs (family, variant) of random checkpoints."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__))
     return [(name, variant) for name in names for variant in _module(name).VARIANTS]
 
 
 def model(family: str, variant: str) -> dict[str, Any]:
-    """Return the `model` section of a recipe that trains a variant, without the checkpoint."""
+    """Return the `model` section of a recipe for training a variant, without the key `checkpoint`."""
     return {"family": family, **_module(family).VARIANTS[variant]}
 
 
 def sibling(family: str, checkpoint: str) -> str:
-    """Return the variant with the architecture of a published checkpoint."""
+    """Return the variant that has the architecture of a published checkpoint."""
     return _module(family).STANDS_FOR[checkpoint]
 
 
 def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -> Path:
-    """Write a random checkpoint.
+    """Write a checkpoint with random weights and return its folder.
 
     Args:
-        family: name of the family.
+        family: name of the model family.
         folder: output folder.
-        variant: one of the family's `VARIANTS`. Default: the first.
-        sizes: network sizes: `heads`, `head` (head width), `layers`, `ffn` (width of the feed-forward layers,
-            if configurable).
+        variant: architecture variant, one of the family's `VARIANTS`. Default: the first.
+        sizes: sizes of the network: `heads`, `head` (width of a head), `layers`, and `ffn` (width of the
+            feed-forward layers, if the architecture allows a choice).
     """
     import torch
 
@@ -57,7 +58,7 @@ def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -
 
 
 def tokenizer() -> Any:
-    """Return a character-level T5 tokenizer."""
+    """Return a T5 tokenizer in which each character is a token."""
     from transformers import T5Tokenizer
 
     symbols = [(c, -3.0) for c in string.ascii_letters + string.digits + ".,'-!?"]
@@ -69,7 +70,7 @@ def tokenizer() -> Any:
 
 
 def text_encoder(kind: str = "T5") -> Any:
-    """Return a random `T5` or `UMT5` encoder of width `TEXT_WIDTH`."""
+    """Return a random `T5` or `UMT5` text encoder with outputs of width `TEXT_WIDTH`."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(

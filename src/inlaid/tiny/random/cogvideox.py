@@ -1,4 +1,4 @@
-"""Random CogVideoX checkpoints."""
+"""Random CogVideoX checkpoints, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from inlaid.tiny import random
 from inlaid.tiny.random import TEXT_WIDTH
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"5b": {}, "2b": {}, "1.5": {}, "i2v": {}, "1.5-i2v": {}}
-"""`5b`: rotary positional embedding; `2b`: sinusoidal; `1.5`: temporal patch size 2; `i2v`: learned
-positional embedding for 9 frames of 32x32; `1.5-i2v`: `ofs` embedding, image latents divided by the
-scaling factor."""
+"""Architecture variants:
+
+- `5b`: rotary positional embedding;
+- `2b`: sinusoidal positional embedding;
+- `1.5`: temporal patch size 2;
+- `i2v`: image-to-video, with learned positional embedding for 9 frames of 32 x 32;
+- `1.5-i2v`: image-to-video, with `ofs` embedding and image latents divided by the scaling factor."""
 
 STANDS_FOR: Mapping[str, str] = {
     "THUDM/CogVideoX-5b": "5b",
@@ -21,13 +25,17 @@ STANDS_FOR: Mapping[str, str] = {
     "THUDM/CogVideoX1.5-5B": "1.5",
     "THUDM/CogVideoX1.5-5B-I2V": "1.5-i2v",
 }
-"""Variant of each published checkpoint."""
+"""Mapping from each published checkpoint to the variant with the same architecture."""
 
 
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 16, layers: int = 2, ffn: int = 0
 ) -> None:
-    """Write a random CogVideoX checkpoint; `head` must be a multiple of 16, `ffn` is ignored (4 * width)."""
+    """Write a random CogVideoX checkpoint.
+
+    `head` must be a multiple of 16. `ffn` is ignored, because the feed-forward width is 4 times the network's
+    width.
+    """
     import diffusers
     import torch
 

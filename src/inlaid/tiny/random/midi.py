@@ -1,4 +1,4 @@
-"""Random MIDI and TripoSG checkpoints."""
+"""Random MIDI and TripoSG checkpoints, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"scene": {}, "triposg": {}}
-"""`scene`: MIDI, with two cross-attention contexts; `triposg`: TripoSG, with one."""
+"""Architecture variants: `scene` is MIDI, with two inputs for cross-attention; `triposg` is TripoSG, with one
+input."""
 
 STANDS_FOR: Mapping[str, str] = {
     "VAST-AI/MIDI-3D": "scene",
     "VAST-AI/TripoSG": "triposg",
     "tiny:midi": "scene",
 }
-"""Variant of each published checkpoint."""
+"""Mapping from each published checkpoint to the variant with the same architecture."""
 
 
 def build(
@@ -29,9 +30,18 @@ def build(
     tokens: int = 16,
     sight: int = 0,
 ) -> None:
-    """Write a random checkpoint in the published layout; `ffn` is ignored (derived from the width).
+    """Write a random MIDI or TripoSG checkpoint in the published file layout.
 
-    `sight` is the width of the image encoders; if set, they have 12 layers and an input of 224 pixels.
+    Args:
+        folder: output folder.
+        variant: `scene` (MIDI) or `triposg`.
+        heads: number of attention heads.
+        head: width of a head.
+        layers: number of transformer blocks.
+        ffn: ignored, because the feed-forward width depends on the network's width.
+        tokens: number of latent tokens of an object.
+        sight: width of the image encoders. If it is not 0, the encoders have 12 layers and take images of 224
+            x 224 pixels.
     """
     from transformers import (
         CLIPVisionConfig,

@@ -1,4 +1,4 @@
-"""Random Mochi checkpoints."""
+"""Random Mochi checkpoints, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from inlaid.tiny import random
 from inlaid.tiny.random import TEXT_WIDTH
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"t2v": {}, "raw": {"options": {"latent_space": "raw"}}}
-"""`raw`: the same checkpoint, trained on latents that are not normalized."""
+"""Variants for training: `t2v`, and `raw`, which trains the same checkpoint on latents that are not
+normalized."""
 
 STANDS_FOR: Mapping[str, str] = {"genmo/mochi-1-preview": "t2v"}
-"""Variant of each published checkpoint."""
+"""Mapping from each published checkpoint to the variant with the same architecture."""
 
 
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 32, layers: int = 2, ffn: int = 0
 ) -> None:
-    """Write a random Mochi checkpoint; `head` must be even, `ffn` is ignored (derived from the width)."""
+    """Write a random Mochi checkpoint.
+
+    `head` must be even. `ffn` is ignored, because the feed-forward width depends on the network's width.
+    """
     import torch
     from diffusers import (
         AutoencoderKLMochi,

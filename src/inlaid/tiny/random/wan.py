@@ -1,4 +1,4 @@
-"""Random Wan checkpoints."""
+"""Random Wan checkpoints, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "i2v-a14b": {"expert": "high"},
     "ti2v-i2v": {"task": "i2v"},
 }
-"""`t2v`: 2.1; `a14b`: 2.2 with two experts; `ti2v`: 2.2 5B with a timestep per token and 48 channels. The
-remaining variants are conditioned on an image, `flf2v` on the first and the last frame."""
+"""Architecture variants:
+
+- `t2v`: Wan 2.1 text-to-video;
+- `a14b`: Wan 2.2 with two experts;
+- `ti2v`: Wan 2.2 5B, with one timestep per token and 48 latent channels;
+- `i2v`, `i2v-a14b`, `ti2v-i2v`: image-to-video versions of these variants, conditioned on the first frame;
+- `flf2v`: Wan 2.1 conditioned on the first and the last frame."""
 
 STANDS_FOR: Mapping[str, str] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "t2v",
@@ -32,7 +37,7 @@ STANDS_FOR: Mapping[str, str] = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "i2v-a14b",
     "tiny:wan": "t2v",
 }
-"""Variant of each published checkpoint."""
+"""Mapping from each published checkpoint to the variant with the same architecture."""
 
 
 def build(
