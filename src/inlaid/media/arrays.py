@@ -1,7 +1,8 @@
-"""Clips and surfaces stored as NumPy arrays; headers are validated before values are read.
+"""Read clips and surface points from NumPy files; headers are checked before values are read.
 
-The shape in a header is compared with the size of the file first, because a header of a few bytes can promise
-terabytes. Frames are streamed: memory holds one frame at a time, not the whole array.
+The size that a header declares is compared with the file size first, because a header of a few bytes can
+declare terabytes. Frames are streamed: memory holds one frame at a time, with the exceptions that `Frames`
+describes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from inlaid.media.kinds import MediaError, Probe
 from inlaid.reading import check_member, reading, require_file
 
 FASTEST = 1000
-"""Highest plausible frame rate, in frames per second."""
+"""Maximum accepted frame rate, in frames per second."""
 
 # --- headers and bounded reading ----------------------------------------------------------------------------
 
 
 class Header(NamedTuple):
-    """Header of an array in NumPy's format."""
+    """Header of an array in an `.npy` file: shape, memory order and data type."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -35,15 +36,15 @@ class Header(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of bytes of the values."""
+        """Size of the array's values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(file: IO[bytes]) -> Header:
-    """Read the header of an open `.npy` file, and leave the file at the first value.
+    """Read the header of an open `.npy` file, and leave the file position at the first value.
 
     Raises:
-        ValueError: if it is not a header, or if its shape or type is invalid.
+        ValueError: if the header is missing, or its shape or data type is invalid.
     """
     version = np.lib.format.read_magic(file)
     old = version == (1, 0)
@@ -58,12 +59,14 @@ def read_values(file: IO[bytes], header: Header, available: int) -> np.ndarray:
     """Read the values of an array after its header.
 
     Args:
-        file: open file, at the first value.
+        file: open file, at the position of the first value.
         header: header of the array.
-        available: size of the file or member in bytes.
+        available: size in bytes of the file, or of the archive member.
 
     Raises:
-        ValueError: if the header claims more than is available, or more than `limits.ARRAY`.
+        ValueError: if the array contains Python objects, or if the size in its header exceeds `available` or
+            `limits.ARRAY`.
+        EOFError: if the file ends before the last value.
     """
     if header.dtype.hasobject:
         raise ValueError("contains objects: a pickle, which can run code")
@@ -80,14 +83,15 @@ def read_values(file: IO[bytes], header: Header, available: int) -> np.ndarray:
 
 
 def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Read a `.npy` file, under the empty name, or arrays of an `.npz` file by name.
+    """Read the arrays of an `.npz` file by name, or the array of an `.npy` file under the empty name.
 
     Args:
         path: the file.
-        names: arrays of an `.npz` to read, where they exist. Default: all.
+        names: names of the arrays to read from an `.npz` file; missing names are ignored. Default: all.
 
     Raises:
-        MediaError: if the file is damaged, contains a pickle, or claims more than it has or than the limits.
+        MediaError: if the file is damaged or contains a pickle, or if the size in a header exceeds the file
+            or the limits.
     """
     with reading(path, MediaError):
         available = require_file(path, MediaError).st_size
@@ -109,11 +113,11 @@ def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.
 
 
 class _Clip(NamedTuple):
-    """Header of an `.npz` clip."""
+    """Properties of an `.npz` clip, from its headers."""
 
     header: Header
     axis: int
-    """Axis of the channels."""
+    """Index of the channel axis."""
     channels: int
     fps: Fraction | None
 
@@ -132,7 +136,7 @@ def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
         channels: accepted channel counts; a clip with four channels is RGBA.
 
     Raises:
-        MediaError: if the file has no such frames.
+        MediaError: if the file has no uint8 array `frames` with an accepted channel count.
     """
     clip = _clip(path, channels)
     (t, h, w), fps = clip.extent, clip.fps
@@ -142,11 +146,13 @@ def probe_array(path: Path, channels: Sequence[int] = (3,)) -> Probe:
 
 
 def fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np.ndarray:
-    """Scale RGB pixels to cover `size` and center-crop them, with an antialiased bicubic filter.
+    """Scale RGB pixels to cover `size`, and center-crop them.
+
+    The filter is bicubic and antialiased.
 
     Args:
         pixels: uint8 (h, w, 3).
-        size: height and width.
+        size: height and width of the result.
         sar: pixel aspect ratio, width / height.
     """
     height, width = pixels.shape[:2]
@@ -162,7 +168,8 @@ def _clip(path: Path, channels: Sequence[int]) -> _Clip:
     """Read the headers of an `.npz` clip.
 
     Raises:
-        MediaError: if the file has no uint8 `frames` with such channels, or is smaller than declared.
+        MediaError: if the file has no uint8 array `frames` with a channel count in `channels`, if a frame has
+            too many pixels, or if the file is smaller than its header declares.
     """
     with reading(path, MediaError, "an npz clip"):
         require_file(path, MediaError)
@@ -204,11 +211,12 @@ def _fps(path: Path) -> Fraction:
 
 
 class Frames:
-    """Frames of an `.npz` clip, uint8 (h, w, c) each, read when they are indexed.
+    """Lazy sequence of the frames of an `.npz` clip: indexing reads one frame, uint8 (h, w, c).
 
-    The first access reads the file once to verify its checksum, which is at its end. Then the file is read
-    forward: ascending indices decompress it once more. Only for arrays (c, t, h, w), and in
-    Fortran order, the first access reads the whole array.
+    The first access decompresses the whole array to verify its checksum, but keeps no frame in memory. After
+    that, indices in ascending order decompress the array only once more; a lower index restarts from the
+    first frame. Arrays (c, t, h, w) and arrays in Fortran order are loaded into memory as a whole on the
+    first access.
     """
 
     def __init__(self, path: Path, clip: _Clip) -> None:
@@ -275,14 +283,16 @@ def _damaged(path: Path, cause: str, code: str) -> MediaError:
 
 
 def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[Frames, Fraction | None]:
-    """Return the frames of an `.npz`, uint8 (h, w, c) each, and its frame rate, or None if it has no `fps`.
+    """Return the frames of an `.npz` clip and its frame rate, which is None if the file has no `fps`.
+
+    Each frame is uint8 (h, w, c). If the file is damaged, access to a frame raises `MediaError`.
 
     Args:
         path: the `.npz` file.
         channels: accepted channel counts, in order of preference.
 
     Raises:
-        MediaError: if the file has no such frames; also when a frame is read and the file is damaged.
+        MediaError: if the file has no uint8 array `frames` with an accepted channel count.
     """
     clip = _clip(path, channels)
     return Frames(path, clip), clip.fps

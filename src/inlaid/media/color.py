@@ -1,7 +1,7 @@
-"""Conversion of wide-gamut and HDR video to sRGB.
+"""Conversion of wide-gamut and HDR video, and of images with an ICC profile, to sRGB.
 
-Primaries and transfer functions are numbered as in ITU-T H.273, which FFmpeg uses too. SDR transfer functions
-are all read as the sRGB curve: displays do the same, and BT.709 video is not changed at all.
+The codes of color primaries and transfer functions are those of ITU-T H.273, which FFmpeg also uses. Every
+SDR transfer function is treated as the sRGB curve, as displays do; BT.709 video therefore does not change.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ PRIMARIES = {
     11: ("DCI-P3", ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)), DCI),
     12: ("Display P3", ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)), D65),
 }
-"""Primaries that are converted: name, chromaticities of red, green and blue, and of white (H.273, table 2).
+"""Color primaries that are converted to sRGB, by code (H.273, table 2).
 
-The primaries of standard-definition video (5, 6, 7) are within 8 of 255 of sRGB, and files often carry these
-codes wrongly: they are read as sRGB.
+Each value contains a name, the chromaticities of red, green and blue, and the chromaticity of white. Codes 5,
+6 and 7 (standard-definition video) are missing, because they are treated as sRGB: their colors differ from
+sRGB by at most 8 of 255, and many files carry these codes by mistake.
 """
 
 LINEAR, PQ, HLG = 8, 16, 18
 
 TRANSFERS = {LINEAR: "linear light", PQ: "PQ (HDR)", HLG: "HLG (HDR)"}
-"""Transfer functions that are converted (H.273, table 3)."""
+"""Names of the transfer functions that are converted to sRGB, by code (H.273, table 3)."""
 
 HDR = (PQ, HLG)
 
@@ -40,18 +41,23 @@ WHITE = 203.0
 """Luminance of SDR white in HDR video, in cd/m2 (BT.2408)."""
 
 PEAK = 1000.0
-"""Assumed peak luminance of HDR video, in cd/m2: the usual mastering display."""
+"""Assumed peak luminance of HDR video, in cd/m2; most HDR video is mastered on displays with this peak."""
 
 
 def conversion(primaries: int, transfer: int) -> str:
-    """Return the name of the conversion from decoded RGB to sRGB; an empty string if none is needed."""
+    """Return the name of the conversion from decoded RGB to sRGB, such as `BT.2020 PQ (HDR)`.
+
+    The name is empty if no conversion is needed.
+    """
     gamut = PRIMARIES[primaries][0] if primaries in PRIMARIES else ""
     curve = TRANSFERS.get(transfer, "")
     return " ".join(x for x in (gamut, curve) if x)
 
 
 def to_srgb(pixels: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
-    """Convert RGB or RGBA to sRGB; HDR is tone-mapped by BT.2390. Alpha is only rounded.
+    """Convert RGB or RGBA pixels to sRGB; HDR is tone-mapped with BT.2390.
+
+    Alpha is only rounded to 8 bits.
 
     Args:
         pixels: uint16 (h, w, 3) or (h, w, 4), full range.
@@ -80,7 +86,10 @@ def to_srgb(pixels: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
 
 @cache
 def _decoding(transfer: int) -> np.ndarray:
-    """Return a table from 16-bit code values to linear light; 1.0 is SDR white (for HLG, the peak)."""
+    """Return a lookup table from 16-bit code values to linear light.
+
+    The value 1.0 is SDR white, or the peak luminance for HLG.
+    """
     x = np.arange(65536, dtype=np.float64) / 65535
     if transfer == LINEAR:
         out = x
@@ -96,14 +105,14 @@ def _decoding(transfer: int) -> np.ndarray:
 
 @cache
 def _encoding() -> np.ndarray:
-    """Return a table from 16-bit linear light to 8-bit sRGB codes."""
+    """Return a lookup table from 16-bit linear light to 8-bit sRGB codes."""
     x = np.arange(65536, dtype=np.float64) / 65535
     code = np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
     return (255 * code).round().astype(np.uint8)
 
 
 def _pq_to_linear(x: np.ndarray) -> np.ndarray:
-    """Return linear light in [0, 1], 1 being 10,000 cd/m2, of PQ codes (SMPTE ST 2084)."""
+    """Convert PQ codes to linear light in [0, 1], where 1 is 10,000 cd/m2 (SMPTE ST 2084)."""
     power = x ** (1 / 78.84375)
     return (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
 
@@ -114,7 +123,10 @@ def _linear_to_pq(y: np.ndarray) -> np.ndarray:
 
 
 def _tone_mapped(light: np.ndarray) -> np.ndarray:
-    """Return display light of scene light, 1 being SDR white: the EETF of ITU-R BT.2390, section 5.4.1."""
+    """Tone-map linear light of HDR video to SDR, with the EETF of ITU-R BT.2390, section 5.4.1.
+
+    In the input and the result, 1 is SDR white.
+    """
     top = float(_linear_to_pq(np.array(PEAK / 10000)))
     code = np.minimum(_linear_to_pq(light.astype(np.float64) * WHITE / 10000) / top, 1)
     highest = float(_linear_to_pq(np.array(WHITE / 10000))) / top
@@ -131,7 +143,10 @@ def _tone_mapped(light: np.ndarray) -> np.ndarray:
 
 @cache
 def _matrix(primaries: int) -> np.ndarray:
-    """Return the matrix from linear RGB of `primaries` to linear sRGB, with Bradford adaptation of white."""
+    """Return the matrix that converts linear RGB with the given primaries to linear sRGB.
+
+    The matrix includes a Bradford adaptation of the white point.
+    """
     _, chromaticities, white = PRIMARIES[primaries]
     bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
     seen, wanted = bradford @ _xyz(white), bradford @ _xyz(D65)
@@ -154,7 +169,7 @@ def _rgb_to_xyz(primaries: tuple[tuple[float, float], ...], white: tuple[float, 
 
 
 def icc_name(image: Image.Image) -> str:
-    """Name the ICC profile that an image is converted from; empty without a profile and for sRGB.
+    """Return the name of an image's ICC profile; empty without a profile and for sRGB.
 
     Raises:
         ValueError: if the profile cannot be read.
@@ -170,10 +185,12 @@ def icc_name(image: Image.Image) -> str:
 
 
 def image_to_srgb(image: Image.Image) -> Image.Image:
-    """Convert an image with an ICC profile to sRGB, alpha unchanged; return other images as they are.
+    """Convert an image with an ICC profile to sRGB, without changing alpha.
+
+    An image without a profile, or with an sRGB profile, is returned unchanged.
 
     Raises:
-        ValueError: if the profile cannot be read, or does not fit the image.
+        ValueError: if the profile cannot be read, or cannot be applied to the image.
     """
     if not icc_name(image):
         return image

@@ -10,21 +10,22 @@ from PIL import Image
 from inlaid.config.sections import ALPHA_EPS
 
 SEEN = 64
-"""Alpha, 0 to 255, above which the color of a pixel is compared after reading a file back."""
+"""Alpha (0 to 255) above which a pixel counts as visible when a written file is read back and compared."""
 
 NEAR = 4
-"""Distance in pixels within which nearly transparent pixels count as the soft edge of visible pixels."""
+"""Maximum width of a soft edge, in pixels. Nearly transparent pixels farther from visible pixels are not part
+of an edge; they are counted as residue of lossy compression."""
 
 # --- straight and premultiplied -----------------------------------------------------------------------------
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
-    """Convert uint8 to float32 in [0, 1]."""
+    """Convert uint8 values to float32 in [0, 1]."""
     return pixels.astype(np.float32) / 255
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Convert float in [0, 1] to uint8."""
+    """Convert float values in [0, 1] to uint8."""
     return (values * 255).round().clip(0, 255).astype(np.uint8)
 
 
@@ -48,17 +49,18 @@ def unpremultiply(rgba: np.ndarray, under: np.ndarray | None = None) -> np.ndarr
 def resize(
     rgba: np.ndarray, size: tuple[int, int], *, sar: float = 1.0, premultiplied: bool = False
 ) -> np.ndarray:
-    """Scale RGBA frames to cover `size` and center-crop them; the result is straight.
+    """Scale RGBA frames to cover `size`, and center-crop them; the result has straight alpha.
 
-    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. Transparent
-    pixels of the result get color scaled without weights, or black if `rgba` is premultiplied. The filter is
-    bicubic; overshoot is clipped.
+    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. Fully
+    transparent pixels of the result get color that is scaled without weights, or black if `rgba` is
+    premultiplied. The filter is bicubic; overshoot is clipped.
 
     Args:
         rgba: uint8 (t, h, w, 4), straight unless `premultiplied`.
-        size: height and width.
+        size: height and width of the result.
         sar: pixel aspect ratio, width / height.
-        premultiplied: `rgba` is premultiplied; the conversion to straight follows the scaling, in float.
+        premultiplied: True if `rgba` is premultiplied; it is converted to straight alpha after scaling, in
+            float.
     """
     height, width = rgba.shape[1:3]
     if (height, width) == tuple(size) and sar == 1:
@@ -90,8 +92,8 @@ def resize(
 def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Extrapolate color smoothly from pixels of weight 1 to all other pixels.
 
-    Push-pull algorithm on an image pyramid: downsampling averages the color by weight, upsampling blends it
-    into pixels of low weight. Pixels of weight 1 do not change.
+    The method is the push-pull algorithm on an image pyramid. Downsampling averages color by weight;
+    upsampling blends this color into pixels of low weight. Pixels of weight 1 do not change.
 
     Args:
         color: float (h, w, 3).
@@ -124,7 +126,9 @@ def _each(rgba: np.ndarray, change: Callable[[np.ndarray, np.ndarray], np.ndarra
 
 
 def decontaminate(rgba: np.ndarray, opaque: float = 0.95) -> np.ndarray:
-    """Remove background color from soft edges: replace it by color extrapolated from opaque pixels.
+    """Remove background color from soft edges.
+
+    The color of every pixel that is not opaque is replaced by color extrapolated from opaque pixels.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).
@@ -173,7 +177,7 @@ def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
 
 
 def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Set alpha (uint8) that differs from 0 or 255 by at most 255 * `eps` to exactly 0 or 255."""
+    """Round alpha (uint8) that is within 255 * `eps` of 0 or 255 to exactly 0 or 255."""
     level = round(255 * eps)
     return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
 
@@ -192,14 +196,14 @@ def composite(
 ) -> np.ndarray:
     """Composite a foreground over a background: uint8 (t, h, w, 3).
 
-    The result is rgb * a + (1 - a) * background for straight color, rgb + (1 - a) * background for
+    The result is rgb * a + (1 - a) * background for straight color, and rgb + (1 - a) * background for
     premultiplied color.
 
     Args:
-        rgba: uint8 (t, h, w, 4).
+        rgba: foreground, uint8 (t, h, w, 4).
         background: uint8, a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
-        premultiplied: `rgba` is premultiplied.
-        linear: mix linear light (decoded sRGB) instead of gamma-encoded values; physically correct, but
+        premultiplied: True if `rgba` is premultiplied.
+        linear: blend in linear light (decoded sRGB) instead of gamma-encoded values; physically correct, but
             uncommon.
     """
     out = []
@@ -217,7 +221,7 @@ def composite(
 
 
 def preview(rgba: np.ndarray) -> np.ndarray:
-    """Return a preview of RGBA frames: above, composited over a checkerboard; below, alpha in gray.
+    """Return preview frames: the composite over a checkerboard on top, and alpha in gray below it.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).

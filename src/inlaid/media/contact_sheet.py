@@ -15,14 +15,14 @@ from inlaid.files import atomic
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One clip on a contact sheet."""
+    """Row of a contact sheet: one clip with its label and caption."""
 
     label: str
     caption: str
     frames: np.ndarray
-    """uint8 (t, h, w, 3)."""
+    """Frames of the clip, uint8 (t, h, w, 3)."""
     note: str = ""
-    """Gray text to the right of the label."""
+    """Gray text at the right end of the label's line."""
 
 
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
@@ -33,12 +33,14 @@ INK, GRAY, PAPER, LINE = "#1d2128", "#6b7280", "#fafaf8", "#d9dade"
 def contact_sheet(
     rows: Sequence[SheetRow], path: str | Path, *, title: str = "", columns: int = 6, width: int = 1440
 ) -> None:
-    """Write a PNG with a label, a caption and a strip of evenly spaced frames per clip, atomically.
+    """Write a contact sheet as a PNG file, atomically.
+
+    Each clip gets a label, a caption, and a strip of evenly spaced frames.
 
     Args:
         rows: the clips, at least one.
-        path: ends in `.png`.
-        title: header line.
+        path: output file, which ends in `.png`.
+        title: heading of the sheet; no heading if empty.
         columns: maximum number of frames per strip.
         width: sheet width in pixels.
     """
@@ -76,7 +78,9 @@ def contact_strip(
     gap: int | None = None,
     enlarge: bool = False,
 ) -> Image.Image:
-    """Return evenly spaced frames, including the first and the last, in a row with transparent gaps.
+    """Return a row of evenly spaced frames of a clip, with transparent gaps.
+
+    The first and the last frame are included.
 
     Args:
         frames: uint8 (t, h, w, 3).
@@ -99,7 +103,7 @@ def contact_strip(
 
 
 def _font(size: int, text: str) -> Any:
-    """Return Pillow's default font, or a system font for text beyond Latin letters."""
+    """Return Pillow's default font, or an installed system font if `text` contains non-Latin letters."""
     if any(ord(c) > 0x24F for c in text):
         for name in WIDE_FONTS:
             try:
@@ -110,7 +114,10 @@ def _font(size: int, text: str) -> Any:
 
 
 def _wrap(text: str, font: Any, width: float, most: int) -> list[str]:
-    """Wrap text to `width` pixels, breaking long words; text beyond `most` lines becomes an ellipsis."""
+    """Wrap text to lines of `width` pixels, and break long words.
+
+    Text that does not fit into `most` lines is replaced by an ellipsis.
+    """
     lines = [""]
     for word in " ".join(text.split()).split(" "):
         wider = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""Parse the structure of container files to detect truncated files."""
+"""Detection of truncated video files, from the structure of their containers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"pnot")
-"""Types with which an mp4 or mov file can begin."""
+"""Possible types of the first box in an mp4 or mov file."""
 
 SEGMENT = b"\x18\x53\x80\x67"
 
 
 def cut_off(path: Path) -> str:
-    """Return what is missing at the end of an mp4, mov, Matroska or WebM file; empty if it is complete.
+    """Return a message if the end of an mp4, mov, Matroska or WebM file is missing, else an empty string.
 
-    Decided by the sizes that the file declares (ISO/IEC 14496-12; RFC 8794), so a file that was downloaded
-    or copied in part is recognized without decoding it. The format is taken from the content, not from the
-    suffix.
+    The check compares the sizes that the file declares (ISO/IEC 14496-12; RFC 8794) with the size of the
+    file, so it does not decode the file. The format is recognized from the content, not from the suffix.
+    Files of other formats are not checked.
     """
     with path.open("rb") as file:
         head = file.read(12)
@@ -43,7 +43,10 @@ def _boxes(file: Any, end: int) -> str:
 
 
 def _segment(file: Any, end: int) -> str:
-    """Compare the declared end of the Matroska segment with the file's; a live recording declares none."""
+    """Return a message if a Matroska segment is declared to end after the end of the file.
+
+    A live recording declares no size, so it always passes.
+    """
     file.seek(4)
     header = _length(file)
     file.seek((header or 0) + file.tell())
@@ -55,7 +58,7 @@ def _segment(file: Any, end: int) -> str:
 
 
 def _length(file: Any) -> int | None:
-    """Read an EBML length of 1 to 8 bytes; None if it is unknown."""
+    """Read a length field of EBML, 1 to 8 bytes; None if the field is invalid or marks an unknown length."""
     first = file.read(1)
     if not first or not first[0]:
         return None

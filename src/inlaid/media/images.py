@@ -1,4 +1,4 @@
-"""Still images: probing and opening."""
+"""Still images: reading of properties, and opening with size checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inlaid.reading import reading, require_file
 
 
 def probe_image(path: Path) -> Probe:
-    """Return the properties of a still image; decodes it to detect damage.
+    """Return the properties of a still image; it is fully decoded to detect damage.
 
     Height and width are those after EXIF rotation.
 
@@ -47,13 +47,14 @@ def probe_image(path: Path) -> Probe:
 
 @contextmanager
 def load_image(path: Path, *, animated: bool = False) -> Iterator[Image.Image]:
-    """Open an image for a `with` block, after checking the size that its header claims.
+    """Context manager that opens an image, after checking the size that its header declares.
 
-    Whatever Pillow raises inside the block, such as from decoding the pixels, also becomes `MediaError`.
+    Exceptions that Pillow raises inside the `with` block, for example when it decodes pixels, are converted
+    to `MediaError`.
 
     Args:
         path: the file.
-        animated: accept images of several frames.
+        animated: accept images with several frames.
 
     Raises:
         MediaError: if the file cannot be read, is animated, or is larger than `limits.PIXELS`.
@@ -68,19 +69,20 @@ def load_image(path: Path, *, animated: bool = False) -> Iterator[Image.Image]:
 
 
 def checked_image(source: Path | IO[bytes], path: Path, what: str = "") -> Image.Image:
-    """Open an image with Pillow, without decoding it, after checking the size that its header claims.
+    """Open an image with Pillow without decoding it, and check the size that its header declares.
 
     Args:
-        source: what Pillow opens.
-        path: file for messages.
-        what: name of the image inside of an archive or folder, for messages.
+        source: path or open file of the image.
+        path: path that appears in error messages.
+        what: name of the image inside an archive or folder, for error messages.
 
     Raises:
-        MediaError: if the image is larger than `limits.PIXELS`, or all its frames than `limits.ARRAY`.
+        MediaError: if the image is larger than `limits.PIXELS`, or all frames of an animated image together
+            are larger than `limits.ARRAY`.
     """
     named = f"image {what} " if what else ""
     allowed = limits.PIXELS.value
-    # Pillow has a limit of its own, above which it warns, and above twice of which it raises.
+    # Pillow has its own limit: it warns above the limit, and raises above twice the limit.
     Image.MAX_IMAGE_PIXELS = int(max(Image.MAX_IMAGE_PIXELS or 0, allowed))
     try:
         image = Image.open(source)

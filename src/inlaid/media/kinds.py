@@ -1,4 +1,4 @@
-"""Kinds and properties of media files, frame times, and the error for unusable files."""
+"""Kinds and properties of media files, selection of frames by time, and the error for unusable files."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ ARRAYS = (".npz",)
 KNOWN = (*VIDEOS, *IMAGES, *ARRAYS)
 
 ANIMATED = (".apng",)
-"""Additional video suffixes, searched for only in transparent runs."""
+"""Suffixes of video files that, in addition to `VIDEOS`, are accepted in runs with RGBA clips."""
 
 READER = 2
-"""Version of the decoded pixels, part of cache keys; increase it when a file gives different pixels."""
+"""Version of the decoding code, which is part of cache keys. Increase it when a code change makes a file
+decode to different pixels."""
 
 EPSILON = 1e-6
-"""Seconds below which two times count as equal; far below any frame interval, above float64 rounding."""
+"""Tolerance for comparing times, in seconds: far below any frame interval, and above float64 rounding."""
 
 
 class MediaError(FileError):
@@ -50,40 +51,44 @@ class Probe:
 
     frames: int
     fps: Fraction | None
-    """Frame rate; longer frames do not lower it. None without timestamps (images, arrays without `fps`)."""
+    """Frames per second; frames that are displayed longer than others do not lower this rate. None for images
+    and for arrays without `fps`, which have no timestamps."""
     height: int
     width: int
     duration: float
-    """Seconds, including the duration of the last frame; 0 for clips without timestamps."""
+    """Duration in seconds, including the display time of the last frame; 0 for clips without timestamps."""
     interval: float = 0.0
     """Median time between frames, in seconds."""
     variable: bool = False
     """True if frame intervals vary by more than the rounding of the container's timestamps."""
     first: float = 0.0
-    """Timestamp of the first frame, in seconds; the start of a window is relative to this time."""
+    """Timestamp of the first frame, in seconds. Start times of windows are relative to it."""
     codec: str = ""
     pix_fmt: str = ""
     transparent: bool = False
-    """True with an alpha channel, which `read_frames` composites over white."""
+    """True if the clip has an alpha channel. `read_frames` composites such a clip over white."""
     opaque: bool = False
-    """True if that channel is opaque in every frame that was decoded: the first and the last ones."""
+    """True if the clip has an alpha channel that is opaque in all decoded frames (the first and the last
+    ones)."""
     premultiplied: bool = False
-    """Guess: color is multiplied by alpha."""
+    """True if color is probably premultiplied by alpha, as estimated from the decoded frames."""
     conversions: str = ""
-    """What is done to the pixels for display, separated by semicolons, such as `deinterlaced; mirrored`."""
+    """Conversions of decoded pixels for display, separated by semicolons, such as `deinterlaced;
+    mirrored`."""
     orientation: str = ""
-    """How the stored frames are turned for display; empty if they are not."""
+    """Rotation or mirroring of the stored frames for display, such as `mirrored`; empty if there is none."""
     untagged: bool = False
-    """True if the YUV matrix is unspecified: BT.709 is assumed from 1280x720 on, else BT.601."""
+    """True if the file does not specify its YUV matrix. In this case, BT.709 is assumed for at least 1280
+    columns or 720 rows, and BT.601 for smaller frames."""
 
     @property
     def hdr(self) -> bool:
-        """True with an HDR transfer function (PQ or HLG), which is tone-mapped."""
+        """True if the clip has an HDR transfer function (PQ or HLG) and is therefore tone-mapped."""
         return "(HDR)" in self.conversions
 
 
 def media_kind(path: Path) -> Kind:
-    """Return the kind of a media file by its suffix: video, image or array.
+    """Return the kind of a media file (video, image or array) according to its suffix.
 
     Raises:
         MediaError: if the suffix is not supported.
@@ -106,13 +111,13 @@ def frames_on_show(
 ) -> np.ndarray:
     """Return the index of the frame that is displayed at each wanted time.
 
-    A frame is on show until the next one starts. Because timestamps are rounded and rates differ, the next
-    frame is already taken half an interval before its start: half the frame interval or half the sampling
-    interval, whichever is shorter. For a constant rate this is the nearest frame, in a tie the earlier
-    one; a frame that is held longer stays until the next is due.
+    A frame is displayed until the next frame starts. Because timestamps are rounded and frame rates differ,
+    the next frame is already selected shortly before its start. This lead is half the frame interval or half
+    the sampling interval, whichever is shorter. If no frame interval exceeds the sampling interval, the
+    result is the nearest frame, and the earlier frame in a tie.
 
     Args:
-        stamps: ascending times in seconds, at least one.
+        stamps: start times of the frames in seconds, ascending, at least one.
         wanted: times in seconds.
         fps: sampling rate in frames per second.
     """
@@ -123,9 +128,9 @@ def frames_on_show(
 
 
 def available_frames(probe: Probe, fps: float) -> int:
-    """Return the number of frames that a clip provides when sampled at `fps`.
+    """Return the number of frames that a clip provides when it is sampled at `fps`.
 
-    Sampling ends at most half a frame interval after the clip's last frame. A clip without timestamps
+    The last sample lies at least half a frame interval before the end of the clip. A clip without timestamps
     provides every frame in the file.
     """
     if probe.fps is None:

@@ -18,14 +18,15 @@ PALETTE = (
     (222, 96, 80), (80, 140, 220), (110, 185, 110), (235, 180, 70), (150, 115, 205), (90, 190, 190),
     (225, 130, 185), (150, 130, 110),
 )  # fmt: skip
-"""RGB colors of objects, by index in the scene."""
+"""RGB colors of objects, by index of the object in the scene."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Perspective camera that looks at the origin; angles in degrees, y is up.
+    """Perspective camera that looks at the origin, with y up.
 
-    Azimuth 0 is on the +z axis, azimuth 90 on the +x axis. `field` is the field of view.
+    All angles are in degrees. Azimuth 0 is on the +z axis, azimuth 90 on the +x axis. `field` is the field of
+    view.
     """
 
     azimuth: float = 30.0
@@ -34,7 +35,10 @@ class View:
     field: float = 30.0
 
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ray origins and unit directions, each (size * size, 3), row by row from the top left."""
+        """Return the origins and unit directions of the rays of all pixels, each (size * size, 3).
+
+        Rays are ordered row by row from the top left pixel.
+        """
         a, e = np.radians([self.azimuth, self.elevation])
         eye = self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
         forward = -eye / np.linalg.norm(eye)

@@ -24,7 +24,7 @@ TEMPLATES = jinja2.Environment(
 
 
 def viewer_page(meshes: Mapping[str, trimesh.Trimesh], title: str) -> str:
-    """Return the HTML page for meshes by name; vertex coordinates are stored as 16-bit integers."""
+    """Return an HTML page that displays named meshes; vertex coordinates are stored as 16-bit integers."""
     parts = []
     for i, (name, mesh) in enumerate(meshes.items()):
         quantized = (mesh.vertices / BOUND * 32767).round().clip(-32767, 32767).astype("<i2")

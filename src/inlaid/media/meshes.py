@@ -1,6 +1,6 @@
-"""Surfaces, meshes and segmentations: reading, writing, normalization, extraction from fields, checks.
+"""Surfaces, meshes and segmentations: reading, writing, normalization, mesh extraction and checks.
 
-All objects of a scene share one coordinate frame, about [-1, 1], y up.
+All objects of a scene share one coordinate frame, with coordinates in about [-1, 1] and y up.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ if TYPE_CHECKING:
 
 
 BOUND = 1.005
-"""Half the side length of the box in which fields are decoded."""
+"""Half the side length of the box, centered at the origin, in which fields are evaluated."""
 
 LONGEST = 1.9
-"""Longest side of a normalized scene, chosen so that the scene stays inside the box."""
+"""Length of the longest side of a normalized scene, chosen so that the scene stays inside the box of
+`BOUND`."""
 
 POINTS = 20_480
-"""Number of points per surface with which the published model was trained."""
+"""Number of points per surface that the published scene model was trained with."""
 
 ESTIMATED = 8 * POINTS
-"""Number of points above which a surface is thinned before its normals are estimated, which takes seconds."""
+"""Maximum number of points for which normals are estimated. Larger surfaces are thinned first, because the
+estimation takes seconds."""
 
 # --- surfaces -----------------------------------------------------------------------------------------------
 
@@ -55,19 +57,22 @@ class Note(str):
 
 @dataclass(frozen=True)
 class Surface:
-    """Surface points of one object with outward unit normals, and messages about their quality."""
+    """Surface points of one object with unit normals, and messages about their quality.
+
+    Normals should point outward; a message reports a surface whose normals point inward.
+    """
 
     points: np.ndarray
-    """float32 (n, 6), positions and normals."""
+    """Positions and normals, float32 (n, 6)."""
     notes: tuple[Note, ...] = ()
 
 
 def read_surface(path: Path) -> list[Surface]:
-    """Read the surface of one object, an array (n, c), or of k objects, an array (k, n, c).
+    """Read surface points of one object, from an array (n, c), or of k objects, from an array (k, n, c).
 
-    If c is 6, a point has a position and a normal. If c is 3, it has only a position, and normals are
-    estimated. If c is 4, the last column is ignored, because a normal has three components. A `.npz` file
-    contains `surface_points` and optionally `surface_normals`.
+    If c is 6, each point has a position and a normal. If c is 3, each point has only a position, and normals
+    are estimated. If c is 4, the last column is ignored, because a normal has three components, and normals
+    are estimated. An `.npz` file contains `surface_points` and optionally `surface_normals`.
 
     Raises:
         MediaError: if the file is not a valid surface; the message contains path and cause.
@@ -102,10 +107,10 @@ def read_surface(path: Path) -> list[Surface]:
 
 
 def _is_array(path: Path) -> bool:
-    """Return True for `.npy` and `.npz` content.
+    """Return True for a file with `.npy` or `.npz` content, and raise an error for all other files.
 
     Raises:
-        MediaError: if the file is a pickle, or is neither.
+        MediaError: if the file is a pickle, or is neither `.npy` nor `.npz`.
     """
     with reading(path, MediaError):
         require_file(path, MediaError)
@@ -157,7 +162,7 @@ def _surface(path: Path, points: np.ndarray) -> Surface:
 def flipped(points: np.ndarray) -> bool:
     """Return True if most normals of a surface (n, 6) point inward.
 
-    In this case, the volume by the divergence theorem is negative.
+    The test computes the volume of the surface with the divergence theorem: inward normals make it negative.
     """
     return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
 
@@ -165,9 +170,9 @@ def flipped(points: np.ndarray) -> bool:
 def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
     """Estimate outward unit normals (n, 3) of points (n, 3).
 
-    A normal is the direction of least variance among the nearest points. Signs propagate from the topmost
-    point along a minimum spanning tree that connects neighbors with similar tangent planes (Hoppe et al.
-    1992).
+    A normal is the direction of least variance among the nearest points. The signs of the normals propagate
+    from the topmost point along a minimum spanning tree, which connects neighbors with similar tangent planes
+    (Hoppe et al. 1992).
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
@@ -204,7 +209,11 @@ def sample_surface(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) ->
 
 
 def normalizing(bounds: np.ndarray) -> np.ndarray:
-    """Return the transform (4, 4) that centers a scene with `bounds` (2, 3) and scales it to `LONGEST`."""
+    """Return the transform (4, 4) that centers a scene and scales its longest side to `LONGEST`.
+
+    Args:
+        bounds: minimum and maximum corner of the scene's bounding box, (2, 3).
+    """
     size = float((bounds[1] - bounds[0]).max())
     assert size > 0, "a scene has a size"
     out = np.eye(4)
@@ -216,7 +225,7 @@ def normalizing(bounds: np.ndarray) -> np.ndarray:
 # --- from a field to a mesh ---------------------------------------------------------------------------------
 
 Field = Callable[[np.ndarray], np.ndarray]
-"""Function from points (n, 3) to values (n,), negative inside the object."""
+"""Implicit function of an object: maps points (n, 3) to values (n,), which are negative inside the object."""
 
 
 def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
@@ -224,15 +233,16 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
 
     The field is evaluated on a coarse grid, then on finer grids only near sign changes. This takes about one
     hundredth of the evaluations of a dense grid. If a field is negative at more than four of the eight
-    corners of the box, its sign is assumed to be wrong and is flipped.
+    corners of the box, its sign is assumed to be wrong and is inverted.
 
     Args:
-        field: negative inside.
-        resolution: cells per side; `coarse` times a power of two.
+        field: function to evaluate, negative inside the object.
+        resolution: cells per side of the finest grid; `coarse` times a power of two.
         coarse: cells per side of the first grid.
 
     Returns:
-        The mesh, or None if the field has no zero level set; and a note if the sign was inverted, else "".
+        The mesh and a note. The mesh is None if the field has no zero level set. The note is empty unless the
+        sign was inverted.
     """
     import trimesh
     from skimage.measure import marching_cubes
@@ -258,12 +268,18 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
 
 
 def _places(index: np.ndarray, cells: int) -> np.ndarray:
-    """Convert grid indices, which may be fractional, to coordinates; 0 to `cells` spans the box."""
+    """Convert grid indices to coordinates; the indices 0 and `cells` are on opposite sides of the box.
+
+    Indices may be fractional.
+    """
     return (index / cells * 2 - 1) * BOUND
 
 
 def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
-    """Double the resolution of a grid: interpolate values, then evaluate the field around sign changes."""
+    """Double the resolution of a grid of field values.
+
+    Values are interpolated, except near sign changes, where the field is evaluated.
+    """
     from scipy.ndimage import binary_dilation, zoom
 
     n = values.shape[0]
@@ -287,7 +303,7 @@ def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
 
 
 def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
-    """Decimate a mesh to at most `triangles` triangles by quadric error.
+    """Decimate a mesh to at most `triangles` triangles, with the quadric error metric.
 
     Raises:
         ValueError: if the package fast-simplification is not installed.
@@ -299,7 +315,12 @@ def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
 
 
 def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
-    """Return the problems of a mesh, such as `is not watertight`; empty for a valid mesh."""
+    """Return the defects of a mesh, such as `is not watertight`; empty for a valid mesh.
+
+    Args:
+        mesh: the mesh.
+        most: maximum number of triangles.
+    """
     found = []
     if not np.isfinite(mesh.vertices).all():
         found.append("has vertices that are not finite")
@@ -314,7 +335,7 @@ def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
 
 
 def require_mesh_packages() -> None:
-    """Check that the packages for scenes are installed.
+    """Check that the optional packages for 3D scenes are installed.
 
     Raises:
         ValueError: if packages are missing; the message contains the command that installs them.
@@ -327,7 +348,10 @@ def require_mesh_packages() -> None:
 
 
 def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
-    """Write a `.glb` atomically, with a named node per object; nodes of `empty` objects have no mesh."""
+    """Write meshes to a `.glb` file, atomically, with one named node per object.
+
+    Objects named in `empty` get a node without a mesh.
+    """
     import trimesh
 
     scene = trimesh.Scene()
@@ -345,10 +369,11 @@ FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
 
 
 def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
-    """Return a copy of a mesh whose components all face outward, and the number of flipped components.
+    """Return a copy of a mesh whose components face outward, and the number of flipped components.
 
-    A connected component is inside out if its volume, by the divergence theorem about its center, is
-    negative. A component inside the bounding box of another is unchanged, because it may be a cavity.
+    A connected component is flipped if its volume, computed with the divergence theorem about its center, is
+    negative. A component inside the bounding box of another component is unchanged, because it may be a
+    cavity.
     """
     import trimesh
 
@@ -374,14 +399,17 @@ def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
 
 
 def _inside_resolver(path: Path) -> Any:
-    """Return trimesh's reader of the files that a mesh names, limited to the folder of the mesh."""
+    """Return a trimesh resolver, which reads the files that a mesh refers to, such as textures.
+
+    It reads files only from the folder that contains the mesh.
+    """
     import trimesh
 
     root = Root(path.parent)
 
     class Resolver(trimesh.resolvers.FilePathResolver):
         def get(self, name: str) -> bytes:
-            """Return the content of a file beside the mesh."""
+            """Return the content of the file `name` in the folder of the mesh."""
             file = root.named(name.strip())
             require_file(file, MediaError)
             return file.read_bytes()
@@ -390,7 +418,7 @@ def _inside_resolver(path: Path) -> Any:
 
 
 def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
-    """Read the objects of a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` by name, in scene coordinates.
+    """Read a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` file: meshes by object name, in scene coordinates.
 
     Raises:
         ValueError: if the file cannot be read or has no triangles; the message contains the path.
@@ -416,13 +444,13 @@ def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Read the object IDs of a segmentation: int (h, w), 0 is background.
+    """Read the object IDs of a segmentation image: int (h, w), where 0 is background.
 
-    In a palette image, IDs are palette indices; in a gray image, pixel values. In an RGB image, every color
-    except black is an object. RGB is not converted to gray, which could merge objects.
+    In a palette image, the IDs are palette indices. In a gray image, they are pixel values. In an RGB image,
+    each color except black is one object. RGB is not converted to gray, which could merge objects.
 
     Raises:
-        MediaError: if the file is not such an image; the message contains the path.
+        MediaError: if the file cannot be read or is another kind of image; the message contains the path.
     """
     with load_image(path) as image:
         image.load()

@@ -1,15 +1,16 @@
 """Conversion of decoded frames to RGB: YUV matrix, range, primaries, transfer, orientation, alpha, scaling.
 
-Rules and their sources:
+The rules and their sources are:
 
-* YUV matrix and range: as tagged (ITU-T H.273). An untagged frame is BT.709 from 1280 columns or 720 lines
-  on, else BT.601, as video players decide.
-* Primaries and transfer: BT.709, BT.601 and sRGB are used as they are; wide gamut and HDR become sRGB
-  (`color`).
-* Orientation: the display matrix of the file (ISO/IEC 14496-12, 8.3.2), including mirroring; EXIF for
-  images.
+* YUV matrix and range are used as tagged in the file (ITU-T H.273). An untagged frame is treated as BT.709 if
+  it has at least 1280 columns or 720 rows, else as BT.601. Video players do the same.
+* Primaries and transfer function: BT.709, BT.601 and sRGB are not converted. Wide gamut and HDR are converted
+  to sRGB (module `color`).
+* Orientation follows the display matrix of the file (ISO/IEC 14496-12, 8.3.2), including mirroring. For
+  images, it follows EXIF.
 * Interlaced frames are deinterlaced when they are decoded (`video.decode_frames`).
-* Alpha is composited over white for opaque runs, straight or premultiplied as measured.
+* Frames with alpha are composited over white in runs without alpha. Whether color is straight or
+  premultiplied is estimated (`looks_premultiplied`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from inlaid.media.arrays import fit_array
 from inlaid.media.kinds import MediaError
 
 PIXEL_LIMIT = 200_000_000
-"""Maximum number of pixels of a scaled frame before cropping; only extreme aspect ratios exceed it."""
+"""Maximum number of pixels of a scaled frame before it is cropped; only extreme aspect ratios exceed it."""
 
 UNTAGGED = (2, 3)
 """FFmpeg's codes for an unspecified YUV matrix."""
@@ -42,27 +43,28 @@ MATRICES = {
     16: "YCgCo-R even",
     17: "YCgCo-R odd",
 }
-"""YUV matrices that FFmpeg's scaler cannot convert to RGB (ITU-T H.273, table 4)."""
+"""Names of the YUV matrices that FFmpeg's scaler cannot convert to RGB, by code (ITU-T H.273, table 4)."""
 
 SCALE_FLAGS = 0x4 | 0x40000 | 0x2000
-"""FFmpeg's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT, as numbers: PyAV names them only since version 18."""
+"""Flags of FFmpeg's scaler: BICUBIC | ACCURATE_RND | FULL_CHR_H_INT. They are numbers, because PyAV has names
+for them only since version 18."""
 
 
 class Orientation(NamedTuple):
-    """Orientation of decoded pixels for display: first transposed, then mirrored."""
+    """Transform of decoded pixels for display: pixels are first transposed, then mirrored."""
 
     transposed: bool = False
     mirror_x: bool = False
     mirror_y: bool = False
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """Orient pixels (h, w, c) for display."""
+        """Transpose and mirror pixels (h, w, c) for display."""
         pixels = pixels.swapaxes(0, 1) if self.transposed else pixels
         return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
     @property
     def name(self) -> str:
-        """Description for messages; empty if the pixels are displayed as decoded."""
+        """Description for messages, such as `rotated by 90 degrees`; empty if the pixels do not change."""
         if self == Orientation():
             return ""
         turns = {(False, True, True): "180", (True, True, False): "90", (True, False, True): "270"}
@@ -74,7 +76,7 @@ def orientation(path: Path, frame: Any) -> Orientation:
     """Return the orientation from the display matrix of a decoded frame.
 
     Raises:
-        MediaError: if the angle is not a multiple of 90 degrees.
+        MediaError: if the display angle is not a multiple of 90 degrees.
     """
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
@@ -93,7 +95,7 @@ def orientation(path: Path, frame: Any) -> Orientation:
 
 
 def color_matrix(path: Path, frame: Any) -> Any:
-    """Return the YUV matrix to assume for an untagged frame; None for RGB and for a tagged frame.
+    """Return the YUV matrix to assume for an untagged frame; None if the frame is tagged, RGB or gray.
 
     Raises:
         MediaError: if the matrix cannot be converted to RGB; the message names the matrix.
@@ -118,7 +120,7 @@ def has_alpha(frame: Any) -> bool:
 
 
 def conversions(path: Path, frame: Any) -> list[str]:
-    """Return descriptions of the conversions of a decoded frame to displayed sRGB; empty if none is needed.
+    """List the conversions that are needed to display a decoded frame in sRGB.
 
     Raises:
         MediaError: if the frame cannot be converted.
@@ -135,13 +137,14 @@ def conversions(path: Path, frame: Any) -> list[str]:
 def decoded(
     path: Path, frame: Any, scaler: Any, channels: int, size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Return a decoded frame as sRGB pixels, uint8 (h, w, channels), before rotation.
+    """Convert a decoded frame to sRGB pixels, uint8 (h, w, channels), without rotating it for display.
 
     Args:
         path: file, for error messages.
         frame: PyAV frame.
         scaler: PyAV reformatter, reused between frames.
-        channels: 1 for gray, 3 for RGB, 4 for RGBA; gray is 0 to 255 for full and limited range.
+        channels: 1 for gray, 3 for RGB, 4 for RGBA. Gray ranges from 0 to 255 even if the video has limited
+            range.
         size: height and width to scale to; None keeps the size.
 
     Raises:
@@ -178,12 +181,13 @@ def fit_frame(
         path: file, for error messages.
         frame: PyAV frame; alpha is composited over white.
         scaler: PyAV reformatter, reused between frames.
-        size: height and width.
+        size: height and width of the result.
         sar: pixel aspect ratio, width / height.
-        premultiplied: color is already multiplied by alpha.
+        premultiplied: True if color is already multiplied by alpha.
 
     Raises:
-        MediaError: if the aspect ratio is too far from that of `size`, or the frame cannot be converted.
+        MediaError: if the frame's aspect ratio differs too much from `size`, or the frame cannot be
+            converted.
     """
     turn = orientation(path, frame)
     if has_alpha(frame):
@@ -208,11 +212,14 @@ def over_white(rgba: np.ndarray, premultiplied: bool = False) -> np.ndarray:
 
 
 def looks_premultiplied(rgba: np.ndarray) -> bool:
-    """Estimate from uint8 RGBA (..., 4) whether color is premultiplied by alpha.
+    """Estimate from RGBA pixels, uint8 (..., 4), whether color is premultiplied by alpha.
 
-    True if partially transparent pixels are not brighter than their alpha, transparent pixels are black, and
-    either an opaque pixel is bright or the brightness of partially transparent pixels correlates with their
-    alpha (smoke and glass have no opaque pixels).
+    The result is True if all of these conditions are met:
+
+    * There are at least 50 partially transparent pixels, and they are not brighter than their alpha.
+    * Fully transparent pixels are black.
+    * An opaque pixel is bright, or brightness correlates with alpha in partially transparent pixels. The
+      correlation is for smoke and glass, which have no opaque pixels.
     """
     alpha, brightest = rgba[..., 3].astype(int), rgba[..., :3].max(-1)
     soft, transparent = (alpha > 2) & (alpha < 253), alpha == 0
@@ -229,7 +236,9 @@ def looks_premultiplied(rgba: np.ndarray) -> bool:
 
 
 def to_rgb(path: Path, image: Image.Image) -> np.ndarray:
-    """Return an image as RGB, uint8 (h, w, 3): EXIF orientation and ICC profile applied, alpha over white.
+    """Convert an image to RGB, uint8 (h, w, 3), after EXIF rotation and conversion from its ICC profile.
+
+    Alpha is composited over white.
 
     Raises:
         MediaError: if the image has more than 8 bits per channel, or an ICC profile that cannot be applied.

@@ -22,7 +22,10 @@ from inlaid.media.pixels import looks_premultiplied
 
 
 def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
-    """Apply the cleanup steps of `data.matte` to straight uint8 (t, h, w, 4), after resizing."""
+    """Apply the cleanup steps in the recipe section `data.matte` to RGBA frames that are already resized.
+
+    The frames are straight uint8 (t, h, w, 4).
+    """
     if how.snap:
         rgba = np.concatenate([rgba[..., :3], snap(rgba[..., 3:], how.snap / 255)], -1)
     if how.decontaminate:
@@ -36,14 +39,18 @@ def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AlphaStats:
-    """Alpha statistics of a clip. Shares are fractions of all pixels, 0 to 1, unless stated otherwise."""
+    """Alpha statistics of a clip.
+
+    Shares are fractions of all pixels, 0 to 1, unless stated otherwise.
+    """
 
     coverage: float
     """Mean alpha."""
     soft: float
     """Share of partially transparent pixels."""
     residue: float
-    """Share of nearly transparent pixels far from visible pixels, a residue of lossy compression."""
+    """Share of nearly transparent pixels far from visible pixels, which are a residue of lossy
+    compression."""
     lowest: int
     """Minimum alpha, 0 to 255."""
     highest: int
@@ -51,16 +58,16 @@ class AlphaStats:
     colored: float
     """Fraction of the fully transparent pixels whose color is not black."""
     premultiplied: bool
-    """Estimate: partially transparent pixels are not brighter than their alpha, and fully
-    transparent pixels are black."""
+    """True if color is probably multiplied by alpha (`looks_premultiplied`)."""
     inverted: bool
-    """Estimate: the border of the frame is opaque and the center is not."""
+    """True if alpha is probably inverted: the border of the frame is opaque and the center is not."""
     limited: bool
-    """Estimate: all alpha values lie between 14 and 237, so limited range was probably read as full range."""
+    """True if limited range was probably read as full range: alpha varies, but all values lie between 14 and
+    237."""
 
     @property
     def looks(self) -> str:
-        """Estimates as text, such as `straight` or `premultiplied, inverted`."""
+        """Estimated kind of alpha as text, such as `straight` or `premultiplied, inverted`."""
         guesses = {"inverted": self.inverted, "limited range": self.limited}
         first = "premultiplied" if self.premultiplied else "straight"
         return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
@@ -91,7 +98,7 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
 
     Args:
         rgba: straight or premultiplied uint8 (t, h, w, 4).
-        eps: difference from 0 or 1 up to which alpha counts as transparent or opaque.
+        eps: maximum difference from 0 or 1 at which alpha counts as transparent or opaque.
     """
     alpha, color = rgba[..., 3], rgba[..., :3]
     low, high = 255 * eps, 255 * (1 - eps)
@@ -118,21 +125,22 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
 # --- files --------------------------------------------------------------------------------------------------
 
 CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Suffixes of formats with alpha, and the maximum mean error of alpha after reading back (scale 0 to 255)."""
+"""Maximum mean alpha error of a file that is read back after writing, on the scale 0 to 255, by file suffix.
+The suffixes are those of all formats with alpha."""
 
 COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Maximum mean error of the color of visible pixels after reading back (scale 0 to 255); high for
-VP9, which subsamples color."""
+"""Maximum mean color error of visible pixels in a file that is read back after writing, on the scale 0 to
+255, by file suffix. It is high for WebM, because VP9 subsamples color."""
 
 SUFFIXES = {"png": ".zip", **{name: f".{name}" for name in config.CARRIERS if name != "png"}}
-"""File suffixes by format name in `sample.transparent`."""
+"""File suffix of each format that the setting `sample.transparent` accepts."""
 
 
 def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
-    """Write straight RGBA atomically, after reading the file back and comparing it with the input.
+    """Write straight RGBA frames to a file, which is read back and compared with the input.
 
-    `.mov` is ProRes 4444, `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, `.mkv` FFV1; the last
-    three are lossless.
+    The file is written atomically: it appears only after a successful comparison. `.mov` is ProRes 4444,
+    `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, and `.mkv` FFV1. The last three are lossless.
 
     Args:
         path: output file; its suffix selects the format.
@@ -140,7 +148,7 @@ def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Pat
         fps: frames per second.
 
     Raises:
-        ValueError: if the format has no alpha, `rgba` has another type or shape, or the file read back
+        ValueError: if the format has no alpha, if `rgba` has another type or shape, or if the file read back
             differs too much from the input.
     """
     path = Path(path)
@@ -222,10 +230,10 @@ def _write_zip(path: Path, rgba: np.ndarray) -> None:
 
 
 def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
-    """Read all frames of a video, image, `.zip` or folder of images: straight uint8 (t, h, w, 4).
+    """Read all frames of a video, image, `.zip` or folder of images as RGBA: uint8 (t, h, w, 4).
 
-    Frames without alpha are opaque. VP8 and VP9 are decoded with libvpx, because FFmpeg's native decoders
-    silently drop alpha.
+    Color is straight or premultiplied, as stored in the file. Frames without alpha become opaque. VP8 and VP9
+    are decoded with libvpx, because FFmpeg's native decoders silently drop alpha.
 
     Args:
         path: video, animated or still image, or a `.zip` or folder of images (read in natural order).

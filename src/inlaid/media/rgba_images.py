@@ -1,4 +1,4 @@
-"""Frames from images, with or without alpha: folders and archives of images, still and animated images."""
+"""Reading of frames, with or without alpha, from folders, archives, still images and animated images."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from inlaid.media.kinds import IMAGES, MediaError
 from inlaid.reading import check_member, reading, require_file
 
 FRAMES = (*IMAGES, ".tif", ".tiff")
-"""File suffixes of images in a folder of frames."""
+"""Suffixes of image files that are read as frames from a folder or archive."""
 
 
 def natural(path: Path) -> list[Any]:
-    """Return a key that sorts file names in natural order, f9 before f10."""
+    """Return a sort key for the natural order of file names: f9 before f10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def frames_in(folder: Path) -> list[Path]:
-    """Return the images of a folder in natural order (9 before 10); empty if it contains none."""
+    """Return the images in a folder in natural order (9 before 10); empty if there are no images."""
     try:
         there = [f for f in folder.iterdir() if f.suffix.lower() in FRAMES and not f.name.startswith(".")]
     except OSError:
@@ -36,7 +36,10 @@ def frames_in(folder: Path) -> list[Path]:
 
 
 def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
-    """Return EXIF-rotated pixels, uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3)."""
+    """Return the pixels of an image after EXIF rotation, as uint8.
+
+    The shape is (h, w, 1) if `gray`, (h, w, 4) if the image has alpha, else (h, w, 3).
+    """
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
         return level.astype(np.uint8)[..., None].repeat(1 if gray else 3, -1)
@@ -49,7 +52,7 @@ def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
 
 
 def image_names(path: Path) -> list[str]:
-    """Return the names of the images of a folder or `.zip` in natural order.
+    """Return the names of the images in a folder or `.zip` in natural order.
 
     Raises:
         MediaError: if the `.zip` cannot be read.
@@ -65,7 +68,7 @@ def image_names(path: Path) -> list[str]:
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[Image.Image]:
-    """Open an image of a folder or `.zip` for a `with` block, after checking its size."""
+    """Context manager that opens an image in a folder or `.zip`, after checking its size."""
 
     def unreadable(path: Path, cause: str, code: str) -> MediaError:
         return MediaError(path, f"image {name} {cause}", code)
@@ -91,7 +94,10 @@ def named_size(path: Path, name: str) -> tuple[int, int]:
 def read_named(
     path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool = False
 ) -> Iterator[np.ndarray]:
-    """Yield images of a folder or `.zip` by index in natural order, with pixels as in `read_animated`."""
+    """Yield the images at `indices` in a folder or `.zip`, as pixels in the format of `read_animated`.
+
+    An index is a position in the natural order of the image names.
+    """
     names = image_names(path)
     for i in indices:
         with _opened(path, names[i]) as image:
@@ -102,7 +108,7 @@ def read_named(
 def frame_times(path: Path) -> np.ndarray:
     """Return the start time of each frame of an image and the end time of the last frame, in seconds.
 
-    All times are 0 for still images and for files without durations.
+    All times are 0 for a still image, and for a file in which a frame has no duration.
     """
     with load_image(path, animated=True) as image:
         durations = []
@@ -116,10 +122,10 @@ def frame_times(path: Path) -> np.ndarray:
 def read_animated(
     path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool = False
 ) -> Iterator[np.ndarray]:
-    """Yield frames of a still or animated image by index.
+    """Yield the frames at `indices` of a still or animated image.
 
-    Frames are EXIF-rotated uint8: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3). They are read
-    with Pillow, because FFmpeg does not support all formats.
+    Frames are uint8 after EXIF rotation: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3). They are
+    read with Pillow, because FFmpeg does not support all formats.
     """
     with load_image(path, animated=True) as image:
         for i in indices:

@@ -1,4 +1,4 @@
-"""Scenes: an image with object masks and surfaces, and the generated meshes."""
+"""Scenes: an input image with object masks and surface points, and the meshes generated from it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 SMALL = 0.001
-"""Share of the input image, 0 to 1, that an object must exceed; smaller objects are left out."""
+"""Minimum area of an object, as a fraction of the input image. Smaller objects are left out."""
 
 MAX_POINTS_SHOWN = 64
-"""Maximum number of objects in a segmentation; a file with more is probably not a segmentation."""
+"""Maximum number of objects in a segmentation image; an image with more is probably not a segmentation."""
 
 MAX_OBJECTS = 7
 """Maximum number of objects of a scene in one training step."""
@@ -30,36 +30,36 @@ MAX_OBJECTS = 7
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene."""
+    """One object of a scene, with its mask and its surface points."""
 
     number: int
-    """ID of the object in the segmentation."""
+    """ID of the object in the segmentation image."""
     mask: np.ndarray
-    """bool (h, w)."""
+    """Pixels of the image that show the object, bool (h, w)."""
     surface: np.ndarray
-    """Positions and normals, float32 (n, 6), in scene coordinates."""
+    """Surface points with normals, float32 (n, 6), in scene coordinates."""
 
 
 @dataclass(frozen=True)
 class SceneSample:
-    """Scene in memory."""
+    """Scene loaded into memory: input image, objects, and messages about their quality."""
 
     name: str
     image: np.ndarray
-    """uint8 (h, w, 3)."""
+    """Input image, uint8 (h, w, 3)."""
     objects: list[SceneObject]
     notes: tuple[Note, ...] = ()
 
     def alone(self, index: int) -> np.ndarray:
-        """Return the full-size image of one object, with all other pixels white: uint8 (h, w, 3)."""
+        """Return the image with all pixels white except those of one object: uint8 (h, w, 3)."""
         return np.where(self.objects[index].mask[..., None], self.image, np.uint8(255))
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image composited over white: uint8 (h, w, 3).
+    """Read an image, and composite it over white: uint8 (h, w, 3).
 
     Raises:
-        MediaError: if the file cannot be read; the message names the file.
+        MediaError: if the file cannot be read; the message contains the path.
     """
     with load_image(path) as image:
         rgba = image.convert("RGBA")
@@ -77,7 +77,7 @@ def image_size(image: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class GeneratedScene:
-    """Generated scene: meshes in scene coordinates by object name, and notes on defects."""
+    """Generated scene: meshes by object name, in scene coordinates, and messages about defects."""
 
     meshes: dict[str, trimesh.Trimesh]
     empty: tuple[str, ...] = ()
@@ -86,10 +86,10 @@ class GeneratedScene:
 
 
 def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | None = None) -> GeneratedScene:
-    """Extract one mesh per object from its field, and check the meshes for defects.
+    """Extract one mesh per object from its implicit function, and check the meshes for defects.
 
     Args:
-        fields: field of each object by name, negative inside.
+        fields: implicit function of each object by name, negative inside the object.
         resolution: grid cells per side.
         triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
             package fast-simplification.
@@ -114,13 +114,16 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
 
 def thinned(surface: np.ndarray, count: int = POINTS) -> np.ndarray:
-    """Sample `count` points of a surface (n, 6), without replacement if n >= `count`: (count, 6)."""
+    """Return `count` random points of a surface (n, 6): (count, 6).
+
+    The choice is the same in every call. Points are repeated only if n < `count`.
+    """
     drawn = np.random.default_rng(0).choice(len(surface), count, replace=len(surface) < count)
     return surface if len(surface) == count else surface[drawn]
 
 
 def invalid_pairs(given: Sequence[Sequence[str]]) -> list[str]:
-    """Return a message for each invalid pair of input image and segmentation."""
+    """Return an error message for each invalid pair of an input image and a segmentation image."""
     found = []
     for pair in given:
         if len(pair) != 2:
@@ -147,7 +150,10 @@ def invalid_pairs(given: Sequence[Sequence[str]]) -> list[str]:
 
 
 def tiles(sample: SceneSample, cell: int = 240) -> np.ndarray:
-    """Return input image, object overlay, and surfaces from two sides: uint8 (4, cell, cell, 3)."""
+    """Return four preview images of a scene: uint8 (4, cell, cell, 3).
+
+    They show the input image, the image with colored objects, and the surface points from two sides.
+    """
     overlay = sample.image.astype(np.float32)
     for i, one in enumerate(sample.objects):
         color = np.array(PALETTE[i % len(PALETTE)], np.float32)
@@ -157,7 +163,7 @@ def tiles(sample: SceneSample, cell: int = 240) -> np.ndarray:
 
 
 def _tile(image: np.ndarray, cell: int) -> np.ndarray:
-    """Fit an image into a white square."""
+    """Center an image in a white square of `cell` pixels; a larger image is scaled down."""
     picture = Image.fromarray(image)
     picture.thumbnail((cell, cell))
     out = Image.new("RGB", (cell, cell), "white")

@@ -1,9 +1,9 @@
-"""Clips: probing, reading a time window, and writing H.264 video.
+"""Video clips: reading of properties and of time windows, and writing of H.264 video.
 
 Pixels are uint8 RGB (t, h, w, 3). Frames are selected by time, never by index, because a container may round
-timestamps to milliseconds, start after time 0, and have a variable frame rate. Each frame is scaled when
-decoded, so that memory never holds a whole window at source size. FFmpeg (25 MB) is imported when the first
-video is opened; training from a complete cache never imports it.
+timestamps to milliseconds, start after time 0, and have a variable frame rate. Each frame is scaled when it
+is decoded, so that memory never holds a whole window at source size. FFmpeg (25 MB) is imported when the
+first video is opened; training from a complete cache never imports it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ from inlaid.media.pixels import (
 )
 
 WHOLE = ("gif", "apng")
-"""Formats without seeking: every frame is marked as a key frame but depends on earlier frames."""
+"""Formats that are always decoded from the start: every frame is marked as a key frame, but depends on
+earlier frames."""
 
 UNSTAMPED = ("avi",)
-"""Formats whose packets may lack presentation times; frames get the decoding times in order."""
+"""Formats whose packets may lack presentation timestamps. Frames get the decoding timestamps of the packets
+in order."""
 
 INDEXED = ("mov", "matroska", "avi")
-"""Formats whose files contain an index, so that seeking is exact and damage at the end is certain."""
+"""Formats whose files contain an index. Seeking is exact in these formats, so missing frames at the end prove
+that the file is damaged."""
 
 # --- probing ------------------------------------------------------------------------------------------------
 
@@ -49,7 +52,7 @@ INDEXED = ("mov", "matroska", "avi")
 def probe(path: str | Path) -> Probe:
     """Return the properties of a clip.
 
-    Demuxes the whole file, but decodes only the first frame and the frames from the last key frame on.
+    A video is demuxed completely, but decoded only at its first frame and from its last key frame to the end.
 
     Raises:
         MediaError: if the file is unreadable or truncated; the message contains path and cause.
@@ -123,7 +126,7 @@ def _probe_video(path: Path) -> Probe:
 
 
 class _Look:
-    """Findings from the decoded frames of a probe: conversions, transparency, premultiplication."""
+    """Properties that a probe collects from decoded frames: conversions, opacity and premultiplied color."""
 
     def __init__(self, path: Path) -> None:
         from av.video.reformatter import VideoReformatter
@@ -135,10 +138,10 @@ class _Look:
         self._seen: set[tuple[Any, ...]] = set()
 
     def at(self, frame: Any) -> None:
-        """Look at a frame as it was decoded.
+        """Collect the properties of a decoded frame.
 
         Raises:
-            MediaError: if it cannot be converted to RGB.
+            MediaError: if the frame cannot be converted to RGB.
         """
         self.conversions += [c for c in conversions(self._path, frame) if c not in self.conversions]
         if has_alpha(frame):
@@ -154,10 +157,10 @@ class _Look:
 
 
 def _missing_at_the_end(path: Path, found: _Demuxed, look: _Look, kind: str) -> tuple[int, bool]:
-    """Decode the end of a video; return the number of frames that are lost there, and a damage flag.
+    """Decode the end of a video, and return the number of missing frames and a damage flag.
 
-    Seeking is inexact in formats without an index (MPEG-TS), so that a loss is confirmed by decoding
-    everything.
+    The end starts at the last key frame. In formats without an index, such as MPEG-TS, seeking is inexact. If
+    frames are missing in such a format, the whole file is decoded to confirm the loss.
     """
     lost, broken = len(found.stamps), True
     starts = [found.last_key] if kind in WHOLE or kind.startswith(INDEXED) else [found.last_key, None]
@@ -179,26 +182,30 @@ def _missing_at_the_end(path: Path, found: _Demuxed, look: _Look, kind: str) -> 
 
 
 def _held(last: float, interval: float) -> float:
-    """Return the seconds the last frame is shown: its duration if over 1.5 intervals, else `interval`."""
+    """Return how long the last frame is displayed, in seconds.
+
+    This is its duration `last` if that exceeds 1.5 frame intervals, else `interval`.
+    """
     return last if last > 1.5 * interval else interval
 
 
 class _Demuxed(NamedTuple):
-    """Packets of a stream; times in its time base."""
+    """Timestamps of the packets of a video stream, in units of the stream's time base."""
 
     stamps: list[int]
-    """Sorted timestamps of the frames that are shown: an edit list hides others."""
+    """Sorted timestamps of the displayed frames, without the frames that an edit list hides."""
     last_key: int
     """Timestamp of the last key frame."""
     last: int
     """Duration of the last frame; 0 if unknown."""
     promised: int
-    """Frame count by the header, where no index tells it better; 0 if unknown."""
+    """Number of frames that the header declares; 0 if unknown, and for mp4, mov and Matroska, whose index is
+    more reliable."""
     damaged: bool
 
 
 def _demux(container: Any, stream: Any) -> _Demuxed:
-    """Return the packets of a stream."""
+    """Read the packets of a stream without decoding them."""
     unstamped = container.format.name in UNSTAMPED
     durations: dict[int, int] = {}
     last_key, damaged = 0, False
@@ -230,14 +237,14 @@ def read_frames(
     Args:
         path: video, image (one frame) or `.npz`.
         start: seconds from the clip's first frame.
-        frames: number of frames; frame k is the one on show at start + k / fps (see `frames_on_show`).
+        frames: number of frames; frame k is the frame displayed at start + k / fps (see `frames_on_show`).
         fps: sampling rate in frames per second.
-        size: height and width.
-        premultiplied: color of a video with alpha is already multiplied by alpha.
+        size: height and width of the result.
+        premultiplied: True if the color of a video with alpha is already multiplied by alpha.
 
     Raises:
-        MediaError: if the clip ends before the end of the window, or if the decoder reports damage (H.264
-            decoders usually do; HEVC and VP9 decoders often do not).
+        MediaError: if the clip ends before the end of the window, or if the decoder reports damage. H.264
+            decoders usually report damage; HEVC and VP9 decoders often do not.
     """
     path = Path(path)
     wanted = start + np.arange(frames) / float(fps)
@@ -275,14 +282,14 @@ def _read_video(
 
 
 def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tuple[Any, float]]:
-    """Yield the decoded frame on show at each wanted time, and its pixel aspect ratio (width / height).
+    """Yield the decoded frame that is displayed at each wanted time, and its pixel aspect ratio.
 
-    A repeated frame is yielded as the same object.
+    The pixel aspect ratio is width / height. If a frame is repeated, the same object is yielded again.
 
     Args:
         path: a video.
         wanted: ascending times in seconds from the first frame.
-        fps: sampling rate; None selects the frame nearest to each time, for times that are those of frames.
+        fps: sampling rate in frames per second; None selects the frame whose start is nearest to each time.
 
     Raises:
         MediaError: if the video ends before the last wanted time.
@@ -305,15 +312,15 @@ def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tu
 def native_frames(
     path: Path, wanted: np.ndarray, *, gray: bool = False
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield pairs of a frame at source size, uint8 (h, w, c), and its pixel aspect ratio (width / height).
+    """Yield the frame nearest to each wanted time, at source size, and its pixel aspect ratio.
 
-    Frames are rotated as displayed.
+    Frames are uint8 (h, w, c), and rotated for display. The pixel aspect ratio is width / height.
 
     Args:
         path: a video.
         wanted: ascending times in seconds from the first frame.
-        gray: yield one channel, 0 to 255 also for limited-range video; otherwise RGB, or straight RGBA if
-            the video has alpha.
+        gray: yield one channel, which ranges from 0 to 255 even if the video has limited range. Otherwise,
+            frames are RGB, or RGBA as stored if the video has alpha.
 
     Raises:
         MediaError: if the video ends before the last wanted time or is damaged.
@@ -331,7 +338,7 @@ def native_frames(
 
 
 def frame_times(path: Path) -> np.ndarray:
-    """Return the start times of a video's frames and the end of the last one.
+    """Return the start time of each frame of a video and the end time of the last frame.
 
     Times are in seconds from the first frame.
 
@@ -350,7 +357,10 @@ def frame_times(path: Path) -> np.ndarray:
 
 
 def _from(path: Path, pts: float) -> Generator[Any, None, None]:
-    """Yield decoded frames from the key frame at or before `pts`, or from the start if seeking overshoots."""
+    """Yield decoded frames, starting at the key frame at or before `pts`.
+
+    If seeking overshoots `pts`, frames are decoded from the start of the file.
+    """
     frames = decode_frames(path, int(pts))
     first = next(frames, None)
     if first is None or first.pts is None or first.pts > pts:
@@ -362,10 +372,11 @@ def _from(path: Path, pts: float) -> Generator[Any, None, None]:
 
 
 def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -> Iterator[Any]:
-    """Yield the frame on show at each wanted timestamp, by the rule of `frames_on_show`.
+    """Yield the frame that is displayed at each wanted timestamp, by the rule of `frames_on_show`.
 
-    After the last frame, a wanted time is accepted within (longest frame interval) / 2 + one output interval,
-    or within the duration of the last frame if that is longer. `kinds.available_frames` is stricter.
+    The last frame is also yielded for wanted times up to a limit after its start. The limit is half the
+    longest frame interval plus one sampling interval, or the duration of the last frame if that is longer.
+    `kinds.available_frames` is stricter.
 
     Args:
         frames: decoded frames in presentation order.
@@ -397,7 +408,10 @@ def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a container and its default video stream; FFmpeg errors become `MediaError`."""
+    """Context manager that opens a container and its default video stream.
+
+    FFmpeg errors are converted to `MediaError`.
+    """
     import av
     import av.error
     from av.stream import Disposition
@@ -418,7 +432,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def decode_frames(path: Path, pts: int | None = None, *, raw: bool = False) -> Generator[Any, None, None]:
-    """Yield decoded frames in presentation order, from the key frame at or before `pts`, or from the start.
+    """Yield decoded frames in presentation order, starting at the key frame at or before `pts`.
 
     Args:
         path: a video.
@@ -461,7 +475,10 @@ def _stored_frames(path: Path, container: Any, stream: Any, pts: int | None) -> 
 
 
 def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any]:
-    """Deinterlace the frames marked as interlaced with FFmpeg's bwdif, frame for frame."""
+    """Deinterlace frames that are marked as interlaced, with FFmpeg's filter bwdif.
+
+    The number of frames does not change.
+    """
     import av.error
     from av.filter import Graph
 
@@ -507,10 +524,10 @@ def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, crf: int = 17) -> None:
-    """Write an H.264 mp4 (yuv420p, tagged BT.709) atomically.
+    """Write an H.264 mp4 file (yuv420p, tagged as BT.709), atomically.
 
     Args:
-        path: ends in `.mp4`.
+        path: output file, which must end in `.mp4`.
         frames: uint8 (t, h, w, 3), even height and width.
         fps: frames per second.
         crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.

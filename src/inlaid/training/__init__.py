@@ -1,1 +1,1 @@
-"""Training: loop, job, loader, steps, optimizers, memory, parallelism, checkpoints, metrics."""
+"""Training: loop, data loading, losses, optimizers, memory options, parallelism, checkpoints, metrics."""

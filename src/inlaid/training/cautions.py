@@ -1,4 +1,4 @@
-"""Warnings about settings of a recipe that are valid but unlikely to be meant."""
+"""Warnings about settings in a recipe (the YAML file of a run) that are valid but probably mistakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from inlaid.runs.folder import Run
 
 
 def cautions(config: recipe.Config, denoiser: nn.Module, selected: list[str]) -> list[str]:
-    """Return warnings about a recipe, which `check` and `train` print.
+    """Return warnings about settings that are valid but probably mistakes.
+
+    The commands `check` and `train` print these warnings.
 
     Args:
         config: the recipe.
@@ -39,7 +41,10 @@ def cautions(config: recipe.Config, denoiser: nn.Module, selected: list[str]) ->
 
 
 def _over_width(tuner: recipe.LowRank | recipe.Full, denoiser: nn.Module, selected: list[str]) -> list[str]:
-    """Return a warning if the rank is higher than that of a layer's weight (LoRA and DoRA)."""
+    """Warn if the rank of LoRA or DoRA exceeds the smaller dimension of a layer's weight matrix.
+
+    The result is a list with one warning, or an empty list if there is no such layer.
+    """
     if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):
         return []
     sizes = {name: min(_matrix(denoiser.get_submodule(name))) for name in selected}

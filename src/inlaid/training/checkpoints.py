@@ -1,4 +1,4 @@
-"""Training state on disk: tensors in safetensors, other values in JSON."""
+"""Save, verify and load the training state of a checkpoint: tensors as safetensors, other values as JSON."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from inlaid.runs.packages import require_package
 from inlaid.training.fingerprint import Fingerprint
 
 SUBCLASSES = ("OptimState4bit",)
-"""Names of torchao's tensor subclasses that consist of several plain tensors."""
+"""Names of the torchao tensor subclasses that `pack_state` splits into their component tensors."""
 
 
 def pack_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a nested optimizer state to `tensors`, and return the rest as JSON values.
+    """Split a nested optimizer state into tensors and JSON values.
 
-    The key of a tensor is `prefix` followed by its path in the state.
+    Each tensor is added to `tensors`. Its key is `prefix` followed by the path of the tensor in the state.
+    The returned JSON values contain this key in place of the tensor.
     """
     if type(state).__name__ in SUBCLASSES:
         parts, rest = state.__tensor_flatten__()
@@ -49,7 +50,7 @@ def pack_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack_state(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Rebuild an optimizer state from the result of `pack_state` and its tensors."""
+    """Rebuild an optimizer state from the JSON values and the tensors that `pack_state` produced."""
     if isinstance(state, dict) and "__tensor__" in state:
         return tensors[state["__tensor__"]]
     if isinstance(state, dict) and "__subclass__" in state:
@@ -65,16 +66,17 @@ def unpack_state(state: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 DATA = "data.json"
-"""File of a checkpoint with the fingerprint of the data."""
+"""Name of the checkpoint file that contains the fingerprint of the data (`Fingerprint`)."""
 
 
 def save_state(
     folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], data: Fingerprint | None = None
 ) -> None:
-    """Write the state of a run to a checkpoint folder, which already contains the trained weights.
+    """Write the training state to a checkpoint folder that already contains the trained weights.
 
-    Writes `trainer.safetensors`, `data.json`, and `state.json` with the SHA-256 of every file and of its own
-    values.
+    Three files are written: `trainer.safetensors` with the tensors, `data.json` with the fingerprint of the
+    data, and `state.json` with the other values. `state.json` also contains the SHA-256 of every other file
+    in the folder, and the SHA-256 of its own values.
     """
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "trainer.safetensors")
     (folder / DATA).write_text(
@@ -86,17 +88,17 @@ def save_state(
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of JSON values."""
+    """Return the SHA-256 of a mapping that is serialized as JSON with sorted keys."""
     text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Compare all files of a checkpoint with their hashes, and return the values of its `state.json`.
+    """Verify the hashes of all files in a checkpoint, and return the values of its `state.json`.
 
     Raises:
-        ValueError: if a file is missing, truncated or changed; the message offers the newest earlier
-            checkpoint that is not damaged.
+        ValueError: if a file is missing, truncated or changed; the message names the newest earlier
+            checkpoint that is not damaged, if there is one.
     """
     try:
         return _verified(folder)
@@ -105,7 +107,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """Load the tensors of a checkpoint that `verify` has accepted.
+    """Load the tensors in `trainer.safetensors` of a checkpoint; call `verify` first.
 
     Raises:
         ValueError: if the file cannot be read.
@@ -117,12 +119,16 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_fingerprint(folder: Path) -> Fingerprint:
-    """Return the fingerprint of the data in a checkpoint that `verify` has accepted."""
+    """Load the fingerprint of the data from a checkpoint; call `verify` first."""
     return json.loads((folder / DATA).read_text("utf-8"))
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """Return the values of `state.json`; a ValueError states the damage."""
+    """Verify a checkpoint, and return the values of its `state.json`.
+
+    Raises:
+        ValueError: if the checkpoint is damaged; the message describes the damage.
+    """
     try:
         values = json.loads((folder / "state.json").read_text("utf-8"))
     except OSError as error:
@@ -155,7 +161,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _way_out(folder: Path) -> str:
-    """Return how to go on without a damaged checkpoint."""
+    """Return advice for the error message about a damaged checkpoint: how to continue the run."""
     number = re.fullmatch(r"step-(\d+)", folder.name)
     others = [p for p in folder.parent.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
     earlier = [p for p in others if number and int(p.name[5:]) < int(number[1])]

@@ -1,4 +1,4 @@
-"""Fingerprint of the data of a run: what a checkpoint was trained on, and how the data differ now."""
+"""Fingerprint of a run's data. A checkpoint stores it, so that a resumed run detects changed data."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from inlaid.data.cache import Cache, identity
 from inlaid.data.plan import Plan
 
 Fingerprint = dict[str, Any]
-"""`sources`: per source its path, and its clips by name with content hash, caption, windows and split;
-`excluded`: names of the clips that could not be encoded."""
+"""JSON values that identify the data of a run: `sources` and `excluded`.
+
+`sources` is a list with one entry per data source, which contains the path of the source and its clips by
+name. The entry of a clip contains its content hash, caption, windows and split (training or validation).
+`excluded` is a list of the names of clips that could not be encoded.
+"""
 
 SHOWN = 5
-"""Number of names in a message."""
+"""Maximum number of clip names listed in a message."""
 
 
 def fingerprint(
     plan: Plan, store: Cache, sources: Sequence[recipe.Source], planned: Fingerprint | None = None
 ) -> Fingerprint:
-    """Return the fingerprint of a plan.
+    """Return the fingerprint of the clips that a run uses.
 
     Args:
-        plan: the windows of the run.
-        store: cache, which memoizes the content hashes of files.
+        plan: training and validation windows (clips or parts of clips) of the run.
+        store: cache, which also stores the content hashes of files.
         sources: the recipe's `data.sources`.
-        planned: fingerprint before clips were encoded; clips that `plan` does not contain are excluded.
+        planned: fingerprint from before the clips were encoded. Clips that it contains and `plan` lacks are
+            listed as `excluded`.
     """
     out: list[dict[str, Any]] = [{"path": source.path, "clips": {}} for source in sources]
     for split, windows in (("training", plan.train), ("validation", plan.validation)):
@@ -45,12 +50,13 @@ def fingerprint(
 
 
 def differences(old: Fingerprint, new: Fingerprint, *, encoded: bool = True) -> list[str]:
-    """Return one line per kind of difference and source; empty if the data are the same.
+    """Return messages about changes of the data, one per source and kind of change; empty without changes.
 
     Args:
         old: fingerprint in a checkpoint.
-        new: fingerprint of the data now.
-        encoded: False if `new` may contain clips that cannot be encoded.
+        new: fingerprint of the current data.
+        encoded: True if all clips in `new` have been encoded. If False, clips that `old` lists as `excluded`
+            are ignored.
     """
     ignored = () if encoded else old["excluded"]
     out = []
@@ -62,7 +68,7 @@ def differences(old: Fingerprint, new: Fingerprint, *, encoded: bool = True) -> 
 
 
 def _of_source(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the differences between the clips of a source before and now."""
+    """Return messages about changed clips of one data source, one message per kind of change."""
     removed, added = [n for n in old if n not in new], [n for n in new if n not in old]
     renamed = []
     for name in removed:

@@ -1,4 +1,4 @@
-"""A training job: the state of a run, and its preparation from a recipe."""
+"""Training job: the state of a run in memory, and its preparation from a recipe."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from inlaid.training.trained import Trained, trained_by
 
 @dataclass
 class Job:
-    """State of a run between two steps, with the operations of the training loop."""
+    """State of a training run in memory, with the operations that the training loop calls."""
 
     config: recipe.Config
     ctx: Context
@@ -66,11 +66,11 @@ class Job:
     _pipeline: object = field(default=None, init=False)
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 1."""
+        """Return the learning rate of an optimizer step; the first step is 1."""
         return learning_rate(self.config.optim, step - 1, self.config.train.steps)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the EMA replaces the weights, if there is an EMA."""
+        """Return a context manager that swaps in the EMA weights; without an EMA, it does nothing."""
         return swapped(self.parameters, self.ema.weights if self.ema else None)
 
     def update(self, step: int) -> Tensor:
@@ -79,7 +79,7 @@ class Job:
         Gradients are averaged over processes and clipped.
 
         Returns:
-            Gradient norm before clipping, on the device.
+            Gradient norm before clipping, as a tensor on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
@@ -105,9 +105,9 @@ class Job:
         self.meters.pause()
 
     def sample(self, step: int) -> None:
-        """Generate from the sample prompts, with the EMA weights if there is an EMA.
+        """Generate samples from the sample prompts, with the EMA weights if there is an EMA.
 
-        Only the main process generates, except with sharded weights, which need all processes.
+        Only the main process generates, unless the weights are sharded: then all processes take part.
         """
         if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:
@@ -130,7 +130,10 @@ class Job:
         self.meters.pause()
 
     def save(self, step: int, *, final: bool) -> None:
-        """Write a checkpoint of whole (unsharded) tensors; if `final`, also the folder of trained weights."""
+        """Write a checkpoint with unsharded tensors.
+
+        If `final`, the trained weights are also copied to the run folder.
+        """
         gather, trained, name = self.strategy.gather, self.trained, self.trained.folder
         about = {"inlaid_step": str(step), **self.family.about()}
         self.meters.sync()  # a checkpoint at step n means that the metrics up to step n are on the disk
@@ -154,17 +157,19 @@ class Job:
         self.meters.pause()
 
     def publish(self, step: int) -> None:
-        """Copy the trained weights of a checkpoint to the run folder, with a model card."""
+        """Copy the trained weights from the checkpoint of `step` to the run folder, and add a model card."""
         name = self.trained.folder
         with atomic(self.run.folder / name) as folder:
             shutil.copytree(self.run.checkpoint(str(step)) / name, folder)
             (folder / "README.md").write_text(self.trained.card(step, self.prompts.texts), "utf-8")
 
     def complete(self) -> None:
-        """Write what a finished run has and this one lacks, because it was killed or its files were deleted.
+        """Create the missing outputs of a run that has already reached its last step.
 
-        The checkpoint of the last step decides: the trained weights in the run folder must be those of the
-        checkpoint, the metrics must contain its validation loss, and its samples must exist.
+        Outputs are missing if the run was killed or if files were deleted. Validation metrics and samples of
+        the last checkpoint's step are created if the recipe requires them and they do not exist. The trained
+        weights in the run folder are replaced if they differ from the weights in that checkpoint. Checkpoints
+        in excess of `train.keep` are deleted.
         """
         step, every = self.start, self.config.sample.every
         lacks = [False, False, False]
@@ -189,10 +194,14 @@ class Job:
         self.ctx.barrier()
 
     def resume(self, found: Path, values: Mapping[str, Any]) -> None:
-        """Load a checkpoint; `values` is the result of `verify`.
+        """Restore weights, EMA and optimizer state from the checkpoint `found`.
+
+        Args:
+            found: folder of the checkpoint.
+            values: result of `verify` for this checkpoint.
 
         Raises:
-            ValueError: if the checkpoint lacks a trained weight, or has another optimizer's state.
+            ValueError: if the checkpoint lacks a trained weight, or contains the state of another optimizer.
         """
         tensors = load_tensors(found)
         try:
@@ -208,7 +217,11 @@ class Job:
 
 
 def published(run: Path, checkpoint: Path, name: str) -> bool:
-    """Return True if a run's folder `name` has a model card and the same files as the checkpoint's folder."""
+    """Return True if a checkpoint's trained weights have been copied to the run folder.
+
+    This is the case if the folder `name` in the run folder contains a model card, and an identical copy of
+    every file in the checkpoint's folder `name`.
+    """
     ours = [f for f in (checkpoint / name).rglob("*") if f.is_file()]
     pairs = [(f, run / name / f.relative_to(checkpoint / name)) for f in ours]
     return (run / name / "README.md").is_file() and all(
@@ -217,10 +230,13 @@ def published(run: Path, checkpoint: Path, name: str) -> bool:
 
 
 def resumed_from(config: recipe.Config, ctx: Context, run: Run) -> tuple[Path | None, dict[str, Any]]:
-    """Return the newest checkpoint of a run, None if there is none, and the values of its state.
+    """Return the newest checkpoint of a run, and the values of its `state.json`.
+
+    If the run has no checkpoint, the result is None and an empty mapping.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or has another number of micro-batches per step.
+        ValueError: if the checkpoint is damaged, or was trained with another number of micro-batches per
+            step.
     """
     found = run.checkpoints()
     if not found:
@@ -238,16 +254,17 @@ def resumed_from(config: recipe.Config, ctx: Context, run: Run) -> tuple[Path | 
 def check_data(
     config: recipe.Config, checkpoint: Path | None, now: Fingerprint, *, encoded: bool = True
 ) -> None:
-    """Compare the data with those of the checkpoint from which a run resumes.
+    """Compare the current data of a run with the data that its checkpoint was trained on.
 
     Args:
         config: recipe of the run.
-        checkpoint: folder of the checkpoint; None for a new run.
-        now: fingerprint of the data now.
-        encoded: False if the clips have not been encoded yet, so that some may still be excluded.
+        checkpoint: folder of the checkpoint from which the run resumes; None for a new run.
+        now: fingerprint of the current data.
+        encoded: False if the clips have not been encoded yet, so that `now` may contain clips that cannot be
+            encoded.
 
     Raises:
-        ValueError: if they differ and `train.accept_changed_data` is not set.
+        ValueError: if the data differ and `train.accept_changed_data` is false.
     """
     lines = differences(load_fingerprint(checkpoint), now, encoded=encoded) if checkpoint else []
     if not lines or not checkpoint:
@@ -264,9 +281,10 @@ def check_data(
 
 
 def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
-    """Prepare the job of a recipe: cache, network with trainable weights, and optimizer.
+    """Prepare a training job: fill the cache, load the network, and create the optimizer.
 
-    All checks come first: nothing is written to the run folder before they have passed.
+    The recipe, the checkpoint and the data are checked before anything is written to the run folder. After
+    encoding, the data are checked again without the clips that could not be encoded.
 
     Args:
         config: the recipe.
@@ -274,7 +292,7 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
         run: run folder, from `open_run`.
 
     Raises:
-        ValueError: for any problem the user can fix.
+        ValueError: for any problem that the user can fix.
     """
     for note in ctx.notes:
         say(f"note: {note}", show=ctx.main)
@@ -342,11 +360,11 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
 
 
 def check_recipe(config: recipe.Config, ctx: Context, family: families.Family) -> Trained:
-    """Return the trained weights that a recipe selects, after the checks that need no data.
+    """Check a recipe without reading its data, and return the interface to the weights that it trains.
 
     Raises:
-        ValueError: if the device does not support the recipe, a package is missing, or a target of the recipe
-            matches nothing.
+        ValueError: if the device does not support the recipe, a package is missing, or a pattern in
+            `tuner.targets` matches nothing.
     """
     wrong = memory.problems(config, ctx.device, ctx.precision)
     if wrong:

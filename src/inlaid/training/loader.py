@@ -1,4 +1,4 @@
-"""Loader of the micro-batches of a run."""
+"""Data loader for training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inlaid.runs.launch import Context
 
 @dataclass
 class Loader:
-    """Loader that reads any micro-batch of a run by its index."""
+    """Data loader with random access: reads the micro-batch of any index from the cache."""
 
     family: families.Family
     store: Cache
@@ -31,7 +31,7 @@ class Loader:
     seed: int
 
     def batch(self, k: int) -> Batch:
-        """Read micro-batch k."""
+        """Read micro-batch k from the cache, and apply caption dropout."""
         rows = self.sampler.batch(k)
         drop = torch.rand(
             len(rows), generator=torch.Generator().manual_seed(stable_hash(self.seed, "caption", k))
@@ -47,7 +47,10 @@ class Loader:
         return replace(batch, prior_preservation=torch.tensor(kept)) if any(kept) else batch
 
     def stream(self, start: int, steps: int, ctx: Context) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (index, micro-batch) of this process for steps in [start, steps), prefetching one batch."""
+        """Yield pairs (index, micro-batch) for this process, from step `start` to step `steps` - 1.
+
+        A background thread reads the next micro-batch while the current one is in use.
+        """
         total = self.per_step
         indices = [
             k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)
@@ -61,6 +64,6 @@ class Loader:
                 yield index, batch
 
     per_step: int = 1
-    """Micro-batches per optimizer step over all processes."""
+    """Number of micro-batches per optimizer step, summed over all processes."""
     prior_preservation: Sequence[float] = ()
     """Weight of the prior preservation loss for each data source; 0 disables the loss."""

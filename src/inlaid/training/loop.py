@@ -1,8 +1,8 @@
-"""The training loop.
+"""Training loop.
 
-The order of the samples, the noise and the timesteps depend only on the seed and the micro-batch index. A
-killed run therefore resumes bit-identically from its last checkpoint, and N processes compute the same as one
-process with gradient accumulation over N micro-batches.
+The sample order, the noise and the timesteps depend only on the seed and the micro-batch index. A killed run
+therefore resumes bit-identically from its last checkpoint. For the same reason, N processes compute the same
+result as one process with gradient accumulation over N micro-batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from inlaid.training.job import prepare
 
 
 def train(config: recipe.Config) -> Path:
-    """Fill the cache, train, validate and sample; an interrupted run is resumed.
+    """Train as the recipe specifies: fill the cache, train, validate, generate samples and write checkpoints.
+
+    If the run folder contains a checkpoint, training resumes from it.
 
     Args:
         config: the recipe.
@@ -30,8 +32,8 @@ def train(config: recipe.Config) -> Path:
         The run folder.
 
     Raises:
-        ValueError: for any problem the user can fix.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the checkpoint is written.
+        ValueError: for any problem that the user can fix.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the checkpoint is written.
     """
     with start_processes(config) as ctx, open_run(config, ctx) as run:
         job = prepare(config, ctx, run)

@@ -13,11 +13,14 @@ from inlaid import config as recipe
 from inlaid.networks.quantize import blocks
 
 COMPILED_SHAPES = 64
-"""Maximum number of compiled graphs per block; torch's limit of 8 would stop a run with many buckets."""
+"""Maximum number of compiled graphs per block.
+
+The default limit of torch, 8, would stop a run with many different clip sizes.
+"""
 
 
 def problems(config: recipe.Config, device: torch.device, precision: torch.dtype) -> list[str]:
-    """Return messages about settings that this device does not support; empty if all are supported."""
+    """Return an error message for each setting that this device does not support."""
     memory, out = config.memory, []
     if memory.offload_optimizer and device.type != "cuda":
         out.append(
@@ -35,10 +38,10 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
 
 
 def enable_checkpointing(denoiser: nn.Module, every: bool | int) -> None:
-    """Enable gradient checkpointing for all blocks (True), or for every n-th block.
+    """Enable gradient checkpointing for every block (True) or for every n-th block (n).
 
     Checkpointed blocks store only their input and are recomputed in the backward pass. Other blocks store all
-    activations and need no extra time. The gradients do not change.
+    activations and are not recomputed. The gradients do not change.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
 
@@ -53,9 +56,9 @@ def enable_checkpointing(denoiser: nn.Module, every: bool | int) -> None:
 class Offloaded(torch.optim.Optimizer):
     """Optimizer state offload: a wrapper that runs any optimizer on CPU copies of the parameters.
 
-    torchao's `CPUOffloadOptimizer` is not used: it runs on CUDA only and copies gradients in the backward
-    pass, before they are averaged over processes and clipped. This class does all work in `step`, and its
-    state dict is that of the wrapped optimizer.
+    torchao's `CPUOffloadOptimizer` is not used: it runs on CUDA only, and copies gradients in the backward
+    pass, before they are averaged over processes and clipped. This class does all work in `step`. Its state
+    dict is the state dict of the wrapped optimizer.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Offloaded(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Parameter groups of the wrapped optimizer, in which learning rates can be set."""
+        """Parameter groups of the wrapped optimizer; their learning rates can be changed."""
         return self.inner.param_groups
 
     @property
@@ -109,16 +112,20 @@ class Offloaded(torch.optim.Optimizer):
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the wrapped optimizer; call this after restoring the parameters."""
+        """Load the state of the wrapped optimizer, and copy the parameters from the device to the CPU again.
+
+        The parameters on the device must be restored before this call.
+        """
         self.inner.load_state_dict(state_dict)
         self._fetch()
 
 
 def compile_blocks(denoiser: nn.Module, backend: str = "inductor") -> None:
-    """Compile each repeated block as one full graph; a graph break is an error.
+    """Compile each repeated block of the network as one full graph; a graph break is an error.
 
-    The first shape is compiled with static sizes, the second with dynamic sizes, which all other shapes then
-    use. A run with several buckets therefore compiles twice, plus once for validation and once for samples.
+    The first input shape is compiled with static sizes. The second shape is compiled with dynamic sizes, and
+    all later shapes reuse this graph. A run with several clip sizes therefore compiles twice, plus once for
+    validation and once for samples.
     """
     import torch._dynamo.config as dynamo
 

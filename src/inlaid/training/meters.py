@@ -1,4 +1,4 @@
-"""Metrics of a training run: mean losses, time per step, memory, trackers."""
+"""Metrics of a training run: mean losses, time per step and memory, written to files and trackers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from inlaid.runs.packages import require_package
 class Meters:
     """Losses and gradient norms of a run, kept on the device until `check` or `flush` reads them.
 
-    No training step has to synchronize the device with the host.
+    A training step therefore does not synchronize the device with the host.
     """
 
     run: Run
@@ -30,7 +30,8 @@ class Meters:
     trackers: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: int = 0
-    """Step after which the run resumes; TensorBoard drops what was logged after it."""
+    """Last step that was completed before this launch; 0 for a new run. TensorBoard entries of later steps
+    are deleted."""
     _losses: list[tuple[int, Mapping[str, Tensor], Sequence[str]]] = field(default_factory=list, init=False)
     _norms: list[tuple[int, Tensor]] = field(default_factory=list, init=False)
     _writers: list[Any] = field(default_factory=list, init=False)
@@ -41,11 +42,11 @@ class Meters:
             self._writers.append(_tracker(name, self.run, dict(self.settings), self.start))
 
     def add(self, step: int, out: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """Record the losses (n,) of a micro-batch: `losses` and every `loss_NAME` in the output of a step.
+        """Record the losses of a micro-batch.
 
         Args:
             step: number of the optimizer step.
-            out: output of the training step.
+            out: output of the training step; its values `losses` and `loss_NAME`, each (n,), are recorded.
             names: names of the n clips.
         """
         kept = {k.replace("losses", "loss"): v for k, v in out.items() if k.startswith(("losses", "loss_"))}
@@ -56,10 +57,11 @@ class Meters:
         self._norms.append((step, value))
 
     def check(self) -> None:
-        """Check that all losses and gradients since the last `flush` are finite.
+        """Check that the loss of every sample and every gradient norm since the last `flush` is finite.
 
         Raises:
-            ValueError: if they are not; the message names the first such step and its clips.
+            ValueError: if a value is not finite; the message contains the first such step and, for a loss,
+                the names of the clips.
         """
         bad = []
         for step, losses, names in self._losses:
@@ -77,9 +79,10 @@ class Meters:
             )
 
     def flush(self, step: int, **more: float) -> dict[str, float]:
-        """Write the mean losses since the last call, and the values in `more`, and return the written line.
+        """Write the mean metrics since the last call, and return the written values by name.
 
-        Losses are averaged over all processes, so all processes must call this.
+        The metrics are the losses, the gradient norm, the seconds per step, and the values in `more`. Losses
+        are averaged over all processes, so all processes must call this method.
         """
         names = list(self._losses[0][1]) if self._losses else ["loss"]
         sums = torch.zeros(len(names) + 1, device=self.ctx.device)
@@ -100,7 +103,7 @@ class Meters:
         return line
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Write one line to `metrics.jsonl` and the trackers."""
+        """Append one line to `metrics.jsonl`, and send its values to the trackers (main process only)."""
         if not self.ctx.main:
             return
         append(self.run.metrics, json.dumps(line) + "\n")
@@ -109,20 +112,20 @@ class Meters:
             writer(values, int(line["step"]))
 
     def sync(self) -> None:
-        """Write `metrics.jsonl` from memory to the disk."""
+        """Flush `metrics.jsonl` to the disk with fsync."""
         if self.ctx.main and self.run.metrics.is_file():
             sync(self.run.metrics)
 
     def pause(self) -> None:
-        """Restart the clock of the time per step, to exclude the time spent on saving or sampling."""
+        """Restart the timer of the seconds per step, which exclude time spent on saving and sampling."""
         self._since = time.perf_counter()
 
 
 def _tracker(name: str, run: Run, settings: dict[str, Any], start: int) -> Any:
-    """Return a function (values, step) that sends metrics to a tracker.
+    """Return a function (values, step) that sends metrics to an experiment tracker.
 
     Raises:
-        ValueError: if its package is not installed, or the tracker does not start.
+        ValueError: if the package of the tracker is not installed, or the tracker does not start.
     """
     module = require_package("train.trackers", name)
     if name == "tensorboard":
@@ -145,7 +148,7 @@ def _tracker(name: str, run: Run, settings: dict[str, Any], start: int) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated on CUDA, else the resident set size of this process."""
+    """Return the peak memory in bytes: allocated CUDA memory, or on other devices the resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -61,7 +61,13 @@ def _tensor_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def learning_rate(section: recipe.Optim, step: int, steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warmup, then `optim.schedule`."""
+    """Return the learning rate of a step: linear warmup, then the schedule in `optim.schedule`.
+
+    Args:
+        section: the `optim` section of the recipe.
+        step: number of the step; the first step is 0.
+        steps: total number of steps.
+    """
     if step < section.warmup:
         return section.lr * (step + 1) / section.warmup
     done = (step - section.warmup) / max(1, steps - section.warmup)
@@ -73,7 +79,8 @@ def learning_rate(section: recipe.Optim, step: int, steps: int) -> float:
 class EMA:
     """Exponential moving average of the trained weights.
 
-    The decay of a step is at most (1 + step) / (10 + step), so that the average starts fast.
+    The decay of a step is at most (1 + step) / (10 + step), so that the initial weights lose influence
+    quickly.
     """
 
     def __init__(self, decay: float, weights: Mapping[str, Tensor]) -> None:
@@ -82,7 +89,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Update the EMA after a step."""
+        """Update the EMA with the weights after optimizer step `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.weights.items():
             average.lerp_(weights[name].detach(), 1 - decay)
@@ -90,9 +97,10 @@ class EMA:
 
 @contextmanager
 def swapped(held: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Swap the contents of `held` and `weights` inside the context; None swaps nothing.
+    """Context manager that swaps the values of `held` and `weights` on entry and swaps them back on exit.
 
-    Tensors are changed in place, because other objects hold references to them.
+    If `weights` is None, nothing is swapped. Tensors are changed in place, because other objects hold
+    references to them.
     """
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Parallel strategies: replication (`ddp`) and sharding (`fsdp`, `zero2`, `zero3`).
 
-The loop, the tuners and the optimizer are independent of the strategy. A checkpoint stores whole tensors
-under the same names in every mode, so a run can resume in another mode or in a single process.
+The training loop, the tuners and the optimizer are independent of the strategy. A checkpoint stores unsharded
+tensors under the same names in every mode, so a run can resume in another mode or in a single process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from inlaid.training.checkpoints import pack_state
 
 
 class Replicated:
-    """Strategy of `ddp` and one process: every process holds the whole network; gradients are averaged."""
+    """Strategy for `ddp` and for a single process: each process holds the whole network.
+
+    Gradients are averaged over processes.
+    """
 
     sharded = False
     """True if a forward pass requires all processes."""
@@ -31,30 +34,35 @@ class Replicated:
 
     @property
     def device(self) -> torch.device:
-        """Device of the network before `shard`."""
+        """Device to which the network is moved before the call of `shard`."""
         return self.ctx.device
 
     def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
-        """Keep this process's shard of the network, and return the trainable parameters by name."""
+        """Return the trainable parameters by name; subclasses may first shard the network in place."""
         return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
 
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return the network for the training step, and this process's shard of the trained weights."""
+        """Return the network for the training step, and this process's shards of the trained weights."""
         return denoiser, parameters
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradients of a micro-batch; `last` marks the last micro-batch of a step.
+        """Run the backward pass of a micro-batch, and accumulate its gradients.
 
-        FSDP and ZeRO also reduce gradients here.
+        FSDP and ZeRO also reduce gradients over processes here. `last` is True for the last micro-batch of an
+        optimizer step.
         """
         loss.backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """Clip and apply the gradients, and return their norm before clipping, on the device."""
+        """Average and clip the gradients, run the optimizer step, and free the gradients.
+
+        Returns:
+            Gradient norm before clipping, as a tensor on the device.
+        """
         self._average(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
         optimizer.step()
@@ -80,40 +88,47 @@ class Replicated:
                 p.grad = g.view_as(p)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole tensors on the main process, none on the others; all processes must call this."""
+        """Return the unsharded tensors by name in the main process, and an empty mapping in the others.
+
+        All processes must call this method.
+        """
         return {n: t.detach() for n, t in held.items()} if self.ctx.main else {}
 
     @torch.no_grad()
     def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-        """Copy this process's shards of `whole` into `held`; all processes pass the same whole tensors."""
+        """Copy the values of the unsharded tensors `whole` into this process's shards `held`.
+
+        All processes must pass the same values in `whole`.
+        """
         for name, tensor in held.items():
             tensor.copy_(whole[name])
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """Return the optimizer state: JSON values and, on the main process, whole tensors.
+        """Return the optimizer state as JSON values and tensors; see `pack_state`.
 
-        All processes must call this.
+        The tensors are unsharded, and returned in the main process only. All processes must call this method.
         """
         moments: dict[str, Tensor] = {}
         return pack_state(optimizer.state_dict(), "optimizer", moments), self.gather(moments)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Restore the optimizer state from whole tensors."""
+        """Restore an optimizer state that contains unsharded tensors."""
         optimizer.load_state_dict(state)
 
 
 class FSDP(Replicated):
-    """FSDP2: each process holds a shard of every weight, gradient and moment, and gathers a block to run it.
+    """Strategy for `fsdp` (FSDP2): each process holds a shard of every weight, gradient and optimizer moment.
 
-    Frozen weights are sharded too. They may be bfloat16 while trained weights are float32: only gradients
-    must have a common dtype to be reduced, and all trained weights are float32.
+    The weights of a block are gathered while the block runs. Frozen weights are sharded too. They may be
+    bfloat16 while trained weights are float32, because only gradients need a common dtype, and frozen weights
+    have no gradients.
     """
 
     sharded = True
     device = torch.device("cpu")  # type: ignore[assignment]  # sharded by block: may not fit whole
 
     def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
-        """Shard each repeated block as one group, and everything else as another."""
+        """Shard each repeated block as one group, and all other weights as another group."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -135,14 +150,17 @@ class FSDP(Replicated):
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """Clip and apply the gradients (see `Replicated.step`); the norm includes all shards."""
+        """Clip the gradients and run the optimizer step; see `Replicated.step`.
+
+        The gradient norm includes all shards.
+        """
         return gather_whole(super().step(optimizer, parameters, clip))
 
     def _average(self, parameters: Sequence[Tensor]) -> None:
         """Do nothing: the backward pass has already averaged the gradients."""
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather one tensor at a time into the CPU memory of the main process; see `Replicated.gather`."""
+        """Gather the tensors one at a time in CPU memory of the main process; see `Replicated.gather`."""
         out = {}
         for name, tensor in held.items():
             value = gather_whole(tensor.detach())
@@ -152,12 +170,15 @@ class FSDP(Replicated):
 
     @torch.no_grad()
     def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-        """Scatter as `Replicated.scatter`."""
+        """Copy the values of unsharded tensors into this process's shards; see `Replicated.scatter`."""
         for name, tensor in held.items():
             tensor.copy_(_share(whole[name], tensor))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Restore the state; moments are sharded like their weights, step counts are not sharded."""
+        """Restore the optimizer state; see `Replicated.load_optimizer`.
+
+        Moments are sharded like their weights; step counts are not sharded.
+        """
         own = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = [i for group in state["param_groups"] for i in group["params"]]
         shares = {
@@ -172,7 +193,7 @@ class FSDP(Replicated):
 
 
 class Zero(Replicated):
-    """DeepSpeed: gradients and moments are sharded (ZeRO-2), with ZeRO-3 also the weights.
+    """Strategy for `zero2` and `zero3` (DeepSpeed): shards gradients and moments, and in ZeRO-3 also weights.
 
     DeepSpeed's optimizer keeps flat copies of the trained weights, which `scatter` must refresh. Gradients
     are reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its
@@ -192,7 +213,7 @@ class Zero(Replicated):
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Wrap the network (see `Replicated.own`); ZeRO-3 shards frozen weights too."""
+        """Wrap the network in a DeepSpeed engine; see `Replicated.own`. ZeRO-3 also shards frozen weights."""
         self.groups = optimizer.state_dict()["param_groups"]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.shapes = {n: p.shape for n, p in denoiser.named_parameters()}
@@ -223,12 +244,12 @@ class Zero(Replicated):
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None
     ) -> Tensor:
-        """Clip and apply the gradients; see `Replicated.step`."""
+        """Clip the gradients and run the optimizer step; see `Replicated.step`."""
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.ctx.device)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather whole tensors; see `Replicated.gather`."""
+        """Gather unsharded tensors in the main process; see `Replicated.gather`."""
         if self.stage == 2:  # weights are views of one tensor; safetensors needs separate tensors
             return {n: t.clone() for n, t in super().gather(held).items()}
         out = {}
@@ -244,7 +265,7 @@ class Zero(Replicated):
 
     @torch.no_grad()
     def scatter(self, whole: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-        """Scatter as `Replicated.scatter`."""
+        """Copy the values of unsharded tensors into this process's shards; see `Replicated.scatter`."""
         for name, tensor in held.items():
             value = whole[name]
             if self.stage == 3:
@@ -256,10 +277,11 @@ class Zero(Replicated):
         self.engine.optimizer.refresh_fp32_params()
 
     def _share(self, parameter: Tensor) -> tuple[Tensor, int, int, int] | None:
-        """Locate this process's shard of a weight; None if this process holds no part of the weight.
+        """Return the location of this process's shard of a weight in a flat tensor of DeepSpeed's optimizer.
 
         Returns:
-            Flat tensor, offset in the flat tensor, length, offset in the weight.
+            The flat tensor, the offset of the shard in the flat tensor, the length of the shard, and the
+            offset of the shard in the flattened weight. None if this process holds no part of the weight.
         """
         zero: Any = self.engine.optimizer
         if self.stage == 3:
@@ -273,7 +295,7 @@ class Zero(Replicated):
         return flat, here.start, here.numel, there.start
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """Return the state in the format of AdamW without DeepSpeed; see `Replicated.optimizer_state`."""
+        """Return the optimizer state in the format of torch's AdamW; see `Replicated.optimizer_state`."""
         state: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(self.trained):
             shape = getattr(p, "ds_shape", p.shape)
@@ -299,7 +321,7 @@ class Zero(Replicated):
 
     @torch.no_grad()
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Restore the state; see `Replicated.load_optimizer`."""
+        """Restore the optimizer state; see `Replicated.load_optimizer`."""
         for i, p in enumerate(self.trained):
             share = self._share(p)
             if share is None or i not in state["state"]:
@@ -315,18 +337,18 @@ class Zero(Replicated):
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of the moments in the state of AdamW."""
+"""Names of the two moments in the optimizer state of AdamW."""
 
 
 def gather_whole(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor as a plain tensor; all processes must call this together."""
+    """Return a sharded tensor as an unsharded tensor; all processes must call this function together."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _share(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shard a whole tensor in the same way as `like`, without communication."""
+    """Shard a tensor in the same way as `like`, without communication between processes."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -336,7 +358,10 @@ def _share(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Tensor]]:
-    """Yield groups of adjacent tensors of up to `most` elements, to limit the memory of the reduction."""
+    """Yield groups of consecutive tensors with at most `most` elements per group, to limit memory.
+
+    A tensor with more elements forms a group of its own.
+    """
     part: list[Tensor] = []
     for p in parameters:
         if part and sum(q.numel() for q in part) + p.numel() > most:
@@ -348,7 +373,7 @@ def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator
 
 
 def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
-    """Return messages about settings that `runtime.parallel` does not support; empty if there are none."""
+    """Return an error message for each setting that the mode in `runtime.parallel` does not support."""
     mode, out = config.runtime.parallel, []
     if mode == "ddp":
         return out
@@ -373,7 +398,8 @@ def strategy(config: recipe.Config, ctx: Context) -> Replicated:
     """Return the parallel strategy of a recipe.
 
     Raises:
-        ValueError: listing all settings of the recipe that the strategy does not support.
+        ValueError: if the strategy does not support a setting of the recipe; the message lists all of these
+            settings.
     """
     wrong = problems(config, ctx.world, ctx.precision)
     if wrong:

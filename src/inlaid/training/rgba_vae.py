@@ -1,4 +1,4 @@
-"""Training of an RGBA VAE: trainable weights, loss and files."""
+"""Training of an RGBA VAE, which encodes color and alpha in one latent: trainable weights, loss and files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from inlaid.networks.rgba_vae_metrics import COLUMNS
 
 @dataclass(frozen=True)
 class TrainedRgbaVae:
-    """Trained weights of an RGBA VAE: the merge block and, unless frozen, both decoders.
+    """Trained weights of an RGBA VAE: the merge block and, unless frozen, the color and alpha decoders.
 
-    Implements `inlaid.training.trained.Trained`.
+    The merge block maps encoder features of color and alpha to one latent. The class implements
+    `inlaid.training.trained.Trained`.
     """
 
     config: recipe.Config
@@ -40,7 +41,10 @@ class TrainedRgbaVae:
         return [n for n, _ in network.named_parameters() if n.startswith(trained)]
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
-        """Make the selected weights trainable; without `init_from`, initialize all new weights first."""
+        """Make the selected weights trainable, in float32, and return them by name.
+
+        Unless `rgba_vae.init_from` is set, the merge block and both decoders are initialized first.
+        """
         vae: Any = network
         if self.section.init_from is None:
             rgba_vae_checkpoint.initialize(vae, seed, self.section.init)
@@ -52,13 +56,13 @@ class TrainedRgbaVae:
         return {n: p for n, p in network.named_parameters() if n in chosen}
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors of the merge block and of both decoders."""
+        """Return the tensors of the merge block and of both decoders by name, including frozen tensors."""
         return {n: p for n, p in network.named_parameters() if not n.startswith("vae.")}
 
     def save(
         self, network: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, metadata: Mapping[str, str]
     ) -> None:
-        """Write the RGBA VAE folder; its `config.json` includes `metadata`."""
+        """Write the weights of the RGBA VAE to `folder`, with a `config.json` that includes `metadata`."""
         vae: Any = network
         section = self.section
         about = {"loss": section.loss, **{n.removeprefix("inlaid_"): v for n, v in metadata.items()}}
@@ -77,7 +81,7 @@ class TrainedRgbaVae:
         )
 
     def step(self, precision: AbstractContextManager[Any]) -> RgbaVaeStep:
-        """Return the training step.
+        """Return the training step, which computes in the context `precision`.
 
         Raises:
             ValueError: if the perceptual network cannot be loaded.
@@ -85,7 +89,7 @@ class TrainedRgbaVae:
         return RgbaVaeStep.of(self.section, precision)
 
     def card(self, step: int, prompts: Sequence[str]) -> str:
-        """Return the README of the folder."""
+        """Return the model card (README) of the weights after `step` steps; `prompts` is not used."""
         data, optim, train, section = self.config.data, self.config.optim, self.config.train, self.section
         settings = {
             "VAE of": self.base,
@@ -110,13 +114,13 @@ class TrainedRgbaVae:
 
 
 def _backgrounds(section: recipe.RgbaVae) -> Sequence[Sequence[float]]:
-    """Return the background colors, in [-1, 1], over which clips are encoded."""
+    """Return the RGB background colors of the recipe, in [-1, 1], or the default colors."""
     return [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
 
 
 @dataclass(frozen=True)
 class RgbaVaeStep:
-    """Training step of an RGBA VAE: `RgbaLoss` over background colors sampled for each micro-batch."""
+    """Training step of an RGBA VAE: `RgbaLoss` with random background colors in each micro-batch."""
 
     loss: RgbaLoss
     anchor: float = 0.0
@@ -136,10 +140,15 @@ class RgbaVaeStep:
         *,
         quiet: bool = False,
     ) -> RgbaVaeStep:
-        """Create the step of a recipe; `quiet` suppresses the note about disabled loss terms.
+        """Create the training step of a recipe.
+
+        Args:
+            section: the `rgba_vae` section of the recipe.
+            precision: context in which the step computes. Default: no autocast.
+            quiet: do not print the note that loss terms are disabled.
 
         Raises:
-            ValueError: if its file cannot be loaded.
+            ValueError: if the file of the perceptual network cannot be loaded.
         """
         from inlaid.alpha.rgba_vae import perceptual_file
 
@@ -157,7 +166,11 @@ class RgbaVaeStep:
         return cls(loss, *weights, _backgrounds(section), precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch (see `Step`); each is the batch mean, repeated per sample."""
+        """Return the losses of a micro-batch in the format of `Step`.
+
+        The loss is computed per batch, not per sample: `losses` and every `loss_NAME` repeat the batch mean n
+        times.
+        """
         if isinstance(self.loss.perceptual, nn.Module):
             self.loss.perceptual.to(batch.latents.device)
         vae: Any = denoiser
@@ -179,7 +192,11 @@ class RgbaVaeStep:
 
     @torch.no_grad()
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return one row per batch: the sum of `rgba_vae_metrics.tally` over its reconstructed clips."""
+        """Reconstruct the clips of all batches, and return one row of error sums per batch.
+
+        A row is the sum of `rgba_vae_metrics.tally` over the clips of the batch. Without batches, the result
+        is one row of zeros.
+        """
         rows = [torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)] * (not batches)
         for batch in batches:
             true = batch.latents.to(device)
@@ -190,9 +207,9 @@ class RgbaVaeStep:
         return torch.stack(rows)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return the metrics of `rgba_vae_metrics.report`, and `validation_loss`.
+        """Return `validation_loss`, and the metrics of `rgba_vae_metrics.report` prefixed `validation_`.
 
-        The validation loss is the mean of the balanced alpha error and the color error.
+        The validation loss is the mean of `alpha_mae_balanced` and `rgb_mae`.
         """
         found = rgba_vae_metrics.report(rows)
         loss = (found["alpha_mae_balanced"] + found["rgb_mae"]) / 2
@@ -203,7 +220,17 @@ class RgbaVaeStep:
 def reconstruct(
     vae: Any, clips: Tensor, eps: float, *names: str, colors: Sequence[Sequence[float]] = COLORS
 ) -> Tensor:
-    """Encode and decode RGBA clips, uint8 (b, 4, t, h, w); `names` determine the background color."""
+    """Encode and decode RGBA clips, uint8 (b, 4, t, h, w), and return the reconstruction in the same format.
+
+    Before encoding, a background color replaces the color of transparent pixels.
+
+    Args:
+        vae: the RGBA VAE.
+        clips: straight RGBA.
+        eps: maximum alpha of a transparent pixel, 0 to 1.
+        names: strings whose hash selects the background color from `colors`.
+        colors: RGB background colors in [-1, 1].
+    """
     rgb, alpha = rgba_vae_checkpoint.to_video(clips)
     color = torch.tensor(colors[stable_hash("color", *names) % len(colors)])
     return rgba_vae_checkpoint.to_pixels(

@@ -1,6 +1,7 @@
 """Training steps: the losses of a micro-batch, and the validation loss.
 
-All random values of a micro-batch (noise, timesteps, background colors) come from the generator of the step.
+All random values of a micro-batch (noise, timesteps, background colors) come from the generator that is
+passed to the step.
 """
 
 from __future__ import annotations
@@ -18,29 +19,33 @@ from inlaid.families import Family
 from inlaid.objectives import Objective, mean_squared_error
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Quantiles of the noise level distribution at which the validation loss is measured."""
+"""Quantiles of the training distribution of noise levels; the validation loss is measured at these levels."""
 
 
 class Step(Protocol):
     """Training step: a callable that returns the losses of one micro-batch.
 
-    The result contains `loss`, the scalar to minimize. `losses` and any `loss_NAME` contain one value per
-    sample; their means are reported.
+    The result contains `loss`, the scalar to minimize, and `losses`, with one value per sample. It may
+    contain further losses `loss_NAME`, also with one value per sample. The logged metrics are the means of
+    these values.
     """
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses; `generator` is on the CPU: random values are the same on every device."""
+        """Return the losses of a micro-batch.
+
+        The `generator` is on the CPU, so that random values are the same for every device.
+        """
         ...
 
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return one row of metrics per batch, the same in every call with the same network."""
+        """Return one row of metrics per batch; equal networks give equal rows in every call."""
         ...
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return the mean of the rows of all validation batches as a mapping from metric name to value.
+        """Convert mean validation metrics to a mapping from metric name to value.
 
         Args:
-            rows: mean over batches of the rows from `validation`.
+            rows: mean of the rows from `validation` over all batches.
 
         Returns:
             Metrics by name, including `validation_loss`.
@@ -50,11 +55,11 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """Denoising loss: mean of w(t) (prediction - target)^2 in float32.
+    """Training step with the denoising loss: the mean of w(t) (prediction - target)^2, in float32.
 
-    For samples with prior preservation (Ruiz et al. 2023, section 3.2) the target is the prediction of the
+    For samples with prior preservation (Ruiz et al. 2023, section 3.2), the target is the prediction of the
     network without its adapter, as in learning without forgetting (Li & Hoiem 2016). Unlike the usual target,
-    this prediction is a function of x_t and t alone, without the variance of the sampled noise.
+    this prediction depends on the sampled noise only through x_t, so it has less variance.
     """
 
     family: Family
@@ -63,10 +68,11 @@ class DenoisingStep:
         default_factory=lambda: torch.autocast("cpu", enabled=False)
     )
     untuned: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
-    """Function that returns a context without the adapter; required for batches with prior preservation."""
+    """Function that returns a context manager in which the network computes without its adapter. Required for
+    batches with prior preservation."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch; see `Step`."""
+        """Return the losses of a micro-batch in the format of `Step`, and its noise levels `t` (n,)."""
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
@@ -78,7 +84,7 @@ class DenoisingStep:
         return {"loss": found["losses"].mean(), **{k: v.detach() for k, v in found.items()}, "t": t}
 
     def losses(self, denoiser: nn.Module, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
-        """Return the loss (n,) of each sample at noise levels t (n,) in [0, 1] with the given noise."""
+        """Return the loss (n,) of each sample for given noise and given noise levels t (n,) in [0, 1]."""
         return mean_squared_error(*self._predict(denoiser, batch, t, noise))
 
     def _predict(
@@ -98,7 +104,10 @@ class DenoisingStep:
 
     @torch.no_grad()
     def _untuned(self, denoiser: nn.Module, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor | None:
-        """Return the base model's prediction for samples with prior preservation; None without them."""
+        """Return the base model's predictions for the samples with prior preservation.
+
+        The result is None if `batch.prior_preservation` is None.
+        """
         if batch.prior_preservation is None:
             return None
         assert self.untuned is not None
@@ -109,7 +118,7 @@ class DenoisingStep:
 
     @torch.no_grad()
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return the loss of each batch at each of `QUANTILES` with fixed noise: shape (batches, quantiles).
+        """Return the loss of each batch at each quantile in `QUANTILES`: shape (batches, quantiles).
 
         Noise levels and noise are the same in every call, so results differ only if the network differs.
         """
@@ -131,7 +140,10 @@ class DenoisingStep:
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return `validation_loss`, the mean over noise levels, and the loss at each level by name."""
+        """Return `validation_loss`, the mean over noise levels, and the loss at each level by name.
+
+        The names are `validation_q0.1`, `validation_q0.3` and so on, with the quantile of the noise level.
+        """
         losses = rows.tolist()
         values = {f"validation_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}
         return {"validation_loss": sum(losses) / len(losses), **values}

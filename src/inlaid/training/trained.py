@@ -1,4 +1,4 @@
-"""Trained weights of a run: an adapter or weights of a denoiser, or an RGBA VAE."""
+"""Interface to the trained weights of a run: an adapter, the weights of a denoiser, or an RGBA VAE."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from inlaid.training.steps import DenoisingStep, Step
 
 
 class Trained(Protocol):
-    """The trained weights of a run: their selection, loss and files.
+    """Interface to the trained weights of a run: their selection, loss and files.
 
-    In all methods, `network` is the family's denoiser, or the RGBA VAE.
+    In all methods, `network` is the denoiser of the model family, or the RGBA VAE.
     """
 
     @property
     def folder(self) -> str:
-        """Name of the folder with the exported weights, in a run and in each of its checkpoints."""
+        """Name of the folder with the trained weights, in the run folder and in each checkpoint."""
         ...
 
     @property
     def name(self) -> str:
-        """Name of the trained weights in progress messages."""
+        """Name of the trained weights in progress messages, such as `lora`."""
         ...
 
     @property
     def autocast(self) -> bool:
         """True if the whole network is loaded in float32 and computes under autocast.
 
-        If False, the network is loaded in the precision of the run.
+        If False, the network is loaded in the run's precision.
         """
         ...
 
@@ -50,7 +50,7 @@ class Trained(Protocol):
         `network` may be on the meta device.
 
         Raises:
-            ValueError: if a target of the recipe matches nothing.
+            ValueError: if a pattern in `tuner.targets` matches nothing.
         """
         ...
 
@@ -61,10 +61,10 @@ class Trained(Protocol):
 
         Args:
             network: network without adapters.
-            seed: random seed of new weights.
+            seed: random seed for the initialization of new weights.
 
         Raises:
-            ValueError: if a target of the recipe matches nothing.
+            ValueError: if a pattern in `tuner.targets` matches nothing.
         """
         ...
 
@@ -79,9 +79,9 @@ class Trained(Protocol):
 
         Args:
             network: network that `attach` changed; only its configuration is read.
-            weights: whole (unsharded) tensors, as returned by the method `weights`.
+            weights: unsharded tensors, as returned by the method `weights`.
             folder: output folder.
-            metadata: values to store in the files.
+            metadata: text values to store in the files.
         """
         ...
 
@@ -90,12 +90,12 @@ class Trained(Protocol):
         ...
 
     def card(self, step: int, prompts: Sequence[str]) -> str:
-        """Return the README of the folder after `step` steps; `prompts` are the sample prompts."""
+        """Return the model card after `step` training steps; `prompts` are the sample prompts."""
         ...
 
 
 def trained_by(config: recipe.Config, family: Family) -> Trained:
-    """Return the trained weights that a recipe selects; `family` is its family."""
+    """Return the interface to the weights that a recipe trains; `family` is the recipe's model family."""
     if config.rgba_vae is not None:
         return TrainedRgbaVae(config, config.rgba_vae, family.name)
     return TrainedDenoiser(config, family)
@@ -103,7 +103,7 @@ def trained_by(config: recipe.Config, family: Family) -> Trained:
 
 @dataclass(frozen=True)
 class TrainedDenoiser:
-    """Adapter or weights of a denoiser, as selected by the `tuner` section."""
+    """Adapter or weights of a denoiser, as selected by the recipe's `tuner` section."""
 
     config: recipe.Config
     family: Family
@@ -111,7 +111,7 @@ class TrainedDenoiser:
 
     @property
     def name(self) -> str:
-        """Kind of the tuner."""
+        """Kind of the tuner, such as `lora`."""
         return self.config.tuner.kind
 
     @property
@@ -136,16 +136,16 @@ class TrainedDenoiser:
     def save(
         self, network: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, metadata: Mapping[str, str]
     ) -> None:
-        """Write an adapter, or a whole network in diffusers layout."""
+        """Write an adapter, or a whole network in the folder layout of diffusers."""
         tuners.save(self.config.tuner, network, weights, folder, metadata=metadata)
 
     def step(self, precision: AbstractContextManager[Any]) -> DenoisingStep:
-        """Return the denoising step."""
+        """Return the training step with the denoising loss, which computes in the context `precision`."""
         objective = self.family.objective(self.config.objective, self.config.data.size)
         return DenoisingStep(self.family, objective, precision, tuners.disabled)
 
     def card(self, step: int, prompts: Sequence[str]) -> str:
-        """Return the model card."""
+        """Return the model card after `step` training steps; `prompts` are the sample prompts."""
         objective = self.family.objective(self.config.objective, self.config.data.size)
         flow = isinstance(objective, FlowMatching)
         return model_card(
