@@ -1,7 +1,8 @@
 """inlaid: fine-tune diffusion transformers on a folder of clips.
 
-The result is an adapter that diffusers and ComfyUI load. `Config`, `load`, `train`, `generate` and `evaluate`
-are the public names. Each is imported on first use, because importing torch and diffusers takes seconds.
+The usual result is an adapter that diffusers and ComfyUI load. The public names are `Config`, `load`,
+`train`, `generate` and `evaluate`. Each name is imported on first use, because importing torch and diffusers
+takes seconds.
 """
 
 from __future__ import annotations

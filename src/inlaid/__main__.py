@@ -1,4 +1,4 @@
-"""`python -m inlaid`."""
+"""Entry point of `python -m inlaid`."""
 
 from inlaid.cli.main import main
 

@@ -1,7 +1,7 @@
 """Training objectives of all families: noise schedule, prediction target and sampling of noise levels.
 
-Conventions of the whole package: the noise level or time t is in [0, 1], with 0 = data and 1 = noise; a flow
-prediction is noise - data.
+In the whole package, the noise level t (also called time) is in [0, 1], with 0 = data and 1 = noise. A
+flow-matching network predicts noise - data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from inlaid import config as recipe
 class Objective(Protocol):
     """Interface of a training objective; all methods are pure functions in float32.
 
-    Times `t` are (n,); data `x0` and `noise` are (n, ...).
+    Times `t` have shape (n,); data `x0` and `noise` have shape (n, ...).
     """
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
@@ -26,7 +26,7 @@ class Objective(Protocol):
         ...
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the noise levels at quantiles q in [0, 1] of the distribution that `sample_time` samples.
+        """Return the noise levels at quantiles q, in [0, 1], of the distribution of `sample_time`.
 
         The validation loss uses fixed quantiles instead of random samples.
         """
@@ -46,15 +46,15 @@ class Objective(Protocol):
 
 
 def shift(u: Tensor, s: float) -> Tensor:
-    """Apply the timestep shift s to levels u: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
+    """Apply the timestep shift s to noise levels u: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
 
-    A shift s > 1 moves levels toward noise.
+    A shift s > 1 moves noise levels toward 1 (noise).
     """
     return s * u / (1 + (s - 1) * u)
 
 
 def unshift(sigma: Tensor, s: float) -> Tensor:
-    """Invert `shift`: sigma / (s - (s - 1) sigma)."""
+    """Invert `shift`: return sigma / (s - (s - 1) sigma)."""
     return sigma / (s - (s - 1) * sigma)
 
 
@@ -68,11 +68,14 @@ TABLE = 1000
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Rectified flow: x_t = (1 - t) x0 + t noise, target noise - x0 (Liu et al. 2022, Lipman et al. 2022).
+    """Rectified flow: x_t is (1 - t) x0 + t noise, and the prediction target is noise - x0.
 
-    A level u is sampled, then shifted by `s`. The distribution of u is logit-normal with `mean` and `std`
-    (preset `logit_normal`), uniform (`uniform`), or uniform over a table of 1000 entries, with a bell-shaped
-    loss weight (`diffsynth`). The distribution of shifted levels is truncated to `interval`.
+    Sources: Liu et al. 2022, Lipman et al. 2022.
+
+    A noise level u is sampled, then shifted by `s` (see `shift`). With the preset `logit_normal`, u has a
+    logit-normal distribution with `mean` and `std`; with `uniform`, a uniform distribution. The preset
+    `diffsynth` samples u uniformly from a table of 1000 levels and has a bell-shaped loss weight. The
+    distribution of the shifted levels is truncated to `interval`.
     """
 
     preset: str = "logit_normal"
@@ -83,9 +86,9 @@ class FlowMatching:
 
     @classmethod
     def from_config(cls, section: recipe.Objective, *, family_shift: float) -> FlowMatching:
-        """Create the objective of a recipe section.
+        """Create the objective that a recipe section describes.
 
-        The shift is that of the recipe, or else of the preset, or else `family_shift`.
+        The timestep shift is taken from the recipe, else from the preset, else from `family_shift`.
         """
         preset_shift = {"diffsynth": 5.0, "uniform": 1.0}.get(section.preset, family_shift)
         s = section.shift if section.shift is not None else preset_shift
@@ -96,7 +99,7 @@ class FlowMatching:
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the noise levels at quantiles q of their truncated distribution, float32."""
+        """Return the noise levels at quantiles q of the truncated distribution, float32."""
         q = q.double()
         if self.preset == "diffsynth":
             table = self._table()
@@ -111,16 +114,19 @@ class FlowMatching:
         return shift(torch.sigmoid(torch.special.ndtri(inside) * self.std + self.mean), self.s).float()
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return (1 - t) x0 + t noise."""
+        """Return the noisy input (1 - t) x0 + t noise."""
         t = _expand(t, x0)
         return (1 - t) * x0 + t * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return noise - x0, for every t."""
+        """Return the prediction target: noise - x0, for every t."""
         return noise - x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return 1, or for `diffsynth` exp(-2 (t - 0.5)^2), offset and scaled to minimum 0 and mean 1."""
+        """Return the loss weight: 1, or for the preset `diffsynth` a bell with its maximum at t = 0.5.
+
+        The bell is exp(-2 (t - 0.5)^2), offset and scaled to minimum 0 and mean 1 over the schedule.
+        """
         if self.preset != "diffsynth":
             return torch.ones_like(t)
         table = _bell(self._table())
@@ -134,19 +140,21 @@ class FlowMatching:
 class VPrediction:
     """v-prediction on a discrete variance-preserving schedule (Salimans & Ho 2022, appendix D).
 
-    x_t is sqrt(abar) x0 + sqrt(1 - abar) noise, the target is v = sqrt(abar) noise - sqrt(1 - abar) x0.
-    Schedule entry i of n has time t = (i + 1) / n, so t = 1 is the noisiest. The loss is the unweighted
-    squared error of v in float32. It equals the squared error of x0 weighted by 1 / (1 - abar), but that form
-    is very inaccurate in bfloat16 at small t.
+    The noisy input is sqrt(abar) x0 + sqrt(1 - abar) noise, and the target is
+    v = sqrt(abar) noise - sqrt(1 - abar) x0, where abar is the entry of `alphas_cumprod` at time t. Entry i
+    of n has time t = (i + 1) / n, so t = 1 is the noisiest.
+
+    The loss is the unweighted squared error of v in float32. It equals the squared error of x0 weighted by
+    1 / (1 - abar), but that form is very inaccurate in bfloat16 at small t.
     """
 
     alphas_cumprod: tuple[float, ...]
-    """abar of each schedule entry, in decreasing order."""
+    """Cumulative product of alphas (abar) for each schedule entry, in decreasing order."""
     interval: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def from_config(cls, section: recipe.Objective, alphas_cumprod: Tensor) -> VPrediction:
-        """Create the objective of a recipe section.
+        """Create the objective that a recipe section describes.
 
         Raises:
             ValueError: if the section sets an option of flow matching.
@@ -161,7 +169,7 @@ class VPrediction:
         return cls(tuple(alphas_cumprod.tolist()), section.interval)
 
     def index(self, t: Tensor) -> Tensor:
-        """Return the index of the schedule entry at time t, int64, which is the network's timestep."""
+        """Return the index of the schedule entry at time t, int64; the network's timestep input."""
         return (t * len(self.alphas_cumprod)).round().long() - 1
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
@@ -169,7 +177,7 @@ class VPrediction:
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the times at quantiles q of the schedule entries inside `interval`, float32."""
+        """Return the times at quantiles q of the distribution of `sample_time`, float32."""
         n = len(self.alphas_cumprod)
         low, high = (round(edge * n) for edge in self.interval)
         chosen = low + (q.double() * (high - low)).long().clamp(max=max(high - low, 1) - 1)
@@ -180,17 +188,23 @@ class VPrediction:
         return _expand(abar.sqrt(), like), _expand((1 - abar).sqrt(), like)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return sqrt(abar) x0 + sqrt(1 - abar) noise."""
+        """Return the noisy input sqrt(abar) x0 + sqrt(1 - abar) noise.
+
+        The schedule `alphas_cumprod` contains abar for each time t.
+        """
         signal, sigma = self._scales(t, x0)
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return v = sqrt(abar) noise - sqrt(1 - abar) x0."""
+        """Return the prediction target v = sqrt(abar) noise - sqrt(1 - abar) x0.
+
+        The schedule `alphas_cumprod` contains abar for each time t.
+        """
         signal, sigma = self._scales(t, x0)
         return signal * noise - sigma * x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return 1, for every t."""
+        """Return the loss weight 1, for every t."""
         return torch.ones_like(t)
 
 
@@ -199,6 +213,6 @@ def _bell(t: Tensor) -> Tensor:
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Return the weighted squared error of each sample in float32, shape (n,)."""
+    """Return the weighted mean squared error of each sample, float32 (n,)."""
     error = (prediction.float() - target.float()) ** 2
     return error.flatten(1).mean(1) * weight

@@ -1,1 +1,1 @@
-"""Tuners and adapter files: attaching, training, reading, writing, merging and converting adapters."""
+"""LoRA, DoRA, LoKr and LoHa adapters: functions that attach, save, read, merge and convert adapters."""

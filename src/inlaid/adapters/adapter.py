@@ -1,4 +1,4 @@
-"""LoRA or DoRA adapter in memory: diffusers module names, LoRA alpha per module, optional magnitudes."""
+"""LoRA or DoRA adapter in memory, with diffusers module names and the LoRA alpha of each module."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from torch import Tensor
 Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-"""File name that `load_lora_weights(folder)` of diffusers loads."""
+"""Name of the adapter file that `load_lora_weights(folder)` of diffusers loads."""
 
 KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 """Display names of the adapter kinds."""
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-"""File name that peft and transformers load."""
+"""Name of the adapter file that peft and transformers load."""
 
 METADATA_KEY = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA or DoRA in a form that is independent of the file layout."""
+    """LoRA or DoRA adapter in memory, in a form that does not depend on the layout of its file."""
 
     tensors: Mapping[str, Tensor]
-    """`<module>.lora_A.weight` (r, in), `.lora_B.weight` (out, r) and, if trained, `.lora_B.bias` (out) and
-    `.lora_magnitude_vector` (out). Modules have diffusers names; factors of convolutions also have kernel
-    axes."""
+    """Tensors by name: `<module>.lora_A.weight` (r, in), `<module>.lora_B.weight` (out, r) and, if trained,
+    `<module>.lora_B.bias` (out) and `<module>.lora_magnitude_vector` (out). Module names are the names in
+    diffusers. For convolutions, A and B also have kernel axes."""
     alpha: Mapping[str, float]
-    """LoRA alpha of each module; the update is scaled by alpha / rank."""
+    """LoRA alpha by module name; the update is scaled by alpha / rank."""
     layout: Layout
-    """Layout of the source file."""
+    """Layout of the file that the adapter was read from."""
     alpha_from: str = "alpha argument"
-    """Source of the LoRA alpha, as text."""
+    """Text that names the source of the LoRA alpha, for messages."""
     notes: Sequence[str] = ()
-    """Notes for the user about reading the file."""
+    """Messages for the user about how the file was read."""
     header: Mapping[str, str] = field(default_factory=dict)
-    """Metadata of the file, without the LoRA configuration."""
+    """Metadata from the file header, without the LoRA configuration."""
     vector: Tensor | None = None
-    """Domain embedding (d,) of joint alpha, which is added to the alpha tokens."""
+    """Domain embedding (d,): trained vector that is added to the tokens of the alpha clip; None if absent."""
 
     @property
     def joint(self) -> bool:
-        """True if the adapter applies to the alpha tokens of joint alpha only (`alpha.joint`)."""
+        """True if the adapter applies only to the tokens of the alpha clip (see `inlaid.alpha.joint`)."""
         return self.header.get("inlaid_alpha") == "joint"
 
     @property
     def modules(self) -> list[str]:
-        """Names of the adapted layers."""
+        """Names of the layers that the adapter changes."""
         return list(self.alpha)
 
     @property
     def rank(self) -> dict[str, int]:
-        """Rank of each module."""
+        """Rank of the low-rank update by module name."""
         return {m: self.tensors[f"{m}.lora_A.weight"].shape[0] for m in self.alpha}
 
     @property
     def dora(self) -> bool:
-        """True if the adapter has magnitudes; then every module has one."""
+        """True for a DoRA, in which every module has a magnitude vector; False for a LoRA."""
         return f"{next(iter(self.alpha))}.lora_magnitude_vector" in self.tensors
 
     def scale(self, module: str) -> float:
-        """Return the factor s of the update s B A."""
+        """Return the scale s = alpha / rank of a module's low-rank update s B A."""
         return self.alpha[module] / self.tensors[f"{module}.lora_A.weight"].shape[0]
 
     def peft_config(self) -> dict[str, Any]:
-        """Return the `peft.LoraConfig` arguments that represent this adapter exactly."""
+        """Return the arguments of `peft.LoraConfig` that describe this adapter exactly."""
         rank, alpha = self.rank, {m: int(a) if float(a).is_integer() else a for m, a in self.alpha.items()}
         r, a = (Counter(values.values()).most_common(1)[0][0] for values in (rank, alpha))
         return {

@@ -1,4 +1,4 @@
-"""Conversion of adapters to and from other programs: `inlaid export` and `inlaid import`."""
+"""Conversion of adapters to and from the layouts of other programs: `inlaid export` and `inlaid import`."""
 
 from __future__ import annotations
 
@@ -28,21 +28,25 @@ from inlaid.runs.folder import Run
 def export_run(
     run: Path, to: str, out: Path | None = None, checkpoint: str | None = None, then: Path | None = None
 ) -> Path:
-    """Export the trained weights of a run to another program's layout, and verify the written file.
+    """Export the trained weights of a run in the layout of another program.
+
+    Converted files are read back and verified. Fully fine-tuned networks, and LoKr and LoHa files for the
+    target `diffusers`, are copied without conversion.
 
     Args:
         run: run folder.
         to: `diffusers`, `comfyui`, `kohya` or `merged`; for an RGBA VAE `wan-alpha` or `comfyui`.
         out: file or folder to write. Default: a path in the folder `export` of the run.
         checkpoint: name of a training checkpoint, such as `step-000500`. Default: the final weights.
-        then: LoRA to merge after the trained weights, such as a step-distillation LoRA; only for `merged`. It
-            cannot be a DoRA, which rescales rows of the weights it is merged into and so must come first.
+        then: second LoRA, such as a step-distillation LoRA, which is merged after the trained weights. Valid
+            only with `merged`. A DoRA is rejected, because it rescales the rows of the merged weights and
+            must therefore be merged first.
 
     Returns:
         The path of the written file or folder.
 
     Raises:
-        ValueError: if the target is unknown, exists, or cannot represent the weights.
+        ValueError: if the target is unknown or cannot represent the weights, or `out` exists.
     """
     place = Run(run)
     settings = place.config()
@@ -101,7 +105,7 @@ def export_run(
 def _export_rgba_vae(
     place: Run, settings: config.Config, to: str, out: Path | None, checkpoint: str | None
 ) -> Path:
-    """Export the RGBA VAE of a run in the published layouts."""
+    """Export the RGBA VAE that a run trained, in a layout of published RGBA VAEs."""
     family = build_family(settings)
     folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / rgba_vae_checkpoint.FOLDER
     target = out or place.folder / "export" / to
@@ -119,7 +123,7 @@ def import_adapter(
     alpha: float | None = None,
     dora_scale: str | None = None,
 ) -> tuple[Path, Sequence[str]]:
-    """Convert an adapter in any known layout to the diffusers layout, or a published RGBA VAE to a folder.
+    """Convert an adapter of another trainer to the diffusers layout, or import a published RGBA VAE.
 
     Args:
         adapter: file or folder of an adapter or RGBA VAE.
@@ -128,10 +132,10 @@ def import_adapter(
         checkpoint: base model, to check shapes. Required for an RGBA VAE, and for a `dora_scale`, which is
             relative to the weights of the base model.
         alpha: LoRA alpha for files that store none.
-        dora_scale: `comfyui` or `merged`: definition of `dora_scale` in the file (see `read_adapter`).
+        dora_scale: `comfyui` or `merged`, the definition of the file's `dora_scale` (see `read_adapter`).
 
     Returns:
-        The written path, and notes for the user.
+        The written path, and messages for the user.
 
     Raises:
         ValueError: if the file is damaged, has an unknown layout, or has tensors that cannot be converted.
@@ -174,7 +178,7 @@ def _refuse_taken(out: Path) -> None:
 def _import_rgba_vae(
     path: Path, out: Path, family: str, checkpoint: str | None
 ) -> tuple[Path, Sequence[str]]:
-    """Convert a file of a published RGBA VAE (decoders or whole VAE) to the folder of an RGBA VAE."""
+    """Convert a published RGBA VAE, or its decoders alone, from a file to the folder layout of inlaid."""
     if checkpoint is None:
         raise ValueError(
             f"{path}: an RGBA VAE, which extends the VAE of a checkpoint; pass it with --checkpoint, such as "

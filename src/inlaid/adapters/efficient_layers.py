@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers that save fewer tensors for the backward pass than peft's."""
+"""LoRA and DoRA layers that save fewer tensors for the backward pass than the layers of peft."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ ADAPTER = "default"
 
 
 def use_factor_norms(denoiser: nn.Module) -> None:
-    """Make every DoRA linear layer compute its norm from the factors, without the product B A.
+    """Make every DoRA linear layer compute its weight norms without the product B A.
 
-    peft computes B A through an identity matrix (in, in) and adds it to a copy of W, in each layer and pass.
-    This function computes the squared row norms of W + s B A as ||W||^2 + 2 s <W A^T, B> +
-    s^2 <B (A A^T), B>, of which the largest intermediate is W A^T (out, r). The result is equal up to
-    rounding. The norm needs no gradient, because DoRA treats it as a constant (Liu et al. 2024, section 4.3).
+    peft computes B A by applying it to an identity matrix (in, in), and adds it to a copy of W, in each
+    layer and pass. Here, the squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> +
+    s^2 <B (A A^T), B>, where <X, Y> is the dot product of each row of X with the same row of Y. The largest
+    intermediate tensor is W A^T (out, r). The result is equal up to rounding. The norm needs no gradient,
+    because DoRA treats it as a constant (Liu et al. 2024, section 4.3).
     """
     from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -43,9 +44,9 @@ def use_factor_norms(denoiser: nn.Module) -> None:
 def keep_inputs(denoiser: nn.Module) -> None:
     """Make every LoRA linear layer save its input for the backward pass in the original dtype.
 
-    peft casts the input to the dtype of the factors and saves a float32 copy in each layer. For queries, keys
-    and values of the same bfloat16 input, the three copies are six times its size. Here the cast is repeated
-    in the backward pass, which gives bit-identical gradients.
+    peft casts the input to the dtype of the factors and saves a float32 copy in each layer. If the query, key
+    and value layers share a bfloat16 input, their three copies take six times the memory of the input. Here,
+    the cast is repeated in the backward pass, which gives bit-identical gradients.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -75,7 +76,11 @@ class _Product(torch.autograd.Function):
 
 
 class _Rescaled(torch.autograd.Function):
-    """DoRA update (m - 1) y + s m B h from y (..., out) and h (..., r); does not save the product B h."""
+    """DoRA update (m - 1) y + s m B h; computes B h again in the backward pass to save memory.
+
+    y (..., out) is the base layer's output without bias, h (..., r) is A x, and m (out,) is the DoRA
+    magnitude divided by the weight norm.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, m: Tensor, s: float) -> Tensor:
@@ -99,7 +104,10 @@ class _Rescaled(torch.autograd.Function):
 
 
 def row_norm(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """Return the row norms (out,) of W + s B A, float32, from W (out, in), A (r, in) and B (out, r)."""
+    """Return the L2 norms (out,) of the rows of W + s B A in float32, without computing B A.
+
+    The arguments are W (out, in), A (r, in), B (out, r) and the scale s.
+    """
     w, a, b = weight, a.float(), b.float()
     squared = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) ** 2
     cross = ((w @ a.T.to(w.dtype)).float() * b).sum(1)

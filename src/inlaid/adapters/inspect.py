@@ -1,4 +1,4 @@
-"""Description of a file or folder: adapter, RGBA VAE, cached item, checkpoint, run or model."""
+"""`inlaid inspect`: description of an adapter, RGBA VAE, cache file, checkpoint, run or model."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from inlaid.text import printable
 
 @dataclass(frozen=True)
 class Inspection:
-    """Contents of a file or folder."""
+    """Description of the content of a file or folder."""
 
     path: Path
     kind: Literal[
         "adapter", "cached item", "tensors", "model", "pipeline", "checkpoint", "run", "folder", "RGBA VAE"
     ]
     facts: Mapping[str, str]
-    """Properties by name, in display order."""
+    """Properties of the content by name, in display order."""
     notes: Sequence[str] = ()
     parts: Sequence[Inspection] = ()
-    """Inspections of the files in a folder."""
+    """Descriptions of the files inside a folder."""
 
 
 def inspect_path(path: str | Path) -> Inspection:
-    """Inspect an adapter in any layout, an RGBA VAE, a cached item, a checkpoint, a run or a model.
+    """Describe an adapter in any layout, an RGBA VAE, a cache file, a checkpoint, a run or a model.
 
     No network is loaded.
 
@@ -91,7 +91,7 @@ def _inspect(path: Path) -> Inspection:
 
 
 def describe(inspection: Inspection, indent: str = "") -> str:
-    """Format an inspection as text for a terminal."""
+    """Return a description as text for a terminal."""
     width = max(map(len, inspection.facts), default=0)
     lines = [f"{indent}{inspection.path}: {inspection.kind}"]
     lines += [f"{indent}  {k:<{width}}  {v}" for k, v in inspection.facts.items()]

@@ -1,8 +1,9 @@
-"""Conversion of published TransPixeler adapters (joint alpha) to the usual tensor names.
+"""Conversion of published TransPixeler adapters to the usual tensor names.
 
-These files do not store LoRA alpha, which was 1 for every rank. If they are loaded as ordinary adapters, the
-update is too strong by a factor of the rank and applies to all tokens. This module is based on the layout of
-the files, not on the authors' code.
+TransPixeler adapters generate alpha as a second clip (`inlaid.alpha.joint`). Their files do not store LoRA
+alpha, which was 1 for every rank. If such a file is loaded as an ordinary LoRA, the update applies to all
+tokens instead of the alpha tokens only, and is `rank` times too strong. This module is based on
+the layout of the files, not on the authors' code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from inlaid.networks.domain_embedding import NAME, TOKENS
 
 ALPHA = 1.0
-"""LoRA alpha of all published files, so the update is scaled by 1 / rank."""
+"""LoRA alpha of all published TransPixeler adapters; their updates are scaled by 1 / rank."""
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -26,24 +27,24 @@ _MOCHI = re.compile(r"block_(\d+)\.to_(q|k|v|out)_lora\.([01])\.weight")
 
 @dataclass(frozen=True)
 class Published:
-    """Published adapter of joint alpha, with the usual tensor names."""
+    """Published TransPixeler adapter after conversion to the usual tensor names."""
 
     tensors: Mapping[str, Tensor]
-    """Tensors without the domain embedding, under names of a layout that `read_adapter` reads."""
+    """Tensors by name in a layout that `read_adapter` reads, without the domain embedding."""
     vector: Tensor | None
-    """Domain embedding (d,), which is added to the alpha tokens, if any."""
+    """Domain embedding (d,), a trained vector that is added to the alpha tokens; None if absent."""
     header: Mapping[str, str]
-    """Header metadata as in adapters that inlaid writes."""
+    """Header metadata with the same keys as in adapters that inlaid writes."""
     name: str
-    """Model and publisher, for messages."""
+    """Base model and method for messages, such as `Wan (TransPixeler)`."""
     notes: Sequence[str]
 
 
 def recognize(tensors: Mapping[str, Tensor]) -> Published | None:
-    """Convert a published adapter of joint alpha; return None for other files.
+    """Convert a published TransPixeler adapter; return None for other files.
 
     Raises:
-        ValueError: if the file is such an adapter, but tensors are missing, unexpected or of unequal ranks.
+        ValueError: if the file is such an adapter, but tensors are missing or unexpected, or ranks differ.
     """
     if "domain_emb" in tensors:
         rest = {k: v for k, v in tensors.items() if k != "domain_emb"}
@@ -71,7 +72,9 @@ def _mochi(match: re.Match[str]) -> str:
 def _whole(
     tensors: Mapping[str, Tensor], key: re.Pattern[str], halves: set[str], layers: Sequence[str]
 ) -> None:
-    """Check that a file has both factors of every layer in all blocks from 0 to the last, and nothing else.
+    """Check that a file contains both low-rank factors of every layer in every block, and no other tensors.
+
+    The blocks are numbered from 0 to the highest block number in the file.
 
     Raises:
         ValueError: if tensors are missing or unexpected.

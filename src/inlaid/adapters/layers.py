@@ -1,4 +1,4 @@
-"""Helpers for the layers that an adapter applies to: names, shapes, norms and low-rank products."""
+"""Helper functions for the layers that an adapter changes: names, shapes, norms and low-rank products."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from inlaid.text import printable
 
 
 def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of all linear and convolution layers by name; `in` includes the kernel size.
+    """Return the weight shapes (out, in) of all linear and convolution layers, by layer name.
 
-    The network may be on the meta device.
+    For a convolution, `in` is the number of input channels times the kernel size. The network may be on the
+    meta device.
     """
     return {
         name.removesuffix(".base_layer"): (m.weight.shape[0], math.prod(m.weight.shape[1:]))
@@ -27,7 +28,7 @@ def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def some_of(names: Iterable[object], most: int = 4) -> str:
-    """Join the first names for a message: `a, b and 3 more`."""
+    """Join names for a message; replace all names after the first `most` by a count: `a, b and 3 more`."""
     names = [n if len(n := printable(name, lines=False)) <= 120 else f"{n[:117]}..." for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -42,12 +43,12 @@ def check_fit(
 
     Args:
         adapter: the adapter.
-        layers: (out, in) of the network's layers, from `layer_shapes`.
+        layers: shapes (out, in) of the network's layers, from `layer_shapes`.
         where: file of the adapter, for messages.
         widths: names of model sizes by hidden width, for messages.
 
     Raises:
-        ValueError: if the network lacks a layer, or a layer has another size.
+        ValueError: if the network lacks a layer of the adapter, or the layer has another size.
     """
     missing = [m for m in adapter.modules if m not in layers]
     wrong: dict[tuple, str] = {}
@@ -72,9 +73,10 @@ def check_fit(
 
 
 def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return the transformers models inside a denoiser (image encoders that are trained with it) by name.
+    """Return the image encoders inside a denoiser by name; they are models of the transformers library.
 
-    Their adapters are stored in subfolders of the same names.
+    These encoders are trained together with the denoiser. The adapter of each encoder is stored in a
+    subfolder with the encoder's name.
     """
     from transformers import PreTrainedModel
 
@@ -82,16 +84,19 @@ def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def low_rank_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the update s B A in float32, (out, in); `in` includes the kernel size."""
+    """Return the low-rank update s B A as a float32 matrix (out, in).
+
+    For a convolution, `in` is the number of input channels times the kernel size.
+    """
     return scale * (b.float().flatten(1) @ a.float().flatten(1))
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """Return the L2 norm of each output row (out,) of a weight (out, in, ...), at least 1e-8."""
+    """Return the L2 norms (out,) of the rows of a weight (out, in, ...), clamped to at least 1e-8."""
     return torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(1e-8)
 
 
 def base_layer(denoiser: nn.Module, module: str) -> Any:
-    """Return a layer by name, without the adapter layer around it."""
+    """Return a layer by name; if an adapter layer wraps it, return the wrapped layer."""
     layer = denoiser.get_submodule(module)
     return getattr(layer, "base_layer", layer)

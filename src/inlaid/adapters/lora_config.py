@@ -1,4 +1,4 @@
-"""Configuration of a LoRA, from the header of its file or `adapter_config.json`: parsing and validation."""
+"""Parsing and validation of a LoRA configuration, from a file header or from `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from inlaid.reading import FileError, parse_json
 
 HUGE = 1e30
-"""Bound of alpha, far above that of any trained adapter; float32 overflows at 3e38."""
+"""Limit for LoRA alpha and for the values of an update, far above real values; float32 overflows at 3e38."""
 
 _CONFIG_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "peft_type": str,
@@ -23,14 +23,15 @@ _CONFIG_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "target_modules": (str, list),
     "init_lora_weights": (bool, str),
 }
-"""Types of the values of a LoRA configuration that are used; null is allowed for all."""
+"""Required types of the LoRA settings that inlaid reads; null is valid for every setting."""
 
 
 def parse_config(path: Path, raw: str, origin: str) -> dict[str, Any]:
-    """Parse and validate a LoRA configuration.
+    """Parse and validate a LoRA configuration in JSON.
 
     Raises:
-        ValueError: if it is not JSON, is nested too deeply, or has values of wrong types or out of range.
+        ValueError: if the text is not JSON or is nested too deeply, or if a value has a wrong type, is out of
+            range, or is a regular expression that can take exponential time.
     """
 
     def wrong(why: str) -> ValueError:
@@ -70,4 +71,5 @@ def parse_config(path: Path, raw: str, origin: str) -> dict[str, Any]:
 
 
 _BACKTRACKING = re.compile(r"\)[*+{]|([*+}].*){4}|\(\?\(|\\\d")
-"""Regular expressions that can take exponential time: repeated groups, many repetitions, back references."""
+"""Pattern of regular expressions that can take exponential time, such as expressions with repeated groups,
+many repetitions, conditionals or back references."""

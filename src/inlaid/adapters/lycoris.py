@@ -1,8 +1,8 @@
-"""LoKr and LoHa (Yeh et al. 2023, https://arxiv.org/abs/2309.14859): faster layers, files, and a loader.
+"""LoKr and LoHa adapters (Yeh et al. 2023, https://arxiv.org/abs/2309.14859): faster layers, and file I/O.
 
-The stock pipelines load neither LoKr nor LoHa; `transformer.load_lora_adapter` loads LoKr only. The file
-layout is that of a LoRA in diffusers: `pytorch_lora_weights.safetensors`, with peft's tensor names under
-`transformer.` and peft's configuration in the header, as `load_lora_adapter` expects.
+The pipelines of diffusers load neither LoKr nor LoHa; `load_lora_adapter` of a diffusers transformer loads
+LoKr only. A file has the layout that this method expects: its name is `pytorch_lora_weights.safetensors`,
+its tensors have peft's names with the prefix `transformer.`, and its header contains peft's configuration.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _CONFIG: Mapping[str, tuple[str, ...]] = {
     "lokr": ("peft_type", "r", "alpha", "decompose_both", "decompose_factor", "use_effective_conv2d"),
     "loha": ("peft_type", "r", "alpha", "use_effective_conv2d"),
 }
-"""Settings of peft that change the output of the layers, and are therefore stored in the header."""
+"""peft settings that the file header stores, by adapter kind: the settings that change the layers' output."""
 
 
 def factor(denoiser: nn.Module, name: str) -> None:
-    """Make LoKr and LoHa linear layers of adapter `name` faster, with the same results up to rounding.
+    """Make the LoKr and LoHa linear layers of adapter `name` faster; results stay equal up to rounding.
 
-    peft computes the update (out, in) in float32 in every pass. For LoKr, this is not necessary: a Kronecker
-    product applied to x is two small matrix products. For LoHa, the update is computed, but applied in the
-    dtype of the activations. peft's module dropout (off by default) is not supported, so that each layer
-    compiles to one graph.
+    peft computes the full update matrix (out, in) in float32 in every pass. LoKr does not need this matrix,
+    because a Kronecker product can be applied to x as two small matrix products. For LoHa, the matrix is
+    computed, but it is applied in the dtype of the activations. peft's option `module_dropout` is not
+    supported, so that each layer compiles to one graph.
     """
     from peft.tuners.loha.layer import Linear as LoHaLinear
     from peft.tuners.lokr.layer import Linear as LoKrLinear
@@ -82,7 +82,7 @@ def write(
     peft_config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write a LoKr or LoHa adapter.
+    """Write a LoKr or LoHa adapter file and return its path.
 
     Args:
         folder: folder to write; created if missing.
@@ -91,7 +91,7 @@ def write(
         metadata: additional header entries.
 
     Raises:
-        ValueError: if the file cannot be written.
+        OSError: if the file cannot be written.
     """
     kind = str(peft_config["peft_type"]).rsplit(".")[-1].lower()
     modules = sorted({key.rsplit(".", 1)[0] for key in tensors})
@@ -106,7 +106,7 @@ def write(
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the tensors and peft configuration of a LoKr or LoHa adapter; None for other adapters.
+    """Return the tensors and the peft configuration of a LoKr or LoHa adapter; None for other adapters.
 
     Raises:
         ValueError: if the file is damaged, contains NaN or infinity, or stores no peft configuration.
@@ -132,7 +132,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
     """Load a LoKr or LoHa adapter into a network and return True; return False for other adapters.
 
-    On the meta device, this only checks that the adapter fits.
+    If the network is on the meta device, the names and shapes of the tensors are checked, but no values are
+    loaded.
 
     Raises:
         ValueError: if the file is damaged, or a tensor does not fit the network.
@@ -167,16 +168,16 @@ def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
 
 
 def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
-    """Export a LoKr or LoHa adapter: a copy of the file (`diffusers`), or the network with merged weights.
+    """Export a LoKr or LoHa adapter as a copy of its file, or as a network with the adapter merged.
 
     Args:
         path: folder of the adapter.
-        to: target, `diffusers` or `merged`.
+        to: `diffusers` for a copy of the file, or `merged` for the network.
         out: folder to write.
         base: float32 network without adapters, required for `merged` and changed in place.
 
     Returns:
-        The file, or for `merged` the folder.
+        The path of the file, or for `merged` the path of the network's folder.
 
     Raises:
         ValueError: if the target supports LoRA and DoRA only.
@@ -198,7 +199,7 @@ def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
 
 @torch.no_grad()
 def merge(base: nn.Module, path: Path) -> None:
-    """Merge a LoKr or LoHa adapter into a network with float32 weights, in place."""
+    """Merge a LoKr or LoHa adapter into the weights of a float32 network, in place."""
     from peft.tuners.lycoris_utils import LycorisLayer
 
     load(base, path)

@@ -1,4 +1,4 @@
-"""Weight updates of an adapter, and functions that merge or attach it to a network."""
+"""Merging of an adapter into the weights of a network, and attaching of an adapter to a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from inlaid.networks.half_tokens import NOT_MERGEABLE
 
 
 def effective_delta(adapter: Adapter, module: str, base_weight: Tensor) -> Tensor:
-    """Return the change of a layer's weight by merging, in float32: s B A, or W' - W for DoRA."""
+    """Return the change that merging makes to a layer's weight, in float32: s B A, or W' - W for DoRA.
+
+    W is the weight of the base model, and W' is the merged weight.
+    """
     if not adapter.dora:
         return layer_delta(adapter, module).to(base_weight.device).reshape(base_weight.shape)
     return _merged(adapter, module, base_weight) - base_weight.float()
@@ -21,11 +24,13 @@ def effective_delta(adapter: Adapter, module: str, base_weight: Tensor) -> Tenso
 
 @torch.no_grad()
 def merge_adapter(denoiser: nn.Module, adapter: Adapter) -> None:
-    """Merge an adapter into a network in place, in float32, and cast each weight back to its own dtype.
+    """Merge an adapter into the weights of a network, in place.
+
+    Merged weights are computed in float32 and cast to the dtype of the network's weights.
 
     Raises:
-        ValueError: if the adapter is for alpha tokens only or does not fit, or the network is quantized or
-            has an adapter attached.
+        ValueError: if the adapter does not fit the network or applies to alpha tokens only, or if the network
+            is quantized or has an adapter attached.
     """
     if adapter.joint:
         raise ValueError(NOT_MERGEABLE)
@@ -69,7 +74,10 @@ def attach_adapter(network: nn.Module, adapter: Adapter, name: str = "inlaid") -
 
 
 def layer_delta(adapter: Adapter, module: str) -> Tensor:
-    """Return the update s B A of a layer in float32, (out, in); `in` includes the kernel size."""
+    """Return the low-rank update s B A of a layer as a float32 matrix (out, in).
+
+    For a convolution, `in` is the number of input channels times the kernel size.
+    """
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return low_rank_product(a, b, adapter.scale(module))
 

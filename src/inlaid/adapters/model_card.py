@@ -1,4 +1,4 @@
-"""Model card of the trained weights."""
+"""Model card (README.md) of the trained weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inlaid.adapters.adapter import KINDS
 
 
 def _use(config: recipe.Config, source: str) -> list[str]:
-    """Return code that loads the trained weights into a diffusers pipeline."""
+    """Return the lines of Python code that load the trained weights into a diffusers pipeline."""
     component = "transformer_2" if config.model.expert == "low" else "transformer"
     kind = config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
@@ -34,7 +34,7 @@ def _use(config: recipe.Config, source: str) -> list[str]:
 
 
 def _use_of_scenes(config: recipe.Config, source: str) -> list[str]:
-    """Return code that loads the trained weights into the network of MIDI and TripoSG."""
+    """Return the lines of Python code that load the trained weights into the network of MIDI and TripoSG."""
     start, kind = "from inlaid.networks.triposg import TripoSGTransformer\n", config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
         return [start, 'network = TripoSGTransformer.from_pretrained("path/to/this/folder")']
@@ -65,8 +65,8 @@ def model_card(
         config: recipe of the run. For a local base model, the card contains only the name of its folder.
         step: number of training steps.
         prompts: example prompts.
-        task: pipeline tag of the Hub.
-        objective: description of the training objective. Default: the recipe's preset.
+        task: pipeline tag on the Hub, such as `text-to-video`.
+        objective: description of the training objective. Default: the name of the recipe's preset.
         warnings: paragraphs about limitations.
     """
     import yaml

@@ -1,4 +1,4 @@
-"""Trained weights of a run: lookup, validation, and loading into a pipeline."""
+"""Lookup, validation and loading of the trained weights of a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ BASE = "base"
 
 
 def trained_folder(run: Run, checkpoint: str | None, family: families.Family) -> Path:
-    """Return the folder of the trained weights of a run or of one of its checkpoints.
+    """Return the folder with the trained weights of a run.
 
-    Adapters are validated here, before large files are loaded, because a pipeline would reject an invalid
-    adapter late or not at all.
+    If `checkpoint` is None, this is the folder of the final weights or, if the run is not finished, of the
+    newest checkpoint. An adapter is validated here, before large files are loaded, because a pipeline would
+    reject an invalid adapter late or not at all.
 
     Raises:
         ValueError: if the run has no trained weights, or the adapter is damaged or does not fit the family.
@@ -55,7 +56,7 @@ def trained_folder(run: Run, checkpoint: str | None, family: families.Family) ->
 
 
 def load_into_pipeline(family: families.Family, pipeline: Any, folder: Path) -> None:
-    """Load an adapter of any kind into a pipeline, under the name `inlaid`.
+    """Load an adapter of any kind into a pipeline, under the adapter name `inlaid`.
 
     Raises:
         ValueError: if the adapter does not fit, or the pipeline loads no weights from the folder.

@@ -1,11 +1,11 @@
 """Reader of adapter files in the layouts of the common trainers.
 
-All layouts are converted to an `adapter.Adapter`. The stock loaders ignore most layouts of other trainers
-with only a warning, and discard LoRA alpha without a warning. `read_adapter` instead uses every tensor of a
-file or raises an error.
+Every layout is converted to an `adapter.Adapter`. The loaders of diffusers ignore most layouts of other
+trainers with only a warning, and discard LoRA alpha without a warning. `read_adapter` instead raises an error
+if it cannot use a tensor. It ignores only base weights and weight differences of zero, with a message.
 
-DoRA is defined as in peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): each row of the weight is
-W' = m (W + s B A) / ||W + s B A||.
+DoRA is defined as in peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): each row of the merged weight
+is W' = m (W + s B A) / ||W + s B A||, where m is the trained magnitude of the row.
 """
 
 from __future__ import annotations
@@ -78,18 +78,18 @@ def read_adapter(
     base: nn.Module | None = None,
     dora_scale: DoraRule | None = None,
 ) -> Adapter:
-    """Read an adapter in any known layout, using every tensor of the file.
+    """Read an adapter in any known layout; raise an error if a tensor of the file cannot be used.
 
     Args:
-        path: adapter file, folder that contains one, or run folder.
+        path: adapter file, folder with an adapter file, or run folder.
         family: model family that defines the module names.
-        alpha: LoRA alpha for files that store none. Default: the rank of each module, with a note.
-        shapes: (out, in) of the network's layers, from `layer_shapes`, to check that the adapter fits.
+        alpha: LoRA alpha for files that store none. Default: the rank of each module, with a message.
+        shapes: shapes (out, in) of the network's layers, from `layer_shapes`, to check that the adapter fits.
         base: network without adapters. Required for files with `dora_scale`, which is relative to the
             weights of the base model.
-        dora_scale: definition of a `dora_scale` (out, 1), which multiplies (W + s B A) / ||W|| (`comfyui`)
-            or (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Not needed for files written by
-            inlaid, which store it.
+        dora_scale: definition of the file's `dora_scale` (out, 1). The merged weight is
+            dora_scale * (W + s B A) / ||W|| for `comfyui`, and dora_scale * (W + s B A) / ||W + s B A|| for
+            `merged`, as in LyCORIS. Not needed for files written by inlaid, which store this setting.
 
     Raises:
         ValueError: if the file is damaged, has an unknown layout, does not fit the network, or contains
@@ -108,7 +108,7 @@ def _adapter(
     base: nn.Module | None,
     dora_scale: DoraRule | None,
 ) -> Adapter:
-    """Return the adapter of an open file."""
+    """Convert an open file to an `Adapter`; the arguments are the same as in `read_adapter`."""
     parsed = _parse(file, family, shapes or {})
     problems = _problems(parsed, family)
     strange = [m for m in parsed.parts if not any(re.fullmatch(t, m) for t in family.targets)]
@@ -154,7 +154,7 @@ class _File:
 
 
 def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
-    """Return the tensors, peft configuration and file path of an adapter of any kind, unchanged.
+    """Return the tensors, the peft configuration and the file path of an adapter, without any conversion.
 
     Raises:
         ValueError: if the file is damaged or missing.
@@ -164,7 +164,7 @@ def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], P
 
 
 def _locate(path: Path) -> Path:
-    """Return the weights file in a folder, or `path` itself if it is a file."""
+    """Return the path of the weights file in a folder, or `path` itself if it is a file."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -184,10 +184,10 @@ def _locate(path: Path) -> Path:
 
 
 def _open(path: Path, alpha: float | None = None) -> _File:
-    """Open a file with its tensors, header, and LoRA configuration from the header or `adapter_config.json`.
+    """Load the tensors, header and LoRA configuration of an adapter file.
 
-    Published files of joint alpha are converted to the usual tensor names and, unless `alpha` is passed, get
-    their LoRA alpha of 1.
+    The configuration is read from the header or from `adapter_config.json`. Published TransPixeler adapters
+    are converted to the usual tensor names; their LoRA alpha is 1 unless `alpha` is passed.
     """
     header: dict[str, str] = {}
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
@@ -216,7 +216,11 @@ def _open(path: Path, alpha: float | None = None) -> _File:
 
 
 def _head(path: Path) -> tuple[bytes, int]:
-    """Return the first nine bytes and the size of a file."""
+    """Return the first nine bytes of a file, and its size in bytes.
+
+    Raises:
+        ValueError: if the file is empty or cannot be read.
+    """
     try:
         with path.open("rb") as stream:
             head, size = stream.read(9), path.stat().st_size
@@ -230,7 +234,7 @@ def _head(path: Path) -> tuple[bytes, int]:
 
 @contextmanager
 def load_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file.
+    """Context manager that opens a safetensors file.
 
     Raises:
         ValueError: if the file has another format, is truncated or is damaged.
@@ -260,7 +264,7 @@ def load_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Load the tensors of a torch file."""
+    """Load the tensors of a file that `torch.save` wrote."""
     try:
         state = load_torch(path)
     except TorchFileError as error:
@@ -281,13 +285,14 @@ class _Parsed:
     file: _File
     layout: Layout
     parts: dict[str, dict[str, Tensor]]
-    """Tensors of each module: A and B, and if present alpha, magnitude, dora_scale, bias and diff_b."""
+    """Tensors by module name and part. The parts are A, B and, if present, alpha, magnitude, dora_scale, bias
+    and diff_b."""
     problems: list[str]
     notes: list[str]
 
 
 def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) -> _Parsed:
-    """Group the tensors of a file by module, under diffusers names."""
+    """Group the tensors of a file by module, and translate the module names to diffusers names."""
     find = _finder(family, layers)
     parts: dict[str, dict[str, Tensor]] = {}
     prefixes: dict[str, str] = {}
@@ -340,9 +345,11 @@ def _parse(file: _File, family: type[Family] | Family, layers: Iterable[str]) ->
 
 
 def _finder(family: type[Family] | Family, layers: Iterable[str]):
-    """Return a function that maps a module name in a file to (diffusers name, naming scheme), or None.
+    """Return a function that translates a module name in a file to a diffusers name.
 
-    The returned function takes a name and whether it has underscores instead of dots (kohya).
+    The returned function takes the name and a flag, which is true if the name has underscores instead of
+    dots (kohya). It returns the diffusers name and the naming scheme of the file, `diffusers` or `original`.
+    For an unknown module, it returns None.
     """
     layers = set(layers)
     dotted = {ours: (ours, "diffusers") for _, ours in family.original_names}
@@ -368,7 +375,10 @@ def _finder(family: type[Family] | Family, layers: Iterable[str]):
 
 
 def split_block(module: str) -> tuple[str, str]:
-    """Split `blocks.0.attn1.to_q` into `blocks.0.` (empty outside the blocks) and `attn1.to_q`."""
+    """Split a module name such as `blocks.0.attn1.to_q` into `blocks.0.` and `attn1.to_q`.
+
+    The first part is empty for modules outside the blocks.
+    """
     match = _BLOCK.fullmatch(module)
     assert match
     return match[1] or "", match[2]
@@ -388,7 +398,7 @@ def _unknown(keys: Sequence[str], family: type[Family] | Family, some_known: boo
 
 
 def _problems(parsed: _Parsed, family: type[Family] | Family) -> list[str]:
-    """Return the problems that make a parsed file unusable."""
+    """Return messages about problems that make a parsed file unusable; empty if there are none."""
     out = list(parsed.problems)
     if not parsed.parts and not out:
         out.append(_unknown([*parsed.file.tensors] or ["no tensors at all"], family, False))
@@ -441,7 +451,7 @@ def _misshapen(module: str, parts: Mapping[str, Tensor]) -> list[str]:
 
 
 def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Counter[str]]:
-    """Return the LoRA alpha of each module, and the number of modules for each source of alpha.
+    """Return the LoRA alpha of each module, and a count of the modules for each source of alpha.
 
     Raises:
         ValueError: if the `alpha` argument contradicts the file.
@@ -471,10 +481,10 @@ def _alphas(parsed: _Parsed, alpha: float | None) -> tuple[dict[str, float], Cou
 
 
 def _refuse_overflow(parsed: _Parsed, alphas: Mapping[str, float]) -> None:
-    """Check that the update of each layer, alpha / rank * B A, is representable in float32.
+    """Check that no layer's update, alpha / rank * B A, can overflow float32.
 
     Raises:
-        ValueError: if a layer's update could overflow.
+        ValueError: if the update of a layer could overflow.
     """
     wild = []
     for module, parts in parsed.parts.items():
@@ -491,9 +501,9 @@ def _refuse_overflow(parsed: _Parsed, alphas: Mapping[str, float]) -> None:
 def _normalized(
     parsed: _Parsed, alphas: dict[str, float], base: nn.Module | None, dora_scale: DoraRule | None
 ) -> tuple[dict[str, Tensor], int]:
-    """Return the tensors under the names of `Adapter`, and the number of layers converted to full rank.
+    """Return the tensors named as in `Adapter.tensors`, and the number of layers converted to full rank.
 
-    Changes `alphas` in place: the LoRA alpha of converted layers is their new rank.
+    The LoRA alpha of a converted layer is its new rank; `alphas` is changed in place.
     """
     path, rule = parsed.file.path, parsed.file.header.get(DORA_RULE_KEY, dora_scale)
     tensors: dict[str, Tensor] = {}
@@ -531,7 +541,9 @@ def _base_weight(base: nn.Module | None, module: str, path: Path) -> Tensor:
 def _from_dora_scale(
     parts: Mapping[str, Tensor], scale: float, weight: Tensor, rule: str | None, path: Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """Replace a dora_scale per output row by a magnitude, and one per input column by full-rank factors.
+    """Replace the `dora_scale` of a module by tensors that peft supports.
+
+    A scale per output row becomes a magnitude. A scale per input column becomes factors of full rank.
 
     Returns:
         The new tensors of the module, and True if dora_scale is per input column.
@@ -564,7 +576,7 @@ def _from_dora_scale(
 
 
 def _full_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors A and B whose product is exactly a weight difference; one factor is the identity."""
+    """Return factors A and B whose product B A is exactly `delta`; one factor is the identity matrix."""
     flat = delta.flatten(1)
     n_out, n_in = flat.shape
     a, b = (torch.eye(n_in), flat) if n_in <= n_out else (flat, torch.eye(n_out))

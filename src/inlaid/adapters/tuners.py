@@ -1,7 +1,7 @@
-"""Tuners: selection, preparation and storage of the trainable weights, independent of model families.
+"""Tuners: methods to select, prepare and save the weights that a run trains, for all model families.
 
-LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) use peft's `add_adapter`; full
-fine-tuning makes the weights themselves trainable.
+LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) use peft's `add_adapter`. Full
+fine-tuning trains the weights of the network.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from inlaid.networks.domain_embedding import EMBEDDING, NAME
 
 
 def match(patterns: Sequence[str], names: Sequence[str], *, what: str) -> list[str]:
-    """Return the names that fully match any of the patterns.
+    """Return the names that fully match at least one of the regular expressions `patterns`.
+
+    `what` describes the names in messages, such as `parameter`.
 
     Raises:
-        ValueError: if a pattern is not a regular expression or matches nothing.
+        ValueError: if a pattern is not a regular expression or matches no name.
     """
     found: set[str] = set()
     wrong = []
@@ -61,7 +63,7 @@ Section = recipe.LowRank | recipe.Full
 
 
 def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
-    """Return the names of the layers that get an adapter or, for full fine-tuning, of trainable parameters.
+    """Return the names of the layers to adapt or, for full fine-tuning, of the parameters to train.
 
     The network may be on the meta device.
 
@@ -87,7 +89,9 @@ def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> lis
 def attach(
     section: Section, targets: Sequence[str], denoiser: nn.Module, *, seed: int
 ) -> dict[str, nn.Parameter]:
-    """Freeze the denoiser, then make selected weights trainable or attach adapters, in float32.
+    """Freeze a denoiser, then attach adapters or, for full fine-tuning, make the selected weights trainable.
+
+    Trainable weights are float32.
 
     Args:
         section: tuner section of the recipe.
@@ -127,7 +131,7 @@ def attach(
 
 @contextmanager
 def disabled(denoiser: nn.Module) -> Iterator[None]:
-    """Context manager that disables the adapters, so that the network computes as the base model."""
+    """Context manager that disables the adapters, so that the network acts as the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
@@ -180,7 +184,7 @@ def _peft_config(section: recipe.LowRank, modules: Sequence[str]):
 
 
 def weights(section: Section, denoiser: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that `save` writes by name: adapter tensors, or for full fine-tuning all tensors."""
+    """Return the tensors to save, by name: the trainable parameters or, for full fine-tuning, all tensors."""
     if isinstance(section, recipe.Full):
         return denoiser.state_dict(keep_vars=True)
     return {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
@@ -198,13 +202,13 @@ def save(
 
     Args:
         section: tuner section of the recipe.
-        denoiser: network after `attach`; only its configuration is used.
+        denoiser: network after `attach`; its weights are not used.
         weights: unsharded tensors, named as by the function `weights`.
         folder: folder to write; created if missing.
         metadata: header entries of the adapter file.
 
     Returns:
-        The path of the adapter file, or the folder of the network.
+        The path of the adapter file, or of the network's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(section, recipe.Full):

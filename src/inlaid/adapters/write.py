@@ -1,4 +1,4 @@
-"""Writer of adapters in the layouts of other programs; exports are verified by reading them back."""
+"""Writers of adapter files in the layouts of diffusers, ComfyUI and kohya, with verification of exports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_diffusers(
     peft_config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write a LoRA or DoRA that `load_lora_weights(folder)` restores completely, with LoRA alpha and ranks.
+    """Write a LoRA or DoRA file from which diffusers' `load_lora_weights` also restores LoRA alpha and ranks.
 
     The header contains only settings that change the output of the layers, because other releases of peft
     reject unknown settings.
@@ -88,9 +88,9 @@ def write_diffusers(
 def write_peft(
     folder: Path, tensors: Mapping[str, Tensor], peft_config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Path:
-    """Write an adapter that `peft.PeftModel.from_pretrained(network, folder)` restores.
+    """Write an adapter that `peft.PeftModel.from_pretrained(network, folder)` loads.
 
-    `load_adapter` of transformers (5.23) also loads a LoRA, but ignores the magnitudes of a DoRA.
+    `load_adapter` of transformers (5.23) loads a LoRA from this folder, but ignores the magnitudes of a DoRA.
 
     Args:
         folder: folder to write; created if missing.
@@ -115,7 +115,7 @@ def write_peft(
 
 
 def adapter_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the header entry that contains peft's configuration in the form that diffusers expects."""
+    """Return the file header entry that contains a peft configuration in the form that diffusers reads."""
     packed = json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
     return {METADATA_KEY: packed}
 
@@ -137,11 +137,11 @@ def export_adapter(
             zeros for untrained layers. `merged`: the whole network as a diffusers folder.
         out: file for `comfyui` and `kohya`, folder for `diffusers` and `merged`.
         family: model family that defines the module names.
-        base: network without adapters. Required for `merged`, which changes it in place, for `comfyui` with
-            DoRA, and for `kohya` if the sizes of untrained layers cannot be inferred.
+        base: network without adapters; `merged` changes it in place. Required for `merged`, for a DoRA with
+            `comfyui`, and for `kohya` if the sizes of untrained layers cannot be inferred.
 
     Returns:
-        The path of the adapter file, also for `diffusers`; for `merged`, the folder.
+        The path of the adapter file; for `merged`, the path of the folder.
 
     Raises:
         ValueError: if the target layout cannot represent the adapter, or `out` exists.
@@ -186,7 +186,7 @@ def export_adapter(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically.
+    """Write tensors and header metadata to a safetensors file, atomically.
 
     Raises:
         OSError: if the file cannot be written.
@@ -197,11 +197,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors for ComfyUI: original module names, and a LoRA alpha per layer.
+    """Return an adapter's tensors for ComfyUI, with original module names and the LoRA alpha of each layer.
 
     ComfyUI multiplies W + s B A by dora_scale / ||W||, but DoRA multiplies it by m / ||W + s B A||. For equal
-    results, dora_scale is m ||W|| / ||W + s B A||. Stock converters support no LoRA alpha outside the blocks,
-    so the scale of these layers is multiplied into B.
+    results, dora_scale is m ||W|| / ||W + s B A||. The converters of diffusers support LoRA alpha only inside
+    the transformer blocks. For layers outside the blocks, B is therefore multiplied by the scale s.
     """
     if adapter.dora and base is None:
         raise ValueError(
@@ -230,9 +230,10 @@ def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | 
 
 
 def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors for kohya: all default targets of each block up to the last trained block.
+    """Return an adapter's tensors for kohya, with factors of zero for untrained layers.
 
-    Stock converters fail if a default target is missing, so untrained targets get factors of zero.
+    The result covers all default target layers of every block up to the last trained block, because the
+    converters of diffusers fail if one of these layers is missing.
     """
     if adapter.dora:
         raise ValueError("no other program reads DoRA in the kohya layout: export as merged or comfyui")
@@ -272,7 +273,10 @@ def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | No
 
 
 def _size(adapter: Adapter, module: str) -> tuple[int, int]:
-    """Return (out, in) of a layer from its factors; `in` includes the kernel size."""
+    """Return the weight shape (out, in) of a layer, computed from its low-rank factors.
+
+    For a convolution, `in` is the number of input channels times the kernel size.
+    """
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return b.shape[0], math.prod(a.shape[1:])
 
@@ -300,7 +304,10 @@ def write_network(out: Path, base: nn.Module) -> Path:
 
 
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
-    """Assert that two adapters have the same effect on every layer, and that additional layers are zero."""
+    """Assert that two adapters have the same effect: the original `wanted`, and `got`, read from its export.
+
+    Layers that only `got` has must have an update of zero.
+    """
     assert (wanted.vector is None) == (got.vector is None), "the domain embedding was lost in export"
     assert wanted.vector is None or torch.equal(wanted.vector, got.vector), "the domain embedding differs"  # type: ignore[arg-type]
     for module in got.modules:

@@ -1,1 +1,1 @@
-"""Alpha support of the model families: opaque, joint and merged."""
+"""Transparent videos: classes that add an alpha channel to a model family."""

@@ -1,7 +1,7 @@
-"""Base class that adds alpha to a family by composition.
+"""Base class of wrappers that add an alpha channel to a model family.
 
-The composed family holds the opaque family, defines what alpha changes, and forwards everything else. The
-rest of the package uses only the interface of `Family`.
+A wrapper holds the family without alpha, defines the methods that alpha changes, and forwards all other
+attributes to the wrapped family. The rest of the package uses only the interface of `Family`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ else:
 
 
 class Composed(_Contract):
-    """Base class of families with alpha; attributes that a subclass does not define are those of `opaque`.
+    """Base class of model families with alpha; each wraps a family without alpha in the attribute `opaque`.
 
-    The opaque family calls its own methods, never those of the subclass. If a method of the opaque family
-    calls a method that the subclass replaces, the subclass must replace both.
+    Attributes that a subclass does not define are looked up in the wrapped family. The wrapped family calls
+    its own methods, never the methods of the subclass. If a method of the wrapped family calls a method that
+    the subclass replaces, the subclass must replace both.
     """
 
     channels: int = 4
@@ -29,12 +30,12 @@ class Composed(_Contract):
         self.opaque = opaque
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the opaque family; Python calls this only for names not found here."""
+        """Return an attribute of the wrapped family; called only for attributes that the wrapper lacks."""
         if name == "opaque":  # while an instance is copied, before it has any attribute
             raise AttributeError(name)
         return getattr(self.opaque, name)
 
     @property
     def single(self) -> Family:
-        """The family for one clip: self, or in `Joint` the wrapped opaque family."""
+        """Model family that processes a single clip: by default, this family."""
         return self

@@ -1,9 +1,10 @@
-"""Joint alpha: color and alpha are two clips in one token sequence (arXiv 2501.03006).
+"""Joint alpha: color and alpha are two clips in one token sequence (TransPixeler, arXiv 2501.03006).
 
-The unchanged VAE encodes alpha as a gray video. The latent frames of alpha follow those of color and have the
-same positions. The adapter applies to the alpha tokens only; an optional domain embedding, initialized to
-zero, is added to the alpha tokens. If text and video share the sequence, `text_to_alpha` restricts the
-attention of text to alpha (`networks.joint_attention`).
+The VAE is unchanged and encodes alpha as a gray video. The latent frames of alpha follow the latent frames of
+color and have the same positions. The adapter applies to the alpha tokens only. An optional domain embedding,
+a trained vector that is initialized to zero, is added to the alpha tokens. If text and video share the
+sequence, the setting `text_to_alpha` restricts the attention of text tokens to alpha tokens
+(`networks.joint_attention`).
 
 Before training, the generated alpha clip looks like the color clip; with the same noise for both, the two are
 bit-identical. Because the adapter applies to some tokens only, it cannot be merged into the weights. A
@@ -32,11 +33,11 @@ from inlaid.networks.half_tokens import HalfTokens, half_tokens_class
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 ALPHA = "alpha_"
-"""Prefix of the names of the alpha clip's tensors in a cached item."""
+"""Prefix of the names of alpha tensors in a cached clip."""
 
 
 class Joint(Composed):
-    """Family whose network processes two clips, color and alpha, in one sequence."""
+    """Model family with joint alpha: the network processes a color clip and an alpha clip in one sequence."""
 
     def __init__(self, opaque: Family, section: recipe.Joint) -> None:
         super().__init__(opaque)
@@ -59,7 +60,7 @@ class Joint(Composed):
         self.media_key = ("joint",)
 
     def about(self) -> dict[str, str]:
-        """Return the header metadata, including the settings needed to apply the adapter (`Family.about`)."""
+        """Return the metadata for the adapter's file header, including the settings of joint alpha."""
         said = {
             "alpha": "joint",
             "alpha_tokens": TOKENS,
@@ -70,14 +71,14 @@ class Joint(Composed):
 
     @property
     def single(self) -> Family:
-        """The family for one clip: the wrapped opaque family."""
+        """Model family that processes a single clip: the wrapped family without alpha."""
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the layout of the precomputed latents in a folder, or None if the family reads none.
+        """Return the file layout of the precomputed latents in a folder, or None if the family supports none.
 
-        If a folder for alpha exists, color and alpha are in two folders; otherwise they are in one file,
-        color first.
+        If the folder has a subfolder for alpha, color and alpha are read from separate files. Otherwise, they
+        are read from one file, color first.
         """
         one = self.single.precomputed
         if one is None:
@@ -90,7 +91,11 @@ class Joint(Composed):
         return pair if (folder / pair.media[1]).parent.is_dir() else one
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check that an adapter was trained with joint alpha (`Family.accept`)."""
+        """Check that an adapter was trained with joint alpha, according to its file header.
+
+        Raises:
+            ValueError: if it was trained without alpha or with another kind of alpha.
+        """
         said = header.get("inlaid_alpha", "opaque")
         if said != "joint":
             raise ValueError(
@@ -99,7 +104,7 @@ class Joint(Composed):
             )
 
     def warnings(self) -> list[str]:
-        """Return the paragraph about joint alpha for the model card (`Family.warnings`)."""
+        """Return the paragraph about joint alpha for the model card, as a list of one string."""
         what = (
             "This adapter generates **transparent videos**: color and alpha are two clips in one token "
             "sequence, with the same positions, and the adapter applies to the alpha tokens only, as inlaid "
@@ -109,7 +114,10 @@ class Joint(Composed):
         return [what]
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems with a recipe, including tuners and targets that cannot be limited to alpha."""
+        """Return messages about settings of a recipe that the model or joint alpha does not support.
+
+        Joint alpha requires a LoRA or DoRA on layers that process video tokens.
+        """
         found, tuner = self.opaque.problems(config), config.tuner
         if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):
             only = f"tuner.kind: `joint` trains the alpha tokens only, which {tuner.kind} does not support"
@@ -141,20 +149,20 @@ class Joint(Composed):
         return {"latents": (c, 2 * t, h, w)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the cached tensors of color and, with the prefix `ALPHA`, of alpha."""
+        """Return the shapes of a cached clip's tensors; names of alpha tensors have the prefix `ALPHA`."""
         return _both(*[self.single.stored(frames, height, width)] * 2)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the sequence length: twice the video tokens of a single clip, and its text tokens once."""
+        """Return the sequence length in tokens: the video tokens of two clips, and the text tokens once."""
         return 2 * self.single.tokens(frames, height, width) - self.text_before
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode straight RGBA uint8 (t, h, w, 4): color as a video, alpha as a gray video."""
+        """Encode a straight RGBA clip, uint8 (t, h, w, 4), as a color video and a gray video of alpha."""
         clips = frames[..., :3], np.repeat(frames[..., 3:], 3, -1)
         return _both(*(self.single.encode_media(encoder, clip) for clip in clips))
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return `latents` (c, 2 * t, h, w): the training samples of color and alpha, concatenated."""
+        """Return a training sample: `latents` (c, 2 * t, h, w), frames of color, then frames of alpha."""
         alpha = {k.removeprefix(ALPHA): v for k, v in item.items() if k.startswith(ALPHA)}
         clips = {k: item[k] for k in alpha}, alpha
         return {
@@ -170,7 +178,7 @@ class Joint(Composed):
     def load_denoiser(
         self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None
     ) -> nn.Module:
-        """Load the denoiser and modify it for two clips in one sequence."""
+        """Load the denoiser and modify it to process two clips in one sequence."""
         return self._join(self.opaque.load_denoiser(dtype, meta=meta, folder=folder))
 
     def _join(self, network: Any) -> nn.Module:
@@ -187,7 +195,7 @@ class Joint(Composed):
         return network
 
     def attached(self, denoiser: nn.Module) -> None:
-        """Restrict the adapter to the alpha tokens, and make the domain embedding trainable."""
+        """Restrict an attached adapter to the alpha tokens, and make its domain embedding trainable."""
         self._tail(denoiser)
         if self.section.domain_embedding:
             denoiser.get_submodule(NAME).requires_grad_(True)
@@ -211,9 +219,9 @@ class Joint(Composed):
     # --- sampling -----------------------------------------------------------------------------------------
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline, with all its denoisers modified for two clips in one sequence.
+        """Return the diffusers pipeline, modified to process two clips in one sequence.
 
-        The VAE decodes the two clips separately.
+        The modification applies to all denoisers of the pipeline. The VAE decodes the two clips separately.
         """
         network = denoiser if denoiser is not None else self.load_denoiser(dtype)
         pipe = self.opaque.pipeline(denoiser=network, device=device, dtype=dtype)
@@ -242,7 +250,10 @@ class Joint(Composed):
         images: Sequence[np.ndarray] = (),
         **settings: Any,
     ) -> np.ndarray:
-        """Run the stock pipeline with noise for two clips; return uint8 (t, h, w, 4), straight alpha."""
+        """Generate a straight RGBA video, uint8 (t, h, w, 4), with the diffusers pipeline.
+
+        The pipeline starts from noise for two clips, color and alpha.
+        """
         shape = self.single.shapes(frames, *size)["latents"]
         noise = [
             torch.randn(shape, generator=generator) for _ in range(1 if self.section.shared_noise else 2)
@@ -257,8 +268,8 @@ class Joint(Composed):
         """Load an adapter, restrict it to the alpha tokens, and load its domain embedding.
 
         Raises:
-            ValueError: if the adapter was not trained with joint alpha, its domain embedding is missing, or
-                it has one although `alpha.domain_embedding` is false.
+            ValueError: if the adapter was not trained with joint alpha, if its domain embedding is missing,
+                or if it has a domain embedding although `alpha.domain_embedding` is false.
         """
         with safe_open(folder / WEIGHTS, "pt") as file:
             header = file.metadata() or {}
@@ -278,7 +289,10 @@ class Joint(Composed):
                 weight.zero_() if vector is None else weight.copy_(vector.view_as(weight))
 
     def set_strength(self, pipeline: Any, strength: float) -> None:
-        """Scale the adapter and the domain embedding by `strength`."""
+        """Scale the adapter and the domain embedding by `strength`.
+
+        The domain embedding is multiplied in place, so a second call scales it again.
+        """
         self.opaque.set_strength(pipeline, strength)
         if self.section.domain_embedding:
             with torch.no_grad():

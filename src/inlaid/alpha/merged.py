@@ -1,8 +1,8 @@
-"""Merged alpha (Wan-Alpha, Dong et al. 2025): color and alpha in one latent of an RGBA VAE.
+"""Merged alpha (Wan-Alpha, Dong et al. 2025): an RGBA VAE encodes color and alpha in one latent.
 
-The network, the objective and the sampling are those of the opaque family; only the latents differ. Latents
-of different RGBA VAEs are incompatible, so the `rgba_vae_id` is part of the cache key, and adapters store it
-in their header, where `accept` checks it.
+The network, the objective and the sampling are the same as without alpha; only the latents differ. Latents of
+different RGBA VAEs are incompatible. The ID of the RGBA VAE is therefore part of the cache key, and it is
+stored in the header of adapters, where `accept` checks it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 HEADER = "inlaid_rgba_vae"
-"""Key of the `rgba_vae_id` in the header of an adapter."""
+"""Header key of an adapter file; its value is the ID of the RGBA VAE with which the adapter was trained."""
 
 
 class Merged(Composed):
-    """Family whose latents hold color and alpha, encoded and decoded by an RGBA VAE."""
+    """Model family with merged alpha: an RGBA VAE encodes color and alpha in one latent, and decodes both."""
 
     def __init__(self, opaque: Family, section: recipe.Merged) -> None:
         from inlaid.networks import rgba_vae_checkpoint
@@ -52,15 +52,15 @@ class Merged(Composed):
         return str(self.facts["rgba_vae_id"])
 
     def about(self) -> dict[str, str]:
-        """Return the header metadata, including the ID of the RGBA VAE (`Family.about`)."""
+        """Return the metadata for the adapter's file header, including the ID of the RGBA VAE."""
         return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.rgba_vae_id}
 
     # --- before the cache ---------------------------------------------------------------------------------
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents`, (colors, z, t, h, w).
+        """Return the shape of the cached `latents`, (colors, z, t, h, w).
 
-        The clip is encoded over several background colors; each training sample uses one of the encodings.
+        Each clip is encoded over several background colors; each training sample uses one of these encodings.
         """
         shape = self.shapes(frames, height, width)["latents"]
         return {"latents": (min(self.section.colors, len(self.facts.get("colors", range(8)))), *shape)}
@@ -69,7 +69,7 @@ class Merged(Composed):
         """Load the RGBA VAE in float32, with the checkpoint's VAE as its base.
 
         Raises:
-            ValueError: if the RGBA VAE has no merge block, so that it cannot encode.
+            ValueError: if the RGBA VAE lacks a merge block, without which it cannot encode.
         """
         import torch
 
@@ -84,10 +84,10 @@ class Merged(Composed):
         return rgba_vae_checkpoint.load(self.vae_folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode straight RGBA uint8 (t, h, w, 4) as `latents` (colors, z, t', h', w').
+        """Encode a straight RGBA clip, uint8 (t, h, w, 4), as `latents` (colors, z, t', h', w').
 
-        Latents are normalized per channel, (z - mean) / std. The background colors are chosen from the RGBA
-        VAE's colors by a hash of the clip, so the result is reproducible.
+        Latents are normalized per channel, (z - mean) / std. A hash of the clip selects some of the
+        background colors of the RGBA VAE, so the result is reproducible.
 
         Raises:
             ValueError: if the clip has no alpha channel.
@@ -121,14 +121,17 @@ class Merged(Composed):
     # --- after the cache ----------------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return one of the cached encodings, chosen at random: `latents` (z, t, h, w)."""
+        """Return a training sample: the `latents` (z, t, h, w) of one random background color.
+
+        A cached clip contains the encodings over several background colors.
+        """
         import torch
 
         which = int(torch.randint(len(item["latents"]), (), generator=generator))
         return {**item, "latents": item["latents"][which]}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the stock pipeline, with the RGBA VAE in its attribute `rgba_vae`."""
+        """Return the diffusers pipeline, with the RGBA VAE in its attribute `rgba_vae`."""
         from inlaid.networks import rgba_vae_checkpoint
 
         pipe = self.opaque.pipeline(denoiser=denoiser, device=device, dtype=dtype)
@@ -149,7 +152,7 @@ class Merged(Composed):
         generator: torch.Generator,
         images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Run the stock pipeline and decode its latents with the RGBA VAE.
+        """Generate a transparent video: run the diffusers pipeline and decode its latents with the RGBA VAE.
 
         Returns:
             uint8 (t, h, w, 4), straight alpha. Color is arbitrary where alpha is 0.
@@ -175,7 +178,11 @@ class Merged(Composed):
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check that an adapter was trained on latents of the same RGBA VAE (`Family.accept`)."""
+        """Check that an adapter was trained with the same RGBA VAE, according to its file header.
+
+        Raises:
+            ValueError: if it was trained with another RGBA VAE or without one.
+        """
         said = header.get(HEADER)
         if said != self.rgba_vae_id:
             was = f"was trained with RGBA VAE {said}" if said else "was trained without an RGBA VAE"

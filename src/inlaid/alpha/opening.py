@@ -1,4 +1,4 @@
-"""Create the model family of a recipe, with the alpha support that the recipe configures."""
+"""Creation of the model family of a recipe, with alpha support if the recipe configures it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from inlaid.families import Family
 
 
 def open_family(config: recipe.Config) -> families.Family:
-    """Create the family of a recipe, check that it supports all settings, and print its notes.
+    """Create the model family of a recipe, check that it supports all settings, and print notes.
 
     Raises:
-        ValueError: if settings are not supported; the message lists all of these settings.
+        ValueError: if settings are not supported; the message lists all unsupported settings.
     """
     family = build_family(config)
     wrong = family.problems(config)
@@ -36,11 +36,11 @@ COMPOSED: Mapping[type[recipe.Section], Callable[[Family, Any], Family]] = {
     recipe.Merged: Merged,
     recipe.RgbaVae: RgbaVaeFamily,
 }
-"""Class that adds alpha to an opaque family, by the class of the recipe's `alpha` or `rgba_vae` section."""
+"""Wrapper classes that add alpha to a model family, by the class of the recipe section that selects them."""
 
 
 def build_family(config: recipe.Config) -> Family:
-    """Create the family of a recipe, with alpha support as set in its `alpha` or `rgba_vae` section.
+    """Create the model family of a recipe; its `alpha` or `rgba_vae` section selects the alpha support.
 
     Raises:
         ValueError: if the checkpoint does not belong to the family, or the family does not support this kind

@@ -1,6 +1,6 @@
-"""Family of runs that train an RGBA VAE, and lookup of the folders of RGBA VAEs.
+"""Training of an RGBA VAE in place of a denoiser, and lookup of RGBA VAE folders.
 
-A cached item is a clip in straight RGBA uint8, so no video file is decoded during training. The frozen
+The cache stores each clip as straight RGBA uint8, so no video file is decoded during training. The frozen
 encoder runs in the training step, because each step samples new background colors. Text and timesteps are not
 used.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class RgbaVaeFamily(Composed):
-    """Family of a run that trains an RGBA VAE: items are RGBA pixels, the network is the RGBA VAE."""
+    """Model family that trains an RGBA VAE: the inputs are RGBA pixels, and the network is the RGBA VAE."""
 
     encoders: Mapping[str, Sequence[str]] = {"media": (), "text": ()}
     images: Sequence[str] = ()
@@ -38,22 +38,22 @@ class RgbaVaeFamily(Composed):
         self.images = ()
 
     def about(self) -> dict[str, str]:
-        """Return the header metadata, which names the base checkpoint (`Family.about`)."""
+        """Return the metadata for the file header of the trained weights: the name of the base checkpoint."""
         return {"inlaid_base": self.name}
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents`, which are RGBA pixels: (4, t, h, w)."""
+        """Return the shape of `latents`, which are RGBA pixels in this family: (4, t, h, w)."""
         return {"latents": (4, frames, height, width)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the cached RGBA pixels, the same as `shapes`."""
+        """Return the shape of the cached RGBA pixels, (4, t, h, w)."""
         return self.shapes(frames, height, width)
 
     def load_media_encoder(self, device: torch.device) -> None:
-        """Return None: pixels are cached without encoding."""
+        """Return None, because pixels are cached without encoding."""
 
     def encode_media(self, encoder: None, frames: np.ndarray) -> dict[str, Tensor]:
-        """Return RGBA pixels uint8 (t, h, w, 4) as `latents` uint8 (4, t, h, w).
+        """Return RGBA pixels, uint8 (t, h, w, 4), as `latents`, uint8 (4, t, h, w).
 
         Raises:
             ValueError: if the clip has no alpha channel.
@@ -69,18 +69,25 @@ class RgbaVaeFamily(Composed):
         return {"latents": torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))}
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Return None: an RGBA VAE has no text input."""
+        """Return None, because an RGBA VAE has no text input."""
 
     def encode_text(self, encoder: None, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return an empty mapping for each caption."""
+        """Return an empty mapping for each caption, because an RGBA VAE has no text input."""
         return [{} for _ in captions]
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return an empty mapping: an RGBA VAE has no conditioning inputs."""
+        """Return an empty mapping, because an RGBA VAE has no conditioning inputs."""
         return {}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> RgbaVae:
-        """Load the RGBA VAE in float32 from `folder` or `rgba_vae.init_from`, or create an untrained one."""
+        """Load an RGBA VAE in float32, or create a new RGBA VAE if there is none to load.
+
+        The RGBA VAE is loaded from `folder` or, if that is None, from the setting `rgba_vae.init_from`.
+        If `meta` is true, a new RGBA VAE is created on the meta device.
+
+        Raises:
+            ValueError: if only the merge block is trained and the loaded decoders are untrained.
+        """
         import diffusers
         import torch
 
@@ -103,9 +110,9 @@ class RgbaVaeFamily(Composed):
         return loaded
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the reconstruction of clips: straight color and alpha (n, 4, t, h, w), not clamped.
+        """Encode and decode RGBA clips; return straight color and alpha (n, 4, t, h, w), not clamped.
 
-        `x_t` are RGBA clips of the same shape in [-1, 1], of any dtype; `t` and `cond` are not used.
+        `x_t` contains the RGBA clips, (n, 4, t, h, w) in [-1, 1], of any dtype; `t` and `cond` are not used.
         """
         import torch
 
@@ -115,7 +122,7 @@ class RgbaVaeFamily(Composed):
         return torch.cat([rgb, alpha.mean(1, keepdim=True)], 1)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems with sizes, with the perceptual network's file and with `rgba_vae.init_from`."""
+        """Return messages about invalid clip sizes and invalid settings of the section `rgba_vae`."""
         found = [
             f"data: {p}"
             for frames in config.data.frames
@@ -134,10 +141,10 @@ class RgbaVaeFamily(Composed):
 
 
 def require_wan_vae(family: Any) -> None:
-    """Check that merged alpha supports the VAE of a family.
+    """Check that a model family uses the 16-channel VAE of Wan, on which RGBA VAEs are based.
 
     Raises:
-        ValueError: if the VAE is not the 16-channel VAE of Wan.
+        ValueError: if the family uses another VAE.
     """
     vae = getattr(family, "vae", None) or {}
     z = vae.get("z_dim")
@@ -153,7 +160,8 @@ def locate_rgba_vae(where: str) -> Path:
     """Return the folder of an RGBA VAE.
 
     Args:
-        where: the folder itself, a run that trained an RGBA VAE, or `tiny:wan`, which ships with inlaid.
+        where: the folder itself, the folder of a run that trained an RGBA VAE, or `tiny:wan` for the
+            RGBA VAE that ships with inlaid.
 
     Raises:
         ValueError: if the folder does not exist.
@@ -175,7 +183,7 @@ def locate_rgba_vae(where: str) -> Path:
 
 
 def perceptual_file(name: str) -> Path:
-    """Return the local path of a perceptual network's weights, after downloading them if needed.
+    """Return the local path of the weights of a perceptual loss network (VGG16); download the file if needed.
 
     Args:
         name: local path, or `OWNER/NAME/FILE` on the Hub.

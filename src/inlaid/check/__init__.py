@@ -1,1 +1,1 @@
-"""Commands before training: write a recipe, check data and recipe, estimate memory and time."""
+"""Preparation of a training run: write a recipe, check recipe and data, estimate memory and time."""

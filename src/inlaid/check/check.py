@@ -1,7 +1,7 @@
-"""`inlaid check`: report sources, problems, buckets and an estimate of memory and time.
+"""`inlaid check`: report data sources, problems, buckets, and an estimate of memory and time.
 
-No model weights are loaded. Of every clip, the header and the end are read; a few windows are read completely
-for the contact sheet.
+A bucket is a group of training examples with equal length and size. No model weights are loaded. The header
+and the end of every clip are read; a few clips are also decoded for the contact sheet.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ ROWS = 12
 
 @dataclass(frozen=True)
 class Bucket:
-    """Windows with the same length and size."""
+    """Group of windows (clips or segments of clips) with equal length and size."""
 
     extent: Extent
     train: int
-    """Number of training windows."""
+    """Number of windows for training."""
     validation: int
-    """Number of validation windows."""
+    """Number of windows for validation."""
     batches: int
-    """Number of batches per epoch, including repeats and weights of sources."""
+    """Number of batches per epoch, which also depends on the repeats and weights of the data sources."""
     latent: tuple[int, ...]
-    """Shape of the latents of a window."""
+    """Shape of the latents of one window."""
     tokens: int
-    """Number of tokens of a window."""
+    """Number of tokens that the denoiser processes for one window."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Report:
     problems: list[Problem]
     """Problems with clips and sources."""
     mistakes: list[str]
-    """Problems with the recipe for this checkpoint."""
+    """Messages about problems that prevent training with this recipe and checkpoint."""
     sources: list[SourceReport]
     buckets: list[Bucket]
     estimate: Estimate | None
-    """None if the recipe has mistakes or if there are no training windows."""
+    """Estimated resources; None if the recipe has mistakes or if there are no training windows."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """Settings that are valid but unlikely to be meant, and a Hub that cannot be reached."""
+    """Messages about valid but probably unintended settings, and about an unreachable Hub."""
     alphas: dict[str, AlphaStats] = field(default_factory=dict)
-    """Alpha statistics by clip name; empty unless the run is transparent."""
+    """Alpha statistics by clip name; empty if the recipe trains without alpha."""
     conversions: dict[str, str] = field(default_factory=dict)
-    """What is done to the pixels of a clip for display, by clip name, such as `deinterlaced; mirrored`."""
+    """Pixel conversions that decoding applies, by clip name, such as `deinterlaced; mirrored`."""
     contact_sheet: str | None = None
     modality: str = "video"
 
@@ -92,7 +92,7 @@ class Report:
         return not self.mistakes and not any(p.severity == "error" for p in self.problems)
 
     def to_json(self) -> str:
-        """Return the report as JSON."""
+        """Return the report as JSON text."""
         peak = {} if self.estimate is None else {"peak": self.estimate.peak}
         out = {"ok": self.ok, **asdict(self)}
         out["buckets"] = [{**b["extent"]._asdict(), **b} for b in out["buckets"]]
@@ -104,7 +104,9 @@ class Report:
 
 
 def check_recipe(config: recipe.Config) -> Report:
-    """Check the data and the recipe; write `report.json` and `contact_sheet.png` to `RUN/check`.
+    """Check the data and the recipe, and write the files `report.json` and `contact_sheet.png`.
+
+    The files are written to the folder `check` of the run.
 
     Raises:
         ValueError: if the family is unknown or the checkpoint's configuration cannot be read.
@@ -176,7 +178,7 @@ def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list
 
 
 def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
-    """Return notes, which inform about the run and require no change."""
+    """Return messages that inform about the run and require no change."""
     notes = family.notes(config)
     if not plan.train:
         return notes
@@ -213,7 +215,7 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
 
 
 def _cautions(config: recipe.Config, family: families.Family) -> list[str]:
-    """Return warnings about the recipe for this network."""
+    """Return warnings about settings of the recipe that probably do not suit this network."""
     import torch
 
     network = family.load_denoiser(torch.float32, meta=True)
@@ -221,7 +223,7 @@ def _cautions(config: recipe.Config, family: families.Family) -> list[str]:
 
 
 def _conversions(plan: Plan) -> list[str]:
-    """Return a note for each way in which the pixels of some clips are converted for display."""
+    """Return one message per pixel conversion, such as deinterlacing, with the clips that it applies to."""
     found: dict[str, list[str]] = defaultdict(list)
     for clip in plan.clips:
         if clip.path in plan.probes:
@@ -283,7 +285,10 @@ def _memory_savings(config: recipe.Config) -> str:
 def _contact_sheet(
     config: recipe.Config, modality: Modality, plan: Plan, path: Path
 ) -> tuple[str, list[Problem]]:
-    """Write a contact sheet of evenly spaced training windows; return its path and the problems found."""
+    """Write a contact sheet of evenly spaced training windows; return its path and the read errors.
+
+    The path is empty if no window can be read.
+    """
     there = [w for w in plan.train if not w.clip.embedding]
     picked = [there[i * len(there) // ROWS] for i in range(ROWS)] if len(there) > ROWS else there
     rows, problems = [], []
@@ -308,7 +313,7 @@ def _contact_sheet(
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print a report: sources, buckets, estimate, notes, and problems last."""
+    """Print a report to a console: sources, buckets, estimate, notes, and problems last."""
     console.print(Text.assemble(("check ", "bold"), f"{report.run}: {report.family}, {report.checkpoint}\n"))
     rows = [
         (
@@ -369,7 +374,10 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_alphas(alphas: Mapping[str, AlphaStats], console: Console) -> None:
-    """Print the alpha statistics, measured before cleanup, of the first clips, and the mean of all clips."""
+    """Print the alpha statistics of the first clips, and the mean over all clips.
+
+    The statistics are measured before alpha is cleaned up.
+    """
     rows = [(_short(name), *_alpha_cells(a), a.looks) for name, a in list(alphas.items())[:ROWS]]
     if len(alphas) > 1:
         mean = [sum(getattr(a, key) for a in alphas.values()) / len(alphas) for key in _SHARES]

@@ -1,8 +1,8 @@
-"""Estimate of a run's parameters, memory, disk space and time, before anything is downloaded or loaded.
+"""Estimate of a run's parameters, memory, disk space and time, before model weights are downloaded or loaded.
 
-The network is built on the meta device, the tuner is attached, and one forward and backward pass is simulated
-on shapes only, with gradient checkpointing. The lifetime of every tensor is tracked and the operations are
-counted. The speed of the device is measured with matrix products.
+The network is built on the meta device with its trainable weights or adapter. One forward and backward pass
+is then simulated on shapes only, with gradient checkpointing as in the recipe. The lifetime of every tensor
+is tracked and the operations are counted. The speed of the device is measured with matrix products.
 """
 
 from __future__ import annotations
@@ -35,42 +35,43 @@ from inlaid.training.memory import enable_checkpointing
 from inlaid.training.trained import Trained, trained_by
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "adamw4bit": 1.06, "prodigy": 16.0}
-"""Bytes of optimizer state per trained weight: two moments, plus scales if quantized; Prodigy: four."""
+"""Bytes of optimizer state per trained weight. AdamW stores two moments, plus scales if quantized; Prodigy
+stores four float32 values."""
 
 QUANTIZED_BYTES = {"int8": 1.0, "float8": 1.0, "int4": 0.5, "nf4": 0.5}
 """Bytes per weight of a quantized layer, without scales."""
 
 EFFICIENCY = (0.25, 0.7)
-"""Minimum and maximum training speed, as a fraction of the speed of large matrix products."""
+"""Assumed minimum and maximum training speed, as a fraction of the speed of large matrix products."""
 
 OVERHEAD_SECONDS = 0.05
-"""Seconds per step below which no time is estimated, because overhead dominates."""
+"""Shortest step, in seconds, for which a time is estimated; in shorter steps, overhead dominates."""
 
 WORDS_TO_TOKENS = 1.5
-"""Estimated text tokens per word of a caption."""
+"""Estimated number of text tokens per word of a caption."""
 
 TEXT_WIDTHS = ("text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim")
-"""Keys of a network's configuration for the width of its text input."""
+"""Configuration keys of networks that contain the width of the text input."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Peak bytes and floating-point operations of one micro-batch, forward and backward."""
+    """Peak memory and number of operations of one micro-batch, forward and backward."""
 
     activations: int
-    """Bytes allocated at the peak, without weights, their gradients and the optimizer state."""
+    """Bytes allocated at the peak, excluding weights, weight gradients and optimizer state."""
     gradients: int
-    """Bytes of the float32 gradients of trained weights at the peak."""
+    """Bytes of the float32 weight gradients at the peak."""
     linear: float
-    """Operations outside attention, linear in the number of tokens."""
+    """Floating-point operations outside attention, proportional to the number of tokens."""
     attention: float
-    """Operations of self-attention, quadratic in the number of tokens."""
+    """Floating-point operations of self-attention, quadratic in the number of tokens."""
     across: float
-    """Operations of cross-attention from tokens to text of fixed length."""
+    """Floating-point operations of cross-attention to text, proportional to the number of video tokens."""
 
 
 class _Attention(torch.autograd.Function):
-    """Simulated fused attention: saves queries, keys, values and output, but no attention matrix."""
+    """Simulation of fused attention: saves queries, keys, values and output, but no attention matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[[float], None]) -> Tensor:
@@ -88,10 +89,10 @@ class _Attention(torch.autograd.Function):
 
 
 class _Fused:
-    """Context manager that replaces attention with `_Attention` and counts its operations.
+    """Context manager that replaces PyTorch's attention with `_Attention` and counts its operations.
 
-    It also applies to the recomputation of checkpointed blocks in the backward pass, unlike a
-    `TorchFunctionMode`.
+    Gradient checkpointing repeats the forward pass of blocks in the backward pass. Unlike a
+    `TorchFunctionMode`, this class also applies to the repeated forward passes.
     """
 
     def __init__(self, video: int, text: int) -> None:
@@ -118,9 +119,9 @@ class _Fused:
 
 
 class _Ledger(TorchDispatchMode):
-    """Dispatch mode that tracks the memory of all new tensors and its peak, and counts operations.
+    """Torch dispatch mode that measures the peak memory of all new tensors and counts operations.
 
-    torch's `FlopCounterMode` is not used: its module hooks keep tensors alive.
+    torch's `FlopCounterMode` is not used, because its module hooks keep tensors in memory.
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -129,7 +130,7 @@ class _Ledger(TorchDispatchMode):
         self.now = self.gradients = 0
         self.flops = 0.0
         self.worst = (0, 0)
-        """Total bytes and bytes of gradients at the peak."""
+        """Memory at the peak: total bytes, and bytes of gradients."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -149,25 +150,25 @@ class _Ledger(TorchDispatchMode):
         return out
 
     def add(self, size: int) -> None:
-        """Record `size` allocated bytes and update the peak."""
+        """Record an allocation of `size` bytes and update the peak."""
         self.now += size
         if self.now > self.worst[0]:
             self.worst = (self.now, self.gradients)
 
     def free(self, key: int, size: int) -> None:
-        """Record that a storage was freed."""
+        """Record that the storage `key` of `size` bytes was freed."""
         self.live.discard(key)
         self.now -= size
 
     def gradient(self, parameter: Tensor) -> None:
-        """Record the gradient of a parameter, as float32 whatever the precision of the simulated pass."""
+        """Record the gradient of a parameter as float32, even if the simulated pass has another precision."""
         assert parameter.grad is not None
         self.gradients += parameter.numel() * 4
         self.add(parameter.numel() * 4 - parameter.grad.nbytes)
 
 
 def _drop(parameter: Tensor) -> None:
-    """Free the gradient of a parameter, whose accumulated gradient is already counted."""
+    """Delete the new gradient of a parameter; the accumulated gradient is already counted."""
     parameter.grad = None
 
 
@@ -180,14 +181,14 @@ def count_operations(
     checkpointing: bool | int,
     accumulating: bool = False,
 ) -> Counts:
-    """Run one forward and backward pass of a network on the meta device and count memory and operations.
+    """Run one forward and backward pass of a network on the meta device; count memory and operations.
 
     Args:
         family: family of the network.
         denoiser: network on the meta device, with its tuner attached.
-        extent: extent of each sample.
+        extent: length, height and width of each sample.
         batch: number of samples.
-        checkpointing: gradient checkpointing of all blocks, or of every n-th block.
+        checkpointing: True for gradient checkpointing of all blocks, n for every n-th block, False for none.
         accumulating: True if the gradients of an earlier micro-batch already exist.
     """
     if checkpointing:
@@ -222,7 +223,13 @@ def count_operations(
 def _counted(
     family: Family, denoiser: nn.Module, extent: Extent, batch: int, memo: dict[str, Any], **how: Any
 ) -> Counts:
-    """Return `count_operations`, memoized by everything that determines it, and by the library versions."""
+    """Return the result of `count_operations`, which is stored in `memo` and reused for equal inputs.
+
+    The key in `memo` is a hash of all inputs and of the library versions.
+
+    Raises:
+        ValueError: if the network does not accept clips of this size.
+    """
     tensors = [(n, type(p), p.shape, p.dtype, p.requires_grad) for n, p in denoiser.named_parameters()]
     about = [type(family), family.model, family.options, family.text_length, family.channels]
     about += [family.shapes(*extent), family.tokens(*extent), __version__]
@@ -243,35 +250,35 @@ def _counted(
 
 
 def text_width(denoiser: nn.Module) -> int:
-    """Return the width of a network's text input from its configuration; 4096 (T5-XXL) if it is missing."""
+    """Return the width of a network's text input, from its configuration; 4096 (T5-XXL) if it is missing."""
     config: Any = getattr(denoiser, "config", {})
     return next((int(config[k]) for k in TEXT_WIDTHS if config.get(k)), 4096)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated resources of a run on this machine, per process."""
+    """Estimated resources of one process of a run on this machine."""
 
     parameters: int
     trained: int
     memory: dict[str, int]
-    """Bytes of device memory by purpose during training."""
+    """Bytes of device memory during training, by purpose."""
     cache: dict[str, int]
-    """Bytes on disk of cached clips and captions."""
+    """Bytes of the cache on disk, for `clips` and for `captions`."""
     flops: float
     """Floating-point operations of one optimizer step."""
     seconds: tuple[float, float] | None
-    """Minimum and maximum time of one optimizer step; None if unknown."""
+    """Minimum and maximum time of one optimizer step in seconds; None if unknown."""
     device: str
     capacity: int
     """Bytes of device memory; 0 if unknown."""
     precision: str
     how: tuple[str, ...]
-    """Explanations of the estimates, and of missing estimates."""
+    """Sentences that explain how the values were estimated, or why a value is missing."""
 
     @property
     def peak(self) -> int:
-        """Peak bytes of memory during a step."""
+        """Peak bytes of device memory during a step."""
         return sum(self.memory.values())
 
 
@@ -290,18 +297,18 @@ def estimate_recipe(
     """Estimate the resources of a run.
 
     Args:
-        family: family instance; no weights need to be loaded.
+        family: model family; no weights need to be loaded.
         config: the recipe.
-        batches: number of batches per epoch for each extent.
-        windows: number of items to cache for each extent.
+        batches: number of batches per epoch for each extent (length, height and width).
+        windows: number of clips to cache for each extent.
         captions: captions to cache.
         device: device of the run.
         precision: precision of the frozen base model.
         optimizer: name of the optimizer, resolved for the device.
-        memo: known results of the simulated pass, by identity; new results are added.
+        memo: results of earlier simulated passes, by a hash of their inputs; new results are added.
 
     Raises:
-        ValueError: if the tuner's targets match no layer.
+        ValueError: if a target of the tuner matches no layer, or the network does not accept the clip size.
     """
     what = trained_by(config, family)
     full = what.autocast
@@ -373,7 +380,7 @@ def _cache(
     width: int,
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
-    """Return the bytes of the cache for clips and for captions, and an explanation."""
+    """Return the size of the cache in bytes, for clips and for captions, and an explanation."""
     clips = sum(
         n * math.prod(shape) * (1 if name in family.bytewise else 2)
         for extent, n in windows.items()
@@ -387,9 +394,10 @@ def _cache(
 
 
 def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.Module, int]:
-    """Return the network on the meta device, with its tuner, and the number of trained weights.
+    """Return the network on the meta device, prepared for training, and the number of its trained weights.
 
-    All weights have the precision used for computation.
+    The weights have the dtype in which the run computes. With autocast, this is not the float32 in which the
+    run stores the weights.
     """
     denoiser = family.load_denoiser(precision, meta=True)
     for parameter in denoiser.parameters():
@@ -406,7 +414,10 @@ def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.
 def _frozen(
     config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
 ) -> tuple[int, int]:
-    """Return the bytes of the frozen weights, and of temporary copies of quantized or cast weights."""
+    """Return the bytes of the frozen weights, and of temporary copies of quantized or cast weights.
+
+    A temporary copy is a quantized or cast weight that is expanded for the computation.
+    """
     section = config.memory
     plain = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad) * precision.itemsize
     names = dict(denoiser.named_parameters())
@@ -434,7 +445,7 @@ def _frozen(
 
 
 def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
-    """Return the names of the layers that a recipe quantizes or casts for storage."""
+    """Return the names of the layers whose weights are quantized or are stored in a smaller dtype."""
     if section.quantize:
         return [n.removesuffix(".base_layer") for n in quantize.linears(denoiser) if "lora_" not in n]
     if not section.layerwise_casting:
@@ -448,7 +459,10 @@ def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
 def _sharded(
     memory: dict[str, int], config: recipe.Config, denoiser: nn.Module, optimizer: str
 ) -> tuple[dict[str, int], str]:
-    """Return the memory of one process if tensors are sharded over processes, and an explanation."""
+    """Return the memory of one process after sharding over all processes, and an explanation.
+
+    Without sharding, the memory is unchanged and the explanation is empty.
+    """
     world, parallel = config.runtime.world_size or 1, config.runtime.parallel
     if world == 1 or parallel == "ddp":
         return memory, ""
@@ -468,7 +482,7 @@ def _sharded(
 def _time(
     flops: float, device: torch.device, precision: torch.dtype
 ) -> tuple[tuple[float, float] | None, str]:
-    """Return the minimum and maximum seconds per step, or None, and an explanation."""
+    """Return the minimum and maximum seconds per step, or None if unknown, and an explanation."""
     if device.type == "meta":
         return None, "unknown, the recipe's device is not on this machine"
     rate = measure_speed(device, precision)
@@ -486,7 +500,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def measure_speed(device: torch.device, precision: torch.dtype, *, seconds: float = 0.2) -> float:
-    """Measure the speed of large matrix products, in floating-point operations per second."""
+    """Measure the speed of large matrix products on a device, in floating-point operations per second."""
     n = 4096 if device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=device).to(precision) for _ in range(2))
 
@@ -505,7 +519,7 @@ def measure_speed(device: torch.device, precision: torch.dtype, *, seconds: floa
 
 
 def describe_device(device: torch.device) -> tuple[str, int]:
-    """Return the name of a device and its memory in bytes, or 0 if the memory is unknown."""
+    """Return the name of a device and its memory in bytes; the memory is 0 if it is unknown."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory

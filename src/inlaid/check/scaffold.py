@@ -14,7 +14,7 @@ from inlaid.families import Family, Grid
 from inlaid.media.kinds import Probe, available_frames
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
-"""Aspect ratios from which buckets are chosen if clips have different shapes."""
+"""Aspect ratios that a recipe can list in `data.aspects` if the clips have different aspect ratios."""
 
 HEAD = """\
 # Made by `inlaid new {family} {clips}` from {found}.
@@ -66,7 +66,7 @@ TRANSPARENT = """\
 PROMPTS = "  prompts:  # generated during training; `inlaid evaluate` compares them with the base model\n"
 
 NO_PROMPTS = "  seed: 42  # without prompts and images, samples use captions and images of the first clips\n"
-"""Replacement for `prompts` in families that need an image per prompt."""
+"""Text that replaces `PROMPTS` in a recipe if the model family needs an image for each prompt."""
 
 
 def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> Path:
@@ -74,7 +74,7 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
 
     Args:
         family: name of a model family.
-        clips: folder or manifest.
+        clips: folder of clips, or manifest file that lists clips.
         out: path of the recipe. Default: the name of `clips` + `.yaml` in the current folder.
         checkpoint: Hub ID or folder. Default: the family's first published checkpoint.
 
@@ -220,7 +220,12 @@ def _quoted(text: str) -> str:
 
 
 def _size(model: Family, probes: list[Probe]) -> tuple[int, int]:
-    """Return the family's default size (704p if sizes have steps of over 16 pixels), adapted to the clips."""
+    """Return the height and width for a recipe: the default size of the family, adapted to the clips.
+
+    The default is 704 x 1280 in families whose sizes are multiples of more than 16 pixels. It is turned to
+    portrait if most clips are portrait. If the clips are smaller, the result has their median area and median
+    aspect ratio.
+    """
     height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
     typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]
     scale = min(1.0, math.sqrt(typical / (height * width)))
@@ -233,7 +238,7 @@ def _size(model: Family, probes: list[Probe]) -> tuple[int, int]:
 
 
 def _aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
-    """Return the ratios of `ASPECTS` nearest to the clips; empty if `size` fits nearly all clips."""
+    """Return the ratios in `ASPECTS` that are nearest to the clips; empty if `size` fits 95 % of clips."""
 
     def off(probe: Probe, ratio: float) -> float:
         return abs(math.log(probe.width / probe.height / ratio))
@@ -246,7 +251,10 @@ def _aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
 
 
 def _frames(probes: list[Probe], model: Family) -> list[int]:
-    """Return the family's frame count, and up to three smaller counts for shorter clips."""
+    """Return up to four valid frame counts that suit the lengths of the clips, in increasing order.
+
+    None of the counts is larger than the default of the family.
+    """
     grid: Grid = model.grid
     longest = grid.snap_frames(max(model.defaults["data"]["frames"]))
     fills = {min(longest, grid.snap_frames(available_frames(p, model.fps))) for p in probes}

@@ -1,1 +1,1 @@
-"""The `inlaid` command."""
+"""Command-line interface of inlaid."""

@@ -1,7 +1,7 @@
-"""The command-line application and the options that several commands share.
+"""The command-line application, and options that several commands share.
 
-Heavy imports happen inside the commands, and help is plain text (rich takes as long to import as everything
-else), so that `--help` answers at once.
+Slow imports happen inside the commands, so that `--help` prints at once. Help is plain text, because
+importing rich for formatted help would take as long as all other imports together.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ Device = Annotated[
 
 
 def echo(text: str) -> None:
-    """Print a message to stderr; stdout has results only."""
+    """Print a message to stderr; stdout contains results only."""
     print(printable(text), file=sys.stderr)
 
 
 def load_recipe(path: Path, overrides: list[str] | None) -> Config:
-    """Load a recipe or the recipe of a run folder, and silence the libraries."""
+    """Load a recipe from a YAML file or run folder, and silence messages of the libraries."""
     quiet_libraries(bars=False)
     from inlaid import config
 
@@ -105,7 +105,10 @@ def load_recipe(path: Path, overrides: list[str] | None) -> Config:
 
 
 def quiet_libraries(bars: bool = True) -> None:
-    """Silence warnings of the libraries, and with `bars` their progress bars, which imports them."""
+    """Silence the warnings of the libraries and, if `bars` is true, their progress bars.
+
+    Silencing the progress bars imports the libraries.
+    """
     from inlaid.console import quiet, quiet_bars
 
     quiet()

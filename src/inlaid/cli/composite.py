@@ -1,4 +1,4 @@
-"""`inlaid composite`: an RGBA clip over a background."""
+"""`inlaid composite`: composite a transparent video over a background."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def composite_file(
     """Composite a transparent file over a color, an image or a video, and write an mp4.
 
     Args:
-        foreground: any file that `read` supports.
-        background: `#rrggbb`, a color name, `checkerboard`, or a file, which is scaled to cover.
-        out: ends in `.mp4`.
-        premultiplied: as in `composite`.
-        linear: as in `composite`.
-        fps: frames per second. Default: that of the foreground, or 16 if it has none.
+        foreground: transparent video, image, or PNGs in a folder or .zip.
+        background: `#rrggbb`, a color name, `checkerboard`, or a file, which is scaled to cover the frame.
+        out: path of the mp4 file.
+        premultiplied: True if the color of the foreground is premultiplied by alpha.
+        linear: blend in linear light instead of gamma-encoded values.
+        fps: frames per second. Default: the frame rate of the foreground, or 16 if it has none.
 
     Raises:
-        ValueError: a file cannot be read, the foreground is opaque, or the background is invalid.
+        ValueError: if a file cannot be read, the foreground is opaque, or the background is invalid.
     """
     if fps is not None and not fps > 0:
         raise ValueError(f"--fps: {fps:g} is not positive; omit it to use the foreground's frame rate")
@@ -71,7 +71,7 @@ def composite_file(
 
 
 def _rate(path: Path) -> float:
-    """Return the frame rate of a file; 16 for still images and folders, which have none."""
+    """Return the frame rate of a file; 16 for still images and for folders or .zip files of images."""
     if path.is_dir() or path.suffix.lower() == ".zip":
         return 16.0
     if path.suffix.lower() in (".png", ".webp"):

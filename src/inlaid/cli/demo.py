@@ -1,4 +1,4 @@
-"""`inlaid demo`: the complete workflow on the pretrained tiny model that ships with the package."""
+"""`inlaid demo`: the complete workflow on a pretrained tiny model that ships with the package."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from inlaid.tiny.world import FPS
 from inlaid.training.loop import train
 
 SUBJECT, OLD = "the new subject", "the old world"
-"""Names of the prompt groups in the demo's report."""
+"""Names of the two groups of prompts in the report of the demo."""
 
 CLIPS, PROMPTS = 16, 10
-"""Number of training clips, and of judged prompts per group."""
+"""Number of training clips, and number of evaluation prompts per group."""
 
 KNOWN, REPEATS, PRIOR_PRESERVATION = 320, 30, 6
-"""Clips of the tiny model's pretraining domain, `repeats` of the new clips, and weight of prior preservation.
+"""Number of clips from the tiny model's pretraining domain, value of `repeats` for the new clips, and weight
+of prior preservation.
 
-Without prior preservation the tiny model forgets its pretraining domain."""
+Without prior preservation, the tiny model forgets its pretraining domain."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
-    """Return the demo's recipe, a usual recipe for a folder of clips at the size of the tiny model."""
+    """Return the recipe of the demo: a usual recipe for clips, with settings for the tiny model."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},
@@ -56,9 +57,9 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts of the new subject and `n` of the pretraining domain, with judges.
+    """Return `n` prompts of the new subject and `n` prompts of the pretraining domain, for evaluation.
 
-    None of the prompts is used for training.
+    Each prompt has a function that checks the generated video. None of the prompts is used for training.
     """
     new = [Prompt(t, SUBJECT, judge.judge_subject) for t, _ in world.subject_prompts(n, 2)]
     old = [
@@ -69,10 +70,11 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def write_clips(folder: Path) -> None:
-    """Write `clips` (a new subject) and `known` (the tiny model's pretraining domain), with captions.
+    """Write the training clips with captions: the new subject, and the pretraining domain of the tiny model.
 
-    H.264 in 4:2:0 halves the chroma resolution, which would blur outlines: clips of the subject are enlarged
-    to twice their size, and known clips are written as arrays.
+    The folders are `clips` (subject) and `known` (pretraining domain). H.264 with 4:2:0 chroma subsampling
+    would blur the outlines. Clips of the subject are therefore enlarged to twice their size, and the other
+    clips are stored as arrays.
     """
     scenes = world.scenes(7, KNOWN)
     known = [(world.render(scene, i), world.caption(scene, i)) for i, scene in enumerate(scenes)]
@@ -115,14 +117,14 @@ def run_job(
     start: float,
     pair: Sequence[str] = (),
 ) -> Path:
-    """Check, cache, train, generate and evaluate: the part common to all demos.
+    """Check a recipe, then train (which also fills the cache), generate and evaluate, as in all demos.
 
     Args:
-        folder: run folder; contains the examples.
+        folder: run folder, which already contains the training data.
         made: the recipe.
-        asked: function from the settings to the prompts of the evaluation.
-        start: start time of the demo, by `time.perf_counter`.
-        pair: input image and segmentation for generation. Default: the first prompt.
+        asked: function that returns the evaluation prompts for a loaded recipe.
+        start: start time of the demo, from `time.perf_counter`.
+        pair: input image and segmentation for generation. Default: the first prompt of the recipe.
 
     Returns:
         Path of the HTML report.
@@ -149,5 +151,5 @@ def run_job(
 
 
 def title(command: str) -> None:
-    """Print a line with the next command."""
+    """Print the next command as a heading."""
     console.rule(f"[bold]{command}", align="left")

@@ -1,7 +1,7 @@
-"""`inlaid demo --alpha joint`: training the tiny model to generate alpha together with color.
+"""`inlaid demo --alpha joint`: train the tiny model to generate an alpha clip together with each color clip.
 
-Joint alpha keeps the color of the base model, so the clips come from the tiny model's pretraining domain,
-whose shapes have known alpha.
+Joint alpha keeps the color of the base model. The training clips are therefore rendered from the tiny model's
+pretraining domain, in which the alpha of every shape is known.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from inlaid.tiny.world import FPS
 INTRO = "96 clips of the tiny model's pretraining domain with alpha: color is kept, and alpha is trained"
 
 CLIPS, VALIDATION, PROMPTS = 96, 4, 20
-"""Number of RGBA clips, of validation clips among them, and of judged prompts."""
+"""Number of RGBA clips, number of validation clips among the RGBA clips, and number of evaluation prompts."""
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """Return the demo's recipe."""
+    """Return the recipe of the demo."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},
@@ -44,7 +44,10 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def write_clips(folder: Path) -> None:
-    """Write `clips`: shapes on backgrounds with straight alpha, as arrays, with captions."""
+    """Write the training clips to the folder `clips`, with captions.
+
+    The clips show shapes on backgrounds. They are stored as .npz arrays with straight alpha.
+    """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     with progress("make clips", CLIPS, "clip") as advance:
         for i, scene in enumerate(world.scenes(7, CLIPS)):
@@ -56,5 +59,8 @@ def write_clips(folder: Path) -> None:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts not in the clips, with a judge that checks alpha against the generated color."""
+    """Return `n` evaluation prompts, with a function that checks the generated alpha against the color.
+
+    The training clips have other combinations of shape, color and motion.
+    """
     return [Prompt(text, "alpha as in color", judge.judge_alpha) for text, _ in world.world_prompts(n, 2)]

@@ -1,4 +1,4 @@
-"""`inlaid demo --alpha`: the workflow with transparency on the tiny models that ship with the package."""
+"""`inlaid demo --alpha`: the workflow for transparent videos, with tiny models that ship with inlaid."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from inlaid.tiny import rgba_judge, rgba_world
 from inlaid.tiny.world import FPS
 
 KNOWN, REPEATS = 240, 16
-"""RGBA clips of the tiny model's pretraining domain, and `repeats` of the clips of the new subject.
+"""Number of RGBA clips from the tiny model's pretraining domain, and value of `repeats` for the clips of the
+new subject.
 
-The known clips train transparent backgrounds: the tiny model was pretrained on opaque clips."""
+The clips from the pretraining domain are needed to train transparent backgrounds, because the tiny model was
+pretrained on opaque clips."""
 
 INTRO = (
     f"{CLIPS} transparent clips of a subject that is new to the tiny model: a star called zorble, "
@@ -29,7 +31,10 @@ STEPS = 900
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """Return the demo's recipe: the opaque demo's recipe with other clips, `alpha`, rank and steps."""
+    """Return the recipe of the demo: the recipe of the opaque demo with RGBA clips and `alpha.kind: merged`.
+
+    Rank and number of steps also differ.
+    """
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": "merged", "vae": "tiny:wan", "colors": 1}
     made["data"]["sources"] = [
@@ -43,7 +48,10 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts of the new subject and `n` of the pretraining domain, with judges of RGBA clips."""
+    """Return `n` prompts of the new subject and `n` prompts of the pretraining domain, for evaluation.
+
+    Each prompt has a function that checks the generated RGBA clip.
+    """
     new = [
         Prompt(t, SUBJECT, lambda frames: rgba_judge.judge_subject(frames).both, truth=_again)
         for t, _ in rgba_world.subject_prompts(n, 2)
@@ -56,14 +64,18 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def _again(frames: np.ndarray) -> np.ndarray:
-    """Return the true alpha, uint8 (t, h, w), of the rendered subject that best fits the frames."""
+    """Return the true alpha of a generated clip of the subject, uint8 (t, h, w).
+
+    The subject is rendered with the parameters that fit the frames best; the alpha of this rendering is
+    returned.
+    """
     return (rgba_judge.rerender(frames)[0] * 255).round().astype(np.uint8)
 
 
 def write_clips(folder: Path) -> None:
-    """Write `clips` (a new subject) and `known` (the tiny model's pretraining domain), with captions.
+    """Write the training clips with captions: the new subject, and the pretraining domain of the tiny model.
 
-    Clips of the subject are lossless PNGs in a .zip, known clips are arrays.
+    The folders are `clips` (subject, lossless PNGs in .zip files) and `known` (pretraining domain, arrays).
     """
     with progress("make clips", CLIPS + KNOWN, "clip") as advance:
         for name, clips in (
@@ -82,7 +94,7 @@ def write_clips(folder: Path) -> None:
 
 
 def merged(folder: Path, *, dora: bool = False) -> Path:
-    """Create transparent clips of a new subject, then check, cache, train, generate and evaluate.
+    """Run the demo of merged alpha: create transparent clips of a new subject, train, generate and evaluate.
 
     Args:
         folder: run folder; an interrupted demo resumes when run again.
@@ -102,9 +114,9 @@ def merged(folder: Path, *, dora: bool = False) -> Path:
 
 
 def joint(folder: Path, *, dora: bool = False) -> Path:
-    """Run the demo of joint alpha on clips of the tiny model's pretraining domain, see `demo_joint`.
+    """Run the demo of joint alpha, in which color and alpha are two clips; see `demo_joint`.
 
-    Arguments, result and errors are those of `merged`.
+    Arguments, result and errors are the same as in `merged`.
     """
     start = time.perf_counter()
     say(demo_joint.INTRO)

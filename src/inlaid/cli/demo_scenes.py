@@ -1,4 +1,4 @@
-"""`inlaid demo --family midi`: the workflow on scenes with the tiny model that ships with inlaid."""
+"""`inlaid demo --family midi`: the workflow for 3D scenes, with a tiny model that ships with inlaid."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from inlaid.tiny import midi_world
 from inlaid.tiny.midi_world import SUBJECT
 
 SCENES, VIEWS, JUDGED = 24, 4, 10
-"""Number of scenes with the new object, of views per scene (as `inlaid import meshes` creates them), and of
-judged scenes per group, which are not used for training."""
+"""Number of training scenes with the new object, number of views per scene, and number of evaluation scenes
+per group."""
 
 KNOWN, REPEATS, PRIOR_PRESERVATION = 192, 4, 4
-"""Scenes of the tiny model's pretraining domain, `repeats` of the new scenes, and weight of prior
-preservation."""
+"""Number of scenes from the tiny model's pretraining domain, value of `repeats` for the new scenes, and
+weight of prior preservation."""
 
 
 def recipe(folder: Path, kind: str = "lora", checkpoint: str = "tiny:midi") -> dict:
-    """Return the demo's recipe, a usual recipe for a folder of scenes at the size of the tiny model."""
+    """Return the recipe of the demo: a usual recipe for scenes, with settings for the tiny model."""
     return {
         "run": str(folder),
         "model": {
@@ -49,7 +49,10 @@ def recipe(folder: Path, kind: str = "lora", checkpoint: str = "tiny:midi") -> d
 
 
 def write_scenes(folder: Path, judged: int = JUDGED) -> None:
-    """Write scenes with a new object and scenes of the pretraining domain, for training and evaluation."""
+    """Write the scenes for training and evaluation.
+
+    There are two kinds: scenes with a new object, and scenes from the tiny model's pretraining domain.
+    """
     new = [
         midi_world.turned(scene, [i, view]) if view else scene
         for i, scene in enumerate(midi_world.subject_scenes(SCENES))
@@ -70,7 +73,7 @@ def write_scenes(folder: Path, judged: int = JUDGED) -> None:
 
 
 def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
-    """Return the scenes of the evaluation as prompts in two groups."""
+    """Return the evaluation scenes as prompts, in two groups: new object and pretraining domain."""
     found = []
     for group, name in (("the new kind", "judged/new"), ("the old world", "judged/known")):
         changes = {"sources": [{"path": str(folder / name)}], "validation": 0}

@@ -1,4 +1,4 @@
-"""Entry point: run a command, and turn mistakes into one message and an exit code."""
+"""Entry point: run a command, and report a user's mistake as one message and an exit code."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ClickException: Any = typer.BadParameter.__mro__[2]
 def main() -> None:
     """Run a command and exit.
 
-    Exit codes: 2 with one message for a user's mistake; 130 for Ctrl-C, SIGTERM and SIGHUP; 1 if another
-    process of the run is lost. Only bugs of inlaid show a traceback; set INLAID_TRACEBACK to see it for user
-    errors as well.
+    The exit code is 2 after a user's mistake, 130 after Ctrl-C, SIGTERM or SIGHUP, and 1 if another process
+    of the run is lost. A user's mistake prints one message without a traceback, unless the environment
+    variable INLAID_TRACEBACK is set.
     """
     _brief_spinning()
     with lasting_streams():
@@ -34,11 +34,12 @@ def main() -> None:
 
 
 def _brief_spinning() -> None:
-    """Let waiting compute threads sleep after a short wait, which must be set before torch is loaded.
+    """Limit the busy-waiting of OpenMP threads; effective only before torch is loaded.
 
-    GNU OpenMP lets a thread that waits for the others spin for milliseconds. If another program uses the
-    processor, the spinning thread holds the core that the others need: with one busy process on two cores, a
-    step took 3.4 times as long (`benchmarks/busy.py`). Results are the same bits.
+    With GNU OpenMP, a thread that waits for other threads keeps its core busy for milliseconds. If another
+    program uses the processor, the waiting thread blocks the core that the other threads need. With one busy
+    process on two cores, a step took 3.4 times as long (`benchmarks/busy.py`). Results are bit-identical.
+    Environment variables that the user sets are kept.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
@@ -83,7 +84,7 @@ def _run() -> int:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP stop a command as Ctrl-C does, so that it deletes its temporaries.
+    """Context manager in which SIGTERM and SIGHUP act as Ctrl-C, so that temporary files are deleted.
 
     A signal that is ignored, such as SIGHUP under `nohup`, stays ignored.
     """
@@ -119,9 +120,9 @@ def demo(
 ) -> None:
     """Run the whole workflow on a tiny model: no download, no GPU.
 
-    Takes minutes. Creates training data, then checks, caches, trains, generates and evaluates. The data is 16
-    clips of a subject that is new to the model; with `--alpha joint`, 96 RGBA clips of shapes that the model
-    already generates; with `--family midi`, 24 scenes with a new kind of object.
+    The demo takes minutes. It creates training data, then checks, caches, trains, generates and evaluates.
+    The data is 16 clips of a subject that is new to the model. With `--alpha joint`, it is 96 RGBA clips of
+    shapes that the model already generates; with `--family midi`, it is 24 scenes with a new kind of object.
     """
     quiet_libraries()
     from inlaid.cli import demo_scenes

@@ -1,4 +1,4 @@
-"""Commands before training: `new`, `check`, `cache`."""
+"""The commands before training: `new`, `check` and `cache`."""
 
 from __future__ import annotations
 

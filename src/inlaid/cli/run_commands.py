@@ -1,4 +1,4 @@
-"""Commands on runs: `train`, `generate`, `evaluate`."""
+"""The commands `train`, `generate` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from inlaid.reading import FileError, read_text
 def train_(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train a model from a recipe. Ctrl-C saves a checkpoint; run the same command again to resume.
 
-    Encodes missing clips and captions first. Validates and generates samples as set in the recipe. To use
-    several processes: `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
+    Clips and captions that are not in the cache are encoded first. Validation and samples follow the settings
+    of the recipe. To use several processes: `torchrun --nproc-per-node 2 -m inlaid train RECIPE`.
     """
     config = load_recipe(recipe, overrides)
     from inlaid.training.loop import train
@@ -127,10 +127,10 @@ def generate_(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Generate videos or scenes with a trained run.
+    """Generate videos or 3D scenes with the trained weights of a run.
 
-    Writes mp4 files, and a JSON file of settings beside each. Scenes are generated from an image and its
-    segmentation: `inlaid generate RUN --image rgb.png --seg seg.png -o scene.glb`.
+    Writes mp4 files, each with a JSON file of its settings beside it. Scenes are generated from an image and
+    its segmentation: `inlaid generate RUN --image rgb.png --seg seg.png -o scene.glb`.
     """
     texts = list(prompts or [])
     for text in (*texts, negative or ""):
@@ -180,7 +180,10 @@ def _lines(file: Path) -> list[str]:
 
 
 def _images(first: list[Path] | None, last: list[Path] | None, prompts: int) -> list[list[str]]:
-    """Return the images of each prompt; a single image is used for all prompts."""
+    """Return the images of each prompt: first image and, if there are any, last image.
+
+    A single first or last image is used for all prompts.
+    """
     parts = [each * prompts if len(each) == 1 else each for each in (first or [], last or []) if each]
     wrong = [len(each) for each in parts if len(each) != prompts]
     if wrong or (last and not first):

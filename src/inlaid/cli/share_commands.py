@@ -1,4 +1,4 @@
-"""Commands on files: `export`, `import`, `inspect`, `composite`."""
+"""The commands `export`, `import`, `inspect` and `composite`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export(
 ) -> None:
     """Export trained weights in the format of another program.
 
-    The written file is read back and verified.
+    Converted files are read back and verified.
     """
     quiet_libraries()
     from inlaid.adapters.convert import export_run
@@ -75,7 +75,7 @@ def import_(
 ) -> None:
     """Convert another trainer's adapter to the diffusers format.
 
-    Raises an error unless every tensor of the file is used.
+    Fails if a tensor of the file cannot be converted.
 
     `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
     DIR.

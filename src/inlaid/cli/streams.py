@@ -1,4 +1,4 @@
-"""Output streams of a command that outlive their terminal or pipe."""
+"""Output streams that keep a command running after their terminal or pipe is closed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from typing import Any
 
 
 class LastingStream:
-    """Output stream that goes on when its terminal or pipe is closed: what is written is then dropped."""
+    """Output stream that discards its output, without an error, after its terminal or pipe is closed."""
 
     def __init__(self, stream: Any, errors: Collection[int] | None = None) -> None:
-        """Wrap a stream; `errors` are the numbers of the errors to drop, None drops all."""
+        """Wrap a stream and choose which of its errors are ignored.
+
+        Args:
+            stream: stream to wrap.
+            errors: numbers (errno) of errors to ignore; None ignores all system errors.
+        """
         self.stream, self._errors = stream, errors
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write text; see `LastingStream`."""
+        """Write text and return its length; if writing fails, ignore the errors chosen in the constructor."""
         with self._dropping():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; see `LastingStream`."""
+        """Flush the stream; if flushing fails, ignore the errors chosen in the constructor."""
         with self._dropping():
             self.stream.flush()
 
@@ -45,15 +50,15 @@ class LastingStream:
 
 
 CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
-"""Numbers of the errors of a closed pipe or terminal."""
+"""Error numbers (errno) of a closed pipe or terminal."""
 
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Keep a command running when its output is closed (`| head`, a lost connection).
+    """Context manager that keeps a command running after its output is closed (`| head`, a lost connection).
 
-    Standard error carries messages and progress: all its errors are dropped. Standard output carries results:
-    only a closed pipe or terminal is dropped, a full disk is an error.
+    Standard error has messages and progress, so all its errors are ignored. Standard output has results, so
+    only errors of a closed pipe or terminal are ignored; a full disk raises an error.
     """
     for number in range(3):  # a file opened next would get the number of a closed stream
         try:

@@ -1,1 +1,1 @@
-"""Generation of videos and scenes from a run."""
+"""Generation of videos and 3D scenes with the trained weights of a run."""

@@ -1,4 +1,4 @@
-"""Generation of videos and scenes from a run folder and prompts, through the stock pipeline."""
+"""Generation of videos and 3D scenes from prompts, with the trained weights of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generate(
     device: str | None = None,
     **overrides: Any,
 ) -> list[Path]:
-    """Generate videos or scenes with the trained weights of a run.
+    """Generate videos or 3D scenes with the trained weights of a run.
 
     Args:
         run: run folder.
@@ -44,20 +44,21 @@ def generate(
         images: images of each prompt. For image-to-video, the first frame, and the last frame if the
             checkpoint requires one; for scenes, input image and segmentation.
         count: videos per prompt; video i uses seed + i.
-        checkpoint: `step-000500` or `500`; `base` for the base model. Default: the run's final adapter.
+        checkpoint: checkpoint of the run, such as `step-000500` or `500`, or `base` for the base model.
+            Default: the final weights.
         strength: scale of the adapter: 0 is the base model, 1 the fine-tuned model. The effect is linear for
             LoRA but not for DoRA. Must be 0 or 1 after full fine-tuning.
         out: output folder. Default: `samples/generated` in the run.
         device: same values as `runtime.device`. Default: the recipe's device.
         overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
-            negative_prompt, transparent.
+            negative_prompt, transparent; for scenes also grid and triangles.
 
     Returns:
-        Paths of the mp4 files (glb for scenes). Each has a JSON file beside it. For the files with alpha of a
-        transparent run, see `outputs`.
+        Paths of the mp4 files (glb for scenes). Each has a JSON file beside it. For the paths of the
+        additional files with alpha, see `outputs`.
 
     Raises:
-        ValueError: for any problem the user can fix.
+        ValueError: if an argument is invalid, or the run or its weights cannot be used.
     """
     if not all(p.strip() for p in prompts) or not (prompts or images):
         raise ValueError("generate: prompt is missing or empty")
@@ -112,7 +113,7 @@ def load_pipeline(
     strength: float,
     ctx: Context,
 ) -> Any:
-    """Return the stock pipeline with the trained weights in `folder`, or the base model if that is None.
+    """Return a pipeline with the trained weights of `folder`, or with the base model if `folder` is None.
 
     Raises:
         ValueError: if the pipeline does not accept the weights.
@@ -144,14 +145,14 @@ def generate_samples(
     name: str | None = None,
     on_output: Callable[[int, int, Any], None] | None = None,
 ) -> list[Path]:
-    """Generate `count` outputs per prompt and write each in the format of its modality, with a JSON file.
+    """Generate `count` videos or scenes per prompt, and write each to a file with a JSON file beside it.
 
     Args:
         family: family of the pipeline.
         pipeline: result of `load_pipeline`.
         prompts: encoded prompts and sampling settings.
-        folder: output folder, created if missing. None writes nothing, for processes that only hold a shard
-            of the weights.
+        folder: output folder, created if missing. If None, nothing is written, as in processes that only
+            hold a shard of the weights.
         about: additional values for each JSON file.
         count: outputs per prompt.
         show: show a progress bar.
@@ -201,11 +202,11 @@ def generate_samples(
 
 
 def outputs(path: Path) -> list[Path]:
-    """Return the files of a generated video: the files with alpha, listed in its JSON file, then the mp4."""
+    """Return all files of a generated video: the files with alpha that its JSON file lists, then the mp4."""
     values = json.loads(path.with_suffix(".json").read_text("utf-8"))
     return [*(path.with_name(name) for name in values.get("files", ())), path]
 
 
 def slug(text: str) -> str:
-    """Return the first words of a prompt as part of a file name."""
+    """Return the start of a prompt, at most 40 characters, as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"
