@@ -26,13 +26,16 @@ from inlaid.text import printable
 
 
 class _SafeConsole(Console):
-    """Console that shows control characters in any text as escapes.
+    """Console that escapes control characters in all printed text.
 
     File names, captions and tensor names come from users' files and could otherwise control the terminal.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render to segments; those with the console's own control codes are unchanged."""
+        """Render to segments, with control characters in the text escaped.
+
+        Segments with the console's own control codes are unchanged.
+        """
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
@@ -43,7 +46,7 @@ _said: set[str] = set()
 
 
 class _Speed(ProgressColumn):
-    """Progress column: items per second, or seconds per item when slower than one per second."""
+    """Progress column for the speed: items per second, or seconds per item below one item per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -84,13 +87,13 @@ def progress(
 
 
 def say(text: str, *, show: bool = True) -> None:
-    """Print one line."""
+    """Print a message to stderr, with control characters escaped."""
     if show:
         console.print(printable(text), markup=False)
 
 
 def once(text: str) -> None:
-    """Print one line, unless the same line was printed before."""
+    """Print a message, unless `once` printed the same message before."""
     if text not in _said:
         _said.add(text)
         say(text)

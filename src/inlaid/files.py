@@ -1,4 +1,4 @@
-"""Files: atomic writing, temporaries, hashing, and safe loading of torch files."""
+"""Files: atomic writing, temporary files, hashing, and safe loading of torch files."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ if TYPE_CHECKING:
 # --- processes and their temporaries ------------------------------------------------------------------------
 
 HOST = socket.gethostname()
-"""Name of this machine in locks and messages."""
+"""Host name of this machine, used in locks and messages."""
 
 _HOST_TAG = hashlib.sha256(HOST.encode()).hexdigest()[:4]
 _TEMPORARY = re.compile(r"\.tmp-(\d+)(?:\.([0-9a-f]{4}))?-")
 _FOREIGN_AGE = 24 * 3600
-"""Seconds after which a temporary of another machine counts as left over: its process cannot be looked up."""
+"""Age in seconds after which a temporary file of another machine is deleted. The process that wrote it cannot
+be looked up."""
 _swept: set[tuple[int, Path]] = set()
 
 
 def process_start(pid: int) -> str | None:
     """Return the start time of a running process of this machine; None if no such process runs.
 
-    A process number is used again after its process has ended, so number and start time identify a process.
+    Operating systems reuse process IDs, so only the ID and the start time together identify a process.
+    Without `/proc`, as on macOS, the start time is `unknown`.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
@@ -60,16 +62,19 @@ def process_start(pid: int) -> str | None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the path under which this process writes `path`: same folder, same suffix, at most 255 bytes."""
+    """Return the temporary path at which this process writes a file before renaming it to `path`.
+
+    It is in the same folder and has the same suffix, and its name has at most 255 bytes.
+    """
     prefix = f".tmp-{os.getpid()}.{_HOST_TAG}-"
     name = os.fsencode(path.name)[-(255 - len(prefix)) :].decode("utf-8", "ignore")
     return path.with_name(prefix + name)
 
 
 def sweep(folder: Path, *, deep: bool = True) -> None:
-    """Delete the temporaries of processes that have ended, also in subfolders if `deep`.
+    """Delete temporary files and folders whose processes have ended; with `deep`, also in subfolders.
 
-    Temporaries of running processes stay, and those of other machines for a day.
+    Temporary files of other machines are kept for a day.
     """
     for base, folders, names in os.walk(folder):
         for name in [*folders, *names]:
@@ -95,7 +100,7 @@ def _delete(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder; a process that is killed meanwhile does not leave a part of it under its name."""
+    """Delete a folder, without leaving a partial folder at `path` if the process is killed meanwhile."""
     aside = temporary_path(path)
     os.replace(path, aside)
     _delete(aside)
@@ -108,10 +113,10 @@ def remove(path: Path) -> None:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and deleted on failure.
 
-    The caller creates a file or a folder at the temporary path, which is in the same folder as `path` and has
-    the same suffix, because some writers derive the format from the suffix. Files get the modes that the
-    umask selects, whatever mode their writer chose, and are synced before they are renamed, so that a power
-    failure leaves the old or the new content.
+    The caller creates a file or a folder at the temporary path. The temporary path is in the same folder as
+    `path` and has the same suffix, because some writers derive the format from the suffix. Permissions are
+    set as the umask selects, whatever permissions the writer chose. Content is synced to disk before the
+    rename, so that a power failure leaves either the old or the new content.
 
     Raises:
         OSError: if the file cannot be written (disk full, read-only, no permission); the error names `path`.
@@ -131,7 +136,10 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Rename a finished file or folder; a folder that it replaces is renamed first and deleted last."""
+    """Rename a finished temporary file or folder to its final path.
+
+    An existing folder at the final path is renamed first, and deleted last.
+    """
     aside = None
     if path.is_dir():
         aside = temporary_path(path.with_name(f"old-{path.name}"))
@@ -148,7 +156,7 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def _finish(path: Path) -> None:
-    """Set the modes of a file, or of a folder and everything in it, and sync the content."""
+    """Set the permissions of a file, or of a folder and everything in it, and sync the content to disk."""
     allowed = ~umask()
     for part in [*path.rglob("*"), path] if path.is_dir() else [path]:
         if part.is_symlink():
@@ -162,7 +170,7 @@ def _finish(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Write a file or folder from memory to the disk."""
+    """Write the content of a file or folder from the cache of the operating system to disk (fsync)."""
     try:
         number = os.open(path, os.O_RDONLY)
     except PermissionError:  # folders on Windows, files that the umask hides from their owner
@@ -188,7 +196,7 @@ def umask() -> int:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the errors of a full disk and of an exceeded quota."""
+"""Error numbers (`errno`) of a full disk and of an exceeded disk quota."""
 
 
 class _NamedError(OSError):
@@ -197,17 +205,18 @@ class _NamedError(OSError):
 
 @contextmanager
 def naming(path: Path, temporary: Path | None = None, size: int = 0) -> Iterator[None]:
-    """Make every error of the operating system name `path`.
+    """Convert operating system errors in the `with` block to errors that name `path`.
 
     Args:
-        path: file or folder that is written in the context.
-        temporary: path under which it is written; errors that name this path, or a path in it, name the final
-            path instead.
-        size: number of bytes to write. Default: the size of what was written before the error.
+        path: file or folder that is written in the block.
+        temporary: path at which it is written first. An error that names this path, or a path below it, is
+            converted to an error that names the final path.
+        size: number of bytes to write, for the message about a full disk. Default: the size of what was
+            written before the error.
 
     Raises:
-        OSError: the error, with the file that could not be written; if the disk is full, with the space that
-            the file needs and the space that is free.
+        OSError: the error, with the file that could not be written. If the disk is full, the message contains
+            the space that the file needs and the free space.
     """
     place = temporary or path
     try:
@@ -229,7 +238,7 @@ def naming(path: Path, temporary: Path | None = None, size: int = 0) -> Iterator
 
 
 def _space(place: Path, size: int) -> str:
-    """Return how much space a file needs and how much is free, for the message about a full disk."""
+    """Return the needed and the free disk space as text, for the message about a full disk."""
     needs = f"it needs {megabytes(size)}"
     if not size:
         parts = place.rglob("*") if place.is_dir() else [place]
@@ -256,14 +265,18 @@ def append(path: Path, text: str) -> None:
 
 
 def read_metadata(file: Any) -> dict[str, str]:
-    """Return the metadata of an open safetensors file, sorted: the library returns it in random order."""
+    """Return the metadata of an open safetensors file, sorted by key.
+
+    The library returns the metadata in random order.
+    """
     return dict(sorted((file.metadata() or {}).items()))
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; equal tensors and metadata give equal bytes.
 
-    `safetensors.torch.save_file` writes the metadata in another order in every process.
+    `safetensors.torch.save_file` writes the metadata in a different order in every process, so they are
+    sorted here.
 
     Raises:
         OSError: if the file cannot be written; the error names the file and, if the disk is full, its size.
@@ -306,10 +319,11 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
 
     Args:
         path: file in the zip or the legacy format of `torch.save`.
-        mmap: memory-map files in the zip format, so that a tensor is read when it is used.
+        mmap: memory-map files in the zip format, so that a tensor is read from disk only when it is used.
 
     Raises:
-        TorchFileError: if the file cannot be loaded, or if its tensors claim more than `limits.ARRAY`.
+        TorchFileError: if the file cannot be loaded, or if a tensor would need more memory than
+            `limits.ARRAY` and more than the file stores.
     """
     from pickle import UnpicklingError
 
@@ -343,9 +357,12 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
 
 
 def _check_claims(path: Path, content: Any) -> None:
-    """Check that the tensors of a loaded file are not larger in use than in the file.
+    """Check that no tensor of a loaded file has more than `limits.ARRAY` bytes unless the file stores them.
 
-    A tensor with stride 0 repeats a few stored values; converting it allocates all of them.
+    A tensor with stride 0 repeats a few stored values, but a conversion of the tensor allocates all of them.
+
+    Raises:
+        TorchFileError: if a tensor is too large, or if the file contains more than 1,000,000 values.
     """
     import torch
 

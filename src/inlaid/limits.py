@@ -1,7 +1,7 @@
-"""Limits on what a file may claim before it is read, each with an environment variable that raises it.
+"""Limits on the sizes that files may declare; an environment variable can raise each limit.
 
-A header of a few bytes can promise terabytes, and a small archive can expand to gigabytes. Sizes are
-therefore compared with the file and with these limits before memory is allocated.
+A header of a few bytes can declare terabytes, and a small archive can expand to gigabytes. Declared sizes are
+therefore compared with the size of the file and with these limits before memory is allocated.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit, and the environment variable that replaces its default."""
+    """Limit on a size. The environment variable `variable` replaces the default."""
 
     variable: str
     default: float
     unit: float = 1.0
-    """Factor between the value of the variable and the unit in which sizes are compared."""
+    """Factor from the unit of `default` and the variable to the unit of compared sizes, such as 1e9 bytes per
+    GB."""
 
     @property
     def value(self) -> float:
-        """The current limit.
+        """Current value of the limit, in the unit of compared sizes.
 
         Raises:
             ValueError: if the variable is not a positive number.
@@ -43,7 +44,7 @@ class Limit:
 
         Args:
             size: number of bytes, pixels, points or levels.
-            what: what has this size, with its number, such as `frames of 12 GB`.
+            what: beginning of the message, which contains the size, such as `frames of 12 GB`.
         """
         limit = self.value
         if size <= limit:
@@ -52,40 +53,41 @@ class Limit:
 
 
 ARRAY = Limit("INLAID_MAX_ARRAY_GB", 4, 1e9)
-"""Decoded bytes of one array, one member of an archive or one animated image."""
+"""Maximum decoded bytes of one array, one archive member or one animated image."""
 
 EXPANSION = Limit("INLAID_MAX_EXPANSION", 200)
-"""Decoded bytes per stored byte of a member of an archive that is larger than `SMALL`."""
+"""Maximum decoded bytes per stored byte of an archive member that is larger than `SMALL`."""
 
 PIXELS = Limit("INLAID_MAX_MEGAPIXELS", 120, 1e6)
-"""Pixels of an image."""
+"""Maximum number of pixels of an image."""
 
 TEXT = Limit("INLAID_MAX_TEXT_MB", 64, 1e6)
-"""Bytes of a manifest, prompt list, JSON file or JSON header."""
+"""Maximum bytes of a manifest, prompt list, JSON file or JSON header."""
 
 CAPTION = Limit("INLAID_MAX_CAPTION_MB", 1, 1e6)
-"""Bytes of a caption file."""
+"""Maximum bytes of a caption file."""
 
 DEPTH = Limit("INLAID_MAX_DEPTH", 100)
-"""Levels of nesting of JSON."""
+"""Maximum number of nesting levels of JSON."""
 
 RECIPE = Limit("INLAID_MAX_RECIPE_MB", 2, 1e6)
-"""Bytes of a recipe."""
+"""Maximum bytes of a recipe."""
 
 RECIPE_VALUES = Limit("INLAID_MAX_RECIPE_VALUES", 50_000)
-"""Values of a recipe, with aliases expanded."""
+"""Maximum number of values of a recipe, with YAML aliases expanded."""
 
 RECIPE_DEPTH = Limit("INLAID_MAX_RECIPE_DEPTH", 30)
-"""Levels of nesting of a recipe."""
+"""Maximum number of nesting levels of a recipe."""
 
 POINTS = Limit("INLAID_MAX_POINTS", 4e6)
-"""Points of a surface file."""
+"""Maximum number of points of a surface file."""
 
 OBJECTS = Limit("INLAID_MAX_OBJECTS", 255)
-"""Objects in a segmentation."""
+"""Maximum number of objects in a segmentation."""
 
 SMALL = 256_000_000
-"""Decoded bytes up to which a member of an archive may expand by any factor: flat images compress well."""
+"""Decoded size in bytes up to which an archive member may have any compression ratio, because images of one
+color compress well."""
 
 
 def as_size(size: float) -> str:
@@ -98,7 +100,7 @@ def as_size(size: float) -> str:
 
 
 def expanded(size: int, stored: int, what: str) -> str:
-    """Return a message if a member of an archive expands too much, else an empty string.
+    """Return a message if an archive member expands too much, else an empty string.
 
     A member that is stored without compression may have any size.
 
@@ -119,7 +121,7 @@ def expanded(size: int, stored: int, what: str) -> str:
 
 
 def nesting(text: str) -> int:
-    """Return the greatest depth of brackets in a text that has no strings."""
+    """Return the maximum nesting depth of brackets in a JSON text from which all strings were removed."""
     import numpy as np
 
     deepest = depth = 0

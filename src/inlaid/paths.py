@@ -1,7 +1,7 @@
-"""Paths that a data set names: the one guard that decides whether they may be read, and how they are found.
+"""Paths that a dataset names: finding them, and refusing to read outside of the dataset's root folder.
 
-A data set may come from somebody else. Whatever names a path in it (a manifest, a prompt list, a file name
-beside a clip, a symbolic link, a mesh that refers to a buffer) goes through `Root.guard`.
+A dataset may come from an untrusted person, so `Root.guard` checks every path that the dataset names. Such
+paths occur in manifests, prompt lists, file names, symbolic links, and meshes that refer to buffer files.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path, PureWindowsPath
 from inlaid.reading import FileError, cause_of
 
 OUTSIDE = "outside"
-"""Problem code of a path that leads out of its data set."""
+"""Problem code of a path that leads out of its dataset's root folder."""
 
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0\r\n", b"v=0\n", b"[playlist]", b"<?xml", b"<MPD")
-"""First bytes of files that name other files, which FFmpeg would open under any suffix."""
+"""First bytes of playlists and similar files. FFmpeg recognizes them under any suffix and would open the
+other files that they name."""
 
 
 class Root:
-    """Root folder of a data set, and the guard of the paths in it."""
+    """Root folder of a dataset. It finds paths inside the folder and refuses paths outside of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,10 +33,10 @@ class Root:
         """Folders that `walk` did not enter, with the reason."""
 
     def guard(self, path: Path) -> Path:
-        """Return `path` if it may be read: inside the root after all symbolic links are resolved.
+        """Return `path` if it is inside the root folder after all symbolic links are resolved.
 
         Raises:
-            FileError: if it is outside (code `outside`); the message names the path and what to do.
+            FileError: if the path is outside (code `outside`); the message names the path and the fix.
         """
         try:
             inside = self.holds(path)
@@ -48,7 +49,7 @@ class Root:
         return path
 
     def holds(self, path: Path) -> bool:
-        """Return True if a path is inside the root after all symbolic links are resolved.
+        """Return True if a path is inside the root folder after all symbolic links are resolved.
 
         Circular links raise no error, unlike in `Path.resolve`.
         """
@@ -66,13 +67,14 @@ class Root:
         return _is_within(os.path.normpath(path.absolute()), os.path.normpath(self.folder.absolute()))
 
     def named(self, text: str) -> Path:
-        """Return the path that a manifest names: relative to the root, or absolute and inside of it.
+        """Return the path that a manifest entry names, relative to the root folder or absolute inside it.
 
-        Backslashes separate folders if no such file exists otherwise, and Unicode names are compared in
-        normalized form, as manifests from Windows and macOS need. The file may not exist.
+        The file may not exist. Manifests from Windows and macOS are supported: if the file does not exist
+        otherwise, backslashes are read as folder separators, and Unicode names are compared in normalized
+        form.
 
         Raises:
-            FileError: if the path is outside of the root or contains a null character.
+            FileError: if the path is outside of the root folder or contains a null character.
         """
         if "\0" in text:
             raise FileError(Path(text.replace("\0", "\\0")), "contains a null character", "missing")
@@ -81,7 +83,7 @@ class Root:
             return self._relative(self.guard(plain), text)
         path = self.folder / plain
         if not self._is_named_inside(path):
-            return self.guard(path)  # raises, unless a detour leads back
+            return self.guard(path)  # raises, unless a link leads back inside
         if not os.path.lexists(path):
             windows = PureWindowsPath(text)
             if windows.drive:
@@ -92,14 +94,14 @@ class Root:
         return self.guard(path)
 
     def _relative(self, path: Path, text: str) -> Path:
-        """Return an absolute path inside the root as a path below `folder`, which may be relative."""
+        """Convert an absolute path inside the root folder to a path below `folder`, which may be relative."""
         base = os.path.normpath(self.folder.absolute())
         if _is_within(os.path.normpath(text), base):
             return self.folder / os.path.relpath(text, base)
         return self.folder / os.path.relpath(os.path.realpath(path), self._real)
 
     def find(self, path: Path) -> Path | None:
-        """Return the existing path that equals `path` up to Unicode normalization; None if there is none."""
+        """Return the existing path that equals `path` after Unicode normalization; None if there is none."""
         if os.path.lexists(path):
             return path
         try:
@@ -115,7 +117,10 @@ class Root:
         return found
 
     def beside(self, path: Path, suffix: str) -> Path | None:
-        """Return the existing file with the stem of `path` and a suffix in any case, such as `A.TXT`."""
+        """Return the file beside `path` with the same stem and with the given suffix in any case, or None.
+
+        For example, with the suffix `.txt`, `a.mp4` may give `a.TXT`.
+        """
         names = self._names(path.parent)
         for name in (path.name, path.stem + suffix):
             found = names.get(unicodedata.normalize("NFC", Path(name).stem) + suffix.lower() + "\0")
@@ -124,7 +129,11 @@ class Root:
         return None
 
     def _names(self, folder: Path) -> dict[str, str]:
-        """Return the names in a folder by normalized name, and by stem + lower-case suffix + null."""
+        """Return the file names in a folder, keyed by their normalized form.
+
+        For lookups with a suffix in any case, each name has a second key: normalized stem, lower-case suffix,
+        and a null character.
+        """
         if folder not in self._listed:
             found: dict[str, str] = {}
             try:
@@ -143,10 +152,10 @@ class Root:
         return self._listed[folder]
 
     def walk(self, top: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
-        """Yield each visible folder with the sorted names of its folders and files, from the top down.
+        """Yield each visible folder with the sorted names of its subfolders and files, from the top down.
 
-        Linked folders inside the root are followed, except into folders that were entered before. Folders
-        that are outside or cannot be listed are recorded in `skipped`.
+        Symbolic links to folders inside the root folder are followed, unless the folder was entered before.
+        Folders that are outside of the root folder or cannot be listed are recorded in `skipped`.
         """
 
         def skip(error: OSError) -> None:
@@ -166,9 +175,9 @@ class Root:
             yield Path(parent), list(folders), sorted(f for f in files if not f.startswith("."))
 
     def _enters(self, path: Path, seen: set[str]) -> bool:
-        """Return True if `walk` enters a folder; `seen` has the resolved folders that were entered before.
+        """Return True if `walk` enters a folder; `seen` contains the resolved folders entered before.
 
-        A folder is entered once through links, however many links point to it and to each other.
+        Through links, a folder is entered only once, even if several links lead to it or links form a cycle.
         """
         if not path.is_symlink():
             return True
@@ -189,7 +198,7 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def refuse_playlist(path: Path) -> None:
-    """Check that a media file does not name other files.
+    """Check that a media file is not a playlist, because FFmpeg would open the files that it names.
 
     Raises:
         FileError: if it is a playlist or a session description.

@@ -1,4 +1,4 @@
-"""Reading of users' files: one exception, converted from all that libraries raise; bounded text and JSON."""
+"""Reading of users' files: one exception type for library errors, and size limits for text and JSON."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class FileError(ValueError):
 def reading(
     path: Path, raises: Callable[[Path, str, str], FileError] = FileError, what: str = ""
 ) -> Iterator[None]:
-    """Convert every exception of a library in the `with` block to a `FileError` with the name of the file.
+    """Convert every exception in the `with` block to a `FileError` that names the file.
 
-    This includes `MemoryError` and `RecursionError`, which hostile files cause. A `FileError`, or
-    another `ValueError` that begins with the path, passes unchanged.
+    This includes `MemoryError` and `RecursionError`, which malicious files can cause. A `FileError`, or
+    another `ValueError` whose message begins with the path, passes unchanged.
 
     Args:
         path: file that the block reads.
-        raises: class of the error.
-        what: expected kind of file, such as `an image`; the cause is then `is not an image (...)`.
+        raises: class of the error to raise.
+        what: expected kind of file, such as `an image`; the message is then `is not an image (...)`.
 
     Raises:
-        FileError: if the block raises.
+        FileError: if the block raises an exception.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def reading(
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the cause of a library's exception in one line."""
+    """Return the cause of a library's exception as one line of text."""
     if isinstance(error, MemoryError):
         return "it needs more memory than is available"
     if isinstance(error, RecursionError):
@@ -79,10 +79,10 @@ def cause_of(error: BaseException) -> str:
 def require_file(path: Path, raises: Callable[[Path, str, str], FileError] = FileError) -> os.stat_result:
     """Check that a path is a regular file that is not empty, and return its status.
 
-    Other kinds, such as named pipes, would block the reader.
+    Other kinds of files, such as named pipes, would block the reader.
 
     Raises:
-        FileError: if it is not.
+        FileError: if the path is not such a file.
     """
     try:
         found = path.stat()
@@ -101,7 +101,7 @@ def require_file(path: Path, raises: Callable[[Path, str, str], FileError] = Fil
 
 
 def read_text(path: Path, limit: Limit = limits.TEXT) -> str:
-    """Read a text file of at most `limit` bytes, in UTF-8 or UTF-16; an empty file gives an empty text.
+    """Read a text file of at most `limit` bytes, in UTF-8, UTF-16 or UTF-32; an empty file gives empty text.
 
     Raises:
         FileError: if the file cannot be read, is too large, or has another encoding.
@@ -119,7 +119,7 @@ def read_text(path: Path, limit: Limit = limits.TEXT) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON of bounded size and depth.
+    """Parse JSON text of limited size and depth.
 
     Raises:
         json.JSONDecodeError: if the text is not valid JSON.
@@ -157,7 +157,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_member(
     path: Path, member: zipfile.ZipInfo, raises: Callable[[Path, str, str], FileError] = FileError
 ) -> None:
-    """Check the size that an archive declares for a member, before it is read.
+    """Check the size that a zip archive declares for a member, before the member is read.
 
     Raises:
         FileError: if the member is encrypted, too large, or expands too much.

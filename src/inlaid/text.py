@@ -13,12 +13,14 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Byte order marks and their encodings; UTF-32 precedes UTF-16, whose mark it begins with."""
+"""Byte order marks and their encodings. UTF-32 comes before UTF-16, because its little-endian mark begins
+with the mark of UTF-16."""
 
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Control characters except tab and newline, characters that reorder text, and unpaired surrogates."""
+"""Control characters except tab and newline, characters that change the text direction, and unpaired
+surrogates."""
 
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 """Unicode categories of control, format and space characters."""
@@ -26,11 +28,11 @@ _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 _BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u2800\u3164\uffa0\ufffc" + "".join(
     map(chr, range(0xFE00, 0xFE10))
 )
-"""Characters of other categories that show nothing: fillers, joiners and variation selectors."""
+"""Invisible characters of other Unicode categories: fillers, joiners and variation selectors."""
 
 
 def printable(text: object, *, lines: bool = True) -> str:
-    r"""Return text with control characters as escapes, so that it cannot control a terminal.
+    r"""Return text with control characters escaped, so that it cannot control a terminal.
 
     Args:
         text: any value; its `str` is used.
@@ -53,9 +55,10 @@ def is_blank(text: str) -> bool:
 
 
 def decode_text(raw: bytes) -> str:
-    """Decode UTF-8, or UTF-16 or UTF-32 with a byte order mark; UTF-16 is also recognized without.
+    """Decode text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
-    Line ends become single newlines, as in text files that Python opens.
+    UTF-16 text in mostly Latin characters is also recognized without a mark. Line ends become single
+    newlines, as in files that Python opens in text mode.
 
     Raises:
         UnicodeDecodeError: if the bytes are in none of these encodings.
@@ -65,7 +68,10 @@ def decode_text(raw: bytes) -> str:
 
 
 def _unmarked(raw: bytes) -> str:
-    """Guess the encoding of bytes without a byte order mark: every second byte of Latin UTF-16 is zero."""
+    """Guess the encoding of bytes without a byte order mark.
+
+    In UTF-16 text in Latin characters, every second byte is zero.
+    """
     head = raw[: 1 << 12]
     half = len(head) // 2
     if half < 2 or len(raw) % 2:

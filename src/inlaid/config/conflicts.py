@@ -1,4 +1,4 @@
-"""Conflicts between keys of a recipe that are valid alone but not together."""
+"""Conflicts in a recipe: combinations of keys that are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def conflicts(config: Config) -> Iterator[str]:
-    """Yield errors about keys that are valid alone but not together."""
+    """Yield an error message for each combination of keys that are valid alone but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
     for source in config.data.sources:
         if Path(config.run).is_dir() and os.path.realpath(source.path) == os.path.realpath(config.run):
@@ -71,7 +71,7 @@ def conflicts(config: Config) -> Iterator[str]:
 
 
 def _rgba_vae_conflicts(config: Config, section: RgbaVae) -> Iterator[str]:
-    """Yield errors about keys that cannot be combined with training an RGBA VAE."""
+    """Yield an error message for each key that cannot be combined with training an RGBA VAE."""
     if config.alpha.kind != "opaque":
         yield f"alpha.kind: {config.alpha.kind} does not apply to training an RGBA VAE: leave `alpha` out"
     if config.tuner != type(config).model_fields["tuner"].default:

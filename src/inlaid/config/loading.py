@@ -36,12 +36,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Load a recipe, or the recipe of a run folder.
+    """Load a recipe from a YAML file or a run folder.
 
     Args:
-        path: YAML file, or a run folder (its `config.yaml` is read, and `run` becomes the folder itself, so
-            that runs can be moved).
-        overrides: `section.key=value`, with the value in YAML.
+        path: YAML file or run folder. From a run folder, `config.yaml` is loaded, and the key `run` is set to
+            `path`, so that a run folder can be moved.
+        overrides: texts of the form `section.key=value`, with the value in YAML.
 
     Raises:
         ValueError: listing all mistakes in the recipe, one per line.
@@ -63,7 +63,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = "recipe") -> Config:
-    """Return the validated config of a nested mapping, with the family's defaults and overrides applied.
+    """Return the validated recipe of a nested mapping, with family defaults and overrides applied.
+
+    Family defaults are the values that the recipe's model family sets in place of the defaults of the
+    sections.
 
     Raises:
         ValueError: listing all mistakes, one per line.
@@ -91,7 +94,7 @@ def _override(text: str) -> tuple[list[str], Any]:
     """Return the keys and the value of an override `section.key=value`.
 
     Raises:
-        ValueError: if it is not an override.
+        ValueError: if the text is not a valid override.
     """
     path, mark, value = text.partition("=")
     keys, shown = path.strip().split("."), shorten(text, 80)
@@ -110,7 +113,11 @@ def _override(text: str) -> tuple[list[str], Any]:
 
 
 def _filled(raw: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """Return a section in which empty sections and lists have their defaults; other empty values are null."""
+    """Return a section in which the values that are empty in YAML (`key:`) are replaced.
+
+    Empty sections become empty mappings and empty lists are removed, so that both get their defaults. Other
+    empty values become None.
+    """
     out = {}
     for key, value in raw.items():
         field = section.model_fields.get(key) if isinstance(key, str) else None

@@ -30,7 +30,7 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
     Args:
         error: validation error of `Config`, or of a single section.
         name: name of the recipe.
-        section: name of the section, if the error is that of a single section.
+        section: name of the section, if the error comes from a single section.
     """
     errors = error.errors(include_url=False)
     within = [section] if section else []
@@ -43,7 +43,7 @@ def explain(error: ValidationError, name: str, section: str | None = None) -> st
 
 
 MOST = 20
-"""Maximum number of mistakes that are listed."""
+"""Maximum number of mistakes listed in a message."""
 
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 6
@@ -51,7 +51,10 @@ _REPR.maxstring, _REPR.maxother, _REPR.maxlong, _REPR.maxlevel = 80, 80, 80, 3
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message, bounded in length: null, true and false as in YAML, else its repr."""
+    """Return a recipe value as text of limited length for a message.
+
+    Null, true and false are written as in YAML, numbers as in the recipe, and other values as their `repr`.
+    """
     if isinstance(value, Integer | Decimal):
         return shorten(value.text, 80)
     words = {True: "true", False: "false", None: "null"}
@@ -64,7 +67,7 @@ _TAGS: dict[tuple[str, ...], type[Section]] = {
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
-"""Section class of each (section, kind), for the sections with a `kind`."""
+"""Class of each section that has a key `kind`, keyed by section name and kind."""
 
 
 def _mistake(error: Any, within: list[str]) -> str:
@@ -101,7 +104,7 @@ def _mistake(error: Any, within: list[str]) -> str:
 
 
 def _hint(kind: str, value: Any) -> str:
-    """Return how to write a value that YAML reads otherwise than it was meant; empty if there is no hint."""
+    """Return a hint on how to write a value that YAML misinterprets; empty if there is no hint."""
     if kind == "string_type" and isinstance(value, bool | int | float):
         return "; put it in quotes to use it as text"
     if kind == "string_type" and isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""YAML of recipes and overrides: YAML 1.2 scalars, bounded size, and causes of mistakes.
+"""YAML parser of recipes and overrides: YAML 1.2 scalars, limits on size, and messages about mistakes.
 
-PyYAML resolves scalars by YAML 1.1, in which `16:9` is 969, `010` is 8, `1e3` is text and `on` is true. Here,
-scalars are those of the YAML 1.2 core schema, and values are built from the parser's events, so that nesting,
-aliases and tags are bounded before anything is built from them.
+PyYAML converts scalars by YAML 1.1, in which `16:9` is 969, `010` is 8, `1e3` is text and `on` is true. This
+module follows the YAML 1.2 core schema instead. It builds values from the events of PyYAML's parser, so that
+it can limit nesting and aliases, and refuse tags, before a value is built.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from inlaid import limits
 TOO_DEEP = "too many nested lists or mappings"
 
 MAX_DIGITS = 400
-"""Maximum length of a number; longer ones stay text."""
+"""Maximum number of characters of a number; a longer scalar stays text."""
 
 _PARSER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 _NULL = re.compile(r"null|Null|NULL|~|")
@@ -34,13 +34,13 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class Integer(int):
-    """Integer of a document, with its text: a field that takes text gets `007`, not `7`."""
+    """Integer that keeps its spelling in the recipe: a key that accepts text gets `007`, not `7`."""
 
     text: str
 
 
 class Decimal(float):
-    """Floating-point number of a document, with its text."""
+    """Floating-point number that keeps its spelling in the recipe."""
 
     text: str
 
@@ -68,15 +68,18 @@ def scalar(text: str) -> Any:
 
 
 class ParseError(ValueError):
-    """Error for text that is not one YAML document within the limits, with line, column and cause."""
+    """Error in YAML text: invalid syntax, several documents, or an exceeded limit.
+
+    The message has the cause and, if known, the line and column.
+    """
 
 
 EMPTY: Any = type("Empty", (), {"__repr__": lambda self: "null"})()
-"""Value of a key without a value, as an alternative to None: `sample:` differs from `sample: null`."""
+"""Placeholder for the missing value in `sample:`, to distinguish it from the null in `sample: null`."""
 
 
 class _MistakeError(Exception):
-    """Cause of a mistake, at a mark."""
+    """Internal error for a mistake in a YAML document, with its cause and its position (a PyYAML mark)."""
 
     def __init__(self, cause: str, mark: Any = None) -> None:
         super().__init__(cause)
@@ -84,14 +87,14 @@ class _MistakeError(Exception):
 
 
 def parse(text: str, *, empty: Any = None) -> Any:
-    """Return the value of a YAML document of at most `limits.RECIPE`.
+    """Parse a YAML document of at most `limits.RECIPE` characters, and return its value.
 
     Args:
         text: the document.
         empty: value of an empty document, and of keys and list items without a value.
 
     Raises:
-        ParseError: if it is not one valid document; the message has line, column and cause.
+        ParseError: if the text is not exactly one valid document; the message has line, column and cause.
     """
     return _parse(text, empty).root
 
@@ -120,9 +123,10 @@ def _code(error: yaml.reader.ReaderError) -> int:
 
 
 def parse_override(text: str, *, empty: Any = None) -> Any:
-    """Return the value of an override: a list or mapping in brackets, a quoted text, or one scalar.
+    """Parse the value of a command-line override.
 
-    A scalar is the whole text: ` #` and `: ` have no special meaning in it, since a shell removes comments.
+    The value is a list or mapping in brackets, a quoted text, or an unquoted scalar. An unquoted scalar is
+    the whole text: ` #` and `: ` have no special meaning, because the shell has already removed comments.
 
     Raises:
         ParseError: if brackets or quotes are not valid YAML; the message has the cause.
@@ -145,7 +149,7 @@ def parse_override(text: str, *, empty: Any = None) -> Any:
 
 
 def shorten(text: str, most: int) -> str:
-    """Return a text for a message: printable, and with its middle left out if it is longer than `most`."""
+    """Return text for a message: printable, and with its middle left out if it exceeds `most` characters."""
     if len(text) > most:
         half = (most - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"
@@ -163,7 +167,7 @@ _HINTS = (
 
 
 def _cause(error: yaml.MarkedYAMLError, text: str) -> str:
-    """Return the problem that PyYAML found, and what to do about it."""
+    """Return the problem that PyYAML found, and how to fix it."""
     problem, mark = error.problem or "not valid", error.problem_mark
     line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
     character = line[mark.column : mark.column + 1] if mark else ""
@@ -179,7 +183,7 @@ def _cause(error: yaml.MarkedYAMLError, text: str) -> str:
 
 @dataclass
 class _Open:
-    """A list or mapping that is being built."""
+    """List or mapping that is being built."""
 
     value: Any
     mark: Any
@@ -192,7 +196,7 @@ class _Open:
 
 @dataclass
 class _Builder:
-    """Builder of one document from events, without recursion."""
+    """Builder of the value of one YAML document from parser events, without recursion."""
 
     stack: list[_Open] = field(default_factory=list)
     anchors: dict[str, tuple[Any, int]] = field(default_factory=dict)
@@ -202,7 +206,7 @@ class _Builder:
     """Index of the first character after the document's value."""
 
     def add(self, value: Any, size: int, mark: Any) -> None:
-        """Add a complete value to the innermost list or mapping, as key or value."""
+        """Add a finished value to the innermost open list or mapping; in a mapping, as key or value."""
         if not self.stack:
             self.root = value
             return
@@ -252,7 +256,7 @@ class _Builder:
         self.add(done.value, done.size, done.mark)
 
     def scalar(self, event: Any) -> None:
-        """Add a scalar; unquoted ones are resolved, except keys."""
+        """Add a scalar; an unquoted scalar that is not a key is converted to a number, a boolean or null."""
         tag, mark = event.tag, event.start_mark
         key = bool(self.stack) and isinstance(self.stack[-1].value, dict) and self.stack[-1].key is None
         resolved = (f"{_TAG}{kind}" for kind in ("int", "float", "bool", "null"))
@@ -267,7 +271,7 @@ class _Builder:
         self.add(value, 1, mark)
 
     def alias(self, event: Any) -> None:
-        """Add the value of an anchor."""
+        """Add the value that an alias (`*name`) refers to."""
         if any(part.anchor == event.anchor for part in self.stack):
             raise _MistakeError(f"alias `*{event.anchor[:60]}` contains itself", event.start_mark)
         if event.anchor not in self.anchors:
@@ -279,10 +283,11 @@ class _Builder:
 
 
 def _build(stream: Iterator[Any], empty: Any) -> _Builder:
-    """Build the only document of a stream of events.
+    """Build the value of a stream of parser events, which must contain a single YAML document.
 
     Raises:
-        _MistakeError: if there is more than one document, or it exceeds a limit or uses unsupported YAML.
+        _MistakeError: if there are several documents, or if the document exceeds a limit or uses unsupported
+            YAML.
     """
     builder, documents = _Builder(empty=empty, root=empty), 0
     for event in stream:
@@ -337,7 +342,7 @@ def read_text(path: Path) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Dumper that quotes every text that YAML 1.1 or 1.2 reads as a number."""
+    """YAML dumper that quotes every text that YAML 1.1 or 1.2 reads as a number."""
 
 
 _Dumper.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
@@ -356,5 +361,5 @@ _Dumper.add_representer(str, _text)
 
 
 def dump(values: Any) -> str:
-    """Return plain values as YAML that `parse` and other readers read as the same values."""
+    """Convert plain Python values to YAML text that YAML 1.1 and 1.2 parsers read as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,7 +1,7 @@
-"""Model families by name: the modules of `inlaid.families`, and installed plug-ins.
+"""Lookup of model families by name: modules of `inlaid.families`, and installed plug-ins.
 
-The family of a recipe provides some of its defaults, so loading a recipe looks up the family by name at run
-time. No family is imported at module level, which would be a circular import.
+A recipe takes some of its defaults from its model family, so loading a recipe imports that family. The import
+happens inside functions, because an import at module level would be circular.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ GROUP = "inlaid.families"
 """Name of the package of built-in families, and of the entry-point group for plug-ins."""
 
 SHARED = ("base", "checkpoint", "grid", "hub")
-"""Modules of the package that are not families."""
+"""Modules of `inlaid.families` that are not model families."""
 
 
 def family_names() -> list[str]:
-    """Return the names of all installed families, sorted."""
+    """Return the names of all installed model families, sorted."""
     spec = find_spec(GROUP)
     assert spec and spec.submodule_search_locations
     own = {m.name for m in pkgutil.iter_modules(list(spec.submodule_search_locations))} - {*SHARED}
@@ -30,10 +30,10 @@ def family_names() -> list[str]:
 
 
 def family_class(name: str) -> Any:
-    """Return the class of a family.
+    """Return the class of a model family.
 
     Raises:
-        ValueError: if no such family is installed.
+        ValueError: if no family of this name is installed.
     """
     if name not in family_names():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Recipe reference page, generated from the section classes."""
+"""Reference page of all recipe keys, generated from the section classes."""
 
 from __future__ import annotations
 

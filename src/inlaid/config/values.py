@@ -1,4 +1,4 @@
-"""Values of a recipe, read as the type that their key accepts, or refused with the cause."""
+"""Conversion of recipe values to the types that their keys accept. Other values are refused with a reason."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pydantic import BaseModel
 from inlaid.config.parse import Decimal, Integer
 
 MAX_INTEGER = 2**63
-"""Integers of a recipe are below this value in magnitude."""
+"""Exclusive upper limit of the absolute value of integers in a recipe."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Value that no type accepts, in place of a value that was not meant."""
+    """Placeholder for a recipe value that is a mistake. No type accepts it, so validation reports `why`."""
 
     value: Any
     why: str
 
 
 def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: frozenset[str]) -> dict[Any, Any]:
-    """Return the values of a section, each in the type that its key accepts, or `Refused`.
+    """Return the values of a section, each converted to the type that its key accepts, or to `Refused`.
 
     Args:
         section: class of the section.
         values: values from YAML or from Python.
-        prose: keys that accept tabs and line breaks.
+        prose: keys whose texts may contain tabs and line breaks.
     """
     return {
         key: _read(value, *_accepted(section, key), key in prose) if key in section.model_fields else value
@@ -39,7 +39,10 @@ def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: froz
 
 
 def kinds(annotation: Any) -> Iterator[type]:
-    """Yield every type in an annotation: members of unions, containers and elements, types of literals."""
+    """Yield every type in an annotation.
+
+    These include the members of unions, containers and their elements, and the types of literals.
+    """
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         yield from map(type, parts)
@@ -66,7 +69,7 @@ def _literals(annotation: Any) -> Iterator[Any]:
 
 @cache
 def _accepted(section: type[BaseModel], key: str) -> tuple[frozenset[type], frozenset[Any]]:
-    """Return the types and the literals that a key accepts."""
+    """Return the types and the literal values that a key accepts."""
     annotation = section.model_fields[key].annotation
     return frozenset(kinds(annotation)), frozenset(_literals(annotation))
 
@@ -101,7 +104,7 @@ def _number(value: float, accepted: frozenset[type]) -> Any:
 
 
 def _unmeant(value: str, accepted: frozenset[type], literals: frozenset[Any], several_lines: bool) -> str:
-    """Return why a text cannot have been meant; empty if it can."""
+    """Return the reason why a text is probably a mistake for its key; empty if there is none."""
     kept = "\t\n\r" if several_lines else ""
     wrong = next((c for c in value if (c < " " or c == "\x7f") and c not in kept), None)
     if wrong:

@@ -1,4 +1,4 @@
-"""Micro-batches of cached tensors, and the hash that seeds their random choices."""
+"""Micro-batches of cached tensors, and a hash that is stable across processes, for random seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inlaid.families import Family
 
 @dataclass(frozen=True)
 class Batch:
-    """Micro-batch: latents (n, c, t, h, w), conditions, and clip names."""
+    """Micro-batch: latents (n, c, t, h, w), conditioning tensors, and names of the clips."""
 
     latents: Tensor
     cond: Mapping[str, Tensor]
@@ -31,9 +31,10 @@ class Batch:
         names: Sequence[str],
         *seed: Any,
     ) -> Batch:
-        """Return a micro-batch of cached clips and captions.
+        """Return a micro-batch of cached clips and cached text embeddings.
 
-        The random choices for each clip depend only on `seed` and its index in the batch.
+        Random choices, such as sampling from the VAE posterior, depend only on `seed` and the clip's index in
+        the batch.
         """
         drawn = [
             family.sample_item(clip, torch.Generator().manual_seed(stable_hash(*seed, "clip", i)))
@@ -43,7 +44,7 @@ class Batch:
         return cls(stacked.pop("latents"), {**family.collate(text), **stacked}, names)
 
     def to(self, device: torch.device) -> Batch:
-        """Move the batch to a device; to CUDA from pinned memory, so that copies overlap with computation."""
+        """Return the batch on a device; copies to CUDA use pinned memory, to overlap with computation."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
         prior_preservation = None if self.prior_preservation is None else move(self.prior_preservation)
@@ -53,7 +54,7 @@ class Batch:
 
 
 def stable_hash(*parts: Any) -> int:
-    """Return a 63-bit hash that is the same in every process; seeds random choices."""
+    """Return a 63-bit hash that is the same in every process, to use as a random seed."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

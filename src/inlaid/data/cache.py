@@ -1,8 +1,8 @@
 """Content-addressed cache of latents and text embeddings, so that training loads no VAE or text encoder.
 
-The name of an item is a hash of everything that determines its values: format version, family, the encoder's
-files, the window of the clip, and the clip's content. Therefore items are never stale, runs can share a cache
-folder, and an interrupted build can resume.
+The name of a cached item is a hash of everything that determines its values: format version, model family,
+files of the encoder, window of the clip, and content of the clip. Therefore, items are never stale, runs can
+share a cache folder, and an interrupted build can resume.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 VERSION = 1
-"""Version of the item format; increase it when the values or names of an item's tensors change."""
+"""Version of the format of cached items. Increase it when the values or names of an item's tensors change."""
 
 T = TypeVar("T")
 
 
 def identity(*parts: Any) -> str:
-    """Return the name of an item: a hash of JSON values, as 40 hexadecimal digits."""
+    """Return the name of a cached item: the first 40 hexadecimal digits of a SHA-256 of values as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
@@ -53,7 +53,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass
 class Cache:
-    """Folder of cached items, with media and text in separate subfolders."""
+    """Cache folder, with encoded media and text embeddings in separate subfolders."""
 
     folder: Path
     probes: CachedProbes = field(init=False, repr=False)
@@ -62,11 +62,14 @@ class Cache:
         self.probes = CachedProbes(self.folder)
 
     def path(self, kind: str, name: str) -> Path:
-        """Return the path of an item, which may not exist yet."""
+        """Return the path of a cached item; the file may not exist yet."""
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
     def has(self, kind: str, name: str) -> bool:
-        """Return True if an item is complete and has its own name; `read` also verifies its content."""
+        """Return True if the file of a cached item has the expected length and names the item in its header.
+
+        The values of the tensors are verified only by `read`.
+        """
         path = self.path(kind, name)
         try:
             with path.open("rb") as file:
@@ -80,7 +83,7 @@ class Cache:
             return False
 
     def write(self, kind: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an item atomically, with its digest in the header."""
+        """Write a cached item atomically, with a hash of its tensors in the file header."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         about = {"inlaid_cache": str(VERSION), "item": f"{kind}/{name}", "digest": digest(tensors)}
         header = {**metadata, **about}
@@ -88,10 +91,10 @@ class Cache:
             save_file(tensors, temporary, metadata=header)
 
     def read(self, kind: str, name: str) -> dict[str, Tensor]:
-        """Read and verify an item.
+        """Read and verify a cached item.
 
         Raises:
-            ValueError: if the item is missing, truncated or modified, or if its file is that of another item.
+            ValueError: if the item is missing, truncated or modified, or if the file contains another item.
         """
         path = self.path(kind, name)
         try:
@@ -114,15 +117,18 @@ class Cache:
         return tensors
 
     def content(self, path: Path) -> str:
-        """Return the SHA-256 of a file's content, memoized by path, size and modification time."""
+        """Return the SHA-256 of a file's content, from the cache if the file is unchanged."""
         return self.probes.content(path)
 
     def remember(self) -> None:
-        """Write the memoized content hashes, probes and alpha statistics to the cache folder."""
+        """Write the content hashes, file properties and alpha statistics to the folder, for later runs."""
         self.probes.save()
 
     def encoder(self, family: Family, part: str) -> list[str]:
-        """Return the identity of an encoder: the commit of a Hub checkpoint, or the hashes of local files."""
+        """Return strings that identify an encoder, for cache keys.
+
+        They are the commit of a checkpoint on the Hugging Face Hub, or the content hashes of local files.
+        """
         if not isinstance(family.source, Path):
             return [family.source, family.commit(), part]
         files = [
@@ -133,14 +139,17 @@ class Cache:
         ]
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
-        """Return the names of the cache items of windows."""
+        """Return the name of the cached item of each training example."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
         what += family.media_key
         files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
     def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
-        """Return the names of the cache items of captions and of files with precomputed text embeddings."""
+        """Return the name of the cached item of each caption or precomputed text embedding.
+
+        A path in `words` is a file with a precomputed text embedding.
+        """
         what, encoder = [VERSION, family.model.family], self.encoder(family, "text")
         return [
             identity(*what, encoder, str(dtype), w)
@@ -151,7 +160,11 @@ class Cache:
 
 
 def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
-    """Run jobs in threads ahead of the consumer; yield the result or exception of each job, in order."""
+    """Run jobs in background threads; yield the result or exception of each job, in order.
+
+    Up to `workers` jobs are submitted before their results are requested. With 0 workers, each job runs in
+    the calling thread.
+    """
 
     def caught(job: Callable[[], T]) -> T | Exception:
         try:
@@ -174,7 +187,7 @@ def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Excepti
 
 @dataclass
 class Built:
-    """Result of a build: numbers of new and reused items, and the errors of failed clips by path."""
+    """Result of filling the cache: numbers of new and reused items, and errors of failed clips by path."""
 
     made: int = 0
     reused: int = 0
@@ -194,7 +207,7 @@ def build_media(
     workers: int,
     advance: Advance,
 ) -> Built:
-    """Encode the windows that are not in the cache.
+    """Encode the training windows that are not in the cache.
 
     Latents are stored as float16, which is more precise than bfloat16; integer pixels are stored unchanged.
     Clips that cannot be read or encoded are recorded in `Built.failed`.
@@ -284,7 +297,10 @@ def build_text(
 
 @contextmanager
 def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
-    """Count the item written in the `with` block; a write error becomes a ValueError with the progress."""
+    """Count the item that the `with` block writes, and convert a write error to a ValueError.
+
+    The message of the ValueError contains the progress.
+    """
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Captions: what counts as one, and captions that are longer than the model's maximum number of tokens."""
+"""Captions: reading, cleaning, finding problems, and estimating the length in tokens."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ if TYPE_CHECKING:
     from inlaid.families import Family
 
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
-"""Control characters that are not white space, and unpaired surrogates, which no tokenizer accepts."""
+"""Characters that a caption must not contain: control characters other than white space, and unpaired Unicode
+surrogates."""
 
 TOKENS_PER_WORD, BYTES_PER_TOKEN = 1.3, 4
-"""Averages of T5's vocabulary, to estimate the number of tokens without the tokenizer."""
+"""Averages for the T5 tokenizer, to estimate the number of tokens of a text without loading the tokenizer."""
 
 
 def read_caption(path: Path) -> str:
-    """Read a caption file in UTF-8 or UTF-16.
+    """Read a caption file in UTF-8, UTF-16 or UTF-32.
 
     Raises:
-        FileError: if it cannot be read, is too large or has another encoding.
+        FileError: if the file cannot be read, is too large or has another encoding.
     """
     return read_text(path, limits.CAPTION)
 
 
 def clean(caption: str) -> str:
-    """Return a caption on one line, without byte order marks; empty if nothing of it is visible."""
+    """Return a caption as one line without byte order marks, or an empty text if no character is visible."""
     text = " ".join(caption.replace("\ufeff", "").split())
     return "" if is_blank(text) else text
 
 
 def caption_problem(caption: Any) -> tuple[str, str] | None:
-    """Return the problem code of a caption and details, or None if it can be used."""
+    """Return the problem code and details of an unusable caption, or None if the caption is valid."""
     if caption is None:
         return "no-caption", ""
     if not isinstance(caption, str):
@@ -55,10 +56,10 @@ def caption_problem(caption: Any) -> tuple[str, str] | None:
 
 
 def long_texts(family: Family, texts: Iterable[str]) -> dict[str, str]:
-    """Return the texts that the text encoder cuts off, each with a message about its length.
+    """Return the texts with too many tokens for the text encoder, each with a message about its length.
 
-    Only the tokenizer is loaded, and only if a text has enough bytes to be too long. If the tokenizer of a
-    Hub checkpoint is not on this machine yet, the number of tokens is estimated.
+    The tokenizer is loaded only if a text has enough bytes to be too long. If the tokenizer belongs to a
+    checkpoint on the Hugging Face Hub and is not on this machine yet, the number of tokens is estimated.
     """
     most = family.text_length
     candidates = [t for t in dict.fromkeys(texts) if len(t.encode("utf-8", "replace")) > most - 2]

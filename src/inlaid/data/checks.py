@@ -17,16 +17,17 @@ from inlaid.media.kinds import Probe
 from inlaid.media.rgba import AlphaStats
 
 UPSCALE = 1.5
-"""Scale factor above which a clip gets a warning: the model learns the blur of an enlarged clip."""
+"""Enlargement factor above which a clip gets a warning. The model learns the blur of enlarged clips."""
 
 CROPPED = 0.3
-"""Share of the frame that is cropped, 0 to 1, above which a clip gets a warning."""
+"""Cropped fraction of the frame area, 0 to 1, above which a clip gets a warning."""
 
 RESIDUE = 0.005
 """Value of `AlphaStats.residue`, 0 to 1, above which a clip gets a warning."""
 
 ODD = 0.4
-"""Difference, 0 to 1, between a clip's coverage and the median above which the clip gets a warning."""
+"""Maximum difference, 0 to 1, of a clip's mean alpha from the median over all clips. Above it, the clip gets
+a warning."""
 
 
 def clip_problems(
@@ -44,8 +45,8 @@ def clip_problems(
         probe: its properties.
         data: the recipe's `data` section.
         fps: sampling rate in frames per second.
-        size: size of the clip's bucket; None if the clip has no window.
-        alpha: alpha statistics; None in an opaque run.
+        size: height and width of the clip's bucket; None if no part of the clip can be used.
+        alpha: alpha statistics; None in a run that trains without alpha.
     """
     out: list[Problem] = []
 
@@ -88,7 +89,7 @@ def clip_problems(
 
 
 def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Problem]:
-    """Return the problems of a clip's alpha that the recipe does not correct."""
+    """Return the problems of a clip's alpha, except problems that the recipe corrects."""
     found = {
         "inverted": alpha.inverted and not how.invert,
         "limited": alpha.limited and not how.limited,
@@ -133,9 +134,9 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
 def duplicates(
     clips: Sequence[Clip], content: Callable[[Path], str] = sha256
 ) -> tuple[dict[Path, str], list[Problem]]:
-    """Return a mark for each path, and a warning for each copy of a clip.
+    """Return a label for each path, and a warning for each copy of a clip.
 
-    Clips with equal content have equal marks. The mark is a content hash, or the path if no other clip has
+    Clips with equal content have equal labels. The label is a content hash, or the path if no other clip has
     the same size in bytes.
 
     Args:

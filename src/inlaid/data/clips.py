@@ -1,4 +1,4 @@
-"""Clips, and windows of clips, which are the training examples."""
+"""Clips on disk, and windows: the clips or parts of clips that are training examples."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Clip:
-    """A training example on disk."""
+    """Clip on disk with its caption: a video, an image, a scene, or precomputed latents."""
 
     path: Path
     name: str
-    """Path relative to the root of the source, with forward slashes."""
+    """Path relative to the root folder of the data source, with forward slashes."""
     caption: str
-    """Caption as stored, with each run of white space replaced by one space.
+    """Caption from the dataset, with each run of white space replaced by one space.
 
     Empty if the clip has no caption; such a clip is used only if its latents are precomputed.
     """
@@ -47,7 +47,7 @@ class Clip:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files whose content determines the pixels or the latents."""
+        """Files whose content determines the pixels or the precomputed latents."""
         if self.latents:
             return self.latents
         return tuple(f for part in (self.path, self.matte) if part for f in rgba_clips.files(part))
@@ -59,23 +59,26 @@ class Window(ABC):
 
     clip: Clip
     extent: Extent
-    """Length and size; equal for all windows of a batch."""
+    """Length (frames or objects), height and width; equal for all windows of a batch."""
     caption: str
-    """Caption with prefix and trigger."""
+    """Caption with the recipe's prefix and trigger word."""
 
     @property
     @abstractmethod
     def key(self) -> tuple[Hashable, ...]:
-        """Cache key: everything that determines the cached item, except the content of the files."""
+        """Part of the cache key: every setting that determines the cached tensors.
+
+        The cache adds the content hashes of the files.
+        """
 
     @property
     def words(self) -> str | Path:
-        """Text condition: the caption, or the file with its precomputed embedding."""
+        """Text input of the network: the caption, or the file with its precomputed text embedding."""
         return self.clip.embedding or self.caption
 
     @abstractmethod
     def read(self) -> Any:
-        """Read the window from disk, as the input of `Family.encode_media`.
+        """Read the window from disk, in the form that `Family.encode_media` accepts.
 
         Raises:
             ValueError: if a file cannot be read; the message names the file.
@@ -84,7 +87,7 @@ class Window(ABC):
 
 @dataclass(frozen=True)
 class VideoWindow(Window):
-    """Time range of a video, or an image, at the training size."""
+    """Training example of the video modality: a time range of a video, or an image, at the training size."""
 
     extent: VideoExtent
     start: float
@@ -92,13 +95,17 @@ class VideoWindow(Window):
     fps: float
     """Sampling rate in frames per second."""
     alpha: config.Matte | None = None
-    """Settings for reading and correcting alpha; None if the clip is read as opaque."""
+    """Settings for reading and correcting alpha; None if the clip is read without alpha."""
     premultiplied: bool = False
-    """True if a clip with premultiplied alpha is read as opaque, composited over white."""
+    """True if the clip has premultiplied alpha, and is composited over white instead of being read with
+    alpha."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Cache key: everything that determines the pixels, except the content of the files."""
+        """Part of the cache key: every setting that determines the pixels or the precomputed latents.
+
+        The cache adds the content hashes of the files.
+        """
         if self.clip.embedding:
             return ("precomputed", precomputed.READER)
         frames, height, width = self.extent
@@ -110,7 +117,7 @@ class VideoWindow(Window):
         return ("window", kinds.READER, self.clip.kind, *shape, *over_white)
 
     def read(self) -> np.ndarray:
-        """Read the pixels as uint8: (t, h, w, 3), or (t, h, w, 4) with straight alpha in a transparent run.
+        """Read the pixels as uint8: (t, h, w, 3), or (t, h, w, 4) with straight alpha if `alpha` is set.
 
         Raises:
             ValueError: if the file cannot be read to the end of the window; the message names the file.

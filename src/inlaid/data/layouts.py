@@ -26,19 +26,19 @@ PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",)
 
 @dataclass(frozen=True)
 class Found:
-    """Contents of a source: clips whose files exist, and problems."""
+    """Clips and problems found in a data source. All files of the clips exist."""
 
     layout: str
     why: str
-    """Reason why this layout was chosen."""
+    """The reason for choosing this layout, for messages."""
     clips: list[Clip]
     problems: list[Problem]
     count: int
-    """Number of clips found, usable or not."""
+    """Number of clips found, including unusable clips."""
 
 
 class _Scan:
-    """Collector of the clips and problems of one source."""
+    """Collector of the clips and problems of one data source."""
 
     def __init__(self, source: config.Source, index: int, root: Path, channels: int = 3) -> None:
         self.source, self.index, self.root, self.channels = source, index, Root(root), channels
@@ -52,7 +52,10 @@ class _Scan:
         self.problems.append(Problem(KINDS[code].severity, code, name, message, self.index))
 
     def file(self, text: str, where: str) -> Path | None:
-        """Return the path that a manifest or a folder names, or record a problem and return None."""
+        """Return the path of the clip or alpha matte named `text`, or record a problem and return None.
+
+        `where` is the location of the name in the manifest, for messages.
+        """
         label = text[:200]
         if printable(text.encode("utf-8", "replace").decode()) != printable(text):
             self.problem("unreadable", label, "the file name is not UTF-8, rename the file")
@@ -76,7 +79,11 @@ class _Scan:
         return None
 
     def _there(self, path: Path) -> Path | None:
-        """Return the clip at a path: a file, a folder of frames, or the file of this name without suffix."""
+        """Return the path of the clip that `path` names, or None if there is no such clip.
+
+        A clip is a file or a folder of frames. A path without suffix may also name a file, such as `dog` for
+        `dog.mp4`.
+        """
         if path.is_file() or rgba_images.frames_in(path):
             return path
         if path.is_dir() or path.exists():
@@ -88,19 +95,23 @@ class _Scan:
         return self.root.guard(named[0]) if named else None
 
     def guard_frames(self, path: Path) -> None:
-        """Guard a file, or the images of a folder of frames.
+        """Check that a file, or each image in a folder of frames, is inside the root folder.
 
         Raises:
-            FileError: if one of them is outside of the root.
+            FileError: if a file is outside of the root folder.
         """
         self.root.guard(path)
         for image in rgba_images.frames_in(path) if path.is_dir() else ():
             self.root.guard(image)
 
     def matte(self, path: Path, text: str | None, where: str) -> tuple[Path | None, bool]:
-        """Return the alpha matte of a clip, or None, and True if there is no problem.
+        """Find the alpha matte of a clip, and record problems.
 
-        The matte is the file named by `text`; if `text` is None, it is searched for beside the clip.
+        `text` is the path of the matte in the manifest. If it is None, the matte is searched for beside the
+        clip.
+
+        Returns:
+            The path of the matte or None, and False if a problem was recorded, else True.
         """
         if text is not None:
             named = self.file(text.strip(), where)
@@ -120,17 +131,17 @@ class _Scan:
         return (found[0] if found else None), len(found) < 2
 
     def name(self, path: Path) -> str:
-        """Return the path relative to the root, for messages."""
+        """Return a path relative to the root folder, for messages."""
         try:
             return path.relative_to(self.root.folder).as_posix()
         except ValueError:
             return path.name
 
     def caption(self, clip: Path) -> str | None:
-        """Return the caption beside a clip; None if there is none.
+        """Return the text of the caption file beside a clip, or None if there is no such file.
 
         Raises:
-            FileError: if it cannot be read or is outside of the root.
+            FileError: if the caption file cannot be read or is outside of the root folder.
         """
         beside = sequences.caption_file(self.root, clip)
         return captions.read_caption(self.root.guard(beside)) if beside else None
@@ -138,9 +149,10 @@ class _Scan:
     def add(
         self, text: str, caption: Any, group: Any = None, *, where: str = "", matte: str | None = None
     ) -> None:
-        """Add the clip at `text`, relative to the root, with its alpha matte; record problems.
+        """Add a clip with its caption and alpha matte, and record problems.
 
-        `where` is the clip's location in the manifest, for messages; `matte` is the path of the alpha matte.
+        `text` is the path of the clip relative to the root folder, and `matte` the path of its alpha matte.
+        `where` is the location of the clip in the manifest, for messages.
         """
         self.count += 1
         text = text.strip() if where else text
@@ -161,13 +173,13 @@ class _Scan:
 
 
 def find_clips(source: config.Source, index: int, patterns: PrecomputedLayout | None, channels: int) -> Found:
-    """Find the clips of a source in any layout; problems are returned, not raised.
+    """Find the clips of a data source in any supported layout. Problems are returned, not raised.
 
     Args:
-        source: entry of `data.sources`.
-        index: index of the source.
-        patterns: layout of precomputed latents that the family reads, or None.
-        channels: 4 if the run is transparent, else 3.
+        source: entry of the recipe's `data.sources`.
+        index: index of the source in `data.sources`.
+        patterns: layout of the precomputed latents that the model family reads, or None.
+        channels: 4 if the run trains on alpha, else 3.
     """
     path = Path(source.path).expanduser()
     root = Path(source.root).expanduser() if source.root else path if path.is_dir() else path.parent
@@ -202,7 +214,10 @@ def find_clips(source: config.Source, index: int, patterns: PrecomputedLayout | 
 def _detect(
     path: Path, source: config.Source, patterns: PrecomputedLayout | None, scan: _Scan
 ) -> tuple[str, str, Path]:
-    """Return the layout, the reason for it, and the file or folder to read.
+    """Detect the layout of a data source.
+
+    Returns:
+        The layout, the reason for it, and the file or folder to read.
 
     Raises:
         ValueError: if no layout or more than one layout matches.
@@ -251,7 +266,7 @@ def _detect(
 
 
 def _nothing(tree: Root, wanted: str, patterns: PrecomputedLayout | None) -> str:
-    """Return the error message for a folder that has no known layout."""
+    """Return the error message for a folder in which no supported layout was found."""
     reads = f"this model reads {patterns.description}" if patterns else "this model does not read any"
     needs = {
         "lines": "prompts.txt and videos.txt; set `caption_column` and `video_column` for other file names",
@@ -266,10 +281,10 @@ def _nothing(tree: Root, wanted: str, patterns: PrecomputedLayout | None) -> str
 
 
 def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None:
-    """Return the file with captions and the file with paths, or None unless both exist.
+    """Return the file that lists captions and the file that lists clips, or None if either is missing.
 
     Raises:
-        ValueError: if several files match.
+        ValueError: if `layout` is `lines` and several files could be one of the two lists.
     """
     found = []
     for key, named, defaults in (
@@ -292,7 +307,10 @@ def _matching(tree: Root, pattern: str, suffixes: tuple[str, ...] = ("",)) -> di
 
 
 def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None:
-    """Collect precomputed latents; `precomputed.inspect_item` later inspects the content of the files."""
+    """Collect precomputed latents by file name; the content of the files is not checked here.
+
+    `precomputed.inspect_item` checks it later.
+    """
     parts = [_matching(scan.root, part) for part in (*patterns.media, patterns.text)]
     texts = _matching(scan.root, patterns.caption)
     for name in sorted({*parts[0], *parts[-1]}):
@@ -323,7 +341,7 @@ def _files(tree: Root, suffixes: tuple[str, ...], top: Path | None = None) -> li
 
 
 def _plain(path: Path) -> Path:
-    """Return a path without suffix, in normalized Unicode, for comparison."""
+    """Return a path without suffix and with its name in normalized Unicode (NFC), for comparison."""
     return path.with_name(unicodedata.normalize("NFC", path.stem))
 
 
@@ -349,9 +367,10 @@ def _folder(folder: Path, scan: _Scan) -> None:
 
 
 def _unsupported(clips: list[Path], scan: _Scan) -> None:
-    """Report what looks like a clip but is none, instead of skipping it.
+    """Record problems for files and folders that look like clips but are not supported.
 
-    This is a file with a caption in a format such as .swf, or a folder with the name of a clip.
+    These are files with a caption in an unsupported format such as .swf, and folders with names such as
+    `dog.mp4`. Without this check, they would be skipped silently.
     """
     known = KNOWN if scan.channels == 4 else kinds.KNOWN
     stems = {_plain(place) for c in clips for place in rgba_clips.captions(c)}
@@ -389,7 +408,7 @@ def _lines(folder: Path, scan: _Scan) -> None:
 
 
 def _manifest(path: Path, scan: _Scan) -> None:
-    """Add the clips of a table or of objects."""
+    """Add the clips that a manifest lists."""
     columns, rows = read_rows(path, scan.source, scan.channels == 4)
     for row in rows:
         video = row.values.get(columns.video)

@@ -1,4 +1,4 @@
-"""Manifests: tables and objects that list clips with captions (.csv, .tsv, .jsonl, .json)."""
+"""Manifests: files that list clips and captions, as tables (.csv, .tsv) or JSON objects (.jsonl, .json)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ MANIFESTS = (*TABLES, *OBJECTS)
 DELIMITERS = (",", ";", "\t", "|")
 
 FIELD = 131_072
-"""Maximum number of characters of a field of a table: a longer field nearly always lacks a closing quote."""
+"""Maximum length of a table field in characters; a longer field nearly always lacks a closing quote."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Row of a manifest: its place in the file, and its values by column, or why it cannot be used."""
+    """Row of a manifest: its location in the file, and its values by column.
+
+    If the row cannot be used, `problem` has the reason.
+    """
 
     where: str
     values: Mapping[str, Any]
@@ -45,7 +48,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns with path, caption, group and alpha matte; the last two may be None."""
+    """Names of the manifest columns with the clip's path, caption, group and alpha matte.
+
+    `group` and `alpha` are None if the manifest has no such column.
+    """
 
     video: str
     caption: str
@@ -58,8 +64,8 @@ def read_rows(path: Path, source: config.Source, transparent: bool) -> tuple[Col
 
     Args:
         path: the manifest.
-        source: entry of `data.sources`, which may name the columns.
-        transparent: also look for columns of transparent clips.
+        source: entry of the recipe's `data.sources`, which may set the names of columns.
+        transparent: also look for the columns of color files and alpha mattes.
 
     Raises:
         ValueError: if the manifest cannot be read or lacks a column.
@@ -104,7 +110,7 @@ def _table(path: Path, text: str, source: config.Source, transparent: bool) -> t
 
 
 def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of the last line and the cells of each row.
+    """Yield a pair for each row of a table: the line number at which the row ends, and the cells.
 
     Raises:
         ValueError: if the text is not valid CSV, or a field is too long.
@@ -127,7 +133,10 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[st
 
 
 def _delimiter(text: str, source: config.Source, transparent: bool) -> str:
-    """Return the delimiter with which the header has the most columns of known names; else the comma."""
+    """Return the delimiter that splits the header into the most known column names.
+
+    If no name is known, return the delimiter that gives the most cells. In a tie, the comma has priority.
+    """
     first = text.lstrip("\n").partition("\n")[0][:FIELD]
 
     def known(delimiter: str) -> tuple[int, int]:
@@ -145,7 +154,7 @@ def _delimiter(text: str, source: config.Source, transparent: bool) -> str:
 
 
 def _lines(path: Path, text: str) -> list[Row]:
-    """Return the objects of a `.jsonl` file, one per line."""
+    """Return the rows of a `.jsonl` file, which has one JSON object per line."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -158,7 +167,10 @@ def _lines(path: Path, text: str) -> list[Row]:
 
 
 def _whole(path: Path, text: str) -> list[Row]:
-    """Return the objects of a `.json` file: a list, or an object of captions or objects by name."""
+    """Return the rows of a `.json` file, which contains a list of objects or a single object.
+
+    A single object maps the path of each clip to its caption, or to an object with the caption.
+    """
     if not text.strip():
         return []
     value = _json(path, text)
@@ -198,7 +210,7 @@ def _json(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | None, Sequence[str]]]:
-    """Return the configured name and the default names of each column, by the key that configures it."""
+    """Return the configured name and the default names of each column, keyed by the column's recipe key."""
     return {
         "video_column": (source.video_column, VIDEO_COLUMNS + COLOR_COLUMNS * transparent),
         "caption_column": (source.caption_column, CAPTION_COLUMNS),
@@ -208,7 +220,11 @@ def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | N
 
 
 def _find(named: str | None, defaults: Sequence[str], there: Sequence[str]) -> str | None:
-    """Return the first wanted column that exists, in exactly this form, else in any case: `Video`."""
+    """Return the first wanted column that exists in the manifest, or None.
+
+    Exact matches have priority. Otherwise, case is ignored and a space equals an underscore: `Video Path`
+    matches `video_path`.
+    """
     wanted = [named] if named else defaults
     plain = {c.strip().lower().replace(" ", "_"): c for c in reversed(there)}
     exact = next((c for c in wanted if c in there), None)
@@ -218,7 +234,7 @@ def _find(named: str | None, defaults: Sequence[str], there: Sequence[str]) -> s
 
 
 def _columns(there: list[str], source: config.Source, transparent: bool) -> Columns:
-    """Return the names of the columns.
+    """Find the columns of a manifest, and return their names.
 
     Raises:
         ValueError: if a column is missing; the message lists the existing columns.

@@ -1,8 +1,8 @@
-"""Modalities, `video` and `scene`: the kind of media that a family is trained on and generates.
+"""Modalities `video` and `scene`: the kind of media that a model family is trained on and generates.
 
-A modality defines how examples are found on disk and shown on a contact sheet, how conditioning images are
-read, and how generated media are written. Each modality is a module `modality_NAME` of this package, where
-NAME is `Family.modality`.
+A modality defines how training examples are found on disk and shown on a contact sheet, how conditioning
+images are read, and how generated media are written. Each modality is a module `modality_NAME` of this
+package, where NAME is `Family.modality`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ImageSource = Sequence[str] | Window
 
 
 class Modality(ABC):
-    """Interface of a modality. Stateless."""
+    """Interface of a modality, such as video. Implementations keep no state."""
 
     one: ClassVar[str]
     """Word for a training example in messages, such as `clip`."""
@@ -50,7 +50,8 @@ class Modality(ABC):
     asks: ClassVar[str]
     """Arguments of `inlaid generate` in printed example commands."""
     columns: ClassVar[tuple[str, str, str]]
-    """Column headings in the table of buckets, for length, size and number of windows."""
+    """Headings of the columns for length, size and number of windows in the printed table of training
+    shapes."""
 
     @abstractmethod
     def plan(
@@ -60,32 +61,32 @@ class Modality(ABC):
         progress: Progress | None = None,
         probes: Probes | None = None,
     ) -> Plan:
-        """Probe every example, select the windows of a run and collect problems.
+        """Probe every training example, select the parts of clips to train on, and collect problems.
 
         Args:
             config: the recipe.
-            family: family of the run.
+            family: model family of the run.
             progress: called with (done, total) while examples are probed.
-            probes: reader of file properties, such as the memoizing one of a cache. Default: no memoization.
+            probes: reader of file properties, such as `CachedProbes`. Default: a reader without a cache.
         """
 
     @abstractmethod
     def task(self, family: Family) -> str:
-        """Return the `pipeline_tag` for the Hub, such as `text-to-video`."""
+        """Return the `pipeline_tag` for the Hugging Face Hub, such as `text-to-video`."""
 
     @abstractmethod
     def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
-        """Write a contact sheet as PNG.
+        """Write a contact sheet of training examples as PNG.
 
         Args:
             rows: pairs of a window and the result of its `read`.
             path: output file.
-            title: heading.
+            title: heading of the contact sheet.
         """
 
     @abstractmethod
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Return the prompt of each output to generate, or its name if the modality has no prompts.
+        """Return one text per output to generate: its prompt, or its name if the modality has no prompts.
 
         Raises:
             ValueError: if prompts or images are missing, or if the modality does not accept prompts.
@@ -93,10 +94,10 @@ class Modality(ABC):
 
     @abstractmethod
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the conditioning images of one output."""
+        """Read the conditioning images of one output to generate."""
 
     def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """Return additional arguments for `Family.sample` that only this modality has."""
+        """Return the arguments of `Family.sample` that only this modality uses."""
         return {}
 
     @abstractmethod
@@ -105,7 +106,7 @@ class Modality(ABC):
 
     @abstractmethod
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """Write the result of `Family.sample` to `stem` plus suffixes.
+        """Write generated media, as returned by `Family.sample`, to files named `stem` plus a suffix.
 
         Returns:
             The main file, and metadata to record beside this file.

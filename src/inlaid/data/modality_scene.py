@@ -1,7 +1,7 @@
-"""Scene modality: from an input image with segmented objects, generate one mesh per object.
+"""Scene modality: generate one mesh per object from an image and its segmentation.
 
-A training example also has the surface of each object. A scene has no caption; reports show its name instead,
-which is not passed to a network.
+A training example consists of the image, the segmentation, and points on the surface of each object. A scene
+has no caption. Reports show the scene's name instead, which is not an input of any network.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneClip(Clip):
-    """Clip that is a scene on disk."""
+    """Training example of the scene modality, as files on disk."""
 
     scene: Scene
 
@@ -55,20 +55,23 @@ class SceneClip(Clip):
 
 @dataclass(frozen=True)
 class SceneWindow(Window):
-    """Training example that is a whole scene; its caption is the name of the scene."""
+    """Training example that contains a whole scene. Its `caption` is the scene's name, for display only."""
 
     extent: SceneExtent
-    """Number of objects, and height and width of the image encoder's input."""
+    """Number of objects, and height and width in pixels of the image encoder's input."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Cache key: everything that determines the cached item, except the content of the files."""
+        """Part of the cache key: every setting that determines the cached tensors.
+
+        The cache adds the content hashes of the files.
+        """
         assert isinstance(self.clip, SceneClip)
         return ("scene", READER, *self.extent, *self.clip.scene.surfaces)
 
     @property
     def words(self) -> str:
-        """Text condition: empty, because scenes have no captions."""
+        """Text input of the network: empty, because scenes have no captions."""
         return ""
 
     def read(self) -> SceneSample:
@@ -97,7 +100,10 @@ class SceneModality(Modality):
         progress: Progress | None = None,
         probes: Probes | None = None,
     ) -> Plan:
-        """Plan the scenes of all sources; reads every surface, because most problems are in the surfaces."""
+        """Find and check the scenes of all data sources, and split off the validation scenes.
+
+        Every surface file is read, because most problems are in the surfaces.
+        """
         problems: list[Problem] = []
         found = [_find(source, i, problems) for i, source in enumerate(config.data.sources)]
         clips: list[Any] = [c for f in found for c in f.clips]
@@ -135,11 +141,15 @@ class SceneModality(Modality):
         return assemble_plan(config.data, config.seed, found, windows, problems, {}, together, self.one)
 
     def task(self, family: Family) -> str:
-        """Return the `pipeline_tag` for the Hub."""
+        """Return the `pipeline_tag` for the Hugging Face Hub."""
         return "image-to-3d"
 
     def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
-        """Write a contact sheet: per scene, input image, object overlay, and surfaces from two sides."""
+        """Write a contact sheet with one row per scene.
+
+        A row shows the input image, the image with an overlay of the objects, and the surfaces from two
+        sides.
+        """
         made = []
         for window, sample in rows:
             count = len(sample.objects)
@@ -149,7 +159,7 @@ class SceneModality(Modality):
         contact_sheet(made, path, title=title, columns=4, width=1024)
 
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Return the file names of the input images without suffix.
+        """Return a name for each output: the file name of its input image, without suffix.
 
         Raises:
             ValueError: if there are prompts or if there is no input image.
@@ -176,17 +186,18 @@ class SceneModality(Modality):
         ]
 
     def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """Return the grid resolution and the maximum number of triangles of a mesh."""
+        """Return the resolution of the mesh extraction grid and the maximum number of triangles per mesh."""
         return {"grid": sample.grid, "triangles": sample.triangles}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return steps, guidance and mesh settings."""
+        """Return the sampling settings to record: steps, guidance, and settings of the meshes."""
         return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles")}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
         """Write a `.glb` with a named node per object, a PNG of views from all sides, and an HTML viewer.
 
-        The returned metadata are the triangle counts of the objects and notes on mesh defects.
+        The returned metadata contain the number of triangles of each object, and notes on defects of the
+        meshes.
         """
         path = stem.with_name(f"{stem.name}.glb")
         for note in made.notes:
@@ -205,7 +216,7 @@ MODALITY = SceneModality()
 
 
 def _find(source: recipe.Source, index: int, problems: list[Problem]) -> Found:
-    """Find the scenes of a source; append problems to `problems`."""
+    """Find the scenes of a data source, and append the problems found to `problems`."""
     root = Path(source.path).expanduser()
     clips: list[Clip] = []
     own: list[Problem] = []
@@ -230,9 +241,10 @@ def _problem(clip: Clip, code: str, message: str) -> Problem:
 
 
 def _together(clips: Sequence[Clip]) -> dict[Path, str]:
-    """Return a mark for each path, equal for scenes that share a file.
+    """Return a group label for the image path of each scene; scenes that share a file get equal labels.
 
-    As a result, all views of a scene are on the same side of the validation split.
+    Files are compared by content. The labels keep all views of a scene on the same side of the validation
+    split.
     """
     owner: dict[str, int] = {}
     parent = list(range(len(clips)))

@@ -37,11 +37,11 @@ class VideoModality(Modality):
         progress: Progress | None = None,
         probes: Probes | None = None,
     ) -> Plan:
-        """Plan the clips of all sources, in any layout."""
+        """Find, probe and split the clips of all data sources, in any supported layout."""
         return plan_dataset(config.data, family.grid, family.fps, config.seed, progress, family, probes)
 
     def task(self, family: Family) -> str:
-        """Return the `pipeline_tag` for the Hub."""
+        """Return the `pipeline_tag` for the Hugging Face Hub."""
         return "image-to-video" if family.images else "text-to-video"
 
     def sheet(self, rows: Sequence[tuple[Window, Any]], path: Path, title: str) -> None:
@@ -56,7 +56,7 @@ class VideoModality(Modality):
         contact_sheet(made, path, title=title)
 
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Return the prompts.
+        """Return the prompts unchanged.
 
         Raises:
             ValueError: if there is no prompt or if a prompt is empty.
@@ -90,7 +90,7 @@ class VideoModality(Modality):
         """Write an mp4 and, for a video with alpha, a file in each format of `sample.transparent`.
 
         The mp4 of a video with alpha is a preview over a checkerboard. Every file with alpha is read back and
-        compared with the video; if they differ too much, a `.zip` of PNG frames is written instead, and a
+        compared with the video. If a file differs too much, a `.zip` of PNG frames is written instead, and a
         note is printed.
         """
         path, facts = stem.with_name(f"{stem.name}.mp4"), {}

@@ -1,4 +1,4 @@
-"""Plan a dataset: sources, clips, windows, problems and the validation split."""
+"""Dataset plan: the clips of all sources, the windows to train and validate on, and problems."""
 
 from __future__ import annotations
 
@@ -34,50 +34,50 @@ from inlaid.text import printable
 
 @dataclass(frozen=True)
 class SourceReport:
-    """Summary of one source."""
+    """Summary of one data source."""
 
     path: str
     layout: str
     why: str
-    """Reason why this layout was chosen."""
+    """The reason for choosing this layout, for messages."""
     clips: int = 0
-    """Number of clips found, usable or not."""
+    """Number of clips found, including unusable clips."""
     usable: int = 0
-    """Number of clips with windows."""
+    """Number of clips from which at least one window is used."""
     windows: int = 0
     """Number of training windows."""
     validation: int = 0
     """Number of validation windows."""
     seconds: float = 0.0
-    """Total duration of the clips."""
+    """Total duration of the readable clips, in seconds."""
     repeats: int = 1
     weight: float = 1.0
 
     @property
     def uses(self) -> float:
-        """Number of times each window is used per epoch."""
+        """Number of uses of each window per epoch."""
         return self.repeats * self.weight
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Clips and windows of a run, with the problems found."""
+    """Dataset plan: clips, training windows, validation windows, and problems."""
 
     clips: list[Clip]
-    """All clips found, usable or not."""
+    """All clips found, including unusable clips."""
     train: list[Window]
     validation: list[Window]
     problems: list[Problem]
     sources: list[SourceReport]
     probes: dict[Path, Probe] = field(default_factory=dict)
     alphas: dict[Path, AlphaStats] = field(default_factory=dict)
-    """Alpha statistics of each clip by path; empty unless the run is transparent."""
+    """Alpha statistics of each clip, by path; empty if the run trains without alpha."""
     noun: str = "clip"
     """Word for a training example in messages, such as `clip`."""
 
     @property
     def errors(self) -> list[Problem]:
-        """Problems that stop the run or, with quarantine, exclude a clip."""
+        """Problems that stop the run, or exclude a clip if `data.bad_clips` is `quarantine`."""
         return [p for p in self.problems if p.severity == "error"]
 
 
@@ -93,18 +93,19 @@ def plan_dataset(
     family: Family | None = None,
     probes: Probes | None = None,
 ) -> Plan:
-    """Probe every clip and select the windows of a run.
+    """Probe every clip, select the windows to train and validate on, and collect problems.
 
     Decodes only a few frames of each video.
 
     Args:
         data: the recipe's `data` section; its `fps` overrides the argument.
-        grid: frame counts and sizes that the family supports.
-        fps: the family's frame rate.
-        seed: determines the validation clips.
+        grid: frame counts and sizes that the model family supports.
+        fps: the model family's frame rate.
+        seed: seed of the validation split.
         progress: called with (done, total) while files are probed.
-        family: family of the run; determines the layout of precomputed latents, and whether clips have alpha.
-        probes: reader of file properties, such as the memoizing one of a cache. Default: no memoization.
+        family: model family of the run; determines the layout of precomputed latents, and whether clips need
+            alpha.
+        probes: reader of file properties, such as `CachedProbes`. Default: a reader without a cache.
     """
     fps = float(data.fps or fps)
     patterns = [family.precomputed_in(Path(s.path).expanduser()) if family else None for s in data.sources]
@@ -143,7 +144,7 @@ def _gaps(clips: Sequence[Clip]) -> list[Problem]:
 
 
 def _long_captions(family: Family, windows: Mapping[int, Sequence[Window]]) -> list[Problem]:
-    """Return a warning for each clip whose caption, with prefix and trigger, has too many tokens."""
+    """Return a warning for each caption that is too long for the model, with prefix and trigger word."""
     firsts = [made[0] for made in windows.values() if not made[0].clip.embedding]
     long = long_texts(family, [w.caption for w in firsts])
     return [
@@ -165,19 +166,19 @@ def assemble_plan(
     alphas: dict[Path, AlphaStats] | None = None,
     content: Callable[[Path], str] = sha256,
 ) -> Plan:
-    """Split the windows into training and validation and build the plan.
+    """Split the windows into training and validation, and return the dataset plan.
 
     Args:
         data: the recipe's `data` section.
-        seed: determines the validation clips.
-        found: contents of each source.
+        seed: seed of the validation split.
+        found: clips and problems of each data source.
         windows: windows of each usable clip, by the clip's index among all clips found.
         problems: problems of clips; duplicates and validation problems are appended.
-        probes: probe of each readable clip, by path.
-        alike: function that returns a mark for each path; clips with equal marks are on the same side of the
-            split. Default: the content hash.
+        probes: properties of each readable clip, by path.
+        alike: function that returns a group label for each path; clips with equal labels stay on the same
+            side of the split. Default: clips with equal content form a group.
         noun: word for a training example in messages.
-        alphas: alpha statistics by path.
+        alphas: alpha statistics of each clip, by path.
         content: function that returns the content hash of a file.
     """
     clips = [c for f in found for c in f.clips]
@@ -215,7 +216,7 @@ def _probe_all(
     fps: float,
     probes: Probes,
 ) -> tuple[dict[Path, Probe | ClipInspection], list[Problem]]:
-    """Probe every file once, in threads; return the results by path, and problems."""
+    """Probe every clip once, in several threads; return the properties by path, and problems."""
     first = {c.path: c for c in reversed(clips)}
     results: dict[Path, Probe | ClipInspection] = {}
     problems = [
@@ -253,10 +254,10 @@ def _probe_all(
 def _split_validation(
     clips: Sequence[Clip], marks: Mapping[Path, str], wanted: float, seed: int
 ) -> tuple[set[Path], list[Problem]]:
-    """Return the paths of the validation clips, and problems.
+    """Select the validation clips; return their paths, and problems.
 
-    Selects the clips with the lowest hash of seed and name. Clips with the same mark (content hash) are on
-    the same side of the split.
+    Selects the clips with the lowest hashes of seed and name. Clips with equal labels in `marks`, such as
+    content hashes, stay on the same side of the split.
     """
     groups: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
@@ -285,7 +286,7 @@ def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: 
 
     Args:
         problems: the problems to describe.
-        total: number of clips of the plan.
+        total: number of clips of the dataset.
         most: maximum number of clip names in a message.
         noun: word for a training example.
     """
@@ -308,10 +309,10 @@ def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: 
 
 
 def require_usable(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Problem]:
-    """Raise an error if the run cannot start with this plan.
+    """Raise an error if the run cannot start with this dataset plan.
 
-    With `stop`, every error in the plan prevents the run. With `quarantine`, only errors of sources do, or a
-    plan without training windows.
+    If `bad_clips` is `stop`, any error in the plan prevents the run. If it is `quarantine`, only errors of a
+    data source, errors of the validation split, and a plan without training windows do.
 
     Returns:
         The errors of excluded clips, for the caller to record; empty if the plan has no errors.

@@ -1,9 +1,9 @@
 """Precomputed latents from other trainers: convert `.pt` files to cache items, without a VAE or text encoder.
 
-The keys in a file determine its format, independent of the family. The moments of the VAE posterior are
-`ldist` (finetrainers), `mean` and `logvar` (genmo), or a bare tensor. Text embeddings are `prompt_embeds`
-with `prompt_attention_mask`, `y_feat` with `y_mask`, or a bare tensor. `Family.precomputed` defines the
-locations of the files.
+The keys in a file determine its format, whatever the model family. The mean and log-variance of the VAE
+posterior are stored as `ldist` (finetrainers), as `mean` and `logvar` (genmo), or as a bare tensor. Text
+embeddings are stored as `prompt_embeds` with `prompt_attention_mask`, as `y_feat` with `y_mask`, or as a bare
+tensor. `Family.precomputed` defines the locations of the files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 
 READER = 1
-"""Version of the conversion, part of cache keys; increase it when the same files give different items."""
+"""Version of the conversion, which is part of cache keys. Increase it when the same files give different
+tensors."""
 
 MOMENTS = (("ldist",), ("mean", "logvar"))
 
 WIDTHS = ("text_dim", "text_embed_dim")
-"""Configuration keys for the width of text embeddings. If both are missing, it is 4096 (T5-XXL)."""
+"""Configuration keys of a checkpoint that give the width of text embeddings. If both are missing, the width
+is 4096 (T5-XXL)."""
 
 TEXTS = (("prompt_embeds", "prompt_attention_mask"), ("y_feat", "y_mask"))
 
@@ -42,7 +44,9 @@ def inspect_item(family: Family, latents: Sequence[Path], text: Path) -> tuple[i
 
 
 def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
-    """Read the cache item of a clip, as `encode_media` returns it, from the files in `Clip.latents`.
+    """Convert the precomputed latents of a clip to the tensors that `encode_media` would return.
+
+    `latents` are the files in `Clip.latents`.
 
     Raises:
         MediaError: as in `inspect_item`.
@@ -55,9 +59,10 @@ def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
-    """Return the moments of a clip and its conditioning images, or of color and alpha for joint alpha.
+    """Return the VAE moments of a clip and its conditioning images, or of its color and alpha.
 
-    Color and alpha are in two files, or concatenated along time in one file.
+    The second case is joint alpha, in which color and alpha are encoded as two clips. Their moments are in
+    two files, or concatenated along time in one file.
     """
     clip, *others = (_moments(family, path) for path in latents)
     two = family.single is not family
@@ -76,10 +81,10 @@ def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
 
 
 def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
-    """Read the cache item of a caption, as `encode_text` returns it: `text` (n, d).
+    """Convert a precomputed text embedding to the tensor `text` (n, d) that `encode_text` would return.
 
     Raises:
-        MediaError: as in `inspect_item`; also if the embedding is not finite.
+        MediaError: as in `inspect_item`; also if the embedding contains NaN or infinite values.
     """
     import torch
 
@@ -125,7 +130,7 @@ def _moments(family: Family, path: Path) -> Tensor:
 
 
 def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
-    """Return the frames, height and width of the clip with these latents."""
+    """Return the number of frames, height and width of a clip, computed from the shape of its latents."""
     grid, family = family.grid, family.single
     _, there, *latent = moments.shape
     _, _, h, w = family.shapes(grid.offset, grid.spatial, grid.spatial)["latents"]
@@ -143,7 +148,10 @@ def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
 
 
 def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor]:
-    """Return the tensors of the first set of keys in `known` that a file contains, or its bare tensor."""
+    """Return the tensors under the first set of keys in `known` that is complete in a file.
+
+    If the file contains a bare tensor, return that tensor.
+    """
     from torch import Tensor
 
     content = _load(path)
@@ -164,7 +172,7 @@ def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor
 
 
 def _load(path: Path) -> Any:
-    """Load a torch file with memory mapping, because probing needs only the shapes of the tensors."""
+    """Load a torch file with memory mapping, because a probe needs only the shapes of the tensors."""
     try:
         return load_torch(path, mmap=True)
     except TorchFileError as error:

@@ -27,7 +27,7 @@ MAX_VALIDATION_CLIPS = 16
 
 @dataclass(frozen=True)
 class CachedDataset:
-    """Cached dataset of a run: the plan, and the names of the cache items of each window."""
+    """Cached dataset of a run: the dataset plan, and the names of the cached items of each window."""
 
     plan: Plan
     store: Cache
@@ -36,12 +36,15 @@ class CachedDataset:
     validation_media: Sequence[str]
     validation_text: Sequence[str]
     empty: str
-    """Name of the cached empty caption."""
+    """Name of the cached text embedding of the empty caption."""
     prompts: Prompts
     built: Built
 
     def validation_batches(self, family: families.Family) -> list[Batch]:
-        """Return the batches for the validation loss: the first validation windows, one per batch."""
+        """Return the batches for the validation loss.
+
+        Each of the first `MAX_VALIDATION_CLIPS` validation windows is a batch.
+        """
         rows = zip(self.plan.validation, self.validation_media, self.validation_text, strict=True)
         return [
             Batch.of(
@@ -62,17 +65,18 @@ def _report_failed(
     failed: Mapping[str, str],
     quarantined: Mapping[str, str] | None,
 ) -> None:
-    """Raise for clips that could not be encoded, or list them with the quarantined clips in a file.
+    """Raise an error if clips could not be encoded, or list all excluded clips in `quarantine.json`.
 
     Args:
         config: the recipe.
         run: the run folder.
-        modality: names the examples.
-        failed: reasons of clips that could not be encoded, by path.
-        quarantined: reasons of clips that were left out, by name; None in processes that write nothing.
+        modality: provides the word for a training example in messages.
+        failed: error messages of the clips that could not be encoded, by path.
+        quarantined: problems of the clips that were excluded before encoding, by name; None in processes that
+            write no files.
 
     Raises:
-        ValueError: if there are such clips and `data.bad_clips` is `stop`.
+        ValueError: if clips could not be encoded and `data.bad_clips` is `stop`.
     """
     if failed and config.data.bad_clips == "stop":
         lines = "\n".join(f"  {k}: {v}" for k, v in sorted(failed.items()))

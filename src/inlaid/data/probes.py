@@ -1,4 +1,4 @@
-"""Probes of media files: read from the files, or memoized in a cache folder."""
+"""Probing of media files: their properties, read from the files or from a cache folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from inlaid.media.rgba import AlphaStats
 
 
 class Probes:
-    """Probes of media files, read from the files on every call."""
+    """Reader of the properties of media files. It reads the files on every call."""
 
     def probe(self, path: Path) -> Probe:
-        """Probe a clip of an opaque run.
+        """Return the properties of a clip, for a run that trains without alpha.
 
         Raises:
             MediaError: if the file cannot be used.
@@ -34,7 +34,7 @@ class Probes:
         return sha256(path)
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
-        """Probe an RGBA clip, whose alpha may be in a separate file, and measure its alpha.
+        """Return the properties and alpha statistics of an RGBA clip; its alpha may be in a separate file.
 
         Raises:
             MediaError: if the clip cannot be used.
@@ -43,7 +43,10 @@ class Probes:
 
 
 class CachedProbes(Probes):
-    """Probes and content hashes memoized by the state of the files, so that resuming opens no video."""
+    """Reader of file properties and content hashes that caches results.
+
+    A cached result is used until one of the clip's files changes. Resuming a run therefore opens no video.
+    """
 
     def __init__(self, folder: Path) -> None:
         names = ("probes", "alphas", "hashes")
@@ -51,7 +54,7 @@ class CachedProbes(Probes):
         self._folder = folder
 
     def probe(self, path: Path) -> Probe:
-        """Return the result of `Probes.probe`, memoized."""
+        """Return the result of `Probes.probe`, from the cache if the files are unchanged."""
         if path.is_dir():
             key = f"{kinds.READER}|{path.resolve()}|{_together(rgba_clips.files(path))}"
         elif path.is_file():
@@ -61,7 +64,7 @@ class CachedProbes(Probes):
         return self._known(key) or self._add(key, super().probe(path))
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
-        """Return the result of `Probes.inspect`, memoized by the state of all files of the clip."""
+        """Return the result of `Probes.inspect`, from the cache if all files of the clip are unchanged."""
         files = [f for part in (color, alpha) if part for f in rgba_clips.files(part)]
         if not files or not all(f.is_file() for f in files):
             return super().inspect(color, alpha)
@@ -78,14 +81,14 @@ class CachedProbes(Probes):
         return found
 
     def content(self, path: Path) -> str:
-        """Return the SHA-256 of a file's content, memoized."""
+        """Return the SHA-256 of a file's content, from the cache if the file is unchanged."""
         key = file_state(path)
         if key not in self._hashes:
             self._hashes[key] = super().content(path)
         return self._hashes[key]
 
     def save(self) -> None:
-        """Write the memoized values to the cache folder."""
+        """Write the cached results to the cache folder."""
         write_memo(self._folder / "probes.json", self._probes)
         for name, memo in (("alphas", self._alphas), ("hashes", self._hashes)):
             if memo:
@@ -108,21 +111,24 @@ class CachedProbes(Probes):
 
 
 def file_state(path: Path) -> str:
-    """Return a string that changes when a file is replaced or written to, even with its size and time kept.
+    """Return a string that changes when a file is replaced or modified, even if size and mtime are restored.
 
-    It contains path, size, inode, and the times of modification and of the last change of the inode.
+    It contains the path, size, inode number, modification time (mtime) and inode change time (ctime).
     """
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}|{stat.st_ctime_ns}"
 
 
 def _together(files: Sequence[Path]) -> str:
-    """Return a hash of the states of several files."""
+    """Return a hash of several files' paths, sizes, inode numbers and times, as in `file_state`."""
     return hashlib.sha256("\n".join(map(file_state, files)).encode("utf-8", "replace")).hexdigest()
 
 
 def read_memo(path: Path) -> dict[str, Any]:
-    """Read memoized values; empty if the file is missing or damaged, because the values can be recomputed."""
+    """Read cached values from a JSON file.
+
+    A missing or damaged file gives an empty dict, because the values can be computed again.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError):
@@ -131,6 +137,6 @@ def read_memo(path: Path) -> dict[str, Any]:
 
 
 def write_memo(path: Path, memo: Mapping[str, Any]) -> None:
-    """Write memoized values as JSON, atomically."""
+    """Write cached values as JSON, atomically."""
     with atomic(path) as part:
         part.write_text(json.dumps(memo), "utf-8")

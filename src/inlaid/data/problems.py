@@ -16,12 +16,12 @@ CHOSEN_BY_TIME = "nothing to do, frames are selected by time"
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem with one clip, or with a whole source (codes `layout` and `validation`)."""
+    """Problem with one clip, a whole data source (code `layout`), or the validation split (`validation`)."""
 
     severity: Severity
     code: str
     name: str
-    """Name of the clip or of the source."""
+    """Name of the clip or of the data source."""
     message: str
     """Details; empty if the code is sufficient."""
     source: int = 0
@@ -29,10 +29,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kind:
-    """Message of a problem code.
+    """Template of the messages for a problem code.
 
-    It consists of the number of clips, `one` or `many` (the text for one or for several clips), the names of
-    the clips, and `cure` (what to do): `3 of 40 clips have no caption (...): add a .txt beside each`.
+    `one` and `many` are the predicate for one and for several clips, such as "has no caption" and "have no
+    caption". `cure` is the fix. A message also has the numbers and the names of the clips.
+
+    Example: `3 of 40 clips have no caption (...): add a .txt beside each`.
     """
 
     severity: Severity
@@ -234,4 +236,5 @@ KINDS: dict[str, Kind] = {
 """All problem codes, in the order in which they are reported."""
 
 SOURCE_CODES = ("layout", "validation")
-"""Codes of problems with a source rather than a clip; quarantine does not apply to them."""
+"""Codes of problems that do not concern a single clip. They stop a run even if `data.bad_clips` is
+`quarantine`, which otherwise excludes clips with errors."""

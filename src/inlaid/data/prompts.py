@@ -23,7 +23,7 @@ from inlaid.runs.launch import Context
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts with their sampling settings."""
+    """Encoded prompts with the settings for sampling."""
 
     texts: Sequence[str]
     items: Sequence[Mapping[str, Tensor]]
@@ -31,13 +31,13 @@ class Prompts:
     sample: recipe.Sample
     fps: float
     images: Sequence[Sequence[NamedImage]] = ()
-    """Conditioning images of each prompt; empty if the family takes no images."""
+    """Conditioning images of each prompt; empty if the model family takes no images."""
 
 
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
-    """Return the `sample` section with overrides, and with missing size and frames taken from `data`.
+    """Return the recipe's `sample` section with overrides applied, and size and frames filled in.
 
-    Overrides that are None are ignored.
+    A missing size or number of frames is taken from the `data` section. Overrides that are None are ignored.
 
     Raises:
         ValueError: if an override is invalid.

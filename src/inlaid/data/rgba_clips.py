@@ -1,9 +1,9 @@
 """RGBA clips on disk: a file with alpha, a folder of images, or a color file with an alpha matte.
 
-`Pairs` finds color and alpha matte by name, `inspect_clip` probes a clip and measures its alpha, and
-`read_rgba_clip` reads frames by time as straight RGBA. Color and alpha matte are read at the same
-frame numbers and scaled together. A pair that does not match raises an error and is never trimmed to the
-shorter file.
+`Pairs` matches color files and alpha mattes by name. `inspect_clip` probes a clip and measures its alpha.
+`read_rgba_clip` reads the frames at given times, with straight (not premultiplied) alpha. Color and alpha
+matte are read at the same frame numbers and scaled together. If they differ in length, an error is raised;
+the longer file is never trimmed.
 """
 
 from __future__ import annotations
@@ -24,25 +24,30 @@ from inlaid.media.kinds import ANIMATED, EPSILON, MediaError, Probe, frames_on_s
 from inlaid.media.rgba import AlphaStats
 
 READER = 1
-"""Version of the decoded pixels, part of cache keys; increase it when files give different pixels."""
+"""Version of the decoded pixels, which is part of cache keys. Increase it when a file gives different
+pixels."""
 
 KNOWN = (*kinds.KNOWN, *ANIMATED, ".zip")
-"""File suffixes of clips in transparent runs."""
+"""File suffixes of clips in runs that train on alpha."""
 
 COLORS, ALPHA_NAMES = ("_rgb", "_fgr"), ("_alpha", "_pha", "_matte", "_seg")
-"""Endings of file stems. `dog_alpha.mp4` is the alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
+"""Endings of the file names (without suffix) of color files and alpha mattes. For example, `dog_alpha.mp4` is
+the alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
 
 COLOR_FOLDERS, ALPHA_FOLDERS = ("rgb", "fgr"), ("alpha", "pha", "matte", "seg")
-"""Prefixes of folder names: `pha/07.mp4` is the alpha matte of `fgr/07.mp4`."""
+"""Beginnings of the names of folders with color files and with alpha mattes. For example, `pha/07.mp4` is the
+alpha matte of `fgr/07.mp4`."""
 
 CHANNELS = (4, 3)
 """Accepted channel counts of arrays, in order of preference."""
 
 FAR = 24
-"""Distance in frames between two wanted frames above which the reader seeks instead of decoding."""
+"""If two requested frames are more than this many frames apart, the video reader seeks instead of decoding
+the frames between them."""
 
 FRAMES_INSPECTED, LONG = 8, 512
-"""Number of frames on which alpha is measured, and the maximum longer side in pixels after subsampling."""
+"""Number of frames in which alpha is measured, and maximum length in pixels of their longer side. Larger
+frames are subsampled."""
 
 Kind = kinds.Kind | Literal["frames"]
 
@@ -50,7 +55,7 @@ Kind = kinds.Kind | Literal["frames"]
 
 
 def rgba_kind(path: Path) -> Kind:
-    """Return the kind of an RGBA clip: video, image (still or animated), array, or frames (folder or `.zip`).
+    """Return the kind of a clip: video, image (still or animated), array, or frames (folder or `.zip`).
 
     Raises:
         MediaError: if the file type is unknown.
@@ -66,10 +71,10 @@ def stem(path: Path) -> str:
 
 
 def captions(path: Path) -> list[Path]:
-    """Return the possible caption files of a clip.
+    """Return the paths at which the caption file of a clip may be.
 
-    They are `dog_rgb.txt` or `dog.txt` beside `dog_rgb.mp4`; for a folder of frames `shot` also
-    `shot/shot.txt` and `shot/caption.txt`.
+    For `dog_rgb.mp4`, these are `dog_rgb.txt` and `dog.txt` beside it. For a folder of frames `shot`, these
+    are `shot.txt`, `shot/shot.txt` and `shot/caption.txt`.
     """
     own = stem(path)
     ends = [own.removesuffix(e) for e in COLORS if own.endswith(e)]
@@ -78,12 +83,12 @@ def captions(path: Path) -> list[Path]:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the files with a clip's content: the file itself, or the images of a folder."""
+    """Return the files with a clip's content: the file itself, or the images in a folder."""
     return rgba_images.frames_in(path) if path.is_dir() else [path]
 
 
 class Pairs:
-    """Index of color files and alpha mattes below a root folder."""
+    """Index of the clips below a root folder, which matches color files with alpha mattes."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -100,19 +105,25 @@ class Pairs:
         return found or self._across(color, COLOR_FOLDERS, ALPHA_FOLDERS)
 
     def color(self, matte: Path) -> list[Path]:
-        """Return the color files of an alpha matte; empty if there are none or if the path is not a matte."""
+        """Return the color files of an alpha matte; empty if there are none.
+
+        Also empty if `matte` is not named like an alpha matte.
+        """
         own, beside = stem(matte), self._there(matte.parent)
         bases = [own.removesuffix(e) for e in ALPHA_NAMES if own.endswith(e)]
         found = [p for b in bases for end in ("", *COLORS) for p in beside.get(b + end, [])]
         return found or self._across(matte, ALPHA_FOLDERS, COLOR_FOLDERS)
 
     def named(self, path: Path) -> list[Path]:
-        """Return the color files for a path without ending: `clips/dog` gives `clips/dog_rgb.mp4`."""
+        """Return the clips that a path without suffix may name: `clips/dog` matches `clips/dog_rgb.mp4`."""
         beside = self._there(path.parent)
         return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
 
     def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
-        """Return files with the same stem in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`."""
+        """Return the files of the same name in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`.
+
+        `here` and `there` are the beginnings of the names of the two folders.
+        """
         for folder in path.parents:
             if folder == self._root or not folder.is_relative_to(self._root):
                 break
@@ -123,7 +134,7 @@ class Pairs:
         return []
 
     def _there(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the clips of a folder by stem."""
+        """Return the clips in a folder, keyed by their names without suffix."""
         if folder not in self._known:
             found: dict[str, list[Path]] = {}
             for p in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -139,19 +150,20 @@ class Pairs:
 
 @dataclass(frozen=True)
 class ClipInspection:
-    """Probe and alpha statistics of an RGBA clip, obtained without reading all frames."""
+    """Properties and alpha statistics of an RGBA clip."""
 
     probe: Probe
     alpha: AlphaStats
-    """Statistics of at most `FRAMES_INSPECTED` frames."""
+    """Alpha statistics of at most `FRAMES_INSPECTED` frames. If alpha is constant in these frames, all frames
+    are measured."""
 
 
 def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
-    """Probe an RGBA clip and measure its alpha.
+    """Return the properties and alpha statistics of an RGBA clip.
 
     Raises:
-        MediaError: if the clip cannot be read (`unreadable`, `truncated`), has no alpha (`no-alpha`), has the
-            same alpha in all pixels (`constant-alpha`), or if color and alpha matte do not match (`pair`).
+        MediaError: if the clip cannot be used. The code is `unreadable`, `truncated`, `no-alpha`,
+            `constant-alpha` (the same alpha in all pixels), or `pair` (color and alpha matte do not match).
     """
     probe = _probe(path)
     if matte is not None:
@@ -174,7 +186,7 @@ def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
 
 
 def _few(path: Path, matte: Path | None, indices: np.ndarray) -> np.ndarray:
-    """Read frames, subsampled without interpolation so that alpha values do not change."""
+    """Read frames and subsample their pixels without interpolation, so that alpha values do not change."""
     out = []
     for pixels, _ in _joined(path, matte, indices):
         step = -(-max(pixels.shape[:2]) // LONG)
@@ -214,7 +226,7 @@ def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
 
 
 def _probe(path: Path) -> Probe:
-    """Probe any kind of RGBA clip; folders and archives of frames have no timestamps."""
+    """Return the properties of any kind of RGBA clip. Folders and archives of frames have no timestamps."""
     what = rgba_kind(path)
     if what == "frames":
         return probe_frames(path)
@@ -226,10 +238,12 @@ def _probe(path: Path) -> Probe:
 
 
 def probe_frames(path: Path) -> Probe:
-    """Probe a folder or `.zip` of frames; reads the first and the last image, and the sizes of all.
+    """Return the properties of a folder or `.zip` of frames.
+
+    Decodes the first and the last image, and reads the size of every image.
 
     Raises:
-        MediaError: if there are no images, or if they differ in size or cannot be read.
+        MediaError: if there are no images, or if the images differ in size or cannot be read.
     """
     names = rgba_images.image_names(path)
     if not names:
@@ -245,7 +259,7 @@ def probe_frames(path: Path) -> Probe:
 
 
 def _probe_image(path: Path) -> Probe:
-    """Probe a still or animated image; decodes every frame to detect truncated files."""
+    """Return the properties of a still or animated image; decodes every frame to detect truncated files."""
     times = rgba_images.frame_times(path)
     with load_image(path, animated=True) as image:
         codec, mode = image.format or "", image.mode
@@ -276,19 +290,21 @@ def read_rgba_clip(
     size: tuple[int, int],
     how: config.Matte,
 ) -> np.ndarray:
-    """Read a window of an RGBA clip, scaled to cover `size` and center-cropped: straight uint8 (t, h, w, 4).
+    """Read a range of frames of an RGBA clip: uint8 (t, h, w, 4) with straight alpha.
+
+    Frames are scaled to cover `size` and center-cropped.
 
     Args:
         path: file or folder of images; the color part if there is an alpha matte.
-        matte: the alpha matte, white where the clip is opaque.
+        matte: the alpha matte, in which white means opaque unless `how.invert` is set.
         start: seconds from the clip's first frame.
-        frames: number of frames; frame k is the one nearest in time to start + k / fps.
-        fps: sampling rate in frames per second; also the assumed rate of a clip without timestamps.
+        frames: number of frames; frame k shows the clip at the time start + k / fps.
+        fps: sampling rate in frames per second; also the assumed frame rate of a clip without timestamps.
         size: height and width in pixels.
-        how: the recipe's `data.matte` with `premultiplied` resolved to a bool.
+        how: the recipe's `data.matte` section, with `premultiplied` resolved to a bool.
 
     Raises:
-        MediaError: if the file cannot be read to the end of the window; the message names the file.
+        MediaError: if the file cannot be read to the end of the range; the message names the file.
     """
     wanted = start + np.arange(frames) / float(fps)
     out = []
@@ -306,7 +322,13 @@ def read_rgba_clip(
 def _joined(
     path: Path, matte: Path | None, indices: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield pairs of a frame as stored, uint8 (h, w, 4), and its pixel aspect ratio (width / height)."""
+    """Yield each requested frame and its pixel aspect ratio (width / height).
+
+    Frames are uint8 (h, w, 4) at their stored size.
+
+    Raises:
+        MediaError: if a frame has no alpha, or if color and alpha matte differ in size.
+    """
     colors = _pick(path, indices, gray=False)
     if matte is None:
         for pixels, sar in colors:
@@ -323,7 +345,7 @@ def _joined(
 def _pick(
     path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield pairs of a frame and its pixel aspect ratio (width / height).
+    """Yield each requested frame and its pixel aspect ratio (width / height).
 
     `indices` are ascending frame numbers. Frames are uint8 (h, w, 1) if `gray`, else (h, w, 3) or (h, w, 4).
     """
@@ -343,10 +365,12 @@ def _pick(
 
 
 def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
-    """Return the frame number for each wanted time; a clip without timestamps is assumed to run at `fps`.
+    """Return the frame number for each requested time in seconds.
+
+    A clip without timestamps is assumed to run at `fps`.
 
     Raises:
-        MediaError: if the clip ends before the last wanted time.
+        MediaError: if the clip ends before the last requested time.
     """
     what = rgba_kind(path)
     if what == "image" and (ends := rgba_images.frame_times(path))[-1]:
@@ -373,7 +397,10 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
 
 
 def _even(path: Path, fps: float) -> np.ndarray:
-    """Return frame times in seconds of a clip without timestamps, at its own frame rate or at `fps`."""
+    """Return the frame times, in seconds, of a clip without timestamps.
+
+    Frames are evenly spaced at the frame rate stored in an array file, else at `fps`.
+    """
     if rgba_kind(path) == "array":
         probe = probe_array(path, CHANNELS)
         return np.arange(probe.frames) / float(probe.fps or fps)

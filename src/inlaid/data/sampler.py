@@ -1,4 +1,4 @@
-"""Order of training: shuffled batches of windows with the same shape, reproducible from seed and index."""
+"""Batch order in training: shuffled batches of windows with equal shape, reproducible from the seed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def _permutation(n: int, *key: Hashable) -> list[int]:
 
 
 class BucketSampler:
-    """Sampler of batches of window indices; all windows of a batch have the same shape.
+    """Sampler of training batches, as indices of windows (training examples) with equal shape.
 
-    Batch k depends only on the arguments and k. In each epoch, the n windows with the same source and shape
-    are used max(1, round(n * repeats * weight)) times in total. They are taken from an endless sequence of
-    permutations, so that the numbers of uses of two of these windows never differ by more than one.
+    Batch k depends only on the arguments and k. Windows with the same data source and shape form a group. In
+    each epoch, a group of n windows is used max(1, round(n * repeats * weight)) times in total. The windows
+    are taken from an endless sequence of permutations, so the use counts of two windows of a group never
+    differ by more than one.
     """
 
     def __init__(
@@ -36,13 +37,13 @@ class BucketSampler:
         batch: int,
         seed: int,
     ) -> None:
-        """Group the windows by source and shape.
+        """Group the training windows by data source and shape.
 
         Args:
-            entries: source index and shape of each window.
-            repeats: repeats * weight of each source.
+            entries: index of the data source, and shape, of each window.
+            repeats: `repeats` times `weight` of each data source, by source index.
             batch: windows per batch; the last batch of a shape may be smaller.
-            seed: determines the order.
+            seed: seed of the shuffling.
 
         Raises:
             ValueError: if there are no windows.
@@ -65,7 +66,7 @@ class BucketSampler:
         return self._length
 
     def batch(self, k: int) -> list[int]:
-        """Return the indices of the windows of batch k, for any k >= 0."""
+        """Return the indices of the training windows of batch k, for any k >= 0."""
         epoch, at = divmod(k, self._length)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._batches(epoch))
@@ -91,7 +92,7 @@ class BucketSampler:
 def make_sampler(
     windows: Sequence[Window], sources: Sequence[config.Source], batch: int, seed: int
 ) -> BucketSampler:
-    """Return the batch sampler of a plan's training windows."""
+    """Return the batch sampler for the training windows of a dataset."""
     shares = [s.repeats * s.weight for s in sources]
     # The repr of the shape seeds the order: pass a plain tuple, because the repr of an `Extent` differs.
     return BucketSampler([(w.clip.source, tuple(w.extent)) for w in windows], shares, batch, seed)

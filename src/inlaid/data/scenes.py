@@ -1,8 +1,8 @@
-"""Scenes on disk: an input image, a segmentation, and the surface of each object.
+"""Scenes on disk: an input image, a segmentation, and points on the surface of each object.
 
-Three layouts are supported: a folder per scene with `scene_rgb.png`, `seg.png` and a `surface_ID.npy` for
-each object; the same with a single `surface.npy` for all objects, in order of ID; and 3D-FRONT as processed
-by the authors of MIDI.
+Three layouts are supported. In the first, each scene is a folder with `scene_rgb.png`, `seg.png`, and a file
+`surface_ID.npy` for each object. In the second, a single `surface.npy` contains all objects in order of ID.
+The third is the 3D-FRONT dataset as processed by the authors of MIDI.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from inlaid.reading import FileError, parse_json, read_text
 from inlaid.text import printable
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
-"""File names of the input image; the first existing file is used. `rgb` shows a single object on white."""
+"""File names of the input image, in order of priority. The name `rgb` is meant for a single object on
+white."""
 
 READER = 1
-"""Version of the output of `Scene.read`, part of cache keys; increase it when the output changes."""
+"""Version of the output of `Scene.read`, which is part of cache keys. Increase it when the output changes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Scene:
     image: Path
     segmentation: Path
     surfaces: dict[int, Path] = field(hash=False)
-    """Surface files by object ID in the segmentation; key 0 is one file for all objects, in order of ID."""
+    """Surface files, keyed by the object's ID in the segmentation. Key 0 is a single file for all objects,
+    which contains their surfaces in order of ID."""
     view: str = ""
     strict: bool = True
     """True if every visible object must have a surface."""
@@ -60,7 +62,7 @@ class Scene:
         return (self.image, self.segmentation, *self.surfaces.values())
 
     def read(self) -> SceneSample:
-        """Read image, segmentation and surfaces.
+        """Read the image, the segmentation and the surfaces.
 
         Raises:
             MediaError: if a file is invalid; the message names the file and the problem.
@@ -103,7 +105,10 @@ class Scene:
         return SceneSample(self.name, image, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
-        """Read the surfaces by object ID; a single file contains all visible objects in order of ID."""
+        """Read the surfaces, keyed by object ID; `numbers` are the sorted object IDs in the segmentation.
+
+        A single file for all objects contains their surfaces in order of ID.
+        """
         if list(self.surfaces) != [0]:
             out = {}
             for number, path in self.surfaces.items():
@@ -123,7 +128,7 @@ class Scene:
 
 
 def _frame_notes(objects: Sequence[SceneObject]) -> list[Note]:
-    """Return a note if the objects seem to be normalized one by one instead of as a whole scene."""
+    """Return a note if the objects seem to be normalized separately instead of together as one scene."""
     if len(objects) < 2:
         return []
     bounds = np.stack([[o.surface[:, :3].min(0), o.surface[:, :3].max(0)] for o in objects])
@@ -206,7 +211,7 @@ def _folders(tree: Root) -> Found:
 
 
 def _ids(tree: Root, name: str) -> list[Any]:
-    """Read a list of IDs of 3D-FRONT.
+    """Read a list of IDs from a JSON file of the 3D-FRONT dataset.
 
     Raises:
         ValueError: if the file cannot be read or is not a JSON list.
@@ -224,10 +229,10 @@ def _ids(tree: Root, name: str) -> list[Any]:
 
 
 def _part(value: Any) -> str:
-    """Return an ID of 3D-FRONT, which is a relative path without suffix.
+    """Check an ID of the 3D-FRONT dataset, and return it. An ID is a relative path without suffix.
 
     Raises:
-        ValueError: if it is a number or another value, or leads upward.
+        ValueError: if the ID is not a string, is an absolute path, or contains `..`.
     """
     parts = Path(value).parts if isinstance(value, str) else ()
     if not parts or Path(value).is_absolute() or ".." in parts or "\0" in value:
@@ -237,7 +242,10 @@ def _part(value: Any) -> str:
 
 
 def _front(tree: Root) -> Found:
-    """Find scenes in MIDI's layout of 3D-FRONT: rooms, the furniture of each room, rendered views."""
+    """Find the scenes of the 3D-FRONT dataset in the layout of MIDI's authors.
+
+    The layout consists of lists of rooms and of the furniture in each room, surfaces, and rendered views.
+    """
     found, root = Found("3d-front"), tree.folder
     rooms, furniture = (_ids(tree, f"midi_{n}_ids.json") for n in ("room", "furniture"))
     if len(rooms) != len(furniture):

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def views(count: int, seed: int) -> Iterator[View]:
-    """Yield cameras as in MIDI's training data: azimuth 0 to 360 degrees, elevation 0 to 30 degrees."""
+    """Yield random cameras as in MIDI's training data: azimuth 0 to 360 degrees, elevation 0 to 30 degrees.
+
+    The azimuths are spread over `count` equal sectors.
+    """
     random = np.random.default_rng(seed)
     for i in range(count):
         yield View(
@@ -35,7 +38,7 @@ def views(count: int, seed: int) -> Iterator[View]:
 
 
 def import_meshes(folder: Path, out: Path, *, count: int = 4, size: int = 512) -> list[Finding]:
-    """Convert the mesh files of a folder to training scenes with `prepare`.
+    """Convert the mesh files in a folder to training scenes with `prepare`, and return the problems found.
 
     Raises:
         ValueError: if the folder has no meshes, if no scene was written, or if `out` is not empty.
@@ -54,7 +57,9 @@ def import_meshes(folder: Path, out: Path, *, count: int = 4, size: int = 512) -
 
 
 def _supplied(source: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Read the images and segmentations beside a mesh: a pair `NAME*_rgb.png`, `NAME*_seg.png` per view.
+    """Read images and segmentations that the user supplied beside a mesh file; they replace renders.
+
+    Each view of a mesh file `NAME.glb` is a pair of files `NAME*_rgb.png` and `NAME*_seg.png`.
 
     Raises:
         MediaError: if a file cannot be read, a segmentation is missing, or sizes differ.
@@ -84,8 +89,8 @@ def prepare(
 ) -> list[Finding]:
     """Convert mesh files to training scenes: normalize each file, sample surfaces, render views.
 
-    Images and segmentations beside a mesh are used instead of renders. Object IDs in these segmentations are
-    1, 2, ... in the order of the object names.
+    If there are images and segmentations beside a mesh file, they are used instead of renders. Object IDs in
+    these segmentations must be 1, 2, ... in the sorted order of the object names.
 
     Args:
         sources: mesh files, with a separate mesh for each object.
@@ -96,7 +101,7 @@ def prepare(
         seed: seed of cameras and points.
 
     Returns:
-        Files that cannot be read, and objects that are inside out, not watertight or hidden.
+        Problems found: unreadable files, and objects that are inside out, not watertight or hidden.
     """
     findings = []
     for source in sources:

@@ -1,6 +1,7 @@
-"""Clips in a folder: media files, and image sequences, folders whose images are the frames of a clip.
+"""Clips in a folder: media files, and image sequences.
 
-`shot_014/shot_014.1001.png` and the frames after it are one clip with the name `shot_014`.
+An image sequence is a subfolder whose images are the frames of one clip. For example,
+`shot_014/shot_014.1001.png` and the frames after it are the clip `shot_014`.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ from inlaid.paths import Root
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
 
 _MARKS = ("", "frame", "f")
-"""Prefixes of frame numbers that say nothing about the content of an image."""
+"""Generic beginnings of the file names of frames, such as `frame` in `frame_0001.png`."""
 
 
 def caption_file(root: Root, clip: Path) -> Path | None:
-    """Return the existing caption file of a clip, or None; its suffix may be in capitals."""
+    """Return the caption file of a clip, or None if there is none. The suffix may be `.txt` or `.TXT`."""
     found = (root.beside(place, ".txt") for place in rgba_clips.captions(clip))
     return next((f for f in found if f is not None and f.is_file()), None)
 
 
 def find_entries(root: Root, channels: int) -> list[Path]:
-    """Return the clips below a root: files, and folders of frames.
+    """Return the clips below a root folder: media files, and folders of frames.
 
-    A subfolder with images is a folder of frames, and thus one clip, unless one of the images has a caption
-    file. In an opaque run (3 channels), where photos are more usual, its images must also be numbered.
+    A subfolder with images is one clip, unless an image in it has a caption file. In a run that trains
+    without alpha (3 channels), folders of photos are more usual. Therefore, the images must also be numbered
+    frames of one sequence.
     """
     known = rgba_clips.KNOWN if channels == 4 else kinds.KNOWN
     found: list[Path] = []
@@ -76,25 +78,25 @@ def probe_sequence(folder: Path) -> Probe:
 
 
 def missing_frames(names: Sequence[str]) -> int:
-    """Return how many frame numbers are missing between the first and the last image of a sequence."""
+    """Return the number of missing frame numbers between the first and the last image of a sequence."""
     numbers = [int(m[2]) for n in names if (m := _NUMBERED.fullmatch(n)) and len(m[2]) < 12]
     return max(numbers) - min(numbers) + 1 - len(numbers) if len(numbers) == len(names) > 1 else 0
 
 
 def read_sequence(folder: Path, start: float, frames: int, fps: float, size: tuple[int, int]) -> np.ndarray:
-    """Read a window of a folder of frames, scaled to cover `size` and center-cropped: uint8 (t, h, w, 3).
+    """Read a range of frames from a folder of images: uint8 (t, h, w, 3).
 
-    Alpha is composited over white.
+    Frames are scaled to cover `size` and center-cropped. Alpha is composited over white.
 
     Args:
         folder: folder of images.
         start: seconds from the first frame.
         frames: number of frames.
-        fps: sampling rate, which is also the rate of the images.
-        size: height and width.
+        fps: sampling rate in frames per second; also the assumed frame rate of the images.
+        size: height and width in pixels.
 
     Raises:
-        MediaError: if an image cannot be read, or the sequence ends before the window.
+        MediaError: if an image cannot be read, or if the images end before the range does.
     """
     there = len(rgba_images.image_names(folder))
     wanted = start + np.arange(frames) / float(fps)

@@ -1,4 +1,4 @@
-"""Windows of clips: lengths, sizes and start times."""
+"""Training windows: the parts of clips to train on, with their lengths, sizes and start times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from inlaid.media.rgba import AlphaStats
 
 
 def caption(text: str, data: config.Data) -> str:
-    """Return the caption with prefix and trigger; a trigger already in the caption is not added again."""
+    """Return a caption with the recipe's prefix and trigger word.
+
+    A trigger word that is already in the caption is not added again.
+    """
     text = f"{data.caption_prefix.strip()} {text}".strip()
     trigger = data.trigger.strip()
     if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
@@ -24,7 +27,11 @@ def caption(text: str, data: config.Data) -> str:
 
 
 def sizes(data: config.Data, grid: Grid) -> list[Size]:
-    """Return (height, width) of each bucket: `data.size`, or a size of about this area per aspect ratio."""
+    """Return the (height, width) of each aspect ratio bucket.
+
+    Without `data.aspects`, the only bucket is `data.size`. Otherwise, each aspect ratio has a bucket of about
+    the same area as `data.size`.
+    """
     if not data.aspects:
         return [data.size]
     area = data.size[0] * data.size[1]
@@ -33,10 +40,10 @@ def sizes(data: config.Data, grid: Grid) -> list[Size]:
 
 
 def spread(there: int, length: int, stride: int, most: int) -> list[int]:
-    """Return the first frame of each window of a clip.
+    """Return the index of the first frame of each window of a clip.
 
     Up to `most` windows of `length` frames are spread evenly over `there` frames, with at least `stride`
-    frames between the starts of two windows.
+    frames between the starts of two windows. A single window is centered.
     """
     room = there - length
     count = min(most, 1 + room // stride)
@@ -44,7 +51,10 @@ def spread(there: int, length: int, stride: int, most: int) -> list[int]:
 
 
 def frames_available(probe: Probe, data: config.Data, fps: float) -> tuple[int, float]:
-    """Return the number of frames that a clip provides and its sampling rate in frames per second."""
+    """Return the number of frames that sampling a clip provides, and the sampling rate in frames per second.
+
+    The rate is `fps`, or with `data.slow: keep` the clip's own frame rate if that is lower.
+    """
     if data.slow == "keep" and probe.fps and probe.fps < fps * 0.99:
         fps = float(probe.fps)
     return available_frames(probe, fps), fps
@@ -58,7 +68,10 @@ def clip_windows(
     fps: float,
     alpha: AlphaStats | None,
 ) -> list[VideoWindow]:
-    """Return the windows of a clip, in the bucket of the nearest aspect ratio; empty if it is too short."""
+    """Return the training windows of a clip, sized to the bucket with the nearest aspect ratio.
+
+    The list is empty if the clip is too short. A clip of precomputed latents is a single window.
+    """
     if clip.embedding:
         return [
             VideoWindow(clip, VideoExtent(probe.frames, probe.height, probe.width), clip.caption, 0.0, fps)

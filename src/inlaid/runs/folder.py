@@ -35,7 +35,8 @@ CHANGEABLE_TRAIN = (
     "accumulate",
     "accept_changed_data",
 )
-"""Keys of the `train` section that may change too; `steps` only with a constant learning rate."""
+"""Keys of the `train` section that may also change when a run is resumed; `steps` only with a constant
+learning rate."""
 
 
 def recipe_changes(old: recipe.Config, new: recipe.Config) -> list[str]:
@@ -94,13 +95,13 @@ def environment() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Run folder, with the paths in it."""
+    """Run folder, and the paths of the files in it."""
 
     folder: Path
 
     @property
     def adapter(self) -> Path:
-        """Folder of the trained weights: an adapter, or after full fine-tuning a diffusers transformer."""
+        """Folder of the trained weights: an adapter, or a diffusers transformer after full fine-tuning."""
         return self.folder / "adapter"
 
     @property
@@ -121,9 +122,9 @@ class Run:
         return recipe.load(self.folder)
 
     def begin(self, config: recipe.Config, ctx: Context) -> None:
-        """Write the recipe and the environment; all processes must call this.
+        """Write the recipe and the environment (`environment.json`); all processes must call this.
 
-        `train.accept_changed_data` holds for one launch, so it is not written.
+        `train.accept_changed_data` applies to one launch only, so it is saved as false.
 
         Raises:
             ValueError: if the folder cannot be written.
@@ -160,7 +161,7 @@ class Run:
         return wanted[0]
 
     def keep(self, n: int) -> None:
-        """Delete all but the newest n checkpoints, and partial checkpoints of a killed run."""
+        """Delete all checkpoints but the newest n, and the partial checkpoints that a killed run left."""
         for old in self.checkpoints()[:-n]:
             remove(old)
         sweep(self.folder / "checkpoints")
@@ -179,9 +180,9 @@ class Run:
             yield folder
 
     def truncate_metrics(self, step: int) -> None:
-        """Delete the metrics after `step`; a resumed run writes them again.
+        """Delete the metrics after `step`, because a resumed run writes them again.
 
-        A run that was killed before its first checkpoint starts at step 0, without metrics.
+        A run that was killed before its first checkpoint starts again at step 0, without metrics.
         """
         if not self.metrics.exists():
             return
@@ -199,7 +200,7 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of `metrics.jsonl`, without the partial last line of a killed run."""
+    """Return the records of a `metrics.jsonl`, without the partial last line that a killed run may leave."""
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -212,14 +213,14 @@ def read_header(path: Path) -> dict[str, str]:
 
 @contextmanager
 def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
-    """Own the run folder of a recipe inside the context, and check that the recipe can resume the run.
+    """Hold the lock of a recipe's run folder inside the context; check that the recipe can resume the run.
 
-    Writes nothing but the lock: `Run.begin` writes the recipe, once all checks of a command have passed.
-    Deletes the temporaries that killed processes left in the run folder and in the cache.
+    Writes only the lock file; `Run.begin` writes the recipe, after all checks of a command have passed.
+    Deletes temporary files that killed processes left in the run folder and in the cache.
 
     Raises:
-        ValueError: if another process owns the run, the recipe cannot resume it, or the folder cannot be
-            written or is deleted meanwhile.
+        ValueError: if another process uses the run, if the recipe cannot resume it, or if the folder cannot
+            be written or is deleted during the run.
     """
     run = Run(Path(config.run))
     with owned(run.folder) if ctx.main else nullcontext():

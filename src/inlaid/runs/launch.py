@@ -21,7 +21,7 @@ from inlaid.runs.ranks import RankLostError, join, watched
 
 @dataclass(frozen=True)
 class Devices:
-    """Devices of a machine; a plain value, so that tests can describe any machine."""
+    """Compute devices of a machine, as plain values, so that tests can describe any machine."""
 
     cuda: int = 0
     cuda_bfloat16: bool = False
@@ -40,7 +40,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """Resolved device, precision and optimizer of a recipe, with a note for every replaced setting."""
+    """Device, precision and optimizer chosen for a recipe, with a note for each setting that was replaced."""
 
     device: str
     precision: torch.dtype
@@ -49,7 +49,7 @@ class DevicePlan:
 
 
 def resolve_devices(config: recipe.Config, devices: Devices) -> DevicePlan:
-    """Choose the device, precision and optimizer of a recipe.
+    """Choose the device, precision and optimizer for a recipe.
 
     Raises:
         ValueError: if the recipe names a device that this machine does not have.
@@ -80,7 +80,7 @@ def resolve_devices(config: recipe.Config, devices: Devices) -> DevicePlan:
 
 @dataclass
 class Context:
-    """Device, precision and rank of this process."""
+    """Device, precision, optimizer and rank of this process."""
 
     device: torch.device
     precision: torch.dtype
@@ -100,7 +100,7 @@ class Context:
             dist.barrier()
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum a tensor over all processes, in place, and return the tensor."""
+        """Sum a tensor over all processes in place, and return it."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
@@ -115,17 +115,17 @@ class Context:
 
 
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
-"""Timeout of collective operations; the default of 10 minutes is too short while one process encodes, samples
-or saves."""
+"""Timeout of collective operations. The PyTorch default of 10 minutes is too short: all processes wait while
+one process encodes, generates samples or saves."""
 
 
 @contextmanager
 def start_processes(config: recipe.Config) -> Iterator[Context]:
-    """Join the process group started by `torchrun` or `accelerate launch`, and leave the group at the end.
+    """Join the process group started by `torchrun` or `accelerate launch`, and leave it at the end.
 
     Raises:
-        ValueError: if the recipe requires another number of processes, or a device that is missing.
-        RankLostError: if another process has ended or is stopped.
+        ValueError: if the recipe requires another number of processes or a device that this machine lacks.
+        RankLostError: if another process has ended or does not respond.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     plan = resolve_devices(config, Devices.here())
@@ -157,10 +157,10 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
 
 
 class Interrupt:
-    """Signal handler: the first Ctrl-C, SIGTERM or SIGHUP stops the run after this step.
+    """Signal handler that stops a run after the current step, on the first Ctrl-C, SIGTERM or SIGHUP.
 
-    A second Ctrl-C or SIGTERM stops it at once. A second signal of another kind does not: when a session
-    ends, its processes get several.
+    A second Ctrl-C, or a second SIGTERM, stops the run at once. Two different signals do not, because a
+    terminal session that ends may send several kinds of signals to its processes.
     """
 
     def __init__(self) -> None:
@@ -189,7 +189,7 @@ class Interrupt:
         self._seen.add(number)
         if not self.wanted:
             self.wanted = True
-            with suppress(OSError, RuntimeError, ValueError):  # no terminal; it is being written to
+            with suppress(OSError, RuntimeError, ValueError):  # no terminal, or an interrupted write to it
                 print(
                     "\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True
                 )

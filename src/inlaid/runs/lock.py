@@ -15,30 +15,34 @@ from typing import Any, TextIO
 from inlaid.files import HOST, process_start
 
 NAME = "run.lock"
-"""Name of the lock file in a run folder: the number, machine and start of the process that owns the run."""
+"""Name of the lock file in a run folder. It contains process ID, host name and start time of the run's
+process."""
 
 RENEWED = 20.0
-"""Seconds between renewals of a lock, for processes of other machines, which cannot look up its owner."""
+"""Seconds between updates of the lock file's timestamp. Processes on other machines rely on the timestamp,
+because they cannot look up the process that holds the lock."""
 
 EXPIRES = 300.0
-"""Seconds without a renewal after which the lock of another machine counts as left behind."""
+"""Seconds without an update after which the lock of a process on another machine counts as stale."""
 
 PATIENCE = 2.0
-"""Seconds to wait for an owner that is about to end, such as a process that has just been killed."""
+"""Seconds to wait for the holder of a lock that is about to end, such as a process that has just been
+killed."""
 
 _mine: set[tuple[int, Path]] = set()
-"""Locks of this process; the process number is part of them because a fork inherits the set."""
+"""Locks that this process holds, as (process ID, path). The process ID is included because a forked process
+inherits this set."""
 
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Own a run folder inside the context. The folder is created if it is missing.
+    """Hold the lock of a run folder inside the context. A missing folder is created.
 
-    The lock of a process that has ended is taken over. A process on this machine is checked directly; a
-    process on another machine is assumed to have ended if it has not renewed its lock for `EXPIRES` seconds.
+    The lock of a process that has ended is taken over. A process on this machine is looked up directly. A
+    process on another machine is assumed to have ended if it has not updated its lock for `EXPIRES` seconds.
 
     Raises:
-        ValueError: if another process owns the folder, or the folder cannot be written.
+        ValueError: if another process holds the lock, or the folder cannot be written.
     """
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     path = folder / NAME
@@ -59,13 +63,17 @@ def owned(folder: Path) -> Iterator[None]:
         with suppress(OSError), _opened(path) as file:
             if (_read(file) or values).items() >= values.items():
                 path.unlink()
-        with suppress(OSError):  # of a run that was refused before it wrote anything
+        with suppress(OSError):  # remove the folders of a run that was refused before it wrote a file
             for parent in missing:
                 parent.rmdir()
 
 
 def _take(path: Path, key: tuple[int, Path]) -> dict[str, Any]:
-    """Write the lock file, unless its owner runs, and return its values."""
+    """Write the lock file and return its content; waits `PATIENCE` seconds for a process that holds the lock.
+
+    Raises:
+        ValueError: if another process still holds the lock.
+    """
     until = time.monotonic() + PATIENCE
     while True:
         with _opened(path) as file:
@@ -83,14 +91,14 @@ def _take(path: Path, key: tuple[int, Path]) -> dict[str, Any]:
 
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
-    """Return the error for a run folder that cannot be written."""
+    """Return the error for a run folder to which files cannot be written."""
     cause = f"the run folder cannot be written ({error.strerror})"
     return ValueError(f"{folder}: {cause}; choose another folder (run=...), or free disk space")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """Open a lock file while no other process reads or writes it."""
+    """Open a lock file, with exclusive access where the file system supports file locking."""
     while True:
         with path.open("a+", encoding="utf-8") as file:
             try:
@@ -107,7 +115,10 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def _read(file: TextIO) -> dict[str, Any] | None:
-    """Return the owner in a lock file, and when the lock was renewed; None if the file is no valid lock."""
+    """Return the process recorded in a lock file and the time of its last update.
+
+    Return None if the file is not a valid lock.
+    """
     file.seek(0)
     try:
         owner = json.load(file)
@@ -118,7 +129,7 @@ def _read(file: TextIO) -> dict[str, Any] | None:
 
 
 def _runs(owner: dict[str, Any], key: tuple[int, Path]) -> bool:
-    """Return True if the owner of a lock runs; `key` is the lock as this process would hold it."""
+    """Return True if the process recorded in a lock file is running; `key` is the lock's entry in `_mine`."""
     if owner["host"] != HOST:
         return time.time() - owner["renewed"] < EXPIRES
     if owner["pid"] == os.getpid():
@@ -138,7 +149,7 @@ def _refusal(path: Path, owner: dict[str, Any]) -> str:
 
 
 def _renew(path: Path, done: threading.Event) -> None:
-    """Renew the lock until the run ends."""
+    """Update the timestamp of the lock file regularly until `done` is set."""
     while not done.wait(RENEWED):
         with suppress(OSError):
             os.utime(path)

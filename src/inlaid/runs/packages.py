@@ -17,11 +17,14 @@ PACKAGES = {
     "trackio": ("trackio", "inlaid[trackio]"),
     "wandb": ("wandb", "inlaid[wandb]"),
 }
-"""Module and `pip install` argument for each optional feature, by its name in recipes."""
+"""Module to import and `pip install` argument for each optional feature, keyed by the feature's name in
+recipes."""
 
 
 def require_package(key: str, name: str) -> Any:
-    """Import the module of `PACKAGES[name]`; `key` is the recipe key that selects it, for the error message.
+    """Import the module of an optional feature, `PACKAGES[name]`.
+
+    `key` is the recipe key that selects the feature, for the error message.
 
     Raises:
         ValueError: if the package is not installed.

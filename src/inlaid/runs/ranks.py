@@ -1,4 +1,4 @@
-"""Watch over the other processes of a run: a process that has ended or is stopped ends the others too."""
+"""Monitoring of the processes of a run: if a process ends or does not respond, the others end too."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from typing import Any
 from inlaid.files import HOST, process_start
 
 INTERVAL = 0.25
-"""Seconds between two looks at the other processes."""
+"""Seconds between checks of the other processes."""
 
 GRACE = 3.0
-"""Seconds for the main thread to end after another process is lost: gloo raises an error, NCCL waits on."""
+"""Seconds that the main thread has to end after another process is lost. With gloo it gets an error; with
+NCCL it may wait forever, so the process is then ended."""
 
 JOIN_LEAST = 60.0
-"""Seconds to wait at least for all processes at the start: they may import at different speeds."""
+"""Minimum time in seconds to wait for all processes at the start, because imports may take longer on some
+machines."""
 
 
 class RankLostError(RuntimeError):
-    """Error of a run whose other process has ended or is stopped."""
+    """Error raised when another process of the run has ended or does not respond."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,17 @@ class Peer:
 
 
 class Watch:
-    """Thread that looks at the other processes until the run ends.
+    """Monitor of the other processes of a run, in background threads.
 
-    Processes of this machine are looked up. Those of other machines report to the store of the process group
-    that they run.
+    Processes on this machine are looked up by process ID. Processes on other machines write heartbeats to the
+    key-value store of the process group.
     """
 
     def __init__(self, rank: int, peers: list[Peer], timeout: float) -> None:
         self.rank, self.timeout = rank, timeout
         self.peers = [p for p in peers if p.rank != rank]
         self.lost: str | None = None
-        """Sentence about the process that was lost."""
+        """Error message about the process that was lost; None while all processes run."""
         self._leaving = threading.Event()
         self._silent = dict.fromkeys((p.rank for p in self.peers), 0.0)
         self._beats: dict[int, bytes] = {}
@@ -67,11 +69,11 @@ class Watch:
             threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def leave(self) -> None:
-        """End the watch: this process is about to leave the run."""
+        """Stop monitoring, because this process is about to leave the run."""
         self._leaving.set()
 
     def cause(self) -> str | None:
-        """Return the sentence about a lost process, after time to find it; None if all processes run."""
+        """Return the error message about a lost process; None if no loss is detected within a second."""
         until = time.monotonic() + 4 * INTERVAL
         while self.lost is None and time.monotonic() < until:
             self._check(0)
@@ -89,7 +91,7 @@ class Watch:
             os._exit(1)
 
     def _check(self, seconds: float) -> None:
-        """Look at all processes; `seconds` have passed since the last look."""
+        """Check all other processes; `seconds` is the time since the last check."""
         for peer in self.peers:
             if peer.host == HOST:
                 ended, silent = process_start(peer.pid) != peer.start, _stopped(peer.pid)
@@ -105,7 +107,7 @@ class Watch:
                 )
 
     def _beat(self) -> None:
-        """Report to the store of the process group, and read the reports of processes of other machines."""
+        """Write heartbeats to the store of the process group, and read heartbeats from other machines."""
         import torch.distributed as dist
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -137,16 +139,16 @@ def _stopped(pid: int) -> bool:
 
 
 def join(timeout: float) -> Any:
-    """Return a store that is shared by the processes of this launch only.
+    """Return a key-value store that only the processes of this launch share.
 
-    `torchrun --max-restarts` reuses its store after a restart, so that the new processes would read the
-    addresses of processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The number of
-    restarts does not help, because every machine counts its own. Therefore each process writes a random ID,
-    and rank 0 replies to each ID with the name of this launch until every process has confirmed the name. IDs
-    left by ended processes are harmless: these processes never confirm.
+    `torchrun --max-restarts` reuses its store after a restart, so new processes would read the addresses of
+    processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The restart count cannot
+    distinguish launches, because every machine counts its own restarts. Therefore, each process writes a
+    random ID. Rank 0 replies to each ID with the name of this launch, until every process has confirmed the
+    name. The IDs of ended processes are harmless, because these processes never confirm.
 
     Args:
-        timeout: seconds to wait for the other processes, at least JOIN_LEAST.
+        timeout: seconds to wait for the other processes, but at least `JOIN_LEAST`.
 
     Raises:
         RankLostError: if a process of the launch does not join in time.
@@ -185,15 +187,15 @@ def join(timeout: float) -> Any:
 
 @contextmanager
 def watched(rank: int, timeout: float) -> Iterator[None]:
-    """Watch over the processes of the process group inside the context, and wait for all at its end.
+    """Monitor the processes of the process group inside the context, and wait for all of them at its end.
 
     Args:
-        rank: number of this process.
-        timeout: seconds without a sign of life after which a process counts as stopped.
+        rank: rank of this process.
+        timeout: seconds after which a process that does not respond counts as stopped.
 
     Raises:
-        RankLostError: if a collective operation fails because another process is lost. If this process does
-            not leave the context within `GRACE` seconds of the loss (NCCL hangs instead of failing), it
+        RankLostError: if a collective operation fails because another process is lost. NCCL may hang instead
+            of failing: if this process does not leave the context within `GRACE` seconds of the loss, it
             prints the message and exits with code 1.
     """
     import torch.distributed as dist
