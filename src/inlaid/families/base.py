@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from inlaid import config as recipe
 from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.grid import Grid
+from inlaid.families.original_names import OriginalNames
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +70,8 @@ class Family(Checkpoint, ABC):
     original_names: ClassVar[Sequence[tuple[str, str]]] = ()
     """Pairs of module names (name in the original code, name in diffusers), for reading adapters in the
     original format. The names are relative to a transformer block or to the network."""
+    original: ClassVar[OriginalNames] = OriginalNames()
+    """Names of all layers in the original code, which other programs use; empty if they equal diffusers'."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published model sizes, such as `Wan 14B`, by width of the hidden layers. Used in
     messages."""

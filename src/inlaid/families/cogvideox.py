@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from inlaid import config as recipe
 from inlaid.families.base import Family, PrecomputedLayout
 from inlaid.families.grid import Grid
+from inlaid.families.original_names import OriginalNames
 from inlaid.networks.joint_attention import CogVideoXJointAttention, halve_cogvideox
 from inlaid.objectives import VPrediction
 
@@ -39,6 +40,27 @@ of these encodings."""
 
 IMAGE_DROPOUT = 0.05
 """Probability that the image latents of a training sample are replaced by zeros."""
+
+
+_BLOCK = (
+    *((x, f"attn1.to_{x}") for x in "qkv"),
+    ("attn_out", "attn1.to_out.0"),
+    ("norm_q", "attn1.norm_q"),
+    ("norm_k", "attn1.norm_k"),
+    ("ff_proj", "ff.net.0.proj"),
+    ("ff_out", "ff.net.2"),
+    *((name, name) for name in ("norm1.linear", "norm1.norm", "norm2.linear", "norm2.norm")),
+)
+
+_SAME = ("proj", "text_proj", "pos_embedding")
+
+ORIGINAL = OriginalNames(
+    *((f"blocks.*.{own}", f"transformer_blocks.*.{name}") for own, name in _BLOCK),
+    *((f"{x}_embedding_linear_{i}", f"{x}_embedding.linear_{i}") for x in ("time", "ofs") for i in (1, 2)),
+    *((f"patch_embed.{name}", f"patch_embed.{name}") for name in _SAME),
+    *((name, name) for name in ("norm_final", "norm_out.linear", "norm_out.norm", "proj_out")),
+)
+"""Names in ComfyUI. The names of the original training code differ, and no other program uses them."""
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
@@ -81,6 +103,7 @@ class CogVideoX(Family):
     }
     video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
     joint_attention: ClassVar[Any] = CogVideoXJointAttention
+    original: ClassVar[OriginalNames] = ORIGINAL
     text_length: ClassVar[int] = 226
     text_before: ClassVar[int] = 226
     widths: ClassVar[Mapping[int, str]] = {1920: "CogVideoX 2B", 3072: "CogVideoX 5B"}

@@ -25,10 +25,46 @@ from torch import Tensor, nn
 from inlaid import config as recipe
 from inlaid.families.base import Family, PrecomputedLayout
 from inlaid.families.grid import Grid
+from inlaid.families.original_names import OriginalNames, Rename
 from inlaid.networks.joint_attention import MochiJointAttention, halve, mochi
 from inlaid.objectives import FlowMatching
 
 TOO_FEW = "sample.steps: the sampling schedule of Mochi has two parts; use 2 steps or more"
+
+
+_BLOCK = (
+    ("proj_x", "to_out.0"),
+    ("proj_y", "to_add_out"),
+    ("q_norm_x", "norm_q"),
+    ("k_norm_x", "norm_k"),
+    ("q_norm_y", "norm_added_q"),
+    ("k_norm_y", "norm_added_k"),
+)
+
+ORIGINAL = OriginalNames(
+    *((f"blocks.*.attn.{own}", f"transformer_blocks.*.attn1.{name}") for own, name in _BLOCK),
+    ("blocks.*.mlp_x.w2", "transformer_blocks.*.ff.net.2"),
+    ("blocks.*.mlp_y.w2", "transformer_blocks.*.ff_context.net.2"),
+    ("blocks.*.mod_x", "transformer_blocks.*.norm1.linear"),
+    ("blocks.*.mod_y", "transformer_blocks.*.norm1_context.linear"),
+    ("blocks.*.mod_y", "transformer_blocks.*.norm1_context.linear_1"),  # in the last block
+    ("x_embedder.proj", "patch_embed.proj"),
+    ("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1"),
+    ("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2"),
+    *((f"t5_y_embedder.{name}", f"time_embed.pooler.{name}") for name in ("to_q", "to_kv", "to_out")),
+    ("t5_yproj", "time_embed.caption_proj"),
+    ("final_layer.linear", "proj_out"),
+    ("pos_frequencies", "pos_frequencies"),
+    fused=(
+        Rename("blocks.*.attn.qkv_x", tuple(f"transformer_blocks.*.attn1.to_{x}" for x in "qkv")),
+        Rename("blocks.*.attn.qkv_y", tuple(f"transformer_blocks.*.attn1.add_{x}_proj" for x in "qkv")),
+        Rename("blocks.*.mlp_x.w1", ("transformer_blocks.*.ff.net.0.proj",), swapped=True),
+        Rename("blocks.*.mlp_y.w1", ("transformer_blocks.*.ff_context.net.0.proj",), swapped=True),
+        Rename("final_layer.mod", ("norm_out.linear",), swapped=True),
+    ),
+)
+"""Names in genmo's own code, which ComfyUI also uses. Query, key and value are one layer. The two halves of a
+gated layer (gate and value) and of the last modulation (shift and scale) are in the opposite order."""
 
 
 class Mochi(Family):
@@ -46,6 +82,7 @@ class Mochi(Family):
             "vae": {"_class_name": "AutoencoderKLMochi"},
         }
     }
+    original: ClassVar[OriginalNames] = ORIGINAL
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"latent_space": ("normalized", "raw")}
     video_layers: ClassVar[Sequence[str]] = (
         r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",

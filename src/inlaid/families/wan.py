@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from inlaid import config as recipe
 from inlaid.families.base import Family
 from inlaid.families.grid import Grid
+from inlaid.families.original_names import OriginalNames
 from inlaid.networks import joint_attention
 from inlaid.objectives import FlowMatching
 
@@ -50,30 +51,48 @@ IMAGE: Mapping[str, Any] = {"in_channels": 36}
 CLIP: Mapping[str, Any] = {**IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
 """Transformer configuration values of image-to-video checkpoints that use CLIP embeddings (Wan 2.1)."""
 
-ORIGINAL_NAMES = (
-    ("self_attn.q", "attn1.to_q"),
-    ("self_attn.k", "attn1.to_k"),
-    ("self_attn.v", "attn1.to_v"),
-    ("self_attn.o", "attn1.to_out.0"),
-    ("cross_attn.q", "attn2.to_q"),
-    ("cross_attn.k", "attn2.to_k"),
-    ("cross_attn.v", "attn2.to_v"),
-    ("cross_attn.o", "attn2.to_out.0"),
-    ("cross_attn.k_img", "attn2.add_k_proj"),
-    ("cross_attn.v_img", "attn2.add_v_proj"),
-    ("ffn.0", "ffn.net.0.proj"),
-    ("ffn.2", "ffn.net.2"),
+_ATTENTION = (
+    *((f"{x}", f"to_{x}") for x in "qkv"),
+    ("o", "to_out.0"),
+    ("norm_q", "norm_q"),
+    ("norm_k", "norm_k"),
+)
+
+_IMAGE_EMBEDDER = "condition_embedder.image_embedder"
+
+ORIGINAL = OriginalNames(
+    *((f"blocks.*.self_attn.{own}", f"blocks.*.attn1.{name}") for own, name in _ATTENTION),
+    *((f"blocks.*.cross_attn.{own}", f"blocks.*.attn2.{name}") for own, name in _ATTENTION),
+    ("blocks.*.cross_attn.k_img", "blocks.*.attn2.add_k_proj"),
+    ("blocks.*.cross_attn.v_img", "blocks.*.attn2.add_v_proj"),
+    ("blocks.*.cross_attn.norm_k_img", "blocks.*.attn2.norm_added_k"),
+    ("blocks.*.ffn.0", "blocks.*.ffn.net.0.proj"),
+    ("blocks.*.ffn.2", "blocks.*.ffn.net.2"),
+    ("blocks.*.norm3", "blocks.*.norm2"),
+    ("blocks.*.modulation", "blocks.*.scale_shift_table"),
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
     ("time_projection.1", "condition_embedder.time_proj"),
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
     ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.0", f"{_IMAGE_EMBEDDER}.norm1"),
+    ("img_emb.proj.1", f"{_IMAGE_EMBEDDER}.ff.net.0.proj"),
+    ("img_emb.proj.3", f"{_IMAGE_EMBEDDER}.ff.net.2"),
+    ("img_emb.proj.4", f"{_IMAGE_EMBEDDER}.norm2"),
+    ("img_emb.emb_pos", f"{_IMAGE_EMBEDDER}.pos_embed"),
     ("head.head", "proj_out"),
+    ("head.modulation", "scale_shift_table"),
     ("patch_embedding", "patch_embedding"),
 )
-"""Pairs of module names: the name in Wan's original code and the name in diffusers."""
+"""Names in Wan's own code, which ComfyUI, musubi-tuner, DiffSynth-Studio and Wan-Alpha use. The normalization
+before cross-attention is `norm3` in the original code and `norm2` in diffusers."""
+
+
+_LAYERS = tuple(
+    (r.original.removeprefix("blocks.*."), r.diffusers[0].removeprefix("blocks.*."))
+    for r in ORIGINAL.renames
+    if not any(part in r.original for part in ("norm", "modulation", "emb_pos", "proj.0", "proj.4"))
+)
 
 
 def _published(
@@ -129,7 +148,8 @@ class Wan(Family):
             40, 40, 13824, image=IMAGE, boundary_ratio=0.9, **EXPERTS
         ),
     }
-    original_names: ClassVar[Sequence[tuple[str, str]]] = ORIGINAL_NAMES
+    original: ClassVar[OriginalNames] = ORIGINAL
+    original_names: ClassVar[Sequence[tuple[str, str]]] = _LAYERS
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
     """Number of text tokens that the published models use in training and sampling. The default of

@@ -1,0 +1,153 @@
+"""Map between the module names of diffusers and those of a model's own code, which ComfyUI also uses.
+
+Most layers only have another name. In some models, one original layer holds several diffusers layers (query,
+key and value, with their rows one under the other), or the two halves of its rows are in the opposite order.
+Each family states its map as a list of `Rename`; all conversions of weights and adapters use it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = re.compile(r"(\w*blocks)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Original name of a layer or parameter. In class-level lists, `*` stands for the number of a block."""
+
+    original: str
+    """Name in the original code, such as `blocks.*.attn.qkv_x`, without `.weight` or `.bias`."""
+    diffusers: tuple[str, ...]
+    """Name in diffusers; several names if the original layer holds the rows of several layers."""
+    swapped: bool = False
+    """True if the first and second half of the rows are in the opposite order."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the original tensor (rows, ...) of the diffusers tensors (rows, ...), one for each name."""
+        import torch
+
+        whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        return self.swap(whole)
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Return the diffusers tensors of an original tensor (rows, ...): equal shares of its rows."""
+        return self.swap(whole).chunk(len(self.diffusers)) if len(self.diffusers) > 1 else (self.swap(whole),)
+
+    def swap(self, rows: Tensor) -> Tensor:
+        """Exchange the halves of the rows, if the original code has them in the opposite order."""
+        return rows.roll(rows.shape[0] // 2, 0) if self.swapped else rows
+
+    def _numbered(self, block: str | None) -> Rename:
+        if block is None:
+            return self
+        names = tuple(n.replace("*", block, 1) for n in self.diffusers)
+        return replace(self, original=self.original.replace("*", block, 1), diffusers=names)
+
+
+class OriginalNames:
+    """All renames of a model, with functions that find a rename and that convert whole networks.
+
+    An empty map is false: the model has no other names.
+    """
+
+    def __init__(self, *pairs: tuple[str, str], fused: Sequence[Rename] = ()) -> None:
+        """Make a map of pairs (name in the original code, name in diffusers) and of other renames."""
+        self.renames = (*(Rename(original, (name,)) for original, name in pairs), *fused)
+        self._diffusers = {name: rename for rename in self.renames for name in rename.diffusers}
+        self._original: dict[str, list[Rename]] = defaultdict(list)
+        for rename in self.renames:
+            self._original[rename.original].append(rename)
+
+    def __bool__(self) -> bool:
+        return bool(self.renames)
+
+    def of_diffusers(self, name: str) -> Rename | None:
+        """Return the rename of a layer or parameter in diffusers, such as `blocks.0.attn1.to_q`, or None."""
+        pattern, block = _pattern(name)
+        found = self._diffusers.get(pattern)
+        return found and found._numbered(block)
+
+    def of_original(self, name: str, present: Container[str] = ()) -> Rename | None:
+        """Return the rename of a layer or parameter in the original code, or None.
+
+        Args:
+            name: such as `blocks.0.self_attn.q`.
+            present: names of the layers in the diffusers network. Only needed for a layer whose diffusers
+                name depends on the block.
+        """
+        pattern, block = _pattern(name)
+        found = [r._numbered(block) for r in self._original.get(pattern, ())]
+        return next((r for r in found if all(n in present for n in r.diffusers)), found[0] if found else None)
+
+    def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the weights of a network from diffusers to the original names and row order.
+
+        Raises:
+            ValueError: if a tensor has no original name, or a part of a fused layer is missing.
+        """
+        out: dict[str, Tensor] = {}
+        problems = []
+        for key in state:
+            rename, leaf = _with_leaf(key, self.of_diffusers)
+            if rename is None:
+                problems.append(f"{key} has no name in the original code")
+                continue
+            if rename.original + leaf in out:
+                continue
+            parts = [name + leaf for name in rename.diffusers]
+            missing = [name for name in parts if name not in state]
+            if missing:
+                problems.append(f"{', '.join(missing)} is missing beside {key}")
+                continue
+            out[rename.original + leaf] = rename.join([state[name] for name in parts])
+        if problems:
+            raise ValueError("; ".join(dict.fromkeys(problems)))
+        return out
+
+    def to_diffusers(self, state: Mapping[str, Tensor], present: Collection[str]) -> dict[str, Tensor]:
+        """Convert weights from the original names and row order to those of diffusers.
+
+        Args:
+            state: tensors by original name.
+            present: names of the tensors in the diffusers network.
+
+        Raises:
+            ValueError: if a name is unknown.
+        """
+        layers = {*present, *(name.rpartition(".")[0] for name in present)}
+        out: dict[str, Tensor] = {}
+        unknown = []
+        for key, tensor in state.items():
+            rename, leaf = _with_leaf(key, lambda name: self.of_original(name, layers))
+            if rename is None:
+                unknown.append(key)
+                continue
+            out |= {n + leaf: part for n, part in zip(rename.diffusers, rename.split(tensor), strict=True)}
+        if unknown:
+            raise ValueError(
+                f"no layer of the original code: {', '.join(unknown[:4])} ({len(unknown)} names)"
+            )
+        return out
+
+
+def _pattern(name: str) -> tuple[str, str | None]:
+    """Return a name with `*` for the number of its block, and this number (None outside the blocks)."""
+    match = _BLOCK.fullmatch(name)
+    return (f"{match[1]}.*.{match[3]}", match[2]) if match else (name, None)
+
+
+def _with_leaf(key: str, find: Callable[[str], Rename | None]) -> tuple[Rename | None, str]:
+    """Return the rename of a tensor and its leaf: `.weight`, `.bias`, or empty for a parameter."""
+    found = find(key)
+    if found is not None:
+        return found, ""
+    module, _, leaf = key.rpartition(".")
+    return find(module), f".{leaf}"
