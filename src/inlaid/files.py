@@ -215,8 +215,8 @@ def naming(path: Path, temporary: Path | None = None, size: int = 0) -> Iterator
             written before the error.
 
     Raises:
-        OSError: the error, with the file that could not be written. If the disk is full, the message contains
-            the space that the file needs and the free space.
+        OSError: the original error, with the name of the file that could not be written. If the disk is full,
+            the message also says how many bytes the file needs and how many are free.
     """
     place = temporary or path
     try:

@@ -26,7 +26,7 @@ class Objective(Protocol):
         ...
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the noise levels at quantiles q, in [0, 1], of the distribution of `sample_time`.
+        """Return quantiles of the distribution of noise levels; `q` contains probabilities in [0, 1].
 
         The validation loss uses fixed quantiles instead of random samples.
         """
@@ -99,7 +99,7 @@ class FlowMatching:
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the noise levels at quantiles q of the truncated distribution, float32."""
+        """Return quantiles of the truncated distribution of noise levels, float32; `q` is in [0, 1]."""
         q = q.double()
         if self.preset == "diffsynth":
             table = self._table()
@@ -177,7 +177,7 @@ class VPrediction:
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return the times at quantiles q of the distribution of `sample_time`, float32."""
+        """Return quantiles of the distribution of timesteps, float32; `q` is in [0, 1]."""
         n = len(self.alphas_cumprod)
         low, high = (round(edge * n) for edge in self.interval)
         chosen = low + (q.double() * (high - low)).long().clamp(max=max(high - low, 1) - 1)

@@ -179,6 +179,9 @@ class Root:
 
         Through links, a folder is entered only once, even if several links lead to it or links form a cycle.
         """
+        if is_run_folder(path):
+            self.skipped[path] = FileError(path, "", "run")
+            return False
         if not path.is_symlink():
             return True
         real = os.path.realpath(path)
@@ -191,6 +194,15 @@ class Root:
             self.skipped[path] = error
             return False
         return True
+
+
+def is_run_folder(path: Path) -> bool:
+    """Return True if a folder is a run folder: its samples and images are no training data."""
+    return (
+        (path / "run.lock").is_file()
+        or (path / "check" / "report.json").is_file()
+        or all((path / name).is_file() for name in ("config.yaml", "environment.json"))
+    )
 
 
 def _is_within(path: str, folder: str) -> bool:

@@ -12,6 +12,19 @@ import pytest
 from inlaid.families import hub
 from support.fake_hub import FakeHub, fake_hub, python
 
+FILES = {
+    "vae": ["config.json", "diffusion_pytorch_model.safetensors"],
+    "transformer": [
+        "config.json",
+        "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "diffusion_pytorch_model-00002-of-00002.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+    ],
+    "text_encoder": ["config.json", "pytorch_model.bin"],
+    "only_variant": ["config.json", "model.fp16.safetensors"],
+    "tokenizer": ["spiece.model", "tokenizer_config.json"],
+}
+
 
 @pytest.fixture(scope="module")
 def served(tiny_wan: Path) -> Iterator[FakeHub]:
@@ -23,7 +36,7 @@ ASK = """
 import json, time
 from inlaid.families import hub
 assert hub.TIMEOUT == 5
-hub.TIMEOUT = 1.0
+hub.TIMEOUT = 0.6
 start, out = time.perf_counter(), {}
 try:
     out["folder"] = str(hub.fetch_component("some/one", None, "vae"))
@@ -107,7 +120,22 @@ def test_cached_files_need_no_hub(served: FakeHub, tmp_path: Path, tiny_wan: Pat
 
 
 def test_offline_without_a_cache_names_the_variable(served: FakeHub, tmp_path: Path) -> None:
-    assert "unset HF_HUB_OFFLINE" in ask(served, tmp_path, HF_HUB_OFFLINE="1")["error"]
+    found = ask(served, tmp_path, HF_HUB_OFFLINE="1")
+    assert "unset HF_HUB_OFFLINE" in found["error"]
+    assert found["severity"] == "error"
+
+
+def test_a_network_without_weights_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_index.json").touch()
+    monkeypatch.setattr(hub, "cached", lambda *_: tmp_path / "model_index.json")
+    for part, files in FILES.items():
+        for file in files:
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / part / file).write_text(json.dumps({"weight_map": {"a": files[1]}}), "utf-8")
+        assert hub._cached_component("some/one", None, part) == tmp_path / part
+    for part in ("vae", "transformer", "text_encoder"):
+        (tmp_path / part / FILES[part][1]).unlink()
+        assert hub._cached_component("some/one", None, part) is None
 
 
 def test_no_space(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,18 +153,6 @@ def test_no_space(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.availability("some/one", None, ["vae"]).severity == "error"
 
 
-FILES = {
-    "vae": ["config.json", "diffusion_pytorch_model.safetensors"],
-    "transformer": [
-        "config.json",
-        "diffusion_pytorch_model-00001-of-00002.safetensors",
-        "diffusion_pytorch_model-00002-of-00002.safetensors",
-        "diffusion_pytorch_model.safetensors.index.json",
-    ],
-    "text_encoder": ["config.json", "pytorch_model.bin"],
-    "only_variant": ["config.json", "model.fp16.safetensors"],
-    "tokenizer": ["spiece.model", "tokenizer_config.json"],
-}
 BESIDE = [
     "README.md",
     "vae/diffusion_pytorch_model.bin",

@@ -49,7 +49,8 @@ def test_a_signal_saves(recipe: Callable[..., dict], tmp_path: Path, name: str) 
     """A session that ends sends SIGHUP from the kernel and from the shell, so two are no hurry."""
     file = write(recipe(**ENDLESS), tmp_path / "r.yaml")
     command = [str(forks.python()), "-m", "inlaid", "train", str(file)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    default = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731 - tests under nohup ignore it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     wait_for(lambda: steps(tmp_path / "run") > 1, process)
     for number in {"twice": [signal.SIGHUP, signal.SIGHUP]}.get(name, [getattr(signal, name, signal.SIGHUP)]):
         process.send_signal(number)

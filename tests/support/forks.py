@@ -195,6 +195,7 @@ def _fork(line: socket.socket) -> int:
             os.close(stream)
         return pid
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup ignore it
         _become(*json.loads(text), list(streams))
     finally:
         os._exit(1)  # never back into the server's loop

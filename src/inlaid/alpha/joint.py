@@ -114,9 +114,9 @@ class Joint(Composed):
         return [what]
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return messages about settings of a recipe that the model or joint alpha does not support.
+        """Return a message for each recipe setting that the model or this kind of alpha does not support.
 
-        Joint alpha requires a LoRA or DoRA on layers that process video tokens.
+        Joint training of color and alpha requires a LoRA or DoRA on layers that process video tokens.
         """
         found, tuner = self.opaque.problems(config), config.tuner
         if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):

@@ -121,9 +121,9 @@ class Merged(Composed):
     # --- after the cache ----------------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a training sample: the `latents` (z, t, h, w) of one random background color.
+        """Return a training sample: the `latents` (z, t, h, w) of the clip over one background color.
 
-        A cached clip contains the encodings over several background colors.
+        The cache contains the clip encoded over several background colors; one of them is chosen at random.
         """
         import torch
 

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 def conflicts(config: Config) -> Iterator[str]:
     """Yield an error message for each combination of keys that are valid alone but not together."""
     memory, tuner, parallel = config.memory, config.tuner, config.runtime.parallel
+    folder = Path(os.path.realpath(config.run))
+    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))  # noqa: PTH110 - a name may be too long
+    if not there.is_dir():
+        yield f"run: {config.run} cannot be a folder, because {there} is a file: choose another"
+    if folder in (Path(folder.anchor), Path.home()):
+        yield f"run: {config.run} is {folder}: choose a folder of its own, such as {folder / 'runs/first'}"
     for source in config.data.sources:
         if Path(config.run).is_dir() and os.path.realpath(source.path) == os.path.realpath(config.run):
             yield (

@@ -6,11 +6,12 @@ family, default of the section. An unknown key is an error.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from inlaid.config.conflicts import conflicts
 from inlaid.config.parse import Decimal, Integer, shorten
@@ -19,6 +20,9 @@ from inlaid.config.values import read_values
 ALPHA_EPS = 2 / 255
 """Alpha up to this value, on a scale of 0 to 1, counts as transparent, because lossy codecs leave small
 values in empty regions."""
+
+UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""Path of a recipe; `~` is the home folder, as in a shell."""
 
 
 class Section(BaseModel):
@@ -67,14 +71,14 @@ class Model(Section):
 class Source(Section):
     """One data source: a folder or manifest of training clips."""
 
-    path: str = Field(min_length=1)
+    path: UserPath
     """Path of the clips: a folder of clips, a manifest (`.csv`, `.tsv`, `.jsonl`, `.json`), a folder with
     `prompts.txt` and `videos.txt`, or a folder of precomputed latents from another trainer."""
     layout: Literal["auto", "folder", "lines", "csv", "jsonl", "precomputed"] = "auto"
     """Layout of clips and captions; `auto` detects it. `precomputed` reads latents and text embeddings
     instead of clips. `auto` selects `precomputed` if the folder contains precomputed latents and no video
     that lacks them."""
-    root: str | None = None
+    root: UserPath | None = None
     """Base folder of the relative paths in a manifest. A path outside of this folder is an error. Default:
     the folder of the manifest."""
     video_column: str | None = None
@@ -141,7 +145,7 @@ class Data(Section):
     frames: list[int] = [81]
     """Clip lengths in frames, one number or a list. Each clip is used at the longest of these lengths that it
     can fill."""
-    fps: float | None = Field(default=None, gt=0)
+    fps: float | None = Field(default=None, ge=0.001, le=1000)
     """Frame rate at which clips are sampled. Default: the frame rate at which the base model was trained."""
     stride: int | None = Field(default=None, ge=1)
     """Minimum distance between the starts of two windows (training examples) of a long clip, in frames at
@@ -163,7 +167,7 @@ class Data(Section):
     validation: float = Field(default=0.1, ge=0)
     """Clips excluded from training to measure the validation loss. A value below 1 is a fraction of the
     clips; a value of 1 or more is a number of clips."""
-    cache: str | None = Field(default=None, min_length=1)
+    cache: UserPath | None = None
     """Folder for cached latents and text embeddings; several runs may share it. Default: `cache` in the run
     folder."""
     bad_clips: Literal["stop", "quarantine"] = "stop"
@@ -388,7 +392,7 @@ class Sample(Section):
     prompts: list[str] = []
     """Prompts for samples during training and for `inlaid evaluate`. Empty: the first captions of the
     dataset."""
-    images: list[list[str]] = []
+    images: list[list[UserPath]] = []
     """Image-to-video: the first image of each prompt, or a list of its first and last image; without prompts,
     the images come from the clips. Scenes: a list of input image and segmentation for each sample."""
     every: int | None = Field(default=None, ge=1)
@@ -531,7 +535,7 @@ Alpha = Annotated[Opaque | Joint | Merged, Field(discriminator="kind")]
 class Config(Section):
     """A whole recipe. A model family may override defaults, such as `data.size` and `sample.guidance`."""
 
-    run: str = Field(min_length=1)
+    run: UserPath
     """Run folder, which contains all output and is the first argument of later commands."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of clips, of the noise, and of the noise levels."""

@@ -69,7 +69,10 @@ def long_texts(family: Family, texts: Iterable[str]) -> dict[str, str]:
     about = ""
     if counts is None:
         about = "about "
-        counts = [round(max(len(t.split()) * TOKENS_PER_WORD, len(t) / BYTES_PER_TOKEN)) for t in candidates]
+        counts = [
+            round(max(len(t.split()) * TOKENS_PER_WORD, len(t.encode()) / BYTES_PER_TOKEN))
+            for t in candidates
+        ]
     return {
         text: f"{about}{count} tokens, the model reads {most}: the end is cut off"
         for text, count in zip(candidates, counts, strict=True)

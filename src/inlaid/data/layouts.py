@@ -201,7 +201,7 @@ def find_clips(source: config.Source, index: int, patterns: PrecomputedLayout | 
         else:
             _manifest(target, scan)
         for skipped, error in scan.root.skipped.items() if layout in ("folder", "precomputed") else ():
-            scan.count += 1
+            scan.count += error.code != "run"
             scan.problem(error.code, scan.name(skipped), error.cause)
         if not scan.count:
             raise ValueError(f"contains no clips ({why})")
@@ -241,12 +241,14 @@ def _detect(
         files = [f for f in files if f in captioned or not pairs.color(f)]
     stems = {f.with_suffix("") for f in files}
     options: list[tuple[str, str, Path]] = []
+    partly = False
     if patterns and wanted in ("auto", "precomputed"):
         names = {n for part in (patterns.media[0], patterns.text) for n in _matching(tree, part)}
+        videos = {*_matching(tree, patterns.video, kinds.KNOWN)}
         option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.description}", path)
-        if names and names >= {*_matching(tree, patterns.video, kinds.KNOWN)}:
+        if names and names >= videos:
             return option  # the latents were computed from the videos in the folder
-        options += [option] if names else []
+        options, partly = [option] if names else [], bool(videos - names)
     lines = _line_files(path, source)
     if lines:
         options.append(("lines", " and ".join(f.name for f in lines), path))
@@ -254,7 +256,7 @@ def _detect(
     for file in sorted(f for f in manifests if f.is_file() and f.with_suffix("") not in stems):
         options.append(("csv" if file.suffix.lower() in TABLES else "jsonl", file.name, tree.guard(file)))
     beside = len(captioned.intersection(files))
-    if beside or (files and not options) or wanted == "folder":
+    if beside or (files and (not options or partly)) or wanted == "folder":
         options.append(("folder", f"{len(files)} clips, {beside} with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
     if not options:

@@ -129,7 +129,7 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[st
                 f"{path.name}: {long}: look for an unclosed quote, or shorten the text"
             ) from None
         cure = "look for an unclosed quote"
-        raise ValueError(f"is not valid CSV ({error}): {cure} from line {start} on") from None
+        raise ValueError(f"{path.name} is not valid CSV ({error}): {cure} from line {start} on") from None
 
 
 def _delimiter(text: str, source: config.Source, transparent: bool) -> str:
@@ -210,7 +210,7 @@ def _json(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | None, Sequence[str]]]:
-    """Return the configured name and the default names of each column, keyed by the column's recipe key."""
+    """Return, for each recipe key of a column, the configured name and the default names of that column."""
     return {
         "video_column": (source.video_column, VIDEO_COLUMNS + COLOR_COLUMNS * transparent),
         "caption_column": (source.caption_column, CAPTION_COLUMNS),

@@ -52,6 +52,9 @@ KINDS: dict[str, Kind] = {
         "are outside of their source",
         "copy the files into the source, or set `path` or `root` to a folder that contains them",
     ),
+    "run": Kind(
+        "warning", "is a run folder", "are run folders", "nothing to do, its files are not read as data"
+    ),
     "missing": Kind("error", "does not exist", "do not exist", "correct the manifest or `root`"),
     "row": Kind("error", "has a broken row", "have a broken row", "correct the manifest"),
     "no-caption": Kind("error", "has no caption", "have no caption", FOLDER_CURE),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from inlaid import limits
+from inlaid.data.problems import KINDS
 from inlaid.media import meshes
 from inlaid.media.kinds import MediaError
 from inlaid.media.meshes import Note, Surface
@@ -153,7 +154,7 @@ class Found:
 
 
 def find_scenes(root: Path) -> Found:
-    """Find the scenes below a folder, sorted by name; problems are returned as findings.
+    """Find the scenes below a folder, sorted by name; problems are returned, not raised.
 
     Raises:
         ValueError: if the folder contains no scenes.
@@ -164,7 +165,7 @@ def find_scenes(root: Path) -> Found:
     found = _front(tree) if (root / "midi_room_ids.json").is_file() else _folders(tree)
     for folder, error in tree.skipped.items():
         name = printable(folder.relative_to(root).as_posix(), lines=False)
-        found.findings.append(Finding("error", name, error.cause, error.code))
+        found.findings.append(Finding(KINDS[error.code].severity, name, error.cause, error.code))
     kept = []
     for scene in found.scenes:
         try:

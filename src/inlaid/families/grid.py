@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from inlaid import limits
+
 
 class VideoExtent(NamedTuple):
     """Number of frames of a video, and its height and width in pixels."""
@@ -70,4 +72,6 @@ class Grid:
         if (height % self.spatial, width % self.spatial) != (0, 0) or min(height, width) < 1:
             h, w = self.snap_size(height, width)
             out.append(f"{height}x{width} is not a multiple of {self.spatial}: use {h}x{w}")
-        return out
+        size = frames * height * width * 3
+        what = f"{frames} frames of {height}x{width} are {limits.as_size(size)} of pixels"
+        return [*out, *filter(None, [limits.ARRAY.exceeded(size, what)])]

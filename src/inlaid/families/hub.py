@@ -145,6 +145,10 @@ def _cached_component(name: str, revision: str | None, component: str) -> Path |
         for file in folder.glob("*.index.json")
         for shard in json.loads(file.read_text("utf-8")).get("weight_map", {}).values()
     }
+    if (folder / "config.json").is_file() and not needed:  # of a network, which has weights
+        needed = {
+            next((f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")), "no weights")
+        }
     return folder if all((folder / shard).exists() for shard in needed) else None
 
 
@@ -260,7 +264,7 @@ class Availability:
     text: str
     severity: Literal["note", "warning", "error"]
     """`note` if the components can be read, `warning` if the Hub cannot be reached now, `error` if access is
-    denied or disk space is missing."""
+    denied, disk space is missing, or HF_HUB_OFFLINE is set and a component is not cached."""
 
 
 def availability(name: str, revision: str | None, components: Iterable[str]) -> Availability:
@@ -279,7 +283,8 @@ def availability(name: str, revision: str | None, components: Iterable[str]) -> 
         absent = [c for c in listed if _cached_component(name, revision, c) is None]
         if not absent:
             return Availability(f"{name}: all files are cached in {constants.HF_HUB_CACHE}", "note")
-        return Availability(f"{error}; not in the cache: {', '.join(absent)}", "warning")
+        severity = "error" if constants.HF_HUB_OFFLINE else "warning"
+        return Availability(f"{error}; not in the cache: {', '.join(absent)}", severity)
     except HubError as error:
         return Availability(str(error), "error")
     left = {

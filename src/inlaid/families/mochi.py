@@ -131,7 +131,7 @@ class Mochi(Family):
         return {"moments": (24, *self.shapes(frames, height, width)["latents"][1:])}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens, without the up to 256 text tokens in joint attention."""
+        """Return the number of video tokens; the text tokens (up to 256) are not counted."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,9 @@ from inlaid.files import atomic
 from inlaid.networks.rgba_vae_checkpoint import FOLDER
 from inlaid.runs.folder import Run, environment
 from inlaid.runs.launch import Context, start_processes
+
+STRONGEST = 100.0
+"""Maximum scale of an adapter."""
 
 
 def generate(
@@ -62,8 +64,10 @@ def generate(
     """
     if not all(p.strip() for p in prompts) or not (prompts or images):
         raise ValueError("generate: prompt is missing or empty")
-    if not math.isfinite(strength):
-        raise ValueError(f"generate: strength {strength} is not a finite number such as 0.5")
+    if not abs(strength) <= STRONGEST:
+        raise ValueError(
+            f"generate: strength {strength} is not a number from -{STRONGEST:g} to {STRONGEST:g}, such as 0.5"
+        )
     place = Run(Path(run))
     config = place.config()
     values: dict[str, Any] = {"world_size": None, "device": device or config.runtime.device}

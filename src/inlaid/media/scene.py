@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SMALL = 0.001
 """Minimum area of an object, as a fraction of the input image. Smaller objects are left out."""
 
-MAX_POINTS_SHOWN = 64
+MAX_SEGMENTS = 64
 """Maximum number of objects in a segmentation image; an image with more is probably not a segmentation."""
 
 MAX_OBJECTS = 7
@@ -138,9 +138,9 @@ def invalid_pairs(given: Sequence[Sequence[str]]) -> list[str]:
             found.append(f"{pair[1]} is {image_size(ids)}, but {pair[0]} is {image_size(picture)}")
         elif not ids.any():
             found.append(f"{pair[1]} contains no object: all pixels are background")
-        elif len(np.unique(ids)) > MAX_POINTS_SHOWN + 1:
+        elif len(np.unique(ids)) > MAX_SEGMENTS + 1:
             found.append(
-                f"{pair[1]} contains {len(np.unique(ids)) - 1} objects, more than {MAX_POINTS_SHOWN}: use a "
+                f"{pair[1]} contains {len(np.unique(ids)) - 1} objects, more than {MAX_SEGMENTS}: use a "
                 "segmentation, with one color or number for each object and without soft edges"
             )
     return found

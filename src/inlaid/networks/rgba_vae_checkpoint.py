@@ -401,13 +401,13 @@ def losses(
         rgba_vae: RGBA VAE that is trained.
         rgba: clips in straight RGBA, uint8 (b, 4, t, h, w).
         loss: the loss terms of the paper.
-        generator: CPU generator for the noise and for the background colors of the encoder input and of the
-            two renders in the loss.
-        anchor: weight of the mean squared distance between the latents and the base VAE's latents of an
-            opaque clip, in units of the latents' standard deviation. In the opaque clip, the color `GROUND`
-            replaces transparent pixels. The term is not in the paper. It keeps latents close to those of
-            opaque videos, so that the base VAE's decoder reproduces the color, and a denoiser pretrained on
-            opaque latents has less to learn.
+        generator: CPU random generator. It selects the noise, the background color of the encoder input, and
+            the background colors of the two composites that the loss compares.
+        anchor: weight of a term that is not in the paper: the mean squared distance between the latents and
+            the base VAE's latents of the same clip made opaque, in which the color `GROUND` replaces
+            transparent pixels. The unit is the latents' standard deviation. It keeps latents close to those
+            of opaque videos, so that the base VAE's decoder reproduces the color, and a denoiser pretrained
+            on opaque latents has less to learn.
         noise: maximum standard deviation of the noise added to latents before decoding, in units of the
             latents' standard deviation. Not in the paper. It makes the decoders robust to errors of the
             denoiser.

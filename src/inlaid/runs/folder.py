@@ -39,6 +39,13 @@ CHANGEABLE_TRAIN = (
 learning rate."""
 
 
+FOLDERS = ("adapter", "rgba_vae", "checkpoints", "cache", "samples", "report", "check", "tensorboard")
+"""Folders that commands create in a run folder."""
+
+FILES = ("config.yaml", "environment.json", "metrics.jsonl", "quarantine.json")
+"""Files that commands write in a run folder."""
+
+
 def recipe_changes(old: recipe.Config, new: recipe.Config) -> list[str]:
     """Return messages about changes to the recipe that prevent resuming a run; empty if there are none."""
 
@@ -179,6 +186,25 @@ class Run:
             folder.mkdir(parents=True)
             yield folder
 
+    def check_layout(self) -> None:
+        """Check that no folder of the run is a file, and no file a folder, a named pipe or a device.
+
+        Raises:
+            ValueError: if so; the message lists all of them.
+        """
+        wrong = [
+            f"{path} is not a folder"
+            for path in (self.folder / name for name in FOLDERS)
+            if path.exists() and not path.is_dir()
+        ]
+        wrong += [
+            f"{path} is not a regular file"
+            for path in (self.folder / name for name in FILES)
+            if path.exists() and not path.is_file()
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong) + ": delete or move it, or choose another folder (run=...)")
+
     def truncate_metrics(self, step: int) -> None:
         """Delete the metrics after `step`, because a resumed run writes them again.
 
@@ -186,8 +212,6 @@ class Run:
         """
         if not self.metrics.exists():
             return
-        if not self.metrics.is_file():
-            raise ValueError(f"{self.metrics}: is not a regular file: delete it, and run again")
         kept = []
         for line in self.metrics.read_text("utf-8", "replace").splitlines():
             try:
@@ -224,6 +248,7 @@ def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
     """
     run = Run(Path(config.run))
     with owned(run.folder) if ctx.main else nullcontext():
+        run.check_layout()
         differ = recipe_changes(run.config(), config) if run.checkpoints() else []
         if differ:
             raise ValueError(

@@ -46,6 +46,8 @@ def owned(folder: Path) -> Iterator[None]:
     """
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     path = folder / NAME
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is not a regular file: delete it, and run again")
     key = (os.getpid(), path.resolve())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ def _take(path: Path, key: tuple[int, Path]) -> dict[str, Any]:
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
     """Return the error for a run folder to which files cannot be written."""
-    cause = f"the run folder cannot be written ({error.strerror})"
+    cause = f"the run folder cannot be written ({error.strerror or error})"
     return ValueError(f"{folder}: {cause}; choose another folder (run=...), or free disk space")
 
 
@@ -129,7 +131,10 @@ def _read(file: TextIO) -> dict[str, Any] | None:
 
 
 def _runs(owner: dict[str, Any], key: tuple[int, Path]) -> bool:
-    """Return True if the process recorded in a lock file is running; `key` is the lock's entry in `_mine`."""
+    """Return True if the process recorded in a lock file is running.
+
+    If it is this process, the lock must also be one that this process holds: `key` must be in `_mine`.
+    """
     if owner["host"] != HOST:
         return time.time() - owner["renewed"] < EXPIRES
     if owner["pid"] == os.getpid():

@@ -179,7 +179,7 @@ class _Path:
 
 
 def look_up(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the signed distances at object coordinates (u, v) from a table of `distance_table`."""
+    """Look up the signed distances at coordinates (u, v) in `table`, the result of `distance_table`."""
     scale = np.float32(_CELLS / (2 * TABLE_EXTENT))
     column = np.clip((u + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)
     row = np.clip((v + TABLE_EXTENT) * scale, 0, _CELLS - 1).astype(np.int32)

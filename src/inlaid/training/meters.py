@@ -68,13 +68,16 @@ class Meters:
             finite = torch.isfinite(losses["loss"]).tolist()
             bad += [(step, n) for n, ok in zip(names, finite, strict=True) if not ok]
         if not bad:
-            bad = [(s, "gradient") for s, n in self._norms if not bool(torch.isfinite(n))]
+            bad = [(s, "") for s, n in self._norms if not bool(torch.isfinite(n))]
         if bad:
             first = min(s for s, _ in bad)
-            clips = sorted({n for s, n in bad if s == first})
+            clips = sorted({n for s, n in bad if s == first and n})
+            what = f"the loss stopped being finite at step {first} (clips: {', '.join(clips)})"
+            if not clips:
+                what = f"the gradient stopped being finite at step {first}, the loss did not"
             raise ValueError(
-                f"the loss stopped being finite at step {first} (clips: {', '.join(clips)}); earlier "
-                "checkpoints are valid. Inspect these clips, lower optim.lr or set "
+                f"{what}; earlier "
+                "checkpoints are valid. Inspect the clips of this step, lower optim.lr or set "
                 "runtime.precision=float32, and run again"
             )
 

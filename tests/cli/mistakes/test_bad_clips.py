@@ -236,7 +236,7 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
     "open quotation mark": (
         manifest("m.csv", 'video,caption\n0.mp4,"hello\n1.mp4,bye\n'),
         "d/m.csv",
-        ["d/m.csv: is not valid CSV", "look for an unclosed quote"],
+        ["d/m.csv: m.csv is not valid CSV", "look for an unclosed quote"],
     ),
     "broken JSONL": (
         manifest("m.jsonl", '{"video": "0.mp4", "caption": "x"}\n{"video": \n'),

@@ -137,8 +137,8 @@ def test_run_that_cannot_be_written(ground: Ground, place: str) -> None:
     Path("file").write_text("mine", "utf-8")
     refused(
         inlaid("train", ground.write(run=place)),
-        f"{place}: the run folder cannot be written (",
-        "choose another folder (run=...)",
+        f"run: {place} cannot be a folder, because ",
+        "is a file: choose another",
     )
     assert Path("file").read_text("utf-8") == "mine"
 

@@ -56,6 +56,16 @@ GENERATE: dict[str, tuple[Callable[[Ground], Any], list[Any], list[str]]] = {
     "empty prompt": (lambda g: g.run, [" "], ["generate: prompt is missing or empty"]),
     "size": (lambda g: g.run, ["a", "--size", "32"], ["--size: `32` is not HEIGHTxWIDTH; write for"]),
     "odd size": (lambda g: g.run, ["a", "--size", "33x32"], ["33x32 is not a multiple of 16: use 32x32"]),
+    "more than memory": (
+        lambda g: g.run,
+        ["a", "--size", "160000x160000"],
+        ["frames of 160000x160000 are", "of pixels, above the limit of 4: set INLAID_MAX_ARRAY_GB"],
+    ),
+    "endless strength": (
+        lambda g: g.run,
+        ["a", "--strength", "1e30"],
+        ["strength 1e+30 is not a number from -100 to 100"],
+    ),
     "length": (lambda g: g.run, ["a", "--frames", "8"], ["8 frames is not 4n+1: use 5 or 9"]),
     "no frames": (lambda g: g.run, ["a", "--frames", "0"], ["sample.frames", "equal to 1 (got 0)"]),
     "no steps": (lambda g: g.run, ["a", "--steps", "0"], ["sample.steps", "equal to 1 (got 0)"]),
@@ -63,7 +73,7 @@ GENERATE: dict[str, tuple[Callable[[Ground], Any], list[Any], list[str]]] = {
     "strength": (
         lambda g: g.run,
         ["a", "--strength", "nan"],
-        ["strength nan is not a finite number such as 0.5"],
+        ["strength nan is not a number from -100 to 100, such as 0.5"],
     ),
     "steps in words": (lambda g: g.run, ["a", "--steps", "few"], ["Invalid value for '--steps'"]),
     "no videos": (lambda g: g.run, ["a", "--count", "0"], ["Invalid value for '--count'"]),

@@ -19,7 +19,8 @@ from inlaid.families.wan import Wan
 from inlaid.media.arrays import probe_array
 from inlaid.media.kinds import MediaError
 from inlaid.paths import Root
-from inlaid.runs.folder import Run
+from inlaid.runs.folder import Run, open_run
+from inlaid.runs.launch import Context
 from support.commands import inlaid
 
 
@@ -75,10 +76,74 @@ def test_damaged_metrics(tmp_path: Path) -> None:
     run.metrics.write_bytes(b'\xff\xfe junk\n{}\n[1]\n{"step": "x"}\n{"step": 1}\n{"step": 9}\n')
     run.truncate_metrics(5)
     assert run.metrics.read_text("utf-8") == '{"step": 1}\n'
-    run.metrics.unlink()
-    os.mkfifo(run.metrics)
-    with pytest.raises(ValueError, match="is not a regular file"):
-        run.truncate_metrics(5)
+
+
+def test_files_in_place_of_folders_are_refused_at_launch(recipe: Callable[..., dict], tmp_path: Path) -> None:
+    config_ = config.build(recipe())
+    run = Path(config_.run)
+    run.mkdir()
+    (run / "adapter").touch()
+    os.mkfifo(run / "metrics.jsonl")
+    (run / "environment.json").mkdir()
+    with (
+        pytest.raises(ValueError) as error,
+        open_run(config_, Context(torch.device("cpu"), torch.float32, "")),
+    ):
+        pass
+    for cause in (
+        f"{run / 'adapter'} is not a folder",
+        f"{run / 'metrics.jsonl'} is not a regular file",
+        f"{run / 'environment.json'} is not a regular file",
+    ):
+        assert cause in str(error.value)
+    shutil.rmtree(run)
+    run.mkdir()
+    os.mkfifo(run / "run.lock")
+    with (
+        pytest.raises(ValueError, match=r"run\.lock: is not a regular file"),
+        open_run(config_, Context(torch.device("cpu"), torch.float32, "")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("made", [["run.lock"], ["check/report.json"], ["config.yaml", "environment.json"]])
+def test_a_run_below_its_data_is_not_data(
+    tmp_path: Path, make_clips: Callable[..., Path], made: list
+) -> None:
+    folder = make_clips(2)
+    run = folder / "runs" / "first"
+    shutil.copytree(folder, run / "samples" / "step-000001")
+    source = config.Source(path=str(folder))
+    assert len(find_clips(source, 0, None, 3).clips) == 4
+    for name in made:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    found = find_clips(source, 0, None, 3)
+    assert [c.name for c in found.clips] == ["00.mp4", "01.mp4"]
+    assert [(p.severity, p.code, p.name) for p in found.problems] == [("warning", "run", "runs/first")]
+
+
+@pytest.mark.parametrize("place", ["/", "~"])
+def test_a_run_has_a_folder_of_its_own(recipe: Callable[..., dict], place: str) -> None:
+    with pytest.raises(ValueError, match=r"run: .* choose a folder of its own, such as .*runs/first"):
+        config.build(recipe() | {"run": str(Path(place).expanduser())})
+
+
+def test_paths_of_a_recipe_may_be_in_the_home_folder(recipe: Callable[..., dict]) -> None:
+    raw = recipe(
+        data__cache="~/c", data__sources=[{"path": "~/clips", "root": "~/r"}], sample__images=["~/a.png"]
+    )
+    made = config.build(raw | {"run": "~/run"})
+    home = str(Path.home())
+    assert (made.run, made.data.cache) == (f"{home}/run", f"{home}/c")
+    assert (made.data.sources[0].path, made.data.sources[0].root) == (f"{home}/clips", f"{home}/r")
+    assert made.sample.images == [[f"{home}/a.png"]]
+
+
+def test_a_run_is_no_file(recipe: Callable[..., dict], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"run: .*file cannot be a folder, because .*file is a file"):
+        config.build(recipe() | {"run": str(tmp_path / "file")})
 
 
 def test_a_table_may_begin_with_empty_lines(tmp_path: Path, make_clips: Callable[..., Path]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """Display name, unit and explanation of a metric."""
+    """Description of a metric for tables: its name, unit and explanation."""
 
     name: str
     brief: str
