@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -327,3 +328,18 @@ def test_inspect_tells_what_each_thing_is(tiny_wan: Path) -> None:
         message = worked("inspect", path).output
         assert message.startswith(f"{path}") and f": {words[0]} " in message, message
         assert not [word for word in words if word not in message], message
+
+
+@pytest.mark.parametrize("theirs", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, theirs: dict[str, str]
+) -> None:
+    """Beside another busy process, threads that spin make a step 3.4 times as long (benchmarks/busy.py)."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    assert inlaid("--help").code == 0
+    found = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    assert found == (theirs or {"GOMP_SPINCOUNT": "1000"})
