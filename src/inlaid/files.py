@@ -34,8 +34,8 @@ HOST = socket.gethostname()
 _HOST_TAG = hashlib.sha256(HOST.encode()).hexdigest()[:4]
 _TEMPORARY = re.compile(r"\.tmp-(\d+)(?:\.([0-9a-f]{4}))?-")
 _FOREIGN_AGE = 24 * 3600
-"""Age in seconds after which a temporary file of another machine is deleted. The process that wrote it cannot
-be looked up."""
+"""Age in seconds after which a temporary file of another machine is deleted. Processes on other machines
+cannot be looked up."""
 _swept: set[tuple[int, Path]] = set()
 
 
@@ -64,7 +64,7 @@ def process_start(pid: int) -> str | None:
 def temporary_path(path: Path) -> Path:
     """Return the temporary path at which this process writes a file before renaming it to `path`.
 
-    It is in the same folder and has the same suffix, and its name has at most 255 bytes.
+    It has the folder and suffix of `path`, and its name has at most 255 bytes.
     """
     prefix = f".tmp-{os.getpid()}.{_HOST_TAG}-"
     name = os.fsencode(path.name)[-(255 - len(prefix)) :].decode("utf-8", "ignore")
@@ -100,7 +100,7 @@ def _delete(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder, without leaving a partial folder at `path` if the process is killed meanwhile."""
+    """Delete a folder. If the process is killed meanwhile, `path` is either complete or gone."""
     aside = temporary_path(path)
     os.replace(path, aside)
     _delete(aside)
@@ -114,9 +114,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and deleted on failure.
 
     The caller creates a file or a folder at the temporary path. The temporary path is in the same folder as
-    `path` and has the same suffix, because some writers derive the format from the suffix. Permissions are
-    set as the umask selects, whatever permissions the writer chose. Content is synced to disk before the
-    rename, so that a power failure leaves either the old or the new content.
+    `path` and has the same suffix, because some writers derive the format from the suffix. Permissions
+    follow the umask, not the writer. Content is synced to disk before the rename, so that a power failure
+    leaves either the old or the new content.
 
     Raises:
         OSError: if the file cannot be written (disk full, read-only, no permission); the error names `path`.
@@ -211,7 +211,7 @@ def naming(path: Path, temporary: Path | None = None, size: int = 0) -> Iterator
         path: file or folder that is written in the block.
         temporary: path at which it is written first. An error that names this path, or a path below it, is
             converted to an error that names the final path.
-        size: number of bytes to write, for the message about a full disk. Default: the size of what was
+        size: number of bytes to write, for the message about a full disk. Default: the bytes
             written before the error.
 
     Raises:

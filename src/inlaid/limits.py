@@ -18,12 +18,11 @@ class Limit:
     variable: str
     default: float
     unit: float = 1.0
-    """Factor from the unit of `default` and the variable to the unit of compared sizes, such as 1e9 bytes per
-    GB."""
+    """Unit in which `default` and the environment variable are given, such as 1e9 (bytes) for GB."""
 
     @property
     def value(self) -> float:
-        """Current value of the limit, in the unit of compared sizes.
+        """Current value of the limit, in bytes or as a count.
 
         Raises:
             ValueError: if the variable is not a positive number.
@@ -44,7 +43,7 @@ class Limit:
 
         Args:
             size: number of bytes, pixels, points or levels.
-            what: beginning of the message, which contains the size, such as `frames of 12 GB`.
+            what: first part of the message, including the size, such as `frames of 12 GB`.
         """
         limit = self.value
         if size <= limit:

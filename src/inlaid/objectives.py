@@ -169,7 +169,10 @@ class VPrediction:
         return cls(tuple(alphas_cumprod.tolist()), section.interval)
 
     def index(self, t: Tensor) -> Tensor:
-        """Return the index of the schedule entry at time t, int64; the network's timestep input."""
+        """Return the index of the schedule entry at time t, int64.
+
+        This index is the timestep input of the network.
+        """
         return (t * len(self.alphas_cumprod)).round().long() - 1
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
@@ -204,7 +207,7 @@ class VPrediction:
         return signal * noise - sigma * x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return the loss weight 1, for every t."""
+        """Return a loss weight of 1 for every t."""
         return torch.ones_like(t)
 
 

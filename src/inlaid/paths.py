@@ -67,11 +67,11 @@ class Root:
         return _is_within(os.path.normpath(path.absolute()), os.path.normpath(self.folder.absolute()))
 
     def named(self, text: str) -> Path:
-        """Return the path that a manifest entry names, relative to the root folder or absolute inside it.
+        """Return the path of the file that a manifest entry names; the file need not exist.
 
-        The file may not exist. Manifests from Windows and macOS are supported: if the file does not exist
-        otherwise, backslashes are read as folder separators, and Unicode names are compared in normalized
-        form.
+        The entry is a path relative to the root folder, or an absolute path inside it. If there is no file of
+        exactly this name, the entry may come from Windows or macOS: backslashes are then read as folder
+        separators, and Unicode names are compared in normalized form.
 
         Raises:
             FileError: if the path is outside of the root folder or contains a null character.
@@ -94,7 +94,7 @@ class Root:
         return self.guard(path)
 
     def _relative(self, path: Path, text: str) -> Path:
-        """Convert an absolute path inside the root folder to a path below `folder`, which may be relative."""
+        """Convert an absolute path inside the root folder to a path that begins with `self.folder`."""
         base = os.path.normpath(self.folder.absolute())
         if _is_within(os.path.normpath(text), base):
             return self.folder / os.path.relpath(text, base)
@@ -117,9 +117,9 @@ class Root:
         return found
 
     def beside(self, path: Path, suffix: str) -> Path | None:
-        """Return the file beside `path` with the same stem and with the given suffix in any case, or None.
+        """Return the file in the folder of `path` with the same stem and the given suffix, or None.
 
-        For example, with the suffix `.txt`, `a.mp4` may give `a.TXT`.
+        The case of the suffix does not matter: with the suffix `.txt`, the result for `a.mp4` may be `a.TXT`.
         """
         names = self._names(path.parent)
         for name in (path.name, path.stem + suffix):
@@ -129,10 +129,10 @@ class Root:
         return None
 
     def _names(self, folder: Path) -> dict[str, str]:
-        """Return the file names in a folder, keyed by their normalized form.
+        """Return a lookup table of the file names in a folder. Each name has two keys.
 
-        For lookups with a suffix in any case, each name has a second key: normalized stem, lower-case suffix,
-        and a null character.
+        The first key is the normalized name. The second key is for lookups that ignore the case of the
+        suffix: the normalized stem, the lower-case suffix, and a null character.
         """
         if folder not in self._listed:
             found: dict[str, str] = {}
@@ -175,9 +175,10 @@ class Root:
             yield Path(parent), list(folders), sorted(f for f in files if not f.startswith("."))
 
     def _enters(self, path: Path, seen: set[str]) -> bool:
-        """Return True if `walk` enters a folder; `seen` contains the resolved folders entered before.
+        """Return True if `walk` should enter a folder.
 
-        Through links, a folder is entered only once, even if several links lead to it or links form a cycle.
+        `seen` contains the folders found so far. Links to these are not followed, so a folder is entered only
+        once, even if several links lead to it or links form a cycle.
         """
         if is_run_folder(path):
             self.skipped[path] = FileError(path, "", "run")
@@ -197,7 +198,7 @@ class Root:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Return True if a folder is a run folder: its samples and images are no training data."""
+    """Return True if a folder is a run folder: its samples and images are not training data."""
     return (
         (path / "run.lock").is_file()
         or (path / "check" / "report.json").is_file()

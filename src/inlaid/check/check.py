@@ -78,7 +78,7 @@ class Report:
     """Estimated resources; None if the recipe has mistakes or if there are no training windows."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """Messages about valid but probably unintended settings, and about an unreachable Hub."""
+    """Messages about valid but probably unintended settings, and about an unreachable Hugging Face Hub."""
     alphas: dict[str, AlphaStats] = field(default_factory=dict)
     """Alpha statistics by clip name; empty if the recipe trains without alpha."""
     conversions: dict[str, str] = field(default_factory=dict)

@@ -51,7 +51,7 @@ WORDS_TO_TOKENS = 1.5
 """Estimated number of text tokens per word of a caption."""
 
 TEXT_WIDTHS = ("text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim")
-"""Configuration keys of networks that contain the width of the text input."""
+"""Keys in a network's configuration that may contain the width of its text input."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def count_operations(
 def _counted(
     family: Family, denoiser: nn.Module, extent: Extent, batch: int, memo: dict[str, Any], **how: Any
 ) -> Counts:
-    """Return the result of `count_operations`, which is stored in `memo` and reused for equal inputs.
+    """Return the result of `count_operations`; results are stored in `memo` and reused for equal inputs.
 
     The key in `memo` is a hash of all inputs and of the library versions.
 
@@ -271,7 +271,7 @@ class Estimate:
     """Minimum and maximum time of one optimizer step in seconds; None if unknown."""
     device: str
     capacity: int
-    """Bytes of device memory; 0 if unknown."""
+    """Total bytes of memory that the device has; 0 if unknown."""
     precision: str
     how: tuple[str, ...]
     """Sentences that explain how the values were estimated, or why a value is missing."""
@@ -396,8 +396,8 @@ def _cache(
 def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.Module, int]:
     """Return the network on the meta device, prepared for training, and the number of its trained weights.
 
-    The weights have the dtype in which the run computes. With autocast, this is not the float32 in which the
-    run stores the weights.
+    The weights have the dtype in which the run computes, even if the run stores them in float32 and uses
+    autocast.
     """
     denoiser = family.load_denoiser(precision, meta=True)
     for parameter in denoiser.parameters():
@@ -414,9 +414,9 @@ def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.
 def _frozen(
     config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
 ) -> tuple[int, int]:
-    """Return the bytes of the frozen weights, and of temporary copies of quantized or cast weights.
+    """Return the bytes of the frozen weights, and the bytes of their temporary copies.
 
-    A temporary copy is a quantized or cast weight that is expanded for the computation.
+    A quantized or cast weight is expanded to a temporary copy for the computation.
     """
     section = config.memory
     plain = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad) * precision.itemsize

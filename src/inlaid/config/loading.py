@@ -63,10 +63,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = "recipe") -> Config:
-    """Return the validated recipe of a nested mapping, with family defaults and overrides applied.
+    """Build and validate a recipe from a nested mapping, with family defaults and overrides applied.
 
-    Family defaults are the values that the recipe's model family sets in place of the defaults of the
-    sections.
+    Family defaults are default values of the recipe's model family. They replace the defaults of sections.
 
     Raises:
         ValueError: listing all mistakes, one per line.

@@ -149,7 +149,7 @@ def parse_override(text: str, *, empty: Any = None) -> Any:
 
 
 def shorten(text: str, most: int) -> str:
-    """Return text for a message: printable, and with its middle left out if it exceeds `most` characters."""
+    """Return printable text for a message. If it has over `most` characters, its middle is left out."""
     if len(text) > most:
         half = (most - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"
@@ -196,7 +196,7 @@ class _Open:
 
 @dataclass
 class _Builder:
-    """Builder of the value of one YAML document from parser events, without recursion."""
+    """Builder that makes the value of one YAML document from parser events, without recursion."""
 
     stack: list[_Open] = field(default_factory=list)
     anchors: dict[str, tuple[Any, int]] = field(default_factory=dict)
@@ -283,7 +283,7 @@ class _Builder:
 
 
 def _build(stream: Iterator[Any], empty: Any) -> _Builder:
-    """Build the value of a stream of parser events, which must contain a single YAML document.
+    """Build the value of the single YAML document in a stream of parser events.
 
     Raises:
         _MistakeError: if there are several documents, or if the document exceeds a limit or uses unsupported

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from inlaid.config.parse import Decimal, Integer
 
 MAX_INTEGER = 2**63
-"""Exclusive upper limit of the absolute value of integers in a recipe."""
+"""Limit on integers in a recipe; their absolute value must be smaller."""
 
 
 @dataclass(frozen=True)

@@ -187,10 +187,10 @@ class Run:
             yield folder
 
     def check_layout(self) -> None:
-        """Check that no folder of the run is a file, and no file a folder, a named pipe or a device.
+        """Check that the run's folders are folders and its files are regular files, if they exist.
 
         Raises:
-            ValueError: if so; the message lists all of them.
+            ValueError: if the check fails; the message lists all wrong paths.
         """
         wrong = [
             f"{path} is not a folder"
@@ -237,10 +237,11 @@ def read_header(path: Path) -> dict[str, str]:
 
 @contextmanager
 def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
-    """Hold the lock of a recipe's run folder inside the context; check that the recipe can resume the run.
+    """Context manager that holds the lock of a run folder.
 
-    Writes only the lock file; `Run.begin` writes the recipe, after all checks of a command have passed.
-    Deletes temporary files that killed processes left in the run folder and in the cache.
+    On entry, it checks that the recipe can resume the run. It also deletes temporary files that killed
+    processes left in the run folder and in the cache. It writes only the lock file; `Run.begin` writes the
+    recipe, after all checks of a command have passed.
 
     Raises:
         ValueError: if another process uses the run, if the recipe cannot resume it, or if the folder cannot

@@ -121,7 +121,7 @@ one process encodes, generates samples or saves."""
 
 @contextmanager
 def start_processes(config: recipe.Config) -> Iterator[Context]:
-    """Join the process group started by `torchrun` or `accelerate launch`, and leave it at the end.
+    """Context manager that joins the process group of a `torchrun` or `accelerate` launch.
 
     Raises:
         ValueError: if the recipe requires another number of processes or a device that this machine lacks.

@@ -1,4 +1,4 @@
-"""Lock of a run folder: one process at a time trains in it or fills its cache."""
+"""Lock of a run folder: only one process at a time may train in it or fill its cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from inlaid.files import HOST, process_start
 
 NAME = "run.lock"
-"""Name of the lock file in a run folder. It contains process ID, host name and start time of the run's
-process."""
+"""Name of the lock file in a run folder. It contains the ID, host name and start time of the
+process that holds the lock."""
 
 RENEWED = 20.0
 """Seconds between updates of the lock file's timestamp. Processes on other machines rely on the timestamp,
@@ -26,8 +26,8 @@ EXPIRES = 300.0
 """Seconds without an update after which the lock of a process on another machine counts as stale."""
 
 PATIENCE = 2.0
-"""Seconds to wait for the holder of a lock that is about to end, such as a process that has just been
-killed."""
+"""Seconds to wait until another process releases the lock. It may be about to end, for example because it
+has just been killed."""
 
 _mine: set[tuple[int, Path]] = set()
 """Locks that this process holds, as (process ID, path). The process ID is included because a forked process
@@ -36,7 +36,7 @@ inherits this set."""
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder inside the context. A missing folder is created.
+    """Context manager that holds the lock of a run folder. It creates a missing folder.
 
     The lock of a process that has ended is taken over. A process on this machine is looked up directly. A
     process on another machine is assumed to have ended if it has not updated its lock for `EXPIRES` seconds.
@@ -71,10 +71,10 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def _take(path: Path, key: tuple[int, Path]) -> dict[str, Any]:
-    """Write the lock file and return its content; waits `PATIENCE` seconds for a process that holds the lock.
+    """Write the lock file and return its content. If another process holds the lock, wait a few seconds.
 
     Raises:
-        ValueError: if another process still holds the lock.
+        ValueError: if the other process still holds the lock.
     """
     until = time.monotonic() + PATIENCE
     while True:
@@ -117,9 +117,9 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def _read(file: TextIO) -> dict[str, Any] | None:
-    """Return the process recorded in a lock file and the time of its last update.
+    """Return the process that a lock file names, and the time when the file was last updated.
 
-    Return None if the file is not a valid lock.
+    The result is None if the file is not a valid lock.
     """
     file.seek(0)
     try:
@@ -131,9 +131,9 @@ def _read(file: TextIO) -> dict[str, Any] | None:
 
 
 def _runs(owner: dict[str, Any], key: tuple[int, Path]) -> bool:
-    """Return True if the process recorded in a lock file is running.
+    """Return True if the process that a lock file names is running.
 
-    If it is this process, the lock must also be one that this process holds: `key` must be in `_mine`.
+    If it is the current process, return True only if it holds the lock `key`, a pair (process ID, path).
     """
     if owner["host"] != HOST:
         return time.time() - owner["renewed"] < EXPIRES

@@ -17,14 +17,16 @@ PACKAGES = {
     "trackio": ("trackio", "inlaid[trackio]"),
     "wandb": ("wandb", "inlaid[wandb]"),
 }
-"""Module to import and `pip install` argument for each optional feature, keyed by the feature's name in
-recipes."""
+"""Optional features by their name in recipes. The values are the module to import and the argument of
+`pip install`."""
 
 
 def require_package(key: str, name: str) -> Any:
-    """Import the module of an optional feature, `PACKAGES[name]`.
+    """Import the module of an optional feature, and return it.
 
-    `key` is the recipe key that selects the feature, for the error message.
+    Args:
+        key: recipe key that selects the feature, for the error message.
+        name: name of the feature in recipes.
 
     Raises:
         ValueError: if the package is not installed.

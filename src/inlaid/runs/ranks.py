@@ -21,11 +21,11 @@ INTERVAL = 0.25
 """Seconds between checks of the other processes."""
 
 GRACE = 3.0
-"""Seconds that the main thread has to end after another process is lost. With gloo it gets an error; with
-NCCL it may wait forever, so the process is then ended."""
+"""Seconds after the loss of another process until this process is ended. With gloo, an error ends it sooner;
+with NCCL, it might otherwise wait forever."""
 
 JOIN_LEAST = 60.0
-"""Minimum time in seconds to wait for all processes at the start, because imports may take longer on some
+"""Minimum time in seconds to wait for all processes at the start, because imports are slow on some
 machines."""
 
 
@@ -148,7 +148,7 @@ def join(timeout: float) -> Any:
     name. The IDs of ended processes are harmless, because these processes never confirm.
 
     Args:
-        timeout: seconds to wait for the other processes, but at least `JOIN_LEAST`.
+        timeout: seconds to wait for the other processes; at least `JOIN_LEAST` is used.
 
     Raises:
         RankLostError: if a process of the launch does not join in time.
@@ -187,11 +187,11 @@ def join(timeout: float) -> Any:
 
 @contextmanager
 def watched(rank: int, timeout: float) -> Iterator[None]:
-    """Monitor the processes of the process group inside the context, and wait for all of them at its end.
+    """Context manager that monitors the other processes of the run, and waits for all of them at exit.
 
     Args:
         rank: rank of this process.
-        timeout: seconds after which a process that does not respond counts as stopped.
+        timeout: seconds without a response after which a process counts as lost.
 
     Raises:
         RankLostError: if a collective operation fails because another process is lost. NCCL may hang instead

@@ -88,7 +88,7 @@ def save_state(
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a mapping that is serialized as JSON with sorted keys."""
+    """Serialize a mapping as JSON with sorted keys, and return the SHA-256 of the text."""
     text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -12,8 +12,8 @@ from inlaid.data.plan import Plan
 Fingerprint = dict[str, Any]
 """JSON values that identify the data of a run: `sources` and `excluded`.
 
-`sources` is a list with one entry per data source, which contains the path of the source and its clips by
-name. The entry of a clip contains its content hash, caption, windows and split (training or validation).
+`sources` is a list with one entry per data source. An entry contains the path of the source, and its clips by
+name. For each clip, the content hash, caption, windows and split (training or validation) are stored.
 `excluded` is a list of the names of clips that could not be encoded.
 """
 
@@ -30,8 +30,8 @@ def fingerprint(
         plan: training and validation windows (clips or parts of clips) of the run.
         store: cache, which also stores the content hashes of files.
         sources: the recipe's `data.sources`.
-        planned: fingerprint from before the clips were encoded. Clips that it contains and `plan` lacks are
-            listed as `excluded`.
+        planned: fingerprint from before the clips were encoded. Its clips that are not in `plan` are listed
+            as `excluded`.
     """
     out: list[dict[str, Any]] = [{"path": source.path, "clips": {}} for source in sources]
     for split, windows in (("training", plan.train), ("validation", plan.validation)):
@@ -50,7 +50,7 @@ def fingerprint(
 
 
 def differences(old: Fingerprint, new: Fingerprint, *, encoded: bool = True) -> list[str]:
-    """Return messages about changes of the data, one per source and kind of change; empty without changes.
+    """Return messages about changes of the data, one per source and kind of change.
 
     Args:
         old: fingerprint in a checkpoint.

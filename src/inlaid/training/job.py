@@ -166,10 +166,10 @@ class Job:
     def complete(self) -> None:
         """Create the missing outputs of a run that has already reached its last step.
 
-        Outputs are missing if the run was killed or if files were deleted. Validation metrics and samples of
-        the last checkpoint's step are created if the recipe requires them and they do not exist. The trained
-        weights in the run folder are replaced if they differ from the weights in that checkpoint. Checkpoints
-        in excess of `train.keep` are deleted.
+        Outputs are missing if the run was killed or if files were deleted. Missing validation metrics and
+        samples of the last step are created if the recipe requires them. The trained weights in the run
+        folder are replaced if they differ from the weights in the last checkpoint. Checkpoints in excess of
+        `train.keep` are deleted.
         """
         step, every = self.start, self.config.sample.every
         lacks = [False, False, False]
@@ -360,7 +360,7 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
 
 
 def check_recipe(config: recipe.Config, ctx: Context, family: families.Family) -> Trained:
-    """Check a recipe without reading its data, and return the interface to the weights that it trains.
+    """Check a recipe without reading its data, and return the interface to its trained weights (`Trained`).
 
     Raises:
         ValueError: if the device does not support the recipe, a package is missing, or a pattern in

@@ -18,7 +18,7 @@ from inlaid.runs.launch import Context
 
 @dataclass
 class Loader:
-    """Data loader with random access: reads the micro-batch of any index from the cache."""
+    """Data loader with random access: it can read any micro-batch from the cache by its index."""
 
     family: families.Family
     store: Cache

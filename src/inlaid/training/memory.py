@@ -15,7 +15,7 @@ from inlaid.networks.quantize import blocks
 COMPILED_SHAPES = 64
 """Maximum number of compiled graphs per block.
 
-The default limit of torch, 8, would stop a run with many different clip sizes.
+torch's default limit of 8 would stop a run with many different clip sizes.
 """
 
 

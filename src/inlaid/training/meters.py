@@ -46,7 +46,7 @@ class Meters:
 
         Args:
             step: number of the optimizer step.
-            out: output of the training step; its values `losses` and `loss_NAME`, each (n,), are recorded.
+            out: output of the training step. Its values `losses` and `loss_NAME` of shape (n,) are recorded.
             names: names of the n clips.
         """
         kept = {k.replace("losses", "loss"): v for k, v in out.items() if k.startswith(("losses", "loss_"))}
@@ -57,7 +57,7 @@ class Meters:
         self._norms.append((step, value))
 
     def check(self) -> None:
-        """Check that the loss of every sample and every gradient norm since the last `flush` is finite.
+        """Check that all sample losses and gradient norms since the last `flush` are finite.
 
         Raises:
             ValueError: if a value is not finite; the message contains the first such step and, for a loss,
@@ -120,12 +120,12 @@ class Meters:
             sync(self.run.metrics)
 
     def pause(self) -> None:
-        """Restart the timer of the seconds per step, which exclude time spent on saving and sampling."""
+        """Restart the step timer, so that the time per step excludes saving and sampling."""
         self._since = time.perf_counter()
 
 
 def _tracker(name: str, run: Run, settings: dict[str, Any], start: int) -> Any:
-    """Return a function (values, step) that sends metrics to an experiment tracker.
+    """Return a function that sends metrics to an experiment tracker. Its arguments are (values, step).
 
     Raises:
         ValueError: if the package of the tracker is not installed, or the tracker does not start.

@@ -55,7 +55,7 @@ def make_optimizer(
 
 
 def _tensor_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Convert learning rates to tensors: torchao's compiled step would recompile for every new number."""
+    """Convert learning rates to tensors, because torchao's compiled step recompiles for every new number."""
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
 

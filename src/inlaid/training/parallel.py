@@ -34,7 +34,7 @@ class Replicated:
 
     @property
     def device(self) -> torch.device:
-        """Device to which the network is moved before the call of `shard`."""
+        """Device to which the network is moved before `shard` is called."""
         return self.ctx.device
 
     def shard(self, denoiser: nn.Module) -> dict[str, nn.Parameter]:
@@ -195,7 +195,7 @@ class FSDP(Replicated):
 class Zero(Replicated):
     """Strategy for `zero2` and `zero3` (DeepSpeed): shards gradients and moments, and in ZeRO-3 also weights.
 
-    DeepSpeed's optimizer keeps flat copies of the trained weights, which `scatter` must refresh. Gradients
+    DeepSpeed's optimizer keeps flat copies of the trained weights; `scatter` also updates these. Gradients
     are reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its
     dtype.
     """
@@ -277,11 +277,11 @@ class Zero(Replicated):
         self.engine.optimizer.refresh_fp32_params()
 
     def _share(self, parameter: Tensor) -> tuple[Tensor, int, int, int] | None:
-        """Return the location of this process's shard of a weight in a flat tensor of DeepSpeed's optimizer.
+        """Find this process's shard of a weight in the flat tensors of DeepSpeed's optimizer.
 
         Returns:
-            The flat tensor, the offset of the shard in the flat tensor, the length of the shard, and the
-            offset of the shard in the flattened weight. None if this process holds no part of the weight.
+            Flat tensor with the shard, start of the shard in this tensor, length of the shard, and start of
+            the shard in the flattened weight. None if this process holds no part of the weight.
         """
         zero: Any = self.engine.optimizer
         if self.stage == 3:
@@ -398,8 +398,7 @@ def strategy(config: recipe.Config, ctx: Context) -> Replicated:
     """Return the parallel strategy of a recipe.
 
     Raises:
-        ValueError: if the strategy does not support a setting of the recipe; the message lists all of these
-            settings.
+        ValueError: if the recipe has settings that the strategy does not support; the message lists them.
     """
     wrong = problems(config, ctx.world, ctx.precision)
     if wrong:

@@ -30,7 +30,7 @@ class TrainedRgbaVae:
     config: recipe.Config
     section: recipe.RgbaVae
     base: str
-    """Name of the checkpoint whose VAE is extended."""
+    """Hub ID or folder name of the checkpoint whose VAE is extended."""
     folder: str = field(default=rgba_vae_checkpoint.FOLDER, init=False)
     name: str = field(default="RGBA VAE", init=False)
     autocast: bool = field(default=True, init=False)
@@ -81,7 +81,7 @@ class TrainedRgbaVae:
         )
 
     def step(self, precision: AbstractContextManager[Any]) -> RgbaVaeStep:
-        """Return the training step, which computes in the context `precision`.
+        """Return the training step; `precision` is the context manager in which it computes.
 
         Raises:
             ValueError: if the perceptual network cannot be loaded.
@@ -114,7 +114,7 @@ class TrainedRgbaVae:
 
 
 def _backgrounds(section: recipe.RgbaVae) -> Sequence[Sequence[float]]:
-    """Return the RGB background colors of the recipe, in [-1, 1], or the default colors."""
+    """Return the recipe's background colors, or else the default colors, as RGB in [-1, 1]."""
     return [[c / 127.5 - 1 for c in color] for color in section.colors] or COLORS
 
 
@@ -144,7 +144,7 @@ class RgbaVaeStep:
 
         Args:
             section: the `rgba_vae` section of the recipe.
-            precision: context in which the step computes. Default: no autocast.
+            precision: context manager in which the step computes. Default: no autocast.
             quiet: do not print the note that loss terms are disabled.
 
         Raises:
@@ -207,7 +207,7 @@ class RgbaVaeStep:
         return torch.stack(rows)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return `validation_loss`, and the metrics of `rgba_vae_metrics.report` prefixed `validation_`.
+        """Return `validation_loss`, and the metrics of `rgba_vae_metrics.report` as `validation_NAME`.
 
         The validation loss is the mean of `alpha_mae_balanced` and `rgb_mae`.
         """
@@ -220,13 +220,13 @@ class RgbaVaeStep:
 def reconstruct(
     vae: Any, clips: Tensor, eps: float, *names: str, colors: Sequence[Sequence[float]] = COLORS
 ) -> Tensor:
-    """Encode and decode RGBA clips, uint8 (b, 4, t, h, w), and return the reconstruction in the same format.
+    """Encode RGBA clips, decode the latents, and return the reconstructed clips.
 
     Before encoding, a background color replaces the color of transparent pixels.
 
     Args:
         vae: the RGBA VAE.
-        clips: straight RGBA.
+        clips: straight RGBA, uint8 (b, 4, t, h, w), like the result.
         eps: maximum alpha of a transparent pixel, 0 to 1.
         names: strings whose hash selects the background color from `colors`.
         colors: RGB background colors in [-1, 1].

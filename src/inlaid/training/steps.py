@@ -19,7 +19,7 @@ from inlaid.families import Family
 from inlaid.objectives import Objective, mean_squared_error
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Quantiles of the training distribution of noise levels; the validation loss is measured at these levels."""
+"""Quantiles of the noise levels in training; the validation loss is measured at these noise levels."""
 
 
 class Step(Protocol):
@@ -38,7 +38,7 @@ class Step(Protocol):
         ...
 
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return one row of metrics per batch; equal networks give equal rows in every call."""
+        """Return one row of metrics per batch; repeated calls with the same network return the same rows."""
         ...
 
     def summary(self, rows: Tensor) -> dict[str, float]:
@@ -72,7 +72,7 @@ class DenoisingStep:
     batches with prior preservation."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch in the format of `Step`, and its noise levels `t` (n,)."""
+        """Return the losses of a micro-batch in the format of `Step`, and the noise levels as `t` (n,)."""
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
@@ -140,9 +140,9 @@ class DenoisingStep:
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return `validation_loss`, the mean over noise levels, and the loss at each level by name.
+        """Return the loss at each noise level by name, and their mean as `validation_loss`.
 
-        The names are `validation_q0.1`, `validation_q0.3` and so on, with the quantile of the noise level.
+        The names, such as `validation_q0.1`, contain the quantile of the noise level.
         """
         losses = rows.tolist()
         values = {f"validation_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}

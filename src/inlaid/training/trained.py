@@ -86,7 +86,7 @@ class Trained(Protocol):
         ...
 
     def step(self, precision: AbstractContextManager[Any]) -> Step:
-        """Return the training step, which computes in the context `precision`."""
+        """Return the training step; `precision` is the context manager in which it computes."""
         ...
 
     def card(self, step: int, prompts: Sequence[str]) -> str:
@@ -95,7 +95,7 @@ class Trained(Protocol):
 
 
 def trained_by(config: recipe.Config, family: Family) -> Trained:
-    """Return the interface to the weights that a recipe trains; `family` is the recipe's model family."""
+    """Return the interface to the weights that a recipe trains: those of an RGBA VAE or of a denoiser."""
     if config.rgba_vae is not None:
         return TrainedRgbaVae(config, config.rgba_vae, family.name)
     return TrainedDenoiser(config, family)
@@ -140,7 +140,7 @@ class TrainedDenoiser:
         tuners.save(self.config.tuner, network, weights, folder, metadata=metadata)
 
     def step(self, precision: AbstractContextManager[Any]) -> DenoisingStep:
-        """Return the training step with the denoising loss, which computes in the context `precision`."""
+        """Return the training step with the denoising loss; see `Trained.step`."""
         objective = self.family.objective(self.config.objective, self.config.data.size)
         return DenoisingStep(self.family, objective, precision, tuners.disabled)
 
