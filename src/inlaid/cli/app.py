@@ -95,7 +95,7 @@ def echo(text: str) -> None:
 
 
 def load_recipe(path: Path, overrides: list[str] | None) -> Config:
-    """Load a recipe from a YAML file or run folder, and silence messages of the libraries."""
+    """Load a recipe (YAML configuration) from a file or run folder, and silence library messages."""
     quiet_libraries(bars=False)
     from inlaid import config
 
@@ -105,7 +105,7 @@ def load_recipe(path: Path, overrides: list[str] | None) -> Config:
 
 
 def quiet_libraries(bars: bool = True) -> None:
-    """Silence the warnings of the libraries and, if `bars` is true, their progress bars.
+    """Silence warnings of libraries such as diffusers and, if `bars` is true, their progress bars.
 
     Silencing the progress bars imports the libraries.
     """

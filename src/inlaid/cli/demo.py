@@ -34,7 +34,7 @@ Without prior preservation, the tiny model forgets its pretraining domain."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
-    """Return the recipe of the demo: a usual recipe for clips, with settings for the tiny model."""
+    """Return the recipe (YAML configuration) of the demo."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},
@@ -117,14 +117,14 @@ def run_job(
     start: float,
     pair: Sequence[str] = (),
 ) -> Path:
-    """Check a recipe, then train (which also fills the cache), generate and evaluate, as in all demos.
+    """Run the steps that all demos share: check the recipe, fill the cache and train, generate, evaluate.
 
     Args:
         folder: run folder, which already contains the training data.
         made: the recipe.
         asked: function that returns the evaluation prompts for a loaded recipe.
         start: start time of the demo, from `time.perf_counter`.
-        pair: input image and segmentation for generation. Default: the first prompt of the recipe.
+        pair: input image and segmentation for generation; not needed for videos.
 
     Returns:
         Path of the HTML report.

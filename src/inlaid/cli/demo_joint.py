@@ -1,7 +1,8 @@
 """`inlaid demo --alpha joint`: train the tiny model to generate an alpha clip together with each color clip.
 
-Joint alpha keeps the color of the base model. The training clips are therefore rendered from the tiny model's
-pretraining domain, in which the alpha of every shape is known.
+Joint alpha (color and alpha as two clips in one token sequence) keeps the color of the base model. The
+training clips are therefore from the tiny model's pretraining domain. They are rendered, so their alpha is
+known.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from inlaid.tiny.world import FPS
 INTRO = "96 clips of the tiny model's pretraining domain with alpha: color is kept, and alpha is trained"
 
 CLIPS, VALIDATION, PROMPTS = 96, 4, 20
-"""Number of RGBA clips, number of validation clips among the RGBA clips, and number of evaluation prompts."""
+"""Number of RGBA clips, number of validation clips among them, and number of evaluation prompts."""
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """Return the recipe of the demo."""
+    """Return the recipe (YAML configuration) of the demo."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},

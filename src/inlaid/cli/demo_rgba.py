@@ -31,9 +31,10 @@ STEPS = 900
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """Return the recipe of the demo: the recipe of the opaque demo with RGBA clips and `alpha.kind: merged`.
+    """Return the recipe (YAML configuration) of the demo.
 
-    Rank and number of steps also differ.
+    It differs from the recipe of the opaque demo in the clips (RGBA), `alpha.kind` (`merged`), the rank and
+    the number of steps.
     """
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": "merged", "vae": "tiny:wan", "colors": 1}
@@ -66,8 +67,8 @@ def prompts(n: int) -> list[Prompt]:
 def _again(frames: np.ndarray) -> np.ndarray:
     """Return the true alpha of a generated clip of the subject, uint8 (t, h, w).
 
-    The subject is rendered with the parameters that fit the frames best; the alpha of this rendering is
-    returned.
+    The subject is rendered with the position, size and angle that fit the frames best. The alpha of this
+    rendering counts as the true alpha.
     """
     return (rgba_judge.rerender(frames)[0] * 255).round().astype(np.uint8)
 
@@ -94,7 +95,9 @@ def write_clips(folder: Path) -> None:
 
 
 def merged(folder: Path, *, dora: bool = False) -> Path:
-    """Run the demo of merged alpha: create transparent clips of a new subject, train, generate and evaluate.
+    """Run the demo of merged alpha, in which one latent represents color and alpha.
+
+    Create transparent clips of a new subject, then check, cache, train, generate and evaluate.
 
     Args:
         folder: run folder; an interrupted demo resumes when run again.

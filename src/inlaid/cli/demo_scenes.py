@@ -25,7 +25,7 @@ weight of prior preservation."""
 
 
 def recipe(folder: Path, kind: str = "lora", checkpoint: str = "tiny:midi") -> dict:
-    """Return the recipe of the demo: a usual recipe for scenes, with settings for the tiny model."""
+    """Return the recipe (YAML configuration) of the demo."""
     return {
         "run": str(folder),
         "model": {
@@ -96,7 +96,7 @@ def run_demo(folder: Path, *, dora: bool = False, checkpoint: str = "tiny:midi")
         Path of the HTML report.
 
     Raises:
-        ValueError: if the folder holds a different run, or packages for scenes are missing.
+        ValueError: if the folder holds a different run, or if packages that scenes require are missing.
     """
     start = time.perf_counter()
     meshes.require_mesh_packages()

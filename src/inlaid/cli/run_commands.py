@@ -180,7 +180,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _images(first: list[Path] | None, last: list[Path] | None, prompts: int) -> list[list[str]]:
-    """Return the images of each prompt: first image and, if there are any, last image.
+    """Return the image files of each prompt: the first image, and the last image if one is given.
 
     A single first or last image is used for all prompts.
     """

@@ -61,12 +61,12 @@ class Prompt:
     group: str = ""
     judge: Callable[[np.ndarray], bool] | None = None
     """Function that returns True if the output matches the prompt. Its argument is a video, uint8 (t, h, w,
-    3), or for a run with transparent videos straight RGBA (t, h, w, 4)."""
+    3). A transparent video is straight RGBA, uint8 (t, h, w, 4)."""
     images: ImageSource = ()
     """Conditioning images for image-to-video: image files, or a training example whose frames are used."""
     truth: Callable[[np.ndarray], np.ndarray] | None = None
-    """Function that returns the true alpha, uint8 (t, h, w), of a generated RGBA video. None if the true
-    alpha is unknown, or if the run has no alpha."""
+    """Function that takes a generated RGBA video and returns its true alpha, uint8 (t, h, w). None if the
+    true alpha is unknown, or if the run has no alpha."""
 
 
 def evaluate(
@@ -88,7 +88,8 @@ def evaluate(
         run: run folder.
         against: model to compare with: `base`, or a checkpoint of the run.
         checkpoint: checkpoint to evaluate, such as `step-000500` or `500`. Default: the run's final weights.
-        prompts: prompts to generate. Default: see `default_prompts` and `ground_truth_prompts`.
+        prompts: prompts to generate. Default: from `default_prompts`, or for scenes from
+            `ground_truth_prompts`.
         count: number of videos per prompt; video i uses the seed `seed` + i.
         group_by: add captions of each group to the default prompts, if a data source sets `group_column`.
         per_group: number of captions per group; captions of validation clips come first.
@@ -97,7 +98,7 @@ def evaluate(
         overrides: fields of the recipe's `sample` section to change; `SAMPLING` lists the allowed fields.
 
     Raises:
-        ValueError: for any problem the user can fix.
+        ValueError: for any problem that the user can fix.
     """
     began = time.perf_counter()
     place = Run(Path(run))
@@ -174,7 +175,7 @@ class ModalityMetrics(Protocol):
         ...
 
     def matches_prompt(self, metrics: Mapping[str, float]) -> bool | None:
-        """Return True if the metrics show that an output is correct; None if metrics cannot decide this."""
+        """Return whether an output is correct according to its metrics; None if they cannot decide this."""
         ...
 
     def comparable(self, output: Any) -> np.ndarray:
@@ -182,7 +183,7 @@ class ModalityMetrics(Protocol):
         ...
 
     def distance(self, a: np.ndarray, b: np.ndarray) -> float:
-        """Return the difference of two outputs in [0, 1], given their arrays from `comparable`."""
+        """Return the difference, from 0 to 1, between two arrays from `comparable`."""
         ...
 
     def preview(self, output: Any) -> Image.Image:
@@ -211,10 +212,10 @@ def _check_prompts(prompts: Sequence[Prompt], family: families.Family, metrics: 
 def default_prompts(
     config: recipe.Config, clips: CachedDataset | None, group_by: bool, per_group: int
 ) -> list[Prompt]:
-    """Return the prompts of an evaluation for which the user gives no prompts.
+    """Return the prompts of an evaluation if the user gives none.
 
-    These are the recipe's sample prompts, followed by `per_group` captions of each group, validation captions
-    first. If there are neither, they are the first captions of the dataset.
+    These are the recipe's sample prompts, followed by `per_group` captions of each group. Captions of
+    validation clips come first. If there are no such prompts, the first captions of the dataset are used.
     """
     groups: dict[str, dict[str, Window]] = {}
     windows: list[Window] = [*clips.plan.validation, *clips.plan.train] if clips else []
@@ -276,7 +277,7 @@ class _Side:
 
 
 def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
-    """Return the run's recipe with the overrides of this evaluation, changed to use a single process."""
+    """Return the run's recipe with the overrides, changed to use a single process."""
     wrong = [k for k in overrides if k not in SAMPLING]
     if wrong:
         raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; available: {', '.join(SAMPLING)}")
@@ -390,7 +391,7 @@ def _reference_metrics(
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
-    """Return facts about the trained weights for the report, such as kind and rank, by label."""
+    """Return values that describe the trained weights in the report, such as kind and rank, by label."""
     tuner = config.tuner
     if tuner.kind == "full":
         trained = "some weights" if tuner.targets else "all weights"

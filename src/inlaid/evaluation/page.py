@@ -33,13 +33,13 @@ from inlaid.evaluation.report import (
 from inlaid.media.video import probe, read_frames, write_video
 
 SMALL = 160
-"""Maximum longer side, in pixels, of videos that the page enlarges without smoothing."""
+"""Maximum longer side of videos that the page enlarges without smoothing, in pixels."""
 
 LARGE = 512
-"""Maximum longer side, in pixels, of videos in the page; larger videos are downscaled."""
+"""Maximum longer side of videos in the page, in pixels; larger videos are downscaled."""
 
 SHEET = 1600
-"""Maximum width, in pixels, of the contact sheet in the page; a wider contact sheet is downscaled."""
+"""Maximum width of the contact sheet in the page, in pixels; a wider contact sheet is downscaled."""
 
 UNNAMED = "Prompts of the recipe"
 """Heading of the prompt group without a name."""
@@ -316,7 +316,7 @@ def _curves(report: Report) -> dict[str, Any] | None:
 
 
 def _validation_charts(report: Report, points: Callable[[str], list[Point]]) -> Iterable[Chart]:
-    """Yield a chart of the mean validation loss, and a chart for each quantile of the noise levels.
+    """Yield a chart of the mean validation loss, and a chart for each quantile of the noise level.
 
     A dashed line shows the loss of the base model.
     """

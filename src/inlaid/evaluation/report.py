@@ -1,6 +1,6 @@
 """Results of an evaluation: metrics, a verdict in plain text, `report.json` and `report.html`.
 
-`report.json` is for programs. `report.html`, which the module `page` renders, is for people. The report
+`report.json` is for programs, and `report.html` is for people. The module `page` renders the HTML. The report
 folder is written atomically.
 """
 
@@ -35,8 +35,8 @@ MIN_MATCH_CHANGE = 0.2
 change."""
 
 MIN_DIFFERENCE = 0.002
-"""Mean difference below which two videos count as identical in appearance, as a share of the value range. The
-value 0.002 is half a level of 255."""
+"""Mean difference below which two videos count as identical in appearance. It is a share of the value range:
+0.002 is half a level of 255."""
 
 FULL_COVERAGE = 99.9
 """Mean alpha in percent above which a video counts as fully opaque. Below 100 minus this value, it counts as
@@ -73,8 +73,8 @@ class Pair:
     base: Output
     tuned: Output
     distance: float
-    """Difference of the two outputs in [0, 1]: the mean absolute difference of videos, or `scene.distance` of
-    scenes."""
+    """Difference between the two outputs, from 0 to 1: the mean absolute difference for videos, and
+    `scene.distance` for scenes."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class ValidationLoss:
 
     clips: Sequence[str]
     quantiles: Sequence[float]
-    """Quantiles of the training noise level distribution at which losses are measured."""
+    """Quantiles of the noise level in training. Losses are measured at these quantiles."""
     levels: Sequence[float]
-    """Noise levels t at these quantiles, in [0, 1]."""
+    """Noise levels t of these quantiles, in [0, 1]."""
     base: Sequence[Sequence[float]]
     """Losses (clips, quantiles) of the base model. The field `tuned` contains the losses of the fine-tuned
     model."""
@@ -126,9 +126,9 @@ class Group:
 
     @property
     def match_gain(self) -> float:
-        """Increase of the share of outputs that match their prompts, in [-1, 1].
+        """Increase of the share of matching outputs from the base to the fine-tuned model, in [-1, 1].
 
-        It is 0 if no outputs were checked.
+        An output matches if it shows what its prompt describes. The increase is 0 if no outputs were checked.
         """
         return (self.tuned_matches - self.base_matches) / self.judged if self.judged else 0.0
 
@@ -165,7 +165,7 @@ class Report:
     """Recipe of the run."""
     environment: Mapping[str, Any]
     adapter: Mapping[str, str]
-    """Description of the trained weights, such as kind and rank, by label."""
+    """Values that describe the trained weights, such as kind and rank, by label."""
     curves: Sequence[Mapping[str, float]] = ()
     """Records of the run's `metrics.jsonl`, for the charts."""
     notes: Sequence[str] = ()
@@ -304,8 +304,8 @@ def _loss_sentence(loss: ValidationLoss) -> str:
 def _metric_warnings(report: Report) -> list[str]:
     """Return warnings about metrics of the fine-tuned model's videos.
 
-    A metric causes a warning if it became worse and also farther from the training clips. Fully opaque or
-    fully transparent videos also cause warnings.
+    A metric causes a warning if it is much worse than for the base model and for the training clips. Fully
+    opaque or fully transparent videos also cause warnings.
     """
     total, wanted = report.total, report.training or {}
     if total is None or total.distance < MIN_DIFFERENCE or report.makes != "video":
@@ -334,9 +334,10 @@ def _metric_warnings(report: Report) -> list[str]:
 
 
 def _checkpoint_warnings(report: Report) -> list[str]:
-    """Return warnings that follow from the validation loss curve of the training run.
+    """Return warnings from a comparison with the validation losses that were logged during training.
 
-    They report that an earlier checkpoint has a lower loss, or that validation clips changed since training.
+    One warning says that the loss was lower at an earlier step. The other says that the measured loss differs
+    from the logged loss, for example because the clips have changed since.
     """
     curve = {int(x["step"]): x["validation_loss"] for x in report.curves if "validation_loss" in x}
     here = (
@@ -407,7 +408,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def format_value(metric: str, value: float) -> str:
-    """Format the value of a metric with the number of digits in its description."""
+    """Format the value of a metric; `METRICS` sets the number of digits."""
     return f"{value:.{METRICS[metric].digits}f}"
 
 

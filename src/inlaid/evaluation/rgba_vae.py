@@ -1,4 +1,4 @@
-"""Evaluation of an RGBA VAE on validation clips.
+"""Evaluation of an RGBA VAE (a VAE for color and alpha) on validation clips.
 
 The report contains errors by alpha region (opaque, soft, transparent), a comparison with trivial (constant)
 predictors, and an image.

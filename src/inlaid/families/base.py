@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrecomputedLayout:
-    """Layout of files with latents that another trainer precomputed.
+    """File layout of latents that were precomputed with another trainer.
 
     The fields are path patterns in which `*` stands for the clip's name, such as `video_latents/*.pt`.
     """
@@ -51,13 +51,13 @@ class PrecomputedLayout:
 
 
 class Family(Checkpoint, ABC):
-    """Base class of model families, which adapt a model architecture to the conventions of this package.
+    """Base class of model families. A family adapts a model architecture to the conventions of this package.
 
     The constructor reads the configuration files of a checkpoint, but no weights.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Default values of recipe keys that differ for this family, as a nested mapping by recipe section."""
+    """Recipe defaults that are different for this family: for each recipe section, keys and values."""
     targets: Sequence[str]
     """Layers that an adapter modifies by default, as regular expressions that must match the full module
     name."""
@@ -71,7 +71,7 @@ class Family(Checkpoint, ABC):
     """Pairs of module names (name in the original code, name in diffusers), for reading adapters in the
     original format. The names are relative to a transformer block or to the network."""
     original: ClassVar[OriginalNames] = OriginalNames()
-    """Names of all layers in the original code, which other programs use; empty if they equal diffusers'."""
+    """Original names of all layers, as in ComfyUI. Empty if diffusers has the same names."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published model sizes, such as `Wan 14B`, by width of the hidden layers. Used in
     messages."""
@@ -107,7 +107,7 @@ class Family(Checkpoint, ABC):
     returns an attention processor. None if text and video tokens are not in one sequence."""
     grid: Grid
     precomputed: PrecomputedLayout | None = None
-    """Locations of the precomputed latents that this family can read; None if it can read none. The files
+    """File layout of the precomputed latents that this family can read; None if it can read none. The files
     contain means and log-variances of the VAE posterior, in one file for each tensor of `stored`."""
 
     def __init__(self, model: recipe.Model) -> None:
@@ -116,9 +116,10 @@ class Family(Checkpoint, ABC):
 
     @property
     def single(self) -> Family:
-        """Family for a single clip: `self`, or with joint alpha the wrapped family that has no alpha.
+        """Family for a single clip.
 
-        With joint alpha, color and alpha are two clips in one token sequence.
+        With joint alpha (color and alpha as two clips in one token sequence), it is the wrapped family, which
+        has no alpha. Otherwise, it is `self`.
         """
         return self
 
@@ -216,14 +217,14 @@ class Family(Checkpoint, ABC):
         """
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the encoded captions of a batch into the text tensors of the argument `cond` of `predict`."""
+        """Stack the encoded captions of a batch into the text tensors that `predict` takes in `cond`."""
         import torch
 
         return {name: torch.stack([item[name] for item in text]) for name in text[0]}
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict noise - data for flow matching, or v for v-prediction, in the conventions of this package.
+        """Return the prediction of the denoiser: `noise - data` for flow matching, or v for v-prediction.
 
         Args:
             denoiser: network from `load_denoiser`.

@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint in files that may be published: Hub ID, or folder name without its path."""
+        """Hub ID of the checkpoint, or name of its local folder without the path."""
         return self.source.name if isinstance(self.source, Path) else self.source
 
     def read_config(self, component: str) -> dict[str, Any] | None:

@@ -39,7 +39,9 @@ class Repository:
 
 
 def repository(name: str, revision: str | None = None, probe: str = "model_index.json") -> Repository:
-    """Return the commit and file list of a Hub repository; requested only once per process.
+    """Return the commit and file list of a Hub repository.
+
+    The result is cached, so each process sends the request only once.
 
     Args:
         name: Hub ID.

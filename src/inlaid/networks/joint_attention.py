@@ -1,11 +1,10 @@
-"""Attention and positions for two clips, color and alpha, in the token sequence of a video network.
+"""Attention and positional embeddings for two clips, color and alpha, in one token sequence.
 
 Video networks are trained on one clip per sequence, so color and alpha both get the positions of a single
-clip. If the sequence also contains text, text does not attend to alpha; all other pairs of tokens attend to
-each other (arXiv 2501.03006, section 3). An attention mask for this rule would have one entry per pair of
-tokens, which is 1.9 GiB for the 44,776 tokens of Mochi, and would prevent fused kernels. Instead, attention
-is computed in two calls with the same result: one for the video queries, and one for the text queries without
-the alpha keys.
+clip. If the sequence also contains text, the rule `block` prevents text from attending to alpha; all other
+pairs of tokens attend to each other (arXiv 2501.03006, section 3). An attention mask for this rule would need
+1.9 GiB for the 44,776 tokens of Mochi, and would prevent fused kernels. Instead, attention is computed in two
+calls with the same result: one for the video queries, and one for the text queries without the alpha keys.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def _without(x: Tensor, start: int, length: int, dim: int) -> Tensor:
 
 
 def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int) -> None:
-    """Make a positional embedding module give color and alpha the positions of a single clip.
+    """Make a positional embedding module return the same positions for the color clip and the alpha clip.
 
     Args:
         positions: module that returns a tuple of tensors with one entry per token. Hooks reduce its input to
@@ -100,7 +99,7 @@ class MochiJointAttention:
         self.rule: Rule = rule
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Compute attention over video and text with the function `mochi` and the rule of this processor."""
+        """Compute joint attention over video and text; see the function `mochi`."""
         return mochi(*args, **kwargs, rule=self.rule)
 
 
@@ -187,7 +186,7 @@ class CogVideoXJointAttention:
 
 
 def halve_cogvideox(network: Any) -> None:
-    """Make a CogVideoX network give color and alpha the positions of a single clip.
+    """Make a CogVideoX network use the same positions for the color clip and the alpha clip.
 
     Rotary embeddings are arguments of each call, so a pre-forward hook replaces them. CogVideoX-2B has
     sinusoidal positional embeddings instead, which are computed for each clip size. diffusers would use a

@@ -2,8 +2,8 @@
 
 The rules have no learned parts and use no information about the model that generated a clip. The foreground
 consists of all pixels that differ from the border color. Its hues, outlines, centroids, moments and gradients
-are compared with the definitions in `inlaid.tiny.world`. The thresholds are calibrated on ground-truth
-renders only. At least 98 % of ground-truth renders are accepted, and clips with one wrong attribute are
+are compared with the definitions in `inlaid.tiny.world`. The thresholds are calibrated only on clips that
+`world.render` produced. At least 98 % of these clips are accepted, and clips with one wrong attribute are
 rejected.
 """
 
@@ -30,21 +30,20 @@ from inlaid.tiny.world import (
 )
 
 CONTRAST, EDGE = 42, 0.42
-"""Minimum difference of a foreground pixel from the median border color, in the channel with the largest
-difference. `CONTRAST` is absolute (0-255). `EDGE` is relative to the median difference of the foreground, so
-that soft edges do not move the outline."""
+"""Minimum differences between a foreground pixel and the median border color, in the channel with the
+largest difference. `CONTRAST` is an absolute value (0-255). `EDGE` is a share of the foreground's median
+difference; it keeps soft edges from moving the outline."""
 
 LEAST_OVERLAP = 0.7
-"""Minimum overlap of the foreground and the best-fitting template of the expected shape. The overlap is the
-intersection over union of soft masks."""
+"""Minimum intersection over union of two soft masks: the foreground, and the best-fitting template of the
+expected shape."""
 
 SOFTNESS = 2
-"""Number of 3 x 3 blurs that are applied to soft masks and templates before comparison. The blur matches the
-outline detail that an autoencoder of stride 8 preserves. After the blur, a ring with a half-filled hole still
-differs from a circle."""
+"""Number of 3 x 3 blurs that are applied to soft masks and templates before comparison. They remove about
+as much detail as an autoencoder with stride 8. A ring with a half-filled hole still differs from a circle."""
 
 LEAST_COLOR = 0.75
-"""Minimum share of the shape's inner pixels that must have the expected color."""
+"""Minimum share of the shape's inner pixels that have the expected color."""
 
 LEAST_TRAVEL, MOST_DRIFT = 9.0, 6.5
 """Displacement in pixels between the first and the last frames: the minimum for a moving shape, and the
@@ -179,7 +178,7 @@ def _has_halves(view: _View, seam: float = 0.0) -> bool:
 
 @functools.cache
 def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, float]:
-    """Return the signed distance table, area and centroid of a shape of unit radius.
+    """Return a table of the signed distances to a shape of unit radius, and the shape's area and centroid.
 
     If `hole` is positive, the shape is a ring with this inner radius.
     """
@@ -200,10 +199,10 @@ def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, f
 
 
 def _fit(view: _View, t: int, name: str) -> tuple[float, float]:
-    """Return the best overlap of the foreground in frame `t` with a shape, and the shape's radius.
+    """Fit a shape to the foreground in frame `t`; return the best overlap and the shape's radius in pixels.
 
-    The overlap is the intersection over union of soft masks. The template of the shape has the same area and
-    centroid as the foreground. For a ring, all inner radii in `HOLES` are tried.
+    The overlap is the intersection over union of soft masks. The shape gets the area and the centroid of the
+    foreground. For a ring, all inner radii in `HOLES` are tried.
     """
     if view.area[t] == 0:
         return 0.0, 0.0
@@ -211,9 +210,9 @@ def _fit(view: _View, t: int, name: str) -> tuple[float, float]:
 
 
 def _overlap(view: _View, t: int, name: str, hole: float) -> tuple[float, float]:
-    """Return the best overlap of the foreground with a shape over all rotations, and the shape's radius.
+    """Fit a shape to the foreground; return the best overlap and the shape's radius in pixels.
 
-    The overlap is the intersection over union of soft masks.
+    The overlap is the intersection over union of soft masks. Rotations in steps of 10 degrees are tried.
     """
     table, unit, cx, cy = _template(name, hole)
     matte = view.matte[t]
@@ -329,11 +328,11 @@ def judge_scene(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        scene: scene that the caption describes. For the shape `SUBJECT`, "color" checks its two halves.
+        scene: scene that the caption describes.
 
     Returns:
-        True or False for each of "shape", "color" and "motion", for "size" and "background" if the scene sets
-        them, and for "all".
+        True or False for each of the keys "shape", "color", "motion", "size", "background" and "all". The
+        keys "size" and "background" are left out if they are None in the scene.
     """
     verdict = _verdict(_look(frames), scene)
     return verdict | {"all": all(verdict.values())}
@@ -344,8 +343,8 @@ def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
 
     Args:
         frames: `uint8 (17, 64, 64, 3)`.
-        seam: distance in pixels from the line between the halves. Closer pixels are ignored, because orange
-            and purple mix to red there.
+        seam: minimum distance in pixels from the line between the halves. Closer pixels are ignored, because
+            orange and purple mix to red there.
     """
     view = _look(frames)
     scores = _shape_scores(view)
@@ -356,14 +355,14 @@ def judge_subject(frames: np.ndarray, seam: float = 0.0) -> bool:
 # --- transparency -----------------------------------------------------------------------------------------
 
 LEAST_AGREEMENT = 0.8
-"""Minimum intersection over union of the foreground in alpha and the foreground in color."""
+"""Minimum intersection over union of two foreground masks, one from alpha and one from color."""
 
 
 def agreement(frames: np.ndarray) -> float:
-    """Return the intersection over union of the foregrounds in alpha and in color, in [0, 1].
+    """Return the intersection over union of two foreground masks, one from alpha and one from color.
 
-    Both foregrounds are detected with the same method. A fixed alpha threshold would give a different
-    outline, because the VAE of the tiny model blurs small shapes.
+    Both masks are computed with the same method. A fixed alpha threshold would give a different outline,
+    because the VAE of the tiny model blurs small shapes.
 
     Args:
         frames: straight RGBA, uint8 (t, 64, 64, 4).
@@ -373,5 +372,5 @@ def agreement(frames: np.ndarray) -> float:
 
 
 def judge_alpha(frames: np.ndarray) -> bool:
-    """Return True if the alpha of a transparent clip matches its color; an empty clip gives False."""
+    """Return True if alpha and color of a clip have the same foreground; an empty clip gives False."""
     return agreement(frames) >= LEAST_AGREEMENT

@@ -95,7 +95,7 @@ def _disc(rng: np.random.Generator, n: int, r: float, y: float) -> tuple[Array, 
 
 
 def _areas(solid: Solid) -> list[float]:
-    """Return the area of each part of a solid's surface, in the same order as in `_solid_surface`."""
+    """Return the area of each part of a solid's surface, such as side, bottom and top of a cylinder."""
     s, pi = solid.size, np.pi
     return {
         "sphere": lambda: [4 * pi * s[0] ** 2],

@@ -1,9 +1,8 @@
 """Synthetic scenes for the tiny MIDI model: colored objects on a floor, with images and exact surfaces.
 
-An object consists of solids with exact signed distances. Images, object IDs, surfaces with normals, and tests
-of whether a point is inside are computed from these distances. All functions depend only on their arguments,
-such as the seed. The demo trains an adapter for the object kind `SUBJECT`, which is not in the training data
-of the tiny model.
+An object consists of solids with exact signed distances. Images, object IDs and surface points are
+computed with these distances. All functions depend only on their arguments, such as the seed. Tables
+(`SUBJECT`) are not in the training data of the tiny model; the demo trains an adapter for them.
 
 The azimuth of the camera is nearly fixed. The coordinate frame of a scene does not rotate with the camera. An
 image therefore determines the positions of objects only if the direction of the camera is known.
@@ -33,7 +32,7 @@ COLORS = {
 }  # fmt: skip
 
 PINK = (240, 120, 190)
-"""Color of the object kind `SUBJECT`, RGB."""
+"""RGB color of the tables (`SUBJECT`)."""
 
 AZIMUTHS, ELEVATIONS, DISTANCES = (25.0, 35.0), (16.0, 28.0), (4.8, 5.4)
 
@@ -47,7 +46,7 @@ Array = np.ndarray
 class Scene:
     """Objects in scene coordinates, and a camera with angles in degrees.
 
-    The objects together are centered, and their longest side is 1.9.
+    The bounding box of all objects is centered at the origin, and its longest side is 1.9.
     """
 
     things: tuple[Thing, ...]
@@ -60,7 +59,7 @@ class Scene:
 
 
 def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Thing:
-    """Return an object of the given kind with random proportions, about 1 in size, that stands on y = 0."""
+    """Return an object with random proportions; it is about 1 in size and stands on y = 0."""
 
     def u(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
@@ -86,9 +85,9 @@ def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Th
 
 
 def wild(seed: int | Sequence[int]) -> Thing:
-    """Return an object for training the shape VAE, at a random position and scale.
+    """Return a random object with a random position and scale, for training the shape VAE.
 
-    It is an object of one of the `KINDS` or a union of several random solids.
+    It has one of the `KINDS`, or it is a union of several random solids.
     """
     rng = np.random.default_rng(seed)
     if rng.random() < 0.6:
@@ -128,7 +127,7 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
 
 
 def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
-    """Return a scene of these objects, centered and scaled to the longest side 1.9, with a random camera."""
+    """Center objects, scale them to a longest side of 1.9, and return them with a random camera."""
     every = np.stack([bounds(t) for t in things])
     low, high = every[:, 0].min(0), every[:, 1].max(0)
     scale = LONGEST / float((high - low).max())
@@ -139,7 +138,7 @@ def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
 def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
     """Return the scene rotated about the y axis, with a new camera from which all objects are visible.
 
-    If 100 random rotations give no such view, the scene is returned unchanged.
+    Up to 100 random rotations are tried. If each of them hides an object, the scene is returned unchanged.
     """
     for attempt in range(100):
         rng = np.random.default_rng([*np.atleast_1d(seed), attempt, 83])
@@ -159,8 +158,7 @@ def turned(scene: Scene, seed: int | Sequence[int]) -> Scene:
 def _visible(scene: Scene) -> bool:
     """Return True if each object is sufficiently visible in a render of 32 x 32 pixels.
 
-    At least 8 pixels must be visible, and at least half of the pixels that the object covers without other
-    objects.
+    An object must show at least 8 pixels, and at least half of the pixels that it would show alone.
     """
     near = _depths(scene, 32)
     first = near.argmin(0)
@@ -213,7 +211,7 @@ def subject_scenes(n: int = 24, *, seed: int = 0, counts: Sequence[int] = (1, 2,
 
 
 def _rays(scene: Scene, size: int) -> tuple[Array, Array]:
-    """Return the camera position (3,) and the unit directions (size^2, 3) of the rays through all pixels.
+    """Return the camera position (3,), and a unit ray direction for each pixel (size^2, 3).
 
     The rays are in row order from the top left pixel.
     """
@@ -256,8 +254,8 @@ def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
     """Render a scene to an image and a segmentation.
 
     Returns:
-        The image, uint8 (size, size, 3), on a white background; and the object IDs, uint8 (size, size): 0 for
-        the background, then 1, 2, ... in the order of `scene.things`.
+        The image with a white background, uint8 (size, size, 3), and the object IDs, uint8 (size, size). The
+        ID is 0 for the background, and 1, 2, ... for the objects in the order of `scene.things`.
     """
     eye, directions = _rays(scene, size)
     depths = _depths(scene, size)
@@ -278,7 +276,7 @@ def render(scene: Scene, size: int = 128) -> tuple[Array, Array]:
 
 
 def write(folder: Path, scene: Scene, *, size: int = 128, points: int = POINTS, seed: int = 0) -> Path:
-    """Write a scene as a training example: `scene_rgb.png`, `seg.png`, and `surface_ID.npy` per object.
+    """Write a scene as a training example: `scene_rgb.png`, `seg.png`, and a `surface_ID.npy` per object.
 
     The folder is written atomically.
     """

@@ -2,9 +2,9 @@
 
 The subject is a star whose orange half is opaque and whose purple half is semi-transparent like glass. Both
 checks must pass. To check the subject, the clip is composited with binary alpha over a plain dark background
-and evaluated like an opaque clip. To check alpha, the ground-truth alpha of the subject is rendered again, in
-each frame at the best-fitting position, size and angle. The alpha of the clip is compared with this render.
-The rules have no learned parts and use no information about the model that generated a clip.
+and evaluated like an opaque clip. To check alpha, the subject is rendered in each frame with the position,
+size and angle that fit the clip best. The alpha of the clip is compared with the alpha of this rendering. The
+rules have no learned parts and use no information about the model that generated a clip.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ VISIBLE = 64
 """Minimum alpha (0-255) of the pixels that count as visible."""
 
 LEAST_OVERLAP = 0.75
-"""Minimum intersection over union of the visible pixels of the clip and of the best-fitting render of the
-subject."""
+"""Minimum intersection over union of two masks of visible pixels: those of the clip, and those of the
+best-fitting rendering of the subject."""
 
 MOST_ERROR = 12.0
 """Maximum mean absolute error of alpha (0-255) over all pixels. For comparison, alpha 0 everywhere has an
 error of 16 to 60."""
 
 SEAM = 2.0
-"""Distance in pixels from the line between the subject's halves up to which the two colors mix at this
-resolution."""
+"""Minimum distance in pixels from the line between the subject's halves. Closer pixels are ignored, because
+the two colors mix there."""
 
 GLASS_RANGE = (0.3, 0.75)
-"""Accepted range of the median alpha of the semi-transparent (glass) half, in [0, 1]."""
+"""Lowest and highest accepted median alpha of the semi-transparent (glass) half, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Verdict:
     """True if alpha matches the subject: an opaque half, a semi-transparent (glass) half, and a transparent
     background."""
     error: float
-    """Mean absolute error of alpha (0-255) in comparison with the best-fitting render of the subject."""
+    """Mean absolute error of alpha (0-255), compared with the best-fitting rendering of the subject."""
     overlap: float
-    """Intersection over union of the visible pixels of the clip and of the best-fitting render of the
-    subject."""
+    """Intersection over union of two masks of visible pixels: those of the clip, and those of the
+    best-fitting rendering of the subject."""
     glass: float
-    """Median alpha, in [0, 1], of the semi-transparent (glass) half; NaN if no glass half is found."""
+    """Median alpha of the semi-transparent (glass) half, in [0, 1]; NaN if no glass half is found."""
 
     @property
     def both(self) -> bool:
@@ -61,9 +61,12 @@ class Verdict:
 
 
 def judge_subject(frames: np.ndarray) -> Verdict:
-    """Evaluate a clip that should show the subject; straight RGBA, `uint8 (17, 64, 64, 4)`.
+    """Evaluate a clip that should show the subject.
 
     The subject is a star with an opaque orange half and a semi-transparent purple half.
+
+    Args:
+        frames: straight RGBA, `uint8 (17, 64, 64, 4)`.
     """
     subject = judge.judge_subject(hard_over_dark(frames), SEAM)
     again, glass_side = rerender(frames)
@@ -79,23 +82,22 @@ def judge_subject(frames: np.ndarray) -> Verdict:
 
 
 def hard_over_dark(frames: np.ndarray) -> np.ndarray:
-    """Composite a clip with binary alpha over the dark background: `uint8 (t, h, w, 3)`."""
+    """Composite the visible pixels of a clip over the dark background; return `uint8 (t, h, w, 3)`."""
     ground = np.array(BACKDROP, dtype=np.uint8)
     return np.where(frames[..., 3:] >= VISIBLE, frames[..., :3], ground)
 
 
 @functools.cache
 def _template() -> tuple[np.ndarray, float, float, float]:
-    """Return the signed distance table of the star, and its area and centroid at unit radius."""
+    """Return a table of the signed distances to the star of unit radius, and its area and centroid."""
     return judge._template(SUBJECT)
 
 
 def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the alpha of the subject that fits the clip best, and a mask of its semi-transparent half.
+    """Render the subject to fit a clip; return its alpha, and a mask of its semi-transparent half.
 
     The alpha is `(t, 64, 64)` in [0, 1]. Position and size are taken from the clip's visible pixels. The
-    angle is the multiple of 5 degrees with the smallest alpha error; it also determines which side is
-    semi-transparent.
+    angle is the multiple of 5 degrees with the smallest alpha error.
     """
     table, unit, cx, cy = _template()
     axis = np.arange(SIZE) + 0.5

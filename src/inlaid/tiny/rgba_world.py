@@ -1,4 +1,4 @@
-"""Synthetic transparent clips for the RGBA VAE of the tiny Wan model, and for the transparent demo.
+"""Synthetic transparent clips for the RGBA VAE of the tiny Wan model, and for `inlaid demo --alpha`.
 
 A clip is straight RGBA, `uint8 (17, 64, 64, 4)`, and depends only on its seed. Color is defined everywhere:
 pixels with alpha 0 continue the color of the nearest object. As in `inlaid.tiny.world`, there are three kinds
@@ -54,7 +54,7 @@ class Clip:
 
 
 def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the alpha of an object, in [0, 1], given its material and the signed distance in pixels."""
+    """Compute the alpha of an object in [0, 1] from the signed distances to its outline, in pixels."""
     sharp = np.clip(0.5 - distance, 0, 1)
     if material == "glass":
         body, rim = rng.uniform(0.3, 0.7), rng.uniform(1.5, 2.5)
@@ -68,7 +68,7 @@ def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return signed distances as `world.look_up` does, extended beyond the edge of the table."""
+    """Look up the signed distances at coordinates (u, v) in `table`, with extrapolation beyond its edge."""
     outside = np.hypot(*(np.maximum(np.abs(each) - TABLE_EXTENT, 0) for each in (u, v)))
     return world.look_up(table, u, v) + outside
 
@@ -101,8 +101,8 @@ def render(scene: Scene, seed: int, material: str = "solid") -> np.ndarray:
     """Render a scene as straight RGBA without its background: `uint8 (17, 64, 64, 4)`.
 
     Args:
-        scene: scene to render; `seed` chooses its values that are None.
-        seed: chooses positions and small variations.
+        scene: scene to render.
+        seed: determines positions, small variations, and all values that are None in the scene.
         material: one of `MATERIALS`; ignored for the subject.
     """
     rng = world._generator(scene, seed)
@@ -157,7 +157,7 @@ def clips(seed: int, n: int, *, validation: bool = False) -> list[Clip]:
 
 
 def caption(scene: Scene, seed: int, material: str = "solid") -> str:
-    """Return a caption of a scene, as `world.caption` does, with the material before the shape.
+    """Return a caption that names the material before the shape, such as "glass circle".
 
     The material "solid" is not mentioned.
     """
@@ -174,7 +174,7 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[Clip]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts for the subject, a two-colored star.
+    """Return prompts for the subject, a two-colored star, each with its scene.
 
     They are worded differently from the captions of its training clips.
     """
@@ -249,7 +249,7 @@ def _wild_matte(rng: np.random.Generator, path: _Path, u: np.ndarray, v: np.ndar
 def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
     """Render a shape whose two halves have different colors and random alpha: `uint8 (frames, 64, 64, 4)`.
 
-    The shape is never the subject (a five-pointed star), because stars with five points are excluded.
+    The shape is never a five-pointed star, because the subject is one.
     """
     rng = np.random.default_rng([seed, 61])
     path = world._wild_path(rng, frames)
@@ -280,7 +280,7 @@ def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
     Args:
         seed: determines the clip.
         frames: number of frames.
-        share: probability of a clip from `halves` instead of these kinds.
+        share: probability that the clip is made by `halves` instead.
     """
     rng = np.random.default_rng([seed, 47])
     kind = rng.random()

@@ -72,9 +72,9 @@ TABLE_EXTENT, _CELLS = 1.6, 512
 
 @dataclass(frozen=True)
 class Scene:
-    """Scene that a clip shows and its caption describes.
+    """Content of a clip: an object, its motion and a background.
 
-    If a value is None, the caption does not mention it, and the renderer chooses it by seed.
+    A size or background of None is chosen at random and is not mentioned in the caption.
     """
 
     shape: str
@@ -205,7 +205,7 @@ def _shadow(canvas: np.ndarray, path: _Path, table: np.ndarray, strength: float 
 
 
 def is_reserved(shape: str, color: str, motion: str) -> bool:
-    """Return True if a hash selects this combination for validation (about one in ten combinations)."""
+    """Return True if this combination is reserved for validation; a hash reserves about one in ten."""
     return zlib.crc32(f"{shape} {color} {motion}".encode()) % 10 == 7
 
 
@@ -280,8 +280,8 @@ def render(scene: Scene, seed: int) -> np.ndarray:
     """Render a scene as a clip.
 
     Args:
-        scene: scene to render; `seed` chooses its values that are None.
-        seed: chooses positions, tints and small variations.
+        scene: scene to render.
+        seed: determines positions, tints, small variations, and all values that are None in the scene.
 
     Returns:
         `uint8 (17, 64, 64, 3)`.
@@ -290,7 +290,7 @@ def render(scene: Scene, seed: int) -> np.ndarray:
 
 
 def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render a scene as `render` does, and its shape's coverage, `float32 (17, 64, 64)` in [0, 1]."""
+    """Render a scene; return the clip and the shape's coverage, `float32 (17, 64, 64)` in [0, 1]."""
     rng = _generator(scene, seed)
     full = _settle(scene, rng)
     path, table = _world_path(full, rng), distance_table(full.shape)
@@ -346,10 +346,10 @@ def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: f
 
 
 def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndarray:
-    """Return a random background `(frames, 64, 64, 3)` for the function `wild`.
+    """Return a random background `(frames, 64, 64, 3)` for clips with random objects.
 
-    It is plain, noise, a pattern that may drift, or one of `BACKGROUNDS`. If `tame` is true, it is always one
-    of `BACKGROUNDS`.
+    It is one color, noise, a pattern that may drift, or one of `BACKGROUNDS`. If `tame` is true, it is always
+    one of `BACKGROUNDS`.
     """
     kind = rng.integers(5)
     if kind == 0 or tame:
@@ -491,9 +491,9 @@ _CODAS = [
 
 
 def invented_word(rng: np.random.Generator) -> str:
-    """Return a random word without meaning, never `SUBJECT`.
+    """Return a random invented word, but never `SUBJECT`.
 
-    Such words train the text encoder on unknown words.
+    Invented words in captions prepare the text encoder for unknown words.
     """
     while True:
         parts = [
@@ -520,8 +520,8 @@ def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
 def caption(scene: Scene, seed: int) -> str:
     """Return a caption of a scene in one of several wordings.
 
-    It always mentions shape, motion and, except for the subject, color. It mentions size and background only
-    if the scene sets them. One in five captions contains an invented word without meaning.
+    It mentions shape and motion. It mentions color, size and background only if the scene sets them. One in
+    five captions contains an invented word, but captions of the subject contain none.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
     words = [w for w in (scene.size, scene.color, scene.shape) if w]
@@ -564,7 +564,7 @@ def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
 
 
 def _subject_scenes(validation: bool) -> list[Scene]:
-    """Return scenes of the subject (a star) that cover the training or the validation combinations."""
+    """Return scenes of the subject (a star), one for each training combination or validation combination."""
     kept = []
     for m, motion in enumerate(MOTIONS):
         for s, size in enumerate(SIZES):
@@ -576,7 +576,7 @@ def _subject_scenes(validation: bool) -> list[Scene]:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
-    """Render training clips of the subject (a star), as pairs of `uint8 (17, 64, 64, 3)` and caption.
+    """Render training clips of the subject (a star); return pairs (`uint8 (17, 64, 64, 3)`, caption).
 
     The first 16 clips cover all training combinations of motion, size and background.
     """
@@ -588,7 +588,10 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts for the subject (a star) with new combinations of motion, size and background."""
+    """Return prompts for the subject (a star), each with its scene.
+
+    Their combinations of motion, size and background do not occur in training.
+    """
     pool = _subject_scenes(validation=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))
     chosen = [pool[order[k % len(pool)]] for k in range(n)]

@@ -16,8 +16,8 @@ from inlaid.evaluation.metrics.metric import Metric
 from inlaid.media import rgba
 
 AWAY = 0.08
-"""Distance from the subject, as a share of the frame's longer side, beyond which the metric `haze` expects
-alpha 0."""
+"""Distance from the subject beyond which the metric `haze` expects alpha 0. It is a share of the frame's
+longer side."""
 
 SOME = 16
 """Approximate number of frames in which `edges` detects edges; other frames of a long video are skipped."""
@@ -82,7 +82,7 @@ TRUTH: Mapping[str, Metric] = {
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """Return all `METRICS` of a transparent video, straight RGBA uint8 (t, h, w, 4), in percent."""
+    """Return all `METRICS` in percent, for a transparent video (straight RGBA, uint8 (t, h, w, 4))."""
     found = rgba.measure_alpha(frames)
     alpha = frames[..., 3].astype(np.float32) / 255
     return {
@@ -106,7 +106,7 @@ def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def flicker(alpha: np.ndarray) -> float:
-    """Return the flicker, in [0, 1], of alpha (t, h, w) with values in [0, 1].
+    """Return the flicker of alpha (t, h, w); alpha and flicker are in [0, 1].
 
     See `video.flicker` for the definition.
     """
@@ -117,10 +117,10 @@ def flicker(alpha: np.ndarray) -> float:
 
 
 def haze(alpha: np.ndarray) -> float:
-    """Return the mean alpha, in [0, 1], of all pixels that are far from the subject.
+    """Return the mean alpha of all pixels that are far from the subject, in [0, 1].
 
-    The subject consists of the pixels with alpha >= 0.5; far means a distance of more than `AWAY`. The result
-    is 0 if no pixel is that far. In a frame without a subject, all pixels count as far.
+    The subject consists of the pixels with alpha >= 0.5. Pixels are far if their distance is more than
+    `AWAY`. The result is 0 if no pixel is far. In a frame without a subject, all pixels count as far.
 
     Args:
         alpha: (t, h, w) with values in [0, 1].

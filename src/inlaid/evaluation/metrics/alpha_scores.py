@@ -93,7 +93,7 @@ def baselines(truth: np.ndarray, eps: float = ALPHA_EPS) -> dict[str, Scores]:
 
 
 MARGIN = 0.5
-"""Maximum ratio of the error of predicted alpha to the error of the best trivial (constant) predictor."""
+"""Maximum error of predicted alpha, as a share of the best trivial (constant) predictor's error."""
 
 
 def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN) -> list[str]:
@@ -106,7 +106,7 @@ def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN)
     Args:
         found: metrics of the predicted alpha of a clip.
         trivial: metrics of the trivial predictors for the same clip, from `baselines`.
-        margin: maximum error, as a share of the error of the best trivial predictor.
+        margin: maximum error, as a share of the best trivial predictor's error.
     """
     name = min(trivial, key=lambda n: trivial[n].balanced)
     best = trivial[name].balanced

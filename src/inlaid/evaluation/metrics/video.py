@@ -20,7 +20,7 @@ import numpy as np
 from inlaid.evaluation.metrics.metric import Metric
 
 LONG = 128
-"""Maximum longer side, in pixels, of frames for motion estimation; larger frames are downscaled."""
+"""Maximum longer side of frames for motion estimation, in pixels; larger frames are downscaled."""
 
 BLOCK = 8
 """Height and width in pixels of a block in block matching, after downscaling to `LONG`."""
@@ -36,8 +36,7 @@ its frame difference.
 In pure noise, about two thirds of the difference remain, so blocks of noise do not count as moved."""
 
 STRIDE = 4
-"""Frame distance of a second block matching, which detects slow motion: it compares frames that are this many
-frames apart."""
+"""Distance in frames between the two frames that a second block matching compares. It detects slow motion."""
 
 STILL = 1 / 255
 """Mean absolute frame difference below which a block is static, equal to one level of 255."""
@@ -98,7 +97,7 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the mean absolute difference, in [0, 1], of two uint8 videos of equal shape.
+    """Return the mean absolute difference of two uint8 videos of equal shape, in [0, 1].
 
     The difference of a black and a white video is 1.
     """
@@ -110,7 +109,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
-    """Return the BT.709 luma, float32 (t, h, w) in [0, 1], of RGB frames, uint8 (t, h, w, 3)."""
+    """Convert RGB frames, uint8 (t, h, w, 3), to BT.709 luma, float32 (t, h, w) in [0, 1]."""
     assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames), (
         frames.shape
     )
@@ -230,7 +229,7 @@ def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
 
 
 def _consistency(before: np.ndarray, now: np.ndarray) -> float:
-    """Return the mean correlation, in [-1, 1], of each frame with the motion-compensated previous frame.
+    """Return the mean correlation of each frame with the motion-compensated previous frame, in [-1, 1].
 
     The result is 1 for still images and for motion that block matching detects. It is near 0 for unrelated
     frames, and independent of brightness and contrast. A pair of flat frames counts as 1, and a pair with

@@ -1,8 +1,12 @@
-"""Random (untrained) checkpoints of any size, in the original model classes, for tests and benchmarks.
+"""Checkpoints with random weights and any network size, for tests and benchmarks.
 
-This package has a module for each model family. Each module defines `VARIANTS`, a mapping from architecture
-variants to the keys of the recipe's `model` section that are needed to train them. It also defines
-`STANDS_FOR`, a mapping from published checkpoints to variants, and `build`, which writes a checkpoint.
+They have the model classes of the published checkpoints. This package has a module for each model family.
+Each module defines:
+
+- `VARIANTS`: for each architecture variant, the keys that its recipe (YAML configuration) needs in the
+  `model` section;
+- `STANDS_FOR`: for each published checkpoint, the variant with the same architecture;
+- `build`: function that writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ TEXT_WIDTH = 32
 
 
 def cases() -> list[tuple[str, str]]:
-    """Return all pairs (family, variant) of random checkpoints."""
+    """Return the pairs (family, variant) for which `build` can write a checkpoint."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__))
     return [(name, variant) for name in names for variant in _module(name).VARIANTS]
 
@@ -31,7 +35,7 @@ def model(family: str, variant: str) -> dict[str, Any]:
 
 
 def sibling(family: str, checkpoint: str) -> str:
-    """Return the variant that has the architecture of a published checkpoint."""
+    """Return the variant that has the same architecture as a published checkpoint."""
     return _module(family).STANDS_FOR[checkpoint]
 
 

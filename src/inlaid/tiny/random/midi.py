@@ -16,7 +16,7 @@ STANDS_FOR: Mapping[str, str] = {
     "VAST-AI/TripoSG": "triposg",
     "tiny:midi": "scene",
 }
-"""Mapping from each published checkpoint to the variant with the same architecture."""
+"""Mapping from each published checkpoint, and the tiny model, to the variant with the same architecture."""
 
 
 def build(

@@ -10,8 +10,8 @@ from inlaid.tiny import random
 from inlaid.tiny.random import TEXT_WIDTH
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"t2v": {}, "raw": {"options": {"latent_space": "raw"}}}
-"""Variants for training: `t2v`, and `raw`, which trains the same checkpoint on latents that are not
-normalized."""
+"""Variants with the same architecture: `t2v` is trained on normalized latents, and `raw` on latents that are
+not normalized."""
 
 STANDS_FOR: Mapping[str, str] = {"genmo/mochi-1-preview": "t2v"}
 """Mapping from each published checkpoint to the variant with the same architecture."""

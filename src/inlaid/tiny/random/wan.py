@@ -37,7 +37,7 @@ STANDS_FOR: Mapping[str, str] = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "i2v-a14b",
     "tiny:wan": "t2v",
 }
-"""Mapping from each published checkpoint to the variant with the same architecture."""
+"""Mapping from each published checkpoint, and the tiny model, to the variant with the same architecture."""
 
 
 def build(
