@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from inlaid import config as recipe
 
@@ -16,6 +20,10 @@ CASTS = {"float8": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}
 
 GROUP = 64
 """Largest number of adjacent weights that share a scale and an offset in `int4` quantization."""
+
+
+QUANTIZED_BYTES = {"int8": 1.0, "float8": 1.0, "int4": 0.5, "nf4": 0.5}
+"""Bytes per weight of a quantized layer, without scales."""
 
 
 def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -47,7 +55,12 @@ def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
 
 
 def shrink_weights(
-    section: recipe.Memory, denoiser: nn.Module, device: torch.device, compute: torch.dtype
+    section: recipe.Memory,
+    denoiser: nn.Module,
+    device: torch.device,
+    compute: torch.dtype,
+    *,
+    host: Collection[str] = (),
 ) -> None:
     """Quantize or cast a network, and move it to `device`. Adapters must be attached afterwards.
 
@@ -57,6 +70,7 @@ def shrink_weights(
             the unquantized network does not have to fit into device memory.
         device: target device.
         compute: dtype of the activations.
+        host: names of the blocks that stay in host memory. Their layers are quantized on `device` too.
     """
     denoiser.requires_grad_(False)
     if section.layerwise_casting is not None:
@@ -66,11 +80,54 @@ def shrink_weights(
         assert chosen, "a network without blocks of linear layers"
         make = {"nf4": _nf4, "int4": _int4}.get(section.quantize)
         for name, layer in chosen.items():
+            layer.to(device)
             if make is None:
-                _torchao(section.quantize, layer.to(device))
+                _torchao(section.quantize, layer)
             else:
-                denoiser.set_submodule(name, make(layer.to(device)))
+                layer = make(layer)
+                denoiser.set_submodule(name, layer)
+            if any(name.startswith(f"{block}.") for block in host):
+                layer.to("cpu")
+    kept = {name: denoiser.get_submodule(name) for name in host}
+    for name in kept:
+        denoiser.set_submodule(name, nn.Identity())
     denoiser.to(device)
+    for name, block in kept.items():
+        denoiser.set_submodule(name, block)
+
+
+def stored_bytes(section: recipe.Memory, denoiser: nn.Module, precision: torch.dtype) -> dict[str, float]:
+    """Return the bytes of each parameter of a network by name, as stored after `shrink_weights`.
+
+    Args:
+        section: `memory` section of the recipe.
+        denoiser: network with or without adapters, not quantized; may be on the meta device.
+        precision: dtype of the weights that are neither quantized nor cast.
+    """
+    out = {name: float(p.numel() * precision.itemsize) for name, p in denoiser.named_parameters()}
+    for layer in _small_layers(section, denoiser):
+        name = next((n for n in (f"{layer}.weight", f"{layer}.base_layer.weight") if n in out), None)
+        if name is None:
+            continue
+        count = out[name] / precision.itemsize
+        if section.quantize:
+            scales = {"int4": 2 * precision.itemsize / GROUP, "nf4": 4 / 64}.get(section.quantize, 0.0)
+            out[name] = count * (QUANTIZED_BYTES[section.quantize] + scales)
+        elif section.layerwise_casting:
+            out[name] = float(count * CASTS[section.layerwise_casting].itemsize)
+    return out
+
+
+def _small_layers(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
+    """Return the names of the layers whose weights are quantized or are stored in a smaller dtype."""
+    if section.quantize:
+        return [n.removesuffix(".base_layer") for n in linears(denoiser) if "lora_" not in n]
+    if not section.layerwise_casting:
+        return []
+    skipped = getattr(denoiser, "_skip_layerwise_casting_patterns", None) or ()
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    found = [n for n, m in denoiser.named_modules() if isinstance(m, layers)]
+    return [n.removesuffix(".base_layer") for n in found if not any(re.search(s, n) for s in skipped)]
 
 
 def dense(layer: nn.Module) -> Tensor:
@@ -85,6 +142,68 @@ def dense(layer: nn.Module) -> Tensor:
 
         return dequantize_4bit(weight.data, weight.quant_state)
     return weight.dequantize()
+
+
+def parts(weight: Tensor) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
+    """Return the plain tensors of which a weight consists, and a function that assembles the weight again.
+
+    A quantized weight consists of codes and scales; an unquantized weight is a single tensor.
+
+    Args:
+        weight: frozen weight of a layer, quantized or not.
+
+    Returns:
+        The tensors, and a function of equally many tensors with the same shapes and dtypes. This function
+        returns a weight that shares their memory; it is a frozen parameter if `weight` is a parameter.
+    """
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:  # bitsandbytes
+        scales, rebuild_state = _state_parts(state)
+        kind, attributes = type(weight), dict(vars(weight))
+
+        def packed(tensors: Sequence[Tensor]) -> Tensor:
+            out = torch.Tensor._make_subclass(kind, tensors[0], False)
+            vars(out).update(attributes, quant_state=rebuild_state(tensors[1:]))
+            return out
+
+        return [weight.detach().as_subclass(Tensor), *scales], packed
+    frozen = isinstance(weight, nn.Parameter)
+    if is_traceable_wrapper_subclass(weight):  # torchao
+        names, context = weight.__tensor_flatten__()
+        inner = [parts(getattr(weight, name)) for name in names]
+        cls: Any = type(weight)
+        size, stride = weight.size(), weight.stride()
+
+        def wrapped(tensors: Sequence[Tensor]) -> Tensor:
+            rest, built = list(tensors), {}
+            for name, (own, build) in zip(names, inner, strict=True):
+                built[name], rest = build(rest[: len(own)]), rest[len(own) :]
+            out = cls.__tensor_unflatten__(built, context, size, stride)
+            return nn.Parameter(out, requires_grad=False) if frozen else out
+
+        return [tensor for own, _ in inner for tensor in own], wrapped
+    if frozen:
+        return [weight.detach()], lambda tensors: nn.Parameter(tensors[0], requires_grad=False)
+    return [weight], lambda tensors: tensors[0]
+
+
+def _state_parts(state: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Return the tensors of a bitsandbytes quantization state, and a function that assembles it again.
+
+    The scales may be quantized too; then their state is part of the state.
+    """
+    names = [name for name in ("absmax", "code", "offset") if isinstance(getattr(state, name), Tensor)]
+    nested, rebuild = _state_parts(state.state2) if state.nested else ([], None)
+
+    def build(tensors: Sequence[Tensor]) -> Any:
+        out = copy(state)
+        for name, tensor in zip(names, tensors, strict=False):
+            setattr(out, name, tensor)
+        if rebuild:
+            out.state2 = rebuild(tensors[len(names) :])
+        return out
+
+    return [*(getattr(state, name) for name in names), *nested], build
 
 
 def _torchao(scheme: str, layer: nn.Linear) -> None:
