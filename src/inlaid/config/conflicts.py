@@ -70,10 +70,44 @@ def conflicts(config: Config) -> Iterator[str]:
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
             yield f"memory.{key}: not supported with runtime.parallel={parallel}: use ddp, or remove it"
+    yield from _offload_conflicts(config)
     if config.rgba_vae is not None:
         yield from _rgba_vae_conflicts(config, config.rgba_vae)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: cannot be combined with memory.layerwise_casting: remove one of them"
+
+
+def _offload_conflicts(config: Config) -> Iterator[str]:
+    """Yield an error message for each key that cannot be combined with block or activation offload."""
+    memory, every, parallel = config.memory, config.memory.gradient_checkpointing, config.runtime.parallel
+    key = "memory.offload" if memory.offload else "memory.blocks_to_swap"
+    if not memory.offload and memory.blocks_to_swap is None:
+        return
+    if config.rgba_vae is not None:
+        yield f"{key}: not supported for an RGBA VAE, which has no repeated blocks: remove it"
+    if parallel != "ddp":
+        yield f"{key}: not supported with runtime.parallel={parallel}: use ddp, or remove it"
+    if every is False:
+        yield f"{key}: needs gradient checkpointing: set memory.gradient_checkpointing=true"
+    if not memory.offloads_blocks:
+        return
+    if config.tuner.kind == "full" and config.rgba_vae is None:
+        yield (
+            f"{key}: `blocks` needs a frozen base model, full fine-tuning changes its weights in each step: "
+            "train an adapter (tuner.kind=lora), or set memory.offload=activations"
+        )
+    if every not in (False, True) and isinstance(every, int):
+        yield (
+            f"{key}: `blocks` needs gradient checkpointing of all blocks, not of one in {every}: set "
+            "memory.gradient_checkpointing=true"
+        )
+    if memory.layerwise_casting is not None:
+        yield (
+            f"{key}: `blocks` cannot be combined with memory.layerwise_casting, which copies the weights "
+            "of a layer in each pass: use memory.quantize"
+        )
+    if config.runtime.compile:
+        yield f"runtime.compile: cannot be combined with {key} of blocks: remove one of them"
 
 
 def _rgba_vae_conflicts(config: Config, section: RgbaVae) -> Iterator[str]:

@@ -461,8 +461,27 @@ class Memory(Section):
     layerwise_casting: Literal["float8", "bfloat16"] | None = None
     """Type in which the frozen base model is stored. Each layer is cast to the run's precision while it
     computes. Adapters only."""
+    offload: list[Literal["blocks", "activations"]] = []
+    """Keep tensors in host memory, and copy them to the GPU before they are needed: `blocks` (frozen weights
+    of the transformer blocks; adapters only), `activations` (inputs of the blocks, for the backward pass), or
+    `all` for both. Needs gradient checkpointing."""
+    blocks_to_swap: int | None = Field(default=None, ge=1)
+    """Number of blocks whose frozen weights are offloaded; implies `offload: blocks`. Default with
+    `offload: blocks`: all."""
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory and run the optimizer step there (`adamw` on CUDA only)."""
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if value == "all":
+            return ["blocks", "activations"]
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def offloads_blocks(self) -> bool:
+        """True if frozen weights of blocks are kept in host memory."""
+        return "blocks" in self.offload or self.blocks_to_swap is not None
 
 
 class Runtime(Section):

@@ -29,7 +29,7 @@ from inlaid.networks import quantize
 from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.launch import Context
 from inlaid.runs.packages import PACKAGES, require_package
-from inlaid.training import memory, parallel
+from inlaid.training import memory, offload, parallel
 from inlaid.training.cautions import cautions
 from inlaid.training.checkpoints import load_fingerprint, load_tensors, save_state, unpack_state, verify
 from inlaid.training.fingerprint import Fingerprint, differences, fingerprint
@@ -326,10 +326,12 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
     validation = clips.validation_batches(family)
     say(f"loading {config.model.checkpoint}", show=ctx.main)
     denoiser = family.load_denoiser(torch.float32 if trained.autocast else ctx.precision).train()
-    quantize.shrink_weights(config.memory, denoiser, strategy.device, ctx.precision)
+    away = offload.offloaded(config.memory, denoiser)
+    quantize.shrink_weights(config.memory, denoiser, strategy.device, ctx.precision, host=away)
     if config.memory.gradient_checkpointing:
         memory.enable_checkpointing(denoiser, config.memory.gradient_checkpointing)
     trained.attach(denoiser, seed=stable_hash(config.seed, "tuner"))
+    offload.offload(config.memory, denoiser, ctx.device, show=ctx.main)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)
@@ -375,6 +377,11 @@ def check_recipe(config: recipe.Config, ctx: Context, family: families.Family) -
         if name in PACKAGES:
             require_package(key, name)
     trained, network = trained_by(config, family), family.load_denoiser(torch.float32, meta=True)
+    wrong = offload.problems(config.memory, network) or offload.check_host(
+        config.memory, network, ctx.precision, ctx
+    )
+    if wrong:
+        raise ValueError("\n".join(wrong))
     for caution in cautions(config, network, trained.select(network)):
         say(f"warning: {caution}", show=ctx.main)
     return trained

@@ -26,6 +26,11 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
         out.append(
             f"memory.offload_optimizer: has no effect on {device.type}, it needs a CUDA device; remove it"
         )
+    if (memory.offload or memory.blocks_to_swap) and device.type not in ("cpu", "cuda"):
+        out.append(
+            f"memory.offload: has no effect on {device.type}, where host and device share their memory; "
+            "remove it"
+        )
     if memory.quantize in ("int8", "float8", "nf4") and device.type not in ("cpu", "cuda"):
         out.append(f"memory.quantize: {memory.quantize} has no kernels for {device.type}; use int4")
     if memory.layerwise_casting == "float8" and device.type not in ("cpu", "cuda"):
