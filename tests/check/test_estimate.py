@@ -11,7 +11,6 @@ from inlaid import config, families
 from inlaid.adapters import tuners
 from inlaid.check.estimate import (
     EFFICIENCY,
-    QUANTIZED_BYTES,
     STATE_BYTES,
     Estimate,
     _Ledger,
@@ -21,6 +20,7 @@ from inlaid.check.estimate import (
     text_width,
 )
 from inlaid.networks import quantize
+from inlaid.networks.quantize import QUANTIZED_BYTES
 from inlaid.tiny import random
 from inlaid.training import memory
 from support.slow import slow
@@ -233,3 +233,39 @@ def test_nothing_is_downloaded_or_allocated_for_the_large_ones():
     found = estimate(families.get("wan")(model), recipe(), shapes={(5, 64, 64): 1}, precision=torch.bfloat16)
     assert 14e9 < found.parameters < 14.5e9
     assert found.memory["frozen weights"] == 2 * found.parameters
+
+
+@pytest.mark.parametrize(("section", "count"), [({"offload": "blocks"}, 4), ({"blocks_to_swap": 3}, 3)])
+def test_offloaded_blocks_are_not_on_the_gpu(wan, section, count):
+    for quantized in ({}, {"quantize": "int4"}):
+        plain, away = (
+            estimate(wan, recipe(memory=m), precision=torch.bfloat16)
+            for m in (quantized, quantized | section)
+        )
+        stored = quantize.stored_bytes(
+            recipe(memory=quantized).memory, wan.load_denoiser(torch.bfloat16, meta=True), torch.bfloat16
+        )
+        block = sum(v for n, v in stored.items() if n.startswith("blocks.0."))
+        saved = plain.memory["frozen weights"] - away.memory["frozen weights"]
+        assert saved == pytest.approx((count - 2) * block, rel=1e-3)
+        assert away.memory["activations"] == plain.memory["activations"]
+        text = next(line for line in away.how if line.startswith("blocks: "))
+        assert "GB of frozen weights in host memory" in text
+
+
+def test_offloaded_activations_are_not_on_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("inlaid.training.store.LEAST", 1000)
+    folder = random.build("wan", tmp_path / "w", layers=16, ffn=32)
+    deep = families.get("wan")(config.Model(family="wan", checkpoint=str(folder)))
+    plain, away = (
+        estimate(deep, recipe(tuner={"rank": 1}, memory={"offload": o})) for o in ([], "activations")
+    )
+    inputs = deep.tokens(*SHAPE) * 24 * 4
+    assert plain.memory["activations"] - away.memory["activations"] >= 10 * inputs
+    assert away.flops == plain.flops
+    assert any(line.startswith("activations: ") and "GB in host memory" in line for line in away.how)
+    network = deep.load_denoiser(torch.float32, meta=True)
+    counts = count_operations(deep, network, SHAPE, 1, checkpointing=True, offloaded=True)
+    assert 16 * inputs <= counts.host < 24 * inputs
+    with pytest.raises(ValueError, match=r"memory\.blocks_to_swap: 17 is not from 3 to 16"):
+        estimate(deep, recipe(memory={"blocks_to_swap": 17}))

@@ -270,13 +270,15 @@ def _estimate(
     if estimate.capacity and estimate.peak > 0.95 * estimate.capacity:
         notes.append(
             f"training needs about {_bytes(estimate.peak)} and {estimate.device} has "
-            f"{_bytes(estimate.capacity)}: {_memory_savings(config)}"
+            f"{_bytes(estimate.capacity)}: {_memory_savings(config, device.type)}"
         )
     return estimate, notes
 
 
-def _memory_savings(config: recipe.Config) -> str:
+def _memory_savings(config: recipe.Config, device: str) -> str:
     ways = [] if config.memory.gradient_checkpointing else ["set memory.gradient_checkpointing=true"]
+    if device == "cuda" and not config.memory.offload and isinstance(config.tuner, recipe.LowRank):
+        ways += ["set memory.offload=all"]
     ways += ["lower train.batch and raise train.accumulate"] if config.train.batch > 1 else []
     ways += ["train an adapter (tuner.kind=lora)"] if isinstance(config.tuner, recipe.Full) else []
     return ", ".join([*ways, "use a smaller data.size or fewer data.frames"])

@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -30,16 +29,14 @@ from inlaid import config as recipe
 from inlaid.families import Family
 from inlaid.families.grid import Extent
 from inlaid.networks import quantize
-from inlaid.networks.quantize import CASTS, GROUP
+from inlaid.training import offload
 from inlaid.training.memory import enable_checkpointing
+from inlaid.training.store import Store
 from inlaid.training.trained import Trained, trained_by
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.06, "adamw4bit": 1.06, "prodigy": 16.0}
 """Bytes of optimizer state per trained weight. AdamW stores two moments, plus scales if quantized; Prodigy
 stores four float32 values."""
-
-QUANTIZED_BYTES = {"int8": 1.0, "float8": 1.0, "int4": 0.5, "nf4": 0.5}
-"""Bytes per weight of a quantized layer, without scales."""
 
 EFFICIENCY = (0.25, 0.7)
 """Assumed minimum and maximum training speed, as a fraction of the speed of large matrix products."""
@@ -68,6 +65,24 @@ class Counts:
     """Floating-point operations of self-attention, quadratic in the number of tokens."""
     across: float
     """Floating-point operations of cross-attention to text, proportional to the number of video tokens."""
+    host: int = 0
+    """Bytes of activations in host memory."""
+
+
+class _Nowhere:
+    """Transport for the meta device, which copies nothing and holds no host memory."""
+
+    def copy(self, target: Any, source: Any, after: Any) -> None:
+        """Do nothing."""
+
+    def wait(self, event: None) -> None:
+        """Do nothing."""
+
+    def record(self) -> None:
+        """Return None."""
+
+    def host(self, size: int) -> Any:
+        """Return None."""
 
 
 class _Attention(torch.autograd.Function):
@@ -180,6 +195,7 @@ def count_operations(
     *,
     checkpointing: bool | int,
     accumulating: bool = False,
+    offloaded: bool = False,
 ) -> Counts:
     """Run one forward and backward pass of a network on the meta device; count memory and operations.
 
@@ -190,7 +206,11 @@ def count_operations(
         batch: number of samples.
         checkpointing: True for gradient checkpointing of all blocks, n for every n-th block, False for none.
         accumulating: True if the gradients of an earlier micro-batch already exist.
+        offloaded: True if activations are offloaded to host memory.
     """
+    store = Store(_Nowhere()) if offloaded else None
+    if store:
+        store.attach(denoiser)
     if checkpointing:
         enable_checkpointing(denoiser, checkpointing)
     denoiser.train()
@@ -217,7 +237,8 @@ def count_operations(
     for parameter in trained:
         parameter.grad = None
     peak, gradients = ledger.worst
-    return Counts(peak - gradients, gradients, ledger.flops, **fused.counts)
+    host = store.host_bytes if store else 0
+    return Counts(peak - gradients, gradients, ledger.flops, **fused.counts, host=host)
 
 
 def _counted(
@@ -308,7 +329,7 @@ def estimate_recipe(
         memo: results of earlier simulated passes, by a hash of their inputs; new results are added.
 
     Raises:
-        ValueError: if a target of the tuner matches no layer, or the network does not accept the clip size.
+        ValueError: if a target matches no layer, or the network does not accept the clip size or the offload.
     """
     what = trained_by(config, family)
     full = what.autocast
@@ -324,15 +345,16 @@ def estimate_recipe(
         {} if memo is None else memo,
         checkpointing=checkpointing,
         accumulating=accumulate > 1,
+        offloaded="activations" in config.memory.offload,
     )
     held = torch.float32 if full else precision
-    frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
+    frozen = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
     offloaded = config.memory.offload_optimizer and device.type != "cpu"
     memory = {
-        "frozen weights": frozen,
+        "frozen weights": frozen.device,
         "trained weights": trained * 4,
         # Autocast computes on low-precision copies of the float32 weights.
-        "unpacked weights": temporary
+        "unpacked weights": frozen.temporary
         + (trained * precision.itemsize if full and precision.itemsize < 4 else 0),
         f"{optimizer} state": 0 if offloaded else round(trained * STATE_BYTES[optimizer]),
         "EMA": trained * 4 if config.optim.ema else 0,
@@ -360,7 +382,7 @@ def estimate_recipe(
             "that exist at the peak; assumes fused attention"
         ),
         *([sharding] if sharding else []),
-        *(["the optimizer state is offloaded to CPU memory"] if offloaded else []),
+        *_host(config, frozen, counts, optimizer=offloaded),
         (
             "not counted: workspaces of kernels (on the CPU: packed copies of bfloat16 weights)"
             if device.type == "cpu"
@@ -371,6 +393,23 @@ def estimate_recipe(
     )
     name, capacity = describe_device(device)
     return Estimate(parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), how)
+
+
+def _host(config: recipe.Config, frozen: _Frozen, counts: Counts, *, optimizer: bool) -> Iterator[str]:
+    """Yield a sentence for each kind of offload: bytes in host memory, and bytes copied in each step."""
+    if optimizer:
+        yield "the optimizer state is offloaded to CPU memory"
+    times = config.train.accumulate
+    if frozen.host:
+        yield (
+            f"blocks: {frozen.host / 1e9:,.1f} GB of frozen weights in host memory, of which "
+            f"{times * frozen.copied / 1e9:,.1f} GB are copied to the device in each step"
+        )
+    if "activations" in config.memory.offload:
+        yield (
+            f"activations: {counts.host / 1e9:,.1f} GB in host memory, copied there and back in each "
+            "micro-batch"
+        )
 
 
 def _cache(
@@ -411,49 +450,55 @@ def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.
     return denoiser, sum(p.numel() for p in trained)
 
 
+@dataclass(frozen=True)
+class _Frozen:
+    """Bytes of the frozen weights of a run."""
+
+    device: int
+    """On the device, including the slots for offloaded blocks."""
+    temporary: int
+    """Temporary copies of quantized or cast weights, which are expanded for the computation."""
+    host: int
+    """In host memory: weights of offloaded blocks."""
+    copied: int
+    """Copied to the device in each micro-batch."""
+
+
 def _frozen(
     config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
-) -> tuple[int, int]:
-    """Return the bytes of the frozen weights, and the bytes of their temporary copies.
+) -> _Frozen:
+    """Return the bytes of the frozen weights, on the device and in host memory.
 
-    A quantized or cast weight is expanded to a temporary copy for the computation.
+    Raises:
+        ValueError: if the network has fewer blocks than the recipe offloads.
     """
     section = config.memory
-    plain = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad) * precision.itemsize
-    names = dict(denoiser.named_parameters())
-    weights = {
-        n: names.get(f"{n}.weight", names.get(f"{n}.base_layer.weight")) for n in _small(section, denoiser)
+    wrong = offload.problems(section, denoiser)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    stored = quantize.stored_bytes(section, denoiser, precision)
+    frozen = {
+        n: p.numel() * precision.itemsize for n, p in denoiser.named_parameters() if not p.requires_grad
     }
-    sizes = {n: w.numel() for n, w in weights.items() if w is not None and not w.requires_grad}
-    if not sizes:
-        return plain, 0
-    dense = {n: size * precision.itemsize for n, size in sizes.items()}
-    if section.quantize:
-        scales = {"int4": 2 * precision.itemsize / GROUP, "nf4": 4 / 64}.get(section.quantize, 0.0)
-        held = sum(sizes.values()) * (QUANTIZED_BYTES[section.quantize] + scales)
+    small = {n: size for n, size in frozen.items() if stored[n] != size}
+    temporary = 0
+    if small and section.quantize:
         # Dequantization of int4 holds unpacked codes and values at the same time, in both passes.
-        temporary = max(dense.values()) * (2 if section.quantize == "int4" else 1)
-    else:
-        assert section.layerwise_casting is not None
-        held = sum(sizes.values()) * CASTS[section.layerwise_casting].itemsize
+        temporary = max(small.values()) * (2 if section.quantize == "int4" else 1)
+    elif small:
         blocks = [
-            sum(v for n, v in dense.items() if n.startswith(f"{b}.")) for b in quantize.blocks(denoiser)
+            sum(v for n, v in small.items() if n.startswith(f"{b}.")) for b in quantize.blocks(denoiser)
         ]
         # The backward pass needs the copies used in the forward pass; checkpointing limits them to one block.
-        temporary = max(blocks, default=0) if recomputed else sum(dense.values())
-    return round(plain - sum(dense.values()) + held), temporary
-
-
-def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
-    """Return the names of the layers whose weights are quantized or are stored in a smaller dtype."""
-    if section.quantize:
-        return [n.removesuffix(".base_layer") for n in quantize.linears(denoiser) if "lora_" not in n]
-    if not section.layerwise_casting:
-        return []
-    skipped = getattr(denoiser, "_skip_layerwise_casting_patterns", None) or ()
-    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-    found = [n for n, m in denoiser.named_modules() if isinstance(m, layers)]
-    return [n.removesuffix(".base_layer") for n in found if not any(re.search(s, n) for s in skipped)]
+        temporary = max(blocks, default=0) if recomputed else sum(small.values())
+    away = [
+        sum(stored[n] for n in frozen if n.startswith(f"{block}."))
+        for block in offload.offloaded(section, denoiser)
+    ]
+    total, slots = sum(stored[n] for n in frozen), offload.SLOTS * max(away, default=0.0)
+    host = sum(away)
+    copied = 2 * host * max(0, len(away) - offload.SLOTS) / max(1, len(away))
+    return _Frozen(round(total - host + slots), temporary, round(host), round(copied))
 
 
 def _sharded(
