@@ -256,6 +256,10 @@ class LowRank(Section):
     error. Default: the targets of the model family."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before the low-rank update; LoRA and DoRA only."""
+    precision: Literal["base", "float32"] = "base"
+    """Dtype in which a LoRA or DoRA computes its update during training: `base` is the dtype of the base
+    model, and `float32` is slower and needs more memory. The trained weights and their gradients are float32
+    in both cases. With dropout, the update is computed in float32."""
 
 
 class Full(Section):
