@@ -13,10 +13,10 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,29 +70,15 @@ class Counts:
     """Floating-point operations of cross-attention to text, proportional to the number of video tokens."""
 
 
-class _Attention(torch.autograd.Function):
-    """Simulation of fused attention: saves queries, keys, values and output, but no attention matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[[float], None]) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out)
-        ctx.note = note
-        note(1.0)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, _ = ctx.saved_tensors
-        ctx.note(2.0)
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), None
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
 class _Fused:
-    """Context manager that replaces PyTorch's attention with `_Attention` and counts its operations.
+    """Context manager that replaces PyTorch's attention with its flash attention, and counts operations.
 
-    Gradient checkpointing repeats the forward pass of blocks in the backward pass. Unlike a
-    `TorchFunctionMode`, this class also applies to the repeated forward passes.
+    On the meta device, PyTorch would otherwise allocate attention matrices, which no GPU needs. Unlike a
+    `TorchFunctionMode`, this class also applies where gradient checkpointing repeats a forward pass.
     """
 
     def __init__(self, video: int, text: int) -> None:
@@ -101,21 +87,17 @@ class _Fused:
 
     def __enter__(self) -> None:
         self._real = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = self._call
+        F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FLASH(query, key, value)[0]
 
     def __exit__(self, *_: object) -> None:
         F.scaled_dot_product_attention = self._real
 
-    def _call(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        products = 4.0 * query.numel() * key.shape[-2]
+    def count(self, query: Tensor, key: Tensor, times: float) -> None:
+        """Count the floating-point operations of attention; `times` is 1 for a forward pass."""
         queries, keys = query.shape[-2], key.shape[-2]
         all_pairs = min(queries, keys) >= self.video and keys != self.text
         name = "attention" if queries == keys or all_pairs else "across"
-
-        def note(times: float) -> None:
-            self.counts[name] += times * products
-
-        return _Attention.apply(query, key, value, note)
+        self.counts[name] += times * 4.0 * query.numel() * keys
 
 
 class _Ledger(TorchDispatchMode):
@@ -124,8 +106,9 @@ class _Ledger(TorchDispatchMode):
     torch's `FlopCounterMode` is not used, because its module hooks keep tensors in memory.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor], fused: _Fused) -> None:
         super().__init__()
+        self.fused = fused
         self.live = {t.untyped_storage()._cdata for t in known}
         self.now = self.gradients = 0
         self.flops = 0.0
@@ -137,7 +120,11 @@ class _Ledger(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
-        if formula:
+        if func.overloadpacket is _FLASH:
+            self.fused.count(args[0], args[1], 1)
+        elif func.overloadpacket is _FLASH_BACKWARD:
+            self.fused.count(args[1], args[2], 2)
+        elif formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
@@ -178,7 +165,7 @@ def count_operations(
     extent: Extent,
     batch: int,
     *,
-    checkpointing: bool | int,
+    checkpointing: bool | int | Literal["attention"],
     accumulating: bool = False,
 ) -> Counts:
     """Run one forward and backward pass of a network on the meta device; count memory and operations.
@@ -188,17 +175,15 @@ def count_operations(
         denoiser: network on the meta device, with its tuner attached.
         extent: length, height and width of each sample.
         batch: number of samples.
-        checkpointing: True for gradient checkpointing of all blocks, n for every n-th block, False for none.
+        checkpointing: value of `memory.gradient_checkpointing`.
         accumulating: True if the gradients of an earlier micro-batch already exist.
     """
     if checkpointing:
         enable_checkpointing(denoiser, checkpointing)
     denoiser.train()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    ledger, fused = (
-        _Ledger([*denoiser.parameters(), *denoiser.buffers()]),
-        _Fused(family.tokens(*extent) - family.text_before, family.text_length),
-    )
+    fused = _Fused(family.tokens(*extent) - family.text_before, family.text_length)
+    ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()], fused)
     if accumulating:
         ledger.gradients = ledger.now = 4 * sum(p.numel() for p in trained)
     note = _drop if accumulating else ledger.gradient
@@ -326,7 +311,7 @@ def estimate_recipe(
         accumulating=accumulate > 1,
     )
     held = torch.float32 if full else precision
-    frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
+    frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing in (1, "attention"))
     offloaded = config.memory.offload_optimizer and device.type != "cpu"
     memory = {
         "frozen weights": frozen,
@@ -350,8 +335,8 @@ def estimate_recipe(
     )
     weights = f"weights: {parameters / 1e6:,.1f} M in total, {trained / 1e6:,.2f} M trained, in float32"
     small = config.memory.quantize or config.memory.layerwise_casting
-    nth = f"every {checkpointing}th block"
-    recomputed = "no block" if not checkpointing else "all blocks" if checkpointing == 1 else nth
+    which = {0: "no block", 1: "all blocks", "attention": "all blocks, except for attention"}
+    recomputed = which.get(checkpointing, f"every {checkpointing}th block")
     how = (
         weights if full else f"{weights}; the others in {small or _name(precision)}",
         (

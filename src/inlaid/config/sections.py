@@ -456,9 +456,10 @@ class Sample(Section):
 class Memory(Section):
     """Options that reduce memory at the price of speed or precision."""
 
-    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = True
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["attention"] = True
     """Gradient checkpointing: recompute activations in the backward pass. This needs far less memory and
-    about a third more time. A number n checkpoints only every n-th block."""
+    about a third more time. `attention` stores the results of attention instead of recomputing them, which
+    needs less time and more memory than `true`. A number n checkpoints only every n-th block."""
     quantize: Literal["int8", "int4", "float8", "nf4"] | None = None
     """Format to which the linear layers of the frozen blocks are quantized (`int8`, `float8`: torchao; `nf4`:
     bitsandbytes; `int4`: built in). Adapters only."""
