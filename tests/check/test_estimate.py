@@ -94,6 +94,19 @@ def test_checkpointing_and_batch_change_activations(wan):
     assert estimate(wan, recipe(train={"accumulate": 3})).flops == pytest.approx(3 * on.flops)
 
 
+def test_stored_attention_is_computed_once(wan):
+    full, kept = (
+        count_operations(wan, wan.load_denoiser(torch.float32, meta=True), LONG, 1, checkpointing=c)
+        for c in (True, "attention")
+    )
+    assert kept.attention == pytest.approx(full.attention * 3 / 4), "forward, and two for backward"
+    assert kept.across == full.across
+    about = wan.load_denoiser(torch.float32, meta=True).config
+    width = about.num_attention_heads * about.attention_head_dim
+    each = wan.tokens(*LONG) * 4 * (width + about.num_attention_heads)
+    assert kept.activations - full.activations == pytest.approx((about.num_layers - 1) * each, rel=0.35)
+
+
 def test_attention_is_quadratic_and_never_kept(wan):
     denoiser = wan.load_denoiser(torch.float32, meta=True)
     small, large = (count_operations(wan, denoiser, s, 1, checkpointing=False) for s in (LONG, (9, 512, 256)))

@@ -106,7 +106,7 @@ class _Ledger(TorchDispatchMode):
     torch's `FlopCounterMode` is not used, because its module hooks keep tensors in memory.
     """
 
-    def __init__(self, known: Sequence[Tensor], fused: _Fused) -> None:
+    def __init__(self, known: Sequence[Tensor], fused: _Fused | None = None) -> None:
         super().__init__()
         self.fused = fused
         self.live = {t.untyped_storage()._cdata for t in known}
@@ -120,9 +120,9 @@ class _Ledger(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
-        if func.overloadpacket is _FLASH:
+        if self.fused and func.overloadpacket is _FLASH:
             self.fused.count(args[0], args[1], 1)
-        elif func.overloadpacket is _FLASH_BACKWARD:
+        elif self.fused and func.overloadpacket is _FLASH_BACKWARD:
             self.fused.count(args[1], args[2], 2)
         elif formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
