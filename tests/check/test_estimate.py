@@ -54,11 +54,19 @@ def estimate(wan: families.Family, made: config.Config, **changes: Any) -> Estim
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
     [
-        *[("lora", True), slow("dora", 2), ("full", False), slow("lora", 2), slow("lora", False)],
+        *[
+            ("lora", True),
+            ("lora", "attention"),
+            slow("dora", 2),
+            ("full", False),
+            slow("lora", 2),
+            slow("lora", False),
+        ],
         *[slow("dora", True), slow("dora", False), slow("full", True), slow("full", 2)],
     ],
 )
-def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
+def test_memory_is_that_of_a_real_step(wan, kind, checkpointing, monkeypatch):
+    monkeypatch.setattr(memory, "KEPT_TOKENS", 1)
     made = recipe(tuner={"kind": kind}, memory={"gradient_checkpointing": checkpointing})
     found = estimate(wan, made)
     denoiser = wan.load_denoiser(torch.float32)
@@ -95,16 +103,17 @@ def test_checkpointing_and_batch_change_activations(wan):
 
 
 def test_stored_attention_is_computed_once(wan):
+    size = (9, 512, 256)  # above 1,024 tokens
     full, kept = (
-        count_operations(wan, wan.load_denoiser(torch.float32, meta=True), LONG, 1, checkpointing=c)
+        count_operations(wan, wan.load_denoiser(torch.float32, meta=True), size, 1, checkpointing=c)
         for c in (True, "attention")
     )
     assert kept.attention == pytest.approx(full.attention * 3 / 4), "forward, and two for backward"
     assert kept.across == full.across
     about = wan.load_denoiser(torch.float32, meta=True).config
     width = about.num_attention_heads * about.attention_head_dim
-    each = wan.tokens(*LONG) * 4 * (width + about.num_attention_heads)
-    assert kept.activations - full.activations == pytest.approx((about.num_layers - 1) * each, rel=0.35)
+    each = wan.tokens(*size) * 4 * (width + about.num_attention_heads)
+    assert kept.activations - full.activations > (about.num_layers - 1) * each
 
 
 def test_attention_is_quadratic_and_never_kept(wan):
