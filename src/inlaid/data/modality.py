@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,8 @@ class NamedImage:
 
     name: str
     pixels: np.ndarray
+    objects: Mapping[int, str] = field(default_factory=dict)
+    """Names of the objects in a segmentation, by ID; objects without a name have no entry."""
 
 
 ImageSource = Sequence[str] | Window

@@ -33,7 +33,14 @@ from inlaid.media.contact_sheet import SheetRow, contact_sheet, contact_strip
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import Note
-from inlaid.media.scene import MAX_OBJECTS, SceneSample, read_image, tiles
+from inlaid.media.scene import (
+    MAX_OBJECTS,
+    SEGMENTATION,
+    SceneSample,
+    read_image,
+    read_names,
+    tiles,
+)
 from inlaid.reading import FileError, reading
 from inlaid.text import printable
 
@@ -171,19 +178,21 @@ class SceneModality(Modality):
         return [Path(pair[0]).stem for pair in images]
 
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the input image and the segmentation."""
+        """Read the input image, the segmentation, and the names of its objects."""
         if not isinstance(source, Window):
+            image, segmentation = (Path(path) for path in source)
+            names = read_names(segmentation.parent) if segmentation.name == SEGMENTATION else {}
             return [
-                NamedImage(source[0], read_image(Path(source[0]))),
-                NamedImage(source[1], meshes.read_ids(Path(source[1]))),
+                NamedImage(source[0], read_image(image)),
+                NamedImage(source[1], meshes.read_ids(segmentation), names),
             ]
         seen = source.read()
         ids = np.zeros(seen.image.shape[:2], np.int64)
         for one in seen.objects:
             ids[one.mask] = one.number
-        return [
-            NamedImage(f"{seen.name} {n}", p) for n, p in zip(family.images, (seen.image, ids), strict=True)
-        ]
+        first, second = (f"{seen.name} {name}" for name in family.images)
+        names = {one.number: one.name for one in seen.objects if one.name}
+        return [NamedImage(first, seen.image), NamedImage(second, ids, names)]
 
     def asked(self, sample: recipe.Sample) -> dict[str, Any]:
         """Return the resolution of the mesh extraction grid and the maximum number of triangles per mesh."""

@@ -20,7 +20,16 @@ from inlaid.data.problems import KINDS
 from inlaid.media import meshes
 from inlaid.media.kinds import MediaError
 from inlaid.media.meshes import Note, Surface
-from inlaid.media.scene import SMALL, SceneObject, SceneSample, image_size, read_image
+from inlaid.media.scene import (
+    DESCRIPTION,
+    SMALL,
+    SceneObject,
+    SceneSample,
+    image_size,
+    read_image,
+    read_names,
+    unique_names,
+)
 from inlaid.paths import Root
 from inlaid.reading import FileError, parse_json, read_text
 from inlaid.text import printable
@@ -53,6 +62,8 @@ class Scene:
     surfaces: dict[int, Path] = field(hash=False)
     """Surface files, keyed by the object's ID in the segmentation. Key 0 is a single file for all objects,
     which contains their surfaces in order of ID."""
+    names: dict[int, str] = field(default_factory=dict, hash=False)
+    """Names of objects by ID in the segmentation; some or all objects may have none."""
     view: str = ""
     strict: bool = True
     """True if every visible object must have a surface."""
@@ -89,7 +100,7 @@ class Scene:
                 why = f"object {number} covers {mask.mean():.2%} of the input image and is left out"
                 notes.append(Note("small", why))
                 continue
-            objects.append(SceneObject(number, mask, surface.points))
+            objects.append(SceneObject(number, mask, surface.points, self.names.get(number, "")))
             notes += [Note(note.code, f"object {number}: {note}") for note in surface.notes]
         if not objects:
             why = f"every object of {self.name} covers too little of the input image"
@@ -204,9 +215,15 @@ def _folders(tree: Root) -> Found:
             *([("names", f"{odd[0]} is named neither surface.npy nor surface_ID.npy")] if odd else []),
             *([("names", "has both surface.npy and surface_ID.npy")] if numbered and plain else []),
         ]
+        names_of: dict[int, str] = {}
+        try:
+            names_of = read_names(place, tree)
+        except FileError as error:
+            wrong.append((error.code, f"{DESCRIPTION} {error.cause}"))
         found.findings += [Finding("error", name, message, code) for code, message in wrong]
         if not wrong and image:
-            found.scenes.append(Scene(name, image, place / "seg.png", numbered or {0: plain[0]}))
+            surfaces_of = numbered or {0: plain[0]}
+            found.scenes.append(Scene(name, image, place / "seg.png", surfaces_of, names_of))
     found.scenes.sort(key=lambda s: s.name)
     return found
 
@@ -280,5 +297,8 @@ def _front(tree: Root) -> Found:
             if image is None:
                 found.findings.append(Finding("error", f"{room}/{label}", "has no render", "no-image"))
                 continue
-            found.scenes.append(Scene(f"{room}/{label}", image, view, surfaces, label, strict=False))
+            named = dict(enumerate(unique_names(names), 1))
+            found.scenes.append(
+                Scene(f"{room}/{label}", image, view, surfaces, named, view=label, strict=False)
+            )
     return found

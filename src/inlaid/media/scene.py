@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,11 @@ import numpy as np
 from PIL import Image
 
 from inlaid.media.images import load_image
+from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_render import PALETTE
 from inlaid.media.meshes import POINTS, Field, Note, decimated, extract, mesh_problems, read_ids
+from inlaid.paths import Root
+from inlaid.reading import parse_json, read_text, reading
 
 if TYPE_CHECKING:
     import trimesh
@@ -23,6 +29,15 @@ SMALL = 0.001
 
 MAX_SEGMENTS = 64
 """Maximum number of objects in a segmentation image; an image with more is probably not a segmentation."""
+
+SEGMENTATION = "seg.png"
+"""Name of the file with the object IDs of a scene."""
+
+DESCRIPTION = "scene.json"
+"""Name of the optional file of a scene with the names of its objects."""
+
+MAX_NAME = 200
+"""Maximum number of characters in the name of an object."""
 
 MAX_OBJECTS = 7
 """Maximum number of objects of a scene in one training step."""
@@ -38,6 +53,8 @@ class SceneObject:
     """Pixels of the image that show the object, bool (h, w)."""
     surface: np.ndarray
     """Surface points with normals, float32 (n, 6), in scene coordinates."""
+    name: str = ""
+    """Name from `scene.json` or 3D-FRONT, unique in the scene; empty if the object has none."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,61 @@ def read_image(path: Path) -> np.ndarray:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return names of objects 1, 2, ... that are valid in `scene.json` and differ from each other.
+
+    An empty name becomes `object_ID`. A name that repeats, or has the form of another object's default name,
+    gets a number.
+    """
+    found: list[str] = []
+    for number, name in enumerate(names, 1):
+        base = name.strip()[: MAX_NAME - 10] or f"object_{number}"
+        name, copy = base, 1
+        while name in found or (re.fullmatch(r"object_\d+", name) and name != f"object_{number}"):
+            copy += 1
+            name = f"{base}_{copy}" if not base.startswith("object_") else f"{base}-{copy}"
+        found.append(name)
+    return found
+
+
+def read_names(folder: Path, root: Root | None = None) -> dict[int, str]:
+    """Read the names of a scene's objects, by object ID in the segmentation, from `scene.json` in a folder.
+
+    Args:
+        folder: folder of the scene.
+        root: root folder of the dataset. Default: `folder`.
+
+    Returns:
+        Names that differ from each other; empty if the file does not exist or has no `names`.
+
+    Raises:
+        FileError: if the file is invalid; the message names the file and the problem.
+    """
+    path = folder / DESCRIPTION
+    if not os.path.lexists(path):
+        return {}
+    (root or Root(folder)).guard(path)
+    with reading(path, MediaError, "JSON"):
+        found = parse_json(read_text(path))
+        names = found.get("names", {}) if isinstance(found, dict) else None
+        if not isinstance(names, dict):
+            raise MediaError(path, 'must be {"names": {"1": "table", "2": "chair"}}', "names")
+        for number, name in names.items():
+            if not re.fullmatch(r"[1-9]\d{0,8}", number):
+                raise MediaError(path, f"names: `{number[:40]}` is not an object ID, 1 or larger", "names")
+            if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
+                why = f"the name of object {number} must be a text of 1 to {MAX_NAME} characters"
+                raise MediaError(path, why, "names")
+        for number, name in names.items():
+            if re.fullmatch(r"object_\d+", name) and name != f"object_{number}":
+                why = f"object {number} has the name `{name}`, which is that of another object without a name"
+                raise MediaError(path, why, "names")
+        twice = [n for n, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise MediaError(path, f"two objects have the name `{twice[0]}`", "names")
+    return {int(number): name for number, name in names.items()}
 
 
 def image_size(image: np.ndarray) -> str:
