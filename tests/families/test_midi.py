@@ -277,7 +277,7 @@ def test_the_way_from_scenes_to_a_glb(
     stated = json.loads(out.with_suffix(".json").read_text("utf-8"))
     assert stated["grid"] == 16 and len(stated["objects"]) + sum("empty" in n for n in stated["notes"]) == 4
     if stated["objects"]:
-        assert sorted(meshes.read_scene(out)) == sorted(stated["objects"])
+        assert sorted(trimesh.load_scene(out).geometry) == sorted(stated["objects"])
     assert nodes(out) == [f"object_{n}" for n in (1, 2, 3, 4)], "also of what is empty"
     page = out.with_suffix(".html").read_text("utf-8")
     assert "src=" not in page and "http" not in page.replace("http-equiv", ""), "nothing from elsewhere"
@@ -314,7 +314,7 @@ def test_real_pictures_become_scenes_on_the_twin(
     done = inlaid("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
     assert done.code == 0, done.output
     assert nodes(out) == [f"object_{n}" for n in range(1, count + 1)]
-    there = meshes.read_scene(out)
+    there = trimesh.load_scene(out).geometry
     assert len(there) >= count - 1, "at most one is empty"
     for one in there.values():
         assert np.isfinite(one.vertices).all() and np.abs(one.vertices).max() <= BOUND + 1e-5

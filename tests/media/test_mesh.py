@@ -17,6 +17,7 @@ trimesh = pytest.importorskip("trimesh")
 from inlaid.evaluation.metrics import mesh
 from inlaid.media import mesh_render
 from inlaid.media import meshes as meshes_module
+from inlaid.media.mesh_files import read_objects
 from inlaid.media.mesh_render import View
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import (
@@ -27,7 +28,6 @@ from inlaid.media.meshes import (
     mesh_problems,
     normalizing,
     read_ids,
-    read_scene,
     read_surface,
     require_mesh_packages,
     sample_surface,
@@ -120,9 +120,6 @@ def test_bad_surfaces_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=says) as error:
             read_surface(tmp_path / "bad.npy")
         assert "bad.npy" in str(error.value)
-    np.save(tmp_path / "p.npy", np.array([{"surface_points": points}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle"):
-        read_surface(tmp_path / "p.npy")
     np.savez(tmp_path / "n.npz", other=points)
     with pytest.raises(ValueError, match="no array surface_points"):
         read_surface(tmp_path / "n.npz")
@@ -142,13 +139,14 @@ def test_scenes_keep_names_and_places(tmp_path: Path) -> None:
         "chair": trimesh.creation.box((0.2, 0.4, 0.6)).apply_translation((0.5, 0, 0)),
         "7": trimesh.creation.icosphere(radius=0.2).apply_translation((-0.5, 0.1, 0)),
     }
-    there = read_scene(write_scene(tmp_path / "s.glb", meshes))
+    there = {one.name: one for one in read_objects(write_scene(tmp_path / "s.glb", meshes))[0]}
     assert set(there) == set(meshes)
     for name, one in meshes.items():
-        assert np.allclose(there[name].bounds, one.bounds, atol=1e-6)
+        corners = there[name].triangles.reshape(-1, 3)
+        assert np.allclose([corners.min(0), corners.max(0)], one.bounds, atol=1e-6)
     (tmp_path / "bad.glb").write_bytes(b"no")
     with pytest.raises(ValueError, match="is not a mesh"):
-        read_scene(tmp_path / "bad.glb")
+        read_objects(tmp_path / "bad.glb")
 
 
 def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ class Scene:
             raise MediaError(self.segmentation, many, "several")
         read = self._surfaces(numbers)
         absent = sorted(set(read) - set(numbers))
-        if absent:
+        if absent and self.strict:
             why = f"does not contain object {absent[0]}, which has a surface; it contains " + (
                 ", ".join(map(str, numbers)) or "none"
             )
@@ -96,6 +96,9 @@ class Scene:
         notes, objects = [], []
         for number, surface in sorted(read.items()):
             mask = ids == number
+            if number in absent:
+                notes.append(Note("unseen", f"object {number} is not visible in this view and is left out"))
+                continue
             if mask.mean() <= SMALL:
                 why = f"object {number} covers {mask.mean():.2%} of the input image and is left out"
                 notes.append(Note("small", why))
@@ -259,6 +262,13 @@ def _part(value: Any) -> str:
     return value
 
 
+def _surface_file(folder: Path, name: str) -> Path:
+    """Return the surface file of a piece of furniture: `.npy` as published, or else `.npz` if it exists."""
+    archive = folder / f"{name}.npz"
+    published = folder / f"{name}.npy"
+    return archive if archive.is_file() and not published.is_file() else published
+
+
 def _front(tree: Root) -> Found:
     """Find the scenes of the 3D-FRONT dataset in the layout of MIDI's authors.
 
@@ -277,7 +287,7 @@ def _front(tree: Root) -> Found:
                 raise ValueError(f"the furniture of `{room}` is not a list of IDs")
             names = [_part(n) for n in objects]
             folder = root / "3D-FRONT-SURFACE" / room
-            surfaces = {i: tree.guard(folder / f"{n}.npy") for i, n in enumerate(names, 1)}
+            surfaces = {i: tree.guard(_surface_file(folder, n)) for i, n in enumerate(names, 1)}
             views = sorted(tree.guard(root / "3D-FRONT-RENDER" / room).glob("semantic_*.png"))
         except ValueError as error:
             code, cause = (error.code, error.cause) if isinstance(error, FileError) else ("names", str(error))
@@ -290,10 +300,12 @@ def _front(tree: Root) -> Found:
             continue
         for view in views:
             label = view.stem.removeprefix("semantic_")
-            image = next(
-                (p for s in ("render", "rerender") if (p := view.with_name(f"{s}_{label}.webp")).is_file()),
-                None,
-            )
+            renders = [
+                view.with_name(f"{prefix}_{label}{suffix}")
+                for prefix in ("render", "rerender")
+                for suffix in (".webp", ".png", ".jpg")
+            ]
+            image = next((path for path in renders if path.is_file()), None)
             if image is None:
                 found.findings.append(Finding("error", f"{room}/{label}", "has no render", "no-image"))
                 continue
