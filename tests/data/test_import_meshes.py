@@ -61,7 +61,7 @@ def test_surfaces_lie_on_their_meshes_and_normals_point_out(tmp_path: Path) -> N
     done = inlaid("import", "meshes", tmp_path / "in", tmp_path / "out", "--views", 2, "--size", 64)
     assert done.code == 0, done.output
     assert "broken.glb: `broken`: 2 of its parts were inside out" in done.output
-    assert "import " in done.output and "4/4" in done.output, "a progress bar"
+    assert "import " in done.output and "8/8" in done.output, "a progress bar"
     assert "broken.glb: `broken` is not watertight" in done.output
     found = scenes.find_scenes(tmp_path / "out")
     assert len(found.scenes) == 8 and not found.findings

@@ -163,6 +163,36 @@ def test_names_come_from_scene_json(tmp_path: Path) -> None:
     assert [o.name for o in a.objects] == ["", "Lampe mit Fuß"] and [o.name for o in b.objects] == ["", ""]
 
 
+def test_names_reach_generation(tmp_path: Path) -> None:
+    """Both from a scene of the data and from a segmentation that is passed to `generate`."""
+    from inlaid.config import Sample
+    from inlaid.data.clips import Clip
+    from inlaid.data.modality_scene import MODALITY, SceneClip, SceneWindow
+    from inlaid.families.grid import SceneExtent
+
+    place = named(tmp_path / "data/a", {"names": {"1": "sofa", "2": "lamp"}})
+    scene = scenes.find_scenes(tmp_path / "data").scenes[0]
+    clip: Clip = SceneClip(scene.image, scene.name, "", 0, None, "scene", scene=scene)
+    family: Any = type("F", (), {"images": ("picture", "segmentation")})
+    pair = [str(place / "scene_rgb.png"), str(place / "seg.png")]
+    for source in (SceneWindow(clip, SceneExtent(2, 32, 32), "a"), pair):
+        found = MODALITY.read(family, source, Sample())[1]
+        assert found.objects == {1: "sofa", 2: "lamp"} and found.pixels.max() == 2
+    (place / "seg.png").rename(place / "other.png")
+    assert (
+        "sofa" not in MODALITY.read(family, [pair[0], str(place / "other.png")], Sample())[1].objects.values()
+    )
+
+
+def test_a_changed_surface_is_read_again(tmp_path: Path) -> None:
+    place = named(tmp_path / "data/a", {})
+    scene = scenes.find_scenes(tmp_path / "data").scenes[0]
+    first = scene.read().objects[0].surface
+    assert scene.read().objects[0].surface is first, "views of a room share their surfaces"
+    np.save(place / "surface_1.npy", ball(-0.25))
+    assert scene.read().objects[0].surface[:, 0].mean() == pytest.approx(-0.25, abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -243,7 +273,10 @@ def test_incomplete_folders_are_named_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         scenes.find_scenes(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="contains no scenes"):
+    with pytest.raises(ValueError, match="contains no scenes; a scene is a folder with"):
+        scenes.find_scenes(tmp_path / "empty")
+    trimesh.creation.box().export(tmp_path / "empty/x.stl")
+    with pytest.raises(ValueError, match=r"it contains meshes: run `inlaid import meshes \S+ SCENES`"):
         scenes.find_scenes(tmp_path / "empty")
 
 

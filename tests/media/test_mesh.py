@@ -200,6 +200,18 @@ def test_pictures_show_what_is_there() -> None:
     assert (mesh_render.render([], size=8)[0] == 255).all()
 
 
+@pytest.mark.parametrize("azimuth", [0, 45, 77, 300])
+def test_a_camera_moves_back_until_all_is_seen(azimuth: float) -> None:
+    cube = trimesh.creation.box([1.9, 1.9, 1.9])
+    view = View(azimuth, 25)
+    cut, whole = (mesh_render.render([cube], v, 64)[1] for v in (view, view.fitting(cube.vertices)))
+    edge = np.ones((64, 64), bool)
+    edge[1:-1, 1:-1] = False
+    assert (whole > 0)[2:-2, 2:-2].any() and not whole[edge].any() and whole.any(0).sum() > 40
+    assert view.fitting(0.1 * cube.vertices) == view, "it does not move closer"
+    assert cut.sum() >= whole.sum()
+
+
 def test_segmentations_keep_their_numbers(tmp_path: Path) -> None:
     ids = np.zeros((8, 8), np.uint8)
     ids[:2], ids[2:4], ids[4:6] = 7, 14, 200

@@ -344,7 +344,7 @@ def test_transparent_texels_are_not_seen(tmp_path: Path) -> None:
     ]
     image, ids = render(meshes, View(0, 0), 128, looks=[o.look for o in found])
     seen = [(ids == n).sum() for n in (1, 2, 3)]
-    assert seen[1] == pytest.approx(2 * seen[0], rel=0.1) and seen[0] < seen[2] < seen[1]
+    assert seen[1] == pytest.approx(2 * seen[0], rel=0.2) and 1.5 * seen[0] < seen[2] <= seen[1]
     assert (ids == 4).sum() > seen[0], "the wall is seen through the leaf"
     assert (image[ids == 1][:, 1] > image[ids == 1][:, 0]).all()
 

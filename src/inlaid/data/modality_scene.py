@@ -161,7 +161,9 @@ class SceneModality(Modality):
         for window, sample in rows:
             count = len(sample.objects)
             points = sum(len(one.surface) for one in sample.objects)
-            note = f"{count} object{'s' * (count != 1)}, {points:,} points"
+            names = ", ".join(one.name for one in sample.objects if one.name)
+            named = f" ({names})" if names else ""
+            note = f"{count} object{'s' * (count != 1)}{named}, {points:,} points"
             made.append(SheetRow(window.clip.name, " ".join(sample.notes), tiles(sample), note))
         contact_sheet(made, path, title=title, columns=4, width=1024)
 

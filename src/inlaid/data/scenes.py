@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from inlaid import limits
 from inlaid.data.problems import KINDS
 from inlaid.media import meshes
 from inlaid.media.kinds import MediaError
+from inlaid.media.mesh_files import FILES as MESH_FILES
 from inlaid.media.meshes import Note, Surface
 from inlaid.media.scene import (
     DESCRIPTION,
@@ -127,19 +129,37 @@ class Scene:
         if list(self.surfaces) != [0]:
             out = {}
             for number, path in self.surfaces.items():
-                found = meshes.read_surface(path)
+                found = _read_surface(path)
                 if len(found) != 1:
                     raise MediaError(path, f"contains {len(found)} surfaces for one object", "several")
                 out[number] = found[0]
             return out
         path = self.surfaces[0]
-        found = meshes.read_surface(path)
+        found = _read_surface(path)
         if len(found) != len(numbers):
             surfaces = f"one {path.name}" if len(found) == 1 else f"the {len(found)} surfaces of {path.name}"
             why = f"contains {len(numbers)} objects for {surfaces}"
             cure = "name the files surface_ID.npy, with the object's number in the segmentation as ID"
             raise MediaError(self.segmentation, f"{why}; {cure}", "several")
         return dict(zip(numbers, found, strict=True))
+
+
+def _read_surface(path: Path) -> Sequence[Surface]:
+    """Read a surface file, or return the surfaces read before if the file is unchanged.
+
+    All views of a room of 3D-FRONT have the same surface files.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return meshes.read_surface(path)  # raises
+    return _cached_surface(path, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=32)
+def _cached_surface(path: Path, state: tuple[int, ...]) -> Sequence[Surface]:
+    """Read a surface file; `state` identifies its content."""
+    return tuple(meshes.read_surface(path))
 
 
 def _frame_notes(objects: Sequence[SceneObject]) -> list[Note]:
@@ -190,10 +210,10 @@ def find_scenes(root: Path) -> Found:
             found.findings.append(Finding("error", scene.name, f"{file.name} {error.cause}", error.code))
     found.scenes = kept
     if not found.scenes and not found.findings:
-        raise ValueError(
-            f"{root}: contains no scenes; a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy "
-            "for each object"
-        )
+        why = "a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy for each object"
+        if any(Path(name).suffix.lower() in MESH_FILES for _, _, names in tree.walk() for name in names):
+            why = f"it contains meshes: run `inlaid import meshes {root} SCENES`, and use the folder SCENES"
+        raise ValueError(f"{root}: contains no scenes; {why}")
     return found
 
 

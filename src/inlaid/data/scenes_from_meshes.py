@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -205,11 +205,11 @@ class _Room:
         """
         usable: list[MeshObject] = []
         for one, name in zip(objects, unique_names([o.name for o in objects]), strict=True):
-            faces = _nonempty(one.triangles)
+            broken = int((~np.isfinite(one.triangles)).any((1, 2)).sum())
+            faces = np.zeros(0, bool) if broken else _nonempty(one.triangles)
             why = ""
-            if not np.isfinite(one.triangles).all():
-                many = int((~np.isfinite(one.triangles)).any((1, 2)).sum())
-                why = f"{many} of its {len(one.triangles)} triangles have coordinates that are not finite"
+            if broken:
+                why = f"{broken} of its {len(one.triangles)} triangles have coordinates that are not finite"
             elif not faces.any():
                 why = "all of its triangles have no area"
             if why and (self.given or len(objects) == 1):
@@ -310,15 +310,16 @@ def prepare(
     """
     findings = []
     labels = [Path(_label(p, root)).with_suffix("").as_posix() for p in sources]
-    with progress("import", len(sources), "mesh") as advance:
-        for source, label in zip(sources, labels, strict=True):
+    with progress("import", options.count * len(sources), "view") as advance:
+        for i, (source, label) in enumerate(zip(sources, labels, strict=True), 1):
+            advance(0, note=_label(source, root))
             if labels.count(label) > 1:
                 label += source.suffix.replace(".", "_")
             room = _Room(source, _label(source, root), options)
             if room.meshes:
-                _write_views(room, out, label, options)
+                _write_views(room, out, label, options, advance)
             findings += room.findings
-            advance()
+            advance(done=options.count * i, note="")
     return findings
 
 
@@ -327,8 +328,10 @@ def _label(path: Path, root: Path | None) -> str:
     return (path.relative_to(root) if root else Path(path.name)).as_posix()
 
 
-def _write_views(room: _Room, out: Path, label: str, options: MeshOptions) -> None:
-    """Write a scene for each view of a mesh file."""
+def _write_views(
+    room: _Room, out: Path, label: str, options: MeshOptions, advance: Callable[[], None]
+) -> None:
+    """Write a scene for each view of a mesh file; `advance` is called after each view."""
     surfaces: dict[int, np.ndarray] = {}
     for number, (name, mesh) in enumerate(zip(room.names, room.meshes, strict=True), 1):
         try:
@@ -343,11 +346,7 @@ def _write_views(room: _Room, out: Path, label: str, options: MeshOptions) -> No
         if outer.flipped > REPORTED:
             why = f"{outer.flipped:.0%} of its normals pointed inward and were flipped"
             room.report("warning", f"`{name}`: {why}", "flipped")
-    pairs = room.given or [
-        mesh_render.render(room.meshes, view, options.size, looks=room.looks)
-        for view in views(options.count, options.seed)
-    ]
-    for i, (image, ids) in enumerate(pairs):
+    for i, (image, ids) in enumerate(_images(room, options)):
         areas = np.bincount(ids.ravel(), minlength=len(room.meshes) + 1) / ids.size
         seen = [n for n in surfaces if areas[n] > SMALL]
         hidden = [room.names[n - 1] for n in surfaces if n not in seen]
@@ -357,6 +356,16 @@ def _write_views(room: _Room, out: Path, label: str, options: MeshOptions) -> No
             room.findings.append(Finding("warning", f"{label}_{i:02d}", why, "hidden"))
         if seen:
             _write(out / f"{label}_{i:02d}", image, ids, {n: surfaces[n] for n in seen}, room)
+        advance()
+
+
+def _images(room: _Room, options: MeshOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the image and the object IDs of each view: supplied by the user, or rendered."""
+    yield from room.given
+    if not room.given:
+        corners = np.concatenate([mesh.vertices for mesh in room.meshes])
+        for view in views(options.count, options.seed):
+            yield mesh_render.render(room.meshes, view.fitting(corners), options.size, looks=room.looks)
 
 
 def _write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,17 +36,31 @@ class View:
     distance: float = 5.0
     field: float = 30.0
 
+    def _axes(self) -> np.ndarray:
+        """Return the unit vectors to the right, upward and forward, (3, 3)."""
+        a, e = np.radians([self.azimuth, self.elevation])
+        forward = -np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+        right = np.cross(forward, [0.0, 1.0, 0.0])
+        right /= np.linalg.norm(right)
+        return np.stack([right, np.cross(right, forward), forward])
+
+    def fitting(self, points: np.ndarray, margin: float = 0.95) -> View:
+        """Return the camera moved back, if needed, until all points (n, 3) are in the picture.
+
+        The points are then inside the middle part `margin` of the width and the height.
+        """
+        x, y, depth = self._axes() @ points.T
+        reach = margin * np.tan(np.radians(self.field) / 2)
+        needed = (np.maximum(np.abs(x), np.abs(y)) / reach - depth).max()
+        return replace(self, distance=max(self.distance, float(needed)))
+
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the origins and unit directions of the rays of all pixels, each (size * size, 3).
 
         Rays are ordered row by row from the top left pixel.
         """
-        a, e = np.radians([self.azimuth, self.elevation])
-        eye = self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
-        forward = -eye / np.linalg.norm(eye)
-        right = np.cross(forward, [0.0, 1.0, 0.0])
-        right /= np.linalg.norm(right)
-        up = np.cross(right, forward)
+        right, up, forward = self._axes()
+        eye = -self.distance * forward
         reach = np.tan(np.radians(self.field) / 2)
         y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
         directions = forward + reach * (x[..., None] * right - y[..., None] * up)
