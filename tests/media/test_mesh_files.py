@@ -15,7 +15,7 @@ trimesh = pytest.importorskip("trimesh")
 
 from inlaid.media import mesh_files
 from inlaid.media.mesh_files import CONTAINER, read_objects
-from inlaid.media.mesh_looks import to_linear, to_srgb
+from inlaid.media.mesh_looks import Look, to_linear, to_srgb
 from support.gltf import CORNERS, SQUARE, Builder
 
 BOX = trimesh.creation.box([1, 1, 1])
@@ -306,6 +306,15 @@ def test_obj_colors_and_several_material_files(tmp_path: Path) -> None:
     assert np.allclose(colors(path, 1), [127.5, 63.75, 0], atol=1), "Kd is sRGB"
 
 
+def test_materials_are_converted_once(tmp_path: Path) -> None:
+    path = square_obj(tmp_path / "in", "skin.png")
+    path.write_text(path.read_text() + "o b\nf 1/1 3/3 4/4\no c\nusemtl none\nf 1 2 3\n")
+    a, b, c = (one.look for one in read_objects(path)[0])
+    assert a and b and a.textures[0] is b.textures[0] and c is None
+    both = Look.joined([a, Look.plain(np.ones((1, 3, 4))), b])
+    assert len(both.textures) == 1 and both.texture.tolist() == [0, 0, -1, 0]
+
+
 def test_ply_colors(tmp_path: Path) -> None:
     paint = np.array([[255, 0, 0, 255], [0, 255, 0, 255], [9, 90, 200, 255], [80, 80, 80, 255]], np.uint8)
     mesh = trimesh.Trimesh(SQUARE, [[0, 1, 2], [0, 2, 3]], vertex_colors=paint, process=False)
@@ -449,6 +458,29 @@ def test_parts_that_are_left_out_are_stated(tmp_path: Path) -> None:
 
     notes = read_objects(header(tmp_path / "x.glb", change))[1]
     assert [n.split(" ")[1] for n in notes] == ["triangle", "parts", "is"]
+
+
+def test_cameras_and_files_without_scenes(tmp_path: Path) -> None:
+    def change(h: dict[str, Any]) -> None:
+        h["cameras"] = [{"type": "perspective", "perspective": {"yfov": 1.0, "znear": 0.1}}]
+        h["nodes"] = [{"camera": 0, "name": "eye", "children": [1]}, {"mesh": 0, "name": "lens"}]
+        del h["scenes"]
+
+    path = header(tmp_path / "x.glb", change)
+    assert names(path, "node") == ["lens"] and names(path) == ["eye"]
+
+
+def test_other_scenes_and_skeletons_are_stated(tmp_path: Path) -> None:
+    def change(h: dict[str, Any]) -> None:
+        h["nodes"].append({"mesh": 0, "name": "other"})
+        h.update(scenes=[{"nodes": [0]}, {"nodes": [1]}], skins=[{"joints": [0]}], scene=1)
+
+    found, notes = read_objects(header(tmp_path / "x.glb", change))
+    assert [o.name for o in found] == ["other"]
+    assert notes == [
+        "contains 2 scenes, only the default one is imported",
+        "has a skeleton: the mesh is imported without its pose",
+    ]
 
 
 @pytest.mark.parametrize("keep", [4, 11, 30, 300, -40])

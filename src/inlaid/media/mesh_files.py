@@ -16,7 +16,7 @@ from inlaid import limits
 from inlaid.media.images import checked_image
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_gltf import BINARY, Gltf
-from inlaid.media.mesh_looks import Look, texture_of, to_linear
+from inlaid.media.mesh_looks import Look, Texture, texture_of, to_linear
 from inlaid.media.mesh_obj import MATERIALS, Obj
 from inlaid.paths import Root
 from inlaid.reading import FileError, reading, require_file
@@ -169,7 +169,7 @@ def _read(path: Path) -> _Content:
         stream = io.BytesIO(path.read_bytes())
     scene: Any = trimesh.load_scene(stream, file_type=suffix[1:], **options)
     parents, names = scene.graph.transforms.parents, {}
-    content, total = _Content([], names), 0
+    content, total, textures = _Content([], names), 0, {}
     for node in scene.graph.nodes_geometry:
         transform, geometry = scene.graph[node]
         mesh = scene.geometry[geometry]
@@ -189,14 +189,15 @@ def _read(path: Path) -> _Content:
             chain = list(dict.fromkeys(n.split("_")[0] for n in chain[1:])) or [node]
             names.update({n: gltf.node_name(n) for n in chain})
         else:
-            look, material = _look(mesh, content.notes)
+            look, material = _look(mesh, content.notes, textures)
             chain = ["file"]
             if obj:
                 chain = obj.path_of(geometry)
                 names.update(obj.names)
             elif len(scene.geometry) > 1:  # an .stl file with several solids
                 chain, names[node] = [node], str(geometry)
-        triangles = vertices[mesh.faces] @ transform[:3, :3].T + transform[:3, 3]
+        with np.errstate(invalid="ignore"):  # values that are not finite are reported later
+            triangles = vertices[mesh.faces] @ transform[:3, :3].T + transform[:3, 3]
         if np.linalg.det(transform[:3, :3]) < 0:
             triangles = triangles[:, ::-1]
             look = look.turned(np.ones(len(triangles), bool)) if look else None
@@ -206,14 +207,21 @@ def _read(path: Path) -> _Content:
     return content
 
 
-def _look(mesh: trimesh.Trimesh, notes: list[str]) -> tuple[Look | None, str]:
-    """Return the look of a mesh of an .obj, .ply or .stl file, and the name of its material."""
+def _look(
+    mesh: trimesh.Trimesh, notes: list[str], textures: dict[int, Texture | None]
+) -> tuple[Look | None, str]:
+    """Return the look of a mesh of an .obj, .ply or .stl file, and the name of its material.
+
+    `textures` contains the textures converted before, by the ID of their image.
+    """
     visual, faces = mesh.visual, mesh.faces
     if visual.kind == "texture":
         material: Any = visual.material
         image, name = getattr(material, "image", None), str(getattr(material, "name", None) or "")
         if image is not None and visual.uv is not None and len(visual.uv) == len(mesh.vertices):
-            texture = texture_of(image, name, notes)
+            if id(image) not in textures:
+                textures[id(image)] = texture_of(image, name, notes)
+            texture = textures[id(image)]
             if texture is None:
                 return None, name
             look = Look.plain(np.ones((len(faces), 3, 4)))

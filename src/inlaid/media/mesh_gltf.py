@@ -13,7 +13,7 @@ import numpy as np
 
 from inlaid import limits
 from inlaid.media.kinds import MediaError
-from inlaid.media.mesh_looks import Look, texture_of, to_linear
+from inlaid.media.mesh_looks import Look, Texture, texture_of, to_linear
 from inlaid.reading import parse_json
 from inlaid.text import decode_text
 
@@ -76,6 +76,7 @@ class Gltf:
         self.colors_are_srgb = "trimesh" in str(self._get("asset", "generator"))
         """True if colors are stored in sRGB: trimesh writes them so, although glTF requires linear light."""
         self.header = self._renamed()
+        self._textures: dict[int | None, Texture | None] = {}
 
     def _get(self, *keys: str | int) -> Any:
         """Return a value of the original header, or None if a part of the way to it is missing."""
@@ -96,6 +97,13 @@ class Gltf:
         for letter, key in (("n", "nodes"), ("m", "meshes"), ("", "materials")):
             for i, each in enumerate(header.get(key, [])):
                 each["name"] = f"{letter}{i}"
+        for node in header.get("nodes", []):
+            node.pop("camera", None)  # else trimesh loses the children of the node
+        if not header.get("scenes"):
+            children = {c for node in header.get("nodes", []) for c in node.get("children", [])}
+            header["scenes"] = [
+                {"nodes": [i for i in range(len(header.get("nodes", []))) if i not in children]}
+            ]
         header.setdefault("materials", []).append({"name": "none"})
         for mesh in header.get("meshes", []):
             for primitive in mesh.get("primitives", []):
@@ -181,7 +189,10 @@ class Gltf:
             look.texture[:] = 0
             wraps = self._get("samplers", self._sampler(index)) or {}
             wrap = tuple(WRAPS.get(wraps.get(k, 10497), "repeat") for k in ("wrapS", "wrapT"))
-            texture = texture_of(image, self.material_name(index), self.notes, (wrap[0], wrap[1]))
+            if index not in self._textures:
+                name = self.material_name(index)
+                self._textures[index] = texture_of(image, name, self.notes, (wrap[0], wrap[1]))
+            texture = self._textures[index]
             if texture is None:
                 look.texture[:] = -1
             look = Look(look.colors, look.uv, look.texture, look.cutoff, (texture,) if texture else ())
@@ -250,6 +261,10 @@ def _checked(path: Path, header: dict[str, Any]) -> list[str]:
     lines = sum(p.get("mode", 4) < 4 for p in primitives)
     notes += [f"{fans} triangle fans are not supported and are left out"] * (fans > 0)
     notes += [f"{lines} parts consist of points or lines and are left out"] * (lines > 0)
+    scenes = len(header.get("scenes", []))
+    notes += [f"contains {scenes} scenes, only the default one is imported"] * (scenes > 1)
+    if header.get("skins"):
+        notes.append("has a skeleton: the mesh is imported without its pose")
     if "EXT_mesh_gpu_instancing" in header.get("extensionsUsed", []):
         notes.append("EXT_mesh_gpu_instancing is not supported: only one copy of each mesh is imported")
     return notes

@@ -31,7 +31,7 @@ class Texture:
     """Image that is mapped on triangles."""
 
     pixels: np.ndarray
-    """Linear color and alpha in [0, 1], float32 (h, w, 4)."""
+    """Color in sRGB, and alpha, uint8 (h, w, 4)."""
     wrap: tuple[str, str] = ("repeat", "repeat")
     """Continuation beyond [0, 1] along x and y: `repeat`, `clamp` or `mirror`."""
 
@@ -40,17 +40,14 @@ class Texture:
         """Convert an image in sRGB; a large image is scaled down."""
         image = image.convert("RGBA")
         image.thumbnail((LARGEST, LARGEST))
-        table = np.arange(256) / 255
-        pixels = np.asarray(image)
-        linear = to_linear(table).astype(np.float32)[pixels[..., :3]]
-        alpha = table.astype(np.float32)[pixels[..., 3:]]
-        return cls(np.concatenate([linear, alpha], -1), wrap)
+        return cls(np.asarray(image), wrap)
 
     def at(self, uv: np.ndarray) -> np.ndarray:
-        """Return the color at coordinates (n, 2), by bilinear interpolation: (n, 4).
+        """Return the linear color and alpha at coordinates (n, 2), by bilinear interpolation: (n, 4).
 
-        The coordinates are in [0, 1], with the origin at the top left of the image.
+        The image spans the coordinates 0 to 1, with the origin at the top left.
         """
+        linear, alpha = to_linear(np.arange(256) / 255), np.arange(256) / 255
         height, width = self.pixels.shape[:2]
         x, y = uv[:, 0] * width - 0.5, uv[:, 1] * height - 0.5
         left, top = np.floor(x), np.floor(y)
@@ -60,7 +57,8 @@ class Texture:
             for dy, wy in ((0, 1 - fy), (1, fy)):
                 columns = _wrapped(left + dx, width, self.wrap[0])
                 rows = _wrapped(top + dy, height, self.wrap[1])
-                out += wx * wy * self.pixels[rows, columns]
+                found = self.pixels[rows, columns]
+                out += wx * wy * np.concatenate([linear[found[:, :3]], alpha[found[:, 3:]]], -1)
         return out
 
 
@@ -111,18 +109,19 @@ class Look:
 
     @classmethod
     def joined(cls, looks: Sequence[Look]) -> Look:
-        """Concatenate the looks of several meshes."""
-        first, textures, indices = 0, [], []
+        """Concatenate the looks of several meshes; textures that they share are stored once."""
+        textures: dict[int, Texture] = {}
+        indices = []
         for look in looks:
-            indices.append(np.where(look.texture < 0, -1, look.texture + first))
-            textures += look.textures
-            first += len(look.textures)
+            textures |= {id(texture): texture for texture in look.textures}
+            places = [[*textures].index(id(texture)) for texture in look.textures]
+            indices.append(np.array([*places, -1])[look.texture])  # index -1 is the last
         return cls(
             np.concatenate([look.colors for look in looks]),
             np.concatenate([look.uv for look in looks]),
             np.concatenate(indices),
             np.concatenate([look.cutoff for look in looks]),
-            tuple(textures),
+            tuple(textures.values()),
         )
 
     def of(self, faces: np.ndarray) -> Look:

@@ -207,10 +207,14 @@ class _Machine:
             self.stack.pop()
 
 
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+"""Descriptions of all instructions of pickles."""
+
+
 def _instructions(file: io.BytesIO) -> Iterator[tuple[str, Any]]:
     """Yield the name and the argument of each instruction of a pickle."""
     while code := file.read(1):
-        opcode = pickletools.code2op.get(code.decode("latin1"))
+        opcode = _OPCODES.get(code.decode("latin1"))
         if opcode is None:
             break
         if opcode.name == "STRING":  # of Python 2: bytes as a text with escapes
