@@ -247,3 +247,13 @@ def test_a_bad_recipe_is_refused(name: str, place: Path) -> None:
     done = inlaid("train", "recipe.yaml", change)
     assert (done.code, "Traceback" in done.output) == (2, False)
     assert says in done.output, done.output
+
+
+def test_new_shows_a_bar_and_names_the_import_of_meshes(place: Path) -> None:
+    done = inlaid("new", "midi", "scenes", "--checkpoint", "checkpoint", "--out", "new.yaml")
+    assert done.code == 0 and "probe " in done.output and "3/3" in done.output, done.output
+    (place / "models").mkdir()
+    (place / "models/x.glb").write_bytes(b"x")
+    refused = inlaid("new", "midi", "models", "--checkpoint", "checkpoint")
+    assert refused.code == 2
+    assert "it contains meshes: run `inlaid import meshes models SCENES`" in " ".join(refused.output.split())

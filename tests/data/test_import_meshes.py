@@ -251,14 +251,14 @@ def test_subfolders_single_files_and_equal_names(tmp_path: Path) -> None:
 def test_more_than_255_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = {
         f"o{k:03d}": trimesh.creation.box([0.08] * 3).apply_translation((k % 20 * 0.1, k // 20 * 0.1, 0))
-        for k in range(300)
+        for k in range(280)
     }
     scene(tmp_path / "in/many.glb", **grid)
     with pytest.raises(
-        ValueError, match=r"many\.glb: has 300 objects, above the limit of 255: set INLAID_MAX_OBJ"
+        ValueError, match=r"many\.glb: has 280 objects, above the limit of 255: set INLAID_MAX_OBJ"
     ):
         import_meshes(tmp_path / "in", tmp_path / "out")
-    monkeypatch.setenv("INLAID_MAX_OBJECTS", "300")
+    monkeypatch.setenv("INLAID_MAX_OBJECTS", "280")
     import_meshes(tmp_path / "in", tmp_path / "out", MeshOptions(1, 128, points=50))
     (one,) = scenes.find_scenes(tmp_path / "out").scenes
     ids = read_ids(one.segmentation)
