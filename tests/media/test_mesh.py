@@ -17,16 +17,16 @@ trimesh = pytest.importorskip("trimesh")
 from inlaid.evaluation.metrics import mesh
 from inlaid.media import mesh_render
 from inlaid.media import meshes as meshes_module
+from inlaid.media.isosurface import REACH
 from inlaid.media.mesh_files import read_objects
 from inlaid.media.mesh_render import View
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import (
-    BOUND,
     LONGEST,
     decimated,
-    extract,
     mesh_problems,
     normalizing,
+    preview_meshes,
     read_ids,
     read_surface,
     require_mesh_packages,
@@ -35,44 +35,13 @@ from inlaid.media.meshes import (
 )
 
 
-def ball(center: tuple[float, float, float] = (0.0, 0.0, 0.0), radius: float = 0.5):
-    def field(points: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(points - np.array(center), axis=-1) - radius
-
-    return field
-
-
-def test_extraction_is_exact_cheap_and_closed() -> None:
-    asked = []
-
-    def field(points: np.ndarray) -> np.ndarray:
-        asked.append(len(points))
-        return ball((0.2, -0.1, 0.3), 0.5)(points)
-
-    found, note = extract(field, resolution=128, coarse=32)
-    assert found is not None and note == ""
-    distance = np.linalg.norm(found.vertices - [0.2, -0.1, 0.3], axis=-1)
-    cell = 2 * BOUND / 128
-    assert np.abs(distance - 0.5).max() < 0.05 * cell, "dividing by the number of points would show here"
-    assert mesh_problems(found) == [] and found.volume == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.01)
-    assert sum(asked) < 0.2 * 129**3
-    dense, _ = extract(field, resolution=128, coarse=128)
-    assert dense is not None and len(dense.faces) == len(found.faces)
-    assert np.abs(np.sort(dense.vertices, 0) - np.sort(found.vertices, 0)).max() < 1e-5
-
-
-def test_extraction_of_nothing_and_of_a_field_that_is_positive_inside() -> None:
-    assert extract(lambda p: np.ones(len(p)), resolution=32, coarse=32) == (None, "")
-    found, note = extract(lambda p: -ball()(p), resolution=64, coarse=32)
-    assert found is not None and "sign was inverted" in note and found.volume > 0.5
-
-
 def test_problems_are_reported() -> None:
     good = trimesh.creation.icosphere(radius=0.5)
     assert mesh_problems(good) == []
     open_one = trimesh.Trimesh(good.vertices, good.faces[:-1], process=False)
     assert mesh_problems(open_one) == ["is not watertight"]
-    assert "extends beyond the box" in mesh_problems(trimesh.creation.icosphere(radius=1.2))[0]
+    assert mesh_problems(trimesh.creation.icosphere(radius=REACH - 1e-3)) == [], "at the side of the box"
+    assert mesh_problems(trimesh.creation.icosphere(radius=REACH)) == ["is cut off at the box of 1.055"]
     assert "triangles" in mesh_problems(good, most=10)[0]
     broken = good.copy()
     broken.vertices[0] = np.nan
@@ -157,6 +126,15 @@ def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fast_simplification", None)
     with pytest.raises(ValueError, match=r"fast-simplification: pip install 'inlaid\[mesh\]'"):
         decimated(ball, 1000)
+
+
+def test_previews_have_few_triangles_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    meshes = {"a": trimesh.creation.icosphere(4), "b": trimesh.creation.icosphere(3)}
+    assert preview_meshes(meshes) == meshes
+    few = preview_meshes(meshes, 1000)
+    assert sum(len(m.faces) for m in few.values()) <= 1000 and len(few["a"].faces) > 2 * len(few["b"].faces)
+    monkeypatch.setattr(meshes_module, "find_spec", lambda name: None)
+    assert preview_meshes(meshes, 1000) == meshes, "without the package, all triangles"
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

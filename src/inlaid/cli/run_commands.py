@@ -109,9 +109,7 @@ def generate_(
     ] = None,
     grid: Annotated[
         int | None,
-        typer.Option(
-            help="Scenes: cells per side of the grid for mesh extraction, a power of two.", show_default=False
-        ),
+        typer.Option(help="Scenes: cells per side of each object's box, a power of two.", show_default=False),
     ] = None,
     triangles: Annotated[
         int | None, typer.Option(help="Scenes: maximum number of triangles per object.", show_default=False)

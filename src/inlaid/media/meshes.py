@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from inlaid import limits
 from inlaid.files import atomic
 from inlaid.media.arrays import read_header, read_values
 from inlaid.media.images import load_image
+from inlaid.media.isosurface import BOUND, REACH
 from inlaid.media.kinds import MediaError
 from inlaid.media.pickled import UnsafePickleError, unpickle
 from inlaid.reading import check_member, reading, require_file
@@ -26,9 +27,6 @@ from inlaid.reading import check_member, reading, require_file
 if TYPE_CHECKING:
     import trimesh
 
-
-BOUND = 1.005
-"""Half the side length of the box, centered at the origin, in which fields are evaluated."""
 
 LONGEST = 1.9
 """Length of the longest side of a normalized scene, chosen so that the scene stays inside the box of
@@ -272,84 +270,7 @@ def normalizing(bounds: np.ndarray) -> np.ndarray:
     return out
 
 
-# --- from a field to a mesh ---------------------------------------------------------------------------------
-
-Field = Callable[[np.ndarray], np.ndarray]
-"""Implicit function of an object: maps points (n, 3) to values (n,), which are negative inside the object."""
-
-
-def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
-    """Extract the zero level set of a field as a mesh, with marching cubes.
-
-    The field is evaluated on a coarse grid, then on finer grids only near sign changes. This takes about one
-    hundredth of the evaluations of a dense grid. If a field is negative at more than four of the eight
-    corners of the box, its sign is assumed to be wrong and is inverted.
-
-    Args:
-        field: function to evaluate, negative inside the object.
-        resolution: cells per side of the finest grid; `coarse` times a power of two.
-        coarse: cells per side of the first grid.
-
-    Returns:
-        The mesh and a note. The mesh is None if the field has no zero level set. The note is empty unless the
-        sign was inverted.
-    """
-    import trimesh
-    from skimage.measure import marching_cubes
-
-    assert resolution % coarse == 0 and (resolution // coarse) & (resolution // coarse - 1) == 0
-    cells = coarse
-    values = field(_places(np.indices((cells + 1,) * 3).reshape(3, -1).T, cells)).reshape((cells + 1,) * 3)
-    note, corners = "", values[::cells, ::cells, ::cells]
-    sign = 1.0
-    if (corners < 0).sum() > 4:
-        sign, note = -1.0, "the field was positive inside, so its sign was inverted"
-        values = -values
-    while cells < resolution:
-        values, cells = _finer(values, field, sign), 2 * cells
-    if not (values.min() < 0 < values.max()):
-        return None, note
-    found: Any = marching_cubes(values, 0.0, method="lewiner")
-    vertices, faces = found[:2]
-    mesh = trimesh.Trimesh(_places(vertices, cells), faces, process=True)
-    if mesh.is_watertight and mesh.volume < 0:
-        mesh.invert()
-    return mesh, note
-
-
-def _places(index: np.ndarray, cells: int) -> np.ndarray:
-    """Convert grid indices to coordinates; the indices 0 and `cells` are on opposite sides of the box.
-
-    Indices may be fractional.
-    """
-    return (index / cells * 2 - 1) * BOUND
-
-
-def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
-    """Double the resolution of a grid of field values.
-
-    Values are interpolated, except near sign changes, where the field is evaluated.
-    """
-    from scipy.ndimage import binary_dilation, zoom
-
-    n = values.shape[0]
-    fine: np.ndarray = np.asarray(zoom(values, (2 * n - 1) / n, order=1, grid_mode=False))
-    inside = values < 0
-    change = np.zeros_like(inside)
-    for axis in range(3):
-        differ = np.diff(inside, axis=axis)
-        low, high = ([slice(None)] * 3 for _ in range(2))
-        low[axis], high[axis] = slice(None, -1), slice(1, None)
-        change[tuple(low)] |= differ
-        change[tuple(high)] |= differ
-    change = np.asarray(binary_dilation(change, np.ones((3, 3, 3))), bool)
-    ask = np.zeros(fine.shape, bool)
-    ask[::2, ::2, ::2] = change
-    ask = np.asarray(binary_dilation(ask, np.ones((3, 3, 3))), bool)
-    where = np.argwhere(ask)
-    if len(where):
-        fine[ask] = sign * field(_places(where, 2 * (n - 1)))
-    return fine
+# --- extracted meshes --------------------------------------------------------------------------------------
 
 
 def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
@@ -364,7 +285,20 @@ def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
         raise ValueError("sample.triangles: needs fast-simplification: pip install 'inlaid[mesh]'") from None
 
 
-def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
+def preview_meshes(
+    meshes: Mapping[str, trimesh.Trimesh], triangles: int = 300_000
+) -> dict[str, trimesh.Trimesh]:
+    """Decimate meshes to at most about `triangles` triangles in total, for pictures and web pages.
+
+    Meshes are returned unchanged if they have fewer triangles, or if fast-simplification is not installed.
+    """
+    total = sum(len(mesh.faces) for mesh in meshes.values())
+    if total <= triangles or find_spec("fast_simplification") is None:
+        return dict(meshes)
+    return {n: decimated(m, max(100, len(m.faces) * triangles // total)) for n, m in meshes.items()}
+
+
+def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 8_000_000) -> list[str]:
     """Return the defects of a mesh, such as `is not watertight`; empty for a valid mesh.
 
     Args:
@@ -377,10 +311,10 @@ def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
         return found
     if not mesh.is_watertight:
         found.append("is not watertight")
-    if np.abs(mesh.vertices).max() > BOUND + 1e-6:
-        found.append(f"extends beyond the box of {BOUND}")
+    if np.abs(mesh.vertices).max() > REACH - 1e-6:
+        found.append(f"is cut off at the box of {REACH:g}")
     if len(mesh.faces) > most:
-        found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}")
+        found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}: set sample.triangles")
     return found
 
 

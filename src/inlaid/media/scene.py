@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from inlaid.media.images import load_image
+from inlaid.media.isosurface import Field, extract
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_render import PALETTE
-from inlaid.media.meshes import POINTS, Field, Note, decimated, extract, mesh_problems, read_ids
+from inlaid.media.meshes import POINTS, Note, decimated, mesh_problems, read_ids
 from inlaid.paths import Root
 from inlaid.reading import parse_json, read_text, reading
 
@@ -55,6 +56,11 @@ class SceneObject:
     """Surface points with normals, float32 (n, 6), in scene coordinates."""
     name: str = ""
     """Name from `scene.json` or 3D-FRONT, unique in the scene; empty if the object has none."""
+
+    @property
+    def label(self) -> str:
+        """Name of the object, or `object_ID` if it has none; also the name of its node in a `.glb`."""
+        return self.name or f"object_{self.number}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,27 @@ def read_names(folder: Path, root: Root | None = None) -> dict[int, str]:
     return {int(number): name for number, name in names.items()}
 
 
+def published_order(path: Path, ids: np.ndarray) -> list[int]:
+    """Return the IDs of the objects in a segmentation, in the order of the published pipeline of MIDI-3D.
+
+    That pipeline converts the segmentation to 8-bit gray and sorts the values. The order decides which noise
+    an object starts from, so the same seed gives the same scene only in the same order. Objects that the
+    conversion merges or turns black are kept; black ones are last.
+
+    Args:
+        path: segmentation.
+        ids: object IDs of its pixels, int (h, w), from `meshes.read_ids`.
+
+    Raises:
+        MediaError: if the image cannot be read; the message names the file.
+    """
+    with load_image(path) as image:
+        gray = np.asarray(image.convert("L")).astype(int)
+    numbers, first = np.unique(ids, return_index=True)
+    shown = {int(n): int(g) for n, g in zip(numbers, gray.ravel()[first], strict=True) if n > 0}
+    return sorted(shown, key=lambda n: (shown[n] == 0, shown[n], n))
+
+
 def image_size(image: np.ndarray) -> str:
     """Return the size of an image as text, `HEIGHTxWIDTH`, for messages."""
     return f"{image.shape[0]}x{image.shape[1]}"
@@ -162,7 +189,7 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
     Args:
         fields: implicit function of each object by name, negative inside the object.
-        resolution: grid cells per side.
+        resolution: grid cells per side of each object's own box.
         triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
             package fast-simplification.
 
