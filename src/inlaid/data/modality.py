@@ -35,7 +35,7 @@ class NamedImage:
     name: str
     pixels: np.ndarray
     objects: Mapping[int, str] = field(default_factory=dict)
-    """Names of the objects in a segmentation, by ID; objects without a name have no entry."""
+    """Names of the objects in a segmentation by ID, in the order in which they are generated."""
 
 
 ImageSource = Sequence[str] | Window
@@ -98,7 +98,7 @@ class Modality(ABC):
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
         """Read the conditioning images of one output to generate."""
 
-    def asked(self, sample: recipe.Sample) -> dict[str, Any]:
+    def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
         """Return the arguments of `Family.sample` that only this modality uses."""
         return {}
 

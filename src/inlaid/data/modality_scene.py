@@ -37,6 +37,7 @@ from inlaid.media.scene import (
     MAX_OBJECTS,
     SEGMENTATION,
     SceneSample,
+    published_order,
     read_image,
     read_names,
     tiles,
@@ -184,21 +185,23 @@ class SceneModality(Modality):
         if not isinstance(source, Window):
             image, segmentation = (Path(path) for path in source)
             names = read_names(segmentation.parent) if segmentation.name == SEGMENTATION else {}
-            return [
-                NamedImage(source[0], read_image(image)),
-                NamedImage(source[1], meshes.read_ids(segmentation), names),
-            ]
+            ids = meshes.read_ids(segmentation)
+            order = published_order(segmentation, ids)
+            named = {n: names.get(n, f"object_{n}") for n in order}
+            return [NamedImage(source[0], read_image(image)), NamedImage(source[1], ids, named)]
+        assert isinstance(source.clip, SceneClip)
         seen = source.read()
         ids = np.zeros(seen.image.shape[:2], np.int64)
         for one in seen.objects:
             ids[one.mask] = one.number
         first, second = (f"{seen.name} {name}" for name in family.images)
-        names = {one.number: one.name for one in seen.objects if one.name}
-        return [NamedImage(first, seen.image), NamedImage(second, ids, names)]
+        labels = {one.number: one.label for one in seen.objects}
+        order = published_order(source.clip.scene.segmentation, ids)
+        return [NamedImage(first, seen.image), NamedImage(second, ids, {n: labels[n] for n in order})]
 
-    def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """Return the resolution of the mesh extraction grid and the maximum number of triangles per mesh."""
-        return {"grid": sample.grid, "triangles": sample.triangles}
+    def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
+        """Return the names of the objects, the resolution of their meshes and the maximum of triangles."""
+        return {"objects": images[1].objects, "grid": sample.grid, "triangles": sample.triangles}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """Return the sampling settings to record: steps, guidance, and settings of the meshes."""
@@ -214,11 +217,12 @@ class SceneModality(Modality):
         for note in made.notes:
             say(f"note: {stem.name}: {note}")
         meshes.write_scene(path, made.meshes, made.empty)
+        shown = meshes.preview_meshes(made.meshes)
         with atomic(path.with_suffix(".png")) as part:
-            views = np.stack(list(mesh_render.turntable(list(made.meshes.values()), 6, 192)))
+            views = np.stack(list(mesh_render.turntable(list(shown.values()), 6, 192)))
             contact_strip(views, box=(192, 192), gap=0).convert("RGB").save(part, format="PNG")
         with atomic(path.with_suffix(".html")) as part:
-            part.write_text(viewer_page(made.meshes, stem.name), "utf-8")
+            part.write_text(viewer_page(shown, stem.name), "utf-8")
         faces = {name: len(one.faces) for name, one in made.meshes.items()}
         return path, {"objects": faces, "notes": list(made.notes)}
 

@@ -185,7 +185,7 @@ def generate_samples(
                     guidance=sample.guidance,
                     generator=torch.Generator().manual_seed(sample.seed + j),
                     images=[each.pixels for each in images],
-                    **modality.asked(sample),
+                    **modality.asked(sample, images),
                 )
                 if folder is None:
                     continue
