@@ -417,6 +417,8 @@ class Sample(Section):
     triangles: int | None = Field(default=None, ge=100)
     """Scenes: maximum number of triangles per object; larger meshes are simplified. Default: no
     simplification."""
+    texture: bool = False
+    """Scenes: project the input image onto the meshes as a texture, from a camera fitted to the masks."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video of a prompt; video i of the prompt uses seed + i."""
 

@@ -42,6 +42,7 @@ from inlaid.media.scene import (
     read_names,
     tiles,
 )
+from inlaid.media.texture import look_of
 from inlaid.reading import FileError, reading
 from inlaid.text import printable
 
@@ -200,12 +201,13 @@ class SceneModality(Modality):
         return [NamedImage(first, seen.image), NamedImage(second, ids, {n: labels[n] for n in order})]
 
     def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
-        """Return the names of the objects, the resolution of their meshes and the maximum of triangles."""
-        return {"objects": images[1].objects, "grid": sample.grid, "triangles": sample.triangles}
+        """Return the names of the objects, and the settings of their meshes."""
+        settings = {k: getattr(sample, k) for k in ("grid", "triangles", "texture")}
+        return {"objects": images[1].objects, **settings}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """Return the sampling settings to record: steps, guidance, and settings of the meshes."""
-        return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles")}
+        return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles", "texture")}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
         """Write a `.glb` with a named node per object, a PNG of views from all sides, and an HTML viewer.
@@ -219,7 +221,9 @@ class SceneModality(Modality):
         meshes.write_scene(path, made.meshes, made.empty)
         shown = meshes.preview_meshes(made.meshes)
         with atomic(path.with_suffix(".png")) as part:
-            views = np.stack(list(mesh_render.turntable(list(shown.values()), 6, 192)))
+            looks = [look_of(one) for one in made.meshes.values()]
+            solid = list((made.meshes if any(looks) else shown).values())
+            views = np.stack(list(mesh_render.turntable(solid, 6, 192, looks)))
             contact_strip(views, box=(192, 192), gap=0).convert("RGB").save(part, format="PNG")
         with atomic(path.with_suffix(".html")) as part:
             part.write_text(viewer_page(shown, stem.name), "utf-8")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from inlaid.families.base import Family
 from inlaid.families.grid import Grid
 from inlaid.media import meshes
 from inlaid.media.scene import MAX_OBJECTS, invalid_pairs, make_meshes, thinned
+from inlaid.media.texture import textured
 from inlaid.networks import midi_checkpoint, midi_image_encoders
 from inlaid.networks.midi_image_encoders import ImageConditioning, ImageEncoder, LoadedEncoders
 from inlaid.networks.midi_pipeline import ScenePipeline
@@ -368,7 +369,11 @@ class Midi(Family):
         options = {k: how[k] for k in ("steps", "guidance", "generator")}
         latents, vae = pipeline(list(contexts.values()), **options), pipeline.vae
         fields = {name: Field(vae, x) for name, x in zip(objects.values(), latents, strict=True)}
-        return make_meshes(fields, how["grid"], how["triangles"])
+        made = make_meshes(fields, how["grid"], how["triangles"])
+        if not how["texture"]:
+            return made
+        found, note = textured(made.meshes, image, {name: ids == n for n, name in objects.items()})
+        return replace(made, meshes=found, notes=(*made.notes, note))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter, and set the multi-instance blocks with which the adapter was trained.

@@ -53,7 +53,7 @@ def generate(
         out: output folder. Default: `samples/generated` in the run.
         device: same values as `runtime.device`. Default: the recipe's device.
         overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
-            negative_prompt, transparent; for scenes also grid and triangles.
+            negative_prompt, transparent; for scenes also grid, triangles and texture.
 
     Returns:
         Paths of the mp4 files (glb for scenes). Each has a JSON file beside it. For the paths of the

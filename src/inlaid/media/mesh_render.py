@@ -146,6 +146,9 @@ def _joined(
     )
 
 
-def turntable(meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256) -> np.ndarray:
+def turntable(
+    meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256, looks: Sequence[Look | None] = ()
+) -> np.ndarray:
     """Render evenly spaced views around the scene: uint8 (frames, size, size, 3)."""
-    return np.stack([render(meshes, View(azimuth=360 * i / frames), size)[0] for i in range(frames)])
+    views = [View(azimuth=360 * i / frames) for i in range(frames)]
+    return np.stack([render(meshes, view, size, looks=looks)[0] for view in views])
