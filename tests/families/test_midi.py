@@ -397,7 +397,8 @@ def test_the_way_from_scenes_to_a_glb(
     done = inlaid("generate", tmp_path / "run", *pair, "--output", out, "--grid", 16, "--steps", 2)
     assert done.code == 0, done.output
     stated = json.loads(out.with_suffix(".json").read_text("utf-8"))
-    assert stated["grid"] == 16 and len(stated["objects"]) + sum("empty" in n for n in stated["notes"]) == 4
+    assert stated["grid"] == 16 and stated["texture"] is False
+    assert len(stated["objects"]) + sum("empty" in n for n in stated["notes"]) == 4
     if stated["objects"]:
         assert sorted(trimesh.load_scene(out).geometry) == sorted(stated["objects"])
     assert nodes(out) == [f"object_{n}" for n in (1, 2, 3, 4)], "also of what is empty"
@@ -416,6 +417,40 @@ def test_the_way_from_scenes_to_a_glb(
     assert "open 3D view" in (tmp_path / "run/report/report.html").read_text("utf-8")
     assert inlaid("export", tmp_path / "run", "--to", "merged").code == 0
     assert inlaid("inspect", tmp_path / "run").code == 0
+
+
+@pytest.mark.slow
+def test_names_go_from_a_mesh_file_through_training_to_the_generated_glb(
+    scene_recipe: Callable[..., dict], tmp_path: Path
+) -> None:
+    """`import meshes`, `train` and `generate` keep them; colors of the image arrive with --texture."""
+    parts = {
+        "table": trimesh.creation.box((1.2, 0.6, 0.8)),
+        "Stuhl <2>": trimesh.creation.box((0.4, 0.9, 0.4)).apply_translation((1.2, 0.1, 0.2)),
+        "lamp": trimesh.creation.cylinder(0.2, 1.0).apply_translation((-1.1, 0.2, 0.3)),
+    }
+    (tmp_path / "rooms").mkdir()
+    for i in range(3):
+        meshes.write_scene(tmp_path / f"rooms/room_{i}.glb", parts)
+    imported = inlaid("import", "meshes", tmp_path / "rooms", tmp_path / "scenes", "--views", 1, "--size", 64)
+    assert imported.code == 0, imported.output
+    run = train(config.build(scene_recipe(train={"steps": 1, "trackers": []})))
+    folder = sorted((tmp_path / "scenes").iterdir())[0]
+    ids = meshes.read_ids(folder / "seg.png")
+    seen = [name for i, name in enumerate(sorted(parts), 1) if (ids == i).any()]
+    assert len(seen) == 3
+    out = tmp_path / "made.glb"
+    pair = ["--image", folder / "scene_rgb.png", "--seg", folder / "seg.png"]
+    done = inlaid("generate", run, *pair, "-o", out, "--grid", 16, "--steps", 1, "--texture")
+    assert done.code == 0, done.output
+    assert nodes(out) == sorted(parts)
+    stated = json.loads(out.with_suffix(".json").read_text("utf-8"))
+    assert set(stated["objects"]) <= set(parts) and stated["texture"] is True
+    assert sum("texture: " in n for n in stated["notes"]) == 1, "made, or why not"
+    report = inlaid("evaluate", run)
+    assert report.code == 0, report.output
+    found = json.loads((run / "report/report.json").read_text("utf-8"))
+    assert set(found["pairs"][0]["tuned"]["parts"]) == set(parts)
 
 
 def nodes(path: Path) -> list[str]:

@@ -171,6 +171,19 @@ def test_noise_is_bounded_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(asked) < 200_000
 
 
+def test_values_that_are_not_finite_are_outside_and_reported() -> None:
+    def field(points: np.ndarray) -> np.ndarray:
+        values = ball()(points)
+        values[(points[:, 0] > 0.3) & (points[:, 1] > 0)] = np.nan
+        return values
+
+    found, note = extract(field, resolution=32)
+    assert found is not None and mesh_problems(found) == [] and found.bounds[1, 0] < 0.52
+    assert "of 274,625 values of the field are not finite, taken as outside" in note
+    empty, note = extract(lambda p: np.full(len(p), np.inf), resolution=32)
+    assert empty is None and "274,625 of 274,625 values" in note
+
+
 def test_values_far_from_the_surface_do_not_matter() -> None:
     """Fields of networks are steep at the surface and constant elsewhere."""
     plain, _ = extract(ball((0, 0.2, 0), 0.3), resolution=64)

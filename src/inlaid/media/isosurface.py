@@ -55,29 +55,33 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
         coarse: cells per side of the grid in the whole box.
 
     Returns:
-        The mesh, or None if the field has no zero level set, and a note about an inverted sign or a lower
-        resolution, else "".
+        The mesh, or None if the field has no zero level set, and a note about an inverted sign, values that
+        are not finite, or a lower resolution, else "".
     """
     import trimesh
 
     assert resolution >= 8 and resolution & (resolution - 1) == 0, resolution
     notes = []
-    low, high = np.full(3, -BOUND), np.full(3, BOUND)
-    values = _Samples(field, low, high, coarse).dense()
-    if (values[::coarse, ::coarse, ::coarse] < 0).sum() > 4:
+    raw = _Samples(field, np.full(3, -BOUND), np.full(3, BOUND), coarse).dense()
+    sign = 1.0
+    if (raw[::coarse, ::coarse, ::coarse] < 0).sum() > 4:
+        sign = -1.0
         notes.append("the field was positive inside, so its sign was inverted")
-        values, positive = -values, field
+    if invalid := int((~np.isfinite(raw)).sum()):
+        notes.append(f"{invalid:,} of {raw.size:,} values of the field are not finite, taken as outside")
 
-        def field(points: np.ndarray) -> np.ndarray:
-            return -positive(points)
+    def outward(points: np.ndarray) -> np.ndarray:
+        found = sign * field(points)
+        return np.where(np.isfinite(found), found, 1.0)
 
-    thin = _thin_parts(field, values)
+    values = np.where(np.isfinite(raw), sign * raw, 1.0).astype(np.float32)
+    thin = _thin_parts(outward, values)
     near = _mixed(values)
     for points in thin.values():
         near[tuple(((points + BOUND) / (2 * BOUND) * coarse).astype(int).clip(0, coarse - 1).T)] = True
     if not near.any():
         return None, "; ".join(notes)
-    found = _crossed(field, _own_box(values, thin["inside"]), _widened(near), thin, resolution)
+    found = _crossed(outward, _own_box(values, thin["inside"]), _widened(near), thin, resolution)
     if found is None:
         return None, "; ".join(notes)
     samples, cells = found
@@ -202,19 +206,22 @@ def _thin_parts(field: Field, values: np.ndarray) -> dict[str, np.ndarray]:
     found = {}
     for name, sign in (("inside", 1.0), ("outside", -1.0)):
         v = sign * values
-        deep = np.full(values.shape, np.inf, np.float32)
+        around, depths = [np.empty((0, 3), np.int64)], [np.empty(0)]
         for axis in range(3):
             a, p, q, b = (np.moveaxis(v, axis, 0)[i : n - 2 + i] for i in range(4))
             fall, rise = a - p, b - q
             with np.errstate(divide="ignore", invalid="ignore"):
                 lowest = p - fall * (p - q + rise) / (fall + rise)
             valley = (p >= 0) & (q >= 0) & (fall > 0) & (rise > 0) & (lowest < 0.25 * np.minimum(fall, rise))
-            edges = np.moveaxis(deep, axis, 0)[1 : n - 1]
-            edges[valley] = np.minimum(edges[valley], lowest[valley])
-        edges = np.argwhere(np.isfinite(deep))
-        edges = edges[np.argsort(deep[tuple(edges.T)], kind="stable")][:MOST_HIDDEN]
-        # An edge touches four cells; its lowest point does not store the axis, so all eight are searched.
-        cells = np.unique((edges[:, None] - _CORNERS).reshape(-1, 3).clip(0, n - 1), axis=0)[:MOST_HIDDEN]
+            edges = np.argwhere(valley)
+            edges = np.insert(edges[:, 1:], axis, edges[:, 0] + 1, axis=1)
+            around.append((edges[:, None] - _CORNERS[_CORNERS[:, axis] == 0]).reshape(-1, 3))
+            depths.append(lowest[valley].repeat(4))
+        deepest = np.argsort(np.concatenate(depths), kind="stable")
+        cells = np.concatenate(around)[deepest]
+        cells = cells[((cells >= 0) & (cells < n)).all(1)]
+        first = np.unique((cells[:, 0] * n + cells[:, 1]) * n + cells[:, 2], return_index=True)[1]
+        cells = cells[np.sort(first)[:MOST_HIDDEN]]
         found[name] = np.empty((0, 3))
         if len(cells):
             fine = _Samples(field, np.full(3, -BOUND), np.full(3, BOUND), 4 * n)

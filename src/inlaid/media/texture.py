@@ -92,8 +92,8 @@ def textured(
     square = {n: _squared(masks[n], side, pad) for n in meshes}
     camera, overlap = fit_camera(meshes, square)
     if overlap < ENOUGH:
-        why = f"{overlap:.0%}, less than {ENOUGH:.0%}"
-        return dict(meshes), f"no texture: from no direction do the meshes overlap the masks by {why}"
+        why = f"the best overlaps them by {overlap:.0%}, less than {ENOUGH:.0%}"
+        return dict(meshes), f"no texture: no camera matches the masks ({why})"
     seen = _seen(camera, meshes, square)
     material = PBRMaterial(baseColorTexture=Image.fromarray(image), metallicFactor=0.0, roughnessFactor=1.0)
     out = {}
