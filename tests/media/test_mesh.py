@@ -107,12 +107,17 @@ def test_scenes_keep_names_and_places(tmp_path: Path) -> None:
     meshes = {
         "chair": trimesh.creation.box((0.2, 0.4, 0.6)).apply_translation((0.5, 0, 0)),
         "7": trimesh.creation.icosphere(radius=0.2).apply_translation((-0.5, 0.1, 0)),
+        "world": trimesh.creation.icosphere(radius=0.1).apply_translation((0, 0.7, 0)),
     }
     there = {one.name: one for one in read_objects(write_scene(tmp_path / "s.glb", meshes))[0]}
     assert set(there) == set(meshes)
     for name, one in meshes.items():
         corners = there[name].triangles.reshape(-1, 3)
         assert np.allclose([corners.min(0), corners.max(0)], one.bounds, atol=1e-6)
+    raw = (tmp_path / "s.glb").read_bytes()
+    header = json.loads(raw[20 : 20 + int.from_bytes(raw[12:16], "little")])
+    parents = {n["name"] for n in header["nodes"] if "children" in n}
+    assert parents <= {"world_"}, "an object with the name of trimesh's root holds no other object"
     (tmp_path / "bad.glb").write_bytes(b"no")
     with pytest.raises(ValueError, match="is not a mesh"):
         read_objects(tmp_path / "bad.glb")

@@ -36,7 +36,7 @@ class View:
     distance: float = 5.0
     field: float = 30.0
 
-    def _axes(self) -> np.ndarray:
+    def axes(self) -> np.ndarray:
         """Return the unit vectors to the right, upward and forward, (3, 3)."""
         a, e = np.radians([self.azimuth, self.elevation])
         forward = -np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
@@ -49,7 +49,7 @@ class View:
 
         The points are then inside the middle part `margin` of the width and the height.
         """
-        x, y, depth = self._axes() @ points.T
+        x, y, depth = self.axes() @ points.T
         reach = margin * np.tan(np.radians(self.field) / 2)
         needed = (np.maximum(np.abs(x), np.abs(y)) / reach - depth).max()
         return replace(self, distance=max(self.distance, float(needed)))
@@ -59,7 +59,7 @@ class View:
 
         Rays are ordered row by row from the top left pixel.
         """
-        right, up, forward = self._axes()
+        right, up, forward = self.axes()
         eye = -self.distance * forward
         reach = np.tan(np.radians(self.field) / 2)
         y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")

@@ -338,7 +338,10 @@ def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequen
     """
     import trimesh
 
-    scene = trimesh.Scene()
+    root = "world"
+    while root in (*meshes, *empty):  # an object of this name would contain all others
+        root += "_"
+    scene = trimesh.Scene(base_frame=root)
     for name, mesh in meshes.items():
         scene.add_geometry(mesh, node_name=name, geom_name=name)
     for name in empty:

@@ -51,22 +51,21 @@ class Camera:
 
         Coordinates are x to the right and y down; the image is [-1, 1] in both.
         """
-        back, right, up = _axes(self.view)
-        offset = points - self.view.distance * back
-        depth = offset @ -back
+        right, up, forward = self.view.axes()
+        offset = points + self.view.distance * forward
         plane = np.stack([offset @ right, offset @ -up], -1)
-        reach = np.tan(np.radians(self.view.field) / 2)
-        return plane / (reach * depth[:, None].clip(1e-6)) + self.shift, np.linalg.norm(offset, axis=-1)
+        reach = np.tan(np.radians(self.view.field) / 2) * (offset @ forward)[:, None]
+        return plane / reach.clip(1e-6) + self.shift, np.linalg.norm(offset, axis=-1)
 
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return origins and unit directions (size * size, 3) of the rays through all pixels."""
-        back, right, up = _axes(self.view)
+        right, up, forward = self.view.axes()
         reach = np.tan(np.radians(self.view.field) / 2)
         y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
         across, down = ((v[..., None] - s) * reach for v, s in zip((x, y), self.shift, strict=True))
-        rays = -back + across * right - down * up
+        rays = forward + across * right - down * up
         rays = (rays / np.linalg.norm(rays, axis=-1, keepdims=True)).reshape(-1, 3)
-        return np.broadcast_to(self.view.distance * back, rays.shape).copy(), rays
+        return np.broadcast_to(-self.view.distance * forward, rays.shape).copy(), rays
 
 
 def textured(
@@ -145,7 +144,8 @@ def fit_camera(
     def camera(values: np.ndarray) -> Camera:
         azimuth, elevation, distance, size, x, y = values
         field = float(np.degrees(2 * np.arctan(np.exp(size) / np.exp(distance))))
-        return Camera(View(azimuth, elevation, float(np.exp(distance)), field), (x, y))
+        elevation = float(np.clip(elevation, -80, 80))
+        return Camera(View(float(azimuth), elevation, float(np.exp(distance)), field), (float(x), float(y)))
 
     def overlap(values: np.ndarray) -> float:
         return _overlap(camera(values), every, owner, targets)
@@ -209,19 +209,11 @@ def _seen(
         own = np.floor((place + 1) / 2 * len(inside)).astype(int)
         shown = ((own >= 0) & (own < len(inside))).all(1)
         own = own.clip(0, len(inside) - 1)
-        toward = camera.view.distance * _axes(camera.view)[0] - mesh.vertices
+        toward = -camera.view.distance * camera.view.axes()[2] - mesh.vertices
         facing = (mesh.vertex_normals * toward).sum(-1) > 0.2 * np.linalg.norm(toward, axis=-1)
         near = distance < depth[pixel[:, 1], pixel[:, 0]] + NEAR
         out[name] = shown & near & facing & inside[own[:, 1], own[:, 0]]
     return out
-
-
-def _axes(view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return unit vectors (3,) from the origin to the camera, to the right, and up in the image."""
-    a, e = np.radians([view.azimuth, view.elevation])
-    back = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
-    right = np.array([np.cos(a), 0.0, -np.sin(a)])
-    return back, right, np.cross(back, right)
 
 
 def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
