@@ -9,6 +9,8 @@ import pytest
 
 trimesh = pytest.importorskip("trimesh")
 
+from scipy.ndimage import binary_erosion
+
 from inlaid.media.mesh_render import View, render
 from inlaid.media.meshes import write_scene
 from inlaid.media.texture import Camera, fit_camera, textured
@@ -77,10 +79,15 @@ def test_seen_vertices_take_their_place_in_the_image(
     assert np.abs(place - true)[toward].max() < 6.0 and np.abs(place - true)[toward].mean() < 2.0
     column, row = np.floor(place).astype(int).clip(0, 127).T
     assert masks["ball"][row, column].mean() > 0.99, "nothing of the background or of other objects"
+    whole = np.any([binary_erosion(m, iterations=2) for m in masks.values()], 0)
+    inner = np.pad(whole, ((0, 0), (10, 22)))
+    assert inner.sum() > 500
     read = trimesh.load(write_scene(tmp_path / "s.glb", out), process=False)
     assert sorted(read.geometry) == ["ball", "box", "cone"]
     for one in read.geometry.values():
-        assert np.array_equal(np.asarray(one.visual.material.baseColorTexture.convert("RGB")), wide)
+        texture = np.asarray(one.visual.material.baseColorTexture.convert("RGB"))
+        assert texture.shape == wide.shape and np.array_equal(texture[inner], wide[inner])
+        assert not np.array_equal(texture, wide), "the background is filled from the objects"
     raw = (tmp_path / "s.glb").read_bytes()
     assert raw.count(b"\x89PNG") == 1, "one image for all objects"
 

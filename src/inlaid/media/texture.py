@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from inlaid.media.mesh_looks import Look, Texture
+from inlaid.media.mesh_looks import LARGEST, Look, Texture
 from inlaid.media.mesh_render import View
 from inlaid.media.meshes import sample_surface
 
@@ -94,7 +94,9 @@ def textured(
         why = f"the best overlaps them by {overlap:.0%}, less than {ENOUGH:.0%}"
         return dict(meshes), f"no texture: no camera matches the masks ({why})"
     seen = _seen(camera, meshes, square)
-    material = PBRMaterial(baseColorTexture=Image.fromarray(image), metallicFactor=0.0, roughnessFactor=1.0)
+    picture = Image.fromarray(_without_background(image, masks))
+    picture.thumbnail((LARGEST, LARGEST))
+    material = PBRMaterial(baseColorTexture=picture, metallicFactor=0.0, roughnessFactor=1.0)
     out = {}
     for name, mesh in meshes.items():
         place = (camera.project(mesh.vertices)[0] + 1) / 2 * side
@@ -129,7 +131,7 @@ def fit_camera(
 ) -> tuple[Camera, float]:
     """Return the camera whose silhouettes match square masks best, and the mean overlap (IoU) of objects.
 
-    All directions at elevations of -10 to 60 degrees are searched, then the best are refined.
+    36 azimuths at elevations of 0 to 50 degrees are searched, then the best cameras are refined.
     """
     from scipy.optimize import minimize
 
@@ -179,7 +181,7 @@ def _overlap(camera: Camera, points: np.ndarray, owner: np.ndarray, targets: np.
     ids = np.full((SIDE, SIDE), -1)
     ids[pixel[order, 1], pixel[order, 0]] = owner[order]
     silhouettes = ids == np.arange(len(targets))[:, None, None]
-    # Points leave gaps: a pixel without a point belongs to the object of its left or upper neighbor.
+    # Points leave gaps: a pixel without a point belongs to the object on two opposite sides of it.
     for axis in (1, 2):
         silhouettes |= np.roll(silhouettes, 1, axis) & np.roll(silhouettes, -1, axis) & (ids < 0)
     union = (silhouettes | targets).sum((1, 2))
@@ -191,7 +193,6 @@ def _seen(
 ) -> dict[str, np.ndarray]:
     """Return bool (vertices,) of each mesh: True for vertices that the camera sees inside the mask."""
     import trimesh
-    from scipy.ndimage import binary_erosion
 
     whole: Any = trimesh.util.concatenate(
         [trimesh.Trimesh(m.vertices, m.faces, process=False) for m in meshes.values()]
@@ -205,7 +206,7 @@ def _seen(
     for name, mesh in meshes.items():
         place, distance = camera.project(mesh.vertices)
         pixel = np.floor((place + 1) / 2 * DEPTHS).astype(int).clip(0, DEPTHS - 1)
-        inside = np.asarray(binary_erosion(masks[name], iterations=max(1, len(masks[name]) // 200)))
+        inside = _eroded(masks[name])
         own = np.floor((place + 1) / 2 * len(inside)).astype(int)
         shown = ((own >= 0) & (own < len(inside))).all(1)
         own = own.clip(0, len(inside) - 1)
@@ -214,6 +215,26 @@ def _seen(
         near = distance < depth[pixel[:, 1], pixel[:, 0]] + NEAR
         out[name] = shown & near & facing & inside[own[:, 1], own[:, 0]]
     return out
+
+
+def _without_background(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the image with pixels outside all masks, and on their edges, replaced by the nearest inside.
+
+    Vertices at the edge of a silhouette would otherwise take the color of the background.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    inside = np.any([_eroded(mask) for mask in masks.values()], axis=0)
+    rows, columns = distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    return image[rows, columns]
+
+
+def _eroded(mask: np.ndarray) -> np.ndarray:
+    """Return a mask without its edge, where pixels are often blended; unchanged if nothing would remain."""
+    from scipy.ndimage import binary_erosion
+
+    inner = np.asarray(binary_erosion(mask, iterations=max(1, max(mask.shape) // 200)))
+    return inner if inner.any() else mask
 
 
 def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -233,6 +254,7 @@ def _squared(mask: np.ndarray, side: int, pad: list[int]) -> np.ndarray:
 
 
 def _small(mask: np.ndarray) -> np.ndarray:
-    """Resize a square mask to `SIDE`: True where at least half of a pixel is True."""
+    """Resize a square mask to `SIDE`: True where half of a pixel is True, or for a tiny mask, any part."""
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((SIDE, SIDE), Image.Resampling.BOX)
-    return np.asarray(image) >= 128
+    share = np.asarray(image)
+    return share >= min(128, share.max())
