@@ -225,8 +225,8 @@ def _without_background(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> n
     from scipy.ndimage import distance_transform_edt
 
     inside = np.any([_eroded(mask) for mask in masks.values()], axis=0)
-    rows, columns = distance_transform_edt(~inside, return_distances=False, return_indices=True)
-    return image[rows, columns]
+    nearest: Any = distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    return image[tuple(nearest)]
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
