@@ -134,10 +134,15 @@ def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_previews_have_few_triangles_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
-    meshes = {"a": trimesh.creation.icosphere(4), "b": trimesh.creation.icosphere(3)}
+    meshes = {
+        "a": trimesh.creation.icosphere(4),
+        "b": trimesh.creation.icosphere(3),
+        "c": trimesh.creation.box(),
+    }
     assert preview_meshes(meshes) == meshes
     few = preview_meshes(meshes, 1000)
-    assert sum(len(m.faces) for m in few.values()) <= 1000 and len(few["a"].faces) > 2 * len(few["b"].faces)
+    assert sum(len(m.faces) for m in few.values()) <= 1012 and few["c"] is meshes["c"]
+    assert len(few["a"].faces) > 2 * len(few["b"].faces)
     monkeypatch.setattr(meshes_module, "find_spec", lambda name: None)
     assert preview_meshes(meshes, 1000) == meshes, "without the package, all triangles"
 

@@ -295,7 +295,8 @@ def preview_meshes(
     total = sum(len(mesh.faces) for mesh in meshes.values())
     if total <= triangles or find_spec("fast_simplification") is None:
         return dict(meshes)
-    return {n: decimated(m, max(100, len(m.faces) * triangles // total)) for n, m in meshes.items()}
+    targets = {name: max(100, len(mesh.faces) * triangles // total) for name, mesh in meshes.items()}
+    return {n: decimated(m, targets[n]) if len(m.faces) > targets[n] else m for n, m in meshes.items()}
 
 
 def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 8_000_000) -> list[str]:
