@@ -163,7 +163,7 @@ def test_no_pickle_is_written_and_none_is_read_unguarded() -> None:
     for file in FILES:
         text = file.read_text("utf-8")
         assert "torch.save(" not in text, file
-        assert "import pickle" not in text, file
+        assert not re.search(r"import pickle\b|from pickle import (?!UnpicklingError$)", text, re.M), file
         for call in re.findall(r"torch\.load\(([^)]*)\)", text):
             assert "weights_only=True" in call, file
         for call in re.findall(r"np\.load\(([^)]*)\)", text):

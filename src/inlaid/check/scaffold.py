@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from inlaid import config, families
+from inlaid.console import progress
 from inlaid.data.checks import CROPPED
 from inlaid.data.modality import modality_of
 from inlaid.data.plan import describe_plan, plan_dataset
@@ -94,7 +95,15 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
     if kind.modality == "scene":
         return _scenes(family, kind, clips, out or Path(f"{clips.stem or 'scenes'}.yaml"), name)
     model = kind(config.build(raw).model)
-    plan = plan_dataset(config.build(raw).data, model.grid, model.fps, 0, family=model)
+    with progress("probe", 1, "clip") as advance:
+        plan = plan_dataset(
+            config.build(raw).data,
+            model.grid,
+            model.fps,
+            0,
+            lambda done, total: advance(done=done, total=total),
+            family=model,
+        )
     probes = list(plan.probes.values())
     if not probes:
         raise ValueError(
@@ -174,7 +183,9 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
     """
     raw = {"run": "unused", "model": {"family": family, "checkpoint": name}, "data": {"sources": str(folder)}}
     settings = config.build(raw)
-    plan = modality_of(kind.modality).plan(settings, kind(settings.model))
+    modality, model = modality_of(kind.modality), kind(settings.model)
+    with progress("probe", 1, modality.one) as advance:
+        plan = modality.plan(settings, model, lambda done, total: advance(done=done, total=total))
     count = len(plan.train) + len(plan.validation)
     if not count:
         raise ValueError("\n".join(describe_plan(plan.problems, len(plan.clips), noun=plan.noun)))

@@ -48,8 +48,8 @@ def import_(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="ADAPTER OUT | meshes DIR OUT",
-            help="Adapter in any format and output folder; or `meshes`, mesh folder and output folder.",
+            metavar="ADAPTER OUT | meshes SOURCE OUT",
+            help="Adapter in any format and output folder; or `meshes`, mesh file or folder, output folder.",
             show_default=False,
         ),
     ],
@@ -72,24 +72,45 @@ def import_(
     size: Annotated[
         int, typer.Option(min=16, help="Meshes: height and width of the rendered images in pixels.")
     ] = 512,
+    group: Annotated[
+        str,
+        typer.Option(
+            help="Meshes: what forms an object: `node`, `parent` (nodes with a common parent, such as the "
+            "parts of a chair) or `material`."
+        ),
+    ] = "parent",
+    up: Annotated[
+        str | None,
+        typer.Option(
+            help="Meshes: axis of the files that points up: x, y, z, -x, -y or -z. Default: y.",
+            show_default=False,
+        ),
+    ] = None,
+    bad_meshes: Annotated[
+        str,
+        typer.Option(
+            help="Meshes: `skip` leaves out files and objects that cannot be used, `stop` writes nothing."
+        ),
+    ] = "skip",
 ) -> None:
     """Convert another trainer's adapter to the diffusers format.
 
     Fails if a tensor of the file cannot be converted.
 
-    `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
-    DIR.
+    `inlaid import meshes SOURCE OUT` renders training scenes from a .glb, .gltf, .obj, .ply or .stl file, or
+    from all such files in a folder and its subfolders.
     """
     if [str(p) for p in paths[:1]] == ["meshes"] and len(paths) == 3:
         quiet_libraries(bars=False)
-        from inlaid.data.scenes_from_meshes import import_meshes
+        from inlaid.data.scenes_from_meshes import MeshOptions, import_meshes
 
-        for finding in import_meshes(paths[1], paths[2], count=views, size=size):
+        options = MeshOptions(views, size, group, up)  # type: ignore[arg-type]
+        for finding in import_meshes(paths[1], paths[2], options, bad=bad_meshes):  # type: ignore[arg-type]
             echo(f"{finding.severity}: {finding.name}: {finding.message}")
         print(paths[2])
         return
     if len(paths) != 2:
-        raise ValueError("import: needs ADAPTER OUT, or `meshes` DIR OUT; see `inlaid import --help`")
+        raise ValueError("import: needs ADAPTER OUT, or `meshes` SOURCE OUT; see `inlaid import --help`")
     adapter, out = paths
     quiet_libraries()
     from inlaid.adapters.convert import import_adapter

@@ -415,18 +415,21 @@ class Sample(Section):
     """File formats written for each transparent video, in addition to an mp4 over a checkerboard: `mov`
     (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `png` (a .zip of images, lossless), `apng`
     (lossless), `mkv` (FFV1, lossless)."""
-    grid: int = Field(default=256, ge=16, le=1024)
-    """Scenes: number of cells per side of the grid from which meshes are extracted, a power of two."""
+    grid: int | None = Field(default=None, ge=16, le=1024)
+    """3D scenes only: number of grid cells per side of each object's own box, in which its mesh is extracted;
+    a power of two. Default: as published, 256 for MIDI-3D and 512 for TripoSG."""
     triangles: int | None = Field(default=None, ge=100)
     """Scenes: maximum number of triangles per object; larger meshes are simplified. Default: no
     simplification."""
+    texture: bool = False
+    """Scenes: project the input image onto the meshes as a texture, from a camera fitted to the masks."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video of a prompt; video i of the prompt uses seed + i."""
 
     @field_validator("grid")
     @classmethod
-    def _power(cls, value: int) -> int:
-        if value & (value - 1):
+    def _power(cls, value: int | None) -> int | None:
+        if value and value & (value - 1):
             raise ValueError(f"{value} is not a power of two, such as 128 or 256")
         return value
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,8 @@ class NamedImage:
 
     name: str
     pixels: np.ndarray
+    objects: Mapping[int, str] = field(default_factory=dict)
+    """Names of the objects in a segmentation by ID, in the order in which they are generated."""
 
 
 ImageSource = Sequence[str] | Window
@@ -96,7 +98,7 @@ class Modality(ABC):
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
         """Read the conditioning images of one output to generate."""
 
-    def asked(self, sample: recipe.Sample) -> dict[str, Any]:
+    def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
         """Return the arguments of `Family.sample` that only this modality uses."""
         return {}
 

@@ -155,7 +155,12 @@ KINDS: dict[str, Kind] = {
         "have no visible object",
         "use a view in which the objects are larger",
     ),
-    "pickle": Kind("error", "contains a pickle", "contain pickles", "save with numpy.savez"),
+    "pickle": Kind(
+        "error",
+        "contains a pickle that could run code",
+        "contain pickles that could run code",
+        "save the arrays with numpy.savez",
+    ),
     "surface": Kind("error", "has a broken surface", "have broken surfaces", "sample the mesh again"),
     "outside-box": Kind(
         "error",
@@ -178,6 +183,12 @@ KINDS: dict[str, Kind] = {
         "warning", "has a fourth column", "have a fourth column", "save normals instead: (n, 6)"
     ),
     "small": Kind("warning", "has tiny objects", "have tiny objects", "tiny objects are not trained on"),
+    "unseen": Kind(
+        "warning",
+        "has objects that are not visible",
+        "have objects that are not visible",
+        "nothing to do, hidden objects are not trained on in this view",
+    ),
     "bare": Kind(
         "warning",
         "has objects without a surface",

@@ -343,6 +343,10 @@ class Family(Checkpoint, ABC):
         """Set the scale of the loaded adapter: 1 as trained, 0 to disable its low-rank update."""
         pipeline.set_adapters(["inlaid"], [strength])
 
+    def resolved(self, sample: recipe.Sample) -> recipe.Sample:
+        """Return sampling settings in which defaults that depend on the checkpoint have values."""
+        return sample
+
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each recipe setting that this checkpoint does not support."""
         data, sample = config.data, config.sample

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from inlaid.families.base import Family
 from inlaid.families.grid import Grid
 from inlaid.media import meshes
 from inlaid.media.scene import MAX_OBJECTS, invalid_pairs, make_meshes, thinned
+from inlaid.media.texture import textured
 from inlaid.networks import midi_checkpoint, midi_image_encoders
 from inlaid.networks.midi_image_encoders import ImageConditioning, ImageEncoder, LoadedEncoders
 from inlaid.networks.midi_pipeline import ScenePipeline
@@ -43,6 +43,12 @@ from inlaid.networks.triposg import (
     stored_blocks,
 )
 from inlaid.objectives import FlowMatching
+
+BLOCK = r"(?:blocks\.)?(\d+)(?:\.attn1(?:\.processor)?)?"
+"""Regular expression for a block: its number, or the name of the block or its self-attention."""
+
+CELLS = {"MIDI-3D": 256, "TripoSG": 512}
+"""Published resolution of the meshes: cells per side of the box of an object."""
 
 
 class _Open(tuple[Any, ...]):
@@ -80,7 +86,7 @@ class Midi(Family):
     widths: ClassVar[Mapping[int, str]] = {2048: "MIDI and TripoSG"}
     images: Sequence[str] = ("picture", "segmentation")
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {
-        "multi_instance": _Open(["checkpoint", "none", "all", r"\d+(, ?\d+)*"]),
+        "multi_instance": _Open(["checkpoint", "none", "all", rf"{BLOCK}(, ?{BLOCK})*"]),
         "image_dropout": _Open([0.1, r"0(\.\d+)?|1(\.0*)?"]),
         "ff": (False, True),
         "skip_linear": (False, True),
@@ -104,11 +110,16 @@ class Midi(Family):
         )
         self.extractor = self.conditioning.encoders["dino"].extractor
         self.encoders = {"media": ("vae", *self.conditioning.needed), "text": ()}  # type: ignore[misc]
-        self.media_key = [f"pictures for {kind}" for kind in self.conditioning.trained]
+        self.media_key = [
+            midi_image_encoders.VERSION,
+            *(f"pictures for {kind}" for kind in self.conditioning.trained),
+        ]
         self.bytewise = tuple(self.conditioning.trained)
         chosen, layers = str(self.options["multi_instance"]), range(c["num_layers"])
         named = {"checkpoint": [i for i in c["multi_instance"] if i in layers], "none": [], "all": layers}
-        self.blocks = sorted(named[chosen] if chosen in named else {int(n) for n in chosen.split(",")})
+        self.blocks = sorted(
+            named[chosen] if chosen in named else {int(n) for n in re.findall(BLOCK, chosen)}
+        )
         if not set(self.blocks) <= set(layers):
             raise ValueError(f"model.options.multi_instance: choose from blocks 0 to {len(layers) - 1}")
         more = {"ff": r"blocks\.\d+\.ff\.net\.(0\.proj|2)", "skip_linear": r"blocks\.\d+\.skip_linear"}
@@ -341,6 +352,11 @@ class Midi(Family):
         pipe.load_encoders = lambda: self.load_image_encoders(device, network)
         return pipe
 
+    def resolved(self, sample: recipe.Sample) -> recipe.Sample:
+        """Return the sampling settings with the published mesh resolution if the recipe sets none."""
+        cells = CELLS["TripoSG" if self.single_encoder else "MIDI-3D"]
+        return sample.model_copy(update={"grid": sample.grid or cells})
+
     def sample(self, pipeline: Any, text: Any, negative: Any, **how: Any) -> Any:
         """Generate a scene with one mesh per object, from an input image and its segmentation.
 
@@ -348,12 +364,16 @@ class Midi(Family):
             A `media.scene.GeneratedScene`.
         """
         image, ids = how["images"]
-        numbers = [n for n in np.unique(ids).tolist() if n > 0]
-        contexts = pipeline.encoders(image, [ids == n for n in numbers])
+        objects: Mapping[int, str] = how["objects"]
+        contexts = pipeline.encoders(image, [ids == n for n in objects])
         options = {k: how[k] for k in ("steps", "guidance", "generator")}
         latents, vae = pipeline(list(contexts.values()), **options), pipeline.vae
-        fields = {f"object_{n}": Field(vae, x) for n, x in zip(numbers, latents, strict=True)}
-        return make_meshes(fields, how.get("grid") or 256, how.get("triangles"))
+        fields = {name: Field(vae, x) for name, x in zip(objects.values(), latents, strict=True)}
+        made = make_meshes(fields, how["grid"], how["triangles"])
+        if not how["texture"]:
+            return made
+        found, note = textured(made.meshes, image, {name: ids == n for n, name in objects.items()})
+        return replace(made, meshes=found, notes=(*made.notes, note))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter, and set the multi-instance blocks with which the adapter was trained.
