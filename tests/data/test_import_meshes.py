@@ -231,6 +231,8 @@ def test_bad_meshes_are_named_and_left_out_or_stop_the_import(tmp_path: Path) ->
     assert (stopped.code, "Traceback" in stopped.output, (tmp_path / "no").exists()) == (2, False, False)
     assert all(n in stopped.output for n in ("nan.obj", "sub/flat.obj", "line.ply", "chair.fbx", "half.glb"))
     assert "pass --bad-meshes skip" in " ".join(stopped.output.split())
+    once = import_meshes(tmp_path / "in/ok.stl", tmp_path / "ok", MeshOptions(1, 32, up="y"), bad="stop")
+    assert [f.code for f in once] == ["gray"], "nothing is reported twice"
 
 
 def test_subfolders_single_files_and_equal_names(tmp_path: Path) -> None:

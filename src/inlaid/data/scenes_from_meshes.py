@@ -103,11 +103,13 @@ def import_meshes(
         raise ValueError(f"{out}: exists and is not empty: use another folder")
     root = source if source.is_dir() else source.parent
     if bad == "stop":
+        wrong = list(findings)
         with progress("check meshes", len(found), "mesh") as advance:
             for path in found:
-                findings += _Room(path, _label(path, root), options).findings
+                room = _Room(path, _label(path, root), options)
+                wrong += [f for f in room.findings if f.severity == "error"]
                 advance()
-        if wrong := [f for f in findings if f.severity == "error"]:
+        if wrong:
             lines = [f"{f.name}: {f.message}" for f in wrong]
             raise ValueError("\n".join([*lines, "repair or remove these meshes, or pass --bad-meshes skip"]))
     findings += prepare(found, out, options, root=root)
@@ -232,7 +234,8 @@ class _Room:
             placed = one.moved(self.transform)
             found = outward(placed.triangles)
             self.meshes.append(found.mesh)
-            self.looks.append((one.look or gray(len(faces := found.mesh.faces))).turned(found.turned))
+            look = one.look or gray(len(one.triangles))
+            self.looks.append(look.turned(found.turned))
             if found.components:
                 why = f"{found.components} of its parts were inside out and were flipped"
                 self.report("warning", f"`{name}`: {why}", "flipped")
