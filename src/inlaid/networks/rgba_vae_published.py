@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import TorchFileError, atomic, load_torch
 from inlaid.networks import rgba_vae_checkpoint
-from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions, merge_name, vae_name
+from inlaid.networks.rgba_vae import DecoderLora, RgbaVae, convolutions, merge_name, vae_name
 from inlaid.networks.rgba_vae_checkpoint import FILES
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
@@ -263,13 +263,7 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
             notes.append(
                 f"the {what} decoder is merged: extracted an update of rank {RANK}, largest error {left:.2%}"
             )
-    width, z = rgba_vae_checkpoint.fits(vae)
-    if not found.parts["merge"]:
-        return rgba_vae_checkpoint.new_merge(
-            RgbaVae(vae, MergeBlock(width, z), loras["rgb"], loras["alpha"]), 0
-        ), notes
-    merge = MergeBlock(width, z)
-    rgba_vae_checkpoint.fill(merge, found.parts["merge"], f"{where}: the merge block")
+    merge = rgba_vae_checkpoint.read_merge(vae, found.parts["merge"], f"{where}: the merge block")
     return RgbaVae(vae, merge, loras["rgb"], loras["alpha"]), notes
 
 
