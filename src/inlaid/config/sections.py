@@ -380,7 +380,7 @@ class Train(Section):
     """Resume although clips or captions have changed since the checkpoint. Applies to one launch only."""
 
 
-CARRIERS = ("mov", "webm", "png", "apng", "mkv")
+CARRIERS = ("mov", "webm", "pair", "png", "apng", "mkv")
 """File formats for transparent videos."""
 
 
@@ -407,10 +407,11 @@ class Sample(Section):
     """Number of denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
-    transparent: list[str] = ["mov", "webm"]
+    transparent: list[str] = ["mov", "webm", "pair"]
     """File formats written for each transparent video, in addition to an mp4 over a checkerboard: `mov`
-    (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `png` (a .zip of images, lossless), `apng`
-    (lossless), `mkv` (FFV1, lossless)."""
+    (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `pair` (premultiplied color in
+    `NAME_rgb.mp4` and alpha in `NAME_alpha.mp4`), `png` (a .zip of images, lossless), `apng` (lossless), `mkv`
+    (FFV1, lossless). All others have straight color."""
     grid: int = Field(default=256, ge=16, le=1024)
     """Scenes: number of cells per side of the grid from which meshes are extracted, a power of two."""
     triangles: int | None = Field(default=None, ge=100)
