@@ -49,7 +49,8 @@ def import_(
         list[Path],
         typer.Argument(
             metavar="ADAPTER OUT | meshes DIR OUT",
-            help="Adapter in any format and output folder; or `meshes`, mesh folder and output folder.",
+            help="Adapter or RGBA VAE in any format (file, folder, or OWNER/NAME/FILE on the Hub) and output "
+            "folder; or `meshes`, mesh folder and output folder.",
             show_default=False,
         ),
     ],
@@ -73,9 +74,10 @@ def import_(
         int, typer.Option(min=16, help="Meshes: height and width of the rendered images in pixels.")
     ] = 512,
 ) -> None:
-    """Convert another trainer's adapter to the diffusers format.
+    """Convert another trainer's adapter to the diffusers format, or a published RGBA VAE to that of inlaid.
 
-    Fails if a tensor of the file cannot be converted.
+    Fails if a tensor of the file cannot be converted. For a file on the Hub, prints its size and license before
+    the download.
 
     `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
     DIR.

@@ -526,6 +526,13 @@ class Merged(Section):
     colors: int = Field(default=4, ge=1, le=8)
     """Number of background colors over which each clip is composited and encoded. Each training sample uses
     one of the resulting latents."""
+    noise_shift: float | None = Field(default=None, ge=0, lt=0.5)
+    """Mean that is added to the noise away from the subject, in training and sampling (Wan-Alpha v2). Default:
+    0.05 for an imported RGBA VAE of Wan-Alpha v2, else 0."""
+    noise_mask: str | None = None
+    """Where the subject of generated videos is, if `noise_shift` is above 0: a transparent clip, an alpha
+    matte, or a torch file of weights 0 to 1 (t, h, w) such as the published `gauss_mask`. Default: a still
+    ellipse in the center."""
 
 
 Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]

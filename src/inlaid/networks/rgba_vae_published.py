@@ -41,6 +41,12 @@ RANK = 128
 """Largest rank of an update that is extracted from a merged decoder, equal to the rank of published
 updates."""
 
+VERSION_2 = re.compile(r"wan-alpha-v2", re.IGNORECASE)
+"""Part of the path of all files of Wan-Alpha v2; v1 and v2 cannot be distinguished by their tensors."""
+
+NOISE_SHIFT = 0.05
+"""Mean by which Wan-Alpha v2 shifts noise away from the subject, in training and sampling."""
+
 FOLDED_LEFT = 0.02
 """Largest accepted relative error of a layer whose low-rank update is extracted from merged weights. Rounding
 to bfloat16 alone causes an error of 0.003."""
@@ -57,6 +63,13 @@ class Found:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base VAE by diffusers name; empty if the file does not contain the base VAE."""
     notes: Sequence[str] = ()
+
+
+def named_like(name: str) -> bool:
+    """Return True if a file name is that of a published RGBA VAE, whose content is not known yet."""
+    return bool(re.search(r"^decoder\.bin$|wan.?alpha.*vae", name, re.IGNORECASE)) or any(
+        half in name for half in HALVES
+    )
 
 
 def is_rgba_vae(path: Path) -> bool:
@@ -326,7 +339,13 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
     found = read(path, vae.config.num_res_blocks)
     rgba_vae, notes = assemble(found, vae, str(path))
     parts = [part for part in FILES if found.parts[part]]
-    about = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
+    about: dict[str, Any] = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
+    if VERSION_2.search(str(path)):
+        about["noise_shift"] = NOISE_SHIFT
+        notes.append(
+            f"Wan-Alpha v2: alpha.noise_shift is {NOISE_SHIFT} by default in recipes with this RGBA VAE, as in "
+            "the published training"
+        )
     name = rgba_vae_checkpoint.save(rgba_vae, out, alpha_eps=ALPHA_EPS, about=about)
     sizes = {p: sum(t.numel() for t in found.parts[p].values()) for p in parts}
     said = ", ".join(f"{p} {n:,} values" for p, n in sizes.items())
