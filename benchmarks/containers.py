@@ -192,7 +192,7 @@ def row(name: str, found: dict[str, Any]) -> str:
     """Format a row of the table."""
     m = found["mean"]
     exact = m["alpha_max"] == 0 and m["color"] == 0
-    under = "kept" if m["hidden"] < 8 else "lost"
+    under = "kept" if m["hidden"] < 8 else "replaced" if found["written"] else "lost"
     numbers = f"{m['alpha']:.3f} | {m['alpha_max']:.0f} | {m['ghosts']:.2%} | {m['color']:.2f} | {under}"
     return f"| {name}{' (exact)' if exact else ''} | {numbers} | {m['kilobytes']:,.0f} |"
 
@@ -207,7 +207,10 @@ def keep(folder: Path, clips: dict[str, np.ndarray]) -> None:
             pair(path, pixels)
         elif i % 3 == 1:
             times = compositing.to_uint8(compositing.premultiply(compositing.to_float(pixels)))
-            rgba.write_rgba(path.with_suffix(".mov"), times if i == 1 else pixels, FPS)
+            made = times if i == 1 else pixels
+            encode(
+                path.with_suffix(".mov"), made, "prores_ks", "yuva444p10le", profile="4444", alpha_bits="8"
+            )
         else:
             path.mkdir(exist_ok=True)
             for k, frame in enumerate(pixels):

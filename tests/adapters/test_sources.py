@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,7 @@ REPOSITORY = {
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
+def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A repository `some/one` whose files are downloaded to a folder; the names of the downloads."""
     import huggingface_hub
 
@@ -53,7 +52,7 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNa
     monkeypatch.setattr(hub, "free_space", lambda: 10**12)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(console, "_said", set())
-    yield state
+    return state
 
 
 def test_size_and_license_are_printed_before_the_download(
@@ -67,11 +66,15 @@ def test_size_and_license_are_printed_before_the_download(
     local_source(Path("some/one/vae_rgb_channel.safetensors"))
     text = " ".join(capsys.readouterr().err.split())
     assert "vae_rgb_channel.safetensors: 0.3 GB, no license stated" in text
-    assert served.downloads[1:] == ["vae_alpha_channel.safetensors", "vae_rgb_channel.safetensors"], "both halves"
+    assert served.downloads[1:] == ["vae_alpha_channel.safetensors", "vae_rgb_channel.safetensors"], (
+        "both halves"
+    )
 
 
 def test_one_file_needs_no_name_and_several_are_listed(served: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match=r"has 4 files of weights: name one of some/one/VAE/Wan-Alpha-VAE.bin"):
+    with pytest.raises(
+        ValueError, match=r"has 4 files of weights: name one of some/one/VAE/Wan-Alpha-VAE.bin"
+    ):
         local_source(Path("some/one"))
     with pytest.raises(ValueError, match=r"has no file `VAE/v3.bin`: name one of .*v2-VAE.bin \(0.8 GB\)"):
         local_source(Path("some/one/VAE/v3.bin"))
@@ -92,12 +95,23 @@ def test_local_paths_are_never_looked_up(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some/one").mkdir(parents=True)
     (tmp_path / "some/one/decoder.bin").touch()
-    for name in ("some/one/decoder.bin", "some/one/none.bin", "x/none.safetensors", "none", "../a/b", "/a/b/c"):
+    for name in (
+        "some/one/decoder.bin",
+        "some/one/none.bin",
+        "x/none.safetensors",
+        "none",
+        "../a/b",
+        "/a/b/c",
+    ):
         assert local_source(Path(name)) == Path(name)
 
 
 def test_what_is_missing_is_reported_before_the_download(served: SimpleNamespace, tmp_path: Path) -> None:
-    for name in ("some/one/decoder.bin", "some/one/VAE/Wan-Alpha-v2-VAE.bin", "some/one/x_rgb_channel.safetensors"):
+    for name in (
+        "some/one/decoder.bin",
+        "some/one/VAE/Wan-Alpha-v2-VAE.bin",
+        "some/one/x_rgb_channel.safetensors",
+    ):
         with pytest.raises(ValueError, match=r"an RGBA VAE, .* pass it with --checkpoint"):
             import_adapter(Path(name), tmp_path / "out", "wan")
     (tmp_path / "out").mkdir()
@@ -117,16 +131,27 @@ def test_a_published_rgba_vae_is_one_command_away(tiny_wan: Path, tmp_path: Path
     save_file({"pad": torch.zeros(10)}, folder / "other.safetensors")
     with fake_hub(folder) as served:
         environment = served.environment(tmp_path / "home")
-        words: list[object] = ["import", "some/one/Wan-Alpha-v2-VAE.bin", tmp_path / "out", "--checkpoint", tiny_wan]
+        words: list[object] = [
+            "import",
+            "some/one/Wan-Alpha-v2-VAE.bin",
+            tmp_path / "out",
+            "--checkpoint",
+            tiny_wan,
+        ]
         done = command(words, environment, tmp_path)
         assert done.returncode == 0, done.stderr
         text = " ".join(done.stderr.split())
         size = (folder / "Wan-Alpha-v2-VAE.bin").stat().st_size / 1e6
-        assert f"downloading some/one/Wan-Alpha-v2-VAE.bin: {size:.1f} MB, license apache-2.0 ({served.url}" in text
+        assert (
+            f"downloading some/one/Wan-Alpha-v2-VAE.bin: {size:.1f} MB, license apache-2.0 ({served.url}"
+            in text
+        )
         assert "alpha.noise_shift is 0.05 by default" in text
         assert not [r for r in served.requests if r.startswith("GET") and "other.safetensors" in r]
         again = rgba_vae_checkpoint.load(tmp_path / "out", vae)
-        assert all(torch.equal(a, b) for a, b in zip(source.rgb.parameters(), again.rgb.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(source.rgb.parameters(), again.rgb.parameters(), strict=True)
+        )
         facts = json.loads((tmp_path / "out/config.json").read_text("utf-8"))
         assert facts["noise_shift"] == 0.05 and facts["imported"]["file"] == "Wan-Alpha-v2-VAE.bin"
         served.mode = "gated"

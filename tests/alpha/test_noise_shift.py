@@ -27,7 +27,9 @@ from support.rgba_vaes import disc, made, rgba_clips
 STRIDE = (4, 8)
 
 
-def filled(shape: tuple[int, int], center: tuple[float, float], half: tuple[float, float], turn: float) -> np.ndarray:
+def filled(
+    shape: tuple[int, int], center: tuple[float, float], half: tuple[float, float], turn: float
+) -> np.ndarray:
     """Alpha of a filled ellipse that is turned by `turn` radians: uint8 (h, w)."""
     y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
     x, y = x - center[0], y - center[1]
@@ -130,8 +132,18 @@ def merged(recipe: Callable[..., dict], tiny_wan: Path, tmp_path: Path) -> Calla
     return make
 
 
-def test_version_2_shifts_by_default_and_recipes_win(merged: Callable[..., config.Config], capsys: Any) -> None:
-    shifts = [build_family(merged(*v, **a)).noise_shift for v, a in ((("v1",), {}), (("v2",), {}), (("v2",), {"noise_shift": 0}), (("v1",), {"noise_shift": 0.1}))]  # type: ignore[attr-defined]
+def test_version_2_shifts_by_default_and_recipes_win(
+    merged: Callable[..., config.Config], capsys: Any
+) -> None:
+    shifts = [
+        build_family(merged(*v, **a)).noise_shift
+        for v, a in (
+            (("v1",), {}),
+            (("v2",), {}),
+            (("v2",), {"noise_shift": 0}),
+            (("v1",), {"noise_shift": 0.1}),
+        )
+    ]  # type: ignore[attr-defined]
     assert shifts == [0, 0.05, 0, 0.1]
     one, two = (build_family(merged(v)) for v in ("v1", "v2"))
     assert one.shapes(5, 32, 32).keys() == {"latents"} and two.shapes(5, 32, 32)["ellipse"] == (2, 4, 4)

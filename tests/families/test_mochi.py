@@ -244,6 +244,35 @@ def test_perfect_prediction_has_no_loss_and_leads_back_to_the_data(mochi: Mochi)
     assert torch.allclose(x, data, atol=1e-5)
 
 
+def test_the_timestep_loses_no_digits(mochi: Mochi) -> None:
+    """Of the sampler's steps, t = 1 - timestep / 1000 in float32 leads back to the timestep."""
+    answer = Fixed(torch.zeros(1))
+    cond = {"text": torch.zeros(1, 0, 32)}
+    for wanted in (0.0, 12.5, 25.0, 62.5, 500.0, 987.5, 999.5, 1000.0):
+        mochi.predict(answer, torch.zeros(1), torch.tensor([1 - wanted / 1000]), cond)
+        assert answer.timestep.item() == wanted
+    for sigma in linear_quadratic_schedule(64, 0.025):
+        mochi.predict(answer, torch.zeros(1), torch.tensor([sigma]), cond)
+        assert abs(answer.timestep.item() - (1000 - 1000 * sigma)) < 6.2e-5, (
+            "the spacing of float32 near 1000"
+        )
+
+
+def test_text_has_the_length_of_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other/transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"max_sequence_length": 19}), "utf-8")
+    other = family(tmp_path / "other")
+    long, short = texts(other, "x" * 60, "a")
+    assert other.text_length == len(long["text"]) == 19 > len(short["text"])
+    network: Any = other.load_denoiser(torch.float32)
+    seen: list[tuple[int, ...]] = []
+    network.time_embed.pooler.register_forward_hook(lambda m, args, out: seen.append(args[1].shape))
+    with torch.no_grad():
+        other.predict(network, noisy(other), torch.tensor([0.5]), other.collate([short]))
+    assert seen == [(1, 19)], "the mask of the text pooler"
+
+
 def test_objective_is_that_of_the_reference_trainer(goldens_root: Path, mochi: Mochi) -> None:
     tensors = load_file(goldens_root / "legacy_objectives.safetensors")
     given, wanted = (

@@ -86,7 +86,9 @@ def test_color_behind_the_matte_stays_out_of_soft_edges(
     mean, most = soft_error(rgba.read_rgba(rgba.write_rgba(tmp_path / f"a{suffix}", pixels, 16)), pixels)
     assert mean <= 2.5 and most <= 4
     hidden = rgba.read_rgba(tmp_path / f"a{suffix}")[pixels[..., 3] == 0][:, :3].astype(int)
-    assert np.abs(hidden - (230, 40, 190)).max() <= 4, "programs that scale straight color see no green either"
+    assert np.abs(hidden - (230, 40, 190)).max() <= 4, (
+        "programs that scale straight color see no green either"
+    )
     monkeypatch.setattr(rgba, "grow", lambda x: x)
     _, most = soft_error(rgba.read_rgba(rgba.write_rgba(tmp_path / f"b{suffix}", pixels, 16)), pixels)
     assert suffix == ".mov" or most > 100, "without growing it would be green"
@@ -127,7 +129,7 @@ def test_a_pair_composites_as_the_straight_clip(kind: str, tmp_path: Path) -> No
 def test_a_pair_that_does_not_match_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     color, _ = rgba.write_pair(tmp_path / "a", clip("disc"), 16, premultiplied=True)
     _, matte = rgba.write_pair(tmp_path / "b", clip("disc")[:-1], 16, premultiplied=True)
-    with pytest.raises(MediaError, match="9 frames of 72x96, and 8 frames of 72x96 in b_alpha.mp4"):
+    with pytest.raises(MediaError, match=r"9 frames of 72x96, and 8 frames of 72x96 in b_alpha\.mp4"):
         rgba.read_pair(color, matte)
     with pytest.raises(ValueError, match=r"c_rgb.mp4: transparent video is uint8"):
         rgba.write_pair(tmp_path / "c", clip("disc")[..., :3], 16, premultiplied=True)
@@ -170,7 +172,9 @@ def test_smoke_without_opaque_pixels_is_straight_or_premultiplied(how: str, tmp_
     for lowest, highest in ((0.0, 0.45), (0.03, 0.45), (0.1, 0.45)):
         for shade, texture in ((0.95, 0), (0.5, 0), (0.95, 0.7), (0.15, 0), (0.3, 0.8)):
             for premultiplied in (False, True):
-                pixels = stored(smoke(lowest, highest, shade, texture), how, tmp_path, premultiplied=premultiplied)
+                pixels = stored(
+                    smoke(lowest, highest, shade, texture), how, tmp_path, premultiplied=premultiplied
+                )
                 found, wanted = multiplied(pixels), "premultiplied" if premultiplied else "straight"
                 assert found in (wanted, "unclear"), (lowest, shade, texture, wanted)
                 if lowest < 0.1 and shade >= 0.5:

@@ -174,7 +174,7 @@ class Merged(Composed):
         return {**item, "latents": item["latents"][which]}
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Add `noise_shift` to standard normal noise away from the subject, according to `cond["ellipse"]`."""
+        """Add `noise_shift` to standard normal noise away from the subject, given by `cond["ellipse"]`."""
         from inlaid.alpha.noise_shift import shifted
 
         return shifted(noise, cond[ELLIPSE], self.noise_shift) if self.noise_shift else noise
@@ -260,8 +260,8 @@ class Merged(Composed):
         trained = float(header.get(SHIFT, 0))
         if trained != self.noise_shift:
             once(
-                f"note: the adapter was trained with alpha.noise_shift {trained:g}, but it is {self.noise_shift:g}: "
-                f"transparency may be worse; set alpha.noise_shift: {trained:g}"
+                f"note: the adapter was trained with alpha.noise_shift {trained:g}, but it is "
+                f"{self.noise_shift:g}: transparency may be worse; set alpha.noise_shift: {trained:g}"
             )
 
 

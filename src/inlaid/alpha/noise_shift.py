@@ -1,11 +1,11 @@
 """Mean-shifted noise of Wan-Alpha v2 (arXiv 2509.24979, version 2): noise whose mean depends on the subject.
 
-Away from the subject, a constant is added to the noise of all latent channels. The subject is described by one
-Gaussian ellipse per latent frame: 1 at its center, near 0 far away. In training, it is fitted to the alpha of
+Away from the subject, a constant is added to the noise of all latent channels. The subject is described by
+one Gaussian ellipse per latent frame: 1 at its center, near 0 far away. In training, it is fitted to alpha of
 the clip. In sampling, where alpha is not known, it is an ellipse in the center or comes from a file.
 
-The paper writes the mean as G * mu with G = 1 *away from* the subject. Here and in the released code, G is 1 at
-the subject, and the mean is (1 - G) * mu.
+The paper writes the mean as G * mu with G = 1 *away from* the subject. Here and in the released code, G is 1
+at the subject, and the mean is (1 - G) * mu.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
         stride: video frames per latent frame, and pixels per latent cell and side.
 
     Returns:
-        float32 (1 + (t - 1) / stride[0], h / stride[1], w / stride[1]), 0 to 1. A frame without a subject is 0.
+        float32 (1 + (t - 1) / stride[0], h / stride[1], w / stride[1]), 0 to 1; 0 without a subject.
     """
     h, w = (n // stride[1] for n in alpha.shape[1:])
     cells = (alpha > 255 * OPAQUE).reshape(-1, h, stride[1], w, stride[1]).mean((2, 4), dtype=np.float32)
@@ -122,7 +122,9 @@ def read_mask(path: Path, stride: tuple[int, int]) -> np.ndarray:
         return ellipses(alpha[:length, :h, :w], stride)
     found = load_torch(path)
     if not isinstance(found, torch.Tensor) or found.ndim != 3 or not found.numel():
-        raise ValueError(f"{path}: not a tensor (t, h, w) of weights; use a clip, or the published gauss_mask")
+        raise ValueError(
+            f"{path}: not a tensor (t, h, w) of weights; use a clip, or the published gauss_mask"
+        )
     found = found.float()
     if not (found.isfinite().all() and found.min() >= 0 and found.max() <= 1):
         raise ValueError(f"{path}: weights must be 0 to 1; use a clip, or the published gauss_mask")

@@ -45,8 +45,8 @@ def composite_file(
         pixels = read_pair(foreground, mattes[0])
     if (pixels[..., 3] == 255).all():
         raise ValueError(
-            f"{foreground}: is fully opaque; composite needs a file with transparency, or a color file such as "
-            "dog_rgb.mp4 with dog_alpha.mp4 beside it"
+            f"{foreground}: is fully opaque; composite needs a file with transparency, or a color file such "
+            "as dog_rgb.mp4 with dog_alpha.mp4 beside it"
         )
     if not premultiplied and multiplied(pixels) == "premultiplied":
         say(f"note: {foreground}: color looks premultiplied: if edges are too dark, use --premultiplied")

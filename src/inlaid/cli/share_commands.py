@@ -76,8 +76,8 @@ def import_(
 ) -> None:
     """Convert another trainer's adapter to the diffusers format, or a published RGBA VAE to that of inlaid.
 
-    Fails if a tensor of the file cannot be converted. For a file on the Hub, prints its size and license before
-    the download.
+    Fails if a tensor of the file cannot be converted. For a file on the Hub, prints its size and license
+    before the download.
 
     `inlaid import meshes DIR OUT` renders training scenes from the .glb, .gltf, .obj, .ply and .stl files of
     DIR.

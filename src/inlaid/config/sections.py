@@ -410,8 +410,8 @@ class Sample(Section):
     transparent: list[str] = ["mov", "webm", "pair"]
     """File formats written for each transparent video, in addition to an mp4 over a checkerboard: `mov`
     (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `pair` (premultiplied color in
-    `NAME_rgb.mp4` and alpha in `NAME_alpha.mp4`), `png` (a .zip of images, lossless), `apng` (lossless), `mkv`
-    (FFV1, lossless). All others have straight color."""
+    `NAME_rgb.mp4` and alpha in `NAME_alpha.mp4`), `png` (a .zip of images, lossless), `apng` (lossless),
+    `mkv` (FFV1, lossless). All formats except `pair` have straight color."""
     grid: int = Field(default=256, ge=16, le=1024)
     """Scenes: number of cells per side of the grid from which meshes are extracted, a power of two."""
     triangles: int | None = Field(default=None, ge=100)
@@ -527,8 +527,8 @@ class Merged(Section):
     """Number of background colors over which each clip is composited and encoded. Each training sample uses
     one of the resulting latents."""
     noise_shift: float | None = Field(default=None, ge=0, lt=0.5)
-    """Mean that is added to the noise away from the subject, in training and sampling (Wan-Alpha v2). Default:
-    0.05 for an imported RGBA VAE of Wan-Alpha v2, else 0."""
+    """Mean that is added to the noise away from the subject, in training and sampling (Wan-Alpha v2).
+    Default: 0.05 for an imported RGBA VAE of Wan-Alpha v2, else 0."""
     noise_mask: str | None = None
     """Where the subject of generated videos is, if `noise_shift` is above 0: a transparent clip, an alpha
     matte, or a torch file of weights 0 to 1 (t, h, w) such as the published `gauss_mask`. Default: a still

@@ -221,8 +221,8 @@ KINDS: dict[str, Kind] = {
         "warning",
         "does not show whether its color is premultiplied",
         "do not show whether their color is premultiplied",
-        "read as straight: set data.matte.premultiplied=true if the edges look too dark on the contact sheet, "
-        "else false",
+        "read as straight: set data.matte.premultiplied=true if the edges look too dark on the contact "
+        "sheet, else false",
     ),
     "residue": Kind(
         "warning",

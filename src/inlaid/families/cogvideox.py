@@ -4,8 +4,8 @@ Supported checkpoints: 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
 
 Pitfalls:
 
-- The network takes latents with frames before channels, and attends to all text tokens, including padding. The
-  published checkpoints have 226 text tokens (`max_text_seq_length` of the transformer).
+- The network takes latents with frames before channels, and attends to all text tokens, including padding.
+  The published checkpoints have 226 text tokens (`max_text_seq_length` of the transformer).
 - It predicts v on a schedule of 1000 integer timesteps.
 - Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
 - In 1.5, a token covers two latent frames, so clips have 8n+5 frames.
@@ -199,7 +199,7 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode each caption to `text` (`text_length`, d), with the padding, to which the network attends."""
+        """Encode each caption to `text` (`text_length`, d), with padding, to which the network attends."""
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).input_ids

@@ -222,8 +222,8 @@ def _download(
 ) -> Path:
     """Download the files that are not cached, and return the local path of the last file.
 
-    The size of a download of `announced` bytes or more and the license of the repository are printed before it
-    starts.
+    The size of a download of `announced` bytes or more and the license of the repository are printed before
+    it starts.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -326,6 +326,7 @@ def availability(name: str, revision: str | None, components: Iterable[str]) -> 
 
 
 def as_text(n: float) -> str:
+    """Return a number of bytes as text, such as `0.8 GB`."""
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 

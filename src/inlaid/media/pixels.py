@@ -227,7 +227,8 @@ def multiplied(rgba: np.ndarray) -> Multiplied:
     brightness of premultiplied color is proportional to alpha, and that of straight color does not depend on
     alpha: the exponent of alpha, fitted to the mean brightness at each level of alpha, is about 1 or about 0.
     Smoke and glass need no opaque pixels for this. If the exponent is between 0.3 and 0.7, or if alpha hardly
-    varies, the result is `unclear`. Color that is nearly the same in both readings, such as black, is straight.
+    varies, the result is `unclear`. Color that is nearly the same in both readings, such as black, counts as
+    straight.
     """
     alpha, brightest = rgba[..., 3].ravel(), rgba[..., :3].max(-1).ravel()
     soft, transparent = (alpha > 2) & (alpha < 253), alpha == 0

@@ -149,8 +149,8 @@ COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng":
 255, by file suffix. It is high for WebM, because VP9 subsamples color."""
 
 PAIR_OFF = 8.0
-"""Maximum mean error of visible pixels of a pair that is read back after writing and composited over white, on
-the scale 0 to 255."""
+"""Maximum mean error of visible pixels of a pair that is read back after writing and composited over white,
+on the scale 0 to 255."""
 
 PAIR, PAIR_CRF = ("_rgb.mp4", "_alpha.mp4"), 4
 """Endings of the two files of a pair, and their constant rate factor in H.264."""
@@ -237,9 +237,7 @@ def _write_video(path: Path, rgba: np.ndarray, fps: Fraction, suffix: str) -> No
         for pixels in rgba:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=source)
             color = {"dst_colorspace": Colorspace.ITU709} if yuv else {}
-            frame = scaler.reformat(
-                frame, format=pix_fmt, threads=1, interpolation=SCALE_FLAGS, **color
-            )
+            frame = scaler.reformat(frame, format=pix_fmt, threads=1, interpolation=SCALE_FLAGS, **color)
             frame.pts = None
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -286,8 +284,8 @@ def write_pair(
         off = np.abs(over.astype(np.int16) - composite(rgba, white))[seen]
         if off.size and off.mean() > PAIR_OFF:
             raise ValueError(
-                f"{color}: the composite of the pair read back has a mean error of {off.mean():.2f} of 255, more "
-                f"than {PAIR_OFF:g}: this FFmpeg build writes H.264 incorrectly; use .zip"
+                f"{color}: the composite of the pair read back has a mean error of {off.mean():.2f} of 255, "
+                f"more than {PAIR_OFF:g}: this FFmpeg build writes H.264 incorrectly; use .zip"
             )
     return color, matte
 

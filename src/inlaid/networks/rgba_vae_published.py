@@ -343,8 +343,8 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
     if VERSION_2.search(str(path)):
         about["noise_shift"] = NOISE_SHIFT
         notes.append(
-            f"Wan-Alpha v2: alpha.noise_shift is {NOISE_SHIFT} by default in recipes with this RGBA VAE, as in "
-            "the published training"
+            f"Wan-Alpha v2: alpha.noise_shift is {NOISE_SHIFT} by default in recipes with this RGBA VAE, as "
+            "in the published training"
         )
     name = rgba_vae_checkpoint.save(rgba_vae, out, alpha_eps=ALPHA_EPS, about=about)
     sizes = {p: sum(t.numel() for t in found.parts[p].values()) for p in parts}
