@@ -81,7 +81,15 @@ def trained(raw: Any) -> Path:
 def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     """One test, because training is what takes its time."""
     samples = sorted(p.name for p in (trained / "samples/step-000002").iterdir())
-    assert samples == [f"00-clip-number-1-seed42.{s}" for s in ("json", "mov", "mp4", "webm")]
+    ends = [".json", ".mov", ".mp4", ".webm", "_alpha.mp4", "_rgb.mp4"]
+    assert samples == [f"00-clip-number-1-seed42{end}" for end in ends]
+    about = json.loads((trained / "samples/step-000002" / samples[0]).read_text("utf-8"))
+    assert about["files"] == [samples[i] for i in (1, 3, 5, 4)] and about["premultiplied"] == [samples[5]]
+    straight, *pair = (trained / "samples/step-000002" / samples[i] for i in (1, 5, 4))
+    white = np.uint8([255, 255, 255])
+    over = compositing.composite(rgba.read_rgba(straight), white).astype(int)
+    both = compositing.composite(rgba.read_pair(*pair), white, premultiplied=True)
+    assert np.abs(both - over).mean() <= 1.5, "the pair is the straight video, multiplied"
 
     made = commands.inlaid("generate", trained, "a disc", "--transparent", "png,mov,webm,apng,mkv")
     assert made.code == 0, made.output

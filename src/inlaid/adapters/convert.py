@@ -17,6 +17,7 @@ from inlaid.adapters.lycoris import KINDS
 from inlaid.adapters.merge import merge_adapter
 from inlaid.adapters.of_run import trained_folder
 from inlaid.adapters.read import DoraRule, read_adapter
+from inlaid.adapters.sources import local_source
 from inlaid.adapters.write import Target, export_adapter
 from inlaid.alpha.opening import build_family
 from inlaid.alpha.rgba_vae import require_wan_vae
@@ -146,6 +147,10 @@ def import_adapter(
         rules = " or ".join(get_args(DoraRule))
         raise ValueError(f"--dora-scale: `{dora_scale}` is not {rules}")
     kind = families.get(family)
+    _refuse_taken(out)
+    if checkpoint is None and not adapter.exists() and rgba_vae_published.named_like(adapter.name):
+        raise ValueError(_NEEDS_BASE.format(adapter))  # before the download
+    adapter = local_source(adapter)
     if rgba_vae_published.is_rgba_vae(adapter):
         return _import_rgba_vae(adapter, out, family, checkpoint)
     base = (
@@ -153,7 +158,6 @@ def import_adapter(
         if checkpoint
         else None
     )
-    _refuse_taken(out)
     found = read_adapter(
         adapter,
         kind,
@@ -170,6 +174,12 @@ def import_adapter(
     ]
 
 
+_NEEDS_BASE = (
+    "{}: an RGBA VAE, which extends the VAE of a checkpoint; pass it with --checkpoint, such as "
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+)
+
+
 def _refuse_taken(out: Path) -> None:
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"{out} exists and is not empty; choose another folder")
@@ -180,11 +190,7 @@ def _import_rgba_vae(
 ) -> tuple[Path, Sequence[str]]:
     """Convert a published RGBA VAE, or its decoders alone, from a file to the folder layout of inlaid."""
     if checkpoint is None:
-        raise ValueError(
-            f"{path}: an RGBA VAE, which extends the VAE of a checkpoint; pass it with --checkpoint, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
-    _refuse_taken(out)
+        raise ValueError(_NEEDS_BASE.format(path))
     base = families.get(family)(config.Model(family=family, checkpoint=checkpoint))
     require_wan_vae(base)
     return out, rgba_vae_published.convert(path, out, base.load("vae", torch.float32))

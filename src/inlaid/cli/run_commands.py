@@ -83,7 +83,7 @@ Transparent = Annotated[
     str | None,
     typer.Option(
         metavar="mov,webm,png",
-        help="File formats of transparent videos, separated by commas: mov, webm, png, apng, mkv. "
+        help="File formats of transparent videos, separated by commas: mov, webm, pair, png, apng, mkv. "
         "Default: `sample.transparent`.",
         show_default=False,
     ),

@@ -49,7 +49,8 @@ def import_(
         list[Path],
         typer.Argument(
             metavar="ADAPTER OUT | meshes SOURCE OUT",
-            help="Adapter in any format and output folder; or `meshes`, mesh file or folder, output folder.",
+            help="Adapter or RGBA VAE in any format (file, folder, or OWNER/NAME/FILE on the Hub) and output "
+            "folder; or `meshes`, mesh file or folder, output folder.",
             show_default=False,
         ),
     ],
@@ -93,9 +94,10 @@ def import_(
         ),
     ] = "skip",
 ) -> None:
-    """Convert another trainer's adapter to the diffusers format.
+    """Convert another trainer's adapter to the diffusers format, or a published RGBA VAE to that of inlaid.
 
-    Fails if a tensor of the file cannot be converted.
+    Fails if a tensor of the file cannot be converted. For a file on the Hub, prints its size and license
+    before the download.
 
     `inlaid import meshes SOURCE OUT` renders training scenes from a .glb, .gltf, .obj, .ply or .stl file, or
     from all such files in a folder and its subfolders.

@@ -384,7 +384,7 @@ class Train(Section):
     """Resume although clips or captions have changed since the checkpoint. Applies to one launch only."""
 
 
-CARRIERS = ("mov", "webm", "png", "apng", "mkv")
+CARRIERS = ("mov", "webm", "pair", "png", "apng", "mkv")
 """File formats for transparent videos."""
 
 
@@ -411,10 +411,11 @@ class Sample(Section):
     """Number of denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
-    transparent: list[str] = ["mov", "webm"]
+    transparent: list[str] = ["mov", "webm", "pair"]
     """File formats written for each transparent video, in addition to an mp4 over a checkerboard: `mov`
-    (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `png` (a .zip of images, lossless), `apng`
-    (lossless), `mkv` (FFV1, lossless)."""
+    (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `pair` (premultiplied color in
+    `NAME_rgb.mp4` and alpha in `NAME_alpha.mp4`), `png` (a .zip of images, lossless), `apng` (lossless),
+    `mkv` (FFV1, lossless). All formats except `pair` have straight color."""
     grid: int | None = Field(default=None, ge=16, le=1024)
     """3D scenes only: number of grid cells per side of each object's own box, in which its mesh is extracted;
     a power of two. Default: as published, 256 for MIDI-3D and 512 for TripoSG."""
@@ -533,6 +534,13 @@ class Merged(Section):
     colors: int = Field(default=4, ge=1, le=8)
     """Number of background colors over which each clip is composited and encoded. Each training sample uses
     one of the resulting latents."""
+    noise_shift: float | None = Field(default=None, ge=0, lt=0.5)
+    """Mean that is added to the noise away from the subject, in training and sampling (Wan-Alpha v2).
+    Default: 0.05 for an imported RGBA VAE of Wan-Alpha v2, else 0."""
+    noise_mask: str | None = None
+    """Where the subject of generated videos is, if `noise_shift` is above 0: a transparent clip, an alpha
+    matte, or a torch file of weights 0 to 1 (t, h, w) such as the published `gauss_mask`. Default: a still
+    ellipse in the center."""
 
 
 Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]

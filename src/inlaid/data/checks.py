@@ -94,6 +94,7 @@ def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Pro
         "inverted": alpha.inverted and not how.invert,
         "limited": alpha.limited and not how.limited,
         "premultiplied": alpha.premultiplied and how.premultiplied == "auto",
+        "unclear-color": alpha.multiplied == "unclear" and how.premultiplied == "auto",
         "residue": alpha.residue > RESIDUE and not how.snap,
     }
     reasons = {

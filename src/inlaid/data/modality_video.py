@@ -16,7 +16,6 @@ from inlaid.data.probes import Probes
 from inlaid.families.grid import VideoExtent
 from inlaid.media import compositing, rgba, video
 from inlaid.media.contact_sheet import SheetRow, contact_sheet
-from inlaid.media.rgba import SUFFIXES
 
 if TYPE_CHECKING:
     from inlaid.families import Family
@@ -95,16 +94,17 @@ class VideoModality(Modality):
         """
         path, facts = stem.with_name(f"{stem.name}.mp4"), {}
         if made.shape[-1] == 4:
-            files = [path.with_suffix(SUFFIXES[name]) for name in sample.transparent]
-            for i, file in enumerate(files):
+            files: dict[Path, str] = {}
+            for name in sample.transparent:
                 try:
-                    rgba.write_rgba(file, made, fps)
+                    files |= _write(name, path, made, fps)
                 except ValueError as error:  # noise of a barely trained network compresses badly
-                    files[i] = path.with_suffix(SUFFIXES["png"])
-                    say(f"note: {error}: written as {files[i].name} instead")
-                    rgba.write_rgba(files[i], made, fps)
-            files = list(dict.fromkeys(files))
+                    instead = _write("png", path, made, fps)
+                    say(f"note: {error}: written as {next(iter(instead)).name} instead")
+                    files |= instead
             facts = {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
+            multiplied = [f.name for f, kind in files.items() if kind == "premultiplied"]
+            facts |= {"premultiplied": multiplied} if multiplied else {}
             level = made[..., 3].min()
             if level == made[..., 3].max():
                 how = {0: "transparent", 255: "opaque"}.get(int(level), f"{level} of 255")
@@ -112,6 +112,14 @@ class VideoModality(Modality):
             made = compositing.composite(made, compositing.checkerboard(*made.shape[1:3]))
         video.write_video(path, made, fps)
         return path, facts
+
+
+def _write(name: str, path: Path, made: Any, fps: float) -> dict[Path, str]:
+    """Write a video in one format of `sample.transparent`; return the kind of color by file."""
+    if name == "pair":
+        color, matte = rgba.write_pair(path.with_suffix(""), made, fps, premultiplied=True)
+        return {color: "premultiplied", matte: "alpha"}
+    return {rgba.write_rgba(path.with_suffix(".zip" if name == "png" else f".{name}"), made, fps): "straight"}
 
 
 MODALITY = VideoModality()

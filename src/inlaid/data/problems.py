@@ -228,6 +228,13 @@ KINDS: dict[str, Kind] = {
         "look premultiplied",
         "color is divided by alpha; if that is wrong, set data.matte.premultiplied=true or false",
     ),
+    "unclear-color": Kind(
+        "warning",
+        "does not show whether its color is premultiplied",
+        "do not show whether their color is premultiplied",
+        "read as straight: set data.matte.premultiplied=true if the edges look too dark on the contact "
+        "sheet, else false",
+    ),
     "residue": Kind(
         "warning",
         "has a background that is nearly but not fully transparent",

@@ -101,6 +101,8 @@ class Pairs:
             return []
         base = next((own.removesuffix(e) for e in COLORS if own.endswith(e)), own)
         beside = self._there(color.parent)
+        if own == base and any(base + end in beside for end in COLORS):
+            return []  # `dog_alpha.mp4` belongs to `dog_rgb.mp4`, and `dog.mp4` is a preview of both
         found = [p for end in ALPHA_NAMES for p in beside.get(base + end, [])]
         return found or self._across(color, COLOR_FOLDERS, ALPHA_FOLDERS)
 
@@ -111,7 +113,8 @@ class Pairs:
         """
         own, beside = stem(matte), self._there(matte.parent)
         bases = [own.removesuffix(e) for e in ALPHA_NAMES if own.endswith(e)]
-        found = [p for b in bases for end in ("", *COLORS) for p in beside.get(b + end, [])]
+        found = [p for b in bases for end in COLORS for p in beside.get(b + end, [])]
+        found = found or [p for b in bases for p in beside.get(b, [])]
         return found or self._across(matte, ALPHA_FOLDERS, COLOR_FOLDERS)
 
     def named(self, path: Path) -> list[Path]:

@@ -75,7 +75,7 @@ class Family(Checkpoint, ABC):
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published model sizes, such as `Wan 14B`, by width of the hidden layers. Used in
     messages."""
-    text_length: ClassVar[int]
+    text_length: int
     """Maximum number of text tokens that the denoiser accepts."""
     fps: float
     """Frame rate, in frames per second, of the videos on which the published checkpoint was trained."""
@@ -100,7 +100,7 @@ class Family(Checkpoint, ABC):
     """Linear layers that process all video tokens, as regular expressions that must match the full module
     name. Joint alpha (color and alpha as two clips in one token sequence) adapts only these layers. Empty if
     the family does not support joint alpha."""
-    text_before: ClassVar[int] = 0
+    text_before: int = 0
     """Number of text tokens before the video tokens in the input of the layers in `video_layers`."""
     joint_attention: ClassVar[Any] = None
     """Function that takes a rule for the attention of text to alpha (`networks.joint_attention.Rule`) and
@@ -192,6 +192,10 @@ class Family(Checkpoint, ABC):
         conditioning image. They therefore depend only on the seed and the index of the micro-batch.
         """
         return dict(item)
+
+    def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Return the noise of training (n, c, t, h, w), given standard normal noise; `cond` as in `predict`."""
+        return noise
 
     def share_positions(self, denoiser: nn.Module) -> None:
         """Modify the denoiser so that two clips in one sequence have the same positional embeddings.

@@ -4,8 +4,8 @@ Supported checkpoints: 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
 
 Pitfalls:
 
-- The network takes latents with frames before channels, and attends to all 226 text tokens, including
-  padding.
+- The network takes latents with frames before channels, and attends to all text tokens, including padding.
+  The published checkpoints have 226 text tokens (`max_text_seq_length` of the transformer).
 - It predicts v on a schedule of 1000 integer timesteps.
 - Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
 - In 1.5, a token covers two latent frames, so clips have 8n+5 frames.
@@ -104,8 +104,6 @@ class CogVideoX(Family):
     video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
     joint_attention: ClassVar[Any] = CogVideoXJointAttention
     original: ClassVar[OriginalNames] = ORIGINAL
-    text_length: ClassVar[int] = 226
-    text_before: ClassVar[int] = 226
     widths: ClassVar[Mapping[int, str]] = {1920: "CogVideoX 2B", 3072: "CogVideoX 5B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -116,6 +114,7 @@ class CogVideoX(Family):
         self.transformer = c = usual | (self.read_config("transformer") or {})
         self.vae, self.scheduler = (self.read_config(part) or {} for part in ("vae", "scheduler"))
         self._refuse_unsupported()
+        self.text_length = self.text_before = int(c["max_text_seq_length"])
         scheduler: Any = CogVideoXDDIMScheduler.from_config(self.scheduler)
         self.native = VPrediction(tuple(scheduler.alphas_cumprod.tolist()))
         self.images = ("first",) if c["in_channels"] == 32 else ()
@@ -178,7 +177,7 @@ class CogVideoX(Family):
         return {"moments": (32, *latent), **image}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the length of the token sequence: 226 text tokens plus the video tokens."""
+        """Return the length of the token sequence: the text tokens plus the video tokens."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return self.text_length + t // self.pair * (h // 2) * (w // 2)
 
@@ -200,7 +199,7 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode each caption to `text` (226, d), including the padding, to which the network attends."""
+        """Encode each caption to `text` (`text_length`, d), with padding, to which the network attends."""
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).input_ids

@@ -82,7 +82,7 @@ class Midi(Family):
         "VAST-AI/MIDI-3D": {"transformer": {"cross_attention_dim": 768, "cross_attention_2_dim": 1024}},
         "VAST-AI/TripoSG": {"transformer": {"cross_attention_dim": 1024, "cross_attention_2_dim": None}},
     }
-    text_length: ClassVar[int] = 0
+    text_length: int = 0
     widths: ClassVar[Mapping[int, str]] = {2048: "MIDI and TripoSG"}
     images: Sequence[str] = ("picture", "segmentation")
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {

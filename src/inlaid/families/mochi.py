@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,7 +88,7 @@ class Mochi(Family):
         r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     )
     joint_attention: ClassVar[Any] = MochiJointAttention
-    text_length: ClassVar[int] = 256
+    text_length: int = 256
     widths: ClassVar[Mapping[int, str]] = {3072: "Mochi 1"}
     fps, grid = 30.0, Grid(spatial=16, temporal=6)
     precomputed = PrecomputedLayout(("*.latent.pt",), "*.embed.pt")
@@ -108,6 +108,7 @@ class Mochi(Family):
                 f"model.checkpoint: {name} takes {channels[0]} channels for a {channels[1]}-channel VAE; "
                 "only Mochi text-to-video, with 12 and 12, is supported"
             )
+        self.text_length = int(transformer.get("max_sequence_length", self.text_length))
         if model.task not in (None, "t2v") or model.expert is not None:
             key = "expert" if model.expert else "task"
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
@@ -131,7 +132,7 @@ class Mochi(Family):
         return {"moments": (24, *self.shapes(frames, height, width)["latents"][1:])}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens; the text tokens (up to 256) are not counted."""
+        """Return the number of video tokens; the text tokens are not counted."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 
@@ -160,7 +161,7 @@ class Mochi(Family):
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Encode each caption to `text` (n, d), without padding.
 
-        n is the number of tokens, at most 256; it is 0 for an empty caption.
+        n is the number of tokens, at most `text_length`; it is 0 for an empty caption.
         """
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
@@ -209,7 +210,7 @@ class Mochi(Family):
         kind._keep_in_fp32_modules = ["pos_frequencies"]  # bfloat16 angles are wrong at far positions
         network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
         network.rope._create_rope = rotation
-        network.time_embed.pooler.register_forward_pre_hook(_unmasked)
+        network.time_embed.pooler.register_forward_pre_hook(partial(_unmasked, length=self.text_length))
         for block in network.transformer_blocks:
             block.attn1.processor = mochi
         return network
@@ -239,7 +240,9 @@ class Mochi(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data; the network takes the timestep 1000 (1 - t) and returns data - noise."""
         x, text = x_t.to(denoiser.dtype), cond["text"].to(denoiser.dtype)
-        return -denoiser(x, text, (1 - t.float()) * 1000, cond.get("mask"), return_dict=False)[0]
+        # In float32, (1 - t) * 1000 is 12.49999 for t = 0.9875. The stock scheduler has this error of 6e-5.
+        timestep = (1000 - (t if t.dtype is torch.float64 else t.float()) * 1000).float()
+        return -denoiser(x, text, timestep, cond.get("mask"), return_dict=False)[0]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return the standard diffusers pipeline.
@@ -272,13 +275,14 @@ class Mochi(Family):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """Return prompt embeddings padded to 256 tokens, and their attention masks.
+        """Return prompt embeddings padded to `text_length` tokens, and their attention masks.
 
         The embedding of an empty prompt is zero, and its mask is False for all tokens.
         """
         found = {}
         for prefix, item in {"": text, "negative_": negative}.items():
-            embeds, mask = padded(item["text"][None].float().to(pipeline._execution_device))
+            words = item["text"][None].float().to(pipeline._execution_device)
+            embeds, mask = padded(words, self.text_length)
             found |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask}
         return found
 
@@ -304,9 +308,11 @@ def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tenso
     return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), mask.expand(len(text), -1)
 
 
-def _unmasked(pooler: nn.Module, args: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Pre-forward hook of the text pooler: pad the text and add a mask if there is no mask.
+def _unmasked(
+    pooler: nn.Module, args: tuple[Tensor, Tensor | None], *, length: int
+) -> tuple[Tensor, Tensor | None]:
+    """Pre-forward hook of the text pooler: pad the text to `length` tokens and add a mask if there is none.
 
     The output is then bit-identical to the output for text that was padded beforehand.
     """
-    return padded(args[0]) if args[1] is None else args
+    return padded(args[0], length) if args[1] is None else args

@@ -151,7 +151,7 @@ class Wan(Family):
     original: ClassVar[OriginalNames] = ORIGINAL
     original_names: ClassVar[Sequence[tuple[str, str]]] = _LAYERS
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
-    text_length: ClassVar[int] = 512
+    text_length: int = 512
     """Number of text tokens that the published models use in training and sampling. The default of
     `encode_prompt` in diffusers, 226, is wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from inlaid.media.pixels import (
     decoded,
     fit_frame,
     has_alpha,
-    looks_premultiplied,
+    multiplied,
     orientation,
     to_rgb,
 )
@@ -148,7 +148,7 @@ class _Look:
             pixels = decoded(self._path, frame, self._scaler, 4)
             self.opaque = self.opaque and bool((pixels[..., 3] == 255).all())
             if not self.opaque:
-                self._same.append(looks_premultiplied(pixels))
+                self._same.append(multiplied(pixels) == "premultiplied")
                 self.premultiplied = all(self._same)
         elif (kind := (frame.format.name, frame.width, frame.height, frame.colorspace)) not in self._seen:
             self._seen.add(kind)
@@ -523,14 +523,23 @@ def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, crf: int = 17) -> None:
-    """Write an H.264 mp4 file (yuv420p, tagged as BT.709), atomically.
+def write_video(
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float | Fraction,
+    *,
+    crf: int = 17,
+    pix_fmt: Literal["yuv420p", "yuv444p"] = "yuv420p",
+) -> None:
+    """Write an H.264 mp4 file (tagged as BT.709), atomically.
 
     Args:
         path: output file, which must end in `.mp4`.
         frames: uint8 (t, h, w, 3), even height and width.
         fps: frames per second.
         crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.
+        pix_fmt: `yuv420p`, which every player plays, has a quarter of the color samples. `yuv444p` has all
+            of them; FFmpeg and programs based on it play it, many others do not.
 
     Raises:
         ValueError: if the frames cannot be stored as H.264, or `path` does not end in `.mp4`.
@@ -554,7 +563,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, 
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.options = {"crf": str(crf)}
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
@@ -563,7 +572,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, 
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = scaler.reformat(
                 frame,
-                format="yuv420p",
+                format=pix_fmt,
                 dst_colorspace=Colorspace.ITU709,
                 interpolation=SCALE_FLAGS,
                 threads=1,

@@ -32,7 +32,15 @@ class MergeBlock(nn.Module):
     cache; the result is the same.
     """
 
-    def __init__(self, width: int = WIDTH, channels: int = CHANNELS) -> None:
+    def __init__(self, width: int = WIDTH, channels: int = CHANNELS, features: int | None = None) -> None:
+        """Create a merge block.
+
+        Args:
+            width: number of channels of its hidden layers.
+            channels: number of channels of the latent.
+            features: number of channels of the encoder features of color or alpha. Default: `width`, as in
+                the published checkpoints.
+        """
         from diffusers.models.autoencoders.autoencoder_kl_wan import (
             WanAttentionBlock,
             WanCausalConv3d,
@@ -41,7 +49,7 @@ class MergeBlock(nn.Module):
         )
 
         super().__init__()
-        self.conv_in = WanCausalConv3d(2 * width, width, 1)
+        self.conv_in = WanCausalConv3d(2 * (features or width), width, 1)
         self.res = nn.ModuleList(WanResidualBlock(width, width) for _ in range(3))
         self.att = nn.ModuleList(WanAttentionBlock(width) for _ in range(2))
         self.norm_out = WanRMS_norm(width, images=False)
@@ -51,7 +59,7 @@ class MergeBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Merge color and alpha features, each (b, width, t, h, w), into a latent (b, channels, t, h, w)."""
+        """Merge color and alpha features, each (b, features, t, h, w), into (b, channels, t, h, w)."""
         x = self.res[0](self.conv_in(torch.cat([rgb, alpha], 1)))
         for attention, residual in zip(self.att, list(self.res)[1:], strict=True):
             x = residual(attention(x))

@@ -35,7 +35,7 @@ FORMAT = 1
 Colors = Sequence[Sequence[float]]
 
 
-def new(vae: Any, rank: int, seed: int, init: Init = "random") -> RgbaVae:
+def new(vae: Any, rank: int, seed: int, init: Init = "random", width: int | None = None) -> RgbaVae:
     """Create an untrained RGBA VAE from a Wan VAE; both decoders initially equal the decoder of the VAE.
 
     Args:
@@ -45,14 +45,16 @@ def new(vae: Any, rank: int, seed: int, init: Init = "random") -> RgbaVae:
         init: initialization of the merge block. `random`: random weights. `encoder`: the block initially
             reproduces the VAE's latent of the color and ignores alpha, so color is correct from the first
             step.
+        width: width of the hidden layers of the merge block. Default: that of the encoder features, which
+            `init: encoder` requires.
 
     Raises:
         ValueError: if the VAE is not supported.
     """
-    width, z = fits(vae)
+    features, z = fits(vae)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        merge = MergeBlock(width, z)
+        merge = MergeBlock(width or features, z, features)
         loras = [DecoderLora.of(vae.decoder, rank) for _ in range(2)]
     if init == "encoder":
         _as_encoder(merge, vae)
@@ -107,13 +109,6 @@ def fits(vae: Any) -> tuple[int, int]:
             "channels: use another checkpoint"
         )
     return vae.encoder.mid_block.resnets[-1].conv2.weight.shape[0], z
-
-
-@torch.no_grad()
-def new_merge(rgba_vae: RgbaVae, seed: int) -> RgbaVae:
-    """Initialize the merge block of an RGBA VAE randomly and in place; return the RGBA VAE."""
-    rgba_vae.merge.load_state_dict(new(rgba_vae.vae, 1, seed).merge.state_dict())
-    return rgba_vae
 
 
 # --- the folder -------------------------------------------------------------------------------------------
@@ -206,6 +201,7 @@ def save(
         "base_vae": base,
         "z_dim": rgba_vae.merge.conv_out.weight.shape[0],
         "width": rgba_vae.merge.conv_out.weight.shape[1],
+        "features": rgba_vae.merge.conv_in.weight.shape[1] // 2,
         "rank": {"rgb": rgba_vae.rgb.rank, "alpha": rgba_vae.alpha.rank},
         "alpha_eps": alpha_eps,
         "colors": colors,
@@ -289,27 +285,34 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
     Raises:
         ValueError: if tensors are missing, unexpected or of the wrong shape.
     """
-    width, z = fits(vae)
-    merge = MergeBlock(width, z)
-    if "merge" in weights:
-        fill(merge, weights["merge"], f"{where}: the merge block")
+    merge = read_merge(vae, weights.get("merge"), f"{where}: the merge block")
     loras = [
         read_factors(vae.decoder, weights[part], f"{where}: the {what} decoder")
         for part, what in (("rgb", "color"), ("alpha", "alpha"))
     ]
-    rgba_vae = RgbaVae(vae, merge, *loras)
-    return rgba_vae if "merge" in weights else new_merge(rgba_vae, 0)
+    return RgbaVae(vae, merge, *loras)
 
 
-def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load weights into a module, and check that all names and shapes match.
+def read_merge(vae: Any, weights: Mapping[str, Tensor] | None, where: str) -> MergeBlock:
+    """Create a merge block for a VAE from its weights; its width is inferred from the tensors.
 
-    `where` is the prefix of error messages.
+    Args:
+        vae: Wan VAE, the base of the RGBA VAE.
+        weights: tensors by name. None or empty: the merge block has random weights and the width of the
+            encoder features.
+        where: prefix of error messages.
 
     Raises:
         ValueError: if tensors are missing, unexpected or of the wrong shape.
     """
-    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+    if not weights:
+        return new(vae, 1, 0).merge
+    features, z = fits(vae)
+    bias = weights.get("conv_in.bias")
+    width = features if bias is None else bias.numel()
+    with torch.device("meta"):  # a file may claim any width: nothing is allocated before the shapes match
+        merge = MergeBlock(width, z, features)
+    wanted = {n: tuple(t.shape) for n, t in merge.state_dict().items()}
     given = {n: tuple(t.shape) for n, t in weights.items()}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
@@ -322,7 +325,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
             f"{where} does not fit: {wrong[0]} has shape {list(given[wrong[0]])}, this VAE needs "
             f"{list(wanted[wrong[0]])}; use the checkpoint that it was trained on"
         )
-    module.load_state_dict({n: t.float() for n, t in weights.items()})
+    merge.load_state_dict({n: t.float().contiguous() for n, t in weights.items()}, assign=True)
+    return merge
 
 
 def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> DecoderLora:

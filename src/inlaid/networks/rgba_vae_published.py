@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import TorchFileError, atomic, load_torch
 from inlaid.networks import rgba_vae_checkpoint
-from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions, merge_name, vae_name
+from inlaid.networks.rgba_vae import DecoderLora, RgbaVae, convolutions, merge_name, vae_name
 from inlaid.networks.rgba_vae_checkpoint import FILES
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
@@ -40,6 +40,13 @@ HALVES = ("rgb_channel", "alpha_channel")
 RANK = 128
 """Largest rank of an update that is extracted from a merged decoder, equal to the rank of published
 updates."""
+
+VERSION_2 = re.compile(r"wan-alpha-v2[^/]*$|/models--[^/]*wan-alpha-v2[^/]*/", re.IGNORECASE)
+"""File name, or repository in the cache of the Hub, of files of Wan-Alpha v2. The tensors of v1 and v2 have
+the same names and shapes."""
+
+NOISE_SHIFT = 0.05
+"""Mean by which Wan-Alpha v2 shifts noise away from the subject, in training and sampling."""
 
 FOLDED_LEFT = 0.02
 """Largest accepted relative error of a layer whose low-rank update is extracted from merged weights. Rounding
@@ -57,6 +64,13 @@ class Found:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base VAE by diffusers name; empty if the file does not contain the base VAE."""
     notes: Sequence[str] = ()
+
+
+def named_like(name: str) -> bool:
+    """Return True if a file name is that of a published RGBA VAE, whose content is not known yet."""
+    return bool(re.search(r"^decoder\.bin$|wan.?alpha.*vae", name, re.IGNORECASE)) or any(
+        half in name for half in HALVES
+    )
 
 
 def is_rgba_vae(path: Path) -> bool:
@@ -263,13 +277,7 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
             notes.append(
                 f"the {what} decoder is merged: extracted an update of rank {RANK}, largest error {left:.2%}"
             )
-    width, z = rgba_vae_checkpoint.fits(vae)
-    if not found.parts["merge"]:
-        return rgba_vae_checkpoint.new_merge(
-            RgbaVae(vae, MergeBlock(width, z), loras["rgb"], loras["alpha"]), 0
-        ), notes
-    merge = MergeBlock(width, z)
-    rgba_vae_checkpoint.fill(merge, found.parts["merge"], f"{where}: the merge block")
+    merge = rgba_vae_checkpoint.read_merge(vae, found.parts["merge"], f"{where}: the merge block")
     return RgbaVae(vae, merge, loras["rgb"], loras["alpha"]), notes
 
 
@@ -332,7 +340,13 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
     found = read(path, vae.config.num_res_blocks)
     rgba_vae, notes = assemble(found, vae, str(path))
     parts = [part for part in FILES if found.parts[part]]
-    about = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
+    about: dict[str, Any] = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
+    if VERSION_2.search(path.absolute().as_posix()):
+        about["noise_shift"] = NOISE_SHIFT
+        notes.append(
+            f"Wan-Alpha v2: alpha.noise_shift is {NOISE_SHIFT} by default in recipes with this RGBA VAE, as "
+            "in the published training"
+        )
     name = rgba_vae_checkpoint.save(rgba_vae, out, alpha_eps=ALPHA_EPS, about=about)
     sizes = {p: sum(t.numel() for t in found.parts[p].values()) for p in parts}
     said = ", ".join(f"{p} {n:,} values" for p, n in sizes.items())
