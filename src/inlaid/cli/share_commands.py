@@ -14,12 +14,14 @@ from inlaid.cli.app import RunFolder, app, echo, quiet_libraries
 def export(
     run: RunFolder,
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="`diffusers`, `comfyui`, `kohya`, `merged` (adapter merged into the model); for an "
-            "RGBA VAE: `wan-alpha`, `comfyui`."
+            help="Program or format: `diffusers`, `merged` (adapter merged into the model), `comfyui`, "
+            "`musubi` (or `kohya`), `diffsynth`, `wan-alpha`, `transpixeler`, `genmo`, `midi-3d`; for an RGBA "
+            "VAE: `wan-alpha`, `comfyui`. Without it, the command prints what each of them is.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="File or folder to write. Default: export/ in the run folder."),

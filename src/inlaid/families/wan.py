@@ -149,6 +149,15 @@ class Wan(Family):
         ),
     }
     original: ClassVar[OriginalNames] = ORIGINAL
+    programs: ClassVar[Sequence[str]] = ("comfyui", "musubi", "diffsynth", "wan-alpha")
+    kohya_layers: ClassVar[Sequence[Sequence[str]]] = (
+        (
+            *(f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
+            "ffn.net.0.proj",
+            "ffn.net.2",
+        ),
+        ("attn2.add_k_proj", "attn2.add_v_proj"),
+    )
     original_names: ClassVar[Sequence[tuple[str, str]]] = _LAYERS
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
@@ -178,6 +187,22 @@ class Wan(Family):
         )  # an image is frame 1; at least one latent frame must follow
         self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
         self.fps = 24.0 if self.expand_timesteps else 16.0
+
+    def export_problem(self, target: str, whole: bool) -> str | None:
+        """Return the reason why a program cannot use weights for this checkpoint: Wan-Alpha runs 2.1 T2V."""
+        if target == "wan-alpha" and (self.images or self.two_experts or self.expand_timesteps):
+            return f"Wan-Alpha runs Wan 2.1 text-to-video only, not {self.name}"
+        return None
+
+    def export_notes(self, target: str, whole: bool) -> Sequence[str]:
+        """Return a note if other programs, which assume the published sizes, cannot build the network."""
+        assert self.transformer
+        fixed = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
+        other = {k: self.transformer.get(k, v) for k, v in fixed.items() if self.transformer.get(k, v) != v}
+        if not whole or not other:
+            return ()
+        sizes = ", ".join(f"{k} {v} instead of {fixed[k]}" for k, v in other.items())
+        return [f"other programs assume the sizes of the published models; {self.name} has {sizes}"]
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as sampling during training with two experts.

@@ -440,7 +440,10 @@ def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
     return out
 
 
-TARGETS = ("wan-alpha", "comfyui")
+TARGETS = {
+    "wan-alpha": "Wan-Alpha's inference script: `--vae_lora_checkpoint decoder.bin`",
+    "comfyui": "ComfyUI: copy both files to models/vae; two nodes Load VAE, one for color and one for alpha",
+}
 """Values of the option `--to` that export an RGBA VAE."""
 
 
@@ -448,7 +451,8 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     """Export an RGBA VAE to a folder in a published layout, and verify the files by reading them back.
 
     Target `wan-alpha` writes `decoder.safetensors` and `vae.safetensors`, with the tensor names and shapes of
-    `decoder.bin` and of the whole VAE. Target `comfyui` writes two VAEs with merged updates, in bfloat16.
+    `decoder.bin` and of the whole VAE, and the decoders also as `decoder.bin`: a torch file of tensors, because
+    older versions of torch load no safetensors file. Target `comfyui` writes two VAEs with merged updates, in bfloat16.
 
     Raises:
         ValueError: if the target is unknown.
@@ -472,4 +476,9 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
             assert again.keys() == tensors.keys() and all(
                 torch.equal(again[n], t) for n, t in tensors.items()
             )
+        if to == "wan-alpha":
+            own = {n: t.clone() for n, t in files["decoder"].items()}  # without the storages of views
+            torch.save(own, folder / "decoder.bin")
+            again = load_torch(folder / "decoder.bin")
+            assert again.keys() == own.keys() and all(torch.equal(again[n], t) for n, t in own.items())
     return out
