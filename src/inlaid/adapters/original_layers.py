@@ -198,7 +198,7 @@ class Spelling:
         for name, layer in layers.items():
             stem = self.name(name)
             out[f"{stem}{self.down}"], out[f"{stem}{self.up}"] = layer.down, layer.up
-            if self.alpha:
+            if self.alpha and ".blocks." in f".{name}":  # diffusers' converters accept it in blocks only
                 out[f"{stem}{self.alpha}"] = torch.tensor(float(layer.rank))
             if layer.bias is not None:
                 assert self.bias is not None
@@ -220,7 +220,8 @@ class Spelling:
         """
         stem = self.name(name)
         down, up = tensors[f"{stem}{self.down}"], tensors[f"{stem}{self.up}"]
-        scale = tensors[f"{stem}{self.alpha}"].item() / down.shape[0] if self.alpha else 1.0
+        alpha = tensors.get(f"{stem}{self.alpha}") if self.alpha else None
+        scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
         delta = low_rank_product(down, up, scale)
         relative, absolute = (
             tensors.get(f"{stem}{part}") if part else None for part in (self.dora_scale, self.magnitude)

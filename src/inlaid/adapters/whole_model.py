@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from inlaid.adapters.layers import some_of
@@ -65,7 +66,7 @@ def write_original(
         with atomic(out) as part:
             save_file(tensors, part, metadata={**(header or {}), "format": "pt"})
             left = set(state)
-            with load_safetensors(part) as file, progress("comparing", len(tensors), "tensors") as advance:
+            with safe_open(part, "pt") as file, progress("comparing", len(tensors), "tensors") as advance:
                 for key in file.keys():  # noqa: SIM118
                     tensor = file.get_tensor(key)
                     advance()
