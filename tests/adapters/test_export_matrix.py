@@ -1,4 +1,4 @@
-"""Every family, tuner and target: what `inlaid export` takes, and the sentence with which it refuses the rest."""
+"""Every family, tuner and target: what `inlaid export` takes, and why it refuses the rest."""
 
 from __future__ import annotations
 
@@ -89,9 +89,12 @@ def test_the_table_is_complete() -> None:
         assert canonical(target) in PROGRAMS
     from pathlib import Path
 
-    assert loading("kohya", Path("a/b.safetensors"), whole=False) == (
-        "musubi-tuner and other programs with kohya's names: --lora_weight a/b.safetensors (A14B, high noise: "
-        "--lora_weight_high_noise)"
+    line = loading("kohya", Path("a/b.safetensors"), families.get("wan"), "lora", whole=False)
+    assert line.startswith(
+        "musubi-tuner and other programs with kohya's names: --lora_weight a/b.safetensors"
     )
+    for family, kind in (("wan", "lokr"), ("midi", "lora")):
+        line = loading("diffusers", Path("x"), families.get(family), kind, whole=False)
+        assert 'load_lora_adapter("x", prefix="transformer", weight_name=' in line
     with pytest.raises(ValueError, match="--to: `onnx` is not one of diffusers, merged, comfyui, musubi"):
         canonical("onnx")

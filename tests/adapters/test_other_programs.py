@@ -281,15 +281,15 @@ def test_transpixeler(family: str, rule: str, tmp_path: Path) -> None:
     again = read_adapter(path, model)
     assert again.joint and again.header["inlaid_text_to_alpha"] == rule
     wrong = replace(adapter, header={**about, "inlaid_text_to_alpha": "open"})
-    with pytest.raises(ValueError, match=f"text_to_alpha: open; it applies `{rule}`"):
+    with pytest.raises(ValueError, match=rf"text_to_alpha: open; it applies `{rule}`"):
         export_adapter(wrong, "transpixeler", tmp_path / f"u{suffix}", family=model, base=network(model))
     if family == "mochi":
-        with pytest.raises(ValueError, match="domain embedding; train with alpha.domain_embedding: false"):
+        with pytest.raises(ValueError, match=r"domain embedding; train with alpha.domain_embedding: false"):
             wrong = replace(adapter, vector=torch.ones(64))
             export_adapter(wrong, "transpixeler", tmp_path / "v.pt", family=model, base=network(model))
 
 
-# --- MIDI-3D --------------------------------------------------------------------------------------------------
+# --- MIDI-3D ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

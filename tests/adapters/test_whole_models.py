@@ -1,4 +1,4 @@
-"""Whole models for other programs: one file, detected by ComfyUI's rules, with exactly the tensors it builds."""
+"""Whole models in one file: detected by ComfyUI's rules, with exactly the tensors of its network."""
 
 from __future__ import annotations
 

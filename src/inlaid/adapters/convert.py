@@ -49,11 +49,12 @@ def export_run(
             VAE `wan-alpha` or `comfyui`.
         out: file or folder to write. Default: a path in the folder `export` of the run.
         checkpoint: name of a training checkpoint, such as `step-000500`. Default: the final weights.
-        then: LoRA to merge after the trained weights, such as a step-distillation LoRA; only for a whole model.
-            It cannot be a DoRA, which rescales rows of the weights it is merged into and so must come first.
+        then: LoRA to merge after the trained weights, such as a step-distillation LoRA. Only for a whole
+            model. It cannot be a DoRA, which rescales rows of the weights it is merged into and so must come
+            first.
         merge: merge the adapter into the model and export the whole model, for the program `to`.
-        dtype: `float32`, `bfloat16` or `float16`: dtype of a whole model. Default: that of the trained weights,
-            or float32 for a merged adapter.
+        dtype: dtype of a whole model: `float32`, `bfloat16` or `float16`. Default: that of the trained
+            weights, or float32 for a merged adapter.
 
     Returns:
         The path of the written file or folder.
@@ -68,7 +69,7 @@ def export_run(
     job = _Job.of(place, settings, to, merge=merge, dtype=dtype)
     if then is not None and (not job.whole or settings.tuner.kind not in ("lora", "dora")):
         raise ValueError(
-            "--then: requires a LoRA or DoRA run and a whole model, with --to merged or --merge; export without "
+            "--then: requires a LoRA or DoRA run, and a whole model (--to merged or --merge); export without "
             "--then"
         )
     folder = trained_folder(place, checkpoint, job.family)
@@ -102,7 +103,7 @@ def export_targets(run: Path) -> str:
             )
             lines.append(
                 f"  {option}: "
-                + (f"not possible: {reason}" if reason else loading(target, path, whole=whole))
+                + (f"not possible: {reason}" if reason else loading(target, path, family, kind, whole=whole))
             )
     return "\n".join(lines)
 
@@ -242,7 +243,8 @@ def _adapter(job: _Job, folder: Path, target: Path, then: Path | None) -> Path:
 
 def _explain(job: _Job, settings: config.Config, written: Path) -> None:
     """Print how to load the written file, and what else the program needs."""
-    say(loading(job.to, written, whole=job.whole))
+    place = written.parent if job.folder and written.is_file() else written
+    say(loading(job.to, place, job.family, job.kind, whole=job.whole))
     for note in job.family.export_notes(job.target, job.whole):
         say(f"note: {note}")
     if isinstance(settings.alpha, config.Merged) and job.target in ("comfyui", "wan-alpha"):

@@ -105,7 +105,7 @@ def _wan_alpha(adapter: Adapter, family: Model, base: nn.Module | None) -> Layou
     """Factors and magnitudes. A LoRA becomes a DoRA whose magnitudes are the norms of the updated weight."""
     if not adapter.dora and base is None:
         raise ValueError("Wan-Alpha reads DoRA; the magnitudes of a LoRA require the base model: pass base")
-    layers = original_layers(adapter, family.original, base)
+    layers = original_layers(adapter, family.original, None if adapter.dora else base)
     _refuse("wan-alpha", biases=_with_bias(layers), convolutions=_convolutions(layers))
     if not adapter.dora:
         layers = {n: (r, _with_norms(x)) for n, (r, x) in layers.items()}
@@ -221,11 +221,13 @@ def check(layout: Layout, target: str, adapter: Adapter, base: nn.Module | None)
     spelling, covered = SPELLINGS[target], set()
     for name, (rename, layer) in layout.layers.items():
         covered |= set(rename.diffusers)
-        if layer.magnitude is not None and adapter.dora and base is None:
-            continue  # equal factors and magnitudes; no weights to apply them to
         got = spelling.effect(layout.tensors, name, layer.weight)
         parts = len(rename.diffusers)
-        wanted = rename.join([_change(adapter, m, base, got, parts) for m in rename.diffusers])
+        weights = base if layer.weight is not None else None
+        wanted = rename.join([_change(adapter, m, weights, got, parts) for m in rename.diffusers])
+        if layer.magnitude is not None and layer.weight is None:  # equal factors and equal magnitudes
+            own = [adapter.tensors[f"{m}.lora_magnitude_vector"].reshape(-1) for m in rename.diffusers]
+            assert torch.equal(rename.join(own).float(), layer.magnitude), f"{name} differs after export"
         scale = max(
             wanted.abs().max().item(), 0.0 if layer.weight is None else layer.weight.abs().max().item()
         )

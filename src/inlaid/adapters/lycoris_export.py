@@ -37,7 +37,10 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def update(parts: Parts, scale: float) -> Tensor:
-    """Return the update of a layer in float32, (out, in): Kronecker product (LoKr), or product by value (LoHa)."""
+    """Return the update of a layer in float32, (out, in).
+
+    It is the Kronecker product of two matrices (LoKr), or their product by value (LoHa).
+    """
     own = {name: t.float() for name, t in parts.items()}
     if "hada_w1_a" in own:
         return scale * (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])
@@ -51,8 +54,8 @@ def _product(parts: Parts, name: str) -> Tensor:
 def as_lora(parts: Parts, scale: float) -> tuple[Tensor, Tensor]:
     """Return LoRA factors A (r, in) and B (out, r) with exactly the update of a LoKr, in float32.
 
-    With w2 = a b, the update is kron(w1, a) kron(I, b). If the rank of this form is not smaller than the layer,
-    one factor is the identity, and the other one is the update.
+    With w2 = a b, the update is kron(w1, a) kron(I, b). If the rank of this form is not smaller than the
+    layer, one factor is the identity, and the other one is the update.
     """
     own = {name: t.float() for name, t in parts.items()}
     whole = update(parts, scale)
@@ -105,8 +108,8 @@ def original_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors of a file for ComfyUI or musubi-tuner.
 
-    A LoKr of a layer that is part of a larger layer in the original code becomes an exact LoRA, because stacked
-    Kronecker products are no Kronecker product.
+    A LoKr of a layer that is part of a larger layer in the original code becomes an exact LoRA, because
+    Kronecker products one under the other are no Kronecker product.
 
     Args:
         tensors: tensors of the adapter by diffusers name, from `lycoris.read`.
@@ -122,8 +125,8 @@ def original_tensors(
     unknown = [m for m in layers if names.of_diffusers(m) is None]
     if convolutions or unknown:
         raise ValueError(
-            f"--to: {target} cannot represent {some_of([*convolutions, *unknown])}: add --merge to export the "
-            "whole model"
+            f"--to: {target} cannot represent {some_of([*convolutions, *unknown])}: add --merge to export "
+            "the whole model"
         )
     scale = float(config["alpha"]) / float(config["r"])
     out: dict[str, Tensor] = {}
@@ -177,7 +180,7 @@ def write_original(
     target: str,
     header: Mapping[str, str],
 ) -> Path:
-    """Write a LoKr or LoHa for ComfyUI or musubi-tuner, and compare the file with the adapter, layer by layer."""
+    """Write a LoKr or LoHa for ComfyUI or musubi-tuner, and compare the written file with the adapter."""
     from safetensors.torch import load_file
 
     made = original_tensors(tensors, config, names, target)

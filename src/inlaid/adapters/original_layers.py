@@ -216,7 +216,7 @@ class Spelling:
         Args:
             tensors: content of the file.
             name: name of the layer.
-            weight: base weight (rows, in, ...) in float32; required for DoRA.
+            weight: base weight (rows, in, ...) in float32. Without it, the magnitudes of a DoRA are ignored.
         """
         stem = self.name(name)
         down, up = tensors[f"{stem}{self.down}"], tensors[f"{stem}{self.up}"]
@@ -226,9 +226,8 @@ class Spelling:
         relative, absolute = (
             tensors.get(f"{stem}{part}") if part else None for part in (self.dora_scale, self.magnitude)
         )
-        if relative is None and absolute is None:
+        if weight is None or (relative is None and absolute is None):
             return delta
-        assert weight is not None
         flat = weight.flatten(1)
         if relative is not None:
             return (flat + delta) * (relative.reshape(-1, 1) / row_norms(flat)[:, None]) - flat

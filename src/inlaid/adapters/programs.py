@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from inlaid.adapters.adapter import KINDS
 from inlaid.networks.half_tokens import NOT_MERGEABLE
@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from inlaid.families import Family
 
 ALL = ("lora", "dora", "lokr", "loha")
+
+_FOLDER = (
+    '`AutoModel.from_pretrained("{path}")`, then `DiffusionPipeline.from_pretrained(..., transformer=...)`'
+)
+
+_LAYERS = (
+    '`pipe.transformer.load_lora_adapter("{path}", prefix="transformer", '
+    'weight_name="pytorch_lora_weights.safetensors")`'
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Program:
     """What the program cannot take, for the table."""
     without: Mapping[str, str] = field(default_factory=dict)
     """What the program does with an adapter of another kind, by kind, for messages."""
+    special: Mapping[str, str] = field(default_factory=dict)
+    """How to load an adapter of a kind or modality that loads in another way."""
 
 
 PROGRAMS: Mapping[str, Program] = {
@@ -43,16 +54,21 @@ PROGRAMS: Mapping[str, Program] = {
         "diffusers, SimpleTuner, finetrainers, kijai's CogVideoXWrapper",
         ALL,
         '`pipe.load_lora_weights("{path}")`',
-        '`AutoModel.from_pretrained("{path}")`, then `DiffusionPipeline.from_pretrained(..., transformer=...)`',
+        _FOLDER,
         folder=True,
         whole_folder=True,
         lacks="LoHa loads with `inlaid.adapters.lycoris.load` only",
+        special={
+            "lokr": _LAYERS,
+            "loha": '`inlaid.adapters.lycoris.load(pipe.transformer, Path("{path}"))`',
+            "scene": _LAYERS,
+        },
     ),
     "merged": Program(
         "diffusers and programs without adapters",
         ALL,
         "",
-        '`AutoModel.from_pretrained("{path}")`, then `DiffusionPipeline.from_pretrained(..., transformer=...)`',
+        _FOLDER,
         folder=True,
         whole_folder=True,
         lacks="joint alpha",
@@ -78,21 +94,21 @@ PROGRAMS: Mapping[str, Program] = {
         '`pipe.load_lora(pipe.dit, "{path}")`',
         '`ModelConfig(path="{path}")`',
         lacks="DoRA, LoKr, LoHa, trained biases, convolutions (`patch_embedding`)",
-        without={kind: "it ignores them" for kind in ("dora", "lokr", "loha")},
+        without=dict.fromkeys(("dora", "lokr", "loha"), "it ignores them"),
     ),
     "wan-alpha": Program(
         "Wan-Alpha's inference script",
         ("lora", "dora"),
         "`--lora_path {path} --lora_ratio 1.0`",
         lacks="LoKr, LoHa, trained biases, convolutions, whole models; Wan 2.1 T2V only",
-        without={kind: "it reads DoRA only" for kind in ("lokr", "loha")},
+        without=dict.fromkeys(("lokr", "loha"), "it reads DoRA only"),
     ),
     "transpixeler": Program(
         "TransPixeler's inference script",
         ("lora",),
         "`--lora_path {path}`",
         lacks="everything but joint-alpha LoRA of rank 128 or less on the four attention layers",
-        without={kind: "it reads LoRA only" for kind in ("dora", "lokr", "loha")},
+        without=dict.fromkeys(("dora", "lokr", "loha"), "it reads LoRA only"),
     ),
     "genmo": Program(
         "genmo's Mochi, kijai's MochiWrapper (whole models)",
@@ -100,7 +116,7 @@ PROGRAMS: Mapping[str, Program] = {
         "`--lora_path {path}`",
         "`{path}` in place of `dit.safetensors`",
         lacks="DoRA, LoKr, LoHa, layers outside attention, trained biases",
-        without={kind: "it reads LoRA only" for kind in ("dora", "lokr", "loha")},
+        without=dict.fromkeys(("dora", "lokr", "loha"), "it reads LoRA only"),
     ),
     "midi-3d": Program(
         "MIDI-3D, TripoSG",
@@ -111,7 +127,7 @@ PROGRAMS: Mapping[str, Program] = {
         folder=True,
         whole_folder=True,
         lacks="LoKr and LoHa as adapters",
-        without={kind: "its loader reads LoRA and DoRA only" for kind in ("lokr", "loha")},
+        without=dict.fromkeys(("lokr", "loha"), "its loader reads LoRA and DoRA only"),
     ),
 }
 """Targets of `inlaid export`, in the order of the tables."""
@@ -172,15 +188,16 @@ def refusal(
     return None if isinstance(family, type) else family.export_problem(target, whole)
 
 
-def loading(to: str, path: Path, *, whole: bool) -> str:
+def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, whole: bool) -> str:
     """Return one line of text on how to load an exported file or folder."""
     program = PROGRAMS[canonical(to)]
-    text = (program.whole if whole else program.adapter).format(path=path)
+    text = program.special.get(kind) or program.special.get(family.modality) or program.adapter
+    text = (program.whole if whole else text).format(path=path)
     return f"{program.name.split(',')[0]}: {text}".replace("`", "")
 
 
 def table(only: Sequence[str] = tuple(PROGRAMS)) -> list[dict[str, str]]:
-    """Return the rows of the table of programs: target, program, file, how to load it, what it cannot take."""
+    """Return the rows of the table: target, program, what, file, how to load it, what it cannot take."""
     rows = []
     for target in only:
         program, ways = PROGRAMS[target], []

@@ -131,13 +131,13 @@ def export_adapter(
 
     Args:
         adapter: adapter from `read_adapter`.
-        to: a target of `programs.PROGRAMS`. `diffusers` writes a folder with a LoRA or DoRA file, `merged` the
-            whole network as a diffusers folder, `midi-3d` a folder, and all others one file.
+        to: a target of `programs.PROGRAMS`. `diffusers` writes a folder with a LoRA or DoRA file, `merged`
+            the whole network as a diffusers folder, `midi-3d` a folder, and all others one file.
         out: folder, or file with a suffix. A path without suffix is a folder for the file.
         family: model family that defines the module names.
         base: network without adapters. Required for `merged`, which changes it in place, for `comfyui` with
-            DoRA, and for `wan-alpha` with LoRA. `transpixeler` and `musubi` need only the sizes of its layers,
-            so it may be on the meta device; `musubi` without it infers the sizes where possible.
+            DoRA, and for `wan-alpha` with LoRA. `transpixeler` and `musubi` need only the sizes of its
+            layers, so it may be on the meta device; without it, `musubi` infers the sizes where possible.
         notes: function that prints a note for the user.
 
     Returns:

@@ -451,8 +451,9 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     """Export an RGBA VAE to a folder in a published layout, and verify the files by reading them back.
 
     Target `wan-alpha` writes `decoder.safetensors` and `vae.safetensors`, with the tensor names and shapes of
-    `decoder.bin` and of the whole VAE, and the decoders also as `decoder.bin`: a torch file of tensors, because
-    older versions of torch load no safetensors file. Target `comfyui` writes two VAEs with merged updates, in bfloat16.
+    `decoder.bin` and of the whole VAE. It also writes the decoders as `decoder.bin`, a torch file of tensors,
+    because Wan-Alpha's script loads safetensors files only with newer versions of torch. Target `comfyui`
+    writes two VAEs with merged updates, in bfloat16.
 
     Raises:
         ValueError: if the target is unknown.

@@ -1,7 +1,7 @@
-"""Loaders of adapter files of ten programs: (weights by the program's own names, file) -> (new weights, unused keys).
+"""Loaders of adapter files of ten programs: (base weights, file) -> (new weights, unused keys).
 
-The weights are a dict of tensors, biases and modulations included. Each loader is written from the description
-of the program's lookup and arithmetic, in float32, and skips, drops or fails as the program does.
+The weights are tensors by the names of the program, with biases. Each loader is written from the
+description of the program's lookup and arithmetic, in float32, and skips, drops or fails as the program does.
 """
 
 from __future__ import annotations
