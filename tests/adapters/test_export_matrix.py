@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inlaid import families
-from inlaid.adapters.programs import ALIASES, PROGRAMS, canonical, loading, refusal, table, targets
+from inlaid.adapters.programs import ALIASES, PROGRAMS, canonical, loading, markdown, refusal, table, targets
 
 TAKEN = {
     ("wan", "comfyui"): "lora dora lokr loha model",
@@ -79,16 +80,16 @@ def test_checkpoints_that_a_program_does_not_run() -> None:
     )
 
 
-def test_the_table_is_complete() -> None:
+def test_the_table_is_complete_and_in_the_docs() -> None:
     rows = table()
-    assert {row["target"] for row in rows} == set(PROGRAMS)
+    assert [row["target"] for row in rows] == list(PROGRAMS)
     for row in rows:
-        assert row["program"] and row["file"] and row["load"] and (row["lacks"] or row["target"] == "merged")
-        assert "{" not in row["load"]
+        assert row["program"] and row["lacks"] and (row["adapter"] or row["whole"])
+        assert "{" not in row["adapter"] + row["whole"]
+    page = Path(__file__).parents[2] / "docs/how-to/use-in-diffusers-and-comfyui.md"
+    assert markdown() in page.read_text("utf-8")
     for target in (*PROGRAMS, *ALIASES):
         assert canonical(target) in PROGRAMS
-    from pathlib import Path
-
     line = loading("kohya", Path("a/b.safetensors"), families.get("wan"), "lora", whole=False)
     assert line.startswith(
         "musubi-tuner and other programs with kohya's names: --lora_weight a/b.safetensors"

@@ -1,4 +1,4 @@
-"""`inlaid export` of runs of every family and tuner to every target: exact for the program's loader, or refused.
+"""`inlaid export` of runs of every family and tuner to every target: exact in the program, or refused.
 
 Run with `-s`, this prints the matrix with the largest difference of all weights in each cell.
 """
@@ -87,7 +87,7 @@ def midi(folder: Path, family: Any, *, dora: bool) -> State:
 def read(
     target: str, whole: bool, path: Path, family: Any, base: State, tuner: str
 ) -> tuple[State, list[str]]:
-    """What the program makes of the file: all its weights by its own names, and the keys that it did not use."""
+    """The weights that the program makes of the file, by its own names, and the keys that it did not use."""
     name = type(family).__name__.lower()
     if whole and path.is_dir():
         return family.load_denoiser(torch.float32, folder=path).state_dict(), []
@@ -130,7 +130,7 @@ def test_every_cell(family: str, tuner: str, make: Any, matrix: Matrix, tmp_path
 
 
 def compare(target: str, whole: bool, path: Path, family: Any, base: State, merged: State, tuner: str) -> str:
-    """The largest difference of all weights to the merged network; an assertion if one differs or is missing."""
+    """The largest difference of all weights to the merged network; none may differ or be missing."""
     names = family.original
     if not path.is_dir() and target not in ("diffusers", "merged"):
         base, merged = (names.to_original(s) for s in (base, merged))

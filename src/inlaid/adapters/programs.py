@@ -85,7 +85,7 @@ PROGRAMS: Mapping[str, Program] = {
         ("lora", "lokr", "loha"),
         "`--lora_weight {path}` (A14B, high noise: `--lora_weight_high_noise`)",
         "`--dit {path}`",
-        lacks="DoRA, trained biases, convolutions (`patch_embedding`)",
+        lacks="as adapters: DoRA, trained biases, convolutions (`patch_embedding`)",
         without={"dora": "it ignores the magnitudes"},
     ),
     "diffsynth": Program(
@@ -93,7 +93,7 @@ PROGRAMS: Mapping[str, Program] = {
         ("lora",),
         '`pipe.load_lora(pipe.dit, "{path}")`',
         '`ModelConfig(path="{path}")`',
-        lacks="DoRA, LoKr, LoHa, trained biases, convolutions (`patch_embedding`)",
+        lacks="as adapters: DoRA, LoKr, LoHa, trained biases, convolutions (`patch_embedding`)",
         without=dict.fromkeys(("dora", "lokr", "loha"), "it ignores them"),
     ),
     "wan-alpha": Program(
@@ -115,7 +115,7 @@ PROGRAMS: Mapping[str, Program] = {
         ("lora",),
         "`--lora_path {path}`",
         "`{path}` in place of `dit.safetensors`",
-        lacks="DoRA, LoKr, LoHa, layers outside attention, trained biases",
+        lacks="as adapters: DoRA, LoKr, LoHa, layers outside attention, trained biases",
         without=dict.fromkeys(("dora", "lokr", "loha"), "it reads LoRA only"),
     ),
     "midi-3d": Program(
@@ -196,28 +196,29 @@ def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, wh
     return f"{program.name.split(',')[0]}: {text}".replace("`", "")
 
 
-def table(only: Sequence[str] = tuple(PROGRAMS)) -> list[dict[str, str]]:
-    """Return the rows of the table: target, program, what, file, how to load it, what it cannot take."""
+def table() -> list[dict[str, str]]:
+    """Return a row of texts for each target: `target`, `program`, `adapter`, `whole` and `lacks`.
+
+    `adapter` and `whole` describe the file and how to load it, in Markdown, and are empty if the program takes
+    none.
+    """
     rows = []
-    for target in only:
-        program, ways = PROGRAMS[target], []
-        folder = f"export/{target}"
-        if program.adapter:
-            file = folder if program.folder else f"NAME-{target}.safetensors"
-            ways.append((file, program.adapter))
-        if program.whole:
-            file = folder if program.whole_folder else f"NAME-{target}-model.safetensors"
-            ways.append((file, program.whole))
-        for i, (file, load) in enumerate(ways):
-            adapter = "adapter" if program.adapter and not i else "whole model"
-            rows.append(
-                {
-                    "target": target,
-                    "program": program.name,
-                    "what": adapter,
-                    "file": file,
-                    "load": load.format(path=file),
-                    "lacks": program.lacks,
-                }
-            )
+    for target, program in PROGRAMS.items():
+        file = f"export/{target}" if program.folder else f"NAME-{target}.safetensors"
+        model = f"export/{target}" if program.whole_folder else f"NAME-{target}-model.safetensors"
+        texts = {"target": target, "program": program.name, "lacks": program.lacks}
+        texts |= {"adapter": program.adapter.format(path=file), "whole": program.whole.format(path=model)}
+        rows.append(texts)
     return rows
+
+
+def markdown() -> str:
+    """Return the table of programs in Markdown, for the documentation."""
+    lines = [
+        "| `--to` | program | an adapter | the whole model (`--merge`, or full fine-tuning) | cannot take |",
+        "|---|---|---|---|---|",
+    ]
+    for row in table():
+        cells = f"`{row['target']}`", row["program"], row["adapter"], row["whole"], row["lacks"]
+        lines.append(f"| {' | '.join(cell or '-' for cell in cells)} |")
+    return "\n".join(lines)
