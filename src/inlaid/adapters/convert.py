@@ -76,6 +76,12 @@ def export_run(
     target = out or run / "export" / job.name(run.name)
     if target.exists():
         raise ValueError(f"{target} already exists; choose another path with --out")
+    if not job.folder and target.suffix != job.suffix:
+        if target.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+            raise ValueError(
+                f"--out: {to} reads a {job.suffix} file; choose a name that ends in {job.suffix}"
+            )
+        target = target / f"{to}{job.suffix}"
     written = (_whole if job.whole else _adapter)(job, folder, target, then)
     _explain(job, settings, written)
     return written
@@ -146,14 +152,18 @@ class _Job:
         program = PROGRAMS[self.target]
         return program.whole_folder if self.whole else program.folder
 
+    @property
+    def suffix(self) -> str:
+        """Suffix of an export that is a file."""
+        layout = self.family.joint_layout if self.target == "transpixeler" else None
+        return ".pt" if layout and layout.torch_file else ".safetensors"
+
     def name(self, run: str) -> str:
         """Return the default name of the export; other programs recognize experts by `high_noise` in it."""
         expert = f"-{self.expert}_noise" if self.expert and f"{self.expert}_noise" not in run else ""
         if self.folder:
             return "merged" if self.whole and self.target == "diffusers" and self.kind != "full" else self.to
-        layout = self.family.joint_layout if self.target == "transpixeler" else None
-        suffix = ".pt" if layout and layout.torch_file else ".safetensors"
-        return f"{run}{expert}-{self.to}{'-model' if self.whole else ''}{suffix}"
+        return f"{run}{expert}-{self.to}{'-model' if self.whole else ''}{self.suffix}"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -199,8 +199,8 @@ def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, wh
 def table() -> list[dict[str, str]]:
     """Return a row of texts for each target: `target`, `program`, `adapter`, `whole` and `lacks`.
 
-    `adapter` and `whole` describe the file and how to load it, in Markdown, and are empty if the program takes
-    none.
+    `adapter` and `whole` describe the file and how to load it, in Markdown, and are empty if the program
+    takes none.
     """
     rows = []
     for target, program in PROGRAMS.items():
@@ -215,7 +215,7 @@ def table() -> list[dict[str, str]]:
 def markdown() -> str:
     """Return the table of programs in Markdown, for the documentation."""
     lines = [
-        "| `--to` | program | an adapter | the whole model (`--merge`, or full fine-tuning) | cannot take |",
+        "| `--to` | program | adapter | whole model (`--merge`, or full fine-tuning) | cannot take |",
         "|---|---|---|---|---|",
     ]
     for row in table():

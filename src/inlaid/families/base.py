@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlaid import config as recipe
-from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.grid import Grid
 from inlaid.families.other_programs import OtherPrograms
 
@@ -50,7 +49,7 @@ class PrecomputedLayout:
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
 
 
-class Family(Checkpoint, OtherPrograms, ABC):
+class Family(OtherPrograms, ABC):
     """Base class of model families. A family adapts a model architecture to the conventions of this package.
 
     The constructor reads the configuration files of a checkpoint, but no weights.

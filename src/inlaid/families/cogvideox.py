@@ -106,6 +106,7 @@ class CogVideoX(Family):
     joint_attention: ClassVar[Any] = CogVideoXJointAttention
     original: ClassVar[OriginalNames] = ORIGINAL
     programs: ClassVar[Sequence[str]] = ("comfyui", "transpixeler")
+    fixed_sizes: ClassVar[Mapping[str, int]] = {"attention_head_dim": 64}
     joint_layout: ClassVar[JointLayout | None] = JointLayout(
         key="transformer.transformer_blocks.{block}.{layer}.lora_{factor}.weight",
         layers={f"attn1.{name}": f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")},
@@ -173,13 +174,6 @@ class CogVideoX(Family):
                 "model with one or the other"
             )
         return None
-
-    def export_notes(self, target: str, whole: bool) -> Sequence[str]:
-        """Return a note if ComfyUI, which assumes heads of 64 values, cannot build the network."""
-        head = self.transformer["attention_head_dim"]
-        if not whole or head == 64:
-            return ()
-        return [f"ComfyUI assumes attention heads of 64 values; those of {self.name} have {head}"]
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
         """Return the table of sinusoidal positions (1, 226 + v, d) of 2B, which diffusers does not save.

@@ -85,6 +85,11 @@ class Mochi(Family):
     }
     original: ClassVar[OriginalNames] = ORIGINAL
     programs: ClassVar[Sequence[str]] = ("comfyui", "genmo", "transpixeler")
+    fixed_sizes: ClassVar[Mapping[str, int]] = {
+        "num_layers": 48,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+    }
     joint_layout: ClassVar[JointLayout | None] = JointLayout(
         key="block_{block}.{layer}.{factor}.weight",
         layers={"attn1.to_out.0": "to_out_lora", **{f"attn1.to_{x}": f"to_{x}_lora" for x in "qkv"}},
@@ -122,15 +127,6 @@ class Mochi(Family):
         if model.task not in (None, "t2v") or model.expert is not None:
             key = "expert" if model.expert else "task"
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
-
-    def export_notes(self, target: str, whole: bool) -> Sequence[str]:
-        """Return a note if ComfyUI, whose sizes are fixed, cannot build the network."""
-        config = self.read_config("transformer") or {}
-        fixed = {"num_layers": 48, "num_attention_heads": 24, "attention_head_dim": 128}
-        other = [f"{k} {config[k]} instead of {v}" for k, v in fixed.items() if config.get(k, v) != v]
-        if not whole or not other:
-            return ()
-        return [f"other programs assume the sizes of Mochi 1; {self.name} has {', '.join(other)}"]
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as fewer than two sampling steps.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.original_names import OriginalNames
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class JointLayout:
     """Rank in the script, which is fixed; the LoRA alpha is 1."""
 
 
-class OtherPrograms:
-    """What other programs know about a model family; a base class of `Family`."""
+class OtherPrograms(Checkpoint):
+    """Checkpoint with facts about the programs that run its model; the base class of `Family`."""
 
     original: ClassVar[OriginalNames] = OriginalNames()
     """Names of all layers in the original code, which other programs use; empty if they equal diffusers'."""
@@ -49,6 +50,9 @@ class OtherPrograms:
     """Groups of layers inside a block, by diffusers name. Converters of files with kohya's names require all
     layers of the first group in each block, and all or none of each other group."""
 
+    fixed_sizes: ClassVar[Mapping[str, int]] = {}
+    """Values of the denoiser's configuration that other programs assume for a whole model."""
+
     def export_problem(self, target: str, whole: bool) -> str | None:
         """Return the reason why a program cannot use weights for this checkpoint, or None if it can.
 
@@ -59,8 +63,18 @@ class OtherPrograms:
         return None
 
     def export_notes(self, target: str, whole: bool) -> Sequence[str]:
-        """Return notes about sizes of this checkpoint that a program assumes to be others."""
-        return ()
+        """Return a note if other programs cannot build this network, because they assume other sizes."""
+        if not whole or target not in self.programs:
+            return ()
+        config = self.read_config(self.component) or {}
+        other = [
+            f"{k} {config[k]} instead of {v}" for k, v in self.fixed_sizes.items() if config.get(k, v) != v
+        ]
+        if not other:
+            return ()
+        return [
+            f"other programs assume the sizes of the published models; {self.name} has {', '.join(other)}"
+        ]
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
         """Return tensors that a whole model for ComfyUI needs besides the weights, by original name."""

@@ -88,6 +88,16 @@ ORIGINAL = OriginalNames(
 before cross-attention is `norm3` in the original code and `norm2` in diffusers."""
 
 
+KOHYA = (
+    (
+        *(f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ),
+    ("attn2.add_k_proj", "attn2.add_v_proj"),
+)
+"""Layers of a block that files with kohya's names contain together: of all models, and of those with CLIP."""
+
 _LAYERS = tuple(
     (r.original.removeprefix("blocks.*."), r.diffusers[0].removeprefix("blocks.*."))
     for r in ORIGINAL.renames
@@ -150,14 +160,8 @@ class Wan(Family):
     }
     original: ClassVar[OriginalNames] = ORIGINAL
     programs: ClassVar[Sequence[str]] = ("comfyui", "musubi", "diffsynth", "wan-alpha")
-    kohya_layers: ClassVar[Sequence[Sequence[str]]] = (
-        (
-            *(f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
-            "ffn.net.0.proj",
-            "ffn.net.2",
-        ),
-        ("attn2.add_k_proj", "attn2.add_v_proj"),
-    )
+    kohya_layers: ClassVar[Sequence[Sequence[str]]] = KOHYA
+    fixed_sizes: ClassVar[Mapping[str, int]] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
     original_names: ClassVar[Sequence[tuple[str, str]]] = _LAYERS
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: ClassVar[int] = 512
@@ -193,16 +197,6 @@ class Wan(Family):
         if target == "wan-alpha" and (self.images or self.two_experts or self.expand_timesteps):
             return f"Wan-Alpha runs Wan 2.1 text-to-video only, not {self.name}"
         return None
-
-    def export_notes(self, target: str, whole: bool) -> Sequence[str]:
-        """Return a note if other programs, which assume the published sizes, cannot build the network."""
-        assert self.transformer
-        fixed = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-        other = {k: self.transformer.get(k, v) for k, v in fixed.items() if self.transformer.get(k, v) != v}
-        if not whole or not other:
-            return ()
-        sizes = ", ".join(f"{k} {v} instead of {fixed[k]}" for k, v in other.items())
-        return [f"other programs assume the sizes of the published models; {self.name} has {sizes}"]
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as sampling during training with two experts.
