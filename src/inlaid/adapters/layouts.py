@@ -206,7 +206,8 @@ def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
         torch.save({"state_dict": own}, path)
         again = load_torch(path)["state_dict"]
     else:
-        save_file(own, path, metadata={**header, **layout.header, "format": "pt"})
+        about = {k: v for k, v in header.items() if k != "config"}  # ComfyUI would override its detection
+        save_file(own, path, metadata={**about, **layout.header, "format": "pt"})
         again = load_file(path)
     assert again.keys() == own.keys(), "tensors are missing in the file"
     assert all(torch.equal(again[k], own[k]) for k in own), "tensors differ in the file"

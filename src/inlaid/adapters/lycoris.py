@@ -201,7 +201,7 @@ def export(
         return write_network(out, base)
     if to != "diffusers":
         with load_safetensors(path / WEIGHTS) as file:
-            header = {k: v for k, v in read_metadata(file).items() if k not in (METADATA_KEY, "format")}
+            header = {k: v for k, v in read_metadata(file).items() if k not in (METADATA_KEY, "config")}
         return write_original(out, *found, names, to, header)
     with atomic(out) as folder:
         folder.mkdir(parents=True)
