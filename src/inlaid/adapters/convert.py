@@ -96,21 +96,17 @@ def export_targets(run: Path) -> str:
     family, kind = build_family(settings), settings.tuner.kind
     lines = []
     for target in PROGRAMS:
-        for whole in (False, True):
-            option = f"--to {target}" + (" --merge" if whole and kind != "full" else "")
-            if (whole and target == "merged" and kind != "full") or (not whole and kind == "full"):
+        for merge in (False, True):
+            if (merge and target == "merged") or (merge and kind == "full"):
                 continue
+            whole = merge or kind == "full" or target == "merged"
             reason = refusal(target, family, kind, whole=whole, joint=settings.alpha.kind == "joint")
-            if reason and (whole or target not in targets(family)):
+            if reason and (merge or target not in targets(family)):
                 continue
-            path = Path(
-                "export",
-                _Job(family, kind, settings.model.expert, target, target, whole, None).name(run.name),
-            )
-            lines.append(
-                f"  {option}: "
-                + (f"not possible: {reason}" if reason else loading(target, path, family, kind, whole=whole))
-            )
+            job = _Job(family, kind, settings.model.expert, target, target, whole, None)
+            path = Path("export", job.name(run.name))
+            text = f"not possible: {reason}" if reason else loading(target, path, family, kind, whole=whole)
+            lines.append(f"  --to {target}{' --merge' if merge else ''}: {text}")
     return "\n".join(lines)
 
 

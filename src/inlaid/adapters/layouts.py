@@ -24,7 +24,7 @@ from inlaid.adapters.original_layers import (
     plain_layers,
 )
 from inlaid.adapters.read import DORA_RULE_KEY, split_block
-from inlaid.files import load_torch, save_file
+from inlaid.files import load_torch, save_file, save_torch
 
 if TYPE_CHECKING:
     from inlaid.families import Family
@@ -203,7 +203,7 @@ def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
     """Write a layout to a file, read it back, and assert that every tensor is in the file."""
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in layout.tensors.items()}
     if layout.torch_file:
-        torch.save({"state_dict": own}, path)
+        save_torch(own, path, under="state_dict")
         again = load_torch(path)["state_dict"]
     else:
         about = {k: v for k, v in header.items() if k != "config"}  # ComfyUI would override its detection
@@ -275,10 +275,9 @@ def midi_folder(
             assert torch.allclose(got, layer_delta(part, module), atol=1e-6), f"{module} differs after export"
     folder.mkdir(parents=True, exist_ok=True)
     write(Layout(tensors), folder / "lora_weights.safetensors", header)
-    own = {k: t.detach().cpu().clone() for k, t in tensors.items()}
-    torch.save(own, folder / "lora_weights.pth")
+    save_torch(tensors, folder / "lora_weights.pth")
     again = load_torch(folder / "lora_weights.pth")
-    assert again.keys() == own.keys() and all(torch.equal(again[k], own[k]) for k in own)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[k], tensors[k].cpu()) for k in tensors)
     dora = ", use_dora=True" if adapter.dora else ""
     bias = ", lora_bias=True" if any(layer.bias is not None for layer in layers.values()) else ""
     return f"LoraConfig(r={rank}, lora_alpha={rank}{dora}{bias}, target_modules=...)"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from inlaid.config.sections import ALPHA_EPS
-from inlaid.files import TorchFileError, atomic, load_torch
+from inlaid.files import TorchFileError, atomic, load_torch, save_torch
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions, merge_name, vae_name
 from inlaid.networks.rgba_vae_checkpoint import FILES
@@ -478,8 +478,8 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
                 torch.equal(again[n], t) for n, t in tensors.items()
             )
         if to == "wan-alpha":
-            own = {n: t.clone() for n, t in files["decoder"].items()}  # without the storages of views
-            torch.save(own, folder / "decoder.bin")
+            own = files["decoder"]
+            save_torch(own, folder / "decoder.bin")
             again = load_torch(folder / "decoder.bin")
             assert again.keys() == own.keys() and all(torch.equal(again[n], t) for n, t in own.items())
     return out
