@@ -314,6 +314,23 @@ class TorchFileError(FileError):
     """Error for a file that `torch.load` cannot load; `code` is `unreadable`, `truncated` or `pickle`."""
 
 
+def save_torch(tensors: Mapping[str, Tensor], path: Path, *, under: str | None = None) -> None:
+    """Write tensors to a torch file, for programs that read no other format.
+
+    Args:
+        tensors: tensors by name. Views are copied, so that the file holds no more than their values.
+        path: file to write.
+        under: key of the file that holds the tensors, such as `state_dict`. Default: none; the file is the
+            mapping of names to tensors.
+    """
+    import torch
+
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()), "tensors only"
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with naming(path, size=sum(t.numel() * t.element_size() for t in own.values())):
+        torch.save(own if under is None else {under: own}, path)
+
+
 def load_torch(path: Path, *, mmap: bool = False) -> Any:
     """Load a torch file with `weights_only=True`, so that no code in the file is run.
 

@@ -61,6 +61,12 @@ class Adapter:
         return {m: self.tensors[f"{m}.lora_A.weight"].shape[0] for m in self.alpha}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Sizes (out, in) of the adapted layers by name; `in` includes the kernel size."""
+        factors = {m: [self.tensors[f"{m}.lora_{x}.weight"] for x in "AB"] for m in self.alpha}
+        return {m: (b.shape[0], a[0].numel()) for m, (a, b) in factors.items()}
+
+    @property
     def dora(self) -> bool:
         """True for a DoRA, in which every module has a magnitude vector; False for a LoRA."""
         return f"{next(iter(self.alpha))}.lora_magnitude_vector" in self.tensors

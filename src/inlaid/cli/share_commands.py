@@ -14,12 +14,14 @@ from inlaid.cli.app import RunFolder, app, echo, quiet_libraries
 def export(
     run: RunFolder,
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="`diffusers`, `comfyui`, `kohya`, `merged` (adapter merged into the model); for an "
-            "RGBA VAE: `wan-alpha`, `comfyui`."
+            help="Program or format: `diffusers`, `merged` (adapter merged into the model), `comfyui`, "
+            "`musubi` (or `kohya`), `diffsynth`, `wan-alpha`, `transpixeler`, `genmo`, `midi-3d`; for an "
+            "RGBA VAE: `wan-alpha`, `comfyui`. Without it, the command lists the targets for the run.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="File or folder to write. Default: export/ in the run folder."),
@@ -30,17 +32,37 @@ def export(
     ] = None,
     then: Annotated[
         Path | None,
-        typer.Option(help="With `merged`: LoRA to merge on top, such as a step-distillation LoRA."),
+        typer.Option(
+            help="With `merged` or --merge: LoRA to merge on top, such as a step-distillation LoRA."
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Merge the adapter into the model, and export the whole model for the program: for ComfyUI, "
+            "one file.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Data type of a whole model: `float32`, `bfloat16` or `float16`. Default: that of the "
+            "trained weights; `float32` for a merged adapter.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Export trained weights in the format of another program.
 
-    Converted files are read back and verified.
+    Converted files are read back and verified. The command then prints how to load the file.
     """
     quiet_libraries()
-    from inlaid.adapters.convert import export_run
+    from inlaid.adapters.convert import export_run, export_targets
 
-    print(export_run(run, to, out, checkpoint, then))
+    if to is None:
+        raise ValueError(f"Missing option '--to'. Targets for this run:\n{export_targets(run)}")
+    print(export_run(run, to, out, checkpoint, then, merge=merge, dtype=dtype))
 
 
 @app.command("import")

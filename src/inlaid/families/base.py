@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlaid import config as recipe
-from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.grid import Grid
-from inlaid.families.original_names import OriginalNames
+from inlaid.families.other_programs import OtherPrograms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +49,7 @@ class PrecomputedLayout:
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
 
 
-class Family(Checkpoint, ABC):
+class Family(OtherPrograms, ABC):
     """Base class of model families. A family adapts a model architecture to the conventions of this package.
 
     The constructor reads the configuration files of a checkpoint, but no weights.
@@ -70,8 +69,6 @@ class Family(Checkpoint, ABC):
     original_names: ClassVar[Sequence[tuple[str, str]]] = ()
     """Pairs of module names (name in the original code, name in diffusers), for reading adapters in the
     original format. The names are relative to a transformer block or to the network."""
-    original: ClassVar[OriginalNames] = OriginalNames()
-    """Original names of all layers, as in ComfyUI. Empty if diffusers has the same names."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published model sizes, such as `Wan 14B`, by width of the hidden layers. Used in
     messages."""

@@ -31,6 +31,7 @@ from inlaid import config as recipe
 from inlaid.families.base import Family, PrecomputedLayout
 from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames
+from inlaid.families.other_programs import JointLayout
 from inlaid.networks.joint_attention import CogVideoXJointAttention, halve_cogvideox
 from inlaid.objectives import VPrediction
 
@@ -104,6 +105,17 @@ class CogVideoX(Family):
     video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
     joint_attention: ClassVar[Any] = CogVideoXJointAttention
     original: ClassVar[OriginalNames] = ORIGINAL
+    programs: ClassVar[Sequence[str]] = ("comfyui", "transpixeler")
+    fixed_sizes: ClassVar[Mapping[str, int]] = {"attention_head_dim": 64}
+    joint_layout: ClassVar[JointLayout | None] = JointLayout(
+        key="transformer.transformer_blocks.{block}.{layer}.lora_{factor}.weight",
+        layers={f"attn1.{name}": f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")},
+        factors=("A", "B"),
+        rule="bias",
+        vector="domain_emb",
+        torch_file=False,
+        width=3072,
+    )
     widths: ClassVar[Mapping[int, str]] = {1920: "CogVideoX 2B", 3072: "CogVideoX 5B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -148,6 +160,41 @@ class CogVideoX(Family):
                 f"model.checkpoint: its prediction_type is {self.scheduler.get('prediction_type')}, not "
                 "v_prediction as CogVideoX needs; copy the folder `scheduler` of the original checkpoint"
             )
+
+    def export_problem(self, target: str, whole: bool) -> str | None:
+        """Return the reason why a program cannot use weights for this checkpoint, or None if it can."""
+        c = self.transformer
+        rotary, learned = (c[f"use_{x}_positional_embeddings"] for x in ("rotary", "learned"))
+        if target == "transpixeler" and (not rotary or self.pair == 2 or self.images):
+            return f"TransPixeler runs CogVideoX-5B text-to-video only, not {self.name}"
+        if target == "comfyui" and whole and rotary and learned:
+            return (
+                f"{self.name} has rotary and learned positional embeddings, but ComfyUI runs a CogVideoX "
+                "model with one or the other"
+            )
+        return None
+
+    def comfyui_tensors(self) -> Mapping[str, Tensor]:
+        """Return the table of sinusoidal positions (1, 226 + v, d) of 2B, which diffusers does not save.
+
+        ComfyUI uses rotary positions for every model without this table.
+        """
+        if self.transformer["use_rotary_positional_embeddings"]:
+            return {}
+        from diffusers.models.embeddings import get_3d_sincos_pos_embed
+
+        c = self.transformer
+        width, height = (c[f"sample_{side}"] // c["patch_size"] for side in ("width", "height"))
+        video = get_3d_sincos_pos_embed(
+            c["num_attention_heads"] * c["attention_head_dim"],
+            (width, height),
+            (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1,
+            c["spatial_interpolation_scale"],
+            c["temporal_interpolation_scale"],
+            output_type="pt",
+        )
+        table = nn.functional.pad(video.flatten(0, 1).float(), (0, 0, c["max_text_seq_length"], 0))[None]
+        return {"patch_embed.pos_embedding": table}
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as a size above the maximum of CogVideoX 1.5.

@@ -82,6 +82,7 @@ class Midi(Family):
         "VAST-AI/MIDI-3D": {"transformer": {"cross_attention_dim": 768, "cross_attention_2_dim": 1024}},
         "VAST-AI/TripoSG": {"transformer": {"cross_attention_dim": 1024, "cross_attention_2_dim": None}},
     }
+    programs: ClassVar[Sequence[str]] = ("midi-3d",)
     text_length: int = 0
     widths: ClassVar[Mapping[int, str]] = {2048: "MIDI and TripoSG"}
     images: Sequence[str] = ("picture", "segmentation")

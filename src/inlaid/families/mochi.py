@@ -26,6 +26,7 @@ from inlaid import config as recipe
 from inlaid.families.base import Family, PrecomputedLayout
 from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames, Rename
+from inlaid.families.other_programs import JointLayout
 from inlaid.networks.joint_attention import MochiJointAttention, halve, mochi
 from inlaid.objectives import FlowMatching
 
@@ -83,6 +84,21 @@ class Mochi(Family):
         }
     }
     original: ClassVar[OriginalNames] = ORIGINAL
+    programs: ClassVar[Sequence[str]] = ("comfyui", "genmo", "transpixeler")
+    fixed_sizes: ClassVar[Mapping[str, int]] = {
+        "num_layers": 48,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+    }
+    joint_layout: ClassVar[JointLayout | None] = JointLayout(
+        key="block_{block}.{layer}.{factor}.weight",
+        layers={"attn1.to_out.0": "to_out_lora", **{f"attn1.to_{x}": f"to_{x}_lora" for x in "qkv"}},
+        factors=("0", "1"),
+        rule="block",
+        vector=None,
+        torch_file=True,
+        width=3072,
+    )
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"latent_space": ("normalized", "raw")}
     video_layers: ClassVar[Sequence[str]] = (
         r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",

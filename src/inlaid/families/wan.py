@@ -88,6 +88,16 @@ ORIGINAL = OriginalNames(
 before cross-attention is `norm3` in the original code and `norm2` in diffusers."""
 
 
+KOHYA = (
+    (
+        *(f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ),
+    ("attn2.add_k_proj", "attn2.add_v_proj"),
+)
+"""Layers of a block that files with kohya's names contain together: of all models, and of those with CLIP."""
+
 _LAYERS = tuple(
     (r.original.removeprefix("blocks.*."), r.diffusers[0].removeprefix("blocks.*."))
     for r in ORIGINAL.renames
@@ -149,6 +159,9 @@ class Wan(Family):
         ),
     }
     original: ClassVar[OriginalNames] = ORIGINAL
+    programs: ClassVar[Sequence[str]] = ("comfyui", "musubi", "diffsynth", "wan-alpha")
+    kohya_layers: ClassVar[Sequence[Sequence[str]]] = KOHYA
+    fixed_sizes: ClassVar[Mapping[str, int]] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
     original_names: ClassVar[Sequence[tuple[str, str]]] = _LAYERS
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: int = 512
@@ -178,6 +191,12 @@ class Wan(Family):
         )  # an image is frame 1; at least one latent frame must follow
         self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
         self.fps = 24.0 if self.expand_timesteps else 16.0
+
+    def export_problem(self, target: str, whole: bool) -> str | None:
+        """Return the reason why a program cannot use weights for this checkpoint: Wan-Alpha runs 2.1 T2V."""
+        if target == "wan-alpha" and (self.images or self.two_experts or self.expand_timesteps):
+            return f"Wan-Alpha runs Wan 2.1 text-to-video only, not {self.name}"
+        return None
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as sampling during training with two experts.

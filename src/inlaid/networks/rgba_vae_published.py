@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from inlaid.config.sections import ALPHA_EPS
-from inlaid.files import TorchFileError, atomic, load_torch
+from inlaid.files import TorchFileError, atomic, load_torch, save_torch
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.networks.rgba_vae import DecoderLora, RgbaVae, convolutions, merge_name, vae_name
 from inlaid.networks.rgba_vae_checkpoint import FILES
@@ -454,7 +454,10 @@ def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
     return out
 
 
-TARGETS = ("wan-alpha", "comfyui")
+TARGETS = {
+    "wan-alpha": "Wan-Alpha's inference script: `--vae_lora_checkpoint decoder.bin`",
+    "comfyui": "ComfyUI: copy both files to models/vae; two nodes Load VAE, one for color and one for alpha",
+}
 """Values of the option `--to` that export an RGBA VAE."""
 
 
@@ -462,7 +465,9 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     """Export an RGBA VAE to a folder in a published layout, and verify the files by reading them back.
 
     Target `wan-alpha` writes `decoder.safetensors` and `vae.safetensors`, with the tensor names and shapes of
-    `decoder.bin` and of the whole VAE. Target `comfyui` writes two VAEs with merged updates, in bfloat16.
+    `decoder.bin` and of the whole VAE. It also writes the decoders as `decoder.bin`, a torch file of tensors,
+    because Wan-Alpha's script loads safetensors files only with newer versions of torch. Target `comfyui`
+    writes two VAEs with merged updates, in bfloat16.
 
     Raises:
         ValueError: if the target is unknown.
@@ -486,4 +491,9 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
             assert again.keys() == tensors.keys() and all(
                 torch.equal(again[n], t) for n, t in tensors.items()
             )
+        if to == "wan-alpha":
+            own = files["decoder"]
+            save_torch(own, folder / "decoder.bin")
+            again = load_torch(folder / "decoder.bin")
+            assert again.keys() == own.keys() and all(torch.equal(again[n], t) for n, t in own.items())
     return out
