@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from inlaid import config as recipe
-from inlaid.adapters.adapter import KINDS
+from inlaid.adapters.adapter import KINDS, WEIGHTS
+
+_FILE = f'prefix="transformer", weight_name="{WEIGHTS}"'
+"""Arguments of `load_lora_adapter`, which otherwise looks for a `.bin` file."""
 
 
 def _use(config: recipe.Config, source: str) -> list[str]:
@@ -22,7 +25,7 @@ def _use(config: recipe.Config, source: str) -> list[str]:
         ]
     expert = ", load_into_transformer_2=True" if component == "transformer_2" else ""
     load = {
-        "lokr": f'pipe.{component}.load_lora_adapter("path/to/this/folder", prefix="transformer")',
+        "lokr": f'pipe.{component}.load_lora_adapter("path/to/this/folder", {_FILE})',
         "loha": f'inlaid.adapters.lycoris.load(pipe.{component}, Path("path/to/this/folder"))',
     }
     return [
@@ -38,15 +41,15 @@ def _use_of_scenes(config: recipe.Config, source: str) -> list[str]:
     start, kind = "from inlaid.networks.triposg import TripoSGTransformer\n", config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
         return [start, 'network = TripoSGTransformer.from_pretrained("path/to/this/folder")']
+    own = f'network.load_lora_adapter("path/to/this/folder", {_FILE})'
     load = {
-        "lokr": 'network.load_lora_adapter("path/to/this/folder", prefix="transformer")',
         "loha": 'lycoris.load(network, Path("path/to/this/folder"))',
     }
     return [
         *(["from pathlib import Path\n", "from inlaid.adapters import lycoris"] if kind == "loha" else []),
         start,
         f'network = TripoSGTransformer.from_pretrained("{source}", subfolder="transformer")',
-        load.get(kind, 'network.load_lora_adapter("path/to/this/folder")'),
+        load.get(kind, own),
     ]
 
 

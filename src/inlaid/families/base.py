@@ -60,15 +60,20 @@ class Family(OtherPrograms, ABC):
     targets: Sequence[str]
     """Layers that an adapter modifies by default, as regular expressions that must match the full module
     name."""
+    adaptable: ClassVar[Sequence[str]] = ()
+    """Further layers that adapters in files may modify, as regular expressions, for reading adapters without
+    the checkpoint. Layers with a name in the original code need no entry."""
+    more_blocks: ClassVar[Sequence[str]] = ()
+    """Further lists of blocks in some networks, which have the layers of `blocks`."""
+    convolutions: ClassVar[Sequence[str]] = ()
+    """Layers that are a convolution in some checkpoint of the family, as regular expressions. Factors in
+    files that do not state the size of the kernel are read with the checkpoint only."""
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae",),
         "text": ("tokenizer", "text_encoder"),
     }
     """Names of the checkpoint components that encode `media` (videos, images) and `text`. The content of
     their files is part of the cache key."""
-    original_names: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Pairs of module names (name in the original code, name in diffusers), for reading adapters in the
-    original format. The names are relative to a transformer block or to the network."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published model sizes, such as `Wan 14B`, by width of the hidden layers. Used in
     messages."""
@@ -191,7 +196,7 @@ class Family(OtherPrograms, ABC):
         return dict(item)
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the noise of training (n, c, t, h, w), given standard normal noise; `cond` as in `predict`."""
+        """Return the noise of training (n, c, t, h, w) for standard normal noise; `cond` as in `predict`."""
         return noise
 
     def share_positions(self, denoiser: nn.Module) -> None:

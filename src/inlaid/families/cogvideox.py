@@ -102,6 +102,7 @@ class CogVideoX(Family):
         "THUDM/CogVideoX1.5-5B": _published(48, pairs=True),
         "THUDM/CogVideoX1.5-5B-I2V": _published(48, pairs=True, image=True),
     }
+    convolutions: ClassVar[Sequence[str]] = (r"patch_embed\.proj",)
     video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
     joint_attention: ClassVar[Any] = CogVideoXJointAttention
     original: ClassVar[OriginalNames] = ORIGINAL

@@ -66,6 +66,13 @@ class Encoder:
     images: LoadedEncoders
 
 
+LAYERS = (
+    r"blocks\.\d+\.(ff\.net\.(0\.proj|2)|skip_linear)",
+    r"proj_in|proj_out|time_proj\.linear_[12]",
+)
+"""Linear layers of the transformer outside its attention."""
+
+
 class Midi(Family):
     """MIDI and TripoSG family: flow matching on the latent tokens of all objects of a scene.
 
@@ -78,6 +85,7 @@ class Midi(Family):
         "sample": {"steps": 50, "guidance": 7.0},
     }
     targets: Sequence[str] = (r"blocks\.\d+\.attn(1|2|2_2)\.(to_q|to_k|to_v|to_out\.0)",)  # type: ignore[misc]
+    adaptable: ClassVar[Sequence[str]] = LAYERS
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "VAST-AI/MIDI-3D": {"transformer": {"cross_attention_dim": 768, "cross_attention_2_dim": 1024}},
         "VAST-AI/TripoSG": {"transformer": {"cross_attention_dim": 1024, "cross_attention_2_dim": None}},

@@ -100,6 +100,7 @@ class Mochi(Family):
         width=3072,
     )
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"latent_space": ("normalized", "raw")}
+    convolutions: ClassVar[Sequence[str]] = (r"patch_embed\.proj",)
     video_layers: ClassVar[Sequence[str]] = (
         r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     )

@@ -98,12 +98,6 @@ KOHYA = (
 )
 """Layers of a block that files with kohya's names contain together: of all models, and of those with CLIP."""
 
-_LAYERS = tuple(
-    (r.original.removeprefix("blocks.*."), r.diffusers[0].removeprefix("blocks.*."))
-    for r in ORIGINAL.renames
-    if not any(part in r.original for part in ("norm", "modulation", "emb_pos", "proj.0", "proj.4"))
-)
-
 
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
@@ -143,6 +137,8 @@ class Wan(Family):
         r"blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)",
         r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
     )
+    more_blocks: ClassVar[Sequence[str]] = ("vace_blocks",)
+    convolutions: ClassVar[Sequence[str]] = ("patch_embedding",)
     video_layers: ClassVar[Sequence[str]] = (r"blocks\.\d+\.(attn1\..+|attn2\.to_(q|out\.0)|ffn\..+)",)
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _published(12, 30, 8960),
@@ -162,7 +158,6 @@ class Wan(Family):
     programs: ClassVar[Sequence[str]] = ("comfyui", "musubi", "diffsynth", "wan-alpha")
     kohya_layers: ClassVar[Sequence[Sequence[str]]] = KOHYA
     fixed_sizes: ClassVar[Mapping[str, int]] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-    original_names: ClassVar[Sequence[tuple[str, str]]] = _LAYERS
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
     text_length: int = 512
     """Number of text tokens that the published models use in training and sampling. The default of
