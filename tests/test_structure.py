@@ -162,7 +162,7 @@ def test_only_families_know_families() -> None:
 def test_no_pickle_is_written_and_none_is_read_unguarded() -> None:
     for file in FILES:
         text = file.read_text("utf-8")
-        assert "torch.save(" not in text, file
+        assert "torch.save(" not in text or file.name == "files.py", f"{file}: use files.save_torch"
         assert "import pickle" not in text, file
         for call in re.findall(r"torch\.load\(([^)]*)\)", text):
             assert "weights_only=True" in call, file

@@ -298,6 +298,19 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
             file.write(text.ljust(size))
 
 
+def save_torch(content: Tensor | Mapping[str, Tensor], path: Path) -> None:
+    """Write a tensor, or tensors by name, as a torch file, atomically.
+
+    Only for programs that read nothing else: a torch file is a pickle. It contains nothing but tensors.
+    """
+    import torch
+
+    held = content if isinstance(content, torch.Tensor) else dict(content)
+    assert all(isinstance(t, torch.Tensor) for t in (held.values() if isinstance(held, dict) else [held]))
+    with atomic(path) as part:
+        torch.save(held, part)
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 
