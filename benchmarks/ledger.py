@@ -111,7 +111,9 @@ def count(recipe: str, extent: tuple[int, int, int], overrides: Sequence[str]) -
 
 def main() -> None:
     """Count every row and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows whose name contains this text")
     parser.add_argument("overrides", nargs="*", help="key=value overrides of all recipes")
     options = parser.parse_args()

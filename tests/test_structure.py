@@ -162,13 +162,9 @@ def test_only_families_know_families() -> None:
 def test_no_pickle_is_written_and_none_is_read_unguarded() -> None:
     for file in FILES:
         text = file.read_text("utf-8")
-        assert text.count("torch.save(") == (1 if file.name == "files.py" else 0), (
-            file
-        )  # `save_torch`: tensors
-        if "save_torch(" in text:
-            assert file.name in ("files.py", "layouts.py", "rgba_vae_published.py"), (
-                "for named foreign layouts"
-            )
+        assert text.count("torch.save(") == (file.name == "files.py"), f"{file}: use files.save_torch"
+        if "save_torch(" in text:  # of tensors, for named foreign layouts
+            assert file.name in ("files.py", "layouts.py", "rgba_vae_published.py", "dataset_formats.py")
         assert not re.search(r"import pickle\b|from pickle import (?!UnpicklingError$)", text, re.M), file
         for call in re.findall(r"torch\.load\(([^)]*)\)", text):
             assert "weights_only=True" in call, file

@@ -32,7 +32,22 @@ SHORT = [
 ]
 SHORT += ["optim.warmup=0", "sample.every=null", "sample.steps=1", "tuner.rank=2"]
 COMMANDS = {
-    "new": ["FAMILY", "DATA", "--out", "--checkpoint"],
+    "prepare": [
+        *[
+            "SOURCE",
+            "OUT",
+            "--as",
+            "--size",
+            "--frames",
+            "--fps",
+            "--stride",
+            "--max-clips",
+            "--start",
+            "--end",
+        ],
+        *["--crop", "--sequence-fps", "--decontaminate", "--background", "--crf", "--family", "--workers"],
+    ],
+    "new": ["FAMILY", "DATA", "--out", "--checkpoint", "--alpha"],
     "check": ["RECIPE", "SECTION.KEY=VALUE"],
     "cache": ["RECIPE", "SECTION.KEY=VALUE"],
     "train": ["RECIPE", "SECTION.KEY=VALUE", "Ctrl-C"],

@@ -523,3 +523,14 @@ def test_paths_stay_in_their_folder(clips: Path, tmp_path: Path) -> None:
     assert "outside" in codes(plan(str(clips)))
     rows = [{"rgb": "a_rgb.mkv", "alpha": "../out/a_alpha.mkv", "prompt": "x"}]
     assert codes(plan(manifest(clips, ".csv", rows)))["outside"] == ["../out/a_alpha.mkv"]
+
+
+def test_rgba_arrays_in_an_opaque_run_are_put_over_white(tmp_path: Path) -> None:
+    for frames in (3, 9):
+        pixels = make.clip(frames=frames)
+        np.savez(tmp_path / "a.npz", frames=pixels, fps=np.float32(16))
+        probe = video.probe(tmp_path / "a.npz")
+        assert (probe.frames, probe.height, probe.width) == (frames, 32, 64) and probe.transparent
+        there = video.read_frames(tmp_path / "a.npz", 0, frames, 16, (32, 64))
+        over = compositing.composite(pixels, np.full(3, 255, np.uint8))
+        assert np.abs(there.astype(int) - over).max() <= 1

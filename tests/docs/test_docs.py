@@ -144,7 +144,7 @@ def test_keys_exist(page: Path) -> None:
     known = schema()
     for code in inline(page.read_text("utf-8")):
         found = re.fullmatch(r"([a-z]+)\.([a-z_0-9]+)(=.*)?", code)
-        if found and found[1] in known and found[2] not in ("py", "md", "yaml", "json"):
+        if found and found[1] in known and found[2] not in ("py", "md", "yaml", "json", "jsonl"):
             assert found[2] in known[found[1]], f"`{code}` is in no recipe"
             if found[3] and "NAME" not in found[3]:
                 config.build(BASE, [code])

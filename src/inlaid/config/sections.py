@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from inlaid.config.conflicts import conflicts
 from inlaid.config.parse import Decimal, Integer, shorten
-from inlaid.config.values import read_values
+from inlaid.config.values import Every, read_values
 
 ALPHA_EPS = 2 / 255
 """Alpha up to this value, on a scale of 0 to 1, counts as transparent, because lossy codecs leave small
@@ -94,6 +94,9 @@ class Source(Section):
     """Manifest column with the path of the alpha matte, in runs that train on alpha. Default: the first
     existing column of video_alpha, video_pha, alpha, pha, matte. If there is none, an alpha matte beside the
     clip is used."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frame rate of clips that store none: image sequences, and `.npz` without `fps`. Default: `data.fps`, so
+    that every image is one training frame."""
     group_column: str | None = None
     """Manifest column by which `inlaid evaluate` groups its table, such as an activity or a subject."""
     repeats: int = Field(default=1, ge=1)
@@ -364,24 +367,40 @@ class Optim(Section):
 class Train(Section):
     """Length of training, batch size, and what is written during training."""
 
-    steps: int = Field(default=1000, ge=1)
-    """Number of optimizer steps."""
+    steps: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps. Default: 1000, unless `epochs` is set."""
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
+    """Number of times that the training data are used, instead of `steps`. In one epoch, each window is used
+    `repeats` x `weight` times."""
     batch: int = Field(default=1, ge=1, le=4096)
     """Number of samples per micro-batch on each device."""
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation: number of micro-batches per optimizer step on each device."""
-    save_every: int = Field(default=250, ge=1)
-    """Number of steps between checkpoints. A checkpoint is also written at the last step and on Ctrl-C."""
+    save_every: Every = 250
+    """Number of steps between checkpoints, or of epochs, such as `2 epochs`. A checkpoint is also written at
+    the last step and on Ctrl-C."""
     keep: int = Field(default=3, ge=1)
     """Number of checkpoints kept on disk; older ones are deleted."""
     log_every: int = Field(default=10, ge=1)
     """Number of steps between records in `metrics.jsonl` and in the trackers."""
-    validate_every: int = Field(default=100, ge=1)
-    """Number of steps between measurements of the validation loss."""
+    validate_every: Every = 100
+    """Number of steps between measurements of the validation loss, or of epochs, such as `1 epoch`."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = ["tensorboard"]
     """Experiment trackers that receive the metrics in addition to `metrics.jsonl`."""
     accept_changed_data: bool = False
     """Resume although clips or captions have changed since the checkpoint. Applies to one launch only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, value: Any) -> Any:
+        unset = isinstance(value, dict) and value.get("steps") is None and value.get("epochs") is None
+        return {**value, "steps": 1000} if unset else value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both set: remove one of them (or train.steps=null)")
+        return self
 
 
 CARRIERS = ("mov", "webm", "pair", "png", "apng", "mkv")
@@ -399,8 +418,9 @@ class Sample(Section):
     images: list[list[UserPath]] = []
     """Image-to-video: the first image of each prompt, or a list of its first and last image; without prompts,
     the images come from the clips. Scenes: a list of input image and segmentation for each sample."""
-    every: int | None = Field(default=None, ge=1)
-    """Number of steps between samples during training. Default: no samples."""
+    every: Every | None = None
+    """Number of steps between samples during training, or of epochs, such as `2 epochs`. Default: no
+    samples."""
     negative_prompt: str = ""
     """Negative prompt of classifier-free guidance."""
     size: tuple[int, int] | None = None

@@ -19,6 +19,9 @@ from inlaid.paths import OUTSIDE, Root, refuse_playlist
 from inlaid.reading import FileError, read_text
 from inlaid.text import printable
 
+PREPARED = "prepared.jsonl"
+"""Manifest that `inlaid prepare` writes beside clips with captions of their own."""
+
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",)
 
 # --- finding clips ------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ class _Scan:
     def _there(self, path: Path) -> Path | None:
         """Return the path of the clip that `path` names, or None if there is no such clip.
 
-        A clip is a file or a folder of frames. A path without suffix may also name a file, such as `dog` for
+        A clip is a file or an image sequence. A path without suffix may also name a file, such as `dog` for
         `dog.mp4`.
         """
         if path.is_file() or rgba_images.frames_in(path):
@@ -95,13 +98,13 @@ class _Scan:
         return self.root.guard(named[0]) if named else None
 
     def guard_frames(self, path: Path) -> None:
-        """Check that a file, or each image in a folder of frames, is inside the root folder.
+        """Check that a file, or each image of a sequence, is inside the root folder.
 
         Raises:
             FileError: if a file is outside of the root folder.
         """
         self.root.guard(path)
-        for image in rgba_images.frames_in(path) if path.is_dir() else ():
+        for image in rgba_images.frames_in(path) if rgba_images.is_sequence(path) else ():
             self.root.guard(image)
 
     def matte(self, path: Path, text: str | None, where: str) -> tuple[Path | None, bool]:
@@ -245,6 +248,7 @@ def _detect(
     if patterns and wanted in ("auto", "precomputed"):
         names = {n for part in (patterns.media[0], patterns.text) for n in _matching(tree, part)}
         videos = {*_matching(tree, patterns.video, kinds.KNOWN)}
+        option: tuple[str, str, Path]
         option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.description}", path)
         if names and names >= videos:
             return option  # the latents were computed from the videos in the folder
@@ -259,6 +263,8 @@ def _detect(
     if beside or (files and (not options or partly)) or wanted == "folder":
         options.append(("folder", f"{len(files)} clips, {beside} with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
+    if len(options) > 1:
+        options = [o for o in options if o[2].name != PREPARED]
     if not options:
         raise ValueError(_nothing(tree, wanted, patterns))
     if len(options) > 1:

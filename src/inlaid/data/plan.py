@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -92,6 +92,7 @@ def plan_dataset(
     progress: Callable[[int, int], None] | None = None,
     family: Family | None = None,
     probes: Probes | None = None,
+    uncaptioned: bool = False,
 ) -> Plan:
     """Probe every clip, select the windows to train and validate on, and collect problems.
 
@@ -106,6 +107,7 @@ def plan_dataset(
         family: model family of the run; determines the layout of precomputed latents, and whether clips need
             alpha.
         probes: reader of file properties, such as `CachedProbes`. Default: a reader without a cache.
+        uncaptioned: also select windows of clips without a caption; their problem is reported as always.
     """
     fps = float(data.fps or fps)
     patterns = [family.precomputed_in(Path(s.path).expanduser()) if family else None for s in data.sources]
@@ -119,17 +121,27 @@ def plan_dataset(
     problems += failed + outliers(clips, alphas) + _gaps(clips)
     buckets = sizes(data, grid)
     windows: dict[int, Sequence[Window]] = {}
+    shown = dict(probed)
     for i, clip in enumerate(clips):
         if clip.path in probed:
             probe, alpha = probed[clip.path], alphas.get(clip.path)
+            if (rate := data.sources[clip.source].fps) and probe.fps is None and probe.frames > 1:
+                clip, probe = replace(clip, rate=rate), at_rate(probe, rate)
+                shown[clip.path] = probe
             made = clip_windows(clip, probe, data, buckets, fps, alpha)
             problems += clip_problems(clip, probe, data, fps, made[0].extent[1:] if made else None, alpha)
-            if made and (clip.caption or clip.embedding):
+            if made and (clip.caption or clip.embedding or uncaptioned):
                 windows[i] = made
     if family:
         problems += _long_captions(family, windows)
     content = (probes or Probes()).content
-    return assemble_plan(data, seed, found, windows, problems, probed, alphas=alphas, content=content)
+    return assemble_plan(data, seed, found, windows, problems, shown, alphas=alphas, content=content)
+
+
+def at_rate(probe: Probe, rate: float) -> Probe:
+    """Return the properties of a clip without timestamps at a frame rate in frames per second."""
+    fps = Fraction(rate).limit_denominator(1001)
+    return replace(probe, fps=fps, interval=1 / rate, duration=probe.frames / rate)
 
 
 def _gaps(clips: Sequence[Clip]) -> list[Problem]:

@@ -42,6 +42,11 @@ class PrecomputedLayout:
     """Path pattern of the clip's caption, if the other trainer stored captions."""
     video: str = "*"
     """Path pattern of the source video, without its file extension."""
+    moments_key: str | None = None
+    """Key of the moments (1, 2 * z, t, h, w) in bfloat16; None if the file is the tensor (2 * z, t, h, w)."""
+    text_keys: tuple[str, str] | None = None
+    """Keys of the embedding (1, n, d), padded to the maximum length, and of its mask (1, n); None if the file
+    is the tensor (n, d)."""
 
     @property
     def description(self) -> str:

@@ -108,7 +108,12 @@ class Mochi(Family):
     text_length: int = 256
     widths: ClassVar[Mapping[int, str]] = {3072: "Mochi 1"}
     fps, grid = 30.0, Grid(spatial=16, temporal=6)
-    precomputed = PrecomputedLayout(("*.latent.pt",), "*.embed.pt")
+    precomputed = PrecomputedLayout(
+        ("*.latent.pt",),
+        "*.embed.pt",
+        moments_key="ldist",
+        text_keys=("prompt_embeds", "prompt_attention_mask"),
+    )
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)

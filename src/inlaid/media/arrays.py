@@ -184,7 +184,7 @@ def _clip(path: Path, channels: Sequence[int]) -> _Clip:
                 header = read_header(file)
                 available = member.file_size - file.tell()
         shape = header.shape
-        places = [(i, n) for n in channels for i in (3, 0, 1) if len(shape) == 4 and shape[i] == n]
+        places = [(i, n) for i in (3, 0, 1) for n in channels if len(shape) == 4 and shape[i] == n]
         if header.dtype != np.uint8 or not places or 0 in shape:
             wants = " or ".join(f"(t, h, w, {n}), ({n}, t, h, w) or (t, {n}, h, w)" for n in channels)
             raise MediaError(path, f"`frames` is {header.dtype} {shape}; it must be uint8 and {wants}")

@@ -31,6 +31,7 @@ from inlaid.media.pixels import (
     has_alpha,
     multiplied,
     orientation,
+    over_white,
     to_rgb,
 )
 
@@ -64,7 +65,7 @@ def probe(path: str | Path) -> Probe:
         raise MediaError(path, "the file is empty")
     if media_kind(path) == "image":
         return probe_image(path)
-    return probe_array(path) if media_kind(path) == "array" else _probe_video(path)
+    return probe_array(path, (3, 4)) if media_kind(path) == "array" else _probe_video(path)
 
 
 def _probe_video(path: Path) -> Probe:
@@ -231,6 +232,7 @@ def read_frames(
     size: tuple[int, int],
     *,
     premultiplied: bool = False,
+    rate: float | None = None,
 ) -> np.ndarray:
     """Read a window of a clip, scaled to cover `size` and center-cropped: uint8 (t, h, w, 3).
 
@@ -241,6 +243,7 @@ def read_frames(
         fps: sampling rate in frames per second.
         size: height and width of the result.
         premultiplied: True if the color of a video with alpha is already multiplied by alpha.
+        rate: frame rate of an `.npz` without `fps`. Default: `fps`.
 
     Raises:
         MediaError: if the clip ends before the end of the window, or if the decoder reports damage. H.264
@@ -255,11 +258,14 @@ def read_frames(
             pixels = to_rgb(path, image)[None]
         times = np.zeros(1)
     else:
-        pixels, rate = load_array(path)
-        times = np.arange(len(pixels)) / float(rate or fps)
-    if wanted[-1] > times[-1] + 0.5 / fps + EPSILON:
+        pixels, stored = load_array(path, (3, 4))
+        times = np.arange(len(pixels)) / float(stored or rate or fps)
+    step = max(1 / fps, float(times[-1] - times[-2]) if len(times) > 1 else 0.0)
+    if wanted[-1] > times[-1] + step / 2 + EPSILON:
         raise MediaError(path, _too_short(len(pixels), wanted), "truncated")
-    return np.stack([fit_array(pixels[i], size) for i in frames_on_show(times, wanted, fps)])
+    shown = (pixels[i] for i in frames_on_show(times, wanted, fps))
+    flat = (over_white(p, premultiplied) if p.shape[-1] == 4 else p for p in shown)
+    return np.stack([fit_array(p, size) for p in flat])
 
 
 def _too_short(there: int, wanted: np.ndarray) -> str:
@@ -529,6 +535,8 @@ def write_video(
     fps: float | Fraction,
     *,
     crf: int = 17,
+    preset: str | None = None,
+    threads: int = 0,
     pix_fmt: Literal["yuv420p", "yuv444p"] = "yuv420p",
 ) -> None:
     """Write an H.264 mp4 file (tagged as BT.709), atomically.
@@ -538,6 +546,8 @@ def write_video(
         frames: uint8 (t, h, w, 3), even height and width.
         fps: frames per second.
         crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.
+        preset: x264 preset, from `ultrafast` to `veryslow`. Default: x264's default.
+        threads: threads of the encoder; 0 uses all cores.
         pix_fmt: `yuv420p`, which every player plays, has a quarter of the color samples. `yuv444p` has all
             of them; FFmpeg and programs based on it play it, many others do not.
 
@@ -564,8 +574,9 @@ def write_video(
     ):
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        stream.options = {"crf": str(crf)}
+        stream.options = {"crf": str(crf), **({"preset": preset} if preset else {})}
         context = stream.codec_context
+        context.thread_count = threads
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         scaler = VideoReformatter()
         for pixels in frames:

@@ -30,13 +30,14 @@ from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.launch import Context
 from inlaid.runs.packages import PACKAGES, require_package
 from inlaid.training import memory, parallel
-from inlaid.training.cautions import cautions
+from inlaid.training.cautions import cautions, length_cautions
 from inlaid.training.checkpoints import load_fingerprint, load_tensors, save_state, unpack_state, verify
 from inlaid.training.fingerprint import Fingerprint, differences, fingerprint
 from inlaid.training.loader import Loader
 from inlaid.training.meters import Meters
 from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
 from inlaid.training.parallel import Replicated
+from inlaid.training.schedule import Schedule, make_schedule
 from inlaid.training.steps import Step
 from inlaid.training.trained import Trained, trained_by
 
@@ -51,6 +52,7 @@ class Job:
     family: families.Family
     trained: Trained
     loader: Loader
+    schedule: Schedule
     strategy: Replicated
     denoiser: nn.Module
     network: nn.Module
@@ -67,7 +69,7 @@ class Job:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of an optimizer step; the first step is 1."""
-        return learning_rate(self.config.optim, step - 1, self.config.train.steps)
+        return learning_rate(self.config.optim, step - 1, self.schedule.steps)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context manager that swaps in the EMA weights; without an EMA, it does nothing."""
@@ -171,7 +173,7 @@ class Job:
         folder are replaced if they differ from the weights in the last checkpoint. Checkpoints in excess of
         `train.keep` are deleted.
         """
-        step, every = self.start, self.config.sample.every
+        step = self.start
         lacks = [False, False, False]
         if self.ctx.main:
             lines = read_metrics(self.run.metrics)
@@ -179,7 +181,7 @@ class Job:
             lacks = [
                 bool(self.validation)
                 and not any(x["step"] == step and "validation_loss" in x for x in lines),
-                every is not None and step % every == 0 and len(made) < len(self.prompts.texts),
+                self.schedule.samples(step) and len(made) < len(self.prompts.texts),
                 not published(self.run.folder, self.run.checkpoint(str(step)), self.trained.folder),
             ]
             self.run.keep(self.config.train.keep)
@@ -310,6 +312,11 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
     data = fingerprint(clips.plan, clips.store, sources, planned)
     check_data(config, resumed, data)
     sampler = make_sampler(clips.plan.train, sources, config.train.batch, config.seed)
+    schedule = make_schedule(config, len(sampler), config.train.accumulate * ctx.world)
+    if config.train.epochs is not None:
+        say(f"training {config.train.epochs:g} epochs: {schedule.steps:,} steps", show=ctx.main)
+    for caution in length_cautions(config, schedule.steps):
+        say(f"warning: {caution}", show=ctx.main)
     loader = Loader(
         family,
         clips.store,
@@ -351,8 +358,8 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = EMA(config.optim.ema, held) if config.optim.ema else None
     step = trained.step(precision)
-    job = Job(config, ctx, run, family, trained, loader, strategy, denoiser, network, held, optimizer, step,
-              validation, clips.prompts, meters, data, ema)  # fmt: skip
+    job = Job(config, ctx, run, family, trained, loader, schedule, strategy, denoiser, network, held,
+              optimizer, step, validation, clips.prompts, meters, data, ema)  # fmt: skip
     if resumed:
         job.resume(resumed, values)
     meters.pause()
