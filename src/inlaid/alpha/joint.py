@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from inlaid import config as recipe
 from inlaid.alpha.composed import Composed
-from inlaid.families.base import Family, PrecomputedLayout, as_bytes
+from inlaid.families.base import Family, PrecomputedLayout
+from inlaid.families.sampling import as_bytes
 from inlaid.networks.domain_embedding import NAME, TOKENS, DomainEmbedding, read_domain_embedding
 from inlaid.networks.half_tokens import HalfTokens, half_tokens_class
 

@@ -101,10 +101,7 @@ def import_(
     ] = None,
     expert: Annotated[
         str | None,
-        typer.Option(
-            help="`high` or `low`: expert of a checkpoint with two (A14B), or of a file with adapters of "
-            "both."
-        ),
+        typer.Option(help="`high` or `low`: expert of a checkpoint (A14B) or file with two experts."),
     ] = None,
     skip_missing: Annotated[
         bool,

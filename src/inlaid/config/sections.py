@@ -6,45 +6,21 @@ family, default of the section. An unknown key is an error.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from inlaid.config.conflicts import conflicts
+from inlaid.config.machine import Memory, Runtime
 from inlaid.config.parse import Decimal, Integer, shorten
-from inlaid.config.values import Every, read_values
+from inlaid.config.section import Section, UserPath
+from inlaid.config.values import Every
 
 ALPHA_EPS = 2 / 255
 """Alpha up to this value, on a scale of 0 to 1, counts as transparent, because lossy codecs leave small
 values in empty regions."""
-
-UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""Path of a recipe; `~` is the home folder, as in a shell."""
-
-
-class Section(BaseModel):
-    """Base class of the sections of a recipe. Instances are immutable.
-
-    The attribute docstrings of a section are the help texts of its keys.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
-    prose: ClassVar[frozenset[str]] = frozenset()
-    """Keys whose texts may contain tabs and line breaks, such as prompts."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_meant(cls, value: Any) -> Any:
-        return read_values(cls, value, cls.prose) if isinstance(value, dict) else value
 
 
 class Model(Section):
@@ -475,48 +451,6 @@ class Sample(Section):
         if not all(text.strip() for text in value):
             raise ValueError("contains an empty prompt; remove it or write a prompt")
         return value
-
-
-class Memory(Section):
-    """Options that reduce memory at the price of speed or precision."""
-
-    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["attention"] = True
-    """Gradient checkpointing: recompute activations in the backward pass. This needs far less memory and
-    about a third more time. `attention` stores the results of attention instead of recomputing them, which
-    needs less time and more memory than `true`. A number n checkpoints only every n-th block."""
-    quantize: Literal["int8", "int4", "float8", "nf4"] | None = None
-    """Format to which the linear layers of the frozen blocks are quantized (`int8`, `float8`: torchao; `nf4`:
-    bitsandbytes; `int4`: built in). Adapters only."""
-    layerwise_casting: Literal["float8", "bfloat16"] | None = None
-    """Type in which the frozen base model is stored. Each layer is cast to the run's precision while it
-    computes. Adapters only."""
-    offload_optimizer: bool = False
-    """Keep the optimizer state in CPU memory and run the optimizer step there (`adamw` on CUDA only)."""
-
-
-class Runtime(Section):
-    """Device, precision and processes. These settings change the result only by rounding."""
-
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Device to train on. `auto`: CUDA if available, else Apple MPS, else CPU."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the frozen base model and its activations; adapters, losses and optimizer state are
-    float32. `auto`: bfloat16 on CUDA, else float32."""
-    world_size: int | None = Field(default=None, ge=1)
-    """Number of processes that this recipe requires; a launch with another number is an error. Default: any
-    number."""
-    rank_timeout: float = Field(default=300, gt=0)
-    """Seconds after which a process that does not respond counts as stopped, and the other processes end. At
-    the start, processes wait for each other this long, but at least 60 s."""
-    workers: int = Field(default=2, ge=0)
-    """Number of threads that decode clips while the cache is filled."""
-    compile: bool = False
-    """Compile the repeated blocks with torch.compile: faster steps, but minutes of compilation at the start
-    and again at the second clip shape."""
-    parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
-    """Parallelism over several processes. `ddp`: each process holds all weights. `fsdp` (FSDP2): weights,
-    gradients and optimizer state are sharded. `zero3` (DeepSpeed): the same as `fsdp`. `zero2` (DeepSpeed):
-    only gradients and optimizer state are sharded."""
 
 
 class Opaque(Section):

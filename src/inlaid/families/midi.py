@@ -73,7 +73,69 @@ LAYERS = (
 """Linear layers of the transformer outside its attention."""
 
 
-class Midi(Family):
+class _Encoders(Family):
+    """Loading and use of the encoders of MIDI and TripoSG: the shape VAE and the image encoders."""
+
+    conditioning: ImageConditioning
+    transformer: Mapping[str, Any]
+
+    def load_vae(self, device: torch.device) -> TripoSGVAE:
+        """Load the shape VAE in float32."""
+        folder = self.folder("vae")
+        with self.loading("vae"):
+            return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
+
+    def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
+        """Return the image encoders: frozen encoders loaded in float32, and trained encoders from `network`.
+
+        Without `network`, trained encoders are left out.
+        """
+        found = {}
+        for kind, encoder in self.conditioning.encoders.items():
+            if kind not in self.conditioning.trained:
+                found[kind] = self.load_image_encoder(encoder, torch.float32).to(device)
+            elif network is not None:
+                found[kind] = network.get_submodule(encoder.name)
+        return LoadedEncoders(self.conditioning.encoders, found)
+
+    def load_image_encoder(
+        self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
+    ) -> nn.Module:
+        """Load one image encoder; with `meta`, create it on the meta device without weights."""
+        folder = None if meta else self.folder(encoder.name)
+        with self.loading(encoder.name):
+            return midi_image_encoders.build(encoder, folder, dtype)
+
+    def load_media_encoder(self, device: torch.device) -> Encoder:
+        """Load the shape VAE and the frozen image encoders, for `encode_media`."""
+        return Encoder(self.load_vae(device), self.load_image_encoders(device))
+
+    @torch.no_grad()
+    def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
+        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the cached tensors.
+
+        `stored` gives the shapes of the tensors.
+        """
+        found = []
+        for each in frames.objects:
+            points = thinned(each.surface)
+            queries = points[choose_points(points, self.transformer["num_tokens"], seed=0)]
+            inputs = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
+            found.append(encoder.vae.encode(*inputs)[0].float())
+        images = encoder.images(frames.image, [each.mask for each in frames.objects])
+        return {"moments": torch.stack(found), **images}
+
+    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return an empty mapping for each caption, because the network uses no text."""
+        return [{} for _ in captions]
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Return None, because the network has no text encoder."""
+
+    # --- training and generation ----------------------------------------------------------------------------
+
+
+class Midi(_Encoders):
     """MIDI and TripoSG family: flow matching on the latent tokens of all objects of a scene.
 
     MIDI has two image encoders, CLIP and DINO; TripoSG has only DINO.
@@ -242,63 +304,6 @@ class Midi(Family):
         In multi-instance blocks, attention spans all these tokens.
         """
         return min(objects, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
-
-    # --- encoding for the cache -----------------------------------------------------------------------------
-
-    def load_vae(self, device: torch.device) -> TripoSGVAE:
-        """Load the shape VAE in float32."""
-        folder = self.folder("vae")
-        with self.loading("vae"):
-            return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
-
-    def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
-        """Return the image encoders: frozen encoders loaded in float32, and trained encoders from `network`.
-
-        Without `network`, trained encoders are left out.
-        """
-        found = {}
-        for kind, encoder in self.conditioning.encoders.items():
-            if kind not in self.conditioning.trained:
-                found[kind] = self.load_image_encoder(encoder, torch.float32).to(device)
-            elif network is not None:
-                found[kind] = network.get_submodule(encoder.name)
-        return LoadedEncoders(self.conditioning.encoders, found)
-
-    def load_image_encoder(
-        self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
-    ) -> nn.Module:
-        """Load one image encoder; with `meta`, create it on the meta device without weights."""
-        folder = None if meta else self.folder(encoder.name)
-        with self.loading(encoder.name):
-            return midi_image_encoders.build(encoder, folder, dtype)
-
-    def load_media_encoder(self, device: torch.device) -> Encoder:
-        """Load the shape VAE and the frozen image encoders, for `encode_media`."""
-        return Encoder(self.load_vae(device), self.load_image_encoders(device))
-
-    @torch.no_grad()
-    def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the cached tensors.
-
-        `stored` gives the shapes of the tensors.
-        """
-        found = []
-        for each in frames.objects:
-            points = thinned(each.surface)
-            queries = points[choose_points(points, self.transformer["num_tokens"], seed=0)]
-            inputs = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
-            found.append(encoder.vae.encode(*inputs)[0].float())
-        images = encoder.images(frames.image, [each.mask for each in frames.objects])
-        return {"moments": torch.stack(found), **images}
-
-    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return an empty mapping for each caption, because the network uses no text."""
-        return [{} for _ in captions]
-
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Return None, because the network has no text encoder."""
-
-    # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the training sample of a cached scene: `latents` and image conditioning.
