@@ -120,7 +120,15 @@ def test_commands_are_understood(page: Path) -> None:
             config.build(BASE, changes)
 
 
-OTHERS = ("--signal",)
+OTHERS = (
+    "--signal",
+    "--lora_path",
+    "--vae_lora_checkpoint",
+    "--lora_weight",
+    "--lora_weight_high_noise",
+    "--lora_ratio",
+    "--dit",
+)
 """Options of other programs."""
 
 
