@@ -240,7 +240,8 @@ class Mochi(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data; the network takes the timestep 1000 (1 - t) and returns data - noise."""
         x, text = x_t.to(denoiser.dtype), cond["text"].to(denoiser.dtype)
-        timestep = 1000 - t.float() * 1000  # (1 - t) * 1000 gives 12.49999 instead of 12.5 for t = 0.9875
+        # In float32, (1 - t) * 1000 is 12.49999 for t = 0.9875. The stock scheduler has this error of 6e-5.
+        timestep = (1000 - (t if t.dtype is torch.float64 else t.float()) * 1000).float()
         return -denoiser(x, text, timestep, cond.get("mask"), return_dict=False)[0]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:

@@ -41,8 +41,9 @@ RANK = 128
 """Largest rank of an update that is extracted from a merged decoder, equal to the rank of published
 updates."""
 
-VERSION_2 = re.compile(r"wan-alpha-v2", re.IGNORECASE)
-"""Part of the path of all files of Wan-Alpha v2; v1 and v2 cannot be distinguished by their tensors."""
+VERSION_2 = re.compile(r"wan-alpha-v2[^/]*$|/models--[^/]*wan-alpha-v2[^/]*/", re.IGNORECASE)
+"""File name, or repository in the cache of the Hub, of files of Wan-Alpha v2. The tensors of v1 and v2 have the
+same names and shapes."""
 
 NOISE_SHIFT = 0.05
 """Mean by which Wan-Alpha v2 shifts noise away from the subject, in training and sampling."""
@@ -340,7 +341,7 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
     rgba_vae, notes = assemble(found, vae, str(path))
     parts = [part for part in FILES if found.parts[part]]
     about: dict[str, Any] = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
-    if VERSION_2.search(str(path)):
+    if VERSION_2.search(path.absolute().as_posix()):
         about["noise_shift"] = NOISE_SHIFT
         notes.append(
             f"Wan-Alpha v2: alpha.noise_shift is {NOISE_SHIFT} by default in recipes with this RGBA VAE, as "
