@@ -194,14 +194,7 @@ class Family(Checkpoint, ABC):
         return dict(item)
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the noise that training and sampling use, given standard normal noise of the same shape.
-
-        By default, this is the standard normal noise itself.
-
-        Args:
-            noise: (n, c, t, h, w).
-            cond: conditioning tensors, as in `predict`.
-        """
+        """Return the noise of training (n, c, t, h, w), given standard normal noise; `cond` as in `predict`."""
         return noise
 
     def share_positions(self, denoiser: nn.Module) -> None:

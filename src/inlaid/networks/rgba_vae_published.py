@@ -42,8 +42,8 @@ RANK = 128
 updates."""
 
 VERSION_2 = re.compile(r"wan-alpha-v2[^/]*$|/models--[^/]*wan-alpha-v2[^/]*/", re.IGNORECASE)
-"""File name, or repository in the cache of the Hub, of files of Wan-Alpha v2. The tensors of v1 and v2 have the
-same names and shapes."""
+"""File name, or repository in the cache of the Hub, of files of Wan-Alpha v2. The tensors of v1 and v2 have
+the same names and shapes."""
 
 NOISE_SHIFT = 0.05
 """Mean by which Wan-Alpha v2 shifts noise away from the subject, in training and sampling."""
