@@ -7,8 +7,8 @@ ellipse, a luma key of bright pixels, a luma key of dark pixels), and three proc
 hair). The first five containers are written by inlaid; the others are written here with typical encoder
 settings. All are read with the reader that training uses. Errors are on a scale of 0 to 255: means over
 the clips, and the maximum over all clips. Color is compared where alpha is above 0; in lossy formats, inlaid
-replaces color where alpha is at most 2 of 255, which is part of the error. `ghosts` is the share of transparent
-pixels that were read back with alpha above 0.
+replaces color where alpha is at most 2 of 255, which is part of the error. `ghosts` is the share of
+transparent pixels that were read back with alpha above 0.
 
 Without `--media` (a folder with `press` and `clips`), only the procedural clips are measured. Prints the
 table and writes `containers.json` and `containers.md`.
