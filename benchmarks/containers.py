@@ -6,9 +6,9 @@ Six clips of 17 frames, 240x416: three of real footage (a press, twice; a hiker)
 ellipse, a luma key of bright pixels, a luma key of dark pixels), and three procedural clips (glass, smoke,
 hair). The first five containers are written by inlaid; the others are written here with typical encoder
 settings. All are read with the reader that training uses. Errors are on a scale of 0 to 255: means over
-the clips, and the maximum over all clips. Color is compared where alpha is above 2 of 255, the alpha up to
-which inlaid replaces color in lossy formats. `ghosts` is the share of transparent pixels that were read back
-with alpha above 0.
+the clips, and the maximum over all clips. Color is compared where alpha is above 0; in lossy formats, inlaid
+replaces color where alpha is at most 2 of 255, which is part of the error. `ghosts` is the share of
+transparent pixels that were read back with alpha above 0.
 
 Without `--media` (a folder with `press` and `clips`), only the procedural clips are measured. Prints the
 table and writes `containers.json` and `containers.md`.
@@ -150,7 +150,7 @@ def compare(found: np.ndarray, pixels: np.ndarray) -> dict[str, float]:
         "alpha": float(off[..., 3].mean()),
         "alpha_max": float(off[..., 3].max()),
         "ghosts": float((found[..., 3][clear] > 0).mean()) if clear.any() else 0.0,
-        "color": float(off[..., :3][pixels[..., 3] > 2].mean()),
+        "color": float(off[..., :3][~clear].mean()),
         "hidden": float(hidden.mean()) if clear.any() else 0.0,
     }
 

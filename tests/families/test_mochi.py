@@ -122,7 +122,7 @@ def test_first_steps_equal_the_stock_pipeline(folder: Path, mochi: Mochi, networ
             step["timestep"] = 1000 - (1 - step["timestep"] / 1000) * 1000
             exact = pipe.transformer(**{k: v for k, v in step.items() if k != "output"})[0]
         assert (ours + exact).abs().max().item() == 0.0
-        assert (ours + step["output"]).abs().max().item() < 2e-5, "its timestep is off by up to 6e-5"
+        assert (ours + step["output"]).abs().max().item() < 1e-4, "its timestep is off by up to 6e-5"
 
 
 def test_padding_changes_nothing(folder: Path, mochi: Mochi, network: nn.Module) -> None:

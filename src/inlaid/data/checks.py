@@ -122,7 +122,7 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
         if abs(alpha.coverage - typical) > ODD:
             reasons.append(f"covers {alpha.coverage:.0%}, the median is {typical:.0%}")
         same = divided if alpha.premultiplied else len(there) - divided
-        if same * 10 <= len(there):
+        if same * 10 <= len(there) and alpha.multiplied != "unclear":
             reasons.append(
                 "premultiplied" if alpha.premultiplied else "straight, the others look premultiplied"
             )

@@ -198,7 +198,7 @@ class Family(Sampling, ABC):
         return dict(item)
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the noise of training (n, c, t, h, w) for standard normal noise; `cond` as in `predict`."""
+        """Return the noise of training, given standard normal noise (n, c, t, h, w); by default, the same."""
         return noise
 
     def share_positions(self, denoiser: nn.Module) -> None:
