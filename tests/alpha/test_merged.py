@@ -15,7 +15,8 @@ from torch import Tensor
 
 from inlaid import config
 from inlaid.adapters.adapter import WEIGHTS
-from inlaid.adapters.convert import export_run, import_adapter
+from inlaid.adapters.convert import export_run
+from inlaid.adapters.importing import import_adapter
 from inlaid.adapters.inspect import describe, inspect_path
 from inlaid.adapters.layers import layer_shapes
 from inlaid.adapters.merge import merge_adapter

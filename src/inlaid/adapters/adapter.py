@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya"]
+Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya", "lycoris"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """Name of the adapter file that `load_lora_weights(folder)` of diffusers loads."""
@@ -44,6 +44,8 @@ class Adapter:
     """Metadata from the file header, without the LoRA configuration."""
     vector: Tensor | None = None
     """Domain embedding (d,): trained vector that is added to the tokens of the alpha clip; None if absent."""
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    """Full differences of parameters, such as norms and biases, by name. They can only be merged."""
 
     @property
     def joint(self) -> bool:
@@ -56,20 +58,20 @@ class Adapter:
         return list(self.alpha)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the update by module name: (out, in), and kernel axes for convolutions."""
+        pairs = {m: [self.tensors[f"{m}.lora_{x}.weight"].shape for x in "AB"] for m in self.alpha}
+        return {m: (b[0], *a[1:]) for m, (a, b) in pairs.items()}
+
+    @property
     def rank(self) -> dict[str, int]:
         """Rank of the low-rank update by module name."""
         return {m: self.tensors[f"{m}.lora_A.weight"].shape[0] for m in self.alpha}
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Sizes (out, in) of the adapted layers by name; `in` includes the kernel size."""
-        factors = {m: [self.tensors[f"{m}.lora_{x}.weight"] for x in "AB"] for m in self.alpha}
-        return {m: (b.shape[0], a[0].numel()) for m, (a, b) in factors.items()}
-
-    @property
     def dora(self) -> bool:
         """True for a DoRA, in which every module has a magnitude vector; False for a LoRA."""
-        return f"{next(iter(self.alpha))}.lora_magnitude_vector" in self.tensors
+        return any(f"{module}.lora_magnitude_vector" in self.tensors for module in self.alpha)
 
     def scale(self, module: str) -> float:
         """Return the scale s = alpha / rank of a module's low-rank update s B A."""

@@ -1,13 +1,12 @@
-"""Conversion of adapters to and from the layouts of other programs: `inlaid export` and `inlaid import`."""
+"""Conversion of trained weights to the layouts of other programs: `inlaid export`."""
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ from inlaid.adapters.merge import merge_adapter
 from inlaid.adapters.of_run import trained_folder
 from inlaid.adapters.original_layers import folded
 from inlaid.adapters.programs import PROGRAMS, canonical, loading, refusal, targets
-from inlaid.adapters.read import DoraRule, read_adapter
+from inlaid.adapters.read import read_adapter
 from inlaid.adapters.write import export_adapter, write_network
 from inlaid.alpha.opening import build_family
-from inlaid.alpha.rgba_vae import require_wan_vae
 from inlaid.console import say
 from inlaid.files import atomic
 from inlaid.networks import rgba_vae_checkpoint, rgba_vae_published
@@ -40,6 +38,7 @@ def export_run(
     *,
     merge: bool = False,
     dtype: str | None = None,
+    skip_missing: bool = False,
 ) -> Path:
     """Export the trained weights of a run to another program's layout, and verify the written file.
 
@@ -55,6 +54,7 @@ def export_run(
         merge: merge the adapter into the model and export the whole model, for the program `to`.
         dtype: dtype of a whole model: `float32`, `bfloat16` or `float16`. Default: that of the trained
             weights, or float32 for a merged adapter.
+        skip_missing: leave out layers and parameters of `then` that the model does not have, with a note.
 
     Returns:
         The path of the written file or folder.
@@ -66,6 +66,8 @@ def export_run(
     settings = place.config()
     if settings.rgba_vae is not None:
         return _export_rgba_vae(place, settings, to, out, checkpoint)
+    if skip_missing and then is None:
+        raise ValueError("--skip-missing: applies to the adapter of --then; leave it out")
     job = _Job.of(place, settings, to, merge=merge, dtype=dtype)
     if then is not None and (not job.whole or settings.tuner.kind not in ("lora", "dora")):
         raise ValueError(
@@ -82,7 +84,7 @@ def export_run(
                 f"--out: {to} reads a {job.suffix} file; choose a name that ends in {job.suffix}"
             )
         target = target / f"{to}{job.suffix}"
-    written = (_whole if job.whole else _adapter)(job, folder, target, then)
+    written = _whole(job, folder, target, then, skip_missing) if job.whole else _adapter(job, folder, target)
     _explain(job, settings, written)
     return written
 
@@ -166,7 +168,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Dtypes of an exported whole model."""
 
 
-def _whole(job: _Job, folder: Path, target: Path, then: Path | None) -> Path:
+def _whole(job: _Job, folder: Path, target: Path, then: Path | None, skip_missing: bool) -> Path:
     """Export a whole model: the weights of full fine-tuning, or the base model with the adapter merged in."""
     family = job.family
     if job.kind == "full":
@@ -186,15 +188,27 @@ def _whole(job: _Job, folder: Path, target: Path, then: Path | None) -> Path:
     parts = companions(base)
     adapter = read_adapter(folder, family, shapes=layer_shapes(base))
     own = {n: read_adapter(folder / n, family, shapes=layer_shapes(p)) for n, p in parts.items()}
-    merge_adapter(base, adapter)
-    if then is not None:
-        adapter = read_adapter(then, family, shapes=layer_shapes(base), base=base)
-        if adapter.dora:
+    added = None
+    if then is not None:  # read before merging: parts of it may be relative to the weights of the base model
+        added = read_adapter(
+            then,
+            family,
+            shapes=layer_shapes(base),
+            base=base,
+            expert=job.expert,
+            merging=True,
+            skip_missing=skip_missing,
+        )
+        if added.dora:
             raise ValueError(
                 f"--then: {then} is a DoRA, which rescales the rows of the weights it is applied to and must "
                 "come first; merge it into the base model, and train on the result"
             )
-        merge_adapter(base, adapter)
+        for note in added.notes:
+            say(f"note: {then.name}: {note}")
+    merge_adapter(base, adapter)
+    if added is not None:
+        merge_adapter(base, added)
     if not own:
         return _written(job, base, target, header)
     with atomic(target) as whole:
@@ -221,7 +235,7 @@ def _one_file(job: _Job, state: Mapping[str, Tensor], target: Path, header: Mapp
     return whole_model.write_original(target, state, job.family, extra=extra, dtype=job.dtype, header=kept)
 
 
-def _adapter(job: _Job, folder: Path, target: Path, then: Path | None) -> Path:
+def _adapter(job: _Job, folder: Path, target: Path) -> Path:
     """Export an adapter."""
     family = job.family
     network = family.load_denoiser(torch.float32, meta=True)
@@ -274,78 +288,3 @@ def _export_rgba_vae(
         raise ValueError(f"{target} already exists; choose another path with --out")
     trained = rgba_vae_checkpoint.load(folder, family.load("vae", torch.float32))
     return rgba_vae_published.export(trained, to, target)
-
-
-def import_adapter(
-    adapter: Path,
-    out: Path,
-    family: str,
-    checkpoint: str | None = None,
-    alpha: float | None = None,
-    dora_scale: str | None = None,
-) -> tuple[Path, Sequence[str]]:
-    """Convert an adapter of another trainer to the diffusers layout, or import a published RGBA VAE.
-
-    Args:
-        adapter: file or folder of an adapter or RGBA VAE.
-        out: folder to write.
-        family: name of a model family.
-        checkpoint: base model, to check shapes. Required for an RGBA VAE, and for a `dora_scale`, which is
-            relative to the weights of the base model.
-        alpha: LoRA alpha for files that store none.
-        dora_scale: `comfyui` or `merged`, the definition of the file's `dora_scale` (see `read_adapter`).
-
-    Returns:
-        The written path, and messages for the user.
-
-    Raises:
-        ValueError: if the file is damaged, has an unknown layout, or has tensors that cannot be converted.
-    """
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"--alpha: {alpha:g} is not a finite number above 0")
-    if dora_scale not in (None, *get_args(DoraRule)):
-        rules = " or ".join(get_args(DoraRule))
-        raise ValueError(f"--dora-scale: `{dora_scale}` is not {rules}")
-    kind = families.get(family)
-    if rgba_vae_published.is_rgba_vae(adapter):
-        return _import_rgba_vae(adapter, out, family, checkpoint)
-    base = (
-        kind(config.Model(family=family, checkpoint=checkpoint)).load_denoiser(torch.float32)
-        if checkpoint
-        else None
-    )
-    _refuse_taken(out)
-    found = read_adapter(
-        adapter,
-        kind,
-        alpha=alpha,
-        shapes=layer_shapes(base) if base else None,
-        base=base,
-        dora_scale=dora_scale,  # type: ignore[arg-type]
-    )
-    path = export_adapter(found, "diffusers", out, family=kind, base=base)
-    layers = f"{len(found.modules)} layers, rank {', '.join(map(str, sorted(set(found.rank.values()))))}"
-    return path, [
-        f"{found.layout}: {layers}, {'DoRA' if found.dora else 'LoRA'}, alpha from {found.alpha_from}",
-        *found.notes,
-    ]
-
-
-def _refuse_taken(out: Path) -> None:
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ValueError(f"{out} exists and is not empty; choose another folder")
-
-
-def _import_rgba_vae(
-    path: Path, out: Path, family: str, checkpoint: str | None
-) -> tuple[Path, Sequence[str]]:
-    """Convert a published RGBA VAE, or its decoders alone, from a file to the folder layout of inlaid."""
-    if checkpoint is None:
-        raise ValueError(
-            f"{path}: an RGBA VAE, which extends the VAE of a checkpoint; pass it with --checkpoint, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
-    _refuse_taken(out)
-    base = families.get(family)(config.Model(family=family, checkpoint=checkpoint))
-    require_wan_vae(base)
-    return out, rgba_vae_published.convert(path, out, base.load("vae", torch.float32))

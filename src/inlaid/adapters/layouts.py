@@ -15,15 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inlaid.adapters.adapter import Adapter
+from inlaid.adapters.dora_scale import DORA_RULE_KEY
 from inlaid.adapters.layers import base_layer, layer_shapes, row_norms, some_of
 from inlaid.adapters.merge import effective_delta, layer_delta
+from inlaid.adapters.names import split_block
 from inlaid.adapters.original_layers import (
     SPELLINGS,
     Layer,
     original_layers,
     plain_layers,
 )
-from inlaid.adapters.read import DORA_RULE_KEY, split_block
 from inlaid.files import load_torch, save_file, save_torch
 
 if TYPE_CHECKING:

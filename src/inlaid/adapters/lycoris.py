@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlaid.adapters.adapter import METADATA_KEY, WEIGHTS
 from inlaid.adapters.lycoris_export import write_original
-from inlaid.adapters.read import load_safetensors, open_adapter
+from inlaid.adapters.source import load_safetensors, open_adapter
 from inlaid.adapters.write import adapter_header, write_network, write_tensors
 from inlaid.files import atomic, read_metadata
 

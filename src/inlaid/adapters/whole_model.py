@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from inlaid.adapters.layers import some_of
-from inlaid.adapters.read import load_safetensors
+from inlaid.adapters.source import load_safetensors
 from inlaid.console import progress
 from inlaid.files import atomic, save_file
 

@@ -17,8 +17,10 @@ from inlaid.adapters.layers import base_layer, layer_shapes, some_of
 from inlaid.adapters.layouts import LAYOUTS, check, midi_folder
 from inlaid.adapters.layouts import write as write_layout
 from inlaid.adapters.merge import effective_delta, merge_adapter
+from inlaid.adapters.names import TENSOR_KEY
 from inlaid.adapters.programs import canonical, refusal
-from inlaid.adapters.read import TENSOR_KEY, load_safetensors, read_adapter
+from inlaid.adapters.read import read_adapter
+from inlaid.adapters.source import load_safetensors
 from inlaid.console import say
 from inlaid.files import atomic, save_file
 from inlaid.networks.domain_embedding import EMBEDDING, NAME

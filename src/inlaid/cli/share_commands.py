@@ -52,6 +52,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    skip_missing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-missing",
+            help="With `--then`: leave out layers of that file that the model does not have.",
+        ),
+    ] = False,
 ) -> None:
     """Export trained weights in the format of another program.
 
@@ -62,7 +69,7 @@ def export(
 
     if to is None:
         raise ValueError(f"Missing option '--to'. Targets for this run:\n{export_targets(run)}")
-    print(export_run(run, to, out, checkpoint, then, merge=merge, dtype=dtype))
+    print(export_run(run, to, out, checkpoint, then, merge=merge, dtype=dtype, skip_missing=skip_missing))
 
 
 @app.command("import")
@@ -78,7 +85,10 @@ def import_(
     family: Annotated[str, typer.Option(help="Model family: wan, cogvideox, mochi or midi.")] = "wan",
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Base model (Hub id or folder); needed to check shapes and convert `dora_scale`."),
+        typer.Option(
+            help="Base model (Hub id or folder); needed to check shapes, and to convert `dora_scale`, whole "
+            "biases and whole layers."
+        ),
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha, if the file does not store it.")] = None,
     dora_scale: Annotated[
@@ -88,6 +98,19 @@ def import_(
             "(`comfyui`), or of the updated weights as in LyCORIS (`merged`)."
         ),
     ] = None,
+    expert: Annotated[
+        str | None,
+        typer.Option(
+            help="`high` or `low`: expert of a checkpoint with two (A14B), or of a file with adapters of "
+            "both."
+        ),
+    ] = None,
+    skip_missing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-missing", help="With `--checkpoint`: leave out layers that the base model does not have."
+        ),
+    ] = False,
     views: Annotated[
         int, typer.Option(min=1, help="Meshes: number of images to render per mesh, from different sides.")
     ] = 4,
@@ -114,9 +137,9 @@ def import_(
         raise ValueError("import: needs ADAPTER OUT, or `meshes` DIR OUT; see `inlaid import --help`")
     adapter, out = paths
     quiet_libraries()
-    from inlaid.adapters.convert import import_adapter
+    from inlaid.adapters.importing import import_adapter
 
-    path, notes = import_adapter(adapter, out, family, checkpoint, alpha, dora_scale)
+    path, notes = import_adapter(adapter, out, family, checkpoint, alpha, dora_scale, expert, skip_missing)
     for note in notes:
         echo(f"note: {note}")
     print(path)
