@@ -143,7 +143,7 @@ FILES: dict[str, Callable[[Make], made.Case]] = {
 }
 
 
-@pytest.mark.parametrize("count", [15, slow(400)])
+@pytest.mark.parametrize("count", [6, slow(400)])
 @pytest.mark.parametrize("name", FILES)
 def test_mutations(base, tmp_path: Path, name: str, count: int) -> None:
     path = FILES[name](Make(base, tmp_path / "in")).path
@@ -170,7 +170,7 @@ def test_mutations(base, tmp_path: Path, name: str, count: int) -> None:
     assert read and refused
 
 
-@pytest.mark.parametrize("count", [15, slow(300)])
+@pytest.mark.parametrize("count", [6, slow(300)])
 @pytest.mark.parametrize("name", ["genmo", "SAT"])
 def test_mutations_of_other_families(tmp_path: Path, name: str, count: int) -> None:
     kind = families.get("mochi" if name == "genmo" else "cogvideox")

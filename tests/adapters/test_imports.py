@@ -178,20 +178,14 @@ I2V = [
 
 OFTEN = {
     "LoRA, SimpleTuner lycoris",
-    "peft, adapter_model.bin",
     "peft, patterns in original names",
-    "alpha in the header, lora_alpha",
     "axes of size 1, flat convolution",
     "ai-toolkit, high and low expert",
     "ai-toolkit LoKr, full, alpha inf",
     "SimpleTuner LoKr, two factors",
     "SimpleTuner LoHa, ranks and alphas differ",
-    "dora_scale, ComfyUI, some layers",
-    "genmo Mochi",
     "Mochi, ComfyUI",
     "SAT CogVideoX, module",
-    "CogVideoX, ComfyUI",
-    "MIDI lora_weights.pth, bare .default model",
 }
 """Cases that `make test` runs."""
 

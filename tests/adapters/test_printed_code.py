@@ -59,7 +59,7 @@ CARDS = [
 ]
 
 
-OFTEN = ((("wan", "t2v"), "lokr"), (("midi", "scene"), "lora"))
+OFTEN = ((("wan", "t2v"), "lokr"),)
 
 
 @pytest.mark.parametrize(("case", "kind"), [c if c in OFTEN else slow(*c) for c in CARDS])
