@@ -11,7 +11,9 @@ from PIL import Image
 
 from inlaid import config
 from inlaid.alpha.opening import build_family
+from inlaid.data.layouts import find_clips
 from inlaid.data.plan import Plan, plan_dataset
+from inlaid.families.base import PrecomputedLayout
 from inlaid.families.grid import Grid
 from support import rgba_clips as make
 from support import videos
@@ -134,3 +136,13 @@ def test_the_rate_of_a_sequence_can_be_set(tmp_path: Path, folder: bool) -> None
     assert made.sources[0].seconds == pytest.approx(1.5)
     assert plan(str(tmp_path / "d"), frames=[21]).train[0].key != made.train[0].key
     assert [p.code for p in plan(source, frames=[25]).errors] == ["too-short"], "1.5 s at 16 fps"
+
+
+def test_a_manifest_beside_clips_is_not_ambiguous_where_latents_could_be(tmp_path: Path) -> None:
+    """Families that read precomputed latents, such as Mochi, look for them in the same folder."""
+    (tmp_path / "d").mkdir()
+    np.savez(tmp_path / "d/a.npz", frames=np.zeros((9, *SIZE, 3), np.uint8), fps=np.float32(16))
+    (tmp_path / "d/train.jsonl").write_text(json.dumps({"video": "a.npz", "prompt": "a"}))
+    for patterns in (None, PrecomputedLayout(("*.latent.pt",), "*.embed.pt")):
+        found = find_clips(config.Source(path=str(tmp_path / "d")), 0, patterns, 3)
+        assert (found.layout, [c.name for c in found.clips], found.problems) == ("jsonl", ["a.npz"], [])

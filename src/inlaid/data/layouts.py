@@ -248,11 +248,12 @@ def _detect(
     if patterns and wanted in ("auto", "precomputed"):
         names = {n for part in (patterns.media[0], patterns.text) for n in _matching(tree, part)}
         videos = {*_matching(tree, patterns.video, kinds.KNOWN)}
-        option: tuple[str, str, Path]
         option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.description}", path)
         if names and names >= videos:
             return option  # the latents were computed from the videos in the folder
-        options, partly = [option] if names else [], bool(videos - names)
+        if names:
+            options.append(option)
+            partly = bool(videos - names)
     lines = _line_files(path, source)
     if lines:
         options.append(("lines", " and ".join(f.name for f in lines), path))
