@@ -170,7 +170,7 @@ def _transpixeler(adapter: Adapter, family: Model, base: nn.Module | None) -> La
         raise ValueError("transpixeler needs the layers of all blocks: pass base")
     sizes = layer_shapes(base)
     made: dict[str, Tensor] = {}
-    for module, (rows, columns) in sizes.items():
+    for module, (rows, columns, *_) in sizes.items():
         stem, leaf = split_block(module)
         if not stem or leaf not in spec.layers:
             continue

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from inlaid import config as recipe
 from inlaid.console import once
 from inlaid.families.base import Family
+from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.grid import Grid
 from inlaid.media import meshes
 from inlaid.media.scene import MAX_OBJECTS, invalid_pairs, make_meshes, thinned
@@ -73,7 +74,7 @@ LAYERS = (
 """Linear layers of the transformer outside its attention."""
 
 
-class _Encoders(Family):
+class _Encoders(Checkpoint):
     """Loading and use of the encoders of MIDI and TripoSG: the shape VAE and the image encoders."""
 
     conditioning: ImageConditioning
@@ -135,7 +136,7 @@ class _Encoders(Family):
     # --- training and generation ----------------------------------------------------------------------------
 
 
-class Midi(_Encoders):
+class Midi(_Encoders, Family):
     """MIDI and TripoSG family: flow matching on the latent tokens of all objects of a scene.
 
     MIDI has two image encoders, CLIP and DINO; TripoSG has only DINO.
