@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from inlaid import config as recipe
 from inlaid.console import once
-from inlaid.families.base import Family
+from inlaid.families.base import Family, sequence_problems
 from inlaid.families.grid import Grid
 from inlaid.media import meshes
 from inlaid.media.scene import MAX_OBJECTS, invalid_pairs, make_meshes, thinned
@@ -171,6 +171,7 @@ class Midi(Family):
         """
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
+        wrong += sequence_problems(self, config.runtime.sequence)
         if self.conditioning.trained:
             key = "model.options.image_encoders"
             kind, parallel = config.tuner.kind, config.runtime.parallel
