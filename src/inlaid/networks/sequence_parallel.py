@@ -35,7 +35,8 @@ class SequenceParallel:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, clips: int = 1) -> None:
-        self.group, self.clips = group, clips
+        self.group: Any = group
+        self.clips = clips
         self.size, self.rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         self._shares: list[int] = []
 
@@ -138,7 +139,6 @@ class SequenceParallel:
         """
         from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
-        assert self.group is not None
         flat = x.reshape(-1).contiguous()
         return wait_tensor(all_to_all_single_autograd(flat, list(received), list(sent), self.group))
 
