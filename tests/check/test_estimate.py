@@ -199,6 +199,23 @@ def test_several_processes_share(wan):
     assert fsdp.memory["gathered blocks"] > 0
 
 
+def test_a_shared_sample_needs_less_in_each_process(wan):
+    long = {"shapes": {(81, 256, 256): 1}}
+    one, two, four = (estimate(wan, recipe(runtime={"sequence": n}), **long) for n in (1, 2, 4))
+    for n, found in ((2, two), (4, four)):
+        for value in (lambda e: e.memory["activations"], lambda e: e.flops):
+            assert 1 / n < value(found) / value(one) < 1.25 / n  # each process has the whole text
+        assert found.memory["frozen weights"] == one.memory["frozen weights"]
+        assert any(f"one of {n} processes that share each sample" in line for line in found.how)
+
+
+def test_hybrid_shards_hold_the_weights_once_in_each_group(wan):
+    full = {"tuner": {"kind": "full"}}
+    runtime = {"parallel": "fsdp", "world_size": 4}
+    whole, hybrid = (estimate(wan, recipe(**full, runtime=runtime | x)) for x in ({}, {"shard_size": 2}))
+    assert hybrid.memory["trained weights"] == 2 * whole.memory["trained weights"]
+
+
 def test_gradients_wait_for_the_next_micro_batch(wan):
     first, later = (estimate(wan, recipe(tuner={"kind": "full"}, train={"accumulate": n})) for n in (1, 2))
     assert first.memory["gradients"] < later.memory["gradients"] == 4 * later.trained

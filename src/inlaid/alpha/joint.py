@@ -30,6 +30,7 @@ from inlaid.families.base import Family, PrecomputedLayout
 from inlaid.families.sampling import as_bytes
 from inlaid.networks.domain_embedding import NAME, TOKENS, DomainEmbedding, read_domain_embedding
 from inlaid.networks.half_tokens import HalfTokens, half_tokens_class
+from inlaid.networks.sequence_parallel import SequenceParallel
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -216,6 +217,10 @@ class Joint(Composed):
         if self.section.domain_embedding:
             domain: Any = denoiser.get_submodule(NAME)
             domain.adapter_layers = [next(iter(layers.values()))]
+
+    def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes: each process gets the same tokens of color and of alpha."""
+        self.opaque.split_sequence(denoiser, sequence.of_clips(2))
 
     # --- sampling -----------------------------------------------------------------------------------------
 

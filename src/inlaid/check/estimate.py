@@ -31,6 +31,7 @@ from inlaid.families import Family
 from inlaid.families.grid import Extent
 from inlaid.networks import quantize
 from inlaid.networks.quantize import CASTS, GROUP
+from inlaid.networks.sequence_parallel import SimulatedSequence
 from inlaid.training.memory import enable_checkpointing
 from inlaid.training.trained import Trained, trained_by
 
@@ -167,6 +168,7 @@ def count_operations(
     *,
     checkpointing: bool | int | Literal["attention"],
     accumulating: bool = False,
+    sequence: int = 1,
 ) -> Counts:
     """Run one forward and backward pass of a network on the meta device; count memory and operations.
 
@@ -177,7 +179,10 @@ def count_operations(
         batch: number of samples.
         checkpointing: value of `memory.gradient_checkpointing`.
         accumulating: True if the gradients of an earlier micro-batch already exist.
+        sequence: number of processes that share the tokens of each sample; the result is that of one process.
     """
+    if sequence > 1:
+        family.split_sequence(denoiser, SimulatedSequence(sequence))
     if checkpointing:
         enable_checkpointing(denoiser, checkpointing)
     denoiser.train()
@@ -309,6 +314,7 @@ def estimate_recipe(
         {} if memo is None else memo,
         checkpointing=checkpointing,
         accumulating=accumulate > 1,
+        sequence=config.runtime.sequence,
     )
     held = torch.float32 if full else precision
     frozen, temporary = _frozen(config, denoiser, held, recomputed=checkpointing in (1, "attention"))
@@ -341,8 +347,8 @@ def estimate_recipe(
         weights if full else f"{weights}; the others in {small or _name(precision)}",
         (
             f"activations: peak of a simulated forward and backward pass of {'x'.join(map(str, largest))} at "
-            f"batch {config.train.batch}, with gradient checkpointing of {recomputed}, including gradients "
-            "that exist at the peak; assumes fused attention"
+            f"batch {config.train.batch}{_shared(config)}, with gradient checkpointing of {recomputed}, "
+            "including gradients that exist at the peak; assumes fused attention"
         ),
         *([sharding] if sharding else []),
         *(["the optimizer state is offloaded to CPU memory"] if offloaded else []),
@@ -448,7 +454,8 @@ def _sharded(
 
     Without sharding, the memory is unchanged and the explanation is empty.
     """
-    world, parallel = config.runtime.world_size or 1, config.runtime.parallel
+    parallel = config.runtime.parallel
+    world = config.runtime.shard_size or config.runtime.world_size or 1
     if world == 1 or parallel == "ddp":
         return memory, ""
     own = [f"{optimizer} state", "EMA"]
@@ -462,6 +469,12 @@ def _sharded(
         return out, note
     sizes = [sum(p.nbytes for p in b.parameters()) for b in quantize.blocks(denoiser).values()]
     return {**out, "gathered blocks": 2 * max(sizes, default=0)}, f"{note}, and two complete blocks"
+
+
+def _shared(config: recipe.Config) -> str:
+    """Return a phrase about the processes that share each sample; empty if a process has whole samples."""
+    processes = config.runtime.sequence
+    return f" in one of {processes} processes that share each sample" if processes > 1 else ""
 
 
 def _time(

@@ -49,3 +49,11 @@ class Runtime(Section):
     """Parallelism over several processes. `ddp`: each process holds all weights. `fsdp` (FSDP2): weights,
     gradients and optimizer state are sharded. `zero3` (DeepSpeed): the same as `fsdp`. `zero2` (DeepSpeed):
     only gradients and optimizer state are sharded."""
+    shard_size: int | None = Field(default=None, ge=2)
+    """Number of processes over which `fsdp` shards; it must divide the number of processes. Each group of
+    this size holds a complete copy (HSDP), so that weights are gathered within a machine. Default: all
+    processes."""
+    sequence: int = Field(default=1, ge=1)
+    """Number of processes that share the tokens of each sample (Ulysses sequence parallelism), for clips
+    whose activations do not fit on one GPU. It must divide the number of processes and the model's attention
+    heads."""

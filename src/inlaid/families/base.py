@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from inlaid.networks.sequence_parallel import SequenceParallel
     from inlaid.objectives import Objective
 
 
@@ -109,6 +110,9 @@ class Family(Sampling, ABC):
     joint_attention: ClassVar[Any] = None
     """Function that takes a rule for the attention of text to alpha (`networks.joint_attention.Rule`) and
     returns an attention processor. None if text and video tokens are not in one sequence."""
+    heads: int = 0
+    """Number of attention heads of the denoiser, which `runtime.sequence` divides among processes. 0 if the
+    family does not implement `split_sequence`."""
     grid: Grid
     precomputed: PrecomputedLayout | None = None
     """File layout of the precomputed latents that this family can read; None if it can read none. The files
@@ -209,6 +213,14 @@ class Family(Sampling, ABC):
         """
         raise NotImplementedError
 
+    def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
+        """Modify the denoiser to compute only this process's share of the video tokens.
+
+        Inputs and outputs stay whole: they are the same in each process of `sequence`. Called after adapters
+        are attached, and only for families with `heads`.
+        """
+        raise NotImplementedError
+
     def attached(self, denoiser: nn.Module) -> None:
         """Hook that runs after an adapter is attached to the denoiser.
 
@@ -254,6 +266,7 @@ class Family(Sampling, ABC):
             sizes.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in sizes for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
+        found += sequence_problems(self, config.runtime.sequence)
         if config.alpha.kind == "opaque" and data.matte != recipe.Matte():
             found.append("data.matte: an opaque run reads no alpha mattes; remove it, or set alpha.kind")
         try:
@@ -286,6 +299,18 @@ class Family(Sampling, ABC):
         if wrong:
             return [f"{name} needs a {what} for each prompt: {', '.join(wrong)}"]
         return _unreadable(dict.fromkeys(Path(file) for each in images for file in each))
+
+
+def sequence_problems(family: Family, processes: int) -> list[str]:
+    """Return a message if a number of processes cannot share the attention heads of a family equally."""
+    heads = family.heads
+    if processes == 1 or (heads and not heads % processes):
+        return []
+    if not heads:
+        return [f"runtime.sequence: {family.model.family} does not support split sequences: remove it"]
+    possible = ", ".join(str(n) for n in range(1, heads + 1) if not heads % n)
+    wrong = f"{processes} processes cannot share the {heads} attention heads of {family.model.checkpoint}"
+    return [f"runtime.sequence: {wrong} equally: use one of {possible}"]
 
 
 def _unreadable(images: Iterable[Path]) -> list[str]:

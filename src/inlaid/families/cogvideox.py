@@ -33,6 +33,7 @@ from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames
 from inlaid.families.other_programs import JointLayout
 from inlaid.networks.joint_attention import CogVideoXJointAttention, halve_cogvideox
+from inlaid.networks.sequence_parallel import SequenceParallel
 from inlaid.objectives import VPrediction
 
 COPIES = 4
@@ -137,7 +138,7 @@ class CogVideoX(Family):
         if model.task not in (None, task) or model.expert is not None:
             key = "expert" if model.expert else "task"
             raise ValueError(f"model.{key}: {model.checkpoint} is one {task} network; leave `{key}` out")
-        self.pair = c["patch_size_t"] or 1
+        self.pair, self.heads = c["patch_size_t"] or 1, c["num_attention_heads"]
         self.fps = 16.0 if self.pair == 2 else 8.0
         self.largest = (8 * c["sample_height"], 8 * c["sample_width"])
         only = (c["sample_frames"], *self.largest) if c["use_learned_positional_embeddings"] else None
@@ -291,6 +292,29 @@ class CogVideoX(Family):
         Covers rotary embeddings, and the sinusoidal embeddings of 2B.
         """
         halve_cogvideox(denoiser)
+
+    def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes; see `Family.split_sequence`.
+
+        The rotary embeddings are an argument of each call, and the embedding module returns the text tokens
+        before the video tokens.
+        """
+
+        def rotary(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            found = kwargs.get("image_rotary_emb")
+            own = found and tuple(sequence.split(x, 0) for x in found)
+            return args, {**kwargs, "image_rotary_emb": own}
+
+        def tokens(_: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+            text = args[0].shape[1]
+            return torch.cat([out[:, :text], sequence.split(out[:, text:], 1)], 1)
+
+        denoiser.register_forward_pre_hook(rotary, with_kwargs=True)
+        denoiser.patch_embed.register_forward_hook(tokens)
+        sequence.gather_output(denoiser.proj_out, 1)
+        for block in denoiser.transformer_blocks:
+            rule: Any = getattr(block.attn1.processor, "rule", "open")
+            block.attn1.set_processor(CogVideoXJointAttention(rule, sequence))
 
     def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
         """Convert noise (c, t, h, w) to (1, t, c, h, w), with the dtype of the transformer."""

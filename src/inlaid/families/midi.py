@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from inlaid import config as recipe
 from inlaid.console import once
-from inlaid.families.base import Family
+from inlaid.families.base import Family, sequence_problems
 from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.grid import Grid
 from inlaid.media import meshes
@@ -254,6 +254,7 @@ class Midi(_Encoders, Family):
         """
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
+        wrong += sequence_problems(self, config.runtime.sequence)
         if self.conditioning.trained:
             key = "model.options.image_encoders"
             kind, parallel = config.tuner.kind, config.runtime.parallel

@@ -28,6 +28,7 @@ from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames, Rename
 from inlaid.families.other_programs import JointLayout
 from inlaid.networks.joint_attention import MochiJointAttention, halve, mochi
+from inlaid.networks.sequence_parallel import SequenceParallel
 from inlaid.objectives import FlowMatching
 
 TOO_FEW = "sample.steps: the sampling schedule of Mochi has two parts; use 2 steps or more"
@@ -131,6 +132,7 @@ class Mochi(Family):
                 "only Mochi text-to-video, with 12 and 12, is supported"
             )
         self.text_length = int(transformer.get("max_sequence_length", self.text_length))
+        self.heads = transformer.get("num_attention_heads", 24)
         if model.task not in (None, "t2v") or model.expert is not None:
             key = "expert" if model.expert else "task"
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
@@ -243,6 +245,25 @@ class Mochi(Family):
         With joint alpha, color and alpha are two clips in one sequence.
         """
         halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
+
+    def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes; see `Family.split_sequence`."""
+        samples = 1
+
+        def count(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            nonlocal samples
+            samples = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        def tokens(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return sequence.split(out.unflatten(0, (samples, -1)).flatten(1, 2), 1)  # out: (n * t, h * w, d)
+
+        denoiser.register_forward_pre_hook(count, with_kwargs=True)
+        denoiser.patch_embed.register_forward_hook(tokens)
+        sequence.split_output(denoiser.rope, 0)
+        sequence.gather_output(denoiser.proj_out, 1)
+        for block in denoiser.transformer_blocks:
+            rule: Any = getattr(block.attn1.processor, "rule", "open")
+            block.attn1.processor = MochiJointAttention(rule, sequence)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Return the flow matching objective; by default without a timestep shift, whatever the clip size."""

@@ -36,6 +36,7 @@ from inlaid.families.base import Family
 from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames
 from inlaid.networks import joint_attention
+from inlaid.networks.sequence_parallel import SequenceParallel
 from inlaid.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
@@ -180,7 +181,7 @@ class Wan(Family):
         self.stride = (self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8))
         if self.transformer["in_channels"] != self.vae["z_dim"] or model.task == "i2v":
             self.images = ("first", "last") if self.transformer.get("pos_embed_seq_len") else ("first",)
-        patch = self.transformer["patch_size"]
+        patch, self.heads = self.transformer["patch_size"], self.transformer["num_attention_heads"]
         shortest = (
             1 + self.stride[0] if self.images else 1
         )  # an image is frame 1; at least one latent frame must follow
@@ -324,6 +325,10 @@ class Wan(Family):
         """
         joint_attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
 
+    def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes; see `Family.split_sequence`."""
+        _split_sequence(denoiser, sequence)
+
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Return the flow matching objective; the default timestep shift is 3 at 480p and 5 at 720p.
 
@@ -339,10 +344,8 @@ class Wan(Family):
         side = (self.boundary, 1.0) if self.model.expert == "high" else (0.0, self.boundary)
         low, high = max(side[0], section.interval[0]), min(side[1], section.interval[1])
         if low >= high:
-            raise ValueError(
-                f"objective.interval: {list(section.interval)} lies outside the interval "
-                f"{list(side)} of the {self.model.expert} expert; choose one inside"
-            )
+            own = f"{list(side)} of the {self.model.expert} expert"
+            raise ValueError(f"objective.interval: {list(section.interval)} lies outside {own}")
         return replace(objective, interval=(low, high))
 
     def load_denoiser(
@@ -393,9 +396,8 @@ class Wan(Family):
                 mask[:, -1, -1] = 1
             x = torch.cat([x, mask, cond["image_latents"].to(dtype)], dim=1)
         image_embeds = cond["image_embeds"].flatten(0, 1).to(dtype) if self.clip else None
-        return denoiser(x, timestep, cond["text"].to(dtype), image_embeds, return_dict=False)[0][
-            :, :, leading:
-        ]
+        text = {"encoder_hidden_states": cond["text"].to(dtype), "encoder_hidden_states_image": image_embeds}
+        return denoiser(x, timestep=timestep, **text, return_dict=False)[0][:, :, leading:]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return the standard diffusers pipeline, with the VAE and CLIP in float32.
@@ -428,6 +430,29 @@ class Wan(Family):
                 load_into_transformer_2=self.model.expert == "low",
                 low_cpu_mem_usage=self.clip is None,
             )
+
+
+def _split_sequence(denoiser: Any, sequence: SequenceParallel) -> None:
+    """Split the video tokens of a network over processes.
+
+    In TI2V-5B, each token has a timestep, and so a modulation of its own: timesteps are split as well.
+    Cross-attention needs no exchange, because each process has the whole text.
+    """
+    from inlaid.networks.wan_self_attention import SplitSelfAttention
+
+    def timesteps(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        t = kwargs["timestep"]
+        return args, {**kwargs, "timestep": sequence.split(t, 1) if t.ndim == 2 else t}
+
+    def tokens(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return sequence.split(out.flatten(2), 2)[..., None, None]  # the network flattens the last three
+
+    denoiser.register_forward_pre_hook(timesteps, with_kwargs=True)
+    denoiser.patch_embedding.register_forward_hook(tokens)
+    sequence.split_output(denoiser.rope, 1)
+    sequence.gather_output(denoiser.proj_out, 1)
+    for block in denoiser.blocks:
+        block.attn1.set_processor(SplitSelfAttention(sequence))
 
 
 def _refuse_unsupported(family: Wan) -> None:

@@ -94,22 +94,24 @@ class Job:
         """Compute and write the validation metrics, with the EMA weights if there is an EMA."""
         if not self.validation:
             return
-        n, world = len(self.validation), self.ctx.world
+        n, (group, groups) = len(self.validation), self.ctx.share
         mine = range(
-            self.ctx.rank, -(-n // world) * world, world
+            group, -(-n // groups) * groups, groups
         )  # sharded weights need the same number of passes in each process
         with self.averaged():
             rows = self.step.validation(
                 self.denoiser, [self.validation[i % n] for i in mine], self.ctx.device
             )
-        rows = rows[: len(range(self.ctx.rank, n, world))]
-        self.meters.write({"step": step, **self.step.summary(self.ctx.total(rows.sum(0)) / n)})
+        rows = rows[: len(range(group, n, groups))]
+        mean = self.ctx.total(rows.sum(0)) / (n * self.ctx.sequence)
+        self.meters.write({"step": step, **self.step.summary(mean)})
         self.meters.pause()
 
     def sample(self, step: int) -> None:
         """Generate samples from the sample prompts, with the EMA weights if there is an EMA.
 
-        Only the main process generates, unless the weights are sharded: then all processes take part.
+        Only the main process generates, unless weights are sharded or processes share a sequence: then all
+        processes take part.
         """
         if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:
@@ -243,11 +245,12 @@ def resumed_from(config: recipe.Config, ctx: Context, run: Run) -> tuple[Path | 
     found = run.checkpoints()
     if not found:
         return None, {}
-    values, per_step = verify(found[-1]), config.train.accumulate * ctx.world
+    values, per_step = verify(found[-1]), config.train.accumulate * ctx.share[1]
     if values["per_step"] != per_step:
+        shared = f" / {ctx.sequence} (runtime.sequence)" if ctx.sequence > 1 else ""
         raise ValueError(
             f"{run.folder}: was trained with {values['per_step']} micro-batches per step over all "
-            f"processes, this launch has {per_step}: set train.accumulate so that processes "
+            f"processes, this launch has {per_step}: set train.accumulate so that processes{shared} "
             f"x accumulate = {values['per_step']}"
         )
     return found[-1], values
@@ -327,7 +330,7 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
         sampler,
         config.data.caption_dropout,
         config.seed,
-        config.train.accumulate * ctx.world,
+        config.train.accumulate * ctx.share[1],
         [source.prior_preservation for source in sources],
     )
     validation = clips.validation_batches(family)
@@ -337,6 +340,7 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
     if config.memory.gradient_checkpointing:
         memory.enable_checkpointing(denoiser, config.memory.gradient_checkpointing)
     trained.attach(denoiser, seed=stable_hash(config.seed, "tuner"))
+    strategy.split_sequence(family, denoiser)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)
