@@ -13,8 +13,8 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
 from inlaid import console
-from inlaid.adapters.convert import import_adapter
 from inlaid.adapters.hub_files import local_source
+from inlaid.adapters.importing import import_adapter
 from inlaid.families import hub
 from inlaid.networks import rgba_vae_checkpoint, rgba_vae_published
 from support.fake_hub import command, fake_hub
