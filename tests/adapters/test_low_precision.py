@@ -26,6 +26,7 @@ from inlaid.families.wan import Wan
 from inlaid.networks import quantize
 from inlaid.networks.half_tokens import half_tokens_class
 from inlaid.tiny import random
+from support.slow import slow
 
 HALF = torch.bfloat16
 
@@ -126,7 +127,7 @@ def gradient(
     return torch.cat([p.grad.flatten() for p in trained.values()])  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("lora", None), ("dora", None), ("lora", "int4")])
+@pytest.mark.parametrize(("kind", "scheme"), [slow("lora", None), ("dora", None), slow("lora", "int4")])
 def test_gradients_are_as_near_to_float32_as_those_of_a_float32_update(
     wan: Wan, kind: str, scheme: str | None
 ) -> None:

@@ -22,6 +22,7 @@ from inlaid.adapters.read import read_adapter
 from inlaid.adapters.write import export_adapter, write_diffusers
 from inlaid.tiny import random
 from support.clients import adapters as clients
+from support.slow import slow
 
 EVERYTHING = {
     "wan": (
@@ -292,8 +293,8 @@ def test_transpixeler(family: str, rule: str, tmp_path: Path) -> None:
 # --- MIDI-3D ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("file", ["lora_weights.safetensors", "lora_weights.pth"])
+@pytest.mark.parametrize("dora", [slow(False), True])
+@pytest.mark.parametrize("file", [slow("lora_weights.safetensors"), "lora_weights.pth"])
 def test_midi_3d(dora: bool, file: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its loader creates an adapter `default` first, and then loads the state dict without strictness."""
     from peft import LoraConfig, inject_adapter_in_model

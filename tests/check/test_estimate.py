@@ -55,7 +55,7 @@ def estimate(wan: families.Family, made: config.Config, **changes: Any) -> Estim
     ("kind", "checkpointing"),
     [
         *[
-            ("lora", True),
+            slow("lora", True),
             ("lora", "attention"),
             slow("dora", 2),
             ("full", False),

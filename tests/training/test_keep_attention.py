@@ -90,7 +90,7 @@ def opened(checkpoint: Checkpoint, case: tuple[str, str], **alpha: Any) -> Famil
 
 
 @pytest.mark.usefixtures("every_length")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("case", mostly_slow(CASES, FIRST.__contains__), ids=IDS)
 def test_every_family_has_the_same_bits(checkpoint: Checkpoint, case: tuple[str, str], dtype: Any) -> None:
     same(opened(checkpoint, case, kind="opaque"), "lora", dtype)

@@ -48,6 +48,7 @@ def same(found: list[dict[str, Any]], limit: float = 1e-6) -> None:
         assert values["gradients"] < limit < 0.1 < values["without the mean"], values
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_every_family(checkpoint: Any) -> None:
     cases = [{"family": f, "variant": v, "odd": True} for f, v in FAMILIES]
     found = differences(checkpoint, cases)

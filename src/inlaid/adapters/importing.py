@@ -73,6 +73,7 @@ def import_adapter(
     kind = families.get(family)
     if checkpoint is None and not adapter.exists() and rgba_vae_published.named_like(adapter.name):
         raise ValueError(_NEEDS_BASE.format(adapter))  # before the download
+    _refuse_taken(out)
     adapter = local_source(adapter)
     if rgba_vae_published.is_rgba_vae(adapter):
         return _import_rgba_vae(adapter, out, family, checkpoint)
@@ -85,7 +86,6 @@ def import_adapter(
         )
     found = [e for e in stated if expert is None or e in (None, expert)]
     options: dict[str, Any] = {"alpha": alpha, "dora_scale": dora_scale, "skip_missing": skip_missing}
-    _refuse_taken(out)
     if len(found) < 2:
         one = found[0] if found else None
         return _import_one(Path(adapter), out, kind, checkpoint, expert or one, options)
@@ -163,7 +163,7 @@ def _write_lycoris(
     )
     if len(kinds) > 1 or kinds == {"lora"} or convolution:
         return None
-    made = for_peft(found.layers, next(iter(kinds)))
+    made = for_peft(found.layers, next(iter(kinds)))  # type: ignore[arg-type]
     if made is None:
         return None
     with atomic(out) as folder:
@@ -197,7 +197,6 @@ def _import_rgba_vae(
     """Convert a file of a published RGBA VAE (decoders or whole VAE) to the folder of an RGBA VAE."""
     if checkpoint is None:
         raise ValueError(_NEEDS_BASE.format(path))
-    _refuse_taken(out)
     base = families.get(family)(config.Model(family=family, checkpoint=checkpoint))
     require_wan_vae(base)
     return out, rgba_vae_published.convert(path, out, base.load("vae", torch.float32))

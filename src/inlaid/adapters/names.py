@@ -98,8 +98,9 @@ def parse_key(key: str) -> Key:
 
 def layout_of(prefix: str) -> Layout:
     """Return the layout of files whose tensors have this prefix; `bare` if it is empty."""
-    flat = next((layout for p, layout in _FLAT.items() if prefix.endswith(p)), None)
-    return flat or next((layout for p, layout in _DOTTED.items() if prefix.startswith(p)), "bare")
+    found: list[Layout] = [layout for p, layout in _FLAT.items() if prefix.endswith(p)]
+    found += [layout for p, layout in _DOTTED.items() if prefix.startswith(p)]
+    return found[0] if found else "bare"
 
 
 def split_block(module: str) -> tuple[str, str]:

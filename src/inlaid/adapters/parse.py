@@ -50,7 +50,8 @@ class Layer:
     def kind(self) -> Kind:
         """Kind of the adapter of this layer."""
         kinds: tuple[tuple[str, Kind], ...] = (("lokr_", "lokr"), ("hada_", "loha"))
-        return next((kind for mark, kind in kinds if any(p.startswith(mark) for p in self.parts)), "lora")
+        found: list[Kind] = [kind for mark, kind in kinds if any(p.startswith(mark) for p in self.parts)]
+        return found[0] if found else "lora"
 
     @property
     def full(self) -> bool:

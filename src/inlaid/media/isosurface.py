@@ -180,7 +180,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
         (values[a : n + a, b : n + b, c : n + c] < 0).astype(np.int8)
         for a, b, c in itertools.product((0, 1), repeat=3)
     )
-    return (inside > 0) & (inside < 8)
+    return np.logical_and(inside > 0, inside < 8)
 
 
 def _widened(cells: np.ndarray) -> np.ndarray:
