@@ -45,7 +45,7 @@ class Clip:
     matte: Path | None = None
     """File or folder with the alpha matte of `path`, if alpha is stored separately."""
     rate: float | None = None
-    """Frame rate of a clip that stores none; None assumes the sampling rate."""
+    """Frame rate of a clip whose file does not store it. Default: the sampling rate."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -137,5 +137,5 @@ class VideoWindow(Window):
 
 
 def _rated(clip: Clip) -> tuple[Hashable, ...]:
-    """Return the part of a cache key for a clip whose frame rate the recipe sets."""
+    """Return the frame rate that the recipe sets for a clip, for the cache key; empty if it sets none."""
     return ("rate", clip.rate) if clip.rate else ()

@@ -1,6 +1,6 @@
 """`inlaid prepare`: cut long videos into clips, and write them in a format that trainers read.
 
-Frames are read exactly as for training. The hidden folder `.prepare` of the output records the settings and
+Frames are read exactly as for training. The hidden folder `.prepare` in the output records the settings and
 the finished files, so that an interrupted run continues with the missing files.
 """
 
@@ -45,7 +45,7 @@ KEYS = {
     "data.size": "--size",
     "data.fps": "--fps",
 }
-"""Options of the command for keys of a recipe, in messages."""
+"""Command-line options that replace recipe keys in messages."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Prepared:
     """Result of `prepare_dataset`."""
 
     written: int = 0
-    """Number of windows written now."""
+    """Number of windows that this run wrote."""
     kept: int = 0
-    """Number of windows that were finished before."""
+    """Number of windows that earlier runs wrote."""
     left_out: list[str] = field(default_factory=list)
-    """One message per kind of problem of the clips that were left out."""
+    """Messages about the clips that were left out, one per kind of problem."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -92,20 +92,22 @@ def prepare_dataset(
     """Cut the clips of a source into windows and write them to a folder.
 
     Args:
-        source: folder or manifest of clips, or a recipe, whose sections `model`, `data` and `alpha` apply.
+        source: folder or manifest of clips, or a recipe (YAML configuration). Of a recipe, the sections
+            `model`, `data` and `alpha` are used.
         out: output folder: new, empty, or written by the same command before.
         target: format of the output.
         family: model family that determines the default size, length and frame rate.
-        checkpoint: checkpoint whose VAE and text encoder make latents. Default: the family's first published.
-        overrides: keys of the recipe, such as `data.frames=81`.
+        checkpoint: checkpoint of the VAE and the text encoder that make latents. Default: the first
+            checkpoint that the family lists.
+        overrides: recipe settings, such as `data.frames=81`.
         part: part of each clip to use.
         sequence_fps: frame rate of image sequences. Default: the frame rate of the output.
         crf: constant rate factor of color videos, 0 (lossless) to 51.
-        workers: processes that read and write. Default: the number of cores.
+        workers: number of processes that read and write clips. Default: the number of cores.
 
     Raises:
-        ValueError: if the source has no usable clips, the folder contains something else, or an option is
-            invalid.
+        ValueError: if the source has no usable clips, the output folder contains other files, or an option
+            is invalid.
         OSError: if a file cannot be written.
     """
     settings, given = _settings(source, family, checkpoint, overrides, target)
@@ -149,7 +151,7 @@ def prepare_dataset(
 
 
 UNCAPTIONED = ("no-caption", "empty-caption")
-"""Codes of the problems of clips that are written without a caption, except as latents."""
+"""Problem codes of clips without a usable caption. They are written, except as latents."""
 
 
 # --- settings and state -------------------------------------------------------------------------------------
@@ -158,9 +160,9 @@ UNCAPTIONED = ("no-caption", "empty-caption")
 def _settings(
     source: Path, family: str, checkpoint: str | None, overrides: Sequence[str], target: Target
 ) -> tuple[config.Config, frozenset[str]]:
-    """Return the recipe of the source, and the keys that are given, not chosen by the clips.
+    """Return the recipe, and the names of the settings that must not be adapted to the clips.
 
-    The keys are those of `data`, and `alpha`.
+    They are keys of the section `data`, or `alpha` for the whole section `alpha`.
     """
     recipe = source.suffix.lower() in (".yaml", ".yml") or (source / "config.yaml").is_file()
     given = {text.partition("=")[0].strip().removeprefix("data.") for text in overrides}
@@ -184,10 +186,10 @@ def _settings(
 
 
 def _families(settings: config.Config, target: Target) -> tuple[Family, Family | None]:
-    """Return the family of an opaque run, and the same with alpha if the format can store alpha.
+    """Return the model family without alpha, and with alpha (None if alpha is not supported).
 
     Raises:
-        ValueError: if the checkpoint cannot encode the latents that are asked for.
+        ValueError: if the checkpoint does not support the output format.
     """
     opaque = families.get(settings.model.family)(settings.model)
     if target == "latents" and opaque.images:
@@ -215,10 +217,10 @@ def _plan(
     probes: _Probes,
     before: Mapping[str, Any],
 ) -> tuple[Plan, config.Config, Family]:
-    """Plan the windows; size, aspect ratios and lengths that are not given suit the clips.
+    """Plan the windows. Sizes and lengths that are not given are chosen to suit the clips.
 
     Returns:
-        The plan, the recipe with all values, and the family, with alpha if the clips are read with alpha.
+        The plan, the completed recipe, and the model family with or without alpha.
     """
     data = settings.data
     with progress("probe", 1, "clip") as advance:
@@ -271,10 +273,10 @@ def _described(
 
 
 def _read_state(out: Path) -> dict[str, Any]:
-    """Return the recorded settings of a folder; empty if it is new.
+    """Return the settings that are recorded in an output folder; empty if the folder is new.
 
     Raises:
-        ValueError: if the folder contains something else.
+        ValueError: if the folder contains other files, or the record is damaged.
     """
     file = out / STATE / "settings.json"
     if file.is_file():
@@ -290,10 +292,10 @@ def _read_state(out: Path) -> dict[str, Any]:
 
 
 def _check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that the settings are those with which a folder was prepared.
+    """Check that a folder was prepared with the same settings.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if a setting differs.
     """
     old = before.get("settings", now)
     changed = [f"  {k} was {old.get(k)}, is {now[k]}" for k in now if old.get(k) != now[k]]
@@ -322,10 +324,10 @@ def _check_sizes(settings: config.Config, family: Family, target: Target) -> lis
 
 
 def _check_place(settings: config.Config, out: Path) -> None:
-    """Check that the output is not part of the source, which would then contain it.
+    """Check that the output folder is neither a source folder nor inside one.
 
     Raises:
-        ValueError: if it is.
+        ValueError: otherwise.
     """
     for each in settings.data.sources:
         path, place = Path(each.path).expanduser().resolve(), out.resolve()
@@ -335,7 +337,10 @@ def _check_place(settings: config.Config, out: Path) -> None:
 
 
 class _Probes(CachedProbes):
-    """Probes of the part of each clip that is used; `whole` has the displayed size of the whole frames."""
+    """Reader of clip properties, limited to the part of each clip that is used.
+
+    `whole` has the frame sizes before cropping.
+    """
 
     def __init__(self, folder: Path, part: Part, fps: float) -> None:
         super().__init__(folder)
@@ -373,7 +378,7 @@ class _Probes(CachedProbes):
 
 
 def _cuts(plan: Plan, part: Part, crf: int, target: Target, probes: _Probes) -> list[Cut]:
-    """Return the cuts of a plan with unique names, in the order of the clips."""
+    """Return a uniquely named cut for each window of a plan, in the order of the clips."""
     windows: dict[Path, list[VideoWindow]] = {}
     for window in plan.train:
         assert isinstance(window, VideoWindow)
@@ -393,7 +398,10 @@ def _cuts(plan: Plan, part: Part, crf: int, target: Target, probes: _Probes) -> 
 
 
 def _names(clips: Sequence[Clip]) -> dict[Path, str]:
-    """Return a unique name for each clip: its path with `_` for folders, without suffix if that is unique."""
+    """Return a unique name for each clip: its folders and file name, joined by `_`.
+
+    The suffix is included only if names would be equal without it.
+    """
 
     def plain(clip: Clip) -> str:
         name = rgba_clips.stem(clip.path)
@@ -426,7 +434,7 @@ def _write(
     crf: int,
     made: Prepared,
 ) -> dict[str, Written]:
-    """Write the cuts that are not finished; return the results of cuts that could not be read, by name."""
+    """Write the unfinished cuts; return the results of cuts that failed, by the name of the cut."""
     done = read_done(out)
     missing = [c for c in cuts if not is_finished(out, done.get(c.name), c)]
     made.kept = len(cuts) - len(missing)
@@ -464,7 +472,7 @@ def _problems_of(cuts: Sequence[Cut], failed: Mapping[str, Written]) -> list[Pro
 
 
 def _described_problems(problems: Sequence[Problem], plan: Plan) -> list[str]:
-    """Return one message per kind of problem, with the options of this command instead of recipe keys."""
+    """Return one message per kind of problem; it names command-line options instead of recipe keys."""
     total = max(len(plan.clips), sum(s.clips for s in plan.sources))
     lines = describe_plan(problems, total, most=8)
     for key, option in KEYS.items():

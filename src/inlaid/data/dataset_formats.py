@@ -1,4 +1,4 @@
-"""Formats of prepared datasets: write a window of a clip as mp4, `.npz`, color and alpha pair, or latents.
+"""Formats of prepared datasets: `.mp4`, `.npz`, two videos (color and alpha), or latents.
 
 Worker processes import this module, so it imports torch only to write latents.
 """
@@ -29,13 +29,13 @@ Target = Literal["clips", "npz", "rgba-pairs", "latents"]
 TARGETS: tuple[Target, ...] = ("clips", "npz", "rgba-pairs", "latents")
 
 CHUNK = 256_000_000
-"""Maximum number of bytes of the frames that are read at once before they are cropped."""
+"""Maximum size in bytes of the uncropped frames that are read at once."""
 
 ALPHA_CRF = 4
 """Constant rate factor of alpha videos: nearly lossless, because residue around the subject is visible."""
 
 PRESET = "ultrafast"
-"""x264 preset: at the same error, files are three times as large as by default, in a third of the time."""
+"""x264 preset: a third of the default preset's time, but files three times as large at equal quality."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class Crop:
 
 @dataclass(frozen=True)
 class Cut:
-    """One window of a clip to write."""
+    """Window of a clip that is to be written to files."""
 
     name: str
-    """Name of the written files, without endings."""
+    """Name of the files, without an ending such as `.mp4`."""
     window: VideoWindow
     key: str
-    """Identity of the content: the window, the state of the source files, and the settings."""
+    """Hash of the window, the settings, and the state of the source files."""
     displayed: tuple[int, int]
-    """Height and width of the displayed source frame."""
+    """Height and width of the source frames as displayed, before cropping."""
     crop: Crop | None = None
 
     def read(self) -> np.ndarray:
-        """Read the frames: uint8 (t, h, w, 3), or (t, h, w, 4) in a transparent run.
+        """Read the frames: uint8 (t, h, w, 3), or (t, h, w, 4) with alpha.
 
         Raises:
             ValueError: if the file cannot be read to the end of the window; the message names the file.
@@ -70,9 +70,9 @@ class Cut:
         return self.window.read() if self.crop is None else self._read_region(self.crop)
 
     def _read_region(self, crop: Crop) -> np.ndarray:
-        """Read frames in which the region covers the wanted size, and cut the region out.
+        """Read the frames, crop them, and resize them to the size of the window.
 
-        Frames are never enlarged before they are cut, and read in parts of bounded memory.
+        To save memory, large frames are scaled down before cropping, and few frames are read at once.
         """
         window, (frames, height, width) = self.window, self.window.extent
         scale = min(1.0, max(height / crop.height, width / crop.width))
@@ -99,7 +99,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of one cut: the sizes of the written files by name, or the cause why nothing was written."""
+    """Result of writing a cut: the sizes of its files by name, or the problem if nothing was written."""
 
     name: str
     files: Mapping[str, int]
@@ -108,14 +108,14 @@ class Written:
 
 
 def endings(target: Target) -> tuple[str, ...]:
-    """Return the endings of the files of one window; empty for latents, whose family names the files."""
+    """Return the file name endings of a format; empty for latents, whose names depend on the model family."""
     return {"clips": (".mp4",), "npz": (".npz",), "rgba-pairs": ("_rgb.mp4", "_alpha.mp4"), "latents": ()}[
         target
     ]
 
 
 def write_cut(cut: Cut, folder: Path, target: Target, crf: int) -> Written:
-    """Read a window and write its files; a clip that cannot be read is reported in the result.
+    """Read a window and write its files. If the clip cannot be read, the result states the problem.
 
     Raises:
         OSError: if a file cannot be written.
@@ -138,7 +138,7 @@ def write_cut(cut: Cut, folder: Path, target: Target, crf: int) -> Written:
 
 
 def failed(cut: Cut, error: Exception) -> Written:
-    """Return the result of a cut that could not be made."""
+    """Return the result of a cut that failed with an error."""
     try:
         with reading(cut.window.clip.path):
             raise error
@@ -160,7 +160,7 @@ def latent_files(folder: Path, layout: PrecomputedLayout, name: str) -> tuple[Pa
 
 
 def save_latents(path: Path, layout: PrecomputedLayout, moments: Tensor) -> None:
-    """Write the moments (2 * z, t, h, w) of the VAE posterior as a torch file of tensors, atomically."""
+    """Write the moments (2 * z, t, h, w) of the VAE posterior to a torch file, atomically."""
     value = (
         moments.cpu() if layout.moments_key is None else {layout.moments_key: moments[None].bfloat16().cpu()}
     )
@@ -168,11 +168,11 @@ def save_latents(path: Path, layout: PrecomputedLayout, moments: Tensor) -> None
 
 
 def save_text(path: Path, layout: PrecomputedLayout, text: Tensor, length: int) -> None:
-    """Write a text embedding (n, d) as a torch file of tensors, atomically.
+    """Write a text embedding (n, d) to a torch file, atomically.
 
     Args:
         path: output file.
-        layout: layout of the files.
+        layout: file names and tensor names of the format.
         text: tokens without padding.
         length: number of tokens after padding; the mask is False for padding.
     """

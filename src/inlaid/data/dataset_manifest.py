@@ -1,4 +1,4 @@
-"""Manifests, captions and the list of finished files of a prepared dataset."""
+"""Files of a prepared dataset: manifests, captions, and the list of finished files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inlaid.files import append, atomic
 from inlaid.reading import parse_json, read_text
 
 STATE = ".prepare"
-"""Folder in the output with the settings, the list of finished files and the probes."""
+"""Folder in the output with the settings, the list of finished files, and the clips' properties."""
 
 MANIFESTS: Mapping[Target, str] = {
     "clips": PREPARED,
@@ -24,11 +24,11 @@ MANIFESTS: Mapping[Target, str] = {
     "rgba-pairs": "metadata.csv",
     "latents": PREPARED,
 }
-"""Manifest of each format; `clips` and `latents` have captions in text files too."""
+"""Manifest of each format. `clips` and `latents` also have one text file per caption."""
 
 
 def read_done(out: Path) -> dict[str, dict[str, Any]]:
-    """Return the finished cuts by name, without the partial last line of a killed run."""
+    """Return the list of finished cuts, by name. Incomplete lines from killed runs are skipped."""
     file = out / STATE / "done.jsonl"
     rows = {}
     for line in read_text(file).splitlines() if file.is_file() else ():
@@ -45,17 +45,20 @@ def read_done(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def record(out: Path, cut: Cut, files: Mapping[str, int]) -> None:
-    """Append a finished cut with the sizes of its files to the list; a later row replaces an earlier one."""
+    """Append a cut and the sizes of its files to the list of finished cuts.
+
+    A later row replaces earlier rows of the same cut.
+    """
     row = {"name": cut.name, "key": cut.key, "files": dict(files), "caption": cut.window.caption}
     append(out / STATE / "done.jsonl", json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def is_finished(out: Path, row: Mapping[str, Any] | None, cut: Cut) -> bool:
-    """Return True if the files of a cut exist as they were written.
+    """Return True if the files of a cut exist, have the recorded sizes, and match the settings.
 
     Args:
         out: folder of the dataset.
-        row: value of `read_done` for this cut.
+        row: this cut in the list of finished cuts, or None.
         cut: the cut.
     """
     if row is None or row["key"] != cut.key or not row["files"]:
@@ -66,7 +69,7 @@ def is_finished(out: Path, row: Mapping[str, Any] | None, cut: Cut) -> bool:
 
 
 def finish_dataset(out: Path, target: Target, cuts: Sequence[Cut], family: Family) -> list[str]:
-    """Write the captions and the manifest of the cuts.
+    """Write the captions and the manifest.
 
     A caption that was edited in the output is kept.
 
@@ -125,7 +128,7 @@ def _caption_file(out: Path, target: Target, name: str, family: Family) -> Path 
 
 
 def _row(cut: Cut, target: Target, caption: str, family: Family) -> dict[str, Any]:
-    """Return the row of a manifest: file names and caption as trainers expect them, then the origin."""
+    """Return the manifest row of a cut: file names, caption, source clip, start and shape."""
     window = cut.window
     frames, height, width = window.extent
     origin = {
@@ -157,7 +160,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _captions_in(out: Path, target: Target) -> dict[str, str]:
-    """Return the captions in an existing manifest by the name of the cut."""
+    """Return the captions in an existing manifest, by the name of the cut."""
     file = out / MANIFESTS[target]
     if target not in ("npz", "rgba-pairs") or not file.is_file():
         return {}

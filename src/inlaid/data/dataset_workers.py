@@ -1,4 +1,4 @@
-"""Processes that write a prepared dataset: read and encode clips in parallel, or make latents on a device."""
+"""Writing of a prepared dataset: clips in parallel processes, or latents in this process."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from inlaid.families.base import Family
 
 TEXTS = 8
-"""Captions that the text encoder encodes at once."""
+"""Number of captions that the text encoder encodes at once."""
 
 
 def write_cuts(cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers: int) -> Iterator[Written]:
     """Write cuts in worker processes; yield each result when it is finished.
 
-    If a process dies, for example because a decoder crashes or memory is exhausted, the cuts that were in
-    work are repeated one at a time, and a cut with which a process dies again is reported as unreadable.
+    A process can die because a decoder crashes or memory is exhausted. Then, the unfinished cuts are
+    repeated one at a time. A cut that kills a process again is reported as unreadable.
 
     Args:
-        cuts: the cuts to write.
+        cuts: the windows to write.
         out: output folder.
-        target: format.
+        target: output format.
         crf: constant rate factor of color videos.
         workers: number of processes; 0 writes in this process.
     """
@@ -65,7 +65,7 @@ def write_cuts(cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers
 def _pooled(
     cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers: int, lost: list[Cut]
 ) -> Iterator[Written]:
-    """Write cuts in order in a pool; if a process dies, add the cuts in work to `lost` and stop."""
+    """Write cuts in a process pool. If a process dies, add the unfinished cuts to `lost` and stop."""
     cut: Cut | None
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin)
@@ -88,7 +88,7 @@ def _pooled(
 
 
 def _begin() -> None:
-    """Prepare a worker process: the parent handles Ctrl-C, and a worker ends with its parent."""
+    """Prepare a worker process: it ignores Ctrl-C, and exits when its parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -105,12 +105,12 @@ def encode_cuts(
 ) -> Iterator[Written]:
     """Write precomputed latents and text embeddings; yield each result when it is finished.
 
-    Clips are read in threads, and encoded on the device of the recipe.
+    Clips are read in threads, and encoded on the device that the recipe selects.
 
     Args:
         settings: recipe with model and device.
-        family: family of the latents; with joint alpha, color and alpha are joined along time, color first.
-        cuts: the cuts to write.
+        family: model family. If it has alpha, the latents of alpha follow those of color along time.
+        cuts: the windows to write.
         out: output folder.
         workers: number of threads that read clips.
     """

@@ -10,7 +10,7 @@ from inlaid.families.grid import Grid
 from inlaid.media.kinds import Probe, available_frames
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
-"""Aspect ratios that `data.aspects` can list if the clips have different aspect ratios."""
+"""Aspect ratios to choose from for `data.aspects`."""
 
 
 def fitting_size(model: Family, probes: list[Probe]) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def fitting_size(model: Family, probes: list[Probe]) -> tuple[int, int]:
 
 
 def fitting_aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
-    """Return the ratios in `ASPECTS` that are nearest to the clips; empty if `size` fits 95 % of clips."""
+    """Return the ratios in `ASPECTS` nearest to those of the clips; empty if `size` fits 95 % of clips."""
 
     def off(probe: Probe, ratio: float) -> float:
         return abs(math.log(probe.width / probe.height / ratio))
@@ -47,7 +47,7 @@ def fitting_aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
 def fitting_frames(probes: list[Probe], model: Family, fps: float | None = None) -> list[int]:
     """Return up to four valid frame counts that suit the lengths of the clips, in increasing order.
 
-    None of the counts is larger than the default of the family.
+    No count exceeds the default of the family.
 
     Args:
         probes: properties of the clips.

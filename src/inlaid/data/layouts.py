@@ -20,7 +20,7 @@ from inlaid.reading import FileError, read_text
 from inlaid.text import printable
 
 PREPARED = "prepared.jsonl"
-"""Manifest that `inlaid prepare` writes beside clips with captions of their own."""
+"""Manifest that `inlaid prepare` writes beside clips that also have caption files."""
 
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",)
 
@@ -293,7 +293,7 @@ def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None
     """Return the file that lists captions and the file that lists clips, or None if either is missing.
 
     Raises:
-        ValueError: if `layout` is `lines` and several files could be one of the two lists.
+        ValueError: if `layout` is `lines` and there are several candidates for one of the files.
     """
     found = []
     for key, named, defaults in (
@@ -316,10 +316,7 @@ def _matching(tree: Root, pattern: str, suffixes: tuple[str, ...] = ("",)) -> di
 
 
 def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None:
-    """Collect precomputed latents by file name; the content of the files is not checked here.
-
-    `precomputed.inspect_item` checks it later.
-    """
+    """Collect precomputed latents by file name, without reading the tensors."""
     parts = [_matching(scan.root, part) for part in (*patterns.media, patterns.text)]
     texts = _matching(scan.root, patterns.caption)
     for name in sorted({*parts[0], *parts[-1]}):
@@ -378,8 +375,8 @@ def _folder(folder: Path, scan: _Scan) -> None:
 def _unsupported(clips: list[Path], scan: _Scan) -> None:
     """Record problems for files and folders that look like clips but are not supported.
 
-    These are files with a caption in an unsupported format such as .swf, and folders with names such as
-    `dog.mp4`. Without this check, they would be skipped silently.
+    These are captioned files of unsupported type, such as .swf, and folders with names such as `dog.mp4`.
+    Without this check, they would be skipped silently.
     """
     known = KNOWN if scan.channels == 4 else kinds.KNOWN
     stems = {_plain(place) for c in clips for place in rgba_clips.captions(c)}

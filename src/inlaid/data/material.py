@@ -1,4 +1,4 @@
-"""Recognition of transparent material: which clips of a source have alpha."""
+"""Recognition of transparency: decide whether to train on clips with or without alpha."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from inlaid.families.base import Family
 from inlaid.media import kinds
 
 OPAQUE = ("no-alpha", "constant-alpha")
-"""Codes of the problems of clips that a transparent run cannot use because they are opaque."""
+"""Problem codes of opaque clips, which a run with alpha cannot use."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """Clips of a source, read as the run that suits most of them."""
+    """Plan for training with or without alpha, whichever suits most of the clips."""
 
     plan: Plan
     transparent: bool
-    """True if the plan is that of a transparent run, because at least half of the clips have alpha."""
+    """True if the plan is with alpha, because at least half of the clips have alpha."""
     with_alpha: int
-    """Number of clips with alpha that is not constant."""
+    """Number of clips whose alpha is not constant."""
 
 
 def recognize(
@@ -34,15 +34,15 @@ def recognize(
     progress: Callable[[int, int], None] | None = None,
     probes: Probes | None = None,
 ) -> Material:
-    """Plan the clips of a recipe as an opaque or as a transparent run, by the alpha of the clips.
+    """Plan the clips of a recipe with alpha if at least half of the clips have alpha, else without.
 
     Args:
         data: the recipe's `data` section.
-        opaque: family of an opaque run.
-        transparent: the same family with alpha, or None if the checkpoint does not support alpha; the plan
-            is then that of an opaque run.
+        opaque: model family without alpha.
+        transparent: the same family with alpha. None if the checkpoint does not support alpha; the plan is
+            then without alpha.
         progress: called with (done, total) while files are probed.
-        probes: reader of file properties. Default: no memoization.
+        probes: reader of file properties. Default: a reader without a cache.
     """
     plan = plan_dataset(data, opaque.grid, opaque.fps, 0, progress, opaque, probes)
     hints = {p.name for p in plan.problems if p.code in ("transparent", "matte")}
@@ -59,7 +59,7 @@ def recognize(
 
 
 def _maybe_transparent(data: config.Data, plan: Plan) -> bool:
-    """Return True if a clip has an alpha channel or an alpha matte, or only a transparent run reads it."""
+    """Return True if a clip has an alpha channel, a matte, or a format that only runs with alpha can read."""
     if any(p.transparent for p in plan.probes.values()):
         return True
     found = [c for i, s in enumerate(data.sources) for c in find_clips(s, i, None, 4).clips]

@@ -1,4 +1,4 @@
-"""Modalities `video` and `scene`: the kind of media that a model family is trained on and generates.
+"""Modalities `video` and `scene`: the kinds of media that model families are trained on and generate.
 
 A modality defines how training examples are found on disk and shown on a contact sheet, how conditioning
 images are read, and how generated media are written. Each modality is a module `modality_NAME` of this
@@ -35,7 +35,7 @@ class NamedImage:
     name: str
     pixels: np.ndarray
     objects: Mapping[int, str] = field(default_factory=dict)
-    """Names of the objects in a segmentation by ID, in the order in which they are generated."""
+    """Names of the segmented objects by ID, in the order in which the objects are generated."""
 
 
 ImageSource = Sequence[str] | Window
@@ -52,8 +52,7 @@ class Modality(ABC):
     asks: ClassVar[str]
     """Arguments of `inlaid generate` in printed example commands."""
     columns: ClassVar[tuple[str, str, str]]
-    """Headings of the columns for length, size and number of windows in the printed table of training
-    shapes."""
+    """Column headings for length, size and number of windows, for the printed table of training shapes."""
 
     @abstractmethod
     def plan(

@@ -67,7 +67,7 @@ class SceneWindow(Window):
     """Training example that contains a whole scene. Its `caption` is the scene's name, for display only."""
 
     extent: SceneExtent
-    """Number of objects, and height and width in pixels of the image encoder's input."""
+    """Number of objects, and height and width of the image encoder's input in pixels."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
@@ -235,7 +235,7 @@ MODALITY = SceneModality()
 
 
 def _find(source: recipe.Source, index: int, problems: list[Problem]) -> Found:
-    """Find the scenes of a data source, and append the problems found to `problems`."""
+    """Find the scenes of a data source, and append their problems to `problems`."""
     root = Path(source.path).expanduser()
     clips: list[Clip] = []
     own: list[Problem] = []
@@ -260,7 +260,7 @@ def _problem(clip: Clip, code: str, message: str) -> Problem:
 
 
 def _together(clips: Sequence[Clip]) -> dict[Path, str]:
-    """Return a group label for the image path of each scene; scenes that share a file get equal labels.
+    """Return a group label for each scene, by image path. Scenes that share a file get equal labels.
 
     Files are compared by content. The labels keep all views of a scene on the same side of the validation
     split.

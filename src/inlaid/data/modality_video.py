@@ -36,7 +36,7 @@ class VideoModality(Modality):
         progress: Progress | None = None,
         probes: Probes | None = None,
     ) -> Plan:
-        """Find, probe and split the clips of all data sources, in any supported layout."""
+        """Find and check the clips of all data sources, and split off the validation clips."""
         return plan_dataset(config.data, family.grid, family.fps, config.seed, progress, family, probes)
 
     def task(self, family: Family) -> str:
@@ -81,7 +81,7 @@ class VideoModality(Modality):
         ]
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the settings of `sample` that affect a video, and the frame rate."""
+        """Return the sampling settings that affect a video, and the frame rate."""
         other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
@@ -115,7 +115,7 @@ class VideoModality(Modality):
 
 
 def _write(name: str, path: Path, made: Any, fps: float) -> dict[Path, str]:
-    """Write a video in one format of `sample.transparent`; return the kind of color by file."""
+    """Write a video with alpha in one format. Return `straight`, `premultiplied` or `alpha` for each file."""
     if name == "pair":
         color, matte = rgba.write_pair(path.with_suffix(""), made, fps, premultiplied=True)
         return {color: "premultiplied", matte: "alpha"}
