@@ -1,4 +1,4 @@
-"""`inlaid new`: write a commented recipe with settings that suit a folder of clips or scenes."""
+"""`inlaid new`: write a commented recipe (YAML configuration) that suits a folder of clips or scenes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ TUNERS = {
     "joint": "lora  # or dora (slower, often better)",
     "merged": "dora  # as Wan-Alpha; or lora (faster) or full",
 }
-"""Value of `tuner.kind` with a comment, by kind of alpha."""
+"""Value of `tuner.kind` for each kind of alpha, with a YAML comment."""
 
 PROMPTS = "  prompts:  # generated during training; `inlaid evaluate` compares them with the base model\n"
 
@@ -221,9 +221,9 @@ def _section(checkpoint: str, way: SupportedAlpha, found: list[SupportedAlpha]) 
 
 
 def _timed(clips: Path, probes: list[Probe], fps: float) -> tuple[str, list[Probe]]:
-    """Return the value of `data.sources`, and the probes with the frame rate of image sequences.
+    """Return the YAML text of `data.sources`, and clip properties with a frame rate for image sequences.
 
-    Image sequences store no frame rate; they get the rate of the other clips if all of these have the same.
+    Image sequences store no frame rate. If all other clips have the same frame rate, image sequences get it.
     """
     plain = _plain(str(clips))
     untimed = sum(p.fps is None and p.frames > 1 for p in probes)

@@ -1,4 +1,4 @@
-"""Kinds of alpha for clips with alpha: which of them a checkpoint supports, and what each can do."""
+"""Alpha support of a checkpoint: joint alpha (two clips) or merged alpha (one latent)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SupportedAlpha:
 
     kind: Literal["joint", "merged"]
     family: Family
-    """Family with this alpha."""
+    """Model family that trains with this kind of alpha."""
     vae: str = ""
     """RGBA VAE of merged alpha: an existing one, or the folder to which the published one is imported."""
     ready: bool = True
@@ -52,7 +52,7 @@ def supported_alpha(
 
     Args:
         settings: the recipe; its `alpha` section is ignored.
-        experts: the checkpoint has two experts, which joint alpha cannot sample together.
+        experts: True if the checkpoint has two experts. Joint alpha cannot sample with both of them.
 
     Returns:
         The kinds, and a sentence for each kind that is not supported.
@@ -77,7 +77,10 @@ def supported_alpha(
 
 
 def _exists(settings: config.Config, vae: str) -> bool:
-    """Return True if an RGBA VAE exists that encodes and fits the checkpoint."""
+    """Return True if an RGBA VAE exists and can encode.
+
+    The tiny RGBA VAE that ships with inlaid fits the tiny checkpoint only.
+    """
     from inlaid.networks import rgba_vae_checkpoint
 
     if vae == TINY:

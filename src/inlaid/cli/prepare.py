@@ -29,13 +29,13 @@ def prepare_clips(
     Args:
         source: folder or manifest of clips, or a recipe.
         out: folder to write.
-        target: format.
+        target: format of the dataset.
         overrides: keys of a recipe, such as `data.frames=81`.
         part: start and end in seconds, and the region as `W:H:X:Y`.
         sequence_fps: frame rate of image sequences.
-        crf: quality of color videos.
+        crf: constant rate factor of color videos.
         family: model family for the defaults.
-        checkpoint: checkpoint for latents.
+        checkpoint: checkpoint whose VAE and text encoder are used for latents.
         workers: number of processes.
 
     Raises:

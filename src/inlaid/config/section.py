@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from inlaid.config.values import read_values
 
 UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""Path of a recipe; `~` is the home folder, as in a shell."""
+"""Path as the value of a recipe key; `~` is the home folder, as in a shell."""
 
 
 class Section(BaseModel):

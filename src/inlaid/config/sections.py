@@ -19,8 +19,8 @@ from inlaid.config.section import Section, UserPath
 from inlaid.config.values import Every
 
 ALPHA_EPS = 2 / 255
-"""Alpha up to this value, on a scale of 0 to 1, counts as transparent, because lossy codecs leave small
-values in empty regions."""
+"""Alpha (0 to 1) up to this threshold counts as transparent, because lossy codecs leave small values in empty
+regions."""
 
 
 class Model(Section):
@@ -284,18 +284,18 @@ class RgbaVae(Section):
     vgg_normalize: Literal["imagenet", "none"] | None = None
     """Normalization of images before VGG16. Default: the normalization of the preset `loss`."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Alpha that determines the transparent pixels of the reconstruction in the loss. Three loss terms
-    replace these pixels with a background color. `reconstructed`: the reconstructed alpha. `true`: the alpha
-    of the clip."""
+    """Alpha that determines which reconstructed pixels are transparent. Three loss terms replace these pixels
+    with a background color. `reconstructed`: the reconstructed alpha. `true`: the alpha of the clip."""
     alpha_eps: float = Field(default=ALPHA_EPS, ge=0, lt=0.5)
-    """Alpha up to this value, in [0, 1], counts as transparent, because lossy codecs leave small values in
+    """Alpha (0 to 1) up to this threshold counts as transparent, because lossy codecs leave small values in
     empty regions. The paper uses 0."""
     colors: list[tuple[int, int, int]] = []
     """Background colors, RGB in 0-255, over which clips are composited before encoding. Empty: the eight
     corners of the RGB cube as in the paper, so that no single color means transparency."""
     anchor: float = Field(default=0.0, ge=0)
-    """Weight of a loss term that keeps latents close to the base VAE's latents of the clip over dark gray. A
-    denoiser trained on opaque clips then adapts faster. Not in the paper."""
+    """Weight of a loss term that keeps the latent of a clip close to a target latent. For the target, the
+    base VAE encodes the clip composited over dark gray. A denoiser trained on opaque clips then adapts
+    faster. Not in the paper."""
     visible: float = Field(default=0.0, ge=0)
     """Weight of an additional loss term: the color error over visible pixels only. Needed for small subjects.
     Not in the paper."""
@@ -304,7 +304,7 @@ class RgbaVae(Section):
     smoke. Not in the paper."""
     noise: float = Field(default=0.0, ge=0)
     """Maximum standard deviation of the noise that is added to latents before decoding, in units of the
-    latents' standard deviation. It makes the decoders robust to imperfect latents. Not in the paper."""
+    latents' standard deviation. Noise makes the decoders robust to imperfect latents. Not in the paper."""
 
 
 class Optim(Section):
@@ -346,21 +346,20 @@ class Train(Section):
     steps: int | None = Field(default=None, ge=1)
     """Number of optimizer steps. Default: 1000, unless `epochs` is set."""
     epochs: float | None = Field(default=None, gt=0, le=1e6)
-    """Number of times that the training data are used, instead of `steps`. In one epoch, each window is used
-    `repeats` x `weight` times."""
+    """Number of epochs, instead of `steps`. In one epoch, each window is used `repeats` x `weight` times."""
     batch: int = Field(default=1, ge=1, le=4096)
     """Number of samples per micro-batch on each device."""
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation: number of micro-batches per optimizer step on each device."""
     save_every: Every = 250
-    """Number of steps between checkpoints, or of epochs, such as `2 epochs`. A checkpoint is also written at
-    the last step and on Ctrl-C."""
+    """Interval between checkpoints: a number of steps, or of epochs as in `2 epochs`. A checkpoint is also
+    written at the last step and on Ctrl-C."""
     keep: int = Field(default=3, ge=1)
     """Number of checkpoints kept on disk; older ones are deleted."""
     log_every: int = Field(default=10, ge=1)
     """Number of steps between records in `metrics.jsonl` and in the trackers."""
     validate_every: Every = 100
-    """Number of steps between measurements of the validation loss, or of epochs, such as `1 epoch`."""
+    """Interval between validation loss measurements: a number of steps, or of epochs as in `1 epoch`."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = ["tensorboard"]
     """Experiment trackers that receive the metrics in addition to `metrics.jsonl`."""
     accept_changed_data: bool = False
@@ -395,7 +394,7 @@ class Sample(Section):
     """Image-to-video: the first image of each prompt, or a list of its first and last image; without prompts,
     the images come from the clips. Scenes: a list of input image and segmentation for each sample."""
     every: Every | None = None
-    """Number of steps between samples during training, or of epochs, such as `2 epochs`. Default: no
+    """Interval between samples during training: a number of steps, or of epochs as in `2 epochs`. Default: no
     samples."""
     negative_prompt: str = ""
     """Negative prompt of classifier-free guidance."""
@@ -413,8 +412,8 @@ class Sample(Section):
     `NAME_rgb.mp4` and alpha in `NAME_alpha.mp4`), `png` (a .zip of images, lossless), `apng` (lossless),
     `mkv` (FFV1, lossless). All formats except `pair` have straight color."""
     grid: int | None = Field(default=None, ge=16, le=1024)
-    """3D scenes only: number of grid cells per side of each object's own box, in which its mesh is extracted;
-    a power of two. Default: as published, 256 for MIDI-3D and 512 for TripoSG."""
+    """3D scenes only: resolution of mesh extraction, as the number of grid cells along each side of an
+    object's box. Must be a power of two. Default: as published, 256 for MIDI-3D and 512 for TripoSG."""
     triangles: int | None = Field(default=None, ge=100)
     """Scenes: maximum number of triangles per object; larger meshes are simplified. Default: no
     simplification."""
@@ -489,7 +488,7 @@ class Merged(Section):
     """Number of background colors over which each clip is composited and encoded. Each training sample uses
     one of the resulting latents."""
     noise_shift: float | None = Field(default=None, ge=0, lt=0.5)
-    """Mean that is added to the noise away from the subject, in training and sampling (Wan-Alpha v2).
+    """Offset that is added to the noise away from the subject, in training and sampling (Wan-Alpha v2).
     Default: 0.05 for an imported RGBA VAE of Wan-Alpha v2, else 0."""
     noise_mask: str | None = None
     """Where the subject of generated videos is, if `noise_shift` is above 0: a transparent clip, an alpha

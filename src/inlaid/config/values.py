@@ -79,7 +79,7 @@ _EPOCHS = re.compile(r"(\d{1,6}(?:\.\d{1,4})?) ?epochs?", re.ASCII)
 
 
 def read_every(value: Any) -> Any:
-    """Return an interval in steps, at least 1, or in epochs as text such as `2 epochs`.
+    """Return a valid interval: a number of steps (at least 1), or epochs as text such as `2 epochs`.
 
     Raises:
         ValueError: if it is neither.
@@ -103,7 +103,7 @@ Every = Annotated[int | str, BeforeValidator(read_every)]
 
 
 def epochs(every: int | str) -> float | None:
-    """Return the number of epochs of an interval from `read_every`; None if it is in steps."""
+    """Return the number of epochs in an interval such as `2 epochs`; None if the interval is in steps."""
     return float(every.split()[0]) if isinstance(every, str) else None
 
 

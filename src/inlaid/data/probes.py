@@ -121,7 +121,7 @@ def file_state(path: Path) -> str:
 
 
 def _together(files: Sequence[Path]) -> str:
-    """Return a hash of several files' paths, sizes, inode numbers and times, as in `file_state`."""
+    """Return a hash that changes when one of several files is replaced or modified."""
     return hashlib.sha256("\n".join(map(file_state, files)).encode("utf-8", "replace")).hexdigest()
 
 

@@ -32,7 +32,7 @@ class Kind:
     """Template of the messages for a problem code.
 
     `one` and `many` are the predicate for one and for several clips, such as "has no caption" and "have no
-    caption". `cure` is the fix. A message also has the numbers and the names of the clips.
+    caption". `cure` is the fix. A message also contains the number and the names of the clips.
 
     Example: `3 of 40 clips have no caption (...): add a .txt beside each`.
     """

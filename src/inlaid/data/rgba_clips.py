@@ -31,12 +31,12 @@ KNOWN = (*kinds.KNOWN, *ANIMATED, ".zip")
 """File suffixes of clips in runs that train on alpha."""
 
 COLORS, ALPHA_NAMES = ("_rgb", "_fgr"), ("_alpha", "_pha", "_matte", "_seg")
-"""Endings of the file names (without suffix) of color files and alpha mattes. For example, `dog_alpha.mp4` is
-the alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
+"""Name endings of color files and of alpha mattes, before the suffix. For example, `dog_alpha.mp4` is the
+alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
 
 COLOR_FOLDERS, ALPHA_FOLDERS = ("rgb", "fgr"), ("alpha", "pha", "matte", "seg")
-"""Beginnings of the names of folders with color files and with alpha mattes. For example, `pha/07.mp4` is the
-alpha matte of `fgr/07.mp4`."""
+"""Name prefixes of color folders and of alpha matte folders. For example, `pha/07.mp4` is the alpha matte of
+`fgr/07.mp4`."""
 
 CHANNELS = (4, 3)
 """Accepted channel counts of arrays, in order of preference."""
@@ -46,7 +46,7 @@ FAR = 24
 the frames between them."""
 
 FRAMES_INSPECTED, LONG = 8, 512
-"""Number of frames in which alpha is measured, and maximum length in pixels of their longer side. Larger
+"""Number of frames in which alpha is measured, and maximum length of their longer side in pixels. Larger
 frames are subsampled."""
 
 Kind = kinds.Kind | Literal["frames"]
@@ -122,14 +122,15 @@ class Pairs:
         return found or self._across(matte, ALPHA_FOLDERS, COLOR_FOLDERS)
 
     def named(self, path: Path) -> list[Path]:
-        """Return the clips that a path without suffix may name: `clips/dog` matches `clips/dog_rgb.mp4`."""
+        """Return the clips that match a path without suffix: `clips/dog` matches `clips/dog_rgb.mp4`."""
         beside = self._there(path.parent)
         return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
 
     def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
         """Return the files of the same name in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`.
 
-        `here` and `there` are the beginnings of the names of the two folders.
+        The file's folder has a name that starts with one of `here`; parallel folders start with one of
+        `there`.
         """
         for folder in path.parents:
             if folder == self._root or not folder.is_relative_to(self._root):
@@ -381,7 +382,7 @@ def _pick(
 def _chosen(path: Path, wanted: np.ndarray, fps: float, rate: float | None = None) -> np.ndarray:
     """Return the frame number for each requested time in seconds.
 
-    A clip without timestamps runs at `rate`, or at `fps` if it is None.
+    A clip without timestamps runs at `rate`, or at `fps` if `rate` is None.
 
     Raises:
         MediaError: if the clip ends before the last requested time.
@@ -411,9 +412,9 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float, rate: float | None = Non
 
 
 def _even(path: Path, fps: float) -> np.ndarray:
-    """Return the frame times, in seconds, of a clip without timestamps.
+    """Return the time of each frame in seconds, for a clip without timestamps.
 
-    Frames are evenly spaced at the frame rate stored in an array file, else at `fps`.
+    Frames are evenly spaced. The frame rate is the one stored in an array file, otherwise `fps`.
     """
     if rgba_kind(path) == "array":
         probe = probe_array(path, CHANNELS)

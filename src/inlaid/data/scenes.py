@@ -37,8 +37,8 @@ from inlaid.reading import FileError, parse_json, read_text
 from inlaid.text import printable
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
-"""File names of the input image, in order of priority. The name `rgb` is meant for a single object on
-white."""
+"""File names of the input image, in order of priority. The name `rgb` is meant for a single object on a
+white background."""
 
 READER = 1
 """Version of the output of `Scene.read`, which is part of cache keys. Increase it when the output changes."""
@@ -65,7 +65,7 @@ class Scene:
     """Surface files, keyed by the object's ID in the segmentation. Key 0 is a single file for all objects,
     which contains their surfaces in order of ID."""
     names: dict[int, str] = field(default_factory=dict, hash=False)
-    """Names of objects by ID in the segmentation; some or all objects may have none."""
+    """Object names, keyed by ID in the segmentation. Objects may be unnamed."""
     view: str = ""
     strict: bool = True
     """True if every visible object must have a surface."""
@@ -122,9 +122,10 @@ class Scene:
         return SceneSample(self.name, image, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
-        """Read the surfaces, keyed by object ID; `numbers` are the sorted object IDs in the segmentation.
+        """Read the surfaces, keyed by object ID.
 
-        A single file for all objects contains their surfaces in order of ID.
+        `numbers` are the sorted object IDs in the segmentation. A single file for all objects contains their
+        surfaces in this order.
         """
         if list(self.surfaces) != [0]:
             out = {}
@@ -147,7 +148,7 @@ class Scene:
 def _read_surface(path: Path) -> Sequence[Surface]:
     """Read a surface file, or return the surfaces read before if the file is unchanged.
 
-    All views of a room of 3D-FRONT have the same surface files.
+    In 3D-FRONT, all views of a room share the same surface files.
     """
     try:
         found = path.stat()
@@ -158,7 +159,7 @@ def _read_surface(path: Path) -> Sequence[Surface]:
 
 @lru_cache(maxsize=32)
 def _cached_surface(path: Path, state: tuple[int, ...]) -> Sequence[Surface]:
-    """Read a surface file; `state` identifies its content."""
+    """Read a surface file, or return the cached result for an equal path and file state."""
     return tuple(meshes.read_surface(path))
 
 
@@ -283,16 +284,16 @@ def _part(value: Any) -> str:
 
 
 def _surface_file(folder: Path, name: str) -> Path:
-    """Return the surface file of a piece of furniture: `.npy` as published, or else `.npz` if it exists."""
+    """Return the surface file of a piece of furniture: `.npy`, or `.npz` if only that exists."""
     archive = folder / f"{name}.npz"
     published = folder / f"{name}.npy"
     return archive if archive.is_file() and not published.is_file() else published
 
 
 def _front(tree: Root) -> Found:
-    """Find the scenes of the 3D-FRONT dataset in the layout of MIDI's authors.
+    """Find the scenes of the 3D-FRONT dataset as processed by the authors of MIDI.
 
-    The layout consists of lists of rooms and of the furniture in each room, surfaces, and rendered views.
+    The dataset contains lists of rooms, lists of the furniture in each room, surfaces, and rendered views.
     """
     found, root = Found("3d-front"), tree.folder
     rooms, furniture = (_ids(tree, f"midi_{n}_ids.json") for n in ("room", "furniture"))

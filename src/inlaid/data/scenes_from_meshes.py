@@ -1,4 +1,4 @@
-"""Conversion of mesh files to training scenes: surfaces, renders and segmentations."""
+"""Conversion of mesh files to training scenes: surfaces, rendered images and segmentations."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ if TYPE_CHECKING:
     import trimesh
 
 Up = Literal["x", "y", "z", "-x", "-y", "-z"]
-"""Axis of a mesh file that points up."""
+"""Axis that points up in a mesh file."""
 
 UPS: tuple[Up, ...] = ("x", "y", "z", "-x", "-y", "-z")
 
 REPORTED = 0.01
-"""Share of an object's surface that must be hidden, or turned, for a report."""
+"""Minimum fraction of an object's surface for a warning about hidden parts or flipped normals."""
 
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """Options of the import of meshes."""
+    """Options for importing meshes."""
 
     count: int = 4
     """Number of rendered views per mesh file."""
     size: int = 512
-    """Width and height of the renders in pixels."""
+    """Width and height of the rendered images in pixels."""
     group: Grouping = "parent"
-    """Parts of a file that form an object; see `read_objects`."""
+    """How the parts of a mesh file are grouped into objects; see `read_objects`."""
     up: Up | None = None
-    """Axis of the files that points up; it becomes the y axis of the scenes. Default: y."""
+    """Axis that points up in the mesh files; it becomes the y axis of the scenes. Default: y."""
     points: int = POINTS
     """Number of points per surface."""
     seed: int = 0
-    """Seed of cameras and points."""
+    """Seed of the random cameras and surface points."""
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -84,7 +84,7 @@ def import_meshes(
 
     Args:
         source: mesh file or folder.
-        out: output folder, which must be empty or not exist; it gets a subfolder for each file and view.
+        out: output folder, which must be empty or not exist. Each view of a file becomes a subfolder.
         options: options of the import.
         bad: `skip` leaves out files and objects that cannot be used; `stop` raises an error before anything
             is written.
@@ -93,8 +93,8 @@ def import_meshes(
         Problems found; those with severity `error` are files and objects that were left out.
 
     Raises:
-        ValueError: if there are no meshes, if no scene was written, if `out` is not empty, or with `stop` if
-            a file or object cannot be used.
+        ValueError: if there are no meshes, no scene was written, or `out` is not empty; if `bad` is `stop`,
+            also if a file or object cannot be used.
     """
     if bad not in ("skip", "stop"):
         raise ValueError(f"--bad-meshes {bad}: use skip or stop")
@@ -122,7 +122,7 @@ def import_meshes(
 
 
 def _sources(source: Path) -> tuple[list[Path], list[Finding]]:
-    """Return the mesh files of a folder, and findings about files that cannot be imported.
+    """Return the mesh files in a folder, and problems with files that cannot be imported.
 
     Raises:
         ValueError: if there are no mesh files.
@@ -169,7 +169,7 @@ def views(count: int, seed: int) -> Iterator[View]:
 
 
 class _Room:
-    """Usable objects of a mesh file in the coordinates of a scene, and images that the user supplied."""
+    """Usable objects of a mesh file in scene coordinates, and the images supplied by the user."""
 
     def __init__(self, path: Path, name: str, options: MeshOptions) -> None:
         self.path = path
@@ -195,15 +195,15 @@ class _Room:
             self.report("warning", note)
 
     def report(self, severity: Literal["error", "warning"], message: str, code: str = "surface") -> None:
-        """Record a finding."""
+        """Record a problem."""
         self.findings.append(Finding(severity, self.name, printable(message, lines=False), code))
 
     def _place(self, objects: Sequence[MeshObject], options: MeshOptions) -> None:
         """Check the objects, and move them into the box of a scene.
 
         Raises:
-            MediaError: if no object can be used, or one cannot and the user supplied images, whose IDs count
-                all objects.
+            MediaError: if no object can be used. If the user supplied segmentations, also if any object
+                cannot be used, because the object IDs would no longer match.
         """
         usable: list[MeshObject] = []
         for one, name in zip(objects, unique_names([o.name for o in objects]), strict=True):
@@ -244,14 +244,17 @@ class _Room:
 
 
 def _nonempty(triangles: np.ndarray) -> np.ndarray:
-    """Return True for triangles whose area is not 0, compared with the size of the object: bool (m,)."""
+    """Return True for each triangle with a nonzero area, up to rounding errors: bool (m,)."""
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     size = float(np.ptp(triangles.reshape(-1, 3), axis=0).max())
     return np.linalg.norm(normals, axis=-1) > 1e-14 * size * size
 
 
 def _upright(up: Up) -> np.ndarray:
-    """Return the rotation (4, 4) that turns an axis to y; with z, the y axis turns to -z, as is usual."""
+    """Return the rotation (4, 4) that turns the axis `up` to the y axis.
+
+    If `up` is z, the y axis turns to -z.
+    """
     sign = -1.0 if up.startswith("-") else 1.0
     rows = {
         "x": [[0, -sign, 0], [sign, 0, 0], [0, 0, 1]],
@@ -264,10 +267,11 @@ def _upright(up: Up) -> np.ndarray:
 
 
 def _supplied(source: Path, objects: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Read images and segmentations that the user supplied beside a mesh file; they replace renders.
+    """Read images and segmentations that the user supplied beside a mesh file.
 
-    Each view of a mesh file `NAME.glb` is a pair of files `NAME*_rgb.png` and `NAME*_seg.png`. If there is
-    also a mesh `NAME_2.glb`, `NAME_2_rgb.png` belongs to that one.
+    They are used instead of rendered images. Each view of a mesh file `NAME.glb` is a pair of files
+    `NAME*_rgb.png` and `NAME*_seg.png`. If there is also a mesh file `NAME_2.glb`, `NAME_2_rgb.png` belongs
+    to that file.
 
     Raises:
         MediaError: if a file cannot be read, a segmentation is missing, sizes differ, or there are more IDs
@@ -298,14 +302,14 @@ def prepare(
 ) -> list[Finding]:
     """Convert mesh files to training scenes: normalize each file, sample surfaces, render views.
 
-    If there are images and segmentations beside a mesh file, they are used instead of renders. Object IDs in
-    these segmentations must be 1, 2, ... in the sorted order of the object names.
+    If there are images and segmentations beside a mesh file, they are used instead of rendered ones. Object
+    IDs in these segmentations must be 1, 2, ... in the sorted order of the object names.
 
     Args:
         sources: mesh files, with a separate mesh for each object.
         out: output folder, with a subfolder for each source and view.
         options: options of the import.
-        root: folder of which the subfolders are repeated in `out`. Default: none, all scenes are directly in
+        root: folder whose subfolders are recreated in `out`. Default: all scenes are written directly to
             `out`.
 
     Returns:
@@ -327,14 +331,14 @@ def prepare(
 
 
 def _label(path: Path, root: Path | None) -> str:
-    """Return the name of a mesh file below the folder of an import."""
+    """Return the path of a mesh file relative to `root`; its file name if `root` is None."""
     return (path.relative_to(root) if root else Path(path.name)).as_posix()
 
 
 def _write_views(
     room: _Room, out: Path, label: str, options: MeshOptions, advance: Callable[[], None]
 ) -> None:
-    """Write a scene for each view of a mesh file; `advance` is called after each view."""
+    """Write a scene for each view of a mesh file, and call `advance` after each view."""
     surfaces: dict[int, np.ndarray] = {}
     for number, (name, mesh) in enumerate(zip(room.names, room.meshes, strict=True), 1):
         try:

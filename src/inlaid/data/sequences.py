@@ -20,7 +20,7 @@ from inlaid.media.kinds import MediaError, Probe, frames_on_show
 from inlaid.paths import Root
 
 _MARKS = ("", "frame", "f")
-"""Generic beginnings of the file names of frames, such as `frame` in `frame_0001.png`."""
+"""Generic words at the start of frame file names, such as `frame` in `frame_0001.png`."""
 
 
 def caption_file(root: Root, clip: Path) -> Path | None:
@@ -72,8 +72,8 @@ def _is_sequence(root: Root, folder: Path, groups: dict[str, list[str]], images:
 def _are_frames(name: str, members: Sequence[str], channels: int) -> bool:
     """Return True if numbered images without captions are frames of a clip, not photos.
 
-    Frames are three or more, with fewer missing than existing numbers. In an opaque run, JPEG files are
-    photos unless a period precedes the number, as in `a.1001.jpg`.
+    There must be at least three images, and fewer missing than existing numbers. In a run that trains without
+    alpha, JPEG files are photos unless a period precedes the number, as in `a.1001.jpg`.
     """
     if len(members) < 3 or missing_frames(members) >= len(members):
         return False
