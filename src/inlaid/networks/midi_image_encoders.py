@@ -21,7 +21,8 @@ from inlaid.console import once
 from inlaid.networks.triposg import TripoSGTransformer
 
 VERSION = "images 2"
-"""Version of the result of `encoder_inputs`, part of cache keys; increase it when the result changes."""
+"""Version of the preprocessing, part of cache keys; increase it when the result of `encoder_inputs`
+changes."""
 
 MARGIN = 0.1
 """White margin on each side of a cropped object, as a fraction of the longer side of the object."""
@@ -93,8 +94,8 @@ class Extractor:
     def mask(self, mask: np.ndarray) -> Tensor:
         """Resize (nearest neighbor) and center-crop a mask from bool (n, n) to uint8 (1, crop, crop).
 
-        Values of the result are 0 and 255. As in the published pipeline, torch resizes the mask: it takes the
-        pixel at the top left of each output pixel, Pillow the pixel at the center.
+        Values of the result are 0 and 255. As in the published pipeline, torch resizes the mask. Pillow would
+        select other pixels.
         """
         pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None, None]
         return self._center(nn.functional.interpolate(pixels, (self.edge, self.edge), mode="nearest")[0])
@@ -204,7 +205,7 @@ class ImageConditioning:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Adapter targets (regular expressions) for the attention projections of the trained encoders.
+        """Adapter targets: regular expressions that match the attention projections of trained encoders.
 
         The tuple is empty if no encoder is trained.
         """
@@ -212,11 +213,11 @@ class ImageConditioning:
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the image conditioning of `n` objects by name.
+        """Return the tensor shapes of the image conditioning of `n` objects, by tensor name.
 
-        A frozen encoder has tokens, `clip` (n, 1, d) or `dino` (n, m, d), with d from `widths`. A trained
-        encoder has images (n, channels, s, s) instead. If any encoder is trained, the scalar `conditioned` is
-        added, with shape ().
+        The entry of a frozen encoder is tokens: `clip` (n, 1, d) or `dino` (n, m, d). `widths` contains d for
+        each encoder. The entry of a trained encoder is images (n, channels, s, s). If any encoder is trained,
+        there is also a scalar `conditioned`, with shape ().
         """
         out: dict[str, tuple[int, ...]] = {}
         for (kind, encoder), width in zip(self.encoders.items(), widths, strict=True):
@@ -226,10 +227,11 @@ class ImageConditioning:
         return {**out, **({"conditioned": ()} if self.trained else {})}
 
     def select(self, item: Mapping[str, Tensor], kept: Tensor, conditioned: bool) -> dict[str, Tensor]:
-        """Return the image conditioning of the objects with the indices `kept`; drop it unless `conditioned`.
+        """Return the image conditioning of the objects with the indices `kept`.
 
-        Dropped tokens are zeros. Images of trained encoders are not changed: the result has an entry
-        `conditioned`, which is 0 if the network must ignore the images, else 1.
+        If `conditioned` is false, zeros replace the tokens of frozen encoders. Images for trained encoders
+        are not changed. Instead, the entry `conditioned` of the result tells the network to use the images
+        (1) or to ignore them (0).
         """
         out = {k: item[k][kept] if k in self.trained else item[k][kept] * conditioned for k in self.encoders}
         return {**out, **({"conditioned": torch.tensor(float(conditioned))} if self.trained else {})}
@@ -259,11 +261,11 @@ def square(pixels: np.ndarray, fill: int) -> np.ndarray:
 
 
 def object_crop(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Crop an image to an object and add a white margin, as in the published program of TripoSG.
+    """Crop an image to an object and add a white margin, as in the published code of TripoSG.
 
     Args:
         image: uint8 (h, w, 3), white outside the object.
-        mask: pixels of the object, bool (h, w), at least one.
+        mask: mask of the object, bool (h, w); not empty.
 
     Returns:
         uint8 (n, m, 3) with the object in the center. n and m are equal, or differ by one pixel.
@@ -349,7 +351,7 @@ def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[Image
     """Add image encoders to a transformer as submodules, so that they are trained with it.
 
     The submodules have the names of the encoders in the checkpoint. The keys of `encoders` are indices of the
-    transformer's contexts. The transformer then also accepts images as these contexts, uint8
+    transformer's contexts. For these contexts, the transformer then also accepts images, uint8
     (rows, channels, h, w), and encodes them. Its new argument `conditioned` (rows,) is 0 for a row whose
     image conditioning is dropped (for classifier-free guidance), else 1.
     """
@@ -379,8 +381,8 @@ def build(encoder: ImageEncoder, folder: Path | None, dtype: torch.dtype) -> nn.
     """Build a frozen image encoder with the weights in `folder`; without a folder, on the meta device.
 
     The DINO encoder of MIDI has 7 input channels: object, scene and mask. Weights for 3 input channels are
-    extended to 7, with a warning. The kernels of the first layer are copied for the scene, and the kernel of
-    the red channel for the mask.
+    extended to 7, with a warning: in the first layer, the scene gets copies of the kernels of the object, and
+    the mask gets a copy of the red channel's kernel.
 
     Raises:
         ValueError: if the weights have any other number of input channels.

@@ -2,8 +2,8 @@
 
 Color and alpha share one latent. The frozen Wan encoder processes color and alpha separately, each as an RGB
 video. A trained merge block maps both outputs of the encoder's middle block to the shared latent; the
-encoder's own latents are not used. Two low-rank updates (LoRA) of the frozen decoder decode the latent, one
-to color and one to alpha. This implementation was written from a description of the method.
+encoder's own latents are not used. The frozen decoder decodes the latent twice: with one low-rank update
+(LoRA) to color, with another to alpha. This implementation was written from a description of the method.
 
 Latents are not normalized by the mean and std of the VAE. The low-rank updates are scaled by 1 / rank.
 Decoded color is straight (not premultiplied), and arbitrary where alpha is 0.
@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, CHANNELS = 384, 16
-"""Number of channels of the encoder features and of the latent in the published checkpoints."""
+"""Channels of the encoder features, and channels of the latent, in the published checkpoints."""
 
 
 class MergeBlock(nn.Module):
@@ -110,7 +110,8 @@ def convolutions(module: nn.Module) -> Iterator[tuple[str, Any]]:
 class RgbaVae(nn.Module):
     """Frozen Wan VAE with a merge block and two low-rank updates of the decoder.
 
-    The merge block computes one latent of color and alpha. One update decodes color, the other decodes alpha.
+    The merge block computes one latent from color and alpha. The decoder decodes color with one update, and
+    alpha with the other.
     """
 
     def __init__(self, vae: Any, merge: MergeBlock, rgb: DecoderLora, alpha: DecoderLora) -> None:

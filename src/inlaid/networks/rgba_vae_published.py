@@ -32,7 +32,7 @@ from inlaid.networks.rgba_vae import DecoderLora, RgbaVae, convolutions, merge_n
 from inlaid.networks.rgba_vae_checkpoint import FILES
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
-"""Prefixes of tensor names in published files, and the part of an RGBA VAE that each prefix identifies."""
+"""Parts of an RGBA VAE, by prefix of the tensor names in published files."""
 
 HALVES = ("rgb_channel", "alpha_channel")
 """Substrings that identify the two files for ComfyUI by name: the color VAE and the alpha VAE."""
@@ -42,15 +42,15 @@ RANK = 128
 updates."""
 
 VERSION_2 = re.compile(r"wan-alpha-v2[^/]*$|/models--[^/]*wan-alpha-v2[^/]*/", re.IGNORECASE)
-"""File name, or repository in the cache of the Hub, of files of Wan-Alpha v2. The tensors of v1 and v2 have
-the same names and shapes."""
+"""Regular expression for paths of Wan-Alpha v2 files: the file name, or the repository in the Hub cache. The
+tensors of v1 and v2 have the same names and shapes, so only the path tells them apart."""
 
 NOISE_SHIFT = 0.05
-"""Mean by which Wan-Alpha v2 shifts noise away from the subject, in training and sampling."""
+"""Mean of the noise outside the subject, in training and sampling with Wan-Alpha v2."""
 
 FOLDED_LEFT = 0.02
-"""Largest accepted relative error of a layer whose low-rank update is extracted from merged weights. Rounding
-to bfloat16 alone causes an error of 0.003."""
+"""Largest accepted relative error of a layer when low-rank updates are extracted from merged weights.
+Rounding to bfloat16 alone causes an error of 0.003."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Found:
 
 
 def named_like(name: str) -> bool:
-    """Return True if a file name is that of a published RGBA VAE, whose content is not known yet."""
+    """Return True if a file name looks like that of a published RGBA VAE; the file is not read."""
     return bool(re.search(r"^decoder\.bin$|wan.?alpha.*vae", name, re.IGNORECASE)) or any(
         half in name for half in HALVES
     )
@@ -135,7 +135,7 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _group(name: str) -> tuple[str, str]:
-    """Split a tensor name into its prefix (key of `GROUPS`) and the rest.
+    """Split a tensor name into its prefix (`vae_fgr`, `vae_pha` or `middle`) and the rest.
 
     If the name has none of these prefixes, the prefix is empty and the rest is the name.
     """
@@ -283,13 +283,13 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
 
 @torch.no_grad()
 def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tuple[DecoderLora, float]:
-    """Extract the low-rank update of a decoder from merged weights, with a rank of at most `RANK`.
+    """Extract a low-rank update of a decoder from merged weights.
 
     Returns:
         The update, and the largest relative error of a layer.
 
     Raises:
-        ValueError: if tensors do not fit the decoder, or the error exceeds `FOLDED_LEFT`.
+        ValueError: if tensors do not fit the decoder, or the error is too large.
     """
     own = decoder.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -332,7 +332,7 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
 
 
 def convert(path: Path, out: Path, vae: Any) -> list[str]:
-    """Convert a published file to the folder `out` of an RGBA VAE; return notes for the user.
+    """Convert a published file to an RGBA VAE in the folder `out`; return notes for the user.
 
     Raises:
         ValueError: if the file does not fit the VAE, or is incomplete.
@@ -443,7 +443,7 @@ def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
     """Return two VAEs for ComfyUI, one for color and one for alpha, with merged low-rank updates.
 
-    The tensors have Wan's original names. The keys of the result are the entries of `HALVES`.
+    The tensors have Wan's original names. The keys of the result are `rgb_channel` and `alpha_channel`.
     """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
@@ -464,10 +464,10 @@ TARGETS = {
 def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     """Export an RGBA VAE to a folder in a published layout, and verify the files by reading them back.
 
-    Target `wan-alpha` writes `decoder.safetensors` and `vae.safetensors`, with the tensor names and shapes of
-    `decoder.bin` and of the whole VAE. It also writes the decoders as `decoder.bin`, a torch file of tensors,
-    because Wan-Alpha's script loads safetensors files only with newer versions of torch. Target `comfyui`
-    writes two VAEs with merged updates, in bfloat16.
+    Target `wan-alpha` writes the low-rank updates of both decoders to `decoder.safetensors`, and the whole
+    RGBA VAE to `vae.safetensors`. It also writes the updates to `decoder.bin`, a torch file, because
+    Wan-Alpha's script loads safetensors files only with newer versions of torch. Target `comfyui` writes two
+    VAEs with merged updates, in bfloat16.
 
     Raises:
         ValueError: if the target is unknown.

@@ -1,13 +1,13 @@
 """Sequence parallelism (Ulysses, Jacobs et al. 2023, arXiv 2309.14509): one sample on several processes.
 
-Each process computes all layers for its own share of the video tokens. Only attention needs all tokens:
-before it, an all-to-all exchange gives each process all tokens of its share of the attention heads, and after
-it, a second exchange gives each process all heads of its own tokens. Text tokens that share the sequence with
-the video are few, so each process computes all of them.
+Each process computes all layers for its own share of the video tokens. Only attention needs all tokens.
+Before attention, an all-to-all exchange gives each process some of the heads for all tokens. After attention,
+a second exchange gives each process all heads for its own tokens. Text tokens in the same sequence are few,
+so each process computes all of them.
 
 Every exchange is differentiable, and its backward pass is the exact transpose. All processes of a group
-compute the same loss from the whole prediction. The mean over the group of the gradients in each process is
-therefore the gradient of one process that computes the whole sequence.
+compute the same loss from the whole prediction. Gradients averaged over the group therefore equal those that
+a single process would compute for the whole sequence.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 
 class SequenceParallel:
-    """Share of one process in the tokens of each sample, and the exchanges with the other processes.
+    """One process's share of the tokens of each sample, and the exchanges with the other processes.
 
-    The number of tokens does not have to be divisible by the number of processes: the first shares have one
-    token more than the others. The number of attention heads must be divisible.
+    The number of attention heads must be divisible by the number of processes. The number of tokens does not
+    have to be: some shares may have one token more than the others.
 
     Args:
         group: processes that share each sample.
@@ -41,7 +41,7 @@ class SequenceParallel:
         self._shares: list[int] = []
 
     def of_clips(self, clips: int) -> SequenceParallel:
-        """Return the same share for sequences with this number of clips."""
+        """Return a copy of this object for sequences of `clips` clips."""
         found = copy(self)
         found.clips = clips
         return found
@@ -52,9 +52,9 @@ class SequenceParallel:
         return self.clips * sum(self._shares)
 
     def split(self, x: Tensor, dim: int) -> Tensor:
-        """Return a copy of this process's share of the tokens in dimension `dim`.
+        """Return this process's share of the tokens of `x`; the tokens are dimension `dim`.
 
-        The copy does not keep the memory of `x` alive.
+        The share is a copy, so that the memory of `x` can be freed.
         """
         whole = x.unflatten(dim, (self.clips, -1))
         dim = dim % x.ndim + 1
@@ -64,7 +64,7 @@ class SequenceParallel:
         return share.flatten(dim - 1, dim).clone()
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Return the whole sequence from the shares `x` of all processes; the tokens are dimension `dim`."""
+        """Return the whole sequence; `x` is this process's share, and the tokens are dimension `dim`."""
         share = x.unflatten(dim, (self.clips, -1)).movedim(dim + 1, 0)
         assert len(share) == self._shares[self.rank], "a share of another sequence"
         copies = share.reshape(1, -1).expand(self.size, -1)
@@ -85,8 +85,8 @@ class SequenceParallel:
         """Compute attention over the whole sequence, for the tokens of this process.
 
         Args:
-            compute: attention of all tokens, for some of the heads. Its arguments and its result have shape
-                (n, heads / size, all tokens, d).
+            compute: function that computes attention for some of the heads. Its arguments (query, key and
+                value of all tokens) and its result have shape (n, heads / size, all tokens, d).
             query: (n, heads, tokens, d), with the video tokens of this process and all text tokens.
             key: same shape as `query`.
             value: same shape as `query`.
@@ -114,7 +114,7 @@ class SequenceParallel:
     def _to_tokens(self, x: Tensor, text: int, first: bool) -> Tensor:
         """Convert (n, heads / size, all tokens, d) to (n, heads, own tokens, d).
 
-        Each process sends its heads of the text tokens to all others.
+        Each process sends the text tokens of its heads to all others.
         """
         video, words = _apart(x, text, first)
         each = video.unflatten(2, (self.clips, -1)).permute(3, 2, 0, 1, 4).split(self._shares)
@@ -130,7 +130,7 @@ class SequenceParallel:
         return _together(video, words, first)
 
     def _exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send consecutive parts of `x` to the processes, and return the parts received, as one dimension.
+        """Send one part of `x` to each process, and return the received parts in one flat tensor.
 
         Args:
             x: tensor of any shape; its elements are sent in order.
@@ -143,9 +143,9 @@ class SequenceParallel:
         return wait_tensor(all_to_all_single_autograd(flat, list(received), list(sent), self.group))
 
     def split_output(self, module: nn.Module, dim: int) -> None:
-        """Make a module return this process's share of the tokens in dimension `dim`, by a forward hook.
+        """Add a forward hook, so that a module returns only this process's share of its output.
 
-        The module returns a tensor or a tuple of tensors, which are all split.
+        The output is a tensor or a tuple of tensors. Its tokens are dimension `dim`.
         """
 
         def hook(_: nn.Module, args: Any, out: Any) -> Any:
@@ -154,7 +154,7 @@ class SequenceParallel:
         module.register_forward_hook(hook)
 
     def gather_output(self, module: nn.Module, dim: int) -> None:
-        """Make a module return the whole sequence, by a forward hook that gathers shares of its output."""
+        """Add a forward hook, so that a module returns the output of all processes, joined along `dim`."""
 
         def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
             return self.gather(out, dim)
@@ -163,9 +163,9 @@ class SequenceParallel:
 
 
 class SimulatedSequence(SequenceParallel):
-    """The largest share of a sequence, without other processes: received values are undefined.
+    """Simulation of the process with the largest share, for estimates on the meta device.
 
-    For estimates on the meta device.
+    Nothing is exchanged with other processes, so the values of tensors are undefined.
     """
 
     def __init__(self, size: int) -> None:
@@ -188,14 +188,14 @@ class _Received(torch.autograd.Function):
 
 
 def _apart(x: Tensor, text: int, first: bool) -> tuple[Tensor, Tensor]:
-    """Split a sequence, the second last dimension, into its video tokens and its text tokens."""
+    """Split a sequence (..., tokens, d) into video tokens and text tokens."""
     video = x.shape[-2] - text
     parts = x.split([text, video] if first else [video, text], -2)
     return (parts[1], parts[0]) if first else (parts[0], parts[1])
 
 
 def _together(video: Tensor, words: Tensor, first: bool) -> Tensor:
-    """Join video tokens and text tokens to one sequence; the inverse of `_apart`."""
+    """Join video tokens and text tokens to one sequence (..., tokens, d)."""
     if not words.shape[-2]:
         return video
     return torch.cat([words, video] if first else [video, words], -2)

@@ -15,8 +15,8 @@ from inlaid.networks.sequence_parallel import SequenceParallel
 class SplitSelfAttention(WanAttnProcessor):
     """Self-attention processor of Wan that attends to the tokens of all processes.
 
-    The processor of diffusers attends to the tokens that it is given, and has no place for the exchange
-    between rotation and attention.
+    Between the rotary embedding and attention, tokens must be exchanged with the other processes. The
+    processor of diffusers does not allow this.
     """
 
     def __init__(self, sequence: SequenceParallel) -> None:
@@ -31,9 +31,9 @@ class SplitSelfAttention(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Compute self-attention of this process's tokens (n, own tokens, d) to all tokens.
+        """Compute attention from this process's tokens (n, own tokens, d) to the tokens of all processes.
 
-        `rotary_emb` contains the cosines and sines (1, own tokens, 1, width of a head) of the same tokens.
+        `rotary_emb` contains cosines and sines (1, own tokens, 1, head width) for this process's tokens.
         """
         assert encoder_hidden_states is None and attention_mask is None and rotary_emb is not None
         cos, sin = rotary_emb
