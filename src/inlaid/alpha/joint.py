@@ -219,7 +219,7 @@ class Joint(Composed):
             domain.adapter_layers = [next(iter(layers.values()))]
 
     def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
-        """Split the video tokens over processes: each process gets the same tokens of color and of alpha."""
+        """Split the video tokens over processes: color and alpha are split at the same positions."""
         self.opaque.split_sequence(denoiser, sequence.of_clips(2))
 
     # --- sampling -----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ SHIFT = "inlaid_noise_shift"
 """Header key of an adapter file; its value is the `alpha.noise_shift` with which the adapter was trained."""
 
 ELLIPSE = "ellipse"
-"""Name of the cached tensor (t, h, w) that describes where the subject is (`noise_shift.ellipses`)."""
+"""Name of the cached tensor (t, h, w) that describes where the subject is: 1 at its center, 0 far away."""
 
 HEADER = "inlaid_rgba_vae"
 """Header key of an adapter file; its value is the ID of the RGBA VAE with which the adapter was trained."""
@@ -57,7 +57,7 @@ class Merged(Composed):
         self.media_key = ("merged", self.rgba_vae_id, str(section.colors), *shifted)
 
     def _noise_shift(self) -> float:
-        """Return `alpha.noise_shift`, by default the value that is stored with the RGBA VAE, else 0."""
+        """Return `alpha.noise_shift`; if unset, the value stored with the RGBA VAE, or 0 without one."""
         found = self.section.noise_shift
         return float(self.facts.get("noise_shift", 0) if found is None else found)
 
@@ -72,7 +72,7 @@ class Merged(Composed):
         return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.rgba_vae_id, **shift}
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return problems with a recipe, including those of `alpha.noise_mask`."""
+        """Return a message for each unsupported recipe setting, such as an invalid `alpha.noise_mask`."""
         from inlaid.alpha.noise_shift import read_mask
 
         found, mask = self.opaque.problems(config), self.section.noise_mask
@@ -97,7 +97,7 @@ class Merged(Composed):
         return self._with_ellipse((colors, *shape))
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents` (z, t, h, w) and, with shifted noise, of `ellipse` (t, h, w)."""
+        """Return the shape of `latents` (z, t, h, w) and, if noise is shifted, of `ellipse` (t, h, w)."""
         return self._with_ellipse(self.opaque.shapes(frames, height, width)["latents"])
 
     def _with_ellipse(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -174,13 +174,13 @@ class Merged(Composed):
         return {**item, "latents": item["latents"][which]}
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Add `noise_shift` to standard normal noise away from the subject, given by `cond["ellipse"]`."""
+        """Add `noise_shift` to the noise away from the subject; `cond["ellipse"]` is 1 at the subject."""
         from inlaid.alpha.noise_shift import shifted
 
         return shifted(noise, cond[ELLIPSE], self.noise_shift) if self.noise_shift else noise
 
     def _start(self, frames: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the pipeline argument `latents` with shifted noise; empty without it.
+        """Return shifted noise as the pipeline argument `latents`; return an empty mapping if the shift is 0.
 
         Apart from the shift, it is the noise that the pipeline would sample with this generator.
         """

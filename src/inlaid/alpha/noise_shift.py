@@ -1,8 +1,8 @@
 """Mean-shifted noise of Wan-Alpha v2 (arXiv 2509.24979, version 2): noise whose mean depends on the subject.
 
 Away from the subject, a constant is added to the noise of all latent channels. The subject is described by
-one Gaussian ellipse per latent frame: 1 at its center, near 0 far away. In training, it is fitted to alpha of
-the clip. In sampling, where alpha is not known, it is an ellipse in the center or comes from a file.
+one Gaussian ellipse per latent frame: 1 at its center, near 0 far away. In training, it is fitted to the
+clip's alpha. In sampling, alpha is not known, so the ellipse is in the center or comes from a file.
 
 The paper writes the mean as G * mu with G = 1 *away from* the subject. Here and in the released code, G is 1
 at the subject, and the mean is (1 - G) * mu.
@@ -25,15 +25,15 @@ OPAQUE = 0.5
 """Alpha, 0 to 1, above which a pixel belongs to the subject."""
 
 PART, MOST = 0.2, 0.9
-"""Share of a latent cell's pixels that belong to the subject, above which the cell determines the ellipse's
-center and axes, and its orientation."""
+"""Thresholds for the share of subject pixels in a latent cell. Cells above the first threshold determine the
+center and size of the ellipse. Cells above the second threshold determine its orientation."""
 
 COVERED, LARGER, TRIES = 0.98, 1.12, 8
-"""Share of the cells that the ellipse must contain, factor by which it is enlarged until it does, and maximum
-number of enlargements."""
+"""Share of the subject's cells that the ellipse must contain, factor of each enlargement, and maximum number
+of sizes that are tried."""
 
 CENTER = 0.3
-"""Half-axes of the default ellipse of sampling, as a share of height and width."""
+"""Half-axes of the default ellipse in sampling, as a fraction of height and width."""
 
 
 def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
@@ -53,7 +53,7 @@ def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
 
 
 def _ellipse(cells: np.ndarray) -> np.ndarray:
-    """Return the Gaussian ellipse of one latent frame, whose cells are shares of subject, 0 to 1."""
+    """Fit a Gaussian ellipse to one latent frame (h, w); each cell is its share of subject pixels."""
     points = np.argwhere(cells > PART)[:, ::-1].astype(float)  # x, y
     if not len(points):
         return np.zeros(cells.shape, np.float32)
@@ -82,12 +82,14 @@ def _axes(points: np.ndarray) -> np.ndarray:
 
 
 def gaussian(shape: tuple[int, ...], center: Any, half: Any, axes: np.ndarray) -> np.ndarray:
-    """Return exp(-d^2 / 2) scaled to 0 to 1, where the distance d is 1 on the ellipse: float32 (h, w).
+    """Return exp(-d^2 / 2), rescaled to [0, 1], for each cell: float32 (h, w).
+
+    The distance d from the center is 1 on the ellipse.
 
     Args:
         shape: height and width.
         center: x and y of the center.
-        half: both half-axes.
+        half: lengths of the two half-axes.
         axes: directions of the axes as columns (x, y).
     """
     y, x = np.mgrid[: shape[0], : shape[1]]
@@ -98,17 +100,19 @@ def gaussian(shape: tuple[int, ...], center: Any, half: Any, axes: np.ndarray) -
 
 
 def centered(shape: tuple[int, ...]) -> np.ndarray:
-    """Return a still ellipse in the center of latent frames (t, h, w), float32."""
+    """Return the default Gaussian ellipse, the same in all latent frames: float32 (t, h, w)."""
     _, h, w = shape
     one = gaussian((h, w), ((w - 1) / 2, (h - 1) / 2), (CENTER * w, CENTER * h), np.eye(2))
     return np.broadcast_to(one, shape)
 
 
 def read_mask(path: Path, stride: tuple[int, int]) -> np.ndarray:
-    """Read the ellipses of `alpha.noise_mask`: from a clip, or from a torch file, float32 (t, h, w), 0 to 1.
+    """Return the ellipses of `alpha.noise_mask`, float32 (t, h, w), in [0, 1].
+
+    They are fitted to a clip or read from a torch file.
 
     Raises:
-        ValueError: if the file cannot be read, or has no alpha or other values than 0 to 1.
+        ValueError: if the file cannot be read, shows no subject, or contains values outside [0, 1].
     """
     import torch
 
@@ -132,9 +136,9 @@ def read_mask(path: Path, stride: tuple[int, int]) -> np.ndarray:
 
 
 def shifted(noise: Tensor, ellipse: Tensor, mean: float) -> Tensor:
-    """Return noise (n, c, t, h, w) plus mean * (1 - ellipse), for ellipses (n, t, h, w) of any size.
+    """Return noise (n, c, t, h, w) plus mean * (1 - ellipse), where `ellipse` is (n, t, h, w).
 
-    Ellipses of another size are interpolated linearly.
+    An ellipse tensor of another size is interpolated linearly.
     """
     import torch
 

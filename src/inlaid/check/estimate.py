@@ -1,4 +1,4 @@
-"""Estimate of a run's parameters, memory, disk space and time, before model weights are downloaded or loaded.
+"""Estimation of a run's parameters, memory, disk space and time before weights are downloaded or loaded.
 
 The network is built on the meta device with its trainable weights or adapter. One forward and backward pass
 is then simulated on shapes only, with gradient checkpointing as in the recipe. The lifetime of every tensor
@@ -46,7 +46,7 @@ EFFICIENCY = (0.25, 0.7)
 """Assumed minimum and maximum training speed, as a fraction of the speed of large matrix products."""
 
 OVERHEAD_SECONDS = 0.05
-"""Shortest step, in seconds, for which a time is estimated; in shorter steps, overhead dominates."""
+"""Minimum step time, in seconds, for which an estimate is given. Overhead dominates shorter steps."""
 
 WORDS_TO_TOKENS = 1.5
 """Estimated number of text tokens per word of a caption."""
@@ -179,7 +179,7 @@ def count_operations(
         batch: number of samples.
         checkpointing: value of `memory.gradient_checkpointing`.
         accumulating: True if the gradients of an earlier micro-batch already exist.
-        sequence: number of processes that share the tokens of each sample; the result is that of one process.
+        sequence: number of processes that share the tokens of each sample; the result is for one process.
     """
     if sequence > 1:
         family.split_sequence(denoiser, SimulatedSequence(sequence))
@@ -261,7 +261,7 @@ class Estimate:
     """Minimum and maximum time of one optimizer step in seconds; None if unknown."""
     device: str
     capacity: int
-    """Total bytes of memory that the device has; 0 if unknown."""
+    """Total device memory in bytes; 0 if unknown."""
     precision: str
     how: tuple[str, ...]
     """Sentences that explain how the values were estimated, or why a value is missing."""
@@ -371,7 +371,7 @@ def _cache(
     width: int,
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
-    """Return the size of the cache in bytes, for clips and for captions, and an explanation."""
+    """Return the cache sizes of clips and captions in bytes, and an explanation."""
     clips = sum(
         n * math.prod(shape) * (1 if name in family.bytewise else 2)
         for extent, n in windows.items()
@@ -472,7 +472,7 @@ def _sharded(
 
 
 def _shared(config: recipe.Config) -> str:
-    """Return a phrase about the processes that share each sample; empty if a process has whole samples."""
+    """Return a phrase about the processes that share each sample; empty if samples are not shared."""
     processes = config.runtime.sequence
     return f" in one of {processes} processes that share each sample" if processes > 1 else ""
 
@@ -480,7 +480,7 @@ def _shared(config: recipe.Config) -> str:
 def _time(
     flops: float, device: torch.device, precision: torch.dtype
 ) -> tuple[tuple[float, float] | None, str]:
-    """Return the minimum and maximum seconds per step, or None if unknown, and an explanation."""
+    """Return the minimum and maximum seconds per step (None if unknown), and an explanation."""
     if device.type == "meta":
         return None, "unknown, the recipe's device is not on this machine"
     rate = measure_speed(device, precision)

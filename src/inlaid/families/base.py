@@ -35,8 +35,8 @@ class PrecomputedLayout:
     """
 
     media: Sequence[str]
-    """Path patterns of the latent files: the clip, then each conditioning image. With joint alpha (color and
-    alpha as two clips), the color clip and then the alpha clip."""
+    """Path patterns of the latent files: one for the clip, then one for each conditioning image. For joint
+    alpha (color and alpha as two clips): one for the color clip, then one for the alpha clip."""
     text: str
     """Path pattern of the clip's text embeddings."""
     caption: str = "*.txt"
@@ -44,10 +44,11 @@ class PrecomputedLayout:
     video: str = "*"
     """Path pattern of the source video, without its file extension."""
     moments_key: str | None = None
-    """Key of the moments (1, 2 * z, t, h, w) in bfloat16; None if the file is the tensor (2 * z, t, h, w)."""
+    """Dictionary key, in a latent file, of the bfloat16 tensor (1, 2 * z, t, h, w) with means and
+    log-variances. None if the file contains only a tensor (2 * z, t, h, w)."""
     text_keys: tuple[str, str] | None = None
-    """Keys of the embedding (1, n, d), padded to the maximum length, and of its mask (1, n); None if the file
-    is the tensor (n, d)."""
+    """Dictionary keys, in an embeddings file, of the text embeddings (1, n, d) and of their mask (1, n). None
+    if the file contains only a tensor (n, d)."""
 
     @property
     def description(self) -> str:
@@ -62,18 +63,19 @@ class Family(Sampling, ABC):
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Recipe defaults that are different for this family: for each recipe section, keys and values."""
+    """Recipe (YAML configuration) defaults that this family overrides: a mapping from section to settings."""
     targets: Sequence[str]
     """Layers that an adapter modifies by default, as regular expressions that must match the full module
     name."""
     adaptable: ClassVar[Sequence[str]] = ()
-    """Further layers that adapters in files may modify, as regular expressions, for reading adapters without
-    the checkpoint. Layers with a name in the original code need no entry."""
+    """Regular expressions for additional layers that an adapter may modify. Needed to import adapters without
+    the checkpoint. Layers in `targets` or `original` need no entry."""
     more_blocks: ClassVar[Sequence[str]] = ()
-    """Further lists of blocks in some networks, which have the layers of `blocks`."""
+    """Names of additional block lists in some networks, such as `vace_blocks`. Their blocks have the same
+    layers as the blocks in the list `blocks`."""
     convolutions: ClassVar[Sequence[str]] = ()
-    """Layers that are a convolution in some checkpoint of the family, as regular expressions. Factors in
-    files that do not state the size of the kernel are read with the checkpoint only."""
+    """Regular expressions for layers that are convolutions in some checkpoints of the family. If an adapter
+    file does not state their kernel size, the adapter can be imported only with the checkpoint."""
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae",),
         "text": ("tokenizer", "text_encoder"),
@@ -108,15 +110,15 @@ class Family(Sampling, ABC):
     text_before: int = 0
     """Number of text tokens before the video tokens in the input of the layers in `video_layers`."""
     joint_attention: ClassVar[Any] = None
-    """Function that takes a rule for the attention of text to alpha (`networks.joint_attention.Rule`) and
-    returns an attention processor. None if text and video tokens are not in one sequence."""
+    """Function that returns an attention processor for joint alpha. Its argument is the rule for attention
+    from text tokens to alpha tokens. None if text and video tokens are not in one sequence."""
     heads: int = 0
-    """Number of attention heads of the denoiser, which `runtime.sequence` divides among processes. 0 if the
+    """Number of attention heads of the denoiser. With `runtime.sequence`, processes share the heads. 0 if the
     family does not implement `split_sequence`."""
     grid: Grid
     precomputed: PrecomputedLayout | None = None
-    """File layout of the precomputed latents that this family can read; None if it can read none. The files
-    contain means and log-variances of the VAE posterior, in one file for each tensor of `stored`."""
+    """File layout of the precomputed latents that this family can read; None if it can read none. Each latent
+    file contains one of the tensors in `stored`: means and log-variances of the VAE posterior."""
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
@@ -124,10 +126,10 @@ class Family(Sampling, ABC):
 
     @property
     def single(self) -> Family:
-        """Family for a single clip.
+        """Family that processes a single clip.
 
-        With joint alpha (color and alpha as two clips in one token sequence), it is the wrapped family, which
-        has no alpha. Otherwise, it is `self`.
+        For joint alpha (color and alpha as two clips in one token sequence), it is the wrapped family without
+        alpha. Otherwise, it is `self`.
         """
         return self
 
@@ -188,7 +190,7 @@ class Family(Sampling, ABC):
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to text embeddings: for each caption, a mapping with the key `text` (n, d).
+        """Encode captions to text embeddings; return a mapping with the key `text` (n, d) for each caption.
 
         If the network masks padding, the embedding has no padding tokens.
         """
@@ -202,7 +204,7 @@ class Family(Sampling, ABC):
         return dict(item)
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the noise of training, given standard normal noise (n, c, t, h, w); by default, the same."""
+        """Convert standard normal noise (n, c, t, h, w) to training noise; by default, change nothing."""
         return noise
 
     def share_positions(self, denoiser: nn.Module) -> None:
@@ -255,7 +257,7 @@ class Family(Sampling, ABC):
         return {}
 
     def resolved(self, sample: recipe.Sample) -> recipe.Sample:
-        """Return sampling settings in which defaults that depend on the checkpoint have values."""
+        """Return the sampling settings after filling in defaults that depend on the checkpoint."""
         return sample
 
     def problems(self, config: recipe.Config) -> list[str]:
@@ -302,7 +304,7 @@ class Family(Sampling, ABC):
 
 
 def sequence_problems(family: Family, processes: int) -> list[str]:
-    """Return a message if a number of processes cannot share the attention heads of a family equally."""
+    """Return a message if the attention heads cannot be divided equally among `processes` processes."""
     heads = family.heads
     if processes == 1 or (heads and not heads % processes):
         return []

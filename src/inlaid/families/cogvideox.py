@@ -62,7 +62,7 @@ ORIGINAL = OriginalNames(
     *((f"patch_embed.{name}", f"patch_embed.{name}") for name in _SAME),
     *((name, name) for name in ("norm_final", "norm_out.linear", "norm_out.norm", "proj_out")),
 )
-"""Names in ComfyUI. The names of the original training code differ, and no other program uses them."""
+"""Layer names in ComfyUI. CogVideoX's training code has other names, which no supported program uses."""
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
@@ -177,9 +177,10 @@ class CogVideoX(Family):
         return None
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
-        """Return the table of sinusoidal positions (1, 226 + v, d) of 2B, which diffusers does not save.
+        """Return the sinusoidal positional embeddings (1, 226 + v, d) of CogVideoX 2B for v video tokens.
 
-        ComfyUI uses rotary positions for every model without this table.
+        Diffusers does not save them, but ComfyUI uses rotary embeddings if they are missing. The result is
+        empty for models with rotary embeddings.
         """
         if self.transformer["use_rotary_positional_embeddings"]:
             return {}
@@ -248,7 +249,10 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode each caption to `text` (`text_length`, d), with padding, to which the network attends."""
+        """Encode each caption to `text` (`text_length`, d), including padding tokens.
+
+        They are included because the network attends to them.
+        """
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).input_ids

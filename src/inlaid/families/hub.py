@@ -214,7 +214,7 @@ def fetch_file(name: str, file: str) -> Path:
 
 
 ANNOUNCED = 1_000_000
-"""Bytes from which the download of a component is announced; its configuration alone is not."""
+"""Minimum size in bytes of a download that is announced. A configuration file alone is smaller."""
 
 
 def _download(
@@ -222,8 +222,7 @@ def _download(
 ) -> Path:
     """Download the files that are not cached, and return the local path of the last file.
 
-    The size of a download of `announced` bytes or more and the license of the repository are printed before
-    it starts.
+    Before a download of at least `announced` bytes, its size and the repository's license are printed.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -331,5 +330,5 @@ def as_text(n: float) -> str:
 
 
 def local_options(revision: str | None) -> dict[str, Any]:
-    """Return the `from_pretrained` arguments to load downloaded files without further requests to the Hub."""
+    """Return `from_pretrained` arguments that load downloaded files without requests to the Hub."""
     return {"revision": revision, "local_files_only": True}

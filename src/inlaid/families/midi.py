@@ -46,10 +46,10 @@ from inlaid.networks.triposg import (
 from inlaid.objectives import FlowMatching
 
 BLOCK = r"(?:blocks\.)?(\d+)(?:\.attn1(?:\.processor)?)?"
-"""Regular expression for a block: its number, or the name of the block or its self-attention."""
+"""Regular expression that matches a block's number, a block's name, or the name of its self-attention."""
 
 CELLS = {"MIDI-3D": 256, "TripoSG": 512}
-"""Published resolution of the meshes: cells per side of the box of an object."""
+"""Published mesh resolution of each model: number of grid cells along each side of an object's box."""
 
 
 class _Open(tuple[Any, ...]):
@@ -71,11 +71,11 @@ LAYERS = (
     r"blocks\.\d+\.(ff\.net\.(0\.proj|2)|skip_linear)",
     r"proj_in|proj_out|time_proj\.linear_[12]",
 )
-"""Linear layers of the transformer outside its attention."""
+"""Regular expressions for the linear layers of the transformer outside attention."""
 
 
 class _Encoders(Checkpoint):
-    """Loading and use of the encoders of MIDI and TripoSG: the shape VAE and the image encoders."""
+    """Base class that loads and runs the encoders of MIDI and TripoSG: the shape VAE and image encoders."""
 
     conditioning: ImageConditioning
     transformer: Mapping[str, Any]
@@ -265,8 +265,8 @@ class Midi(_Encoders, Family):
     def notes(self, config: recipe.Config) -> list[str]:
         """Return notes about unusual settings.
 
-        The notes report multi-instance attention (across objects) in other blocks than the pretrained blocks,
-        and adapter targets that match only some projections of an attention layer.
+        They report multi-instance attention (across objects) in blocks that were not pretrained with it, and
+        adapter targets that match only some projections of an attention layer.
         """
         notes, pretrained = list(self.config_notes), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != pretrained:
@@ -347,7 +347,7 @@ class Midi(_Encoders, Family):
         return network
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return the flow matching objective; its default timestep shift is that of the scheduler."""
+        """Return the flow matching objective; its default timestep shift is the scheduler's."""
         return FlowMatching.from_config(section, family_shift=self.shift())
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -171,9 +171,10 @@ class Mochi(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode a clip, uint8 (t, h, w, 3), to `moments` (24, t', h', w') of the VAE posterior.
+        """Encode a clip, uint8 (t, h, w, 3), to `moments` (24, t', h', w').
 
-        On CUDA, the VAE computes in bfloat16, as in the reference implementations.
+        They are means and log-variances of the VAE posterior. On CUDA, the VAE computes in
+        bfloat16, as in the reference implementations.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         device = next(encoder.parameters()).device
@@ -266,7 +267,7 @@ class Mochi(Family):
             block.attn1.processor = MochiJointAttention(rule, sequence)
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return the flow matching objective; by default without a timestep shift, whatever the clip size."""
+        """Return the flow matching objective; by default, the timestep is not shifted."""
         return FlowMatching.from_config(section, family_shift=1.0)
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -331,13 +332,13 @@ class Mochi(Family):
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines (v, heads, d / 2) of the rotary embedding for positions (v, a).
+    """Return the cosines and sines, both (v, heads, d / 2), of the rotary embedding for v video tokens.
 
     Replaces the method of diffusers, whose autocast supports neither CPU nor meta tensors.
 
     Args:
         frequencies: (a, heads, d / 2).
-        positions: a coordinates for each of v video tokens.
+        positions: (v, a), the coordinates of each video token.
     """
     device = "cpu" if frequencies.is_meta else frequencies.device.type
     with torch.autocast(device, enabled=False):

@@ -1,4 +1,4 @@
-"""Facts about a model that exports to other programs need: original names, and what these programs accept."""
+"""Facts about a model for export to other programs: original names, and what these programs accept."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JointLayout:
-    """File layout in which TransPixeler's inference script reads the adapter of this model (joint alpha)."""
+    """File layout that TransPixeler's inference script requires for an adapter with joint alpha."""
 
     key: str
-    """Tensor name, with the fields `block`, `layer` and `factor`."""
+    """Format string of the tensor names, with the fields `block`, `layer` and `factor`."""
     layers: Mapping[str, str]
-    """Names of the layers in the file, by diffusers name inside a block. All must be in the file."""
+    """Layer names in the file, by their diffusers names inside a block. The file must contain all of them."""
     factors: tuple[str, str]
     """Names of the factors A and B."""
     rule: Literal["block", "bias"]
@@ -30,24 +30,24 @@ class JointLayout:
     torch_file: bool
     """True if the script reads a torch file with an entry `state_dict`; otherwise a safetensors file."""
     width: int
-    """Width of the attention layers in the script, which is fixed."""
+    """Fixed width of the attention layers in the script."""
 
     rank: ClassVar[int] = 128
-    """Rank in the script, which is fixed; the LoRA alpha is 1."""
+    """Fixed rank in the script; the LoRA alpha is 1."""
 
 
 class OtherPrograms(Checkpoint):
-    """Checkpoint with facts about the programs that run its model; the base class of `Family`."""
+    """Base class of `Family` with facts about other programs that run the model."""
 
     original: ClassVar[OriginalNames] = OriginalNames()
-    """Names of all layers in the original code, which other programs use; empty if they equal diffusers'."""
+    """Layer names in the original code, for other programs; empty if they are the same as in diffusers."""
     programs: ClassVar[Sequence[str]] = ()
     """Targets of `inlaid export` that exist for this family, besides `diffusers` and `merged`."""
     joint_layout: ClassVar[JointLayout | None] = None
     """Layout of the export target `transpixeler`."""
 
     kohya_layers: ClassVar[Sequence[Sequence[str]]] = ()
-    """Groups of layers inside a block, by diffusers name. Converters of files with kohya's names require all
+    """Groups of layers inside a block, by diffusers name. Converters for files with kohya's names require all
     layers of the first group in each block, and all or none of each other group."""
 
     fixed_sizes: ClassVar[Mapping[str, int]] = {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Sampling(OtherPrograms):
-    """Checkpoint that generates with its diffusers pipeline; a base class of `Family`."""
+    """Base class of `Family` that generates with the diffusers pipeline of the model."""
 
     images: Sequence[str] = ()
     """Names of the conditioning images of a clip, in the order that `sample` expects, such as `first` and

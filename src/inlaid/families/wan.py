@@ -97,7 +97,7 @@ KOHYA = (
     ),
     ("attn2.add_k_proj", "attn2.add_v_proj"),
 )
-"""Layers of a block that files with kohya's names contain together: of all models, and of those with CLIP."""
+"""Groups of layers in each block of files with kohya's names. The second group exists in models with CLIP."""
 
 
 def _published(
@@ -189,7 +189,10 @@ class Wan(Family):
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
     def export_problem(self, target: str, whole: bool) -> str | None:
-        """Return the reason why a program cannot use weights for this checkpoint: Wan-Alpha runs 2.1 T2V."""
+        """Return the reason why a program cannot use weights for this checkpoint, or None if it can.
+
+        Wan-Alpha supports only Wan 2.1 text-to-video.
+        """
         if target == "wan-alpha" and (self.images or self.two_experts or self.expand_timesteps):
             return f"Wan-Alpha runs Wan 2.1 text-to-video only, not {self.name}"
         return None
@@ -435,8 +438,8 @@ class Wan(Family):
 def _split_sequence(denoiser: Any, sequence: SequenceParallel) -> None:
     """Split the video tokens of a network over processes.
 
-    In TI2V-5B, each token has a timestep, and so a modulation of its own: timesteps are split as well.
-    Cross-attention needs no exchange, because each process has the whole text.
+    In TI2V-5B, each token has its own timestep, so the timesteps are split as well. Cross-attention needs no
+    communication, because each process has the whole text.
     """
     from inlaid.networks.wan_self_attention import SplitSelfAttention
 

@@ -45,10 +45,10 @@ def enable_checkpointing(denoiser: nn.Module, which: bool | int | Literal["atten
 
     Args:
         denoiser: network; changed in place.
-        which: True for every block, n for every n-th block. A checkpointed block stores only its input, and
-            its forward pass is repeated in the backward pass. Other blocks store all activations. With
-            "attention", every block is checkpointed and also stores the results of its attention over video
-            tokens, which are most of the work and little of the memory, so these are not computed again.
+        which: True to checkpoint every block, n to checkpoint every n-th block. A checkpointed block stores
+            only its input, and repeats its forward pass in the backward pass. Other blocks store all
+            activations. With "attention", every block is checkpointed, but stores the results of attention
+            over video tokens and does not compute them again.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
     every = 1 if which == "attention" else int(which)
@@ -75,11 +75,11 @@ ATTENTION = tuple(
     )
     if hasattr(torch.ops.aten, f"_scaled_dot_product_{name}")
 )
-"""Fused attention operators of torch; their first outputs are the result and the logarithms of the sums."""
+"""Fused attention operators of torch."""
 
 KEPT_TOKENS = 1024
-"""Smallest number of keys for which the result of attention is stored. Attention to the text, of at most 512
-tokens, is 1 % of the work, but its result would need as much memory."""
+"""Minimum number of keys for which the result of attention is stored. Cross-attention has at most 512 text
+tokens as keys, so it is only 1 % of the work, but its result would take as much memory."""
 
 
 def _is_kept(func: Any, args: Sequence[Any]) -> bool:
@@ -87,7 +87,7 @@ def _is_kept(func: Any, args: Sequence[Any]) -> bool:
 
 
 def _versioned(tensor: Tensor) -> tuple[Tensor, int]:
-    """Return a tensor without its graph, and the number of changes in place so far, which both share."""
+    """Return a detached tensor and its version, which is the number of in-place changes so far."""
     key = torch._C.DispatchKey.ADInplaceOrView
     with torch._C._SetExcludeDispatchKeyGuard(key, False):  # counts changes in place; excluded in modes
         alone = tensor.detach()
@@ -148,9 +148,9 @@ class _Replaying(TorchDispatchMode):
 
 
 def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return the contexts of a block's forward pass and of its repetition, for `torch.utils.checkpoint`.
+    """Return context managers for a block's forward pass and its recomputation (`torch.utils.checkpoint`).
 
-    Own modes instead of torch's `create_selective_checkpoint_contexts`, whose stored tensors cannot be moved.
+    torch's `create_selective_checkpoint_contexts` is not used, because its stored tensors cannot be moved.
     """
     box: list[Any] = []
     return _Recording(box), _Replaying(box)

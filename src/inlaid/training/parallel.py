@@ -1,11 +1,11 @@
-"""Parallel strategies: replication (`ddp`) and sharding (`fsdp`, `zero2`, `zero3`), with split sequences.
+"""Parallel training: replication (`ddp`), sharding (`fsdp`, `zero2`, `zero3`) and split token sequences.
 
 The training loop, the tuners and the optimizer are independent of the strategy. A checkpoint stores unsharded
 tensors under the same names in every mode, so a run can resume in another mode or in a single process.
 
 With `runtime.sequence: n`, groups of n consecutive processes share each sample. Every process of a group
-computes the loss of the whole sample, but the gradients of its own tokens only, n times too large. The mean
-of gradients over all processes, which each strategy computes anyway, is therefore the mean over groups.
+computes the loss of the whole sample. Its gradients come from its own tokens only, and are multiplied by n.
+Each strategy averages gradients over all processes, so the result is the mean over groups.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Replicated:
             tensor.copy_(whole[name])
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """Return the optimizer state as JSON values and tensors; see `pack_state`.
+        """Return the optimizer state as a pair: JSON values, and a mapping from names to tensors.
 
         The tensors are unsharded, and returned in the main process only. All processes must call this method.
         """
@@ -392,7 +392,7 @@ def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator
 
 
 def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
-    """Return an error message for each setting that the mode in `runtime.parallel` does not support."""
+    """Return an error message for each setting that the mode `runtime.parallel` does not support."""
     mode, out = config.runtime.parallel, []
     sequence, shard_size = config.runtime.sequence, config.runtime.shard_size
     if world % sequence:

@@ -1,4 +1,4 @@
-"""Length of training and intervals, in steps: `train.steps` or `train.epochs`, `save_every` and the like."""
+"""Conversion of training length and intervals, such as `train.epochs` and `train.save_every`, to steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inlaid.config.values import epochs
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a run. Intervals may be fractions, because an epoch may end within a step."""
+    """Length and intervals of a run in steps. Intervals can be fractions: epochs can end within a step."""
 
     steps: int
     """Number of optimizer steps."""
@@ -21,7 +21,7 @@ class Schedule:
     save: Fraction
     validate: Fraction
     sample: Fraction | None
-    """None without samples."""
+    """Steps between samples; None if no samples are generated."""
 
     def saves(self, step: int) -> bool:
         """Return True if a checkpoint is due after a step, counted from 1."""
@@ -37,7 +37,7 @@ class Schedule:
 
 
 def make_schedule(config: recipe.Config, batches: int, per_step: int) -> Schedule:
-    """Return the steps of a run.
+    """Return the length and intervals of a run in steps.
 
     Args:
         config: the recipe.
