@@ -43,13 +43,13 @@ class Adapter:
     header: Mapping[str, str] = field(default_factory=dict)
     """Metadata from the file header, without the LoRA configuration."""
     vector: Tensor | None = None
-    """Domain embedding (d,): trained vector that is added to the tokens of the alpha clip; None if absent."""
+    """Domain embedding (d,): trained vector that is added to the alpha channel's tokens; None if absent."""
     differences: Mapping[str, Tensor] = field(default_factory=dict)
-    """Full differences of parameters, such as norms and biases, by name. They can only be merged."""
+    """Changes to parameters without low-rank factors, such as norms, by name. They can only be merged."""
 
     @property
     def joint(self) -> bool:
-        """True if the adapter applies only to the tokens of the alpha clip (see `inlaid.alpha.joint`)."""
+        """True if the adapter applies only to alpha tokens, which represent the alpha channel."""
         return self.header.get("inlaid_alpha") == "joint"
 
     @property

@@ -44,23 +44,22 @@ def export_run(
 
     Args:
         run: run folder.
-        to: a target of `programs.PROGRAMS`, such as `diffusers`, `comfyui`, `musubi` or `merged`; for an RGBA
-            VAE `wan-alpha` or `comfyui`.
+        to: name of the target, such as `diffusers`, `comfyui`, `musubi` or `merged`. For an RGBA VAE:
+            `wan-alpha` or `comfyui`.
         out: file or folder to write. Default: a path in the folder `export` of the run.
         checkpoint: name of a training checkpoint, such as `step-000500`. Default: the final weights.
         then: LoRA to merge after the trained weights, such as a step-distillation LoRA. Only for a whole
-            model. It cannot be a DoRA, which rescales rows of the weights it is merged into and so must come
-            first.
+            model. A DoRA is rejected: it rescales rows of the weights, so it would have to be merged first.
         merge: merge the adapter into the model and export the whole model, for the program `to`.
         dtype: dtype of a whole model: `float32`, `bfloat16` or `float16`. Default: that of the trained
             weights, or float32 for a merged adapter.
-        skip_missing: leave out layers and parameters of `then` that the model does not have, with a note.
+        skip_missing: leave out layers and parameters of `then` that the model lacks, and print a note.
 
     Returns:
         The path of the written file or folder.
 
     Raises:
-        ValueError: if the target is unknown, exists, or cannot represent the weights.
+        ValueError: if the target is unknown or cannot represent the weights, or if the output path exists.
     """
     place = Run(run)
     settings = place.config()
@@ -90,7 +89,7 @@ def export_run(
 
 
 def export_targets(run: Path) -> str:
-    """Return a table of the targets for a run: the file, how to load it, or the reason of a refusal."""
+    """Return one line of text for each target of a run: how to load the export, or why it is impossible."""
     place = Run(run)
     settings = place.config()
     if settings.rgba_vae is not None:
@@ -114,7 +113,7 @@ def export_targets(run: Path) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is exported, for which program."""
+    """Settings of an export."""
 
     family: families.Family
     kind: str
@@ -126,10 +125,10 @@ class _Job:
 
     @classmethod
     def of(cls, place: Run, settings: config.Config, to: str, *, merge: bool, dtype: str | None) -> _Job:
-        """Check the options and that the program can take the weights.
+        """Return the settings of an export, after checking them.
 
         Raises:
-            ValueError: if an option is unknown, or the program cannot take the weights.
+            ValueError: if an option is invalid, or the program cannot load the weights.
         """
         family, kind, target = build_family(settings), settings.tuner.kind, canonical(to)
         whole = merge or kind == "full" or target == "merged"
@@ -152,12 +151,15 @@ class _Job:
 
     @property
     def suffix(self) -> str:
-        """Suffix of an export that is a file."""
+        """File suffix of the export, if it is a file."""
         layout = self.family.joint_layout if self.target == "transpixeler" else None
         return ".pt" if layout and layout.torch_file else ".safetensors"
 
     def name(self, run: str) -> str:
-        """Return the default name of the export; other programs recognize experts by `high_noise` in it."""
+        """Return the default name of the exported file or folder.
+
+        A file name contains the expert, such as `high_noise`, because other programs look for it there.
+        """
         expert = f"-{self.expert}_noise" if self.expert and f"{self.expert}_noise" not in run else ""
         if self.folder:
             return "merged" if self.whole and self.target == "diffusers" and self.kind != "full" else self.to
@@ -280,7 +282,7 @@ def _explain(job: _Job, settings: config.Config, written: Path) -> None:
 def _export_rgba_vae(
     place: Run, settings: config.Config, to: str, out: Path | None, checkpoint: str | None
 ) -> Path:
-    """Export the RGBA VAE that a run trained, in a layout of published RGBA VAEs."""
+    """Export the RGBA VAE of a run in the layout of a published RGBA VAE."""
     family = build_family(settings)
     folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / rgba_vae_checkpoint.FOLDER
     target = out or place.folder / "export" / to

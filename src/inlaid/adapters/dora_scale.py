@@ -1,4 +1,4 @@
-"""Conversion of `dora_scale`, as other programs store the magnitudes of a DoRA, to peft's magnitudes."""
+"""Conversion of `dora_scale`, the DoRA magnitudes of other programs, to peft's DoRA magnitudes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from inlaid.adapters.parse import Layer
 DoraRule = Literal["comfyui", "merged"]
 
 DORA_RULE_KEY = "inlaid_dora_scale"
-"""Header entry with the definition of `dora_scale` in files that inlaid wrote."""
+"""Header key under which inlaid stores the definition of `dora_scale`: `comfyui` or `merged`."""
 
 
 def fused_weight(base: nn.Module | None, layer: Layer, path: Path) -> Tensor:
-    """Return the base weight (out, in, ...) in float32 that a module of a file adapts.
+    """Return the base model's weight (out, in, ...) of an adapted module, in float32.
+
+    If the module fuses several layers, their weights are concatenated.
 
     Raises:
         ValueError: if there is no base model, or it lacks the layer.
@@ -44,20 +46,23 @@ def fused_weight(base: nn.Module | None, layer: Layer, path: Path) -> Tensor:
 def from_dora_scale(
     parts: Mapping[str, Tensor], scale: float, weight: Tensor, rule: str | None, path: Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """Replace a dora_scale per output row by a magnitude, and one per input column by full-rank factors.
+    """Replace `dora_scale` by tensors that peft supports.
+
+    A `dora_scale` per output row becomes a magnitude. A `dora_scale` per input column becomes part of
+    full-rank factors.
 
     Args:
         parts: tensors of a layer: `A`, `B` and `dora_scale`.
         scale: factor of the product B A.
         weight: base weight (out, in, ...) in float32.
-        rule: definition of a dora_scale per output row, a `DoraRule`.
+        rule: definition of a `dora_scale` per output row: `comfyui` or `merged`.
         path: adapter file, for messages.
 
     Returns:
-        The new tensors, and True if dora_scale is per input column; then the scale of the factors is 1.
+        The new tensors, and whether `dora_scale` is per input column. If so, the scale of the factors is 1.
 
     Raises:
-        ValueError: if the definition or the shape of dora_scale is unknown, or the factors do not fit.
+        ValueError: if the definition or shape of `dora_scale` is unknown, or the factors do not fit.
     """
     dora_scale = parts["dora_scale"].float()
     rest = {k: v for k, v in parts.items() if k not in ("dora_scale", "alpha")}

@@ -14,10 +14,10 @@ ADAPTER = "default"
 """Name of the trained adapter in peft."""
 
 HALF = (torch.bfloat16, torch.float16)
-"""Dtypes of activations for which `LowPrecision` computes the update."""
+"""Half-precision dtypes. Layers with activations of other dtypes use peft's computation."""
 
 WIDENING = frozenset({"cuda", "meta"} if "out_dtype" in (torch.mm.__doc__ or "") else ())
-"""Device types with a kernel for half-precision products with a float32 result, as of torch 2.8."""
+"""Device types on which `torch.mm` of half-precision matrices can return float32 (torch 2.8 or newer)."""
 
 
 def use_factor_norms(denoiser: nn.Module) -> None:
@@ -185,10 +185,10 @@ class _Sum(torch.autograd.Function):
 
 
 class _RescaledSum(torch.autograd.Function):
-    """DoRA output m (y + s B A x) + bias in the dtype of y and x, rounded once.
+    """DoRA output m (y - bias + s B A x) + bias in the dtype of y and x, rounded once.
 
-    y (..., out) is the base layer's output without its bias, and m (out,) is the DoRA magnitude divided by
-    the weight norm. The argument `y` includes the bias. A, B and m are float32.
+    y (..., out) is the base layer's output, which includes the bias. m (out,) is the DoRA magnitude divided
+    by the weight norm. A, B and m are float32.
     """
 
     @staticmethod

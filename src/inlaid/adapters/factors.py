@@ -1,7 +1,7 @@
-"""Factors of an adapted layer, conversion between kinds, and the form in which peft and diffusers load them.
+"""Factors of LoRA, LoKr and LoHa layers: conversion between these kinds, and to the form that peft loads.
 
 A layer's update is s B A for LoRA, s kron(w1, w2) for LoKr and s (w1a w1b) * (w2a w2b) for LoHa (Yeh et al.
-2023, https://arxiv.org/abs/2309.14859), where w2 of LoKr may be a product too.
+2023, https://arxiv.org/abs/2309.14859). * is the elementwise product. For LoKr, w2 may be a product a b.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from inlaid.adapters.parse import Kind, Layer
 
 @dataclass(frozen=True)
 class Factors:
-    """Factors of one layer of diffusers."""
+    """Factors of the update of one diffusers layer."""
 
     kind: Kind
     parts: Mapping[str, Tensor]
     """LoRA: `A` (r, in, ...), `B` (out, r, ...). LoKr: `w1` (o1, i1), and `w2` (o2, i2) or `a` (o2, r) and
     `b` (r, i2). LoHa: `w1_a` and `w2_a` (out, r), `w1_b` and `w2_b` (r, in)."""
     scale: float
-    """Factor s of the update."""
+    """Scale s of the update."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,10 +43,10 @@ class Factors:
 
 
 def factors_of(layer: Layer, scale: float) -> dict[str, Factors]:
-    """Return the factors of each layer in diffusers that a module of a file stands for.
+    """Return the factors of each diffusers layer in an adapter module, which may fuse several layers.
 
-    A part of a fused module keeps its kind if rows of the factors can be selected; a Kronecker product whose
-    rows cannot be divided becomes an exact LoRA.
+    The layers keep the kind of the module. Exception: if the rows of a Kronecker product cannot be divided
+    among the layers, each layer becomes an exact LoRA.
     """
     whole = _read(layer, scale)
     return {target.module: _select(whole, target) for target in layer.targets}
@@ -65,7 +65,7 @@ def _read(layer: Layer, scale: float) -> Factors:
 
 
 def _select(whole: Factors, target: Target) -> Factors:
-    """Return the factors of the output rows of one layer."""
+    """Select the factors of one layer from those of a fused module."""
     if target.parts == 1 and not target.swapped:
         return whole
     rows = {"lora": ("B",), "loha": ("w1_a", "w2_a"), "lokr": ("w1",)}[whole.kind]
@@ -88,7 +88,7 @@ def update_of(factors: Factors) -> Tensor:
 
 
 def _rank(factors: Factors) -> int:
-    """Return the rank of the exact LoRA of a layer."""
+    """Return the rank of a LoRA that represents the update exactly."""
     p = factors.parts
     rank = min(factors.shape)
     if factors.kind == "loha":
@@ -99,10 +99,10 @@ def _rank(factors: Factors) -> int:
 
 
 def low_rank(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Return the factors A (r, in) and B (out, r) of an exact LoRA in float32, with scale 1.
+    """Convert factors to LoRA factors A (r, in) and B (out, r) with scale 1 and the same update, in float32.
 
-    The rank is r^2 for LoHa of rank r, and (columns of w1) r for LoKr, or the rank of a full update if that
-    is lower.
+    For LoHa of rank k, r is k^2. For LoKr of rank k, r is k times the number of columns of w1. r is at most
+    min(out, in).
     """
     p = {n: t.float() for n, t in factors.parts.items()}
     s = factors.scale
@@ -117,7 +117,7 @@ def low_rank(factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def full_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors A and B whose product is exactly a weight difference; one factor is the identity."""
+    """Return factors A and B with the product B A = `delta`; one factor is the identity."""
     flat = delta.flatten(1)
     n_out, n_in = flat.shape
     a, b = (torch.eye(n_in), flat) if n_in <= n_out else (flat, torch.eye(n_out))
@@ -125,10 +125,10 @@ def full_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_lora(layers: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Return A, B and LoRA alpha of each layer; LoRA layers are unchanged, others are exact conversions.
+    """Return A, B and LoRA alpha of each layer. LoKr and LoHa layers are converted exactly.
 
     Raises:
-        ValueError: if the converted factors need more memory than `limits.ARRAY`.
+        ValueError: if the converted factors exceed the memory limit `limits.ARRAY`.
     """
     size = sum(4 * _rank(f) * sum(f.shape) for f in layers.values() if f.kind != "lora")
     if large := limits.ARRAY.exceeded(size, f"as an exact LoRA, the adapter has {limits.as_size(size)}"):
@@ -148,15 +148,14 @@ def as_lora(layers: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor, fl
 
 
 def for_peft(layers: Mapping[str, Factors], kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the tensors of LoKr or LoHa under peft's names and the configuration with which peft loads them.
+    """Return LoKr or LoHa tensors under peft's names, and the configuration with which peft loads them.
 
-    peft has one rank, alpha and factor for all layers, and chooses the sizes of the factors from these.
-    Lower ranks are filled with zeros, products are computed where peft expects a full factor, and different
-    scales are multiplied into the first factor.
+    peft has one rank, alpha and `decompose_factor` for all layers, and derives the shapes from these. So
+    lower ranks are padded with zeros, and decomposed factors are multiplied out where peft expects full
+    factors. If the layers have different scales, these are multiplied into the first factor.
 
     Returns:
-        None if peft cannot represent the sizes of the Kronecker factors, such as different factors in
-        attention and feed-forward layers.
+        Tensors and configuration, or None if no configuration gives the sizes of the Kronecker factors.
     """
     scales = {f.scale for f in layers.values()}
     scale = scales.pop() if len(scales) == 1 else None
@@ -190,7 +189,7 @@ def _loha(layers: Mapping[str, Factors]) -> tuple[dict[str, Tensor], int, int]:
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Add zeros to factors (out, r) and (r, in) up to a rank."""
+    """Pad factors (out, r) and (r, in) with zeros to a higher rank."""
     missing = rank - b.shape[0]
     if not missing:
         return a, b
@@ -227,7 +226,7 @@ def _lokr(layers: Mapping[str, Factors]) -> tuple[dict[str, Tensor], int, int] |
 
 
 def _factorization(n: int, factor: int) -> tuple[int, int]:
-    """Return the sizes of the two Kronecker factors of a dimension, as peft and LyCORIS choose them."""
+    """Split a dimension into the sizes of two Kronecker factors, as peft and LyCORIS do."""
     from peft.tuners.lokr.layer import factorization
 
     return factorization(n, factor)

@@ -1,7 +1,8 @@
-"""Parts of an adapter that are no low-rank factors: full differences, and whole weights and biases.
+"""Tensors of an adapter file that are not low-rank factors: full differences, whole weights, whole biases.
 
-Step-distillation LoRAs contain full differences of norms, biases and modulation tables. peft stores whole
-biases (`bias="all"`, `"lora_only"`) and whole layers (`modules_to_save`).
+A full difference is the change of a parameter, stored without factors. Step-distillation LoRAs contain full
+differences of norms, biases and modulation tables. peft stores whole biases (`bias="all"`, `"lora_only"`) and
+whole layers (`modules_to_save`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from inlaid.adapters.parse import Parsed, Whole
 
 @dataclass
 class FullWeights:
-    """Full differences to the base model, in float32."""
+    """Differences of parameters to the base model, in float32."""
 
     biases: dict[str, Tensor] = field(default_factory=dict)
-    """Differences of the biases of adapted layers, by layer."""
+    """Bias differences of adapted layers, by layer."""
     layers: dict[str, Tensor] = field(default_factory=dict)
-    """Differences of the weights of layers without factors, by layer."""
+    """Weight differences of layers without factors, by layer."""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     """Differences of other parameters, by name; they can only be merged."""
     notes: list[str] = field(default_factory=list)
@@ -32,14 +33,14 @@ class FullWeights:
 
 
 def full_weights(parsed: Parsed, base: nn.Module | None, *, merging: bool, skip_missing: bool) -> FullWeights:
-    """Return the full differences of a parsed file.
+    """Return the differences to the base model that a parsed file contains.
 
     Args:
         parsed: content of the file.
         base: network without adapters; needed for whole weights and for merging.
-        merging: False if the result has to be an adapter, which cannot contain differences of norms and
-            other parameters; these are then problems.
-        skip_missing: leave out differences of parameters that the base model does not have, with a note.
+        merging: accept differences of norms and other parameters, which can only be merged. Otherwise, they
+            are reported as problems.
+        skip_missing: leave out differences of parameters that the base model lacks, and add a note.
     """
     out = FullWeights()
     own = {name: p.detach() for name, p in (base.named_parameters() if base is not None else ())}
@@ -97,7 +98,7 @@ def _differences(out: FullWeights, parsed: Parsed, own: Mapping[str, Tensor], sk
 
 
 def _places(names: Names, module: str, flat: bool, part: str, own: Mapping[str, Tensor]):
-    """Return the parameters that a full difference changes: their names, and the rows that are theirs."""
+    """Return the name of each parameter that a difference changes, and a function that selects its rows."""
     leaf = {"diff": ".weight", "diff_b": ".bias", "diff_m": ""}[part]
     places = names.parameters(module + (".modulation" if part == "diff_m" else ""), flat)
     found = [(t.module + leaf, t.rows) for t in places if t.module + leaf in own]
@@ -107,7 +108,7 @@ def _places(names: Names, module: str, flat: bool, part: str, own: Mapping[str, 
 
 
 def _wholes(out: FullWeights, parsed: Parsed, own: Mapping[str, Tensor] | None) -> None:
-    """Compare whole weights and biases with those of the base model."""
+    """Compare whole weights and biases with those of the base model, and add the differences to `out`."""
     frozen = parsed.source.config.get("bias", "unknown") in ("none", None)
     copies = [w for w in parsed.wholes if w.copy and (frozen or w.name.endswith(".weight"))]
     rest = [w for w in parsed.wholes if w not in copies] if len(copies) < len(parsed.wholes) else []

@@ -8,24 +8,25 @@ from inlaid.families import hub
 from inlaid.networks.rgba_vae_published import HALVES
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-"""File suffixes of weights."""
+"""Suffixes of weight files."""
 
 LISTED = 8
-"""Number of files that a message lists."""
+"""Maximum number of files that an error message lists."""
 
 
 def local_source(path: Path) -> Path:
     """Return the local path of an adapter or RGBA VAE, after downloading it from the Hub if necessary.
 
-    Size and license are printed before the download. An RGBA VAE for ComfyUI has two files, which are both
-    downloaded.
+    Size and license are printed before the download. For an RGBA VAE in ComfyUI's layout, both of its files
+    are downloaded.
 
     Args:
         path: local path, or `OWNER/NAME/FILE` or `OWNER/NAME` of a repository on the Hub. A local path takes
             precedence. Without FILE, the repository must have only one file of weights.
 
     Returns:
-        The path itself, even if it does not exist, if it cannot name a repository on the Hub.
+        The local path. A path that cannot name a Hub repository is returned as it is, even if it does not
+        exist.
 
     Raises:
         ValueError: if the repository or the file does not exist or cannot be downloaded, or if the repository
@@ -51,12 +52,12 @@ def local_source(path: Path) -> Path:
 
 
 def _parts(file: str) -> list[str]:
-    """Return the files that belong to a file, which is the last."""
+    """Return the files to download for a file: the other half of an RGBA VAE, if any, and the file itself."""
     return [*(file.replace(a, b) for a, b in (HALVES, HALVES[::-1]) if a in file), file]
 
 
 def _choice(name: str, file: str, files: dict[str, int]) -> str:
-    """Return the message for a repository whose file is not named, or does not exist."""
+    """Return the error message if a file must be named, or the named file does not exist."""
     if not files:
         return f"{name}: no weights in this repository (suffixes {', '.join(WEIGHTS)})"
     listed = [f"{name}/{n} ({hub.as_text(size)})" for n, size in sorted(files.items())[:LISTED]]

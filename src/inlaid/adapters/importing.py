@@ -43,14 +43,14 @@ def import_adapter(
 
     Args:
         adapter: file or folder of an adapter or RGBA VAE.
-        out: folder to write. Adapters of two experts in one file become the folders `high` and `low` in it.
+        out: folder to write. Adapters of two experts are written to its subfolders `high` and `low`.
         family: name of a model family.
-        checkpoint: base model, to check shapes. Required for an RGBA VAE, and for a `dora_scale`, whole
-            biases and whole layers, which are relative to the weights of the base model.
+        checkpoint: base model, to check shapes. Required for an RGBA VAE, and for adapters with `dora_scale`,
+            whole biases or whole layers, because their update depends on the base model's weights.
         alpha: LoRA alpha for files that store none.
         dora_scale: `comfyui` or `merged`: definition of `dora_scale` in the file (see `read_adapter`).
         expert: `high` or `low`, for checkpoints and files with two experts.
-        skip_missing: leave out layers that the checkpoint does not have, with a note.
+        skip_missing: leave out layers that the checkpoint lacks, and return a note.
 
     Returns:
         The written path, and notes for the user.
@@ -140,7 +140,7 @@ def _import_one(
 def _network(
     kind: type[families.Family], checkpoint: str | None, expert: str | None
 ) -> tuple[dict[str, tuple[int, ...]] | None, Callable[[], nn.Module] | None]:
-    """Return the shapes of a checkpoint's layers, and a function that loads its network once, when needed."""
+    """Return the layer shapes of a checkpoint, and a cached function that loads its network."""
     if checkpoint is None:
         return None, None
     name = next(n for n in families.names() if families.get(n) is kind)
@@ -155,7 +155,7 @@ def _network(
 def _write_lycoris(
     found: Lycoris, out: Path, kind: type[families.Family], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> Path | None:
-    """Write LoKr or LoHa as peft and diffusers load it; return None if they cannot represent it."""
+    """Write a LoKr or LoHa adapter for peft and diffusers; return None if they cannot represent it."""
     kinds = {f.kind for f in found.layers.values()}
     convolution = any(
         len((shapes or {}).get(m, ())) > 2 or any(re.fullmatch(c, m) for c in kind.convolutions)
@@ -178,7 +178,7 @@ def _write_lycoris(
 
 
 def _copy_companions(path: Path, out: Path) -> list[str]:
-    """Copy the adapters of image encoders beside an adapter, which are in subfolders; return notes."""
+    """Copy the adapters of image encoders, which are stored in subfolders, and return notes."""
     names = sorted(p.parent.name for p in locate(path).parent.glob(f"*/{PEFT_WEIGHTS}"))
     for name in names:
         with atomic(out / name) as folder:
@@ -194,7 +194,7 @@ def _refuse_taken(out: Path) -> None:
 def _import_rgba_vae(
     path: Path, out: Path, family: str, checkpoint: str | None
 ) -> tuple[Path, Sequence[str]]:
-    """Convert a file of a published RGBA VAE (decoders or whole VAE) to the folder of an RGBA VAE."""
+    """Convert a published RGBA VAE (decoders or whole VAE) to a folder in inlaid's layout."""
     if checkpoint is None:
         raise ValueError(_NEEDS_BASE.format(path))
     base = families.get(family)(config.Model(family=family, checkpoint=checkpoint))

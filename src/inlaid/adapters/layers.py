@@ -16,8 +16,7 @@ from inlaid.text import printable
 def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the weight shapes of all linear and convolution layers, by layer name.
 
-    Shapes are (out, in), and for convolutions (out, in, ...) with the sizes of the kernel. The network may be
-    on the meta device.
+    Shapes are (out, in) or, for convolutions, (out, in, kernel sizes). The network may be on the meta device.
     """
     return {
         name.removesuffix(".base_layer"): tuple(m.weight.shape)
@@ -72,10 +71,10 @@ def check_fit(
 
 
 def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return the image encoders inside a denoiser by name; they are models of the transformers library.
+    """Return the image encoders inside a denoiser by name.
 
-    These encoders are trained together with the denoiser. The adapter of each encoder is stored in a
-    subfolder with the encoder's name.
+    They are models of the transformers library and are trained together with the denoiser. The adapter of
+    each encoder is stored in a subfolder with the encoder's name.
     """
     from transformers import PreTrainedModel
 

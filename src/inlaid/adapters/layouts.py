@@ -1,4 +1,4 @@
-"""File layouts of LoRA and DoRA in other programs: the tensors of a file, and a check of the written file."""
+"""LoRA and DoRA files for other programs: conversion, writing and checks of the written file."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Layout:
 
     tensors: Mapping[str, Tensor]
     layers: Mapping[str, tuple[Rename, Layer]] = field(default_factory=dict)
-    """Updates in the file by original name, with the diffusers layers that each holds."""
+    """Updates by original layer name, each with the mapping to its diffusers layers."""
     header: Mapping[str, str] = field(default_factory=dict)
-    """Metadata of the file, besides that of the adapter."""
+    """File metadata in addition to that of the adapter."""
     torch_file: bool = False
     """True for a torch file that contains the tensors under `state_dict`."""
 
@@ -64,10 +64,10 @@ def _diffsynth(adapter: Adapter, family: Model, base: nn.Module | None) -> Layou
 
 
 def _musubi(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """All default targets of each block up to the last trained block; untrained layers get factors of zero.
+    """Return the layout of musubi-tuner, with factors of zero for untrained layers.
 
-    The converters of diffusers and other programs fail if one of these layers is missing. If a layer for
-    image tokens was trained, they also require both such layers in each block.
+    The converters of diffusers and other programs require all default layers in each block, up to the last
+    trained block. If a layer for image tokens was trained, they also require both such layers in each block.
     """
     if adapter.dora:
         raise ValueError("no other program reads DoRA in the kohya layout: export as merged or comfyui")
@@ -103,7 +103,10 @@ def _musubi(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
 
 
 def _wan_alpha(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Factors and magnitudes. A LoRA becomes a DoRA whose magnitudes are the norms of the updated weight."""
+    """Return the layout of Wan-Alpha, which requires DoRA magnitudes.
+
+    For a LoRA, the magnitudes are the row norms of the updated weight, so the update stays the same.
+    """
     if not adapter.dora and base is None:
         raise ValueError("Wan-Alpha reads DoRA; the magnitudes of a LoRA require the base model: pass base")
     layers = original_layers(adapter, family.original, None if adapter.dora else base)
@@ -120,7 +123,10 @@ def _with_norms(layer: Layer) -> Layer:
 
 
 def _genmo(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Attention only, in float32; one rank for all fused layers and one for all output layers."""
+    """Return the layout of genmo's Mochi trainer: attention layers only, in float32.
+
+    All query-key-value layers have the same rank, and so do all output layers.
+    """
     layers = original_layers(adapter, family.original)
     other = [n for n in layers if not re.fullmatch(r"blocks\.\d+\.attn\.(qkv|proj)_[xy]", n)]
     _refuse("genmo", biases=_with_bias(layers), **{"layers outside attention": other})
@@ -142,9 +148,9 @@ def _genmo(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
 
 
 def _transpixeler(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """All four attention layers of all blocks at the rank of the script; untrained layers are zero.
+    """Return the layout of TransPixeler: all four attention layers of each block, at a fixed rank.
 
-    The script scales the update by 1 / rank and has no header.
+    Untrained layers are zero. TransPixeler scales the update by 1 / rank, so B is multiplied by the rank.
     """
     spec = family.joint_layout
     assert spec is not None
@@ -196,12 +202,15 @@ LAYOUTS: Mapping[str, Callable[[Adapter, Any, nn.Module | None], Layout]] = {
     "genmo": _genmo,
     "transpixeler": _transpixeler,
 }
-"""Targets that are one file. `base` is required for DoRA in `comfyui`, LoRA in `wan-alpha`, and, where sizes
-cannot be inferred, in `musubi`; in `transpixeler` it may be on the meta device."""
+"""Functions that return a file layout, by export target. Targets that are folders have none.
+
+`base` is required for `transpixeler`, for DoRA in `comfyui` and for LoRA in `wan-alpha`. `musubi` requires it
+only if layer sizes cannot be inferred. For `transpixeler` and `musubi`, it may be on the meta device.
+"""
 
 
 def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
-    """Write a layout to a file, read it back, and assert that every tensor is in the file."""
+    """Write a layout to a file, read it back, and assert that the tensors are equal."""
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in layout.tensors.items()}
     if layout.torch_file:
         save_torch(own, path, under="state_dict")
@@ -215,10 +224,10 @@ def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
 
 
 def check(layout: Layout, target: str, adapter: Adapter, base: nn.Module | None) -> None:
-    """Assert that the tensors of a layout have the effect of the adapter, by the rules of the program.
+    """Assert that a file of this layout changes the weights as the adapter does.
 
-    The effect on each original layer must equal the effects on the diffusers layers that it holds, with their
-    rows in the original order; updates of other layers must be zero.
+    The change of each original layer must equal the changes of its diffusers layers, with their rows in the
+    original order. Updates of untrained layers must be zero.
     """
     spelling, covered = SPELLINGS[target], set()
     for name, (rename, layer) in layout.layers.items():
@@ -241,7 +250,7 @@ def check(layout: Layout, target: str, adapter: Adapter, base: nn.Module | None)
 
 
 def _change(adapter: Adapter, module: str, base: nn.Module | None, like: Tensor, parts: int) -> Tensor:
-    """Return the change of a diffusers layer, (rows, in); zero for a layer without adapter."""
+    """Return the weight change (rows, in) of a diffusers layer, which is zero without an adapter."""
     if module not in adapter.alpha:
         return like.new_zeros(like.shape[0] // parts, like.shape[1])
     if not adapter.dora or base is None:
@@ -253,10 +262,10 @@ def _change(adapter: Adapter, module: str, base: nn.Module | None, like: Tensor,
 def midi_folder(
     folder: Path, adapter: Adapter, companions: Mapping[str, Adapter], header: Mapping[str, str]
 ) -> str:
-    """Write the files of MIDI's own loader, and return the LoRA settings that the loader must be given.
+    """Write an adapter for MIDI's own loader, and return the `LoraConfig` that the loader needs, as text.
 
-    The loader copies the tensors into layers that were created before, all with one rank. Ranks are padded
-    with zeros to the largest; the scale is in the factors.
+    The loader has one rank for all layers. Lower ranks are padded with zeros, and the scale is multiplied
+    into the factors.
 
     Args:
         folder: folder to write `lora_weights.safetensors` and `lora_weights.pth` to.
@@ -297,10 +306,10 @@ def _convolutions(layers: Mapping[str, tuple[Rename, Layer]]) -> list[str]:
 
 
 def _refuse(target: str, **found: Iterable[str]) -> None:
-    """Raise an error that names layers which a target cannot represent.
+    """Raise an error if a target cannot represent all layers.
 
     Raises:
-        ValueError: if any list has layers.
+        ValueError: if a list in `found` is not empty.
     """
     problems = [f"{what} ({some_of(names)})" for what, names in found.items() if names]
     if problems:

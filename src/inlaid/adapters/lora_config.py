@@ -29,17 +29,17 @@ _CONFIG_TYPES: Mapping[str, type | tuple[type, ...]] = {
 
 
 _COMPONENTS = ("transformer", "transformer_2")
-"""Names of a pipeline's networks, which diffusers puts before each key of a configuration."""
+"""Names of the networks in a pipeline. diffusers uses them as prefixes of configuration keys."""
 
 
 def parse_config(path: Path, raw: str, origin: str, component: str = "transformer") -> dict[str, Any]:
-    """Parse and validate the configuration of an adapter under peft's names.
+    """Parse and validate an adapter configuration, whose settings have peft's names.
 
     Args:
         path: adapter file, for messages.
-        raw: JSON.
-        origin: place of the JSON, for messages.
-        component: network whose configuration is returned; keys of other networks are left out.
+        raw: JSON text.
+        origin: where the text was found, for messages.
+        component: network whose settings are returned. Settings of other networks are left out.
 
     Raises:
         ValueError: if the text is not JSON or is nested too deeply, or if a value has a wrong type, is out of
@@ -93,19 +93,21 @@ def parse_config(path: Path, raw: str, origin: str, component: str = "transforme
 def find_pattern(patterns: Mapping[str, Any], module: str) -> str | None:
     """Return the first pattern that applies to a module by peft's rule, or None.
 
-    A pattern is a regular expression that matches the end of the module's name, at its start or after a dot.
+    A pattern is a regular expression. It must match the whole module name, or everything after one of its
+    dots.
     """
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
 
 
 def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float | None:
-    """Return the LoRA alpha of a module in a configuration, including `use_rslora`; None if it has none.
+    """Return the LoRA alpha that a configuration states for a module, or None.
 
-    With `use_rslora`, the scale is alpha / sqrt(rank); the returned alpha * sqrt(rank) has this scale.
+    With `use_rslora`, peft's scale is alpha / sqrt(rank). The returned value is then alpha * sqrt(rank), so
+    that dividing it by the rank gives this scale.
 
     Args:
         config: configuration from `parse_config`.
-        module: name of the module in the file, which patterns refer to.
+        module: name of the module in the file.
         rank: rank of the module.
     """
     default = config.get("alpha" if peft_type(config) in ("LOKR", "LOHA") else "lora_alpha")
@@ -118,10 +120,10 @@ def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float | None:
 
 
 def peft_type(config: Mapping[str, Any]) -> str:
-    """Return the kind of adapter that a configuration is for, in capitals; LORA if it states none."""
+    """Return the adapter kind in a configuration, in capitals. The default is `LORA`."""
     return str(config.get("peft_type") or "LORA").rsplit(".")[-1].upper()
 
 
 _BACKTRACKING = re.compile(r"\)[*+{]|([*+}].*){4}|\(\?\(|\\\d")
-"""Pattern of regular expressions that can take exponential time, such as expressions with repeated groups,
-many repetitions, conditionals or back references."""
+"""Matches regular expressions that can take exponential time, such as those with repeated groups, many
+repetitions, conditionals or back references."""

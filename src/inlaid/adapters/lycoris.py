@@ -32,7 +32,7 @@ _CONFIG: Mapping[str, tuple[str, ...]] = {
     "lokr": ("peft_type", "r", "alpha", "decompose_both", "decompose_factor", "use_effective_conv2d"),
     "loha": ("peft_type", "r", "alpha", "use_effective_conv2d"),
 }
-"""peft settings that the file header stores, by adapter kind: the settings that change the layers' output."""
+"""peft settings that change the output of a layer, by adapter kind. The file header stores only these."""
 
 
 def factor(denoiser: nn.Module, name: str) -> None:
@@ -184,7 +184,7 @@ def export(
         path: folder of the adapter.
         to: target: `diffusers`, `comfyui`, `musubi` or `merged`.
         out: folder to write; for `comfyui` and `musubi`, a file.
-        names: original names of the family.
+        names: names of the layers in the family's original code.
         base: float32 network without adapters, required for `merged` and changed in place.
 
     Returns:

@@ -1,8 +1,8 @@
 """LoKr and LoHa in the file layouts of ComfyUI and musubi-tuner.
 
-peft scales the update by alpha / r always. Other programs do so only if a factor is decomposed, and ignore
-alpha otherwise. Here the scale is multiplied into the first factor, and alpha is the rank: the update is the
-same by either rule.
+peft always scales the update by alpha / rank. Other programs do so only if a factor is decomposed, and ignore
+alpha otherwise. Here, the scale is multiplied into the first factor and alpha is set to the rank, so that the
+update is the same in all programs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def update(parts: Parts, scale: float) -> Tensor:
-    """Return the update of a layer in float32, (out, in).
+    """Return the update (out, in) of a layer in float32.
 
-    It is the Kronecker product of two matrices (LoKr), or their product by value (LoHa).
+    It is the Kronecker product (LoKr) or the elementwise product (LoHa) of two matrices.
     """
     own = {name: t.float() for name, t in parts.items()}
     if "hada_w1_a" in own:
@@ -54,8 +54,8 @@ def _product(parts: Parts, name: str) -> Tensor:
 def as_lora(parts: Parts, scale: float) -> tuple[Tensor, Tensor]:
     """Return LoRA factors A (r, in) and B (out, r) with exactly the update of a LoKr, in float32.
 
-    With w2 = a b, the update is kron(w1, a) kron(I, b). If the rank of this form is not smaller than the
-    layer, one factor is the identity, and the other one is the update.
+    With w2 = a b, the update is kron(w1, a) kron(I, b) = kron(I, a) kron(w1, b). If w2 is not decomposed, or
+    if neither form lowers the rank, one factor is the identity and the other is the update.
     """
     own = {name: t.float() for name, t in parts.items()}
     whole = update(parts, scale)
@@ -71,7 +71,7 @@ def as_lora(parts: Parts, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(parts: Parts, scale: float) -> dict[str, Tensor]:
-    """Return factors with the scale in the first; a decomposed w1 of LoKr is multiplied out."""
+    """Multiply the scale into the first factor. A decomposed w1 of LoKr is multiplied out."""
     if "hada_w1_a" in parts:
         return {**parts, "hada_w1_a": parts["hada_w1_a"].float() * scale}
     second = {k: t for k, t in parts.items() if k.startswith("lokr_w2")}
@@ -79,7 +79,7 @@ def _scaled(parts: Parts, scale: float) -> dict[str, Tensor]:
 
 
 def _swapped(parts: Parts, rename: Rename) -> dict[str, Tensor] | None:
-    """Return factors whose update has its halves of rows exchanged; None if no factors have this update."""
+    """Swap the halves of the rows if the original code has them swapped; return None if impossible."""
     if not rename.swapped:
         return dict(parts)
     if "hada_w1_a" in parts:
@@ -90,7 +90,7 @@ def _swapped(parts: Parts, rename: Rename) -> dict[str, Tensor] | None:
 
 
 def _fused_loha(layers: list[Parts | None]) -> dict[str, Tensor]:
-    """Return the factors of a layer whose rows are those of several: block-diagonal times stacked factors."""
+    """Return LoHa factors of a layer that fuses several: block-diagonal factors times stacked factors."""
     like = next(x for x in layers if x is not None)
     zero = {k: torch.zeros_like(t) for k, t in like.items()}
     own = [x or zero for x in layers]
@@ -108,13 +108,13 @@ def original_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors of a file for ComfyUI or musubi-tuner.
 
-    A LoKr of a layer that is part of a larger layer in the original code becomes an exact LoRA, because
-    Kronecker products one under the other are no Kronecker product.
+    If the original code fuses several layers, their LoKr becomes an exact LoRA, because stacked Kronecker
+    products are not a Kronecker product.
 
     Args:
         tensors: tensors of the adapter by diffusers name, from `lycoris.read`.
         config: peft configuration of the adapter.
-        names: names of the family.
+        names: names of the layers in the family's original code.
         target: `comfyui` or `musubi`.
 
     Raises:
@@ -162,7 +162,7 @@ def original_tensors(
 
 
 def file_update(tensors: Mapping[str, Tensor], name: str, spelling: Spelling) -> Tensor:
-    """Return the update of a layer in a file by the rules of ComfyUI and musubi-tuner, (rows, in)."""
+    """Return the update (rows, in) that ComfyUI and musubi-tuner compute for a layer in a file."""
     stem = spelling.name(name)
     if f"{stem}{spelling.down}" in tensors:
         return spelling.effect(tensors, name, None)

@@ -1,4 +1,4 @@
-"""Merging of an adapter into the weights of a network, and attaching of an adapter to a network."""
+"""Functions that merge an adapter into the weights of a network, or attach it to the network."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from inlaid import config as recipe
 from inlaid.adapters.adapter import KINDS, WEIGHTS
 
 _FILE = f'prefix="transformer", weight_name="{WEIGHTS}"'
-"""Arguments of `load_lora_adapter`, which otherwise looks for a `.bin` file."""
+"""Arguments with which `load_lora_adapter` finds the file; by default, it looks for a `.bin` file."""
 
 
 def _use(config: recipe.Config, source: str) -> list[str]:
@@ -37,7 +37,7 @@ def _use(config: recipe.Config, source: str) -> list[str]:
 
 
 def _use_of_scenes(config: recipe.Config, source: str) -> list[str]:
-    """Return the lines of Python code that load the trained weights into the network of MIDI and TripoSG."""
+    """Return the lines of Python code that load the trained weights into a MIDI or TripoSG network."""
     start, kind = "from inlaid.networks.triposg import TripoSGTransformer\n", config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
         return [start, 'network = TripoSGTransformer.from_pretrained("path/to/this/folder")']
@@ -65,7 +65,8 @@ def model_card(
     """Return the model card of the trained weights: front matter for the Hub, loading code and settings.
 
     Args:
-        config: recipe of the run. For a local base model, the card contains only the name of its folder.
+        config: recipe (YAML configuration) of the run. For a local base model, the card contains only the
+            name of its folder.
         step: number of training steps.
         prompts: example prompts.
         task: pipeline tag on the Hub, such as `text-to-video`.

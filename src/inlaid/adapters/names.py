@@ -25,7 +25,7 @@ _DOTTED: Mapping[str, Layout] = {
     "pipe.vace.": "original",
     "dit.": "original",
 }
-"""Prefixes before module names with dots; one name may have several."""
+"""Layouts by prefix, for module names with dots. A name may have several prefixes."""
 
 _FLAT: Mapping[str, Layout] = {
     "lora_unet__": "kohya",
@@ -33,7 +33,7 @@ _FLAT: Mapping[str, Layout] = {
     "lora_transformer_": "kohya",
     "lycoris_": "lycoris",
 }
-"""Prefixes before module names with underscores instead of dots; longer ones first."""
+"""Layouts by prefix, for module names with underscores instead of dots. Longer prefixes come first."""
 
 _FACTORS = (
     r"lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up"
@@ -45,7 +45,7 @@ _FACTORS = (
 TENSOR_KEY = re.compile(
     rf"(?P<module>.+?)\.(?P<part>{_FACTORS})(?:\.(?P<name>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
-"""Name of an adapter tensor without prefix: module, factor, adapter name of peft (`default`) and leaf."""
+"""Pattern of a tensor name without prefix: module, part, peft's adapter name, and `weight` or `bias`."""
 
 _PARTS = {
     "lora_A": "A",
@@ -76,9 +76,9 @@ class Key:
     module: str | None
     """Name of the module in the file, without prefix; None if this is not the name of an adapter tensor."""
     part: str = ""
-    """`A`, `B`, `bias` (of B), `alpha`, `magnitude`, `dora_scale`, a difference, or a LyCORIS factor."""
+    """`A`, `B`, `bias` (of B), `alpha`, `magnitude`, `dora_scale`, or a name such as `diff` or `lokr_w1`."""
     adapter: str = ""
-    """Name of the adapter in peft, such as `default`, if the file has it."""
+    """peft's adapter name, such as `default`; empty if the tensor name has none."""
 
 
 def parse_key(key: str) -> Key:
@@ -97,7 +97,7 @@ def parse_key(key: str) -> Key:
 
 
 def layout_of(prefix: str) -> Layout:
-    """Return the layout of files whose tensors have this prefix; `bare` if it is empty."""
+    """Return the file layout that uses a prefix of tensor names; `bare` for an empty prefix."""
     found: list[Layout] = [layout for p, layout in _FLAT.items() if prefix.endswith(p)]
     found += [layout for p, layout in _DOTTED.items() if prefix.startswith(p)]
     return found[0] if found else "bare"
@@ -112,25 +112,25 @@ def split_block(module: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """Layer in diffusers that a module of a file stands for, wholly or in part."""
+    """Diffusers layer that a module in a file adapts, alone or together with other layers."""
 
     module: str
     part: int = 0
     """Index of the layer among those that the module fuses."""
     parts: int = 1
-    """Number of layers that the module fuses: its output rows are theirs, one after the other."""
+    """Number of layers that the module fuses. It concatenates their output rows."""
     swapped: bool = False
     """True if the two halves of the output rows have the opposite order in diffusers."""
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Select the output rows of this layer, the first axis of a tensor of the fused module."""
+        """Select this layer's output rows from a tensor of the fused module; rows are the first axis."""
         own = tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
         return torch.cat([*own.chunk(2)][::-1]) if self.swapped else own
 
 
 @dataclass(frozen=True)
 class Found:
-    """Layers that a module name stands for."""
+    """Diffusers layers that a module name stands for."""
 
     targets: tuple[Target, ...]
     spelling: Literal["diffusers", "original"]
@@ -141,7 +141,7 @@ class AmbiguousError(ValueError):
 
 
 class Names:
-    """Module names of a family: of the original code and of diffusers, with dots or underscores."""
+    """Module names of a family in the original code and in diffusers, with dots or underscores."""
 
     def __init__(self, family: type[Family] | Family, layers: Iterable[str] = ()) -> None:
         """Collect the names of a family.
@@ -178,7 +178,7 @@ class Names:
             flat: True if the name has underscores instead of dots.
 
         Raises:
-            AmbiguousError: if the name stands for different layers, and the network's layers are not known.
+            AmbiguousError: if the name can stand for different layers, and the known layers do not decide.
         """
         if flat and module in self._flat_layers:
             return self._choose(module, [Found((Target(n),), "diffusers") for n in self._flat_layers[module]])
@@ -200,7 +200,7 @@ class Names:
     def parameters(self, name: str, flat: bool) -> tuple[Target, ...]:
         """Return the modules or parameters of a network that a name in a file stands for.
 
-        An unknown name with dots stands for itself: the caller compares it with the names of a network.
+        An unknown name with dots is returned as it is, so the caller must check that the network has it.
         """
         found = self.find(name, flat)
         if found:
@@ -208,14 +208,14 @@ class Names:
         return () if flat else (Target(name),)
 
     def knows(self, name: str) -> bool:
-        """Return whether the family declares a layer or parameter of this name."""
+        """Return whether a layer or parameter with this name is known."""
         return self.find(name, False) is not None
 
     def _matches(self, module: str) -> bool:
         return any(re.fullmatch(pattern, module) for pattern in self._declared)
 
     def _choose(self, module: str, found: list[Found]) -> Found | None:
-        """Return the only candidate, or the one whose layers the network has."""
+        """Return the only candidate, or the one whose layers exist in the network, or None."""
         different = list({f.targets: f for f in found}.values())
         if len(different) > 1:
             there = [f for f in different if all(t.module in self.layers for t in f.targets)]

@@ -1,6 +1,6 @@
-"""Layers of an adapter under the names and row order of the original code, and their spelling in files.
+"""Adapter layers with the names and row order of the original code, and their tensor names in files.
 
-The scale alpha / rank is always multiplied into the second factor, and alpha is written as the rank: programs
+The scale alpha / rank is always multiplied into the second factor, and alpha is set to the rank. Programs
 that read alpha and programs that ignore it then apply the same update.
 """
 
@@ -31,9 +31,9 @@ class Layer:
     bias: Tensor | None = None
     """Update of the bias (rows,)."""
     magnitude: Tensor | None = None
-    """DoRA: norms (rows,) of the rows of the updated weight."""
+    """DoRA magnitudes (rows,): row norms of the updated weight."""
     weight: Tensor | None = None
-    """Weight of the base model (rows, in, ...) in float32, where it was passed."""
+    """Weight of the base model (rows, in, ...) in float32, if available."""
 
     @property
     def rank(self) -> int:
@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def delta(self) -> Tensor:
-        """Product of the factors in float32, (rows, in); `in` includes the kernel size."""
+        """Product (rows, in) of the factors in float32; `in` includes the kernel size."""
         return low_rank_product(self.down, self.up, 1.0)
 
     @property
@@ -51,7 +51,7 @@ class Layer:
         return self.down.ndim > 2
 
     def dora_scale(self) -> Tensor:
-        """Return ComfyUI's form of the magnitudes, (rows, 1) or for convolutions (rows, 1, 1, ...).
+        """Return the magnitudes as ComfyUI's `dora_scale`: (rows, 1) or, for convolutions, (rows, 1, 1, ...).
 
         ComfyUI multiplies W + s B A by dora_scale / ||W||, but DoRA multiplies it by m / ||W + s B A||. For
         equal results, dora_scale is m ||W|| / ||W + s B A||.
@@ -70,7 +70,7 @@ class Layer:
 
 
 def folded(adapter: Adapter) -> Adapter:
-    """Return an adapter with the same effect whose alpha is the rank of each layer (scale 1)."""
+    """Return an adapter with the same effect and scale 1: the alpha of each layer equals its rank."""
     tensors = dict(adapter.tensors)
     for module in adapter.modules:
         scale = adapter.scale(module)
@@ -88,14 +88,15 @@ def folded(adapter: Adapter) -> Adapter:
 def original_layers(
     adapter: Adapter, names: OriginalNames, base: nn.Module | None = None
 ) -> dict[str, tuple[Rename, Layer]]:
-    """Return the layers of an adapter by original name, with the rename that leads to each.
+    """Return the layers of an adapter by original name, each with the mapping to its diffusers layers.
 
-    Layers that are one layer in the original code become one update: with equal first factors, the second
-    factors are put one under the other; otherwise the ranks add up, with a block-diagonal second factor.
+    Diffusers layers that the original code fuses become one update. If their first factors are equal, the
+    second factors are stacked. Otherwise, the first factors are stacked, the second factor is block-diagonal,
+    and the ranks add up.
 
     Args:
         adapter: the adapter.
-        names: names of the family; with an empty map, layers keep their names.
+        names: names of the layers in the family's original code.
         base: network without adapters, for the weights of the layers.
 
     Raises:
@@ -132,7 +133,7 @@ def _layer(adapter: Adapter, module: str, base: nn.Module | None) -> Layer:
 
 
 def _joined(adapter: Adapter, rename: Rename, base: nn.Module | None) -> Layer:
-    """Return the update of an original layer."""
+    """Join the updates of the diffusers layers that one original layer fuses."""
     own = {m: _layer(adapter, m, base) for m in rename.diffusers if m in adapter.alpha}
     like = next(iter(own.values()))
     if len(rename.diffusers) == 1:
@@ -178,22 +179,18 @@ class Spelling:
     """Tensor names of a file layout."""
 
     name: Callable[[str], str]
-    """Function from the name of a layer to the start of its tensor names."""
+    """Function that returns the prefix of a layer's tensor names."""
     down: str
     up: str
     alpha: str | None = None
     bias: str | None = None
     magnitude: str | None = None
-    """Name of the DoRA magnitudes, as in peft."""
+    """Suffix of the DoRA magnitudes in peft's definition."""
     dora_scale: str | None = None
-    """Name of the DoRA magnitudes in ComfyUI's form."""
+    """Suffix of the DoRA magnitudes in ComfyUI's definition."""
 
     def write(self, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-        """Return the tensors of a file.
-
-        Raises:
-            ValueError: if the layout has no place for a part of a layer.
-        """
+        """Return the tensors of a file that contains these layers."""
         out: dict[str, Tensor] = {}
         for name, layer in layers.items():
             stem = self.name(name)
@@ -211,7 +208,7 @@ class Spelling:
         return out
 
     def effect(self, tensors: Mapping[str, Tensor], name: str, weight: Tensor | None) -> Tensor:
-        """Return the weight change (rows, in) of a layer by the rules of the program that reads the file.
+        """Return the weight change (rows, in) that the target program computes for a layer in a file.
 
         Args:
             tensors: content of the file.
@@ -236,7 +233,7 @@ class Spelling:
 
 
 def flat_name(name: str) -> str:
-    """Return the name of a layer in kohya's form: underscores instead of dots."""
+    """Return the name of a layer in kohya's form, such as `lora_unet_blocks_0_self_attn_q`."""
     return "lora_unet_" + name.replace(".", "_")
 
 
@@ -268,4 +265,4 @@ SPELLINGS: Mapping[str, Spelling] = {
         magnitude=".lora_magnitude_vector.default.weight",
     ),
 }
-"""Spelling of LoRA and DoRA files by export target."""
+"""Tensor names of LoRA and DoRA files, by export target."""

@@ -1,4 +1,4 @@
-"""Grouping of an adapter file's tensors by layer, and detection of everything that prevents an import."""
+"""Grouping of the tensors in an adapter file by layer, and checks for problems that prevent an import."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from inlaid.families import Family
 
 DIFFERENCES = ("diff", "diff_b", "diff_m")
-"""Full differences: of a weight, of a bias, of a modulation table."""
+"""Parts of tensor names for changes without factors: to a weight, a bias and a modulation table."""
 
 Kind = Literal["lora", "lokr", "loha"]
 
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
-"""Prefixes of `init_lora_weights` for which peft changes the weights of the base model."""
+"""Prefixes of `init_lora_weights` values with which peft also changes the base model."""
 
 _OTHER_LAYERS = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
-"""Settings of peft with which the update of a layer is not s B A."""
+"""peft settings that make the update of a layer differ from s B A."""
 
 
 @dataclass
@@ -39,16 +39,16 @@ class Layer:
     targets: tuple[Target, ...]
     """Layers in diffusers; several if the module fuses them."""
     parts: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors by part, such as `A`, `B`, `alpha` or `lokr_w1` (`names.Key`)."""
+    """Tensors by part, such as `A`, `B`, `alpha` or `lokr_w1`."""
 
     @property
     def label(self) -> str:
-        """Name for messages: that of diffusers, or for fused layers that of the file."""
+        """Name for messages: the diffusers name or, for fused layers, the name in the file."""
         return self.targets[0].module if len(self.targets) == 1 else self.name
 
     @property
     def kind(self) -> Kind:
-        """Kind of the adapter of this layer."""
+        """Adapter kind of this layer."""
         kinds: tuple[tuple[str, Kind], ...] = (("lokr_", "lokr"), ("hada_", "loha"))
         found: list[Kind] = [kind for mark, kind in kinds if any(p.startswith(mark) for p in self.parts)]
         return found[0] if found else "lora"
@@ -71,7 +71,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Difference:
-    """Full difference of a parameter that has no low-rank factors."""
+    """Change of a parameter, stored as a full tensor instead of low-rank factors."""
 
     key: str
     module: str
@@ -83,14 +83,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole weight or bias of a layer, beside the factors."""
+    """Weight or bias that the file stores as a whole, not as a change."""
 
     key: str
     name: str
     """Name of the parameter in the file, without prefix and without parts that peft inserts."""
     copy: bool
-    """True for the weight or bias under an adapter layer, which training leaves unchanged unless peft's
-    `bias` is set."""
+    """True for a weight or bias of the original layer that an adapter layer wraps. Training does not change
+    it, unless peft's `bias` is set."""
     tensor: Tensor
 
 
@@ -110,12 +110,12 @@ class Parsed:
 
     @property
     def modules(self) -> list[str]:
-        """Names in diffusers of the adapted layers."""
+        """Diffusers names of the adapted layers."""
         return [t.module for layer in self.layers.values() for t in layer.targets]
 
     @property
     def kinds(self) -> set[Kind]:
-        """Kinds of the layers' adapters."""
+        """Adapter kinds of the layers."""
         return {layer.kind for layer in self.layers.values()}
 
 
@@ -198,7 +198,7 @@ def _whole(key: str, rest: str, tensor: Tensor) -> Whole:
 
 
 def _beside_factors(layers: Mapping[str, Layer], differences: Sequence[Difference]) -> list[Difference]:
-    """Add bias differences to the layers whose factors they accompany; return the other differences."""
+    """Add each bias difference to its layer, if that has LoRA factors, and return the other differences."""
     rest = []
     for each in differences:
         layer = layers.get(each.module)
@@ -219,7 +219,7 @@ def _unknown(keys: Sequence[str], names: Names, some_known: bool) -> str:
 
 
 def _unused_patterns(parsed: Parsed) -> list[str]:
-    """Return a note for each pattern of the configuration that applies to no layer."""
+    """Return notes about patterns in the configuration that match no layer."""
     notes = []
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = parsed.source.config.get(name) or {}
@@ -236,7 +236,7 @@ def _unused_patterns(parsed: Parsed) -> list[str]:
 
 
 def _problems(parsed: Parsed) -> list[str]:
-    """Return what makes the layers of a parsed file unusable."""
+    """Return messages about problems that make a parsed file unusable."""
     out: list[str] = []
     half: dict[str, str] = {}
     for layer in parsed.layers.values():
@@ -256,7 +256,7 @@ def _problems(parsed: Parsed) -> list[str]:
 
 
 def _incomplete(layer: Layer) -> str:
-    """Return the parts of a layer that lacks a factor, as text; empty if it is complete."""
+    """List the parts of a layer if a factor is missing; return an empty text if the layer is complete."""
     have = layer.parts.keys()
     wanted: dict[str, tuple[set[str], ...]] = {
         "lora": ({"A"}, {"B"}),
@@ -271,7 +271,7 @@ def _incomplete(layer: Layer) -> str:
 
 
 def _finite(layer: Layer) -> bool:
-    """Return whether all values that are used are finite numbers; alpha of full LoKr factors is not used."""
+    """Return whether all values are finite numbers; the unused alpha of full LoKr factors is not checked."""
     unused = {"alpha"} if layer.full else set()
     return all(
         (n == "alpha" or t.is_floating_point()) and t.float().isfinite().all()
@@ -281,7 +281,7 @@ def _finite(layer: Layer) -> bool:
 
 
 def _misshapen(layer: Layer) -> list[str]:
-    """Return what is wrong with the shapes of a layer that has all factors."""
+    """Return messages about invalid shapes and parts of a layer that has all factors."""
     parts, label, out = layer.parts, layer.label, []
     pairs = {
         "lora": [("A", "B")],
@@ -335,12 +335,12 @@ def _misshapen(layer: Layer) -> list[str]:
 
 
 def _flat(tensor: Tensor) -> bool:
-    """Return whether a tensor has two axes, apart from further axes of size 1."""
+    """Return whether all axes after the second have size 1."""
     return all(n == 1 for n in tensor.shape[2:])
 
 
 def _contradictions(parsed: Parsed) -> list[str]:
-    """Return what contradicts the configuration, and combinations that no adapter can represent."""
+    """Return messages about tensors that contradict the configuration, and about unsupported features."""
     out, config = [], parsed.source.config
     parts = {layer.label: layer.parts for layer in parsed.layers.values()}
     magnitudes = [m for m, p in parts.items() if {"magnitude", "dora_scale"} & p.keys()]

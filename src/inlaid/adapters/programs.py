@@ -1,4 +1,4 @@
-"""Programs that `inlaid export` writes for: what each file is, how to load it, and what each cannot take."""
+"""Programs that `inlaid export` writes files for: how to load the files, and what is not supported."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Program:
     """Target of `inlaid export`."""
 
     name: str
-    """Names of the programs."""
+    """Names of the programs that load this layout."""
     kinds: Sequence[str]
-    """Kinds of adapter that the target represents exactly."""
+    """Adapter kinds that the target represents exactly."""
     adapter: str
-    """How to load an adapter, with the field `path`; Markdown."""
+    """How to load an adapter: Markdown text with the placeholder `{path}`."""
     whole: str = ""
-    """How to load a whole model (full fine-tuning or merged adapter), with the field `path`; Markdown."""
+    """How to load a whole model (full fine-tuning or merged adapter): Markdown text with `{path}`."""
     folder: bool = False
     """True if the export is a folder, False if it is one file."""
     whole_folder: bool = False
     """True if a whole model is a folder in diffusers layout, False if it is one file with original names."""
     lacks: str = ""
-    """What the program cannot take, for the table."""
+    """What the program cannot load, as text."""
     without: Mapping[str, str] = field(default_factory=dict)
-    """What the program does with an adapter of another kind, by kind, for messages."""
+    """Reasons why the target cannot represent other adapter kinds, by kind."""
     special: Mapping[str, str] = field(default_factory=dict)
-    """How to load an adapter of a kind or modality that loads in another way."""
+    """Texts that replace `adapter`, by adapter kind or modality."""
 
 
 PROGRAMS: Mapping[str, Program] = {
@@ -130,10 +130,10 @@ PROGRAMS: Mapping[str, Program] = {
         without=dict.fromkeys(("lokr", "loha"), "its loader reads LoRA and DoRA only"),
     ),
 }
-"""Targets of `inlaid export`, in the order of the tables."""
+"""Targets of `inlaid export` by name, in display order."""
 
 ALIASES: Mapping[str, str] = {"kohya": "musubi"}
-"""Other names of targets."""
+"""Targets by alternative name."""
 
 
 def targets(family: type[Family] | Family) -> list[str]:
@@ -142,7 +142,7 @@ def targets(family: type[Family] | Family) -> list[str]:
 
 
 def canonical(to: str) -> str:
-    """Return the target that a name means.
+    """Return the target for a name or alternative name.
 
     Raises:
         ValueError: if there is no such target.
@@ -157,14 +157,14 @@ def canonical(to: str) -> str:
 def refusal(
     to: str, family: type[Family] | Family, kind: str, *, whole: bool = False, joint: bool = False
 ) -> str | None:
-    """Return the reason why a target cannot take trained weights, or None if it can.
+    """Return the reason why a target cannot represent trained weights, or None if it can.
 
     Args:
         to: name of the target.
         family: model family.
         kind: kind of tuner: `lora`, `dora`, `lokr`, `loha` or `full`.
         whole: True to export the whole model, with the adapter merged into it.
-        joint: True for an adapter of joint alpha.
+        joint: True for an adapter that generates the alpha channel as a second clip of tokens.
     """
     target = canonical(to)
     program, whole = PROGRAMS[target], whole or kind == "full" or target == "merged"
@@ -197,10 +197,10 @@ def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, wh
 
 
 def table() -> list[dict[str, str]]:
-    """Return a row of texts for each target: `target`, `program`, `adapter`, `whole` and `lacks`.
+    """Return the texts `target`, `program`, `adapter`, `whole` and `lacks` for each target.
 
-    `adapter` and `whole` describe the file and how to load it, in Markdown, and are empty if the program
-    takes none.
+    `adapter` and `whole` explain in Markdown how to load an adapter or a whole model. They are empty if the
+    program cannot load it.
     """
     rows = []
     for target, program in PROGRAMS.items():

@@ -1,8 +1,8 @@
-"""Conversion of the files of Mochi's and CogVideoX's original trainers to the usual tensor names.
+"""Conversion of adapters from the original trainers of Mochi and CogVideoX to the usual tensor names.
 
-Mochi's trainer (genmo) stores rank and LoRA alpha as JSON in the header. CogVideoX's trainer (SAT) stores
-the factors of queries, keys and values as a list, in a whole checkpoint, and no LoRA alpha. This module is
-based on the layout of the files, not on the authors' code.
+Mochi's trainer (genmo) stores rank and LoRA alpha as JSON in the header. CogVideoX's trainer (SAT) stores no
+LoRA alpha. It writes a whole checkpoint, in which the factors of queries, keys and values are a list. This
+module is based on the layout of the files, not on the authors' code.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from inlaid.adapters.lora_config import HUGE
 from inlaid.reading import FileError, parse_json
 
 GENMO_KEY = "kwargs"
-"""Header entry, or entry of a torch file, with the settings of genmo's Mochi trainer."""
+"""Key of the settings of genmo's Mochi trainer, in the file header or in a torch file."""
 
 _GENMO = {"qkv_proj": r"qkv_[xy]", "out_proj": r"proj_[xy]"}
-"""Layers of genmo's settings, as patterns of module names."""
+"""Patterns of module names, by layer name in genmo's settings."""
 
 _SAT = re.compile(r"(?:.+\.)?layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)")
 
@@ -40,7 +40,7 @@ class Published:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Configuration under peft's names; empty if the file stores none."""
     ask_alpha: str = ""
-    """If not empty, the reason why LoRA alpha has to be passed."""
+    """If not empty, the reason why the user has to pass LoRA alpha."""
     notes: Sequence[str] = ()
 
 
@@ -54,7 +54,7 @@ def recognize(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, An
 
     Raises:
         ValueError: if it is such a file, but its settings are invalid or disagree with its tensors, or a
-            factor has an unknown place.
+            factor belongs to an unknown layer.
     """
     if any(re.search(r"\.matrix_[AB]\.", k) for k in tensors):
         return _sat(path, tensors)
@@ -87,7 +87,7 @@ def _sat(path: Path, tensors: Mapping[str, Tensor]) -> Published:
 
 
 def _genmo(path: Path, tensors: Mapping[str, Tensor], raw: Any) -> Published:
-    """Return an adapter of genmo's trainer, with alpha and rank of each kind of layer from its settings."""
+    """Return an adapter of genmo's trainer with the LoRA alphas in its settings, after checking the ranks."""
 
     def wrong(why: str) -> FileError:
         return FileError(path, f"`{GENMO_KEY}` does not hold the LoRA settings of genmo's trainer ({why})")

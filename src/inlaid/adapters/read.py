@@ -41,7 +41,7 @@ Base = nn.Module | Callable[[], nn.Module] | None
 
 @dataclass(frozen=True)
 class Lycoris:
-    """LoKr or LoHa of a file, by layer of diffusers; layers that peft's kind cannot represent are LoRA."""
+    """LoKr or LoHa adapter in memory, by diffusers layer. Some of the layers may be LoRA."""
 
     layers: Mapping[str, Factors]
     layout: Layout
@@ -51,7 +51,7 @@ class Lycoris:
     header: Mapping[str, str] = field(default_factory=dict)
     """Metadata of the file, without the configuration."""
     differences: Mapping[str, Tensor] = field(default_factory=dict)
-    """Full differences of parameters by name, only for merging."""
+    """Changes to parameters without low-rank factors, by name. They can only be merged."""
 
 
 def read_adapter(
@@ -74,16 +74,16 @@ def read_adapter(
         path: adapter file, folder that contains one, or run folder.
         family: model family that defines the module names.
         alpha: LoRA alpha for files that store none. Default: the rank of each module, with a note.
-        shapes: shapes of the weights of the network's layers, from `layer_shapes`, to check that the adapter
-            fits.
+        shapes: weight shapes of the network's layers, from `layer_shapes`, to check that the adapter fits.
         base: network without adapters. Required for files with `dora_scale`, whole biases or whole layers,
-            which are relative to the weights of the base model, and for merging full differences.
+            because the update depends on the base model's weights. Also required for files with changes to
+            other parameters if `merging` is True.
         dora_scale: definition of a `dora_scale` (out, 1), which multiplies (W + s B A) / ||W|| (`comfyui`)
             or (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Not needed for files written by
             inlaid, which store it.
         expert: `high` or `low`, for files with adapters of both experts of a network.
-        merging: accept full differences of parameters, which can be merged but are not part of an adapter.
-        skip_missing: leave out layers that the network does not have, with a note.
+        merging: accept changes to parameters without low-rank factors, which can only be merged.
+        skip_missing: leave out layers that the network lacks, and add a note.
 
     Raises:
         ValueError: if the file is damaged, has an unknown layout, does not fit the network, or contains
@@ -106,7 +106,7 @@ def read_any(
     expert: str | None = None,
     skip_missing: bool = False,
 ) -> Adapter | Lycoris:
-    """Read an adapter as `read_adapter`, but return LoKr and LoHa as such."""
+    """Read an adapter like `read_adapter`, but do not convert LoKr and LoHa to LoRA."""
     with reading(Path(path)):
         return _read(Path(path), family, alpha, shapes, base, dora_scale, expert, False, skip_missing)
 
@@ -185,7 +185,7 @@ def _read(
 
 
 def _needs_base(parsed: Parsed, merging: bool) -> bool:
-    """Return whether an adapter is relative to weights of the base model."""
+    """Return whether reading the adapter requires the weights of the base model."""
     parts = [layer.parts.keys() for layer in parsed.layers.values()]
     marked = sum("magnitude" in p for p in parts)
     return (
@@ -215,7 +215,7 @@ def _skip(parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 def alphas_of(parsed: Parsed, alpha: float | None) -> tuple[dict[str, float], Counter[str]]:
     """Return the LoRA alpha of each module, and the number of modules for each source of alpha.
 
-    For LoKr with two full factors in LyCORIS's rule, it is 1 at rank 1: LyCORIS does not scale these.
+    LyCORIS does not scale LoKr with two full factors: alpha and rank are then 1.
 
     Raises:
         ValueError: if the `alpha` argument contradicts the file, or the file needs it.
@@ -249,7 +249,7 @@ def alphas_of(parsed: Parsed, alpha: float | None) -> tuple[dict[str, float], Co
 
 
 def rank_of(parsed: Parsed, layer: Layer) -> int:
-    """Return the rank that LoRA alpha of a layer is divided by."""
+    """Return the rank by which the LoRA alpha of a layer is divided."""
     if layer.rank is not None:
         return layer.rank
     config = parsed.source.config
@@ -286,7 +286,7 @@ def _alpha_notes(parsed: Parsed, alphas: Mapping[str, float], sources: Counter[s
 
 
 def _refuse_overflow(parsed: Parsed, alphas: Mapping[str, float]) -> None:
-    """Check that the update of each layer, alpha / rank * B A, is representable in float32.
+    """Check that no layer's update overflows in float32.
 
     Raises:
         ValueError: if a layer's update could overflow.
@@ -307,7 +307,7 @@ def _refuse_overflow(parsed: Parsed, alphas: Mapping[str, float]) -> None:
 
 
 class _Made:
-    """Tensors and LoRA alpha of the adapter that is read, by layer of diffusers."""
+    """Collects the tensors and LoRA alphas of an adapter by diffusers layer."""
 
     def __init__(
         self,
@@ -325,7 +325,7 @@ class _Made:
         self.full = 0
 
     def add(self, layer: Layer, alpha: float) -> None:
-        """Add the layers of diffusers that a module of the file stands for."""
+        """Add the diffusers layers of a module in the file."""
         a, b = _without_ones(layer.parts["A"]), _without_ones(layer.parts["B"])
         parts, scale = {**layer.parts, "A": a, "B": b}, alpha / a.shape[0]
         if "dora_scale" in parts:
@@ -349,11 +349,11 @@ class _Made:
             )
 
     def put(self, module: str, parts: dict[str, Tensor], alpha: float) -> None:
-        """Set the tensors of a layer."""
+        """Set the tensors and LoRA alpha of a layer."""
         self.parts[module], self.alpha[module] = parts, alpha
 
     def finish(self, biases: Mapping[str, Tensor], family: type[Family] | Family) -> None:
-        """Add whole biases, magnitudes that the file does not have, and names.
+        """Add bias differences and missing magnitudes, and name the tensors.
 
         Raises:
             ValueError: if the layers cannot be in one adapter, or need a base model.
@@ -396,7 +396,7 @@ class _Made:
             self.tensors |= _named(module, parts)
 
     def _magnitudes(self, bare: Sequence[str]) -> None:
-        """Give layers without a magnitude that of their merged weight, which leaves their update as it is."""
+        """Set missing magnitudes to the row norms of the merged weight, which keeps the update unchanged."""
         if bare and self.base is None:
             raise ValueError(
                 f"{self.path}: DoRA with {len(bare)} layers without a magnitude ({some_of(bare)}): pass "
@@ -429,9 +429,9 @@ def _without_ones(tensor: Tensor) -> Tensor:
 
 
 def _without_zeros(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove the ranks whose column of B is zero: parts of a block-diagonal product for other layers.
+    """Remove ranks whose column of B is zero; in a fused module, they belong to other layers.
 
-    Of a layer without any update, one rank remains.
+    At least one rank remains.
     """
     used = b.flatten(2).abs().amax((0, 2)) > 0 if b.ndim > 2 else b.abs().amax(0) > 0
     used[0] |= not used.any()
@@ -439,7 +439,7 @@ def _without_zeros(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_weight(a: Tensor, b: Tensor, shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """Return factors with the axes of the layer's weight: two, or those of the kernel too."""
+    """Add kernel axes to the factors of a convolution; return other factors unchanged."""
     if shape is not None and len(shape) > 2 and a[0].numel() == math.prod(shape[1:]):
         a = a.reshape(-1, *shape[1:])
     if b.ndim == 2 and a.ndim > 2:
@@ -492,10 +492,10 @@ def _lycoris(
 
 
 def lora_of(found: Lycoris, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
-    """Return LoKr or LoHa as an exact LoRA.
+    """Convert a LoKr or LoHa adapter to an exact LoRA.
 
     Raises:
-        ValueError: if the LoRA needs more memory than `limits.ARRAY`.
+        ValueError: if the LoRA exceeds the memory limit `limits.ARRAY`.
     """
     tensors, alphas, ranks = {}, {}, []
     for module, (a, b, alpha) in as_lora(found.layers).items():

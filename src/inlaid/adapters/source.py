@@ -1,4 +1,4 @@
-"""Adapter files: location, opening, and the LoRA alpha or configuration stored with the tensors."""
+"""Functions that find and open adapter files, and read the stored LoRA alpha and configuration."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ from inlaid.reading import FileError, read_text, reading, require_file
 Expert = Literal["high", "low"]
 
 PEFT_NAMES = (PEFT_WEIGHTS, "adapter_model.bin")
-"""File names of peft, which `adapter_config.json` in the same folder belongs to."""
+"""peft's names of adapter files. `adapter_config.json` applies only to files with these names."""
 
 PLAIN_ALPHA = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")
-"""Header entries with one LoRA alpha for all layers, as text."""
+"""Header keys whose value is one LoRA alpha for all layers."""
 
 _EXPERTS: Mapping[str, tuple[Expert, str]] = {
     "transformer_2.": ("low", "transformer."),
     "diffusion_model.transformer_1.": ("high", "diffusion_model."),
     "diffusion_model.transformer_2.": ("low", "diffusion_model."),
 }
-"""Prefixes that name the expert of a network with two (A14B), and the prefix of a file for one expert."""
+"""Prefixes of tensor names that state the expert of a two-expert network such as Wan2.2 A14B.
+
+The values are the expert and the prefix that replaces the key.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,19 @@ class Source:
     config_from: str
     """Place of the configuration, for messages."""
     plain: tuple[float, str] | None = None
-    """LoRA alpha of all layers in a plain header entry, and the place, for messages."""
+    """LoRA alpha of all layers from the header, and the place for messages."""
     vector: Tensor | None = None
-    """Domain embedding of joint alpha."""
+    """Domain embedding (d,): trained vector that is added to the alpha channel's tokens; None if absent."""
     published: bool = False
-    """True for the published layouts of joint alpha, which hold layers of exactly one model."""
+    """True for a published TransPixeler adapter."""
     ask_alpha: str = ""
-    """If not empty, the reason why a file without LoRA alpha cannot be read without the `alpha` argument."""
+    """If not empty, the reason why the file requires the `alpha` argument."""
     expert: Expert | None = None
     notes: Sequence[str] = ()
 
 
 def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
-    """Return the tensors, peft configuration and file path of an adapter for one network, unchanged.
+    """Return the tensors, peft configuration and file path of an adapter for one network.
 
     Raises:
         ValueError: if the file is damaged or missing, or holds adapters of two experts.
@@ -97,10 +100,10 @@ def open_source(path: Path, alpha: float | None = None, expert: str | None = Non
 
 
 def open_experts(path: Path, alpha: float | None = None) -> dict[str | None, Source]:
-    """Open an adapter file or folder: one source per expert that the names of the tensors distinguish.
+    """Open an adapter file or folder, and split it by expert.
 
     Returns:
-        Sources by expert; one entry with key None if the names do not state an expert.
+        Sources by expert; one entry with key None if the tensor names state no expert.
 
     Raises:
         ValueError: if the file is damaged or missing.
@@ -149,7 +152,7 @@ def locate(path: Path) -> Path:
 
 
 def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Mapping[str, Any] | None]:
-    """Return the tensors of a file, its header, and a configuration that a torch file stores beside them."""
+    """Return the tensors and header of a file, and the trainer settings if a torch file stores them."""
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
         with load_safetensors(path) as file:
             return {k: file.get_tensor(k) for k in file.keys()}, read_metadata(file), None  # noqa: SIM118
@@ -166,7 +169,7 @@ def _source(
     alpha: float | None,
     expert: Expert | None,
 ) -> Source:
-    """Return a source with its configuration, converted from a published layout to the usual names."""
+    """Return a source with its configuration; published layouts are converted to the usual names."""
     tensors = {k: t.bfloat16() if _is_float8(t) else t for k, t in tensors.items()}
     component = "transformer_2" if expert == "low" else "transformer"
     raw, origin = header.get(METADATA_KEY), f"the file's header ({METADATA_KEY})"
@@ -213,14 +216,14 @@ def _source(
 
 
 def _is_float8(tensor: Tensor) -> bool:
-    """Return whether a tensor has a dtype of 8 bits, whose values bfloat16 represents, but few operations."""
+    """Return whether a tensor has a float8 dtype."""
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 
 def _plain_alpha(
     path: Path, header: Mapping[str, str], alpha: float | None
 ) -> tuple[tuple[float, str] | None, list[str]]:
-    """Return the LoRA alpha in a plain header entry with its place, and notes about unusable entries.
+    """Return the LoRA alpha in the header with its place, and notes about unusable entries.
 
     Raises:
         ValueError: if two entries differ and no `alpha` is passed.
@@ -292,7 +295,7 @@ def load_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _unpickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
-    """Load the tensors of a torch file, and the mapping `kwargs` beside them, if any."""
+    """Load the tensors of a torch file, and the trainer settings beside them, if any."""
     try:
         state = load_torch(path)
     except TorchFileError as error:

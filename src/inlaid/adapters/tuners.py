@@ -100,7 +100,7 @@ def attach(
     Trainable weights are float32.
 
     Args:
-        section: tuner section of the recipe.
+        section: tuner section of the recipe (YAML configuration).
         targets: default targets of the family.
         denoiser: network to train; changed in place.
         seed: seed of the initial low-rank factors.

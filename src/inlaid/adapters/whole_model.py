@@ -1,4 +1,4 @@
-"""Writer of whole models in one file with the names of the original code."""
+"""Writer of a whole model as one file with the tensor names of the original code."""
 
 from __future__ import annotations
 

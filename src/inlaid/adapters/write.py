@@ -133,17 +133,17 @@ def export_adapter(
 
     Args:
         adapter: adapter from `read_adapter`.
-        to: a target of `programs.PROGRAMS`. `diffusers` writes a folder with a LoRA or DoRA file, `merged`
-            the whole network as a diffusers folder, `midi-3d` a folder, and all others one file.
+        to: name of the target. `diffusers` and `midi-3d` write a folder with adapter files, `merged` writes
+            the whole network as a diffusers folder, and all other targets write one file.
         out: folder, or file with a suffix. A path without suffix is a folder for the file.
         family: model family that defines the module names.
-        base: network without adapters. Required for `merged`, which changes it in place, for `comfyui` with
-            DoRA, and for `wan-alpha` with LoRA. `transpixeler` and `musubi` need only the sizes of its
-            layers, so it may be on the meta device; without it, `musubi` infers the sizes where possible.
+        base: network without adapters. Required for `merged` (changed in place), `transpixeler`, `comfyui`
+            with DoRA and `wan-alpha` with LoRA. `transpixeler` and `musubi` need only the sizes of its
+            layers, so it may be on the meta device. Without it, `musubi` infers the sizes where possible.
         notes: function that prints a note for the user.
 
     Returns:
-        The path of the adapter file, also for `diffusers`; for `merged` and `midi-3d`, the folder.
+        The path of the folder for `merged` and `midi-3d`, and of the adapter file for other targets.
 
     Raises:
         ValueError: if the target cannot represent the adapter, or `out` exists.
@@ -224,7 +224,7 @@ def write_network(out: Path, base: nn.Module) -> Path:
 
 
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None = None) -> None:
-    """Assert that two adapters have the same effect: the original `wanted`, and `got`, read from its export.
+    """Assert that the exported adapter `got` has the same effect as the original `wanted`.
 
     Layers that only `got` has must have an update of zero.
     """
