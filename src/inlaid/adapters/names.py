@@ -98,9 +98,9 @@ def parse_key(key: str) -> Key:
 
 def layout_of(prefix: str) -> Layout:
     """Return the file layout that uses a prefix of tensor names; `bare` for an empty prefix."""
-    found: list[Layout] = [layout for p, layout in _FLAT.items() if prefix.endswith(p)]
+    found = [layout for p, layout in _FLAT.items() if prefix.endswith(p)]
     found += [layout for p, layout in _DOTTED.items() if prefix.startswith(p)]
-    return found[0] if found else "bare"
+    return found[0] if found else "bare"  # type: ignore[return-value]
 
 
 def split_block(module: str) -> tuple[str, str]:
