@@ -104,7 +104,7 @@ def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _fill(color: list[np.ndarray], weight: np.ndarray) -> list[np.ndarray]:
-    """Compute `fill` for planes (h, w), which take a third of the time of interleaved color."""
+    """Compute `fill` on separate color planes (h, w), three times as fast as on interleaved color."""
     h, w = weight.shape
     if min(h, w) <= 1 or weight.min() >= 1:
         total = weight.sum()
@@ -119,7 +119,7 @@ def _fill(color: list[np.ndarray], weight: np.ndarray) -> list[np.ndarray]:
 
 
 def _quarter(plane: np.ndarray) -> np.ndarray:
-    """Return the sum of each 2 x 2 cell of a plane, whose edge is repeated if a side is odd."""
+    """Sum each 2 x 2 cell of a plane (h, w); if a side is odd, the edge is repeated."""
     h, w = plane.shape
     if h % 2 or w % 2:
         plane = np.pad(plane, ((0, h % 2), (0, w % 2)), "edge")
@@ -191,7 +191,7 @@ def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
 
 
 def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Round alpha (uint8) that is within 255 * `eps` of 0 or 255 to exactly 0 or 255."""
+    """Set alpha (uint8) to 0 or 255 where it differs from 0 or 255 by at most 255 * `eps`."""
     level = round(255 * eps)
     return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
 

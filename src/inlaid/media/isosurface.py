@@ -21,8 +21,8 @@ BOUND = 1.005
 """Half the side length of the box in which a field is searched for its object."""
 
 MARGIN = 0.05
-"""Distance between an object and the sides of its own box, as published. An object near the side of the
-search box has a box that extends beyond the search box by this distance."""
+"""Distance between an object and the sides of its own box, as published. The own box may extend beyond the
+search box by this distance."""
 
 REACH = BOUND + MARGIN
 """Greatest absolute value of a coordinate of an extracted mesh."""
@@ -31,10 +31,10 @@ Field = Callable[[np.ndarray], np.ndarray]
 """Function from points (n, 3) to values (n,), negative inside the object."""
 
 MOST_CELLS = 8_000_000
-"""Number of crossed cells above which a grid is not refined; only the surface of noise crosses as many."""
+"""Maximum number of surface cells, estimated for a finer grid before refinement. Only noise exceeds it."""
 
 MOST_HIDDEN = 4096
-"""Number of coarse cells that are searched for thin parts, which bounds the time for noise."""
+"""Maximum number of coarse cells that are searched for thin parts. It limits the time for noisy fields."""
 
 _CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
 """Offsets (8, 3) of the corners of a cell from its lowest corner."""
@@ -45,9 +45,9 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
 
     The field is evaluated on a coarse grid of the whole box. The object's own box is then divided into
     `resolution` cells per side. The surface is followed from cell to cell, from coarse grids to this grid.
-    Sheets and rods that are thinner than a coarse cell are found where the field has a valley that, continued
-    from both sides, would be negative. If a field is negative at more than four of the eight corners of the
-    whole box, its sign is assumed to be wrong and is inverted.
+    Parts that are thinner than a coarse cell are found where linear extrapolation of the field from both
+    sides becomes negative. If a field is negative at more than four of the eight corners of the whole box,
+    its sign is assumed to be wrong and is inverted.
 
     Args:
         field: the field to extract, negative inside.
@@ -55,8 +55,8 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
         coarse: cells per side of the grid in the whole box.
 
     Returns:
-        The mesh, or None if the field has no zero level set, and a note about an inverted sign, values that
-        are not finite, or a lower resolution, else "".
+        The mesh, or None if the field has no zero level set; and a note, usually "". The note reports an
+        inverted sign, values that are not finite, or a reduced resolution.
     """
     import trimesh
 
@@ -102,16 +102,20 @@ class _Samples:
         self.keys, self.values = np.empty(0, np.int64), np.empty(0, np.float32)
 
     def dense(self) -> np.ndarray:
-        """Return the values at all points, (cells + 1,) * 3."""
+        """Return the values at all points of the grid, shape (cells + 1,) * 3."""
         shape = (self.cells + 1,) * 3
         return self.field(self.places(np.indices(shape).reshape(3, -1).T)).reshape(shape)
 
     def places(self, index: np.ndarray) -> np.ndarray:
-        """Convert indices (n, 3), which may be fractional, to coordinates; 0 to `cells` spans the box."""
+        """Convert indices (n, 3) to coordinates. Indices may be fractional; 0 to `cells` spans the box."""
         return self.low + index / self.cells * (self.high - self.low)
 
     def corners(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions (n, 8) of the corners of cells in `values`, and the corners' values (n, 8)."""
+        """Evaluate the field at the corners of cells.
+
+        Returns:
+            The index of each corner in `values`, (n, 8), and the value of each corner, (n, 8).
+        """
         keys = self._key(cells[:, None] + _CORNERS).ravel()
         new = _without(_sorted_unique(keys), self.keys)
         if len(new):
@@ -122,12 +126,12 @@ class _Samples:
         return where, self.values[where]
 
     def points(self, keys: np.ndarray) -> np.ndarray:
-        """Return the indices (n, 3) of the points with the given keys (n,)."""
+        """Convert keys (n,) to the indices of their points (n, 3)."""
         side = self.cells + 1
         return np.stack([keys // side**2, keys // side % side, keys % side], -1)
 
     def follow(self, cells: np.ndarray) -> np.ndarray:
-        """Return the cells (m, 3) that the surface crosses: of the given cells, and all connected ones."""
+        """Follow the surface from the given cells; return all cells (m, 3) that it crosses."""
         cells = self.points(_sorted_unique(self._key(cells)))
         found, seen = [np.empty((0, 3), np.int64)], np.empty(0, np.int64)
         while len(cells):
@@ -148,25 +152,25 @@ class _Samples:
         return np.concatenate(found)
 
     def finer(self) -> _Samples:
-        """Return samples with half the distance between points, which contain the values known here."""
+        """Return samples on a grid of twice the resolution; known values are kept."""
         out = _Samples(self.field, self.low, self.high, 2 * self.cells)
         out.keys, out.values = out._key(2 * self.points(self.keys)), self.values
         return out
 
     def _key(self, points: np.ndarray) -> np.ndarray:
-        """Return a number for each point (..., 3), in the order of the points."""
+        """Convert the indices of points (..., 3) to keys, which are unique integers."""
         side = self.cells + 1
         return (points[..., 0] * side + points[..., 1]) * side + points[..., 2]
 
 
 def _sorted_unique(keys: np.ndarray) -> np.ndarray:
-    """Return unique numbers, sorted; `numpy.unique` hashes, which takes ten times as long for millions."""
+    """Return the unique numbers, sorted. For millions of numbers, `numpy.unique` is ten times slower."""
     keys = np.sort(keys)
     return keys[np.diff(keys, prepend=-1) > 0]
 
 
 def _without(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the numbers of `keys` that are not in the sorted array `known`."""
+    """Return the numbers in `keys` that are not in `known` (sorted)."""
     if not len(known):
         return keys
     at = np.searchsorted(known, keys).clip(max=len(known) - 1)
@@ -174,7 +178,11 @@ def _without(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Return bool (n, n, n): cells of a grid of n + 1 points per side whose corners differ in sign."""
+    """Return bool (n, n, n), True for grid cells whose corners differ in sign.
+
+    Args:
+        values: values at the grid points, (n + 1,) * 3.
+    """
     n = values.shape[0] - 1
     inside = sum(
         (values[a : n + a, b : n + b, c : n + c] < 0).astype(np.int8)
@@ -184,7 +192,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def _widened(cells: np.ndarray) -> np.ndarray:
-    """Return bool cells with their neighbors, also those that touch only at a corner."""
+    """Dilate a mask of cells by one cell in each direction, including diagonals."""
     out = cells.copy()
     for axis in range(3):
         low, high = ([slice(None)] * 3 for _ in range(2))
@@ -196,11 +204,13 @@ def _widened(cells: np.ndarray) -> np.ndarray:
 
 
 def _thin_parts(field: Field, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Return points (n, 3) `inside` and `outside` an object between coarse points of the opposite sign.
+    """Find parts of an object, and gaps in it, that are too thin for the signs of the coarse grid.
 
-    A sheet between two coarse points is not visible in their signs. The values fall toward it from both
-    sides, and two straight lines through the values of the neighbors meet below zero. Where they do, a grid
-    of four times the resolution is evaluated.
+    Near a thin part, the values fall from both sides. Where linear extrapolations from both sides meet near
+    or below zero, a grid of four times the resolution is evaluated.
+
+    Returns:
+        Points (n, 3) in thin parts (`inside`) and in thin gaps (`outside`).
     """
     n = values.shape[0] - 1
     found = {}
@@ -236,11 +246,11 @@ def _thin_parts(field: Field, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _own_box(values: np.ndarray, thin: np.ndarray) -> np.ndarray:
-    """Return the box (2, 3) of an object with `MARGIN`: lowest and highest corner.
+    """Return the lowest and highest corner of an object's own box, (2, 3), including `MARGIN`.
 
     Args:
         values: field on the coarse grid of the whole box, (n + 1,) * 3.
-        thin: points (m, 3) of parts that the grid does not show.
+        thin: points (m, 3) of parts that are too thin for the grid.
     """
     n = values.shape[0] - 1
     places = _Samples(lambda p: p[:, 0], np.full(3, -BOUND), np.full(3, BOUND), n).places
@@ -270,7 +280,7 @@ def _crossed(
         field: negative inside.
         box: (2, 3), the object's own box.
         near: bool (n, n, n), coarse cells of the whole box that may contain the surface.
-        thin: points of parts that the coarse grid does not show.
+        thin: points (m, 3) in thin parts (`inside`) and in thin gaps (`outside`).
         resolution: cells per side of the box.
 
     Returns:
@@ -303,7 +313,7 @@ def _crossed(
 
 
 def _triangles(samples: _Samples, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return vertices (v, 3), in coordinates, and faces (f, 3) of the surface in the crossed cells (m, 3).
+    """Return the vertices (v, 3) and faces (f, 3) of the surface in the crossed cells (m, 3).
 
     Marching cubes runs on an array in which each crossed cell is a separate block of 2 x 2 x 2 points, so
     that its time and memory depend on the surface, not on the volume. Vertices on the same edge of the grid

@@ -1,4 +1,4 @@
-"""Mesh files (.glb, .gltf, .obj, .ply, .stl): their objects with names and looks."""
+"""Reading of mesh files (.glb, .gltf, .obj, .ply, .stl): objects with names, colors and textures."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
 
 OTHER_FILES = (".3ds", ".3mf", ".abc", ".blend", ".c4d", ".dae", ".fbx", ".max", ".off", ".step", ".stp",
                ".usd", ".usda", ".usdc", ".usdz", ".wrl", ".x3d")  # fmt: skip
-"""Suffixes of mesh files that are not supported, and therefore reported."""
+"""Suffixes of unsupported mesh files, which are reported to the user."""
 
 Grouping = Literal["parent", "node", "material"]
-"""Parts of a file that form an object; see `read_objects`."""
+"""What forms one object of a mesh file; see `read_objects`."""
 
 GROUPINGS: tuple[Grouping, ...] = ("parent", "node", "material")
 
@@ -90,9 +90,10 @@ def read_objects(path: Path, group: Grouping = "parent") -> tuple[list[MeshObjec
 
     Args:
         path: the file. Files that it names must be in its folder.
-        group: what forms an object. `node`: each node of a glTF file, and each object or group (`o`, `g`) of
-            an .obj file. `parent`: nodes with a common parent node, unless that only contains the scene;
-            `o` of an .obj file, or `g` if there is no `o`. `material`: all parts with the same material.
+        group: what forms an object. `node`: each glTF node with a mesh, or each group in an .obj file (`g`,
+            else `o`). `parent`: each topmost glTF node with all nodes below it, or each object in an .obj
+            file (`o`, else `g`); nodes that only contain the scene are skipped. `material`: all parts with
+            the same material.
 
     Returns:
         The objects, and notes on parts that could not be read, such as missing textures.
@@ -128,7 +129,7 @@ def gray(count: int) -> Look:
 
 
 def _grouped(content: _Content, group: Grouping) -> dict[str, tuple[str, list[_Part]]]:
-    """Return the parts of each object, with its name, by the ID of the node or material."""
+    """Return the name and the parts of each object. Dict keys are IDs of nodes, or names of materials."""
     out: dict[str, tuple[str, list[_Part]]] = {}
     meshes = {part.path[-1] for part in content.parts}
     for part in content.parts:
@@ -212,7 +213,7 @@ def _look(
 ) -> tuple[Look | None, str]:
     """Return the look of a mesh of an .obj, .ply or .stl file, and the name of its material.
 
-    `textures` contains the textures converted before, by the ID of their image.
+    `textures` caches converted textures by `id(image)`.
     """
     visual, faces = mesh.visual, mesh.faces
     if visual.kind == "texture":
@@ -241,9 +242,9 @@ def _look(
 
 
 def _resolver(path: Path) -> Any:
-    """Return trimesh's reader of the files that a mesh names, limited to the folder of the mesh.
+    """Return a trimesh resolver that reads only files in the folder of the mesh.
 
-    Its `extra` contains further content by name. Its `notes` name the files that could not be read.
+    Its `extra` holds the content of virtual files by name. Its `notes` list files that could not be read.
     """
     import trimesh
 
@@ -254,7 +255,7 @@ def _resolver(path: Path) -> Any:
         notes: list[str] = []  # noqa: RUF012
 
         def get(self, name: str) -> bytes:
-            """Return the content of a file beside the mesh."""
+            """Return the content of a file that the mesh refers to."""
             if name in self.extra:
                 return self.extra[name]
             try:
@@ -280,10 +281,10 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tga", ".tif", ".tiff", ".
 
 
 def _beside(root: Root, name: str) -> Path:
-    """Return the file that a mesh names.
+    """Find a file that a mesh refers to.
 
-    glTF names are percent-encoded. Names in .mtl files may follow options, and may be absolute paths of the
-    machine that wrote them; then the file is looked for in the folder of the mesh.
+    glTF names may be percent-encoded. Names in .mtl files may have options before them, or may be absolute
+    paths on another computer; in this case, the file name is searched in the folder of the mesh.
     """
     first: FileError | None = None
     for other in (name, urllib.parse.unquote(name), name.split()[-1], re.split(r"[/\\]", name)[-1]):

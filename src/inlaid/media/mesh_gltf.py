@@ -1,4 +1,4 @@
-"""glTF files: checks of the header, and everything that trimesh leaves out of the looks and names."""
+"""glTF files: checks of the header; names, colors and textures that trimesh does not read correctly."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ SUPPORTED = frozenset(
         ),
     ]
 )  # fmt: skip
-"""glTF extensions that a file may require: supported, or without effect on shapes and base colors."""
+"""glTF extensions that a file may require; they are supported or do not affect shapes and base colors."""
 
 BINARY = "inlaid:binary"
-"""Name under which the resolver finds the binary chunk of a `.glb` file."""
+"""Virtual file name of the binary chunk of a `.glb` file."""
 
 WRAPS = {33071: "clamp", 33648: "mirror", 10497: "repeat"}
-"""glTF's numbers of texture wrap modes."""
+"""Texture wrap modes by glTF code."""
 
 BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
-"""Bytes per number, by glTF's component type."""
+"""Bytes per number, by glTF component type."""
 
 COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
-"""Numbers per element, by glTF's accessor type."""
+"""Numbers per element, by glTF accessor type."""
 
 TRIANGLES = (4, 5)
-"""glTF's modes of triangles and triangle strips."""
+"""glTF codes of the primitive modes triangles and triangle strip."""
 
 
 class Gltf:
     """Header of a `.gltf` or `.glb` file, with the names and looks of its meshes.
 
-    Its nodes, meshes and materials are renamed to `n0`, `m0`, `0` and so on in `header`, so that those that
-    trimesh returns can be found in `original`.
+    `original` is the header as stored. `header` is a copy for trimesh, in which nodes, meshes and materials
+    are named by index: `n0`, `m0`, `0`. These names lead from the results of trimesh back to `original`.
     """
 
     def __init__(self, path: Path, content: bytes) -> None:
@@ -79,7 +79,7 @@ class Gltf:
         self._textures: dict[int | None, Texture | None] = {}
 
     def _get(self, *keys: str | int) -> Any:
-        """Return a value of the original header, or None if a part of the way to it is missing."""
+        """Return a nested value of the original header, or None if a key is missing."""
         found: Any = self.original
         for key in keys:
             try:
@@ -89,7 +89,7 @@ class Gltf:
         return found
 
     def _renamed(self) -> dict[str, Any]:
-        """Return the header to give to trimesh."""
+        """Return a copy of the header for trimesh, with names by index."""
         header = json.loads(json.dumps(self.original))
         for i, buffer in enumerate(header.get("buffers", [])):
             if "uri" not in buffer and i == 0:
@@ -121,7 +121,7 @@ class Gltf:
         return io.BytesIO(json.dumps(self.header).encode())
 
     def node_name(self, node: str) -> str:
-        """Return the name of a node of trimesh, `n3` or `n3_xyz`; else of its mesh; empty if unnamed."""
+        """Return the original name of a trimesh node (`n3`, `n3_xyz`), else of its mesh, else ""."""
         found = re.match(r"n(\d+)", node)
         if not found:
             return ""
@@ -136,12 +136,12 @@ class Gltf:
         return name if isinstance(name, str) else ""
 
     def vertices(self, geometry: str, vertices: np.ndarray) -> np.ndarray:
-        """Return the vertices of a mesh of trimesh; normalized integers are converted to [-1, 1]."""
+        """Return the vertices of a trimesh mesh, with normalized integers converted to [-1, 1]."""
         accessor = self._accessor(geometry, "POSITION")
         return vertices / _range(accessor) if accessor.get("normalized") else vertices
 
     def _accessor(self, geometry: str, attribute: str) -> dict[str, Any]:
-        """Return the accessor of an attribute of a mesh of trimesh, `m2` or `m2_1`."""
+        """Return the glTF accessor of a vertex attribute of a trimesh geometry, such as `m2` or `m2_1`."""
         mesh, _, number = geometry[1:].partition("_")
         kept = [
             p
@@ -152,7 +152,7 @@ class Gltf:
         return {} if index is None else self.header["accessors"][index]
 
     def look(self, geometry: str, mesh: Any) -> tuple[Look | None, int | None]:
-        """Return the look of a mesh of trimesh, or None if it has no colors; and the index of its material.
+        """Return the look of a trimesh mesh (None if it has no colors) and the index of its material.
 
         Colors are base color factor x base color texture x vertex color, as glTF requires.
         """
@@ -236,7 +236,7 @@ def _transform(texture: Any) -> dict[str, Any]:
 
 
 def _range(accessor: dict[str, Any]) -> float:
-    """Return the integer that stands for 1 in a normalized accessor."""
+    """Return the integer that represents 1.0 in a normalized accessor."""
     return {5120: 127.0, 5121: 255.0, 5122: 32767.0, 5123: 65535.0}[accessor["componentType"]]
 
 
@@ -244,7 +244,8 @@ def _checked(path: Path, header: dict[str, Any]) -> list[str]:
     """Check a header for unsupported features and excessive sizes; return notes on parts that are left out.
 
     Raises:
-        MediaError: if the file requires an unsupported extension, has sparse accessors, or claims too much.
+        MediaError: if the file requires an unsupported extension, has sparse accessors, or declares too much
+            data.
     """
     unknown = sorted(set(map(str, header.get("extensionsRequired", []))) - SUPPORTED)
     if unknown:

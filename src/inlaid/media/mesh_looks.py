@@ -1,4 +1,4 @@
-"""Looks of meshes: vertex colors, materials and textures, and the color of any point on a triangle."""
+"""Looks of meshes (vertex colors, materials, textures), and colors of points on triangles."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Texture:
     pixels: np.ndarray
     """Color in sRGB, and alpha, uint8 (h, w, 4)."""
     wrap: tuple[str, str] = ("repeat", "repeat")
-    """Continuation beyond [0, 1] along x and y: `repeat`, `clamp` or `mirror`."""
+    """Wrap modes beyond [0, 1] along x and y: `repeat`, `clamp` or `mirror`."""
 
     @classmethod
     def of(cls, image: Image.Image, wrap: tuple[str, str] = ("repeat", "repeat")) -> Texture:
@@ -65,7 +65,7 @@ class Texture:
 def texture_of(
     image: Image.Image, material: str, notes: list[str], wrap: tuple[str, str] = ("repeat", "repeat")
 ) -> Texture | None:
-    """Return the texture of a material; append a note and return None if its image cannot be decoded."""
+    """Return the texture of a material. If its image cannot be decoded, append a note and return None."""
     try:
         pixels = image.width * image.height
         if large := limits.PIXELS.exceeded(pixels, f"has {pixels / 1e6:.0f} megapixels"):
@@ -77,7 +77,7 @@ def texture_of(
 
 
 def _wrapped(index: np.ndarray, size: int, how: str) -> np.ndarray:
-    """Return pixel indices inside an image of `size` pixels; see `Texture.wrap`."""
+    """Map pixel indices to the range 0 to `size` - 1, with the wrap mode `how`."""
     if how == "clamp":
         return index.clip(0, size - 1).astype(np.int64)
     if how == "mirror":
@@ -91,11 +91,11 @@ class Look:
     """Colors of the m triangles of a mesh."""
 
     colors: np.ndarray
-    """Linear color and alpha of each corner in [0, 1], float32 (m, 3, 4), which multiply the texture."""
+    """Linear color and alpha of each corner in [0, 1], float32 (m, 3, 4); multiplied by the texture."""
     uv: np.ndarray
     """Texture coordinates of each corner, float32 (m, 3, 2), with the origin at the top left."""
     texture: np.ndarray
-    """Index into `textures` of each triangle, int (m,), or -1 for no texture."""
+    """For each triangle, its index into `textures`, or -1 for no texture: int (m,)."""
     cutoff: np.ndarray
     """Alpha below which each triangle is invisible, float32 (m,); 0 for opaque triangles."""
     textures: tuple[Texture, ...] = ()
@@ -135,7 +135,7 @@ class Look:
         )
 
     def turned(self, faces: np.ndarray) -> Look:
-        """Return the look after the corners of some triangles, bool (m,), were put in reverse order."""
+        """Return the look with the corners of some triangles, bool (m,), in reverse order."""
         colors, uv = self.colors.copy(), self.uv.copy()
         colors[faces], uv[faces] = colors[faces][:, ::-1], uv[faces][:, ::-1]
         return replace(self, colors=colors, uv=uv)

@@ -10,21 +10,21 @@ from inlaid.reading import FileError
 from inlaid.text import decode_text
 
 MATERIALS = "inlaid:materials"
-"""Name under which the resolver finds the content of all material files."""
+"""Virtual file name of all material files, joined into one."""
 
 
 class Obj:
     """Text of an .obj file, rewritten so that trimesh reads it completely.
 
     trimesh supports either objects or groups, resolves relative indices against the end of the file, and
-    reads only one material file. Here, each pair of an object and a group becomes an object with a number as
-    name, indices are absolute, and there is one material file, `MATERIALS`.
+    reads only one material file. In the rewritten text, each pair of object and group is a numbered object,
+    all indices are absolute, and the only material file is `MATERIALS`.
     """
 
     def __init__(self, content: bytes) -> None:
         self.libraries: list[str] = []
         self.names: dict[str, str] = {}
-        """Names of objects (`o1`) and groups (`o1 g2`), by ID."""
+        """Names of objects and groups, by ID."""
         self._pairs: dict[tuple[str | None, str | None], int] = {}
         self._lines: list[str] = []
         counts = {"v": 0, "vt": 0, "vn": 0}
@@ -53,7 +53,7 @@ class Obj:
         return io.BytesIO("\n".join([*start, *self._lines, ""]).encode())
 
     def materials(self, read: Callable[[str], bytes]) -> bytes:
-        """Return the content of all material files; `read` returns that of one, or raises `FileError`."""
+        """Join the contents of all material files; files for which `read` raises `FileError` are left out."""
         out = []
         for line in self.libraries:
             try:
@@ -67,7 +67,7 @@ class Obj:
         return b"\n".join(out)
 
     def path_of(self, geometry: str) -> list[str]:
-        """Return the IDs of the object and the group of a mesh of trimesh."""
+        """Return the IDs of a trimesh mesh's object and group."""
         number = re.match(r"\d+", geometry)
         pairs = {i: pair for pair, i in self._pairs.items()}
         thing, group = pairs.get(int(number[0]), (None, None)) if number else (None, None)
@@ -80,7 +80,7 @@ class Obj:
 
 
 def _absolute(rest: str, counts: dict[str, int]) -> str:
-    """Replace the relative indices of a face, which count back from the last line, by absolute indices."""
+    """Replace relative (negative) indices in a face by absolute indices."""
 
     def index(text: str, count: int) -> str:
         return str(count + int(text) + 1) if text.startswith("-") else text

@@ -45,9 +45,9 @@ class View:
         return np.stack([right, np.cross(right, forward), forward])
 
     def fitting(self, points: np.ndarray, margin: float = 0.95) -> View:
-        """Return the camera moved back, if needed, until all points (n, 3) are in the picture.
+        """Return the camera, moved back if needed, so that all points (n, 3) are in the picture.
 
-        The points are then inside the middle part `margin` of the width and the height.
+        `margin` is the share of the width and height that the points may fill.
         """
         x, y, depth = self.axes() @ points.T
         reach = margin * np.tan(np.radians(self.field) / 2)
@@ -134,7 +134,10 @@ def render(
 def _joined(
     meshes: Sequence[trimesh.Trimesh], looks: Sequence[Look | None], plain: np.ndarray
 ) -> Look | None:
-    """Return the look of all meshes together, or None if all have a plain color, sRGB in [0, 1]."""
+    """Join the looks of all meshes. Meshes without a look get their `plain` color (sRGB in [0, 1]).
+
+    Returns None if no mesh has a look.
+    """
     if not any(looks):
         return None
     opaque = np.concatenate([to_linear(plain), np.ones((len(plain), 1))], -1)

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     import trimesh
 
 FEW, MANY = 8, 64
-"""Number of rays per point that decide whether it can be seen: for all points, and for points that no ray of
-the first round left."""
+"""Number of rays per point in the visibility test: `FEW` for all points, then `MANY` for points that were not
+visible with few rays."""
 
 OFFSET = 2e-4
-"""Distance of the start of a ray from the surface, relative to the diagonal of the object."""
+"""Distance between a ray's origin and the surface, relative to the diagonal of the object."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def outward(triangles: np.ndarray) -> Outward:
 def _components(
     triangles: np.ndarray, flux: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return lower corners, upper corners and signed volumes (times 6) of connected components."""
+    """Return minimum corner, maximum corner and 6 x signed volume of each connected component."""
     count = labels.max() + 1
     low, high = np.full((count, 3), np.inf), np.full((count, 3), -np.inf)
     np.minimum.at(low, labels, triangles.min(1))
@@ -92,7 +92,7 @@ def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> O
     inside another one cannot.
 
     Args:
-        mesh: the mesh, alone: other objects of a scene do not hide it.
+        mesh: mesh of one object; other objects of a scene do not hide it.
         count: number of points.
         seed: seed of points and rays.
 
@@ -126,7 +126,10 @@ def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> O
 def _escapes(
     mesh: trimesh.Trimesh, points: np.ndarray, normals: np.ndarray, offset: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return whether a ray leaves the mesh from the front and from the back of each point, bool (n,) each."""
+    """Return for each point whether a ray leaves the mesh from its front, and from its back: bool (n,) each.
+
+    The back is tested only if no ray leaves from the front.
+    """
     front, back = np.zeros(len(points), bool), np.zeros(len(points), bool)
     for side, found in ((1.0, front), (-1.0, back)):
         for rays in (FEW, MANY):

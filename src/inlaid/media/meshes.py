@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 LONGEST = 1.9
-"""Length of the longest side of a normalized scene, chosen so that the scene stays inside the box of
-`BOUND`."""
+"""Length of the longest side of a normalized scene. It keeps the scene inside the cube from
+-`BOUND` to `BOUND`."""
 
 POINTS = 20_480
 """Number of points per surface that the published scene model was trained with."""
@@ -71,16 +71,16 @@ POINTS_KEY, NORMALS_KEY = "surface_points", "surface_normals"
 
 
 def read_surface(path: Path) -> list[Surface]:
-    """Read surface points of one object, from an array (n, c), or of k objects, from an array (k, n, c).
+    """Read surface points of one or more objects from a file.
 
-    If c is 6, each point has a position and a normal. If c is 3, each point has only a position, and normals
-    are estimated. If c is 4, the last column is ignored, because a normal has three components, and normals
-    are estimated.
+    An array (n, c) contains one object, and an array (k, n, c) contains k objects. If c is 6, each point has
+    a position and a normal. If c is 3, each point has only a position, and normals are estimated. If c is 4,
+    the last column is ignored and normals are estimated.
 
     An `.npz` file contains `surface_points` and optionally `surface_normals`. So does a pickled dict, alone
     or in an `.npy` file, as in the published 3D-FRONT data. A list or an object array contains the surfaces
-    of several objects, which may differ in their number of points. Pickles are read by `unpickle`, which runs
-    nothing.
+    of several objects, which may differ in their number of points. Pickles are read by `unpickle`, which
+    runs no code.
 
     Raises:
         MediaError: if the file is not a valid surface; the message contains path and cause.
@@ -102,7 +102,7 @@ def _content(path: Path) -> Any:
     """Return the content of an `.npy` file, an `.npz` file or a pickle: an array, a dict or a list.
 
     Raises:
-        MediaError: if the file is none of these; other errors of libraries pass.
+        MediaError: if the file is none of these. Errors of libraries are not converted.
     """
     size = require_file(path, MediaError).st_size
     if zipfile.is_zipfile(path):
@@ -126,7 +126,7 @@ def _content(path: Path) -> Any:
 
 
 def _archive(path: Path) -> Any:
-    """Return the arrays of a surface in an `.npz` file, as a dict; or the object in its only object array."""
+    """Return the surface arrays in an `.npz` file as a dict, or the content of its only array."""
     with zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
         names = [n for n in (POINTS_KEY, NORMALS_KEY) if n in members]
@@ -144,7 +144,7 @@ def _archive(path: Path) -> Any:
 
 
 def _values(file: IO[bytes], size: int) -> Any:
-    """Read an open `.npy` file or member of `size` bytes; an object array is a pickle."""
+    """Read an open `.npy` file of `size` bytes; an object array is read as a pickle."""
     header = read_header(file)
     return unpickle(file.read()) if header.dtype.hasobject else read_values(file, header, size)
 
@@ -153,7 +153,7 @@ def _point_arrays(path: Path, content: Any) -> list[np.ndarray]:
     """Return an array (n, c) for each object in the content of a surface file.
 
     Raises:
-        MediaError: if the content has other arrays.
+        MediaError: if an array is missing, or has an invalid shape or type.
     """
     if isinstance(content, list) and content and isinstance(content[0], (dict, np.ndarray)):
         return [array for each in content for array in _point_arrays(path, each)]

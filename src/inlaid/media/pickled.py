@@ -56,7 +56,7 @@ class _Type:
         self.dtype = np.dtype(text)
 
     def set_state(self, state: Any) -> None:
-        """Apply the state that NumPy stores: a version, the byte order, and fields, which must be absent."""
+        """Set the byte order from the state in the pickle; types with fields are refused."""
         if not isinstance(state, tuple) or len(state) < 5 or any(x is not None for x in state[2:5]):
             raise ValueError("contains an array with fields or subarrays")
         if state[1] in ("<", ">"):
@@ -64,19 +64,19 @@ class _Type:
 
 
 class _Array:
-    """Array in a pickle; `value` is an array, or for objects a list or a single object."""
+    """Array in a pickle; `value` is a NumPy array, or the elements of an object array."""
 
     value: Any = None
 
     def set_state(self, state: Any) -> None:
-        """Set the value from the state that NumPy stores: version, shape, type, order, content."""
+        """Set the value from the state in the pickle: version, shape, type, order, content."""
         if not isinstance(state, tuple) or len(state) not in (4, 5):
             raise ValueError("contains an array with an invalid state")
         shape, kind, fortran, content = state[-4:]
         self.set_content(content, kind, shape, "F" if fortran else "C")
 
     def set_content(self, content: Any, kind: Any, shape: Any, order: str) -> None:
-        """Set the value from its elements, after a comparison of the shape with the size of the content."""
+        """Set the value from its elements; check that the shape matches their number."""
         if not isinstance(kind, _Type) or not isinstance(shape, tuple) or order not in ("C", "F", "A"):
             raise ValueError("contains an array with an invalid state")
         if not all(isinstance(n, int) and n >= 0 for n in shape):
@@ -102,13 +102,13 @@ class _Objects:
 
 
 def unpickle(data: bytes) -> Any:
-    """Return the content of a pickle of any protocol, which may be followed by other bytes.
+    """Return the content of a pickle of any protocol; bytes after the end of the pickle are ignored.
 
-    An object array becomes an array if its elements are numbers, the element itself if its shape is (), and
-    else a list.
+    An object array of shape () is returned as its element. Any other object array is returned as a float64
+    array if all elements are numbers, else as a list.
 
     Raises:
-        UnsafePickleError: if the pickle names, calls or creates anything else.
+        UnsafePickleError: if the pickle calls an unsupported function or creates an unsupported object.
         ValueError: if the data are not a pickle, or are damaged or too large.
     """
     try:
@@ -150,7 +150,7 @@ class _Machine:
         return values
 
     def name(self, argument: Any) -> None:
-        """Push a name."""
+        """Push the name of a supported function or class on the stack."""
         if argument is None:  # STACK_GLOBAL: both parts are on the stack
             name, module = self.stack.pop(), self.stack.pop()
         else:
@@ -161,7 +161,7 @@ class _Machine:
         self.stack.append(found)
 
     def call(self, _: Any) -> None:
-        """Replace the name of a NumPy function and its arguments by the object that it would return."""
+        """Replace a NumPy function and its arguments on the stack by the result of the call."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Named) or function.key not in _CALLS or not isinstance(arguments, tuple):
             raise UnsafePickleError(f"calls {function if isinstance(function, _Named) else 'an object'}")
@@ -196,7 +196,7 @@ class _Machine:
         self.memo[len(self.memo) if key is None else key] = self.stack[-1]
 
     def recall(self, key: Any) -> None:
-        """Push a value of the memo."""
+        """Push a value from the memo."""
         self.stack.append(self.memo[key])
 
     def pop(self, _: Any) -> None:
@@ -245,14 +245,14 @@ def _element_type(text: Any, *_: Any) -> _Type:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    """Return bytes, which old protocols store as a text in Latin-1."""
+    """Encode a Latin-1 text as bytes; old protocols store bytes in this way."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise UnsafePickleError("calls _codecs.encode")
     return text.encode("latin1")
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """Return empty bytes, or those of a `bytearray`; old protocols store both as calls."""
+    """Replacement for `bytes` and `bytearray`, which old protocols call to store bytes."""
     if len(arguments) == 1 and isinstance(arguments[0], (bytes, bytearray)):
         return bytes(arguments[0])
     return _encoded(*arguments) if arguments else b""
@@ -266,7 +266,7 @@ _CALLS: dict[Name, Callable[..., Any]] = {
     **{(module, "scalar"): _scalar for module in NUMPY},
     **{(module, "_frombuffer"): _from_buffer for module in ("numpy.core.numeric", "numpy._core.numeric")},
 }
-"""Stand-ins for the functions with which NumPy stores arrays in pickles."""
+"""Replacements for the functions that pickles of NumPy arrays call."""
 
 _VALUES = frozenset(
     [
@@ -323,7 +323,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Replace the arrays in a value; `done` contains the results by ID, so that shared parts are shared."""
+    """Replace the arrays in a value by NumPy arrays or lists; `done` caches results by `id`."""
     if id(value) in done:
         found = done[id(value)]
         if found is ...:
@@ -348,7 +348,7 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _elements(found: list[Any], shape: Sequence[int]) -> Any:
-    """Return the content of an object array; see `unpickle`."""
+    """Convert the elements of an object array to the form that `unpickle` returns."""
     if not shape:
         return found[0]
     numbers = all(isinstance(x, (int, float, np.ndarray)) and np.ndim(x) == 0 for x in found)

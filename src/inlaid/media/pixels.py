@@ -213,20 +213,20 @@ def over_white(rgba: np.ndarray, premultiplied: bool = False) -> np.ndarray:
 
 
 Multiplied = Literal["straight", "premultiplied", "unclear"]
-"""Whether color is multiplied by alpha; `unclear` if the pixels allow both."""
+"""Whether color is multiplied by alpha; `unclear` if the pixels are consistent with both."""
 
 NOISE = 8
-"""Error of a color value, 0 to 255, that lossy compression may cause in nearly all pixels."""
+"""Maximum error of color values (0 to 255) that is attributed to lossy compression."""
 
 
 def multiplied(rgba: np.ndarray) -> Multiplied:
     """Estimate from uint8 RGBA (..., 4) whether color is premultiplied by alpha.
 
     Premultiplied color is never brighter than alpha. If the color of many partially transparent pixels is
-    brighter than their alpha, or that of transparent pixels is not black, color is straight. Otherwise, the
-    brightness of premultiplied color is proportional to alpha, and that of straight color does not depend on
-    alpha: the exponent of alpha, fitted to the mean brightness at each level of alpha, is about 1 or about 0.
-    Smoke and glass need no opaque pixels for this. If the exponent is between 0.3 and 0.7, or if alpha hardly
+    brighter than their alpha, or that of transparent pixels is not black, color is straight. Otherwise, a
+    power of alpha is fitted to the mean brightness at each level of alpha. The exponent is about 1 for
+    premultiplied color, whose brightness is proportional to alpha, and about 0 for straight color. The fit
+    also works without opaque pixels, as in clips of smoke. If the exponent is ambiguous, or if alpha hardly
     varies, the result is `unclear`. Color that is nearly the same in both readings, such as black, counts as
     straight.
     """

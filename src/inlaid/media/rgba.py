@@ -33,9 +33,9 @@ from inlaid.media.pixels import SCALE_FLAGS, Multiplied, decoded, multiplied, or
 
 
 def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
-    """Apply the cleanup steps in the recipe section `data.matte` to RGBA frames that are already resized.
+    """Apply alpha cleanup to resized RGBA frames, straight uint8 (t, h, w, 4).
 
-    The frames are straight uint8 (t, h, w, 4).
+    The steps are set in the section `data.matte` of the recipe (YAML configuration).
     """
     if how.snap:
         rgba = np.concatenate([rgba[..., :3], snap(rgba[..., 3:], how.snap / 255)], -1)
@@ -141,19 +141,19 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
 # --- files --------------------------------------------------------------------------------------------------
 
 CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Maximum mean alpha error of a file that is read back after writing, on the scale 0 to 255, by file suffix.
-The suffixes are those of all formats with alpha."""
+"""Maximum mean alpha error (0 to 255) when a written file is read back, by file suffix. The suffixes are
+those of all formats with alpha."""
 
 COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Maximum mean color error of visible pixels in a file that is read back after writing, on the scale 0 to
-255, by file suffix. It is high for WebM, because VP9 subsamples color."""
+"""Maximum mean color error (0 to 255) of visible pixels when a written file is read back, by file suffix. It
+is high for WebM, because VP9 subsamples color."""
 
 PAIR_OFF = 8.0
-"""Maximum mean error of visible pixels of a pair that is read back after writing and composited over white,
-on the scale 0 to 255."""
+"""Maximum mean error (0 to 255) of visible pixels when a written pair of color and alpha files is read back
+and composited over white."""
 
 PAIR, PAIR_CRF = ("_rgb.mp4", "_alpha.mp4"), 4
-"""Endings of the two files of a pair, and their constant rate factor in H.264."""
+"""Name endings of the color file and the alpha file of a pair, and their H.264 constant rate factor."""
 
 
 def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:

@@ -1,7 +1,7 @@
 """Reading of frames, with or without alpha, from image sequences, archives, still and animated images.
 
-A sequence is a folder of images, or the images with the same name and a number in a folder. A path such as
-`shots/a.####.png` names the second kind: `#` stands for the frame number.
+A sequence is a folder of images, or a set of numbered images such as `shots/a.0001.png`. A set is given by a
+path such as `shots/a.####.png`, where `####` stands for the frame number.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ FRAMES = (*IMAGES, ".tif", ".tiff")
 """Suffixes of image files that are read as frames from a folder or archive."""
 
 _PATTERN = re.compile(r"([^#]*)#+(\.[^.#]+)")
-"""Name of a sequence: text, frame number, file suffix."""
+"""Pattern of sequence names such as `a.####.png`: text, `#` signs, file suffix."""
 
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
-"""Name of a frame: text, frame number, file suffix."""
+"""Pattern of frame names such as `a.0001.png`: text, frame number, file suffix."""
 
 
 def natural(path: Path) -> list[Any]:
@@ -37,7 +37,7 @@ def natural(path: Path) -> list[Any]:
 
 
 def frame_pattern(path: Path) -> re.Pattern[str] | None:
-    """Return the expression for the names of the frames of a sequence such as `a.####.png`.
+    """Return a regular expression for the frame names of a sequence such as `a.####.png`.
 
     Returns None for other paths, such as a file whose name contains `#`.
     """
@@ -72,11 +72,11 @@ def frames_in(path: Path) -> list[Path]:
 
 
 def numbered(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group the names of images by text and file suffix around the frame number, two or more each.
+    """Group file names that differ only in their frame number.
 
     Returns:
-        Names by the name of their sequence: `a.####.png` for `a.1001.png` and `a.1002.png`. Names without
-        text before the number, such as `0001.png`, are not grouped.
+        File names by sequence name, such as `a.####.png` for `a.1001.png` and `a.1002.png`. Single images,
+        and names without text before the number, such as `0001.png`, are left out.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:

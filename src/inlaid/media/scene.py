@@ -32,16 +32,16 @@ MAX_SEGMENTS = 64
 """Maximum number of objects in a segmentation image; an image with more is probably not a segmentation."""
 
 SEGMENTATION = "seg.png"
-"""Name of the file with the object IDs of a scene."""
+"""File name of the segmentation image, which contains the object IDs of a scene."""
 
 DESCRIPTION = "scene.json"
-"""Name of the optional file of a scene with the names of its objects."""
+"""Name of an optional file in a scene folder, which contains the names of the objects."""
 
 MAX_NAME = 200
 """Maximum number of characters in the name of an object."""
 
 MAX_OBJECTS = 7
-"""Maximum number of objects of a scene in one training step."""
+"""Maximum number of objects in one training step."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Return names of objects 1, 2, ... that are valid in `scene.json` and differ from each other.
+    """Make the names of objects 1, 2, ... unique and valid for `scene.json`.
 
-    An empty name becomes `object_ID`. A name that repeats, or has the form of another object's default name,
-    gets a number.
+    An empty name becomes `object_ID`. A repeated name gets a number, and so does a name that looks like the
+    default name of another object.
     """
     found: list[str] = []
     for number, name in enumerate(names, 1):
@@ -108,14 +108,14 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def read_names(folder: Path, root: Root | None = None) -> dict[int, str]:
-    """Read the names of a scene's objects, by object ID in the segmentation, from `scene.json` in a folder.
+    """Read the names of a scene's objects from `scene.json`.
 
     Args:
         folder: folder of the scene.
         root: root folder of the dataset. Default: `folder`.
 
     Returns:
-        Names that differ from each other; empty if the file does not exist or has no `names`.
+        Unique names by object ID; empty if the file does not exist or has no `names`.
 
     Raises:
         FileError: if the file is invalid; the message names the file and the problem.

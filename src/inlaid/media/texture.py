@@ -1,8 +1,8 @@
 """Textures for generated meshes, projected from the input image.
 
-A generated scene has no camera, so a camera is fitted first: the one from which the silhouettes of the meshes
-match the masks of the objects best. Vertices that this camera sees get their place in the image as texture
-coordinates, all others that of the nearest seen vertex of the same object.
+A generated scene has no camera. A camera is therefore fitted to match the silhouettes of the meshes with the
+object masks. The texture coordinates of a vertex are its position in the image. A vertex that the camera does
+not see gets the texture coordinates of the nearest visible vertex of the same object.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     import trimesh
 
 ENOUGH = 0.5
-"""Least overlap of silhouettes and masks, 0 to 1, at which an image is projected."""
+"""Minimum overlap (IoU, 0 to 1) of silhouettes and masks; below it, meshes get no texture."""
 
 SIDE = 64
-"""Height and width, in pixels, of the silhouettes that are compared with the masks."""
+"""Side in pixels of the square silhouettes that are compared with the masks."""
 
 DEPTHS = 512
-"""Height and width, in pixels, of the depth image that decides which vertices are seen."""
+"""Side in pixels of the square depth image that determines which vertices are visible."""
 
 NEAR = 0.02
-"""Greatest distance of a seen vertex behind the depth image, in scene units."""
+"""Depth tolerance in scene units: a vertex that lies farther behind the depth image is hidden."""
 
 STARTS = 6
-"""Number of cameras from the search over all directions that are refined."""
+"""Number of cameras that are refined: the best ones of the coarse search."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def textured(
     Args:
         meshes: mesh of each object by name, in scene coordinates.
         image: input image, uint8 (h, w, 3).
-        masks: bool (h, w), pixels of each object by name.
+        masks: mask of each object by name, bool (h, w).
 
     Returns:
-        The meshes, unchanged if no camera matches the masks, and a message for the user.
+        The meshes and a message for the user. The meshes are unchanged if no camera matches the masks.
     """
     from trimesh.visual import TextureVisuals
     from trimesh.visual.material import PBRMaterial
@@ -116,7 +116,7 @@ def textured(
 
 
 def look_of(mesh: trimesh.Trimesh) -> Look | None:
-    """Return the look of a mesh from `textured`, for pictures; None if it has no texture."""
+    """Return the look of a mesh from `textured`, or None if the mesh has no texture."""
     image = getattr(getattr(mesh.visual, "material", None), "baseColorTexture", None)
     if image is None:
         return None
@@ -129,9 +129,16 @@ def look_of(mesh: trimesh.Trimesh) -> Look | None:
 def fit_camera(
     meshes: Mapping[str, trimesh.Trimesh], masks: Mapping[str, np.ndarray]
 ) -> tuple[Camera, float]:
-    """Return the camera whose silhouettes match square masks best, and the mean overlap (IoU) of objects.
+    """Find the camera from which the silhouettes of the meshes match the masks best.
 
     36 azimuths at elevations of 0 to 50 degrees are searched, then the best cameras are refined.
+
+    Args:
+        meshes: mesh of each object by name.
+        masks: square mask of each object by name.
+
+    Returns:
+        The camera, and the mean IoU of silhouette and mask over all objects.
     """
     from scipy.optimize import minimize
 
@@ -173,7 +180,7 @@ def fit_camera(
 
 
 def _overlap(camera: Camera, points: np.ndarray, owner: np.ndarray, targets: np.ndarray) -> float:
-    """Return the mean intersection over union of the silhouettes of points with masks (objects, n, n)."""
+    """Return the mean IoU between silhouettes, drawn from points, and masks (objects, n, n)."""
     place, depth = camera.project(points)
     pixel = np.floor((place + 1) / 2 * SIDE).astype(int)
     shown = ((pixel >= 0) & (pixel < SIDE)).all(1)
@@ -191,7 +198,7 @@ def _overlap(camera: Camera, points: np.ndarray, owner: np.ndarray, targets: np.
 def _seen(
     camera: Camera, meshes: Mapping[str, trimesh.Trimesh], masks: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return bool (vertices,) of each mesh: True for vertices that the camera sees inside the mask."""
+    """Return for each mesh which vertices the camera sees inside the object's mask, bool (vertices,)."""
     import trimesh
 
     whole: Any = trimesh.util.concatenate(
@@ -218,7 +225,7 @@ def _seen(
 
 
 def _without_background(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the image with pixels outside all masks, and on their edges, replaced by the nearest inside.
+    """Replace pixels outside the masks, and on their edges, by the nearest pixel inside a mask.
 
     Vertices at the edge of a silhouette would otherwise take the color of the background.
     """
@@ -238,7 +245,7 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
 
 
 def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Return for each vertex (n, 3) the index of the nearest seen vertex, which may be itself."""
+    """Return for each vertex (n, 3) the index of the nearest visible vertex; itself if it is visible."""
     from scipy.spatial import KDTree
 
     out, known = np.arange(len(vertices)), np.flatnonzero(seen)
@@ -247,14 +254,17 @@ def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _squared(mask: np.ndarray, side: int, pad: list[int]) -> np.ndarray:
-    """Pad a mask (h, w) to (side, side)."""
+    """Pad a mask (h, w) to a square (side, side)."""
     out = np.zeros((side, side), bool)
     out[pad[0] : pad[0] + mask.shape[0], pad[1] : pad[1] + mask.shape[1]] = mask
     return out
 
 
 def _small(mask: np.ndarray) -> np.ndarray:
-    """Resize a square mask to `SIDE`: True where half of a pixel is True, or for a tiny mask, any part."""
+    """Resize a square mask to (SIDE, SIDE); a pixel is True if at least half of it is covered.
+
+    If no pixel reaches half, the most covered pixels are True.
+    """
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((SIDE, SIDE), Image.Resampling.BOX)
     share = np.asarray(image)
     return share >= min(128, share.max())
