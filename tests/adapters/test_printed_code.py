@@ -52,8 +52,8 @@ def merged(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 CARDS = [
-    *((("wan", "t2v"), kind) for kind in ("lora", "dora", "lokr", "loha")),
-    *((("wan", "a14b"), kind) for kind in ("lora", "lokr")),
+    *((("wan", "t2v"), kind) for kind in ("lora", "dora", "lokr", "loha", "full")),
+    *((("wan", "a14b"), kind) for kind in ("lora", "lokr", "full")),
     *((("midi", "scene"), kind) for kind in ("lora", "dora", "lokr", "loha", "full")),
     *((case, kind) for case in (("cogvideox", "5b"), ("mochi", "t2v")) for kind in ("lora", "lokr")),
 ]

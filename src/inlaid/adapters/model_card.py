@@ -18,10 +18,10 @@ def _use(config: recipe.Config, source: str) -> list[str]:
     component = "transformer_2" if config.model.expert == "low" else "transformer"
     kind = config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
-        return [
+        return [  # not as an argument of `DiffusionPipeline.from_pretrained`, which ignores Wan's transformer
             "from diffusers import AutoModel, DiffusionPipeline\n",
-            f'{component} = AutoModel.from_pretrained("path/to/this/folder")',
-            f'pipe = DiffusionPipeline.from_pretrained("{source}", {component}={component})',
+            f'pipe = DiffusionPipeline.from_pretrained("{source}")',
+            f'pipe.{component} = AutoModel.from_pretrained("path/to/this/folder")',
         ]
     expert = ", load_into_transformer_2=True" if component == "transformer_2" else ""
     load = {

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 ALL = ("lora", "dora", "lokr", "loha")
 
-_FOLDER = (
-    '`AutoModel.from_pretrained("{path}")`, then `DiffusionPipeline.from_pretrained(..., transformer=...)`'
-)
+_FOLDER = '`pipe.transformer = AutoModel.from_pretrained("{path}")`'
 
 _LAYERS = (
     '`pipe.transformer.load_lora_adapter("{path}", prefix="transformer", '

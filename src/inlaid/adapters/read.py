@@ -424,7 +424,7 @@ def _rows(tensor: Tensor, name: str, target: Target) -> Tensor:
 
 
 def _without_ones(tensor: Tensor) -> Tensor:
-    """Remove the axes of a factor after the second if all have size 1."""
+    """Remove all axes of a factor after its second axis, if each of these has size 1."""
     return tensor.flatten(1) if all(n == 1 for n in tensor.shape[2:]) else tensor
 
 

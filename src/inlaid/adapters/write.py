@@ -226,7 +226,7 @@ def write_network(out: Path, base: nn.Module) -> Path:
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None = None) -> None:
     """Assert that the exported adapter `got` has the same effect as the original `wanted`.
 
-    Layers that only `got` has must have an update of zero.
+    The update of a layer that is in `got` but not in `wanted` must be zero.
     """
     one, two = (torch.zeros(1) if x.vector is None else x.vector for x in (wanted, got))
     assert torch.equal(one.expand_as(two), two), "the domain embedding differs after export"

@@ -3,7 +3,7 @@
 The VAE is unchanged and encodes alpha as a gray video. The latent frames of alpha follow the latent frames of
 color and have the same positions. The adapter applies to the alpha tokens only. An optional domain embedding,
 a trained vector that is initialized to zero, is added to the alpha tokens. If text and video share the
-sequence, the setting `text_to_alpha` restricts the attention of text tokens to alpha tokens
+sequence, the setting `text_to_alpha` limits how much text tokens attend to alpha tokens
 (`networks.joint_attention`).
 
 Before training, the generated alpha clip looks like the color clip; with the same noise for both, the two are
@@ -77,7 +77,7 @@ class Joint(Composed):
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the file layout of the precomputed latents in a folder, or None if the family supports none.
+        """Return the file layout of the precomputed latents in a folder, or None if the family reads no such files.
 
         If the folder has a subfolder for alpha, color and alpha are read from separate files. Otherwise, they
         are read from one file, color first.

@@ -47,7 +47,7 @@ def read_done(out: Path) -> dict[str, dict[str, Any]]:
 def record(out: Path, cut: Cut, files: Mapping[str, int]) -> None:
     """Append a cut and the sizes of its files to the list of finished cuts.
 
-    A later row replaces earlier rows of the same cut.
+    The list may name a cut several times; the last entry counts.
     """
     row = {"name": cut.name, "key": cut.key, "files": dict(files), "caption": cut.window.caption}
     append(out / STATE / "done.jsonl", json.dumps(row, ensure_ascii=False) + "\n")

@@ -192,7 +192,7 @@ def assemble_plan(
         probes: properties of each readable clip, by path.
         alike: function that returns a group label for each path; clips with equal labels stay on the same
             side of the split. Default: clips with equal content form a group.
-        noun: word for a training example in messages.
+        noun: what messages call a training example, such as `clip`.
         alphas: alpha statistics of each clip, by path.
         content: function that returns the content hash of a file.
     """

@@ -72,7 +72,7 @@ def _report_failed(
     Args:
         config: the recipe.
         run: the run folder.
-        modality: provides the word for a training example in messages.
+        modality: states what messages call a training example.
         failed: error messages of the clips that could not be encoded, by path.
         quarantined: problems of the clips that were excluded before encoding, by name; None in processes that
             write no files.

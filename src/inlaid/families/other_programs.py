@@ -24,7 +24,7 @@ class JointLayout:
     factors: tuple[str, str]
     """Names of the factors A and B."""
     rule: Literal["block", "bias"]
-    """How the script restricts the attention of text tokens to alpha tokens (`alpha.text_to_alpha`)."""
+    """Rule of the script for how much text tokens attend to alpha tokens (`alpha.text_to_alpha`)."""
     vector: str | None
     """Tensor name of the domain embedding (1, 1, d), which must be in the file; None if there is none."""
     torch_file: bool
@@ -77,5 +77,5 @@ class OtherPrograms(Checkpoint):
         ]
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
-        """Return tensors that a whole model for ComfyUI needs besides the weights, by original name."""
+        """Return further tensors that ComfyUI requires in a file of a whole model, by their original names."""
         return {}

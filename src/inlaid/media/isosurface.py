@@ -126,7 +126,7 @@ class _Samples:
         return where, self.values[where]
 
     def points(self, keys: np.ndarray) -> np.ndarray:
-        """Convert keys (n,) to the indices of their points (n, 3)."""
+        """Return the grid indices (n, 3) of points that are encoded as integers, `keys` (n,)."""
         side = self.cells + 1
         return np.stack([keys // side**2, keys // side % side, keys % side], -1)
 

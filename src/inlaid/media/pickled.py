@@ -200,7 +200,7 @@ class _Machine:
         self.stack.append(self.memo[key])
 
     def pop(self, _: Any) -> None:
-        """Remove the top of the stack, or the last mark if nothing is above it."""
+        """Remove the top item of the stack, or the last mark if no item lies above that mark."""
         if self.marks and self.marks[-1] == len(self.stack):
             self.marks.pop()
         else:

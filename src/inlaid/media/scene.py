@@ -213,9 +213,9 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
 
 def thinned(surface: np.ndarray, count: int = POINTS) -> np.ndarray:
-    """Return `count` random points of a surface (n, 6): (count, 6).
+    """Return pseudo-random points of a surface, (count, 6) of (n, 6).
 
-    The choice is the same in every call. Points are repeated only if n < `count`.
+    Every call selects the same points. Points are repeated only if n < `count`.
     """
     drawn = np.random.default_rng(0).choice(len(surface), count, replace=len(surface) < count)
     return surface if len(surface) == count else surface[drawn]
