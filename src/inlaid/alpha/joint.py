@@ -77,7 +77,7 @@ class Joint(Composed):
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the file layout of the precomputed latents in a folder, or None if the family reads no such files.
+        """Return the layout of the precomputed latents in a folder, or None if the family reads none.
 
         If the folder has a subfolder for alpha, color and alpha are read from separate files. Otherwise, they
         are read from one file, color first.

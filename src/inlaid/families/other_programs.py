@@ -77,5 +77,5 @@ class OtherPrograms(Checkpoint):
         ]
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
-        """Return further tensors that ComfyUI requires in a file of a whole model, by their original names."""
+        """Return further tensors that ComfyUI requires in a file of a whole model, by original name."""
         return {}
