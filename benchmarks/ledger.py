@@ -9,8 +9,8 @@ writes its outputs. Seconds are predicted for one H100 by
     attention FLOP / 580 T + product FLOP / 650 T + elementwise bytes / 2.9 TB
 
 whose constants were fitted to two measured steps (Wan 2.1 1.3B and 14B). Two sizes of the same clip: `peer`,
-384x576 with rank 16 on the attention layers, and `full`, 480x832 with the default adapter. Prints Markdown
-and writes `benchmarks/results/ledger.json` and `ledger.md`.
+384x576 with rank 16 on the attention layers, and `full`, 480x832 with the default adapter. Prints one JSON
+object per row.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ def count(recipe: str, extent: tuple[int, int, int], overrides: Sequence[str]) -
     settings = config.load(ROOT / f"recipes/{recipe}.yaml", list(overrides))
     family = build_family(settings)
     network, trained = estimate._network(family, trained_by(settings, family), torch.bfloat16)
-    blocks = len(estimate.blocks(network)) if hasattr(estimate, "blocks") else 0
     with Traffic() as traffic:
         found = estimate.count_operations(
             family, network, extent, 1, checkpointing=settings.memory.gradient_checkpointing
@@ -99,7 +98,6 @@ def count(recipe: str, extent: tuple[int, int, int], overrides: Sequence[str]) -
     return {
         "tokens": family.tokens(*extent),
         "trained": trained,
-        "blocks": blocks,
         "attention_flop": found.attention,
         "product_flop": products,
         "bytes": traffic.bytes,

@@ -185,7 +185,9 @@ class _Sum(torch.autograd.Function):
 
 
 class _RescaledSum(torch.autograd.Function):
-    """DoRA output m (y - bias + s B A x) + bias in the dtype of y and x, rounded once.
+    """DoRA output m (y - bias + s B A x) + bias in the dtype of y and x.
+
+    It is rounded twice: m y + (1 - m) bias, and its sum with the update.
 
     y (..., out) is the base layer's output, which includes the bias. m (out,) is the DoRA magnitude divided
     by the weight norm. A, B and m are float32.

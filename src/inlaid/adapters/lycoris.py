@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from inlaid.adapters.adapter import METADATA_KEY, WEIGHTS
 from inlaid.adapters.lycoris_export import write_original
 from inlaid.adapters.source import load_safetensors, open_adapter
-from inlaid.adapters.write import adapter_header, write_network, write_tensors
+from inlaid.adapters.write import adapter_header, write_tensors
 from inlaid.files import atomic, read_metadata
 
 if TYPE_CHECKING:
@@ -176,29 +176,23 @@ def export(
     to: str,
     out: Path,
     names: OriginalNames,
-    base: nn.Module | None = None,
 ) -> Path:
     """Export a LoKr or LoHa adapter, and verify the written file.
 
     Args:
         path: folder of the adapter.
-        to: target: `diffusers`, `comfyui`, `musubi` or `merged`.
+        to: target: `diffusers`, `comfyui` or `musubi`.
         out: folder to write; for `comfyui` and `musubi`, a file.
         names: names of the layers in the family's original code.
-        base: float32 network without adapters, required for `merged` and changed in place.
 
     Returns:
-        The file, or for `merged` the folder.
+        The file.
 
     Raises:
         ValueError: if the target cannot represent a layer.
     """
     found = read(path)
     assert found
-    if to == "merged":
-        assert base is not None
-        merge(base, path)
-        return write_network(out, base)
     if to != "diffusers":
         with load_safetensors(path / WEIGHTS) as file:
             header = {k: v for k, v in read_metadata(file).items() if k not in (METADATA_KEY, "config")}
