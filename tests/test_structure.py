@@ -162,8 +162,10 @@ def test_only_families_know_families() -> None:
 def test_no_pickle_is_written_and_none_is_read_unguarded() -> None:
     for file in FILES:
         text = file.read_text("utf-8")
-        assert "torch.save(" not in text, file
-        assert "import pickle" not in text, file
+        assert text.count("torch.save(") == (file.name == "files.py"), f"{file}: use files.save_torch"
+        if "save_torch(" in text:  # of tensors, for named foreign layouts
+            assert file.name in ("files.py", "layouts.py", "rgba_vae_published.py", "dataset_formats.py")
+        assert not re.search(r"import pickle\b|from pickle import (?!UnpicklingError$)", text, re.M), file
         for call in re.findall(r"torch\.load\(([^)]*)\)", text):
             assert "weights_only=True" in call, file
         for call in re.findall(r"np\.load\(([^)]*)\)", text):

@@ -298,6 +298,26 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
             file.write(text.ljust(size))
 
 
+def save_torch(content: Tensor | Mapping[str, Tensor], path: Path, *, under: str | None = None) -> None:
+    """Write a tensor, or tensors by name, to a torch file, atomically.
+
+    Only for programs that read no other format: a torch file is a pickle. It contains nothing but tensors.
+
+    Args:
+        content: the tensors. Views are copied, so that the file holds no more than their values.
+        path: file to write.
+        under: key of the file that holds the tensors, such as `state_dict`. Default: none.
+    """
+    import torch
+
+    held = {"": content} if isinstance(content, torch.Tensor) else dict(content)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in held.values()), "tensors only"
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in held.items()}
+    value = own[""] if isinstance(content, torch.Tensor) else own
+    with atomic(path) as part:
+        torch.save(value if under is None else {under: value}, part)
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 

@@ -81,6 +81,9 @@ RECIPE_DEPTH = Limit("INLAID_MAX_RECIPE_DEPTH", 30)
 POINTS = Limit("INLAID_MAX_POINTS", 4e6)
 """Maximum number of points of a surface file."""
 
+TRIANGLES = Limit("INLAID_MAX_TRIANGLES", 2e7)
+"""Triangles of a mesh file, with all copies of a mesh."""
+
 OBJECTS = Limit("INLAID_MAX_OBJECTS", 255)
 """Maximum number of objects in a segmentation."""
 

@@ -14,20 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from inlaid import config as recipes
-from inlaid.adapters import write
+from inlaid.adapters import layouts
 from inlaid.adapters.adapter import WEIGHTS
 from inlaid.adapters.inspect import describe, inspect_path
 from inlaid.adapters.merge import effective_delta, merge_adapter
 from inlaid.adapters.model_card import model_card
 from inlaid.adapters.read import read_adapter
-from inlaid.adapters.write import Target, export_adapter, write_diffusers
+from inlaid.adapters.write import export_adapter, write_diffusers
 from support.layouts import ALL, LAYOUTS, WAN, pipeline, run, spell, trained
 
 # --- exports ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])
-def test_exports_pass_the_stock_converters(base, tmp_path: Path, to: Target):
+def test_exports_pass_the_stock_converters(base, tmp_path: Path, to: str):
     model, tensors, config = trained(base, alpha=3, rank_pattern={"ffn.net.2": 2})
     write_diffusers(tmp_path, tensors, config)
     path = export_adapter(read_adapter(tmp_path, WAN), to, tmp_path / "out", family=WAN)
@@ -42,12 +42,12 @@ def test_exports_pass_the_stock_converters(base, tmp_path: Path, to: Target):
 
 
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])
-def test_no_names_are_made_up(base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Target):
+def test_no_names_are_made_up(base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str):
     _, tensors, config = trained(base)
     write_diffusers(tmp_path, tensors, config)
     adapter = read_adapter(tmp_path, WAN)
-    monkeypatch.setattr(WAN, "original_names", ())
-    with pytest.raises(ValueError, match=f"no {to} layout is known for Wan; use `diffusers` or `merged`"):
+    monkeypatch.setattr(WAN, "programs", ())
+    with pytest.raises(ValueError, match=f"no {to} layout is known for Wan; use `diffusers`, `merged`"):
         export_adapter(adapter, to, tmp_path / "out", family=WAN)
     assert not (tmp_path / "out").exists()
 
@@ -69,8 +69,12 @@ def test_an_export_that_differs_is_not_left_behind(base, tmp_path: Path, monkeyp
     _, tensors, config = trained(base)
     write_diffusers(tmp_path, tensors, config)
     adapter = read_adapter(tmp_path, WAN)
-    wrong = {k: v * 1.001 if ".lora_B" in k else v for k, v in spell(tensors, "comfyui", alpha=4).items()}
-    monkeypatch.setattr(write, "_comfyui", lambda *_: wrong)
+    wrong = layouts.SPELLINGS["comfyui"].write
+    monkeypatch.setattr(
+        type(layouts.SPELLINGS["comfyui"]),
+        "write",
+        lambda _, layers: {k: v * 1.001 if ".lora_B" in k else v for k, v in wrong(layers).items()},
+    )
     with pytest.raises(AssertionError, match="differs after export"):
         export_adapter(adapter, "comfyui", tmp_path / "c.safetensors", family=WAN)
     assert not (tmp_path / "c.safetensors").exists()
@@ -98,8 +102,8 @@ def test_merging_refuses_what_it_would_break(base, tmp_path: Path):
 
 def test_kohya_refuses_what_it_cannot_hold(base, tmp_path: Path):
     for options, reason in [
-        ({"dora": True}, "no other program reads DoRA"),
-        ({"modules": [*ALL, "proj_out"]}, "cannot represent proj_out"),
+        ({"dora": True}, "cannot represent DoRA"),
+        ({"modules": [*ALL, "patch_embedding"]}, "cannot represent convolutions .patch_embedding."),
         ({"lora_bias": True}, "no biases"),
     ]:
         _, tensors, config = trained(base, **options)

@@ -8,31 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from inlaid import families
 from inlaid.adapters.merge import attach_adapter, merge_adapter
 from inlaid.adapters.read import read_adapter
 from inlaid.adapters.write import export_adapter
+from support.clients import adapters as clients
 
 WAN = families.get("wan")
 LIMIT = 5e-5
 """The stock transformer computes the time sinusoid in float32, the reference in float64: that makes 1e-5."""
-
-
-def to_diffusers(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Base weights of the original implementation under the names of diffusers."""
-    rest = {"norm2": "norm3", "norm3": "norm2", "modulation": "scale_shift_table"}
-    out = {}
-    for key, tensor in original.items():
-        stem = ".".join(key.split(".")[:2]) + "." if key.startswith("blocks.") else ""
-        leaf = key.removeprefix(stem).replace("head.modulation", "scale_shift_table")
-        for theirs, ours in [*WAN.original_names, *rest.items()]:
-            if leaf == theirs or leaf.startswith(f"{theirs}."):
-                leaf = ours + leaf.removeprefix(theirs)
-                break
-        out[stem + leaf.replace("self_attn", "attn1").replace("cross_attn", "attn2")] = tensor
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +49,8 @@ def transformer(golden):
         qk_norm="rms_norm_across_heads",
     )
     weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
-    model.load_state_dict(to_diffusers({k: v for k, v in weights.items() if ".lora_" not in k}))
+    original = {k: v for k, v in weights.items() if ".lora_" not in k}
+    model.load_state_dict(WAN.original.to_diffusers(original, model.state_dict()))
     return model.eval()
 
 
@@ -118,3 +105,19 @@ def test_a_folder_written_by_us_loads_alone(golden, transformer, adapter, tmp_pa
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
     pipe.load_lora_weights(str(tmp_path / "adapter"))
     assert difference(transformer, golden[0], "dora") <= LIMIT
+
+
+def test_back_to_the_layout_that_it_came_in(golden, adapter, tmp_path: Path):
+    """The golden file, exported for Wan-Alpha again: the same names but for `.default`, the same values."""
+    path = export_adapter(adapter, "wan-alpha", tmp_path / "dora.safetensors", family=WAN)
+    weights = {k.removeprefix("weights."): v for k, v in golden[0].items() if k.startswith("weights.")}
+    file = load_file(path)
+    original = {k: v for k, v in weights.items() if ".lora_" in k}
+    assert {f"diffusion_model.{k.replace('.default', '')}" for k in original} == file.keys()
+    for key, value in original.items():
+        assert torch.equal(file[f"diffusion_model.{key.replace('.default', '')}"].flatten(), value.flatten())
+    base = {k: v for k, v in weights.items() if ".lora_" not in k}
+    new, unused = clients.load_dora(base, file)
+    assert unused == []
+    expected = golden[0]["outputs.merged.blocks.0.self_attn.q.weight"]
+    assert (new["blocks.0.self_attn.q.weight"] - expected).abs().max().item() <= 1e-6

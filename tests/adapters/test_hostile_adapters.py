@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from inlaid import config
-from inlaid.adapters.convert import import_adapter
+from inlaid.adapters.importing import import_adapter
 from inlaid.adapters.inspect import describe, inspect_path
 from inlaid.adapters.read import read_adapter
 from inlaid.families.wan import Wan

@@ -122,11 +122,9 @@ def test_the_whole_way(recipe: Callable[..., dict], tmp_path: Path, kind: str) -
     assert torch.allclose(predict(merged), predict(tuned), atol=1e-5)
     assert inlaid("export", folder, "--to", "diffusers").code == 0
     for to in ("comfyui", "kohya"):
-        refused = inlaid("export", folder, "--to", to)
-        assert (
-            refused.code
-            and f"the {to} layout supports LoRA and DoRA only; export this {kind} as merged" in refused.output
-        )
+        assert inlaid("export", folder, "--to", to).code == 0
+    refused = inlaid("export", folder, "--to", "diffsynth")
+    assert refused.code == 2 and "(it ignores them): add --merge to export the whole model" in refused.output
 
 
 def test_files_that_do_not_fit_are_refused(tiny_wan: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_tensors_that_nobody_would_use(base, tmp_path: Path):
     refused(
         tmp_path,
         {**file, "transformer.proj_out.diff_b": torch.ones(4)},
-        "lack a factor, A or B .*proj_out has diff_b",
+        "1 full weight differences, which an adapter cannot represent .*proj_out.diff_b",
     )
 
 

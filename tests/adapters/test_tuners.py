@@ -118,7 +118,7 @@ def test_gradients_that_are_written_by_hand() -> None:
 def test_inputs_that_are_kept_as_they_come_change_no_bit(
     kind: str, dtype: torch.dtype, tiny_wan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = config.LowRank(kind=kind, rank=4)  # type: ignore[arg-type]
+    section = config.LowRank(kind=kind, rank=4, precision="float32")  # type: ignore[arg-type]
     ours, our_weights = scrambled(tiny_wan, section, dtype)
     monkeypatch.setattr(tuners, "keep_inputs", lambda denoiser: None)
     peft, peft_weights = scrambled(tiny_wan, section, dtype)

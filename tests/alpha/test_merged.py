@@ -15,7 +15,8 @@ from torch import Tensor
 
 from inlaid import config
 from inlaid.adapters.adapter import WEIGHTS
-from inlaid.adapters.convert import export_run, import_adapter
+from inlaid.adapters.convert import export_run
+from inlaid.adapters.importing import import_adapter
 from inlaid.adapters.inspect import describe, inspect_path
 from inlaid.adapters.layers import layer_shapes
 from inlaid.adapters.merge import merge_adapter
@@ -357,7 +358,11 @@ def test_exports_come_back(rgba_vae: RgbaVae, vae: AutoencoderKLWan, to: str, tm
         assert names == {"vae_rgb_channel.safetensors", "vae_alpha_channel.safetensors"}
         rgba_vae_published.convert(out, tmp_path / "again", vae)
     else:
-        assert names == {"decoder.safetensors", "vae.safetensors"}
+        assert names == {"decoder.safetensors", "vae.safetensors", "decoder.bin"}
+        torch_file = torch.load(out / "decoder.bin", weights_only=True)
+        decoders = load_file(out / "decoder.safetensors")
+        assert torch_file.keys() == decoders.keys()
+        assert all(torch.equal(torch_file[n], decoders[n]) for n in decoders)
         layers = [n for n in load_file(out / "decoder.safetensors") if "vae_pha" in n and "lora_A" in n]
         convolutions = [m for m in vae.decoder.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
         assert len(layers) == len(convolutions), "each convolution has one original name"

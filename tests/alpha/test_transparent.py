@@ -16,7 +16,6 @@ from rich.console import Console
 from inlaid import config
 from inlaid.alpha import opening
 from inlaid.check import check
-from inlaid.check.scaffold import new_recipe
 from inlaid.data.modality import modality_of
 from inlaid.evaluation.evaluate import Prompt, evaluate
 from inlaid.evaluation.metrics import alpha as alpha_metrics
@@ -81,7 +80,15 @@ def trained(raw: Any) -> Path:
 def test_a_transparent_run_from_training_to_the_report(trained: Path) -> None:
     """One test, because training is what takes its time."""
     samples = sorted(p.name for p in (trained / "samples/step-000002").iterdir())
-    assert samples == [f"00-clip-number-1-seed42.{s}" for s in ("json", "mov", "mp4", "webm")]
+    ends = [".json", ".mov", ".mp4", ".webm", "_alpha.mp4", "_rgb.mp4"]
+    assert samples == [f"00-clip-number-1-seed42{end}" for end in ends]
+    about = json.loads((trained / "samples/step-000002" / samples[0]).read_text("utf-8"))
+    assert about["files"] == [samples[i] for i in (1, 3, 5, 4)] and about["premultiplied"] == [samples[5]]
+    straight, *pair = (trained / "samples/step-000002" / samples[i] for i in (1, 5, 4))
+    white = np.uint8([255, 255, 255])
+    over = compositing.composite(rgba.read_rgba(straight), white).astype(int)
+    both = compositing.composite(rgba.read_pair(*pair), white, premultiplied=True)
+    assert np.abs(both - over).mean() <= 1.5, "the pair is the straight video, multiplied"
 
     made = commands.inlaid("generate", trained, "a disc", "--transparent", "png,mov,webm,apng,mkv")
     assert made.code == 0, made.output
@@ -150,13 +157,3 @@ def test_matte_options_need_a_transparent_run(recipe: Any, raw: Any) -> None:
     report = check.check_recipe(config.build(recipe(**options)))
     assert [m for m in report.mistakes if "data.matte: an opaque run" in m] and not report.ok
     assert check.check_recipe(config.build(raw(**options))).ok
-
-
-def test_new_says_that_clips_have_alpha(tmp_path: Path, tiny_wan: Path, make_clips: Any) -> None:
-    for i in range(2):
-        make.pair(tmp_path / "rgba_clips", f"{i}", make.clip(i, size=(32, 32)))
-    for folder, says in ((tmp_path / "rgba_clips", "#   kind: joint"), (make_clips(2), "")):
-        path = new_recipe("wan", folder, tmp_path / f"{folder.name}.yaml", str(tiny_wan))
-        text = path.read_text("utf-8")
-        assert (says in text) if says else ("alpha" not in text)
-    assert "2 files have alpha or are alpha mattes" in (tmp_path / "rgba_clips.yaml").read_text("utf-8")

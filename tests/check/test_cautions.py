@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from inlaid import config
-from inlaid.training.cautions import cautions
+from inlaid.training.cautions import cautions, length_cautions
 
 RAW = {
     "run": "run",
@@ -45,6 +45,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"train": {"steps": 100}},
         ["train.steps: 100, but run is trained for 250 steps"],
     ),
+    "fewer epochs than done": (
+        {"train": {"epochs": 2}},
+        ["train.epochs: 2, 5 steps, but run is trained for 250 steps"],
+    ),
 }
 
 
@@ -59,6 +63,7 @@ def test_cautions(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         found = cautions(made, Net(), ["wide", "narrow", "conv"])
     else:
         found = cautions(made, Net(), ["wide.weight"])
+    found = [*found, *length_cautions(made, made.train.steps or 5)]
     assert len(found) == len(words), found
     for line, word in zip(found, words, strict=True):
         assert word in line

@@ -54,11 +54,19 @@ def estimate(wan: families.Family, made: config.Config, **changes: Any) -> Estim
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
     [
-        *[("lora", True), slow("dora", 2), ("full", False), slow("lora", 2), slow("lora", False)],
+        *[
+            slow("lora", True),
+            ("lora", "attention"),
+            slow("dora", 2),
+            ("full", False),
+            slow("lora", 2),
+            slow("lora", False),
+        ],
         *[slow("dora", True), slow("dora", False), slow("full", True), slow("full", 2)],
     ],
 )
-def test_memory_is_that_of_a_real_step(wan, kind, checkpointing):
+def test_memory_is_that_of_a_real_step(wan, kind, checkpointing, monkeypatch):
+    monkeypatch.setattr(memory, "KEPT_TOKENS", 1)
     made = recipe(tuner={"kind": kind}, memory={"gradient_checkpointing": checkpointing})
     found = estimate(wan, made)
     denoiser = wan.load_denoiser(torch.float32)
@@ -92,6 +100,20 @@ def test_checkpointing_and_batch_change_activations(wan):
     assert double.memory["activations"] == pytest.approx(2 * on.memory["activations"], rel=0.1)
     assert double.flops == pytest.approx(2 * on.flops, rel=0.01)
     assert estimate(wan, recipe(train={"accumulate": 3})).flops == pytest.approx(3 * on.flops)
+
+
+def test_stored_attention_is_computed_once(wan):
+    size = (9, 512, 256)  # above 1,024 tokens
+    full, kept = (
+        count_operations(wan, wan.load_denoiser(torch.float32, meta=True), size, 1, checkpointing=c)
+        for c in (True, "attention")
+    )
+    assert kept.attention == pytest.approx(full.attention * 3 / 4), "forward, and two for backward"
+    assert kept.across == full.across
+    about = wan.load_denoiser(torch.float32, meta=True).config
+    width = about.num_attention_heads * about.attention_head_dim
+    each = wan.tokens(*size) * 4 * (width + about.num_attention_heads)
+    assert kept.activations - full.activations > (about.num_layers - 1) * each
 
 
 def test_attention_is_quadratic_and_never_kept(wan):
@@ -175,6 +197,23 @@ def test_several_processes_share(wan):
         assert found.memory["activations"] == one.memory["activations"]
         assert any("each of 4 processes" in line for line in found.how)
     assert fsdp.memory["gathered blocks"] > 0
+
+
+def test_a_shared_sample_needs_less_in_each_process(wan):
+    long = {"shapes": {(81, 256, 256): 1}}
+    one, two, four = (estimate(wan, recipe(runtime={"sequence": n}), **long) for n in (1, 2, 4))
+    for n, found in ((2, two), (4, four)):
+        for value in (lambda e: e.memory["activations"], lambda e: e.flops):
+            assert 1 / n < value(found) / value(one) < 1.25 / n  # each process has the whole text
+        assert found.memory["frozen weights"] == one.memory["frozen weights"]
+        assert any(f"one of {n} processes that share each sample" in line for line in found.how)
+
+
+def test_hybrid_shards_hold_the_weights_once_in_each_group(wan):
+    full = {"tuner": {"kind": "full"}}
+    runtime = {"parallel": "fsdp", "world_size": 4}
+    whole, hybrid = (estimate(wan, recipe(**full, runtime=runtime | x)) for x in ({}, {"shard_size": 2}))
+    assert hybrid.memory["trained weights"] == 2 * whole.memory["trained weights"]
 
 
 def test_gradients_wait_for_the_next_micro_batch(wan):

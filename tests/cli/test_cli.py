@@ -32,7 +32,22 @@ SHORT = [
 ]
 SHORT += ["optim.warmup=0", "sample.every=null", "sample.steps=1", "tuner.rank=2"]
 COMMANDS = {
-    "new": ["FAMILY", "DATA", "--out", "--checkpoint"],
+    "prepare": [
+        *[
+            "SOURCE",
+            "OUT",
+            "--as",
+            "--size",
+            "--frames",
+            "--fps",
+            "--stride",
+            "--max-clips",
+            "--start",
+            "--end",
+        ],
+        *["--crop", "--sequence-fps", "--decontaminate", "--background", "--crf", "--family", "--workers"],
+    ],
+    "new": ["FAMILY", "DATA", "--out", "--checkpoint", "--alpha"],
     "check": ["RECIPE", "SECTION.KEY=VALUE"],
     "cache": ["RECIPE", "SECTION.KEY=VALUE"],
     "train": ["RECIPE", "SECTION.KEY=VALUE", "Ctrl-C"],
@@ -239,7 +254,12 @@ def test_a_full_fine_tune_is_used_like_an_adapter() -> None:
     for target in ("diffusers", "merged"):
         folder = Path(worked("export", "runs/full", "--to", target).out.strip())
         assert files(folder) == files(Path("runs/full/adapter"))
-    assert inlaid("export", "runs/full", "--to", "comfyui").code == 2
+    path = worked("export", "runs/full", "--to", "comfyui", "--dtype", "bfloat16")
+    assert path.out.strip() == "runs/full/export/full-comfyui-model.safetensors"
+    assert "ComfyUI/models/diffusion_models" in path.err and "note: other programs assume" in path.err
+    assert "head.modulation" in load_file(path.out.strip())
+    refused = inlaid("export", "runs/full", "--to", "wan-alpha")
+    assert refused.code == 2 and "takes adapters only, not a whole model; use `merged`" in refused.output
     assert "WanTransformer3DModel" in worked("inspect", "runs/full").output
 
 

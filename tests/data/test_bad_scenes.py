@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -63,10 +62,13 @@ def save(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     np.save(path, change(np.load(path)))
 
 
-def pickled(path: Path) -> None:
-    out = io.BytesIO()
-    np.save(out, np.array({"surface_points": [0]}, dtype=object), allow_pickle=True)
-    path.write_bytes(out.getvalue())
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("opened"),)
+
+
+def pickled(path: Path, value: Any) -> None:
+    np.save(path, np.array(value, dtype=object), allow_pickle=True)
 
 
 def with_nan(points: np.ndarray) -> np.ndarray:
@@ -101,7 +103,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda s: (seg(DOT)(s), (s / "surface_2.npy").unlink()), "every object of s1 covers too little of the"
     ),
     "not a number": (lambda s: save(s / "surface_1.npy", with_nan), "1 points are not finite"),
-    "a pickle": (lambda s: pickled(s / "surface_1.npy"), "is a pickle, which can run code"),
+    "a pickle that calls": (
+        lambda s: pickled(s / "surface_1.npy", {"surface_points": Harmful()}), "is a pickle that uses"
+    ),
+    "a pickled dict of one number": (
+        lambda s: pickled(s / "surface_1.npy", {"surface_points": [0]}), "a surface must be (n, 6)"
+    ),
+    "a pickled dict without points": (
+        lambda s: pickled(s / "surface_1.npy", {"xyz": 1}), "has no array surface_points; its arrays are: xyz"
+    ),
     "no points": (lambda s: save(s / "surface_1.npy", lambda p: p[:0]), "has 0 points"),
     "few points": (lambda s: save(s / "surface_1.npy", lambda p: p[:5]), "has 5 points"),
     "one place": (lambda s: save(s / "surface_1.npy", lambda p: 0 * p + 0.1), "have the same position"),
@@ -142,6 +152,7 @@ def test_a_bad_scene_is_named_by_check(name: str, place: Path) -> None:
     done = inlaid("check", "recipe.yaml")
     assert (done.code, "Traceback" in done.output) == (2, False)
     assert says in done.output and "s1" in done.output and "not ready" in done.output
+    assert not Path("opened").exists(), "nothing of a pickle is run"
 
 
 WARNED: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -236,3 +247,13 @@ def test_a_bad_recipe_is_refused(name: str, place: Path) -> None:
     done = inlaid("train", "recipe.yaml", change)
     assert (done.code, "Traceback" in done.output) == (2, False)
     assert says in done.output, done.output
+
+
+def test_new_shows_a_bar_and_names_the_import_of_meshes(place: Path) -> None:
+    done = inlaid("new", "midi", "scenes", "--checkpoint", "checkpoint", "--out", "new.yaml")
+    assert done.code == 0 and "probe " in done.output and "3/3" in done.output, done.output
+    (place / "models").mkdir()
+    (place / "models/x.glb").write_bytes(b"x")
+    refused = inlaid("new", "midi", "models", "--checkpoint", "checkpoint")
+    assert refused.code == 2
+    assert "it contains meshes: run `inlaid import meshes models SCENES`" in " ".join(refused.output.split())

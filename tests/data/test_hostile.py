@@ -25,7 +25,7 @@ from inlaid.data.layouts import find_clips
 from inlaid.data.plan import describe_plan
 from inlaid.families.base import PrecomputedLayout
 from inlaid.files import load_torch
-from inlaid.media import meshes
+from inlaid.media import mesh_files, meshes
 from inlaid.media.arrays import load_array, load_arrays, probe_array
 from inlaid.media.images import probe_image
 from inlaid.media.kinds import MediaError
@@ -251,7 +251,7 @@ def test_meshes_read_only_beside_themselves(tmp_path, outside):
     }
     (tmp_path / "m" / "x.gltf").write_text(json.dumps(gltf))
     with pytest.raises(FileError, match="is outside"):
-        meshes.read_scene(tmp_path / "m" / "x.gltf")
+        mesh_files.read_objects(tmp_path / "m" / "x.gltf")
 
 
 # --- sizes that are claimed ---------------------------------------------------------------------------------

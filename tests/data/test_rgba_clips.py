@@ -19,7 +19,7 @@ from inlaid.data.cache import Cache
 from inlaid.data.plan import Plan, plan_dataset
 from inlaid.data.probes import Probes
 from inlaid.families.grid import Grid
-from inlaid.media import compositing, rgba, rgba_images
+from inlaid.media import compositing, rgba, rgba_images, video
 from inlaid.media.kinds import READER
 from support import rgba_clips as make
 from support import videos
@@ -403,6 +403,39 @@ def test_auto_divides_what_looks_premultiplied_and_only_that(clips: Path) -> Non
     assert stated.train[0].read()[seen].mean() < a[seen].mean() and codes(stated) == {}
 
 
+def test_generated_pairs_are_read_back_and_their_previews_are_not(clips: Path) -> None:
+    truth = make.clip()
+    color, matte = rgba.write_pair(clips / "a", truth, 16, premultiplied=True)
+    (clips / "a.txt").write_text("a disc")
+    made = plan(str(clips))
+    assert [(w.clip.path, w.clip.matte) for w in made.train] == [(color, matte)]
+    assert codes(made) == {"premultiplied": ["a_rgb.mp4"]}
+    found, seen = made.train[0].read(), truth[..., 3] > 128
+    assert np.abs(found[seen].astype(int) - truth[seen]).mean() < 3, "color is divided by alpha"
+    over = compositing.composite(truth, np.uint8([0, 0, 0]))
+    video.write_video(clips / "a.mp4", over, 16)
+    again = plan(str(clips))
+    assert [(w.clip.path, w.clip.matte) for w in again.train] == [(color, matte)]
+    assert codes(again)["no-alpha"] == ["a.mp4"], "the matte is that of a_rgb.mp4"
+
+
+def test_color_that_may_be_either_is_asked_about(clips: Path) -> None:
+    glass = make.clip()
+    glass[..., 3] = np.where(glass[..., 3] > 0, 100, 0)
+    glass[..., :3] = np.where(glass[..., 3:] > 0, 60, 0)
+    make.video(clips / "a.mkv", glass)
+    (clips / "a.txt").write_text("glass")
+    made = plan(str(clips))
+    assert codes(made) == {"unclear-color": ["a.mkv"]}
+    there = {False: made.train[0].read()}
+    for stated in (True, False):
+        made = plan(str(clips), matte=KEEP | {"premultiplied": stated})
+        assert codes(made) == {}
+        there[stated] = made.train[0].read()
+    seen = glass[..., 3] > 0
+    assert (there[False][seen][:, 0] == 60).all() and (there[True][seen][:, 0] == 153).all()
+
+
 def test_the_odd_one_out(clips: Path) -> None:
     for i in range(11):
         pixels = make.clip(i)
@@ -490,3 +523,14 @@ def test_paths_stay_in_their_folder(clips: Path, tmp_path: Path) -> None:
     assert "outside" in codes(plan(str(clips)))
     rows = [{"rgb": "a_rgb.mkv", "alpha": "../out/a_alpha.mkv", "prompt": "x"}]
     assert codes(plan(manifest(clips, ".csv", rows)))["outside"] == ["../out/a_alpha.mkv"]
+
+
+def test_rgba_arrays_in_an_opaque_run_are_put_over_white(tmp_path: Path) -> None:
+    for frames in (3, 9):
+        pixels = make.clip(frames=frames)
+        np.savez(tmp_path / "a.npz", frames=pixels, fps=np.float32(16))
+        probe = video.probe(tmp_path / "a.npz")
+        assert (probe.frames, probe.height, probe.width) == (frames, 32, 64) and probe.transparent
+        there = video.read_frames(tmp_path / "a.npz", 0, frames, 16, (32, 64))
+        over = compositing.composite(pixels, np.full(3, 255, np.uint8))
+        assert np.abs(there.astype(int) - over).max() <= 1

@@ -38,6 +38,17 @@ def test_the_estimate_was_within_a_quarter_of_what_was_measured():
     assert all(0.75 < ratio < 1.25 for ratio in ratios.values()), ratios
 
 
+def test_small_objects_have_the_meshes_that_were_promised():
+    found = json.loads((BENCHMARKS / "results/meshing.json").read_text("utf-8"))["rows"]
+    rows = {(row["radius"], row["way"], row["cells"]): row for row in found}
+    before, dense, now = (rows[0.12, way, 256] for way in ("whole box", "dense, own box", "own box"))
+    assert now["chamfer"] <= 0.0038 and now["floor"] >= 0.0036 and now["watertight"]
+    assert 0.5 < now["triangles"] / dense["triangles"] < 2 and now["triangles"] > 10 * before["triangles"]
+    assert now["evaluations"] < 0.05 * dense["evaluations"] and now["peak_mb"] < 0.2 * dense["peak_mb"]
+    large = [rows[0.9, way, 256] for way in ("whole box", "own box")]
+    assert large[1]["evaluations"] < large[0]["evaluations"], "large objects cost less than before"
+
+
 def test_containers_keep_what_the_table_says(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "containers.py"), "--toy", "--out", str(tmp_path)]
     subprocess.run(command, capture_output=True, text=True, check=True)

@@ -120,7 +120,15 @@ def test_commands_are_understood(page: Path) -> None:
             config.build(BASE, changes)
 
 
-OTHERS = ("--signal",)
+OTHERS = (
+    "--signal",
+    "--lora_path",
+    "--vae_lora_checkpoint",
+    "--lora_weight",
+    "--lora_weight_high_noise",
+    "--lora_ratio",
+    "--dit",
+)
 """Options of other programs."""
 
 
@@ -144,7 +152,7 @@ def test_keys_exist(page: Path) -> None:
     known = schema()
     for code in inline(page.read_text("utf-8")):
         found = re.fullmatch(r"([a-z]+)\.([a-z_0-9]+)(=.*)?", code)
-        if found and found[1] in known and found[2] not in ("py", "md", "yaml", "json"):
+        if found and found[1] in known and found[2] not in ("py", "md", "yaml", "json", "jsonl"):
             assert found[2] in known[found[1]], f"`{code}` is in no recipe"
             if found[3] and "NAME" not in found[3]:
                 config.build(BASE, [code])

@@ -469,7 +469,10 @@ def test_what_a_run_cannot_be_asked_for(
     ):
         done = inlaid("generate", run, *options)
         assert done.code == 2 and message in done.output and "Traceback" not in done.output, done.output
-    for to in ("comfyui", "kohya"):
+    for to, reason in {"kohya": "no kohya layout is known", "transpixeler": "joint alpha only"}.items():
         done = inlaid("export", run, "--to", to)
-        assert done.code == 2 and f"no {to} layout is known for CogVideoX" in done.output, done.output
-    assert inlaid("export", run, "--to", "merged").code == 0
+        assert done.code == 2 and reason in done.output, done.output
+    for to in ("merged", "comfyui"):
+        assert inlaid("export", run, "--to", to).code == 0
+    done = inlaid("export", run, "--to", "comfyui", "--merge")
+    assert done.code == 2 and "with one or the other" in done.output, done.output

@@ -11,6 +11,7 @@ import pytest
 
 from inlaid.families import hub
 from support.fake_hub import FakeHub, fake_hub, python
+from support.slow import mostly_slow
 
 FILES = {
     "vae": ["config.json", "diffusion_pytorch_model.safetensors"],
@@ -66,7 +67,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("mode", REFUSALS)
+@pytest.mark.parametrize("mode", mostly_slow(REFUSALS, {"missing", "gated", "busy", "hang"}.__contains__))
 def test_a_refusal_is_one_sentence_after_seconds(served: FakeHub, tmp_path: Path, mode: str) -> None:
     served.mode = mode
     words, severity = REFUSALS[mode]

@@ -24,7 +24,7 @@ from inlaid.data.modality import modality_of
 from inlaid.data.plan import describe_plan
 from inlaid.data.problems import Problem
 from inlaid.media import meshes
-from inlaid.media.meshes import BOUND
+from inlaid.media.isosurface import REACH
 from inlaid.media.scene import (
     MAX_OBJECTS,
     GeneratedScene,
@@ -151,6 +151,58 @@ def test_extractors_do_what_transformers_do() -> None:
         assert (own.normalized(own.image(pixels)[None])[0] - theirs).abs().max() < 1e-5
 
 
+def test_masks_are_sampled_as_torch_nearest_does() -> None:
+    """With the pixel at the center of an output pixel, DINO tokens of published weights differ by 0.2."""
+    mask = np.random.default_rng(0).random((100, 100)) > 0.5
+    index = (np.arange(64) * 100) // 64
+    own = Extractor(64, 64, DINO.mean, DINO.std).mask(mask)
+    assert own.dtype == torch.uint8 and torch.equal(own[0] == 255, torch.from_numpy(mask[index][:, index]))
+    large = np.zeros((768, 768), bool)
+    large[100:301, 50:402] = True
+    rows, columns = (np.flatnonzero(DINO.mask(large)[0].numpy().any(axis)) for axis in (1, 0))
+    assert [rows[0], rows[-1], columns[0], columns[-1]] == [67, 200, 34, 267], "1.5 pixels each"
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (30, 61), (61, 30), (5, 3)])
+def test_an_object_is_cropped_with_a_margin(height: int, width: int) -> None:
+    """TripoSG's program adds a tenth of the longer side on each side, and half of the difference."""
+    image, mask = np.full((200, 300, 3), 90, np.uint8), np.zeros((200, 300), bool)
+    mask[20 : 20 + height, 100 : 100 + width] = True
+    shown = midi_image_encoders.object_crop(np.where(mask[..., None], image, np.uint8(255)), mask)
+    longest = max(height, width)
+    assert {*shown.shape[:2]} <= {n + d for n in [longest + 2 * int(0.1 * longest)] for d in (0, -1)}
+    rows, columns = (np.flatnonzero((shown == 90).all(-1).any(axis)) for axis in (1, 0))
+    assert (len(rows), len(columns)) == (height, width) and (shown == 90).all(-1).sum() == height * width
+    assert rows[0] == shown.shape[0] - 1 - rows[-1] and columns[0] == shown.shape[1] - 1 - columns[-1]
+
+
+def test_triposg_sees_the_object_alone_and_midi_its_place(checkpoint: Callable[[str, str], Path]) -> None:
+    image, mask = np.full((400, 400, 3), 200, np.uint8), np.zeros((400, 400), bool)
+    mask[300:365, 20:85] = True
+    image[mask] = 40
+    shares, places = {}, {}
+    for variant in ("triposg", "scene"):
+        encoders = family(checkpoint("midi", variant)).conditioning.encoders
+        pixels = midi_image_encoders.encoder_inputs(encoders, image, [mask])["dino"][0, :3]
+        dark = (pixels < 128).all(0)
+        shares[variant] = float(dark.float().mean())
+        places[variant] = float(torch.nonzero(dark).float().mean(0)[0] / dark.shape[0])
+    assert shares["scene"] == pytest.approx(0.026, abs=0.006)
+    assert shares["triposg"] > 0.65, "extractor's center crop included"
+    assert places["scene"] > 0.7 and places["triposg"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_nearly_square_images_keep_their_proportions() -> None:
+    from transformers import BitImageProcessorPil
+
+    pixels = np.random.default_rng(0).integers(0, 255, (91, 90, 3), dtype=np.uint8)
+    message = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
+    stock = BitImageProcessorPil(**message, image_mean=DINO.mean, image_std=DINO.std, do_convert_rgb=True)
+    theirs = stock(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+    own = Extractor.of({**message, "image_mean": DINO.mean, "image_std": DINO.std}, DINO)
+    assert (own.normalized(own.image(pixels)[None])[0] - theirs).abs().max() < 1e-5
+
+
 # --- what the network is given ------------------------------------------------------------------------------
 
 
@@ -211,6 +263,11 @@ def test_options_and_targets_that_change_the_function_are_reported(
     place = checkpoint("midi", "scene")
     assert family(place, multi_instance="0, 4").blocks == [0, 4]
     assert family(place, multi_instance="all").blocks == [0, 1, 2, 3, 4]
+    assert family(place, multi_instance="blocks.1").blocks == [1], "not a prefix"
+    assert family(place, multi_instance="blocks.3, 0,blocks.4.attn1").blocks == [0, 3, 4]
+    assert family(place, multi_instance="blocks.2.attn1.processor").blocks == [2]
+    with pytest.raises(ValueError, match=r"multi_instance: `blocks\.2\.attn2` is not one of"):
+        family(place, multi_instance="blocks.2.attn2")
     with pytest.raises(ValueError, match="blocks 0 to 4"):
         family(place, multi_instance="3,9")
     with pytest.raises(ValueError, match="multi_instance: `8-12` is not one of"):
@@ -253,6 +310,71 @@ def test_views_of_one_scene_are_validation_together(
     assert {w.extent for w in plan.train} <= {(n, 32, 32) for n in (1, 2, 3)}
 
 
+def test_objects_are_generated_in_the_published_order_with_their_names(tmp_path: Path) -> None:
+    """The published program sorts objects by gray value, whatever their index or color."""
+    ids = np.repeat(np.arange(5, dtype=np.uint8), 8)[:, None].repeat(40, 1)
+    palette = Image.fromarray(ids, "P")
+    palette.putpalette([0, 0, 0, 255, 255, 255, 10, 10, 10, 0, 0, 0, 0, 255, 0])
+    palette.save(tmp_path / "seg.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "scene_rgb.png")
+    gray = {1: 255, 2: 10, 4: 150}
+    assert all(palette.convert("L").getpixel((0, 8 * n)) == g for n, g in gray.items())
+    pair = (str(tmp_path / "scene_rgb.png"), str(tmp_path / "seg.png"))
+    one: Any = SimpleNamespace(images=("picture", "segmentation"))
+
+    def objects() -> dict[int, str]:
+        return dict(modality_of("scene").read(one, pair, config.Sample())[1].objects)
+
+    assert list(objects().items()) == [(n, f"object_{n}") for n in (2, 4, 1, 3)], "black objects last"
+    (tmp_path / "scene.json").write_text('{"names": {"1": "lamp", "4": "table"}}', "utf-8")
+    assert list(objects().items()) == [(2, "object_2"), (4, "table"), (1, "lamp"), (3, "object_3")]
+    Image.fromarray(np.array([[[0, 0, 0], [0, 0, 255], [90, 0, 0], [0, 60, 0]]], np.uint8)).save(pair[1])
+    Image.new("RGB", (4, 1)).save(pair[0])
+    assert list(objects()) == [3, 1, 2], "27, 29 and 35, in RGB order 60, 255 and 90"
+
+
+def test_a_generated_scene_has_the_names_and_the_order_of_its_objects(
+    checkpoint: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mesh of a name is the one of its mask, and the noise follows the order."""
+    from inlaid.families import midi as module
+
+    one = family(checkpoint("midi", "scene"))
+    pipe = one.pipeline(denoiser=None, device=CPU, dtype=torch.float32)
+    monkeypatch.setattr(module, "make_meshes", lambda fields, *_: {n: f.tokens for n, f in fields.items()})
+    ids = np.zeros((32, 32), np.uint8)
+    ids[:16], ids[16:] = 1, 2
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+
+    def made(objects: dict[int, str]) -> dict[str, torch.Tensor]:
+        how = {"steps": 2, "guidance": 2.0, "generator": torch.Generator().manual_seed(0)}
+        return one.sample(
+            pipe,
+            None,
+            None,
+            images=[image, ids],
+            objects=objects,
+            grid=16,
+            triangles=None,
+            texture=False,
+            **how,
+        )
+
+    given, other = made({1: "sofa", 2: "lamp"}), made({2: "lamp", 1: "sofa"})
+    assert list(given) == ["sofa", "lamp"] and list(other) == ["lamp", "sofa"]
+    assert not torch.equal(given["sofa"], given["lamp"])
+    assert not torch.equal(given["sofa"], other["sofa"]), "other noise"
+    only = made({2: "lamp"})
+    assert list(only) == ["lamp"]
+
+
+def test_the_resolution_of_meshes_is_that_of_the_checkpoint(checkpoint: Callable[[str, str], Path]) -> None:
+    for variant, cells in (("scene", 256), ("triposg", 512)):
+        one = family(checkpoint("midi", variant))
+        assert one.resolved(config.Sample()).grid == cells
+        assert one.resolved(config.Sample(grid=64)).grid == 64
+
+
 @pytest.mark.slow
 def test_the_way_from_scenes_to_a_glb(
     scene_recipe: Callable[..., dict], tmp_path: Path, media_root: Path
@@ -275,9 +397,10 @@ def test_the_way_from_scenes_to_a_glb(
     done = inlaid("generate", tmp_path / "run", *pair, "--output", out, "--grid", 16, "--steps", 2)
     assert done.code == 0, done.output
     stated = json.loads(out.with_suffix(".json").read_text("utf-8"))
-    assert stated["grid"] == 16 and len(stated["objects"]) + sum("empty" in n for n in stated["notes"]) == 4
+    assert stated["grid"] == 16 and stated["texture"] is False
+    assert len(stated["objects"]) + sum("empty" in n for n in stated["notes"]) == 4
     if stated["objects"]:
-        assert sorted(meshes.read_scene(out)) == sorted(stated["objects"])
+        assert sorted(trimesh.load_scene(out).geometry) == sorted(stated["objects"])
     assert nodes(out) == [f"object_{n}" for n in (1, 2, 3, 4)], "also of what is empty"
     page = out.with_suffix(".html").read_text("utf-8")
     assert "src=" not in page and "http" not in page.replace("http-equiv", ""), "nothing from elsewhere"
@@ -294,6 +417,40 @@ def test_the_way_from_scenes_to_a_glb(
     assert "open 3D view" in (tmp_path / "run/report/report.html").read_text("utf-8")
     assert inlaid("export", tmp_path / "run", "--to", "merged").code == 0
     assert inlaid("inspect", tmp_path / "run").code == 0
+
+
+@pytest.mark.slow
+def test_names_go_from_a_mesh_file_through_training_to_the_generated_glb(
+    scene_recipe: Callable[..., dict], tmp_path: Path
+) -> None:
+    """`import meshes`, `train` and `generate` keep them; colors of the image arrive with --texture."""
+    parts = {
+        "table": trimesh.creation.box((1.2, 0.6, 0.8)),
+        "Stuhl <2>": trimesh.creation.box((0.4, 0.9, 0.4)).apply_translation((1.2, 0.1, 0.2)),
+        "lamp": trimesh.creation.cylinder(0.2, 1.0).apply_translation((-1.1, 0.2, 0.3)),
+    }
+    (tmp_path / "rooms").mkdir()
+    for i in range(3):
+        meshes.write_scene(tmp_path / f"rooms/room_{i}.glb", parts)
+    imported = inlaid("import", "meshes", tmp_path / "rooms", tmp_path / "scenes", "--views", 1, "--size", 64)
+    assert imported.code == 0, imported.output
+    run = train(config.build(scene_recipe(train={"steps": 1, "trackers": []})))
+    folder = sorted((tmp_path / "scenes").iterdir())[0]
+    ids = meshes.read_ids(folder / "seg.png")
+    seen = [name for i, name in enumerate(sorted(parts), 1) if (ids == i).any()]
+    assert len(seen) == 3
+    out = tmp_path / "made.glb"
+    pair = ["--image", folder / "scene_rgb.png", "--seg", folder / "seg.png"]
+    done = inlaid("generate", run, *pair, "-o", out, "--grid", 16, "--steps", 1, "--texture")
+    assert done.code == 0, done.output
+    assert nodes(out) == sorted(parts)
+    stated = json.loads(out.with_suffix(".json").read_text("utf-8"))
+    assert set(stated["objects"]) <= set(parts) and stated["texture"] is True
+    assert sum("texture: " in n for n in stated["notes"]) == 1, "made, or why not"
+    report = inlaid("evaluate", run)
+    assert report.code == 0, report.output
+    found = json.loads((run / "report/report.json").read_text("utf-8"))
+    assert set(found["pairs"][0]["tuned"]["parts"]) == set(parts)
 
 
 def nodes(path: Path) -> list[str]:
@@ -314,10 +471,10 @@ def test_real_pictures_become_scenes_on_the_twin(
     done = inlaid("generate", run, *pair, "-o", out, "--grid", 32, "--steps", 10, "--guidance", 2)
     assert done.code == 0, done.output
     assert nodes(out) == [f"object_{n}" for n in range(1, count + 1)]
-    there = meshes.read_scene(out)
+    there = trimesh.load_scene(out).geometry
     assert len(there) >= count - 1, "at most one is empty"
     for one in there.values():
-        assert np.isfinite(one.vertices).all() and np.abs(one.vertices).max() <= BOUND + 1e-5
+        assert np.isfinite(one.vertices).all() and np.abs(one.vertices).max() <= REACH + 1e-5
 
 
 def metrics() -> list[str]:

@@ -116,10 +116,13 @@ def test_first_steps_equal_the_stock_pipeline(folder: Path, mochi: Mochi, networ
     n = cond["text"].shape[1]
     assert torch.equal(cond["text"], seen[0]["encoder_hidden_states"][:, :n]) and "mask" not in cond
     assert torch.equal(padded(cond["text"])[1], seen[0]["encoder_attention_mask"])
-    for step in seen:
+    for step in list(seen):
         with torch.no_grad():
             ours = mochi.predict(network, step["hidden_states"], 1 - step["timestep"] / 1000, cond)
-        assert (ours + step["output"]).abs().max().item() == 0.0
+            step["timestep"] = 1000 - (1 - step["timestep"] / 1000) * 1000
+            exact = pipe.transformer(**{k: v for k, v in step.items() if k != "output"})[0]
+        assert (ours + exact).abs().max().item() == 0.0
+        assert (ours + step["output"]).abs().max().item() < 1e-4, "its timestep is off by up to 6e-5"
 
 
 def test_padding_changes_nothing(folder: Path, mochi: Mochi, network: nn.Module) -> None:
@@ -135,7 +138,7 @@ def test_padding_changes_nothing(folder: Path, mochi: Mochi, network: nn.Module)
         for i, item in enumerate(items):
             text, mask = padded(item["text"][None])
             text = text + torch.randn(text.shape) * ~mask[..., None]
-            asked = (x[i : i + 1], text, (1 - t[i : i + 1]) * 1000, mask)
+            asked = (x[i : i + 1], text, 1000 - t[i : i + 1] * 1000, mask)
             expected = -theirs(*asked, return_dict=False)[0]
             alone = mochi.predict(network, x[i : i + 1], t[i : i + 1], mochi.collate([item]))
             ours = -network(*asked, return_dict=False)[0]
@@ -242,6 +245,35 @@ def test_perfect_prediction_has_no_loss_and_leads_back_to_the_data(mochi: Mochi)
     for now, then in pairwise(sigmas):
         x += (then - now) * mochi.predict(perfect, x, torch.tensor([now]), batch.cond)
     assert torch.allclose(x, data, atol=1e-5)
+
+
+def test_the_timestep_loses_no_digits(mochi: Mochi) -> None:
+    """Of the sampler's steps, t = 1 - timestep / 1000 in float32 leads back to the timestep."""
+    answer = Fixed(torch.zeros(1))
+    cond = {"text": torch.zeros(1, 0, 32)}
+    for wanted in (0.0, 12.5, 25.0, 62.5, 500.0, 987.5, 999.5, 1000.0):
+        mochi.predict(answer, torch.zeros(1), torch.tensor([1 - wanted / 1000]), cond)
+        assert answer.timestep.item() == wanted
+    for sigma in linear_quadratic_schedule(64, 0.025):
+        mochi.predict(answer, torch.zeros(1), torch.tensor([sigma]), cond)
+        assert abs(answer.timestep.item() - (1000 - 1000 * sigma)) < 6.2e-5, (
+            "the spacing of float32 near 1000"
+        )
+
+
+def test_text_has_the_length_of_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other/transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"max_sequence_length": 19}), "utf-8")
+    other = family(tmp_path / "other")
+    long, short = texts(other, "x" * 60, "a")
+    assert other.text_length == len(long["text"]) == 19 > len(short["text"])
+    network: Any = other.load_denoiser(torch.float32)
+    seen: list[tuple[int, ...]] = []
+    network.time_embed.pooler.register_forward_hook(lambda m, args, out: seen.append(args[1].shape))
+    with torch.no_grad():
+        other.predict(network, noisy(other), torch.tensor([0.5]), other.collate([short]))
+    assert seen == [(1, 19)], "the mask of the text pooler"
 
 
 def test_objective_is_that_of_the_reference_trainer(goldens_root: Path, mochi: Mochi) -> None:
@@ -461,10 +493,9 @@ def test_every_command_in_the_same_words(folder: Path, clips: Path, here: Path) 
     for words in ("inlaid_latent_space  raw", "8 in 2 blocks", "mochi", "alpha"):
         assert words in message, message
     assert "| latent_space | raw |" in (here / "run/adapter/README.md").read_text("utf-8")
-    for to in ("comfyui", "kohya"):
-        refused = inlaid("export", "run", "--to", to)
-        assert refused.code == 2 and f"no {to} layout is known for Mochi; use `diffusers`" in refused.output
-    for to in ("diffusers", "merged"):
+    refused = inlaid("export", "run", "--to", "kohya")
+    assert refused.code == 2 and "no kohya layout is known for Mochi; use `diffusers`" in refused.output
+    for to in ("diffusers", "merged", "comfyui", "genmo"):
         assert inlaid("export", "run", "--to", to).code == 0
     done = inlaid("import", "run/export/diffusers", "again", "--family", "mochi")
     assert done.code == 0, done.output

@@ -230,11 +230,17 @@ class Targets:
                 f"{flat}.lora_up.weight": torch.randn(n_out, 4),
             }
             kohya[f"{flat}.alpha"] = torch.tensor(2.0)
+        lokr = {}
+        for name in layers:
+            flat = "lycoris_" + name.replace(".", "_")
+            lokr |= {f"{flat}.lokr_w1": torch.randn(2, 2), f"{flat}.alpha": torch.tensor(1.0)}
+            lokr |= {f"{flat}.lokr_w2_a": torch.randn(4, 1), f"{flat}.lokr_w2_b": torch.randn(1, 4)}
+        save_file(lokr, self.folder / "e.safetensors", metadata={"ss_network_alpha": "1"})
         save_file(own, self.folder / "a.safetensors", metadata=header)
         save_file(kohya, self.folder / "b.safetensors")
         torch.save(own, self.folder / "c.pt")
         torch.save(own, self.folder / "d.bin", _use_new_zipfile_serialization=False)
-        for name in ("a.safetensors", "b.safetensors", "c.pt", "d.bin"):
+        for name in ("a.safetensors", "b.safetensors", "c.pt", "d.bin", "e.safetensors"):
             self.seeds["adapter"].append((name, (self.folder / name).read_bytes()))
 
     def _states(self) -> None:

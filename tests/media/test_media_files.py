@@ -148,7 +148,7 @@ def test_arrays_with_a_rate_are_sampled_by_time(tmp_path):
         ({"video": np.zeros((2, 8, 8, 3), np.uint8)}, "no array `frames`; its arrays are: video"),
         ({"frames": np.zeros((2, 8, 8, 3), np.float32)}, "float32"),
         ({"frames": np.zeros((8, 8, 3), np.uint8)}, "it must be uint8 and"),
-        ({"frames": np.zeros((2, 8, 8, 4), np.uint8)}, "it must be uint8 and"),
+        ({"frames": np.zeros((2, 8, 8, 5), np.uint8)}, "it must be uint8 and"),
         ({"frames": np.zeros((0, 8, 8, 3), np.uint8)}, "it must be uint8 and"),
         ({"frames": np.array([{"a": 1}], dtype=object)}, "object"),
         ({"frames": np.zeros((2, 8, 8, 3), np.uint8), "fps": np.float32(0)}, "`fps` is 0"),

@@ -17,17 +17,17 @@ trimesh = pytest.importorskip("trimesh")
 from inlaid.evaluation.metrics import mesh
 from inlaid.media import mesh_render
 from inlaid.media import meshes as meshes_module
+from inlaid.media.isosurface import REACH
+from inlaid.media.mesh_files import read_objects
 from inlaid.media.mesh_render import View
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import (
-    BOUND,
     LONGEST,
     decimated,
-    extract,
     mesh_problems,
     normalizing,
+    preview_meshes,
     read_ids,
-    read_scene,
     read_surface,
     require_mesh_packages,
     sample_surface,
@@ -35,44 +35,13 @@ from inlaid.media.meshes import (
 )
 
 
-def ball(center: tuple[float, float, float] = (0.0, 0.0, 0.0), radius: float = 0.5):
-    def field(points: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(points - np.array(center), axis=-1) - radius
-
-    return field
-
-
-def test_extraction_is_exact_cheap_and_closed() -> None:
-    asked = []
-
-    def field(points: np.ndarray) -> np.ndarray:
-        asked.append(len(points))
-        return ball((0.2, -0.1, 0.3), 0.5)(points)
-
-    found, note = extract(field, resolution=128, coarse=32)
-    assert found is not None and note == ""
-    distance = np.linalg.norm(found.vertices - [0.2, -0.1, 0.3], axis=-1)
-    cell = 2 * BOUND / 128
-    assert np.abs(distance - 0.5).max() < 0.05 * cell, "dividing by the number of points would show here"
-    assert mesh_problems(found) == [] and found.volume == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.01)
-    assert sum(asked) < 0.2 * 129**3
-    dense, _ = extract(field, resolution=128, coarse=128)
-    assert dense is not None and len(dense.faces) == len(found.faces)
-    assert np.abs(np.sort(dense.vertices, 0) - np.sort(found.vertices, 0)).max() < 1e-5
-
-
-def test_extraction_of_nothing_and_of_a_field_that_is_positive_inside() -> None:
-    assert extract(lambda p: np.ones(len(p)), resolution=32, coarse=32) == (None, "")
-    found, note = extract(lambda p: -ball()(p), resolution=64, coarse=32)
-    assert found is not None and "sign was inverted" in note and found.volume > 0.5
-
-
 def test_problems_are_reported() -> None:
     good = trimesh.creation.icosphere(radius=0.5)
     assert mesh_problems(good) == []
     open_one = trimesh.Trimesh(good.vertices, good.faces[:-1], process=False)
     assert mesh_problems(open_one) == ["is not watertight"]
-    assert "extends beyond the box" in mesh_problems(trimesh.creation.icosphere(radius=1.2))[0]
+    assert mesh_problems(trimesh.creation.icosphere(radius=REACH - 1e-3)) == [], "at the side of the box"
+    assert mesh_problems(trimesh.creation.icosphere(radius=REACH)) == ["is cut off at the box of 1.055"]
     assert "triangles" in mesh_problems(good, most=10)[0]
     broken = good.copy()
     broken.vertices[0] = np.nan
@@ -120,9 +89,6 @@ def test_bad_surfaces_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=says) as error:
             read_surface(tmp_path / "bad.npy")
         assert "bad.npy" in str(error.value)
-    np.save(tmp_path / "p.npy", np.array([{"surface_points": points}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle"):
-        read_surface(tmp_path / "p.npy")
     np.savez(tmp_path / "n.npz", other=points)
     with pytest.raises(ValueError, match="no array surface_points"):
         read_surface(tmp_path / "n.npz")
@@ -141,14 +107,20 @@ def test_scenes_keep_names_and_places(tmp_path: Path) -> None:
     meshes = {
         "chair": trimesh.creation.box((0.2, 0.4, 0.6)).apply_translation((0.5, 0, 0)),
         "7": trimesh.creation.icosphere(radius=0.2).apply_translation((-0.5, 0.1, 0)),
+        "world": trimesh.creation.icosphere(radius=0.1).apply_translation((0, 0.7, 0)),
     }
-    there = read_scene(write_scene(tmp_path / "s.glb", meshes))
+    there = {one.name: one for one in read_objects(write_scene(tmp_path / "s.glb", meshes))[0]}
     assert set(there) == set(meshes)
     for name, one in meshes.items():
-        assert np.allclose(there[name].bounds, one.bounds, atol=1e-6)
+        corners = there[name].triangles.reshape(-1, 3)
+        assert np.allclose([corners.min(0), corners.max(0)], one.bounds, atol=1e-6)
+    raw = (tmp_path / "s.glb").read_bytes()
+    header = json.loads(raw[20 : 20 + int.from_bytes(raw[12:16], "little")])
+    parents = {n["name"] for n in header["nodes"] if "children" in n}
+    assert parents <= {"world_"}, "an object with the name of trimesh's root holds no other object"
     (tmp_path / "bad.glb").write_bytes(b"no")
     with pytest.raises(ValueError, match="is not a mesh"):
-        read_scene(tmp_path / "bad.glb")
+        read_objects(tmp_path / "bad.glb")
 
 
 def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +131,20 @@ def test_fewer_triangles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fast_simplification", None)
     with pytest.raises(ValueError, match=r"fast-simplification: pip install 'inlaid\[mesh\]'"):
         decimated(ball, 1000)
+
+
+def test_previews_have_few_triangles_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    meshes = {
+        "a": trimesh.creation.icosphere(4),
+        "b": trimesh.creation.icosphere(3),
+        "c": trimesh.creation.box(),
+    }
+    assert preview_meshes(meshes) == meshes
+    few = preview_meshes(meshes, 1000)
+    assert sum(len(m.faces) for m in few.values()) <= 1012 and few["c"] is meshes["c"]
+    assert len(few["a"].faces) > 2 * len(few["b"].faces)
+    monkeypatch.setattr(meshes_module, "find_spec", lambda name: None)
+    assert preview_meshes(meshes, 1000) == meshes, "without the package, all triangles"
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +186,18 @@ def test_pictures_show_what_is_there() -> None:
     assert y[mesh_render.render([above], View(0, 0), 128)[1] == 1].mean() < 40
     assert mesh_render.turntable([left], 3, 32).shape == (3, 32, 32, 3)
     assert (mesh_render.render([], size=8)[0] == 255).all()
+
+
+@pytest.mark.parametrize("azimuth", [0, 45, 77, 300])
+def test_a_camera_moves_back_until_all_is_seen(azimuth: float) -> None:
+    cube = trimesh.creation.box([1.9, 1.9, 1.9])
+    view = View(azimuth, 25)
+    cut, whole = (mesh_render.render([cube], v, 64)[1] for v in (view, view.fitting(cube.vertices)))
+    edge = np.ones((64, 64), bool)
+    edge[1:-1, 1:-1] = False
+    assert (whole > 0)[2:-2, 2:-2].any() and not whole[edge].any() and whole.any(0).sum() > 40
+    assert view.fitting(0.1 * cube.vertices) == view, "it does not move closer"
+    assert cut.sum() >= whole.sum()
 
 
 def test_segmentations_keep_their_numbers(tmp_path: Path) -> None:

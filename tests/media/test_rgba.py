@@ -13,9 +13,11 @@ from inlaid import config
 from inlaid.cli.composite import composite_file
 from inlaid.media import compositing, rgba
 from inlaid.media.kinds import MediaError
+from inlaid.media.pixels import multiplied
 from inlaid.media.rgba import _CODECS, CARRIERS
 from inlaid.media.video import probe, read_frames, write_video
 from support import commands
+from support.slow import slow
 
 T, H, W = 9, 72, 96
 
@@ -60,6 +62,134 @@ def test_alpha_survives_every_container(kind: str, suffix: str, tmp_path: Path) 
         seen = pixels[..., 3] > 64
         assert np.abs(there[..., :3].astype(int) - pixels[..., :3])[seen].mean() < 6
     assert list(tmp_path.iterdir()) == [path], "nothing half-written is left"
+
+
+def behind(kind: str, color: tuple[int, int, int]) -> np.ndarray:
+    """A clip of one color, with another color behind the matte."""
+    pixels = clip(kind)
+    pixels[..., :3] = np.where(pixels[..., 3:] > 0, np.uint8(color), np.uint8([5, 250, 20]))
+    return pixels
+
+
+def soft_error(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
+    """Mean and maximum error of color where alpha is neither 0 nor 255."""
+    off = np.abs(a[..., :3].astype(int) - b[..., :3])[(b[..., 3] > 0) & (b[..., 3] < 255)]
+    return float(off.mean()), int(off.max())
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".mov"])
+@pytest.mark.parametrize("kind", ["soft", "ring"])
+def test_color_behind_the_matte_stays_out_of_soft_edges(
+    suffix: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = behind(kind, (230, 40, 190))
+    mean, most = soft_error(rgba.read_rgba(rgba.write_rgba(tmp_path / f"a{suffix}", pixels, 16)), pixels)
+    assert mean <= 2.5 and most <= 4
+    hidden = rgba.read_rgba(tmp_path / f"a{suffix}")[pixels[..., 3] == 0][:, :3].astype(int)
+    assert np.abs(hidden - (230, 40, 190)).max() <= 4, (
+        "programs that scale straight color see no green either"
+    )
+    monkeypatch.setattr(rgba, "grow", lambda x: x)
+    _, most = soft_error(rgba.read_rgba(rgba.write_rgba(tmp_path / f"b{suffix}", pixels, 16)), pixels)
+    assert suffix == ".mov" or most > 100, "without growing it would be green"
+
+
+def test_video_is_read_with_accurate_rounding_of_color(tmp_path: Path) -> None:
+    pixels = behind("soft", (200, 60, 110))
+    path = rgba.write_rgba(tmp_path / "a.webm", pixels, 16)
+    with av.open(str(path)) as container:
+        plain = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    seen = pixels[..., 3] == 255
+    exact = np.abs(rgba.read_rgba(path)[seen][:, :3].astype(int) - (200, 60, 110)).mean()
+    assert exact < 0.8 < np.abs(plain[seen].astype(int) - (200, 60, 110)).mean()
+
+
+# --- pairs --------------------------------------------------------------------------------------------------
+
+BACKGROUNDS = ((0, 0, 0), (255, 255, 255), (0, 200, 60))
+
+
+@pytest.mark.parametrize("kind", ["soft", "glass", "ring", "smoke"])
+def test_a_pair_composites_as_the_straight_clip(kind: str, tmp_path: Path) -> None:
+    pixels = clip(kind)
+    for premultiplied in (True, False):
+        color, matte = rgba.write_pair(tmp_path / "a.b", pixels, 16, premultiplied=premultiplied)
+        assert (color.name, matte.name) == ("a.b_rgb.mp4", "a.b_alpha.mp4")
+        there = rgba.read_pair(color, matte)
+        assert np.abs(there[..., 3].astype(int) - pixels[..., 3]).mean() < 0.6
+        for background in map(np.uint8, BACKGROUNDS):
+            wanted = compositing.composite(pixels, background).astype(int)
+            off = np.abs(compositing.composite(there, background, premultiplied=premultiplied) - wanted)
+            assert off.mean() <= 1.5 and off[pixels[..., 3] > 0].mean() <= 1.5
+        if kind != "glass":
+            assert multiplied(there) == ("premultiplied" if premultiplied else "straight")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b_alpha.mp4", "a.b_rgb.mp4"]
+
+
+def test_a_pair_that_does_not_match_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    color, _ = rgba.write_pair(tmp_path / "a", clip("disc"), 16, premultiplied=True)
+    _, matte = rgba.write_pair(tmp_path / "b", clip("disc")[:-1], 16, premultiplied=True)
+    with pytest.raises(MediaError, match=r"9 frames of 72x96, and 8 frames of 72x96 in b_alpha\.mp4"):
+        rgba.read_pair(color, matte)
+    with pytest.raises(ValueError, match=r"c_rgb.mp4: transparent video is uint8"):
+        rgba.write_pair(tmp_path / "c", clip("disc")[..., :3], 16, premultiplied=True)
+    with pytest.raises(ValueError, match="even height"):
+        rgba.write_pair(tmp_path / "c", clip("disc")[:, :71], 16, premultiplied=True)
+    monkeypatch.setattr(rgba, "premultiply", lambda x: x)
+    with pytest.raises(ValueError, match=r"c_rgb.mp4: the composite of the pair read back has a mean error"):
+        rgba.write_pair(tmp_path / "c", behind("soft", (230, 40, 190)), 16, premultiplied=True)
+    assert len(list(tmp_path.iterdir())) == 4, "nothing half-written is left"
+
+
+# --- straight or premultiplied ------------------------------------------------------------------------------
+
+
+def smoke(lowest: float, highest: float, shade: float, texture: float = 0.0) -> np.ndarray:
+    """Smoke that is soft everywhere: alpha from `lowest` to `highest`, straight float (3, H, W, 4)."""
+    y, x, t = np.meshgrid(np.arange(H), np.arange(W), np.arange(3), indexing="ij")
+    waves = sum(np.sin(x * f / 19 + t / 3 + f) * np.cos(y * f / 23 - t / 4) / f for f in (1, 2, 4, 8))
+    waves = (waves - waves.min()) / np.ptp(waves)
+    alpha = lowest + (highest - lowest) * waves
+    color = shade * (1 - texture * (0.5 + 0.5 * np.sin(x / 7) * np.cos(y / 5)))
+    return np.stack([color, 0.7 * color, 0.4 * color, alpha], -1).transpose(2, 0, 1, 3).astype(np.float32)
+
+
+def stored(straight: np.ndarray, how: str, folder: Path, *, premultiplied: bool) -> np.ndarray:
+    """What is read back of smoke from a file that another program wrote."""
+    made = compositing.to_uint8(compositing.premultiply(straight) if premultiplied else straight)
+    if how in CARRIERS:
+        rgba._write_video(folder / f"a{how}", made, 16, how)  # type: ignore[arg-type]
+        return rgba.read_rgba(folder / f"a{how}")
+    if how == "mp4":
+        write_video(folder / "rgb.mp4", made[..., :3], 16, crf=23)
+        write_video(folder / "alpha.mp4", made[..., 3:].repeat(3, -1), 16, crf=23)
+        return rgba.read_pair(folder / "rgb.mp4", folder / "alpha.mp4")
+    return made
+
+
+@pytest.mark.parametrize("how", ["exact", slow(".mov"), slow(".webm"), "mp4"])
+def test_smoke_without_opaque_pixels_is_straight_or_premultiplied(how: str, tmp_path: Path) -> None:
+    for lowest, highest in ((0.0, 0.45), (0.03, 0.45), (0.1, 0.45)):
+        for shade, texture in ((0.95, 0), (0.5, 0), (0.95, 0.7), (0.15, 0), (0.3, 0.8)):
+            for premultiplied in (False, True):
+                pixels = stored(
+                    smoke(lowest, highest, shade, texture), how, tmp_path, premultiplied=premultiplied
+                )
+                found, wanted = multiplied(pixels), "premultiplied" if premultiplied else "straight"
+                assert found in (wanted, "unclear"), (lowest, shade, texture, wanted)
+                if lowest < 0.1 and shade >= 0.5:
+                    assert found == wanted, (lowest, shade, texture)
+
+
+def test_alpha_that_decides_nothing_is_unclear(tmp_path: Path) -> None:
+    glass = smoke(0.4, 0.4, 0.3)
+    for premultiplied in (False, True):
+        pixels = stored(glass, "exact", tmp_path, premultiplied=premultiplied)
+        stats = rgba.measure_alpha(pixels)
+        assert stats.multiplied == "unclear" and stats.looks == "straight or premultiplied"
+    assert multiplied(stored(smoke(0.4, 0.4, 0.9), "exact", tmp_path, premultiplied=False)) == "straight"
+    black = stored(smoke(0.1, 0.4, 0.0), "exact", tmp_path, premultiplied=False)
+    assert multiplied(black) == "straight", "black is the same in both"
 
 
 def test_the_plain_vp9_decoder_would_have_lost_it(tmp_path: Path) -> None:
@@ -309,3 +439,19 @@ def test_composite_command(tmp_path: Path) -> None:
     }.items():
         done = commands.inlaid("composite", *args)
         assert done.code == 2 and says in done.output and "Traceback" not in done.output, done.output
+
+
+def test_composite_finds_the_matte_of_a_pair(tmp_path: Path) -> None:
+    pixels, out = clip("soft"), tmp_path / "out.mp4"
+    color, matte = rgba.write_pair(tmp_path / "a", pixels, 12, premultiplied=True)
+    wanted = compositing.composite(pixels, np.uint8([200, 0, 0])).astype(int)
+    off = {}
+    for flags in ((), ("--premultiplied",)):
+        done = commands.inlaid("composite", color, "#c80000", "--out", out, *flags)
+        assert done.code == 0, done.output
+        assert ("color looks premultiplied" in done.output) == (not flags)
+        off[flags] = np.abs(read_frames(out, 0, T, 12, (H, W)).astype(int) - wanted).mean()
+    assert off["--premultiplied",] < 3 < off[()]
+    matte.unlink()
+    done = commands.inlaid("composite", color, "red", "--out", out)
+    assert done.code == 2 and "fully opaque" in done.output

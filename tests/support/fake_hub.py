@@ -36,6 +36,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.mode = folder, mode
         self.requests: list[str] = []
+        self.license: str | None = "apache-2.0"
 
     @property
     def url(self) -> str:
@@ -86,6 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"rfilename": self._name(f), "size": f.stat().st_size, "blobId": _etag(f)} for f in files
             ]
             about = {"id": "some/one", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+            about["cardData"] = {"license": self.server.license} if self.server.license else {}
             self._send(200, json.dumps(about).encode(), body)
         else:
             file = self.server.folder / "/".join(path.split("/")[5:])

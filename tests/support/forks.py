@@ -1,4 +1,4 @@
-"""Processes that start with everything imported: `python -m inlaid ...` in milliseconds.
+"""Processes with everything imported: `python -m inlaid ...` and `python FILE.py ...` in milliseconds.
 
 A server imports what the commands import and forks. In between is a client, this file as a program: it takes
 the arguments of `python`, lends its standard streams, environment and folder to the process that the server
@@ -86,7 +86,7 @@ def client(arguments: list[str]) -> NoReturn:
     """Has the server fork, and ends as the fork ends."""
     if arguments[:1] == ["-u"]:  # how torchrun calls Python
         arguments = arguments[1:]
-    if arguments[:2] != ["-m", "inlaid"]:
+    if arguments[:2] != ["-m", "inlaid"] and not arguments[0].endswith(".py"):
         os.execv(sys.executable, [sys.executable, *arguments])
     pid = 0
     early: list[int] = []
@@ -101,7 +101,7 @@ def client(arguments: list[str]) -> NoReturn:
         signal.signal(number, forward)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
         line.connect(os.environ[PLACE])
-        text = json.dumps([arguments[2:], dict(os.environ), str(Path.cwd())]).encode()
+        text = json.dumps([arguments, dict(os.environ), str(Path.cwd())]).encode()
         streams = array.array("i", [0, 1, 2])
         line.sendmsg([len(text).to_bytes(4, "little")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
         line.sendall(text)
@@ -202,7 +202,7 @@ def _fork(line: socket.socket) -> int:
 
 
 def _become(arguments: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> NoReturn:
-    """Makes this fork what `python -m inlaid ARGUMENTS` would be."""
+    """Makes this fork what `python ARGUMENTS` would be."""
     import runpy
     import traceback
 
@@ -221,10 +221,14 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, stre
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    sys.argv = ["inlaid", *arguments]
+    module = arguments[0] == "-m"
+    sys.argv = arguments[1:] if module else arguments
     code = 0
     try:
-        runpy.run_module("inlaid", run_name="__main__", alter_sys=True)
+        if module:
+            runpy.run_module("inlaid", run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:

@@ -29,14 +29,19 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def launch(words: Sequence[object], processes: int = 2, timeout: float = 300) -> CompletedProcess[str]:
-    """What `torchrun --nproc-per-node PROCESSES -m inlaid WORDS...` does, in forks.
+def launch(
+    words: Sequence[object],
+    processes: int = 2,
+    timeout: float = 300,
+    program: Sequence[str] = ("-m", "inlaid"),
+) -> CompletedProcess[str]:
+    """What `torchrun --nproc-per-node PROCESSES -m inlaid WORDS...` does, in forks; or another program.
 
     As there, a process that fails stops the others, all write to the same streams, and the code is 1.
     """
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [str(forks.python()), "-m", "inlaid", *map(str, words)]
+    command = [str(forks.python()), *program, *map(str, words)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         ranks = [
             subprocess.Popen(
@@ -76,7 +81,7 @@ def torchrun(words: Sequence[object], processes: int = 2, timeout: float = 500) 
 
 
 def together(raw: dict, path: Path, mode: str, *overrides: str, start: Launch = launch) -> Path:
-    """Trains a recipe with two processes."""
+    """Trains a recipe with two processes, or as many as `start` starts."""
     path.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
     done = start(["train", path, f"runtime.parallel={mode}", *overrides])
     assert done.returncode == 0, done.stderr

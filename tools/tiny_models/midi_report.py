@@ -28,6 +28,7 @@ from transformers import (
 
 from inlaid.evaluation.metrics import mesh
 from inlaid.media import meshes
+from inlaid.media.isosurface import extract
 from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE, choose_points
 from inlaid.tiny import midi_world
 from inlaid.tiny.midi_solids import Thing, bounds, surface
@@ -143,7 +144,7 @@ def surfaces(vae: TripoSGVAE, latents: Tensor) -> list[np.ndarray | None]:
         def field(p: np.ndarray, tokens: Tensor = tokens) -> np.ndarray:
             return vae.field(tokens[None], torch.from_numpy(np.asarray(p, np.float32))[None])[0].numpy()
 
-        found, _ = meshes.extract(field, resolution=CELLS, coarse=CELLS // 2)
+        found, _ = extract(field, resolution=CELLS, coarse=CELLS // 2)
         out.append(None if found is None else meshes.sample_surface(found, POINTS)[:, :3])
     return out
 

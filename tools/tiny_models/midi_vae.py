@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from inlaid.media.meshes import BOUND
+from inlaid.media.isosurface import BOUND
 from inlaid.networks.triposg import TripoSGVAE, choose_points, sample_posterior
 from inlaid.tiny import midi_world
 from inlaid.tiny.midi_solids import bounds, distance, surface

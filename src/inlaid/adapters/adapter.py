@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya"]
+Layout = Literal["diffusers", "bare", "peft", "comfyui", "original", "kohya", "lycoris"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """Name of the adapter file that `load_lora_weights(folder)` of diffusers loads."""
@@ -43,17 +43,25 @@ class Adapter:
     header: Mapping[str, str] = field(default_factory=dict)
     """Metadata from the file header, without the LoRA configuration."""
     vector: Tensor | None = None
-    """Domain embedding (d,): trained vector that is added to the tokens of the alpha clip; None if absent."""
+    """Domain embedding (d,): trained vector that is added to the alpha channel's tokens; None if absent."""
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    """Changes to parameters without low-rank factors, such as norms, by name. They can only be merged."""
 
     @property
     def joint(self) -> bool:
-        """True if the adapter applies only to the tokens of the alpha clip (see `inlaid.alpha.joint`)."""
+        """True if the adapter applies only to alpha tokens, which represent the alpha channel."""
         return self.header.get("inlaid_alpha") == "joint"
 
     @property
     def modules(self) -> list[str]:
         """Names of the layers that the adapter changes."""
         return list(self.alpha)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the update by module name: (out, in), and kernel axes for convolutions."""
+        pairs = {m: [self.tensors[f"{m}.lora_{x}.weight"].shape for x in "AB"] for m in self.alpha}
+        return {m: (b[0], *a[1:]) for m, (a, b) in pairs.items()}
 
     @property
     def rank(self) -> dict[str, int]:
@@ -63,7 +71,7 @@ class Adapter:
     @property
     def dora(self) -> bool:
         """True for a DoRA, in which every module has a magnitude vector; False for a LoRA."""
-        return f"{next(iter(self.alpha))}.lora_magnitude_vector" in self.tensors
+        return any(f"{module}.lora_magnitude_vector" in self.tensors for module in self.alpha)
 
     def scale(self, module: str) -> float:
         """Return the scale s = alpha / rank of a module's low-rank update s B A."""

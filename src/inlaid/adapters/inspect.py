@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inlaid.adapters.adapter import KINDS, METADATA_KEY, PEFT_WEIGHTS
+from inlaid.adapters.dora_scale import DORA_RULE_KEY
+from inlaid.adapters.full_weights import full_weights
 from inlaid.adapters.layers import some_of
-from inlaid.adapters.read import (
-    DORA_RULE_KEY,
-    _alphas,
-    _File,
-    _open,
-    _parse,
-    _problems,
-    load_safetensors,
-    split_block,
-)
+from inlaid.adapters.lora_config import peft_type
+from inlaid.adapters.names import split_block
+from inlaid.adapters.parse import Parsed, parse
+from inlaid.adapters.read import alphas_of, rank_of
+from inlaid.adapters.source import Source, load_safetensors, open_experts
 from inlaid.files import read_metadata
 from inlaid.networks import rgba_vae_checkpoint
 from inlaid.networks.domain_embedding import EMBEDDING
@@ -81,7 +78,9 @@ def _inspect(path: Path) -> Inspection:
         facts = {"step": str(_json(path / "state.json").get("step")), "size": _bytes(path)}
         trainer = [_inspect_file(p) for p in sorted(path.glob("*.safetensors"))]
         return Inspection(path, "checkpoint", facts, (), (*adapter, *trainer))
-    found = [_inspect_file(p) for p in sorted(path.glob("*.safetensors")) if p.name != EMBEDDING]
+    files = [p for p in sorted(path.glob("*.safetensors")) if p.name != EMBEDDING]
+    files = files or [p for kind in ("*.bin", "*.pt", "*.pth") for p in sorted(path.glob(kind))]
+    found = [_inspect_file(p) for p in files]
     if not found:
         raise ValueError(f"{path}: no adapter, cached item, checkpoint, run or model in this folder")
     companions = tuple(_inspect_file(p) for p in sorted(path.glob(f"*/{PEFT_WEIGHTS}")))  # of `companions`
@@ -106,18 +105,24 @@ def _inspect_file(path: Path) -> Inspection:
             header = read_metadata(file)
             sizes = _sizes(file)
     else:
-        state = _open(path).tensors
-        header, sizes = (
-            {},
-            {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in state.items()},
-        )
+        header, sizes = {}, {}
+        for source in open_experts(path).values():
+            sizes |= _sizes_of(source)
     trainer = any(k.startswith("weights.") for k in sizes)
-    if not trainer and any(mark in k for k in sizes for mark in ("lora_", "dora_scale", "lokr_", "hada_")):
-        return _inspect_adapter(path)
+    if not trainer and any(mark in k for k in sizes for mark in _ADAPTER_MARKS):
+        experts = open_experts(path)
+        if len(experts) == 1:
+            return _inspect_adapter(next(iter(experts.values())))
+        facts = {"experts": " and ".join(map(str, experts)), "size": _bytes(path)}
+        return Inspection(path, "adapter", facts, (), [_inspect_adapter(s) for s in experts.values()])
     facts = _summary(sizes) | {"size": _bytes(path)} | _texts(header)
     if "inlaid_cache" in header:
         return Inspection(path, "cached item", {k: f"{d} {list(s)}" for k, (s, d) in sizes.items()} | facts)
     return Inspection(path, "tensors", facts)
+
+
+_ADAPTER_MARKS = ("lora_", "lora.", "dora_scale", "lokr_", "hada_", ".matrix_A.", "modality_embedding")
+"""Parts of tensor names that occur only in adapters."""
 
 
 def _sizes(file: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -130,57 +135,67 @@ def _sizes(file: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _inspect_adapter(path: Path) -> Inspection:
+def _sizes_of(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in source.tensors.items()}
+
+
+def _inspect_adapter(file: Source) -> Inspection:
     from inlaid import families
 
-    file = _open(path)
-    if str(file.config.get("peft_type", "")).lower() in ("lokr", "loha"):
-        return _inspect_lycoris(file)
+    path = file.path
     known = {name: families.get(name) for name in families.names()}
-    parsed = {name: _parse(file, family, ()) for name, family in known.items()}
+    parsed = {name: parse(file, family) for name, family in known.items()}
     any_family = next(iter(known.values()))
-    if path.name == PEFT_WEIGHTS and not any(p.parts for p in parsed.values()):
+    if path.name == PEFT_WEIGHTS and not any(p.layers for p in parsed.values()):
         layers = file.config.get("target_modules") or ()
-        parsed = {f"none (adapter of {path.parent.name})": _parse(file, any_family, layers)}
-    most = max(len(p.parts) for p in parsed.values())
-    names = [n for n, p in parsed.items() if len(p.parts) == most]
-    sizes = {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in file.tensors.items()}
-    if not most:
-        notes = (f"matches no installed family ({', '.join(known)}); first tensor: {next(iter(sizes))}",)
-        return Inspection(
-            path, "adapter", _summary(sizes) | {"size": _bytes(path)} | _texts(file.header), notes
-        )
+        parsed = {f"none (adapter of {path.parent.name})": parse(file, any_family, layers)}
+    most = max(len(p.layers) + len(p.differences) for p in parsed.values())
+    names = [n for n, p in parsed.items() if len(p.layers) + len(p.differences) == most]
+    about = _summary(_sizes_of(file)) | {"size": _bytes(path)} | _texts(file.header)
     best = parsed[names[0]]
-    problems = _problems(best, known.get(names[0], any_family))
-    facts = {"family": " or ".join(names), "layout": best.layout, "modules": _modules(best.parts)}
+    if not best.layers:
+        first = next(iter(file.tensors), "none")
+        notes = (f"matches no installed family ({', '.join(known)}); first tensor: {first}",)
+        return Inspection(path, "adapter", about, notes)
+    facts = {"family": " or ".join(names), "layout": best.layout, "modules": _modules(best.modules)}
+    kinds = sorted(best.kinds)
+    facts |= {"kind": some_of(KINDS[k] for k in kinds)} if kinds != ["lora"] else {}
+    facts |= {"expert": f"{file.expert} noise"} if file.expert else {}
     if file.header.get("inlaid_alpha") == "joint":
         vector = "no" if file.vector is None else f"yes, {file.vector.numel()} values"
-        facts |= {"transparency": f"joint, {file.config_from}" * bool(file.notes) or "joint"}
+        facts |= {"transparency": f"joint, {file.config_from}" if file.published else "joint"}
         facts |= {"domain embedding": vector}
-    notes = [*best.notes, *(f"cannot be imported: {p}" for p in problems)]
+    problems = [*best.problems, *full_weights(best, None, merging=False, skip_missing=False).problems]
+    notes = [*best.notes]
     if not problems:
-        alphas, sources = _alphas(best, None)
-        source = sources.most_common(1)[0][0]
-        facts["rank"] = _counted(p["A"].shape[0] for p in best.parts.values())
-        values = _counted(f"{a:g}" for a in alphas.values())
-        facts["alpha"] = (
-            f"{values}, from {source}" if source != "rank" else f"not stored; alpha = rank = {values} assumed"
-        )
-    kinds = {k for p in best.parts.values() for k in p}
+        try:
+            facts |= _alpha_facts(best)
+        except ValueError as error:
+            problems.append(str(error).removeprefix(f"{path}: "))
+    notes += [f"cannot be imported: {p}" for p in problems]
+    parts = {k for layer in best.layers.values() for k in layer.parts}
     relative = f"relative to {file.header.get(DORA_RULE_KEY, 'an unnamed norm')}; import needs the base model"
-    dora = "yes, magnitudes as in peft" if "magnitude" in kinds else f"yes, dora_scale {relative}"
-    facts["DoRA"] = dora if {"magnitude", "dora_scale"} & kinds else "no"
-    facts |= _summary(sizes) | {"size": _bytes(path)} | _texts(file.header)
-    return Inspection(path, "adapter", facts, tuple(notes))
+    dora = "yes, magnitudes as in peft" if "magnitude" in parts else f"yes, dora_scale {relative}"
+    facts |= {"DoRA": dora if {"magnitude", "dora_scale"} & parts else "no"} if kinds == ["lora"] else {}
+    return Inspection(path, "adapter", facts | about, tuple(notes))
 
 
-def _inspect_lycoris(file: _File) -> Inspection:
-    modules = {k.removeprefix("transformer.").rsplit(".", 1)[0]: None for k in file.tensors}
-    facts = {"kind": KINDS[file.config["peft_type"].lower()], "layout": "peft", "modules": _modules(modules)}
-    facts |= {"rank": str(file.config.get("r")), "alpha": str(file.config.get("alpha"))}
-    sizes = {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in file.tensors.items()}
-    facts |= _summary(sizes) | {"size": _bytes(file.path)} | _texts(file.header)
-    return Inspection(file.path, "adapter", facts)
+def _alpha_facts(parsed: Parsed) -> dict[str, str]:
+    """Return rank and LoRA alpha of the layers, and the source of alpha."""
+    alphas, sources = alphas_of(parsed, None)
+    source = sources.most_common(1)[0][0]
+    full = [layer.full and peft_type(parsed.source.config) != "LOKR" for layer in parsed.layers.values()]
+    ranks = (
+        "full factors" if f else rank_of(parsed, layer)
+        for f, layer in zip(full, parsed.layers.values(), strict=True)
+    )
+    rank = _counted(ranks)
+    values = _counted(f"{alphas[n]:g}" for n, layer in parsed.layers.items())
+    if source == "rank":
+        return {"rank": rank, "alpha": f"not stored; alpha = rank = {values} assumed"}
+    if all(full):
+        return {"rank": rank, "alpha": f"not used: {source}"}
+    return {"rank": rank, "alpha": f"{values}, from {source}"}
 
 
 def _inspect_model(folder: Path) -> Inspection:
@@ -222,7 +237,7 @@ def _summary(sizes: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, str]:
     return {"tensors": f"{len(sizes)}, {values:,} values", "types": _counted(d for _, d in sizes.values())}
 
 
-def _modules(parts: Mapping[str, object]) -> str:
+def _modules(parts: Sequence[str]) -> str:
     blocks = sorted({int(s.split(".")[-2]) for s, _ in map(split_block, parts) if s})
     whole = blocks == list(range(len(blocks)))
     span = f" in {len(blocks)} blocks" + ("" if whole else f" ({some_of(blocks, 8)})") if blocks else ""

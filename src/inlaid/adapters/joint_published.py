@@ -1,9 +1,9 @@
 """Conversion of published TransPixeler adapters to the usual tensor names.
 
-TransPixeler adapters generate alpha as a second clip (`inlaid.alpha.joint`). Their files do not store LoRA
-alpha, which was 1 for every rank. If such a file is loaded as an ordinary LoRA, the update applies to all
-tokens instead of the alpha tokens only, and is `rank` times too strong. This module is based on
-the layout of the files, not on the authors' code.
+TransPixeler adapters generate the alpha channel as a second clip of tokens (`inlaid.alpha.joint`). Their
+files do not store LoRA alpha, which is always 1. If such a file is loaded as an ordinary LoRA, the update
+applies to all tokens instead of the alpha tokens only, and is `rank` times too strong. This module is based
+on the layout of the files, not on the authors' code.
 """
 
 from __future__ import annotations

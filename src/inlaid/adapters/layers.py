@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,14 +13,13 @@ from inlaid.adapters.adapter import Adapter
 from inlaid.text import printable
 
 
-def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the weight shapes (out, in) of all linear and convolution layers, by layer name.
+def layer_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the weight shapes of all linear and convolution layers, by layer name.
 
-    For a convolution, `in` is the number of input channels times the kernel size. The network may be on the
-    meta device.
+    Shapes are (out, in) or, for convolutions, (out, in, kernel sizes). The network may be on the meta device.
     """
     return {
-        name.removesuffix(".base_layer"): (m.weight.shape[0], math.prod(m.weight.shape[1:]))
+        name.removesuffix(".base_layer"): tuple(m.weight.shape)
         for name, m in denoiser.named_modules()
         if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and ".lora_" not in name
     }
@@ -34,49 +32,49 @@ def some_of(names: Iterable[object], most: int = 4) -> str:
 
 
 def check_fit(
-    adapter: Adapter,
-    layers: Mapping[str, tuple[int, int]],
+    adapter: Adapter | Mapping[str, tuple[int, ...]],
+    layers: Mapping[str, tuple[int, ...]],
     where: object = "adapter",
     widths: Mapping[int, str] = MappingProxyType({}),
 ) -> None:
     """Check that an adapter fits the layers of a network.
 
     Args:
-        adapter: the adapter.
-        layers: shapes (out, in) of the network's layers, from `layer_shapes`.
+        adapter: the adapter, or the shapes of its updates by layer.
+        layers: weight shapes of the network's layers, from `layer_shapes`.
         where: file of the adapter, for messages.
         widths: names of model sizes by hidden width, for messages.
 
     Raises:
-        ValueError: if the network lacks a layer of the adapter, or the layer has another size.
+        ValueError: if the network lacks a layer of the adapter, or the layer has another shape.
     """
-    missing = [m for m in adapter.modules if m not in layers]
+    shapes = adapter.shapes if isinstance(adapter, Adapter) else adapter
+    missing = [m for m in shapes if m not in layers]
     wrong: dict[tuple, str] = {}
-    for module in adapter.modules:
-        a, b = adapter.tensors[f"{module}.lora_A.weight"], adapter.tensors[f"{module}.lora_B.weight"]
-        own = (b.shape[0], math.prod(a.shape[1:]))
+    for module, own in shapes.items():
         if module in layers and own != layers[module]:
             wrong.setdefault((own, layers[module]), module)
     problems = []
     if wrong:
         (own, theirs), module = next(iter(wrong.items()))
         of, other = (f" ({widths[w]})" if w in widths else "" for w in (own[1], theirs[1]))
+        size, needed = (" x ".join(map(str, shape)) for shape in (own, theirs))
         problems.append(
-            f"trained on a network of another size: {module} is {own[0]} x {own[1]}{of} in the adapter and "
-            f"{theirs[0]} x {theirs[1]}{other} in the network"
+            f"trained on a network of another size: {module} is {size}{of} in the adapter and "
+            f"{needed}{other} in the network"
         )
     if missing:
-        count = f"{len(missing)} of the adapter's {len(adapter.modules)} layers"
+        count = f"{len(missing)} of the adapter's {len(shapes)} layers"
         problems.append(f"the network lacks {count} ({some_of(missing)})")
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
 
 
 def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return the image encoders inside a denoiser by name; they are models of the transformers library.
+    """Return the image encoders inside a denoiser by name.
 
-    These encoders are trained together with the denoiser. The adapter of each encoder is stored in a
-    subfolder with the encoder's name.
+    They are models of the transformers library and are trained together with the denoiser. The adapter of
+    each encoder is stored in a subfolder with the encoder's name.
     """
     from transformers import PreTrainedModel
 

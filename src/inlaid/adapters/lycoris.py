@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlaid.adapters.adapter import WEIGHTS
-from inlaid.adapters.read import open_adapter
-from inlaid.adapters.write import adapter_header, write_network, write_tensors
-from inlaid.files import atomic
+from inlaid.adapters.adapter import METADATA_KEY, WEIGHTS
+from inlaid.adapters.lycoris_export import write_original
+from inlaid.adapters.source import load_safetensors, open_adapter
+from inlaid.adapters.write import adapter_header, write_tensors
+from inlaid.files import atomic, read_metadata
+
+if TYPE_CHECKING:
+    from inlaid.families.original_names import OriginalNames
 
 KINDS = ("lokr", "loha")
 """Values of `tuner.kind` that this module implements."""
@@ -28,7 +32,7 @@ _CONFIG: Mapping[str, tuple[str, ...]] = {
     "lokr": ("peft_type", "r", "alpha", "decompose_both", "decompose_factor", "use_effective_conv2d"),
     "loha": ("peft_type", "r", "alpha", "use_effective_conv2d"),
 }
-"""peft settings that the file header stores, by adapter kind: the settings that change the layers' output."""
+"""peft settings that change the output of a layer, by adapter kind. The file header stores only these."""
 
 
 def factor(denoiser: nn.Module, name: str) -> None:
@@ -167,30 +171,32 @@ def load(denoiser: nn.Module, path: Path, name: str = "inlaid") -> bool:
     return True
 
 
-def export(path: Path, to: str, out: Path, base: nn.Module | None) -> Path:
-    """Export a LoKr or LoHa adapter as a copy of its file, or as a network with the adapter merged.
+def export(
+    path: Path,
+    to: str,
+    out: Path,
+    names: OriginalNames,
+) -> Path:
+    """Export a LoKr or LoHa adapter, and verify the written file.
 
     Args:
         path: folder of the adapter.
-        to: `diffusers` for a copy of the file, or `merged` for the network.
-        out: folder to write.
-        base: float32 network without adapters, required for `merged` and changed in place.
+        to: target: `diffusers`, `comfyui` or `musubi`.
+        out: folder to write; for `comfyui` and `musubi`, a file.
+        names: names of the layers in the family's original code.
 
     Returns:
-        The path of the file, or for `merged` the path of the network's folder.
+        The file.
 
     Raises:
-        ValueError: if the target supports LoRA and DoRA only.
+        ValueError: if the target cannot represent a layer.
     """
     found = read(path)
     assert found
-    kind = found[1]["peft_type"].lower()
-    if to in ("comfyui", "kohya"):
-        raise ValueError(f"--to: the {to} layout supports LoRA and DoRA only; export this {kind} as merged")
-    if to == "merged":
-        assert base is not None
-        merge(base, path)
-        return write_network(out, base)
+    if to != "diffusers":
+        with load_safetensors(path / WEIGHTS) as file:
+            header = {k: v for k, v in read_metadata(file).items() if k not in (METADATA_KEY, "config")}
+        return write_original(out, *found, names, to, header)
     with atomic(out) as folder:
         folder.mkdir(parents=True)
         (folder / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes())

@@ -1,4 +1,4 @@
-"""Merging of an adapter into the weights of a network, and attaching of an adapter to a network."""
+"""Functions that merge an adapter into the weights of a network, or attach it to the network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inlaid.adapters.adapter import Adapter
-from inlaid.adapters.layers import base_layer, check_fit, layer_shapes, low_rank_product, row_norms
+from inlaid.adapters.layers import base_layer, check_fit, layer_shapes, low_rank_product, row_norms, some_of
 from inlaid.networks.half_tokens import NOT_MERGEABLE
 
 
@@ -39,16 +39,22 @@ def merge_adapter(denoiser: nn.Module, adapter: Adapter) -> None:
     check_fit(adapter, layer_shapes(denoiser))
     layers = {module: base_layer(denoiser, module) for module in adapter.modules}
     biases = {m: adapter.tensors.get(f"{m}.lora_B.bias") for m in layers}
+    own = dict(denoiser.named_parameters())
+    unknown = [n for n in adapter.differences if n not in own]
+    if unknown:
+        raise ValueError(f"the network lacks parameters that the adapter changes: {some_of(unknown)}")
     for module, layer in layers.items():
         if not layer.weight.is_floating_point():
             raise ValueError(f"{module} is quantized: merge into a bfloat16 or float32 network")
-        if biases[module] is not None and layer.bias is None:
+        if layer.bias is None and (added := biases[module]) is not None and added.any():
             raise ValueError(f"{module} has no bias in the network, but the adapter has one")
     for module, layer in layers.items():
         layer.weight.copy_(_merged(adapter, module, layer.weight))
         added = biases[module]
-        if added is not None:
+        if added is not None and layer.bias is not None:
             layer.bias.copy_(layer.bias.float() + adapter.scale(module) * added.to(layer.bias.device).float())
+    for name, difference in adapter.differences.items():
+        own[name].copy_(own[name].float() + difference.to(own[name].device).float())
 
 
 def attach_adapter(network: nn.Module, adapter: Adapter, name: str = "inlaid") -> None:
@@ -59,6 +65,8 @@ def attach_adapter(network: nn.Module, adapter: Adapter, name: str = "inlaid") -
     """
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
+    if adapter.differences:
+        raise ValueError("full differences of parameters can only be merged: use merge_adapter")
     check_fit(adapter, layer_shapes(network))
     load: Any = getattr(network, "load_lora_adapter", None)
     if load:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from inlaid import config as recipe
-from inlaid.adapters.adapter import KINDS
+from inlaid.adapters.adapter import KINDS, WEIGHTS
+
+_FILE = f'prefix="transformer", weight_name="{WEIGHTS}"'
+"""Arguments with which `load_lora_adapter` finds the file; by default, it looks for a `.bin` file."""
 
 
 def _use(config: recipe.Config, source: str) -> list[str]:
@@ -15,14 +18,14 @@ def _use(config: recipe.Config, source: str) -> list[str]:
     component = "transformer_2" if config.model.expert == "low" else "transformer"
     kind = config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
-        return [
+        return [  # not as an argument of `DiffusionPipeline.from_pretrained`, which ignores Wan's transformer
             "from diffusers import AutoModel, DiffusionPipeline\n",
-            f'{component} = AutoModel.from_pretrained("path/to/this/folder")',
-            f'pipe = DiffusionPipeline.from_pretrained("{source}", {component}={component})',
+            f'pipe = DiffusionPipeline.from_pretrained("{source}")',
+            f'pipe.{component} = AutoModel.from_pretrained("path/to/this/folder")',
         ]
     expert = ", load_into_transformer_2=True" if component == "transformer_2" else ""
     load = {
-        "lokr": f'pipe.{component}.load_lora_adapter("path/to/this/folder", prefix="transformer")',
+        "lokr": f'pipe.{component}.load_lora_adapter("path/to/this/folder", {_FILE})',
         "loha": f'inlaid.adapters.lycoris.load(pipe.{component}, Path("path/to/this/folder"))',
     }
     return [
@@ -34,19 +37,19 @@ def _use(config: recipe.Config, source: str) -> list[str]:
 
 
 def _use_of_scenes(config: recipe.Config, source: str) -> list[str]:
-    """Return the lines of Python code that load the trained weights into the network of MIDI and TripoSG."""
+    """Return the lines of Python code that load the trained weights into a MIDI or TripoSG network."""
     start, kind = "from inlaid.networks.triposg import TripoSGTransformer\n", config.tuner.kind
     if not isinstance(config.tuner, recipe.LowRank):
         return [start, 'network = TripoSGTransformer.from_pretrained("path/to/this/folder")']
+    own = f'network.load_lora_adapter("path/to/this/folder", {_FILE})'
     load = {
-        "lokr": 'network.load_lora_adapter("path/to/this/folder", prefix="transformer")',
         "loha": 'lycoris.load(network, Path("path/to/this/folder"))',
     }
     return [
         *(["from pathlib import Path\n", "from inlaid.adapters import lycoris"] if kind == "loha" else []),
         start,
         f'network = TripoSGTransformer.from_pretrained("{source}", subfolder="transformer")',
-        load.get(kind, 'network.load_lora_adapter("path/to/this/folder")'),
+        load.get(kind, own),
     ]
 
 
@@ -62,7 +65,8 @@ def model_card(
     """Return the model card of the trained weights: front matter for the Hub, loading code and settings.
 
     Args:
-        config: recipe of the run. For a local base model, the card contains only the name of its folder.
+        config: recipe (YAML configuration) of the run. For a local base model, the card contains only the
+            name of its folder.
         step: number of training steps.
         prompts: example prompts.
         task: pipeline tag on the Hub, such as `text-to-video`.

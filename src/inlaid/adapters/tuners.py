@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from inlaid import config as recipe
 from inlaid.adapters import lycoris
-from inlaid.adapters.efficient_layers import ADAPTER, keep_inputs, use_factor_norms
+from inlaid.adapters.efficient_layers import (
+    ADAPTER,
+    HALF,
+    keep_inputs,
+    use_factor_norms,
+    use_low_precision,
+)
 from inlaid.adapters.layers import companions
 from inlaid.adapters.lycoris import KINDS
 from inlaid.adapters.write import write_diffusers, write_peft, write_tensors
@@ -94,7 +100,7 @@ def attach(
     Trainable weights are float32.
 
     Args:
-        section: tuner section of the recipe.
+        section: tuner section of the recipe (YAML configuration).
         targets: default targets of the family.
         denoiser: network to train; changed in place.
         seed: seed of the initial low-rank factors.
@@ -115,9 +121,8 @@ def attach(
             torch.manual_seed(seed)
             denoiser.add_adapter(_peft_config(section, chosen), adapter_name=ADAPTER)  # type: ignore[operator]
             use_factor_norms(denoiser)
-            half = (torch.bfloat16, torch.float16)
-            if not section.dropout and any(p.dtype in half for p in denoiser.parameters()):
-                keep_inputs(denoiser)
+            if not section.dropout and any(p.dtype in HALF for p in denoiser.parameters()):
+                {"base": use_low_precision, "float32": keep_inputs}[section.precision](denoiser)
             lycoris.factor(denoiser, ADAPTER)
             # peft initializes adapters in the dtype of the base model, which may be float8. In that case,
             # initialize them again in float32.

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from inlaid.adapters.adapter import METADATA_KEY, PEFT_WEIGHTS, WEIGHTS, Adapter
-from inlaid.adapters.layers import base_layer, layer_shapes, row_norms, some_of
-from inlaid.adapters.merge import effective_delta, layer_delta, merge_adapter
-from inlaid.adapters.read import DORA_RULE_KEY, TENSOR_KEY, load_safetensors, read_adapter, split_block
+from inlaid.adapters.layers import base_layer, layer_shapes, some_of
+from inlaid.adapters.layouts import LAYOUTS, check, midi_folder
+from inlaid.adapters.layouts import write as write_layout
+from inlaid.adapters.merge import effective_delta, merge_adapter
+from inlaid.adapters.names import TENSOR_KEY
+from inlaid.adapters.programs import canonical, refusal
+from inlaid.adapters.read import read_adapter
+from inlaid.adapters.source import load_safetensors
+from inlaid.console import say
 from inlaid.files import atomic, save_file
 from inlaid.networks.domain_embedding import EMBEDDING, NAME
-from inlaid.networks.half_tokens import NOT_MERGEABLE
 
 if TYPE_CHECKING:
     from inlaid.families import Family
 
-
-Target = Literal["diffusers", "comfyui", "kohya", "merged"]
 
 _CONFIG = (
     "peft_type",
@@ -122,61 +122,66 @@ def adapter_header(config: Mapping[str, Any]) -> dict[str, str]:
 
 def export_adapter(
     adapter: Adapter,
-    to: Target,
+    to: str,
     out: str | Path,
     *,
     family: type[Family] | Family,
     base: nn.Module | None = None,
+    notes: Callable[[str], object] = say,
 ) -> Path:
-    """Write an adapter for another program, and verify the result by reading it back.
+    """Write an adapter for another program, and verify the written file.
 
     Args:
         adapter: adapter from `read_adapter`.
-        to: `diffusers`: a folder with a LoRA or DoRA file. `comfyui`: a file with the original module names
-            under `diffusion_model.`. `kohya`: a file with the module names of kohya and musubi-tuner, and
-            zeros for untrained layers. `merged`: the whole network as a diffusers folder.
-        out: file for `comfyui` and `kohya`, folder for `diffusers` and `merged`.
+        to: name of the target. `diffusers` and `midi-3d` write a folder with adapter files, `merged` writes
+            the whole network as a diffusers folder, and all other targets write one file.
+        out: folder, or file with a suffix. A path without suffix is a folder for the file.
         family: model family that defines the module names.
-        base: network without adapters; `merged` changes it in place. Required for `merged`, for a DoRA with
-            `comfyui`, and for `kohya` if the sizes of untrained layers cannot be inferred.
+        base: network without adapters. Required for `merged` (changed in place), `transpixeler`, `comfyui`
+            with DoRA and `wan-alpha` with LoRA. `transpixeler` and `musubi` need only the sizes of its
+            layers, so it may be on the meta device. Without it, `musubi` infers the sizes where possible.
+        notes: function that prints a note for the user.
 
     Returns:
-        The path of the adapter file; for `merged`, the path of the folder.
+        The path of the folder for `merged` and `midi-3d`, and of the adapter file for other targets.
 
     Raises:
-        ValueError: if the target layout cannot represent the adapter, or `out` exists.
+        ValueError: if the target cannot represent the adapter, or `out` exists.
     """
-    out = Path(out)
-    if adapter.joint and to != "diffusers":
-        raise ValueError(
-            f"--to: {to} applies an adapter to all tokens. {NOT_MERGEABLE[0].upper()}{NOT_MERGEABLE[1:]}"
-        )
-    if to in ("comfyui", "kohya") and not family.original_names:
-        name = (family if isinstance(family, type) else type(family)).__name__
-        raise ValueError(f"--to: no {to} layout is known for {name}; use `diffusers` or `merged`")
-    if to == "merged":
+    out, target = Path(out), canonical(to)
+    reason = refusal(to, family, "dora" if adapter.dora else "lora", joint=adapter.joint)
+    if reason:
+        raise ValueError(f"--to: {reason}")
+    if target == "merged":
         if base is None:
             raise ValueError("merging requires the base model: pass base")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out}: already exists: choose a new folder")
         merge_adapter(base, adapter)
         return write_network(out, base)
-    if to == "diffusers":
+    if target == "midi-3d":
+        with atomic(out) as folder:
+            notes(f"settings for init_custom_adapter: {midi_folder(folder, adapter, {}, adapter.header)}")
+        return out
+    if target == "diffusers":
         taken = out.is_dir() and any(out.iterdir())  # the caller's temporary folder, with other parts
         with nullcontext(out) if taken else atomic(out) as folder:
             if adapter.vector is not None:
                 write_tensors(folder / EMBEDDING, {NAME: adapter.vector}, adapter.header)
             path = write_diffusers(folder, adapter.tensors, adapter.peft_config(), adapter.header)
-            _verify(adapter, read_adapter(path, family, base=base), base)
+            _verify(adapter, read_adapter(path, family, shapes=adapter.shapes), base)
         return out / path.name
-    path = out if out.suffix == ".safetensors" else out / f"{to}.safetensors"
-    tensors = _comfyui(adapter, family, base) if to == "comfyui" else _kohya(adapter, family, base)
-    rule = {DORA_RULE_KEY: "comfyui"} if adapter.dora else {}
+    layout = LAYOUTS[target](adapter, family, base)
+    suffix = ".pt" if layout.torch_file else ".safetensors"
+    path = out if out.suffix == suffix else out / f"{to}{suffix}"
     existed = path.parent.exists()
     try:
         with atomic(path) as part:
-            write_tensors(part, tensors, {**adapter.header, **rule})
-            _verify(adapter, read_adapter(part, family, base=base), base)
+            write_layout(layout, part, adapter.header)
+            if layout.layers:
+                check(layout, target, adapter, base)
+            else:
+                _verify(adapter, read_adapter(part, family, shapes=layer_shapes(base) if base else None))
     except BaseException:
         if not existed:
             with suppress(OSError):
@@ -194,91 +199,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     with atomic(path) as temporary:
         save_file(own, temporary, metadata={**header, "format": "pt"})
-
-
-def _comfyui(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """Return an adapter's tensors for ComfyUI, with original module names and the LoRA alpha of each layer.
-
-    ComfyUI multiplies W + s B A by dora_scale / ||W||, but DoRA multiplies it by m / ||W + s B A||. For equal
-    results, dora_scale is m ||W|| / ||W + s B A||. The converters of diffusers support LoRA alpha only inside
-    the transformer blocks. For layers outside the blocks, B is therefore multiplied by the scale s.
-    """
-    if adapter.dora and base is None:
-        raise ValueError(
-            "DoRA for ComfyUI is relative to the weights of the base model: pass base, or export as merged"
-        )
-    originals = {ours: original for original, ours in family.original_names}
-    out: dict[str, Tensor] = {}
-    for module in adapter.modules:
-        stem, leaf = split_block(module)
-        name, scale = f"diffusion_model.{stem}{originals.get(leaf, leaf)}", adapter.scale(module)
-        a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
-        fold = not stem and scale != 1
-        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = a, b.float() * scale if fold else b
-        if stem:
-            out[f"{name}.alpha"] = torch.tensor(float(adapter.alpha[module]))
-        if f"{module}.lora_B.bias" in adapter.tensors:
-            out[f"{name}.diff_b"] = adapter.tensors[f"{module}.lora_B.bias"].float() * scale
-        if adapter.dora and base is not None:
-            weight = base_layer(base, module).weight.detach().float()
-            magnitude = (
-                adapter.tensors[f"{module}.lora_magnitude_vector"].to(weight.device).float().reshape(-1)
-            )
-            merged = weight + layer_delta(adapter, module).to(weight.device).reshape(weight.shape)
-            out[f"{name}.dora_scale"] = (magnitude * row_norms(weight) / row_norms(merged)).unsqueeze(1)
-    return out
-
-
-def _kohya(adapter: Adapter, family: type[Family] | Family, base: nn.Module | None) -> dict[str, Tensor]:
-    """Return an adapter's tensors for kohya, with factors of zero for untrained layers.
-
-    The result covers all default target layers of every block up to the last trained block, because the
-    converters of diffusers fail if one of these layers is missing.
-    """
-    if adapter.dora:
-        raise ValueError("no other program reads DoRA in the kohya layout: export as merged or comfyui")
-    if any(k.endswith(".bias") for k in adapter.tensors):
-        raise ValueError("the kohya layout has no biases: export as comfyui")
-    stem = next((s for s, _ in map(split_block, adapter.modules) if s), "")
-    originals = {
-        ours: original
-        for original, ours in family.original_names
-        if any(re.fullmatch(t, stem + ours) for t in family.targets)
-    }
-    blocks = stem.rstrip("0123456789.")
-    last = max((int(s.split(".")[-2]) for s, _ in map(split_block, adapter.modules) if s), default=0)
-    wanted = [f"{blocks}.{i}.{leaf}" for i in range(last + 1) for leaf in originals]
-    outside = [m for m in adapter.modules if m not in wanted]
-    if outside:
-        raise ValueError(f"the kohya layout cannot represent {some_of(outside)}: export as comfyui")
-    rank = Counter(adapter.rank.values()).most_common(1)[0][0]
-    like = {split_block(m)[1]: _size(adapter, m) for m in adapter.modules}
-    layers = layer_shapes(base) if base is not None else {}
-    out: dict[str, Tensor] = {}
-    for module in wanted:
-        stem, leaf = split_block(module)
-        name = f"lora_unet_{stem}{originals[leaf]}".replace(".", "_")
-        if module in adapter.alpha:
-            a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
-        else:
-            size = layers.get(module) or like.get(leaf)
-            if size is None:
-                raise ValueError(
-                    f"the kohya layout needs zeros for {module}, but its size is unknown: pass the base model"
-                )
-            a, b = torch.zeros(rank, size[1]), torch.zeros(size[0], rank)
-        out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = a, b
-        out[f"{name}.alpha"] = torch.tensor(float(adapter.alpha.get(module, rank)))
-    return out
-
-
-def _size(adapter: Adapter, module: str) -> tuple[int, int]:
-    """Return the weight shape (out, in) of a layer, computed from its low-rank factors.
-
-    For a convolution, `in` is the number of input channels times the kernel size.
-    """
-    a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
-    return b.shape[0], math.prod(a.shape[1:])
 
 
 def write_network(out: Path, base: nn.Module) -> Path:
@@ -303,13 +223,13 @@ def write_network(out: Path, base: nn.Module) -> Path:
     return out
 
 
-def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
-    """Assert that two adapters have the same effect: the original `wanted`, and `got`, read from its export.
+def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None = None) -> None:
+    """Assert that the exported adapter `got` has the same effect as the original `wanted`.
 
-    Layers that only `got` has must have an update of zero.
+    The update of a layer that is in `got` but not in `wanted` must be zero.
     """
-    assert (wanted.vector is None) == (got.vector is None), "the domain embedding was lost in export"
-    assert wanted.vector is None or torch.equal(wanted.vector, got.vector), "the domain embedding differs"  # type: ignore[arg-type]
+    one, two = (torch.zeros(1) if x.vector is None else x.vector for x in (wanted, got))
+    assert torch.equal(one.expand_as(two), two), "the domain embedding differs after export"
     for module in got.modules:
         if module not in wanted.alpha:
             assert not got.tensors[f"{module}.lora_B.weight"].any(), f"{module} is not part of the adapter"
@@ -321,7 +241,7 @@ def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None) -> None:
         if all(torch.equal(a, b) for a, b in pairs) and wanted.scale(module) == got.scale(module):
             continue  # equal factors: no need to compute the products
         assert base is not None or not wanted.dora, f"magnitudes of {module} differ after export"
-        weight = torch.zeros(_size(wanted, module)) if base is None else base_layer(base, module).weight
+        weight = torch.zeros(wanted.shapes[module]) if base is None else base_layer(base, module).weight
         one, two = effective_delta(wanted, module, weight), effective_delta(got, module, weight)
         limit = 1e-5 * max(one.abs().max().item(), weight.abs().max().item())
         assert (one - two).abs().max().item() <= limit, f"{module} differs after export"

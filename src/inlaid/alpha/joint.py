@@ -3,7 +3,7 @@
 The VAE is unchanged and encodes alpha as a gray video. The latent frames of alpha follow the latent frames of
 color and have the same positions. The adapter applies to the alpha tokens only. An optional domain embedding,
 a trained vector that is initialized to zero, is added to the alpha tokens. If text and video share the
-sequence, the setting `text_to_alpha` restricts the attention of text tokens to alpha tokens
+sequence, the setting `text_to_alpha` limits how much text tokens attend to alpha tokens
 (`networks.joint_attention`).
 
 Before training, the generated alpha clip looks like the color clip; with the same noise for both, the two are
@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from inlaid import config as recipe
 from inlaid.alpha.composed import Composed
-from inlaid.families.base import Family, PrecomputedLayout, as_bytes
+from inlaid.families.base import Family, PrecomputedLayout
+from inlaid.families.sampling import as_bytes
 from inlaid.networks.domain_embedding import NAME, TOKENS, DomainEmbedding, read_domain_embedding
 from inlaid.networks.half_tokens import HalfTokens, half_tokens_class
+from inlaid.networks.sequence_parallel import SequenceParallel
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -75,7 +77,7 @@ class Joint(Composed):
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the file layout of the precomputed latents in a folder, or None if the family supports none.
+        """Return the layout of the precomputed latents in a folder, or None if the family reads none.
 
         If the folder has a subfolder for alpha, color and alpha are read from separate files. Otherwise, they
         are read from one file, color first.
@@ -215,6 +217,10 @@ class Joint(Composed):
         if self.section.domain_embedding:
             domain: Any = denoiser.get_submodule(NAME)
             domain.adapter_layers = [next(iter(layers.values()))]
+
+    def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes: color and alpha are split at the same positions."""
+        self.opaque.split_sequence(denoiser, sequence.of_clips(2))
 
     # --- sampling -----------------------------------------------------------------------------------------
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlaid import config as recipe
 from inlaid.alpha.composed import Composed
 from inlaid.alpha.rgba_vae import locate_rgba_vae, require_wan_vae
+from inlaid.console import once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from inlaid.families.base import Family
     from inlaid.networks.rgba_vae import RgbaVae
 
+
+SHIFT = "inlaid_noise_shift"
+"""Header key of an adapter file; its value is the `alpha.noise_shift` with which the adapter was trained."""
+
+ELLIPSE = "ellipse"
+"""Name of the cached tensor (t, h, w) that describes where the subject is: 1 at its center, 0 far away."""
 
 HEADER = "inlaid_rgba_vae"
 """Header key of an adapter file; its value is the ID of the RGBA VAE with which the adapter was trained."""
@@ -44,7 +52,14 @@ class Merged(Composed):
             )
         self.section, self.vae_folder = section, locate_rgba_vae(section.vae)
         self.facts = rgba_vae_checkpoint.read_config(self.vae_folder)
-        self.media_key = ("merged", self.rgba_vae_id, str(section.colors))
+        self.noise_shift = self._noise_shift()
+        shifted = (ELLIPSE,) if self.noise_shift else ()
+        self.media_key = ("merged", self.rgba_vae_id, str(section.colors), *shifted)
+
+    def _noise_shift(self) -> float:
+        """Return `alpha.noise_shift`; if unset, the value stored with the RGBA VAE, or 0 without one."""
+        found = self.section.noise_shift
+        return float(self.facts.get("noise_shift", 0) if found is None else found)
 
     @property
     def rgba_vae_id(self) -> str:
@@ -53,7 +68,22 @@ class Merged(Composed):
 
     def about(self) -> dict[str, str]:
         """Return the metadata for the adapter's file header, including the ID of the RGBA VAE."""
-        return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.rgba_vae_id}
+        shift = {SHIFT: f"{self.noise_shift:g}"} if self.noise_shift else {}
+        return {**self.opaque.about(), "inlaid_alpha": "merged", HEADER: self.rgba_vae_id, **shift}
+
+    def problems(self, config: recipe.Config) -> list[str]:
+        """Return a message for each unsupported recipe setting, such as an invalid `alpha.noise_mask`."""
+        from inlaid.alpha.noise_shift import read_mask
+
+        found, mask = self.opaque.problems(config), self.section.noise_mask
+        if mask and not self.noise_shift:
+            found.append("alpha.noise_mask: alpha.noise_shift is 0, so no noise is shifted; remove the mask")
+        elif mask:
+            try:
+                read_mask(Path(mask).expanduser(), self.stride)
+            except ValueError as error:
+                found.append(f"alpha.noise_mask: {error}")
+        return found
 
     # --- before the cache ---------------------------------------------------------------------------------
 
@@ -63,7 +93,15 @@ class Merged(Composed):
         Each clip is encoded over several background colors; each training sample uses one of these encodings.
         """
         shape = self.shapes(frames, height, width)["latents"]
-        return {"latents": (min(self.section.colors, len(self.facts.get("colors", range(8)))), *shape)}
+        colors = min(self.section.colors, len(self.facts.get("colors", range(8))))
+        return self._with_ellipse((colors, *shape))
+
+    def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of `latents` (z, t, h, w) and, if noise is shifted, of `ellipse` (t, h, w)."""
+        return self._with_ellipse(self.opaque.shapes(frames, height, width)["latents"])
+
+    def _with_ellipse(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {"latents": latents, **({ELLIPSE: latents[-3:]} if self.noise_shift else {})}
 
     def load_media_encoder(self, device: torch.device) -> RgbaVae:
         """Load the RGBA VAE in float32, with the checkpoint's VAE as its base.
@@ -87,7 +125,8 @@ class Merged(Composed):
         """Encode a straight RGBA clip, uint8 (t, h, w, 4), as `latents` (colors, z, t', h', w').
 
         Latents are normalized per channel, (z - mean) / std. A hash of the clip selects some of the
-        background colors of the RGBA VAE, so the result is reproducible.
+        background colors of the RGBA VAE, so the result is reproducible. With shifted noise, the result also
+        contains `ellipse` (t', h', w').
 
         Raises:
             ValueError: if the clip has no alpha channel.
@@ -95,6 +134,7 @@ class Merged(Composed):
         import numpy as np
         import torch
 
+        from inlaid.alpha.noise_shift import ellipses
         from inlaid.networks import rgba_vae_checkpoint
         from inlaid.networks.rgba_vae import trunk
         from inlaid.networks.rgba_vae_losses import COLORS, hard_render
@@ -116,7 +156,10 @@ class Merged(Composed):
                 seen = hard_render(rgb, alpha, color, eps=float(self.facts.get("alpha_eps", 0)))
                 found.append(encoder.merge(trunk(encoder.vae, seen), of_alpha)[0])
             mean, std = statistics(encoder.vae, device)
-            return {"latents": (torch.stack(found).float() - mean) / std}
+            item = {"latents": (torch.stack(found).float() - mean) / std}
+        if self.noise_shift:
+            item[ELLIPSE] = torch.from_numpy(ellipses(pixels[..., 3], self.stride))
+        return item
 
     # --- after the cache ----------------------------------------------------------------------------------
 
@@ -129,6 +172,29 @@ class Merged(Composed):
 
         which = int(torch.randint(len(item["latents"]), (), generator=generator))
         return {**item, "latents": item["latents"][which]}
+
+    def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Add `noise_shift` to the noise away from the subject; `cond["ellipse"]` is 1 at the subject."""
+        from inlaid.alpha.noise_shift import shifted
+
+        return shifted(noise, cond[ELLIPSE], self.noise_shift) if self.noise_shift else noise
+
+    def _start(self, frames: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+        """Return shifted noise as the pipeline argument `latents`; return an empty mapping if the shift is 0.
+
+        Apart from the shift, it is the noise that the pipeline would sample with this generator.
+        """
+        import torch
+
+        from inlaid.alpha.noise_shift import centered, read_mask
+
+        if not self.noise_shift:
+            return {}
+        shape = self.shapes(frames, *size)
+        mask = self.section.noise_mask
+        where = read_mask(Path(mask).expanduser(), self.stride) if mask else centered(shape[ELLIPSE])
+        noise = torch.randn((1, *shape["latents"]), generator=generator)
+        return {"latents": self.shift_noise(noise, {ELLIPSE: torch.from_numpy(where.copy())[None]})}
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return the diffusers pipeline, with the RGBA VAE in its attribute `rgba_vae`."""
@@ -163,6 +229,7 @@ class Merged(Composed):
 
         z = pipeline(
             **self.pipeline_inputs(pipeline, text, negative, images),
+            **self._start(frames, size, generator),
             height=size[0],
             width=size[1],
             num_frames=frames,
@@ -189,6 +256,12 @@ class Merged(Composed):
             raise ValueError(
                 f"the adapter {was}, but alpha.vae is {self.rgba_vae_id}, whose latents are incompatible: "
                 "use the RGBA VAE that the adapter was trained with"
+            )
+        trained = float(header.get(SHIFT, 0))
+        if trained != self.noise_shift:
+            once(
+                f"note: the adapter was trained with alpha.noise_shift {trained:g}, but it is "
+                f"{self.noise_shift:g}: transparency may be worse; set alpha.noise_shift: {trained:g}"
             )
 
 

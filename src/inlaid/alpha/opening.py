@@ -36,7 +36,7 @@ COMPOSED: Mapping[type[recipe.Section], Callable[[Family, Any], Family]] = {
     recipe.Merged: Merged,
     recipe.RgbaVae: RgbaVaeFamily,
 }
-"""Wrapper classes that add alpha to a model family, by the class of the recipe section that selects them."""
+"""Mapping from the class of a recipe section to the model family class that it selects."""
 
 
 def build_family(config: recipe.Config) -> Family:

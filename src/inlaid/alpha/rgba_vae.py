@@ -97,7 +97,11 @@ class RgbaVaeFamily(Composed):
         if meta:
             with torch.device("meta"):
                 vae = diffusers.AutoencoderKLWan.from_config(self.vae)
-                return rgba_vae_checkpoint.new(vae, self.section.rank, 0)
+                width, rank = None, self.section.rank
+                if start is not None:
+                    facts = rgba_vae_checkpoint.read_config(locate_rgba_vae(start))
+                    width, rank = facts.get("width"), facts.get("rank", {}).get("rgb", rank)
+                return rgba_vae_checkpoint.new(vae, rank, 0, width=width)
         vae = self.load("vae", torch.float32)
         if start is None:
             return rgba_vae_checkpoint.new(vae, self.section.rank, 0)

@@ -21,8 +21,10 @@ from inlaid import config as recipe
 from inlaid import families
 from inlaid.alpha.opening import build_family
 from inlaid.check.estimate import Estimate, estimate_recipe
+from inlaid.check.transparency import proposal
 from inlaid.console import progress
 from inlaid.data.captions import long_texts
+from inlaid.data.layouts import find_clips
 from inlaid.data.modality import Modality, modality_of
 from inlaid.data.plan import Plan, SourceReport, describe_plan
 from inlaid.data.probes import CachedProbes, read_memo, write_memo
@@ -35,7 +37,8 @@ from inlaid.media.rgba import AlphaStats
 from inlaid.runs.folder import Run
 from inlaid.runs.launch import Devices, resolve_devices
 from inlaid.training import memory
-from inlaid.training.cautions import cautions
+from inlaid.training.cautions import cautions, length_cautions
+from inlaid.training.schedule import make_schedule
 from inlaid.training.trained import trained_by
 
 ROWS = 12
@@ -120,6 +123,7 @@ def check_recipe(config: recipe.Config) -> Report:
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
     estimate, notes = None, _notes(config, family, plan)
+    length = _steps(config, plan)
     parts = [c for part in family.encoders.values() for c in part]
     hub = family.availability([*parts, *([family.component] if config.rgba_vae is None else [])])
     warnings: list[str] = []
@@ -128,7 +132,7 @@ def check_recipe(config: recipe.Config) -> Report:
         found.append(f"model.checkpoint: {hub.text}")
     if buckets:
         try:
-            warnings += _cautions(config, family)
+            warnings += _cautions(config, family, length)
             memo_file = Run(Path(config.run)).cache(config) / "estimates.json"
             memo = read_memo(memo_file)
             estimate, more = _estimate(config, family, plan, buckets, memo)
@@ -141,7 +145,7 @@ def check_recipe(config: recipe.Config) -> Report:
         run=config.run,
         family=config.model.family,
         checkpoint=config.model.checkpoint,
-        steps=config.train.steps,
+        steps=length,
         clips=sum(s.clips for s in plan.sources),
         problems=plan.problems,
         mistakes=mistakes,
@@ -179,7 +183,7 @@ def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list
 
 def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
     """Return messages that inform about the run and require no change."""
-    notes = family.notes(config)
+    notes = [*family.notes(config), *_alpha_note(config, family, plan)]
     if not plan.train:
         return notes
     clips = {w.clip.path for w in (*plan.train, *plan.validation)}
@@ -191,9 +195,10 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
         why = "data.validation is 0" if not config.data.validation else few
         notes.append(f"no validation {plan.noun}s ({why}): no validation loss is computed")
     sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
-    epochs = config.train.steps * config.train.accumulate / len(sampler)
+    schedule = make_schedule(config, len(sampler), config.train.accumulate)
+    epochs = float(schedule.steps / schedule.epoch)
     notes.append(
-        f"{config.train.steps:,} steps are {epochs:,.1f} epochs of {len(sampler):,} batches, on one device"
+        f"{schedule.steps:,} steps are {epochs:,.1f} epochs of {len(sampler):,} batches, on one device"
     )
     ready = sum(bool(w.clip.embedding) for w in (*plan.train, *plan.validation))
     if ready:
@@ -205,6 +210,16 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
     for text, why in long_texts(family, [*config.sample.prompts, config.sample.negative_prompt]).items():
         notes.append(f"sample.prompts: `{text[:40]}...` has {why}")
     notes += _conversions(plan)
+    timed = [
+        c for c in plan.clips if c.path in plan.probes and not c.embedding and family.modality == "video"
+    ]
+    untimed = [c for c in timed if plan.probes[c.path].fps is None and plan.probes[c.path].frames > 1]
+    if untimed:
+        notes.append(
+            f"{len(untimed)} of {len(plan.clips)} clips store no frame rate ({untimed[0].name}): each "
+            f"frame is used at {config.data.fps or family.fps:g} fps; set `fps` of the source if they have "
+            "another rate"
+        )
     assumed = sum(p.untagged for p in plan.probes.values())
     if assumed:
         notes.append(
@@ -214,12 +229,34 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
     return notes
 
 
-def _cautions(config: recipe.Config, family: families.Family) -> list[str]:
+def _steps(config: recipe.Config, plan: Plan) -> int:
+    """Return the number of optimizer steps on one device; 0 if set in epochs and there are no windows."""
+    if not plan.train:
+        return config.train.steps or 0
+    sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
+    return make_schedule(config, len(sampler), config.train.accumulate).steps
+
+
+def _alpha_note(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
+    """Return a note about the ways to train on alpha, if an opaque run has clips with alpha."""
+    if family.modality != "video" or config.alpha.kind != "opaque" or config.rgba_vae is not None:
+        return []
+    names = {(p.source, p.name) for p in plan.problems if p.code in ("transparent", "matte")}
+    if not names:
+        mattes = [c for i, s in enumerate(config.data.sources) for c in find_clips(s, i, None, 4).clips]
+        names = {(c.source, c.name) for c in mattes if c.matte} if not plan.probes else set()
+    experts = config.model.expert is not None
+    total = max(len(plan.clips), len(names))
+    return [proposal(config, len(names), total, experts=experts)] if names else []
+
+
+def _cautions(config: recipe.Config, family: families.Family, steps: int) -> list[str]:
     """Return warnings about settings of the recipe that probably do not suit this network."""
     import torch
 
     network = family.load_denoiser(torch.float32, meta=True)
-    return cautions(config, network, trained_by(config, family).select(network))
+    found = cautions(config, network, trained_by(config, family).select(network))
+    return [*found, *length_cautions(config, steps)]
 
 
 def _conversions(plan: Plan) -> list[str]:

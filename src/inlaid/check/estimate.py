@@ -1,4 +1,4 @@
-"""Estimate of a run's parameters, memory, disk space and time, before model weights are downloaded or loaded.
+"""Estimation of a run's parameters, memory, disk space and time before weights are downloaded or loaded.
 
 The network is built on the meta device with its trainable weights or adapter. One forward and backward pass
 is then simulated on shapes only, with gradient checkpointing as in the recipe. The lifetime of every tensor
@@ -12,10 +12,10 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from inlaid import config as recipe
 from inlaid.families import Family
 from inlaid.families.grid import Extent
 from inlaid.networks import quantize
+from inlaid.networks.sequence_parallel import SimulatedSequence
 from inlaid.training import offload
 from inlaid.training.memory import enable_checkpointing
 from inlaid.training.store import Store
@@ -42,7 +43,7 @@ EFFICIENCY = (0.25, 0.7)
 """Assumed minimum and maximum training speed, as a fraction of the speed of large matrix products."""
 
 OVERHEAD_SECONDS = 0.05
-"""Shortest step, in seconds, for which a time is estimated; in shorter steps, overhead dominates."""
+"""Minimum step time, in seconds, for which an estimate is given. Overhead dominates shorter steps."""
 
 WORDS_TO_TOKENS = 1.5
 """Estimated number of text tokens per word of a caption."""
@@ -85,29 +86,15 @@ class _Nowhere:
         """Return None."""
 
 
-class _Attention(torch.autograd.Function):
-    """Simulation of fused attention: saves queries, keys, values and output, but no attention matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[[float], None]) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out)
-        ctx.note = note
-        note(1.0)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, _ = ctx.saved_tensors
-        ctx.note(2.0)
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), None
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
 class _Fused:
-    """Context manager that replaces PyTorch's attention with `_Attention` and counts its operations.
+    """Context manager that replaces PyTorch's attention with its flash attention, and counts operations.
 
-    Gradient checkpointing repeats the forward pass of blocks in the backward pass. Unlike a
-    `TorchFunctionMode`, this class also applies to the repeated forward passes.
+    On the meta device, PyTorch would otherwise allocate attention matrices, which no GPU needs. Unlike a
+    `TorchFunctionMode`, this class also applies where gradient checkpointing repeats a forward pass.
     """
 
     def __init__(self, video: int, text: int) -> None:
@@ -116,21 +103,17 @@ class _Fused:
 
     def __enter__(self) -> None:
         self._real = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = self._call
+        F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FLASH(query, key, value)[0]
 
     def __exit__(self, *_: object) -> None:
         F.scaled_dot_product_attention = self._real
 
-    def _call(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        products = 4.0 * query.numel() * key.shape[-2]
+    def count(self, query: Tensor, key: Tensor, times: float) -> None:
+        """Count the floating-point operations of attention; `times` is 1 for a forward pass."""
         queries, keys = query.shape[-2], key.shape[-2]
         all_pairs = min(queries, keys) >= self.video and keys != self.text
         name = "attention" if queries == keys or all_pairs else "across"
-
-        def note(times: float) -> None:
-            self.counts[name] += times * products
-
-        return _Attention.apply(query, key, value, note)
+        self.counts[name] += times * 4.0 * query.numel() * keys
 
 
 class _Ledger(TorchDispatchMode):
@@ -139,8 +122,9 @@ class _Ledger(TorchDispatchMode):
     torch's `FlopCounterMode` is not used, because its module hooks keep tensors in memory.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor], fused: _Fused | None = None) -> None:
         super().__init__()
+        self.fused = fused
         self.live = {t.untyped_storage()._cdata for t in known}
         self.now = self.gradients = 0
         self.flops = 0.0
@@ -152,7 +136,11 @@ class _Ledger(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
-        if formula:
+        if self.fused and func.overloadpacket is _FLASH:
+            self.fused.count(args[0], args[1], 1)
+        elif self.fused and func.overloadpacket is _FLASH_BACKWARD:
+            self.fused.count(args[1], args[2], 2)
+        elif formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
@@ -193,9 +181,10 @@ def count_operations(
     extent: Extent,
     batch: int,
     *,
-    checkpointing: bool | int,
+    checkpointing: bool | int | Literal["attention"],
     accumulating: bool = False,
     offloaded: bool = False,
+    sequence: int = 1,
 ) -> Counts:
     """Run one forward and backward pass of a network on the meta device; count memory and operations.
 
@@ -204,21 +193,22 @@ def count_operations(
         denoiser: network on the meta device, with its tuner attached.
         extent: length, height and width of each sample.
         batch: number of samples.
-        checkpointing: True for gradient checkpointing of all blocks, n for every n-th block, False for none.
+        checkpointing: value of `memory.gradient_checkpointing`.
         accumulating: True if the gradients of an earlier micro-batch already exist.
         offloaded: True if activations are offloaded to host memory.
+        sequence: number of processes that share the tokens of each sample; the result is for one process.
     """
     store = Store(_Nowhere()) if offloaded else None
     if store:
         store.attach(denoiser)
+    if sequence > 1:
+        family.split_sequence(denoiser, SimulatedSequence(sequence))
     if checkpointing:
         enable_checkpointing(denoiser, checkpointing)
     denoiser.train()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    ledger, fused = (
-        _Ledger([*denoiser.parameters(), *denoiser.buffers()]),
-        _Fused(family.tokens(*extent) - family.text_before, family.text_length),
-    )
+    fused = _Fused(family.tokens(*extent) - family.text_before, family.text_length)
+    ledger = _Ledger([*denoiser.parameters(), *denoiser.buffers()], fused)
     if accumulating:
         ledger.gradients = ledger.now = 4 * sum(p.numel() for p in trained)
     note = _drop if accumulating else ledger.gradient
@@ -292,7 +282,7 @@ class Estimate:
     """Minimum and maximum time of one optimizer step in seconds; None if unknown."""
     device: str
     capacity: int
-    """Total bytes of memory that the device has; 0 if unknown."""
+    """Total device memory in bytes; 0 if unknown."""
     precision: str
     how: tuple[str, ...]
     """Sentences that explain how the values were estimated, or why a value is missing."""
@@ -346,9 +336,10 @@ def estimate_recipe(
         checkpointing=checkpointing,
         accumulating=accumulate > 1,
         offloaded="activations" in config.memory.offload,
+        sequence=config.runtime.sequence,
     )
     held = torch.float32 if full else precision
-    frozen = _frozen(config, denoiser, held, recomputed=checkpointing == 1)
+    frozen = _frozen(config, denoiser, held, recomputed=checkpointing in (1, "attention"))
     offloaded = config.memory.offload_optimizer and device.type != "cpu"
     memory = {
         "frozen weights": frozen.device,
@@ -372,14 +363,14 @@ def estimate_recipe(
     )
     weights = f"weights: {parameters / 1e6:,.1f} M in total, {trained / 1e6:,.2f} M trained, in float32"
     small = config.memory.quantize or config.memory.layerwise_casting
-    nth = f"every {checkpointing}th block"
-    recomputed = "no block" if not checkpointing else "all blocks" if checkpointing == 1 else nth
+    which = {0: "no block", 1: "all blocks", "attention": "all blocks, except for attention"}
+    recomputed = which.get(checkpointing, f"every {checkpointing}th block")
     how = (
         weights if full else f"{weights}; the others in {small or _name(precision)}",
         (
             f"activations: peak of a simulated forward and backward pass of {'x'.join(map(str, largest))} at "
-            f"batch {config.train.batch}, with gradient checkpointing of {recomputed}, including gradients "
-            "that exist at the peak; assumes fused attention"
+            f"batch {config.train.batch}{_shared(config)}, with gradient checkpointing of {recomputed}, "
+            "including gradients that exist at the peak; assumes fused attention"
         ),
         *([sharding] if sharding else []),
         *_host(config, frozen, counts, optimizer=offloaded),
@@ -419,7 +410,7 @@ def _cache(
     width: int,
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
-    """Return the size of the cache in bytes, for clips and for captions, and an explanation."""
+    """Return the cache sizes of clips and captions in bytes, and an explanation."""
     clips = sum(
         n * math.prod(shape) * (1 if name in family.bytewise else 2)
         for extent, n in windows.items()
@@ -508,7 +499,8 @@ def _sharded(
 
     Without sharding, the memory is unchanged and the explanation is empty.
     """
-    world, parallel = config.runtime.world_size or 1, config.runtime.parallel
+    parallel = config.runtime.parallel
+    world = config.runtime.shard_size or config.runtime.world_size or 1
     if world == 1 or parallel == "ddp":
         return memory, ""
     own = [f"{optimizer} state", "EMA"]
@@ -524,10 +516,16 @@ def _sharded(
     return {**out, "gathered blocks": 2 * max(sizes, default=0)}, f"{note}, and two complete blocks"
 
 
+def _shared(config: recipe.Config) -> str:
+    """Return how many processes each sample is split over, as text; empty if samples are not split."""
+    processes = config.runtime.sequence
+    return f" in one of {processes} processes that share each sample" if processes > 1 else ""
+
+
 def _time(
     flops: float, device: torch.device, precision: torch.dtype
 ) -> tuple[tuple[float, float] | None, str]:
-    """Return the minimum and maximum seconds per step, or None if unknown, and an explanation."""
+    """Return the minimum and maximum seconds per step (None if unknown), and an explanation."""
     if device.type == "meta":
         return None, "unknown, the recipe's device is not on this machine"
     rate = measure_speed(device, precision)

@@ -1,20 +1,21 @@
-"""`inlaid new`: write a commented recipe with settings that suit a folder of clips or scenes."""
+"""`inlaid new`: write a commented recipe (YAML configuration) that suits a folder of clips or scenes."""
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
+from typing import Literal
 
 from inlaid import config, families
-from inlaid.data.checks import CROPPED
+from inlaid.check import transparency
+from inlaid.check.transparency import SupportedAlpha
+from inlaid.console import progress, say
+from inlaid.data.fitting import fitting_aspects, fitting_frames, fitting_size
+from inlaid.data.material import Material, recognize
 from inlaid.data.modality import modality_of
-from inlaid.data.plan import describe_plan, plan_dataset
-from inlaid.families import Family, Grid
+from inlaid.data.plan import at_rate, describe_plan
+from inlaid.families import Family
 from inlaid.media.kinds import Probe, available_frames
-
-ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
-"""Aspect ratios that a recipe can list in `data.aspects` if the clips have different aspect ratios."""
 
 HEAD = """\
 # Made by `inlaid new {family} {clips}` from {found}.
@@ -29,7 +30,7 @@ model:
   checkpoint: {checkpoint}{choices}
 
 data:
-  sources: {clips}
+  sources:{sources}
 """
 
 TEMPLATE = (
@@ -41,7 +42,7 @@ TEMPLATE = (
   # trigger: zorble  # rare word added to every caption; use it in prompts to get the subject
 
 {alpha}tuner:
-  kind: lora  # or dora (slower, often better) or full
+  kind: {tuner}
   rank: 32
 
 optim:
@@ -57,19 +58,24 @@ sample:
 {prompts}{sampling}"""
 )
 
-TRANSPARENT = """\
-# alpha:
-#   kind: joint  # or merged; {} files have alpha or are alpha mattes (opaque runs: over white, or left out)
-
-"""
+TUNERS = {
+    "opaque": "lora  # or dora (slower, often better) or full",
+    "joint": "lora  # or dora (slower, often better)",
+    "merged": "dora  # as Wan-Alpha; or lora (faster) or full",
+}
+"""Value of `tuner.kind` for each kind of alpha, with a YAML comment."""
 
 PROMPTS = "  prompts:  # generated during training; `inlaid evaluate` compares them with the base model\n"
 
 NO_PROMPTS = "  seed: 42  # without prompts and images, samples use captions and images of the first clips\n"
 """Text that replaces `PROMPTS` in a recipe if the model family needs an image for each prompt."""
 
+Choice = Literal["auto", "opaque", "joint", "merged"]
 
-def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | None) -> Path:
+
+def new_recipe(
+    family: str, clips: Path, out: Path | None, checkpoint: str | None, alpha: Choice = "auto"
+) -> Path:
     """Write a recipe for a folder or manifest and return its path.
 
     Args:
@@ -77,9 +83,11 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
         clips: folder of clips, or manifest file that lists clips.
         out: path of the recipe. Default: the name of `clips` + `.yaml` in the current folder.
         checkpoint: Hub ID or folder. Default: the family's first published checkpoint.
+        alpha: kind of alpha; `auto` chooses it by the clips and the checkpoint.
 
     Raises:
-        ValueError: if there are no readable clips, or if the recipe already exists.
+        ValueError: if there are no readable clips, the recipe exists already, or the checkpoint does not
+            support this kind of alpha.
     """
     kind = families.get(family)
     name = checkpoint or next(iter(kind.published))
@@ -88,44 +96,47 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
         "model": {"family": family, "checkpoint": name},
         "data": {"sources": str(clips), "frames": [1]},
     }
-    experts = kind.published.get(name, {}).get("", {}).get("transformer_2")
+    experts = bool(kind.published.get(name, {}).get("", {}).get("transformer_2"))
     if experts:
         raw["model"]["expert"] = "high"
     if kind.modality == "scene":
+        if alpha not in ("auto", "opaque"):
+            raise ValueError(f"--alpha: {family} generates scenes, which have no alpha: leave --alpha out")
         return _scenes(family, kind, clips, out or Path(f"{clips.stem or 'scenes'}.yaml"), name)
-    model = kind(config.build(raw).model)
-    plan = plan_dataset(config.build(raw).data, model.grid, model.fps, 0, family=model)
-    probes = list(plan.probes.values())
-    if not probes:
-        raise ValueError(
-            "\n".join(describe_plan(plan.problems, len(plan.clips))) or f"{clips}: no clips found"
-        )
     path = out or Path(f"{clips.stem or 'clips'}.yaml")
     if path.exists():
         raise ValueError(f"{path}: already exists: pass another path with --out")
-    size = _size(model, probes)
-    ratios = _aspects(probes, size)
-    frames = _frames(probes, model)
-    windows = min(8, max(available_frames(p, model.fps) // max(frames) for p in probes))
+    material, way, section = _alpha(config.build(raw), alpha, experts=experts)
+    plan, model = material.plan, way.family if way else kind(config.build(raw).model)
+    if not plan.probes:
+        raise ValueError(
+            "\n".join(describe_plan(plan.problems, len(plan.clips))) or f"{clips}: no clips found"
+        )
+    sources, probes = _timed(clips, list(plan.probes.values()), model.fps)
+    size = fitting_size(model, probes)
+    ratios = fitting_aspects(probes, size)
+    frames = fitting_frames(probes, model)
+    windows = min(8, max(available_frames(p, model.fps) // max(frames) for p in probes)) if frames else 1
     captions = list(dict.fromkeys(c.caption for c in plan.clips if c.caption))[:2] or [
         "describe the video to generate"
     ]
     steps = max(200, min(4000, 100 * len(probes)))
     others = [c for c in kind.published if c != name]
-    with_alpha = len({p.name for p in plan.problems if p.code in ("transparent", "matte")})
     expert = "\n  expert: high  # or low; train both, in separate runs" if experts else ""
+    seen = f", {material.with_alpha} with alpha" if material.with_alpha else ""
     text = TEMPLATE.format(
         family=family,
         clips=_plain(str(clips)),
+        sources=sources,
         name=path,
         run=_plain(f"runs/{path.stem}"),
-        found=f"{len(probes)} clips in {plan.sources[0].layout} layout",
+        found=f"{len(probes)} clips in {plan.sources[0].layout} layout{seen}",
         checkpoint=name,
         choices=expert + ("".join(f"\n  # or {c}" for c in others) if name in kind.published else ""),
         size=size,
         grid=model.grid,
         aspects=f"  aspects: {ratios}  # each clip uses the nearest ratio\n" if ratios else "",
-        frames=frames,
+        frames=frames or [model.grid.snap_frames(model.grid.offset)],
         fps=model.fps,
         windows=f"  max_windows: {windows}  # maximum number of windows per long clip\n"
         if windows > 1
@@ -135,12 +146,97 @@ def new_recipe(family: str, clips: Path, out: Path | None, checkpoint: str | Non
         epochs=round(steps / len(probes)),
         every=max(50, steps // 8),
         prompts=NO_PROMPTS if model.images else PROMPTS + "".join(f"    - {_quoted(c)}\n" for c in captions),
-        alpha=TRANSPARENT.format(with_alpha) if with_alpha else "",
+        alpha=section,
+        tuner=TUNERS[way.kind if way else "opaque"],
         sampling="" if experts else f"  every: {max(100, steps // 4)}\n",
     )
     path.write_text(_aligned(text), "utf-8")
     config.load(path)
     return path
+
+
+def _alpha(
+    settings: config.Config, wanted: Choice, *, experts: bool
+) -> tuple[Material, SupportedAlpha | None, str]:
+    """Choose the kind of alpha of a recipe, and report it.
+
+    Returns:
+        The clips, the kind of alpha (None for an opaque recipe), and the text of the `alpha` section.
+
+    Raises:
+        ValueError: if the checkpoint does not support the wanted kind of alpha.
+    """
+    found, refused = transparency.supported_alpha(settings, experts=experts)
+    ways = found if wanted == "auto" else [way for way in found if way.kind == wanted]
+    if wanted in ("joint", "merged") and not ways:
+        raise ValueError("; ".join(r for r in refused if wanted in r) or "; ".join(refused))
+    opaque = families.get(settings.model.family)(settings.model)
+    with progress("probe", 1, "clip") as advance:
+        material = recognize(
+            settings.data, opaque, ways[0].family if ways else None, lambda n, of: advance(done=n, total=of)
+        )
+    total, count = len({c.path for c in material.plan.clips}), material.with_alpha
+    if not material.transparent:
+        if wanted in ("joint", "merged"):
+            lines = describe_plan(material.plan.problems, len(material.plan.clips))
+            why = "\n".join(lines) or f"{count} of {total} clips have alpha"
+            raise ValueError(f"--alpha {wanted}: most clips have no alpha:\n{why}")
+        if not count or wanted == "opaque":
+            return material, None, ""
+        say(f"note: {transparency.proposal(settings, count, total, experts=experts)}")
+        section = (
+            f"# alpha: {{kind: {ways[0].kind}}}" if ways else "# No alpha: not supported by this checkpoint"
+        )
+        return (
+            material,
+            None,
+            f"{section}  # {count} of {total} clips have alpha; here it is put over white\n\n",
+        )
+    say(f"{count} of {total} clips have alpha: the recipe trains {ways[0].kind} alpha")
+    for way in (ways[0], *(w for w in found if w.kind != ways[0].kind)):
+        say(f"  {way.kind}: {transparency.CAN[way.kind]}")
+        if not way.ready:
+            say(f"  get its RGBA VAE first: {transparency.import_command(settings.model.checkpoint)}")
+    if count < total:
+        say(
+            f"note: {total - count} of {total} clips have no alpha, which is an error in this run: remove "
+            "them, add alpha mattes, or set data.bad_clips=quarantine"
+        )
+    return material, ways[0], _section(settings.model.checkpoint, ways[0], found)
+
+
+def _section(checkpoint: str, way: SupportedAlpha, found: list[SupportedAlpha]) -> str:
+    """Return the `alpha` section of a recipe, with the other kinds of alpha as comments."""
+    lines = ["alpha:", f"  # {transparency.CAN[way.kind]}", f"  kind: {way.kind}"]
+    if way.kind == "merged":
+        lines.append(f"  vae: {way.vae}{'' if way.ready else '  # folder that this command writes:'}")
+        lines += [] if way.ready else [f"  # {transparency.import_command(checkpoint)}"]
+    for other in found:
+        if other.kind != way.kind:
+            lines += [f"  # or {other.kind}: {transparency.CAN[other.kind]}"]
+            lines += [] if other.ready else [f"  #   {transparency.import_command(checkpoint)}"]
+            vae = f", vae: {other.vae}" if other.kind == "merged" else ""
+            lines.append(f"  #   alpha: {{kind: {other.kind}{vae}}}")
+    return "\n".join(lines) + "\n\n"
+
+
+def _timed(clips: Path, probes: list[Probe], fps: float) -> tuple[str, list[Probe]]:
+    """Return the YAML text of `data.sources`, and clip properties with a frame rate for image sequences.
+
+    Image sequences store no frame rate. If all other clips have the same frame rate, image sequences get it.
+    """
+    plain = _plain(str(clips))
+    untimed = sum(p.fps is None and p.frames > 1 for p in probes)
+    rates = {round(float(p.fps), 2) for p in probes if p.fps}
+    if not untimed:
+        return f" {plain}", probes
+    if len(rates) != 1:
+        why = f"# {untimed} image sequences store no frame rate: {fps:g} is assumed, else set it here"
+        return f"\n    path: {plain}\n    # fps: 24  {why}", probes
+    rate = rates.pop()
+    timed = [at_rate(p, rate) if p.fps is None and p.frames > 1 else p for p in probes]
+    why = f"# frame rate of the {untimed} image sequences, which store none: that of the other clips"
+    return f"\n    path: {plain}\n    fps: {rate:g}  {why}", timed
 
 
 SCENES = (
@@ -174,7 +270,9 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
     """
     raw = {"run": "unused", "model": {"family": family, "checkpoint": name}, "data": {"sources": str(folder)}}
     settings = config.build(raw)
-    plan = modality_of(kind.modality).plan(settings, kind(settings.model))
+    modality, model = modality_of(kind.modality), kind(settings.model)
+    with progress("probe", 1, modality.one) as advance:
+        plan = modality.plan(settings, model, lambda done, total: advance(done=done, total=total))
     count = len(plan.train) + len(plan.validation)
     if not count:
         raise ValueError("\n".join(describe_plan(plan.problems, len(plan.clips), noun=plan.noun)))
@@ -185,6 +283,7 @@ def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str
     text = SCENES.format(
         family=family,
         clips=_plain(str(folder)),
+        sources=f" {_plain(str(folder))}",
         name=path,
         run=_plain(f"runs/{path.stem}"),
         found=f"{count} scenes in {plan.sources[0].layout} layout",
@@ -217,49 +316,3 @@ def _plain(text: str) -> str:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _size(model: Family, probes: list[Probe]) -> tuple[int, int]:
-    """Return the height and width for a recipe: the default size of the family, adapted to the clips.
-
-    The default is 704 x 1280 in families whose sizes are multiples of more than 16 pixels. It is turned to
-    portrait if most clips are portrait. If the clips are smaller, the result has their median area and median
-    aspect ratio.
-    """
-    height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
-    typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]
-    scale = min(1.0, math.sqrt(typical / (height * width)))
-    if sum(p.height > p.width for p in probes) * 2 > len(probes):
-        height, width = width, height
-    if scale < 0.9:
-        middle = sorted(p.height / p.width for p in probes)[len(probes) // 2]
-        height, width = math.sqrt(typical * middle), math.sqrt(typical / middle)
-    return model.grid.snap_size(height, width)
-
-
-def _aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
-    """Return the ratios in `ASPECTS` that are nearest to the clips; empty if `size` fits 95 % of clips."""
-
-    def off(probe: Probe, ratio: float) -> float:
-        return abs(math.log(probe.width / probe.height / ratio))
-
-    if sum(off(p, size[1] / size[0]) > math.log(1 / (1 - CROPPED)) for p in probes) * 20 <= len(probes):
-        return []
-    value = {a: float(a.split(":")[0]) / float(a.split(":")[1]) for a in ASPECTS}
-    nearest = {min(ASPECTS, key=lambda a, p=p: off(p, value[a])) for p in probes}
-    return [a for a in ASPECTS if a in nearest]
-
-
-def _frames(probes: list[Probe], model: Family) -> list[int]:
-    """Return up to four valid frame counts that suit the lengths of the clips, in increasing order.
-
-    None of the counts is larger than the default of the family.
-    """
-    grid: Grid = model.grid
-    longest = grid.snap_frames(max(model.defaults["data"]["frames"]))
-    fills = {min(longest, grid.snap_frames(available_frames(p, model.fps))) for p in probes}
-    ordered = sorted(n for n in fills if n)
-    while len(ordered) > 4:  # keep shortest and longest, remove one of the two closest neighbors
-        gaps = [ordered[i + 1] / ordered[i] for i in range(len(ordered) - 1)]
-        ordered.pop(max(1, gaps.index(min(gaps))))
-    return ordered

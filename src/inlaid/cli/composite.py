@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from inlaid.console import say
+from inlaid.data.rgba_clips import Pairs
 from inlaid.media.compositing import checkerboard, composite
 from inlaid.media.kinds import available_frames, media_kind
-from inlaid.media.rgba import measure_alpha, read_rgba
+from inlaid.media.pixels import multiplied
+from inlaid.media.rgba import read_pair, read_rgba
 from inlaid.media.video import probe, read_frames, write_video
 
 
@@ -38,8 +41,15 @@ def composite_file(
     if fps is not None and not fps > 0:
         raise ValueError(f"--fps: {fps:g} is not positive; omit it to use the foreground's frame rate")
     pixels = read_rgba(foreground)
-    if measure_alpha(pixels).lowest == 255:
-        raise ValueError(f"{foreground}: is fully opaque; composite needs a file with transparency")
+    if (pixels[..., 3] == 255).all() and (mattes := Pairs(foreground.parent).matte(foreground)):
+        pixels = read_pair(foreground, mattes[0])
+    if (pixels[..., 3] == 255).all():
+        raise ValueError(
+            f"{foreground}: is fully opaque; composite needs a file with transparency, or a color file such "
+            "as dog_rgb.mp4 with dog_alpha.mp4 beside it"
+        )
+    if not premultiplied and multiplied(pixels) == "premultiplied":
+        say(f"note: {foreground}: color looks premultiplied: if edges are too dark, use --premultiplied")
     height, width = (n // 2 * 2 for n in pixels.shape[1:3])  # H.264 needs even sizes
     pixels = pixels[:, :height, :width]
     rate = fps or _rate(foreground)

@@ -21,7 +21,7 @@ from inlaid.tiny.world import FPS
 from inlaid.training.loop import train
 
 SUBJECT, OLD = "the new subject", "the old world"
-"""Names of the two groups of prompts in the report of the demo."""
+"""Names of the two prompt groups in the demo's report."""
 
 CLIPS, PROMPTS = 16, 10
 """Number of training clips, and number of evaluation prompts per group."""

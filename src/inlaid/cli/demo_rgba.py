@@ -65,10 +65,10 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def _again(frames: np.ndarray) -> np.ndarray:
-    """Return the true alpha of a generated clip of the subject, uint8 (t, h, w).
+    """Return the alpha that a generated clip of the subject should have, uint8 (t, h, w).
 
-    The subject is rendered with the position, size and angle that fit the frames best. The alpha of this
-    rendering counts as the true alpha.
+    The subject is rendered with the position, size and angle that fit the frames best. The result is the
+    alpha of this rendering.
     """
     return (rgba_judge.rerender(frames)[0] * 255).round().astype(np.uint8)
 

@@ -65,11 +65,25 @@ Strength = Annotated[
     typer.Option(help="Scale of the adapter: 1 is the fine-tuned model; for a LoRA, 0 is the base model."),
 ]
 
+Grid = Annotated[
+    int | None,
+    typer.Option(help="Scenes: cells per side of each object's box, a power of two.", show_default=False),
+]
+
+Triangles = Annotated[
+    int | None, typer.Option(help="Scenes: maximum number of triangles per object.", show_default=False)
+]
+
+Texture = Annotated[
+    bool | None,
+    typer.Option("--texture", help="Scenes: project the input image onto the meshes.", show_default=False),
+]
+
 Transparent = Annotated[
     str | None,
     typer.Option(
         metavar="mov,webm,png",
-        help="File formats of transparent videos, separated by commas: mov, webm, png, apng, mkv. "
+        help="File formats of transparent videos, separated by commas: mov, webm, pair, png, apng, mkv. "
         "Default: `sample.transparent`.",
         show_default=False,
     ),
@@ -107,15 +121,9 @@ def generate_(
         list[Path] | None,
         typer.Option(help="Scenes: segmentation image of each --image.", show_default=False),
     ] = None,
-    grid: Annotated[
-        int | None,
-        typer.Option(
-            help="Scenes: cells per side of the grid for mesh extraction, a power of two.", show_default=False
-        ),
-    ] = None,
-    triangles: Annotated[
-        int | None, typer.Option(help="Scenes: maximum number of triangles per object.", show_default=False)
-    ] = None,
+    grid: Grid = None,
+    triangles: Triangles = None,
+    texture: Texture = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -158,6 +166,7 @@ def generate_(
         device=device,
         grid=grid,
         triangles=triangles,
+        texture=texture,
         size=area,
         frames=frames,
         steps=steps,

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class LastingStream:
-    """Output stream that discards its output, without an error, after its terminal or pipe is closed."""
+    """Output stream that silently discards its output after its terminal or pipe is closed."""
 
     def __init__(self, stream: Any, errors: Collection[int] | None = None) -> None:
         """Wrap a stream and choose which of its errors are ignored.

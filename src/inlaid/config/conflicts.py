@@ -70,11 +70,39 @@ def conflicts(config: Config) -> Iterator[str]:
     if parallel != "ddp":
         for key in [*small, *(["offload_optimizer"] if memory.offload_optimizer else [])]:
             yield f"memory.{key}: not supported with runtime.parallel={parallel}: use ddp, or remove it"
+    yield from _parallel_conflicts(config)
     yield from _offload_conflicts(config)
     if config.rgba_vae is not None:
         yield from _rgba_vae_conflicts(config, config.rgba_vae)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: cannot be combined with memory.layerwise_casting: remove one of them"
+
+
+def _parallel_conflicts(config: Config) -> Iterator[str]:
+    """Yield an error message for each key that conflicts with sequence parallelism or with HSDP."""
+    runtime = config.runtime
+    if runtime.shard_size is not None and runtime.parallel != "fsdp":
+        yield (
+            f"runtime.shard_size: applies to runtime.parallel=fsdp only, not to {runtime.parallel}: remove it"
+        )
+    for key in ("sequence", "shard_size"):
+        size = getattr(runtime, key) or 1
+        if runtime.world_size is not None and runtime.world_size % size:
+            yield f"runtime.{key}: {size} does not divide runtime.world_size {runtime.world_size}: change one"
+    if runtime.sequence == 1:
+        return
+    if runtime.parallel in ("zero2", "zero3"):
+        yield (
+            f"runtime.sequence: not supported with runtime.parallel={runtime.parallel}: use ddp, or fsdp to "
+            "shard weights as well"
+        )
+    if config.tuner.kind != "full" and config.tuner.dropout:
+        yield (
+            "tuner.dropout: not supported with runtime.sequence, because each process would drop other "
+            "values than one process does: remove one of them"
+        )
+    if config.rgba_vae is not None:
+        yield "runtime.sequence: an RGBA VAE has no token sequence: remove it"
 
 
 def _offload_conflicts(config: Config) -> Iterator[str]:

@@ -112,7 +112,7 @@ def _override(text: str) -> tuple[list[str], Any]:
 
 
 def _filled(raw: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """Return a section in which the values that are empty in YAML (`key:`) are replaced.
+    """Return a copy of a section in which empty values (`key:` in YAML) are replaced.
 
     Empty sections become empty mappings and empty lists are removed, so that both get their defaults. Other
     empty values become None.

@@ -67,7 +67,7 @@ _TAGS: dict[tuple[str, ...], type[Section]] = {
     for part in parts
     for kind in get_args(part.model_fields["kind"].annotation)
 }
-"""Classes of the sections with a key `kind`, by section name and value of `kind`."""
+"""Section classes, by section name and value of the key `kind`."""
 
 
 def _mistake(error: Any, within: list[str]) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 from inlaid.config.parse import shorten
 
 GROUP = "inlaid.families"
-"""Name of the package of built-in families, and of the entry-point group for plug-ins."""
+"""Name of both the package with built-in model families and the entry-point group for plug-ins."""
 
-SHARED = ("base", "checkpoint", "grid", "hub", "original_names")
+SHARED = ("base", "checkpoint", "grid", "hub", "original_names", "other_programs", "sampling")
 """Modules of `inlaid.families` that are not model families."""
 
 

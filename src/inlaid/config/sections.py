@@ -6,45 +6,21 @@ family, default of the section. An unknown key is an error.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from inlaid.config.conflicts import conflicts
+from inlaid.config.machine import Memory, Runtime
 from inlaid.config.parse import Decimal, Integer, shorten
-from inlaid.config.values import read_values
+from inlaid.config.section import Section, UserPath
+from inlaid.config.values import Every
 
 ALPHA_EPS = 2 / 255
-"""Alpha up to this value, on a scale of 0 to 1, counts as transparent, because lossy codecs leave small
-values in empty regions."""
-
-UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""Path of a recipe; `~` is the home folder, as in a shell."""
-
-
-class Section(BaseModel):
-    """Base class of the sections of a recipe. Instances are immutable.
-
-    The attribute docstrings of a section are the help texts of its keys.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
-    prose: ClassVar[frozenset[str]] = frozenset()
-    """Keys whose texts may contain tabs and line breaks, such as prompts."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_meant(cls, value: Any) -> Any:
-        return read_values(cls, value, cls.prose) if isinstance(value, dict) else value
+"""Alpha (0 to 1) up to this threshold counts as transparent, because lossy codecs leave small values in empty
+regions."""
 
 
 class Model(Section):
@@ -94,6 +70,9 @@ class Source(Section):
     """Manifest column with the path of the alpha matte, in runs that train on alpha. Default: the first
     existing column of video_alpha, video_pha, alpha, pha, matte. If there is none, an alpha matte beside the
     clip is used."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frame rate of clips that store none: image sequences, and `.npz` without `fps`. Default: `data.fps`, so
+    that every image is one training frame."""
     group_column: str | None = None
     """Manifest column by which `inlaid evaluate` groups its table, such as an activity or a subject."""
     repeats: int = Field(default=1, ge=1)
@@ -256,6 +235,10 @@ class LowRank(Section):
     error. Default: the targets of the model family."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before the low-rank update; LoRA and DoRA only."""
+    precision: Literal["base", "float32"] = "base"
+    """Dtype in which a LoRA or DoRA computes its update during training: `base` is the dtype of the base
+    model, and `float32` is slower and needs more memory. The trained weights and their gradients are float32
+    in both cases. With dropout, the update is computed in float32."""
 
 
 class Full(Section):
@@ -301,18 +284,18 @@ class RgbaVae(Section):
     vgg_normalize: Literal["imagenet", "none"] | None = None
     """Normalization of images before VGG16. Default: the normalization of the preset `loss`."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Alpha that determines the transparent pixels of the reconstruction in the loss. Three loss terms
-    replace these pixels with a background color. `reconstructed`: the reconstructed alpha. `true`: the alpha
-    of the clip."""
+    """Alpha that determines which reconstructed pixels are transparent. Three loss terms replace these pixels
+    with a background color. `reconstructed`: the reconstructed alpha. `true`: the alpha of the clip."""
     alpha_eps: float = Field(default=ALPHA_EPS, ge=0, lt=0.5)
-    """Alpha up to this value, in [0, 1], counts as transparent, because lossy codecs leave small values in
+    """Alpha (0 to 1) up to this threshold counts as transparent, because lossy codecs leave small values in
     empty regions. The paper uses 0."""
     colors: list[tuple[int, int, int]] = []
     """Background colors, RGB in 0-255, over which clips are composited before encoding. Empty: the eight
     corners of the RGB cube as in the paper, so that no single color means transparency."""
     anchor: float = Field(default=0.0, ge=0)
-    """Weight of a loss term that keeps latents close to the base VAE's latents of the clip over dark gray. A
-    denoiser trained on opaque clips then adapts faster. Not in the paper."""
+    """Weight of a loss term that keeps the latent of a clip close to a target latent. For the target, the
+    base VAE encodes the clip composited over dark gray. A denoiser trained on opaque clips then adapts
+    faster. Not in the paper."""
     visible: float = Field(default=0.0, ge=0)
     """Weight of an additional loss term: the color error over visible pixels only. Needed for small subjects.
     Not in the paper."""
@@ -321,7 +304,7 @@ class RgbaVae(Section):
     smoke. Not in the paper."""
     noise: float = Field(default=0.0, ge=0)
     """Maximum standard deviation of the noise that is added to latents before decoding, in units of the
-    latents' standard deviation. It makes the decoders robust to imperfect latents. Not in the paper."""
+    latents' standard deviation. Noise makes the decoders robust to imperfect latents. Not in the paper."""
 
 
 class Optim(Section):
@@ -360,27 +343,42 @@ class Optim(Section):
 class Train(Section):
     """Length of training, batch size, and what is written during training."""
 
-    steps: int = Field(default=1000, ge=1)
-    """Number of optimizer steps."""
+    steps: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps. Default: 1000, unless `epochs` is set."""
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
+    """Number of epochs, instead of `steps`. In one epoch, each window is used `repeats` x `weight` times."""
     batch: int = Field(default=1, ge=1, le=4096)
     """Number of samples per micro-batch on each device."""
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation: number of micro-batches per optimizer step on each device."""
-    save_every: int = Field(default=250, ge=1)
-    """Number of steps between checkpoints. A checkpoint is also written at the last step and on Ctrl-C."""
+    save_every: Every = 250
+    """Interval between checkpoints: a number of steps, or of epochs as in `2 epochs`. A checkpoint is also
+    written at the last step and on Ctrl-C."""
     keep: int = Field(default=3, ge=1)
     """Number of checkpoints kept on disk; older ones are deleted."""
     log_every: int = Field(default=10, ge=1)
     """Number of steps between records in `metrics.jsonl` and in the trackers."""
-    validate_every: int = Field(default=100, ge=1)
-    """Number of steps between measurements of the validation loss."""
+    validate_every: Every = 100
+    """Interval between validation loss measurements: a number of steps, or of epochs as in `1 epoch`."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = ["tensorboard"]
     """Experiment trackers that receive the metrics in addition to `metrics.jsonl`."""
     accept_changed_data: bool = False
     """Resume although clips or captions have changed since the checkpoint. Applies to one launch only."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, value: Any) -> Any:
+        unset = isinstance(value, dict) and value.get("steps") is None and value.get("epochs") is None
+        return {**value, "steps": 1000} if unset else value
 
-CARRIERS = ("mov", "webm", "png", "apng", "mkv")
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both set: remove one of them (or train.steps=null)")
+        return self
+
+
+CARRIERS = ("mov", "webm", "pair", "png", "apng", "mkv")
 """File formats for transparent videos."""
 
 
@@ -395,8 +393,9 @@ class Sample(Section):
     images: list[list[UserPath]] = []
     """Image-to-video: the first image of each prompt, or a list of its first and last image; without prompts,
     the images come from the clips. Scenes: a list of input image and segmentation for each sample."""
-    every: int | None = Field(default=None, ge=1)
-    """Number of steps between samples during training. Default: no samples."""
+    every: Every | None = None
+    """Interval between samples during training: a number of steps, or of epochs as in `2 epochs`. Default: no
+    samples."""
     negative_prompt: str = ""
     """Negative prompt of classifier-free guidance."""
     size: tuple[int, int] | None = None
@@ -407,22 +406,26 @@ class Sample(Section):
     """Number of denoising steps."""
     guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale."""
-    transparent: list[str] = ["mov", "webm"]
+    transparent: list[str] = ["mov", "webm", "pair"]
     """File formats written for each transparent video, in addition to an mp4 over a checkerboard: `mov`
-    (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `png` (a .zip of images, lossless), `apng`
-    (lossless), `mkv` (FFV1, lossless)."""
-    grid: int = Field(default=256, ge=16, le=1024)
-    """Scenes: number of cells per side of the grid from which meshes are extracted, a power of two."""
+    (ProRes 4444, for editing), `webm` (VP9, small, for browsers), `pair` (premultiplied color in
+    `NAME_rgb.mp4` and alpha in `NAME_alpha.mp4`), `png` (a .zip of images, lossless), `apng` (lossless),
+    `mkv` (FFV1, lossless). All formats except `pair` have straight color."""
+    grid: int | None = Field(default=None, ge=16, le=1024)
+    """3D scenes only: resolution of mesh extraction, as the number of grid cells along each side of an
+    object's box. Must be a power of two. Default: as published, 256 for MIDI-3D and 512 for TripoSG."""
     triangles: int | None = Field(default=None, ge=100)
     """Scenes: maximum number of triangles per object; larger meshes are simplified. Default: no
     simplification."""
+    texture: bool = False
+    """Scenes: project the input image onto the meshes as a texture, from a camera fitted to the masks."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the first video of a prompt; video i of the prompt uses seed + i."""
 
     @field_validator("grid")
     @classmethod
-    def _power(cls, value: int) -> int:
-        if value & (value - 1):
+    def _power(cls, value: int | None) -> int | None:
+        if value and value & (value - 1):
             raise ValueError(f"{value} is not a power of two, such as 128 or 256")
         return value
 
@@ -447,66 +450,6 @@ class Sample(Section):
         if not all(text.strip() for text in value):
             raise ValueError("contains an empty prompt; remove it or write a prompt")
         return value
-
-
-class Memory(Section):
-    """Options that reduce memory at the price of speed or precision."""
-
-    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = True
-    """Gradient checkpointing: recompute activations in the backward pass. This needs far less memory and
-    about a third more time. A number n checkpoints only every n-th block."""
-    quantize: Literal["int8", "int4", "float8", "nf4"] | None = None
-    """Format to which the linear layers of the frozen blocks are quantized (`int8`, `float8`: torchao; `nf4`:
-    bitsandbytes; `int4`: built in). Adapters only."""
-    layerwise_casting: Literal["float8", "bfloat16"] | None = None
-    """Type in which the frozen base model is stored. Each layer is cast to the run's precision while it
-    computes. Adapters only."""
-    offload: list[Literal["blocks", "activations"]] = []
-    """Keep tensors in host memory, and copy them to the GPU before they are needed: `blocks` (frozen weights
-    of the transformer blocks; adapters only), `activations` (inputs of the blocks, for the backward pass), or
-    `all` for both. Needs gradient checkpointing."""
-    blocks_to_swap: int | None = Field(default=None, ge=1)
-    """Number of blocks whose frozen weights are offloaded; implies `offload: blocks`. Default with
-    `offload: blocks`: all."""
-    offload_optimizer: bool = False
-    """Keep the optimizer state in CPU memory and run the optimizer step there (`adamw` on CUDA only)."""
-
-    @field_validator("offload", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if value == "all":
-            return ["blocks", "activations"]
-        return [value] if isinstance(value, str) else value
-
-    @property
-    def offloads_blocks(self) -> bool:
-        """True if frozen weights of blocks are kept in host memory."""
-        return "blocks" in self.offload or self.blocks_to_swap is not None
-
-
-class Runtime(Section):
-    """Device, precision and processes. These settings change the result only by rounding."""
-
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Device to train on. `auto`: CUDA if available, else Apple MPS, else CPU."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the frozen base model and its activations; adapters, losses and optimizer state are
-    float32. `auto`: bfloat16 on CUDA, else float32."""
-    world_size: int | None = Field(default=None, ge=1)
-    """Number of processes that this recipe requires; a launch with another number is an error. Default: any
-    number."""
-    rank_timeout: float = Field(default=300, gt=0)
-    """Seconds after which a process that does not respond counts as stopped, and the other processes end. At
-    the start, processes wait for each other this long, but at least 60 s."""
-    workers: int = Field(default=2, ge=0)
-    """Number of threads that decode clips while the cache is filled."""
-    compile: bool = False
-    """Compile the repeated blocks with torch.compile: faster steps, but minutes of compilation at the start
-    and again at the second clip shape."""
-    parallel: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
-    """Parallelism over several processes. `ddp`: each process holds all weights. `fsdp` (FSDP2): weights,
-    gradients and optimizer state are sharded. `zero3` (DeepSpeed): the same as `fsdp`. `zero2` (DeepSpeed):
-    only gradients and optimizer state are sharded."""
 
 
 class Opaque(Section):
@@ -544,6 +487,13 @@ class Merged(Section):
     colors: int = Field(default=4, ge=1, le=8)
     """Number of background colors over which each clip is composited and encoded. Each training sample uses
     one of the resulting latents."""
+    noise_shift: float | None = Field(default=None, ge=0, lt=0.5)
+    """Offset that is added to the noise away from the subject, in training and sampling (Wan-Alpha v2).
+    Default: 0.05 for an imported RGBA VAE of Wan-Alpha v2, else 0."""
+    noise_mask: str | None = None
+    """Where the subject of generated videos is, if `noise_shift` is above 0: a transparent clip, an alpha
+    matte, or a torch file of weights 0 to 1 (t, h, w) such as the published `gauss_mask`. Default: a still
+    ellipse in the center."""
 
 
 Tuner = Annotated[LowRank | Full, Field(discriminator="kind")]

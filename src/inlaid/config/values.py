@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from inlaid.config.parse import Decimal, Integer
 
@@ -72,6 +73,38 @@ def _accepted(section: type[BaseModel], key: str) -> tuple[frozenset[type], froz
     """Return the types and the literal values that a key accepts."""
     annotation = section.model_fields[key].annotation
     return frozenset(kinds(annotation)), frozenset(_literals(annotation))
+
+
+_EPOCHS = re.compile(r"(\d{1,6}(?:\.\d{1,4})?) ?epochs?", re.ASCII)
+
+
+def read_every(value: Any) -> Any:
+    """Return a valid interval: a number of steps (at least 1), or epochs as text such as `2 epochs`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(value, Refused):
+        raise ValueError(value.why)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str):
+        found = _EPOCHS.fullmatch(value.strip())
+        if found and float(found[1]):
+            return f"{float(found[1]):g} epoch{'s' * (float(found[1]) != 1)}"
+        value = int(value) if value.strip().isdecimal() and len(value) < 19 else value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError("should be a number of steps of at least 1, or of epochs, such as `2 epochs`")
+
+
+Every = Annotated[int | str, BeforeValidator(read_every)]
+"""Interval in steps, or in epochs such as `2 epochs`."""
+
+
+def epochs(every: int | str) -> float | None:
+    """Return the number of epochs in an interval such as `2 epochs`; None if the interval is in steps."""
+    return float(every.split()[0]) if isinstance(every, str) else None
 
 
 def _read(value: Any, accepted: frozenset[type], literals: frozenset[Any], several_lines: bool) -> Any:

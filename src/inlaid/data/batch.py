@@ -1,4 +1,4 @@
-"""Micro-batches of cached tensors, and a hash that is stable across processes, for random seeds."""
+"""Micro-batches of cached tensors, and a hash for random seeds that is the same in every process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Batch:
     cond: Mapping[str, Tensor]
     names: Sequence[str] = ()
     prior_preservation: Tensor | None = None
-    """Weight of the prior preservation loss per sample, (n,); 0 means that the sample is trained normally."""
+    """Weight of each sample's prior preservation loss, (n,). A sample with weight 0 is trained normally."""
 
     @classmethod
     def of(
@@ -44,7 +44,7 @@ class Batch:
         return cls(stacked.pop("latents"), {**family.collate(text), **stacked}, names)
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; copies to CUDA use pinned memory, to overlap with computation."""
+        """Return the batch on a device. Copies to CUDA are asynchronous, from pinned memory."""
         pin = (lambda t: t.pin_memory()) if device.type == "cuda" else (lambda t: t)
         move = lambda t: pin(t).to(device, non_blocking=True)  # noqa: E731
         prior_preservation = None if self.prior_preservation is None else move(self.prior_preservation)

@@ -1,7 +1,7 @@
 """Content-addressed cache of latents and text embeddings, so that training loads no VAE or text encoder.
 
 The name of a cached item is a hash of everything that determines its values: format version, model family,
-files of the encoder, window of the clip, and content of the clip. Therefore, items are never stale, runs can
+encoder files, and the content and window of the clip. Therefore, items are never stale, runs can
 share a cache folder, and an interrupted build can resume.
 """
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 
 VERSION = 1
-"""Version of the format of cached items. Increase it when the values or names of an item's tensors change."""
+"""Format version of cached items. Increase it when the values or names of cached tensors change."""
 
 T = TypeVar("T")
 
 
 def identity(*parts: Any) -> str:
-    """Return the name of a cached item: the first 40 hexadecimal digits of a SHA-256 of values as JSON."""
+    """Return a name for a cached item: the first 40 hexadecimal digits of the SHA-256 of `parts` as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of the names, types, shapes and bytes of tensors."""
+    """Return the SHA-256 of tensors, including their names, types and shapes."""
     out = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()
@@ -127,7 +127,7 @@ class Cache:
     def encoder(self, family: Family, part: str) -> list[str]:
         """Return strings that identify an encoder, for cache keys.
 
-        They are the commit of a checkpoint on the Hugging Face Hub, or the content hashes of local files.
+        They contain the commit of a checkpoint on the Hugging Face Hub, or the hashes of local files.
         """
         if not isinstance(family.source, Path):
             return [family.source, family.commit(), part]
@@ -139,14 +139,14 @@ class Cache:
         ]
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
-        """Return the name of the cached item of each training example."""
+        """Return the cached item's name for each training example."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
         what += family.media_key
         files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
     def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
-        """Return the name of the cached item of each caption or precomputed text embedding.
+        """Return the cached item's name for each caption or precomputed text embedding.
 
         A path in `words` is a file with a precomputed text embedding.
         """
@@ -162,7 +162,7 @@ class Cache:
 def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Exception]:
     """Run jobs in background threads; yield the result or exception of each job, in order.
 
-    Up to `workers` jobs are submitted before their results are requested. With 0 workers, each job runs in
+    Up to `workers` jobs run before the caller asks for their results. With 0 workers, each job runs in
     the calling thread.
     """
 
@@ -187,7 +187,7 @@ def ahead(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T | Excepti
 
 @dataclass
 class Built:
-    """Result of filling the cache: numbers of new and reused items, and errors of failed clips by path."""
+    """Result of filling the cache: numbers of new and reused items, and error messages by clip path."""
 
     made: int = 0
     reused: int = 0
@@ -299,7 +299,7 @@ def build_text(
 def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
     """Count the item that the `with` block writes, and convert a write error to a ValueError.
 
-    The message of the ValueError contains the progress.
+    The message states how many items are cached.
     """
     try:
         yield

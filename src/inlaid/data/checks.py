@@ -20,14 +20,13 @@ UPSCALE = 1.5
 """Enlargement factor above which a clip gets a warning. The model learns the blur of enlarged clips."""
 
 CROPPED = 0.3
-"""Cropped fraction of the frame area, 0 to 1, above which a clip gets a warning."""
+"""A clip gets a warning if more than this fraction of its frame area is cropped."""
 
 RESIDUE = 0.005
-"""Value of `AlphaStats.residue`, 0 to 1, above which a clip gets a warning."""
+"""A clip gets a warning if more than this fraction of its pixels are compression residue in alpha."""
 
 ODD = 0.4
-"""Maximum difference, 0 to 1, of a clip's mean alpha from the median over all clips. Above it, the clip gets
-a warning."""
+"""A clip gets a warning if its mean alpha, 0 to 1, differs from the median of all clips by more than this."""
 
 
 def clip_problems(
@@ -89,11 +88,12 @@ def clip_problems(
 
 
 def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Problem]:
-    """Return the problems of a clip's alpha, except problems that the recipe corrects."""
+    """Return the problems of a clip's alpha, except those that settings in the recipe correct."""
     found = {
         "inverted": alpha.inverted and not how.invert,
         "limited": alpha.limited and not how.limited,
         "premultiplied": alpha.premultiplied and how.premultiplied == "auto",
+        "unclear-color": alpha.multiplied == "unclear" and how.premultiplied == "auto",
         "residue": alpha.residue > RESIDUE and not how.snap,
     }
     reasons = {
@@ -121,7 +121,7 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
         if abs(alpha.coverage - typical) > ODD:
             reasons.append(f"covers {alpha.coverage:.0%}, the median is {typical:.0%}")
         same = divided if alpha.premultiplied else len(there) - divided
-        if same * 10 <= len(there):
+        if same * 10 <= len(there) and alpha.multiplied != "unclear":
             reasons.append(
                 "premultiplied" if alpha.premultiplied else "straight, the others look premultiplied"
             )
@@ -134,7 +134,7 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
 def duplicates(
     clips: Sequence[Clip], content: Callable[[Path], str] = sha256
 ) -> tuple[dict[Path, str], list[Problem]]:
-    """Return a label for each path, and a warning for each copy of a clip.
+    """Return a label for the path of each clip, and a warning for each copy of a clip.
 
     Clips with equal content have equal labels. The label is a content hash, or the path if no other clip has
     the same size in bytes.

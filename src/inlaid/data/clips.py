@@ -44,6 +44,8 @@ class Clip:
     """File with the text embedding that belongs to precomputed latents."""
     matte: Path | None = None
     """File or folder with the alpha matte of `path`, if alpha is stored separately."""
+    rate: float | None = None
+    """Frame rate of a clip whose file does not store it. Default: the sampling rate."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -109,7 +111,7 @@ class VideoWindow(Window):
         if self.clip.embedding:
             return ("precomputed", precomputed.READER)
         frames, height, width = self.extent
-        shape = (self.start, frames, self.fps, height, width)
+        shape = (self.start, frames, self.fps, height, width, *_rated(self.clip))
         if self.alpha:
             how, pair = self.alpha.model_dump_json(), self.clip.matte is not None
             return ("rgba_clip", READER, kinds.READER, self.clip.kind, pair, *shape, how)
@@ -125,10 +127,15 @@ class VideoWindow(Window):
         assert not self.clip.embedding, "precomputed latents have no pixels"
         frames, height, width = self.extent
         place = (self.start, frames, self.fps, (height, width))
-        path = self.clip.path
+        path, rate = self.clip.path, self.clip.rate
         with reading(path, MediaError):
             if self.alpha:
-                return rgba_clips.read_rgba_clip(path, self.clip.matte, *place, self.alpha)
+                return rgba_clips.read_rgba_clip(path, self.clip.matte, *place, self.alpha, rate=rate)
             if self.clip.kind == "frames":
-                return sequences.read_sequence(path, *place)
-            return video.read_frames(path, *place, premultiplied=self.premultiplied)
+                return sequences.read_sequence(path, *place, rate=rate)
+            return video.read_frames(path, *place, premultiplied=self.premultiplied, rate=rate)
+
+
+def _rated(clip: Clip) -> tuple[Hashable, ...]:
+    """Return the frame rate that the recipe sets for a clip, for the cache key; empty if it sets none."""
+    return ("rate", clip.rate) if clip.rate else ()

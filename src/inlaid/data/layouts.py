@@ -19,6 +19,9 @@ from inlaid.paths import OUTSIDE, Root, refuse_playlist
 from inlaid.reading import FileError, read_text
 from inlaid.text import printable
 
+PREPARED = "prepared.jsonl"
+"""Manifest that `inlaid prepare` writes beside clips that also have caption files."""
+
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",)
 
 # --- finding clips ------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ class _Scan:
     def _there(self, path: Path) -> Path | None:
         """Return the path of the clip that `path` names, or None if there is no such clip.
 
-        A clip is a file or a folder of frames. A path without suffix may also name a file, such as `dog` for
+        A clip is a file or an image sequence. A path without suffix may also name a file, such as `dog` for
         `dog.mp4`.
         """
         if path.is_file() or rgba_images.frames_in(path):
@@ -95,13 +98,13 @@ class _Scan:
         return self.root.guard(named[0]) if named else None
 
     def guard_frames(self, path: Path) -> None:
-        """Check that a file, or each image in a folder of frames, is inside the root folder.
+        """Check that a file, or each image of a sequence, is inside the root folder.
 
         Raises:
             FileError: if a file is outside of the root folder.
         """
         self.root.guard(path)
-        for image in rgba_images.frames_in(path) if path.is_dir() else ():
+        for image in rgba_images.frames_in(path) if rgba_images.is_sequence(path) else ():
             self.root.guard(image)
 
     def matte(self, path: Path, text: str | None, where: str) -> tuple[Path | None, bool]:
@@ -248,7 +251,9 @@ def _detect(
         option = ("precomputed", f"{len(names)} clips of precomputed latents, {patterns.description}", path)
         if names and names >= videos:
             return option  # the latents were computed from the videos in the folder
-        options, partly = [option] if names else [], bool(videos - names)
+        if names:
+            options.append(option)
+            partly = bool(videos - names)
     lines = _line_files(path, source)
     if lines:
         options.append(("lines", " and ".join(f.name for f in lines), path))
@@ -259,6 +264,8 @@ def _detect(
     if beside or (files and (not options or partly)) or wanted == "folder":
         options.append(("folder", f"{len(files)} clips, {beside} with a .txt beside", path))
     options = [o for o in options if wanted in ("auto", o[0])]
+    if len(options) > 1:
+        options = [o for o in options if o[2].name != PREPARED]
     if not options:
         raise ValueError(_nothing(tree, wanted, patterns))
     if len(options) > 1:
@@ -286,7 +293,7 @@ def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None
     """Return the file that lists captions and the file that lists clips, or None if either is missing.
 
     Raises:
-        ValueError: if `layout` is `lines` and several files could be one of the two lists.
+        ValueError: if `layout` is `lines` and there are several candidates for one of the files.
     """
     found = []
     for key, named, defaults in (
@@ -309,10 +316,7 @@ def _matching(tree: Root, pattern: str, suffixes: tuple[str, ...] = ("",)) -> di
 
 
 def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None:
-    """Collect precomputed latents by file name; the content of the files is not checked here.
-
-    `precomputed.inspect_item` checks it later.
-    """
+    """Collect precomputed latents by file name, without reading the tensors."""
     parts = [_matching(scan.root, part) for part in (*patterns.media, patterns.text)]
     texts = _matching(scan.root, patterns.caption)
     for name in sorted({*parts[0], *parts[-1]}):
@@ -371,8 +375,8 @@ def _folder(folder: Path, scan: _Scan) -> None:
 def _unsupported(clips: list[Path], scan: _Scan) -> None:
     """Record problems for files and folders that look like clips but are not supported.
 
-    These are files with a caption in an unsupported format such as .swf, and folders with names such as
-    `dog.mp4`. Without this check, they would be skipped silently.
+    These are captioned files of unsupported type, such as .swf, and folders with names such as `dog.mp4`.
+    Without this check, they would be skipped silently.
     """
     known = KNOWN if scan.channels == 4 else kinds.KNOWN
     stems = {_plain(place) for c in clips for place in rgba_clips.captions(c)}

@@ -31,14 +31,14 @@ MANIFESTS = (*TABLES, *OBJECTS)
 DELIMITERS = (",", ";", "\t", "|")
 
 FIELD = 131_072
-"""Maximum length of a table field in characters; a longer field nearly always lacks a closing quote."""
+"""Maximum number of characters of a table field. A longer field nearly always lacks a closing quote."""
 
 
 @dataclass(frozen=True)
 class Row:
     """Row of a manifest: its location in the file, and its values by column.
 
-    If the row cannot be used, `problem` has the reason.
+    If the row cannot be used, `problem` is the reason.
     """
 
     where: str
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the manifest columns with the clip's path, caption, group and alpha matte.
+    """Names of the manifest columns for the clip's path, caption, group and alpha matte.
 
     `group` and `alpha` are None if the manifest has no such column.
     """
@@ -110,7 +110,7 @@ def _table(path: Path, text: str, source: config.Source, transparent: bool) -> t
 
 
 def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield a pair for each row of a table: the line number at which the row ends, and the cells.
+    """Yield the last line number and the cells of each table row.
 
     Raises:
         ValueError: if the text is not valid CSV, or a field is too long.
@@ -210,7 +210,7 @@ def _json(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | None, Sequence[str]]]:
-    """Return, for each recipe key of a column, the configured name and the default names of that column."""
+    """Return the configured name and the default names of each column, by recipe key."""
     return {
         "video_column": (source.video_column, VIDEO_COLUMNS + COLOR_COLUMNS * transparent),
         "caption_column": (source.caption_column, CAPTION_COLUMNS),

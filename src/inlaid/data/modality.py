@@ -1,4 +1,4 @@
-"""Modalities `video` and `scene`: the kind of media that a model family is trained on and generates.
+"""Modalities `video` and `scene`: the kinds of media that model families are trained on and generate.
 
 A modality defines how training examples are found on disk and shown on a contact sheet, how conditioning
 images are read, and how generated media are written. Each modality is a module `modality_NAME` of this
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,8 @@ class NamedImage:
 
     name: str
     pixels: np.ndarray
+    objects: Mapping[int, str] = field(default_factory=dict)
+    """Names of the segmented objects by ID, in the order in which the objects are generated."""
 
 
 ImageSource = Sequence[str] | Window
@@ -50,8 +52,7 @@ class Modality(ABC):
     asks: ClassVar[str]
     """Arguments of `inlaid generate` in printed example commands."""
     columns: ClassVar[tuple[str, str, str]]
-    """Headings of the columns for length, size and number of windows in the printed table of training
-    shapes."""
+    """Column headings for length, size and number of windows, for the printed table of training shapes."""
 
     @abstractmethod
     def plan(
@@ -96,7 +97,7 @@ class Modality(ABC):
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
         """Read the conditioning images of one output to generate."""
 
-    def asked(self, sample: recipe.Sample) -> dict[str, Any]:
+    def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
         """Return the arguments of `Family.sample` that only this modality uses."""
         return {}
 

@@ -33,7 +33,16 @@ from inlaid.media.contact_sheet import SheetRow, contact_sheet, contact_strip
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_viewer import viewer_page
 from inlaid.media.meshes import Note
-from inlaid.media.scene import MAX_OBJECTS, SceneSample, read_image, tiles
+from inlaid.media.scene import (
+    MAX_OBJECTS,
+    SEGMENTATION,
+    SceneSample,
+    published_order,
+    read_image,
+    read_names,
+    tiles,
+)
+from inlaid.media.texture import look_of
 from inlaid.reading import FileError, reading
 from inlaid.text import printable
 
@@ -58,7 +67,7 @@ class SceneWindow(Window):
     """Training example that contains a whole scene. Its `caption` is the scene's name, for display only."""
 
     extent: SceneExtent
-    """Number of objects, and height and width in pixels of the image encoder's input."""
+    """Number of objects, and height and width of the image encoder's input in pixels."""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
@@ -154,7 +163,9 @@ class SceneModality(Modality):
         for window, sample in rows:
             count = len(sample.objects)
             points = sum(len(one.surface) for one in sample.objects)
-            note = f"{count} object{'s' * (count != 1)}, {points:,} points"
+            names = ", ".join(one.name for one in sample.objects if one.name)
+            named = f" ({names})" if names else ""
+            note = f"{count} object{'s' * (count != 1)}{named}, {points:,} points"
             made.append(SheetRow(window.clip.name, " ".join(sample.notes), tiles(sample), note))
         contact_sheet(made, path, title=title, columns=4, width=1024)
 
@@ -171,27 +182,32 @@ class SceneModality(Modality):
         return [Path(pair[0]).stem for pair in images]
 
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the input image and the segmentation."""
+        """Read the input image, the segmentation, and the names of its objects."""
         if not isinstance(source, Window):
-            return [
-                NamedImage(source[0], read_image(Path(source[0]))),
-                NamedImage(source[1], meshes.read_ids(Path(source[1]))),
-            ]
+            image, segmentation = (Path(path) for path in source)
+            names = read_names(segmentation.parent) if segmentation.name == SEGMENTATION else {}
+            ids = meshes.read_ids(segmentation)
+            order = published_order(segmentation, ids)
+            named = {n: names.get(n, f"object_{n}") for n in order}
+            return [NamedImage(source[0], read_image(image)), NamedImage(source[1], ids, named)]
+        assert isinstance(source.clip, SceneClip)
         seen = source.read()
         ids = np.zeros(seen.image.shape[:2], np.int64)
         for one in seen.objects:
             ids[one.mask] = one.number
-        return [
-            NamedImage(f"{seen.name} {n}", p) for n, p in zip(family.images, (seen.image, ids), strict=True)
-        ]
+        first, second = (f"{seen.name} {name}" for name in family.images)
+        labels = {one.number: one.label for one in seen.objects}
+        order = published_order(source.clip.scene.segmentation, ids)
+        return [NamedImage(first, seen.image), NamedImage(second, ids, {n: labels[n] for n in order})]
 
-    def asked(self, sample: recipe.Sample) -> dict[str, Any]:
-        """Return the resolution of the mesh extraction grid and the maximum number of triangles per mesh."""
-        return {"grid": sample.grid, "triangles": sample.triangles}
+    def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
+        """Return the names of the objects, and the settings of their meshes."""
+        settings = {k: getattr(sample, k) for k in ("grid", "triangles", "texture")}
+        return {"objects": images[1].objects, **settings}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """Return the sampling settings to record: steps, guidance, and settings of the meshes."""
-        return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles")}
+        return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles", "texture")}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
         """Write a `.glb` with a named node per object, a PNG of views from all sides, and an HTML viewer.
@@ -203,11 +219,14 @@ class SceneModality(Modality):
         for note in made.notes:
             say(f"note: {stem.name}: {note}")
         meshes.write_scene(path, made.meshes, made.empty)
+        shown = meshes.preview_meshes(made.meshes)
         with atomic(path.with_suffix(".png")) as part:
-            views = np.stack(list(mesh_render.turntable(list(made.meshes.values()), 6, 192)))
+            looks = [look_of(one) for one in made.meshes.values()]
+            solid = list((made.meshes if any(looks) else shown).values())
+            views = np.stack(list(mesh_render.turntable(solid, 6, 192, looks)))
             contact_strip(views, box=(192, 192), gap=0).convert("RGB").save(part, format="PNG")
         with atomic(path.with_suffix(".html")) as part:
-            part.write_text(viewer_page(made.meshes, stem.name), "utf-8")
+            part.write_text(viewer_page(shown, stem.name), "utf-8")
         faces = {name: len(one.faces) for name, one in made.meshes.items()}
         return path, {"objects": faces, "notes": list(made.notes)}
 
@@ -216,7 +235,7 @@ MODALITY = SceneModality()
 
 
 def _find(source: recipe.Source, index: int, problems: list[Problem]) -> Found:
-    """Find the scenes of a data source, and append the problems found to `problems`."""
+    """Find the scenes of a data source, and append their problems to `problems`."""
     root = Path(source.path).expanduser()
     clips: list[Clip] = []
     own: list[Problem] = []
@@ -241,7 +260,7 @@ def _problem(clip: Clip, code: str, message: str) -> Problem:
 
 
 def _together(clips: Sequence[Clip]) -> dict[Path, str]:
-    """Return a group label for the image path of each scene; scenes that share a file get equal labels.
+    """Return a group label for each scene, by image path. Scenes that share a file get equal labels.
 
     Files are compared by content. The labels keep all views of a scene on the same side of the validation
     split.

@@ -16,7 +16,6 @@ from inlaid.data.probes import Probes
 from inlaid.families.grid import VideoExtent
 from inlaid.media import compositing, rgba, video
 from inlaid.media.contact_sheet import SheetRow, contact_sheet
-from inlaid.media.rgba import SUFFIXES
 
 if TYPE_CHECKING:
     from inlaid.families import Family
@@ -37,7 +36,7 @@ class VideoModality(Modality):
         progress: Progress | None = None,
         probes: Probes | None = None,
     ) -> Plan:
-        """Find, probe and split the clips of all data sources, in any supported layout."""
+        """Find and check the clips of all data sources, and split off the validation clips."""
         return plan_dataset(config.data, family.grid, family.fps, config.seed, progress, family, probes)
 
     def task(self, family: Family) -> str:
@@ -82,7 +81,7 @@ class VideoModality(Modality):
         ]
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the settings of `sample` that affect a video, and the frame rate."""
+        """Return the sampling settings that affect a video, and the frame rate."""
         other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
@@ -95,16 +94,17 @@ class VideoModality(Modality):
         """
         path, facts = stem.with_name(f"{stem.name}.mp4"), {}
         if made.shape[-1] == 4:
-            files = [path.with_suffix(SUFFIXES[name]) for name in sample.transparent]
-            for i, file in enumerate(files):
+            files: dict[Path, str] = {}
+            for name in sample.transparent:
                 try:
-                    rgba.write_rgba(file, made, fps)
+                    files |= _write(name, path, made, fps)
                 except ValueError as error:  # noise of a barely trained network compresses badly
-                    files[i] = path.with_suffix(SUFFIXES["png"])
-                    say(f"note: {error}: written as {files[i].name} instead")
-                    rgba.write_rgba(files[i], made, fps)
-            files = list(dict.fromkeys(files))
+                    instead = _write("png", path, made, fps)
+                    say(f"note: {error}: written as {next(iter(instead)).name} instead")
+                    files |= instead
             facts = {"alpha": "straight", "preview": "checkerboard", "files": [f.name for f in files]}
+            multiplied = [f.name for f, kind in files.items() if kind == "premultiplied"]
+            facts |= {"premultiplied": multiplied} if multiplied else {}
             level = made[..., 3].min()
             if level == made[..., 3].max():
                 how = {0: "transparent", 255: "opaque"}.get(int(level), f"{level} of 255")
@@ -112,6 +112,14 @@ class VideoModality(Modality):
             made = compositing.composite(made, compositing.checkerboard(*made.shape[1:3]))
         video.write_video(path, made, fps)
         return path, facts
+
+
+def _write(name: str, path: Path, made: Any, fps: float) -> dict[Path, str]:
+    """Write a video with alpha in one format. Return `straight`, `premultiplied` or `alpha` for each file."""
+    if name == "pair":
+        color, matte = rgba.write_pair(path.with_suffix(""), made, fps, premultiplied=True)
+        return {color: "premultiplied", matte: "alpha"}
+    return {rgba.write_rgba(path.with_suffix(".zip" if name == "png" else f".{name}"), made, fps): "straight"}
 
 
 MODALITY = VideoModality()

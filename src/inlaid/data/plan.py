@@ -1,4 +1,4 @@
-"""Dataset plan: the clips of all sources, the windows to train and validate on, and problems."""
+"""Dataset plan: clips of all data sources, windows (training and validation examples), and problems."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -55,7 +55,7 @@ class SourceReport:
 
     @property
     def uses(self) -> float:
-        """Number of uses of each window per epoch."""
+        """Number of times that each window is used per epoch."""
         return self.repeats * self.weight
 
 
@@ -92,13 +92,14 @@ def plan_dataset(
     progress: Callable[[int, int], None] | None = None,
     family: Family | None = None,
     probes: Probes | None = None,
+    uncaptioned: bool = False,
 ) -> Plan:
     """Probe every clip, select the windows to train and validate on, and collect problems.
 
     Decodes only a few frames of each video.
 
     Args:
-        data: the recipe's `data` section; its `fps` overrides the argument.
+        data: the recipe's `data` section; its `fps` overrides the argument `fps`.
         grid: frame counts and sizes that the model family supports.
         fps: the model family's frame rate.
         seed: seed of the validation split.
@@ -106,6 +107,7 @@ def plan_dataset(
         family: model family of the run; determines the layout of precomputed latents, and whether clips need
             alpha.
         probes: reader of file properties, such as `CachedProbes`. Default: a reader without a cache.
+        uncaptioned: also select windows of clips without a caption. The missing caption is still reported.
     """
     fps = float(data.fps or fps)
     patterns = [family.precomputed_in(Path(s.path).expanduser()) if family else None for s in data.sources]
@@ -119,17 +121,27 @@ def plan_dataset(
     problems += failed + outliers(clips, alphas) + _gaps(clips)
     buckets = sizes(data, grid)
     windows: dict[int, Sequence[Window]] = {}
+    shown = dict(probed)
     for i, clip in enumerate(clips):
         if clip.path in probed:
             probe, alpha = probed[clip.path], alphas.get(clip.path)
+            if (rate := data.sources[clip.source].fps) and probe.fps is None and probe.frames > 1:
+                clip, probe = replace(clip, rate=rate), at_rate(probe, rate)
+                shown[clip.path] = probe
             made = clip_windows(clip, probe, data, buckets, fps, alpha)
             problems += clip_problems(clip, probe, data, fps, made[0].extent[1:] if made else None, alpha)
-            if made and (clip.caption or clip.embedding):
+            if made and (clip.caption or clip.embedding or uncaptioned):
                 windows[i] = made
     if family:
         problems += _long_captions(family, windows)
     content = (probes or Probes()).content
-    return assemble_plan(data, seed, found, windows, problems, probed, alphas=alphas, content=content)
+    return assemble_plan(data, seed, found, windows, problems, shown, alphas=alphas, content=content)
+
+
+def at_rate(probe: Probe, rate: float) -> Probe:
+    """Return the properties of a clip without timestamps if it plays at `rate` frames per second."""
+    fps = Fraction(rate).limit_denominator(1001)
+    return replace(probe, fps=fps, interval=1 / rate, duration=probe.frames / rate)
 
 
 def _gaps(clips: Sequence[Clip]) -> list[Problem]:
@@ -144,7 +156,10 @@ def _gaps(clips: Sequence[Clip]) -> list[Problem]:
 
 
 def _long_captions(family: Family, windows: Mapping[int, Sequence[Window]]) -> list[Problem]:
-    """Return a warning for each caption that is too long for the model, with prefix and trigger word."""
+    """Return a warning for each caption that is too long for the model.
+
+    Prefix and trigger word count toward the length.
+    """
     firsts = [made[0] for made in windows.values() if not made[0].clip.embedding]
     long = long_texts(family, [w.caption for w in firsts])
     return [
@@ -173,11 +188,11 @@ def assemble_plan(
         seed: seed of the validation split.
         found: clips and problems of each data source.
         windows: windows of each usable clip, by the clip's index among all clips found.
-        problems: problems of clips; duplicates and validation problems are appended.
+        problems: problems found so far; new problems are appended to this list.
         probes: properties of each readable clip, by path.
         alike: function that returns a group label for each path; clips with equal labels stay on the same
             side of the split. Default: clips with equal content form a group.
-        noun: word for a training example in messages.
+        noun: what messages call a training example, such as `clip`.
         alphas: alpha statistics of each clip, by path.
         content: function that returns the content hash of a file.
     """
@@ -280,7 +295,7 @@ def _split_validation(
 
 
 def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: str = "clip") -> list[str]:
-    """Return one message per problem code.
+    """Return messages in which problems are grouped by their code.
 
     Example: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`.
 
@@ -311,14 +326,15 @@ def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: 
 def require_usable(plan: Plan, bad_clips: Literal["stop", "quarantine"]) -> list[Problem]:
     """Raise an error if the run cannot start with this dataset plan.
 
-    If `bad_clips` is `stop`, any error in the plan prevents the run. If it is `quarantine`, only errors of a
-    data source, errors of the validation split, and a plan without training windows do.
+    If `bad_clips` is `stop`, any error in the plan prevents the run. If it is `quarantine`, clips with errors
+    are excluded. The run is then prevented only by an error of a data source, an error of the validation
+    split, or a plan without training windows.
 
     Returns:
         The errors of excluded clips, for the caller to record; empty if the plan has no errors.
 
     Raises:
-        ValueError: if the run cannot start; the message has one line per problem code.
+        ValueError: if the run cannot start; the message summarizes the errors.
     """
     total = sum(s.clips for s in plan.sources)
     stops = [p for p in plan.errors if bad_clips == "stop" or p.code in SOURCE_CODES]

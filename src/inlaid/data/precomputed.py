@@ -27,8 +27,8 @@ tensors."""
 MOMENTS = (("ldist",), ("mean", "logvar"))
 
 WIDTHS = ("text_dim", "text_embed_dim")
-"""Configuration keys of a checkpoint that give the width of text embeddings. If both are missing, the width
-is 4096 (T5-XXL)."""
+"""Configuration keys for the width of text embeddings. If a checkpoint has neither, the width is 4096
+(T5-XXL)."""
 
 TEXTS = (("prompt_embeds", "prompt_attention_mask"), ("y_feat", "y_mask"))
 
@@ -59,10 +59,10 @@ def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
-    """Return the VAE moments of a clip and its conditioning images, or of its color and alpha.
+    """Return the VAE moments (means and log-variances) of a clip and of its conditioning images.
 
-    The second case is joint alpha, in which color and alpha are encoded as two clips. Their moments are in
-    two files, or concatenated along time in one file.
+    With joint alpha (color and alpha as two clips), return the moments of color and alpha instead. These are
+    in two files, or concatenated along time in one file.
     """
     clip, *others = (_moments(family, path) for path in latents)
     two = family.single is not family
@@ -148,9 +148,10 @@ def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
 
 
 def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor]:
-    """Return the tensors under the first set of keys in `known` that is complete in a file.
+    """Read tensors from a torch file.
 
-    If the file contains a bare tensor, return that tensor.
+    `known` contains alternative lists of keys. The first list with all keys in the file is used. If the file
+    contains a bare tensor, that tensor is returned.
     """
     from torch import Tensor
 

@@ -27,7 +27,7 @@ MAX_VALIDATION_CLIPS = 16
 
 @dataclass(frozen=True)
 class CachedDataset:
-    """Cached dataset of a run: the dataset plan, and the names of the cached items of each window."""
+    """Dataset plan of a run, and the names under which its latents and text embeddings are cached."""
 
     plan: Plan
     store: Cache
@@ -36,7 +36,7 @@ class CachedDataset:
     validation_media: Sequence[str]
     validation_text: Sequence[str]
     empty: str
-    """Name of the cached text embedding of the empty caption."""
+    """Name under which the text embedding of the empty caption is cached."""
     prompts: Prompts
     built: Built
 
@@ -65,12 +65,14 @@ def _report_failed(
     failed: Mapping[str, str],
     quarantined: Mapping[str, str] | None,
 ) -> None:
-    """Raise an error if clips could not be encoded, or list all excluded clips in `quarantine.json`.
+    """Report clips that cannot be used.
+
+    If `data.bad_clips` is `stop`, raise an error. Otherwise, list the excluded clips in `quarantine.json`.
 
     Args:
         config: the recipe.
         run: the run folder.
-        modality: provides the word for a training example in messages.
+        modality: states what messages call a training example.
         failed: error messages of the clips that could not be encoded, by path.
         quarantined: problems of the clips that were excluded before encoding, by name; None in processes that
             write no files.

@@ -16,6 +16,7 @@ from inlaid.files import atomic, sha256
 from inlaid.media import kinds, video
 from inlaid.media.kinds import Probe
 from inlaid.media.rgba import AlphaStats
+from inlaid.media.rgba_images import is_sequence
 
 
 class Probes:
@@ -27,7 +28,7 @@ class Probes:
         Raises:
             MediaError: if the file cannot be used.
         """
-        return sequences.probe_sequence(path) if path.is_dir() else video.probe(path)
+        return sequences.probe_sequence(path) if is_sequence(path) else video.probe(path)
 
     def content(self, path: Path) -> str:
         """Return the SHA-256 of a file's content."""
@@ -55,7 +56,7 @@ class CachedProbes(Probes):
 
     def probe(self, path: Path) -> Probe:
         """Return the result of `Probes.probe`, from the cache if the files are unchanged."""
-        if path.is_dir():
+        if is_sequence(path):
             key = f"{kinds.READER}|{path.resolve()}|{_together(rgba_clips.files(path))}"
         elif path.is_file():
             key = f"{kinds.READER}|{file_state(path)}"
@@ -120,7 +121,7 @@ def file_state(path: Path) -> str:
 
 
 def _together(files: Sequence[Path]) -> str:
-    """Return a hash of several files' paths, sizes, inode numbers and times, as in `file_state`."""
+    """Return a hash that changes when one of several files is replaced or modified."""
     return hashlib.sha256("\n".join(map(file_state, files)).encode("utf-8", "replace")).hexdigest()
 
 

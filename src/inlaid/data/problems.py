@@ -32,7 +32,7 @@ class Kind:
     """Template of the messages for a problem code.
 
     `one` and `many` are the predicate for one and for several clips, such as "has no caption" and "have no
-    caption". `cure` is the fix. A message also has the numbers and the names of the clips.
+    caption". `cure` is the fix. A message also contains the number and the names of the clips.
 
     Example: `3 of 40 clips have no caption (...): add a .txt beside each`.
     """
@@ -155,7 +155,12 @@ KINDS: dict[str, Kind] = {
         "have no visible object",
         "use a view in which the objects are larger",
     ),
-    "pickle": Kind("error", "contains a pickle", "contain pickles", "save with numpy.savez"),
+    "pickle": Kind(
+        "error",
+        "contains a pickle that could run code",
+        "contain pickles that could run code",
+        "save the arrays with numpy.savez",
+    ),
     "surface": Kind("error", "has a broken surface", "have broken surfaces", "sample the mesh again"),
     "outside-box": Kind(
         "error",
@@ -178,6 +183,12 @@ KINDS: dict[str, Kind] = {
         "warning", "has a fourth column", "have a fourth column", "save normals instead: (n, 6)"
     ),
     "small": Kind("warning", "has tiny objects", "have tiny objects", "tiny objects are not trained on"),
+    "unseen": Kind(
+        "warning",
+        "has objects that are not visible",
+        "have objects that are not visible",
+        "nothing to do, hidden objects are not trained on in this view",
+    ),
     "bare": Kind(
         "warning",
         "has objects without a surface",
@@ -216,6 +227,13 @@ KINDS: dict[str, Kind] = {
         "looks premultiplied",
         "look premultiplied",
         "color is divided by alpha; if that is wrong, set data.matte.premultiplied=true or false",
+    ),
+    "unclear-color": Kind(
+        "warning",
+        "does not show whether its color is premultiplied",
+        "do not show whether their color is premultiplied",
+        "read as straight: set data.matte.premultiplied=true if the edges look too dark on the contact "
+        "sheet, else false",
     ),
     "residue": Kind(
         "warning",

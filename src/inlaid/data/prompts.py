@@ -66,7 +66,7 @@ def encode_prompts(
     Text embeddings are read from and written to the run's cache; the text encoder is loaded only if a prompt
     is not cached.
     """
-    modality = modality_of(family.modality)
+    modality, sample = modality_of(family.modality), family.resolved(sample)
     pictures = [modality.read(family, each, sample) for each in images]
     for text, why in long_texts(family, [*prompts, sample.negative_prompt]).items():
         say(f"warning: the prompt `{text[:40]}...` has {why}", show=ctx.main)

@@ -31,12 +31,12 @@ KNOWN = (*kinds.KNOWN, *ANIMATED, ".zip")
 """File suffixes of clips in runs that train on alpha."""
 
 COLORS, ALPHA_NAMES = ("_rgb", "_fgr"), ("_alpha", "_pha", "_matte", "_seg")
-"""Endings of the file names (without suffix) of color files and alpha mattes. For example, `dog_alpha.mp4` is
-the alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
+"""Name endings of color files and of alpha mattes, before the suffix. For example, `dog_alpha.mp4` is the
+alpha matte of `dog_rgb.mp4`, `dog_fgr.mp4` or `dog.mp4`."""
 
 COLOR_FOLDERS, ALPHA_FOLDERS = ("rgb", "fgr"), ("alpha", "pha", "matte", "seg")
-"""Beginnings of the names of folders with color files and with alpha mattes. For example, `pha/07.mp4` is the
-alpha matte of `fgr/07.mp4`."""
+"""Name prefixes of color folders and of alpha matte folders. For example, `pha/07.mp4` is the alpha matte of
+`fgr/07.mp4`."""
 
 CHANNELS = (4, 3)
 """Accepted channel counts of arrays, in order of preference."""
@@ -46,7 +46,7 @@ FAR = 24
 the frames between them."""
 
 FRAMES_INSPECTED, LONG = 8, 512
-"""Number of frames in which alpha is measured, and maximum length in pixels of their longer side. Larger
+"""Number of frames in which alpha is measured, and maximum length of their longer side in pixels. Larger
 frames are subsampled."""
 
 Kind = kinds.Kind | Literal["frames"]
@@ -55,18 +55,22 @@ Kind = kinds.Kind | Literal["frames"]
 
 
 def rgba_kind(path: Path) -> Kind:
-    """Return the kind of a clip: video, image (still or animated), array, or frames (folder or `.zip`).
+    """Return the kind of a clip: video, image (still or animated), array, or frames.
+
+    Frames are a folder of images, numbered images (`a.####.png`), or a `.zip` of images.
 
     Raises:
         MediaError: if the file type is unknown.
     """
-    if path.suffix.lower() == ".zip" or path.is_dir():
+    if path.suffix.lower() == ".zip" or rgba_images.is_sequence(path):
         return "frames"
     return media_kind(path)
 
 
 def stem(path: Path) -> str:
-    """Return the name of a clip without its file suffix, or the whole name of a folder."""
+    """Return the name of a clip without its file suffix and frame number, or the whole name of a folder."""
+    if rgba_images.frame_pattern(path):
+        return rgba_images.sequence_name(path)
     return path.stem if path.suffix.lower() in KNOWN else path.name
 
 
@@ -83,8 +87,8 @@ def captions(path: Path) -> list[Path]:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the files with a clip's content: the file itself, or the images in a folder."""
-    return rgba_images.frames_in(path) if path.is_dir() else [path]
+    """Return the files with a clip's content: the file itself, or the images in a sequence."""
+    return rgba_images.frames_in(path) if rgba_images.is_sequence(path) else [path]
 
 
 class Pairs:
@@ -101,6 +105,8 @@ class Pairs:
             return []
         base = next((own.removesuffix(e) for e in COLORS if own.endswith(e)), own)
         beside = self._there(color.parent)
+        if own == base and any(base + end in beside for end in COLORS):
+            return []  # `dog_alpha.mp4` belongs to `dog_rgb.mp4`, and `dog.mp4` is a preview of both
         found = [p for end in ALPHA_NAMES for p in beside.get(base + end, [])]
         return found or self._across(color, COLOR_FOLDERS, ALPHA_FOLDERS)
 
@@ -111,18 +117,20 @@ class Pairs:
         """
         own, beside = stem(matte), self._there(matte.parent)
         bases = [own.removesuffix(e) for e in ALPHA_NAMES if own.endswith(e)]
-        found = [p for b in bases for end in ("", *COLORS) for p in beside.get(b + end, [])]
+        found = [p for b in bases for end in COLORS for p in beside.get(b + end, [])]
+        found = found or [p for b in bases for p in beside.get(b, [])]
         return found or self._across(matte, ALPHA_FOLDERS, COLOR_FOLDERS)
 
     def named(self, path: Path) -> list[Path]:
-        """Return the clips that a path without suffix may name: `clips/dog` matches `clips/dog_rgb.mp4`."""
+        """Return the clips that match a path without suffix: `clips/dog` matches `clips/dog_rgb.mp4`."""
         beside = self._there(path.parent)
         return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
 
     def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
         """Return the files of the same name in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`.
 
-        `here` and `there` are the beginnings of the names of the two folders.
+        The file's folder has a name that starts with one of `here`; parallel folders start with one of
+        `there`.
         """
         for folder in path.parents:
             if folder == self._root or not folder.is_relative_to(self._root):
@@ -137,7 +145,11 @@ class Pairs:
         """Return the clips in a folder, keyed by their names without suffix."""
         if folder not in self._known:
             found: dict[str, list[Path]] = {}
-            for p in sorted(folder.iterdir()) if folder.is_dir() else ():
+            there = sorted(folder.iterdir()) if folder.is_dir() else []
+            images = [p.name for p in there if p.name.lower().endswith(rgba_images.FRAMES)]
+            for name in rgba_images.numbered(images):
+                found.setdefault(stem(folder / name), []).append(folder / name)
+            for p in there:
                 clip = p.suffix.lower() in KNOWN if p.is_file() else bool(rgba_images.frames_in(p))
                 if clip and not p.name.startswith("."):
                     found.setdefault(stem(p), []).append(p)
@@ -226,7 +238,7 @@ def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
 
 
 def _probe(path: Path) -> Probe:
-    """Return the properties of any kind of RGBA clip. Folders and archives of frames have no timestamps."""
+    """Return the properties of any kind of RGBA clip. Sequences and archives of frames have no timestamps."""
     what = rgba_kind(path)
     if what == "frames":
         return probe_frames(path)
@@ -238,7 +250,7 @@ def _probe(path: Path) -> Probe:
 
 
 def probe_frames(path: Path) -> Probe:
-    """Return the properties of a folder or `.zip` of frames.
+    """Return the properties of a sequence or `.zip` of frames.
 
     Decodes the first and the last image, and reads the size of every image.
 
@@ -289,6 +301,8 @@ def read_rgba_clip(
     fps: float,
     size: tuple[int, int],
     how: config.Matte,
+    *,
+    rate: float | None = None,
 ) -> np.ndarray:
     """Read a range of frames of an RGBA clip: uint8 (t, h, w, 4) with straight alpha.
 
@@ -299,16 +313,17 @@ def read_rgba_clip(
         matte: the alpha matte, in which white means opaque unless `how.invert` is set.
         start: seconds from the clip's first frame.
         frames: number of frames; frame k shows the clip at the time start + k / fps.
-        fps: sampling rate in frames per second; also the assumed frame rate of a clip without timestamps.
+        fps: sampling rate in frames per second.
         size: height and width in pixels.
         how: the recipe's `data.matte` section, with `premultiplied` resolved to a bool.
+        rate: frame rate of a clip without timestamps. Default: `fps`.
 
     Raises:
         MediaError: if the file cannot be read to the end of the range; the message names the file.
     """
     wanted = start + np.arange(frames) / float(fps)
     out = []
-    for pixels, sar in _joined(path, matte, _chosen(path, wanted, fps)):
+    for pixels, sar in _joined(path, matte, _chosen(path, wanted, fps, rate)):
         alpha = pixels[..., 3]
         if how.limited:
             alpha = ((alpha.astype(np.float32) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
@@ -364,10 +379,10 @@ def _pick(
             yield pixels, 1.0
 
 
-def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
+def _chosen(path: Path, wanted: np.ndarray, fps: float, rate: float | None = None) -> np.ndarray:
     """Return the frame number for each requested time in seconds.
 
-    A clip without timestamps is assumed to run at `fps`.
+    A clip without timestamps runs at `rate`, or at `fps` if `rate` is None.
 
     Raises:
         MediaError: if the clip ends before the last requested time.
@@ -384,7 +399,7 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
             ends = video.frame_times(path)
             times, held = ends[:-1], float(ends[-1] - ends[-2])
         else:
-            times, held = _even(path, fps), 0.0
+            times, held = _even(path, rate or fps), 0.0
         step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         last, chosen = (
             float(times[-1]) + max(0.0, held - max(step, 1 / fps)),
@@ -397,9 +412,9 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float) -> np.ndarray:
 
 
 def _even(path: Path, fps: float) -> np.ndarray:
-    """Return the frame times, in seconds, of a clip without timestamps.
+    """Return the time of each frame in seconds, for a clip without timestamps.
 
-    Frames are evenly spaced at the frame rate stored in an array file, else at `fps`.
+    Frames are evenly spaced. The frame rate is the one stored in an array file, otherwise `fps`.
     """
     if rgba_kind(path) == "array":
         probe = probe_array(path, CHANNELS)

@@ -22,7 +22,7 @@ def _permutation(n: int, *key: Hashable) -> list[int]:
 
 
 class BucketSampler:
-    """Sampler of training batches, as indices of windows (training examples) with equal shape.
+    """Batch sampler. A batch is a list of window indices; its windows (training examples) have equal shape.
 
     Batch k depends only on the arguments and k. Windows with the same data source and shape form a group. In
     each epoch, a group of n windows is used max(1, round(n * repeats * weight)) times in total. The windows
@@ -40,7 +40,7 @@ class BucketSampler:
         """Group the training windows by data source and shape.
 
         Args:
-            entries: index of the data source, and shape, of each window.
+            entries: for each window, the index of its data source and its shape.
             repeats: `repeats` times `weight` of each data source, by source index.
             batch: windows per batch; the last batch of a shape may be smaller.
             seed: seed of the shuffling.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +20,25 @@ from inlaid import limits
 from inlaid.data.problems import KINDS
 from inlaid.media import meshes
 from inlaid.media.kinds import MediaError
+from inlaid.media.mesh_files import FILES as MESH_FILES
 from inlaid.media.meshes import Note, Surface
-from inlaid.media.scene import SMALL, SceneObject, SceneSample, image_size, read_image
+from inlaid.media.scene import (
+    DESCRIPTION,
+    SMALL,
+    SceneObject,
+    SceneSample,
+    image_size,
+    read_image,
+    read_names,
+    unique_names,
+)
 from inlaid.paths import Root
 from inlaid.reading import FileError, parse_json, read_text
 from inlaid.text import printable
 
 IMAGES = ("scene_rgb.png", "scene_rgb.jpg", "scene_rgb.webp", "rgb.png", "rgb.jpg", "rgb.webp")
-"""File names of the input image, in order of priority. The name `rgb` is meant for a single object on
-white."""
+"""File names of the input image, in order of priority. The name `rgb` is meant for a single object on a
+white background."""
 
 READER = 1
 """Version of the output of `Scene.read`, which is part of cache keys. Increase it when the output changes."""
@@ -53,6 +64,8 @@ class Scene:
     surfaces: dict[int, Path] = field(hash=False)
     """Surface files, keyed by the object's ID in the segmentation. Key 0 is a single file for all objects,
     which contains their surfaces in order of ID."""
+    names: dict[int, str] = field(default_factory=dict, hash=False)
+    """Object names, keyed by ID in the segmentation. Objects may be unnamed."""
     view: str = ""
     strict: bool = True
     """True if every visible object must have a surface."""
@@ -77,7 +90,7 @@ class Scene:
             raise MediaError(self.segmentation, many, "several")
         read = self._surfaces(numbers)
         absent = sorted(set(read) - set(numbers))
-        if absent:
+        if absent and self.strict:
             why = f"does not contain object {absent[0]}, which has a surface; it contains " + (
                 ", ".join(map(str, numbers)) or "none"
             )
@@ -85,11 +98,14 @@ class Scene:
         notes, objects = [], []
         for number, surface in sorted(read.items()):
             mask = ids == number
+            if number in absent:
+                notes.append(Note("unseen", f"object {number} is not visible in this view and is left out"))
+                continue
             if mask.mean() <= SMALL:
                 why = f"object {number} covers {mask.mean():.2%} of the input image and is left out"
                 notes.append(Note("small", why))
                 continue
-            objects.append(SceneObject(number, mask, surface.points))
+            objects.append(SceneObject(number, mask, surface.points, self.names.get(number, "")))
             notes += [Note(note.code, f"object {number}: {note}") for note in surface.notes]
         if not objects:
             why = f"every object of {self.name} covers too little of the input image"
@@ -106,26 +122,45 @@ class Scene:
         return SceneSample(self.name, image, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
-        """Read the surfaces, keyed by object ID; `numbers` are the sorted object IDs in the segmentation.
+        """Read the surfaces, keyed by object ID.
 
-        A single file for all objects contains their surfaces in order of ID.
+        `numbers` are the sorted object IDs in the segmentation. A single file for all objects contains their
+        surfaces in this order.
         """
         if list(self.surfaces) != [0]:
             out = {}
             for number, path in self.surfaces.items():
-                found = meshes.read_surface(path)
+                found = _read_surface(path)
                 if len(found) != 1:
                     raise MediaError(path, f"contains {len(found)} surfaces for one object", "several")
                 out[number] = found[0]
             return out
         path = self.surfaces[0]
-        found = meshes.read_surface(path)
+        found = _read_surface(path)
         if len(found) != len(numbers):
             surfaces = f"one {path.name}" if len(found) == 1 else f"the {len(found)} surfaces of {path.name}"
             why = f"contains {len(numbers)} objects for {surfaces}"
             cure = "name the files surface_ID.npy, with the object's number in the segmentation as ID"
             raise MediaError(self.segmentation, f"{why}; {cure}", "several")
         return dict(zip(numbers, found, strict=True))
+
+
+def _read_surface(path: Path) -> Sequence[Surface]:
+    """Read a surface file, or return the surfaces read before if the file is unchanged.
+
+    In 3D-FRONT, all views of a room share the same surface files.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return meshes.read_surface(path)  # raises
+    return _cached_surface(path, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=32)
+def _cached_surface(path: Path, state: tuple[int, ...]) -> Sequence[Surface]:
+    """Read a surface file, or return the cached result for an equal path and file state."""
+    return tuple(meshes.read_surface(path))
 
 
 def _frame_notes(objects: Sequence[SceneObject]) -> list[Note]:
@@ -176,10 +211,10 @@ def find_scenes(root: Path) -> Found:
             found.findings.append(Finding("error", scene.name, f"{file.name} {error.cause}", error.code))
     found.scenes = kept
     if not found.scenes and not found.findings:
-        raise ValueError(
-            f"{root}: contains no scenes; a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy "
-            "for each object"
-        )
+        why = "a scene is a folder with scene_rgb.png, seg.png and surface_ID.npy for each object"
+        if any(Path(name).suffix.lower() in MESH_FILES for _, _, names in tree.walk() for name in names):
+            why = f"it contains meshes: run `inlaid import meshes {root} SCENES`, and use the folder SCENES"
+        raise ValueError(f"{root}: contains no scenes; {why}")
     return found
 
 
@@ -204,9 +239,15 @@ def _folders(tree: Root) -> Found:
             *([("names", f"{odd[0]} is named neither surface.npy nor surface_ID.npy")] if odd else []),
             *([("names", "has both surface.npy and surface_ID.npy")] if numbered and plain else []),
         ]
+        names_of: dict[int, str] = {}
+        try:
+            names_of = read_names(place, tree)
+        except FileError as error:
+            wrong.append((error.code, f"{DESCRIPTION} {error.cause}"))
         found.findings += [Finding("error", name, message, code) for code, message in wrong]
         if not wrong and image:
-            found.scenes.append(Scene(name, image, place / "seg.png", numbered or {0: plain[0]}))
+            surfaces_of = numbered or {0: plain[0]}
+            found.scenes.append(Scene(name, image, place / "seg.png", surfaces_of, names_of))
     found.scenes.sort(key=lambda s: s.name)
     return found
 
@@ -242,10 +283,17 @@ def _part(value: Any) -> str:
     return value
 
 
-def _front(tree: Root) -> Found:
-    """Find the scenes of the 3D-FRONT dataset in the layout of MIDI's authors.
+def _surface_file(folder: Path, name: str) -> Path:
+    """Return the surface file of a piece of furniture: `.npy`, or `.npz` if only that exists."""
+    archive = folder / f"{name}.npz"
+    published = folder / f"{name}.npy"
+    return archive if archive.is_file() and not published.is_file() else published
 
-    The layout consists of lists of rooms and of the furniture in each room, surfaces, and rendered views.
+
+def _front(tree: Root) -> Found:
+    """Find the scenes of the 3D-FRONT dataset as processed by the authors of MIDI.
+
+    The dataset contains lists of rooms, lists of the furniture in each room, surfaces, and rendered views.
     """
     found, root = Found("3d-front"), tree.folder
     rooms, furniture = (_ids(tree, f"midi_{n}_ids.json") for n in ("room", "furniture"))
@@ -260,7 +308,7 @@ def _front(tree: Root) -> Found:
                 raise ValueError(f"the furniture of `{room}` is not a list of IDs")
             names = [_part(n) for n in objects]
             folder = root / "3D-FRONT-SURFACE" / room
-            surfaces = {i: tree.guard(folder / f"{n}.npy") for i, n in enumerate(names, 1)}
+            surfaces = {i: tree.guard(_surface_file(folder, n)) for i, n in enumerate(names, 1)}
             views = sorted(tree.guard(root / "3D-FRONT-RENDER" / room).glob("semantic_*.png"))
         except ValueError as error:
             code, cause = (error.code, error.cause) if isinstance(error, FileError) else ("names", str(error))
@@ -273,12 +321,17 @@ def _front(tree: Root) -> Found:
             continue
         for view in views:
             label = view.stem.removeprefix("semantic_")
-            image = next(
-                (p for s in ("render", "rerender") if (p := view.with_name(f"{s}_{label}.webp")).is_file()),
-                None,
-            )
+            renders = [
+                view.with_name(f"{prefix}_{label}{suffix}")
+                for prefix in ("render", "rerender")
+                for suffix in (".webp", ".png", ".jpg")
+            ]
+            image = next((path for path in renders if path.is_file()), None)
             if image is None:
                 found.findings.append(Finding("error", f"{room}/{label}", "has no render", "no-image"))
                 continue
-            found.scenes.append(Scene(f"{room}/{label}", image, view, surfaces, label, strict=False))
+            named = dict(enumerate(unique_names(names), 1))
+            found.scenes.append(
+                Scene(f"{room}/{label}", image, view, surfaces, named, view=label, strict=False)
+            )
     return found

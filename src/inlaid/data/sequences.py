@@ -1,12 +1,12 @@
 """Clips in a folder: media files, and image sequences.
 
 An image sequence is a subfolder whose images are the frames of one clip. For example,
-`shot_014/shot_014.1001.png` and the frames after it are the clip `shot_014`.
+`shot_014/shot_014.1001.png` and the frames after it are the clip `shot_014`. Several sequences may also be in
+one folder: `a.1001.png` and `b.1001.png` are the first frames of the clips `a.####.png` and `b.####.png`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,8 @@ from inlaid.media.arrays import fit_array
 from inlaid.media.kinds import MediaError, Probe, frames_on_show
 from inlaid.paths import Root
 
-_NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
-
 _MARKS = ("", "frame", "f")
-"""Generic beginnings of the file names of frames, such as `frame` in `frame_0001.png`."""
+"""Generic words at the start of frame file names, such as `frame` in `frame_0001.png`."""
 
 
 def caption_file(root: Root, clip: Path) -> Path | None:
@@ -32,81 +30,111 @@ def caption_file(root: Root, clip: Path) -> Path | None:
 
 
 def find_entries(root: Root, channels: int) -> list[Path]:
-    """Return the clips below a root folder: media files, and folders of frames.
+    """Return the clips below a root folder: media files and image sequences.
 
-    A subfolder with images is one clip, unless an image in it has a caption file. In a run that trains
-    without alpha (3 channels), folders of photos are more usual. Therefore, the images must also be numbered
-    frames of one sequence.
+    A subfolder with images is one clip, unless an image in it has a caption file or the images are several
+    sequences. In a run that trains without alpha (3 channels), folders of photos are more usual. Therefore,
+    the images must also be numbered frames of one sequence. In other folders, numbered images with the same
+    text before the number are one clip, unless they have caption files of their own or are probably photos.
     """
     known = rgba_clips.KNOWN if channels == 4 else kinds.KNOWN
     found: list[Path] = []
     for here, _, names in root.walk():
-        visible = [here / n for n in names if n.lower().endswith(known)]
+        visible = {here / n for n in names if n.lower().endswith(known)}
         images = {here / n for n in names if n.lower().endswith(rgba_images.FRAMES)}
-        images = images if here != root.folder else set()
-        if images and _is_sequence(root, here, images, channels):
+        captioned = any(root.beside(f.with_suffix(".txt"), ".txt") for f in images)
+        groups = {} if captioned else rgba_images.numbered(sorted(f.name for f in images))
+        apart = len(groups) > 1 and sum(map(len, groups.values())) == len(images)
+        whole = images and here != root.folder and not captioned and not apart
+        if whole and (channels == 4 or _is_sequence(root, here, groups, images)):
             found.append(here)
-            visible = [f for f in visible if f not in images]
+            visible -= images
+        else:
+            for name, members in groups.items():
+                if caption_file(root, here / name) or _are_frames(name, members, channels):
+                    found.append(here / name)
+                    visible.difference_update(here / n for n in members)
         found += visible
     return sorted(found)
 
 
-def _is_sequence(root: Root, folder: Path, images: set[Path], channels: int) -> bool:
-    if any(root.beside(f.with_suffix(".txt"), ".txt") for f in images):
+def _is_sequence(root: Root, folder: Path, groups: dict[str, list[str]], images: set[Path]) -> bool:
+    """Return True if the images of a folder are numbered frames of one clip."""
+    names = [f.name for f in images]
+    if len(images) < 2 or not rgba_images.frame_numbers(names) or len({f.suffix.lower() for f in images}) > 1:
         return False
-    if channels == 4:
-        return True
-    parts = [_NUMBERED.fullmatch(f.name) for f in images]
-    stems = {(m[1], m[3].lower()) for m in parts if m}
-    if len(images) < 2 or not all(parts) or len(stems) > 1:
+    if groups and sum(map(len, groups.values())) < len(names):
         return False
-    prefix = next(iter(stems))[0].rstrip("._- ").lower()
+    prefix = rgba_images.sequence_name(folder / next(iter(groups), "#")).lower()
     return prefix in (*_MARKS, folder.name.lower()) or caption_file(root, folder) is not None
 
 
-def probe_sequence(folder: Path) -> Probe:
-    """Return the properties of a folder of frames, which has no timestamps.
+def _are_frames(name: str, members: Sequence[str], channels: int) -> bool:
+    """Return True if numbered images without captions are frames of a clip, not photos.
+
+    There must be at least three images, and fewer missing than existing numbers. In a run that trains without
+    alpha, JPEG files are photos unless a period precedes the number, as in `a.1001.jpg`.
+    """
+    if len(members) < 3 or missing_frames(members) >= len(members):
+        return False
+    if channels == 4 or not name.lower().endswith((".jpg", ".jpeg")):
+        return True
+    return name.partition("#")[0].endswith(".") or rgba_images.sequence_name(Path(name)).lower() in _MARKS
+
+
+def probe_sequence(path: Path) -> Probe:
+    """Return the properties of an image sequence, which has no timestamps.
 
     Raises:
         MediaError: if an image cannot be read, or the images differ in size.
     """
-    probe = rgba_clips.probe_frames(folder)
+    probe = rgba_clips.probe_frames(path)
     if not probe.transparent:
         return probe
-    ends = rgba_images.read_named(folder, [0, probe.frames - 1])
+    ends = rgba_images.read_named(path, [0, probe.frames - 1])
     return replace(probe, opaque=all(bool((f[..., 3] == 255).all()) for f in ends))
 
 
 def missing_frames(names: Sequence[str]) -> int:
     """Return the number of missing frame numbers between the first and the last image of a sequence."""
-    numbers = [int(m[2]) for n in names if (m := _NUMBERED.fullmatch(n)) and len(m[2]) < 12]
-    return max(numbers) - min(numbers) + 1 - len(numbers) if len(numbers) == len(names) > 1 else 0
+    numbers = rgba_images.frame_numbers(names)
+    return max(numbers) - min(numbers) + 1 - len(numbers) if len(numbers) > 1 else 0
 
 
-def read_sequence(folder: Path, start: float, frames: int, fps: float, size: tuple[int, int]) -> np.ndarray:
-    """Read a range of frames from a folder of images: uint8 (t, h, w, 3).
+def read_sequence(
+    path: Path,
+    start: float,
+    frames: int,
+    fps: float,
+    size: tuple[int, int],
+    *,
+    rate: float | None = None,
+) -> np.ndarray:
+    """Read a range of frames from an image sequence: uint8 (t, h, w, 3).
 
     Frames are scaled to cover `size` and center-cropped. Alpha is composited over white.
 
     Args:
-        folder: folder of images.
+        path: a folder of images, or a path such as `a.####.png`.
         start: seconds from the first frame.
         frames: number of frames.
-        fps: sampling rate in frames per second; also the assumed frame rate of the images.
+        fps: sampling rate in frames per second.
         size: height and width in pixels.
+        rate: frame rate of the images. Default: `fps`.
 
     Raises:
         MediaError: if an image cannot be read, or if the images end before the range does.
     """
-    there = len(rgba_images.image_names(folder))
+    there = len(rgba_images.image_names(path))
     wanted = start + np.arange(frames) / float(fps)
-    chosen = frames_on_show(np.arange(there) / fps, wanted, fps)
-    if not there or wanted[-1] * fps > there - 0.5 + 1e-3:
+    rate = rate or fps
+    chosen = frames_on_show(np.arange(there) / rate, wanted, fps)
+    if not there or wanted[-1] > (there - 1) / rate + 0.5 / min(rate, fps) + 1e-3 / fps:
         raise MediaError(
-            folder, f"has {there} frames, the window needs {frames} from {start:.3f} s", "truncated"
+            path, f"has {there} frames, the window needs {frames} from {start:.3f} s", "truncated"
         )
     out = []
-    for pixels in rgba_images.read_named(folder, chosen):
+    for pixels in rgba_images.read_named(path, chosen):
         if pixels.shape[-1] == 4:
             alpha = pixels[..., 3:].astype(np.float32) / 255
             pixels = (pixels[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)

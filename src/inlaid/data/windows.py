@@ -40,7 +40,7 @@ def sizes(data: config.Data, grid: Grid) -> list[Size]:
 
 
 def spread(there: int, length: int, stride: int, most: int) -> list[int]:
-    """Return the index of the first frame of each window of a clip.
+    """Return the start of each window in a clip, as a frame index.
 
     Up to `most` windows of `length` frames are spread evenly over `there` frames, with at least `stride`
     frames between the starts of two windows. A single window is centered.
@@ -51,9 +51,10 @@ def spread(there: int, length: int, stride: int, most: int) -> list[int]:
 
 
 def frames_available(probe: Probe, data: config.Data, fps: float) -> tuple[int, float]:
-    """Return the number of frames that sampling a clip provides, and the sampling rate in frames per second.
+    """Return how many frames can be sampled from a clip, and the sampling rate in frames per second.
 
-    The rate is `fps`, or with `data.slow: keep` the clip's own frame rate if that is lower.
+    The sampling rate is `fps`. If `data.slow` is `keep`, a clip with a lower frame rate is sampled at its own
+    frame rate.
     """
     if data.slow == "keep" and probe.fps and probe.fps < fps * 0.99:
         fps = float(probe.fps)

@@ -19,7 +19,7 @@ import numpy as np
 from inlaid.evaluation.metrics import mesh
 from inlaid.evaluation.metrics.metric import Metric
 from inlaid.media import mesh_render, meshes
-from inlaid.media.meshes import BOUND
+from inlaid.media.isosurface import BOUND
 from inlaid.media.scene import GeneratedScene
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def measure(output: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict
         output: generated scene.
         prompt: prompt; its attribute `images` is the training example (window) with the true scene.
     """
-    truth = {f"object_{one.number}": one.surface for one in prompt.images.read().objects}
+    truth = {one.label: one.surface for one in prompt.images.read().objects}
     targets = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
     sampled = {
         n: meshes.sample_surface(output.meshes[n], POINTS, seed=i) if n in output.meshes else None
@@ -139,7 +139,7 @@ def preview(output: GeneratedScene) -> Image.Image:
     """Render a scene from several directions, side by side in one image."""
     from PIL import Image
 
-    views = mesh_render.turntable(list(output.meshes.values()), 5, 192)
+    views = mesh_render.turntable(list(meshes.preview_meshes(output.meshes).values()), 5, 192)
     return Image.fromarray(np.concatenate(list(views), 1))
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlaid import config as recipe
-from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.grid import Grid
-from inlaid.families.original_names import OriginalNames
+from inlaid.families.sampling import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor, nn
 
+    from inlaid.networks.sequence_parallel import SequenceParallel
     from inlaid.objectives import Objective
 
 
@@ -35,14 +35,20 @@ class PrecomputedLayout:
     """
 
     media: Sequence[str]
-    """Path patterns of the latent files: the clip, then each conditioning image. With joint alpha (color and
-    alpha as two clips), the color clip and then the alpha clip."""
+    """Path patterns of the latent files: one for the clip, then one for each conditioning image. For joint
+    alpha (color and alpha as two clips): one for the color clip, then one for the alpha clip."""
     text: str
     """Path pattern of the clip's text embeddings."""
     caption: str = "*.txt"
     """Path pattern of the clip's caption, if the other trainer stored captions."""
     video: str = "*"
     """Path pattern of the source video, without its file extension."""
+    moments_key: str | None = None
+    """Dictionary key, in a latent file, of the bfloat16 tensor (1, 2 * z, t, h, w) with means and
+    log-variances. None if the file contains only a tensor (2 * z, t, h, w)."""
+    text_keys: tuple[str, str] | None = None
+    """Dictionary keys, in an embeddings file, of the text embeddings (1, n, d) and of their mask (1, n). None
+    if the file contains only a tensor (n, d)."""
 
     @property
     def description(self) -> str:
@@ -50,32 +56,36 @@ class PrecomputedLayout:
         return " + ".join((*self.media, self.text)).replace("*", "NAME")
 
 
-class Family(Checkpoint, ABC):
+class Family(Sampling, ABC):
     """Base class of model families. A family adapts a model architecture to the conventions of this package.
 
     The constructor reads the configuration files of a checkpoint, but no weights.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Recipe defaults that are different for this family: for each recipe section, keys and values."""
+    """Recipe (YAML configuration) defaults that this family overrides: a mapping from section to settings."""
     targets: Sequence[str]
     """Layers that an adapter modifies by default, as regular expressions that must match the full module
     name."""
+    adaptable: ClassVar[Sequence[str]] = ()
+    """Regular expressions for additional layers that an adapter may modify. Needed to import adapters without
+    the checkpoint. Layers in `targets` or `original` need no entry."""
+    more_blocks: ClassVar[Sequence[str]] = ()
+    """Names of additional block lists in some networks, such as `vace_blocks`. Their blocks have the same
+    layers as the blocks in the list `blocks`."""
+    convolutions: ClassVar[Sequence[str]] = ()
+    """Regular expressions for layers that are convolutions in some checkpoints of the family. If an adapter
+    file does not state their kernel size, the adapter can be imported only with the checkpoint."""
     encoders: ClassVar[Mapping[str, Sequence[str]]] = {
         "media": ("vae",),
         "text": ("tokenizer", "text_encoder"),
     }
     """Names of the checkpoint components that encode `media` (videos, images) and `text`. The content of
     their files is part of the cache key."""
-    original_names: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Pairs of module names (name in the original code, name in diffusers), for reading adapters in the
-    original format. The names are relative to a transformer block or to the network."""
-    original: ClassVar[OriginalNames] = OriginalNames()
-    """Original names of all layers, as in ComfyUI. Empty if diffusers has the same names."""
     widths: ClassVar[Mapping[int, str]] = {}
     """Names of the published model sizes, such as `Wan 14B`, by width of the hidden layers. Used in
     messages."""
-    text_length: ClassVar[int]
+    text_length: int
     """Maximum number of text tokens that the denoiser accepts."""
     fps: float
     """Frame rate, in frames per second, of the videos on which the published checkpoint was trained."""
@@ -93,22 +103,22 @@ class Family(Checkpoint, ABC):
     bytewise: Sequence[str] = ()
     """Names of the cached tensors that take one byte per value, such as pixels. All other cached tensors take
     two bytes per value."""
-    images: Sequence[str] = ()
-    """Names of the conditioning images of a clip, in the order that `sample` expects, such as `first` and
-    `last` for the first and the last frame. Empty for text-to-video."""
     video_layers: ClassVar[Sequence[str]] = ()
     """Linear layers that process all video tokens, as regular expressions that must match the full module
     name. Joint alpha (color and alpha as two clips in one token sequence) adapts only these layers. Empty if
     the family does not support joint alpha."""
-    text_before: ClassVar[int] = 0
+    text_before: int = 0
     """Number of text tokens before the video tokens in the input of the layers in `video_layers`."""
     joint_attention: ClassVar[Any] = None
-    """Function that takes a rule for the attention of text to alpha (`networks.joint_attention.Rule`) and
-    returns an attention processor. None if text and video tokens are not in one sequence."""
+    """Function that returns an attention processor for joint alpha. Its argument is the rule for attention
+    from text tokens to alpha tokens. None if text and video tokens are not in one sequence."""
+    heads: int = 0
+    """Number of attention heads of the denoiser. With `runtime.sequence`, processes share the heads. 0 if the
+    family does not implement `split_sequence`."""
     grid: Grid
     precomputed: PrecomputedLayout | None = None
-    """File layout of the precomputed latents that this family can read; None if it can read none. The files
-    contain means and log-variances of the VAE posterior, in one file for each tensor of `stored`."""
+    """File layout of the precomputed latents that this family can read; None if it can read none. Each latent
+    file contains one of the tensors in `stored`: means and log-variances of the VAE posterior."""
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
@@ -116,10 +126,10 @@ class Family(Checkpoint, ABC):
 
     @property
     def single(self) -> Family:
-        """Family for a single clip.
+        """Family that processes a single clip.
 
-        With joint alpha (color and alpha as two clips in one token sequence), it is the wrapped family, which
-        has no alpha. Otherwise, it is `self`.
+        For joint alpha (color and alpha as two clips in one token sequence), it is the wrapped family without
+        alpha. Otherwise, it is `self`.
         """
         return self
 
@@ -180,7 +190,7 @@ class Family(Checkpoint, ABC):
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to text embeddings: for each caption, a mapping with the key `text` (n, d).
+        """Encode captions to text embeddings; return a mapping with the key `text` (n, d) for each caption.
 
         If the network masks padding, the embedding has no padding tokens.
         """
@@ -193,11 +203,23 @@ class Family(Checkpoint, ABC):
         """
         return dict(item)
 
+    def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Convert standard normal noise (n, c, t, h, w) to training noise; by default, change nothing."""
+        return noise
+
     def share_positions(self, denoiser: nn.Module) -> None:
         """Modify the denoiser so that two clips in one sequence have the same positional embeddings.
 
         Called only for joint alpha, in which color and alpha are two clips. Only families with `video_layers`
         implement this method.
+        """
+        raise NotImplementedError
+
+    def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
+        """Modify the denoiser to compute only this process's share of the video tokens.
+
+        Inputs and outputs stay whole: they are the same in each process of `sequence`. Called after adapters
+        are attached, and only for families with `heads`.
         """
         raise NotImplementedError
 
@@ -215,12 +237,6 @@ class Family(Checkpoint, ABC):
             section: `objective` section of the recipe.
             size: height and width of the clips in pixels.
         """
-
-    def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the encoded captions of a batch into the text tensors that `predict` takes in `cond`."""
-        import torch
-
-        return {name: torch.stack([item[name] for item in text]) for name in text[0]}
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -240,108 +256,9 @@ class Family(Checkpoint, ABC):
         """
         return {}
 
-    def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the standard diffusers pipeline with the given denoiser.
-
-        If `denoiser` is None, the checkpoint's own denoiser is loaded with `dtype`. All components have the
-        dtype of the denoiser. The pipeline has no text encoder, because `sample` receives encoded text.
-        """
-        from diffusers import DiffusionPipeline
-
-        network: Any = denoiser if denoiser is not None else self.load_denoiser(dtype)
-        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, self.component: network}
-        options = {"torch_dtype": network.dtype, **self.fetched_pipeline(parts)}
-        with self.loading("model_index.json"):
-            pipe = DiffusionPipeline.from_pretrained(self.source, **options, **parts)
-        return pipe.to(device)
-
-    def sample(
-        self,
-        pipeline: Any,
-        text: Mapping[str, Tensor],
-        negative: Mapping[str, Tensor],
-        *,
-        size: tuple[int, int],
-        frames: int,
-        steps: int,
-        guidance: float,
-        generator: torch.Generator,
-        images: Sequence[np.ndarray] = (),
-    ) -> np.ndarray:
-        """Generate a video, uint8 (t, h, w, `channels`), with the standard diffusers pipeline.
-
-        `text` and `negative` are encoded prompts from `encode_text`. `images` are conditioning images, uint8
-        (h, w, 3), in the order of the attribute `Family.images`.
-        """
-        settings = {"size": size, "frames": frames, "steps": steps, "guidance": guidance}
-        video = self.run(pipeline, text, negative, images, generator=generator, **settings)
-        # For an even number of latent frames, some decoders return a few extra frames at the start.
-        return as_bytes(video[-frames:])
-
-    def run(
-        self,
-        pipeline: Any,
-        text: Mapping[str, Tensor],
-        negative: Mapping[str, Tensor],
-        images: Sequence[np.ndarray],
-        *,
-        size: tuple[int, int],
-        frames: int,
-        steps: int,
-        guidance: float,
-        generator: torch.Generator,
-        noise: Tensor | None = None,
-    ) -> np.ndarray:
-        """Run the standard diffusers pipeline and return the video (t, h, w, 3) with values in [0, 1].
-
-        Sampling starts from `noise` (c, t, h, w). If `noise` is None, the pipeline samples the initial noise.
-        """
-        start = {} if noise is None else {"latents": self.pipeline_latents(noise, pipeline)}
-        return pipeline(
-            **self.pipeline_inputs(pipeline, text, negative, images),
-            **start,
-            height=size[0],
-            width=size[1],
-            num_frames=frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generator,
-            output_type="np",
-        ).frames[0]
-
-    def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
-        """Convert noise (c, t, h, w) to the layout of the diffusers pipeline's argument `latents`."""
-        return noise[None]
-
-    def pipeline_inputs(
-        self,
-        pipeline: Any,
-        text: Mapping[str, Tensor],
-        negative: Mapping[str, Tensor],
-        images: Sequence[np.ndarray],
-    ) -> dict[str, Any]:
-        """Return the diffusers pipeline's arguments for encoded prompts and conditioning images.
-
-        The prompt embeddings have the dtype of the denoiser.
-        """
-        from PIL import Image
-
-        device, dtype = pipeline._execution_device, getattr(pipeline, self.component).dtype
-        cond, uncond = (self.collate([item])["text"].to(device, dtype) for item in (text, negative))
-        names = {"first": "image", "last": "last_image"}
-        inputs = {names[n]: Image.fromarray(i) for n, i in zip(self.images, images, strict=True)}
-        return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, **inputs}
-
-    def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter into a pipeline under the name `inlaid`.
-
-        The adapter is the file `pytorch_lora_weights.safetensors` in `folder`.
-        """
-        pipeline.load_lora_weights(str(folder), adapter_name="inlaid")
-
-    def set_strength(self, pipeline: Any, strength: float) -> None:
-        """Set the scale of the loaded adapter: 1 as trained, 0 to disable its low-rank update."""
-        pipeline.set_adapters(["inlaid"], [strength])
+    def resolved(self, sample: recipe.Sample) -> recipe.Sample:
+        """Return the sampling settings after filling in defaults that depend on the checkpoint."""
+        return sample
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each recipe setting that this checkpoint does not support."""
@@ -351,6 +268,7 @@ class Family(Checkpoint, ABC):
             sizes.append(("sample", sample.frames or max(data.frames), sample.size or data.size))
         found = [f"{section}: {p}" for section, n, size in sizes for p in self.grid.problems(n, *size)]
         found += [f"sample.images: {p}" for p in self.missing_images(len(sample.prompts), sample.images)]
+        found += sequence_problems(self, config.runtime.sequence)
         if config.alpha.kind == "opaque" and data.matte != recipe.Matte():
             found.append("data.matte: an opaque run reads no alpha mattes; remove it, or set alpha.kind")
         try:
@@ -385,6 +303,18 @@ class Family(Checkpoint, ABC):
         return _unreadable(dict.fromkeys(Path(file) for each in images for file in each))
 
 
+def sequence_problems(family: Family, processes: int) -> list[str]:
+    """Return a message if the attention heads cannot be divided equally among `processes` processes."""
+    heads = family.heads
+    if processes == 1 or (heads and not heads % processes):
+        return []
+    if not heads:
+        return [f"runtime.sequence: {family.model.family} does not support split sequences: remove it"]
+    possible = ", ".join(str(n) for n in range(1, heads + 1) if not heads % n)
+    wrong = f"{processes} processes cannot share the {heads} attention heads of {family.model.checkpoint}"
+    return [f"runtime.sequence: {wrong} equally: use one of {possible}"]
+
+
 def _unreadable(images: Iterable[Path]) -> list[str]:
     """Return a message for each file that is not a readable image."""
     from inlaid.media.kinds import IMAGES
@@ -399,11 +329,6 @@ def _unreadable(images: Iterable[Path]) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
-
-
-def as_bytes(video: np.ndarray) -> np.ndarray:
-    """Convert a video with values in [0, 1] to uint8 by rounding."""
-    return (video * 255).round().clip(0, 255).astype("uint8")
 
 
 def _chosen(model: recipe.Model, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

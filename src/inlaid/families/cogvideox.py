@@ -4,8 +4,8 @@ Supported checkpoints: 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V.
 
 Pitfalls:
 
-- The network takes latents with frames before channels, and attends to all 226 text tokens, including
-  padding.
+- The network takes latents with frames before channels, and attends to all text tokens, including padding.
+  The published checkpoints have 226 text tokens (`max_text_seq_length` of the transformer).
 - It predicts v on a schedule of 1000 integer timesteps.
 - Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
 - In 1.5, a token covers two latent frames, so clips have 8n+5 frames.
@@ -31,7 +31,9 @@ from inlaid import config as recipe
 from inlaid.families.base import Family, PrecomputedLayout
 from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames
+from inlaid.families.other_programs import JointLayout
 from inlaid.networks.joint_attention import CogVideoXJointAttention, halve_cogvideox
+from inlaid.networks.sequence_parallel import SequenceParallel
 from inlaid.objectives import VPrediction
 
 COPIES = 4
@@ -60,7 +62,7 @@ ORIGINAL = OriginalNames(
     *((f"patch_embed.{name}", f"patch_embed.{name}") for name in _SAME),
     *((name, name) for name in ("norm_final", "norm_out.linear", "norm_out.norm", "proj_out")),
 )
-"""Names in ComfyUI. The names of the original training code differ, and no other program uses them."""
+"""Layer names in ComfyUI. CogVideoX's training code has other names, which no supported program uses."""
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
@@ -101,11 +103,21 @@ class CogVideoX(Family):
         "THUDM/CogVideoX1.5-5B": _published(48, pairs=True),
         "THUDM/CogVideoX1.5-5B-I2V": _published(48, pairs=True, image=True),
     }
+    convolutions: ClassVar[Sequence[str]] = (r"patch_embed\.proj",)
     video_layers: ClassVar[Sequence[str]] = (r"transformer_blocks\.\d+\.(attn1\.to_.+|ff\.net\..+)",)
     joint_attention: ClassVar[Any] = CogVideoXJointAttention
     original: ClassVar[OriginalNames] = ORIGINAL
-    text_length: ClassVar[int] = 226
-    text_before: ClassVar[int] = 226
+    programs: ClassVar[Sequence[str]] = ("comfyui", "transpixeler")
+    fixed_sizes: ClassVar[Mapping[str, int]] = {"attention_head_dim": 64}
+    joint_layout: ClassVar[JointLayout | None] = JointLayout(
+        key="transformer.transformer_blocks.{block}.{layer}.lora_{factor}.weight",
+        layers={f"attn1.{name}": f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")},
+        factors=("A", "B"),
+        rule="bias",
+        vector="domain_emb",
+        torch_file=False,
+        width=3072,
+    )
     widths: ClassVar[Mapping[int, str]] = {1920: "CogVideoX 2B", 3072: "CogVideoX 5B"}
 
     def __init__(self, model: recipe.Model) -> None:
@@ -116,6 +128,7 @@ class CogVideoX(Family):
         self.transformer = c = usual | (self.read_config("transformer") or {})
         self.vae, self.scheduler = (self.read_config(part) or {} for part in ("vae", "scheduler"))
         self._refuse_unsupported()
+        self.text_length = self.text_before = int(c["max_text_seq_length"])
         scheduler: Any = CogVideoXDDIMScheduler.from_config(self.scheduler)
         self.native = VPrediction(tuple(scheduler.alphas_cumprod.tolist()))
         self.images = ("first",) if c["in_channels"] == 32 else ()
@@ -125,7 +138,7 @@ class CogVideoX(Family):
         if model.task not in (None, task) or model.expert is not None:
             key = "expert" if model.expert else "task"
             raise ValueError(f"model.{key}: {model.checkpoint} is one {task} network; leave `{key}` out")
-        self.pair = c["patch_size_t"] or 1
+        self.pair, self.heads = c["patch_size_t"] or 1, c["num_attention_heads"]
         self.fps = 16.0 if self.pair == 2 else 8.0
         self.largest = (8 * c["sample_height"], 8 * c["sample_width"])
         only = (c["sample_frames"], *self.largest) if c["use_learned_positional_embeddings"] else None
@@ -149,6 +162,42 @@ class CogVideoX(Family):
                 f"model.checkpoint: its prediction_type is {self.scheduler.get('prediction_type')}, not "
                 "v_prediction as CogVideoX needs; copy the folder `scheduler` of the original checkpoint"
             )
+
+    def export_problem(self, target: str, whole: bool) -> str | None:
+        """Return the reason why a program cannot use weights for this checkpoint, or None if it can."""
+        c = self.transformer
+        rotary, learned = (c[f"use_{x}_positional_embeddings"] for x in ("rotary", "learned"))
+        if target == "transpixeler" and (not rotary or self.pair == 2 or self.images):
+            return f"TransPixeler runs CogVideoX-5B text-to-video only, not {self.name}"
+        if target == "comfyui" and whole and rotary and learned:
+            return (
+                f"{self.name} has rotary and learned positional embeddings, but ComfyUI runs a CogVideoX "
+                "model with one or the other"
+            )
+        return None
+
+    def comfyui_tensors(self) -> Mapping[str, Tensor]:
+        """Return the sinusoidal positional embeddings (1, 226 + v, d) of CogVideoX 2B for v video tokens.
+
+        Diffusers does not save them, but ComfyUI uses rotary embeddings if they are missing. The result is
+        empty for models with rotary embeddings.
+        """
+        if self.transformer["use_rotary_positional_embeddings"]:
+            return {}
+        from diffusers.models.embeddings import get_3d_sincos_pos_embed
+
+        c = self.transformer
+        width, height = (c[f"sample_{side}"] // c["patch_size"] for side in ("width", "height"))
+        video = get_3d_sincos_pos_embed(
+            c["num_attention_heads"] * c["attention_head_dim"],
+            (width, height),
+            (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1,
+            c["spatial_interpolation_scale"],
+            c["temporal_interpolation_scale"],
+            output_type="pt",
+        )
+        table = nn.functional.pad(video.flatten(0, 1).float(), (0, 0, c["max_text_seq_length"], 0))[None]
+        return {"patch_embed.pos_embedding": table}
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as a size above the maximum of CogVideoX 1.5.
@@ -178,7 +227,7 @@ class CogVideoX(Family):
         return {"moments": (32, *latent), **image}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the length of the token sequence: 226 text tokens plus the video tokens."""
+        """Return the length of the token sequence: the text tokens plus the video tokens."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return self.text_length + t // self.pair * (h // 2) * (w // 2)
 
@@ -200,7 +249,10 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode each caption to `text` (226, d), including the padding, to which the network attends."""
+        """Encode each caption to `text` (`text_length`, d), including padding tokens.
+
+        They are included because the network attends to them.
+        """
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
         ids = tokenizer(list(captions), return_tensors="pt", **options).input_ids
@@ -244,6 +296,29 @@ class CogVideoX(Family):
         Covers rotary embeddings, and the sinusoidal embeddings of 2B.
         """
         halve_cogvideox(denoiser)
+
+    def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes; see `Family.split_sequence`.
+
+        The rotary embeddings are an argument of each call, and the embedding module returns the text tokens
+        before the video tokens.
+        """
+
+        def rotary(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            found = kwargs.get("image_rotary_emb")
+            own = found and tuple(sequence.split(x, 0) for x in found)
+            return args, {**kwargs, "image_rotary_emb": own}
+
+        def tokens(_: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+            text = args[0].shape[1]
+            return torch.cat([out[:, :text], sequence.split(out[:, text:], 1)], 1)
+
+        denoiser.register_forward_pre_hook(rotary, with_kwargs=True)
+        denoiser.patch_embed.register_forward_hook(tokens)
+        sequence.gather_output(denoiser.proj_out, 1)
+        for block in denoiser.transformer_blocks:
+            rule: Any = getattr(block.attn1.processor, "rule", "open")
+            block.attn1.set_processor(CogVideoXJointAttention(rule, sequence))
 
     def pipeline_latents(self, noise: Tensor, pipeline: Any) -> Tensor:
         """Convert noise (c, t, h, w) to (1, t, c, h, w), with the dtype of the transformer."""

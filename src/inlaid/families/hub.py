@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from inlaid.console import once
+
 TIMEOUT = 5.0
 """Time in seconds after which the Hub counts as unreachable if it has not responded."""
 
@@ -36,6 +38,8 @@ class Repository:
     commit: str
     sizes: Mapping[str, int]
     """Size in bytes of each file, by file name."""
+    license: str = ""
+    """License that the repository states, such as `apache-2.0`; empty if it states none."""
 
 
 def repository(name: str, revision: str | None = None, probe: str = "model_index.json") -> Repository:
@@ -70,7 +74,9 @@ def _asked(name: str, revision: str | None, probe: str) -> Repository | HubError
         if probe in sizes:
             file = probe
             get_hf_file_metadata(hf_hub_url(name, probe, revision=revision), timeout=TIMEOUT)
-        return Repository(info.sha or "", sizes)
+        tags = [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]
+        stated = getattr(info.card_data, "license", None) or (tags[0] if tags else "")
+        return Repository(info.sha or "", sizes, ", ".join([stated] if isinstance(stated, str) else stated))
     except Exception as error:
         return explain(error, name, revision, file)
 
@@ -167,13 +173,13 @@ def fetch(name: str, revision: str | None, file: str) -> Path | None:
         HubError: if the file can neither be downloaded nor found in the cache.
     """
     try:
-        known = repository(name, revision).sizes
+        known = repository(name, revision)
     except UnreachableError:
         path, index = cached(name, revision, file), _cached_index(name, revision)
         if path is None and (index is None or file.split("/")[0] in (*index, file)):
             raise
         return path
-    return _download(name, revision, [file], known) if file in known else None
+    return _download(name, revision, [file], known) if file in known.sizes else None
 
 
 def fetch_component(name: str, revision: str | None, component: str) -> Path:
@@ -183,13 +189,13 @@ def fetch_component(name: str, revision: str | None, component: str) -> Path:
         HubError: if the files can neither be downloaded nor found in the cache.
     """
     try:
-        known = repository(name, revision).sizes
+        known = repository(name, revision)
     except UnreachableError:
         folder = _cached_component(name, revision, component)
         if folder is None:
             raise
         return folder
-    files = needed_files(known, component)
+    files = needed_files(known.sizes, component)
     if not files:
         raise HubError(f"{name} has no `{component}` on the Hub: use a checkpoint in diffusers layout")
     return _download(name, revision, files, known).parent
@@ -204,21 +210,34 @@ def fetch_file(name: str, file: str) -> Path:
         HubError: if the file can neither be downloaded nor found in the cache.
     """
     path = cached(name, None, file)
-    return path or _download(name, None, [file], repository(name, None, file).sizes)
+    return path or _download(name, None, [file], repository(name, None, file), announced=0)
 
 
-def _download(name: str, revision: str | None, files: Iterable[str], sizes: Mapping[str, int]) -> Path:
-    """Download the files that are not cached, and return the local path of the last file."""
+ANNOUNCED = 1_000_000
+"""Minimum size in bytes of a download that is announced. A configuration file alone is smaller."""
+
+
+def _download(
+    name: str, revision: str | None, files: Iterable[str], known: Repository, announced: int = ANNOUNCED
+) -> Path:
+    """Download the files that are not cached, and return the local path of the last file.
+
+    Before a download of at least `announced` bytes, its size and the repository's license are printed.
+    """
     from huggingface_hub import constants, hf_hub_download
 
     files = list(files)
     missing = [f for f in files if cached(name, revision, f) is None]
-    size = sum(sizes.get(f, 0) for f in missing)
+    size = sum(known.sizes.get(f, 0) for f in missing)
     if missing and size > (free := free_space()):
         raise HubError(
             f"{name}: {size / 1e9:.1f} GB to download and {free / 1e9:.1f} GB are free in "
             f"{constants.HF_HUB_CACHE}: free space, or set HF_HOME"
         )
+    if missing and size >= announced:
+        what = f"{name}/{missing[0]}" if len(missing) == 1 else f"{len(missing)} files of {name}"
+        license = f"license {known.license}" if known.license else "no license stated"
+        once(f"downloading {what}: {as_text(size)}, {license} ({constants.ENDPOINT}/{name})")
     path = cached(name, revision, files[-1])
     for file in missing:
         try:
@@ -297,18 +316,19 @@ def availability(name: str, revision: str | None, components: Iterable[str]) -> 
     total = sum(left.values())
     if not total:
         return Availability(f"{name}: reachable on the Hub, nothing to download", "note")
-    parts = ", ".join(f"{part} {_size(size)}" for part, size in sorted(left.items(), key=lambda x: -x[1]))
-    text = f"{name}: reachable on the Hub, {_size(total)} to download ({parts})"
+    parts = ", ".join(f"{part} {as_text(size)}" for part, size in sorted(left.items(), key=lambda x: -x[1]))
+    text = f"{name}: reachable on the Hub, {as_text(total)} to download ({parts})"
     if total > (free := free_space()):
-        where = f"{_size(free)} are free in {constants.HF_HUB_CACHE}"
+        where = f"{as_text(free)} are free in {constants.HF_HUB_CACHE}"
         return Availability(f"{text}, but {where}: free space, or set HF_HOME", "error")
     return Availability(text, "note")
 
 
-def _size(n: float) -> str:
+def as_text(n: float) -> str:
+    """Return a number of bytes as text, such as `0.8 GB`."""
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 def local_options(revision: str | None) -> dict[str, Any]:
-    """Return the `from_pretrained` arguments to load downloaded files without further requests to the Hub."""
+    """Return `from_pretrained` arguments that load downloaded files without requests to the Hub."""
     return {"revision": revision, "local_files_only": True}

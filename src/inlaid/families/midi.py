@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from inlaid import config as recipe
 from inlaid.console import once
-from inlaid.families.base import Family
+from inlaid.families.base import Family, sequence_problems
+from inlaid.families.checkpoint import Checkpoint
 from inlaid.families.grid import Grid
 from inlaid.media import meshes
 from inlaid.media.scene import MAX_OBJECTS, invalid_pairs, make_meshes, thinned
+from inlaid.media.texture import textured
 from inlaid.networks import midi_checkpoint, midi_image_encoders
 from inlaid.networks.midi_image_encoders import ImageConditioning, ImageEncoder, LoadedEncoders
 from inlaid.networks.midi_pipeline import ScenePipeline
@@ -43,6 +44,12 @@ from inlaid.networks.triposg import (
     stored_blocks,
 )
 from inlaid.objectives import FlowMatching
+
+BLOCK = r"(?:blocks\.)?(\d+)(?:\.attn1(?:\.processor)?)?"
+"""Regular expression that matches a block's number, a block's name, or the name of its self-attention."""
+
+CELLS = {"MIDI-3D": 256, "TripoSG": 512}
+"""Published mesh resolution of each model: number of grid cells along each side of an object's box."""
 
 
 class _Open(tuple[Any, ...]):
@@ -60,7 +67,76 @@ class Encoder:
     images: LoadedEncoders
 
 
-class Midi(Family):
+LAYERS = (
+    r"blocks\.\d+\.(ff\.net\.(0\.proj|2)|skip_linear)",
+    r"proj_in|proj_out|time_proj\.linear_[12]",
+)
+"""Regular expressions for the linear layers of the transformer outside attention."""
+
+
+class _Encoders(Checkpoint):
+    """Base class that loads and runs the encoders of MIDI and TripoSG: the shape VAE and image encoders."""
+
+    conditioning: ImageConditioning
+    transformer: Mapping[str, Any]
+
+    def load_vae(self, device: torch.device) -> TripoSGVAE:
+        """Load the shape VAE in float32."""
+        folder = self.folder("vae")
+        with self.loading("vae"):
+            return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
+
+    def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
+        """Return the image encoders: frozen encoders loaded in float32, and trained encoders from `network`.
+
+        Without `network`, trained encoders are left out.
+        """
+        found = {}
+        for kind, encoder in self.conditioning.encoders.items():
+            if kind not in self.conditioning.trained:
+                found[kind] = self.load_image_encoder(encoder, torch.float32).to(device)
+            elif network is not None:
+                found[kind] = network.get_submodule(encoder.name)
+        return LoadedEncoders(self.conditioning.encoders, found)
+
+    def load_image_encoder(
+        self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
+    ) -> nn.Module:
+        """Load one image encoder; with `meta`, create it on the meta device without weights."""
+        folder = None if meta else self.folder(encoder.name)
+        with self.loading(encoder.name):
+            return midi_image_encoders.build(encoder, folder, dtype)
+
+    def load_media_encoder(self, device: torch.device) -> Encoder:
+        """Load the shape VAE and the frozen image encoders, for `encode_media`."""
+        return Encoder(self.load_vae(device), self.load_image_encoders(device))
+
+    @torch.no_grad()
+    def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
+        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the cached tensors.
+
+        `stored` gives the shapes of the tensors.
+        """
+        found = []
+        for each in frames.objects:
+            points = thinned(each.surface)
+            queries = points[choose_points(points, self.transformer["num_tokens"], seed=0)]
+            inputs = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
+            found.append(encoder.vae.encode(*inputs)[0].float())
+        images = encoder.images(frames.image, [each.mask for each in frames.objects])
+        return {"moments": torch.stack(found), **images}
+
+    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return an empty mapping for each caption, because the network uses no text."""
+        return [{} for _ in captions]
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Return None, because the network has no text encoder."""
+
+    # --- training and generation ----------------------------------------------------------------------------
+
+
+class Midi(_Encoders, Family):
     """MIDI and TripoSG family: flow matching on the latent tokens of all objects of a scene.
 
     MIDI has two image encoders, CLIP and DINO; TripoSG has only DINO.
@@ -72,15 +148,17 @@ class Midi(Family):
         "sample": {"steps": 50, "guidance": 7.0},
     }
     targets: Sequence[str] = (r"blocks\.\d+\.attn(1|2|2_2)\.(to_q|to_k|to_v|to_out\.0)",)  # type: ignore[misc]
+    adaptable: ClassVar[Sequence[str]] = LAYERS
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "VAST-AI/MIDI-3D": {"transformer": {"cross_attention_dim": 768, "cross_attention_2_dim": 1024}},
         "VAST-AI/TripoSG": {"transformer": {"cross_attention_dim": 1024, "cross_attention_2_dim": None}},
     }
-    text_length: ClassVar[int] = 0
+    programs: ClassVar[Sequence[str]] = ("midi-3d",)
+    text_length: int = 0
     widths: ClassVar[Mapping[int, str]] = {2048: "MIDI and TripoSG"}
     images: Sequence[str] = ("picture", "segmentation")
     choices: ClassVar[Mapping[str, Sequence[str | int | float | bool]]] = {
-        "multi_instance": _Open(["checkpoint", "none", "all", r"\d+(, ?\d+)*"]),
+        "multi_instance": _Open(["checkpoint", "none", "all", rf"{BLOCK}(, ?{BLOCK})*"]),
         "image_dropout": _Open([0.1, r"0(\.\d+)?|1(\.0*)?"]),
         "ff": (False, True),
         "skip_linear": (False, True),
@@ -104,11 +182,16 @@ class Midi(Family):
         )
         self.extractor = self.conditioning.encoders["dino"].extractor
         self.encoders = {"media": ("vae", *self.conditioning.needed), "text": ()}  # type: ignore[misc]
-        self.media_key = [f"pictures for {kind}" for kind in self.conditioning.trained]
+        self.media_key = [
+            midi_image_encoders.VERSION,
+            *(f"pictures for {kind}" for kind in self.conditioning.trained),
+        ]
         self.bytewise = tuple(self.conditioning.trained)
         chosen, layers = str(self.options["multi_instance"]), range(c["num_layers"])
         named = {"checkpoint": [i for i in c["multi_instance"] if i in layers], "none": [], "all": layers}
-        self.blocks = sorted(named[chosen] if chosen in named else {int(n) for n in chosen.split(",")})
+        self.blocks = sorted(
+            named[chosen] if chosen in named else {int(n) for n in re.findall(BLOCK, chosen)}
+        )
         if not set(self.blocks) <= set(layers):
             raise ValueError(f"model.options.multi_instance: choose from blocks 0 to {len(layers) - 1}")
         more = {"ff": r"blocks\.\d+\.ff\.net\.(0\.proj|2)", "skip_linear": r"blocks\.\d+\.skip_linear"}
@@ -171,6 +254,7 @@ class Midi(Family):
         """
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
+        wrong += sequence_problems(self, config.runtime.sequence)
         if self.conditioning.trained:
             key = "model.options.image_encoders"
             kind, parallel = config.tuner.kind, config.runtime.parallel
@@ -181,8 +265,8 @@ class Midi(Family):
     def notes(self, config: recipe.Config) -> list[str]:
         """Return notes about unusual settings.
 
-        The notes report multi-instance attention (across objects) in other blocks than the pretrained blocks,
-        and adapter targets that match only some projections of an attention layer.
+        They report multi-instance attention (across objects) in blocks that were not pretrained with it, and
+        adapter targets that match only some projections of an attention layer.
         """
         notes, pretrained = list(self.config_notes), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != pretrained:
@@ -222,63 +306,6 @@ class Midi(Family):
         In multi-instance blocks, attention spans all these tokens.
         """
         return min(objects, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
-
-    # --- encoding for the cache -----------------------------------------------------------------------------
-
-    def load_vae(self, device: torch.device) -> TripoSGVAE:
-        """Load the shape VAE in float32."""
-        folder = self.folder("vae")
-        with self.loading("vae"):
-            return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
-
-    def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
-        """Return the image encoders: frozen encoders loaded in float32, and trained encoders from `network`.
-
-        Without `network`, trained encoders are left out.
-        """
-        found = {}
-        for kind, encoder in self.conditioning.encoders.items():
-            if kind not in self.conditioning.trained:
-                found[kind] = self.load_image_encoder(encoder, torch.float32).to(device)
-            elif network is not None:
-                found[kind] = network.get_submodule(encoder.name)
-        return LoadedEncoders(self.conditioning.encoders, found)
-
-    def load_image_encoder(
-        self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
-    ) -> nn.Module:
-        """Load one image encoder; with `meta`, create it on the meta device without weights."""
-        folder = None if meta else self.folder(encoder.name)
-        with self.loading(encoder.name):
-            return midi_image_encoders.build(encoder, folder, dtype)
-
-    def load_media_encoder(self, device: torch.device) -> Encoder:
-        """Load the shape VAE and the frozen image encoders, for `encode_media`."""
-        return Encoder(self.load_vae(device), self.load_image_encoders(device))
-
-    @torch.no_grad()
-    def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the cached tensors.
-
-        `stored` gives the shapes of the tensors.
-        """
-        found = []
-        for each in frames.objects:
-            points = thinned(each.surface)
-            queries = points[choose_points(points, self.transformer["num_tokens"], seed=0)]
-            inputs = (torch.from_numpy(p)[None].to(encoder.vae.device) for p in (points, queries))
-            found.append(encoder.vae.encode(*inputs)[0].float())
-        images = encoder.images(frames.image, [each.mask for each in frames.objects])
-        return {"moments": torch.stack(found), **images}
-
-    def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return an empty mapping for each caption, because the network uses no text."""
-        return [{} for _ in captions]
-
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Return None, because the network has no text encoder."""
-
-    # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the training sample of a cached scene: `latents` and image conditioning.
@@ -320,7 +347,7 @@ class Midi(Family):
         return network
 
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return the flow matching objective; its default timestep shift is that of the scheduler."""
+        """Return the flow matching objective; its default timestep shift is the scheduler's."""
         return FlowMatching.from_config(section, family_shift=self.shift())
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -341,6 +368,11 @@ class Midi(Family):
         pipe.load_encoders = lambda: self.load_image_encoders(device, network)
         return pipe
 
+    def resolved(self, sample: recipe.Sample) -> recipe.Sample:
+        """Return the sampling settings with the published mesh resolution if the recipe sets none."""
+        cells = CELLS["TripoSG" if self.single_encoder else "MIDI-3D"]
+        return sample.model_copy(update={"grid": sample.grid or cells})
+
     def sample(self, pipeline: Any, text: Any, negative: Any, **how: Any) -> Any:
         """Generate a scene with one mesh per object, from an input image and its segmentation.
 
@@ -348,12 +380,16 @@ class Midi(Family):
             A `media.scene.GeneratedScene`.
         """
         image, ids = how["images"]
-        numbers = [n for n in np.unique(ids).tolist() if n > 0]
-        contexts = pipeline.encoders(image, [ids == n for n in numbers])
+        objects: Mapping[int, str] = how["objects"]
+        contexts = pipeline.encoders(image, [ids == n for n in objects])
         options = {k: how[k] for k in ("steps", "guidance", "generator")}
         latents, vae = pipeline(list(contexts.values()), **options), pipeline.vae
-        fields = {f"object_{n}": Field(vae, x) for n, x in zip(numbers, latents, strict=True)}
-        return make_meshes(fields, how.get("grid") or 256, how.get("triangles"))
+        fields = {name: Field(vae, x) for name, x in zip(objects.values(), latents, strict=True)}
+        made = make_meshes(fields, how["grid"], how["triangles"])
+        if not how["texture"]:
+            return made
+        found, note = textured(made.meshes, image, {name: ids == n for n, name in objects.items()})
+        return replace(made, meshes=found, notes=(*made.notes, note))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter, and set the multi-instance blocks with which the adapter was trained.

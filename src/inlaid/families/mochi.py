@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,9 @@ from inlaid import config as recipe
 from inlaid.families.base import Family, PrecomputedLayout
 from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames, Rename
+from inlaid.families.other_programs import JointLayout
 from inlaid.networks.joint_attention import MochiJointAttention, halve, mochi
+from inlaid.networks.sequence_parallel import SequenceParallel
 from inlaid.objectives import FlowMatching
 
 TOO_FEW = "sample.steps: the sampling schedule of Mochi has two parts; use 2 steps or more"
@@ -83,15 +85,36 @@ class Mochi(Family):
         }
     }
     original: ClassVar[OriginalNames] = ORIGINAL
+    programs: ClassVar[Sequence[str]] = ("comfyui", "genmo", "transpixeler")
+    fixed_sizes: ClassVar[Mapping[str, int]] = {
+        "num_layers": 48,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+    }
+    joint_layout: ClassVar[JointLayout | None] = JointLayout(
+        key="block_{block}.{layer}.{factor}.weight",
+        layers={"attn1.to_out.0": "to_out_lora", **{f"attn1.to_{x}": f"to_{x}_lora" for x in "qkv"}},
+        factors=("0", "1"),
+        rule="block",
+        vector=None,
+        torch_file=True,
+        width=3072,
+    )
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"latent_space": ("normalized", "raw")}
+    convolutions: ClassVar[Sequence[str]] = (r"patch_embed\.proj",)
     video_layers: ClassVar[Sequence[str]] = (
         r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     )
     joint_attention: ClassVar[Any] = MochiJointAttention
-    text_length: ClassVar[int] = 256
+    text_length: int = 256
     widths: ClassVar[Mapping[int, str]] = {3072: "Mochi 1"}
     fps, grid = 30.0, Grid(spatial=16, temporal=6)
-    precomputed = PrecomputedLayout(("*.latent.pt",), "*.embed.pt")
+    precomputed = PrecomputedLayout(
+        ("*.latent.pt",),
+        "*.embed.pt",
+        moments_key="ldist",
+        text_keys=("prompt_embeds", "prompt_attention_mask"),
+    )
 
     def __init__(self, model: recipe.Model) -> None:
         super().__init__(model)
@@ -108,6 +131,8 @@ class Mochi(Family):
                 f"model.checkpoint: {name} takes {channels[0]} channels for a {channels[1]}-channel VAE; "
                 "only Mochi text-to-video, with 12 and 12, is supported"
             )
+        self.text_length = int(transformer.get("max_sequence_length", self.text_length))
+        self.heads = transformer.get("num_attention_heads", 24)
         if model.task not in (None, "t2v") or model.expert is not None:
             key = "expert" if model.expert else "task"
             raise ValueError(f"model.{key}: {name} has one network, for t2v; leave `{key}` out")
@@ -131,7 +156,7 @@ class Mochi(Family):
         return {"moments": (24, *self.shapes(frames, height, width)["latents"][1:])}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the number of video tokens; the text tokens (up to 256) are not counted."""
+        """Return the number of video tokens; the text tokens are not counted."""
         _, t, h, w = self.shapes(frames, height, width)["latents"]
         return t * (h // 2) * (w // 2)
 
@@ -146,9 +171,10 @@ class Mochi(Family):
 
     @torch.no_grad()
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode a clip, uint8 (t, h, w, 3), to `moments` (24, t', h', w') of the VAE posterior.
+        """Encode a clip, uint8 (t, h, w, 3), to `moments` (24, t', h', w').
 
-        On CUDA, the VAE computes in bfloat16, as in the reference implementations.
+        They are means and log-variances of the VAE posterior. On CUDA, the VAE computes in
+        bfloat16, as in the reference implementations.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         device = next(encoder.parameters()).device
@@ -160,7 +186,7 @@ class Mochi(Family):
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Encode each caption to `text` (n, d), without padding.
 
-        n is the number of tokens, at most 256; it is 0 for an empty caption.
+        n is the number of tokens, at most `text_length`; it is 0 for an empty caption.
         """
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
@@ -209,7 +235,7 @@ class Mochi(Family):
         kind._keep_in_fp32_modules = ["pos_frequencies"]  # bfloat16 angles are wrong at far positions
         network: Any = super().load_denoiser(dtype, meta=meta, folder=folder)
         network.rope._create_rope = rotation
-        network.time_embed.pooler.register_forward_pre_hook(_unmasked)
+        network.time_embed.pooler.register_forward_pre_hook(partial(_unmasked, length=self.text_length))
         for block in network.transformer_blocks:
             block.attn1.processor = mochi
         return network
@@ -221,8 +247,27 @@ class Mochi(Family):
         """
         halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 
+    def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes; see `Family.split_sequence`."""
+        samples = 1
+
+        def count(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            nonlocal samples
+            samples = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        def tokens(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return sequence.split(out.unflatten(0, (samples, -1)).flatten(1, 2), 1)  # out: (n * t, h * w, d)
+
+        denoiser.register_forward_pre_hook(count, with_kwargs=True)
+        denoiser.patch_embed.register_forward_hook(tokens)
+        sequence.split_output(denoiser.rope, 0)
+        sequence.gather_output(denoiser.proj_out, 1)
+        for block in denoiser.transformer_blocks:
+            rule: Any = getattr(block.attn1.processor, "rule", "open")
+            block.attn1.processor = MochiJointAttention(rule, sequence)
+
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
-        """Return the flow matching objective; by default without a timestep shift, whatever the clip size."""
+        """Return the flow matching objective; by default, the timestep is not shifted."""
         return FlowMatching.from_config(section, family_shift=1.0)
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -239,7 +284,9 @@ class Mochi(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data; the network takes the timestep 1000 (1 - t) and returns data - noise."""
         x, text = x_t.to(denoiser.dtype), cond["text"].to(denoiser.dtype)
-        return -denoiser(x, text, (1 - t.float()) * 1000, cond.get("mask"), return_dict=False)[0]
+        # In float32, (1 - t) * 1000 is 12.49999 for t = 0.9875. The stock scheduler has this error of 6e-5.
+        timestep = (1000 - (t if t.dtype is torch.float64 else t.float()) * 1000).float()
+        return -denoiser(x, text, timestep, cond.get("mask"), return_dict=False)[0]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return the standard diffusers pipeline.
@@ -272,25 +319,26 @@ class Mochi(Family):
         negative: Mapping[str, Tensor],
         images: Sequence[np.ndarray],
     ) -> dict[str, Any]:
-        """Return prompt embeddings padded to 256 tokens, and their attention masks.
+        """Return prompt embeddings padded to `text_length` tokens, and their attention masks.
 
         The embedding of an empty prompt is zero, and its mask is False for all tokens.
         """
         found = {}
         for prefix, item in {"": text, "negative_": negative}.items():
-            embeds, mask = padded(item["text"][None].float().to(pipeline._execution_device))
+            words = item["text"][None].float().to(pipeline._execution_device)
+            embeds, mask = padded(words, self.text_length)
             found |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask}
         return found
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines (v, heads, d / 2) of the rotary embedding for positions (v, a).
+    """Return the cosines and sines, both (v, heads, d / 2), of the rotary embedding for v video tokens.
 
     Replaces the method of diffusers, whose autocast supports neither CPU nor meta tensors.
 
     Args:
         frequencies: (a, heads, d / 2).
-        positions: a coordinates for each of v video tokens.
+        positions: (v, a), the coordinates of each video token.
     """
     device = "cpu" if frequencies.is_meta else frequencies.device.type
     with torch.autocast(device, enabled=False):
@@ -304,9 +352,11 @@ def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tenso
     return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), mask.expand(len(text), -1)
 
 
-def _unmasked(pooler: nn.Module, args: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Pre-forward hook of the text pooler: pad the text and add a mask if there is no mask.
+def _unmasked(
+    pooler: nn.Module, args: tuple[Tensor, Tensor | None], *, length: int
+) -> tuple[Tensor, Tensor | None]:
+    """Pre-forward hook of the text pooler: pad the text to `length` tokens and add a mask if there is none.
 
     The output is then bit-identical to the output for text that was padded beforehand.
     """
-    return padded(args[0]) if args[1] is None else args
+    return padded(args[0], length) if args[1] is None else args

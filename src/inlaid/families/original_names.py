@@ -1,8 +1,9 @@
-"""Map between the module names of diffusers and those of a model's own code, which ComfyUI also uses.
+"""Mapping between module names in diffusers and in a model's original code.
 
-Most layers only have another name. In some models, one original layer holds several diffusers layers (query,
-key and value, with their rows one under the other), or the two halves of its rows are in the opposite order.
-Each family states its map as a list of `Rename`; all conversions of weights and adapters use it.
+ComfyUI also uses the original names. For most layers, only the name differs. In some models, one original
+layer contains several diffusers layers (query, key and value, concatenated along the rows). In some layers,
+the two halves of the rows are swapped. Each family states its map as a list of `Rename`; all conversions of
+weights and adapters use it.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ _BLOCK = re.compile(r"(\w*blocks)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Rename:
-    """Original name of a layer or parameter. In class-level lists, `*` stands for the number of a block."""
+    """Names of a layer or parameter in the original code and in diffusers; `*` stands for a block number."""
 
     original: str
     """Name in the original code, such as `blocks.*.attn.qkv_x`, without `.weight` or `.bias`."""
     diffusers: tuple[str, ...]
-    """Name in diffusers; several names if the original layer holds the rows of several layers."""
+    """Name in diffusers; several names if the original layer contains several diffusers layers."""
     swapped: bool = False
-    """True if the first and second half of the rows are in the opposite order."""
+    """True if the two halves of the rows are in the opposite order in the original code."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the original tensor (rows, ...) of the diffusers tensors (rows, ...), one for each name."""
+        """Convert diffusers tensors (rows, ...), in the order of `diffusers`, to the original tensor."""
         import torch
 
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         return self.swap(whole)
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """Return the diffusers tensors of an original tensor (rows, ...): equal shares of its rows."""
+        """Split an original tensor (rows, ...) into diffusers tensors with equal numbers of rows."""
         return self.swap(whole).chunk(len(self.diffusers)) if len(self.diffusers) > 1 else (self.swap(whole),)
 
     def swap(self, rows: Tensor) -> Tensor:
@@ -53,13 +54,13 @@ class Rename:
 
 
 class OriginalNames:
-    """All renames of a model, with functions that find a rename and that convert whole networks.
+    """All renames of a model, with methods that find a rename or convert a whole network.
 
-    An empty map is false: the model has no other names.
+    The object is false if it contains no renames.
     """
 
     def __init__(self, *pairs: tuple[str, str], fused: Sequence[Rename] = ()) -> None:
-        """Make a map of pairs (name in the original code, name in diffusers) and of other renames."""
+        """Create the map from pairs (name in the original code, name in diffusers) and further renames."""
         self.renames = (*(Rename(original, (name,)) for original, name in pairs), *fused)
         self._diffusers = {name: rename for rename in self.renames for name in rename.diffusers}
         self._original: dict[str, list[Rename]] = defaultdict(list)
@@ -70,16 +71,16 @@ class OriginalNames:
         return bool(self.renames)
 
     def of_diffusers(self, name: str) -> Rename | None:
-        """Return the rename of a layer or parameter in diffusers, such as `blocks.0.attn1.to_q`, or None."""
+        """Return the rename for a diffusers name, such as `blocks.0.attn1.to_q`, or None."""
         pattern, block = _pattern(name)
         found = self._diffusers.get(pattern)
         return found and found._numbered(block)
 
     def of_original(self, name: str, present: Container[str] = ()) -> Rename | None:
-        """Return the rename of a layer or parameter in the original code, or None.
+        """Return the rename for a name in the original code, or None.
 
         Args:
-            name: such as `blocks.0.self_attn.q`.
+            name: layer or parameter, such as `blocks.0.self_attn.q`.
             present: names of the layers in the diffusers network. Only needed for a layer whose diffusers
                 name depends on the block.
         """
@@ -139,13 +140,13 @@ class OriginalNames:
 
 
 def _pattern(name: str) -> tuple[str, str | None]:
-    """Return a name with `*` for the number of its block, and this number (None outside the blocks)."""
+    """Replace the block number in a name by `*`; return the result and the number (None without one)."""
     match = _BLOCK.fullmatch(name)
     return (f"{match[1]}.*.{match[3]}", match[2]) if match else (name, None)
 
 
 def _with_leaf(key: str, find: Callable[[str], Rename | None]) -> tuple[Rename | None, str]:
-    """Return the rename of a tensor and its leaf: `.weight`, `.bias`, or empty for a parameter."""
+    """Return the rename for a tensor, and the suffix of its name: `.weight`, `.bias` or empty."""
     found = find(key)
     if found is not None:
         return found, ""

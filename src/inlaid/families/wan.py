@@ -36,6 +36,7 @@ from inlaid.families.base import Family
 from inlaid.families.grid import Grid
 from inlaid.families.original_names import OriginalNames
 from inlaid.networks import joint_attention
+from inlaid.networks.sequence_parallel import SequenceParallel
 from inlaid.objectives import FlowMatching
 
 SHIFT_480P, SHIFT_720P, AREA_BETWEEN = 3.0, 5.0, 600 * 1040
@@ -88,11 +89,15 @@ ORIGINAL = OriginalNames(
 before cross-attention is `norm3` in the original code and `norm2` in diffusers."""
 
 
-_LAYERS = tuple(
-    (r.original.removeprefix("blocks.*."), r.diffusers[0].removeprefix("blocks.*."))
-    for r in ORIGINAL.renames
-    if not any(part in r.original for part in ("norm", "modulation", "emb_pos", "proj.0", "proj.4"))
+KOHYA = (
+    (
+        *(f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ),
+    ("attn2.add_k_proj", "attn2.add_v_proj"),
 )
+"""Groups of layers in each block of files with kohya's names. The second group exists in models with CLIP."""
 
 
 def _published(
@@ -133,6 +138,8 @@ class Wan(Family):
         r"blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)",
         r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
     )
+    more_blocks: ClassVar[Sequence[str]] = ("vace_blocks",)
+    convolutions: ClassVar[Sequence[str]] = ("patch_embedding",)
     video_layers: ClassVar[Sequence[str]] = (r"blocks\.\d+\.(attn1\..+|attn2\.to_(q|out\.0)|ffn\..+)",)
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _published(12, 30, 8960),
@@ -149,9 +156,11 @@ class Wan(Family):
         ),
     }
     original: ClassVar[OriginalNames] = ORIGINAL
-    original_names: ClassVar[Sequence[tuple[str, str]]] = _LAYERS
+    programs: ClassVar[Sequence[str]] = ("comfyui", "musubi", "diffsynth", "wan-alpha")
+    kohya_layers: ClassVar[Sequence[Sequence[str]]] = KOHYA
+    fixed_sizes: ClassVar[Mapping[str, int]] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"text": ("padded", "short")}
-    text_length: ClassVar[int] = 512
+    text_length: int = 512
     """Number of text tokens that the published models use in training and sampling. The default of
     `encode_prompt` in diffusers, 226, is wrong."""
     widths: ClassVar[Mapping[int, str]] = {1536: "Wan 1.3B", 3072: "Wan 5B", 5120: "Wan 14B"}
@@ -172,12 +181,18 @@ class Wan(Family):
         self.stride = (self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8))
         if self.transformer["in_channels"] != self.vae["z_dim"] or model.task == "i2v":
             self.images = ("first", "last") if self.transformer.get("pos_embed_seq_len") else ("first",)
-        patch = self.transformer["patch_size"]
+        patch, self.heads = self.transformer["patch_size"], self.transformer["num_attention_heads"]
         shortest = (
             1 + self.stride[0] if self.images else 1
         )  # an image is frame 1; at least one latent frame must follow
         self.grid = Grid(spatial=self.stride[1] * patch[1], temporal=self.stride[0], offset=shortest)
         self.fps = 24.0 if self.expand_timesteps else 16.0
+
+    def export_problem(self, target: str, whole: bool) -> str | None:
+        """Return why a program cannot use weights for this checkpoint: Wan-Alpha runs Wan 2.1 T2V only."""
+        if target == "wan-alpha" and (self.images or self.two_experts or self.expand_timesteps):
+            return f"Wan-Alpha runs Wan 2.1 text-to-video only, not {self.name}"
+        return None
 
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as sampling during training with two experts.
@@ -310,6 +325,10 @@ class Wan(Family):
         """
         joint_attention.halve(denoiser.rope, lambda x: (x[:, :, : x.shape[2] // 2],), dim=1)
 
+    def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
+        """Split the video tokens over processes; see `Family.split_sequence`."""
+        _split_sequence(denoiser, sequence)
+
     def objective(self, section: recipe.Objective, size: tuple[int, int]) -> FlowMatching:
         """Return the flow matching objective; the default timestep shift is 3 at 480p and 5 at 720p.
 
@@ -325,10 +344,8 @@ class Wan(Family):
         side = (self.boundary, 1.0) if self.model.expert == "high" else (0.0, self.boundary)
         low, high = max(side[0], section.interval[0]), min(side[1], section.interval[1])
         if low >= high:
-            raise ValueError(
-                f"objective.interval: {list(section.interval)} lies outside the interval "
-                f"{list(side)} of the {self.model.expert} expert; choose one inside"
-            )
+            own = f"{list(side)} of the {self.model.expert} expert"
+            raise ValueError(f"objective.interval: {list(section.interval)} lies outside {own}")
         return replace(objective, interval=(low, high))
 
     def load_denoiser(
@@ -379,9 +396,8 @@ class Wan(Family):
                 mask[:, -1, -1] = 1
             x = torch.cat([x, mask, cond["image_latents"].to(dtype)], dim=1)
         image_embeds = cond["image_embeds"].flatten(0, 1).to(dtype) if self.clip else None
-        return denoiser(x, timestep, cond["text"].to(dtype), image_embeds, return_dict=False)[0][
-            :, :, leading:
-        ]
+        text = {"encoder_hidden_states": cond["text"].to(dtype), "encoder_hidden_states_image": image_embeds}
+        return denoiser(x, timestep=timestep, **text, return_dict=False)[0][:, :, leading:]
 
     def pipeline(self, *, denoiser: nn.Module | None, device: torch.device, dtype: torch.dtype) -> Any:
         """Return the standard diffusers pipeline, with the VAE and CLIP in float32.
@@ -414,6 +430,29 @@ class Wan(Family):
                 load_into_transformer_2=self.model.expert == "low",
                 low_cpu_mem_usage=self.clip is None,
             )
+
+
+def _split_sequence(denoiser: Any, sequence: SequenceParallel) -> None:
+    """Split the video tokens of a network over processes.
+
+    In TI2V-5B, each token has its own timestep, so the timesteps are split as well. Cross-attention needs no
+    communication, because each process has the whole text.
+    """
+    from inlaid.networks.wan_self_attention import SplitSelfAttention
+
+    def timesteps(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        t = kwargs["timestep"]
+        return args, {**kwargs, "timestep": sequence.split(t, 1) if t.ndim == 2 else t}
+
+    def tokens(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return sequence.split(out.flatten(2), 2)[..., None, None]  # the network flattens the last three
+
+    denoiser.register_forward_pre_hook(timesteps, with_kwargs=True)
+    denoiser.patch_embedding.register_forward_hook(tokens)
+    sequence.split_output(denoiser.rope, 1)
+    sequence.gather_output(denoiser.proj_out, 1)
+    for block in denoiser.blocks:
+        block.attn1.set_processor(SplitSelfAttention(sequence))
 
 
 def _refuse_unsupported(family: Wan) -> None:

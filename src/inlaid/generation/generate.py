@@ -53,7 +53,7 @@ def generate(
         out: output folder. Default: `samples/generated` in the run.
         device: same values as `runtime.device`. Default: the recipe's device.
         overrides: fields of the recipe's `sample` section: size, frames, steps, guidance, seed,
-            negative_prompt, transparent; for scenes also grid and triangles.
+            negative_prompt, transparent; for scenes also grid, triangles and texture.
 
     Returns:
         Paths of the mp4 files (glb for scenes). Each has a JSON file beside it. For the paths of the
@@ -185,7 +185,7 @@ def generate_samples(
                     guidance=sample.guidance,
                     generator=torch.Generator().manual_seed(sample.seed + j),
                     images=[each.pixels for each in images],
-                    **modality.asked(sample),
+                    **modality.asked(sample, images),
                 )
                 if folder is None:
                     continue

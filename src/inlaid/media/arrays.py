@@ -1,8 +1,7 @@
 """Read clips and surface points from NumPy files; headers are checked before values are read.
 
 The size that a header declares is compared with the file size first, because a header of a few bytes can
-declare terabytes. Frames are streamed: memory holds one frame at a time, with the exceptions that `Frames`
-describes.
+declare terabytes. Frames are streamed: memory usually holds one frame at a time (exceptions: see `Frames`).
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def read_values(file: IO[bytes], header: Header, available: int) -> np.ndarray:
 
 
 def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Read the arrays of an `.npz` file by name, or the array of an `.npy` file under the empty name.
+    """Read the arrays of an `.npz` or `.npy` file by name; the array of an `.npy` file has the name "".
 
     Args:
         path: the file.
@@ -184,7 +183,7 @@ def _clip(path: Path, channels: Sequence[int]) -> _Clip:
                 header = read_header(file)
                 available = member.file_size - file.tell()
         shape = header.shape
-        places = [(i, n) for n in channels for i in (3, 0, 1) if len(shape) == 4 and shape[i] == n]
+        places = [(i, n) for i in (3, 0, 1) for n in channels if len(shape) == 4 and shape[i] == n]
         if header.dtype != np.uint8 or not places or 0 in shape:
             wants = " or ".join(f"(t, h, w, {n}), ({n}, t, h, w) or (t, {n}, h, w)" for n in channels)
             raise MediaError(path, f"`frames` is {header.dtype} {shape}; it must be uint8 and {wants}")
@@ -214,9 +213,9 @@ class Frames:
     """Lazy sequence of the frames of an `.npz` clip: indexing reads one frame, uint8 (h, w, c).
 
     The first access decompresses the whole array to verify its checksum, but keeps no frame in memory. After
-    that, indices in ascending order decompress the array only once more; a lower index restarts from the
-    first frame. Arrays (c, t, h, w) and arrays in Fortran order are loaded into memory as a whole on the
-    first access.
+    that, reading all frames in ascending order decompresses the array once more. A lower index than the last
+    one restarts from the first frame. Arrays (c, t, h, w) and arrays in Fortran order are loaded into memory
+    as a whole on the first access.
     """
 
     def __init__(self, path: Path, clip: _Clip) -> None:
@@ -283,7 +282,7 @@ def _damaged(path: Path, cause: str, code: str) -> MediaError:
 
 
 def load_array(path: Path, channels: Sequence[int] = (3,)) -> tuple[Frames, Fraction | None]:
-    """Return the frames of an `.npz` clip and its frame rate, which is None if the file has no `fps`.
+    """Return the frames and the frame rate of an `.npz` clip; the rate is None if the file has no `fps`.
 
     Each frame is uint8 (h, w, c). If the file is damaged, access to a frame raises `MediaError`.
 

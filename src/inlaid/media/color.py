@@ -169,7 +169,7 @@ def _rgb_to_xyz(primaries: tuple[tuple[float, float], ...], white: tuple[float, 
 
 
 def icc_name(image: Image.Image) -> str:
-    """Return the name of an image's ICC profile; empty without a profile and for sRGB.
+    """Return the name of an image's ICC profile, or "" if there is no profile or the profile is sRGB.
 
     Raises:
         ValueError: if the profile cannot be read.

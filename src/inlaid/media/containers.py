@@ -58,7 +58,7 @@ def _segment(file: Any, end: int) -> str:
 
 
 def _length(file: Any) -> int | None:
-    """Read a length field of EBML, 1 to 8 bytes; None if the field is invalid or marks an unknown length."""
+    """Read an EBML length field (1 to 8 bytes); return None if it is invalid or means unknown length."""
     first = file.read(1)
     if not first or not first[0]:
         return None

@@ -28,7 +28,7 @@ ARRAYS = (".npz",)
 KNOWN = (*VIDEOS, *IMAGES, *ARRAYS)
 
 ANIMATED = (".apng",)
-"""Suffixes of video files that, in addition to `VIDEOS`, are accepted in runs with RGBA clips."""
+"""Additional suffixes of video files that are accepted only in runs with RGBA clips."""
 
 READER = 2
 """Version of the decoding code, which is part of cache keys. Increase it when a code change makes a file

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from inlaid.media.mesh_looks import Look, to_linear
 
 if TYPE_CHECKING:
     import trimesh
@@ -34,17 +36,31 @@ class View:
     distance: float = 5.0
     field: float = 30.0
 
+    def axes(self) -> np.ndarray:
+        """Return the unit vectors to the right, upward and forward, (3, 3)."""
+        a, e = np.radians([self.azimuth, self.elevation])
+        forward = -np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+        right = np.cross(forward, [0.0, 1.0, 0.0])
+        right /= np.linalg.norm(right)
+        return np.stack([right, np.cross(right, forward), forward])
+
+    def fitting(self, points: np.ndarray, margin: float = 0.95) -> View:
+        """Return the camera, moved back if needed, so that all points (n, 3) are in the picture.
+
+        `margin` is the share of the width and height that the points may fill.
+        """
+        x, y, depth = self.axes() @ points.T
+        reach = margin * np.tan(np.radians(self.field) / 2)
+        needed = (np.maximum(np.abs(x), np.abs(y)) / reach - depth).max()
+        return replace(self, distance=max(self.distance, float(needed)))
+
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the origins and unit directions of the rays of all pixels, each (size * size, 3).
 
         Rays are ordered row by row from the top left pixel.
         """
-        a, e = np.radians([self.azimuth, self.elevation])
-        eye = self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
-        forward = -eye / np.linalg.norm(eye)
-        right = np.cross(forward, [0.0, 1.0, 0.0])
-        right /= np.linalg.norm(right)
-        up = np.cross(right, forward)
+        right, up, forward = self.axes()
+        eye = -self.distance * forward
         reach = np.tan(np.radians(self.field) / 2)
         y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
         directions = forward + reach * (x[..., None] * right - y[..., None] * up)
@@ -52,11 +68,16 @@ class View:
         return np.broadcast_to(eye, (size * size, 3)).copy(), directions.reshape(-1, 3)
 
 
+LAYERS = 16
+"""Maximum number of transparent triangles in front of a visible point."""
+
+
 def render(
     meshes: Sequence[trimesh.Trimesh],
     view: View = View(),
     size: int = 384,
     colors: Sequence[Sequence[int]] = PALETTE,
+    looks: Sequence[Look | None] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Render objects by ray casting on the CPU.
 
@@ -64,33 +85,73 @@ def render(
         meshes: one mesh per object, in scene coordinates.
         view: the camera.
         size: height and width of the image.
-        colors: RGB of each object, repeated cyclically.
+        colors: RGB of each object, repeated cyclically, for objects without a look.
+        looks: look of each object, or None; empty if no object has a look.
 
     Returns:
-        Image on white, uint8 (size, size, 3), and object IDs, uint8 (size, size): 0 is background, objects
-        are 1, 2, ... in the order of `meshes`.
+        Image on white, uint8 (size, size, 3), and object IDs (size, size): 0 is background, objects are 1, 2,
+        ... in the order of `meshes`. IDs are uint8, or uint16 if there are more than 255 objects.
     """
     import trimesh
 
     origins, directions = view.rays(size)
     image = np.full((size * size, 3), 255, np.uint8)
-    ids = np.zeros(size * size, np.uint8)
+    ids = np.zeros(size * size, np.uint8 if len(meshes) < 256 else np.uint16)
     if not meshes:
         return image.reshape(size, size, 3), ids.reshape(size, size)
     whole: Any = trimesh.util.concatenate(list(meshes))
     owner = np.repeat(np.arange(len(meshes)), [len(m.faces) for m in meshes])
-    hit = whole.ray.intersects_first(origins, directions)
-    seen = hit >= 0
-    normals = whole.face_normals[hit[seen]]
-    facing = np.abs((normals * directions[seen]).sum(-1))
+    plain = np.array([colors[i % len(colors)] for i in range(len(meshes))], np.float64)
+    look = _joined(meshes, looks, plain / 255)
     light = np.array([0.4, 0.8, 0.45]) / np.linalg.norm([0.4, 0.8, 0.45])
-    shade = 0.35 + 0.35 * facing + 0.3 * (normals @ light).clip(0)
-    paint = np.array([colors[i % len(colors)] for i in range(len(meshes))], np.float64)
-    image[seen] = (paint[owner[hit[seen]]] * shade[:, None]).round().clip(0, 255).astype(np.uint8)
-    ids[seen] = owner[hit[seen]] + 1
+    triangles = np.asarray(whole.triangles)
+    pixels = np.arange(size * size)
+    for _ in range(LAYERS):
+        hit = whole.ray.intersects_first(origins[pixels], directions[pixels])
+        pixels, hit = pixels[hit >= 0], hit[hit >= 0]
+        if not len(pixels):
+            break
+        normals, rays = whole.face_normals[hit], directions[pixels]
+        paint, visible = plain[owner[hit]], np.ones(len(hit), bool)
+        if look:
+            corners = triangles[hit]
+            across = (rays * normals).sum(-1)
+            across = np.where(np.abs(across) < 1e-12, 1e-12, across)
+            along = ((corners[:, 0] - origins[pixels]) * normals).sum(-1) / across
+            points = origins[pixels] + along[:, None] * rays
+            weights = np.nan_to_num(trimesh.triangles.points_to_barycentric(corners, points)).clip(0)
+            weights /= weights.sum(-1, keepdims=True).clip(1e-12)
+            found, visible = look.at(hit, weights)
+            paint = 255 * found
+            origins[pixels] = points + 1e-4 * rays
+        shade = 0.35 + 0.35 * np.abs((normals * rays).sum(-1)) + 0.3 * (normals @ light).clip(0)
+        shown = (paint * shade[:, None]).round().clip(0, 255).astype(np.uint8)
+        image[pixels[visible]], ids[pixels[visible]] = shown[visible], owner[hit[visible]] + 1
+        pixels = pixels[~visible]
     return image.reshape(size, size, 3), ids.reshape(size, size)
 
 
-def turntable(meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256) -> np.ndarray:
+def _joined(
+    meshes: Sequence[trimesh.Trimesh], looks: Sequence[Look | None], plain: np.ndarray
+) -> Look | None:
+    """Join the looks of all meshes. Meshes without a look get their `plain` color (sRGB in [0, 1]).
+
+    Returns None if no mesh has a look.
+    """
+    if not any(looks):
+        return None
+    opaque = np.concatenate([to_linear(plain), np.ones((len(plain), 1))], -1)
+    return Look.joined(
+        [
+            look or Look.plain(np.tile(color, (len(mesh.faces), 3, 1)))
+            for mesh, look, color in zip(meshes, looks, opaque, strict=True)
+        ]
+    )
+
+
+def turntable(
+    meshes: Sequence[trimesh.Trimesh], frames: int = 8, size: int = 256, looks: Sequence[Look | None] = ()
+) -> np.ndarray:
     """Render evenly spaced views around the scene: uint8 (frames, size, size, 3)."""
-    return np.stack([render(meshes, View(azimuth=360 * i / frames), size)[0] for i in range(frames)])
+    views = [View(azimuth=360 * i / frames) for i in range(frames)]
+    return np.stack([render(meshes, view, size, looks=looks)[0] for view in views])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import jinja2
 import numpy as np
 
+from inlaid.media.isosurface import REACH
 from inlaid.media.mesh_render import PALETTE
-from inlaid.media.meshes import BOUND
 
 if TYPE_CHECKING:
     import trimesh
@@ -27,7 +27,7 @@ def viewer_page(meshes: Mapping[str, trimesh.Trimesh], title: str) -> str:
     """Return an HTML page that displays named meshes; vertex coordinates are stored as 16-bit integers."""
     parts = []
     for i, (name, mesh) in enumerate(meshes.items()):
-        quantized = (mesh.vertices / BOUND * 32767).round().clip(-32767, 32767).astype("<i2")
+        quantized = (mesh.vertices / REACH * 32767).round().clip(-32767, 32767).astype("<i2")
         parts.append(
             {
                 "name": name,

@@ -5,33 +5,32 @@ All objects of a scene share one coordinate frame, with coordinates in about [-1
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from inlaid import limits
 from inlaid.files import atomic
-from inlaid.media.arrays import load_arrays, read_header
+from inlaid.media.arrays import read_header, read_values
 from inlaid.media.images import load_image
+from inlaid.media.isosurface import BOUND, REACH
 from inlaid.media.kinds import MediaError
-from inlaid.paths import Root
-from inlaid.reading import reading, require_file
+from inlaid.media.pickled import UnsafePickleError, unpickle
+from inlaid.reading import check_member, reading, require_file
 
 if TYPE_CHECKING:
     import trimesh
 
 
-BOUND = 1.005
-"""Half the side length of the box, centered at the origin, in which fields are evaluated."""
-
 LONGEST = 1.9
-"""Length of the longest side of a normalized scene, chosen so that the scene stays inside the box of
-`BOUND`."""
+"""Length of the longest side of a normalized scene. It keeps the scene inside the cube from
+-`BOUND` to `BOUND`."""
 
 POINTS = 20_480
 """Number of points per surface that the published scene model was trained with."""
@@ -67,64 +66,113 @@ class Surface:
     notes: tuple[Note, ...] = ()
 
 
-def read_surface(path: Path) -> list[Surface]:
-    """Read surface points of one object, from an array (n, c), or of k objects, from an array (k, n, c).
+POINTS_KEY, NORMALS_KEY = "surface_points", "surface_normals"
+"""Names of the arrays of a surface in an `.npz` file or a dict, as in the published 3D-FRONT data."""
 
-    If c is 6, each point has a position and a normal. If c is 3, each point has only a position, and normals
-    are estimated. If c is 4, the last column is ignored, because a normal has three components, and normals
-    are estimated. An `.npz` file contains `surface_points` and optionally `surface_normals`.
+
+def read_surface(path: Path) -> list[Surface]:
+    """Read surface points of one or more objects from a file.
+
+    An array (n, c) contains one object, and an array (k, n, c) contains k objects. If c is 6, each point has
+    a position and a normal. If c is 3, each point has only a position, and normals are estimated. If c is 4,
+    the last column is ignored and normals are estimated.
+
+    An `.npz` file contains `surface_points` and optionally `surface_normals`. So does a pickled dict, alone
+    or in an `.npy` file, as in the published 3D-FRONT data. A list or an object array contains the surfaces
+    of several objects, which may differ in their number of points. Pickles are read by `unpickle`, which
+    runs no code.
 
     Raises:
         MediaError: if the file is not a valid surface; the message contains path and cause.
     """
-    names = ("surface_points", "surface_normals")
-    arrays = load_arrays(path, names) if _is_array(path) else {}
-    if "" in arrays:
-        found = arrays[""]
-    elif names[0] not in arrays:
-        with reading(path, MediaError), zipfile.ZipFile(path) as archive:
-            there = ", ".join(n.removesuffix(".npy") for n in archive.namelist()[:20])
-        raise MediaError(path, f"has no array {names[0]}; its arrays are: {there}")
-    else:
-        with reading(path, MediaError):
-            found = np.concatenate([arrays[n] for n in names if n in arrays], -1)
-    if (
-        found.ndim not in (2, 3)
-        or found.shape[-1] not in (3, 4, 6)
-        or not np.issubdtype(found.dtype, np.number)
-    ):
-        why = f"is {found.dtype} {found.shape}; a surface must be (n, 6), positions and normals"
-        raise MediaError(path, why, "surface")
-    each = found if found.ndim == 3 else found[None]
-    if many := limits.POINTS.exceeded(
-        each.shape[0] * each.shape[1], f"has {found.size // found.shape[-1]:,} points"
-    ):
-        raise MediaError(path, many, "surface")
-    if many := limits.OBJECTS.exceeded(len(each), f"contains {len(each)} surfaces"):
-        raise MediaError(path, many, "several")
     with reading(path, MediaError):
-        return [_surface(path, np.asarray(one, np.float32)) for one in each]
+        try:
+            found = _point_arrays(path, _content(path))
+        except UnsafePickleError as error:
+            why = f"is a pickle that {error}: not loaded, it could run code; save its arrays with numpy.savez"
+            raise MediaError(path, why, "pickle") from None
+        if many := limits.POINTS.exceeded(sum(map(len, found)), f"has {sum(map(len, found)):,} points"):
+            raise MediaError(path, many, "surface")
+        if many := limits.OBJECTS.exceeded(len(found), f"contains {len(found)} surfaces"):
+            raise MediaError(path, many, "several")
+        return [_surface(path, np.asarray(one, np.float32)) for one in found]
 
 
-def _is_array(path: Path) -> bool:
-    """Return True for a file with `.npy` or `.npz` content, and raise an error for all other files.
+def _content(path: Path) -> Any:
+    """Return the content of an `.npy` file, an `.npz` file or a pickle: an array, a dict or a list.
 
     Raises:
-        MediaError: if the file is a pickle, or is neither `.npy` nor `.npz`.
+        MediaError: if the file is none of these. Errors of libraries are not converted.
     """
-    with reading(path, MediaError):
-        require_file(path, MediaError)
-        with path.open("rb") as file:
-            head = file.read(6)
-            if head == b"\x93NUMPY":
-                file.seek(0)
-                head = b"\x80" if read_header(file).dtype.hasobject else head
-    if head[:1] == b"\x80":
-        why = "is a pickle, which can run code; save its arrays with numpy.savez"
-        raise MediaError(path, why, "pickle")
-    if head != b"\x93NUMPY" and not zipfile.is_zipfile(path):
-        raise MediaError(path, "is neither .npy nor .npz")
-    return True
+    size = require_file(path, MediaError).st_size
+    if zipfile.is_zipfile(path):
+        return _archive(path)
+    if large := limits.ARRAY.exceeded(size, f"has {limits.as_size(size)}"):
+        raise MediaError(path, large)
+    with path.open("rb") as file:
+        head = file.read(8)
+        file.seek(0)
+        if head[:6] == b"\x93NUMPY":
+            return _values(file, size)
+        if head[:1] == b"\x80" or re.match(rb"[(\[{}\]c]", head):  # protocols 2 to 5, or 0 and 1
+            try:
+                return unpickle(file.read())
+            except UnsafePickleError:
+                raise
+            except ValueError:
+                if head[:1] == b"\x80":
+                    raise
+    raise MediaError(path, "is neither .npy nor .npz")
+
+
+def _archive(path: Path) -> Any:
+    """Return the surface arrays in an `.npz` file as a dict, or the content of its only array."""
+    with zipfile.ZipFile(path) as archive:
+        members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
+        names = [n for n in (POINTS_KEY, NORMALS_KEY) if n in members]
+        if POINTS_KEY not in names and len(members) != 1:
+            raise MediaError(
+                path, f"has no array {POINTS_KEY}; its arrays are: {', '.join([*members][:20]) or 'none'}"
+            )
+        out = {}
+        for name in names if POINTS_KEY in names else members:
+            check_member(path, members[name], MediaError)
+            with archive.open(members[name]) as file:
+                out[name] = _values(file, members[name].file_size)
+    (name, value), *_ = out.items()
+    return value if POINTS_KEY not in out and isinstance(value, (dict, list)) else out
+
+
+def _values(file: IO[bytes], size: int) -> Any:
+    """Read an open `.npy` file of `size` bytes; an object array is read as a pickle."""
+    header = read_header(file)
+    return unpickle(file.read()) if header.dtype.hasobject else read_values(file, header, size)
+
+
+def _point_arrays(path: Path, content: Any) -> list[np.ndarray]:
+    """Return an array (n, c) for each object in the content of a surface file.
+
+    Raises:
+        MediaError: if an array is missing, or has an invalid shape or type.
+    """
+    if isinstance(content, list) and content and isinstance(content[0], (dict, np.ndarray)):
+        return [array for each in content for array in _point_arrays(path, each)]
+    if isinstance(content, dict):
+        if POINTS_KEY not in content:
+            there = ", ".join(str(key)[:40] for key in [*content][:20]) or "none"
+            raise MediaError(path, f"has no array {POINTS_KEY}; its arrays are: {there}")
+        parts = [np.asarray(content[key]) for key in (POINTS_KEY, NORMALS_KEY) if key in content]
+        shapes = [part.shape for part in parts]
+        if len({shape[:-1] for shape in shapes}) > 1 or (len(shapes) == 2 and shapes[1][-1:] != (3,)):
+            why = f"{NORMALS_KEY} {shapes[1]} does not match {POINTS_KEY} {shapes[0]}"
+            raise MediaError(path, why, "surface")
+        found = np.concatenate([part[..., :3] for part in parts], -1) if len(parts) == 2 else parts[0]
+    else:
+        found = np.asarray(content)
+    if found.ndim not in (2, 3) or found.shape[-1] not in (3, 4, 6) or found.dtype.kind not in "fiu":
+        why = f"is {found.dtype} {found.shape}; a surface must be (n, 6), positions and normals"
+        raise MediaError(path, why, "surface")
+    return [*found] if found.ndim == 3 else [found]
 
 
 def _surface(path: Path, points: np.ndarray) -> Surface:
@@ -222,84 +270,7 @@ def normalizing(bounds: np.ndarray) -> np.ndarray:
     return out
 
 
-# --- from a field to a mesh ---------------------------------------------------------------------------------
-
-Field = Callable[[np.ndarray], np.ndarray]
-"""Implicit function of an object: maps points (n, 3) to values (n,), which are negative inside the object."""
-
-
-def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
-    """Extract the zero level set of a field as a mesh, with marching cubes.
-
-    The field is evaluated on a coarse grid, then on finer grids only near sign changes. This takes about one
-    hundredth of the evaluations of a dense grid. If a field is negative at more than four of the eight
-    corners of the box, its sign is assumed to be wrong and is inverted.
-
-    Args:
-        field: function to evaluate, negative inside the object.
-        resolution: cells per side of the finest grid; `coarse` times a power of two.
-        coarse: cells per side of the first grid.
-
-    Returns:
-        The mesh and a note. The mesh is None if the field has no zero level set. The note is empty unless the
-        sign was inverted.
-    """
-    import trimesh
-    from skimage.measure import marching_cubes
-
-    assert resolution % coarse == 0 and (resolution // coarse) & (resolution // coarse - 1) == 0
-    cells = coarse
-    values = field(_places(np.indices((cells + 1,) * 3).reshape(3, -1).T, cells)).reshape((cells + 1,) * 3)
-    note, corners = "", values[::cells, ::cells, ::cells]
-    sign = 1.0
-    if (corners < 0).sum() > 4:
-        sign, note = -1.0, "the field was positive inside, so its sign was inverted"
-        values = -values
-    while cells < resolution:
-        values, cells = _finer(values, field, sign), 2 * cells
-    if not (values.min() < 0 < values.max()):
-        return None, note
-    found: Any = marching_cubes(values, 0.0, method="lewiner")
-    vertices, faces = found[:2]
-    mesh = trimesh.Trimesh(_places(vertices, cells), faces, process=True)
-    if mesh.is_watertight and mesh.volume < 0:
-        mesh.invert()
-    return mesh, note
-
-
-def _places(index: np.ndarray, cells: int) -> np.ndarray:
-    """Convert grid indices to coordinates; the indices 0 and `cells` are on opposite sides of the box.
-
-    Indices may be fractional.
-    """
-    return (index / cells * 2 - 1) * BOUND
-
-
-def _finer(values: np.ndarray, field: Field, sign: float) -> np.ndarray:
-    """Double the resolution of a grid of field values.
-
-    Values are interpolated, except near sign changes, where the field is evaluated.
-    """
-    from scipy.ndimage import binary_dilation, zoom
-
-    n = values.shape[0]
-    fine: np.ndarray = np.asarray(zoom(values, (2 * n - 1) / n, order=1, grid_mode=False))
-    inside = values < 0
-    change = np.zeros_like(inside)
-    for axis in range(3):
-        differ = np.diff(inside, axis=axis)
-        low, high = ([slice(None)] * 3 for _ in range(2))
-        low[axis], high[axis] = slice(None, -1), slice(1, None)
-        change[tuple(low)] |= differ
-        change[tuple(high)] |= differ
-    change = np.asarray(binary_dilation(change, np.ones((3, 3, 3))), bool)
-    ask = np.zeros(fine.shape, bool)
-    ask[::2, ::2, ::2] = change
-    ask = np.asarray(binary_dilation(ask, np.ones((3, 3, 3))), bool)
-    where = np.argwhere(ask)
-    if len(where):
-        fine[ask] = sign * field(_places(where, 2 * (n - 1)))
-    return fine
+# --- extracted meshes --------------------------------------------------------------------------------------
 
 
 def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
@@ -314,7 +285,21 @@ def decimated(mesh: trimesh.Trimesh, triangles: int) -> trimesh.Trimesh:
         raise ValueError("sample.triangles: needs fast-simplification: pip install 'inlaid[mesh]'") from None
 
 
-def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
+def preview_meshes(
+    meshes: Mapping[str, trimesh.Trimesh], triangles: int = 300_000
+) -> dict[str, trimesh.Trimesh]:
+    """Decimate meshes to at most about `triangles` triangles in total, for pictures and web pages.
+
+    Meshes are returned unchanged if they have fewer triangles, or if fast-simplification is not installed.
+    """
+    total = sum(len(mesh.faces) for mesh in meshes.values())
+    if total <= triangles or find_spec("fast_simplification") is None:
+        return dict(meshes)
+    targets = {name: max(100, len(mesh.faces) * triangles // total) for name, mesh in meshes.items()}
+    return {n: decimated(m, targets[n]) if len(m.faces) > targets[n] else m for n, m in meshes.items()}
+
+
+def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 8_000_000) -> list[str]:
     """Return the defects of a mesh, such as `is not watertight`; empty for a valid mesh.
 
     Args:
@@ -327,10 +312,10 @@ def mesh_problems(mesh: trimesh.Trimesh, *, most: int = 2_000_000) -> list[str]:
         return found
     if not mesh.is_watertight:
         found.append("is not watertight")
-    if np.abs(mesh.vertices).max() > BOUND + 1e-6:
-        found.append(f"extends beyond the box of {BOUND}")
+    if np.abs(mesh.vertices).max() > REACH - 1e-6:
+        found.append(f"is cut off at the box of {REACH:g}")
     if len(mesh.faces) > most:
-        found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}")
+        found.append(f"has {len(mesh.faces):,} triangles, more than {most:,}: set sample.triangles")
     return found
 
 
@@ -354,7 +339,10 @@ def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequen
     """
     import trimesh
 
-    scene = trimesh.Scene()
+    root = "world"
+    while root in (*meshes, *empty):  # an object of this name would contain all others
+        root += "_"
+    scene = trimesh.Scene(base_frame=root)
     for name, mesh in meshes.items():
         scene.add_geometry(mesh, node_name=name, geom_name=name)
     for name in empty:
@@ -362,82 +350,6 @@ def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequen
     with atomic(path) as part:
         part.write_bytes(scene.export(file_type="glb"))  # type: ignore[arg-type]
     return path
-
-
-FILES = (".glb", ".gltf", ".obj", ".ply", ".stl")
-"""Suffixes of supported mesh files."""
-
-
-def outward(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, int]:
-    """Return a copy of a mesh whose components face outward, and the number of flipped components.
-
-    A connected component is flipped if its volume, computed with the divergence theorem about its center, is
-    negative. A component inside the bounding box of another component is unchanged, because it may be a
-    cavity.
-    """
-    import trimesh
-
-    mesh = mesh.copy()
-    mesh.merge_vertices()
-    trimesh.repair.fix_winding(mesh)
-    labels = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
-    triangles = mesh.triangles
-    flux = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    faces, turned = mesh.faces.copy(), 0
-    boxes = [
-        np.stack([t.reshape(-1, 3).min(0), t.reshape(-1, 3).max(0)])
-        for t in (triangles[labels == i] for i in range(labels.max() + 1))
-    ]
-    for i, box in enumerate(boxes):
-        own = labels == i
-        within = any((o[0] < box[0]).all() and (o[1] > box[1]).all() for j, o in enumerate(boxes) if j != i)
-        middle = triangles[own].mean((0, 1))
-        if not within and float(((triangles[own].mean(1) - middle) * flux[own]).sum()) < 0:
-            faces[own] = faces[own][:, ::-1]
-            turned += 1
-    return trimesh.Trimesh(mesh.vertices, faces, process=False), turned
-
-
-def _inside_resolver(path: Path) -> Any:
-    """Return a trimesh resolver, which reads the files that a mesh refers to, such as textures.
-
-    It reads files only from the folder that contains the mesh.
-    """
-    import trimesh
-
-    root = Root(path.parent)
-
-    class Resolver(trimesh.resolvers.FilePathResolver):
-        def get(self, name: str) -> bytes:
-            """Return the content of the file `name` in the folder of the mesh."""
-            file = root.named(name.strip())
-            require_file(file, MediaError)
-            return file.read_bytes()
-
-    return Resolver(str(path))
-
-
-def read_scene(path: Path) -> dict[str, trimesh.Trimesh]:
-    """Read a `.glb`, `.gltf`, `.obj`, `.ply` or `.stl` file: meshes by object name, in scene coordinates.
-
-    Raises:
-        ValueError: if the file cannot be read or has no triangles; the message contains the path.
-    """
-    import trimesh
-
-    with reading(path, MediaError, "a mesh"):
-        require_file(path, MediaError)
-        options: Any = {"force": "scene", "process": False, "resolver": _inside_resolver(path)}
-        scene: Any = trimesh.load(path, **options)
-        out = {}
-        for node in sorted(scene.graph.nodes_geometry):
-            transform, geometry = scene.graph[node]
-            mesh = scene.geometry[geometry]
-            if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
-                out[str(node)] = mesh.copy().apply_transform(transform)
-    if not out:
-        raise ValueError(f"{path}: has no triangles")
-    return out
 
 
 # --- segmentations ------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ The rules and their sources are:
   images, it follows EXIF.
 * Interlaced frames are deinterlaced when they are decoded (`video.decode_frames`).
 * Frames with alpha are composited over white in runs without alpha. Whether color is straight or
-  premultiplied is estimated (`looks_premultiplied`).
+  premultiplied is estimated (`multiplied`).
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -211,28 +212,49 @@ def over_white(rgba: np.ndarray, premultiplied: bool = False) -> np.ndarray:
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def looks_premultiplied(rgba: np.ndarray) -> bool:
-    """Estimate from RGBA pixels, uint8 (..., 4), whether color is premultiplied by alpha.
+Multiplied = Literal["straight", "premultiplied", "unclear"]
+"""Whether color is multiplied by alpha; `unclear` if the pixels are consistent with both."""
 
-    The result is True if all of these conditions are met:
+NOISE = 8
+"""Maximum error of color values (0 to 255) that is attributed to lossy compression."""
 
-    * There are at least 50 partially transparent pixels, and they are not brighter than their alpha.
-    * Fully transparent pixels are black.
-    * An opaque pixel is bright, or brightness correlates with alpha in partially transparent pixels. The
-      correlation is for smoke and glass, which have no opaque pixels.
+
+def multiplied(rgba: np.ndarray) -> Multiplied:
+    """Estimate from uint8 RGBA (..., 4) whether color is premultiplied by alpha.
+
+    Premultiplied color is never brighter than alpha. If the color of many partially transparent pixels is
+    brighter than their alpha, or that of transparent pixels is not black, color is straight. Otherwise, a
+    power of alpha is fitted to the mean brightness at each level of alpha. The exponent is about 1 for
+    premultiplied color, whose brightness is proportional to alpha, and about 0 for straight color. The fit
+    also works without opaque pixels, as in clips of smoke. If the exponent is ambiguous, or if alpha hardly
+    varies, the result is `unclear`. Color that is nearly the same in both readings, such as black, counts as
+    straight.
     """
-    alpha, brightest = rgba[..., 3].astype(int), rgba[..., :3].max(-1)
+    alpha, brightest = rgba[..., 3].ravel(), rgba[..., :3].max(-1).ravel()
     soft, transparent = (alpha > 2) & (alpha < 253), alpha == 0
-    if soft.sum() < 50 or (brightest[soft] <= alpha[soft] + 2).mean() <= 0.995:
-        return False
-    if transparent.any() and (brightest[transparent] <= 2).mean() <= 0.995:
-        return False
-    if bool(((alpha >= 253) & (brightest > 64)).any()):
-        return True
-    levels, values = alpha[soft].astype(float), brightest[soft].astype(float)
-    if not levels.std() or not values.std():
-        return False
-    return bool(np.corrcoef(levels, values)[0, 1] > 0.7)
+    seen = soft | (alpha >= 253)
+    if soft.sum() < 50 or (brightest[soft] * (255 / alpha[soft].astype(float) - 1)).mean() < NOISE:
+        return "straight"  # division by alpha would change little
+    brighter = brightest[soft].astype(int) - alpha[soft]
+    if (brighter > 3 * NOISE).mean() > 0.005:
+        return "straight"
+    if transparent.any() and (brightest[transparent] > 2 * NOISE).mean() > 0.02:
+        return "straight"
+    step = 8
+    count = np.bincount(alpha[seen] // step, minlength=256 // step)
+    levels, values = (
+        np.bincount(alpha[seen] // step, x[seen].astype(float), 256 // step) / np.maximum(count, 1)
+        for x in (alpha, brightest)
+    )
+    there = (count >= max(20, seen.sum() // 1000)) & (levels >= 2 * step)
+    levels, values = np.log(levels[there]), np.log(np.maximum(values[there], 1))
+    coarse = (brighter > NOISE).mean() > 0.005  # straight, or premultiplied and strongly compressed
+    if not there.any() or np.ptp(levels) < math.log(1.5):
+        return "unclear"
+    exponent = np.polyfit(levels, values, 1)[0]
+    if exponent < 0.3 or (coarse and exponent < 0.7):
+        return "straight"
+    return "premultiplied" if exponent > 0.7 and not coarse else "unclear"
 
 
 def to_rgb(path: Path, image: Image.Image) -> np.ndarray:

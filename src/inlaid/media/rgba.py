@@ -16,15 +16,26 @@ from inlaid import config
 from inlaid.config.sections import ALPHA_EPS
 from inlaid.files import atomic
 from inlaid.media import rgba_images, video
-from inlaid.media.compositing import NEAR, SEEN, blur_background, decontaminate, grow, snap
+from inlaid.media.compositing import (
+    NEAR,
+    SEEN,
+    blur_background,
+    composite,
+    decontaminate,
+    grow,
+    premultiply,
+    snap,
+    to_float,
+    to_uint8,
+)
 from inlaid.media.kinds import MediaError
-from inlaid.media.pixels import looks_premultiplied
+from inlaid.media.pixels import SCALE_FLAGS, Multiplied, decoded, multiplied, orientation
 
 
 def fix_alpha(rgba: np.ndarray, how: config.Matte) -> np.ndarray:
-    """Apply the cleanup steps in the recipe section `data.matte` to RGBA frames that are already resized.
+    """Apply alpha cleanup to resized RGBA frames, straight uint8 (t, h, w, 4).
 
-    The frames are straight uint8 (t, h, w, 4).
+    The steps are set in the section `data.matte` of the recipe (YAML configuration).
     """
     if how.snap:
         rgba = np.concatenate([rgba[..., :3], snap(rgba[..., 3:], how.snap / 255)], -1)
@@ -57,8 +68,8 @@ class AlphaStats:
     """Maximum alpha, 0 to 255."""
     colored: float
     """Fraction of the fully transparent pixels whose color is not black."""
-    premultiplied: bool
-    """True if color is probably multiplied by alpha (`looks_premultiplied`)."""
+    multiplied: Multiplied
+    """Whether color is probably multiplied by alpha (`pixels.multiplied`)."""
     inverted: bool
     """True if alpha is probably inverted: the border of the frame is opaque and the center is not."""
     limited: bool
@@ -69,8 +80,13 @@ class AlphaStats:
     def looks(self) -> str:
         """Estimated kind of alpha as text, such as `straight` or `premultiplied, inverted`."""
         guesses = {"inverted": self.inverted, "limited range": self.limited}
-        first = "premultiplied" if self.premultiplied else "straight"
+        first = "straight or premultiplied" if self.multiplied == "unclear" else self.multiplied
         return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
+
+    @property
+    def premultiplied(self) -> bool:
+        """True if color is probably multiplied by alpha."""
+        return self.multiplied == "premultiplied"
 
     @property
     def constant(self) -> bool:
@@ -116,7 +132,7 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
         lowest=int(alpha.min()),
         highest=int(alpha.max()),
         colored=float((brightest[transparent] > 2).mean()) if transparent.any() else 0.0,
-        premultiplied=looks_premultiplied(rgba),
+        multiplied=multiplied(rgba),
         inverted=bool(edge.mean() > 240 and inside.mean() < 200),
         limited=bool(alpha.min() >= 14 and alpha.max() <= 237 and alpha.min() != alpha.max()),
     )
@@ -125,15 +141,19 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
 # --- files --------------------------------------------------------------------------------------------------
 
 CARRIERS: dict[str, float] = {".mov": 1.0, ".webm": 1.5, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Maximum mean alpha error of a file that is read back after writing, on the scale 0 to 255, by file suffix.
-The suffixes are those of all formats with alpha."""
+"""Maximum mean alpha error (0 to 255) when a written file is read back, by file suffix. The suffixes are
+those of all formats with alpha."""
 
 COLOR_OFF: dict[str, float] = {".mov": 6.0, ".webm": 32.0, ".zip": 0.0, ".apng": 0.0, ".mkv": 0.0}
-"""Maximum mean color error of visible pixels in a file that is read back after writing, on the scale 0 to
-255, by file suffix. It is high for WebM, because VP9 subsamples color."""
+"""Maximum mean color error (0 to 255) of visible pixels when a written file is read back, by file suffix. It
+is high for WebM, because VP9 subsamples color."""
 
-SUFFIXES = {"png": ".zip", **{name: f".{name}" for name in config.CARRIERS if name != "png"}}
-"""File suffix of each format that the setting `sample.transparent` accepts."""
+PAIR_OFF = 8.0
+"""Maximum mean error (0 to 255) of visible pixels when a written pair of color and alpha files is read back
+and composited over white."""
+
+PAIR, PAIR_CRF = ("_rgb.mp4", "_alpha.mp4"), 4
+"""Name endings of the color file and the alpha file of a pair, and their H.264 constant rate factor."""
 
 
 def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
@@ -141,6 +161,8 @@ def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Pat
 
     The file is written atomically: it appears only after a successful comparison. `.mov` is ProRes 4444,
     `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, and `.mkv` FFV1. The last three are lossless.
+    In the other two, the color of transparent pixels is replaced by color that is extended from the visible
+    pixels. Otherwise lossy coding would mix the color behind the matte into soft edges.
 
     Args:
         path: output file; its suffix selects the format.
@@ -157,13 +179,13 @@ def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Pat
         raise ValueError(
             f"{path}: `{suffix}` cannot carry alpha; use {', '.join(CARRIERS)}, or composite it first"
         )
-    if rgba.dtype != np.uint8 or rgba.ndim != 4 or rgba.shape[-1] != 4 or not len(rgba):
-        raise ValueError(f"{path}: transparent video is uint8 (t, h, w, 4), got {rgba.dtype} {rgba.shape}")
+    _require_rgba(path, rgba)
     with atomic(path) as part:
         if suffix == ".zip":
             _write_zip(part, rgba)
         else:
-            _write_video(part, rgba, Fraction(fps).limit_denominator(1001), suffix)
+            grown = grow(rgba) if CARRIERS[suffix] else rgba
+            _write_video(part, grown, Fraction(fps).limit_denominator(1001), suffix)
         there = read_rgba(part, suffix)
         if there.shape != rgba.shape:
             raise ValueError(f"{path}: {rgba.shape} was written, but {there.shape} read back")
@@ -188,7 +210,7 @@ _CODECS: dict[str, tuple[str, str, str, dict[str, str], str]] = {
         "libvpx-vp9",
         "yuva420p",
         "webm",
-        {"crf": "18", "b": "0", "auto-alt-ref": "0", "row-mt": "1"},
+        {"crf": "12", "b": "0", "auto-alt-ref": "0", "row-mt": "1"},
         "rgba",
     ),
     ".apng": ("apng", "rgba", "apng", {}, "rgba"),
@@ -215,10 +237,73 @@ def _write_video(path: Path, rgba: np.ndarray, fps: Fraction, suffix: str) -> No
         for pixels in rgba:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=source)
             color = {"dst_colorspace": Colorspace.ITU709} if yuv else {}
-            frame = scaler.reformat(frame, format=pix_fmt, threads=1, **color)
+            frame = scaler.reformat(frame, format=pix_fmt, threads=1, interpolation=SCALE_FLAGS, **color)
             frame.pts = None
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def _require_rgba(path: Path, rgba: np.ndarray) -> None:
+    if rgba.dtype != np.uint8 or rgba.ndim != 4 or rgba.shape[-1] != 4 or not len(rgba):
+        raise ValueError(f"{path}: transparent video is uint8 (t, h, w, 4), got {rgba.dtype} {rgba.shape}")
+
+
+def write_pair(
+    stem: str | Path, rgba: np.ndarray, fps: float | Fraction, *, premultiplied: bool
+) -> tuple[Path, Path]:
+    """Write RGBA frames as two H.264 files, which are read back and compared with the input.
+
+    `NAME_rgb.mp4` contains color, with all color samples (4:4:4), and `NAME_alpha.mp4` contains alpha as a
+    gray video. Both appear only after a successful comparison.
+
+    Args:
+        stem: path of both files without the endings `_rgb.mp4` and `_alpha.mp4`.
+        rgba: uint8 (t, h, w, 4), straight; even height and width.
+        fps: frames per second.
+        premultiplied: True writes color multiplied by alpha. False writes straight color, in which the color
+            of transparent pixels is extended from the visible pixels.
+
+    Returns:
+        The color file and the alpha file.
+
+    Raises:
+        ValueError: if `rgba` has another type or shape, or if the files read back differ too much from it.
+    """
+    stem = Path(stem)
+    color, matte = (stem.with_name(stem.name + end) for end in PAIR)
+    _require_rgba(color, rgba)
+    if premultiplied:
+        stored = np.stack([to_uint8(premultiply(to_float(frame))[..., :3]) for frame in rgba])
+    else:
+        stored = grow(rgba)[..., :3]
+    with atomic(color) as first, atomic(matte) as second:
+        video.write_video(first, stored, fps, crf=PAIR_CRF, pix_fmt="yuv444p")
+        video.write_video(second, rgba[..., 3:].repeat(3, -1), fps, crf=PAIR_CRF)
+        white, seen = np.full(3, 255, np.uint8), rgba[..., 3] > 0
+        over = composite(read_pair(first, second), white, premultiplied=premultiplied)
+        off = np.abs(over.astype(np.int16) - composite(rgba, white))[seen]
+        if off.size and off.mean() > PAIR_OFF:
+            raise ValueError(
+                f"{color}: the composite of the pair read back has a mean error of {off.mean():.2f} of 255, "
+                f"more than {PAIR_OFF:g}: this FFmpeg build writes H.264 incorrectly; use .zip"
+            )
+    return color, matte
+
+
+def read_pair(color: str | Path, matte: str | Path) -> np.ndarray:
+    """Read all frames of a color file and its alpha matte as RGBA, uint8 (t, h, w, 4).
+
+    Color is straight or premultiplied, as stored in the file.
+
+    Raises:
+        MediaError: if a file cannot be read, or if the two files differ in size or number of frames.
+    """
+    colors, mattes = (read_rgba(path) for path in (color, matte))
+    if colors.shape != mattes.shape:
+        sizes = ["{} frames of {}x{}".format(*x.shape[:3]) for x in (colors, mattes)]
+        raise MediaError(Path(color), f"{sizes[0]}, and {sizes[1]} in {Path(matte).name}", "pair")
+    gray = mattes[..., :3].astype(np.uint16).sum(-1, keepdims=True) + 1
+    return np.concatenate([colors[..., :3], (gray // 3).astype(np.uint8)], -1)
 
 
 def _write_zip(path: Path, rgba: np.ndarray) -> None:
@@ -243,6 +328,8 @@ def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
         MediaError: if the file cannot be read, has no frames, or has images of different sizes; the message
             contains the path.
     """
+    from av.video.reformatter import VideoReformatter
+
     path = Path(path)
     suffix = (suffix or path.suffix).lower()
     if path.is_dir() or suffix == ".zip":
@@ -250,7 +337,11 @@ def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
     elif suffix in (".png", ".webp"):
         frames = list(rgba_images.read_animated(path, range(len(rgba_images.frame_times(path)) - 1)))
     else:
-        frames = [frame.to_ndarray(format="rgba") for frame in video.decode_frames(path)]
+        scaler = VideoReformatter()
+        frames = [
+            orientation(path, frame).apply(decoded(path, frame, scaler, 4))
+            for frame in video.decode_frames(path)
+        ]
     if not frames:
         raise MediaError(path, "has no frames")
     sizes = sorted({f.shape[:2] for f in frames})

@@ -1,10 +1,14 @@
-"""Reading of frames, with or without alpha, from folders, archives, still images and animated images."""
+"""Reading of frames, with or without alpha, from image sequences, archives, still and animated images.
+
+A sequence is a folder of images, or a set of numbered images such as `shots/a.0001.png`. A set is given by a
+path such as `shots/a.####.png`, where `####` stands for the frame number.
+"""
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,19 +24,82 @@ from inlaid.reading import check_member, reading, require_file
 FRAMES = (*IMAGES, ".tif", ".tiff")
 """Suffixes of image files that are read as frames from a folder or archive."""
 
+_PATTERN = re.compile(r"([^#]*)#+(\.[^.#]+)")
+"""Pattern of sequence names such as `a.####.png`: text, `#` signs, file suffix."""
+
+_NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)")
+"""Pattern of frame names such as `a.0001.png`: text, frame number, file suffix."""
+
 
 def natural(path: Path) -> list[Any]:
     """Return a sort key for the natural order of file names: f9 before f10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def frames_in(folder: Path) -> list[Path]:
-    """Return the images in a folder in natural order (9 before 10); empty if there are no images."""
+def frame_pattern(path: Path) -> re.Pattern[str] | None:
+    """Return a regular expression for the frame names of a sequence such as `a.####.png`.
+
+    Returns None for other paths, such as a file whose name contains `#`.
+    """
+    found = _PATTERN.fullmatch(path.name)
+    if not found or not path.name.lower().endswith(FRAMES) or path.exists():
+        return None
+    return re.compile(rf"{re.escape(found[1])}\d+{re.escape(found[2])}")
+
+
+def is_sequence(path: Path) -> bool:
+    """Return True for a folder, and for a path that names numbered images, such as `a.####.png`."""
+    return path.is_dir() or frame_pattern(path) is not None
+
+
+def frames_in(path: Path) -> list[Path]:
+    """Return the images of a sequence in natural order (9 before 10); empty if there are none.
+
+    Args:
+        path: a folder, or a path such as `shots/a.####.png`.
+    """
+    wanted = frame_pattern(path)
     try:
-        there = [f for f in folder.iterdir() if f.suffix.lower() in FRAMES and not f.name.startswith(".")]
+        there = [
+            f
+            for f in (path.parent if wanted else path).iterdir()
+            if (wanted.fullmatch(f.name) if wanted else f.name.lower().endswith(FRAMES))
+            and not f.name.startswith(".")
+        ]
     except OSError:
         return []
     return sorted((f for f in there if f.is_file()), key=natural)
+
+
+def numbered(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group file names that differ only in their frame number.
+
+    Returns:
+        File names by sequence name, such as `a.####.png` for `a.1001.png` and `a.1002.png`. Single images,
+        and names without text before the number, such as `0001.png`, are left out.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        found = _NUMBERED.fullmatch(name)
+        if found and found[1].strip("._- ") and "#" not in name:
+            groups.setdefault((found[1], found[3]), []).append(name)
+    out = {}
+    for (head, tail), members in groups.items():
+        width = min(len(n) for n in members) - len(head) - len(tail)
+        if len(members) > 1:
+            out[f"{head}{'#' * width}{tail}"] = members
+    return out
+
+
+def frame_numbers(names: Sequence[str]) -> list[int]:
+    """Return the frame numbers of images; empty if a name has none."""
+    found = [int(m[2]) for n in names if (m := _NUMBERED.fullmatch(n)) and len(m[2]) < 12]
+    return found if len(found) == len(names) else []
+
+
+def sequence_name(path: Path) -> str:
+    """Return the text before the number of a sequence such as `a.####.png`, without separators: `a`."""
+    return path.name.partition("#")[0].rstrip("._- ")
 
 
 def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
@@ -52,12 +119,12 @@ def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
 
 
 def image_names(path: Path) -> list[str]:
-    """Return the names of the images in a folder or `.zip` in natural order.
+    """Return the names of the images in a sequence or `.zip` in natural order.
 
     Raises:
         MediaError: if the `.zip` cannot be read.
     """
-    if path.is_dir():
+    if is_sequence(path):
         return [f.name for f in frames_in(path)]
     with reading(path, MediaError):
         require_file(path, MediaError)
@@ -68,15 +135,16 @@ def image_names(path: Path) -> list[str]:
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[Image.Image]:
-    """Context manager that opens an image in a folder or `.zip`, after checking its size."""
+    """Context manager that opens an image in a sequence or `.zip`, after checking its size."""
 
     def unreadable(path: Path, cause: str, code: str) -> MediaError:
         return MediaError(path, f"image {name} {cause}", code)
 
     with reading(path, unreadable):
-        if path.is_dir():
-            require_file(path / name, MediaError)
-            with checked_image(path / name, path, name) as image:
+        if is_sequence(path):
+            file = (path if path.is_dir() else path.parent) / name
+            require_file(file, MediaError)
+            with checked_image(file, path, name) as image:
                 yield image
             return
         with zipfile.ZipFile(path) as archive:
@@ -86,7 +154,7 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
 
 
 def named_size(path: Path, name: str) -> tuple[int, int]:
-    """Return the width and height of an image in a folder or `.zip`."""
+    """Return the width and height of an image in a sequence or `.zip`."""
     with _opened(path, name) as image:  # the header only
         return image.size
 
@@ -94,7 +162,7 @@ def named_size(path: Path, name: str) -> tuple[int, int]:
 def read_named(
     path: Path, indices: Sequence[int] | np.ndarray, *, gray: bool = False
 ) -> Iterator[np.ndarray]:
-    """Yield the images at `indices` in a folder or `.zip`, as pixels in the format of `read_animated`.
+    """Yield the images at `indices` in a sequence or `.zip`, as pixels in the format of `read_animated`.
 
     An index is a position in the natural order of the image names.
     """

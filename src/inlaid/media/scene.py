@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,12 @@ import numpy as np
 from PIL import Image
 
 from inlaid.media.images import load_image
+from inlaid.media.isosurface import Field, extract
+from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_render import PALETTE
-from inlaid.media.meshes import POINTS, Field, Note, decimated, extract, mesh_problems, read_ids
+from inlaid.media.meshes import POINTS, Note, decimated, mesh_problems, read_ids
+from inlaid.paths import Root
+from inlaid.reading import parse_json, read_text, reading
 
 if TYPE_CHECKING:
     import trimesh
@@ -24,8 +31,17 @@ SMALL = 0.001
 MAX_SEGMENTS = 64
 """Maximum number of objects in a segmentation image; an image with more is probably not a segmentation."""
 
+SEGMENTATION = "seg.png"
+"""File name of the segmentation image, which contains the object IDs of a scene."""
+
+DESCRIPTION = "scene.json"
+"""Name of an optional file in a scene folder, which contains the names of the objects."""
+
+MAX_NAME = 200
+"""Maximum number of characters in the name of an object."""
+
 MAX_OBJECTS = 7
-"""Maximum number of objects of a scene in one training step."""
+"""Maximum number of objects in one training step."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,13 @@ class SceneObject:
     """Pixels of the image that show the object, bool (h, w)."""
     surface: np.ndarray
     """Surface points with normals, float32 (n, 6), in scene coordinates."""
+    name: str = ""
+    """Name from `scene.json` or 3D-FRONT, unique in the scene; empty if the object has none."""
+
+    @property
+    def label(self) -> str:
+        """Name of the object, or `object_ID` if it has none; also the name of its node in a `.glb`."""
+        return self.name or f"object_{self.number}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,82 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
 
 
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Make the names of objects 1, 2, ... unique and valid for `scene.json`.
+
+    An empty name becomes `object_ID`. A repeated name gets a number, and so does a name that looks like the
+    default name of another object.
+    """
+    found: list[str] = []
+    for number, name in enumerate(names, 1):
+        base = name.strip()[: MAX_NAME - 10] or f"object_{number}"
+        name, copy = base, 1
+        while name in found or (re.fullmatch(r"object_\d+", name) and name != f"object_{number}"):
+            copy += 1
+            name = f"{base}_{copy}" if not base.startswith("object_") else f"{base}-{copy}"
+        found.append(name)
+    return found
+
+
+def read_names(folder: Path, root: Root | None = None) -> dict[int, str]:
+    """Read the names of a scene's objects from `scene.json`.
+
+    Args:
+        folder: folder of the scene.
+        root: root folder of the dataset. Default: `folder`.
+
+    Returns:
+        Unique names by object ID; empty if the file does not exist or has no `names`.
+
+    Raises:
+        FileError: if the file is invalid; the message names the file and the problem.
+    """
+    path = folder / DESCRIPTION
+    if not os.path.lexists(path):
+        return {}
+    (root or Root(folder)).guard(path)
+    with reading(path, MediaError, "JSON"):
+        found = parse_json(read_text(path))
+        names = found.get("names", {}) if isinstance(found, dict) else None
+        if not isinstance(names, dict):
+            raise MediaError(path, 'must be {"names": {"1": "table", "2": "chair"}}', "names")
+        for number, name in names.items():
+            if not re.fullmatch(r"[1-9]\d{0,8}", number):
+                raise MediaError(path, f"names: `{number[:40]}` is not an object ID, 1 or larger", "names")
+            if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
+                why = f"the name of object {number} must be a text of 1 to {MAX_NAME} characters"
+                raise MediaError(path, why, "names")
+        for number, name in names.items():
+            if re.fullmatch(r"object_\d+", name) and name != f"object_{number}":
+                why = f"object {number} has the name `{name}`, which is that of another object without a name"
+                raise MediaError(path, why, "names")
+        twice = [n for n, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise MediaError(path, f"two objects have the name `{twice[0]}`", "names")
+    return {int(number): name for number, name in names.items()}
+
+
+def published_order(path: Path, ids: np.ndarray) -> list[int]:
+    """Return the IDs of the objects in a segmentation, in the order of the published pipeline of MIDI-3D.
+
+    That pipeline converts the segmentation to 8-bit gray and sorts the values. The order decides which noise
+    an object starts from, so the same seed gives the same scene only in the same order. Objects that the
+    conversion merges or turns black are kept; black ones are last.
+
+    Args:
+        path: segmentation.
+        ids: object IDs of its pixels, int (h, w), from `meshes.read_ids`.
+
+    Raises:
+        MediaError: if the image cannot be read; the message names the file.
+    """
+    with load_image(path) as image:
+        gray = np.asarray(image.convert("L")).astype(int)
+    numbers, first = np.unique(ids, return_index=True)
+    shown = {int(n): int(g) for n, g in zip(numbers, gray.ravel()[first], strict=True) if n > 0}
+    return sorted(shown, key=lambda n: (shown[n] == 0, shown[n], n))
+
+
 def image_size(image: np.ndarray) -> str:
     """Return the size of an image as text, `HEIGHTxWIDTH`, for messages."""
     return f"{image.shape[0]}x{image.shape[1]}"
@@ -90,7 +189,7 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
     Args:
         fields: implicit function of each object by name, negative inside the object.
-        resolution: grid cells per side.
+        resolution: grid cells per side of each object's own box.
         triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
             package fast-simplification.
 
@@ -114,9 +213,9 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
 
 def thinned(surface: np.ndarray, count: int = POINTS) -> np.ndarray:
-    """Return `count` random points of a surface (n, 6): (count, 6).
+    """Return pseudo-random points of a surface, (count, 6) of (n, 6).
 
-    The choice is the same in every call. Points are repeated only if n < `count`.
+    Every call selects the same points. Points are repeated only if n < `count`.
     """
     drawn = np.random.default_rng(0).choice(len(surface), count, replace=len(surface) < count)
     return surface if len(surface) == count else surface[drawn]

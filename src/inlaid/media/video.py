@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,9 @@ from inlaid.media.pixels import (
     decoded,
     fit_frame,
     has_alpha,
-    looks_premultiplied,
+    multiplied,
     orientation,
+    over_white,
     to_rgb,
 )
 
@@ -64,7 +65,7 @@ def probe(path: str | Path) -> Probe:
         raise MediaError(path, "the file is empty")
     if media_kind(path) == "image":
         return probe_image(path)
-    return probe_array(path) if media_kind(path) == "array" else _probe_video(path)
+    return probe_array(path, (3, 4)) if media_kind(path) == "array" else _probe_video(path)
 
 
 def _probe_video(path: Path) -> Probe:
@@ -148,7 +149,7 @@ class _Look:
             pixels = decoded(self._path, frame, self._scaler, 4)
             self.opaque = self.opaque and bool((pixels[..., 3] == 255).all())
             if not self.opaque:
-                self._same.append(looks_premultiplied(pixels))
+                self._same.append(multiplied(pixels) == "premultiplied")
                 self.premultiplied = all(self._same)
         elif (kind := (frame.format.name, frame.width, frame.height, frame.colorspace)) not in self._seen:
             self._seen.add(kind)
@@ -231,6 +232,7 @@ def read_frames(
     size: tuple[int, int],
     *,
     premultiplied: bool = False,
+    rate: float | None = None,
 ) -> np.ndarray:
     """Read a window of a clip, scaled to cover `size` and center-cropped: uint8 (t, h, w, 3).
 
@@ -241,6 +243,7 @@ def read_frames(
         fps: sampling rate in frames per second.
         size: height and width of the result.
         premultiplied: True if the color of a video with alpha is already multiplied by alpha.
+        rate: frame rate of an `.npz` without `fps`. Default: `fps`.
 
     Raises:
         MediaError: if the clip ends before the end of the window, or if the decoder reports damage. H.264
@@ -255,11 +258,14 @@ def read_frames(
             pixels = to_rgb(path, image)[None]
         times = np.zeros(1)
     else:
-        pixels, rate = load_array(path)
-        times = np.arange(len(pixels)) / float(rate or fps)
-    if wanted[-1] > times[-1] + 0.5 / fps + EPSILON:
+        pixels, stored = load_array(path, (3, 4))
+        times = np.arange(len(pixels)) / float(stored or rate or fps)
+    step = max(1 / fps, float(times[-1] - times[-2]) if len(times) > 1 else 0.0)
+    if wanted[-1] > times[-1] + step / 2 + EPSILON:
         raise MediaError(path, _too_short(len(pixels), wanted), "truncated")
-    return np.stack([fit_array(pixels[i], size) for i in frames_on_show(times, wanted, fps)])
+    shown = (pixels[i] for i in frames_on_show(times, wanted, fps))
+    flat = (over_white(p, premultiplied) if p.shape[-1] == 4 else p for p in shown)
+    return np.stack([fit_array(p, size) for p in flat])
 
 
 def _too_short(there: int, wanted: np.ndarray) -> str:
@@ -523,14 +529,27 @@ def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, crf: int = 17) -> None:
-    """Write an H.264 mp4 file (yuv420p, tagged as BT.709), atomically.
+def write_video(
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float | Fraction,
+    *,
+    crf: int = 17,
+    preset: str | None = None,
+    threads: int = 0,
+    pix_fmt: Literal["yuv420p", "yuv444p"] = "yuv420p",
+) -> None:
+    """Write an H.264 mp4 file (tagged as BT.709), atomically.
 
     Args:
         path: output file, which must end in `.mp4`.
         frames: uint8 (t, h, w, 3), even height and width.
         fps: frames per second.
         crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.
+        preset: x264 preset, from `ultrafast` to `veryslow`. Default: x264's default.
+        threads: threads of the encoder; 0 uses all cores.
+        pix_fmt: `yuv420p` has a quarter of the color samples; every player supports it. `yuv444p` has all
+            color samples; FFmpeg and programs based on it support it, many others do not.
 
     Raises:
         ValueError: if the frames cannot be stored as H.264, or `path` does not end in `.mp4`.
@@ -554,16 +573,17 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float | Fraction, *, 
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(crf)}
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.options = {"crf": str(crf), **({"preset": preset} if preset else {})}
         context = stream.codec_context
+        context.thread_count = threads
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         scaler = VideoReformatter()
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = scaler.reformat(
                 frame,
-                format="yuv420p",
+                format=pix_fmt,
                 dst_colorspace=Colorspace.ITU709,
                 interpolation=SCALE_FLAGS,
                 threads=1,

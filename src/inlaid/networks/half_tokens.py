@@ -29,6 +29,8 @@ class HalfTokens:
             return out
         head = (x.shape[1] + self.text) // 2
         tail, last = x[:, head:], out[:, head:]
+        if hasattr(self, "add_update") and tail.dtype in (torch.bfloat16, torch.float16):
+            return torch.cat([out[:, :head], self.add_update(tail, last)], 1)
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue

@@ -10,12 +10,14 @@ calls with the same result: one for the video queries, and one for the text quer
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from inlaid.networks.sequence_parallel import SequenceParallel
 
 Rule = Literal["open", "block", "bias"]
 """Attention of text tokens to alpha tokens: full (`open`), none (`block`) or reduced (`bias`). `bias`
@@ -31,6 +33,7 @@ def attention(
     first: bool,
     rule: Rule = "open",
     mask: Tensor | None = None,
+    sequence: SequenceParallel | None = None,
 ) -> Tensor:
     """Compute attention over text tokens and the video tokens of color and alpha.
 
@@ -44,10 +47,15 @@ def attention(
             or reduced (`bias`). `bias` subtracts 1 from the logits, which multiplies the weights before
             normalization by exp(-1) = 0.37.
         mask: (n, 1, 1, tokens), True for valid keys.
+        sequence: exchanges with other processes, if `query`, `key` and `value` contain only a share of the
+            video tokens. `mask` then covers all tokens.
 
     Returns:
         (n, heads, tokens, d).
     """
+    if sequence is not None:
+        whole = partial(attention, text=text, first=first, rule=rule, mask=mask)
+        return sequence.attention(whole, query, key, value, text=text, first=first)
     if rule == "open":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     tokens = query.shape[2]
@@ -93,14 +101,18 @@ def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int
 
 
 class MochiJointAttention:
-    """Attention processor of Mochi that can restrict the attention of text tokens to alpha tokens."""
+    """Attention processor of Mochi that can restrict the attention of text tokens to alpha tokens.
 
-    def __init__(self, rule: Rule) -> None:
+    It can also split the video tokens over processes (`sequence`).
+    """
+
+    def __init__(self, rule: Rule, sequence: SequenceParallel | None = None) -> None:
         self.rule: Rule = rule
+        self.sequence = sequence
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Compute joint attention over video and text; see the function `mochi`."""
-        return mochi(*args, **kwargs, rule=self.rule)
+        return mochi(*args, **kwargs, rule=self.rule, sequence=self.sequence)
 
 
 def mochi(
@@ -110,6 +122,7 @@ def mochi(
     attention_mask: Tensor | None,
     image_rotary_emb: tuple[Tensor, Tensor],
     rule: Rule = "open",
+    sequence: SequenceParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute Mochi's joint attention over video (n, v, d) and text (n, m, e).
 
@@ -127,9 +140,10 @@ def mochi(
     key = rotate(attn.norm_k(video[1]), *image_rotary_emb), attn.norm_added_k(text[1])
     joint = [torch.cat(pair, 1).transpose(1, 2) for pair in (query, key, (video[2], text[2]))]
     if attention_mask is not None:
-        before = (hidden_states.shape[1], 0)
+        before = (hidden_states.shape[1] if sequence is None else sequence.tokens, 0)
         attention_mask = F.pad(attention_mask.bool(), before, value=True)[:, None, None]
-    out = attention(*joint, text=parts[1].shape[1], first=False, rule=rule, mask=attention_mask)
+    how: dict[str, Any] = {"rule": rule, "mask": attention_mask, "sequence": sequence}
+    out = attention(*joint, text=parts[1].shape[1], first=False, **how)
     video_out, text_out = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in parts], 1)
     video_out = attn.to_out[1](attn.to_out[0](video_out))
     return video_out, attn.to_add_out(text_out) if hasattr(attn, "to_add_out") else text_out
@@ -146,10 +160,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CogVideoXJointAttention:
-    """Attention processor of CogVideoX that can restrict the attention of text tokens to alpha tokens."""
+    """Attention processor of CogVideoX that can restrict the attention of text tokens to alpha tokens.
 
-    def __init__(self, rule: Rule) -> None:
+    It can also split the video tokens over processes (`sequence`).
+    """
+
+    def __init__(self, rule: Rule, sequence: SequenceParallel | None = None) -> None:
         self.rule: Rule = rule
+        self.sequence = sequence
 
     def __call__(
         self,
@@ -180,7 +198,7 @@ class CogVideoXJointAttention:
             query, key = (
                 torch.cat([y[:, :, :m], rotated(y[:, :, m:], image_rotary_emb)], 2) for y in (query, key)
             )
-        out = attention(query, key, value, text=m, first=True, rule=self.rule)
+        out = attention(query, key, value, text=m, first=True, rule=self.rule, sequence=self.sequence)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, m:], out[:, :m]
 

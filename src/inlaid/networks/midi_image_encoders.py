@@ -20,6 +20,13 @@ from torch import Tensor, nn
 from inlaid.console import once
 from inlaid.networks.triposg import TripoSGTransformer
 
+VERSION = "images 2"
+"""Version of the preprocessing, part of cache keys; increase it when the result of `encoder_inputs`
+changes."""
+
+MARGIN = 0.1
+"""White margin on each side of a cropped object, as a fraction of the longer side of the object."""
+
 CLIP_LARGE = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -78,15 +85,20 @@ class Extractor:
         return cls(edge, crop, mean, std)
 
     def image(self, pixels: np.ndarray) -> Tensor:
-        """Resize (bicubic) and center-crop an image from uint8 (n, n, 3) to uint8 (3, crop, crop)."""
-        return self._small(Image.fromarray(pixels), Image.Resampling.BICUBIC).permute(2, 0, 1)
+        """Resize (bicubic) and center-crop an image from uint8 (h, w, 3) to uint8 (3, crop, crop)."""
+        image, short = Image.fromarray(pixels), min(pixels.shape[:2])
+        width, height = (self.edge * side // short for side in image.size)
+        resized = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+        return self._center(torch.from_numpy(resized).permute(2, 0, 1))
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """Resize (nearest neighbor) and center-crop a mask from bool (n, n) to uint8 (1, crop, crop).
 
-        Values of the result are 0 and 255.
+        Values of the result are 0 and 255. As in the published pipeline, torch resizes the mask. Pillow would
+        select other pixels.
         """
-        return self._small(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.NEAREST)[None]
+        pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None, None]
+        return self._center(nn.functional.interpolate(pixels, (self.edge, self.edge), mode="nearest")[0])
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Convert images from uint8 (n, channels, h, w) to normalized float32.
@@ -98,10 +110,10 @@ class Extractor:
         shift, scale = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))
         return (pixels.float() / 255 - shift) / scale
 
-    def _small(self, image: Image.Image, how: Image.Resampling) -> Tensor:
-        start = (self.edge - self.crop) // 2
-        small = image.resize((self.edge, self.edge), how)
-        return torch.from_numpy(np.array(small.crop((start, start, start + self.crop, start + self.crop))))
+    def _center(self, image: Tensor) -> Tensor:
+        """Crop the center of an image (channels, h, w)."""
+        top, left = ((side - self.crop) // 2 for side in image.shape[1:])
+        return image[:, top : top + self.crop, left : left + self.crop]
 
 
 CLIP = Extractor(224, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -129,6 +141,9 @@ class ImageEncoder:
     config: Mapping[str, Any]
     """Contents of the encoder's `config.json`; missing values are filled in from the published
     configuration."""
+    crops: bool = False
+    """True if the input image shows only the object, enlarged to fill the image, as published for TripoSG.
+    False if it shows the object at its place in the whole image, as published for MIDI-3D."""
 
     @property
     def patches(self) -> int:
@@ -171,7 +186,7 @@ class ImageConditioning:
                 **(CLIP_LARGE if kind == "clip" else DINO_LARGE),
                 **(read(f"image_encoder_{end}") or {}),
             }
-            return ImageEncoder(kind, f"image_encoder_{end}", extractor, channels, config)
+            return ImageEncoder(kind, f"image_encoder_{end}", extractor, channels, config, crops=single)
 
         two = () if single else (encoder("clip", "1", CLIP, 3), encoder("dino", "2", DINO, 7))
         encoders = {e.kind: e for e in two or (encoder("dino", "dinov2", DINO_SINGLE, 3),)}
@@ -190,7 +205,7 @@ class ImageConditioning:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Adapter targets (regular expressions) for the attention projections of the trained encoders.
+        """Adapter targets: regular expressions that match the attention projections of trained encoders.
 
         The tuple is empty if no encoder is trained.
         """
@@ -198,11 +213,11 @@ class ImageConditioning:
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the image conditioning of `n` objects by name.
+        """Return the tensor shapes of the image conditioning of `n` objects, by tensor name.
 
-        A frozen encoder has tokens, `clip` (n, 1, d) or `dino` (n, m, d), with d from `widths`. A trained
-        encoder has images (n, channels, s, s) instead. If any encoder is trained, the scalar `conditioned` is
-        added, with shape ().
+        The entry of a frozen encoder is tokens: `clip` (n, 1, d) or `dino` (n, m, d). `widths` contains d for
+        each encoder. The entry of a trained encoder is images (n, channels, s, s). If any encoder is trained,
+        there is also a scalar `conditioned`, with shape ().
         """
         out: dict[str, tuple[int, ...]] = {}
         for (kind, encoder), width in zip(self.encoders.items(), widths, strict=True):
@@ -212,10 +227,11 @@ class ImageConditioning:
         return {**out, **({"conditioned": ()} if self.trained else {})}
 
     def select(self, item: Mapping[str, Tensor], kept: Tensor, conditioned: bool) -> dict[str, Tensor]:
-        """Return the image conditioning of the objects with the indices `kept`; drop it unless `conditioned`.
+        """Return the image conditioning of the objects with the indices `kept`.
 
-        Dropped tokens are zeros. Images of trained encoders are not changed: the result has an entry
-        `conditioned`, which is 0 if the network must ignore the images, else 1.
+        If `conditioned` is false, zeros replace the tokens of frozen encoders. Images for trained encoders
+        are not changed. Instead, the entry `conditioned` of the result tells the network to use the images
+        (1) or to ignore them (0).
         """
         out = {k: item[k][kept] if k in self.trained else item[k][kept] * conditioned for k in self.encoders}
         return {**out, **({"conditioned": torch.tensor(float(conditioned))} if self.trained else {})}
@@ -244,6 +260,25 @@ def square(pixels: np.ndarray, fill: int) -> np.ndarray:
     return np.pad(pixels, pad, constant_values=fill)
 
 
+def object_crop(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Crop an image to an object and add a white margin, as in the published code of TripoSG.
+
+    Args:
+        image: uint8 (h, w, 3), white outside the object.
+        mask: mask of the object, bool (h, w); not empty.
+
+    Returns:
+        uint8 (n, m, 3) with the object in the center. n and m are equal, or differ by one pixel.
+    """
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    image = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    border = int(longest * MARGIN)
+    top, left = (int(border + (longest - side) / 2) for side in (height, width))
+    return np.pad(image, ((top, top), (left, left), (0, 0)), constant_values=255)
+
+
 def encode(encoder: ImageEncoder, network: nn.Module, pixels: Tensor) -> Tensor:
     """Encode preprocessed images, uint8 (n, channels, h, w), with CLIP or DINO.
 
@@ -267,7 +302,8 @@ def encoder_inputs(
 
     Returns:
         Input images by kind of encoder, uint8 (n, channels, s, s). They show the object on a white
-        background. Inputs with 7 channels also contain the whole image and the mask.
+        background, at its place in the image or cropped (see `ImageEncoder.crops`). Inputs with 7 channels
+        also contain the whole image and the mask.
     """
     scene = square(image, 255)
     whole = {kind: each.extractor.image(scene) for kind, each in encoders.items() if each.channels == 7}
@@ -276,7 +312,8 @@ def encoder_inputs(
         mask = square(mask, 0)
         masked = np.where(mask[..., None], scene, np.uint8(255))
         for kind, encoder in encoders.items():
-            parts = [encoder.extractor.image(masked)]
+            shown = object_crop(masked, mask) if encoder.crops else masked
+            parts = [encoder.extractor.image(shown)]
             if kind in whole:
                 parts += [whole[kind], encoder.extractor.mask(mask)]
             found[kind].append(torch.cat(parts))
@@ -314,7 +351,7 @@ def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[Image
     """Add image encoders to a transformer as submodules, so that they are trained with it.
 
     The submodules have the names of the encoders in the checkpoint. The keys of `encoders` are indices of the
-    transformer's contexts. The transformer then also accepts images as these contexts, uint8
+    transformer's contexts. For these contexts, the transformer then also accepts images, uint8
     (rows, channels, h, w), and encodes them. Its new argument `conditioned` (rows,) is 0 for a row whose
     image conditioning is dropped (for classifier-free guidance), else 1.
     """
@@ -344,8 +381,8 @@ def build(encoder: ImageEncoder, folder: Path | None, dtype: torch.dtype) -> nn.
     """Build a frozen image encoder with the weights in `folder`; without a folder, on the meta device.
 
     The DINO encoder of MIDI has 7 input channels: object, scene and mask. Weights for 3 input channels are
-    extended to 7, with a warning. The kernels of the first layer are copied for the scene, and the kernel of
-    the red channel for the mask.
+    extended to 7, with a warning: in the first layer, the scene gets copies of the kernels of the object, and
+    the mask gets a copy of the red channel's kernel.
 
     Raises:
         ValueError: if the weights have any other number of input channels.

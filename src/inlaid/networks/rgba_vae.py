@@ -2,8 +2,8 @@
 
 Color and alpha share one latent. The frozen Wan encoder processes color and alpha separately, each as an RGB
 video. A trained merge block maps both outputs of the encoder's middle block to the shared latent; the
-encoder's own latents are not used. Two low-rank updates (LoRA) of the frozen decoder decode the latent, one
-to color and one to alpha. This implementation was written from a description of the method.
+encoder's own latents are not used. The frozen decoder decodes the latent twice: with one low-rank update
+(LoRA) to color, with another to alpha. This implementation was written from a description of the method.
 
 Latents are not normalized by the mean and std of the VAE. The low-rank updates are scaled by 1 / rank.
 Decoded color is straight (not premultiplied), and arbitrary where alpha is 0.
@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, CHANNELS = 384, 16
-"""Number of channels of the encoder features and of the latent in the published checkpoints."""
+"""Channels of the encoder features, and channels of the latent, in the published checkpoints."""
 
 
 class MergeBlock(nn.Module):
@@ -32,7 +32,15 @@ class MergeBlock(nn.Module):
     cache; the result is the same.
     """
 
-    def __init__(self, width: int = WIDTH, channels: int = CHANNELS) -> None:
+    def __init__(self, width: int = WIDTH, channels: int = CHANNELS, features: int | None = None) -> None:
+        """Create a merge block.
+
+        Args:
+            width: number of channels of its hidden layers.
+            channels: number of channels of the latent.
+            features: number of channels of the encoder features of color or alpha. Default: `width`, as in
+                the published checkpoints.
+        """
         from diffusers.models.autoencoders.autoencoder_kl_wan import (
             WanAttentionBlock,
             WanCausalConv3d,
@@ -41,7 +49,7 @@ class MergeBlock(nn.Module):
         )
 
         super().__init__()
-        self.conv_in = WanCausalConv3d(2 * width, width, 1)
+        self.conv_in = WanCausalConv3d(2 * (features or width), width, 1)
         self.res = nn.ModuleList(WanResidualBlock(width, width) for _ in range(3))
         self.att = nn.ModuleList(WanAttentionBlock(width) for _ in range(2))
         self.norm_out = WanRMS_norm(width, images=False)
@@ -51,7 +59,7 @@ class MergeBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Merge color and alpha features, each (b, width, t, h, w), into a latent (b, channels, t, h, w)."""
+        """Merge color and alpha features, each (b, features, t, h, w), into (b, channels, t, h, w)."""
         x = self.res[0](self.conv_in(torch.cat([rgb, alpha], 1)))
         for attention, residual in zip(self.att, list(self.res)[1:], strict=True):
             x = residual(attention(x))
@@ -102,7 +110,8 @@ def convolutions(module: nn.Module) -> Iterator[tuple[str, Any]]:
 class RgbaVae(nn.Module):
     """Frozen Wan VAE with a merge block and two low-rank updates of the decoder.
 
-    The merge block computes one latent of color and alpha. One update decodes color, the other decodes alpha.
+    The merge block computes one latent from color and alpha. The decoder decodes color with one update, and
+    alpha with the other.
     """
 
     def __init__(self, vae: Any, merge: MergeBlock, rgb: DecoderLora, alpha: DecoderLora) -> None:

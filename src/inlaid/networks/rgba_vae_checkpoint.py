@@ -1,10 +1,10 @@
-"""Storage, initialization and training losses of the trained parts of an RGBA VAE.
+"""Trained parts of an RGBA VAE: storage, initialization and training losses.
 
-An RGBA VAE encodes color and alpha of a clip into one latent. Its folder contains `config.json`,
-`merge.safetensors`, `decoder_rgb_lora.safetensors` and `decoder_alpha_lora.safetensors`. The `rgba_vae_id` is
-a hash of the weights, the base VAE, the transparency threshold and the background colors. Latents of
-different RGBA VAEs are incompatible. Caches and adapters therefore store the ID of their RGBA VAE, which is
-checked when they are loaded.
+An RGBA VAE encodes color and alpha of a clip into one latent. It is based on a frozen Wan VAE (base VAE). Its
+folder contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
+`decoder_alpha_lora.safetensors`. Its ID (`rgba_vae_id`) is a hash of the weights, the base VAE, the
+transparency threshold and the background colors. Latents of different RGBA VAEs are incompatible. Caches and
+adapters therefore store the ID of their RGBA VAE, and loading them checks the ID.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from inlaid.networks.rgba_vae_losses import COLORS, RgbaLoss, hard_render, sampl
 from inlaid.reading import parse_json, read_text
 
 FILES = {"merge": "merge", "rgb": "decoder_rgb_lora", "alpha": "decoder_alpha_lora"}
-"""File name, without suffix, of each trained part of an `RgbaVae`."""
+"""File names (without suffix) of the trained parts of an `RgbaVae`."""
 
 FOLDER = "rgba_vae"
 """Name of the folder that contains the trained RGBA VAE, in the run and in each of its checkpoints."""
@@ -35,7 +35,7 @@ FORMAT = 1
 Colors = Sequence[Sequence[float]]
 
 
-def new(vae: Any, rank: int, seed: int, init: Init = "random") -> RgbaVae:
+def new(vae: Any, rank: int, seed: int, init: Init = "random", width: int | None = None) -> RgbaVae:
     """Create an untrained RGBA VAE from a Wan VAE; both decoders initially equal the decoder of the VAE.
 
     Args:
@@ -43,16 +43,18 @@ def new(vae: Any, rank: int, seed: int, init: Init = "random") -> RgbaVae:
         rank: rank of the low-rank updates of the decoders.
         seed: seed of the random weights.
         init: initialization of the merge block. `random`: random weights. `encoder`: the block initially
-            reproduces the VAE's latent of the color and ignores alpha, so color is correct from the first
-            step.
+            returns the latent that the VAE computes from color, and ignores alpha. Color is then correct from
+            the first step.
+        width: width of the merge block's hidden layers. Default: the width of the encoder features. The
+            initialization `encoder` requires the default.
 
     Raises:
         ValueError: if the VAE is not supported.
     """
-    width, z = fits(vae)
+    features, z = fits(vae)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        merge = MergeBlock(width, z)
+        merge = MergeBlock(width or features, z, features)
         loras = [DecoderLora.of(vae.decoder, rank) for _ in range(2)]
     if init == "encoder":
         _as_encoder(merge, vae)
@@ -64,7 +66,7 @@ Init = Literal["random", "encoder"]
 
 @torch.no_grad()
 def _as_encoder(merge: Any, vae: Any) -> None:
-    """Initialize a merge block so that it returns the VAE's latent of the color and ignores alpha."""
+    """Initialize a merge block so that it returns the VAE's latent for color and ignores alpha."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
     nn.init.zeros_(merge.conv_in.bias)
@@ -109,13 +111,6 @@ def fits(vae: Any) -> tuple[int, int]:
     return vae.encoder.mid_block.resnets[-1].conv2.weight.shape[0], z
 
 
-@torch.no_grad()
-def new_merge(rgba_vae: RgbaVae, seed: int) -> RgbaVae:
-    """Initialize the merge block of an RGBA VAE randomly and in place; return the RGBA VAE."""
-    rgba_vae.merge.load_state_dict(new(rgba_vae.vae, 1, seed).merge.state_dict())
-    return rgba_vae
-
-
 # --- the folder -------------------------------------------------------------------------------------------
 
 
@@ -142,8 +137,8 @@ def parts(rgba_vae: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dic
 def identity(weights: Mapping[str, Mapping[str, Tensor]], base: str, alpha_eps: float, colors: Colors) -> str:
     """Return the `rgba_vae_id`, a hash that identifies an RGBA VAE.
 
-    It covers the stored weights, the hash `base` of the base VAE, the transparency threshold and the
-    background colors.
+    It is computed from the stored weights, the hash of the base VAE (`base`), the transparency threshold and
+    the background colors.
     """
     digest = hashlib.sha256(json.dumps([FORMAT, base, alpha_eps, colors]).encode())
     for part in sorted(weights):
@@ -206,6 +201,7 @@ def save(
         "base_vae": base,
         "z_dim": rgba_vae.merge.conv_out.weight.shape[0],
         "width": rgba_vae.merge.conv_out.weight.shape[1],
+        "features": rgba_vae.merge.conv_in.weight.shape[1] // 2,
         "rank": {"rgb": rgba_vae.rgb.rank, "alpha": rgba_vae.alpha.rank},
         "alpha_eps": alpha_eps,
         "colors": colors,
@@ -289,27 +285,34 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
     Raises:
         ValueError: if tensors are missing, unexpected or of the wrong shape.
     """
-    width, z = fits(vae)
-    merge = MergeBlock(width, z)
-    if "merge" in weights:
-        fill(merge, weights["merge"], f"{where}: the merge block")
+    merge = read_merge(vae, weights.get("merge"), f"{where}: the merge block")
     loras = [
         read_factors(vae.decoder, weights[part], f"{where}: the {what} decoder")
         for part, what in (("rgb", "color"), ("alpha", "alpha"))
     ]
-    rgba_vae = RgbaVae(vae, merge, *loras)
-    return rgba_vae if "merge" in weights else new_merge(rgba_vae, 0)
+    return RgbaVae(vae, merge, *loras)
 
 
-def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load weights into a module, and check that all names and shapes match.
+def read_merge(vae: Any, weights: Mapping[str, Tensor] | None, where: str) -> MergeBlock:
+    """Create a merge block from stored weights; the width of the block is inferred from the tensors.
 
-    `where` is the prefix of error messages.
+    Args:
+        vae: Wan VAE, the base of the RGBA VAE.
+        weights: tensors by name. None or empty: the merge block has random weights and the width of the
+            encoder features.
+        where: prefix of error messages.
 
     Raises:
         ValueError: if tensors are missing, unexpected or of the wrong shape.
     """
-    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+    if not weights:
+        return new(vae, 1, 0).merge
+    features, z = fits(vae)
+    bias = weights.get("conv_in.bias")
+    width = features if bias is None else bias.numel()
+    with torch.device("meta"):  # a file may claim any width: nothing is allocated before the shapes match
+        merge = MergeBlock(width, z, features)
+    wanted = {n: tuple(t.shape) for n, t in merge.state_dict().items()}
     given = {n: tuple(t.shape) for n, t in weights.items()}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
@@ -322,7 +325,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
             f"{where} does not fit: {wrong[0]} has shape {list(given[wrong[0]])}, this VAE needs "
             f"{list(wanted[wrong[0]])}; use the checkpoint that it was trained on"
         )
-    module.load_state_dict({n: t.float() for n, t in weights.items()})
+    merge.load_state_dict({n: t.float().contiguous() for n, t in weights.items()}, assign=True)
+    return merge
 
 
 def read_factors(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> DecoderLora:
@@ -403,14 +407,13 @@ def losses(
         loss: the loss terms of the paper.
         generator: CPU random generator. It selects the noise, the background color of the encoder input, and
             the background colors of the two composites that the loss compares.
-        anchor: weight of a term that is not in the paper: the mean squared distance between the latents and
-            the base VAE's latents of the same clip made opaque, in which the color `GROUND` replaces
-            transparent pixels. The unit is the latents' standard deviation. It keeps latents close to those
-            of opaque videos, so that the base VAE's decoder reproduces the color, and a denoiser pretrained
-            on opaque latents has less to learn.
-        noise: maximum standard deviation of the noise added to latents before decoding, in units of the
-            latents' standard deviation. Not in the paper. It makes the decoders robust to errors of the
-            denoiser.
+        anchor: weight of a term that compares the RGBA VAE's latents with the base VAE's latents. The base
+            VAE encodes an opaque version of the clip, in which dark gray replaces transparent pixels. The
+            term is the mean of ((z - z_base) / latents_std)^2. Not in the paper. It keeps latents close to
+            those of opaque videos, so that the base VAE's decoder reproduces the color, and a denoiser
+            pretrained on opaque videos has less to learn.
+        noise: maximum standard deviation of the noise added to latents before decoding, as a multiple of
+            `latents_std`. Not in the paper. It makes the decoders robust to errors of the denoiser.
         visible: weight of the mean absolute error of color over visible pixels only. Not in the paper. If few
             pixels are visible, they contribute little to the other terms, which are means over all pixels.
         visible_alpha: weight of the mean absolute error of alpha over visible pixels only. Not in the paper.
@@ -445,4 +448,4 @@ def losses(
 
 
 GROUND = (62, 66, 70)
-"""Background color (RGB, 0-255) of the opaque clips in the loss term `anchor`: dark gray."""
+"""Dark gray (RGB, 0-255) that replaces transparent pixels in the loss term `anchor` (see `losses`)."""

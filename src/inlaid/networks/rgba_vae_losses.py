@@ -1,8 +1,8 @@
-"""Nine loss terms of the RGBA VAE, and the renders that they compare (Dong et al. 2025, section 3.2).
+"""Nine loss terms of the RGBA VAE, and the composites that they compare (Dong et al. 2025, section 3.2).
 
-Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is also a video: -1 is transparent, 1 is opaque. A soft render is
-the color composited over a background color by alpha. In a hard render, a background color replaces
-transparent pixels, and all other pixels keep their color.
+Videos are (b, 3, t, h, w) in [-1, 1]. Alpha is also a video: -1 is transparent, 1 is opaque. A soft composite
+blends color and a background color by alpha. In a hard composite, a background color replaces transparent
+pixels, and all other pixels keep their color.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLORS = tuple(product((-1.0, 1.0), repeat=3))
 
 
 def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
-    """Composite color over a background color (3,) by alpha.
+    """Blend `rgb` and a background color (3,) by alpha.
 
     The result is rgb * a + color * (1 - a) with a = (alpha + 1) / 2.
     """
@@ -57,7 +57,7 @@ _SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "cen
 
 
 def edges(x: Tensor, kind: Edge) -> Tensor:
-    """Return the gradient magnitude of each frame in grayscale, (b, 1, t, h, w).
+    """Convert a video to grayscale and return the gradient magnitude of each frame, (b, 1, t, h, w).
 
     The filter is Sobel or central differences, with zero padding.
     """
@@ -128,14 +128,15 @@ class Perceptual(nn.Module):
 
 @dataclass(frozen=True)
 class RgbaLoss:
-    """Nine loss terms: the L1, perceptual and edge errors of alpha, the soft render and the hard render.
+    """Nine loss terms: L1, perceptual and edge errors of alpha, of a soft composite and of a hard composite.
 
-    A soft render is the color composited over a background color by alpha. In a hard render, a background
-    color replaces transparent pixels, and all other pixels keep their color. The preset `paper` uses Sobel
-    edges and the root mean square error of the perceptual features. The preset `reference`, as in the
-    released trainer, uses central differences and the mean squared error of the features. By default,
-    training normalizes frames by the mean and std of ImageNet before `perceptual` with `paper`, but not with
-    `reference`.
+    A soft composite blends color and a background color by alpha. In a hard composite, a background color
+    replaces transparent pixels, and all other pixels keep their color.
+
+    The preset `paper` uses Sobel edges and the root mean square error of the perceptual features. The preset
+    `reference` uses central differences and the mean squared error of the features, as in the released
+    trainer. By default, training normalizes the input of `perceptual` by the mean and std of ImageNet with
+    `paper`, but not with `reference`.
     """
 
     preset: Literal["paper", "reference"] = "paper"
@@ -145,8 +146,9 @@ class RgbaLoss:
     edge: Edge | None = None
     """Filter of the edge terms; None selects the filter of the preset."""
     hard_mask: Literal["reconstructed", "true"] = "reconstructed"
-    """Alpha that selects the transparent pixels in the hard render of the reconstruction. In transparent
-    regions, reconstructed alpha fluctuates around the threshold; true alpha does not."""
+    """Which alpha, reconstructed or true, selects the transparent pixels in the hard composite of the
+    reconstruction. In transparent regions, reconstructed alpha fluctuates around the threshold; true alpha
+    does not."""
 
     def __call__(
         self, rgb: Tensor, alpha: Tensor, true_rgb: Tensor, true_alpha: Tensor, hard: Tensor, soft: Tensor
@@ -158,8 +160,8 @@ class RgbaLoss:
             alpha: reconstructed alpha.
             true_rgb: straight color of the original clip.
             true_alpha: alpha of the original clip.
-            hard: background color (3,) of the hard renders of the reconstruction and of the original clip.
-            soft: background color (3,) of the soft renders of the reconstruction and of the original clip.
+            hard: background color (3,) of the two hard composites (reconstruction and original clip).
+            soft: background color (3,) of the two soft composites (reconstruction and original clip).
         """
         eps = self.alpha_eps
         mask = alpha if self.hard_mask == "reconstructed" else true_alpha

@@ -1,9 +1,9 @@
 """Reconstruction metrics of RGBA clips, compared with baselines that predict a constant alpha.
 
 An RGBA VAE that decodes every clip as fully transparent has a small mean error of alpha if subjects are
-small. The error is therefore also reported for the opaque, soft (partly transparent) and transparent pixels
-of the true alpha. `balanced` is the mean over these three regions, which is large for every constant alpha.
-Errors are on the scale 0-255.
+small. The error is therefore also reported separately for three regions: pixels whose true alpha is opaque,
+soft (partly transparent) or transparent. `balanced` is the mean error over the three regions. It is large for
+every constant alpha. Errors are on the scale 0-255.
 
 `tally` reduces each clip to a vector of sums. The vectors can be added over clips of different sizes and over
 processes.
@@ -34,8 +34,8 @@ COLUMNS = (
     *(f"composite {i}" for i in range(len(COLORS))),
     *("clips", "ssim alpha", "ssim composite"),
 )
-"""Names of the entries in a vector of `tally`: pixel counts and absolute errors of alpha by region, errors of
-color in visible pixels, squared errors, the number of clips, and SSIM."""
+"""Names of the entries in the vector that `tally` returns: pixel counts and absolute errors of alpha by
+region, errors of color in visible pixels, squared errors, the number of clips, and SSIM."""
 
 
 def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
-    """Return the vector of sums for one clip, from which `report` computes metrics.
+    """Return the vector of sums for one clip, float64, with one value per entry of `COLUMNS`.
 
-    The vector is float64, with one value per entry of `COLUMNS`.
+    The function `report` computes metrics from such vectors.
 
     Args:
         true: original clip, RGBA uint8 (4, t, h, w) with straight alpha.
@@ -101,11 +101,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def report(sums: Tensor) -> dict[str, float]:
-    """Compute metrics by name from the sum of the vectors of `tally`.
+    """Return metrics by name; `sums` is the sum of the vectors that `tally` returned for the clips.
 
     Regions without pixels are omitted. The metrics are:
     - `alpha_mae` (all pixels), `alpha_mae_REGION` and `alpha_mae_balanced` (mean over regions), and the same
-      for each baseline of `GUESSES`, such as `all_transparent_alpha_mae_opaque`;
+      for each baseline, such as `all_transparent_alpha_mae_opaque`;
     - `rgb_mae` of visible pixels, and `mean_rgb_mae` of the baseline that predicts the clip's mean color;
     - PSNR in dB of color, of alpha, and of composites over the eight corners of the color cube (mean and
       worst);
@@ -138,8 +138,8 @@ def report(sums: Tensor) -> dict[str, float]:
 def trivial(found: Mapping[str, float]) -> list[str]:
     """Return warnings if alpha is hardly better than a baseline, or very inaccurate in a region.
 
-    Alpha is hardly better than a baseline if its `alpha_mae_balanced` exceeds half that of the baseline. It
-    is very inaccurate in a region if its mean absolute error there exceeds 64 of 255.
+    Alpha is hardly better than a baseline if its `alpha_mae_balanced` exceeds half the baseline's. It is very
+    inaccurate in a region if its mean absolute error there exceeds 64 (on the scale 0-255).
 
     Args:
         found: metrics from `report`.

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from inlaid.config.sections import ALPHA_EPS
-from inlaid.files import TorchFileError, atomic, load_torch
+from inlaid.files import TorchFileError, atomic, load_torch, save_torch
 from inlaid.networks import rgba_vae_checkpoint
-from inlaid.networks.rgba_vae import DecoderLora, MergeBlock, RgbaVae, convolutions, merge_name, vae_name
+from inlaid.networks.rgba_vae import DecoderLora, RgbaVae, convolutions, merge_name, vae_name
 from inlaid.networks.rgba_vae_checkpoint import FILES
 
 GROUPS = {"vae_fgr": "rgb", "vae_pha": "alpha", "middle": "merge"}
-"""Prefixes of tensor names in published files, and the part of an RGBA VAE that each prefix identifies."""
+"""Parts of an RGBA VAE, by prefix of the tensor names in published files."""
 
 HALVES = ("rgb_channel", "alpha_channel")
 """Substrings that identify the two files for ComfyUI by name: the color VAE and the alpha VAE."""
@@ -41,9 +41,16 @@ RANK = 128
 """Largest rank of an update that is extracted from a merged decoder, equal to the rank of published
 updates."""
 
+VERSION_2 = re.compile(r"wan-alpha-v2[^/]*$|/models--[^/]*wan-alpha-v2[^/]*/", re.IGNORECASE)
+"""Regular expression for paths of Wan-Alpha v2 files: the file name, or the repository in the Hub cache. The
+tensors of v1 and v2 have the same names and shapes, so only the path tells them apart."""
+
+NOISE_SHIFT = 0.05
+"""Mean of the noise outside the subject, in training and sampling with Wan-Alpha v2."""
+
 FOLDED_LEFT = 0.02
-"""Largest accepted relative error of a layer whose low-rank update is extracted from merged weights. Rounding
-to bfloat16 alone causes an error of 0.003."""
+"""Largest accepted relative error of a layer when low-rank updates are extracted from merged weights.
+Rounding to bfloat16 alone causes an error of 0.003."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,13 @@ class Found:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base VAE by diffusers name; empty if the file does not contain the base VAE."""
     notes: Sequence[str] = ()
+
+
+def named_like(name: str) -> bool:
+    """Return True if a file name looks like that of a published RGBA VAE; the file is not read."""
+    return bool(re.search(r"^decoder\.bin$|wan.?alpha.*vae", name, re.IGNORECASE)) or any(
+        half in name for half in HALVES
+    )
 
 
 def is_rgba_vae(path: Path) -> bool:
@@ -121,7 +135,7 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _group(name: str) -> tuple[str, str]:
-    """Split a tensor name into its prefix (key of `GROUPS`) and the rest.
+    """Split a tensor name into its prefix (`vae_fgr`, `vae_pha` or `middle`) and the rest.
 
     If the name has none of these prefixes, the prefix is empty and the rest is the name.
     """
@@ -263,25 +277,19 @@ def assemble(found: Found, vae: Any, where: str) -> tuple[RgbaVae, list[str]]:
             notes.append(
                 f"the {what} decoder is merged: extracted an update of rank {RANK}, largest error {left:.2%}"
             )
-    width, z = rgba_vae_checkpoint.fits(vae)
-    if not found.parts["merge"]:
-        return rgba_vae_checkpoint.new_merge(
-            RgbaVae(vae, MergeBlock(width, z), loras["rgb"], loras["alpha"]), 0
-        ), notes
-    merge = MergeBlock(width, z)
-    rgba_vae_checkpoint.fill(merge, found.parts["merge"], f"{where}: the merge block")
+    merge = rgba_vae_checkpoint.read_merge(vae, found.parts["merge"], f"{where}: the merge block")
     return RgbaVae(vae, merge, loras["rgb"], loras["alpha"]), notes
 
 
 @torch.no_grad()
 def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tuple[DecoderLora, float]:
-    """Extract the low-rank update of a decoder from merged weights, with a rank of at most `RANK`.
+    """Extract a low-rank update of a decoder from merged weights.
 
     Returns:
         The update, and the largest relative error of a layer.
 
     Raises:
-        ValueError: if tensors do not fit the decoder, or the error exceeds `FOLDED_LEFT`.
+        ValueError: if tensors do not fit the decoder, or the error is too large.
     """
     own = decoder.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -324,7 +332,7 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
 
 
 def convert(path: Path, out: Path, vae: Any) -> list[str]:
-    """Convert a published file to the folder `out` of an RGBA VAE; return notes for the user.
+    """Convert a published file to an RGBA VAE in the folder `out`; return notes for the user.
 
     Raises:
         ValueError: if the file does not fit the VAE, or is incomplete.
@@ -332,7 +340,13 @@ def convert(path: Path, out: Path, vae: Any) -> list[str]:
     found = read(path, vae.config.num_res_blocks)
     rgba_vae, notes = assemble(found, vae, str(path))
     parts = [part for part in FILES if found.parts[part]]
-    about = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
+    about: dict[str, Any] = {"imported": {"layout": found.layout, "file": path.name}, "parts": parts}
+    if VERSION_2.search(path.absolute().as_posix()):
+        about["noise_shift"] = NOISE_SHIFT
+        notes.append(
+            f"Wan-Alpha v2: alpha.noise_shift is {NOISE_SHIFT} by default in recipes with this RGBA VAE, as "
+            "in the published training"
+        )
     name = rgba_vae_checkpoint.save(rgba_vae, out, alpha_eps=ALPHA_EPS, about=about)
     sizes = {p: sum(t.numel() for t in found.parts[p].values()) for p in parts}
     said = ", ".join(f"{p} {n:,} values" for p, n in sizes.items())
@@ -429,7 +443,7 @@ def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
     """Return two VAEs for ComfyUI, one for color and one for alpha, with merged low-rank updates.
 
-    The tensors have Wan's original names. The keys of the result are the entries of `HALVES`.
+    The tensors have Wan's original names. The keys of the result are `rgb_channel` and `alpha_channel`.
     """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
@@ -440,15 +454,20 @@ def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
     return out
 
 
-TARGETS = ("wan-alpha", "comfyui")
+TARGETS = {
+    "wan-alpha": "Wan-Alpha's inference script: `--vae_lora_checkpoint decoder.bin`",
+    "comfyui": "ComfyUI: copy both files to models/vae; two nodes Load VAE, one for color and one for alpha",
+}
 """Values of the option `--to` that export an RGBA VAE."""
 
 
 def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     """Export an RGBA VAE to a folder in a published layout, and verify the files by reading them back.
 
-    Target `wan-alpha` writes `decoder.safetensors` and `vae.safetensors`, with the tensor names and shapes of
-    `decoder.bin` and of the whole VAE. Target `comfyui` writes two VAEs with merged updates, in bfloat16.
+    Target `wan-alpha` writes the low-rank updates of both decoders to `decoder.safetensors`, and the whole
+    RGBA VAE to `vae.safetensors`. It also writes the updates to `decoder.bin`, a torch file, because
+    Wan-Alpha's script loads safetensors files only with newer versions of torch. Target `comfyui` writes two
+    VAEs with merged updates, in bfloat16.
 
     Raises:
         ValueError: if the target is unknown.
@@ -472,4 +491,9 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
             assert again.keys() == tensors.keys() and all(
                 torch.equal(again[n], t) for n, t in tensors.items()
             )
+        if to == "wan-alpha":
+            own = files["decoder"]
+            save_torch(own, folder / "decoder.bin")
+            again = load_torch(folder / "decoder.bin")
+            assert again.keys() == own.keys() and all(torch.equal(again[n], t) for n, t in own.items())
     return out

@@ -4,8 +4,8 @@ Li et al. 2025 (https://arxiv.org/abs/2502.06608) and Huang et al. 2025 (https:/
 The code was written from a description; the state dicts match the published files.
 
 Differences from usual transformers: An attention head is a slice of the concatenated outputs of `to_q`,
-`to_k` and `to_v` (see `Attention`). The timestep is a token before the latent tokens. Skip connections are
-not added: a linear layer maps the skip and the hidden states to new hidden states. The network predicts
+`to_k` and `to_v` (see `Attention`). The timestep is a token before the latent tokens. Skip connections
+concatenate earlier and current hidden states; a linear layer then halves the width. The network predicts
 data - noise. The VAE decodes to a field that is negative inside the object.
 """
 
@@ -158,8 +158,8 @@ class Block(nn.Module):
         Args:
             x: hidden states.
             contexts: one tensor (rows, m, context width) per cross-attention.
-            groups: number of rows of each scene, whose rows attend to each other; None for no attention
-                across rows.
+            groups: number of rows of each scene; rows of the same scene attend to each other. None for no
+                attention across rows.
             skip: hidden states of an earlier block, for blocks with a skip connection.
             scales: factors of the outputs of the two cross-attentions.
         """
@@ -284,9 +284,9 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def partial_heads(targets: Sequence[str]) -> list[str]:
-    """Return a warning if adapter targets match only some projections of an attention layer.
+    """Return a list with one warning if adapter targets match only some projections of attention layers.
 
-    The list is empty if there is no such layer.
+    Otherwise the list is empty.
     """
     layers = {
         attention: [f"blocks.0.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -302,9 +302,10 @@ def partial_heads(targets: Sequence[str]) -> list[str]:
 
 
 def stored_blocks(path: Path) -> list[int] | None:
-    """Read the indices of the multi-instance blocks from an adapter's metadata; None if they are not stored.
+    """Read the indices of the multi-instance blocks from an adapter's metadata.
 
-    Multi-instance blocks have self-attention over all objects of a scene.
+    Multi-instance blocks have self-attention over all objects of a scene. The result is None if the metadata
+    does not contain the indices.
     """
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with safe_open(file, "pt") as opened:
@@ -463,7 +464,7 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
     def field(self, tokens: Tensor, points: Tensor, chunk: int = 50_000) -> Tensor:
         """Return the field (b, q) at points (b, q, 3): negative inside the object, with arbitrary scale.
 
-        `tokens` is the result of the method `tokens`. The field is evaluated at `chunk` points at a time.
+        The argument `tokens` is computed by the method `tokens`. `chunk` points are evaluated at a time.
         """
         out = []
         for part in points.split(chunk, 1):
@@ -506,7 +507,7 @@ def choose_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
     The candidates are 4 * count random points.
 
     Args:
-        points: (p, 3) or more columns; the first three columns are positions.
+        points: (p, c) with c >= 3; the first three columns are positions.
         count: number of indices.
         seed: seed of the random candidates; the same for every object of a scene.
     """

@@ -27,6 +27,7 @@ CHANGEABLE = ("run", "sample", "runtime", "memory", "data.cache", "data.bad_clip
 
 CHANGEABLE_TRAIN = (
     "steps",
+    "epochs",
     "save_every",
     "keep",
     "log_every",
@@ -35,8 +36,8 @@ CHANGEABLE_TRAIN = (
     "accumulate",
     "accept_changed_data",
 )
-"""Keys of the `train` section that may also change when a run is resumed; `steps` only with a constant
-learning rate."""
+"""Keys of the `train` section that may also change when a run is resumed; `steps` and
+`epochs` only with a constant learning rate."""
 
 
 FOLDERS = ("adapter", "rgba_vae", "checkpoints", "cache", "samples", "report", "check", "tensorboard")
@@ -58,7 +59,7 @@ def recipe_changes(old: recipe.Config, new: recipe.Config) -> list[str]:
     a, b = flat(old), flat(new)
     changeable = {*CHANGEABLE, *(f"train.{k}" for k in CHANGEABLE_TRAIN)}
     if new.optim.schedule != "constant":
-        changeable.discard("train.steps")
+        changeable -= {"train.steps", "train.epochs"}
     differ = [
         k
         for k in {**a, **b}

@@ -88,6 +88,13 @@ class Context:
     rank: int = 0
     world: int = 1
     notes: tuple[str, ...] = ()
+    sequence: int = 1
+    """Number of consecutive processes that share each sample (`runtime.sequence`)."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Position of this process in data parallelism: (index, number) of the groups that share samples."""
+        return self.rank // self.sequence, self.world // self.sequence
 
     @property
     def main(self) -> bool:
@@ -139,7 +146,7 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
     device = torch.device(plan.device, local) if plan.device == "cuda" else torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ctx = Context(device, plan.precision, plan.optimizer, rank, world, plan.notes)
+    ctx = Context(device, plan.precision, plan.optimizer, rank, world, plan.notes, config.runtime.sequence)
     if world == 1:
         yield ctx
         return

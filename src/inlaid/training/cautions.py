@@ -20,11 +20,18 @@ def cautions(config: recipe.Config, denoiser: nn.Module, selected: list[str]) ->
         denoiser: network without adapters; may be on the meta device.
         selected: names of the layers that get an adapter.
     """
-    found, optim, steps = [], config.optim, config.train.steps
+    found, optim = [], config.optim
     if optim.name == "prodigy" and optim.lr != 1:
         found.append(
             f"optim.lr: {optim.lr:g} scales the rate that prodigy estimates, made for 1: leave lr out"
         )
+    over = _over_width(config.tuner, denoiser, selected) if config.rgba_vae is None else []
+    return [*found, *over]
+
+
+def length_cautions(config: recipe.Config, steps: int) -> list[str]:
+    """Return warnings about the number of optimizer steps of a recipe, which `check` and `train` print."""
+    found, optim = [], config.optim
     if optim.warmup >= steps:
         found.append(
             f"optim.warmup: {optim.warmup} of {steps} steps: the learning rate never stays at {optim.lr:g}"
@@ -32,12 +39,15 @@ def cautions(config: recipe.Config, denoiser: nn.Module, selected: list[str]) ->
     checkpoints = Run(Path(config.run)).checkpoints()
     done = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
     if done > steps:
-        found.append(
-            f"train.steps: {steps}, but {config.run} is trained for {done} steps already: nothing is left to "
-            "train; raise train.steps, or choose another folder (run=...)"
+        epochs = config.train.epochs
+        key, value = (
+            ("train.steps", f"{steps}") if epochs is None else ("train.epochs", f"{epochs:g}, {steps} steps")
         )
-    over = _over_width(config.tuner, denoiser, selected) if config.rgba_vae is None else []
-    return [*found, *over]
+        found.append(
+            f"{key}: {value}, but {config.run} is trained for {done} steps already: nothing is left to "
+            f"train; raise {key}, or choose another folder (run=...)"
+        )
+    return found
 
 
 def _over_width(tuner: recipe.LowRank | recipe.Full, denoiser: nn.Module, selected: list[str]) -> list[str]:

@@ -30,13 +30,14 @@ from inlaid.runs.folder import Run, read_metrics
 from inlaid.runs.launch import Context
 from inlaid.runs.packages import PACKAGES, require_package
 from inlaid.training import memory, offload, parallel
-from inlaid.training.cautions import cautions
+from inlaid.training.cautions import cautions, length_cautions
 from inlaid.training.checkpoints import load_fingerprint, load_tensors, save_state, unpack_state, verify
 from inlaid.training.fingerprint import Fingerprint, differences, fingerprint
 from inlaid.training.loader import Loader
 from inlaid.training.meters import Meters
 from inlaid.training.optim import EMA, learning_rate, make_optimizer, swapped
 from inlaid.training.parallel import Replicated
+from inlaid.training.schedule import Schedule, make_schedule
 from inlaid.training.steps import Step
 from inlaid.training.trained import Trained, trained_by
 
@@ -51,6 +52,7 @@ class Job:
     family: families.Family
     trained: Trained
     loader: Loader
+    schedule: Schedule
     strategy: Replicated
     denoiser: nn.Module
     network: nn.Module
@@ -67,7 +69,7 @@ class Job:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of an optimizer step; the first step is 1."""
-        return learning_rate(self.config.optim, step - 1, self.config.train.steps)
+        return learning_rate(self.config.optim, step - 1, self.schedule.steps)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context manager that swaps in the EMA weights; without an EMA, it does nothing."""
@@ -92,22 +94,24 @@ class Job:
         """Compute and write the validation metrics, with the EMA weights if there is an EMA."""
         if not self.validation:
             return
-        n, world = len(self.validation), self.ctx.world
+        n, (group, groups) = len(self.validation), self.ctx.share
         mine = range(
-            self.ctx.rank, -(-n // world) * world, world
+            group, -(-n // groups) * groups, groups
         )  # sharded weights need the same number of passes in each process
         with self.averaged():
             rows = self.step.validation(
                 self.denoiser, [self.validation[i % n] for i in mine], self.ctx.device
             )
-        rows = rows[: len(range(self.ctx.rank, n, world))]
-        self.meters.write({"step": step, **self.step.summary(self.ctx.total(rows.sum(0)) / n)})
+        rows = rows[: len(range(group, n, groups))]
+        mean = self.ctx.total(rows.sum(0)) / (n * self.ctx.sequence)
+        self.meters.write({"step": step, **self.step.summary(mean)})
         self.meters.pause()
 
     def sample(self, step: int) -> None:
         """Generate samples from the sample prompts, with the EMA weights if there is an EMA.
 
-        Only the main process generates, unless the weights are sharded: then all processes take part.
+        Only the main process generates, unless weights are sharded or processes share a sequence: then all
+        processes take part.
         """
         if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:
@@ -171,7 +175,7 @@ class Job:
         folder are replaced if they differ from the weights in the last checkpoint. Checkpoints in excess of
         `train.keep` are deleted.
         """
-        step, every = self.start, self.config.sample.every
+        step = self.start
         lacks = [False, False, False]
         if self.ctx.main:
             lines = read_metrics(self.run.metrics)
@@ -179,7 +183,7 @@ class Job:
             lacks = [
                 bool(self.validation)
                 and not any(x["step"] == step and "validation_loss" in x for x in lines),
-                every is not None and step % every == 0 and len(made) < len(self.prompts.texts),
+                self.schedule.samples(step) and len(made) < len(self.prompts.texts),
                 not published(self.run.folder, self.run.checkpoint(str(step)), self.trained.folder),
             ]
             self.run.keep(self.config.train.keep)
@@ -241,11 +245,12 @@ def resumed_from(config: recipe.Config, ctx: Context, run: Run) -> tuple[Path | 
     found = run.checkpoints()
     if not found:
         return None, {}
-    values, per_step = verify(found[-1]), config.train.accumulate * ctx.world
+    values, per_step = verify(found[-1]), config.train.accumulate * ctx.share[1]
     if values["per_step"] != per_step:
+        shared = f" / {ctx.sequence} (runtime.sequence)" if ctx.sequence > 1 else ""
         raise ValueError(
             f"{run.folder}: was trained with {values['per_step']} micro-batches per step over all "
-            f"processes, this launch has {per_step}: set train.accumulate so that processes "
+            f"processes, this launch has {per_step}: set train.accumulate so that processes{shared} "
             f"x accumulate = {values['per_step']}"
         )
     return found[-1], values
@@ -310,6 +315,11 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
     data = fingerprint(clips.plan, clips.store, sources, planned)
     check_data(config, resumed, data)
     sampler = make_sampler(clips.plan.train, sources, config.train.batch, config.seed)
+    schedule = make_schedule(config, len(sampler), config.train.accumulate * ctx.world)
+    if config.train.epochs is not None:
+        say(f"training {config.train.epochs:g} epochs: {schedule.steps:,} steps", show=ctx.main)
+    for caution in length_cautions(config, schedule.steps):
+        say(f"warning: {caution}", show=ctx.main)
     loader = Loader(
         family,
         clips.store,
@@ -320,7 +330,7 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
         sampler,
         config.data.caption_dropout,
         config.seed,
-        config.train.accumulate * ctx.world,
+        config.train.accumulate * ctx.share[1],
         [source.prior_preservation for source in sources],
     )
     validation = clips.validation_batches(family)
@@ -332,6 +342,7 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
         memory.enable_checkpointing(denoiser, config.memory.gradient_checkpointing)
     trained.attach(denoiser, seed=stable_hash(config.seed, "tuner"))
     offload.offload(config.memory, denoiser, ctx.device, show=ctx.main)
+    strategy.split_sequence(family, denoiser)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)
     parameters = strategy.shard(denoiser)
@@ -353,8 +364,8 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
     network, held = strategy.own(denoiser, optimizer, parameters)
     ema = EMA(config.optim.ema, held) if config.optim.ema else None
     step = trained.step(precision)
-    job = Job(config, ctx, run, family, trained, loader, strategy, denoiser, network, held, optimizer, step,
-              validation, clips.prompts, meters, data, ema)  # fmt: skip
+    job = Job(config, ctx, run, family, trained, loader, schedule, strategy, denoiser, network, held,
+              optimizer, step, validation, clips.prompts, meters, data, ema)  # fmt: skip
     if resumed:
         job.resume(resumed, values)
     meters.pause()

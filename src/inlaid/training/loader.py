@@ -51,10 +51,8 @@ class Loader:
 
         A background thread reads the next micro-batch while the current one is in use.
         """
-        total = self.per_step
-        indices = [
-            k for s in range(start, steps) for k in range(s * total + ctx.rank, (s + 1) * total, ctx.world)
-        ]
+        total, (group, groups) = self.per_step, ctx.share
+        indices = [k for s in range(start, steps) for k in range(s * total + group, (s + 1) * total, groups)]
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(self.batch, indices[0]) if indices else None
             for index, following in zip(indices, [*indices[1:], None], strict=True):
@@ -64,6 +62,6 @@ class Loader:
                 yield index, batch
 
     per_step: int = 1
-    """Number of micro-batches per optimizer step, summed over all processes."""
+    """Number of micro-batches per optimizer step, of all processes together."""
     prior_preservation: Sequence[float] = ()
     """Weight of the prior preservation loss for each data source; 0 disables the loss."""

@@ -37,13 +37,13 @@ def train(config: recipe.Config) -> Path:
     """
     with start_processes(config) as ctx, open_run(config, ctx) as run:
         job = prepare(config, ctx, run)
-        t, meters = config.train, job.meters
+        t, plan, meters = config.train, job.schedule, job.meters
         with (
             Interrupt() as interrupt,
-            closing(job.loader.stream(job.start, t.steps, ctx)) as batches,
-            progress("train", t.steps, "step", show=ctx.main, done=job.start) as advance,
+            closing(job.loader.stream(job.start, plan.steps, ctx)) as batches,
+            progress("train", plan.steps, "step", show=ctx.main, done=job.start) as advance,
         ):
-            for step in range(job.start + 1, t.steps + 1):
+            for step in range(job.start + 1, plan.steps + 1):
                 for i in range(t.accumulate):
                     index, batch = next(batches)
                     torch.manual_seed(stable_hash(config.seed, "dropout", index))
@@ -52,28 +52,28 @@ def train(config: recipe.Config) -> Path:
                     job.strategy.backward(out["loss"] / t.accumulate, last=i + 1 == t.accumulate)
                     meters.add(step, out, batch.names)
                 meters.norm(step, job.update(step))
-                last = step == t.steps
+                last = step == plan.steps
                 stop = (
                     step % t.log_every == 0 and any(ctx.gather(interrupt.wanted))
                     if ctx.world > 1
                     else interrupt.wanted
                 )
                 note = None
-                if step % t.log_every == 0 or step % t.save_every == 0 or last or stop:
+                if step % t.log_every == 0 or plan.saves(step) or last or stop:
                     meters.check()
                     line = meters.flush(step, learning_rate=job.rate(step))
                     note = f"loss {line['loss']:.4f}"
-                if step % t.validate_every == 0 or last:
+                if plan.validates(step) or last:
                     job.validate(step)
-                if config.sample.every and step % config.sample.every == 0:
+                if plan.samples(step):
                     job.sample(step)
-                if step % t.save_every == 0 or last or stop:
+                if plan.saves(step) or last or stop:
                     job.save(step, final=last or stop)
                 advance(note=note)
                 if stop and not last:
                     raise KeyboardInterrupt(
                         f"stopped after step {step}; run the same command again to resume"
                     )
-        if job.start >= t.steps:
+        if job.start >= plan.steps:
             job.complete()
     return run.folder

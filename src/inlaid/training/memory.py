@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from inlaid import config as recipe
@@ -42,20 +45,120 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
     return out
 
 
-def enable_checkpointing(denoiser: nn.Module, every: bool | int) -> None:
-    """Enable gradient checkpointing for every block (True) or for every n-th block (n).
+def enable_checkpointing(denoiser: nn.Module, which: bool | int | Literal["attention"]) -> None:
+    """Enable gradient checkpointing. The gradients do not change, bit for bit.
 
-    Checkpointed blocks store only their input and are recomputed in the backward pass. Other blocks store all
-    activations and are not recomputed. The gradients do not change.
+    Args:
+        denoiser: network; changed in place.
+        which: True to checkpoint every block, n to checkpoint every n-th block. A checkpointed block stores
+            only its input, and repeats its forward pass in the backward pass. Other blocks store all
+            activations. With "attention", every block is checkpointed, but stores the results of attention
+            over video tokens and does not compute them again.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
+    every = 1 if which == "attention" else int(which)
+    how: dict[str, Any] = {"context_fn": keep_attention} if which == "attention" else {}
 
     def run(block: nn.Module, *args: Any) -> Any:
-        if index.get(id(block), 0) % int(every):
+        if index.get(id(block), 0) % every:
             return block(*args)
-        return checkpoint(block, *args, use_reentrant=False)
+        return checkpoint(block, *args, use_reentrant=False, **how)
 
     denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+# --- attention that is not computed again -----------------------------------------------------------------
+
+ATTENTION = tuple(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+    for name in (
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+    if hasattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+)
+"""Fused attention operators of torch."""
+
+KEPT_TOKENS = 1024
+"""Minimum number of keys for which the result of attention is stored. Cross-attention has at most 512 text
+tokens as keys, so it is only 1 % of the work, but its result would take as much memory."""
+
+
+def _is_kept(func: Any, args: Sequence[Any]) -> bool:
+    return func.overloadpacket in ATTENTION and args[1].shape[-2] >= KEPT_TOKENS
+
+
+def _versioned(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return a detached tensor and its version, which is the number of in-place changes so far."""
+    key = torch._C.DispatchKey.ADInplaceOrView
+    with torch._C._SetExcludeDispatchKeyGuard(key, False):  # counts changes in place; excluded in modes
+        alone = tensor.detach()
+    return alone, alone._version
+
+
+class _Recording(TorchDispatchMode):
+    """Torch dispatch mode that stores the results of attention in a list."""
+
+    def __init__(self, box: list[Any]) -> None:
+        super().__init__()
+        self.box = box
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if _is_kept(func, args):
+            self.box.append(tree_map_only(Tensor, _versioned, out))
+        return out
+
+
+class _Replaying(TorchDispatchMode):
+    """Torch dispatch mode that takes the results of attention from a list instead of computing them.
+
+    Raises:
+        ValueError: if a result was changed in place, or was used by an earlier backward pass.
+    """
+
+    def __init__(self, box: list[Any]) -> None:
+        super().__init__()
+        self.box = box
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.box.clear()  # also if the recomputation stopped early
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not _is_kept(func, args):
+            return func(*args, **(kwargs or {}))
+        if not self.box:
+            raise ValueError(
+                "memory.gradient_checkpointing: `attention` allows one backward pass for each forward pass; "
+                "set it to true"
+            )
+        return tuple(self._unchanged(*each) if isinstance(each, tuple) else each for each in self.box.pop(0))
+
+    @staticmethod
+    def _unchanged(tensor: Tensor, version: int) -> Tensor:
+        if tensor._version != version:
+            raise ValueError(
+                "memory.gradient_checkpointing: this network changes the result of attention in place, so "
+                "`attention` cannot store it; set it to true"
+            )
+        return tensor
+
+
+def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return context managers for a block's forward pass and its recomputation (`torch.utils.checkpoint`).
+
+    torch's `create_selective_checkpoint_contexts` is not used, because its stored tensors cannot be moved.
+    """
+    box: list[Any] = []
+    return _Recording(box), _Replaying(box)
 
 
 class Offloaded(torch.optim.Optimizer):

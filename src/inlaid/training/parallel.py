@@ -1,7 +1,11 @@
-"""Parallel strategies: replication (`ddp`) and sharding (`fsdp`, `zero2`, `zero3`).
+"""Parallel training: replication (`ddp`), sharding (`fsdp`, `zero2`, `zero3`) and split token sequences.
 
 The training loop, the tuners and the optimizer are independent of the strategy. A checkpoint stores unsharded
 tensors under the same names in every mode, so a run can resume in another mode or in a single process.
+
+With `runtime.sequence: n`, groups of n consecutive processes share each sample. Every process of a group
+computes the loss of the whole sample. Its gradients come from its own tokens only, and are multiplied by n.
+Each strategy averages gradients over all processes, so the result is the mean over groups.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from inlaid import config as recipe
-from inlaid.runs.launch import Context
+from inlaid.families import Family
+from inlaid.networks.sequence_parallel import SequenceParallel
+from inlaid.runs.launch import COLLECTIVE_TIMEOUT, Context
 from inlaid.runs.packages import require_package
 from inlaid.training.checkpoints import pack_state
 
@@ -31,6 +37,16 @@ class Replicated:
 
     def __init__(self, ctx: Context, config: recipe.Config) -> None:
         self.ctx, self.config = ctx, config
+        self.sharded = self.sharded or ctx.sequence > 1
+
+    def split_sequence(self, family: Family, denoiser: nn.Module) -> None:
+        """Split the tokens of each sample over the processes that share it, as `runtime.sequence` sets.
+
+        All processes must call this method, after adapters are attached and before blocks are compiled.
+        """
+        if self.ctx.sequence > 1:
+            group: Any = dist.new_subgroups(self.ctx.sequence, timeout=COLLECTIVE_TIMEOUT)[0]
+            family.split_sequence(denoiser, SequenceParallel(group))
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +120,7 @@ class Replicated:
             tensor.copy_(whole[name])
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
-        """Return the optimizer state as JSON values and tensors; see `pack_state`.
+        """Return the optimizer state as a pair: JSON values, and a mapping from names to tensors.
 
         The tensors are unsharded, and returned in the main process only. All processes must call this method.
         """
@@ -134,7 +150,10 @@ class FSDP(Replicated):
 
         from inlaid.networks import quantize
 
-        mesh = init_device_mesh(self.ctx.device.type, (self.ctx.world,))
+        size = self.config.runtime.shard_size
+        shape = (self.ctx.world // size, size) if size else (self.ctx.world,)
+        names = ("replicate", "shard")[-len(shape) :]
+        mesh = init_device_mesh(self.ctx.device.type, shape, mesh_dim_names=names)
         for block in quantize.blocks(denoiser).values():
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         # Reshard the root too: otherwise its weights stay gathered after a pass without gradients, and
@@ -373,10 +392,22 @@ def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator
 
 
 def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
-    """Return an error message for each setting that the mode in `runtime.parallel` does not support."""
+    """Return an error message for each setting that the mode `runtime.parallel` does not support."""
     mode, out = config.runtime.parallel, []
+    sequence, shard_size = config.runtime.sequence, config.runtime.shard_size
+    if world % sequence:
+        out.append(
+            f"runtime.sequence: {sequence} processes share each sample, but this launch has {world} "
+            f"process(es), no multiple of {sequence}: start it with `torchrun --nproc-per-node {sequence} -m "
+            "inlaid train RECIPE`, or with a multiple"
+        )
     if mode == "ddp":
         return out
+    if shard_size is not None and world % shard_size:
+        out.append(
+            f"runtime.shard_size: {shard_size} does not divide the {world} process(es) of this launch: use a "
+            "divisor, or remove it to shard over all processes"
+        )
     if world == 1:
         out.append(
             f"runtime.parallel: {mode} needs several processes, this launch has one: start it with "

@@ -76,6 +76,7 @@ class DenoisingStep:
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
+        noise = self.family.shift_noise(noise, batch.cond)
         prediction, target, weight = self._predict(denoiser, batch, t, noise)
         pairs = {"losses": (prediction, target)}
         for name, part in self.family.parts(prediction.detach()).items():
@@ -132,6 +133,7 @@ class DenoisingStep:
             for q, t in enumerate(times):
                 generator = torch.Generator().manual_seed(stable_hash("held out", *batch.names, q))
                 noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+                noise = self.family.shift_noise(noise, batch.cond)
                 row.append(
                     self.losses(denoiser, batch, t.expand(len(batch.latents)).to(device), noise).mean()
                 )

@@ -86,11 +86,16 @@ class Trained(Protocol):
         ...
 
     def step(self, precision: AbstractContextManager[Any]) -> Step:
-        """Return the training step; `precision` is the context manager in which it computes."""
+        """Return the training step, which computes in the context manager `precision`."""
         ...
 
     def card(self, step: int, prompts: Sequence[str]) -> str:
-        """Return the model card after `step` training steps; `prompts` are the sample prompts."""
+        """Return the model card.
+
+        Args:
+            step: number of completed training steps.
+            prompts: sample prompts.
+        """
         ...
 
 
@@ -145,7 +150,7 @@ class TrainedDenoiser:
         return DenoisingStep(self.family, objective, precision, tuners.disabled)
 
     def card(self, step: int, prompts: Sequence[str]) -> str:
-        """Return the model card after `step` training steps; `prompts` are the sample prompts."""
+        """Return the model card; see `Trained.card`."""
         objective = self.family.objective(self.config.objective, self.config.data.size)
         flow = isinstance(objective, FlowMatching)
         return model_card(

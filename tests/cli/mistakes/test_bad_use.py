@@ -304,8 +304,11 @@ def test_import_onto_something(ground: Ground) -> None:
     ("arguments", "words"),
     [
         (["nowhere", "--to", "merged"], ["nowhere: not a run folder"]),
-        (["RUN", "--to", "onnx"], ["--to: `onnx` is not one of diffusers, comfyui, kohya, merged"]),
-        (["RUN"], ["Missing option '--to'"]),
+        (["RUN", "--to", "onnx"], ["--to: `onnx` is not one of diffusers, merged, comfyui, musubi"]),
+        (["RUN"], ["Missing option '--to'", "--to comfyui --merge: ComfyUI", "--to merged: diffusers"]),
+        (["RUN", "--to", "comfyui", "--dtype", "bfloat16"], ["--dtype: adapters keep their dtype"]),
+        (["RUN", "--to", "comfyui", "--out", "a.pt"], ["--out: comfyui reads a .safetensors file"]),
+        (["RUN", "--to", "merged", "--dtype", "int8"], ["--dtype: `int8` is not one of float32, bfloat16"]),
         (["RUN", "--to", "merged", "--checkpoint", "7"], ["no checkpoint `7`; available: step-000001"]),
         (
             ["RUN", "--to", "comfyui", "--out", "there"],

@@ -46,8 +46,9 @@ def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -
         family: name of the model family.
         folder: output folder.
         variant: architecture variant, one of the family's `VARIANTS`. Default: the first.
-        sizes: sizes of the network: `heads`, `head` (width of a head), `layers`, and `ffn` (width of the
-            feed-forward layers, if the architecture allows a choice).
+        sizes: sizes of the network: `heads`, `head` (width of a head), `layers`, `ffn` (width of the
+            feed-forward layers, if the architecture allows a choice), and for CogVideoX `text` (number of
+            text tokens).
     """
     import torch
 

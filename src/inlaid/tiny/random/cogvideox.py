@@ -29,12 +29,19 @@ STANDS_FOR: Mapping[str, str] = {
 
 
 def build(
-    folder: Path, variant: str, *, heads: int = 2, head: int = 16, layers: int = 2, ffn: int = 0
+    folder: Path,
+    variant: str,
+    *,
+    heads: int = 2,
+    head: int = 16,
+    layers: int = 2,
+    ffn: int = 0,
+    text: int = 226,
 ) -> None:
     """Write a random CogVideoX checkpoint.
 
     `head` must be a multiple of 16. `ffn` is ignored, because the feed-forward width is 4 times the network's
-    width.
+    width. `text` is the number of text tokens.
     """
     import diffusers
     import torch
@@ -48,6 +55,7 @@ def build(
         time_embed_dim=16,
         ofs_embed_dim=16 if variant == "1.5-i2v" else None,
         text_embed_dim=TEXT_WIDTH,
+        max_text_seq_length=text,
         num_layers=layers,
         sample_width=300 if pairs else 4 if image else 6,
         sample_height=300 if pairs else 4,

@@ -1,0 +1,61 @@
+"""Conversion of training length and intervals, such as `train.epochs` and `train.save_every`, to steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from inlaid import config as recipe
+from inlaid.config.values import epochs
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length and intervals of a run in steps. Intervals can be fractions: epochs can end within a step."""
+
+    steps: int
+    """Number of optimizer steps."""
+    epoch: Fraction
+    """Steps per epoch."""
+    save: Fraction
+    validate: Fraction
+    sample: Fraction | None
+    """Steps between samples; None if no samples are generated."""
+
+    def saves(self, step: int) -> bool:
+        """Return True if a checkpoint is due after a step, counted from 1."""
+        return _due(step, self.save)
+
+    def validates(self, step: int) -> bool:
+        """Return True if the validation loss is due after a step."""
+        return _due(step, self.validate)
+
+    def samples(self, step: int) -> bool:
+        """Return True if samples are due after a step."""
+        return self.sample is not None and _due(step, self.sample)
+
+
+def make_schedule(config: recipe.Config, batches: int, per_step: int) -> Schedule:
+    """Return the length and intervals of a run in steps.
+
+    Args:
+        config: the recipe.
+        batches: micro-batches per epoch.
+        per_step: micro-batches per optimizer step, over all processes.
+    """
+    epoch = Fraction(batches, per_step)
+
+    def interval(every: int | str) -> Fraction:
+        count = epochs(every)
+        return Fraction(every) if count is None else max(Fraction(1), Fraction(str(count)) * epoch)
+
+    train, every = config.train, config.sample.every
+    length = train.steps or math.ceil(Fraction(str(train.epochs)) * epoch)
+    sample = None if every is None else interval(every)
+    return Schedule(length, epoch, interval(train.save_every), interval(train.validate_every), sample)
+
+
+def _due(step: int, every: Fraction) -> bool:
+    """Return True if a multiple of `every` lies in (step - 1, step]."""
+    return step // every > (step - 1) // every
