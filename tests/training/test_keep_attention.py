@@ -186,6 +186,14 @@ def test_a_result_that_is_changed_in_place_is_refused() -> None:
         passed(Block(lambda x: x.mul_(2))).backward()
 
 
+def test_compiled_blocks_are_refused(recipe: Callable[..., dict]) -> None:
+    """torch compiles nothing under a dispatch mode."""
+    with pytest.raises(
+        ValueError, match=r"runtime\.compile: cannot be combined with memory\.gradient_checkp"
+    ):
+        config.build(recipe(memory__gradient_checkpointing="attention", runtime__compile=True))
+
+
 def test_a_run_with_it_resumes_and_is_the_run_without(recipe: Callable[..., dict], tmp_path: Path) -> None:
     from inlaid.training.loop import train
 

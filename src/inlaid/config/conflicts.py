@@ -76,6 +76,11 @@ def conflicts(config: Config) -> Iterator[str]:
         yield from _rgba_vae_conflicts(config, config.rgba_vae)
     if config.runtime.compile and memory.layerwise_casting:
         yield "runtime.compile: cannot be combined with memory.layerwise_casting: remove one of them"
+    if config.runtime.compile and memory.gradient_checkpointing == "attention":
+        yield (
+            "runtime.compile: cannot be combined with memory.gradient_checkpointing=attention: set "
+            "memory.gradient_checkpointing=true, or remove runtime.compile"
+        )
 
 
 def _parallel_conflicts(config: Config) -> Iterator[str]:
