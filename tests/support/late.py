@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     is_traceable_wrapper_subclass,
 )
-from torch.utils._pytree import tree_leaves
 
 from inlaid.networks import quantize
 from inlaid.training.transport import Event
@@ -73,7 +72,7 @@ class LateTransport(TorchDispatchMode):
         if self.random.random() < self.patience:
             self.perform_some()
         out = func(*args, **(kwargs or {}))
-        inputs, outputs = ({key(t) for t in plain(values)} for values in ((args, kwargs), out))
+        inputs, outputs = ({key(t) for t in plain(values)} for values in ((args, kwargs), (out,)))
         if func._schema.is_mutable or not outputs <= inputs:  # a view reads and writes nothing
             self.reads |= dict.fromkeys(inputs, self.clock)
             self.writes |= dict.fromkeys(outputs, self.clock)
@@ -153,9 +152,9 @@ class LateTransport(TorchDispatchMode):
 def plain(values: Any) -> list[Tensor]:
     """Tensors with memory of their own, also those inside quantised weights."""
     found = []
-    for tensor in tree_leaves(values):
-        if is_traceable_wrapper_subclass(tensor):
-            found += quantize.parts(tensor)[0]
-        elif isinstance(tensor, Tensor):
-            found.append(tensor)
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            found += quantize.parts(value)[0] if is_traceable_wrapper_subclass(value) else [value]
+        elif isinstance(value, (tuple, list, dict)):
+            found += plain(value)
     return found

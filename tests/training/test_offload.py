@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +45,15 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., families.Fam
             config.build({"run": "x", "data": {"sources": "x"}, "alpha": {"kind": alpha}, **raw})
         )
 
-    return get
+    return cache(get)
 
 
 def network(
     family: families.Family,
     kind: str = "lora",
-    indices: Sequence[int] | None = None,
     transport: Any = None,
     *,
-    slots: int = 2,
+    targets: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     **section: Any,
 ) -> tuple[nn.Module, Conductor | None]:
@@ -60,7 +61,7 @@ def network(
     denoiser = family.load_denoiser(dtype).train()
     quantize.shrink_weights(config.Memory(**section), denoiser, CPU, dtype)
     memory.enable_checkpointing(denoiser, True)
-    trained = tuners.attach(config.LowRank(kind=kind, rank=2), family.targets, denoiser, seed=1)  # type: ignore[arg-type]
+    trained = tuners.attach(config.LowRank(kind=kind, rank=2), targets or family.targets, denoiser, seed=1)  # type: ignore[arg-type]
     family.attached(denoiser)
     generator = torch.Generator().manual_seed(2)
     for name, p in trained.items():
@@ -69,14 +70,21 @@ def network(
     blocks = list(quantize.blocks(denoiser).values())
     if transport is None:
         return denoiser, None
-    return denoiser, Conductor(
-        blocks, range(len(blocks)) if indices is None else indices, CPU, transport, slots
-    )
+    return denoiser, Conductor(blocks, range(len(blocks)), CPU, transport)
+
+
+batch_of = cache(random_batch)
+
+
+@cache
+def plain(family: families.Family) -> nn.Module:
+    """A network without offload, to copy, with few adapters: peft takes a second to build another."""
+    return network(family, targets=["blocks.*.to_q"])[0]
 
 
 def losses(family: families.Family, denoiser: nn.Module, passes: str = "tt") -> list[Tensor]:
     """Loss and gradient of each pass: `t` trains, `v` is without gradients, `d` also without adapters."""
-    found, batch = [], random_batch(family)
+    found, batch = [], batch_of(family)
     for i, kind in enumerate(passes):
         t = torch.tensor([0.3 + 0.1 * i])
         if kind == "t":
@@ -100,33 +108,43 @@ def equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     )
 
 
-@pytest.fixture(scope="module")
-def wanted(deep: Callable[..., families.Family]) -> list[Tensor]:
-    return losses(deep(), network(deep())[0], "tvdtvvt")
+@cache
+def wanted(family: families.Family, passes: str) -> list[Tensor]:
+    return losses(family, plain(family), passes)
 
 
-def schedule(family: families.Family, seed: int, **mistakes: Any) -> tuple[list[Tensor], LateTransport]:
+def schedule(
+    family: families.Family, seed: int, passes: str = "tdt", **mistakes: Any
+) -> tuple[bool, LateTransport]:
+    """Whether the bits are those without offload."""
     late = LateTransport(seed, **mistakes)
     indices = sorted(late.random.sample(range(LAYERS), late.random.choice((3, 4, 5))))
-    denoiser, _ = network(family, "lora", indices, late, slots=late.random.choice((2, 2, 3)))
+    denoiser = deepcopy(plain(family))
+    blocks = list(quantize.blocks(denoiser).values())
+    Conductor(blocks, indices, CPU, late, late.random.choice((2, 2, 3)))
     with late:
-        return losses(family, denoiser, "tvdtvvt"), late
+        found = losses(family, denoiser, passes)
+    return equal(found, wanted(family, passes)), late
 
 
-@pytest.mark.parametrize("seeds", [range(6), slow(range(6, 200))], ids=["6", "194 more"])
-def test_every_schedule_gives_the_same_bits(deep: Any, wanted: list[Tensor], seeds: range) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "passes"), [(range(5), "tdt"), slow(range(200), "tvdtvvt")], ids=["5", "200"]
+)
+def test_every_schedule_gives_the_same_bits(deep: Any, seeds: range, passes: str) -> None:
+    family = deep()
     for seed in seeds:
-        found, late = schedule(deep(), seed)
-        assert not late.races and equal(found, wanted), seed
+        same, late = schedule(family, seed, passes)
+        assert same and not late.races, seed
 
 
 @pytest.mark.parametrize(
     "mistake", [("wait", "before"), ("compute@forward", "_load"), ("compute@backward", "_load")], ids="-".join
 )
-def test_no_wait_can_be_left_out(deep: Any, wanted: list[Tensor], mistake: tuple[str, str]) -> None:
+def test_no_wait_can_be_left_out(deep: Any, mistake: tuple[str, str]) -> None:
+    family = deep()
     for seed in range(20):
-        found, late = schedule(deep(), seed, ignored={mistake})
-        if late.races or not equal(found, wanted):
+        same, late = schedule(family, seed, ignored={mistake})
+        if late.races or not same:
             return
     pytest.fail(f"{mistake} was left out, and nothing changed")
 
@@ -134,20 +152,20 @@ def test_no_wait_can_be_left_out(deep: Any, wanted: list[Tensor], mistake: tuple
 def test_a_missing_call_is_loud(deep: Any) -> None:
     """Weights that are not there are NaN, in every format."""
     for scheme in (None, "int4"):
-        denoiser, _ = network(deep(), "lora", None, HereTransport(), quantize=scheme)
+        denoiser, _ = network(deep(), "lora", HereTransport(), quantize=scheme)
         for block in quantize.blocks(denoiser).values():
             block._forward_pre_hooks.clear()
         assert losses(deep(), denoiser, "vv")[0].isnan().all()
 
 
 @pytest.mark.parametrize(
-    ("indices", "slots"), [(range(5), 2), slow(range(5), 3), slow((0, 2, 3), 2), ((1, 2, 3, 4), 2)]
+    ("indices", "slots"), [(range(5), 2), slow(range(5), 3), slow((0, 2, 3), 2), slow((1, 2, 3, 4), 2)]
 )
 def test_bytes_of_a_step(deep: Any, indices: Sequence[int], slots: int) -> None:
     """2 (n - k) blocks, and those of a pass without gradients after another: at most n."""
     late = LateTransport(0)
-    denoiser, conductor = network(deep(), "lora", indices, late, slots=slots)
-    assert conductor
+    denoiser = deepcopy(plain(deep()))
+    conductor = Conductor(list(quantize.blocks(denoiser).values()), indices, CPU, late, slots)
     block, n, moved = conductor.masters[indices[0]].size, len(indices), []
     for kind in ("t", "t", "t", "v", "v", "t"):
         before = late.moved["up"]
@@ -160,7 +178,7 @@ def test_bytes_of_a_step(deep: Any, indices: Sequence[int], slots: int) -> None:
 
 
 def test_only_the_slots_and_the_adapters_are_on_the_device(deep: Any) -> None:
-    denoiser, conductor = network(deep(), "dora", None, HereTransport())
+    denoiser, conductor = network(deep(), "dora", HereTransport())
     assert conductor
     slots = {s.untyped_storage().data_ptr() for s in conductor.slots}
     with torch.no_grad():
@@ -178,19 +196,30 @@ def test_only_the_slots_and_the_adapters_are_on_the_device(deep: Any) -> None:
         if not p.requires_grad
     )
     held = sum(m.size for m in conductor.masters.values())
-    assert whole <= held <= whole + 5 * 256 * 40
+    assert whole <= held <= whole + 5 * 320 * 40
 
 
-CASES = [("wan", "ti2v"), ("cogvideox", "5b"), ("mochi", "t2v"), ("midi", "midi"), *random.cases()]
-CASES = list(dict.fromkeys(c for c in CASES if c in random.cases()))
-FIRST = list({c[0]: c for c in CASES[::-1]}.values())
+def test_addresses_are_those_of_the_weights(deep: Any) -> None:
+    """Of a memory-mapped file, modulo 64: matrix-vector products of the CPU round differently at others."""
+    denoiser = deepcopy(plain(deep()))
+    for i, p in enumerate(p for p in denoiser.parameters() if not p.requires_grad):
+        memory = torch.empty(p.nbytes + 64, dtype=torch.uint8)[4 * (i % 16) :][: p.nbytes]
+        p.data = memory.view(p.dtype).view(p.shape).copy_(p.data)
+    block = next(iter(quantize.blocks(denoiser).values()))
+    before = {n: p.data_ptr() % 64 for n, p in block.named_parameters() if not p.requires_grad}
+    conductor = Conductor(list(quantize.blocks(denoiser).values()), range(LAYERS), CPU, HereTransport())
+    conductor.before(0)
+    after = {n: p.data_ptr() % 64 for n, p in block.named_parameters() if not p.requires_grad}
+    assert before == after and len(set(after.values())) > 8
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, lambda c: c in FIRST and c[0] != "mochi"), ids="-".join)
+@pytest.mark.parametrize(
+    "case", mostly_slow(random.cases(), lambda case: case == ("midi", "scene")), ids="-".join
+)
 def test_every_family(deep: Any, case: tuple[str, str]) -> None:
     family = deep(case)
     late = LateTransport(1)
-    denoiser, conductor = network(family, "lora", None, late)
+    denoiser, conductor = network(family, "lora", late)
     assert conductor and len(conductor.masters) > 2
     with late:
         found = losses(family, denoiser, "tvt")
@@ -204,7 +233,7 @@ def test_every_family(deep: Any, case: tuple[str, str]) -> None:
 def test_joint_alpha(deep: Any, case: tuple[str, str], kind: str) -> None:
     family = deep(case, "joint")
     late = LateTransport(2)
-    denoiser, _ = network(family, kind, None, late)
+    denoiser, _ = network(family, kind, late)
     with late:
         found = losses(family, denoiser, "tdt")
     assert not late.races and equal(found, losses(family, network(family, kind)[0], "tdt"))
@@ -212,7 +241,7 @@ def test_joint_alpha(deep: Any, case: tuple[str, str], kind: str) -> None:
 
 RUNS = [(q, k) for q in (None, "int8", "float8", "int4", "nf4") for k in ("lora", "dora", "lokr", "loha")]
 RUNS = [r for r in RUNS if r not in (("int4", "loha"), ("nf4", "loha"))]
-SOME = [("int8", "dora"), ("nf4", "lora")]
+SOME = [("int4", "dora")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32)], ids=str)
@@ -223,11 +252,12 @@ def test_every_tuner_on_every_base(deep: Any, scheme: str | None, kind: str, dty
         {"int8": "torchao", "float8": "torchao", "nf4": "bitsandbytes"}.get(scheme or "", "torch")
     )
     family, late = deep(heads=2, head=32, ffn=128), LateTransport(3)
-    denoiser, conductor = network(family, kind, None, late, dtype=dtype, quantize=scheme)
-    plain, _ = network(family, kind, dtype=dtype, quantize=scheme)
+    how: Any = {"targets": [".*to_q", ".*ffn.net.2"], "dtype": dtype, "quantize": scheme}
+    denoiser, conductor = network(family, kind, late, **how)
+    without, _ = network(family, kind, **how)
     with late:
         found = losses(family, denoiser, "tdt")
-    assert not late.races and equal(found, losses(family, plain, "tdt"))
+    assert not late.races and equal(found, losses(family, without, "tdt"))
     assert conductor
     size = sum(m.size for m in conductor.masters.values()) / sum(
         p.numel() * dtype.itemsize

@@ -26,7 +26,14 @@ SLOTS = 2
 """Number of offloaded blocks whose weights are on the device at the same time."""
 
 ALIGNMENT = 256
-"""Every weight starts at a multiple of this many bytes, as in memory that CUDA allocates."""
+"""Every weight gets a multiple of this many bytes, and starts at one, as in memory that CUDA allocates."""
+
+LINE = 64
+"""Bytes of the longest vector of a CPU.
+
+Matrix-vector products of the CPU round differently at other addresses modulo this number, for example in a
+memory-mapped file.
+"""
 
 
 def offloaded(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
@@ -117,9 +124,9 @@ class Master:
                 if id(weight) not in known:
                     known[id(weight)] = len(self.weights)
                     whole, build = quantize.parts(weight)
-                    forms = [t if Form.of(t).dense else t.contiguous() for t in whole]
-                    self.weights.append((build, [self._reserve(Form.of(t)) for t in forms]))
-                    tensors += forms
+                    dense = [t if Form.of(t).dense else t.contiguous() for t in whole]
+                    self.weights.append((build, [self._reserve(t, device) for t in dense]))
+                    tensors += dense
                 self.places.append((module._parameters, name, known[id(weight)]))
             for name, tensor in module._buffers.items():
                 module._buffers[name] = None if tensor is None else tensor.to(device)
@@ -130,9 +137,12 @@ class Master:
         """Weights of the right form that need no memory; every use of them gives NaN."""
         self.place(self.unloaded)
 
-    def _reserve(self, form: Form) -> tuple[int, Form]:
-        start = self.size
-        self.size += -(-form.size // ALIGNMENT) * ALIGNMENT
+    def _reserve(self, tensor: Tensor, device: torch.device) -> tuple[int, Form]:
+        """Return where a tensor starts in the buffer, and its form."""
+        form, width, start = Form.of(tensor), tensor.dtype.itemsize, self.size
+        if device.type == "cpu":
+            start += tensor.data_ptr() % LINE // width * width
+        self.size += -(-(form.size + LINE) // ALIGNMENT) * ALIGNMENT
         return start, form
 
     def views(self, memory: Tensor) -> list[Any]:
@@ -166,7 +176,7 @@ class Conductor:
 
     Args:
         blocks: all blocks of the network, in the order of the forward pass.
-        names: indices of the offloaded blocks in `blocks`, ascending; their weights are in host memory.
+        indices: indices of the offloaded blocks in `blocks`, ascending; their weights are in host memory.
         device: device on which the blocks compute.
         transport: copies the weights.
         slots: number of slots on the device, k.
@@ -250,7 +260,8 @@ def offload(
 
     Args:
         section: `memory` section of the recipe.
-        denoiser: network with adapters and gradient checkpointing; changed in place.
+        denoiser: network with adapters; changed in place. Gradient checkpointing may be enabled afterwards,
+            with the returned store.
         device: device on which the network computes.
         show: print a note if offloading saves no memory on this device.
 
@@ -258,7 +269,7 @@ def offload(
         ValueError: if too little host memory is free.
     """
     names, blocks, way = offloaded(section, denoiser), quantize.blocks(denoiser), transport(device)
-    if section.offload and device.type == "cpu":
+    if (section.offload or names) and device.type == "cpu":
         say("note: memory.offload saves no memory on the CPU, where it is useful for tests only", show=show)
     conductor = store = None
     if names:
