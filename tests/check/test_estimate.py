@@ -303,8 +303,15 @@ def test_offloaded_activations_are_not_on_the_gpu(tmp_path, monkeypatch):
     assert plain.memory["activations"] - away.memory["activations"] >= 10 * inputs
     assert away.flops == plain.flops
     assert any(line.startswith("activations: ") and "GB in host memory" in line for line in away.how)
-    network = deep.load_denoiser(torch.float32, meta=True)
-    counts = count_operations(deep, network, SHAPE, 1, checkpointing=True, offloaded=True)
-    assert 16 * inputs <= counts.host < 24 * inputs
+    monkeypatch.setattr(memory, "KEPT_TOKENS", 9)
+    counts = []
+    for which in (True, "attention"):
+        network = deep.load_denoiser(torch.float32, meta=True)
+        with torch.device("meta"):
+            tuners.attach(config.LowRank(rank=1), deep.targets, network, seed=0)
+        counts.append(count_operations(deep, network, SHAPE, 1, checkpointing=which, offloaded=True))
+    assert 15 * inputs <= counts[0].host < 20 * inputs
+    assert counts[1].host >= counts[0].host + 2 * 16 * inputs, "also the results of attention"
+    assert counts[1].activations <= counts[0].activations + 6 * inputs
     with pytest.raises(ValueError, match=r"memory\.blocks_to_swap: 17 is not from 3 to 16"):
         estimate(deep, recipe(memory={"blocks_to_swap": 17}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random as chance
+import shutil
 import signal
 import subprocess
 import time
@@ -23,7 +24,6 @@ from inlaid.training import job, memory, offload, store, transport
 from inlaid.training.loop import train
 from support import forks, ranks
 from support.checkpoints import load_state
-from support.slow import slow
 
 ALL = {"offload": "all"}
 
@@ -42,9 +42,10 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "LEAST", 500)
+    monkeypatch.setattr(memory, "KEPT_TOKENS", 9)
 
 
-def same(a: Path, b: Path, step: int, *, samples: bool = True) -> None:
+def same(a: Path, b: Path, step: int) -> None:
     """Weights, average, moments, adapter, metrics and samples."""
     name = f"checkpoints/step-{step:06d}"
     (x, _), (y, _) = (load_state(run / name) for run in (a, b))
@@ -54,7 +55,7 @@ def same(a: Path, b: Path, step: int, *, samples: bool = True) -> None:
     assert files and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
     keys = ("step", "loss", "validation_loss", "gradient_norm")
     lines = [[{k: x[k] for k in keys if k in x} for x in read_metrics(r / "metrics.jsonl")] for r in (a, b)]
-    assert lines[0] == lines[1]
+    assert lines[0] and all(line in lines[1] for line in lines[0])
 
 
 def test_files_are_the_same(
@@ -67,57 +68,64 @@ def test_files_are_the_same(
         "data__sources": [recipe()["data"]["sources"], known],
         "optim__ema": 0.9,
         "sample__every": 3,
+        "train__steps": 3,
     }
     plain = train(config.build(recipe(run=str(tmp_path / "plain"), **options)))
-    section = {"offload": ["activations"], "blocks_to_swap": 3}
+    section = {"offload": ["activations"], "blocks_to_swap": 3, "gradient_checkpointing": "attention"}
     offloaded = train(config.build(recipe(run=str(tmp_path / "offloaded"), memory=section, **options)))
-    same(plain, offloaded, 6)
+    same(plain, offloaded, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        slow(("wan", "t2v"), {"alpha": {"kind": "joint"}, "tuner": {"kind": "dora"}}),
-        slow(("wan", "t2v"), {"memory": {**ALL, "quantize": "int8"}}),
-        slow(("wan", "t2v"), {"train__accumulate": 2, "train__batch": 2, "tuner": {"kind": "lokr"}}),
-        slow(("mochi", "t2v"), {"alpha": {"kind": "joint"}}),
-        slow(("cogvideox", "5b"), {}),
-        slow(("midi", "scene"), {}),
+        (("wan", "t2v"), {"alpha": {"kind": "joint"}, "tuner": {"kind": "dora"}}),
+        (("wan", "t2v"), {"memory": {"gradient_checkpointing": "attention"}}),
+        (("wan", "t2v"), {"memory": {"quantize": "int8"}}),
+        (("wan", "t2v"), {"train__accumulate": 2, "train__batch": 2, "tuner": {"kind": "lokr"}}),
+        (("mochi", "t2v"), {"alpha": {"kind": "joint"}}),
+        (("cogvideox", "5b"), {}),
+        (("midi", "scene"), {}),
     ],
     ids=str,
 )
 def test_files_of_other_runs_are_the_same(
     contract_recipe: Callable[..., dict], deep: Any, tmp_path: Path, case: tuple[str, str], options: dict
 ) -> None:
-    runs = []
-    for section in ({}, {"offload": "all"}):
-        made = {**options, "memory": {**options.get("memory", {}), "offload": [], **section}}
-        raw = contract_recipe(case, run=str(tmp_path / f"run{len(runs)}"), **made)
+    runs: list[Path] = []
+    for chosen in ([], "all"):
+        section = {**options.get("memory", {}), "offload": chosen}
+        name = str(tmp_path / f"run{len(runs)}")
+        raw = contract_recipe(case, **{**options, "run": name, "memory": section})
         raw["model"]["checkpoint"] = deep(*case)
+        if "alpha" in options and not runs:  # an alpha matte beside each clip
+            for file in sorted(Path(raw["data"]["sources"]).glob("*.mp4")):
+                shutil.copy(file, file.with_name(f"{file.stem}_alpha.mp4"))
         runs.append(train(config.build(raw)))
     same(*runs, 4)
 
 
-@pytest.mark.parametrize("killed", [False, slow(True)])
-def test_resume_is_bit_exact(recipe: Callable[..., dict], deep: Any, tmp_path: Path, killed: bool) -> None:
-    steps = 20 if killed else 6
-    options = {"model__checkpoint": deep(), "memory": ALL, "train__steps": steps, "optim__ema": 0.9}
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [True, "attention"])
+def test_resume_after_a_kill_is_bit_exact(
+    recipe: Callable[..., dict], deep: Any, tmp_path: Path, every: Any
+) -> None:
+    section = {**ALL, "gradient_checkpointing": every}
+    options = {"model__checkpoint": deep(), "memory": section, "train__steps": 20, "optim__ema": 0.9}
     whole = train(config.build(recipe(run=str(tmp_path / "whole"), **options)))
     raw = recipe(run=str(tmp_path / "parts"), **options)
-    if not killed:
-        train(config.build({**raw, "train": {**raw["train"], "steps": 2}}))
-    else:
-        file, place = tmp_path / "r.yaml", Run(tmp_path / "parts")
-        file.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
-        words = [str(forks.python()), "-m", "inlaid", "train", str(file)]
-        process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
-        while not place.checkpoints() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.3)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert place.checkpoints() and not place.adapter.exists(), "it was killed on the way"
-    same(whole, train(config.build(raw)), steps)
+    file, place = tmp_path / "r.yaml", Run(tmp_path / "parts")
+    file.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
+    words = [str(forks.python()), "-m", "inlaid", "train", str(file)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not place.checkpoints() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(chance.random() * 0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert place.checkpoints() and not place.adapter.exists(), "it was killed on the way"
+    same(whole, train(config.build(raw)), 20)
 
 
 @pytest.mark.slow
@@ -138,7 +146,7 @@ def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], deep: An
     real = offload.offload
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offload, "offload", note)
-        sections = ({}, {"blocks_to_swap": 3}, {"offload": "activations"}, {"offload": "blocks"}, ALL)
+        sections = ({"blocks_to_swap": 3}, {"offload": "activations"}, ALL)
         for i, section in enumerate(sections):
             raw = recipe(memory=section, model__checkpoint=deep(), run=str(tmp_path / str(i)))
             settings = config.build(raw)
@@ -146,8 +154,8 @@ def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], deep: An
                 settings, Context(torch.device("cpu"), torch.float32, "adamw"), Run(Path(settings.run))
             )
     swapped = [conductor and list(conductor.masters) for conductor, _ in made]
-    assert swapped == [None, [0, 1, 2], None, [0, 1, 2, 3], [0, 1, 2, 3]]
-    assert [store is not None for _, store in made] == [False, False, True, False, True]
+    assert swapped == [[0, 1, 2], None, [0, 1, 2, 3]]
+    assert [store is not None for _, store in made] == [False, True, True]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +43,43 @@ def wan(folders: dict[str, Path]) -> families.Family:
     return open_family(folders["wan"], ("wan", "t2v"))
 
 
-def network(family: families.Family, every: bool | int, store: Store | None) -> nn.Module:
+@pytest.fixture(autouse=True)
+def every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny clips have few tokens."""
+    monkeypatch.setattr(memory, "KEPT_TOKENS", 9)
+
+
+@cache
+def plain(family: families.Family) -> nn.Module:
+    """A network without gradient checkpointing, to copy, with few adapters."""
     denoiser = family.load_denoiser(torch.float32).train()
-    if every:
-        memory.enable_checkpointing(denoiser, every)
-    trained = tuners.attach(config.LowRank(rank=2), family.targets, denoiser, seed=1)
+    trained = tuners.attach(config.LowRank(rank=2), [".*to_q"], denoiser, seed=1)
     generator = torch.Generator().manual_seed(2)
     for p in trained.values():
         p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return denoiser
+
+
+def network(family: families.Family, every: Any, store: Store | None) -> nn.Module:
+    denoiser = deepcopy(plain(family))
+    if every:
+        memory.enable_checkpointing(denoiser, every, store)
     if store:
         store.attach(denoiser)
     return denoiser
 
 
 def losses(family: families.Family, denoiser: nn.Module, frames: Sequence[int] = (9, 17)) -> list[Tensor]:
-    """Of clips with several lengths, with a pass without gradients before each."""
+    """Of clips with several lengths, with a pass without gradients before the last."""
     found, generator = [], torch.Generator().manual_seed(4)
     for n in frames:
         shapes = family.shapes(n, 64, 32)
         clip = {k: torch.randn(1, *s, generator=generator) for k, s in shapes.items()}
         text = family.collate([{"text": torch.randn(4, 32, generator=generator)}])
         x, t = clip.pop("latents"), torch.tensor([0.4])
-        with torch.no_grad():
-            found.append(family.predict(denoiser, x, t, {**text, **clip}))
+        if n == frames[-1]:
+            with torch.no_grad():
+                found.append(family.predict(denoiser, x, t, {**text, **clip}))
         loss = family.predict(denoiser, x, t, {**text, **clip}).float().square().mean()
         loss.backward()
         found += [loss.detach(), *(p.grad.clone() for p in denoiser.parameters() if p.grad is not None)]
@@ -82,7 +98,7 @@ def wanted(wan: families.Family) -> list[Tensor]:
     return losses(wan, network(wan, True, None))
 
 
-def schedule(family: families.Family, seed: int, every: bool | int = True, **mistakes: Any) -> Any:
+def schedule(family: families.Family, seed: int, every: Any = True, **mistakes: Any) -> Any:
     late = LateTransport(seed, **mistakes)
     store = Store(late, LEAST, behind=late.random.choice((0, 1, 2)), ahead=late.random.choice((0, 1, 2)))
     denoiser = network(family, every, store)
@@ -90,23 +106,26 @@ def schedule(family: families.Family, seed: int, every: bool | int = True, **mis
         return losses(family, denoiser), late, store
 
 
-@pytest.mark.parametrize("seeds", [range(6), slow(range(6, 200))], ids=["6", "194 more"])
-def test_every_schedule_gives_the_same_bits(wan: Any, wanted: list[Tensor], seeds: range) -> None:
+@pytest.mark.parametrize("every", [slow(True), "attention"])
+@pytest.mark.parametrize("seeds", [range(5), slow(range(5, 200))], ids=["5", "195 more"])
+def test_every_schedule_gives_the_same_bits(wan: Any, wanted: list[Tensor], seeds: range, every: Any) -> None:
     for seed in seeds:
-        found, late, store = schedule(wan, seed)
+        found, late, store = schedule(wan, seed, every)
         assert not late.races and equal(found, wanted), (seed, late.races[:3])
-        assert late.moved["down"] > 0 and not store.buffers and not store.leaving
+        assert late.moved["down"] >= late.moved["up"] > 0, "each tensor returns once"
+        assert not store.buffers and not store.leaving
 
 
 @pytest.mark.parametrize("name", ["cogvideox", slow("mochi")])
-@pytest.mark.parametrize("every", [True, slow(2), slow(False)])
-def test_other_families_and_fewer_checkpoints(folders: Any, name: str, every: bool | int) -> None:
+@pytest.mark.parametrize("every", [slow(True), "attention", slow(2), slow(False)])
+def test_other_families_and_fewer_checkpoints(folders: Any, name: str, every: Any) -> None:
     family = open_family(folders[name], (name, {"cogvideox": "5b", "mochi": "t2v"}[name]))
     found, late, store = schedule(family, 1, every)
     assert not late.races and equal(found, losses(family, network(family, True, None)))
     assert late.moved["up"] > 0 and not store.buffers
 
 
+@pytest.mark.parametrize("every", [True, slow("attention")])
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -118,17 +137,20 @@ def test_other_families_and_fewer_checkpoints(folders: Any, name: str, every: bo
     ],
     ids="-".join,
 )
-def test_no_wait_can_be_left_out(wan: Any, wanted: list[Tensor], mistake: tuple[str, str]) -> None:
+def test_no_wait_can_be_left_out(
+    wan: Any, wanted: list[Tensor], mistake: tuple[str, str], every: Any
+) -> None:
     for seed in range(20):
-        found, late, _ = schedule(wan, seed, ignored={mistake})
+        found, late, _ = schedule(wan, seed, every, ignored={mistake})
         if late.races or not equal(found, wanted):
             return
     pytest.fail(f"{mistake} was left out, and nothing changed")
 
 
+@pytest.mark.slow
 def test_device_memory_falls_to_three_inputs_and_a_block(tmp_path: Path) -> None:
     """By the ledger of the estimate: the inputs of the blocks are not kept on the device."""
-    family = open_family(random.build("wan", tmp_path / "w", layers=16, ffn=32), ("wan", "t2v"))
+    family = open_family(random.build("wan", tmp_path / "w", layers=9, ffn=32), ("wan", "t2v"))
     peaks, kept = [], family.tokens(9, 128, 128) * 24 * 4
     for store in (None, Store(HereTransport(), LEAST)):
         denoiser = network(family, True, store)
@@ -137,23 +159,25 @@ def test_device_memory_falls_to_three_inputs_and_a_block(tmp_path: Path) -> None
         ledger = _Ledger([*denoiser.parameters()])
         host = Store._buffer
 
-        def uncounted(self: Store, size: int, host: Any = host) -> Any:
+        def uncounted(self: Store, size: int, host: Any = host, ledger: Any = ledger) -> Any:
             with torch.utils._python_dispatch._disable_current_modes():
-                return host(self, size)
+                buffer = host(self, size)
+            ledger.live.add(buffer.memory.untyped_storage()._cdata)
+            return buffer
 
         with pytest.MonkeyPatch.context() as patch, ledger:
             patch.setattr(Store, "_buffer", uncounted)
             family.predict(denoiser, x, torch.tensor([0.4]), text).square().mean().backward()
         peaks.append(ledger.worst[0])
         if store:
-            assert store.host_bytes >= 15 * kept, "the first has no gradient"
-    assert peaks[0] - peaks[1] >= (15 - 3 - 2) * kept, (peaks, kept)
+            assert store.host_bytes >= 8 * kept, "the first has no gradient"
+    assert peaks[0] - peaks[1] >= (8 - 3 - 2) * kept, (peaks, kept)
 
 
 def test_host_memory_is_flat_and_everything_returns(wan: families.Family) -> None:
     store = Store(HereTransport(), LEAST)
     denoiser, sizes = network(wan, True, store), []
-    for step in range(12):
+    for step in range(9):
         losses(wan, denoiser, [(9, 17, 13)[step % 3]])
         sizes.append(store.host_bytes)
         assert not store.buffers
@@ -178,6 +202,7 @@ def test_a_step_that_fails_returns_everything(wan: families.Family, where: str) 
     with pytest.raises(RuntimeError, match="out of memory"):
         losses(wan, denoiser, [9])
     calls.clear()
+    denoiser.zero_grad()  # of the blocks before the one that failed
     gc.collect()  # the frames of the error
     assert not store.buffers and not store.leaving
     before, x = store.count, torch.randn(1000, requires_grad=True)
@@ -225,3 +250,38 @@ def test_what_stays_on_the_device_is_freed() -> None:
     gone = weakref.ref(out.untyped_storage())
     del out
     assert gone() is None
+
+
+def test_results_of_attention_go_to_the_host(wan: families.Family) -> None:
+    """Each block stores the results of self-attention and cross-attention."""
+    counts = []
+    for every in (True, "attention"):
+        store = Store(HereTransport(), LEAST)
+        losses(wan, network(wan, every, store), [9])
+        counts.append(store.count)
+    assert counts[0] >= LAYERS - 1 and counts[1] == counts[0] + 2 * LAYERS
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_tensor_that_is_changed_in_place_is_refused(behind: int) -> None:
+    store = Store(HereTransport(), 0, behind=behind)
+    a = torch.randn(64)
+    values, ticket = a.clone(), store.put(a)
+    a.mul_(2)
+    if behind:
+        with pytest.raises(ValueError, match="changes an activation in place"):
+            ticket.take()
+    else:
+        assert torch.equal(ticket.take(), values), "its copy is complete"
+
+
+@pytest.mark.slow
+def test_compiled_blocks(wan: families.Family) -> None:
+    found = []
+    for store in (None, Store(HereTransport(), LEAST)):
+        torch._dynamo.reset()
+        denoiser = network(wan, True, store)
+        memory.compile_blocks(denoiser, "aot_eager")
+        found.append(losses(wan, denoiser, [9]))
+        assert store is None or (store.count > 0 and not store.buffers)
+    assert equal(*found)

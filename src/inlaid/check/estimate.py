@@ -48,6 +48,9 @@ OVERHEAD_SECONDS = 0.05
 WORDS_TO_TOKENS = 1.5
 """Estimated number of text tokens per word of a caption."""
 
+RECOMPUTED = {0: "no block", 1: "all blocks", "attention": "all blocks, except for attention"}
+"""Description of values of `memory.gradient_checkpointing`."""
+
 TEXT_WIDTHS = ("text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim")
 """Keys in a network's configuration that may contain the width of its text input."""
 
@@ -204,7 +207,7 @@ def count_operations(
     if sequence > 1:
         family.split_sequence(denoiser, SimulatedSequence(sequence))
     if checkpointing:
-        enable_checkpointing(denoiser, checkpointing)
+        enable_checkpointing(denoiser, checkpointing, store)
     denoiser.train()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     fused = _Fused(family.tokens(*extent) - family.text_before, family.text_length)
@@ -363,8 +366,7 @@ def estimate_recipe(
     )
     weights = f"weights: {parameters / 1e6:,.1f} M in total, {trained / 1e6:,.2f} M trained, in float32"
     small = config.memory.quantize or config.memory.layerwise_casting
-    which = {0: "no block", 1: "all blocks", "attention": "all blocks, except for attention"}
-    recomputed = which.get(checkpointing, f"every {checkpointing}th block")
+    recomputed = RECOMPUTED.get(checkpointing, f"every {checkpointing}th block")
     how = (
         weights if full else f"{weights}; the others in {small or _name(precision)}",
         (

@@ -338,10 +338,10 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
     denoiser = family.load_denoiser(torch.float32 if trained.autocast else ctx.precision).train()
     away = offload.offloaded(config.memory, denoiser)
     quantize.shrink_weights(config.memory, denoiser, strategy.device, ctx.precision, host=away)
-    if config.memory.gradient_checkpointing:
-        memory.enable_checkpointing(denoiser, config.memory.gradient_checkpointing)
     trained.attach(denoiser, seed=stable_hash(config.seed, "tuner"))
-    offload.offload(config.memory, denoiser, ctx.device, show=ctx.main)
+    _, store = offload.offload(config.memory, denoiser, ctx.device, show=ctx.main)
+    if config.memory.gradient_checkpointing:
+        memory.enable_checkpointing(denoiser, config.memory.gradient_checkpointing, store)
     strategy.split_sequence(family, denoiser)
     if config.runtime.compile:
         memory.compile_blocks(denoiser)

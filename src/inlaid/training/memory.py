@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inlaid import config as recipe
 from inlaid.networks.quantize import blocks
+from inlaid.training.store import Store, Ticket, versioned
 
 COMPILED_SHAPES = 64
 """Maximum number of compiled graphs per block.
@@ -45,7 +47,9 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
     return out
 
 
-def enable_checkpointing(denoiser: nn.Module, which: bool | int | Literal["attention"]) -> None:
+def enable_checkpointing(
+    denoiser: nn.Module, which: bool | int | Literal["attention"], store: Store | None = None
+) -> None:
     """Enable gradient checkpointing. The gradients do not change, bit for bit.
 
     Args:
@@ -54,10 +58,11 @@ def enable_checkpointing(denoiser: nn.Module, which: bool | int | Literal["atten
             only its input, and repeats its forward pass in the backward pass. Other blocks store all
             activations. With "attention", every block is checkpointed, but stores the results of attention
             over video tokens and does not compute them again.
+        store: store for the results of attention, if activations are offloaded.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
     every = 1 if which == "attention" else int(which)
-    how: dict[str, Any] = {"context_fn": keep_attention} if which == "attention" else {}
+    how: dict[str, Any] = {"context_fn": partial(keep_attention, store)} if which == "attention" else {}
 
     def run(block: nn.Module, *args: Any) -> Any:
         if index.get(id(block), 0) % every:
@@ -91,28 +96,23 @@ def _is_kept(func: Any, args: Sequence[Any]) -> bool:
     return func.overloadpacket in ATTENTION and args[1].shape[-2] >= KEPT_TOKENS
 
 
-def _versioned(tensor: Tensor) -> tuple[Tensor, int]:
-    """Return a detached tensor and its version, which is the number of in-place changes so far."""
-    key = torch._C.DispatchKey.ADInplaceOrView
-    with torch._C._SetExcludeDispatchKeyGuard(key, False):  # counts changes in place; excluded in modes
-        alone = tensor.detach()
-    return alone, alone._version
-
-
 class _Recording(TorchDispatchMode):
-    """Torch dispatch mode that stores the results of attention in a list."""
+    """Torch dispatch mode that stores the results of attention in a list, or in a store and their tickets."""
 
-    def __init__(self, box: list[Any]) -> None:
+    def __init__(self, box: list[Any], store: Store | None) -> None:
         super().__init__()
-        self.box = box
+        self.box, self.store = box, store
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if _is_kept(func, args):
-            self.box.append(tree_map_only(Tensor, _versioned, out))
+            self.box.append(tree_map_only(Tensor, self._stored, out))
         return out
+
+    def _stored(self, tensor: Tensor) -> Ticket | tuple[Tensor, int]:
+        return self.store.put(tensor) if self.store and self.store.accepts(tensor) else versioned(tensor)
 
 
 class _Replaying(TorchDispatchMode):
@@ -140,10 +140,15 @@ class _Replaying(TorchDispatchMode):
                 "memory.gradient_checkpointing: `attention` allows one backward pass for each forward pass; "
                 "set it to true"
             )
-        return tuple(self._unchanged(*each) if isinstance(each, tuple) else each for each in self.box.pop(0))
+        return tuple(self._unchanged(each) for each in self.box.pop(0))
 
     @staticmethod
-    def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    def _unchanged(stored: Any) -> Any:
+        if isinstance(stored, Ticket):
+            return stored.take()
+        if not isinstance(stored, tuple):
+            return stored
+        tensor, version = stored
         if tensor._version != version:
             raise ValueError(
                 "memory.gradient_checkpointing: this network changes the result of attention in place, so "
@@ -152,13 +157,16 @@ class _Replaying(TorchDispatchMode):
         return tensor
 
 
-def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+def keep_attention(store: Store | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return context managers for a block's forward pass and its recomputation (`torch.utils.checkpoint`).
 
     torch's `create_selective_checkpoint_contexts` is not used, because its stored tensors cannot be moved.
+
+    Args:
+        store: store for large results, if activations are offloaded.
     """
     box: list[Any] = []
-    return _Recording(box), _Replaying(box)
+    return _Recording(box, store), _Replaying(box)
 
 
 class Offloaded(torch.optim.Optimizer):

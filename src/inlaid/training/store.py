@@ -1,8 +1,8 @@
 """Activation offload: tensors that the backward pass needs are kept in host memory until then.
 
-With gradient checkpointing, these tensors are the inputs of the blocks. A copy to the host starts when
-autograd saves the tensor. The backward pass takes the tensors in reverse order, so the copies back start
-before the tensors are needed.
+With gradient checkpointing, these tensors are the inputs of the blocks, and the results of attention if they
+are stored. A copy to the host starts when the tensor is saved. The backward pass takes the tensors of the
+blocks in reverse order, so the copies back start before the tensors are needed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ LEAST = 8 << 20
 """Size in bytes below which a saved tensor stays on the device."""
 
 
+def versioned(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return a detached tensor and its version, which is the number of in-place changes so far."""
+    key = torch._C.DispatchKey.ADInplaceOrView
+    with torch._C._SetExcludeDispatchKeyGuard(key, False):  # counts changes in place; excluded in modes
+        alone = tensor.detach()
+    return alone, alone._version
+
+
 class Ticket:
     """Reference to a tensor in a `Store`; the tensor is freed when its ticket is deleted."""
 
@@ -29,6 +37,8 @@ class Ticket:
         self.form, self.device = Form.of(tensor), tensor.device
         self.uses = 1
         """Number of times that the tensor was put and not yet taken."""
+        self.saved: tuple[Tensor, int] | None = versioned(tensor)
+        """The tensor and its version when it was put, until it leaves the device."""
         self.here: Tensor | None = None
         """Memory of the tensor on the device, uint8 (n,), if it is still or again there."""
         self.arriving: list[Event] = []
@@ -37,6 +47,18 @@ class Ticket:
     def take(self) -> Tensor:
         """Return the tensor on its device, with the shape and strides that it had; see `Store.put`."""
         return self.store._take(self)
+
+    def check(self) -> None:
+        """Check that the tensor has not changed since it was put.
+
+        Raises:
+            ValueError: if it was changed in place.
+        """
+        if self.saved is not None and self.saved[0]._version != self.saved[1]:
+            raise ValueError(
+                "memory.offload: this network changes an activation in place after it was saved, so "
+                "`activations` cannot be offloaded: remove it"
+            )
 
 
 class Buffer:
@@ -78,10 +100,18 @@ class Store:
         """Bytes of host memory that the store holds, in use or free."""
         return sum(buffer.size for buffer in (*self.free, *self.buffers.values()))
 
+    def accepts(self, tensor: Tensor) -> bool:
+        """Return True if a tensor is large enough for the host, and occupies its memory alone."""
+        form = Form.of(tensor)
+        return type(tensor) is Tensor and form.size >= self.least and form.dense
+
     def put(self, tensor: Tensor) -> Ticket:
         """Start to copy a tensor to the host, and return a ticket for it.
 
-        The tensor must not be changed afterwards. If it was put before, its ticket is returned again.
+        If the tensor was put before, its ticket is returned again.
+
+        Raises:
+            ValueError: here or later, if a tensor was changed in place before its copy was complete.
         """
         storage = tensor.untyped_storage()
         key = (storage._cdata, tensor.storage_offset(), tensor._version, Form.of(tensor))
@@ -110,25 +140,22 @@ class Store:
         ticket = self.tickets.get(number)
         if ticket is not None:
             self.transport.wait(self.buffers[number].events[-1])
-            ticket.here = None
+            ticket.check()
+            ticket.here = ticket.saved = None
 
     def _take(self, ticket: Ticket) -> Tensor:
+        ticket.check()
         memory = self._fetch(ticket)
         if ticket.arriving:
             self.transport.wait(ticket.arriving.pop())
         ticket.uses -= 1
         if ticket.uses <= 0 and ticket.number not in self.leaving:
             ticket.here = None
-        waiting = 0
-        for number in sorted(self.tickets.keys(), reverse=True):
-            other = self.tickets.get(number)
-            if number >= ticket.number or other is None:
-                continue
-            if waiting == self.ahead:
-                break
-            if other.here is None:
-                self._fetch(other)
-            waiting += 1
+        earlier = [
+            self.tickets.get(n) for n in sorted(self.tickets.keys(), reverse=True) if n < ticket.number
+        ]
+        for other in [x for x in earlier if x is not None and x.uses > 0][: self.ahead]:
+            self._fetch(other)
         return ticket.form.view(memory)
 
     def _fetch(self, ticket: Ticket) -> Tensor:
@@ -171,8 +198,7 @@ class Store:
         """
         if tensor.grad_fn is None:
             return tensor
-        form = Form.of(tensor)
-        if type(tensor) is not Tensor or form.size < self.least or not form.dense:
+        if not self.accepts(tensor):
             return tensor.detach()  # a node that saved its own output would never be freed
         return self.put(tensor)
 

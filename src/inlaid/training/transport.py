@@ -104,7 +104,7 @@ class CudaTransport:
         torch's own allocator of page-locked memory is not used, because it rounds sizes up to a power of two.
         """
         check_free(size)
-        buffer, runtime = torch.empty(size, dtype=torch.uint8), torch.cuda.cudart()
+        buffer, runtime = torch.empty(size, dtype=torch.uint8), _runtime()
         code = int(runtime.cudaHostRegister(buffer.data_ptr(), size, 1))
         if code:
             raise ValueError(
@@ -119,7 +119,12 @@ class CudaTransport:
 def _unlock(address: int, device: torch.device) -> None:
     """End the page lock of host memory that is about to be freed, once no copy uses it."""
     torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(address)
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    """Return torch's binding of the CUDA runtime, which has no types."""
+    return torch.cuda.cudart()
 
 
 def transport(device: torch.device) -> Transport:
