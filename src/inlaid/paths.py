@@ -121,12 +121,8 @@ class Root:
 
         The case of the suffix does not matter: with the suffix `.txt`, the result for `a.mp4` may be `a.TXT`.
         """
-        names = self._names(path.parent)
-        for name in (path.name, path.stem + suffix):
-            found = names.get(unicodedata.normalize("NFC", Path(name).stem) + suffix.lower() + "\0")
-            if found is not None:
-                return path.parent / found
-        return None
+        found = self._names(path.parent).get(unicodedata.normalize("NFC", path.stem) + suffix.lower() + "\0")
+        return None if found is None else path.parent / found
 
     def _names(self, folder: Path) -> dict[str, str]:
         """Return a lookup table of the file names in a folder. Each name has two keys.

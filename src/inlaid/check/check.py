@@ -242,9 +242,9 @@ def _alpha_note(config: recipe.Config, family: families.Family, plan: Plan) -> l
     if family.modality != "video" or config.alpha.kind != "opaque" or config.rgba_vae is not None:
         return []
     names = {(p.source, p.name) for p in plan.problems if p.code in ("transparent", "matte")}
-    if not names:
+    if not names and not plan.probes:  # perhaps only pairs, of which a run without alpha reads none
         mattes = [c for i, s in enumerate(config.data.sources) for c in find_clips(s, i, None, 4).clips]
-        names = {(c.source, c.name) for c in mattes if c.matte} if not plan.probes else set()
+        names = {(c.source, c.name) for c in mattes if c.matte}
     experts = config.model.expert is not None
     total = max(len(plan.clips), len(names))
     return [proposal(config, len(names), total, experts=experts)] if names else []

@@ -9,9 +9,10 @@ first video is opened; training from a complete cache never imports it.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -78,14 +79,19 @@ def _probe_video(path: Path) -> Probe:
         rate, sar, codec = stream.average_rate, stream.sample_aspect_ratio, stream.codec_context.name
     if not found.stamps or not base:
         raise MediaError(path, "has no frames")
-    head = next(decode_frames(path, raw=True), None)
+    frames = decode_frames(path, raw=True)
+    head = next(frames, None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
     if kind == "gif":
         found = found._replace(damaged=found.damaged or path.read_bytes().rstrip(b"\0")[-1:] != b";")
     look = _Look(path)
     look.at(head)
-    lost, broken = _missing_at_the_end(path, found, look, kind)
+    if found.last_key == found.stamps[0]:  # one key frame: its frames are also the end
+        lost, broken = _missing_at_the_end(path, found, look, kind, chain([head], frames))
+    else:
+        frames.close()
+        lost, broken = _missing_at_the_end(path, found, look, kind)
     if (
         found.damaged
         or broken
@@ -144,20 +150,26 @@ class _Look:
         Raises:
             MediaError: if the frame cannot be converted to RGB.
         """
-        self.conversions += [c for c in conversions(self._path, frame) if c not in self.conversions]
+        color = (frame.colorspace, frame.color_primaries, frame.color_trc)
+        kind = (frame.format.name, frame.width, frame.height, *color, frame.interlaced_frame)
+        new = kind not in self._seen
+        self._seen.add(kind)
+        if new:
+            self.conversions += [c for c in conversions(self._path, frame) if c not in self.conversions]
         if has_alpha(frame):
             pixels = decoded(self._path, frame, self._scaler, 4)
             self.opaque = self.opaque and bool((pixels[..., 3] == 255).all())
             if not self.opaque:
                 self._same.append(multiplied(pixels) == "premultiplied")
                 self.premultiplied = all(self._same)
-        elif (kind := (frame.format.name, frame.width, frame.height, frame.colorspace)) not in self._seen:
-            self._seen.add(kind)
+        elif new:
             small = (min(frame.height, 64), min(frame.width, 64))
             decoded(self._path, frame, self._scaler, 3, small)
 
 
-def _missing_at_the_end(path: Path, found: _Demuxed, look: _Look, kind: str) -> tuple[int, bool]:
+def _missing_at_the_end(
+    path: Path, found: _Demuxed, look: _Look, kind: str, tail: Iterable[Any] | None = None
+) -> tuple[int, bool]:
     """Decode the end of a video, and return the number of missing frames and a damage flag.
 
     The end starts at the last key frame. In formats without an index, such as MPEG-TS, seeking is inexact. If
@@ -166,17 +178,18 @@ def _missing_at_the_end(path: Path, found: _Demuxed, look: _Look, kind: str) -> 
     lost, broken = len(found.stamps), True
     starts = [found.last_key] if kind in WHOLE or kind.startswith(INDEXED) else [found.last_key, None]
     for start in starts:
-        tail, broken = 0, False
+        there, broken = 0, False
         try:
-            for frame in decode_frames(path, start, raw=True):
+            for frame in tail or decode_frames(path, start, raw=True):
                 if frame.pts is not None and frame.pts >= found.last_key:
-                    tail += 1
+                    there += 1
                     look.at(frame)
         except MediaError as error:
             broken = True
             if error.code == "unreadable" and "cannot be converted" in error.cause:
                 raise
-        lost = max(0, sum(s >= found.last_key for s in found.stamps) - tail)
+        tail = None
+        lost = max(0, sum(s >= found.last_key for s in found.stamps) - there)
         if lost <= 1 and not broken:
             break
     return lost, broken
