@@ -185,7 +185,7 @@ def sync(path: Path) -> None:
 
 
 def umask() -> int:
-    """Return the umask of this process: the permissions that new files do not get."""
+    """Return the umask of this process: the permission bits that are removed from new files."""
     with suppress(OSError):
         found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
         if found:
@@ -205,18 +205,17 @@ class _NamedError(OSError):
 
 @contextmanager
 def naming(path: Path, temporary: Path | None = None, size: int = 0) -> Iterator[None]:
-    """Convert operating system errors in the `with` block to errors that name `path`.
+    """Context manager: if writing a file or folder fails, raise an error that names its final path.
 
     Args:
-        path: file or folder that is written in the block.
-        temporary: path at which it is written first. An error that names this path, or a path below it, is
-            converted to an error that names the final path.
-        size: number of bytes to write, for the message about a full disk. Default: the bytes
+        path: final path of the file or folder.
+        temporary: path to which the `with` block writes first. Default: `path`.
+        size: number of bytes to write, for the message about a full disk. Default: the number of bytes
             written before the error.
 
     Raises:
-        OSError: the original error, with the name of the file that could not be written. If the disk is full,
-            the message also says how many bytes the file needs and how many are free.
+        OSError: if the operating system reports an error about this file or folder. If the disk is full, the
+            message also says how much space the file needs and how much is free.
     """
     place = temporary or path
     try:

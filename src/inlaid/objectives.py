@@ -41,7 +41,7 @@ class Objective(Protocol):
         ...
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return the loss weight of each sample, (n,)."""
+        """Return the loss weights (n,) of samples at times `t` (n,)."""
         ...
 
 
@@ -176,7 +176,10 @@ class VPrediction:
         return (t * len(self.alphas_cumprod)).round().long() - 1
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
-        """Sample n times uniformly from the schedule entries inside `interval`, float32."""
+        """Return `n` random times, float32 (n,).
+
+        They are sampled uniformly from the times of the schedule entries inside `interval`.
+        """
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:

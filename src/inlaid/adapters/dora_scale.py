@@ -46,23 +46,25 @@ def fused_weight(base: nn.Module | None, layer: Layer, path: Path) -> Tensor:
 def from_dora_scale(
     parts: Mapping[str, Tensor], scale: float, weight: Tensor, rule: str | None, path: Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """Replace `dora_scale` by tensors that peft supports.
+    """Convert the `dora_scale` of a layer to tensors that peft supports.
 
-    A `dora_scale` per output row becomes a magnitude. A `dora_scale` per input column becomes part of
-    full-rank factors.
+    `dora_scale` has one value per output row or per input column of the weight. Values per output row become
+    a DoRA magnitude. peft does not support values per input column. In this case, the update of the layer is
+    computed and stored as full-rank factors.
 
     Args:
         parts: tensors of a layer: `A`, `B` and `dora_scale`.
-        scale: factor of the product B A.
-        weight: base weight (out, in, ...) in float32.
-        rule: definition of a `dora_scale` per output row: `comfyui` or `merged`.
+        scale: scale s of the low-rank update s B A.
+        weight: base weight W (out, in, ...) in float32.
+        rule: norm to which `dora_scale` per output row refers. `comfyui`: ||W||. `merged`: ||W + s B A||.
         path: adapter file, for messages.
 
     Returns:
-        The new tensors, and whether `dora_scale` is per input column. If so, the scale of the factors is 1.
+        The new tensors, and True if `dora_scale` is per input column. The new factors then have scale 1.
 
     Raises:
-        ValueError: if the definition or shape of `dora_scale` is unknown, or the factors do not fit.
+        ValueError: if `dora_scale` is per output row and `rule` is unknown, if `dora_scale` has an unknown
+            shape, or if the factors do not fit the weight.
     """
     dora_scale = parts["dora_scale"].float()
     rest = {k: v for k, v in parts.items() if k not in ("dora_scale", "alpha")}

@@ -23,11 +23,11 @@ WIDENING = frozenset({"cuda", "meta"} if "out_dtype" in (torch.mm.__doc__ or "")
 def use_factor_norms(denoiser: nn.Module) -> None:
     """Make every DoRA linear layer compute its weight norms without the product B A.
 
-    peft computes B A by applying it to an identity matrix (in, in), and adds it to a copy of W, in each
-    layer and pass. Here, the squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> +
-    s^2 <B (A A^T), B>, where <X, Y> is the dot product of each row of X with the same row of Y. The largest
-    intermediate tensor is W A^T (out, r). The result is equal up to rounding. The norm needs no gradient,
-    because DoRA treats it as a constant (Liu et al. 2024, section 4.3).
+    In each layer and forward pass, peft applies both factors to an identity matrix (in, in) to get B A, and
+    adds the result to a copy of W. Here, the squared row norms of W + s B A are computed as ||W||^2 + 2 s <W
+    A^T, B> + s^2 <B (A A^T), B>. <X, Y> is the dot product of each row of X with the same row of Y. The
+    result is equal up to rounding. The norm needs no gradient, because DoRA treats it as a constant (Liu et
+    al. 2024, section 4.3).
     """
     from peft.tuners.lora.dora import DoraLinearLayer
 

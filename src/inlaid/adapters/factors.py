@@ -78,7 +78,10 @@ def _select(whole: Factors, target: Target) -> Factors:
 
 
 def update_of(factors: Factors) -> Tensor:
-    """Return the update (out, in) of a layer in float32; `in` includes the kernel size."""
+    """Return the update (out, in) of a layer in float32.
+
+    For a convolution, `in` is the number of input channels times the number of kernel elements.
+    """
     p = {n: t.float() for n, t in factors.parts.items()}
     if factors.kind == "lora":
         return factors.scale * (p["B"].flatten(1) @ p["A"].flatten(1))

@@ -57,7 +57,15 @@ def _parts(file: str) -> list[str]:
 
 
 def _choice(name: str, file: str, files: dict[str, int]) -> str:
-    """Return the error message if a file must be named, or the named file does not exist."""
+    """Return the error message for a file that does not exist in a repository, or that was not named.
+
+    The message lists the files with weights.
+
+    Args:
+        name: owner and name of the repository.
+        file: the requested file; empty if no file was named.
+        files: sizes of the files with weights, by name.
+    """
     if not files:
         return f"{name}: no weights in this repository (suffixes {', '.join(WEIGHTS)})"
     listed = [f"{name}/{n} ({hub.as_text(size)})" for n, size in sorted(files.items())[:LISTED]]

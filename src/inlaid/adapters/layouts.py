@@ -250,7 +250,11 @@ def check(layout: Layout, target: str, adapter: Adapter, base: nn.Module | None)
 
 
 def _change(adapter: Adapter, module: str, base: nn.Module | None, like: Tensor, parts: int) -> Tensor:
-    """Return the weight change (rows, in) of a diffusers layer, which is zero without an adapter."""
+    """Return the weight change (rows, in) that an adapter makes to one diffusers layer.
+
+    It is zero if the adapter does not contain the layer. A layer in the model's original code concatenates
+    `parts` diffusers layers. `like` is the weight change of this original layer.
+    """
     if module not in adapter.alpha:
         return like.new_zeros(like.shape[0] // parts, like.shape[1])
     if not adapter.dora or base is None:

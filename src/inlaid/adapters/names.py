@@ -123,7 +123,10 @@ class Target:
     """True if the two halves of the output rows have the opposite order in diffusers."""
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Select this layer's output rows from a tensor of the fused module; rows are the first axis."""
+        """Return this layer's rows from a tensor of the module in the file.
+
+        Rows are the first axis. If `swapped` is set, the two halves of the rows are exchanged.
+        """
         own = tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
         return torch.cat([*own.chunk(2)][::-1]) if self.swapped else own
 
@@ -215,7 +218,13 @@ class Names:
         return any(re.fullmatch(pattern, module) for pattern in self._declared)
 
     def _choose(self, module: str, found: list[Found]) -> Found | None:
-        """Return the only candidate, or the one whose layers exist in the network, or None."""
+        """Return one of the candidates `found` for the layers of a module, or None if there are none.
+
+        Of several different candidates, the one whose layers all exist in the network is returned.
+
+        Raises:
+            AmbiguousError: if more than one candidate remains.
+        """
         different = list({f.targets: f for f in found}.values())
         if len(different) > 1:
             there = [f for f in different if all(t.module in self.layers for t in f.targets)]

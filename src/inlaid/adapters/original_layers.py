@@ -190,7 +190,7 @@ class Spelling:
     """Suffix of the DoRA magnitudes in ComfyUI's definition."""
 
     def write(self, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-        """Return the tensors of a file that contains these layers."""
+        """Return the tensors of layers, by their names in a file of this layout."""
         out: dict[str, Tensor] = {}
         for name, layer in layers.items():
             stem = self.name(name)
@@ -233,7 +233,7 @@ class Spelling:
 
 
 def flat_name(name: str) -> str:
-    """Return the name of a layer in kohya's form, such as `lora_unet_blocks_0_self_attn_q`."""
+    """Return the name of a layer in kohya's format, such as `lora_unet_blocks_0_self_attn_q`."""
     return "lora_unet_" + name.replace(".", "_")
 
 

@@ -55,7 +55,7 @@ class Layer:
 
     @property
     def full(self) -> bool:
-        """True for LoKr with two full factors, which have no rank."""
+        """True for a LoKr whose two factors are full matrices. Such a LoKr has no rank."""
         return self.kind == "lokr" and not any(p.endswith(("_a", "_b")) for p in self.parts)
 
     @property

@@ -197,7 +197,10 @@ def _needs_base(parsed: Parsed, merging: bool) -> bool:
 
 
 def _skip(parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Remove layers that the network does not have; return a note about them."""
+    """Remove the adapter layers that the network does not have, and return a list with a note about them.
+
+    If the network has none of the layers, nothing is removed. Without removed layers, the list is empty.
+    """
     missing = {
         n: layer for n, layer in parsed.layers.items() if any(t.module not in shapes for t in layer.targets)
     }
@@ -249,7 +252,14 @@ def alphas_of(parsed: Parsed, alpha: float | None) -> tuple[dict[str, float], Co
 
 
 def rank_of(parsed: Parsed, layer: Layer) -> int:
-    """Return the rank by which the LoRA alpha of a layer is divided."""
+    """Return the rank by which the LoRA alpha of a layer is divided.
+
+    A LoKr whose two factors are full matrices has no rank. For such a layer, the result is the rank in peft's
+    configuration, or 1 if the file was not written by peft.
+
+    Raises:
+        ValueError: if peft's configuration has no rank for the layer.
+    """
     if layer.rank is not None:
         return layer.rank
     config = parsed.source.config

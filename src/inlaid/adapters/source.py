@@ -295,7 +295,15 @@ def load_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _unpickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
-    """Load the tensors of a torch file, and the trainer settings beside them, if any."""
+    """Load the tensors of a file that `torch.save` wrote.
+
+    Returns:
+        The tensors by name, and the trainer settings that the file contains. The settings are None if there
+        are none.
+
+    Raises:
+        ValueError: if the file is not a torch file, or does not map names to tensors.
+    """
     try:
         state = load_torch(path)
     except TorchFileError as error:

@@ -151,7 +151,10 @@ class Joint(Composed):
         return {"latents": (c, 2 * t, h, w)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a cached clip's tensors; names of alpha tensors have the prefix `ALPHA`."""
+        """Return the shapes of a cached clip's tensors, by name.
+
+        The names of alpha tensors begin with `alpha_`.
+        """
         return _both(*[self.single.stored(frames, height, width)] * 2)
 
     def tokens(self, frames: int, height: int, width: int) -> int:

@@ -88,9 +88,11 @@ class Merged(Composed):
     # --- before the cache ---------------------------------------------------------------------------------
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the cached `latents`, (colors, z, t, h, w).
+        """Return the shapes of a cached clip's tensors, by name.
 
-        Each clip is encoded over several background colors; each training sample uses one of these encodings.
+        `latents` has shape (colors, z, t, h, w). Each clip is encoded over several background colors, and
+        each training sample uses one of these encodings. If the noise is shifted, `ellipse` has shape (t, h,
+        w).
         """
         shape = self.shapes(frames, height, width)["latents"]
         colors = min(self.section.colors, len(self.facts.get("colors", range(8))))

@@ -100,7 +100,10 @@ def gaussian(shape: tuple[int, ...], center: Any, half: Any, axes: np.ndarray) -
 
 
 def centered(shape: tuple[int, ...]) -> np.ndarray:
-    """Return the default Gaussian ellipse, the same in all latent frames: float32 (t, h, w)."""
+    """Return a Gaussian ellipse at the center of every latent frame: float32 (t, h, w).
+
+    It is the default in sampling, where the position of the subject is not known.
+    """
     _, h, w = shape
     one = gaussian((h, w), ((w - 1) / 2, (h - 1) / 2), (CENTER * w, CENTER * h), np.eye(2))
     return np.broadcast_to(one, shape)

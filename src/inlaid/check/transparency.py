@@ -27,7 +27,7 @@ CAN: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class SupportedAlpha:
-    """A kind of alpha that a checkpoint supports."""
+    """Way to train with transparency that a checkpoint supports: `joint` or `merged` alpha."""
 
     kind: Literal["joint", "merged"]
     family: Family

@@ -34,7 +34,7 @@ Without prior preservation, the tiny model forgets its pretraining domain."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
-    """Return the recipe (YAML configuration) of the demo."""
+    """Return the recipe (YAML configuration) of the demo; `kind` is the adapter kind, such as `lora`."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},

@@ -45,7 +45,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def write_clips(folder: Path) -> None:
-    """Write the training clips to the folder `clips`, with captions.
+    """Write the training clips and their captions to the subfolder `clips` of `folder`.
 
     The clips show shapes on backgrounds. They are stored as .npz arrays with straight alpha.
     """

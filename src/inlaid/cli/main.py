@@ -46,7 +46,7 @@ def _brief_spinning() -> None:
 
 
 def _run() -> int:
-    """Run a command and return its exit code."""
+    """Run the command-line program and return its exit code."""
     try:
         with _stop_signals():
             code = app(standalone_mode=False) or 0  # the code of a typer.Exit, or None

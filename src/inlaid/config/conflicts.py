@@ -78,7 +78,7 @@ def conflicts(config: Config) -> Iterator[str]:
 
 
 def _parallel_conflicts(config: Config) -> Iterator[str]:
-    """Yield an error message for each key that conflicts with sequence parallelism or with HSDP."""
+    """Yield an error message for each conflict of `runtime.sequence` or `runtime.shard_size`."""
     runtime = config.runtime
     if runtime.shard_size is not None and runtime.parallel != "fsdp":
         yield (

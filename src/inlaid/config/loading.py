@@ -44,7 +44,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         overrides: texts of the form `section.key=value`, with the value in YAML.
 
     Raises:
-        ValueError: listing all mistakes in the recipe, one per line.
+        ValueError: if the recipe does not exist or is invalid. The message lists all mistakes, one per line.
     """
     path, moved = Path(path), {}
     if path.is_dir():

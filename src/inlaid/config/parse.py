@@ -206,7 +206,10 @@ class _Builder:
     """Index of the first character after the document's value."""
 
     def add(self, value: Any, size: int, mark: Any) -> None:
-        """Add a finished value to the innermost open list or mapping; in a mapping, as key or value."""
+        """Add a finished value to the innermost list or mapping that is still open.
+
+        In a mapping, keys and values are added in turn. If nothing is open, the value is the whole document.
+        """
         if not self.stack:
             self.root = value
             return

@@ -79,10 +79,12 @@ _EPOCHS = re.compile(r"(\d{1,6}(?:\.\d{1,4})?) ?epochs?", re.ASCII)
 
 
 def read_every(value: Any) -> Any:
-    """Return a valid interval: a number of steps (at least 1), or epochs as text such as `2 epochs`.
+    """Check an interval and return it in a standard form.
+
+    The result is a number of steps (at least 1), or a number of epochs as text such as `2 epochs`.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the value is neither.
     """
     if isinstance(value, Refused):
         raise ValueError(value.why)

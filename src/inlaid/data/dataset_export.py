@@ -292,7 +292,12 @@ def _read_state(out: Path) -> dict[str, Any]:
 
 
 def _check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a folder was prepared with the same settings.
+    """Check that a folder was prepared with the settings of this run.
+
+    Args:
+        out: the prepared folder.
+        before: stored description of the earlier run; empty if there was none.
+        now: settings of this run.
 
     Raises:
         ValueError: if a setting differs.
@@ -348,7 +353,7 @@ class _Probes(CachedProbes):
         self.whole: dict[Path, tuple[int, int]] = {}
 
     def probe(self, path: Path) -> Probe:
-        """Return the properties of the used part of a clip."""
+        """Return the properties of a clip, limited to the part that is used."""
         return self._of_part(path, super().probe(path))
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:

@@ -28,7 +28,10 @@ MANIFESTS: Mapping[Target, str] = {
 
 
 def read_done(out: Path) -> dict[str, dict[str, Any]]:
-    """Return the list of finished cuts, by name. Incomplete lines from killed runs are skipped."""
+    """Return the finished parts of clips, by name: their keys, files and captions.
+
+    Lines that a killed run left incomplete are skipped.
+    """
     file = out / STATE / "done.jsonl"
     rows = {}
     for line in read_text(file).splitlines() if file.is_file() else ():

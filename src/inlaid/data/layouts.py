@@ -154,8 +154,12 @@ class _Scan:
     ) -> None:
         """Add a clip with its caption and alpha matte, and record problems.
 
-        `text` is the path of the clip relative to the root folder, and `matte` the path of its alpha matte.
-        `where` is the location of the clip in the manifest, for messages.
+        Args:
+            text: path of the clip, relative to the root folder.
+            caption: caption of the clip.
+            group: group of the clip in the table of an evaluation.
+            where: location of the clip in the manifest, for messages.
+            matte: path of the alpha matte, relative to the root folder.
         """
         self.count += 1
         text = text.strip() if where else text

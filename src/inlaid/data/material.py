@@ -1,4 +1,4 @@
-"""Recognition of transparency: decide whether to train on clips with or without alpha."""
+"""Choice between training with and without alpha, based on the alpha of the clips."""
 
 from __future__ import annotations
 

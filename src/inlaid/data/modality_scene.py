@@ -206,7 +206,7 @@ class SceneModality(Modality):
         return {"objects": images[1].objects, **settings}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the sampling settings to record: steps, guidance, and settings of the meshes."""
+        """Return the sampling settings to record with each scene: steps, guidance and mesh settings."""
         return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles", "texture")}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:

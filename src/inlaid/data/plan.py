@@ -55,7 +55,7 @@ class SourceReport:
 
     @property
     def uses(self) -> float:
-        """Number of times that each window is used per epoch."""
+        """Mean number of times that each window is used per epoch."""
         return self.repeats * self.weight
 
 
@@ -295,13 +295,13 @@ def _split_validation(
 
 
 def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: str = "clip") -> list[str]:
-    """Return messages in which problems are grouped by their code.
+    """Return messages that describe problems. Clips with the same kind of problem share a message.
 
     Example: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`.
 
     Args:
         problems: the problems to describe.
-        total: number of clips of the dataset.
+        total: number of clips in the dataset.
         most: maximum number of clip names in a message.
         noun: word for a training example.
     """

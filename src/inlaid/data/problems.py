@@ -31,8 +31,9 @@ class Problem:
 class Kind:
     """Template of the messages for a problem code.
 
-    `one` and `many` are the predicate for one and for several clips, such as "has no caption" and "have no
-    caption". `cure` is the fix. A message also contains the number and the names of the clips.
+    `one` is the predicate for one clip, such as "has no caption". `many` is the predicate for several clips,
+    such as "have no caption". `cure` describes the fix. A message also contains the number and the names of
+    the clips.
 
     Example: `3 of 40 clips have no caption (...): add a .txt beside each`.
     """

@@ -452,7 +452,7 @@ class _Comparison:
                 advance()
 
     def generate(self, side: _Side, family: families.Family, pipeline: Any) -> None:
-        """Generate and measure the outputs of one of the two models."""
+        """Generate the outputs of one of the two models, measure them, and save preview images."""
         found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
 
         def receive(i: int, j: int, output: Any) -> None:

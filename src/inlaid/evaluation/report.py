@@ -334,10 +334,11 @@ def _metric_warnings(report: Report) -> list[str]:
 
 
 def _checkpoint_warnings(report: Report) -> list[str]:
-    """Return warnings from a comparison with the validation losses that were logged during training.
+    """Return warnings about the validation losses that were logged during training.
 
-    One warning says that the loss was lower at an earlier step. The other says that the measured loss differs
-    from the logged loss, for example because the clips have changed since.
+    The first warning reports that the loss was lower at an earlier step. The second warning reports that the
+    evaluation measured a different loss than training at the same step. One possible reason is that the clips
+    have changed since.
     """
     curve = {int(x["step"]): x["validation_loss"] for x in report.curves if "validation_loss" in x}
     here = (

@@ -47,10 +47,10 @@ class RgbaVaeReport:
 
 
 def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | None = None) -> RgbaVaeReport:
-    """Measure how well a trained RGBA VAE reconstructs its run's validation clips; write `report/`.
+    """Measure the reconstruction error of a trained RGBA VAE on the validation clips of its run.
 
     Args:
-        run: run folder; `report/` is written inside.
+        run: run folder. The results are written to its subfolder `report/`.
         checkpoint: checkpoint such as `step-000500` or `500`. Default: the final weights, or the newest
             checkpoint if there are no final weights.
         device: device name as in `runtime.device`. Default: the recipe's device.

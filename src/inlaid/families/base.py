@@ -126,10 +126,10 @@ class Family(Sampling, ABC):
 
     @property
     def single(self) -> Family:
-        """Family that processes a single clip.
+        """Model family without joint alpha.
 
-        For joint alpha (color and alpha as two clips in one token sequence), it is the wrapped family without
-        alpha. Otherwise, it is `self`.
+        A family with joint alpha processes color and alpha as two clips in one token sequence. It wraps
+        another family, and `single` is the wrapped family. For all other families, `single` is `self`.
         """
         return self
 

@@ -347,7 +347,11 @@ def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tensor]:
-    """Pad text (n, m, d) with zeros to (n, length, d); also return the mask (n, length) of valid tokens."""
+    """Pad text embeddings (n, m, d) with zeros to (n, length, d).
+
+    Returns:
+        The padded embeddings, and the mask (n, length) of valid tokens.
+    """
     mask = torch.arange(length, device=text.device) < text.shape[1]
     return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), mask.expand(len(text), -1)
 

@@ -103,7 +103,16 @@ KOHYA = (
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return the configurations of a published checkpoint, so that estimates need no download."""
+    """Return the configurations of a published checkpoint by component, so that they need not be downloaded.
+
+    Args:
+        heads: number of attention heads.
+        layers: number of transformer blocks.
+        ffn: hidden width of the feed-forward layers.
+        channels: number of latent channels.
+        image: additional transformer settings of an image-to-video model.
+        index: additional entries of `model_index.json`.
+    """
     transformer = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],

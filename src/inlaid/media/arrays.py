@@ -164,11 +164,11 @@ def fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np
 
 
 def _clip(path: Path, channels: Sequence[int]) -> _Clip:
-    """Read the headers of an `.npz` clip.
+    """Read the header of the frames in an `.npz` clip, and the frame rate.
 
     Raises:
         MediaError: if the file has no uint8 array `frames` with a channel count in `channels`, if a frame has
-            too many pixels, or if the file is smaller than its header declares.
+            too many pixels, or if the array has less data than its header declares.
     """
     with reading(path, MediaError, "an npz clip"):
         require_file(path, MediaError)

@@ -246,11 +246,14 @@ def _thin_parts(field: Field, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _own_box(values: np.ndarray, thin: np.ndarray) -> np.ndarray:
-    """Return the lowest and highest corner of an object's own box, (2, 3), including `MARGIN`.
+    """Return the bounding box of the object in a field, enlarged by `MARGIN` on each side.
 
     Args:
-        values: field on the coarse grid of the whole box, (n + 1,) * 3.
-        thin: points (m, 3) of parts that are too thin for the grid.
+        values: field on the coarse grid, (n + 1, n + 1, n + 1); negative inside the object.
+        thin: points (m, 3) in parts of the object that are too thin for the coarse grid.
+
+    Returns:
+        Lowest and highest corner, (2, 3).
     """
     n = values.shape[0] - 1
     places = _Samples(lambda p: p[:, 0], np.full(3, -BOUND), np.full(3, BOUND), n).places

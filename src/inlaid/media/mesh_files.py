@@ -244,7 +244,8 @@ def _look(
 def _resolver(path: Path) -> Any:
     """Return a trimesh resolver that reads only files in the folder of the mesh.
 
-    Its `extra` holds the content of virtual files by name. Its `notes` list files that could not be read.
+    Its `extra` maps file names to contents. These contents are used instead of files on disk. Its `notes` are
+    messages about files that could not be read.
     """
     import trimesh
 

@@ -53,7 +53,10 @@ class Obj:
         return io.BytesIO("\n".join([*start, *self._lines, ""]).encode())
 
     def materials(self, read: Callable[[str], bytes]) -> bytes:
-        """Join the contents of all material files; files for which `read` raises `FileError` are left out."""
+        """Return the joined contents of all material files.
+
+        A file is left out if `read` raises `FileError` for it.
+        """
         out = []
         for line in self.libraries:
             try:

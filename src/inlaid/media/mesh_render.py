@@ -85,12 +85,14 @@ def render(
         meshes: one mesh per object, in scene coordinates.
         view: the camera.
         size: height and width of the image.
-        colors: RGB of each object, repeated cyclically, for objects without a look.
-        looks: look of each object, or None; empty if no object has a look.
+        colors: RGB colors for the objects that have no entry in `looks`. The colors are repeated cyclically.
+        looks: vertex colors and textures of each object, or None for an object without them. May be empty if
+            no object has them.
 
     Returns:
-        Image on white, uint8 (size, size, 3), and object IDs (size, size): 0 is background, objects are 1, 2,
-        ... in the order of `meshes`. IDs are uint8, or uint16 if there are more than 255 objects.
+        Image on white, uint8 (size, size, 3), and object IDs (size, size). ID 0 is the background. IDs 1, 2,
+        ... are the objects in the order of `meshes`. IDs are uint8, or uint16 if there are more than 255
+        objects.
     """
     import trimesh
 

@@ -32,10 +32,14 @@ class Outward:
 
 
 def outward(triangles: np.ndarray) -> Outward:
-    """Return a mesh of triangles (m, 3, 3) whose components all face outward.
+    """Turn the connected components of a mesh that are inside out.
 
-    A connected component is inside out if its volume, by the divergence theorem about its center, is
-    negative. A component inside the bounding box of another is unchanged, because it may be a cavity.
+    The triangles of each component first get a common orientation. A component is then inside out if its
+    signed volume is negative. It is not turned if it lies inside the bounding box of another component,
+    because it may be a cavity.
+
+    Args:
+        triangles: corners of the triangles, (m, 3, 3).
     """
     import trimesh
 

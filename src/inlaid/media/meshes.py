@@ -48,7 +48,7 @@ class Note(str):
     code: str
 
     def __new__(cls, code: str, message: str) -> Note:
-        """Create a message with its code."""
+        """Create a message with a problem code."""
         note = super().__new__(cls, message)
         note.code = code
         return note
@@ -56,7 +56,7 @@ class Note(str):
 
 @dataclass(frozen=True)
 class Surface:
-    """Surface points of one object with unit normals, and messages about their quality.
+    """Surface points of one object with unit normals, and messages about problems with them.
 
     Normals should point outward; a message reports a surface whose normals point inward.
     """

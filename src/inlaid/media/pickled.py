@@ -168,7 +168,7 @@ class _Machine:
         self.stack.append(_CALLS[function.key](*arguments))
 
     def build(self, _: Any) -> None:
-        """Set the state of an array or of an element type."""
+        """Set the state of the array or dtype on the stack, for the pickle instruction BUILD."""
         state = self.stack.pop()
         if not isinstance(self.stack[-1], (_Array, _Type)):
             raise UnsafePickleError("sets the state of an object")

@@ -78,7 +78,7 @@ class AlphaStats:
 
     @property
     def looks(self) -> str:
-        """Estimated kind of alpha as text, such as `straight` or `premultiplied, inverted`."""
+        """Estimated format of alpha as text, such as `straight` or `premultiplied, inverted`."""
         guesses = {"inverted": self.inverted, "limited range": self.limited}
         first = "straight or premultiplied" if self.multiplied == "unclear" else self.multiplied
         return ", ".join([first, *(name for name, yes in guesses.items() if yes)])

@@ -43,12 +43,12 @@ def attention(
         value: same shape as `query`.
         text: number of text tokens.
         first: True if text tokens precede the video tokens, False if they follow.
-        rule: attention of text to alpha, the second half of the video tokens: full (`open`), none (`block`)
-            or reduced (`bias`). `bias` subtracts 1 from the logits, which multiplies the weights before
-            normalization by exp(-1) = 0.37.
+        rule: how text tokens attend to alpha tokens, the second half of the video tokens. `open`: without
+            restriction. `block`: not at all. `bias`: 1 is subtracted from the logits, so the attention
+            weights before normalization are multiplied by exp(-1) = 0.37.
         mask: (n, 1, 1, tokens), True for valid keys.
-        sequence: exchanges with other processes, if `query`, `key` and `value` contain only a share of the
-            video tokens. `mask` then covers all tokens.
+        sequence: sequence parallelism, or None for one process. If set, `query`, `key` and `value` contain
+            only the video tokens of this process, and `mask` covers the tokens of all processes.
 
     Returns:
         (n, heads, tokens, d).

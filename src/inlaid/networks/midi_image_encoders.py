@@ -72,7 +72,10 @@ class Extractor:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], default: Extractor) -> Extractor:
-        """Create the preprocessing from `preprocessor_config.json`; `default` supplies missing values."""
+        """Create the image preprocessing from the content of `preprocessor_config.json`.
+
+        Missing values are taken from `default`.
+        """
 
         def number(value: Any, fallback: int) -> int:
             if isinstance(value, Mapping):

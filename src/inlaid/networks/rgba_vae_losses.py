@@ -135,8 +135,8 @@ class RgbaLoss:
 
     The preset `paper` uses Sobel edges and the root mean square error of the perceptual features. The preset
     `reference` uses central differences and the mean squared error of the features, as in the released
-    trainer. By default, training normalizes the input of `perceptual` by the mean and std of ImageNet with
-    `paper`, but not with `reference`.
+    trainer of Wan-Alpha. By default, training with `paper` normalizes the input of `perceptual` by the mean
+    and std of ImageNet. Training with `reference` does not normalize it.
     """
 
     preset: Literal["paper", "reference"] = "paper"

@@ -1,9 +1,9 @@
-"""Reconstruction metrics of RGBA clips, compared with baselines that predict a constant alpha.
+"""Reconstruction metrics of RGBA clips, compared with baselines that predict constant values.
 
 An RGBA VAE that decodes every clip as fully transparent has a small mean error of alpha if subjects are
 small. The error is therefore also reported separately for three regions: pixels whose true alpha is opaque,
-soft (partly transparent) or transparent. `balanced` is the mean error over the three regions. It is large for
-every constant alpha. Errors are on the scale 0-255.
+soft (partly transparent) or transparent. `balanced` is the mean error over the regions that contain pixels.
+If all three regions contain pixels, it is large for every constant alpha. Errors are on the scale 0-255.
 
 `tally` reduces each clip to a vector of sums. The vectors can be added over clips of different sizes and over
 processes.
@@ -41,8 +41,8 @@ region, errors of color in visible pixels, squared errors, the number of clips, 
 def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
     """Return boolean masks of the opaque, soft (partly transparent) and transparent pixels, by name.
 
-    Pixels are transparent up to an alpha of 255 * eps, and opaque from 255 * (1 - eps). `alpha` is an array
-    or a tensor with values in 0-255.
+    Pixels are transparent if alpha <= 255 * eps, and opaque if alpha >= 255 - 255 * eps. 255 * eps is rounded
+    to an integer. `alpha` is an array or a tensor with values in 0-255.
     """
     level = round(255 * eps)
     opaque, transparent = alpha >= 255 - level, alpha <= level

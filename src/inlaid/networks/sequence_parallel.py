@@ -48,7 +48,7 @@ class SequenceParallel:
 
     @property
     def tokens(self) -> int:
-        """Number of video tokens of all clips and all processes, for the sequence that was last split."""
+        """Number of video tokens in the sequence that was split last, over all clips and processes."""
         return self.clips * sum(self._shares)
 
     def split(self, x: Tensor, dim: int) -> Tensor:

@@ -98,7 +98,17 @@ class Attention(nn.Module):
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
-    """Compute self-attention over groups of rows; the rows of a group are concatenated into one sequence."""
+    """Compute self-attention within groups of consecutive rows.
+
+    Args:
+        q: (rows, heads, n, d).
+        k: same shape as `q`.
+        v: same shape as `q`.
+        groups: number of rows of each group. The rows of a group form one sequence.
+
+    Returns:
+        (rows, heads, n, d).
+    """
     assert sum(groups) == len(q), f"groups {list(groups)} do not make {len(q)} rows in total"
 
     def attend(start: int, scenes: int, size: int) -> Tensor:

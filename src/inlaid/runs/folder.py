@@ -188,10 +188,11 @@ class Run:
             yield folder
 
     def check_layout(self) -> None:
-        """Check that the run's folders are folders and its files are regular files, if they exist.
+        """Check the types of the paths that commands write in the run folder.
 
         Raises:
-            ValueError: if the check fails; the message lists all wrong paths.
+            ValueError: if the path of a subfolder exists but is not a folder, or if the path of a file exists
+                but is not a regular file. The message lists all wrong paths.
         """
         wrong = [
             f"{path} is not a folder"

@@ -128,10 +128,13 @@ one process encodes, generates samples or saves."""
 
 @contextmanager
 def start_processes(config: recipe.Config) -> Iterator[Context]:
-    """Context manager that joins the process group of a `torchrun` or `accelerate` launch.
+    """Context manager that sets up this process and yields its device, precision and rank.
+
+    In a launch of several processes by `torchrun` or `accelerate`, it also joins their process group.
 
     Raises:
-        ValueError: if the recipe requires another number of processes or a device that this machine lacks.
+        ValueError: if the recipe requires a different number of processes, or if this machine lacks the
+            device that the recipe requires.
         RankLostError: if another process has ended or does not respond.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

@@ -100,7 +100,10 @@ def unwritable(folder: Path, error: OSError) -> ValueError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """Open a lock file, with exclusive access where the file system supports file locking."""
+    """Context manager that opens a lock file and locks it, if the file system supports file locks.
+
+    If another process has deleted or replaced the file in the meantime, the file is opened again.
+    """
     while True:
         with path.open("a+", encoding="utf-8") as file:
             try:

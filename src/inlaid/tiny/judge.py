@@ -372,5 +372,8 @@ def agreement(frames: np.ndarray) -> float:
 
 
 def judge_alpha(frames: np.ndarray) -> bool:
-    """Return True if alpha and color of a clip have the same foreground; an empty clip gives False."""
+    """Return True if the foreground in alpha and the foreground in color are about the same.
+
+    If both are empty, the result is False.
+    """
     return agreement(frames) >= LEAST_AGREEMENT

@@ -59,7 +59,10 @@ class Scene:
 
 
 def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Thing:
-    """Return an object with random proportions; it is about 1 in size and stands on y = 0."""
+    """Return an object with random proportions.
+
+    Its size is about 1 unit. It stands on the plane y = 0.
+    """
 
     def u(low: float, high: float) -> float:
         return float(rng.uniform(low, high))

@@ -68,7 +68,10 @@ def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Look up the signed distances at coordinates (u, v) in `table`, with extrapolation beyond its edge."""
+    """Look up the signed distances at coordinates (u, v) in `table`.
+
+    Distances beyond the edge of the table are extrapolated.
+    """
     outside = np.hypot(*(np.maximum(np.abs(each) - TABLE_EXTENT, 0) for each in (u, v)))
     return world.look_up(table, u, v) + outside
 

@@ -1,4 +1,7 @@
-"""Training of an RGBA VAE, which encodes color and alpha in one latent: trainable weights, loss and files."""
+"""Training of an RGBA VAE: trainable weights, loss and files.
+
+An RGBA VAE encodes the color and alpha of a clip in one latent.
+"""
 
 from __future__ import annotations
 

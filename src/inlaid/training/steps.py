@@ -72,7 +72,12 @@ class DenoisingStep:
     batches with prior preservation."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch in the format of `Step`, and the noise levels as `t` (n,)."""
+        """Return the losses of a micro-batch.
+
+        `losses` has one value per sample, and `loss` is their mean. If the family reports parts of the
+        prediction separately, such as color and alpha, `loss_NAME` has one value per sample for the part
+        NAME. `t` contains the noise levels (n,).
+        """
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
@@ -119,9 +124,11 @@ class DenoisingStep:
 
     @torch.no_grad()
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return the loss of each batch at each quantile in `QUANTILES`: shape (batches, quantiles).
+        """Return the loss of each batch at each of several noise levels, (batches, quantiles).
 
-        Noise levels and noise are the same in every call, so results differ only if the network differs.
+        The noise levels are the quantiles `QUANTILES` of the noise levels in training. The noise depends only
+        on the names of the clips and on the quantile. Therefore, repeated calls give different results only
+        if the network has changed.
         """
         times = self.objective.quantile(torch.tensor(QUANTILES))
         was_training = denoiser.training

@@ -119,8 +119,9 @@ def flicker(alpha: np.ndarray) -> float:
 def haze(alpha: np.ndarray) -> float:
     """Return the mean alpha of all pixels that are far from the subject, in [0, 1].
 
-    The subject consists of the pixels with alpha >= 0.5. Pixels are far if their distance is more than
-    `AWAY`. The result is 0 if no pixel is far. In a frame without a subject, all pixels count as far.
+    Pixels with alpha >= 0.5 belong to the subject. A pixel is far if its distance from the subject is more
+    than `AWAY` times the longer side of the frame. In a frame without a subject, all pixels are far. The
+    result is 0 if no pixel is far.
 
     Args:
         alpha: (t, h, w) with values in [0, 1].

@@ -203,19 +203,20 @@ def _motion(y: np.ndarray, match: Match) -> float:
 
 
 def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
-    """Return the flicker of a video in [0, 1]: brightness changes that revert and are not motion.
+    """Return the flicker of a video, in [0, 1].
 
-    The flicker of frame k is the mean of |Y_k - median(P, Y_k, N)|. Y_k is the frame. P and N are the
-    previous and the next frame, motion-compensated to frame k. This is the part that a motion-compensated
-    temporal median filter would remove.
+    Flicker is a change of brightness that is not motion and that reverts in the next frame. The flicker of a
+    frame Y is the mean of |Y - median(P, Y, N)|. P and N are the previous and the next frame,
+    motion-compensated to Y.
 
-    The result is 0 for still images, for motion that block matching detects, and for fades and cuts, because
-    they do not revert. Brightness that alternates between two values gives their difference. Independent
-    noise of standard deviation s, without motion, gives s / sqrt(pi). Fewer than three frames give 0.
+    The result is 0 for still images, for motion that block matching detects, and for videos of fewer than
+    three frames. It is also 0 for fades and cuts, because they do not revert. For brightness that alternates
+    between two values, the result is their difference. For independent Gaussian noise of standard deviation s
+    in a still image, it is s / sqrt(pi).
 
     The temporal flickering of VBench (Huang et al. 2024) is the mean difference of neighboring frames. It
-    counts motion as flicker and is meant for still images. The warping error of Lai et al. 2018 needs learned
-    optical flow.
+    counts motion as flicker, so it is meant for static scenes. The warping error of Lai et al. 2018 needs
+    learned optical flow.
 
     Args:
         before: previous frames (t, h, w), motion-compensated to `middle`.
