@@ -158,7 +158,8 @@ class _Job:
     def name(self, run: str) -> str:
         """Return the default name of the exported file or folder.
 
-        A file name contains the expert, such as `high_noise`, because other programs look for it there.
+        If the network is one of two experts, a file name contains the expert, such as `high_noise`. Other
+        programs look for it there.
         """
         expert = f"-{self.expert}_noise" if self.expert and f"{self.expert}_noise" not in run else ""
         if self.folder:

@@ -123,9 +123,10 @@ def _with_norms(layer: Layer) -> Layer:
 
 
 def _genmo(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of genmo's Mochi trainer: attention layers only, in float32.
+    """Return the layout of genmo's Mochi trainer.
 
-    All query-key-value layers have the same rank, and so do all output layers.
+    It contains attention layers only, in float32. All query-key-value layers have the same rank, and so do
+    all output layers. Factors with a smaller rank are padded with zeros.
     """
     layers = original_layers(adapter, family.original)
     other = [n for n in layers if not re.fullmatch(r"blocks\.\d+\.attn\.(qkv|proj)_[xy]", n)]

@@ -70,7 +70,7 @@ class Layer:
 
 
 def folded(adapter: Adapter) -> Adapter:
-    """Return an adapter with the same effect and scale 1: the alpha of each layer equals its rank."""
+    """Return an equivalent adapter with scale 1: the LoRA alpha of each layer equals its rank."""
     tensors = dict(adapter.tensors)
     for module in adapter.modules:
         scale = adapter.scale(module)
@@ -88,19 +88,22 @@ def folded(adapter: Adapter) -> Adapter:
 def original_layers(
     adapter: Adapter, names: OriginalNames, base: nn.Module | None = None
 ) -> dict[str, tuple[Rename, Layer]]:
-    """Return the layers of an adapter by original name, each with the mapping to its diffusers layers.
+    """Convert an adapter to the layers of the family's original code.
 
-    Diffusers layers that the original code fuses become one update. If their first factors are equal, the
-    second factors are stacked. Otherwise, the first factors are stacked, the second factor is block-diagonal,
-    and the ranks add up.
+    Diffusers layers that the original code fuses become one layer. If all of them have the same first factor,
+    their second factors are stacked. Otherwise, the first factors are stacked, the second factor is
+    block-diagonal, and the ranks add up.
 
     Args:
         adapter: the adapter.
-        names: names of the layers in the family's original code.
+        names: names of the layers in the original code.
         base: network without adapters, for the weights of the layers.
 
+    Returns:
+        By original layer name: the mapping to the diffusers layers, and the low-rank update.
+
     Raises:
-        ValueError: if a layer has no original name.
+        ValueError: if a layer has no original name, or if DoRA layers are fused and `base` is None.
     """
     adapter = folded(adapter)
     found: dict[str, Rename] = {}

@@ -187,7 +187,7 @@ def refusal(
 
 
 def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, whole: bool) -> str:
-    """Return one line of text on how to load an exported file or folder."""
+    """Return one line of text that tells how to load an exported file or folder in the program `to`."""
     program = PROGRAMS[canonical(to)]
     text = program.special.get(kind) or program.special.get(family.modality) or program.adapter
     text = (program.whole if whole else text).format(path=path)

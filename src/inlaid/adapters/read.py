@@ -41,7 +41,7 @@ Base = nn.Module | Callable[[], nn.Module] | None
 
 @dataclass(frozen=True)
 class Lycoris:
-    """LoKr or LoHa adapter in memory, by diffusers layer. Some of the layers may be LoRA."""
+    """LoKr or LoHa adapter in memory. Layers have diffusers names. Some layers may be LoRA."""
 
     layers: Mapping[str, Factors]
     layout: Layout
@@ -317,7 +317,7 @@ def _refuse_overflow(parsed: Parsed, alphas: Mapping[str, float]) -> None:
 
 
 class _Made:
-    """Collects the tensors and LoRA alphas of an adapter by diffusers layer."""
+    """Builder that collects the tensors and the LoRA alpha of each diffusers layer of an adapter."""
 
     def __init__(
         self,

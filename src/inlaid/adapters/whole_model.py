@@ -44,7 +44,7 @@ def write_original(
     dtype: torch.dtype | None = None,
     header: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a network as one safetensors file with original names, and compare the file with the network.
+    """Write a network as one safetensors file with the tensor names of the original code; verify the file.
 
     Args:
         out: file to write.

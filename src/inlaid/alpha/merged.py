@@ -57,7 +57,10 @@ class Merged(Composed):
         self.media_key = ("merged", self.rgba_vae_id, str(section.colors), *shifted)
 
     def _noise_shift(self) -> float:
-        """Return `alpha.noise_shift`; if unset, the value stored with the RGBA VAE, or 0 without one."""
+        """Return `alpha.noise_shift`.
+
+        If it is unset, return the value stored with the RGBA VAE. If no value is stored, return 0.
+        """
         found = self.section.noise_shift
         return float(self.facts.get("noise_shift", 0) if found is None else found)
 

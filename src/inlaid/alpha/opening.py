@@ -40,11 +40,13 @@ COMPOSED: Mapping[type[recipe.Section], Callable[[Family, Any], Family]] = {
 
 
 def build_family(config: recipe.Config) -> Family:
-    """Create the model family of a recipe; its `alpha` or `rgba_vae` section selects the alpha support.
+    """Create the model family of a recipe.
+
+    The recipe's `alpha` or `rgba_vae` section selects the alpha support.
 
     Raises:
-        ValueError: if the checkpoint does not belong to the family, or the family does not support this kind
-            of alpha.
+        ValueError: if the checkpoint does not belong to the family, or the family does not support the
+            selected kind of alpha.
     """
     opaque = families.get(config.model.family)(config.model)
     section = config.alpha if config.rgba_vae is None else config.rgba_vae

@@ -240,7 +240,10 @@ def _counted(
 
 
 def text_width(denoiser: nn.Module) -> int:
-    """Return the width of a network's text input, from its configuration; 4096 (T5-XXL) if it is missing."""
+    """Return the width of the text embeddings that a network takes.
+
+    The width is read from the network's configuration. Default: 4096 (T5-XXL).
+    """
     config: Any = getattr(denoiser, "config", {})
     return next((int(config[k]) for k in TEXT_WIDTHS if config.get(k)), 4096)
 
@@ -450,7 +453,7 @@ def _small(section: recipe.Memory, denoiser: nn.Module) -> list[str]:
 def _sharded(
     memory: dict[str, int], config: recipe.Config, denoiser: nn.Module, optimizer: str
 ) -> tuple[dict[str, int], str]:
-    """Return the memory of one process after sharding over all processes, and an explanation.
+    """Return the memory of one process with sharding, and an explanation.
 
     Without sharding, the memory is unchanged and the explanation is empty.
     """

@@ -83,7 +83,7 @@ def new_recipe(
         clips: folder of clips, or manifest file that lists clips.
         out: path of the recipe. Default: the name of `clips` + `.yaml` in the current folder.
         checkpoint: Hub ID or folder. Default: the family's first published checkpoint.
-        alpha: kind of alpha; `auto` chooses it by the clips and the checkpoint.
+        alpha: kind of alpha. `auto`: the clips and the checkpoint determine the kind.
 
     Raises:
         ValueError: if there are no readable clips, the recipe exists already, or the checkpoint does not
@@ -221,9 +221,10 @@ def _section(checkpoint: str, way: SupportedAlpha, found: list[SupportedAlpha]) 
 
 
 def _timed(clips: Path, probes: list[Probe], fps: float) -> tuple[str, list[Probe]]:
-    """Return the YAML text of `data.sources`, and clip properties with a frame rate for image sequences.
+    """Return the YAML text of `data.sources`, and the properties of the clips.
 
-    Image sequences store no frame rate. If all other clips have the same frame rate, image sequences get it.
+    Image sequences store no frame rate. If all other clips have the same frame rate, the text and the
+    properties of the image sequences contain this frame rate.
     """
     plain = _plain(str(clips))
     untimed = sum(p.fps is None and p.frames > 1 for p in probes)

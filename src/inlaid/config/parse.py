@@ -125,11 +125,11 @@ def _code(error: yaml.reader.ReaderError) -> int:
 def parse_override(text: str, *, empty: Any = None) -> Any:
     """Parse the value of a command-line override.
 
-    The value is a list or mapping in brackets, a quoted text, or an unquoted scalar. An unquoted scalar is
-    the whole text: ` #` and `: ` have no special meaning, because the shell has already removed comments.
+    Text that starts with a bracket or a quote is parsed as YAML. Any other text is one scalar, even if it
+    contains ` #` or `: `. The value of empty text is `empty`.
 
     Raises:
-        ParseError: if brackets or quotes are not valid YAML; the message has the cause.
+        ParseError: if the YAML is not valid, or other text follows the value; the message has the cause.
     """
     text = text.strip()
     if not text:

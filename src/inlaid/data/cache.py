@@ -121,7 +121,7 @@ class Cache:
         return self.probes.content(path)
 
     def remember(self) -> None:
-        """Write the content hashes, file properties and alpha statistics to the folder, for later runs."""
+        """Save content hashes, file properties and alpha statistics to the cache folder, for later runs."""
         self.probes.save()
 
     def encoder(self, family: Family, part: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Clips on disk, and windows: the clips or parts of clips that are training examples."""
+"""Clips on disk, and their windows. A window is a clip or a part of a clip that is one training example."""
 
 from __future__ import annotations
 

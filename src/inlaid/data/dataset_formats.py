@@ -72,7 +72,8 @@ class Cut:
     def _read_region(self, crop: Crop) -> np.ndarray:
         """Read the frames, crop them, and resize them to the size of the window.
 
-        To save memory, large frames are scaled down before cropping, and few frames are read at once.
+        To save memory, large frames are scaled down before cropping, and only a few frames are read
+        at a time.
         """
         window, (frames, height, width) = self.window, self.window.extent
         scale = min(1.0, max(height / crop.height, width / crop.width))

@@ -82,10 +82,9 @@ class _Scan:
         return None
 
     def _there(self, path: Path) -> Path | None:
-        """Return the path of the clip that `path` names, or None if there is no such clip.
+        """Return the path of the file or image sequence that `path` names, or None if there is none.
 
-        A clip is a file or an image sequence. A path without suffix may also name a file, such as `dog` for
-        `dog.mp4`.
+        The suffix of a file may be missing: `dog` finds `dog.mp4`.
         """
         if path.is_file() or rgba_images.frames_in(path):
             return path
@@ -418,7 +417,7 @@ def _lines(folder: Path, scan: _Scan) -> None:
 
 
 def _manifest(path: Path, scan: _Scan) -> None:
-    """Add the clips that a manifest lists."""
+    """Add the clips of a manifest to `scan`."""
     columns, rows = read_rows(path, scan.source, scan.channels == 4)
     for row in rows:
         video = row.values.get(columns.video)

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneClip(Clip):
-    """Training example of the scene modality, as files on disk."""
+    """Training example on disk: an image, its segmentation, and the surfaces of the objects."""
 
     scene: Scene
 

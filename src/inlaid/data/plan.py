@@ -269,10 +269,11 @@ def _probe_all(
 def _split_validation(
     clips: Sequence[Clip], marks: Mapping[Path, str], wanted: float, seed: int
 ) -> tuple[set[Path], list[Problem]]:
-    """Select the validation clips; return their paths, and problems.
+    """Select the validation clips; return their paths, and problems with the setting.
 
-    Selects the clips with the lowest hashes of seed and name. Clips with equal labels in `marks`, such as
-    content hashes, stay on the same side of the split.
+    `wanted` is the number of clips, or their share if it is below 1. Clips with equal labels in `marks`, such
+    as content hashes, form a group, which is never split. Groups are taken in the order of a hash of `seed`
+    and a clip name.
     """
     groups: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:

@@ -95,7 +95,7 @@ def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
 
 
 def _text(family: Family, path: Path) -> Tensor:
-    """Read a text embedding (n, d), without masked tokens."""
+    """Read a text embedding (n, d), without the tokens that its mask excludes."""
     text, *mask = _parts(path, TEXTS, "a text embedding")
     text = text[0] if text.ndim == 3 and len(text) == 1 else text
     settings = family.read_config(family.component) or {}

@@ -20,7 +20,7 @@ from inlaid.media.rgba_images import is_sequence
 
 
 class Probes:
-    """Reader of the properties of media files. It reads the files on every call."""
+    """Reader of the properties of media files. Results are not cached."""
 
     def probe(self, path: Path) -> Probe:
         """Return the properties of a clip, for a run that trains without alpha.

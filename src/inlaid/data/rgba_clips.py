@@ -111,9 +111,9 @@ class Pairs:
         return found or self._across(color, COLOR_FOLDERS, ALPHA_FOLDERS)
 
     def color(self, matte: Path) -> list[Path]:
-        """Return the color files of an alpha matte; empty if there are none.
+        """Return the color files that belong to an alpha matte.
 
-        Also empty if `matte` is not named like an alpha matte.
+        The list is empty if neither the file name nor a folder name marks `matte` as an alpha matte.
         """
         own, beside = stem(matte), self._there(matte.parent)
         bases = [own.removesuffix(e) for e in ALPHA_NAMES if own.endswith(e)]
@@ -309,9 +309,9 @@ def read_rgba_clip(
     Frames are scaled to cover `size` and center-cropped.
 
     Args:
-        path: file or folder of images; the color part if there is an alpha matte.
+        path: a video, an image, or a folder of images. If there is an alpha matte, `path` is the color part.
         matte: the alpha matte, in which white means opaque unless `how.invert` is set.
-        start: seconds from the clip's first frame.
+        start: start of the range, in seconds from the clip's first frame.
         frames: number of frames; frame k shows the clip at the time start + k / fps.
         fps: sampling rate in frames per second.
         size: height and width in pixels.

@@ -22,12 +22,12 @@ def _permutation(n: int, *key: Hashable) -> list[int]:
 
 
 class BucketSampler:
-    """Batch sampler. A batch is a list of window indices; its windows (training examples) have equal shape.
+    """Batch sampler. A batch lists the indices of windows (training examples) that have equal shape.
 
-    Batch k depends only on the arguments and k. Windows with the same data source and shape form a group. In
-    each epoch, a group of n windows is used max(1, round(n * repeats * weight)) times in total. The windows
-    are taken from an endless sequence of permutations, so the use counts of two windows of a group never
-    differ by more than one.
+    Batch k depends only on the arguments and k. Windows with the same data source and shape form a group. One
+    epoch takes max(1, round(n * repeats * weight)) windows from a group of n windows. These windows come from
+    an endless sequence of random permutations of the group. Therefore, the use counts of two windows of a
+    group never differ by more than one.
     """
 
     def __init__(

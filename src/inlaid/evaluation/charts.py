@@ -125,7 +125,7 @@ class Drawing:
 
 
 def layout(chart: Chart) -> Drawing | None:
-    """Compute the drawing of a chart; points with non-finite values are left out.
+    """Compute the positions of all elements of a chart. Points with non-finite values are left out.
 
     Returns:
         The drawing, or None if no points are left.

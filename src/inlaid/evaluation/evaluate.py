@@ -183,7 +183,7 @@ class ModalityMetrics(Protocol):
         ...
 
     def distance(self, a: np.ndarray, b: np.ndarray) -> float:
-        """Return the difference, from 0 to 1, between two arrays from `comparable`."""
+        """Return the difference of two outputs, from 0 to 1. Both are arrays that `comparable` returned."""
         ...
 
     def preview(self, output: Any) -> Image.Image:
@@ -417,9 +417,9 @@ def _environment(ctx: Context) -> dict[str, Any]:
 
 @dataclass
 class _Comparison:
-    """Outputs and losses of both models for the same prompts and clips.
+    """Outputs and losses of the base model and of the fine-tuned model, for the same prompts and clips.
 
-    The model with role `base` must be measured first.
+    The outputs of the base model must be generated first.
     """
 
     prompts: Sequence[Prompt]
@@ -443,7 +443,7 @@ class _Comparison:
         batches: Sequence[Batch],
         device: torch.device,
     ) -> None:
-        """Compute the validation loss of one of the two models."""
+        """Compute the validation loss of the base model or of the fine-tuned model."""
         self._losses[side.role] = []
         noun = modality_of(step.family.modality).one
         with progress(f"loss, {side.name}", len(batches), noun, show=bool(batches)) as advance:

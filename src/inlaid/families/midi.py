@@ -137,7 +137,7 @@ class _Encoders(Checkpoint):
 
 
 class Midi(_Encoders, Family):
-    """MIDI and TripoSG family: flow matching on the latent tokens of all objects of a scene.
+    """MIDI and TripoSG family: flow matching on the latent tokens of all objects in a scene.
 
     MIDI has two image encoders, CLIP and DINO; TripoSG has only DINO.
     """

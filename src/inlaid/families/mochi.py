@@ -241,9 +241,9 @@ class Mochi(Family):
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Modify the denoiser to compute rotary embeddings for one clip and use them for both clips.
+        """Modify the denoiser to use the same rotary embeddings for the color clip and the alpha clip.
 
-        With joint alpha, color and alpha are two clips in one sequence.
+        With joint alpha, the two clips are in one sequence. The embeddings are computed for one clip only.
         """
         halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 

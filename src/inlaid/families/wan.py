@@ -384,8 +384,8 @@ class Wan(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data.
 
-        The network's timestep is 1000 t. TI2V-5B takes one timestep per token, which is 0 for tokens of the
-        image.
+        The network's timestep is 1000 t. TI2V-5B takes one timestep per token. It is 0 for the tokens of
+        the conditioning image.
         """
         dtype = denoiser.patch_embedding.weight.dtype
         timestep, x, leading = t.float() * 1000, x_t.to(dtype), 0

@@ -275,16 +275,16 @@ def _own_box(values: np.ndarray, thin: np.ndarray) -> np.ndarray:
 def _crossed(
     field: Field, box: np.ndarray, near: np.ndarray, thin: dict[str, np.ndarray], resolution: int
 ) -> tuple[_Samples, np.ndarray] | None:
-    """Find the cells of an object's own box that its surface crosses.
+    """Find the grid cells that the surface of an object crosses, in a box around the object.
 
     If the surface reaches a side of the box, the box is enlarged on this side.
 
     Args:
-        field: negative inside.
-        box: (2, 3), the object's own box.
-        near: bool (n, n, n), coarse cells of the whole box that may contain the surface.
-        thin: points (m, 3) in thin parts (`inside`) and in thin gaps (`outside`).
-        resolution: cells per side of the box.
+        field: function of points, negative inside the object.
+        box: lowest and highest corner of the box, (2, 3).
+        near: bool (n, n, n), coarse cells of the search box that may contain the surface.
+        thin: points (m, 3) in thin parts of the object (`inside`) and in thin gaps (`outside`).
+        resolution: cells per side of the box, reduced if there are too many surface cells.
 
     Returns:
         The samples of the finest grid and the cells (m, 3), or None if there are no cells.

@@ -64,7 +64,7 @@ class MeshObject:
 
 @dataclass(frozen=True)
 class _Part:
-    """Geometry of one node with one material."""
+    """Triangles of one node that have the same material."""
 
     path: tuple[str, ...]
     """Nodes from the top of the scene to the node of the part."""
@@ -211,9 +211,10 @@ def _read(path: Path) -> _Content:
 def _look(
     mesh: trimesh.Trimesh, notes: list[str], textures: dict[int, Texture | None]
 ) -> tuple[Look | None, str]:
-    """Return the look of a mesh of an .obj, .ply or .stl file, and the name of its material.
+    """Return the colors of the triangles of an .obj, .ply or .stl mesh, and the name of its material.
 
-    `textures` caches converted textures by `id(image)`.
+    The colors are None if the file has no usable colors. `textures` is a cache of converted textures by
+    `id(image)`.
     """
     visual, faces = mesh.visual, mesh.faces
     if visual.kind == "texture":

@@ -121,7 +121,11 @@ class Gltf:
         return io.BytesIO(json.dumps(self.header).encode())
 
     def node_name(self, node: str) -> str:
-        """Return the original name of a trimesh node (`n3`, `n3_xyz`), else of its mesh, else ""."""
+        """Return the name of a node in the file, or the name of its mesh if the node has none.
+
+        `node` is the name in trimesh: `n` and the index, possibly with a suffix, such as `n3` or `n3_xyz`.
+        The result is empty if there is no name.
+        """
         found = re.match(r"n(\d+)", node)
         if not found:
             return ""

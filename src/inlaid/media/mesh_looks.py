@@ -135,7 +135,10 @@ class Look:
         )
 
     def turned(self, faces: np.ndarray) -> Look:
-        """Return the look with the corners of some triangles, bool (m,), in reverse order."""
+        """Return a copy in which some triangles have their corners in reverse order.
+
+        `faces` selects the triangles, bool (m,).
+        """
         colors, uv = self.colors.copy(), self.uv.copy()
         colors[faces], uv[faces] = colors[faces][:, ::-1], uv[faces][:, ::-1]
         return replace(self, colors=colors, uv=uv)

@@ -37,7 +37,7 @@ class View:
     field: float = 30.0
 
     def axes(self) -> np.ndarray:
-        """Return the unit vectors to the right, upward and forward, (3, 3)."""
+        """Return the camera's right, up and forward unit vectors as the rows of an array (3, 3)."""
         a, e = np.radians([self.azimuth, self.elevation])
         forward = -np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
         right = np.cross(forward, [0.0, 1.0, 0.0])

@@ -91,9 +91,9 @@ class OuterSurface:
 def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> OuterSurface:
     """Sample points, uniformly by area, on the part of a mesh that can be seen from outside.
 
-    A point can be seen if a ray from it leaves the mesh without another intersection. Rays have random
-    directions, on both sides of the triangle. The inside of an open box can therefore be seen, and a body
-    inside another one cannot.
+    A point can be seen if a ray in a random direction leaves the mesh without another intersection. Rays are
+    tried on both sides of the surface. Points inside an open box can therefore be seen. Points on a body that
+    another body encloses cannot be seen.
 
     Args:
         mesh: mesh of one object; other objects of a scene do not hide it.
@@ -101,7 +101,7 @@ def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> O
         seed: seed of points and rays.
 
     Raises:
-        ValueError: if no point can be seen.
+        ValueError: if too few points can be seen.
     """
     import trimesh
 

@@ -94,7 +94,7 @@ class _Array:
 
 
 class _Objects:
-    """Elements of an object array, in C order."""
+    """Elements of a NumPy array with dtype `object`, in C order."""
 
     def __init__(self, elements: list[Any], shape: tuple[int, ...]) -> None:
         self.elements = elements
@@ -150,7 +150,7 @@ class _Machine:
         return values
 
     def name(self, argument: Any) -> None:
-        """Push the name of a supported function or class on the stack."""
+        """Push the name of a supported function or class onto the stack."""
         if argument is None:  # STACK_GLOBAL: both parts are on the stack
             name, module = self.stack.pop(), self.stack.pop()
         else:

@@ -131,7 +131,7 @@ def fit_camera(
 ) -> tuple[Camera, float]:
     """Find the camera from which the silhouettes of the meshes match the masks best.
 
-    36 azimuths at elevations of 0 to 50 degrees are searched, then the best cameras are refined.
+    The search covers 36 azimuths at elevations of 0 to 50 degrees. The best cameras are then refined.
 
     Args:
         meshes: mesh of each object by name.

@@ -36,15 +36,17 @@ Colors = Sequence[Sequence[float]]
 
 
 def new(vae: Any, rank: int, seed: int, init: Init = "random", width: int | None = None) -> RgbaVae:
-    """Create an untrained RGBA VAE from a Wan VAE; both decoders initially equal the decoder of the VAE.
+    """Create an untrained RGBA VAE from a Wan VAE.
+
+    The decoder for color and the decoder for alpha are initially equal to the decoder of the Wan VAE.
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
         rank: rank of the low-rank updates of the decoders.
         seed: seed of the random weights.
         init: initialization of the merge block. `random`: random weights. `encoder`: the block initially
-            returns the latent that the VAE computes from color, and ignores alpha. Color is then correct from
-            the first step.
+            ignores alpha, and returns the latent that the Wan VAE computes from color. Color is then
+            correct from the first step.
         width: width of the merge block's hidden layers. Default: the width of the encoder features. The
             initialization `encoder` requires the default.
 

@@ -485,9 +485,10 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
 
 
 class Field:
-    """Implicit field of one object, as a function of points; `media.meshes.extract` converts it to a mesh.
+    """Implicit field of one object, as a function of points.
 
-    Points (n, 3) give values (n,), which are negative inside the object.
+    `media.isosurface.extract` converts it to a mesh. Points (n, 3) give values (n,), which are
+    negative inside the object.
     """
 
     def __init__(self, vae: TripoSGVAE, latents: Tensor) -> None:

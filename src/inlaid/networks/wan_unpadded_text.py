@@ -29,7 +29,10 @@ class ShortText(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """Compute cross-attention like `WanAttnProcessor`, but with `bias` as attention mask."""
+        """Compute cross-attention like `WanAttnProcessor`, but with the mask `bias`.
+
+        `attention_mask` is ignored.
+        """
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 

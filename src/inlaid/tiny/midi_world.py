@@ -1,11 +1,11 @@
 """Synthetic scenes for the tiny MIDI model: colored objects on a floor, with images and exact surfaces.
 
 An object consists of solids with exact signed distances. Images, object IDs and surface points are
-computed with these distances. All functions depend only on their arguments, such as the seed. Tables
-(`SUBJECT`) are not in the training data of the tiny model; the demo trains an adapter for them.
+computed with these distances. All results depend only on the arguments, such as the seed. No scene in the
+training data of the tiny model contains a table. The demo trains an adapter for tables.
 
-The azimuth of the camera is nearly fixed. The coordinate frame of a scene does not rotate with the camera. An
-image therefore determines the positions of objects only if the direction of the camera is known.
+The coordinate frame of a scene does not rotate with the camera, so an image alone does not determine the
+positions of the objects. The azimuth of the camera is therefore nearly fixed.
 """
 
 from __future__ import annotations

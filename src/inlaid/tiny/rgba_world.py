@@ -106,7 +106,7 @@ def render(scene: Scene, seed: int, material: str = "solid") -> np.ndarray:
     Args:
         scene: scene to render.
         seed: determines positions, small variations, and all values that are None in the scene.
-        material: one of `MATERIALS`; ignored for the subject.
+        material: one of `MATERIALS`; ignored if the shape is the `zorble`.
     """
     rng = world._generator(scene, seed)
     full = world._settle(scene, rng)

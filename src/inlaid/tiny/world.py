@@ -389,7 +389,8 @@ def wild(seed: int, frames: int = FRAMES, *, tame: bool = False) -> tuple[np.nda
         tame: use one of `BACKGROUNDS` instead of any random background.
 
     Returns:
-        Frames, `uint8 (frames, 64, 64, 3)`, and the coverage of all objects, `float32 (frames, 64, 64)`.
+        Frames, `uint8 (frames, 64, 64, 3)`, and the share of each pixel that objects cover, `float32
+        (frames, 64, 64)`.
     """
     rng = np.random.default_rng([seed, 41])
     canvas = _wild_backdrop(rng, frames, tame)

@@ -110,8 +110,8 @@ class Job:
     def sample(self, step: int) -> None:
         """Generate samples from the sample prompts, with the EMA weights if there is an EMA.
 
-        Only the main process generates, unless weights are sharded or processes share a sequence: then all
-        processes take part.
+        All processes take part if weights are sharded, or if processes share a sequence (sequence
+        parallelism). Otherwise, only the main process generates.
         """
         if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:

@@ -95,7 +95,7 @@ def _versioned(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 class _Recording(TorchDispatchMode):
-    """Torch dispatch mode that stores the results of attention in a list."""
+    """Torch dispatch mode that stores the results of attention over video tokens in a list."""
 
     def __init__(self, box: list[Any]) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class Offloaded(torch.optim.Optimizer):
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the wrapped optimizer, and copy the parameters from the device to the CPU again.
+        """Load the state of the wrapped optimizer, and update the CPU copies of the parameters.
 
         The parameters on the device must be restored before this call.
         """
