@@ -200,7 +200,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _NamedError(OSError):
-    """Error that already names its file and, if the disk is full, the space needed."""
+    """Error whose message already names the file. If the disk is full, it also states the space needed."""
 
 
 @contextmanager
@@ -300,10 +300,10 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
 def save_torch(content: Tensor | Mapping[str, Tensor], path: Path, *, under: str | None = None) -> None:
     """Write a tensor, or tensors by name, to a torch file, atomically.
 
-    Only for programs that read no other format: a torch file is a pickle. It contains nothing but tensors.
+    A torch file is a pickle. It is written only for programs that read no other format.
 
     Args:
-        content: the tensors. Views are copied, so that the file holds no more than their values.
+        content: the tensors. Views are copied, so the file contains only their own values.
         path: file to write.
         under: key of the file that holds the tensors, such as `state_dict`. Default: none.
     """

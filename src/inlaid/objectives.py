@@ -169,7 +169,7 @@ class VPrediction:
         return cls(tuple(alphas_cumprod.tolist()), section.interval)
 
     def index(self, t: Tensor) -> Tensor:
-        """Return the index of the schedule entry at time t, int64.
+        """Return the index in `alphas_cumprod` for time t, int64.
 
         This index is the timestep input of the network.
         """

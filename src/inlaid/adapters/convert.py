@@ -232,7 +232,7 @@ def _written(job: _Job, base: Any, target: Path, header: Mapping[str, str]) -> P
 
 
 def _one_file(job: _Job, state: Mapping[str, Tensor], target: Path, header: Mapping[str, str]) -> Path:
-    """Write a network to one file with original names."""
+    """Write a whole network to one safetensors file, with the tensor names of the model's original code."""
     extra = job.family.comfyui_tensors() if job.target == "comfyui" else {}
     kept = {k: v for k, v in header.items() if k.startswith("inlaid_")}
     return whole_model.write_original(target, state, job.family, extra=extra, dtype=job.dtype, header=kept)

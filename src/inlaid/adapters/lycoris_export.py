@@ -162,7 +162,13 @@ def original_tensors(
 
 
 def file_update(tensors: Mapping[str, Tensor], name: str, spelling: Spelling) -> Tensor:
-    """Return the update (rows, in) that ComfyUI and musubi-tuner compute for a layer in a file."""
+    """Return the update of a layer, (out, in), that ComfyUI and musubi-tuner compute from a file.
+
+    Args:
+        tensors: tensors of the file, by name.
+        name: name of the layer in the original code.
+        spelling: tensor names of the file layout.
+    """
     stem = spelling.name(name)
     if f"{stem}{spelling.down}" in tensors:
         return spelling.effect(tensors, name, None)

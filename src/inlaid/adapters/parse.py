@@ -32,7 +32,7 @@ _OTHER_LAYERS = ("layer_replication", "alora_invocation_tokens", "use_qalora", "
 
 @dataclass
 class Layer:
-    """Tensors of an adapted module in a file."""
+    """Tensors of one adapted module in an adapter file."""
 
     name: str
     """Name of the module in the file, without prefix."""

@@ -118,5 +118,5 @@ def _genmo(path: Path, tensors: Mapping[str, Tensor], raw: Any) -> Published:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value is a number above 0."""
+    """Return whether a value is a number above 0 and below `HUGE`."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < HUGE

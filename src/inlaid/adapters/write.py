@@ -224,9 +224,15 @@ def write_network(out: Path, base: nn.Module) -> Path:
 
 
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None = None) -> None:
-    """Assert that the exported adapter `got` has the same effect as the original `wanted`.
+    """Assert that an exported adapter has the same effect as the original adapter.
 
-    The update of a layer that is in `got` but not in `wanted` must be zero.
+    Layers that are only in the exported adapter must have a zero update.
+
+    Args:
+        wanted: original adapter.
+        got: exported adapter, read back from its file.
+        base: base model. Required for a DoRA whose tensors changed, because its effect depends on the base
+            weights.
     """
     one, two = (torch.zeros(1) if x.vector is None else x.vector for x in (wanted, got))
     assert torch.equal(one.expand_as(two), two), "the domain embedding differs after export"

@@ -1,14 +1,14 @@
 """Joint alpha: color and alpha are two clips in one token sequence (TransPixeler, arXiv 2501.03006).
 
-The VAE is unchanged and encodes alpha as a gray video. The latent frames of alpha follow the latent frames of
-color and have the same positions. The adapter applies to the alpha tokens only. An optional domain embedding,
-a trained vector that is initialized to zero, is added to the alpha tokens. If text and video share the
-sequence, the setting `text_to_alpha` limits how much text tokens attend to alpha tokens
-(`networks.joint_attention`).
+The VAE is unchanged and encodes alpha as a gray video. In the sequence, the latent frames of alpha follow the
+latent frames of color. Both clips have the same positional embeddings. The adapter applies to the alpha
+tokens only. Optionally, a domain embedding is added to the alpha tokens. It is a trained vector that is
+initialized to zero. If text and video share the sequence, the setting `text_to_alpha` limits the attention of
+text tokens to alpha tokens (see `networks.joint_attention`).
 
-Before training, the generated alpha clip looks like the color clip; with the same noise for both, the two are
-bit-identical. Because the adapter applies to some tokens only, it cannot be merged into the weights. A
-program without support for joint alpha applies it to all tokens.
+Before training, the generated alpha clip looks like the color clip. The adapter cannot be merged into the
+weights, because it applies to the alpha tokens only. A program without support for joint alpha applies the
+adapter to all tokens, and generates no alpha.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Joint(Composed):
         return _both(*[self.single.stored(frames, height, width)] * 2)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the sequence length in tokens: the video tokens of two clips, and the text tokens once."""
+        """Return the number of tokens for both clips. Text tokens before the video are counted once."""
         return 2 * self.single.tokens(frames, height, width) - self.text_before
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:

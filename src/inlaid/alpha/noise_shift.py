@@ -82,9 +82,10 @@ def _axes(points: np.ndarray) -> np.ndarray:
 
 
 def gaussian(shape: tuple[int, ...], center: Any, half: Any, axes: np.ndarray) -> np.ndarray:
-    """Return exp(-d^2 / 2), rescaled to [0, 1], for each cell: float32 (h, w).
+    """Return an elliptical Gaussian, rescaled to [0, 1]: float32 (h, w).
 
-    The distance d from the center is 1 on the ellipse.
+    Before rescaling, the value is exp(-d^2 / 2). The distance d is 0 at the center and 1 on the ellipse with
+    the half-axes `half`.
 
     Args:
         shape: height and width.

@@ -1,4 +1,4 @@
-"""Creation of the model family of a recipe, with alpha support if the recipe configures it."""
+"""Functions that create the model family of a recipe, with alpha support if the recipe configures it."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def locate_rgba_vae(where: str) -> Path:
 
 
 def perceptual_file(name: str) -> Path:
-    """Return the local path of the weights of a perceptual loss network (VGG16); download the file if needed.
+    """Return the local path of the VGG16 weights for the perceptual loss. Download the file if needed.
 
     Args:
         name: local path, or `OWNER/NAME/FILE` on the Hub.

@@ -76,10 +76,11 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
 class _Fused:
-    """Context manager that replaces PyTorch's attention with its flash attention, and counts operations.
+    """Context manager that computes attention with the flash attention operator of PyTorch.
 
-    On the meta device, PyTorch would otherwise allocate attention matrices, which no GPU needs. Unlike a
-    `TorchFunctionMode`, this class also applies where gradient checkpointing repeats a forward pass.
+    On the meta device, `F.scaled_dot_product_attention` would otherwise allocate full attention matrices,
+    which no GPU needs. `counts` contains the floating-point operations of attention. A `TorchFunctionMode`
+    is not used, because it does not apply where gradient checkpointing repeats a forward pass.
     """
 
     def __init__(self, video: int, text: int) -> None:
@@ -94,7 +95,13 @@ class _Fused:
         F.scaled_dot_product_attention = self._real
 
     def count(self, query: Tensor, key: Tensor, times: float) -> None:
-        """Count the floating-point operations of attention; `times` is 1 for a forward pass."""
+        """Add the floating-point operations of an attention call to `counts`.
+
+        Args:
+            query: (..., queries, d).
+            key: (..., keys, d).
+            times: 1 for a forward pass, 2 for a backward pass.
+        """
         queries, keys = query.shape[-2], key.shape[-2]
         all_pairs = min(queries, keys) >= self.video and keys != self.text
         name = "attention" if queries == keys or all_pairs else "across"
@@ -156,7 +163,10 @@ class _Ledger(TorchDispatchMode):
 
 
 def _drop(parameter: Tensor) -> None:
-    """Delete the new gradient of a parameter; the accumulated gradient is already counted."""
+    """Delete the new gradient of a parameter, as if it were added to the gradient of an earlier micro-batch.
+
+    The memory of the earlier gradient is already counted.
+    """
     parameter.grad = None
 
 

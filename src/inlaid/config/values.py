@@ -40,9 +40,9 @@ def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: froz
 
 
 def kinds(annotation: Any) -> Iterator[type]:
-    """Yield every type in an annotation.
+    """Yield every type in an annotation, except the key types of dictionaries.
 
-    These include the members of unions, containers and their elements, and the types of literals.
+    These include the members of unions, containers and their elements, and the types of literal values.
     """
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:

@@ -261,11 +261,16 @@ def build_text(
     dtype: torch.dtype,
     advance: Advance,
 ) -> Built:
-    """Encode the captions that are not in the cache.
+    """Encode the captions that are not in the cache, and store the text embeddings.
 
-    Text embeddings are stored without padding, in the encoder's precision.
-
-    A path in `words` is a file with a precomputed text embedding.
+    Args:
+        cache: cache that stores the embeddings.
+        family: model family of the text encoder.
+        words: captions, or paths of files with precomputed text embeddings.
+        names: names of the cached items, one per entry of `words`.
+        device: device of the text encoder.
+        dtype: dtype of the text encoder.
+        advance: function that is called with the number of newly finished items.
 
     Raises:
         ValueError: if the cache cannot be written. Items already written stay valid; run again to continue.

@@ -109,7 +109,11 @@ def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Pro
 
 
 def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[Problem]:
-    """Return a warning for each clip whose alpha differs from that of nearly all other clips."""
+    """Return a warning for each clip with unusual alpha, if at least 4 clips have alpha.
+
+    A clip is unusual if its mean alpha differs from the median of all clips by more than `ODD`. A clip is
+    also unusual if it is premultiplied and at least 90 % of the clips are not, or the reverse.
+    """
     there = [(c, alphas[c.path]) for c in clips if c.path in alphas]
     if len(there) < 4:
         return []

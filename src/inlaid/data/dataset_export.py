@@ -461,7 +461,7 @@ def _write(
 
 
 def _problems_of(cuts: Sequence[Cut], failed: Mapping[str, Written]) -> list[Problem]:
-    """Return one problem for each clip with cuts that could not be read."""
+    """Return one problem for each clip with a window that could not be written."""
     clips: dict[Path, list[Cut]] = {}
     for cut in cuts:
         clips.setdefault(cut.window.clip.path, []).append(cut)

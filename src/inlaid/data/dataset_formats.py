@@ -1,6 +1,6 @@
-"""Formats of prepared datasets: `.mp4`, `.npz`, two videos (color and alpha), or latents.
+"""File formats that `inlaid prepare` writes: `.mp4`, `.npz`, two videos (color and alpha), or latents.
 
-Worker processes import this module, so it imports torch only to write latents.
+Worker processes import this module. It imports torch only when it writes latents.
 """
 
 from __future__ import annotations

@@ -337,9 +337,10 @@ def read_rgba_clip(
 def _joined(
     path: Path, matte: Path | None, indices: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield each requested frame and its pixel aspect ratio (width / height).
+    """Yield the frames at `indices` with alpha, each with its pixel aspect ratio (width / height).
 
-    Frames are uint8 (h, w, 4) at their stored size.
+    Frames are uint8 (h, w, 4) at their stored size. Alpha comes from the file `matte` or, if it is None, from
+    `path`.
 
     Raises:
         MediaError: if a frame has no alpha, or if color and alpha matte differ in size.

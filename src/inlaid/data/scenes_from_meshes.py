@@ -267,15 +267,19 @@ def _upright(up: Up) -> np.ndarray:
 
 
 def _supplied(source: Path, objects: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Read images and segmentations that the user supplied beside a mesh file.
+    """Return the images and object segmentations that the user stored beside a mesh file.
 
     They are used instead of rendered images. Each view of a mesh file `NAME.glb` is a pair of files
     `NAME*_rgb.png` and `NAME*_seg.png`. If there is also a mesh file `NAME_2.glb`, `NAME_2_rgb.png` belongs
     to that file.
 
+    Args:
+        source: the mesh file.
+        objects: number of objects in the mesh file.
+
     Raises:
-        MediaError: if a file cannot be read, a segmentation is missing, sizes differ, or there are more IDs
-            than objects.
+        MediaError: if a file cannot be read, a segmentation is missing, sizes differ, or a segmentation
+            contains an object ID above `objects`.
     """
     found = []
     stems = [p.stem for p in source.parent.iterdir() if p.suffix.lower() in FILES]

@@ -168,9 +168,9 @@ class ModalityMetrics(Protocol):
     examples."""
 
     def measure(self, output: Any, prompt: Prompt) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Return the metrics of an output, and the metrics of each of its parts by part name.
+        """Return two mappings: the metrics of an output, and the metrics of its parts by part name.
 
-        The parts of a scene are its objects; a video has no parts.
+        The parts of a scene are its objects. A video has no parts.
         """
         ...
 
@@ -488,7 +488,10 @@ class _Comparison:
         return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
 
     def validation(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationLoss | None:
-        """Return the validation losses of both models, or None if there are no validation clips."""
+        """Return the validation losses of the base model and of the fine-tuned model.
+
+        Return None if there are no validation clips.
+        """
         if not batches:
             return None
         names = [name for b in batches for name in b.names]

@@ -126,9 +126,9 @@ class Group:
 
     @property
     def match_gain(self) -> float:
-        """Increase of the share of matching outputs from the base to the fine-tuned model, in [-1, 1].
+        """Share of outputs that match their prompt: fine-tuned model minus base model, in [-1, 1].
 
-        An output matches if it shows what its prompt describes. The increase is 0 if no outputs were checked.
+        The result is 0 if no outputs were checked.
         """
         return (self.tuned_matches - self.base_matches) / self.judged if self.judged else 0.0
 

@@ -93,9 +93,10 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
 def _picture(
     step: RgbaVaeStep, vae: torch.nn.Module, batches: list[Batch], device: torch.device
 ) -> Image.Image:
-    """Return an image that compares the middle frames of original and reconstructed clips.
+    """Return an image that compares original and reconstructed clips.
 
-    Each row shows original and reconstruction over a checkerboard, and then the alpha of both.
+    Each row shows the middle frame of one clip: the original and the reconstruction over a checkerboard, then
+    the alpha of the original and of the reconstruction. Each batch contributes its first clip.
     """
     rows = []
     for batch in batches:

@@ -128,9 +128,9 @@ def comparable(output: GeneratedScene) -> np.ndarray:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the difference, in [0, 1], of two point clouds: 1 - F-score with the threshold `NEAR` / 5.
+    """Return the difference of two point clouds: 1 - F-score, in [0, 1].
 
-    Identical point clouds have the difference 0.
+    The distance threshold of the F-score is a fifth of `NEAR`.
     """
     return 0.0 if np.array_equal(a, b) else 1 - mesh.f_score(a, b, NEAR / 5)
 

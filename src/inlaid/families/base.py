@@ -134,7 +134,10 @@ class Family(Sampling, ABC):
         return self
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the file layout of precomputed latents in a folder, or None if this family can read none."""
+        """Return the file layout of the precomputed latents in a folder.
+
+        Return None if the family cannot read precomputed latents.
+        """
         return self.precomputed
 
     def about(self) -> dict[str, str]:
@@ -186,7 +189,10 @@ class Family(Sampling, ABC):
 
     @abstractmethod
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode a clip, uint8 (t, h, w, `channels`), to the float32 tensors that are stored in the cache."""
+        """Encode a clip to float32 tensors, which are stored in the cache.
+
+        The clip is uint8 (t, h, w, c), where c is the attribute `channels`.
+        """
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -262,10 +262,10 @@ class CogVideoX(Family):
     # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return scaled samples of the VAE posteriors: `latents` and, for image-to-video, `image`.
+        """Sample `latents` and, for image-to-video, `image` from the VAE posteriors, and scale them.
 
-        `image` comes from one of the noisy encodings of the first frame. With probability `IMAGE_DROPOUT`, it
-        is zero.
+        The cache contains several encodings of the first frame, each with different noise. One of them is
+        chosen at random for `image`. With probability `IMAGE_DROPOUT`, `image` is zero.
         """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 

@@ -247,11 +247,7 @@ class Midi(_Encoders, Family):
         return float(shift)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return a message for each unsupported recipe setting.
-
-        Checks for video-only keys, invalid pairs of image and segmentation, and settings that cannot be
-        combined with training of the image encoders.
-        """
+        """Return a message for each recipe setting that the family does not support."""
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
         wrong += sequence_problems(self, config.runtime.sequence)

@@ -37,7 +37,7 @@ class JointLayout:
 
 
 class OtherPrograms(Checkpoint):
-    """Base class of `Family` with facts about other programs that run the model."""
+    """Base class of `Family` with information for export to other programs, such as original layer names."""
 
     original: ClassVar[OriginalNames] = OriginalNames()
     """Layer names in the original code, for other programs; empty if they are the same as in diffusers."""

@@ -371,8 +371,8 @@ class Wan(Family):
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return `text` (n, 512, d), padded with zeros.
 
-        With the option `text: short`, return `text` (n, m, d) with m <= 512, padded to slightly more than the
-        longest caption.
+        With the option `text: short`, return `text` (n, m, d). m is the first multiple of 8 above the length
+        of the longest caption, at most 512.
         """
         n, rows = self.text_length, [item["text"] for item in text]
         if self.options["text"] == "short":

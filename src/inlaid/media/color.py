@@ -1,7 +1,8 @@
 """Conversion of wide-gamut and HDR video, and of images with an ICC profile, to sRGB.
 
 The codes of color primaries and transfer functions are those of ITU-T H.273, which FFmpeg also uses. Every
-SDR transfer function is treated as the sRGB curve, as displays do; BT.709 video therefore does not change.
+transfer function except linear light, PQ and HLG is treated as the sRGB curve. BT.709 video is therefore not
+converted.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
 
 
 def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Set alpha (uint8) to 0 or 255 where it differs from 0 or 255 by at most 255 * `eps`."""
+    """Set alpha (uint8) values up to 255 * `eps` to 0, and values from 255 * (1 - `eps`) to 255."""
     level = round(255 * eps)
     return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
 

@@ -89,7 +89,10 @@ class Gltf:
         return found
 
     def _renamed(self) -> dict[str, Any]:
-        """Return a copy of the header for trimesh, with names by index."""
+        """Return a copy of the header for trimesh, in which nodes, meshes and materials are named by index.
+
+        Other changes in the copy work around limitations of trimesh.
+        """
         header = json.loads(json.dumps(self.original))
         for i, buffer in enumerate(header.get("buffers", [])):
             if "uri" not in buffer and i == 0:

@@ -144,7 +144,7 @@ class _Machine:
         raise ValueError("is not a pickle, or is truncated")
 
     def popped(self) -> list[Any]:
-        """Remove and return the values above the last mark."""
+        """Remove the last mark and the stack values above it, and return these values."""
         start = self.marks.pop()
         values, self.stack[start:] = self.stack[start:], []
         return values

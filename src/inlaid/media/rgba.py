@@ -251,10 +251,11 @@ def _require_rgba(path: Path, rgba: np.ndarray) -> None:
 def write_pair(
     stem: str | Path, rgba: np.ndarray, fps: float | Fraction, *, premultiplied: bool
 ) -> tuple[Path, Path]:
-    """Write RGBA frames as two H.264 files, which are read back and compared with the input.
+    """Write RGBA frames as a color video and an alpha video in H.264, and verify them.
 
-    `NAME_rgb.mp4` contains color, with all color samples (4:4:4), and `NAME_alpha.mp4` contains alpha as a
-    gray video. Both appear only after a successful comparison.
+    `NAME_rgb.mp4` contains color without chroma subsampling (4:4:4). `NAME_alpha.mp4` contains alpha as a
+    gray video. The files are read back and compared with the input. They appear only if the comparison
+    succeeds.
 
     Args:
         stem: path of both files without the endings `_rgb.mp4` and `_alpha.mp4`.

@@ -176,7 +176,7 @@ def read_named(
 def frame_times(path: Path) -> np.ndarray:
     """Return the start time of each frame of an image and the end time of the last frame, in seconds.
 
-    All times are 0 for a still image, and for a file in which a frame has no duration.
+    All times are 0 if the image is not animated or if a frame has no duration.
     """
     with load_image(path, animated=True) as image:
         durations = []

@@ -254,7 +254,10 @@ def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _squared(mask: np.ndarray, side: int, pad: list[int]) -> np.ndarray:
-    """Pad a mask (h, w) to a square (side, side)."""
+    """Pad a mask (h, w) with False to a square (side, side).
+
+    `pad` contains the number of rows above the mask and the number of columns left of it.
+    """
     out = np.zeros((side, side), bool)
     out[pad[0] : pad[0] + mask.shape[0], pad[1] : pad[1] + mask.shape[1]] = mask
     return out

@@ -133,7 +133,10 @@ def _probe_video(path: Path) -> Probe:
 
 
 class _Look:
-    """Properties that a probe collects from decoded frames: conversions, opacity and premultiplied color."""
+    """Properties of a video, collected from decoded frames.
+
+    They are the color conversions, whether alpha is opaque, and whether color is premultiplied.
+    """
 
     def __init__(self, path: Path) -> None:
         from av.video.reformatter import VideoReformatter

@@ -1,10 +1,11 @@
 """Attention and positional embeddings for two clips, color and alpha, in one token sequence.
 
-Video networks are trained on one clip per sequence, so color and alpha both get the positions of a single
-clip. If the sequence also contains text, the rule `block` prevents text from attending to alpha; all other
-pairs of tokens attend to each other (arXiv 2501.03006, section 3). An attention mask for this rule would need
-1.9 GiB for the 44,776 tokens of Mochi, and would prevent fused kernels. Instead, attention is computed in two
-calls with the same result: one for the video queries, and one for the text queries without the alpha keys.
+Color and alpha have the same positional embeddings, because video networks are trained on one clip per
+sequence. If the sequence also contains text, the rule `block` prevents text tokens from attending to alpha
+tokens (arXiv 2501.03006, section 3). For a sequence of 44,776 tokens (Mochi), an attention mask would need
+1.9 GiB, and would prevent fused kernels. Instead, attention is computed in two calls. The first call has the
+queries of the video and all keys. The second call has the queries of the text and no alpha keys. The result
+is the same as with a mask.
 """
 
 from __future__ import annotations

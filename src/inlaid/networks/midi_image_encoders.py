@@ -252,10 +252,7 @@ class ImageConditioning:
 
 
 def square(pixels: np.ndarray, fill: int) -> np.ndarray:
-    """Pad an image (h, w, ...) symmetrically to a square with the value `fill`.
-
-    The optical axis stays in the center.
-    """
+    """Pad an image (h, w, ...) to a square with the value `fill`. The image stays in the center."""
     height, width = pixels.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2

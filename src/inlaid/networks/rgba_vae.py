@@ -150,9 +150,9 @@ class RgbaVae(nn.Module):
 
 @torch.no_grad()
 def trunk(vae: Any, video: Tensor) -> Tensor:
-    """Return the output of a Wan encoder's middle block for a video, (b, width, t', h', w').
+    """Encode a video and return the output of the Wan encoder's middle block, (b, width, t', h', w').
 
-    This output is the input of the encoder's head, which computes latents.
+    The head of the encoder computes latents from this output.
 
     Raises:
         ValueError: if tiling is enabled, because the features would be computed per tile.

@@ -296,12 +296,15 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
 
 def read_merge(vae: Any, weights: Mapping[str, Tensor] | None, where: str) -> MergeBlock:
-    """Create a merge block from stored weights; the width of the block is inferred from the tensors.
+    """Create a merge block from stored weights.
+
+    A merge block maps the encoder features of color and alpha to one latent. Its width is inferred from the
+    tensors.
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
-        weights: tensors by name. None or empty: the merge block has random weights and the width of the
-            encoder features.
+        weights: tensors by name. If None or empty, the merge block has random weights, and its width is the
+            number of channels of the encoder features.
         where: prefix of error messages.
 
     Raises:

@@ -101,15 +101,24 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def report(sums: Tensor) -> dict[str, float]:
-    """Return metrics by name; `sums` is the sum of the vectors that `tally` returned for the clips.
+    """Return the metrics of a set of clips by name.
 
+    Alpha is compared with the ground truth in all pixels, and in the regions opaque, soft and transparent.
     Regions without pixels are omitted. The metrics are:
-    - `alpha_mae` (all pixels), `alpha_mae_REGION` and `alpha_mae_balanced` (mean over regions), and the same
-      for each baseline, such as `all_transparent_alpha_mae_opaque`;
-    - `rgb_mae` of visible pixels, and `mean_rgb_mae` of the baseline that predicts the clip's mean color;
-    - PSNR in dB of color, of alpha, and of composites over the eight corners of the color cube (mean and
-      worst);
-    - SSIM of alpha, and of composites over black and white.
+
+    - `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`: mean absolute error of alpha over all pixels,
+      over one region, and averaged over the regions. The same errors of a baseline with constant alpha have a
+      prefix, such as `all_transparent_`.
+    - `rgb_mae`: mean absolute error of color in visible pixels.
+    - `mean_rgb_mae`: the same error for a baseline that predicts the clip's mean color.
+    - `rgb_psnr` and `alpha_psnr`: PSNR in dB.
+    - `composite_psnr` and `composite_psnr_worst`: PSNR of composites over eight background colors, overall
+      and for the worst color.
+    - `ssim_alpha`: SSIM of alpha.
+    - `ssim_composite`: SSIM of composites over black and white.
+
+    Args:
+        sums: sum over all clips of the vectors from `tally`.
     """
     value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
     pixels = {r: value[f"pixels {r}"] for r in REGIONS}

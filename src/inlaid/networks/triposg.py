@@ -70,10 +70,10 @@ class Attention(nn.Module):
         """Compute self-attention, or cross-attention to `context`.
 
         Args:
-            x: (rows, n, width).
-            context: (rows, m, context width); None for self-attention.
-            groups: sizes of groups of consecutive rows; self-attention treats each group as one sequence.
-                None for self-attention within each row.
+            x: input, (rows, n, width).
+            context: (rows, m, context width). None for self-attention.
+            groups: sizes of groups of consecutive rows. Self-attention treats all tokens of a group as one
+                sequence. If None, each row is a separate sequence.
         """
         rows, n, _ = x.shape
         if context is None:
@@ -462,9 +462,9 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         return torch.cat([mean, logvar.clamp(-30, 20)], -1)
 
     def tokens(self, latents: Tensor) -> Tensor:
-        """Convert latents (b, m, channels) to decoder tokens, which `field` needs.
+        """Convert latents (b, m, channels) to decoder tokens, the input of `field`.
 
-        The tokens are computed once and used for all points.
+        The tokens are the same for all points, so they are computed once.
         """
         x = self.post_quant(latents.to(self.post_quant.weight.dtype))
         for block in list(self.decoder.blocks)[:-1]:
@@ -472,9 +472,14 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         return x
 
     def field(self, tokens: Tensor, points: Tensor, chunk: int = 50_000) -> Tensor:
-        """Return the field (b, q) at points (b, q, 3): negative inside the object, with arbitrary scale.
+        """Return the implicit field of an object, (b, q), at points (b, q, 3).
 
-        The argument `tokens` is computed by the method `tokens`. `chunk` points are evaluated at a time.
+        The field is negative inside the object. Its scale is arbitrary.
+
+        Args:
+            tokens: result of the method `tokens`.
+            points: coordinates of the points.
+            chunk: number of points that are evaluated at a time.
         """
         out = []
         for part in points.split(chunk, 1):

@@ -39,8 +39,8 @@ class ShortText(WanAttnProcessor):
 def allow_short_text(transformer: Any, length: int = 512) -> None:
     """Modify a Wan transformer to accept text with fewer than `length` tokens.
 
-    Shorter text must end with at least one zero token, which represents all missing padding. Text of the full
-    length is processed as usual.
+    Shorter text must end with at least one zero token. Attention weights the zero tokens as if the text were
+    padded with zeros to `length` tokens. Text with `length` tokens is processed as usual.
     """
     processor = ShortText()
 

@@ -178,9 +178,9 @@ def _has_halves(view: _View, seam: float = 0.0) -> bool:
 
 @functools.cache
 def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, float]:
-    """Return a table of the signed distances to a shape of unit radius, and the shape's area and centroid.
+    """Return a grid of signed distances to the shape `name`, and the shape's area and centroid (x, y).
 
-    If `hole` is positive, the shape is a ring with this inner radius.
+    If `hole` is positive, the shape is instead a ring with outer radius 1 and inner radius `hole`.
     """
     table = world.distance_table(name)
     cells = len(table)

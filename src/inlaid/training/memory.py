@@ -111,10 +111,10 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    """Torch dispatch mode that takes the results of attention from a list instead of computing them.
+    """Torch dispatch mode that returns stored results of attention instead of computing them.
 
     Raises:
-        ValueError: if a result was changed in place, or was used by an earlier backward pass.
+        ValueError: if a stored result was changed in place, or if a second backward pass needs the results.
     """
 
     def __init__(self, box: list[Any]) -> None:

@@ -44,9 +44,10 @@ class TrainedRgbaVae:
         return [n for n, _ in network.named_parameters() if n.startswith(trained)]
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
-        """Make the selected weights trainable, in float32, and return them by name.
+        """Make the selected weights trainable and return them by name.
 
-        Unless `rgba_vae.init_from` is set, the merge block and both decoders are initialized first.
+        They are converted to float32. If `rgba_vae.init_from` is not set, the trained parts of the RGBA VAE
+        are initialized first.
         """
         vae: Any = network
         if self.section.init_from is None:

@@ -21,9 +21,10 @@ from inlaid.training.steps import DenoisingStep, Step
 
 
 class Trained(Protocol):
-    """Interface to the trained weights of a run: their selection, loss and files.
+    """Interface to the weights that a run trains.
 
-    In all methods, `network` is the denoiser of the model family, or the RGBA VAE.
+    A class with this interface selects the weights, defines their loss, and writes their files. In all
+    methods, `network` is the network that is trained: the family's denoiser or an RGBA VAE.
     """
 
     @property

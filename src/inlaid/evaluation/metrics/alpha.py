@@ -1,8 +1,8 @@
 """Metrics for the alpha of transparent videos, with and without ground truth.
 
-Without ground truth, no metric proves that alpha is correct: smoke is soft, and glass has no distinct edge.
-The metrics show what changed between two videos of the same prompt. The module `alpha_scores` compares alpha
-with ground truth.
+The function `measure` needs no ground truth. Its metrics cannot prove that alpha is correct, because correct
+alpha can be soft (smoke) or have no distinct edge (glass). They show how two videos of the same prompt
+differ. The function `against` compares alpha with ground truth.
 """
 
 from __future__ import annotations
