@@ -376,9 +376,10 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
 
 
 def _check_claims(path: Path, content: Any) -> None:
-    """Check that no tensor of a loaded file has more than `limits.ARRAY` bytes unless the file stores them.
+    """Reject a loaded tensor that is larger than both `limits.ARRAY` and its stored data.
 
-    A tensor with stride 0 repeats a few stored values, but a conversion of the tensor allocates all of them.
+    A tensor with stride 0 repeats a few stored values. Its conversion would allocate memory for all
+    repetitions.
 
     Raises:
         TorchFileError: if a tensor is too large, or if the file contains more than 1,000,000 values.

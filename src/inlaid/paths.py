@@ -1,6 +1,6 @@
-"""Paths that a dataset names: finding them, and refusing to read outside of the dataset's root folder.
+"""Search for the files of a dataset, and rejection of paths that lead out of its root folder.
 
-A dataset may come from an untrusted person, so `Root.guard` checks every path that the dataset names. Such
+A dataset may come from an untrusted person, so `Root.guard` checks every path that the dataset contains. Such
 paths occur in manifests, prompt lists, file names, symbolic links, and meshes that refer to buffer files.
 """
 
@@ -173,8 +173,9 @@ class Root:
     def _enters(self, path: Path, seen: set[str]) -> bool:
         """Return True if `walk` should enter a folder.
 
-        `seen` contains the folders found so far. Links to these are not followed, so a folder is entered only
-        once, even if several links lead to it or links form a cycle.
+        Run folders and links that lead out of the root folder are not entered. A link to a folder in `seen`
+        is not followed either, so that links cannot form an endless cycle. `seen` contains the real paths of
+        the folders found so far.
         """
         if is_run_folder(path):
             self.skipped[path] = FileError(path, "", "run")

@@ -44,13 +44,14 @@ def export_run(
 
     Args:
         run: run folder.
-        to: name of the target, such as `diffusers`, `comfyui`, `musubi` or `merged`. For an RGBA VAE:
-            `wan-alpha` or `comfyui`.
+        to: export target, such as `diffusers`, `comfyui`, `musubi` or `merged`. If the run trained an RGBA
+            VAE: `wan-alpha` or `comfyui`.
         out: file or folder to write. Default: a path in the folder `export` of the run.
         checkpoint: name of a training checkpoint, such as `step-000500`. Default: the final weights.
-        then: LoRA to merge after the trained weights, such as a step-distillation LoRA. Only for a whole
-            model. A DoRA is rejected: it rescales rows of the weights, so it would have to be merged first.
-        merge: merge the adapter into the model and export the whole model, for the program `to`.
+        then: second LoRA, such as a step-distillation LoRA. It is merged after the trained weights, so it
+            requires the export of a whole model. A DoRA is rejected, because it rescales rows of the weights
+            and would have to be merged first.
+        merge: merge the adapter into the model, and export the whole model in the layout `to`.
         dtype: dtype of a whole model: `float32`, `bfloat16` or `float16`. Default: that of the trained
             weights, or float32 for a merged adapter.
         skip_missing: leave out layers and parameters of `then` that the model lacks, and print a note.

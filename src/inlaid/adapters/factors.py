@@ -1,7 +1,8 @@
-"""Factors of LoRA, LoKr and LoHa layers: conversion between these kinds, and to the form that peft loads.
+"""Factors of LoRA, LoKr and LoHa layers: exact conversion to LoRA, and conversion to peft's tensors.
 
-A layer's update is s B A for LoRA, s kron(w1, w2) for LoKr and s (w1a w1b) * (w2a w2b) for LoHa (Yeh et al.
-2023, https://arxiv.org/abs/2309.14859). * is the elementwise product. For LoKr, w2 may be a product a b.
+The update of a layer is the scale s times a product of factors. It is s B A for LoRA and s kron(w1, w2) for
+LoKr, where w2 may be a product a b. It is s (w1_a w1_b) * (w2_a w2_b) for LoHa, where * is the elementwise
+product (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def _rank(factors: Factors) -> int:
 def low_rank(factors: Factors) -> tuple[Tensor, Tensor]:
     """Convert factors to LoRA factors A (r, in) and B (out, r) with scale 1 and the same update, in float32.
 
-    For LoHa of rank k, r is k^2. For LoKr of rank k, r is k times the number of columns of w1. r is at most
+    Factors of a LoRA keep their rank. For LoHa of rank k, r is k^2. For LoKr with w2 = a b of rank k, r is k
+    times the number of columns of w1. If r would be larger than min(out, in) or w2 is not factored, r is
     min(out, in).
     """
     p = {n: t.float() for n, t in factors.parts.items()}

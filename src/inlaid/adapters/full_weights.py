@@ -98,7 +98,18 @@ def _differences(out: FullWeights, parsed: Parsed, own: Mapping[str, Tensor], sk
 
 
 def _places(names: Names, module: str, flat: bool, part: str, own: Mapping[str, Tensor]):
-    """Return the name of each parameter that a difference changes, and a function that selects its rows."""
+    """Return the parameters that a tensor of differences in an adapter file changes.
+
+    Args:
+        names: names of the network's layers.
+        module: module name in the file.
+        flat: True if underscores replace the dots of `module`.
+        part: suffix of the tensor: `diff` for a weight, `diff_b` for a bias, `diff_m` for a modulation table.
+        own: parameters of the base model.
+
+    Returns:
+        Pairs of a parameter name and a function that selects the parameter's rows from the tensor.
+    """
     leaf = {"diff": ".weight", "diff_b": ".bias", "diff_m": ""}[part]
     places = names.parameters(module + (".modulation" if part == "diff_m" else ""), flat)
     found = [(t.module + leaf, t.rows) for t in places if t.module + leaf in own]

@@ -64,10 +64,11 @@ def _diffsynth(adapter: Adapter, family: Model, base: nn.Module | None) -> Layou
 
 
 def _musubi(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of musubi-tuner, with factors of zero for untrained layers.
+    """Return the layout of musubi-tuner; some untrained layers get factors of zero.
 
-    The converters of diffusers and other programs require all default layers in each block, up to the last
-    trained block. If a layer for image tokens was trained, they also require both such layers in each block.
+    The converters of diffusers and other programs do not accept all subsets of layers. In each block up to
+    the last trained block, they require all layers of the first group in `kohya_layers`. If a layer of
+    another group was trained, they also require all layers of that group in each of these blocks.
     """
     if adapter.dora:
         raise ValueError("no other program reads DoRA in the kohya layout: export as merged or comfyui")

@@ -39,7 +39,8 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def update(parts: Parts, scale: float) -> Tensor:
     """Return the update (out, in) of a layer in float32.
 
-    It is the Kronecker product (LoKr) or the elementwise product (LoHa) of two matrices.
+    It is `scale` times a product of two matrices: the Kronecker product for LoKr, the elementwise product for
+    LoHa.
     """
     own = {name: t.float() for name, t in parts.items()}
     if "hada_w1_a" in own:

@@ -1,7 +1,8 @@
-"""Adapter layers with the names and row order of the original code, and their tensor names in files.
+"""Adapter layers under the names of a model's original code, and the tensor names that programs expect.
 
-The scale alpha / rank is always multiplied into the second factor, and alpha is set to the rank. Programs
-that read alpha and programs that ignore it then apply the same update.
+Layers follow the row order of the original code. The scale alpha / rank is always multiplied into the second
+factor, and alpha is set to the rank. Programs that read alpha and programs that ignore it then apply the same
+update.
 """
 
 from __future__ import annotations

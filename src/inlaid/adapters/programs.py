@@ -1,4 +1,4 @@
-"""Programs that `inlaid export` writes files for: how to load the files, and what is not supported."""
+"""Targets of `inlaid export`: how other programs load the files, and what they cannot load."""
 
 from __future__ import annotations
 

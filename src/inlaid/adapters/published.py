@@ -87,7 +87,16 @@ def _sat(path: Path, tensors: Mapping[str, Tensor]) -> Published:
 
 
 def _genmo(path: Path, tensors: Mapping[str, Tensor], raw: Any) -> Published:
-    """Return an adapter of genmo's trainer with the LoRA alphas in its settings, after checking the ranks."""
+    """Return an adapter of genmo's trainer, with the LoRA alphas from the trainer's settings.
+
+    Args:
+        path: the adapter file, for error messages.
+        tensors: tensors of the file.
+        raw: the settings as JSON text, from the metadata of the file.
+
+    Raises:
+        FileError: if the settings are invalid, or if their ranks differ from those of the tensors.
+    """
 
     def wrong(why: str) -> FileError:
         return FileError(path, f"`{GENMO_KEY}` does not hold the LoRA settings of genmo's trainer ({why})")

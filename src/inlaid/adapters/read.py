@@ -478,7 +478,7 @@ def _lycoris(
     about: Lycoris,
     family: type[Family] | Family,
 ) -> Lycoris:
-    """Return the factors of a file with LoKr or LoHa layers."""
+    """Return the adapter in a parsed file that has LoKr or LoHa layers."""
     _refuse_overflow(parsed, alphas)
     layers: dict[str, Factors] = {}
     for layer in parsed.layers.values():

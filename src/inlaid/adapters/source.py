@@ -130,7 +130,7 @@ def locate(path: Path) -> Path:
     """Return the weights file in a folder, or `path` itself if it is a file.
 
     Raises:
-        ValueError: if there is no file, or several.
+        ValueError: if `path` does not exist, or if the folder has no weights file or several candidates.
     """
     if path.is_file():
         return path
@@ -265,7 +265,7 @@ def _head(path: Path) -> tuple[bytes, int]:
 
 @contextmanager
 def load_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file.
+    """Context manager that opens a safetensors file.
 
     Raises:
         ValueError: if the file has another format, is truncated or is damaged.

@@ -85,7 +85,9 @@ def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
 
 
 def run_demo(folder: Path, *, dora: bool = False, checkpoint: str = "tiny:midi") -> Path:
-    """Create scenes with a new object, then check, cache, train, generate and evaluate.
+    """Run the demo for scenes: create scenes, then check, cache, train, generate and evaluate.
+
+    The scenes contain an object that the tiny model does not know.
 
     Args:
         folder: run folder; an interrupted demo resumes when run again.

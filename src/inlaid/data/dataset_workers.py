@@ -65,7 +65,11 @@ def write_cuts(cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers
 def _pooled(
     cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers: int, lost: list[Cut]
 ) -> Iterator[Written]:
-    """Write cuts in a process pool. If a process dies, add the unfinished cuts to `lost` and stop."""
+    """Write cuts in a process pool, and yield each result when it is finished.
+
+    A cut is a window of a clip that is to be written to files. If a worker process dies, the submitted cuts
+    without a result are added to `lost`, and no more cuts are written.
+    """
     cut: Cut | None
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin)

@@ -14,11 +14,11 @@ ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 
 
 def fitting_size(model: Family, probes: list[Probe]) -> tuple[int, int]:
-    """Return a height and width: the default size of the family, adapted to the clips.
+    """Return a height and width for training: the default size of the family, adapted to the clips.
 
-    The default is 704 x 1280 in families whose sizes are multiples of more than 16 pixels. It is turned to
-    portrait if most clips are portrait. If the clips are smaller, the result has their median area and median
-    aspect ratio.
+    The default is 704 x 1280 for families with a spatial stride of more than 16 pixels. Height and width are
+    exchanged if most clips are portrait. If the median area of the clips is less than 81 % of the default
+    area, the result has the median area and the median aspect ratio.
     """
     height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
     typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]

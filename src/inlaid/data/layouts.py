@@ -296,7 +296,7 @@ def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None
     """Return the file that lists captions and the file that lists clips, or None if either is missing.
 
     Raises:
-        ValueError: if `layout` is `lines` and there are several candidates for one of the files.
+        ValueError: if the recipe sets `layout: lines` and there are several candidates for one of the files.
     """
     found = []
     for key, named, defaults in (

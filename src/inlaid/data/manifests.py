@@ -210,7 +210,7 @@ def _json(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | None, Sequence[str]]]:
-    """Return the configured name and the default names of each column, by recipe key."""
+    """Return the column names to look for, by recipe key: the name in the recipe, and the default names."""
     return {
         "video_column": (source.video_column, VIDEO_COLUMNS + COLOR_COLUMNS * transparent),
         "caption_column": (source.caption_column, CAPTION_COLUMNS),

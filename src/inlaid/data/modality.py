@@ -87,7 +87,7 @@ class Modality(ABC):
 
     @abstractmethod
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Return one text per output to generate: its prompt, or its name if the modality has no prompts.
+        """Return one text for each output: its prompt or, for scenes, the file name of its input image.
 
         Raises:
             ValueError: if prompts or images are missing, or if the modality does not accept prompts.

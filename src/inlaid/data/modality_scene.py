@@ -111,7 +111,7 @@ class SceneModality(Modality):
     ) -> Plan:
         """Find and check the scenes of all data sources, and split off the validation scenes.
 
-        Every surface file is read, because most problems are in the surfaces.
+        All files of each scene are read, because most problems are in the surfaces of the objects.
         """
         problems: list[Problem] = []
         found = [_find(source, i, problems) for i, source in enumerate(config.data.sources)]

@@ -415,7 +415,7 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float, rate: float | None = Non
 def _even(path: Path, fps: float) -> np.ndarray:
     """Return the time of each frame in seconds, for a clip without timestamps.
 
-    Frames are evenly spaced. The frame rate is the one stored in an array file, otherwise `fps`.
+    Frames are evenly spaced. If an array file stores a frame rate, it is used instead of `fps`.
     """
     if rgba_kind(path) == "array":
         probe = probe_array(path, CHANNELS)

@@ -122,10 +122,10 @@ class Scene:
         return SceneSample(self.name, image, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
-        """Read the surfaces, keyed by object ID.
+        """Read the surface of each object; the keys of the result are object IDs.
 
-        `numbers` are the sorted object IDs in the segmentation. A single file for all objects contains their
-        surfaces in this order.
+        `numbers` are the sorted object IDs in the segmentation. If one file contains the surfaces of all
+        objects, they are in this order.
         """
         if list(self.surfaces) != [0]:
             out = {}

@@ -169,7 +169,7 @@ def views(count: int, seed: int) -> Iterator[View]:
 
 
 class _Room:
-    """Usable objects of a mesh file in scene coordinates, and the images supplied by the user."""
+    """Usable objects of a mesh file in scene coordinates, and the images and segmentations from the user."""
 
     def __init__(self, path: Path, name: str, options: MeshOptions) -> None:
         self.path = path

@@ -180,8 +180,8 @@ def _mark(chart: Chart, frame: _Frame) -> list[Shape]:
 def _legend(lines: Sequence[Line], right: float) -> list[Shape]:
     """Return the elements of the legend: the name and line style of each line.
 
-    A chart with a single line gets no legend. Lines of style `base` are not listed, because they have labels
-    in the chart.
+    Lines of style `base` are left out, because they have labels in the chart. If fewer than two lines are
+    left, there is no legend.
     """
     named = [line for line in lines if line.style != "base"]
     shapes: list[Shape] = []

@@ -481,7 +481,7 @@ class _Comparison:
             self._outputs[side.role].append(Output(name, metrics, matches, parts))
 
     def pairs(self) -> list[Pair]:
-        """Return the outputs of both models in pairs with the same prompt and seed."""
+        """Pair the outputs of the base model and the tuned model by prompt and seed."""
         first = self.encoded.sample.seed
         each = [(p, first + j) for p in self.prompts for j in range(self.count)]
         columns = zip(each, self._outputs["base"], self._outputs["tuned"], self._distances, strict=True)

@@ -178,8 +178,9 @@ def _object_metrics(output: np.ndarray | None, true: np.ndarray) -> dict[str, fl
 def _overlap(a: np.ndarray, b: np.ndarray, boxes: list[np.ndarray], count: int = 8000) -> float:
     """Return the intersection over union of two volumes, estimated with `count` random points.
 
-    A volume is given by its surface (n, 6) of positions and normals. A point is inside if the normal of the
-    nearest surface point faces away from it.
+    `a` and `b` (n, 6) are points on the surfaces of the volumes: positions and normals. A random point is
+    inside a volume if the normal of the nearest surface point faces away from it. `boxes` are the bounding
+    boxes of both surfaces, (2, 3) each. The random points lie in the box around both.
     """
     from scipy.spatial import KDTree
 

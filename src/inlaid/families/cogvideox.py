@@ -293,7 +293,7 @@ class CogVideoX(Family):
     def share_positions(self, denoiser: Any) -> None:
         """Modify the denoiser to use the positional embeddings of one clip for both clips of joint alpha.
 
-        Covers rotary embeddings, and the sinusoidal embeddings of 2B.
+        This applies to rotary embeddings and to the sinusoidal embeddings of CogVideoX-2B.
         """
         halve_cogvideox(denoiser)
 

@@ -222,9 +222,10 @@ class Midi(_Encoders, Family):
         return [f"Adapters of the image encoders {names} {how}"] if names else []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check that an adapter is compatible and was trained with the same option `image_encoders`.
+        """Check that an adapter is compatible with this family and with the option `image_encoders`.
 
-        Extends `Family.accept`.
+        Raises:
+            ValueError: if the adapter requires other settings, such as another value of `image_encoders`.
         """
         super().accept(header)
         key, own = "image_encoders", self.options["image_encoders"]

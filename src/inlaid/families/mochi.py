@@ -173,7 +173,7 @@ class Mochi(Family):
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
         """Encode a clip, uint8 (t, h, w, 3), to `moments` (24, t', h', w').
 
-        They are means and log-variances of the VAE posterior. On CUDA, the VAE computes in
+        `moments` contains the means and log-variances of the VAE posterior. On CUDA, the VAE computes in
         bfloat16, as in the reference implementations.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
@@ -359,8 +359,8 @@ def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tenso
 def _unmasked(
     pooler: nn.Module, args: tuple[Tensor, Tensor | None], *, length: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Pre-forward hook of the text pooler: pad the text to `length` tokens and add a mask if there is none.
+    """Pre-forward hook of the text pooler: if there is no mask, pad text embeddings and create their mask.
 
-    The output is then bit-identical to the output for text that was padded beforehand.
+    The text is padded to `length` tokens. The output is bit-identical to the output for padded text.
     """
     return padded(args[0], length) if args[1] is None else args

@@ -43,7 +43,7 @@ class Rename:
         return self.swap(whole).chunk(len(self.diffusers)) if len(self.diffusers) > 1 else (self.swap(whole),)
 
     def swap(self, rows: Tensor) -> Tensor:
-        """Exchange the halves of the rows, if the original code has them in the opposite order."""
+        """Exchange the first and the second half of the rows if `swapped` is true."""
         return rows.roll(rows.shape[0] // 2, 0) if self.swapped else rows
 
     def _numbered(self, block: str | None) -> Rename:

@@ -442,10 +442,10 @@ class Wan(Family):
 
 
 def _split_sequence(denoiser: Any, sequence: SequenceParallel) -> None:
-    """Split the video tokens of a network over processes.
+    """Modify a network to split its video tokens across processes.
 
-    In TI2V-5B, each token has its own timestep, so the timesteps are split as well. Cross-attention needs no
-    communication, because each process has the whole text.
+    In Wan 2.2 TI2V-5B, each token has its own timestep, so the timesteps are split as well. Cross-attention
+    needs no communication, because each process has the whole text.
     """
     from inlaid.networks.wan_self_attention import SplitSelfAttention
 

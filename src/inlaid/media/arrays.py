@@ -213,9 +213,9 @@ class Frames:
     """Lazy sequence of the frames of an `.npz` clip: indexing reads one frame, uint8 (h, w, c).
 
     The first access decompresses the whole array to verify its checksum, but keeps no frame in memory. After
-    that, reading all frames in ascending order decompresses the array once more. A lower index than the last
-    one restarts from the first frame. Arrays (c, t, h, w) and arrays in Fortran order are loaded into memory
-    as a whole on the first access.
+    that, reading all frames in ascending order decompresses the array once more. Access to an earlier frame
+    starts again from the first frame. If the array has shape (c, t, h, w) or Fortran order, the first access
+    loads it into memory as a whole.
     """
 
     def __init__(self, path: Path, clip: _Clip) -> None:

@@ -51,16 +51,16 @@ def resize(
 ) -> np.ndarray:
     """Scale RGBA frames to cover `size`, and center-crop them; the result has straight alpha.
 
-    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. Fully
-    transparent pixels of the result get color that is scaled without weights, or black if `rgba` is
-    premultiplied. The filter is bicubic; overshoot is clipped.
+    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. Where the
+    result is fully transparent, there is no weighted color. Such pixels get color that is scaled without
+    weights, or black if `rgba` is premultiplied. The filter is bicubic; overshoot is clipped.
 
     Args:
-        rgba: uint8 (t, h, w, 4), straight unless `premultiplied`.
+        rgba: uint8 (t, h, w, 4).
         size: height and width of the result.
         sar: pixel aspect ratio, width / height.
-        premultiplied: True if `rgba` is premultiplied; it is converted to straight alpha after scaling, in
-            float.
+        premultiplied: True if `rgba` is premultiplied, False if it is straight. Premultiplied frames are
+            scaled first, and then converted to straight alpha in float.
     """
     height, width = rgba.shape[1:3]
     if (height, width) == tuple(size) and sar == 1:

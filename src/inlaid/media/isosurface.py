@@ -92,9 +92,9 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
 
 
 class _Samples:
-    """Values of a field at points of a regular grid; each point is evaluated once.
+    """Values of a field at points of a regular grid. `corners` evaluates each point only once.
 
-    Points and cells are integer indices (n, 3). A cell has the index of its lowest corner.
+    The indices of points and cells are integers (n, 3). A cell has the index of its lowest corner.
     """
 
     def __init__(self, field: Field, low: np.ndarray, high: np.ndarray, cells: int) -> None:

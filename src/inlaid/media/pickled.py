@@ -48,7 +48,7 @@ class _Named:
 
 
 class _Type:
-    """Type of array elements."""
+    """Data type of an array's elements, as a pickle declares it."""
 
     def __init__(self, text: str) -> None:
         if not ELEMENTS.fullmatch(text):

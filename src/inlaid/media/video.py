@@ -304,14 +304,15 @@ def _read_video(
 
 
 def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tuple[Any, float]]:
-    """Yield the decoded frame that is displayed at each wanted time, and its pixel aspect ratio.
+    """Yield the frame for each wanted time, and its pixel aspect ratio, which is width / height.
 
-    The pixel aspect ratio is width / height. If a frame is repeated, the same object is yielded again.
+    If a frame is repeated, the same object is yielded again.
 
     Args:
         path: a video.
         wanted: ascending times in seconds from the first frame.
-        fps: sampling rate in frames per second; None selects the frame whose start is nearest to each time.
+        fps: sampling rate in frames per second. With a rate, the frame that is displayed at each time is
+            yielded. With None, it is the frame whose start is nearest.
 
     Raises:
         MediaError: if the video ends before the last wanted time.

@@ -106,8 +106,8 @@ class Extractor:
     def normalized(self, pixels: Tensor) -> Tensor:
         """Convert images from uint8 (n, channels, h, w) to normalized float32.
 
-        The 3 or 6 RGB channels are normalized by mean and std. The mask, which is the 7th channel if present,
-        is scaled to 0 and 1.
+        The first 3 or 6 channels are one or two RGB images. They are normalized by mean and std. A 7th
+        channel is a mask with values 0 and 255. It is divided by 255.
         """
         mean, std = ([*x, *x, y][: pixels.shape[1]] for x, y in ((self.mean, 0.0), (self.std, 1.0)))
         shift, scale = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))

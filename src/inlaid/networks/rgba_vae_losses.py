@@ -33,9 +33,9 @@ def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
 
 
 def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor, *, eps: float = ALPHA_EPS) -> Tensor:
-    """Replace transparent pixels of `rgb` by a background color (3,).
+    """Replace the color of transparent pixels with a background color (3,).
 
-    Pixels are transparent if (alpha + 1) / 2 <= eps. Alpha gets no gradient.
+    `alpha` is in [-1, 1]. Pixels are transparent if (alpha + 1) / 2 <= eps. No gradient flows to `alpha`.
     """
     visible = (alpha.detach() + 1) / 2 > eps
     return torch.where(visible, rgb, _background(color, rgb).to(rgb.dtype))

@@ -467,7 +467,7 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     Target `wan-alpha` writes the low-rank updates of both decoders to `decoder.safetensors`, and the whole
     RGBA VAE to `vae.safetensors`. It also writes the updates to `decoder.bin`, a torch file, because
     Wan-Alpha's script loads safetensors files only with newer versions of torch. Target `comfyui` writes two
-    VAEs with merged updates, in bfloat16.
+    VAEs in bfloat16, one for color and one for alpha; the updates are merged into their decoders.
 
     Raises:
         ValueError: if the target is unknown.

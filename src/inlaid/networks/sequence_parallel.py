@@ -112,9 +112,15 @@ class SequenceParallel:
         return _together(video, words.chunk(self.size, 2)[self.rank], first)
 
     def _to_tokens(self, x: Tensor, text: int, first: bool) -> Tensor:
-        """Convert (n, heads / size, all tokens, d) to (n, heads, own tokens, d).
+        """Convert attention output from some heads of all tokens to all heads of some tokens.
 
-        Each process sends the text tokens of its heads to all others.
+        Args:
+            x: output for this process's heads, (n, heads / number of processes, all tokens, d).
+            text: number of text tokens.
+            first: True if the text precedes the video.
+
+        Returns:
+            Output for this process's video tokens and for all text tokens, (n, heads, tokens, d).
         """
         video, words = _apart(x, text, first)
         each = video.unflatten(2, (self.clips, -1)).permute(3, 2, 0, 1, 4).split(self._shares)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ShortText(WanAttnProcessor):
-    """Cross-attention processor of Wan that makes a few zero tokens equivalent to padding to 512 tokens.
+    """Cross-attention processor of Wan for text that is padded to fewer than 512 tokens.
 
     Wan pads text to 512 tokens with zeros, and attends to the padding. All zero tokens have the same key and
     value. Therefore `m` zero tokens have the effect of `n` zero tokens if `log(n / m)` is added to their

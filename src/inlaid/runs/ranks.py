@@ -73,7 +73,10 @@ class Watch:
         self._leaving.set()
 
     def cause(self) -> str | None:
-        """Return the error message about a lost process; None if no loss is detected within a second."""
+        """Return the error message about a lost process; None if no process is found lost within a second.
+
+        A process is lost if it has ended or does not respond.
+        """
         until = time.monotonic() + 4 * INTERVAL
         while self.lost is None and time.monotonic() < until:
             self._check(0)

@@ -277,13 +277,14 @@ def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
 def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
     """Render a random training clip for the RGBA VAE.
 
-    Half of the clips show random objects (`wild`). Most others show one shape, as in `render`; a few are
-    fully opaque or empty.
+    With probability `share`, the clip shows a shape whose halves differ in color and alpha (`halves`). Half
+    of the other clips show random objects (`wild`). Most of the rest show one shape, as in `render`. A few
+    are fully opaque or empty.
 
     Args:
         seed: determines the clip.
         frames: number of frames.
-        share: probability that the clip is made by `halves` instead.
+        share: probability from 0 to 1.
     """
     rng = np.random.default_rng([seed, 47])
     kind = rng.random()

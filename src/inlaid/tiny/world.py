@@ -241,7 +241,7 @@ def _settle(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def _backdrop(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Return a static background image of a given kind, float `(64, 64, 3)`."""
+    """Return a background image, float (64, 64, 3) in [0, 255]; `kind` is plain, striped or dotted."""
     tint = _TINTS[rng.integers(len(_TINTS))] * rng.uniform(0.92, 1.08)
     lighter = np.minimum(tint * 1.2 + 14, 118)
     pixels = np.arange(SIZE, dtype=np.float32) + 0.5

@@ -41,14 +41,14 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
 
 
 def enable_checkpointing(denoiser: nn.Module, which: bool | int | Literal["attention"]) -> None:
-    """Enable gradient checkpointing. The gradients do not change, bit for bit.
+    """Enable gradient checkpointing. The gradients stay bit-identical.
 
     Args:
         denoiser: network; changed in place.
         which: True to checkpoint every block, n to checkpoint every n-th block. A checkpointed block stores
             only its input, and repeats its forward pass in the backward pass. Other blocks store all
-            activations. With "attention", every block is checkpointed, but stores the results of attention
-            over video tokens and does not compute them again.
+            activations. "attention" also checkpoints every block, but stores the results of attention to at
+            least `KEPT_TOKENS` tokens instead of computing them again.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
     every = 1 if which == "attention" else int(which)
@@ -227,8 +227,8 @@ def compile_blocks(denoiser: nn.Module, backend: str = "inductor") -> None:
     """Compile each repeated block of the network as one full graph; a graph break is an error.
 
     The first input shape is compiled with static sizes. The second shape is compiled with dynamic sizes, and
-    all later shapes reuse this graph. A run with several clip sizes therefore compiles twice, plus once for
-    validation and once for samples.
+    all later shapes reuse this graph. Validation and sampling run without gradients, so each of them compiles
+    once more.
     """
     import torch._dynamo.config as dynamo
 

@@ -37,7 +37,7 @@ class Schedule:
 
 
 def make_schedule(config: recipe.Config, batches: int, per_step: int) -> Schedule:
-    """Return the length and intervals of a run in steps.
+    """Return the number of steps of a run, and the steps between checkpoints, validations and samples.
 
     Args:
         config: the recipe.

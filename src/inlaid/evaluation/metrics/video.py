@@ -1,4 +1,4 @@
-"""Video metrics without a learned model: motion, flicker, consistency, sharpness.
+"""Video metrics without a learned model: motion, flicker, consistency, sharpness and distance.
 
 All functions are pure and take uint8 frames (t, h, w, 3); the same frames give the same numbers on every
 machine. No metric proves that a video is good. The metrics show what changed between two videos of the same

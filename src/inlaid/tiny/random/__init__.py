@@ -45,7 +45,7 @@ def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -
     Args:
         family: name of the model family.
         folder: output folder.
-        variant: architecture variant, one of the family's `VARIANTS`. Default: the first.
+        variant: a key of `VARIANTS` in the family's module of this package. Default: the first key.
         sizes: sizes of the network: `heads`, `head` (width of a head), `layers`, `ffn` (width of the
             feed-forward layers, if the architecture allows a choice), and for CogVideoX `text` (number of
             text tokens).
