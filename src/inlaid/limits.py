@@ -102,9 +102,9 @@ def as_size(size: float) -> str:
 
 
 def expanded(size: int, stored: int, what: str) -> str:
-    """Return a message if an archive member expands too much, else an empty string.
+    """Return an error message if a compressed archive member is too large, else an empty string.
 
-    A member that is stored without compression may have any size.
+    Decoded size and compression ratio are limited. A member without compression may have any size.
 
     Args:
         size: decoded size in bytes.

@@ -127,8 +127,8 @@ class Root:
     def _names(self, folder: Path) -> dict[str, str]:
         """Return a lookup table of the file names in a folder. Each name has two keys.
 
-        The first key is the normalized name. The second key is for lookups that ignore the case of the
-        suffix: the normalized stem, the lower-case suffix, and a null character.
+        The first key is the name in Unicode form NFC. The second key does not depend on the case of the
+        suffix. It consists of the stem in form NFC, the lower-case suffix, and a null character.
         """
         if folder not in self._listed:
             found: dict[str, str] = {}
@@ -195,7 +195,7 @@ class Root:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Return True if a folder is a run folder: its samples and images are not training data."""
+    """Return True if a folder is a run folder. Images and videos in a run folder are not training data."""
     return (
         (path / "run.lock").is_file()
         or (path / "check" / "report.json").is_file()

@@ -161,7 +161,10 @@ def _float32_product(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """LoRA output y + s B A x in the dtype of y and x, rounded once; A and B are float32."""
+    """Autograd function for the LoRA output y + s B A x. A and B are float32.
+
+    Matrix products are computed in the dtype of y and x. The gradients of A and B are summed in float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:

@@ -22,7 +22,7 @@ from inlaid.adapters.parse import Kind, Layer
 
 @dataclass(frozen=True)
 class Factors:
-    """Factors of the update of one diffusers layer."""
+    """LoRA, LoKr or LoHa factors of one diffusers layer."""
 
     kind: Kind
     parts: Mapping[str, Tensor]

@@ -21,16 +21,16 @@ def local_source(path: Path) -> Path:
     are downloaded.
 
     Args:
-        path: local path, or `OWNER/NAME/FILE` or `OWNER/NAME` of a repository on the Hub. A local path takes
-            precedence. Without FILE, the repository must have only one file of weights.
+        path: local path, or path on the Hub: `OWNER/NAME/FILE` or `OWNER/NAME`. An existing local path takes
+            precedence. Without FILE, the repository must have exactly one file of weights.
 
     Returns:
         The local path. A path that cannot name a Hub repository is returned as it is, even if it does not
         exist.
 
     Raises:
-        ValueError: if the repository or the file does not exist or cannot be downloaded, or if the repository
-            has several files of weights.
+        ValueError: if the repository or the file does not exist or cannot be downloaded, or if `path`
+            contains no FILE and the repository does not have exactly one file of weights.
     """
     owner, *rest = path.as_posix().split("/")
     if path.exists() or not rest or owner in ("", ".", "..", "~") or Path(owner).is_dir():

@@ -121,7 +121,10 @@ def original_layers(
 
 
 def plain_layers(adapter: Adapter, base: nn.Module | None = None) -> dict[str, Layer]:
-    """Return the layers of an adapter by their diffusers names."""
+    """Return the layers of an adapter by diffusers name. Their factors include the LoRA scale.
+
+    `base` is the network without adapters, for the weights of the layers.
+    """
     adapter = folded(adapter)
     return {module: _layer(adapter, module, base) for module in adapter.modules}
 

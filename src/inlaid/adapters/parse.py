@@ -256,7 +256,7 @@ def _problems(parsed: Parsed) -> list[str]:
 
 
 def _incomplete(layer: Layer) -> str:
-    """List the parts of a layer if a factor is missing; return an empty text if the layer is complete."""
+    """Return text that lists a layer's tensors if a factor is missing, else an empty string."""
     have = layer.parts.keys()
     wanted: dict[str, tuple[set[str], ...]] = {
         "lora": ({"A"}, {"B"}),
@@ -271,7 +271,10 @@ def _incomplete(layer: Layer) -> str:
 
 
 def _finite(layer: Layer) -> bool:
-    """Return whether all values are finite numbers; the unused alpha of full LoKr factors is not checked."""
+    """Return True if all tensors are real floating-point tensors with finite values.
+
+    Alpha may also be an integer. It is not checked for LoKr with two full factors, which does not use it.
+    """
     unused = {"alpha"} if layer.full else set()
     return all(
         (n == "alpha" or t.is_floating_point()) and t.float().isfinite().all()

@@ -363,10 +363,11 @@ class _Made:
         self.parts[module], self.alpha[module] = parts, alpha
 
     def finish(self, biases: Mapping[str, Tensor], family: type[Family] | Family) -> None:
-        """Add bias differences and missing magnitudes, and name the tensors.
+        """Add the changes of biases and missing DoRA magnitudes, and collect all tensors by peft's names.
 
         Raises:
-            ValueError: if the layers cannot be in one adapter, or need a base model.
+            ValueError: if one peft adapter cannot contain all layers, or if the base model is needed but was
+                not given.
         """
         marked = [m for m, p in self.parts.items() if "magnitude" in p]
         if self.full and marked:
@@ -502,7 +503,7 @@ def _lycoris(
 
 
 def lora_of(found: Lycoris, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
-    """Convert a LoKr or LoHa adapter to an exact LoRA.
+    """Convert a LoKr or LoHa adapter to a LoRA with the same weight update.
 
     Raises:
         ValueError: if the LoRA exceeds the memory limit `limits.ARRAY`.

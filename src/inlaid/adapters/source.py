@@ -169,7 +169,11 @@ def _source(
     alpha: float | None,
     expert: Expert | None,
 ) -> Source:
-    """Return a source with its configuration; published layouts are converted to the usual names."""
+    """Return the tensors and configuration of an adapter file.
+
+    Files of the original Mochi and CogVideoX trainers, and published TransPixeler adapters, are converted to
+    common LoRA tensor names.
+    """
     tensors = {k: t.bfloat16() if _is_float8(t) else t for k, t in tensors.items()}
     component = "transformer_2" if expert == "low" else "transformer"
     raw, origin = header.get(METADATA_KEY), f"the file's header ({METADATA_KEY})"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a network in diffusers layout, in the dtypes of its files.
+    """Read all tensors from the folder of a diffusers network. Their dtypes stay as stored.
 
     Raises:
         ValueError: if the folder has no tensors, or a file is damaged.

@@ -79,8 +79,8 @@ class Joint(Composed):
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
         """Return the layout of the precomputed latents in a folder, or None if the family reads none.
 
-        If the folder has a subfolder for alpha, color and alpha are read from separate files. Otherwise, they
-        are read from one file, color first.
+        If there is a folder of alpha latents, each clip has two files: one for color and one for alpha.
+        Otherwise, each clip has one file, which contains color first and then alpha.
         """
         one = self.single.precomputed
         if one is None:

@@ -1,4 +1,4 @@
-"""`inlaid demo --family midi`: the workflow for 3D scenes, with a tiny model that ships with inlaid."""
+"""`inlaid demo --family midi`: create 3D scenes, train a tiny model on them, and evaluate it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""YAML parser of recipes and overrides: YAML 1.2 scalars, limits on size, and messages about mistakes.
+"""YAML parser of recipes and their command-line overrides.
 
 PyYAML converts scalars by YAML 1.1, in which `16:9` is 969, `010` is 8, `1e3` is text and `on` is true. This
-module follows the YAML 1.2 core schema instead. It builds values from the events of PyYAML's parser, so that
-it can limit nesting and aliases, and refuse tags, before a value is built.
+module follows the YAML 1.2 core schema instead. It takes events from PyYAML's parser, and builds the values
+itself. It can therefore refuse tags, and limit nesting and aliases.
 """
 
 from __future__ import annotations

@@ -138,13 +138,13 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
 def duplicates(
     clips: Sequence[Clip], content: Callable[[Path], str] = sha256
 ) -> tuple[dict[Path, str], list[Problem]]:
-    """Return a label for the path of each clip, and a warning for each copy of a clip.
+    """Find clips with equal content. Return a label for each clip's path, and a warning for each duplicate.
 
-    Clips with equal content have equal labels. The label is a content hash, or the path if no other clip has
-    the same size in bytes.
+    Clips with equal content get equal labels. A label is a content hash. If no other clip has the same size
+    in bytes, the content is not hashed, and the label is the path.
 
     Args:
-        clips: the usable clips.
+        clips: the clips to compare.
         content: function that returns the content hash of a file.
     """
 

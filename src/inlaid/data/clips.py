@@ -138,5 +138,5 @@ class VideoWindow(Window):
 
 
 def _rated(clip: Clip) -> tuple[Hashable, ...]:
-    """Return the frame rate that the recipe sets for a clip, for the cache key; empty if it sets none."""
+    """Return cache key entries for the frame rate that the recipe sets; empty if it sets none."""
     return ("rate", clip.rate) if clip.rate else ()

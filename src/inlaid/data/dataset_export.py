@@ -383,7 +383,10 @@ class _Probes(CachedProbes):
 
 
 def _cuts(plan: Plan, part: Part, crf: int, target: Target, probes: _Probes) -> list[Cut]:
-    """Return a uniquely named cut for each window of a plan, in the order of the clips."""
+    """Return a cut (a window with a unique name, to be written to files) for each training window of a plan.
+
+    Equal windows give one cut. With the target `latents`, windows of clips without captions are left out.
+    """
     windows: dict[Path, list[VideoWindow]] = {}
     for window in plan.train:
         assert isinstance(window, VideoWindow)

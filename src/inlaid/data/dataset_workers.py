@@ -32,10 +32,10 @@ TEXTS = 8
 
 
 def write_cuts(cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers: int) -> Iterator[Written]:
-    """Write cuts in worker processes; yield each result when it is finished.
+    """Write cuts (windows of clips) in worker processes, and yield each result when it is finished.
 
-    A process can die because a decoder crashes or memory is exhausted. Then, the unfinished cuts are
-    repeated one at a time. A cut that kills a process again is reported as unreadable.
+    A worker process can die because a decoder crashes or memory is exhausted. The cuts in progress are then
+    repeated one at a time. A cut during which a process dies again is reported as unreadable.
 
     Args:
         cuts: the windows to write.

@@ -77,7 +77,10 @@ class Plan:
 
     @property
     def errors(self) -> list[Problem]:
-        """Problems that stop the run, or exclude a clip if `data.bad_clips` is `quarantine`."""
+        """Problems that stop the run.
+
+        If `data.bad_clips` is `quarantine`, a problem of a single clip excludes this clip instead.
+        """
         return [p for p in self.problems if p.severity == "error"]
 
 
@@ -139,7 +142,7 @@ def plan_dataset(
 
 
 def at_rate(probe: Probe, rate: float) -> Probe:
-    """Return the properties of a clip without timestamps if it plays at `rate` frames per second."""
+    """Return the properties of a clip without timestamps, played at `rate` frames per second."""
     fps = Fraction(rate).limit_denominator(1001)
     return replace(probe, fps=fps, interval=1 / rate, duration=probe.frames / rate)
 

@@ -221,7 +221,7 @@ def _format(path: Path) -> str:
 
 
 def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
-    """Raise a `MediaError` if color and alpha matte differ in frame count, size or frame rate."""
+    """Raise a `MediaError` if color and alpha matte differ in frame count, size, frame rate or rotation."""
     wrong = []
     if probe.frames != other.frames:
         wrong.append(f"{probe.frames} frames and {other.frames} in {matte.name}")

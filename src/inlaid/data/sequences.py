@@ -72,8 +72,9 @@ def _is_sequence(root: Root, folder: Path, groups: dict[str, list[str]], images:
 def _are_frames(name: str, members: Sequence[str], channels: int) -> bool:
     """Return True if numbered images without captions are frames of a clip, not photos.
 
-    There must be at least three images, and fewer missing than existing numbers. In a run that trains without
-    alpha, JPEG files are photos unless a period precedes the number, as in `a.1001.jpg`.
+    A clip has at least three images, and more images than missing numbers. In a run without alpha, JPEG files
+    are photos, with two exceptions: a period precedes the number, as in `a.1001.jpg`, or the text before the
+    number is empty, `f` or `frame`.
     """
     if len(members) < 3 or missing_frames(members) >= len(members):
         return False

@@ -197,7 +197,7 @@ class Report:
 
     @property
     def total(self) -> Group | None:
-        """Mean metrics over all pairs; None if there are no pairs."""
+        """Mean metrics over all pairs of outputs (base and fine-tuned model); None if there are no pairs."""
         return summarize("all", self.pairs) if self.pairs else None
 
 

@@ -115,7 +115,7 @@ def _picture(
 def table(report: RgbaVaeReport) -> Table:
     """Return a table of mean alpha errors (0-255) by region, for the RGBA VAE and trivial predictors.
 
-    The trivial predictors give the same alpha everywhere.
+    A trivial predictor gives all pixels of a clip the same alpha.
     """
     out = Table(title=f"alpha: mean error, 0-255, {report.clips} validation clips", title_justify="left")
     columns = ("all", *REGIONS, "mean of regions")

@@ -144,7 +144,7 @@ def preview(output: GeneratedScene) -> Image.Image:
 
 
 def _points(surface: np.ndarray, seed: int) -> np.ndarray:
-    """Sample `POINTS` points from a surface (n, 6) of positions and normals."""
+    """Select `POINTS` random rows of a surface (n, 6). Each row is the position and normal of a point."""
     rng = np.random.default_rng(seed)
     return surface[rng.choice(len(surface), POINTS, replace=len(surface) < POINTS)]
 

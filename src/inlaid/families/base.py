@@ -145,7 +145,7 @@ class Family(Sampling, ABC):
         return {"inlaid_base": self.name, **{f"inlaid_{k}": str(v) for k, v in self.options.items()}}
 
     def warnings(self) -> list[str]:
-        """Return paragraphs for the model card that explain limitations of the trained weights."""
+        """Return paragraphs about limitations of the trained weights, for the model card."""
         return []
 
     def accept(self, header: Mapping[str, str]) -> None:

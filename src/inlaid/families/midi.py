@@ -87,9 +87,9 @@ class _Encoders(Checkpoint):
             return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
 
     def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
-        """Return the image encoders: frozen encoders loaded in float32, and trained encoders from `network`.
+        """Load the frozen image encoders in float32, and take the trained image encoders from `network`.
 
-        Without `network`, trained encoders are left out.
+        If `network` is None, the result has no trained encoders.
         """
         found = {}
         for kind, encoder in self.conditioning.encoders.items():

@@ -2,7 +2,7 @@
 
 Pitfalls:
 
-- The model's timestep runs backwards: it is 1000 (1 - t). The model predicts data - noise.
+- The model's timestep is 1000 (1 - t), where t is 1 for noise. The model predicts data - noise.
 - Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
 - Latents are normalized per channel. Other public trainers omitted the normalization.
 - The unconditional input has no text tokens at all; it is not the encoding of "".

@@ -114,7 +114,7 @@ class OriginalNames:
         return out
 
     def to_diffusers(self, state: Mapping[str, Tensor], present: Collection[str]) -> dict[str, Tensor]:
-        """Convert weights from the original names and row order to those of diffusers.
+        """Convert weights of the model's original code to the names and row order of diffusers.
 
         Args:
             state: tensors by original name.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Sampling(OtherPrograms):
-    """Base class of `Family` that generates with the diffusers pipeline of the model."""
+    """Base class of `Family`. Its methods generate samples with the model's diffusers pipeline."""
 
     images: Sequence[str] = ()
     """Names of the conditioning images of a clip, in the order that `sample` expects, such as `first` and

@@ -25,10 +25,10 @@ PALETTE = (
 
 @dataclass(frozen=True)
 class View:
-    """Perspective camera that looks at the origin, with y up.
+    """Perspective camera that looks at the origin. The y axis points up.
 
-    All angles are in degrees. Azimuth 0 is on the +z axis, azimuth 90 on the +x axis. `field` is the field of
-    view.
+    All angles are in degrees. At elevation 0, the camera is on the +z axis for azimuth 0, and on the +x axis
+    for azimuth 90. `field` is the field of view.
     """
 
     azimuth: float = 30.0
@@ -55,7 +55,7 @@ class View:
         return replace(self, distance=max(self.distance, float(needed)))
 
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the origins and unit directions of the rays of all pixels, each (size * size, 3).
+        """Return the origin and the unit direction of each pixel's ray, as two arrays (size * size, 3).
 
         Rays are ordered row by row from the top left pixel.
         """

@@ -130,9 +130,10 @@ def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> O
 def _escapes(
     mesh: trimesh.Trimesh, points: np.ndarray, normals: np.ndarray, offset: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each point whether a ray leaves the mesh from its front, and from its back: bool (n,) each.
+    """Return two arrays, bool (n,): True for points with a visible front, and for points with a visible back.
 
-    The back is tested only if no ray leaves from the front.
+    A side is visible if at least one random ray from this side does not hit the mesh. The back is tested only
+    if the front is not visible.
     """
     front, back = np.zeros(len(points), bool), np.zeros(len(points), bool)
     for side, found in ((1.0, front), (-1.0, back)):

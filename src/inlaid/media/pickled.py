@@ -1,8 +1,9 @@
-"""Reading of pickled NumPy data without running anything in the pickle.
+"""Safe reader for NumPy data in pickle files.
 
-A pickle is a program: it can call any function of any module. The published surfaces of 3D-FRONT are pickles
-nevertheless. This module interprets the instructions of a pickle itself. It builds arrays, dicts, lists,
-tuples, texts, bytes, numbers, booleans and None. Everything else is refused, and nothing is imported.
+A pickle is a program: it can call any function of any module. The published surfaces of the 3D-FRONT dataset
+are pickles. This module therefore interprets the instructions of a pickle itself. It builds only arrays,
+dicts, lists, tuples, texts, bytes, numbers, booleans and None. It refuses everything else, and imports
+nothing that a pickle names.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class _Array:
     value: Any = None
 
     def set_state(self, state: Any) -> None:
-        """Set the value from the state in the pickle: version, shape, type, order, content."""
+        """Set the value from its pickled state: version (optional), shape, dtype, memory order, content."""
         if not isinstance(state, tuple) or len(state) not in (4, 5):
             raise ValueError("contains an array with an invalid state")
         shape, kind, fortran, content = state[-4:]
@@ -245,7 +246,7 @@ def _element_type(text: Any, *_: Any) -> _Type:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    """Encode a Latin-1 text as bytes; old protocols store bytes in this way."""
+    """Encode text as Latin-1 bytes. Old pickle protocols store bytes as such text."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise UnsafePickleError("calls _codecs.encode")
     return text.encode("latin1")

@@ -103,9 +103,9 @@ def sequence_name(path: Path) -> str:
 
 
 def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
-    """Return the pixels of an image after EXIF rotation, as uint8.
+    """Return the pixels of an image as uint8. EXIF rotation is applied, except to 16-bit gray images.
 
-    The shape is (h, w, 1) if `gray`, (h, w, 4) if the image has alpha, else (h, w, 3).
+    The shape is (h, w, 1) if `gray` is True, (h, w, 4) if the image has alpha, else (h, w, 3).
     """
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257

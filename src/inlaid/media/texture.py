@@ -180,7 +180,10 @@ def fit_camera(
 
 
 def _overlap(camera: Camera, points: np.ndarray, owner: np.ndarray, targets: np.ndarray) -> float:
-    """Return the mean IoU between silhouettes, drawn from points, and masks (objects, n, n)."""
+    """Return the mean IoU of the objects' silhouettes and their masks `targets` (objects, n, n).
+
+    The silhouettes are drawn from surface points.
+    """
     place, depth = camera.project(points)
     pixel = np.floor((place + 1) / 2 * SIDE).astype(int)
     shown = ((pixel >= 0) & (pixel < SIDE)).all(1)
@@ -237,7 +240,10 @@ def _without_background(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> n
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
-    """Return a mask without its edge, where pixels are often blended; unchanged if nothing would remain."""
+    """Return a mask without its edge, because image pixels at the edge often contain background color.
+
+    If nothing would remain, the mask is unchanged.
+    """
     from scipy.ndimage import binary_erosion
 
     inner = np.asarray(binary_erosion(mask, iterations=max(1, max(mask.shape) // 200)))
@@ -245,7 +251,10 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
 
 
 def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Return for each vertex (n, 3) the index of the nearest visible vertex; itself if it is visible."""
+    """Return the index of the nearest visible vertex for each vertex (n, 3).
+
+    The result for a visible vertex is its own index.
+    """
     from scipy.spatial import KDTree
 
     out, known = np.arange(len(vertices)), np.flatnonzero(seen)

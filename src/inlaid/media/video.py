@@ -1,9 +1,9 @@
-"""Video clips: reading of properties and of time windows, and writing of H.264 video.
+"""Functions that read the properties and frames of video clips, and write H.264 video.
 
 Pixels are uint8 RGB (t, h, w, 3). Frames are selected by time, never by index, because a container may round
 timestamps to milliseconds, start after time 0, and have a variable frame rate. Each frame is scaled when it
-is decoded, so that memory never holds a whole window at source size. FFmpeg (25 MB) is imported when the
-first video is opened; training from a complete cache never imports it.
+is decoded, so that memory never holds a whole window at source size. PyAV, which contains FFmpeg, is imported
+when the first video is opened. Training from a complete cache never imports it.
 """
 
 from __future__ import annotations
@@ -397,9 +397,9 @@ def _from(path: Path, pts: float) -> Generator[Any, None, None]:
 def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -> Iterator[Any]:
     """Yield the frame that is displayed at each wanted timestamp, by the rule of `frames_on_show`.
 
-    The last frame is also yielded for wanted times up to a limit after its start. The limit is half the
-    longest frame interval plus one sampling interval, or the duration of the last frame if that is longer.
-    `kinds.available_frames` is stricter.
+    The generator stops at the first timestamp that is too late for the last frame. The limit is the start of
+    this frame plus the larger of two durations. One is the frame's own duration. The other is half the
+    longest frame interval plus the mean interval between the wanted timestamps.
 
     Args:
         frames: decoded frames in presentation order.

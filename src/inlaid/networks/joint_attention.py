@@ -161,7 +161,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CogVideoXJointAttention:
-    """Attention processor of CogVideoX that can restrict the attention of text tokens to alpha tokens.
+    """Attention processor of CogVideoX that can limit how much text tokens attend to alpha tokens.
 
     It can also split the video tokens over processes (`sequence`).
     """

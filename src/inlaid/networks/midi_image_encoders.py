@@ -350,10 +350,14 @@ class LoadedEncoders:
 def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[ImageEncoder, nn.Module]]) -> None:
     """Add image encoders to a transformer as submodules, so that they are trained with it.
 
-    The submodules have the names of the encoders in the checkpoint. The keys of `encoders` are indices of the
-    transformer's contexts. For these contexts, the transformer then also accepts images, uint8
-    (rows, channels, h, w), and encodes them. Its new argument `conditioned` (rows,) is 0 for a row whose
-    image conditioning is dropped (for classifier-free guidance), else 1.
+    The names of the submodules are the names of the encoders in the checkpoint. The transformer then also
+    accepts images, uint8 (rows, channels, h, w), in place of cross-attention contexts, and encodes them. It
+    accepts a new argument `conditioned` (rows,). The value 0 replaces the encoded image of a row by zeros
+    (for classifier-free guidance). The value 1 keeps it.
+
+    Args:
+        network: the transformer.
+        encoders: pairs of encoder settings and network, by index of the cross-attention context.
     """
 
     def encode_contexts(

@@ -1,4 +1,4 @@
-"""Pipeline in the style of diffusers that generates the shape latents of a MIDI or TripoSG scene."""
+"""Diffusers pipeline that generates the shape latents of a scene with MIDI or TripoSG."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class MergeBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Merge color and alpha features, each (b, features, t, h, w), into (b, channels, t, h, w)."""
+        """Merge color and alpha features (b, features, t, h, w) into one tensor (b, channels, t, h, w)."""
         x = self.res[0](self.conv_in(torch.cat([rgb, alpha], 1)))
         for attention, residual in zip(self.att, list(self.res)[1:], strict=True):
             x = residual(attention(x))

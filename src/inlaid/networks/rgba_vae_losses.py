@@ -153,15 +153,15 @@ class RgbaLoss:
     def __call__(
         self, rgb: Tensor, alpha: Tensor, true_rgb: Tensor, true_alpha: Tensor, hard: Tensor, soft: Tensor
     ) -> dict[str, Tensor]:
-        """Compute the loss terms by name; the entry `loss` is their sum.
+        """Return the loss terms by name; the entry `loss` is their sum.
 
         Args:
             rgb: reconstructed straight color.
             alpha: reconstructed alpha.
             true_rgb: straight color of the original clip.
             true_alpha: alpha of the original clip.
-            hard: background color (3,) of the two hard composites (reconstruction and original clip).
-            soft: background color (3,) of the two soft composites (reconstruction and original clip).
+            hard: background color (3,) of the hard composites, in which it replaces transparent pixels.
+            soft: background color (3,) of the soft composites, in which it is blended with color by alpha.
         """
         eps = self.alpha_eps
         mask = alpha if self.hard_mask == "reconstructed" else true_alpha

@@ -425,10 +425,10 @@ def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
-    """Return the tensors of an RGBA VAE in Wan-Alpha's whole-VAE layout, with separate low-rank updates.
+    """Return the tensors of an RGBA VAE in Wan-Alpha's layout for a whole VAE.
 
-    The base weights are stored twice, with the prefixes `vae_fgr.` and `vae_pha.`. The merge block has the
-    prefix `middle.`.
+    The low-rank updates are not merged into the base weights. The base weights are stored twice, with the
+    prefixes `vae_fgr.` (color) and `vae_pha.` (alpha). The merge block has the prefix `middle.`.
     """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))

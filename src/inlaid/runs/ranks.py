@@ -94,7 +94,7 @@ class Watch:
             os._exit(1)
 
     def _check(self, seconds: float) -> None:
-        """Check all other processes; `seconds` is the time since the last check."""
+        """Check whether the other processes still run. `seconds` is the time since the last check."""
         for peer in self.peers:
             if peer.host == HOST:
                 ended, silent = process_start(peer.pid) != peer.start, _stopped(peer.pid)

@@ -130,7 +130,7 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
 
 
 def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
-    """Center objects, scale them to a longest side of 1.9, and return them with a random camera."""
+    """Return a scene with a random camera. The group of objects is centered, and its longest side is 1.9."""
     every = np.stack([bounds(t) for t in things])
     low, high = every[:, 0].min(0), every[:, 1].max(0)
     scale = LONGEST / float((high - low).max())

@@ -290,7 +290,7 @@ def render(scene: Scene, seed: int) -> np.ndarray:
 
 
 def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render a scene; return the clip and the shape's coverage, `float32 (17, 64, 64)` in [0, 1]."""
+    """Render a scene. Return the clip and the alpha of the shape, `float32 (17, 64, 64)` in [0, 1]."""
     rng = _generator(scene, seed)
     full = _settle(scene, rng)
     path, table = _world_path(full, rng), distance_table(full.shape)
@@ -507,7 +507,7 @@ def invented_word(rng: np.random.Generator) -> str:
 
 
 def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
-    """Return a sentence with `noun`, the motion and, if set, the background."""
+    """Return a sentence that describes the motion of `noun`, and the background if the scene sets one."""
     if scene.motion in _OTHER:
         action = str(rng.choice(_OTHER[scene.motion]))
     else:
@@ -548,7 +548,7 @@ def vague_caption(scene: Scene, seed: int) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Return all words that captions can contain, sorted, except invented words and `SUBJECT`."""
+    """Return a sorted list of the words in captions. Invented words and `SUBJECT` are left out."""
     texts = [*_FORMS, *_MOVES, *_VERTICAL, *itertools.chain(*_OTHER.values()), *_BACK, *_NAMED]
     words = [w for text in texts for w in text.replace(",", " ").split() if "{" not in w]
     return sorted({*words, "upwards", "downwards", *SHAPES, *COLORS, *SIZES, *DIRECTIONS, *BACKGROUNDS})

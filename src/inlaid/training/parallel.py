@@ -40,9 +40,10 @@ class Replicated:
         self.sharded = self.sharded or ctx.sequence > 1
 
     def split_sequence(self, family: Family, denoiser: nn.Module) -> None:
-        """Split the tokens of each sample over the processes that share it, as `runtime.sequence` sets.
+        """Make the denoiser split the tokens of each sample over `runtime.sequence` processes.
 
-        All processes must call this method, after adapters are attached and before blocks are compiled.
+        All processes must call this method. It must be called after adapters are attached, and before blocks
+        are compiled.
         """
         if self.ctx.sequence > 1:
             group: Any = dist.new_subgroups(self.ctx.sequence, timeout=COLLECTIVE_TIMEOUT)[0]
