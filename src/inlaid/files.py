@@ -274,11 +274,12 @@ def read_metadata(file: Any) -> dict[str, str]:
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; equal tensors and metadata give equal bytes.
 
-    `safetensors.torch.save_file` writes the metadata in a different order in every process, so they are
-    sorted here.
+    `safetensors.torch.save_file` writes the metadata entries in a different order in every process. Here,
+    the entries are sorted.
 
     Raises:
-        OSError: if the file cannot be written; the error names the file and, if the disk is full, its size.
+        OSError: if the file cannot be written. The message names the file. If the disk is full, it also
+            states how many bytes the file needs.
     """
     from safetensors import torch as safetensors
 

@@ -69,9 +69,9 @@ class Root:
     def named(self, text: str) -> Path:
         """Return the path of the file that a manifest entry names; the file need not exist.
 
-        The entry is a path relative to the root folder, or an absolute path inside it. If there is no file of
-        exactly this name, the entry may come from Windows or macOS: backslashes are then read as folder
-        separators, and Unicode names are compared in normalized form.
+        The entry is a path relative to the root folder, or an absolute path inside it. A relative path may
+        come from Windows or macOS. If it does not exist, backslashes are read as folder separators, and names
+        are compared after Unicode normalization.
 
         Raises:
             FileError: if the path is outside of the root folder or contains a null character.

@@ -266,7 +266,7 @@ def _adapter(job: _Job, folder: Path, target: Path) -> Path:
 
 
 def _explain(job: _Job, settings: config.Config, written: Path) -> None:
-    """Print how to load the written file, and what else the program needs."""
+    """Print how to load the export in the target program, and which other files the program needs."""
     place = written.parent if job.folder and written.is_file() else written
     say(loading(job.to, place, job.family, job.kind, whole=job.whole))
     for note in job.family.export_notes(job.target, job.whole):

@@ -127,7 +127,12 @@ class LowPrecision:
         return self.add_update(x, self.base_layer(x, *args, **kwargs))
 
     def add_update(self: Any, x: Tensor, out: Tensor) -> Tensor:
-        """Return the layer's output for x, given the base layer's output `out`, both in half precision."""
+        """Return the output of the base layer plus the update, in half precision.
+
+        Args:
+            x: input of the layer, in half precision.
+            out: output of the base layer for `x`.
+        """
         a, b, s = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
         if ADAPTER not in self.lora_variant:
             return _Sum.apply(out, x, a, b, s)

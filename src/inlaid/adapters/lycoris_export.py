@@ -1,8 +1,8 @@
 """LoKr and LoHa in the file layouts of ComfyUI and musubi-tuner.
 
-peft always scales the update by alpha / rank. Other programs do so only if a factor is decomposed, and ignore
-alpha otherwise. Here, the scale is multiplied into the first factor and alpha is set to the rank, so that the
-update is the same in all programs.
+peft always scales the update by alpha / rank. Other programs ignore alpha if neither LoKr factor is stored as
+a product of two matrices. Here, the scale is multiplied into the first factor, and alpha is set to the rank.
+The update is then the same in all programs.
 """
 
 from __future__ import annotations

@@ -147,11 +147,11 @@ class Names:
     """Module names of a family in the original code and in diffusers, with dots or underscores."""
 
     def __init__(self, family: type[Family] | Family, layers: Iterable[str] = ()) -> None:
-        """Collect the names of a family.
+        """Collect the layer names of a family.
 
         Args:
             family: model family.
-            layers: names of a network's layers in diffusers. Without these, only names that the family
+            layers: diffusers names of all layers of the network. Without them, only layers that the family
                 declares are found.
         """
         self.family = (family if isinstance(family, type) else type(family)).__name__
@@ -174,14 +174,15 @@ class Names:
             self._flat_layers.setdefault(name.replace(".", "_"), []).append(name)
 
     def find(self, module: str, flat: bool) -> Found | None:
-        """Return the layers that a module name stands for, or None.
+        """Return the layers that a module name stands for, or None if the name is unknown.
 
         Args:
-            module: name of the module in the file, without prefix.
+            module: name of a module in an adapter file, without prefix.
             flat: True if the name has underscores instead of dots.
 
         Raises:
-            AmbiguousError: if the name can stand for different layers, and the known layers do not decide.
+            AmbiguousError: if the name can stand for different layers, and the layer names of the network do
+                not decide between them.
         """
         if flat and module in self._flat_layers:
             return self._choose(module, [Found((Target(n),), "diffusers") for n in self._flat_layers[module]])
@@ -201,9 +202,10 @@ class Names:
         return self._choose(module, found)
 
     def parameters(self, name: str, flat: bool) -> tuple[Target, ...]:
-        """Return the modules or parameters of a network that a name in a file stands for.
+        """Return the layers or parameters that a name in an adapter file stands for.
 
-        An unknown name with dots is returned as it is, so the caller must check that the network has it.
+        An unknown name with dots is returned unchanged, so the caller must check that the network has it. For
+        an unknown name with underscores (`flat`), the result is empty.
         """
         found = self.find(name, flat)
         if found:

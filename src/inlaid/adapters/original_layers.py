@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """Low-rank update of one layer of the original code, with its scale multiplied into `up`."""
+    """Low-rank update of one layer. The scale alpha / rank is already multiplied into `up`."""
 
     down: Tensor
     """First factor (r, in); for convolutions (r, in, kernel ...)."""

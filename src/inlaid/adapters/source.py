@@ -67,10 +67,10 @@ class Source:
 
 
 def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
-    """Return the tensors, peft configuration and file path of an adapter for one network.
+    """Return the tensors, the peft configuration and the file path of an adapter.
 
     Raises:
-        ValueError: if the file is damaged or missing, or holds adapters of two experts.
+        ValueError: if the file is damaged or missing, or holds two adapters (one per expert of Wan2.2 A14B).
     """
     source = open_source(path)
     return source.tensors, source.config, source.path
@@ -152,7 +152,12 @@ def locate(path: Path) -> Path:
 
 
 def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Mapping[str, Any] | None]:
-    """Return the tensors and header of a file, and the trainer settings if a torch file stores them."""
+    """Read an adapter file.
+
+    Returns:
+        The tensors, the header (empty for a torch file), and the settings that a trainer stored in a torch
+        file (None if there are none).
+    """
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
         with load_safetensors(path) as file:
             return {k: file.get_tensor(k) for k in file.keys()}, read_metadata(file), None  # noqa: SIM118

@@ -179,7 +179,10 @@ class Merged(Composed):
         return {**item, "latents": item["latents"][which]}
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Add `noise_shift` to the noise away from the subject; `cond["ellipse"]` is 1 at the subject."""
+        """Add `noise_shift` * (1 - ellipse) to the noise.
+
+        The ellipse `cond["ellipse"]` is 1 at the center of the subject and near 0 far from it.
+        """
         from inlaid.alpha.noise_shift import shifted
 
         return shifted(noise, cond[ELLIPSE], self.noise_shift) if self.noise_shift else noise

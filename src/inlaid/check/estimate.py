@@ -184,8 +184,8 @@ def count_operations(
 
     Args:
         family: family of the network.
-        denoiser: network on the meta device, with its tuner attached.
-        extent: length, height and width of each sample.
+        denoiser: network on the meta device, with its adapter if it has one.
+        extent: size of each sample: number of frames (of objects for scenes), height and width in pixels.
         batch: number of samples.
         checkpointing: value of `memory.gradient_checkpointing`.
         accumulating: True if the gradients of an earlier micro-batch already exist.

@@ -74,9 +74,10 @@ def _again(frames: np.ndarray) -> np.ndarray:
 
 
 def write_clips(folder: Path) -> None:
-    """Write the training clips with captions: the new subject, and the pretraining domain of the tiny model.
+    """Write the transparent training clips, each with a caption file.
 
-    The folders are `clips` (subject, lossless PNGs in .zip files) and `known` (pretraining domain, arrays).
+    The folder `clips` gets clips of the new subject, as .zip files of lossless PNGs. The folder `known` gets
+    clips of subjects that the tiny model knows from pretraining, as .npz files.
     """
     with progress("make clips", CLIPS + KNOWN, "clip") as advance:
         for name, clips in (

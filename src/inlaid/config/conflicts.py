@@ -1,4 +1,4 @@
-"""Conflicts in a recipe: combinations of keys that are valid alone but not together."""
+"""Conflicts in a recipe: settings that are valid alone but not together."""
 
 from __future__ import annotations
 

@@ -68,9 +68,9 @@ def scalar(text: str) -> Any:
 
 
 class ParseError(ValueError):
-    """Error in YAML text: invalid syntax, several documents, or an exceeded limit.
+    """Error in YAML text: invalid syntax, several documents, or text that is too long or too deeply nested.
 
-    The message has the cause and, if known, the line and column.
+    The message contains the cause and, if known, the line and column.
     """
 
 

@@ -100,7 +100,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of writing a cut: the sizes of its files by name, or the problem if nothing was written."""
+    """Result of writing the files of one window.
+
+    `files` contains their sizes in bytes by file name. If nothing was written, `problem` is the reason.
+    """
 
     name: str
     files: Mapping[str, int]

@@ -163,7 +163,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _captions_in(out: Path, target: Target) -> dict[str, str]:
-    """Return the captions in an existing manifest, by the name of the cut."""
+    """Return the captions in an existing manifest; keys are file names without suffix.
+
+    The result is empty if there is no manifest, or if `target` is neither `npz` nor `rgba-pairs`.
+    """
     file = out / MANIFESTS[target]
     if target not in ("npz", "rgba-pairs") or not file.is_file():
         return {}

@@ -1,7 +1,7 @@
 """Scene modality: generate one mesh per object from an image and its segmentation.
 
 A training example consists of the image, the segmentation, and points on the surface of each object. A scene
-has no caption. Reports show the scene's name instead, which is not an input of any network.
+has no caption. Reports show the name of the scene instead. The name is not an input of any network.
 """
 
 from __future__ import annotations

@@ -148,10 +148,15 @@ def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
 
 
 def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor]:
-    """Read tensors from a torch file.
+    """Read tensors from a torch file, which contains either one tensor or a mapping from keys to tensors.
 
-    `known` contains alternative lists of keys. The first list with all keys in the file is used. If the file
-    contains a bare tensor, that tensor is returned.
+    Args:
+        path: torch file.
+        known: alternative lists of keys. The first list whose keys are all in the file is used.
+        what: expected content of the file, for messages.
+
+    Raises:
+        MediaError: if the file contains neither a tensor nor all keys of one list.
     """
     from torch import Tensor
 
@@ -173,7 +178,7 @@ def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor
 
 
 def _load(path: Path) -> Any:
-    """Load a torch file with memory mapping, because a probe needs only the shapes of the tensors."""
+    """Load a torch file with memory mapping, because some callers need only the shapes of the tensors."""
     try:
         return load_torch(path, mmap=True)
     except TorchFileError as error:

@@ -1,4 +1,4 @@
-"""Plan a dataset and fill the cache: clips, captions, sample prompts."""
+"""Plan the dataset of a run, and store its encoded clips, captions and sample prompts in the cache."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Scenes on disk: an input image, a segmentation, and points on the surface of each object.
 
-Three layouts are supported. In the first, each scene is a folder with `scene_rgb.png`, `seg.png`, and a file
-`surface_ID.npy` for each object. In the second, a single `surface.npy` contains all objects in order of ID.
-The third is the 3D-FRONT dataset as processed by the authors of MIDI.
+Two layouts are supported. In the first, each scene is a folder with `scene_rgb.png`, `seg.png`, and a file
+`surface_ID.npy` for each object. A single file `surface.npy` may replace these files; it contains all objects
+in order of ID. The second layout is the 3D-FRONT dataset as processed by the authors of MIDI.
 """
 
 from __future__ import annotations

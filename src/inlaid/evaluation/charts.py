@@ -101,7 +101,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Dot:
-    """Dot in a drawing that shows its title on hover."""
+    """Dot in a drawing. The dot shows `title` on hover."""
 
     kind: ClassVar[str] = "dot"
     x: float
@@ -234,9 +234,9 @@ def _thin(points: Sequence[Point], most: int = 1200) -> list[Point]:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return about `most` axis tick values in [low, high].
+    """Return the values of axis ticks in [low, high], at most `most` + 1.
 
-    The values are multiples of 1, 2 or 5 times a power of ten.
+    The distance between ticks is 1, 2 or 5 times a power of ten.
     """
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))

@@ -112,7 +112,7 @@ class ValidationLoss:
 
 @dataclass(frozen=True)
 class Group:
-    """Mean metrics and match counts of a prompt group."""
+    """Results of a group of prompts: mean metrics, and numbers of outputs that match their prompts."""
 
     name: str
     videos: int
@@ -202,7 +202,7 @@ class Report:
 
 
 def shared_metrics(outputs: Sequence[Output]) -> Mapping[str, Metric]:
-    """Return the descriptions of the metrics that all of these outputs have."""
+    """Return the metrics that all outputs have; keys are the names of the metrics."""
     return {k: m for k, m in METRICS.items() if all(k in output.metrics for output in outputs)}
 
 

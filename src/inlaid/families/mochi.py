@@ -301,7 +301,7 @@ class Mochi(Family):
     def run(self, pipeline: Any, *args: Any, steps: int, **options: Any) -> np.ndarray:
         """Run the diffusers pipeline with autocast.
 
-        Networks compute in the denoiser's dtype, the sampler in float32.
+        The networks compute in the denoiser's dtype. The sampler computes in float32.
 
         Raises:
             ValueError: if `steps` is less than 2.

@@ -42,10 +42,10 @@ def generate(
 
     Args:
         run: run folder.
-        prompts: one or more prompts.
-        images: images of each prompt. For image-to-video, the first frame, and the last frame if the
-            checkpoint requires one; for scenes, input image and segmentation.
-        count: videos per prompt; video i uses seed + i.
+        prompts: one or more prompts; empty for scenes.
+        images: conditioning images of each video or scene. An image-to-video checkpoint takes the first frame
+            and, if it requires one, the last frame. A scene takes an input image and a segmentation.
+        count: outputs per prompt or scene image; output i uses seed + i.
         checkpoint: checkpoint of the run, such as `step-000500` or `500`, or `base` for the base model.
             Default: the final weights.
         strength: scale of the adapter: 0 is the base model, 1 the fine-tuned model. The effect is linear for

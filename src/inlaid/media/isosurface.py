@@ -126,12 +126,15 @@ class _Samples:
         return where, self.values[where]
 
     def points(self, keys: np.ndarray) -> np.ndarray:
-        """Return the grid indices (n, 3) of points that are encoded as integers, `keys` (n,)."""
+        """Convert the integer keys (n,) of points to their grid indices (n, 3)."""
         side = self.cells + 1
         return np.stack([keys // side**2, keys // side % side, keys % side], -1)
 
     def follow(self, cells: np.ndarray) -> np.ndarray:
-        """Follow the surface from the given cells; return all cells (m, 3) that it crosses."""
+        """Follow the surface from cell to cell, and return the cells (m, 3) that it crosses.
+
+        The search starts at `cells`. It continues across each cell face that the surface crosses.
+        """
         cells = self.points(_sorted_unique(self._key(cells)))
         found, seen = [np.empty((0, 3), np.int64)], np.empty(0, np.int64)
         while len(cells):

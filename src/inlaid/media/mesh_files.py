@@ -89,11 +89,11 @@ def read_objects(path: Path, group: Grouping = "parent") -> tuple[list[MeshObjec
     """Read the objects of a mesh file, sorted by name, with all node transforms applied.
 
     Args:
-        path: the file. Files that it names must be in its folder.
-        group: what forms an object. `node`: each glTF node with a mesh, or each group in an .obj file (`g`,
-            else `o`). `parent`: each topmost glTF node with all nodes below it, or each object in an .obj
-            file (`o`, else `g`); nodes that only contain the scene are skipped. `material`: all parts with
-            the same material.
+        path: mesh file. Files that it references must be in its folder.
+        group: what forms an object. `node`: each glTF node with a mesh. `parent`: each topmost glTF node,
+            together with all nodes below it. Container nodes, such as `Scene` or `root`, are skipped.
+            `material`: all triangles with the same material. In an .obj file, `node` selects groups (`g`) and
+            `parent` selects objects (`o`). If only one of the two kinds exists, both values select it.
 
     Returns:
         The objects, and notes on parts that could not be read, such as missing textures.

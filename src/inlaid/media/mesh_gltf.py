@@ -148,7 +148,11 @@ class Gltf:
         return vertices / _range(accessor) if accessor.get("normalized") else vertices
 
     def _accessor(self, geometry: str, attribute: str) -> dict[str, Any]:
-        """Return the glTF accessor of a vertex attribute of a trimesh geometry, such as `m2` or `m2_1`."""
+        """Return the glTF accessor of a vertex attribute, or an empty dict if there is no such attribute.
+
+        `geometry` is trimesh's name of a primitive. For mesh 2, `m2` is the first primitive, and `m2_1` is
+        the second.
+        """
         mesh, _, number = geometry[1:].partition("_")
         kept = [
             p

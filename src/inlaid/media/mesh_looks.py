@@ -37,7 +37,7 @@ class Texture:
 
     @classmethod
     def of(cls, image: Image.Image, wrap: tuple[str, str] = ("repeat", "repeat")) -> Texture:
-        """Convert an image in sRGB; a large image is scaled down."""
+        """Create a texture from an sRGB image, scaled down if a side is longer than `LARGEST`."""
         image = image.convert("RGBA")
         image.thumbnail((LARGEST, LARGEST))
         return cls(np.asarray(image), wrap)
@@ -102,7 +102,10 @@ class Look:
 
     @classmethod
     def plain(cls, colors: np.ndarray) -> Look:
-        """Return a look without textures, from linear colors of the corners (m, 3, 4)."""
+        """Return a look without textures.
+
+        `colors` (m, 3, 4) contains the linear color and alpha of each corner of the m triangles.
+        """
         m = len(colors)
         zeros = np.zeros((m, 3, 2), np.float32)
         return cls(colors.astype(np.float32), zeros, np.full(m, -1), np.zeros(m, np.float32))

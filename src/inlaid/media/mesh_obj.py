@@ -70,7 +70,10 @@ class Obj:
         return b"\n".join(out)
 
     def path_of(self, geometry: str) -> list[str]:
-        """Return the IDs of a trimesh mesh's object and group."""
+        """Return the IDs of the object and the group that contain a trimesh geometry.
+
+        The result is `["file"]` if the geometry is in neither.
+        """
         number = re.match(r"\d+", geometry)
         pairs = {i: pair for pair, i in self._pairs.items()}
         thing, group = pairs.get(int(number[0]), (None, None)) if number else (None, None)

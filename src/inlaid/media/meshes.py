@@ -333,7 +333,7 @@ def require_mesh_packages() -> None:
 
 
 def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
-    """Write meshes to a `.glb` file, atomically, with one named node per object.
+    """Write a `.glb` file atomically. Each object becomes one node, which has the name of the object.
 
     Objects named in `empty` get a node without a mesh.
     """

@@ -92,7 +92,7 @@ def numbered(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def frame_numbers(names: Sequence[str]) -> list[int]:
-    """Return the frame numbers of images; empty if a name has none."""
+    """Return the frame numbers in the file names of images; empty if a name contains no number."""
     found = [int(m[2]) for n in names if (m := _NUMBERED.fullmatch(n)) and len(m[2]) < 12]
     return found if len(found) == len(names) else []
 

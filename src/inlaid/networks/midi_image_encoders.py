@@ -95,10 +95,10 @@ class Extractor:
         return self._center(torch.from_numpy(resized).permute(2, 0, 1))
 
     def mask(self, mask: np.ndarray) -> Tensor:
-        """Resize (nearest neighbor) and center-crop a mask from bool (n, n) to uint8 (1, crop, crop).
+        """Convert a mask, bool (n, n), to uint8 (1, crop, crop) with the values 0 and 255.
 
-        Values of the result are 0 and 255. As in the published pipeline, torch resizes the mask. Pillow would
-        select other pixels.
+        As in the published pipeline, torch resizes the mask with nearest neighbor, and the center is cropped.
+        Pillow would select other pixels.
         """
         pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None, None]
         return self._center(nn.functional.interpolate(pixels, (self.edge, self.edge), mode="nearest")[0])
@@ -158,7 +158,8 @@ class ImageEncoder:
 class ImageConditioning:
     """All image encoders of a checkpoint, and the subset that is trained.
 
-    Encoders have the keys `clip` and `dino`, in the order of the transformer's cross-attention contexts.
+    The keys are `clip` and `dino`. Their order is the order in which the transformer takes the outputs of the
+    encoders.
     """
 
     encoders: Mapping[str, ImageEncoder]

@@ -124,8 +124,8 @@ class RgbaVae(nn.Module):
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
         """Encode color and alpha, each (b, 3, t, h, w) in [-1, 1], to one latent (b, c, t', h', w').
 
-        Transparent pixels of `rgb` must have been replaced by a background color (`hard_render`). The latent
-        is not normalized.
+        Transparent pixels of `rgb` must have a background color (see `hard_render`). The latent is not
+        normalized.
         """
         return self.merge(trunk(self.vae, rgb), trunk(self.vae, alpha))
 

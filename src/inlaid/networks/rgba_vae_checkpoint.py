@@ -117,14 +117,15 @@ def fits(vae: Any) -> tuple[int, int]:
 
 
 def parts(rgba_vae: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return the trained weights of an RGBA VAE by part and by name.
+    """Return the trained weights of an RGBA VAE: one mapping per part, from names in its file to tensors.
 
-    Parts are the keys of `FILES`, and names are those in the files. The two decoder parts have `NAME.lora_A`
-    (r, in, *kernel) and `NAME.lora_B` (out, r) for each convolution NAME.
+    The parts are `merge`, `rgb` and `alpha`. The parts `rgb` and `alpha` are updates of the decoder. For each
+    convolution NAME, they contain `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r).
 
     Args:
         rgba_vae: RGBA VAE that defines the names.
-        weights: weights by parameter name to return instead of those of `rgba_vae`, such as an EMA.
+        weights: weights that are returned instead of those of `rgba_vae`, such as their EMA. Keys are
+            parameter names of `rgba_vae`.
     """
     held = dict(rgba_vae.state_dict()) if weights is None else weights
     out: dict[str, dict[str, Tensor]] = {

@@ -286,10 +286,10 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
     """Extract a low-rank update of a decoder from merged weights.
 
     Returns:
-        The update, and the largest relative error of a layer.
+        The update, and its largest relative error over all layers.
 
     Raises:
-        ValueError: if tensors do not fit the decoder, or the error is too large.
+        ValueError: if the tensors do not fit the decoder, or the error is too large.
     """
     own = decoder.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

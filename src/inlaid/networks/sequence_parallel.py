@@ -64,7 +64,12 @@ class SequenceParallel:
         return share.flatten(dim - 1, dim).clone()
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Return the whole sequence; `x` is this process's share, and the tokens are dimension `dim`."""
+        """Return the whole sequence, joined from the shares of all processes.
+
+        Args:
+            x: this process's share.
+            dim: dimension of the tokens.
+        """
         share = x.unflatten(dim, (self.clips, -1)).movedim(dim + 1, 0)
         assert len(share) == self._shares[self.rank], "a share of another sequence"
         copies = share.reshape(1, -1).expand(self.size, -1)
@@ -100,7 +105,16 @@ class SequenceParallel:
         return self._to_tokens(out, text, first)
 
     def _to_heads(self, x: Tensor, text: int, first: bool) -> Tensor:
-        """Convert (3, n, heads, own tokens, d) to (3, n, heads / size, all tokens, d)."""
+        """Exchange all heads of this process's tokens for some heads of all tokens.
+
+        Args:
+            x: query, key and value, (3, n, heads, tokens of this process, d).
+            text: number of text tokens.
+            first: True if the text tokens precede the video tokens, False if they follow.
+
+        Returns:
+            (3, n, heads / size, all tokens, d).
+        """
         video, words = _apart(x, text, first)
         video = video.unflatten(3, (self.clips, -1)).unflatten(2, (self.size, -1))
         sent = video.permute(2, 5, 0, 1, 3, 4, 6)  # (size, own tokens of a clip, 3, n, heads, clips, d)

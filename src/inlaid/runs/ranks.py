@@ -142,19 +142,19 @@ def _stopped(pid: int) -> bool:
 
 
 def join(timeout: float) -> Any:
-    """Return a key-value store that only the processes of this launch share.
+    """Return a key-value store that the running processes share, without entries of ended processes.
 
-    `torchrun --max-restarts` reuses its store after a restart, so new processes would read the addresses of
-    processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The restart count cannot
-    distinguish launches, because every machine counts its own restarts. Therefore, each process writes a
-    random ID. Rank 0 replies to each ID with the name of this launch, until every process has confirmed the
-    name. The IDs of ended processes are harmless, because these processes never confirm.
+    After a restart, `torchrun --max-restarts` reuses its store, so the new processes would read the addresses
+    of ended processes (https://github.com/pytorch/pytorch/issues/135712). Therefore, rank 0 chooses a random
+    prefix for the keys. Every other process writes a random ID to the store. Rank 0 answers each ID with the
+    prefix, until all processes have confirmed the prefix. IDs of ended processes are harmless, because ended
+    processes never confirm. The prefix is not the restart count, because each machine counts its restarts.
 
     Args:
-        timeout: seconds to wait for the other processes; at least `JOIN_LEAST` is used.
+        timeout: seconds to wait for the other processes. Values below `JOIN_LEAST` are raised to it.
 
     Raises:
-        RankLostError: if a process of the launch does not join in time.
+        RankLostError: if a process does not join in time.
     """
     import torch.distributed as dist
 

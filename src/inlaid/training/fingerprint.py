@@ -50,13 +50,13 @@ def fingerprint(
 
 
 def differences(old: Fingerprint, new: Fingerprint, *, encoded: bool = True) -> list[str]:
-    """Return messages about changes of the data, one per source and kind of change.
+    """Return messages about changed data: one message per data source and kind of change.
 
     Args:
         old: fingerprint in a checkpoint.
         new: fingerprint of the current data.
-        encoded: True if all clips in `new` have been encoded. If False, clips that `old` lists as `excluded`
-            are ignored.
+        encoded: True if all clips in `new` have been encoded. If False, clips that could not be encoded for
+            `old` are ignored.
     """
     ignored = () if encoded else old["excluded"]
     out = []

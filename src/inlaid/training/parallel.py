@@ -213,11 +213,11 @@ class FSDP(Replicated):
 
 
 class Zero(Replicated):
-    """Strategy for `zero2` and `zero3` (DeepSpeed): shards gradients and moments, and in ZeRO-3 also weights.
+    """Parallelism with DeepSpeed: `runtime.parallel` is `zero2` or `zero3`.
 
-    DeepSpeed's optimizer keeps flat copies of the trained weights; `scatter` also updates these. Gradients
-    are reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its
-    dtype.
+    Gradients and optimizer state are sharded; `zero3` also shards the weights. DeepSpeed's optimizer keeps
+    flat copies of the trained weights, so `scatter` updates the weights and the copies. Gradients are reduced
+    after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its dtype.
     """
 
     def __init__(self, ctx: Context, config: recipe.Config) -> None:

@@ -45,7 +45,7 @@ class Step(Protocol):
         """Convert mean validation metrics to a mapping from metric name to value.
 
         Args:
-            rows: mean of the rows from `validation` over all batches.
+            rows: result of `validation`, averaged over all batches.
 
         Returns:
             Metrics by name, including `validation_loss`.

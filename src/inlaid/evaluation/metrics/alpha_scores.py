@@ -1,9 +1,9 @@
-"""Errors of predicted alpha by region, in comparison with trivial (constant) predictors.
+"""Errors of predicted alpha by region, compared with the errors of trivial predictors.
 
-Most of a clip is transparent, so a trivial prediction has a small mean error. For example, if the foreground
-covers less than 6 % of the frame, alpha 0 everywhere has an error below 15 (of 255). Errors are therefore
-reported separately for the opaque, soft and transparent regions of the ground truth. They are compared with
-the errors of three trivial predictors: alpha 255, alpha 0 and the mean alpha.
+Trivial predictors give the same alpha everywhere: 255, 0, or the mean of the ground truth. If most of a clip
+is transparent, the mean error of alpha 0 is small. For example, it is at most 13 (of 255) if the foreground
+covers 5 % of the frame. Errors are therefore reported separately for the opaque, soft and transparent regions
+of the ground truth.
 
 Alpha is uint8 (t, h, w); straight RGBA is uint8 (t, h, w, 4).
 """
