@@ -99,7 +99,10 @@ class FlowMatching:
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return quantiles of the truncated distribution of noise levels, float32; `q` is in [0, 1]."""
+        """Return the noise levels at the quantiles `q` (in [0, 1]), float32.
+
+        The distribution of the noise levels is truncated to `interval`.
+        """
         q = q.double()
         if self.preset == "diffsynth":
             table = self._table()

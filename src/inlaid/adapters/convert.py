@@ -126,10 +126,10 @@ class _Job:
 
     @classmethod
     def of(cls, place: Run, settings: config.Config, to: str, *, merge: bool, dtype: str | None) -> _Job:
-        """Return the settings of an export, after checking them.
+        """Check the options of an export, and return its settings.
 
         Raises:
-            ValueError: if an option is invalid, or the program cannot load the weights.
+            ValueError: if an option is invalid, or the target program cannot load the weights.
         """
         family, kind, target = build_family(settings), settings.tuner.kind, canonical(to)
         whole = merge or kind == "full" or target == "merged"

@@ -52,7 +52,11 @@ def local_source(path: Path) -> Path:
 
 
 def _parts(file: str) -> list[str]:
-    """Return the files to download for a file: the other half of an RGBA VAE, if any, and the file itself."""
+    """Return the names of the files to download; the last one is `file`.
+
+    In ComfyUI's layout, an RGBA VAE consists of a color file and an alpha file. If `file` is one of these,
+    the other one is also returned.
+    """
     return [*(file.replace(a, b) for a, b in (HALVES, HALVES[::-1]) if a in file), file]
 
 

@@ -112,7 +112,7 @@ def _import_one(
     expert: str | None,
     options: Mapping[str, Any],
 ) -> tuple[Path, Sequence[str]]:
-    """Convert the adapter of one network."""
+    """Convert the adapter of one network, and return the written path and notes for the user."""
     shapes, load = _network(kind, checkpoint, expert)
     found = read_any(path, kind, shapes=shapes, base=load, expert=expert, **options)
     notes = list(found.notes)

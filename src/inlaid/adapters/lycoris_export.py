@@ -91,7 +91,11 @@ def _swapped(parts: Parts, rename: Rename) -> dict[str, Tensor] | None:
 
 
 def _fused_loha(layers: list[Parts | None]) -> dict[str, Tensor]:
-    """Return LoHa factors of a layer that fuses several: block-diagonal factors times stacked factors."""
+    """Return the LoHa factors of a layer that fuses several layers, such as query, key and value.
+
+    The `a` factors form a block-diagonal matrix. The `b` factors are concatenated. A layer without an adapter
+    is None; its factors are zero.
+    """
     like = next(x for x in layers if x is not None)
     zero = {k: torch.zeros_like(t) for k, t in like.items()}
     own = [x or zero for x in layers]

@@ -144,7 +144,10 @@ class AmbiguousError(ValueError):
 
 
 class Names:
-    """Module names of a family in the original code and in diffusers, with dots or underscores."""
+    """Lookup of a family's layers by the module names in adapter files.
+
+    A name is that of the original code or of diffusers. Its parts are separated by dots or underscores.
+    """
 
     def __init__(self, family: type[Family] | Family, layers: Iterable[str] = ()) -> None:
         """Collect the layer names of a family.

@@ -56,10 +56,10 @@ def trained_folder(run: Run, checkpoint: str | None, family: families.Family) ->
 
 
 def load_into_pipeline(family: families.Family, pipeline: Any, folder: Path) -> None:
-    """Load an adapter of any kind into a pipeline, under the adapter name `inlaid`.
+    """Load a LoRA, DoRA, LoKr or LoHa adapter into a pipeline, under the name `inlaid`.
 
     Raises:
-        ValueError: if the adapter does not fit, or the pipeline loads no weights from the folder.
+        ValueError: if the adapter does not fit the network, or if nothing was loaded from the folder.
     """
     network = getattr(pipeline, family.component)
     if not lycoris.load(network, folder):

@@ -52,10 +52,10 @@ class Layer:
         return self.down.ndim > 2
 
     def dora_scale(self) -> Tensor:
-        """Return the magnitudes as ComfyUI's `dora_scale`: (rows, 1) or, for convolutions, (rows, 1, 1, ...).
+        """Return the `dora_scale` that ComfyUI reads, (rows, 1) or, for convolutions, (rows, 1, 1, ...).
 
-        ComfyUI multiplies W + s B A by dora_scale / ||W||, but DoRA multiplies it by m / ||W + s B A||. For
-        equal results, dora_scale is m ||W|| / ||W + s B A||.
+        ComfyUI multiplies W + s B A by dora_scale / ||W||. DoRA multiplies it by m / ||W + s B A||, where m
+        is the magnitude. The result is therefore m ||W|| / ||W + s B A||.
         """
         assert self.magnitude is not None and self.weight is not None
         merged = self.weight.flatten(1) + self.delta

@@ -343,7 +343,10 @@ def _flat(tensor: Tensor) -> bool:
 
 
 def _contradictions(parsed: Parsed) -> list[str]:
-    """Return messages about tensors that contradict the configuration, and about unsupported features."""
+    """Return a message for each contradiction and each unsupported feature in an adapter file.
+
+    A contradiction is a difference between the tensors and the stored configuration.
+    """
     out, config = [], parsed.source.config
     parts = {layer.label: layer.parts for layer in parsed.layers.values()}
     magnitudes = [m for m, p in parts.items() if {"magnitude", "dora_scale"} & p.keys()]

@@ -1,8 +1,9 @@
 """Conversion of adapters from the original trainers of Mochi and CogVideoX to the usual tensor names.
 
-Mochi's trainer (genmo) stores rank and LoRA alpha as JSON in the header. CogVideoX's trainer (SAT) stores no
-LoRA alpha. It writes a whole checkpoint, in which the factors of queries, keys and values are a list. This
-module is based on the layout of the files, not on the authors' code.
+Mochi's trainer (genmo) stores the ranks and LoRA alphas as JSON in the header. CogVideoX's trainer (SAT)
+stores no LoRA alpha. It writes a whole checkpoint, in which query, key and value are numbered: the name
+`query_key_value.matrix_A.0` stands for a factor of the query. This module is based on the layout of the
+files, not on the authors' code.
 """
 
 from __future__ import annotations

@@ -68,21 +68,22 @@ def read_adapter(
 ) -> Adapter:
     """Read an adapter in any known layout as a LoRA or DoRA, using every tensor of the file.
 
-    LoKr and LoHa become an exact LoRA, which can be large; see `read_any`.
+    LoKr and LoHa are converted to a LoRA with the same update, which can be large. `read_any` keeps them.
 
     Args:
         path: adapter file, folder that contains one, or run folder.
         family: model family that defines the module names.
-        alpha: LoRA alpha for files that store none. Default: the rank of each module, with a note.
+        alpha: LoRA alpha for files that store none. Default: the rank of each module; a note is added.
         shapes: weight shapes of the network's layers, from `layer_shapes`, to check that the adapter fits.
-        base: network without adapters. Required for files with `dora_scale`, whole biases or whole layers,
-            because the update depends on the base model's weights. Also required for files with changes to
-            other parameters if `merging` is True.
-        dora_scale: definition of a `dora_scale` (out, 1), which multiplies (W + s B A) / ||W|| (`comfyui`)
-            or (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Not needed for files written by
-            inlaid, which store it.
-        expert: `high` or `low`, for files with adapters of both experts of a network.
-        merging: accept changes to parameters without low-rank factors, which can only be merged.
+        base: network without adapters. Required for files with `dora_scale`, with magnitudes for only some
+            layers, or with complete weights instead of factors. If `merging` is True, also required for files
+            with full weight differences.
+        dora_scale: meaning of a `dora_scale` (out, 1) in the file. With `comfyui`, it multiplies
+            (W + s B A) / ||W||. With `merged` (LyCORIS), it multiplies (W + s B A) / ||W + s B A||. Not
+            needed for files written by inlaid, which store it.
+        expert: expert whose adapter is read (`high` or `low`), for files with adapters of both experts.
+        merging: accept changes that an adapter cannot represent, such as full weight differences. They can
+            only be merged into the base model.
         skip_missing: leave out layers that the network lacks, and add a note.
 
     Raises:

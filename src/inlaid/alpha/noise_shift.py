@@ -111,9 +111,14 @@ def centered(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def read_mask(path: Path, stride: tuple[int, int]) -> np.ndarray:
-    """Return the ellipses of `alpha.noise_mask`, float32 (t, h, w), in [0, 1].
+    """Read the noise mask (`alpha.noise_mask`) from a clip or a torch file, float32 (t, h, w), in [0, 1].
 
-    They are fitted to a clip or read from a torch file.
+    For a clip, the mask is a Gaussian ellipse in each latent frame, which is fitted to the subject. A torch
+    file contains the mask itself.
+
+    Args:
+        path: the clip or the torch file.
+        stride: video frames per latent frame, and pixels per latent cell and side.
 
     Raises:
         ValueError: if the file cannot be read, shows no subject, or contains values outside [0, 1].

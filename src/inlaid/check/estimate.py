@@ -223,9 +223,9 @@ def count_operations(
 def _counted(
     family: Family, denoiser: nn.Module, extent: Extent, batch: int, memo: dict[str, Any], **how: Any
 ) -> Counts:
-    """Return the result of `count_operations`; results are stored in `memo` and reused for equal inputs.
+    """Return the result of `count_operations`, or its stored result for equal inputs.
 
-    The key in `memo` is a hash of all inputs and of the library versions.
+    `memo` stores the results. Its keys are hashes of the inputs and of the library versions.
 
     Raises:
         ValueError: if the network does not accept clips of this size.

@@ -264,7 +264,7 @@ sample:
 
 
 def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str) -> Path:
-    """Write a recipe for a folder of scenes and return its path.
+    """Write a recipe for a folder of scenes, and return the path of the recipe.
 
     Raises:
         ValueError: if there are no readable scenes, or if the recipe already exists.

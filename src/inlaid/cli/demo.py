@@ -117,14 +117,14 @@ def run_job(
     start: float,
     pair: Sequence[str] = (),
 ) -> Path:
-    """Run the steps that all demos share: check the recipe, fill the cache and train, generate, evaluate.
+    """Run the steps that all demos share: check the recipe, train, generate and evaluate.
 
     Args:
         folder: run folder, which already contains the training data.
-        made: the recipe.
-        asked: function that returns the evaluation prompts for a loaded recipe.
+        made: the recipe, as a dict.
+        asked: function that returns the evaluation prompts; its argument is the loaded recipe.
         start: start time of the demo, from `time.perf_counter`.
-        pair: input image and segmentation for generation; not needed for videos.
+        pair: image and segmentation from which a scene is generated; empty for videos.
 
     Returns:
         Path of the HTML report.

@@ -67,8 +67,7 @@ def prompts(n: int) -> list[Prompt]:
 def _again(frames: np.ndarray) -> np.ndarray:
     """Return the alpha that a generated clip of the subject should have, uint8 (t, h, w).
 
-    The subject is rendered with the position, size and angle that fit the frames best. The result is the
-    alpha of this rendering.
+    It is the alpha of a new rendering of the subject. Position, size and angle are estimated from the frames.
     """
     return (rgba_judge.rerender(frames)[0] * 255).round().astype(np.uint8)
 

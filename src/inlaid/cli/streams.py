@@ -55,10 +55,10 @@ CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Context manager that keeps a command running after its output is closed (`| head`, a lost connection).
+    """Context manager that lets a command continue after its output is closed (`| head`, a lost connection).
 
-    Standard error has messages and progress, so all its errors are ignored. Standard output has results, so
-    only errors of a closed pipe or terminal are ignored; a full disk raises an error.
+    Standard error contains messages and progress, so all its errors are ignored. Standard output contains
+    results, so only errors of a closed pipe or terminal are ignored. A full disk raises an error.
     """
     for number in range(3):  # a file opened next would get the number of a closed stream
         try:

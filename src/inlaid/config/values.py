@@ -26,7 +26,9 @@ class Refused:
 
 
 def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: frozenset[str]) -> dict[Any, Any]:
-    """Return the values of a section, each converted to the type that its key accepts, or to `Refused`.
+    """Convert the values of a section to the types that its keys accept.
+
+    A value that is probably a mistake becomes an instance of `Refused`.
 
     Args:
         section: class of the section.

@@ -217,10 +217,13 @@ def _plan(
     probes: _Probes,
     before: Mapping[str, Any],
 ) -> tuple[Plan, config.Config, Family]:
-    """Plan the windows. Sizes and lengths that are not given are chosen to suit the clips.
+    """Plan the windows.
+
+    If the size, the aspect ratios or the lengths are not in `given`, they are taken from `before` or chosen
+    to suit the clips.
 
     Returns:
-        The plan, the completed recipe, and the model family with or without alpha.
+        The plan, the recipe with the chosen values, and the family (`opaque` or `transparent`).
     """
     data = settings.data
     with progress("probe", 1, "clip") as advance:

@@ -174,11 +174,13 @@ def save_latents(path: Path, layout: PrecomputedLayout, moments: Tensor) -> None
 def save_text(path: Path, layout: PrecomputedLayout, text: Tensor, length: int) -> None:
     """Write a text embedding (n, d) to a torch file, atomically.
 
+    Some formats pad the embedding with zeros and store a mask, which is False for padding.
+
     Args:
         path: output file.
         layout: file names and tensor names of the format.
-        text: tokens without padding.
-        length: number of tokens after padding; the mask is False for padding.
+        text: embedding of the tokens without padding.
+        length: number of tokens after padding.
     """
     import torch
 

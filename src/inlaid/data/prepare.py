@@ -65,14 +65,12 @@ def _report_failed(
     failed: Mapping[str, str],
     quarantined: Mapping[str, str] | None,
 ) -> None:
-    """Report clips that cannot be used.
-
-    If `data.bad_clips` is `stop`, raise an error. Otherwise, list the excluded clips in `quarantine.json`.
+    """Report clips that cannot be used, and list them in `quarantine.json`.
 
     Args:
         config: the recipe.
         run: the run folder.
-        modality: states what messages call a training example.
+        modality: modality of the data; it has the word for a clip in messages, such as `scene`.
         failed: error messages of the clips that could not be encoded, by path.
         quarantined: problems of the clips that were excluded before encoding, by name; None in processes that
             write no files.

@@ -122,15 +122,20 @@ class Pairs:
         return found or self._across(matte, ALPHA_FOLDERS, COLOR_FOLDERS)
 
     def named(self, path: Path) -> list[Path]:
-        """Return the clips that match a path without suffix: `clips/dog` matches `clips/dog_rgb.mp4`."""
+        """Return the clips that match a path without file suffix.
+
+        For example, `clips/dog` matches `clips/dog_rgb.mp4` and `clips/dog.mp4`.
+        """
         beside = self._there(path.parent)
         return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
 
     def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
-        """Return the files of the same name in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`.
+        """Return the files with the same name in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`.
 
-        The file's folder has a name that starts with one of `here`; parallel folders start with one of
-        `there`.
+        Args:
+            path: a file, below a folder whose name starts with one of `here`.
+            here: name prefixes of this folder, in lower case.
+            there: name prefixes of the parallel folders, which are beside this folder.
         """
         for folder in path.parents:
             if folder == self._root or not folder.is_relative_to(self._root):

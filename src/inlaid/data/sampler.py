@@ -16,7 +16,10 @@ from inlaid.data.clips import Window
 
 
 def _permutation(n: int, *key: Hashable) -> list[int]:
-    """Return a permutation of range(n) that depends only on `key`, not on the machine or NumPy version."""
+    """Return a permutation of range(n) that is determined by `key`.
+
+    It is the same on all machines and with all NumPy versions.
+    """
     entropy = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32)
     return np.random.RandomState(entropy).permutation(n).tolist()
 

@@ -291,9 +291,10 @@ def _surface_file(folder: Path, name: str) -> Path:
 
 
 def _front(tree: Root) -> Found:
-    """Find the scenes of the 3D-FRONT dataset as processed by the authors of MIDI.
+    """Find the scenes in the 3D-FRONT dataset from the authors of MIDI.
 
-    The dataset contains lists of rooms, lists of the furniture in each room, surfaces, and rendered views.
+    The dataset lists the rooms and the furniture of each room. It contains a surface of each piece of
+    furniture, and rendered views of each room.
     """
     found, root = Found("3d-front"), tree.folder
     rooms, furniture = (_ids(tree, f"midi_{n}_ids.json") for n in ("room", "furniture"))

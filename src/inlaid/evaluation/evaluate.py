@@ -82,18 +82,18 @@ def evaluate(
     device: str | None = None,
     **overrides: Any,
 ) -> Report:
-    """Compare a run's fine-tuned model with its base model, and write `report/` in the run folder.
+    """Compare the fine-tuned model of a run with another model, and write `report/` in the run folder.
 
     Args:
         run: run folder.
-        against: model to compare with: `base`, or a checkpoint of the run.
+        against: the other model: `base` for the base model, or a checkpoint of the run.
         checkpoint: checkpoint to evaluate, such as `step-000500` or `500`. Default: the run's final weights.
-        prompts: prompts to generate. Default: from `default_prompts`, or for scenes from
-            `ground_truth_prompts`.
-        count: number of videos per prompt; video i uses the seed `seed` + i.
-        group_by: add captions of each group to the default prompts, if a data source sets `group_column`.
+        prompts: prompts to generate. Default: `default_prompts`, or `ground_truth_prompts` for scenes.
+        count: number of outputs per prompt; output i uses the seed `sample.seed` + i.
+        group_by: add captions of each group to the default prompts. A group is a value in the manifest column
+            `group_column` of a data source.
         per_group: number of captions per group; captions of validation clips come first.
-        limit: maximum number of default prompts. Each model generates every prompt `count` times.
+        limit: maximum number of prompts if `prompts` is None.
         device: device name as in `runtime.device`. Default: the recipe's device.
         overrides: fields of the recipe's `sample` section to change; `SAMPLING` lists the allowed fields.
 

@@ -249,9 +249,9 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode each caption to `text` (`text_length`, d), including padding tokens.
+        """Encode each caption to `text` (`text_length`, d).
 
-        They are included because the network attends to them.
+        The result includes padding tokens, because the network attends to them.
         """
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}

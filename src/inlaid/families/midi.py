@@ -211,9 +211,9 @@ class Midi(_Encoders, Family):
         }
 
     def warnings(self) -> list[str]:
-        """Return a paragraph for the model card about adapters of the image encoders, if any were trained.
+        """Return a warning for the model card if adapters of the image encoders were trained, else nothing.
 
-        The paragraph explains in which folders the adapters are and how to load them.
+        The warning names the folders of the adapters, and explains how to load them.
         """
         names = ", ".join(f"`{encoder.name}`" for encoder in self.conditioning.trained.values())
         how = (
@@ -348,10 +348,10 @@ class Midi(_Encoders, Family):
         return FlowMatching.from_config(section, family_shift=self.shift())
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict noise - data for scenes (b, n, tokens, channels) of n objects each.
+        """Predict `noise - data` for b scenes of n objects each, (b, n, tokens, channels).
 
-        The network's input has one row per object, and each group of n rows is a scene. Its output, data -
-        noise, is negated.
+        The network's input has one row per object; each group of n rows is a scene. The network predicts
+        `data - noise`, so its output is negated.
         """
         b, n = x_t.shape[:2]
         contexts, options = self.conditioning.rows(cond, denoiser.dtype)

@@ -1,4 +1,4 @@
-"""Facts about a model for export to other programs: original names, and what these programs accept."""
+"""Facts about a model for export to other programs: original layer names, and requirements."""
 
 from __future__ import annotations
 

@@ -212,5 +212,9 @@ def outputs(path: Path) -> list[Path]:
 
 
 def slug(text: str) -> str:
-    """Return the start of a prompt, at most 40 characters, as part of a file name."""
+    """Convert the start of a prompt to text for a file name, such as `a-red-car`.
+
+    The result has at most 40 characters: a-z, 0-9 and hyphens. It is `prompt` if the prompt has no letters
+    from a to z and no digits.
+    """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"

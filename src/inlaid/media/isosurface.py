@@ -207,10 +207,11 @@ def _widened(cells: np.ndarray) -> np.ndarray:
 
 
 def _thin_parts(field: Field, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Find parts of an object, and gaps in it, that are too thin for the signs of the coarse grid.
+    """Find thin parts and thin gaps of an object that contain no point of the coarse grid.
 
-    Near a thin part, the values fall from both sides. Where linear extrapolations from both sides meet near
-    or below zero, a grid of four times the resolution is evaluated.
+    Values decrease toward a thin part from both sides. They are extrapolated linearly from both sides. Where
+    the two lines meet near or below zero, the values are computed on a grid of four times the resolution. For
+    gaps, the signs are reversed.
 
     Returns:
         Points (n, 3) in thin parts (`inside`) and in thin gaps (`outside`).

@@ -88,7 +88,7 @@ def _wrapped(index: np.ndarray, size: int, how: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Look:
-    """Colors of the m triangles of a mesh."""
+    """Colors, textures and transparency of a mesh with m triangles."""
 
     colors: np.ndarray
     """Linear color and alpha of each corner in [0, 1], float32 (m, 3, 4); multiplied by the texture."""

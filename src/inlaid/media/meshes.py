@@ -126,7 +126,10 @@ def _content(path: Path) -> Any:
 
 
 def _archive(path: Path) -> Any:
-    """Return the surface arrays in an `.npz` file as a dict, or the content of its only array."""
+    """Return the arrays of a surface in an `.npz` file, by name.
+
+    If the file has only one array, and this is a pickled dict or list, the dict or list is returned.
+    """
     with zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
         names = [n for n in (POINTS_KEY, NORMALS_KEY) if n in members]

@@ -253,7 +253,10 @@ def _encoded(text: Any, encoding: Any) -> bytes:
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """Replacement for `bytes` and `bytearray`, which old protocols call to store bytes."""
+    """Replacement for the constructors `bytes` and `bytearray`.
+
+    Pickles of old protocols call these constructors to restore bytes.
+    """
     if len(arguments) == 1 and isinstance(arguments[0], (bytes, bytearray)):
         return bytes(arguments[0])
     return _encoded(*arguments) if arguments else b""

@@ -1,4 +1,4 @@
-"""Reading of frames, with or without alpha, from image sequences, archives, still and animated images.
+"""Read frames, with or without alpha, from image sequences, archives, and still or animated images.
 
 A sequence is a folder of images, or a set of numbered images such as `shots/a.0001.png`. A set is given by a
 path such as `shots/a.####.png`, where `####` stands for the frame number.

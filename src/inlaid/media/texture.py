@@ -40,7 +40,7 @@ STARTS = 6
 
 @dataclass(frozen=True)
 class Camera:
-    """Camera that looks at the origin, and a shift of its image; see `View`."""
+    """Perspective camera (`View`) whose image is shifted."""
 
     view: View
     shift: tuple[float, float] = (0.0, 0.0)
@@ -273,9 +273,9 @@ def _squared(mask: np.ndarray, side: int, pad: list[int]) -> np.ndarray:
 
 
 def _small(mask: np.ndarray) -> np.ndarray:
-    """Resize a square mask to (SIDE, SIDE); a pixel is True if at least half of it is covered.
+    """Resize a square mask to (SIDE, SIDE). A pixel is True if the mask covers at least half of it.
 
-    If no pixel reaches half, the most covered pixels are True.
+    If no pixel is half covered, the pixels with the largest coverage are True.
     """
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((SIDE, SIDE), Image.Resampling.BOX)
     share = np.asarray(image)

@@ -199,9 +199,14 @@ def _missing_at_the_end(
 
 
 def _held(last: float, interval: float) -> float:
-    """Return how long the last frame is displayed, in seconds.
+    """Return the display time of the last frame in seconds.
 
-    This is its duration `last` if that exceeds 1.5 frame intervals, else `interval`.
+    Args:
+        last: duration of the last frame in the file.
+        interval: time between frames.
+
+    Returns:
+        `last` if it exceeds 1.5 times `interval`, else `interval`.
     """
     return last if last > 1.5 * interval else interval
 

@@ -330,16 +330,16 @@ class LoadedEncoders:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
-        """Encode the objects in an image.
+        """Encode the n objects in an image.
 
         Args:
             image: uint8 (h, w, 3).
             masks: one mask per object, bool (h, w).
 
         Returns:
-            `clip` (n, 1, d) if the checkpoint has a CLIP encoder, and `dino` (n, m, d), float32. If the
-            network of an encoder is not loaded, its entry is the encoder's input instead (see
-            `encoder_inputs`).
+            Float32 embeddings: `dino` (n, m, d) with m tokens per object, and `clip` (n, 1, d) if the
+            checkpoint has a CLIP encoder. If the network of an encoder is not loaded, the result contains
+            the encoder's input instead (see `encoder_inputs`).
         """
         out = encoder_inputs(self.encoders, image, masks)
         for kind, network in self.networks.items():

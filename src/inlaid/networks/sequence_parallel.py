@@ -215,7 +215,10 @@ def _apart(x: Tensor, text: int, first: bool) -> tuple[Tensor, Tensor]:
 
 
 def _together(video: Tensor, words: Tensor, first: bool) -> Tensor:
-    """Join video tokens and text tokens to one sequence (..., tokens, d)."""
+    """Concatenate video tokens and text tokens (..., tokens, d) into one sequence.
+
+    If `first`, the text tokens come first.
+    """
     if not words.shape[-2]:
         return video
     return torch.cat([words, video] if first else [video, words], -2)

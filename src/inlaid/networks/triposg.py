@@ -238,10 +238,10 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> None:
-        """Load an adapter as in diffusers, and restore the multi-instance blocks that it was trained with.
+        """Load an adapter as in diffusers, and set `multi_instance` to the blocks that it was trained with.
 
-        The blocks are read from the adapter's metadata. If they are not stored there, `multi_instance` is
-        unchanged.
+        In these blocks, the objects of a scene attend to each other. The metadata of a local adapter file
+        lists the blocks. Without this list, `multi_instance` is unchanged.
         """
         path = pretrained_model_name_or_path_or_dict
         if not isinstance(path, Mapping) and Path(path).exists():

@@ -93,7 +93,11 @@ class Context:
 
     @property
     def share(self) -> tuple[int, int]:
-        """Position of this process in data parallelism: (index, number) of the groups that share samples."""
+        """Index of this process's group, and number of groups.
+
+        The processes of a group share each sample (`runtime.sequence`). Different groups get different
+        samples.
+        """
         return self.rank // self.sequence, self.world // self.sequence
 
     @property

@@ -90,7 +90,7 @@ def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Th
 def wild(seed: int | Sequence[int]) -> Thing:
     """Return a random object with a random position and scale, for training the shape VAE.
 
-    It has one of the `KINDS`, or it is a union of several random solids.
+    Its kind is one of `KINDS`, or it is a union of several random solids.
     """
     rng = np.random.default_rng(seed)
     if rng.random() < 0.6:

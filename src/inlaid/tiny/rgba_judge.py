@@ -82,7 +82,10 @@ def judge_subject(frames: np.ndarray) -> Verdict:
 
 
 def hard_over_dark(frames: np.ndarray) -> np.ndarray:
-    """Composite the visible pixels of a clip over the dark background; return `uint8 (t, h, w, 3)`."""
+    """Composite a clip over a dark background without blending, and return `uint8 (t, h, w, 3)`.
+
+    A pixel keeps its color if its alpha is at least `VISIBLE`. Otherwise, it gets the background color.
+    """
     ground = np.array(BACKDROP, dtype=np.uint8)
     return np.where(frames[..., 3:] >= VISIBLE, frames[..., :3], ground)
 

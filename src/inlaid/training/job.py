@@ -371,10 +371,10 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
 
 
 def check_recipe(config: recipe.Config, ctx: Context, family: families.Family) -> Trained:
-    """Check a recipe without reading its data, and return the interface to its trained weights (`Trained`).
+    """Check a recipe without reading its data, and return the interface to the trained weights.
 
     Raises:
-        ValueError: if the device does not support the recipe, a package is missing, or a pattern in
+        ValueError: if the device does not support the recipe, a required package is missing, or a pattern in
             `tuner.targets` matches nothing.
     """
     wrong = memory.problems(config, ctx.device, ctx.precision)

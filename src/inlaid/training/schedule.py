@@ -32,7 +32,7 @@ class Schedule:
         return _due(step, self.validate)
 
     def samples(self, step: int) -> bool:
-        """Return True if samples are due after a step."""
+        """Return True if videos or scenes must be generated after a step."""
         return self.sample is not None and _due(step, self.sample)
 
 

@@ -109,7 +109,7 @@ def trained_by(config: recipe.Config, family: Family) -> Trained:
 
 @dataclass(frozen=True)
 class TrainedDenoiser:
-    """Adapter or weights of a denoiser, as selected by the recipe's `tuner` section."""
+    """Interface to the trained weights of a denoiser: an adapter, or its own weights in full fine-tuning."""
 
     config: recipe.Config
     family: Family
@@ -117,7 +117,7 @@ class TrainedDenoiser:
 
     @property
     def name(self) -> str:
-        """Kind of the tuner, such as `lora`."""
+        """Value of `tuner.kind` in the recipe, such as `lora`."""
         return self.config.tuner.kind
 
     @property

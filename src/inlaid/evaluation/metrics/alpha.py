@@ -152,7 +152,7 @@ def edges(frames: np.ndarray) -> float:
 
 
 def _slope(y: np.ndarray) -> np.ndarray:
-    """Return the gradient magnitude (t, h, w) of images, computed with central differences."""
+    """Return twice the gradient magnitude of images (t, h, w); central differences are not halved."""
     padded = np.pad(y, ((0, 0), (1, 1), (1, 1)), mode="edge")
     down, across = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1], padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
     return np.hypot(down, across)

@@ -97,16 +97,17 @@ MARGIN = 0.5
 
 
 def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN) -> list[str]:
-    """Return the reasons why predicted alpha is not better than a trivial predictor; empty if it is better.
+    """Return the reasons why predicted alpha is too inaccurate; empty if it is accurate enough.
 
-    Trivial predictors give the same alpha everywhere. The comparison uses `Scores.balanced`, which is high
-    for all trivial predictors. The mean error over pixels is not suitable: if the foreground is small, it is
-    low for a fully transparent prediction.
+    The error is compared with the errors of trivial predictors, which give the same alpha everywhere. The
+    comparison uses `Scores.balanced`. The mean error over all pixels is not suitable: if the foreground is
+    small, it is low for a fully transparent prediction. The error in each region must also be at most half of
+    the alpha range.
 
     Args:
         found: metrics of the predicted alpha of a clip.
         trivial: metrics of the trivial predictors for the same clip, from `baselines`.
-        margin: maximum error, as a share of the best trivial predictor's error.
+        margin: the error must be below this share of the best trivial predictor's error.
     """
     name = min(trivial, key=lambda n: trivial[n].balanced)
     best = trivial[name].balanced

@@ -83,7 +83,14 @@ METRICS: Mapping[str, Metric] = {
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """Return all `METRICS` of a video, uint8 (t, h, w, 3); motion and flicker are in percent."""
+    """Return all `METRICS` of a video.
+
+    Args:
+        frames: uint8 (t, h, w, 3).
+
+    Returns:
+        Values by metric name. Motion and flicker are in percent.
+    """
     y = luma(frames)
     small = shrink(y)
     match = compensate(small[:-1], small[1:])
