@@ -342,8 +342,8 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
         mmap: memory-map files in the zip format, so that a tensor is read from disk only when it is used.
 
     Raises:
-        TorchFileError: if the file cannot be loaded, or if a tensor would need more memory than
-            `limits.ARRAY` and more than the file stores.
+        TorchFileError: if the file cannot be loaded, or if its content is too large. A tensor may exceed
+            `limits.ARRAY` bytes only if the file stores all of its values.
     """
     from pickle import UnpicklingError
 

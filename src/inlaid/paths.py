@@ -208,10 +208,10 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def refuse_playlist(path: Path) -> None:
-    """Check that a media file is not a playlist, because FFmpeg would open the files that it names.
+    """Check that a media file is not a playlist. FFmpeg would open the files that a playlist names.
 
     Raises:
-        FileError: if it is a playlist or a session description.
+        FileError: if the file is a playlist or a session description.
     """
     try:
         with path.open("rb") as file:

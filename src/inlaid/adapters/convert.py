@@ -90,7 +90,10 @@ def export_run(
 
 
 def export_targets(run: Path) -> str:
-    """Return one line of text for each target of a run: how to load the export, or why it is impossible."""
+    """Return text that lists the export targets of a run, with and without `--merge`.
+
+    Each line tells how to load the exported files, or why the export is not possible.
+    """
     place = Run(run)
     settings = place.config()
     if settings.rgba_vae is not None:

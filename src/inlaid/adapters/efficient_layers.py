@@ -49,11 +49,12 @@ def use_factor_norms(denoiser: nn.Module) -> None:
 
 
 def keep_inputs(denoiser: nn.Module) -> None:
-    """Make every LoRA linear layer save its input for the backward pass in the original dtype.
+    """Make every LoRA linear layer save its original input for the backward pass, not a float32 copy.
 
-    peft casts the input to the dtype of the factors and saves a float32 copy in each layer. If the query, key
+    peft casts the input to the dtype of the factors, which is float32, and saves the copy. If the query, key
     and value layers share a bfloat16 input, their three copies take six times the memory of the input. Here,
-    the cast is repeated in the backward pass, which gives bit-identical gradients.
+    each layer saves the shared input and repeats the cast in the backward pass. The gradients are
+    bit-identical.
     """
     from peft.tuners.lora import LoraLayer
 

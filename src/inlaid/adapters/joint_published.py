@@ -27,7 +27,7 @@ _MOCHI = re.compile(r"block_(\d+)\.to_(q|k|v|out)_lora\.([01])\.weight")
 
 @dataclass(frozen=True)
 class Published:
-    """Published TransPixeler adapter after conversion to the usual tensor names."""
+    """Published TransPixeler adapter, with tensors renamed to names that `read_adapter` reads."""
 
     tensors: Mapping[str, Tensor]
     """Tensors by name in a layout that `read_adapter` reads, without the domain embedding."""

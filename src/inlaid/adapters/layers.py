@@ -82,7 +82,7 @@ def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def low_rank_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the low-rank update s B A as a float32 matrix (out, in).
+    """Return the low-rank update `scale` * B A as a float32 matrix (out, in).
 
     For a convolution, `in` is the number of input channels times the kernel size.
     """

@@ -150,9 +150,11 @@ def _genmo(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
 
 
 def _transpixeler(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of TransPixeler: all four attention layers of each block, at a fixed rank.
+    """Return the content of a TransPixeler file.
 
-    Untrained layers are zero. TransPixeler scales the update by 1 / rank, so B is multiplied by the rank.
+    It contains the query, key, value and output layer of each block, all with the same fixed rank. Updates of
+    untrained layers are zero. TransPixeler scales each update by 1 / rank. The factor B is therefore
+    multiplied by the rank.
     """
     spec = family.joint_layout
     assert spec is not None

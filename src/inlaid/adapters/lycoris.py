@@ -177,7 +177,9 @@ def export(
     out: Path,
     names: OriginalNames,
 ) -> Path:
-    """Export a LoKr or LoHa adapter, and verify the written file.
+    """Export a LoKr or LoHa adapter.
+
+    For `diffusers`, the file is copied. For other targets, the written file is compared with the adapter.
 
     Args:
         path: folder of the adapter.
@@ -186,7 +188,7 @@ def export(
         names: names of the layers in the family's original code.
 
     Returns:
-        The file.
+        Path of the written file.
 
     Raises:
         ValueError: if the target cannot represent a layer.

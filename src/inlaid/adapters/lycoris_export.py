@@ -80,7 +80,10 @@ def _scaled(parts: Parts, scale: float) -> dict[str, Tensor]:
 
 
 def _swapped(parts: Parts, rename: Rename) -> dict[str, Tensor] | None:
-    """Swap the halves of the rows if the original code has them swapped; return None if impossible."""
+    """Exchange the two halves of the output rows if the original code has them in the opposite order.
+
+    For a LoKr, this is impossible if `lokr_w1` has an odd number of rows. The result is then None.
+    """
     if not rename.swapped:
         return dict(parts)
     if "hada_w1_a" in parts:

@@ -155,14 +155,14 @@ def canonical(to: str) -> str:
 def refusal(
     to: str, family: type[Family] | Family, kind: str, *, whole: bool = False, joint: bool = False
 ) -> str | None:
-    """Return the reason why a target cannot represent trained weights, or None if it can.
+    """Return the reason why an export target cannot represent trained weights, or None if it can.
 
     Args:
         to: name of the target.
         family: model family.
         kind: kind of tuner: `lora`, `dora`, `lokr`, `loha` or `full`.
         whole: True to export the whole model, with the adapter merged into it.
-        joint: True for an adapter that generates the alpha channel as a second clip of tokens.
+        joint: True for an adapter that was trained with joint alpha.
     """
     target = canonical(to)
     program, whole = PROGRAMS[target], whole or kind == "full" or target == "merged"
@@ -195,10 +195,11 @@ def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, wh
 
 
 def table() -> list[dict[str, str]]:
-    """Return the texts `target`, `program`, `adapter`, `whole` and `lacks` for each target.
+    """Return one dictionary of texts per export target.
 
-    `adapter` and `whole` explain in Markdown how to load an adapter or a whole model. They are empty if the
-    program cannot load it.
+    The key `target` gives the name of the target, and `program` the programs that load the export. `adapter`
+    and `whole` explain in Markdown how to load an adapter and a whole model. An empty text means that the
+    program cannot load it. `lacks` states what else the program cannot load.
     """
     rows = []
     for target, program in PROGRAMS.items():

@@ -441,9 +441,10 @@ def _without_ones(tensor: Tensor) -> Tensor:
 
 
 def _without_zeros(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove ranks whose column of B is zero; in a fused module, they belong to other layers.
+    """Reduce the rank of an update B A: remove the columns of B that are zero, and the same rows of A.
 
-    At least one rank remains.
+    One column remains if all are zero. Such columns occur in a fused layer, such as query-key-value, if each
+    of its parts was trained with a separate LoRA.
     """
     used = b.flatten(2).abs().amax((0, 2)) > 0 if b.ndim > 2 else b.abs().amax(0) > 0
     used[0] |= not used.any()

@@ -1,4 +1,4 @@
-"""Writers of adapter files in the layouts of diffusers, ComfyUI and kohya, with verification of exports."""
+"""Writers of adapter files for diffusers, peft and other programs, with verification of exports."""
 
 from __future__ import annotations
 
@@ -135,18 +135,20 @@ def export_adapter(
         adapter: adapter from `read_adapter`.
         to: name of the target. `diffusers` and `midi-3d` write a folder with adapter files, `merged` writes
             the whole network as a diffusers folder, and all other targets write one file.
-        out: folder, or file with a suffix. A path without suffix is a folder for the file.
+        out: folder or file to write. If the target is a file, a path without suffix is its folder.
         family: model family that defines the module names.
-        base: network without adapters. Required for `merged` (changed in place), `transpixeler`, `comfyui`
-            with DoRA and `wan-alpha` with LoRA. `transpixeler` and `musubi` need only the sizes of its
-            layers, so it may be on the meta device. Without it, `musubi` infers the sizes where possible.
+        base: network without adapters. Required for `merged`, `transpixeler`, `comfyui` with DoRA and
+            `wan-alpha` with LoRA. `merged` changes the network in place. `transpixeler` and `musubi` need
+            only the layer sizes, so the network may be on the meta device. Without `base`, `musubi` infers
+            the layer sizes where possible.
         notes: function that prints a note for the user.
 
     Returns:
-        The path of the folder for `merged` and `midi-3d`, and of the adapter file for other targets.
+        Path of the folder for `merged` and `midi-3d`, and of the adapter file for other targets.
 
     Raises:
-        ValueError: if the target cannot represent the adapter, or `out` exists.
+        ValueError: if the target cannot represent the adapter, if `base` is required and missing, or if the
+            target is `merged` and `out` is a file or a folder that is not empty.
     """
     out, target = Path(out), canonical(to)
     reason = refusal(to, family, "dora" if adapter.dora else "lora", joint=adapter.joint)

@@ -1,8 +1,8 @@
 """Merged alpha (Wan-Alpha, Dong et al. 2025): an RGBA VAE encodes color and alpha in one latent.
 
 The network, the objective and the sampling are the same as without alpha; only the latents differ. Latents of
-different RGBA VAEs are incompatible. The ID of the RGBA VAE is therefore part of the cache key, and it is
-stored in the header of adapters, where `accept` checks it.
+different RGBA VAEs are incompatible. The ID of the RGBA VAE is therefore part of the cache key. It is also
+stored in the header of adapter files, and checked when an adapter is loaded.
 """
 
 from __future__ import annotations

@@ -80,13 +80,13 @@ class RgbaVaeFamily(Composed):
         return {}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> RgbaVae:
-        """Load an RGBA VAE in float32, or create a new RGBA VAE if there is none to load.
+        """Load an RGBA VAE in float32, or create a new one if there is none to load.
 
         The RGBA VAE is loaded from `folder` or, if that is None, from the setting `rgba_vae.init_from`.
         If `meta` is true, a new RGBA VAE is created on the meta device.
 
         Raises:
-            ValueError: if only the merge block is trained and the loaded decoders are untrained.
+            ValueError: if `rgba_vae.train` is `merge` and the loaded decoders are untrained.
         """
         import diffusers
         import torch

@@ -1,4 +1,4 @@
-"""Estimation of a run's parameters, memory, disk space and time before weights are downloaded or loaded.
+"""Estimation of a run's parameter count, memory, disk space and time, without loading weights.
 
 The network is built on the meta device with its trainable weights or adapter. One forward and backward pass
 is then simulated on shapes only, with gradient checkpointing as in the recipe. The lifetime of every tensor

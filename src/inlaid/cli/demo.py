@@ -70,11 +70,11 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def write_clips(folder: Path) -> None:
-    """Write the training clips with captions: the new subject, and the pretraining domain of the tiny model.
+    """Write the training clips with captions.
 
-    The folders are `clips` (subject) and `known` (pretraining domain). H.264 with 4:2:0 chroma subsampling
-    would blur the outlines. Clips of the subject are therefore enlarged to twice their size, and the other
-    clips are stored as arrays.
+    The folder `clips` contains clips of the new subject. The folder `known` contains clips like those on
+    which the tiny base model was pretrained. H.264 with 4:2:0 chroma subsampling would blur the outlines.
+    Clips of the subject are therefore enlarged to twice their size, and the other clips are stored as arrays.
     """
     scenes = world.scenes(7, KNOWN)
     known = [(world.render(scene, i), world.caption(scene, i)) for i, scene in enumerate(scenes)]

@@ -51,7 +51,8 @@ def recipe(folder: Path, kind: str = "lora", checkpoint: str = "tiny:midi") -> d
 def write_scenes(folder: Path, judged: int = JUDGED) -> None:
     """Write the scenes for training and evaluation.
 
-    There are two kinds: scenes with a new object, and scenes from the tiny model's pretraining domain.
+    There are two kinds: scenes with a new object, and scenes like those on which the tiny base model was
+    pretrained.
     """
     new = [
         midi_world.turned(scene, [i, view]) if view else scene

@@ -105,7 +105,7 @@ def _parallel_conflicts(config: Config) -> Iterator[str]:
 
 
 def _rgba_vae_conflicts(config: Config, section: RgbaVae) -> Iterator[str]:
-    """Yield an error message for each key that cannot be combined with training an RGBA VAE."""
+    """Yield an error message for each recipe setting that is invalid when an RGBA VAE is trained."""
     if config.alpha.kind != "opaque":
         yield f"alpha.kind: {config.alpha.kind} does not apply to training an RGBA VAE: leave `alpha` out"
     if config.tuner != type(config).model_fields["tuner"].default:

@@ -146,9 +146,9 @@ class Cache:
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
     def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
-        """Return the cached item's name for each caption or precomputed text embedding.
+        """Return the name of the cached item for each text.
 
-        A path in `words` is a file with a precomputed text embedding.
+        A string in `words` is a caption. A path in `words` is a file with a precomputed text embedding.
         """
         what, encoder = [VERSION, family.model.family], self.encoder(family, "text")
         return [

@@ -92,13 +92,13 @@ def prepare_dataset(
     """Cut the clips of a source into windows and write them to a folder.
 
     Args:
-        source: folder or manifest of clips, or a recipe (YAML configuration). Of a recipe, the sections
-            `model`, `data` and `alpha` are used.
+        source: folder or manifest of clips, or a recipe (YAML configuration). The recipe's sections `model`,
+            `data` and `alpha` are used.
         out: output folder: new, empty, or written by the same command before.
         target: format of the output.
-        family: model family that determines the default size, length and frame rate.
-        checkpoint: checkpoint of the VAE and the text encoder that make latents. Default: the first
-            checkpoint that the family lists.
+        family: model family that determines the default size, length and frame rate. Ignored for a recipe.
+        checkpoint: base model; its VAE and text encoder make latents. Default: the first published
+            checkpoint of the family. Ignored for a recipe.
         overrides: recipe settings, such as `data.frames=81`.
         part: part of each clip to use.
         sequence_fps: frame rate of image sequences. Default: the frame rate of the output.
@@ -316,10 +316,11 @@ def _check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _check_sizes(settings: config.Config, family: Family, target: Target) -> list[str]:
-    """Return notes about sizes that the family does not support.
+    """Return notes about clip sizes that the family does not support.
 
     Raises:
-        ValueError: if the format cannot store the sizes.
+        ValueError: if latents are written and the family does not support the sizes, or if mp4 files are
+            written and the height or width is odd.
     """
     data = settings.data
     wrong = [p for n in data.frames for p in family.grid.problems(n, *data.size)]

@@ -319,7 +319,10 @@ def _matching(tree: Root, pattern: str, suffixes: tuple[str, ...] = ("",)) -> di
 
 
 def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None:
-    """Collect precomputed latents by file name, without reading the tensors."""
+    """Collect clips with precomputed latents and text embeddings, without reading the tensors.
+
+    Files of the same clip have the same name.
+    """
     parts = [_matching(scan.root, part) for part in (*patterns.media, patterns.text)]
     texts = _matching(scan.root, patterns.caption)
     for name in sorted({*parts[0], *parts[-1]}):

@@ -110,7 +110,7 @@ def _table(path: Path, text: str, source: config.Source, transparent: bool) -> t
 
 
 def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the last line number and the cells of each table row.
+    """For each table row, yield the number of its last line and its cells.
 
     Raises:
         ValueError: if the text is not valid CSV, or a field is too long.

@@ -34,13 +34,14 @@ def recognize(
     progress: Callable[[int, int], None] | None = None,
     probes: Probes | None = None,
 ) -> Material:
-    """Plan the clips of a recipe with alpha if at least half of the clips have alpha, else without.
+    """Decide whether to train with alpha, and plan the clips of a recipe accordingly.
+
+    The plan is with alpha if at least half of the clips have alpha.
 
     Args:
         data: the recipe's `data` section.
         opaque: model family without alpha.
-        transparent: the same family with alpha. None if the checkpoint does not support alpha; the plan is
-            then without alpha.
+        transparent: the same family with alpha. If it is None, the plan is without alpha.
         progress: called with (done, total) while files are probed.
         probes: reader of file properties. Default: a reader without a cache.
     """

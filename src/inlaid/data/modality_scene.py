@@ -71,7 +71,7 @@ class SceneWindow(Window):
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Part of the cache key: every setting that determines the cached tensors.
+        """Part of the cache key: reader version, number of objects, image size and object IDs.
 
         The cache adds the content hashes of the files.
         """

@@ -130,7 +130,7 @@ def table(report: RgbaVaeReport) -> Table:
 
 
 def text(report: RgbaVaeReport) -> list[str]:
-    """Return sentences with the metrics that are not in `table`, followed by the warnings."""
+    """Return lines of text: the metrics that `table` does not show, then the warnings."""
     v = report.values
     return [
         (

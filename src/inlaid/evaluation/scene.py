@@ -1,12 +1,12 @@
-"""Metrics of generated scenes against the true surfaces, per object and for the whole scene.
+"""Metrics that compare generated scenes with the true surfaces, per object and for the whole scene.
 
 This module implements `evaluate.ModalityMetrics` for scenes.
 
-For each object, `POINTS` points are sampled uniformly from meshes and surfaces. The seeds are fixed, so the
-same meshes give the same numbers. Lengths are in units of the scene's coordinate frame, in which the longest
-side of a scene is about 2. Metrics "in place" assume that model and data use the same coordinate frame.
-"Aligned" metrics are computed after a rigid alignment (iterative closest point) of the whole scene or of each
-object.
+For each object, `POINTS` points are sampled uniformly from the generated mesh and from the true surface. The
+seeds are fixed, so the same meshes give the same numbers. Lengths are in units of the scene's coordinate
+frame. In these units, the longest side of a scene is about 2. Metrics "in place" assume that model and data
+use the same coordinate frame. "Aligned" metrics are computed after rigid alignment (iterative closest point).
+Either the whole scene or each object is aligned.
 """
 
 from __future__ import annotations

@@ -222,10 +222,11 @@ class Family(Sampling, ABC):
         raise NotImplementedError
 
     def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
-        """Modify the denoiser to compute only this process's share of the video tokens.
+        """Modify the denoiser so that it computes only this process's share of the video tokens.
 
-        Inputs and outputs stay whole: they are the same in each process of `sequence`. Called after adapters
-        are attached, and only for families with `heads`.
+        The inputs and outputs of the denoiser still contain all tokens. They are the same in each process of
+        `sequence`. This method is called after adapters are attached. Families whose `heads` is 0 do not
+        implement it.
         """
         raise NotImplementedError
 
@@ -310,7 +311,10 @@ class Family(Sampling, ABC):
 
 
 def sequence_problems(family: Family, processes: int) -> list[str]:
-    """Return a message if the attention heads cannot be divided equally among `processes` processes."""
+    """Return a message if a family cannot split a sequence over `processes` processes.
+
+    The number of attention heads must be divisible by `processes`.
+    """
     heads = family.heads
     if processes == 1 or (heads and not heads % processes):
         return []

@@ -124,8 +124,8 @@ class Checkpoint:
     def fetched(self, *components: str) -> dict[str, Any]:
         """Download missing components of a Hub checkpoint; return `from_pretrained` arguments to load them.
 
-        The arguments make `from_pretrained` use local files only. For a local checkpoint, no arguments are
-        needed.
+        The arguments make `from_pretrained` use local files only. For a local checkpoint, the result is
+        empty.
 
         Raises:
             ValueError: if the download fails.

@@ -238,7 +238,7 @@ class CogVideoX(Family):
         """Encode a clip, uint8 (t, h, w, 3), and noisy copies of its first frame (image-to-video only).
 
         Returns:
-            Means and log-variances of the VAE posteriors, in the shapes of `stored`.
+            Means and log-variances of the VAE posteriors, with the shapes that `stored` returns.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         like = next(encoder.parameters())

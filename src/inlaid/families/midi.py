@@ -262,8 +262,9 @@ class Midi(_Encoders, Family):
     def notes(self, config: recipe.Config) -> list[str]:
         """Return notes about unusual settings.
 
-        They report multi-instance attention (across objects) in blocks that were not pretrained with it, and
-        adapter targets that match only some projections of an attention layer.
+        A note is returned if the transformer's `config.json` contradicts its tensor shapes, if multi-instance
+        attention (across objects) is in other blocks than in pretraining, or if the adapter targets match
+        only some projections of an attention layer.
         """
         notes, pretrained = list(self.config_notes), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != pretrained:

@@ -77,7 +77,7 @@ class OriginalNames:
         return found and found._numbered(block)
 
     def of_original(self, name: str, present: Container[str] = ()) -> Rename | None:
-        """Return the rename for a name in the original code, or None.
+        """Return the `Rename` of a name in the original code, or None if there is none.
 
         Args:
             name: layer or parameter, such as `blocks.0.self_attn.q`.

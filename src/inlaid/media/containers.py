@@ -43,9 +43,9 @@ def _boxes(file: Any, end: int) -> str:
 
 
 def _segment(file: Any, end: int) -> str:
-    """Return a message if a Matroska segment is declared to end after the end of the file.
+    """Return a message if a Matroska file is shorter than its header declares, else an empty string.
 
-    A live recording declares no size, so it always passes.
+    The header of a live recording declares no size. The result is then an empty string.
     """
     file.seek(4)
     header = _length(file)

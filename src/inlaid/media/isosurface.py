@@ -41,22 +41,25 @@ _CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
 
 
 def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
-    """Extract the zero level set of a field as a mesh, with marching cubes in the object's own box.
+    """Extract the zero level set of a field as a mesh.
 
-    The field is evaluated on a coarse grid of the whole box. The object's own box is then divided into
-    `resolution` cells per side. The surface is followed from cell to cell, from coarse grids to this grid.
-    Parts that are thinner than a coarse cell are found where linear extrapolation of the field from both
-    sides becomes negative. If a field is negative at more than four of the eight corners of the whole box,
-    its sign is assumed to be wrong and is inverted.
+    The search box is a cube around the origin. A coarse grid in this box locates the object and its bounding
+    box. The bounding box is enlarged by a margin and divided into `resolution` cells per side. Marching cubes
+    runs only in the cells that the surface crosses. These cells are found by following the surface from
+    cell to cell, first on coarse grids, then on finer ones.
+
+    A part of the object may be thinner than a coarse cell. Such parts are found by linear extrapolation of
+    the field. If the field is negative at more than four corners of the search box, its sign is assumed to be
+    wrong and is inverted.
 
     Args:
         field: the field to extract, negative inside.
-        resolution: cells per side of the object's own box, a power of two, at least 8.
-        coarse: cells per side of the grid in the whole box.
+        resolution: cells per side of the object's box, a power of two, at least 8.
+        coarse: cells per side of the search box.
 
     Returns:
-        The mesh, or None if the field has no zero level set; and a note, usually "". The note reports an
-        inverted sign, values that are not finite, or a reduced resolution.
+        The mesh and a note. The mesh is None if the field has no zero level set. The note reports an inverted
+        sign, values that are not finite, or a reduced resolution. Otherwise it is empty.
     """
     import trimesh
 

@@ -124,7 +124,7 @@ def _object(name: str, parts: Sequence[_Part]) -> MeshObject:
 
 
 def gray(count: int) -> Look:
-    """Return the look of `count` triangles that have no colors: a light gray."""
+    """Return a uniform light gray `Look` for `count` triangles without colors."""
     return Look.plain(np.tile(np.array([0.5, 0.5, 0.5, 1.0]), (count, 3, 1)))
 
 

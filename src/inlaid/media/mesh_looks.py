@@ -77,7 +77,10 @@ def texture_of(
 
 
 def _wrapped(index: np.ndarray, size: int, how: str) -> np.ndarray:
-    """Map pixel indices to the range 0 to `size` - 1, with the wrap mode `how`."""
+    """Map pixel indices to the range 0 to `size` - 1.
+
+    The wrap mode `how` is `clamp`, `mirror` or `repeat`.
+    """
     if how == "clamp":
         return index.clip(0, size - 1).astype(np.int64)
     if how == "mirror":

@@ -211,9 +211,10 @@ def _surface(path: Path, points: np.ndarray) -> Surface:
 
 
 def flipped(points: np.ndarray) -> bool:
-    """Return True if most normals of a surface (n, 6) point inward.
+    """Return True if the normals of a surface point inward rather than outward.
 
-    The test computes the volume of the surface with the divergence theorem: inward normals make it negative.
+    `points` (n, 6) contains coordinates, then normals. The test estimates the enclosed volume with the
+    divergence theorem. Inward normals give a negative volume.
     """
     return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
 

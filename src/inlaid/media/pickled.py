@@ -127,7 +127,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        """Run the instructions and return the result."""
+        """Interpret a pickle, and return the object that it builds."""
         most = 8 * limits.POINTS.value
         for count, (name, argument) in enumerate(_instructions(io.BytesIO(data))):
             if count > most:

@@ -119,7 +119,7 @@ def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
 
 
 def image_names(path: Path) -> list[str]:
-    """Return the names of the images in a sequence or `.zip` in natural order.
+    """Return the names of the images in an image sequence or a `.zip`, in natural order (9 before 10).
 
     Raises:
         MediaError: if the `.zip` cannot be read.
@@ -192,8 +192,8 @@ def read_animated(
 ) -> Iterator[np.ndarray]:
     """Yield the frames at `indices` of a still or animated image.
 
-    Frames are uint8 after EXIF rotation: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3). They are
-    read with Pillow, because FFmpeg does not support all formats.
+    Frames are uint8 after EXIF rotation: (h, w, 1) if `gray`, (h, w, 4) if the image has alpha, else
+    (h, w, 3). They are read with Pillow, because FFmpeg does not support all formats.
     """
     with load_image(path, animated=True) as image:
         for i in indices:

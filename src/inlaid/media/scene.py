@@ -189,9 +189,9 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
     Args:
         fields: implicit function of each object by name, negative inside the object.
-        resolution: grid cells per side of each object's own box.
-        triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
-            package fast-simplification.
+        resolution: grid cells per side of each object's bounding box.
+        triangles: maximum number of triangles per object. Larger meshes are decimated with the package
+            fast-simplification. Default: no limit.
 
     Raises:
         ValueError: if a mesh must be decimated and fast-simplification is not installed.

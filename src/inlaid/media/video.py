@@ -257,14 +257,16 @@ def read_frames(
 ) -> np.ndarray:
     """Read a window of a clip, scaled to cover `size` and center-cropped: uint8 (t, h, w, 3).
 
+    A clip with alpha is composited over white.
+
     Args:
         path: video, image (one frame) or `.npz`.
         start: seconds from the clip's first frame.
-        frames: number of frames; frame k is the frame displayed at start + k / fps (see `frames_on_show`).
+        frames: number of frames. Frame k is the one that the clip displays at the time start + k / fps.
         fps: sampling rate in frames per second.
         size: height and width of the result.
-        premultiplied: True if the color of a video with alpha is already multiplied by alpha.
-        rate: frame rate of an `.npz` without `fps`. Default: `fps`.
+        premultiplied: True if the color of a clip with alpha is already multiplied by alpha.
+        rate: frame rate of an `.npz` that does not store its frame rate. Default: the sampling rate.
 
     Raises:
         MediaError: if the clip ends before the end of the window, or if the decoder reports damage. H.264

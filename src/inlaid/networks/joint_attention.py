@@ -127,11 +127,11 @@ def mochi(
 ) -> tuple[Tensor, Tensor]:
     """Compute Mochi's joint attention over video (n, v, d) and text (n, m, e).
 
-    The attention processor of diffusers finds the valid text tokens of each sample with `nonzero`, which
-    causes graph breaks in compiled networks and fails on meta tensors. This function masks padding with
-    `attention_mask` (n, m) instead, which is True for valid tokens; None means that all text tokens are
-    valid. `Mochi.collate` pads text only to the longest caption of the batch. No token attends to padding,
-    and the outputs of padding tokens are meaningless.
+    `attention_mask` (n, m) is True for valid text tokens and False for padding. None means that there is no
+    padding. No token attends to padding. The outputs of padding tokens are meaningless.
+
+    The attention processor of diffusers removes padding from each sample with `nonzero`. That operation
+    causes graph breaks in compiled networks and fails on meta tensors. This function therefore uses a mask.
     """
     parts = hidden_states, encoder_hidden_states
     layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)

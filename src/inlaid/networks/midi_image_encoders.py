@@ -383,11 +383,13 @@ def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[Image
 
 
 def build(encoder: ImageEncoder, folder: Path | None, dtype: torch.dtype) -> nn.Module:
-    """Build a frozen image encoder with the weights in `folder`; without a folder, on the meta device.
+    """Build a frozen image encoder, and load the weights in `folder`.
 
-    The DINO encoder of MIDI has 7 input channels: object, scene and mask. Weights for 3 input channels are
-    extended to 7, with a warning: in the first layer, the scene gets copies of the kernels of the object, and
-    the mask gets a copy of the red channel's kernel.
+    Without a folder, the encoder is built on the meta device.
+
+    The DINO encoder of MIDI has 7 input channels: RGB of the object, RGB of the scene, and the mask. Weights
+    for 3 input channels are extended to 7, with a warning. In the first layer, both RGB images then use the
+    kernels of the 3 channels. The mask uses the kernel of the red channel.
 
     Raises:
         ValueError: if the weights have any other number of input channels.

@@ -191,6 +191,6 @@ class RgbaLoss:
 def sample_colors(
     generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
 ) -> list[Tensor]:
-    """Sample `n` background colors, each (3,) in [-1, 1], independently from `among`."""
+    """Sample `n` background colors from `among`, with replacement; each color is (3,) in [-1, 1]."""
     picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
     return [torch.tensor(among[i]) for i in picks]

@@ -135,9 +135,10 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _group(name: str) -> tuple[str, str]:
-    """Split a tensor name into its prefix (`vae_fgr`, `vae_pha` or `middle`) and the rest.
+    """Split a tensor name after `vae_fgr`, `vae_pha` or `middle`; return this component and the rest.
 
-    If the name has none of these prefixes, the prefix is empty and the rest is the name.
+    Text before the component is dropped. `middle` counts only if `block` follows. If the name has no such
+    component, return "" and the whole name.
     """
     found = re.search(r"(?:^|\.)(vae_fgr|vae_pha|middle)\.(.+)$", name)
     if not found or (found[1] == "middle" and not found[2].startswith("block.")):

@@ -163,7 +163,7 @@ class Block(nn.Module):
         skip: Tensor | None = None,
         scales: Sequence[float] = (1.0, 1.0),
     ) -> Tensor:
-        """Run the block on hidden states (rows, n, width).
+        """Run the block on hidden states (rows, n, width). In the denoiser, each row is one object.
 
         Args:
             x: hidden states.

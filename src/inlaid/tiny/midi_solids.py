@@ -211,7 +211,7 @@ def bounds(thing: Thing) -> Array:
 
 
 def moved(thing: Thing, scale: float, shift: Sequence[float]) -> Thing:
-    """Return a copy of an object that is scaled by `scale` and then moved by `shift`."""
+    """Return a copy of an object, scaled by `scale` and then moved by `shift`."""
     x, y, z = (scale * p + d for p, d in zip(thing.place, shift, strict=True))
     solids = tuple(
         Solid(s.kind, tuple(scale * v for v in s.size), tuple(scale * v for v in s.offset))  # type: ignore[arg-type]

@@ -183,7 +183,7 @@ def scenes(seed: int, n: int, *, counts: Sequence[int] = (1, 2, 3, 4), start: in
     """Return random scenes for the tiny model; scene k depends only on `seed`, k and `counts`.
 
     Args:
-        seed: 0 for training, any other value for validation.
+        seed: random seed. The tiny model was trained with seed 0.
         n: number of scenes.
         counts: numbers of objects per scene, used in turn.
         start: index k of the first scene.
