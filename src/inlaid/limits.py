@@ -25,7 +25,7 @@ class Limit:
         """Current value of the limit, in bytes or as a count.
 
         Raises:
-            ValueError: if the variable is not a positive number.
+            ValueError: if the environment variable is set, but not to a positive number.
         """
         text = os.environ.get(self.variable, "")
         if not text:

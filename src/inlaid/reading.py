@@ -137,7 +137,7 @@ def parse_json(text: str) -> Any:
 
 
 def _outside_strings(text: str) -> str:
-    """Return a JSON text without the content of its strings."""
+    """Return a JSON text without its strings."""
     parts = text.replace("\\\\", "").replace('\\"', "").split('"')
     return "".join(parts[::2])
 

@@ -112,13 +112,15 @@ class _Rescaled(torch.autograd.Function):
 
 
 class LowPrecision:
-    """Mixin for peft LoRA layers: computes the update in the dtype of the activations, with one rounding.
+    """Mixin that makes a peft LoRA layer compute its update in the dtype of the activations.
 
-    peft casts the input to the dtype of the factors, which is float32, and so computes, scales and adds the
-    update in float32: 28 bytes of memory traffic per output element. Here, the base layer's output and the
-    update are added inside one matrix product, which sums in float32 and rounds once: 4 bytes per output
-    element. The gradients of the factors are summed in float32. For the backward pass, a LoRA layer saves
-    only its input and A x (..., r); a DoRA layer also saves the output of the base layer.
+    peft casts the input to float32, the dtype of the factors. It computes, scales and adds the update in
+    float32. For LoRA, this takes 28 bytes of memory traffic per output element. The mixin adds the update to
+    the output of the base layer in one matrix product, which takes 4 bytes per output element. This product
+    sums in float32. The gradients of the factors are also summed in float32.
+
+    For the backward pass, a LoRA layer saves its input and A x (..., r). A DoRA layer also saves the output
+    of the base layer.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

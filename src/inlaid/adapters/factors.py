@@ -44,10 +44,11 @@ class Factors:
 
 
 def factors_of(layer: Layer, scale: float) -> dict[str, Factors]:
-    """Return the factors of each diffusers layer in an adapter module, which may fuse several layers.
+    """Return the factors of each diffusers layer to which an adapter layer applies.
 
-    The layers keep the kind of the module. Exception: if the rows of a Kronecker product cannot be divided
-    among the layers, each layer becomes an exact LoRA.
+    An adapter layer can apply to several diffusers layers, such as query, key and value. Their factors then
+    have the same kind as the adapter layer (LoRA, LoKr or LoHa). There is one exception: if the rows of the
+    first LoKr factor cannot be divided among the layers, each layer gets LoRA factors with the same update.
     """
     whole = _read(layer, scale)
     return {target.module: _select(whole, target) for target in layer.targets}

@@ -178,7 +178,7 @@ def _write_lycoris(
 
 
 def _copy_companions(path: Path, out: Path) -> list[str]:
-    """Copy the adapters of image encoders, which are stored in subfolders, and return notes."""
+    """Copy the subfolders that contain adapters of image encoders, and return notes for the user."""
     names = sorted(p.parent.name for p in locate(path).parent.glob(f"*/{PEFT_WEIGHTS}"))
     for name in names:
         with atomic(out / name) as folder:

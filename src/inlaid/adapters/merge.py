@@ -82,9 +82,9 @@ def attach_adapter(network: nn.Module, adapter: Adapter, name: str = "inlaid") -
 
 
 def layer_delta(adapter: Adapter, module: str) -> Tensor:
-    """Return the low-rank update s B A of a layer as a float32 matrix (out, in).
+    """Return the low-rank update of a layer, scale * B A, as a float32 matrix (out, in).
 
-    For a convolution, `in` is the number of input channels times the kernel size.
+    For a convolution, `in` is the number of input channels times the number of kernel elements.
     """
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return low_rank_product(a, b, adapter.scale(module))

@@ -46,16 +46,19 @@ class Published:
 
 
 def recognize(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Published | None:
-    """Convert an adapter of genmo's or SAT's trainer; return None for other files.
+    """Convert an adapter of Mochi's trainer (genmo) or CogVideoX's trainer (SAT).
 
     Args:
-        path: the file, for messages.
-        tensors: its tensors.
-        header: its metadata.
+        path: path of the file, for error messages.
+        tensors: tensors of the file.
+        header: metadata of the file.
+
+    Returns:
+        The converted adapter, or None for other files.
 
     Raises:
-        ValueError: if it is such a file, but its settings are invalid or disagree with its tensors, or a
-            factor belongs to an unknown layer.
+        ValueError: if it is such a file, but its settings are invalid, its settings disagree with its
+            tensors, or a factor belongs to an unknown layer.
     """
     if any(re.search(r"\.matrix_[AB]\.", k) for k in tensors):
         return _sat(path, tensors)

@@ -408,7 +408,10 @@ class _Made:
             self.tensors |= _named(module, parts)
 
     def _magnitudes(self, bare: Sequence[str]) -> None:
-        """Set missing magnitudes to the row norms of the merged weight, which keeps the update unchanged."""
+        """Set each missing DoRA magnitude to the row norms of the merged weight.
+
+        With these magnitudes, the layer computes the same output as plain LoRA.
+        """
         if bare and self.base is None:
             raise ValueError(
                 f"{self.path}: DoRA with {len(bare)} layers without a magnitude ({some_of(bare)}): pass "

@@ -73,7 +73,7 @@ class Joint(Composed):
 
     @property
     def single(self) -> Family:
-        """Model family that processes a single clip: the wrapped family without alpha."""
+        """Model family without alpha. It processes one clip instead of a color clip and an alpha clip."""
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:

@@ -102,7 +102,11 @@ class Merged(Composed):
         return self._with_ellipse((colors, *shape))
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents` (z, t, h, w) and, if noise is shifted, of `ellipse` (t, h, w)."""
+        """Return the shape of `latents`, (z, t, h, w).
+
+        If the noise outside the subject is shifted, also return the shape of `ellipse`, (t, h, w). This
+        tensor marks the subject.
+        """
         return self._with_ellipse(self.opaque.shapes(frames, height, width)["latents"])
 
     def _with_ellipse(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -418,9 +418,11 @@ def _network(family: Family, what: Trained, precision: torch.dtype) -> tuple[nn.
 def _frozen(
     config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
 ) -> tuple[int, int]:
-    """Return the bytes of the frozen weights, and the bytes of their temporary copies.
+    """Return the size of the frozen weights and the peak size of their temporary copies, both in bytes.
 
-    A quantized or cast weight is expanded to a temporary copy for the computation.
+    Before a layer computes, its quantized or downcast weight is expanded to a temporary copy in `precision`.
+    Copies of downcast weights are kept for the backward pass. If `recomputed` is true (gradient
+    checkpointing), only the copies of one block exist at a time.
     """
     section = config.memory
     plain = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad) * precision.itemsize

@@ -286,7 +286,14 @@ class _Builder:
 
 
 def _build(stream: Iterator[Any], empty: Any) -> _Builder:
-    """Build the value of the single YAML document in a stream of parser events.
+    """Build the value of a YAML document from parser events.
+
+    Args:
+        stream: parser events of the document.
+        empty: value of an empty document, and of keys and list items without a value.
+
+    Returns:
+        The builder; its attribute `root` is the value.
 
     Raises:
         _MistakeError: if there are several documents, or if the document exceeds a limit or uses unsupported

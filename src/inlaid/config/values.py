@@ -1,4 +1,7 @@
-"""Conversion of recipe values to the types that their keys accept. Other values are refused with a reason."""
+"""Conversion of recipe values to the types that their keys accept.
+
+Invalid values are refused with a reason.
+"""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class Cache:
         ]
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
-        """Return the cached item's name for each training example."""
+        """Return the name of the cached media item for each training example."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
         what += family.media_key
         files = [w.clip.files for w in windows]
@@ -304,7 +304,7 @@ def build_text(
 def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
     """Count the item that the `with` block writes, and convert a write error to a ValueError.
 
-    The message states how many items are cached.
+    The error message states how many items are cached.
     """
     try:
         yield

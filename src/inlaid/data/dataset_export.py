@@ -333,10 +333,12 @@ def _check_sizes(settings: config.Config, family: Family, target: Target) -> lis
 
 
 def _check_place(settings: config.Config, out: Path) -> None:
-    """Check that the output folder is neither a source folder nor inside one.
+    """Check that the output folder is allowed.
+
+    It must not be a source folder, be inside a source folder, or be the folder of a source manifest.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if the folder is not allowed.
     """
     for each in settings.data.sources:
         path, place = Path(each.path).expanduser().resolve(), out.resolve()
@@ -493,7 +495,7 @@ def _described_problems(problems: Sequence[Problem], plan: Plan) -> list[str]:
 
 
 def report(made: Prepared, out: Path, target: Target) -> list[str]:
-    """Return the lines that the command prints."""
+    """Return the lines that `inlaid prepare` prints."""
     total = made.written + made.kept
     lines = [f"note: {note}" for note in made.notes]
     lines += [f"left out: {line}" for line in made.left_out]

@@ -119,7 +119,9 @@ def endings(target: Target) -> tuple[str, ...]:
 
 
 def write_cut(cut: Cut, folder: Path, target: Target, crf: int) -> Written:
-    """Read a window and write its files. If the clip cannot be read, the result states the problem.
+    """Read the window of a clip, and write it to files in `folder`.
+
+    If the clip cannot be read, nothing is written and the result contains the problem.
 
     Raises:
         OSError: if a file cannot be written.

@@ -182,7 +182,7 @@ class SceneModality(Modality):
         return [Path(pair[0]).stem for pair in images]
 
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the input image, the segmentation, and the names of its objects."""
+        """Read the input image, and the segmentation with the names of the objects."""
         if not isinstance(source, Window):
             image, segmentation = (Path(path) for path in source)
             names = read_names(segmentation.parent) if segmentation.name == SEGMENTATION else {}

@@ -85,7 +85,7 @@ class VideoModality(Modality):
         ]
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the sampling settings that affect a video, and the frame rate."""
+        """Return the sampling settings and the frame rate, which are recorded beside a generated video."""
         other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 

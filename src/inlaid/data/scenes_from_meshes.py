@@ -342,7 +342,11 @@ def _label(path: Path, root: Path | None) -> str:
 def _write_views(
     room: _Room, out: Path, label: str, options: MeshOptions, advance: Callable[[], None]
 ) -> None:
-    """Write a scene for each view of a mesh file, and call `advance` after each view."""
+    """Write a training scene for each view of a mesh file, and call `advance` after each view.
+
+    A scene contains an image, its segmentation, and surface points of the visible objects. Views without
+    visible objects are skipped.
+    """
     surfaces: dict[int, np.ndarray] = {}
     for number, (name, mesh) in enumerate(zip(room.names, room.meshes, strict=True), 1):
         try:

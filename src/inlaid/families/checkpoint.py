@@ -150,7 +150,7 @@ class Checkpoint:
         """Download all pipeline components that are not in `given`.
 
         Returns:
-            Arguments of `from_pretrained` that load the local files, as `fetched` returns them.
+            Arguments for `from_pretrained` that restrict it to local files; empty for a local checkpoint.
         """
         if isinstance(self.source, Path):
             return {}

@@ -367,7 +367,7 @@ class Midi(_Encoders, Family):
         return pipe
 
     def resolved(self, sample: recipe.Sample) -> recipe.Sample:
-        """Return the sampling settings with the published mesh resolution if the recipe sets none."""
+        """Return the sampling settings; an unset mesh resolution is set to that of the published model."""
         cells = CELLS["TripoSG" if self.single_encoder else "MIDI-3D"]
         return sample.model_copy(update={"grid": sample.grid or cells})
 

@@ -332,13 +332,14 @@ class Mochi(Family):
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines, both (v, heads, d / 2), of the rotary embedding for v video tokens.
+    """Return the cosines and sines of the rotary embedding for v video tokens, both (v, heads, d / 2).
 
-    Replaces the method of diffusers, whose autocast supports neither CPU nor meta tensors.
+    This function replaces a method of diffusers, because autocast to float32 in that method supports neither
+    CPU nor meta tensors.
 
     Args:
-        frequencies: (a, heads, d / 2).
-        positions: (v, a), the coordinates of each video token.
+        frequencies: learned frequencies, (axes, heads, d / 2).
+        positions: coordinates of the video tokens, (v, axes).
     """
     device = "cpu" if frequencies.is_meta else frequencies.device.type
     with torch.autocast(device, enabled=False):

@@ -2,8 +2,8 @@
 
 ComfyUI also uses the original names. For most layers, only the name differs. In some models, one original
 layer contains several diffusers layers (query, key and value, concatenated along the rows). In some layers,
-the two halves of the rows are swapped. Each family states its map as a list of `Rename`; all conversions of
-weights and adapters use it.
+the two halves of the rows are swapped. Each family lists these differences as `Rename` objects. All
+conversions of weights and adapters use this list.
 """
 
 from __future__ import annotations
@@ -146,7 +146,11 @@ def _pattern(name: str) -> tuple[str, str | None]:
 
 
 def _with_leaf(key: str, find: Callable[[str], Rename | None]) -> tuple[Rename | None, str]:
-    """Return the rename for a tensor, and the suffix of its name: `.weight`, `.bias` or empty."""
+    """Find the `Rename` of a tensor; return it (or None) and a suffix of the tensor's name.
+
+    If `find` knows the whole name, the suffix is empty. Otherwise, the suffix is the last part of the name,
+    such as `.weight`, and `find` gets the name without the suffix.
+    """
     found = find(key)
     if found is not None:
         return found, ""

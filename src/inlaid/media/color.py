@@ -89,7 +89,7 @@ def to_srgb(pixels: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
 def _decoding(transfer: int) -> np.ndarray:
     """Return a lookup table from 16-bit code values to linear light.
 
-    The value 1.0 is SDR white, or the peak luminance for HLG.
+    For HLG, 1.0 is the peak of the signal. For other transfer functions, 1.0 is SDR white.
     """
     x = np.arange(65536, dtype=np.float64) / 65535
     if transfer == LINEAR:

@@ -65,7 +65,7 @@ def outward(triangles: np.ndarray) -> Outward:
 def _components(
     triangles: np.ndarray, flux: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return minimum corner, maximum corner and 6 x signed volume of each connected component."""
+    """Return the bounding box corners and six times the signed volume of each connected component."""
     count = labels.max() + 1
     low, high = np.full((count, 3), np.inf), np.full((count, 3), -np.inf)
     np.minimum.at(low, labels, triangles.min(1))

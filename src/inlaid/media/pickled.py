@@ -162,7 +162,10 @@ class _Machine:
         self.stack.append(found)
 
     def call(self, _: Any) -> None:
-        """Replace a NumPy function and its arguments on the stack by the result of the call."""
+        """Pop a function and its arguments from the stack, and push the result.
+
+        Only functions that pickles of NumPy arrays call are supported. A safe replacement runs instead.
+        """
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Named) or function.key not in _CALLS or not isinstance(arguments, tuple):
             raise UnsafePickleError(f"calls {function if isinstance(function, _Named) else 'an object'}")
@@ -352,7 +355,11 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _elements(found: list[Any], shape: Sequence[int]) -> Any:
-    """Convert the elements of an object array to the form that `unpickle` returns."""
+    """Convert the elements of an object array to plain Python or NumPy values.
+
+    An array of numbers becomes a float64 array, and other elements become a flat list. A zero-dimensional
+    array becomes its element.
+    """
     if not shape:
         return found[0]
     numbers = all(isinstance(x, (int, float, np.ndarray)) and np.ndim(x) == 0 for x in found)

@@ -1,4 +1,7 @@
-"""RGBA video files: verified writing, reading, alpha statistics and cleanup."""
+"""RGBA video files: reading, writing, alpha statistics and alpha cleanup.
+
+Written files are read back and checked.
+"""
 
 from __future__ import annotations
 
@@ -157,12 +160,12 @@ PAIR, PAIR_CRF = ("_rgb.mp4", "_alpha.mp4"), 4
 
 
 def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
-    """Write straight RGBA frames to a file, which is read back and compared with the input.
+    """Write straight RGBA frames to a file, and check the file by reading it back.
 
-    The file is written atomically: it appears only after a successful comparison. `.mov` is ProRes 4444,
-    `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, and `.mkv` FFV1. The last three are lossless.
-    In the other two, the color of transparent pixels is replaced by color that is extended from the visible
-    pixels. Otherwise lossy coding would mix the color behind the matte into soft edges.
+    The file appears only after a successful check. `.mov` is ProRes 4444, `.webm` is VP9, `.zip` is a PNG
+    sequence, `.apng` is an animated PNG, and `.mkv` is FFV1. ProRes and VP9 are lossy, the others lossless.
+    Before lossy encoding, transparent pixels get colors that are extrapolated from visible pixels. Otherwise,
+    their original colors would bleed into soft edges.
 
     Args:
         path: output file; its suffix selects the format.

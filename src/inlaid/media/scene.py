@@ -213,7 +213,7 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
 
 def thinned(surface: np.ndarray, count: int = POINTS) -> np.ndarray:
-    """Return pseudo-random points of a surface, (count, 6) of (n, 6).
+    """Select `count` pseudo-random points from the points of a surface (n, 6); return (count, 6).
 
     Every call selects the same points. Points are repeated only if n < `count`.
     """

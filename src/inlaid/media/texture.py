@@ -49,7 +49,7 @@ class Camera:
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return image coordinates (n, 2) of points (n, 3), and their distances from the camera (n,).
 
-        Coordinates are x to the right and y down; the image is [-1, 1] in both.
+        The first coordinate points right and the second points down. The image covers [-1, 1] in both.
         """
         right, up, forward = self.view.axes()
         offset = points + self.view.distance * forward

@@ -153,8 +153,7 @@ def mochi(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary positional embedding to `x` (n, v, heads, d), computed in float32.
 
-    Each pair of adjacent channels is rotated by one angle. `cos` and `sin` of the angles are
-    (v, heads, d / 2).
+    Each pair of adjacent channels is rotated by one angle. `cos` and `sin` have shape (v, heads, d / 2).
     """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)

@@ -130,7 +130,7 @@ class RgbaVae(nn.Module):
         return self.merge(trunk(self.vae, rgb), trunk(self.vae, alpha))
 
     def enable_gradient_checkpointing(self, *_: Any) -> None:
-        """Enable gradient checkpointing in `decode`, one latent frame at a time."""
+        """Enable gradient checkpointing in `decode`; each latent frame is a separate segment."""
         self.checkpointing = True
 
     def decode(self, z: Tensor, *, checkpointing: bool | None = None) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,18 @@
 """Import and export of RGBA VAEs in the file layouts of Wan-Alpha.
 
-Supported layouts, recognized by tensor names, or by file names for ComfyUI:
+An RGBA VAE extends a Wan VAE with a merge block and two low-rank updates of the decoder. The merge block
+computes one latent from color and alpha. The decoder decodes color with one update, and alpha with the other.
 
-- `decoder.bin`: low-rank updates of both decoders. The tensor names are
-  `vae_fgr.decoder.PATH[.conv3D].lora_{A,B}.default.weight` for color, and the same with `vae_pha.` for alpha.
-- A whole VAE: the base weights, the merge block with the prefix `middle.`, and the low-rank updates, which
-  are separate tensors or merged into the weights.
-- Two VAEs for ComfyUI with merged updates and Wan's original tensor names, in files named
-  `..._rgb_channel.safetensors` and `..._alpha_channel.safetensors`.
+The supported layouts are:
 
-Import writes the folder of an RGBA VAE (see `rgba_vae_checkpoint`). If it cannot use every tensor of the
-updates and of the merge block, it raises an error and writes nothing.
+- `decoder.bin`: only the two updates. Tensor names start with `vae_fgr.` for color and `vae_pha.` for alpha.
+- Whole VAE: the base weights, the merge block (prefix `middle.`) and the two updates. The updates are
+  separate tensors or merged into the decoder weights.
+- ComfyUI: two VAE files with merged updates and Wan's original tensor names. One file name contains
+  `rgb_channel`, the other `alpha_channel`.
+
+ComfyUI files are recognized by file name, the other layouts by tensor names. If a tensor of an update or of
+the merge block is unknown, the import fails and writes nothing.
 """
 
 from __future__ import annotations

@@ -183,9 +183,10 @@ class SequenceParallel:
 
 
 class SimulatedSequence(SequenceParallel):
-    """Simulation of the process with the largest share, for estimates on the meta device.
+    """Simulation of one process of sequence parallelism, for memory estimates on the meta device.
 
-    Nothing is exchanged with other processes, so the values of tensors are undefined.
+    The process has the largest share of the sequence. It exchanges nothing with other processes, so the
+    values of tensors are undefined.
     """
 
     def __init__(self, size: int) -> None:

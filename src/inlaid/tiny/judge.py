@@ -61,7 +61,7 @@ _SYMMETRY = {"square": 4, "triangle": 3, "cross": 4, "heart": 1, SUBJECT: 5}
 
 @dataclass(frozen=True)
 class _View:
-    """Measurements of a clip that all checks use."""
+    """Measurements of a clip; all checks use them."""
 
     frames: np.ndarray
     """Pixels of the clip, float32 (t, 64, 64, 3) with values 0-255."""
@@ -146,10 +146,10 @@ def _has_color(view: _View, color: str) -> bool:
 
 
 def _has_halves(view: _View, seam: float = 0.0) -> bool:
-    """Return True if the subject's two colors are visible on opposite sides of a line through the shape.
+    """Return True if the subject's two colors are visible on opposite sides of a line.
 
-    The subject is a star with an orange half and a purple half. Pixels within `seam` pixels of the line are
-    ignored.
+    The subject is a star with an orange half and a purple half. The line lies midway between the centroids
+    of the two colors. Pixels within `seam` pixels of the line do not count toward the shares of the colors.
     """
     first, second = (list(COLORS).index(name) for name in SUBJECT_COLORS)
     shares, sides = [], []

@@ -16,11 +16,11 @@ class Solid:
 
     The meaning of `size` depends on `kind`:
 
-    - box: half of each side length;
-    - sphere: (r,);
-    - cylinder and cone: (r, half of the height);
-    - torus, lying flat: (R, r);
-    - capsule along x: (r, half of the length without the caps).
+    - box: half of the side length along x, y and z;
+    - sphere: (radius,);
+    - cylinder and cone: (radius, half of the height);
+    - torus in the x-z plane: (major radius, minor radius);
+    - capsule along x: (radius, half of the length without the caps).
     """
 
     kind: str

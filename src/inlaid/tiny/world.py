@@ -589,9 +589,9 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts for the subject (a star), each with its scene.
+    """Return `n` pairs of a prompt and its scene, with a star as the subject.
 
-    Their combinations of motion, size and background do not occur in training.
+    The scenes have combinations of motion, size and background that do not occur in training.
     """
     pool = _subject_scenes(validation=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))

@@ -82,10 +82,10 @@ class Meters:
             )
 
     def flush(self, step: int, **more: float) -> dict[str, float]:
-        """Write the mean metrics since the last call, and return the written values by name.
+        """Write the metrics since the last call, and return the written values by name.
 
-        The metrics are the losses, the gradient norm, the seconds per step, and the values in `more`. Losses
-        are averaged over all processes, so all processes must call this method.
+        The metrics are the mean losses, the mean gradient norm and the seconds per step. The values in `more`
+        are added unchanged. Losses are averaged over all processes, so all processes must call this method.
         """
         names = list(self._losses[0][1]) if self._losses else ["loss"]
         sums = torch.zeros(len(names) + 1, device=self.ctx.device)

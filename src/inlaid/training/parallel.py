@@ -172,7 +172,7 @@ class FSDP(Replicated):
     ) -> Tensor:
         """Clip the gradients and run the optimizer step; see `Replicated.step`.
 
-        The gradient norm includes all shards.
+        The returned gradient norm includes all shards.
         """
         return gather_whole(super().step(optimizer, parameters, clip))
 

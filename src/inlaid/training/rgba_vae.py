@@ -60,7 +60,10 @@ class TrainedRgbaVae:
         return {n: p for n, p in network.named_parameters() if n in chosen}
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors of the merge block and of both decoders by name, including frozen tensors."""
+        """Return all tensors by name except those of the base VAE, including frozen tensors.
+
+        They belong to the merge block and to the decoder's low-rank updates for color and alpha.
+        """
         return {n: p for n, p in network.named_parameters() if not n.startswith("vae.")}
 
     def save(

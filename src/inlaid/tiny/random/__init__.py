@@ -1,6 +1,6 @@
 """Checkpoints with random weights and any network size, for tests and benchmarks.
 
-They have the model classes of the published checkpoints. This package has a module for each model family.
+They use the same model classes as the published checkpoints. This package has a module for each model family.
 Each module defines:
 
 - `VARIANTS`: for each architecture variant, the keys that its recipe (YAML configuration) needs in the
