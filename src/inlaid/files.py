@@ -72,9 +72,13 @@ def temporary_path(path: Path) -> Path:
 
 
 def sweep(folder: Path, *, deep: bool = True) -> None:
-    """Delete temporary files and folders whose processes have ended; with `deep`, also in subfolders.
+    """Delete the temporary files and folders of processes that have ended.
 
     Temporary files of other machines are kept for a day.
+
+    Args:
+        folder: folder to search.
+        deep: also search subfolders.
     """
     for base, folders, names in os.walk(folder):
         for name in [*folders, *names]:
@@ -138,7 +142,8 @@ def atomic(path: Path) -> Iterator[Path]:
 def _put(temporary: Path, path: Path) -> None:
     """Rename a finished temporary file or folder to its final path.
 
-    An existing folder at the final path is renamed first, and deleted last.
+    An existing folder at the final path is first moved aside. It is deleted after the rename, or restored if
+    the rename fails.
     """
     aside = None
     if path.is_dir():

@@ -36,7 +36,8 @@ class Root:
         """Return `path` if it is inside the root folder after all symbolic links are resolved.
 
         Raises:
-            FileError: if the path is outside (code `outside`); the message names the path and the fix.
+            FileError: if the path is outside the root folder (error code `outside`) or cannot be resolved
+                (error code `missing`). The message names the path.
         """
         try:
             inside = self.holds(path)

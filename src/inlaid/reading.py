@@ -1,4 +1,4 @@
-"""Reading of users' files: one exception type for library errors, and size limits for text and JSON."""
+"""Reading of users' files. Library errors become one exception type; text and JSON have size limits."""
 
 from __future__ import annotations
 

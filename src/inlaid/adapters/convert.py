@@ -1,4 +1,4 @@
-"""Conversion of trained weights to the layouts of other programs: `inlaid export`."""
+"""Conversion of trained weights to the layouts of other programs, for `inlaid export`."""
 
 from __future__ import annotations
 

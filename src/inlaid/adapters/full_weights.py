@@ -33,14 +33,15 @@ class FullWeights:
 
 
 def full_weights(parsed: Parsed, base: nn.Module | None, *, merging: bool, skip_missing: bool) -> FullWeights:
-    """Return the differences to the base model that a parsed file contains.
+    """Return the changes to the base model that a parsed file stores as full tensors.
 
     Args:
         parsed: content of the file.
-        base: network without adapters; needed for whole weights and for merging.
-        merging: accept differences of norms and other parameters, which can only be merged. Otherwise, they
-            are reported as problems.
-        skip_missing: leave out differences of parameters that the base model lacks, and add a note.
+        base: network without adapters. Required if the file contains whole weights, and for merging.
+        merging: accept changes that an adapter cannot represent, such as those of norms. They can only be
+            merged. If False, they are reported as problems.
+        skip_missing: leave out differences of parameters that the base model lacks, and add a note. If
+            False, they are reported as problems.
     """
     out = FullWeights()
     own = {name: p.detach() for name, p in (base.named_parameters() if base is not None else ())}

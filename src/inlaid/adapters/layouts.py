@@ -104,9 +104,10 @@ def _musubi(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
 
 
 def _wan_alpha(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of Wan-Alpha, which requires DoRA magnitudes.
+    """Convert an adapter to the layout of Wan-Alpha, which requires DoRA magnitudes.
 
-    For a LoRA, the magnitudes are the row norms of the updated weight, so the update stays the same.
+    For a LoRA, the magnitudes are set to the row norms of the updated weight, so the update stays the same.
+    This requires `base`.
     """
     if not adapter.dora and base is None:
         raise ValueError("Wan-Alpha reads DoRA; the magnitudes of a LoRA require the base model: pass base")
@@ -228,10 +229,10 @@ def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
 
 
 def check(layout: Layout, target: str, adapter: Adapter, base: nn.Module | None) -> None:
-    """Assert that a file of this layout changes the weights as the adapter does.
+    """Assert that exported tensors change the weights in the same way as the adapter.
 
-    The change of each original layer must equal the changes of its diffusers layers, with their rows in the
-    original order. Updates of untrained layers must be zero.
+    A layer of the original code can contain several diffusers layers. Its change must equal the changes of
+    these layers, concatenated in the original row order. The updates of untrained layers must be zero.
     """
     spelling, covered = SPELLINGS[target], set()
     for name, (rename, layer) in layout.layers.items():
@@ -270,10 +271,10 @@ def _change(adapter: Adapter, module: str, base: nn.Module | None, like: Tensor,
 def midi_folder(
     folder: Path, adapter: Adapter, companions: Mapping[str, Adapter], header: Mapping[str, str]
 ) -> str:
-    """Write an adapter for MIDI's own loader, and return the `LoraConfig` that the loader needs, as text.
+    """Write an adapter for MIDI's own loader, and return the text of the `LoraConfig` that the loader needs.
 
-    The loader has one rank for all layers. Lower ranks are padded with zeros, and the scale is multiplied
-    into the factors.
+    The loader accepts only one rank for all layers. Factors of lower rank are therefore padded with zeros.
+    The scale is multiplied into the factors.
 
     Args:
         folder: folder to write `lora_weights.safetensors` and `lora_weights.pth` to.

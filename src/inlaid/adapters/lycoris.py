@@ -1,8 +1,9 @@
 """LoKr and LoHa adapters (Yeh et al. 2023, https://arxiv.org/abs/2309.14859): faster layers, and file I/O.
 
-The pipelines of diffusers load neither LoKr nor LoHa; `load_lora_adapter` of a diffusers transformer loads
-LoKr only. A file has the layout that this method expects: its name is `pytorch_lora_weights.safetensors`,
-its tensors have peft's names with the prefix `transformer.`, and its header contains peft's configuration.
+The pipelines of diffusers load neither LoKr nor LoHa. The method `load_lora_adapter` of a diffusers
+transformer loads LoKr, but not LoHa. Both kinds of adapters are written in the file layout of this method.
+The file name is `pytorch_lora_weights.safetensors`. The tensors have peft's names with the prefix
+`transformer.`, and the header contains peft's configuration.
 """
 
 from __future__ import annotations

@@ -104,7 +104,11 @@ def layout_of(prefix: str) -> Layout:
 
 
 def split_block(module: str) -> tuple[str, str]:
-    """Split `blocks.0.attn1.to_q` into `blocks.0.` (empty outside the blocks) and `attn1.to_q`."""
+    """Split a module name into the prefix of its block and the rest.
+
+    For example, `blocks.0.attn1.to_q` becomes `blocks.0.` and `attn1.to_q`. The prefix is empty for a module
+    outside the blocks.
+    """
     match = _BLOCK.fullmatch(module)
     assert match
     return match[1] or "", match[2]

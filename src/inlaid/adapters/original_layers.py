@@ -48,7 +48,7 @@ class Layer:
 
     @property
     def convolution(self) -> bool:
-        """True for a layer whose factors have kernel axes."""
+        """True for a convolution: its factors have kernel axes."""
         return self.down.ndim > 2
 
     def dora_scale(self) -> Tensor:

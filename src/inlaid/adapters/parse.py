@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """Name for messages: the diffusers name or, for fused layers, the name in the file."""
+        """Name for messages: the name in diffusers, or for fused layers the name in the file."""
         return self.targets[0].module if len(self.targets) == 1 else self.name
 
     @property
@@ -198,7 +198,7 @@ def _whole(key: str, rest: str, tensor: Tensor) -> Whole:
 
 
 def _beside_factors(layers: Mapping[str, Layer], differences: Sequence[Difference]) -> list[Difference]:
-    """Add each bias difference to its layer, if that has LoRA factors, and return the other differences."""
+    """Add the bias differences of layers with LoRA factors to these layers; return the other differences."""
     rest = []
     for each in differences:
         layer = layers.get(each.module)

@@ -212,7 +212,7 @@ def table() -> list[dict[str, str]]:
 
 
 def markdown() -> str:
-    """Return the table of programs in Markdown, for the documentation."""
+    """Return a Markdown table of the programs that `inlaid export` supports, for the documentation."""
     lines = [
         "| `--to` | program | adapter | whole model (`--merge`, or full fine-tuning) | cannot take |",
         "|---|---|---|---|---|",

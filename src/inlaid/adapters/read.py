@@ -107,7 +107,7 @@ def read_any(
     expert: str | None = None,
     skip_missing: bool = False,
 ) -> Adapter | Lycoris:
-    """Read an adapter like `read_adapter`, but do not convert LoKr and LoHa to LoRA."""
+    """Read an adapter in the same way as `read_adapter`, but do not convert LoKr and LoHa to LoRA."""
     with reading(Path(path)):
         return _read(Path(path), family, alpha, shapes, base, dora_scale, expert, False, skip_missing)
 

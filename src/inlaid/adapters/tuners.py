@@ -213,7 +213,7 @@ def save(
     Args:
         section: tuner section of the recipe.
         denoiser: network after `attach`; its weights are not used.
-        weights: unsharded tensors, named as by the function `weights`.
+        weights: unsharded tensors, with the names that the function `weights` returns.
         folder: folder to write; created if missing.
         metadata: header entries of the adapter file.
 

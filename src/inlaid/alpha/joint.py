@@ -167,7 +167,7 @@ class Joint(Composed):
         return _both(*(self.single.encode_media(encoder, clip) for clip in clips))
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a training sample: `latents` (c, 2 * t, h, w), frames of color, then frames of alpha."""
+        """Return a training sample: `latents` (c, 2 * t, h, w), color frames before alpha frames."""
         alpha = {k.removeprefix(ALPHA): v for k, v in item.items() if k.startswith(ALPHA)}
         clips = {k: item[k] for k in alpha}, alpha
         return {
@@ -222,7 +222,7 @@ class Joint(Composed):
             domain.adapter_layers = [next(iter(layers.values()))]
 
     def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
-        """Split the video tokens over processes: color and alpha are split at the same positions."""
+        """Split the video tokens over processes. Each process gets the same positions of color and alpha."""
         self.opaque.split_sequence(denoiser, sequence.of_clips(2))
 
     # --- sampling -----------------------------------------------------------------------------------------

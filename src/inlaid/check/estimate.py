@@ -302,16 +302,16 @@ def estimate_recipe(
     Args:
         family: model family; no weights need to be loaded.
         config: the recipe.
-        batches: number of batches per epoch for each extent (length, height and width).
-        windows: number of clips to cache for each extent.
+        batches: batches per epoch for each extent (number of frames or objects, height and width).
+        windows: number of windows to cache for each extent.
         captions: captions to cache.
         device: device of the run.
-        precision: precision of the frozen base model.
-        optimizer: name of the optimizer, resolved for the device.
-        memo: results of earlier simulated passes, by a hash of their inputs; new results are added.
+        precision: dtype of the frozen base model, or of autocast in full fine-tuning.
+        optimizer: name of the optimizer that is used on this device.
+        memo: results of earlier simulated training steps, by a hash of the inputs; new results are added.
 
     Raises:
-        ValueError: if a target of the tuner matches no layer, or the network does not accept the clip size.
+        ValueError: if a pattern in `tuner.targets` matches no layer, or the network rejects the clip size.
     """
     what = trained_by(config, family)
     full = what.autocast

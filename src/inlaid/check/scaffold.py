@@ -158,13 +158,15 @@ def new_recipe(
 def _alpha(
     settings: config.Config, wanted: Choice, *, experts: bool
 ) -> tuple[Material, SupportedAlpha | None, str]:
-    """Choose the kind of alpha of a recipe, and report it.
+    """Choose the kind of alpha for a recipe, and print the choice.
 
     Returns:
-        The clips, the kind of alpha (None for an opaque recipe), and the text of the `alpha` section.
+        The plan of the clips, the kind of alpha (None for an opaque recipe), and the text of the recipe's
+        `alpha` section.
 
     Raises:
-        ValueError: if the checkpoint does not support the wanted kind of alpha.
+        ValueError: if joint or merged alpha is wanted, but the checkpoint does not support it or most clips
+            have no alpha.
     """
     found, refused = transparency.supported_alpha(settings, experts=experts)
     ways = found if wanted == "auto" else [way for way in found if way.kind == wanted]

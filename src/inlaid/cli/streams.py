@@ -15,11 +15,12 @@ class LastingStream:
     """Output stream that silently discards its output after its terminal or pipe is closed."""
 
     def __init__(self, stream: Any, errors: Collection[int] | None = None) -> None:
-        """Wrap a stream and choose which of its errors are ignored.
+        """Wrap a stream and set which errors of the stream are ignored.
 
         Args:
             stream: stream to wrap.
-            errors: numbers (errno) of errors to ignore; None ignores all system errors.
+            errors: error numbers (errno) to ignore; None ignores every `OSError`. The errors of a closed pipe
+                or terminal are always ignored.
         """
         self.stream, self._errors = stream, errors
 

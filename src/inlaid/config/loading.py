@@ -63,9 +63,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = "recipe") -> Config:
-    """Build and validate a recipe from a nested mapping, with family defaults and overrides applied.
+    """Build and validate a recipe from a nested mapping.
 
-    Family defaults are default values of the recipe's model family. They replace the defaults of sections.
+    The order of precedence is: overrides, mapping, defaults of the model family, general defaults.
+
+    Args:
+        raw: nested mapping with the content of a recipe file.
+        overrides: texts of the form `section.key=value`.
+        name: name of the recipe in error messages.
 
     Raises:
         ValueError: listing all mistakes, one per line.

@@ -1,7 +1,7 @@
-"""Sections of a recipe; the attribute docstrings are the help texts of the keys.
+"""Sections of a recipe. The attribute docstrings are the help texts of the keys.
 
-A value comes from the first of these that sets it: `key=value` override, YAML file, default of the model
-family, default of the section. An unknown key is an error.
+The value of a key is, in order of precedence: the `key=value` override, the value in the YAML file, the
+default of the model family, or the default of the section. An unknown key is an error.
 """
 
 from __future__ import annotations

@@ -144,7 +144,10 @@ def _number(value: float, accepted: frozenset[type]) -> Any:
 
 
 def _unmeant(value: str, accepted: frozenset[type], literals: frozenset[Any], several_lines: bool) -> str:
-    """Return the reason why a text is probably a mistake for its key; empty if there is none."""
+    """Return the reason why a string value is probably a mistake, or an empty string.
+
+    Mistakes are control characters, and words such as `none` instead of null.
+    """
     kept = "\t\n\r" if several_lines else ""
     wrong = next((c for c in value if (c < " " or c == "\x7f") and c not in kept), None)
     if wrong:

@@ -60,7 +60,10 @@ def recognize(
 
 
 def _maybe_transparent(data: config.Data, plan: Plan) -> bool:
-    """Return True if a clip has an alpha channel, a matte, or a format that only runs with alpha can read."""
+    """Return True if any clip may be transparent.
+
+    Such a clip has an alpha channel, a matte, or a file format that is only read in runs with alpha.
+    """
     if any(p.transparent for p in plan.probes.values()):
         return True
     found = [c for i, s in enumerate(data.sources) for c in find_clips(s, i, None, 4).clips]

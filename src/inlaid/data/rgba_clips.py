@@ -255,9 +255,9 @@ def _probe(path: Path) -> Probe:
 
 
 def probe_frames(path: Path) -> Probe:
-    """Return the properties of a sequence or `.zip` of frames.
+    """Return the properties of an image sequence in a folder or `.zip`.
 
-    Decodes the first and the last image, and reads the size of every image.
+    The first and the last image are decoded. Of the other images, only the size is read.
 
     Raises:
         MediaError: if there are no images, or if the images differ in size or cannot be read.

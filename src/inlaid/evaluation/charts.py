@@ -115,7 +115,7 @@ Shape = Text | Rule | Curve | Dot
 
 @dataclass(frozen=True)
 class Drawing:
-    """Graphical elements of a chart, with positions in pixels, in the order in which they are painted."""
+    """Chart as a list of shapes in painting order, with positions in pixels."""
 
     width: int
     height: int

@@ -401,7 +401,7 @@ def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
 
 
 def _sampling(family: families.Family, encoded: Prompts) -> dict[str, Any]:
-    """Return the sampling settings with which the outputs were generated."""
+    """Return the sampling settings of the generated outputs, for the report."""
     if family.modality != "video":
         return modality_of(family.modality).settings(encoded.sample, encoded.fps)
     return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}

@@ -34,7 +34,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class RgbaVaeReport:
-    """Errors of an RGBA VAE on validation clips, and the path of the written report."""
+    """Metrics of an RGBA VAE on validation clips, and the path of the written report."""
 
     path: Path
     """Path of the JSON file. The report image has the same path with the suffix `.png`."""

@@ -86,11 +86,11 @@ _MISSING_OBJECT = {
 
 
 def measure(output: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return all `METRICS` of a generated scene, and the metrics of each object by name.
+    """Return all `METRICS` of a generated scene, and the metrics of each object by object name.
 
     Args:
         output: generated scene.
-        prompt: prompt; its attribute `images` is the training example (window) with the true scene.
+        prompt: evaluated prompt. Its attribute `images` is the validation example with the true scene.
     """
     truth = {one.label: one.surface for one in prompt.images.read().objects}
     targets = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}

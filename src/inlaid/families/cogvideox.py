@@ -219,8 +219,8 @@ class CogVideoX(Family):
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the cached tensors.
 
-        They are `moments` (32, t, h, w) and, for image-to-video, `image` (COPIES, 32, 1, h, w). Both tensors
-        hold means and log-variances of the VAE posterior.
+        `moments` is (32, t, h, w). For image-to-video, `image` is (4, 32, 1, h, w): the image is encoded four
+        times, each time with different noise. Both tensors hold means and log-variances of the VAE posterior.
         """
         _, *latent = self.shapes(frames, height, width)["latents"]
         image = {"image": (COPIES, 32, 1, *latent[1:])} if self.images else {}

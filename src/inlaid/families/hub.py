@@ -143,7 +143,10 @@ def _cached_index(name: str, revision: str | None) -> dict[str, Any] | None:
 
 
 def _cached_component(name: str, revision: str | None, component: str) -> Path | None:
-    """Return the cached folder of a component; None if the folder or a weights file is not cached."""
+    """Return the folder of a pipeline component in the Hugging Face cache.
+
+    The result is None if the folder or one of its weights files is not in the cache.
+    """
     index = cached(name, revision, "model_index.json")
     folder = index.parent / component if index else None
     if folder is None or not folder.is_dir():

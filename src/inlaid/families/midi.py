@@ -199,9 +199,10 @@ class Midi(_Encoders, Family):
         self.targets = (*self.targets, *own, *self.conditioning.targets)
 
     def about(self) -> dict[str, str]:
-        """Return metadata for weights file headers, including multi-instance blocks and timestep shift.
+        """Return metadata for the headers of weights files.
 
-        Multi-instance blocks are the transformer blocks whose attention spans all objects of a scene.
+        It includes the timestep shift and the multi-instance blocks. Multi-instance blocks are the
+        transformer blocks whose attention spans all objects of a scene.
         """
         blocks = ",".join(map(str, self.blocks))
         return {

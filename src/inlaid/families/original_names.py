@@ -54,9 +54,9 @@ class Rename:
 
 
 class OriginalNames:
-    """All renames of a model, with methods that find a rename or convert a whole network.
+    """Map between the names of a model's layers in the original code and in diffusers.
 
-    The object is false if it contains no renames.
+    It can look up one name, or convert the weights of a whole network. An empty map evaluates to False.
     """
 
     def __init__(self, *pairs: tuple[str, str], fused: Sequence[Rename] = ()) -> None:

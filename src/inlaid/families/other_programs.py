@@ -54,7 +54,7 @@ class OtherPrograms(Checkpoint):
     """Values of the denoiser's configuration that other programs assume for a whole model."""
 
     def export_problem(self, target: str, whole: bool) -> str | None:
-        """Return the reason why a program cannot use weights for this checkpoint, or None if it can.
+        """Return the reason why an export target does not support this checkpoint, or None.
 
         Args:
             target: target of `inlaid export`.

@@ -2,8 +2,9 @@
 
 A field is a function of points. It is negative inside an object, and its zero level set is the surface of the
 object. The published pipelines of MIDI-3D and TripoSG evaluate a field on dense grids of 257 or 512 points
-per side: first in the whole box, then in the box of the object. `extract` finds the same surface with about
-one percent of the evaluations, because it evaluates the fine grid only at the cells that the surface crosses.
+per side: first in a box of fixed size, then in the bounding box of the object. `extract` finds the same
+surface with about one percent of the evaluations, because it evaluates the fine grid only at the cells that
+the surface crosses.
 """
 
 from __future__ import annotations

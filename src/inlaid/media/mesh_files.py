@@ -75,7 +75,7 @@ class _Part:
 
 @dataclass
 class _Content:
-    """Parts of a mesh file, names of its nodes by ID, and notes."""
+    """Content of a mesh file: its parts, the names of its nodes by ID, and notes for the user."""
 
     parts: list[_Part]
     names: dict[str, str]

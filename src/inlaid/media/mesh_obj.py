@@ -16,9 +16,9 @@ MATERIALS = "inlaid:materials"
 class Obj:
     """Text of an .obj file, rewritten so that trimesh reads it completely.
 
-    trimesh supports either objects or groups, resolves relative indices against the end of the file, and
-    reads only one material file. In the rewritten text, each pair of object and group is a numbered object,
-    all indices are absolute, and the only material file is `MATERIALS`.
+    trimesh supports objects or groups, but not both. It resolves relative indices against the end of the
+    file, and reads only one material file. In the rewritten text, each combination of object and group is a
+    numbered object. All indices are absolute, and the only material file is `MATERIALS`.
     """
 
     def __init__(self, content: bytes) -> None:

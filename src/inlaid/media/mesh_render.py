@@ -45,9 +45,9 @@ class View:
         return np.stack([right, np.cross(right, forward), forward])
 
     def fitting(self, points: np.ndarray, margin: float = 0.95) -> View:
-        """Return the camera, moved back if needed, so that all points (n, 3) are in the picture.
+        """Return a camera whose picture contains all points (n, 3). It is moved back if needed.
 
-        `margin` is the share of the width and height that the points may fill.
+        `margin` is the largest share of the picture's width and height that the points may fill.
         """
         x, y, depth = self.axes() @ points.T
         reach = margin * np.tan(np.radians(self.field) / 2)

@@ -1,4 +1,4 @@
-"""Surfaces of meshes: outward orientation, and points on the part that can be seen from outside."""
+"""Outward orientation of mesh surfaces, and sampling of surface points that can be seen from outside."""
 
 from __future__ import annotations
 

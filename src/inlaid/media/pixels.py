@@ -205,7 +205,10 @@ def fit_frame(
 
 
 def over_white(rgba: np.ndarray, premultiplied: bool = False) -> np.ndarray:
-    """Composite RGBA (..., 4), straight or premultiplied, over white: RGB (..., 3), both uint8."""
+    """Composite uint8 RGBA (..., 4) over white, and return uint8 RGB (..., 3).
+
+    `premultiplied` is True if the color is premultiplied by alpha.
+    """
     alpha = rgba[..., 3:].astype(np.uint16)
     if premultiplied:
         return np.minimum(rgba[..., :3] + (255 - alpha), 255).astype(np.uint8)

@@ -102,9 +102,11 @@ def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int
 
 
 class MochiJointAttention:
-    """Attention processor of Mochi that can restrict the attention of text tokens to alpha tokens.
+    """Attention processor of Mochi with a rule for the attention of text tokens to alpha tokens.
 
-    It can also split the video tokens over processes (`sequence`).
+    Args:
+        rule: attention of text to alpha: full (`open`), none (`block`) or reduced (`bias`).
+        sequence: exchanges with other processes, if the video tokens are split over processes.
     """
 
     def __init__(self, rule: Rule, sequence: SequenceParallel | None = None) -> None:

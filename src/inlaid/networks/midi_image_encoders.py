@@ -217,11 +217,15 @@ class ImageConditioning:
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return the tensor shapes of the image conditioning of `n` objects, by tensor name.
+        """Return the tensor shapes of the image conditioning, by tensor name.
 
-        The entry of a frozen encoder is tokens: `clip` (n, 1, d) or `dino` (n, m, d). `widths` contains d for
-        each encoder. The entry of a trained encoder is images (n, channels, s, s). If any encoder is trained,
-        there is also a scalar `conditioned`, with shape ().
+        A frozen encoder has tokens: (n, 1, d) for `clip` or (n, m, d) for `dino`. A trained encoder has
+        images (n, channels, s, s) instead. If any encoder is trained, there is also the scalar `conditioned`.
+        It is 0 if the image conditioning is dropped, else 1.
+
+        Args:
+            n: number of objects.
+            widths: token width d of each encoder.
         """
         out: dict[str, tuple[int, ...]] = {}
         for (kind, encoder), width in zip(self.encoders.items(), widths, strict=True):

@@ -171,15 +171,17 @@ def trunk(vae: Any, video: Tensor) -> Tensor:
 def decode(
     decoder: nn.Module, x: Tensor, weights: Mapping[str, Tensor], *, checkpointing: bool = False
 ) -> Tensor:
-    """Decode latents with a Wan decoder, one latent frame at a time, with gradients and without clamping.
+    """Decode latents with a Wan decoder, one latent frame at a time.
+
+    The result has gradients and is not clamped.
 
     Args:
         decoder: decoder of a Wan VAE.
         x: latents (b, c, t, h, w), after `post_quant_conv`.
-        weights: weights by parameter name that replace the decoder's own.
-        checkpointing: use gradient checkpointing for each latent frame. The caches of the convolutions are
-            inputs and outputs of each step, so that the recomputation uses the same caches as the forward
-            pass.
+        weights: parameters by name, used instead of those of the decoder.
+        checkpointing: use gradient checkpointing for each latent frame. The checkpointed function takes the
+            caches of the convolutions as arguments and returns new caches. The recomputation therefore uses
+            the same caches as the forward pass.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -262,10 +264,10 @@ def vae_name(original: str, residuals: int = 2) -> str | None:
 
 
 def _inside(rest: str) -> str:
-    """Convert the original name of a parameter within a block to its diffusers name.
+    """Convert the name of a parameter inside a block from the original code to diffusers.
 
-    The block is a residual block, an attention block or a resampler; `rest` is the name without the block's
-    prefix.
+    `rest` is the original name without the prefix of the block, such as `residual.0.gamma`. The block is a
+    residual block, an attention block or a resampler.
     """
     found = re.match(r"residual\.([0236])(?=\.|$)", rest)
     if found:

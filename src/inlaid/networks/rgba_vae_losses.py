@@ -57,9 +57,9 @@ _SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "cen
 
 
 def edges(x: Tensor, kind: Edge) -> Tensor:
-    """Convert a video to grayscale and return the gradient magnitude of each frame, (b, 1, t, h, w).
+    """Return the gradient magnitude (b, 1, t, h, w) of each frame of a video, computed in grayscale.
 
-    The filter is Sobel or central differences, with zero padding.
+    `kind` selects the Sobel filter or central differences. The frames are padded with zeros.
     """
     gray = luma(x)
     flat = gray.transpose(1, 2).flatten(0, 1)

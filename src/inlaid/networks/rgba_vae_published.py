@@ -76,7 +76,11 @@ def named_like(name: str) -> bool:
 
 
 def is_rgba_vae(path: Path) -> bool:
-    """Return True if the tensor names of a file, or the file names in a folder, match a supported layout."""
+    """Return True if a file or folder looks like a published RGBA VAE.
+
+    Only names are checked: the tensor names of a file, or the names of `.safetensors` files in a folder. An
+    ordinary Wan VAE with the original tensor names also matches.
+    """
     if path.is_dir():
         return any(half in p.name for half in HALVES for p in path.glob("*.safetensors"))
     if not path.is_file():

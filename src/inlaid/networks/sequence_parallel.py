@@ -41,7 +41,7 @@ class SequenceParallel:
         self._shares: list[int] = []
 
     def of_clips(self, clips: int) -> SequenceParallel:
-        """Return a copy of this object for sequences of `clips` clips."""
+        """Return a copy for sequences that consist of `clips` clips, such as color and alpha."""
         found = copy(self)
         found.clips = clips
         return found

@@ -1,12 +1,16 @@
 """Networks of TripoSG and MIDI: the diffusion transformer for shape latents, and the shape VAE.
 
 Li et al. 2025 (https://arxiv.org/abs/2502.06608) and Huang et al. 2025 (https://arxiv.org/abs/2412.03558).
-The code was written from a description; the state dicts match the published files.
+The code is a reimplementation from a description. Its state dicts match the published files.
 
-Differences from usual transformers: An attention head is a slice of the concatenated outputs of `to_q`,
-`to_k` and `to_v` (see `Attention`). The timestep is a token before the latent tokens. Skip connections
-concatenate earlier and current hidden states; a linear layer then halves the width. The network predicts
-data - noise. The VAE decodes to a field that is negative inside the object.
+The networks differ from usual transformers in these points:
+
+- In self-attention, the outputs of `to_q`, `to_k` and `to_v` are concatenated. Each head is a slice of the
+  result (see `Attention`).
+- The timestep is a token before the latent tokens.
+- A skip connection concatenates earlier and current hidden states. A linear layer then halves the width.
+- The network predicts data - noise.
+- The VAE decodes latents to an implicit field, which is negative inside the object.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Run:
         return wanted[0]
 
     def keep(self, n: int) -> None:
-        """Delete all checkpoints but the newest n, and the partial checkpoints that a killed run left."""
+        """Delete all partial checkpoints, and all complete checkpoints except the newest `n`."""
         for old in self.checkpoints()[:-n]:
             remove(old)
         sweep(self.folder / "checkpoints")
@@ -226,7 +226,10 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl`, without the partial last line that a killed run may leave."""
+    """Return the records of a `metrics.jsonl` file.
+
+    An incomplete last line is ignored; a killed run may leave one. A missing file has no records.
+    """
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

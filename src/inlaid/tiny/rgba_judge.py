@@ -92,7 +92,7 @@ def hard_over_dark(frames: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _template() -> tuple[np.ndarray, float, float, float]:
-    """Return a table of the signed distances to the star of unit radius, and its area and centroid."""
+    """Return a table of signed distances to a star of unit radius, and the area and centroid of the star."""
     return judge._template(SUBJECT)
 
 

@@ -519,10 +519,10 @@ def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """Return a caption of a scene in one of several wordings.
+    """Return a caption of a scene in a random wording.
 
     It mentions shape and motion. It mentions color, size and background only if the scene sets them. One in
-    five captions contains an invented word, but captions of the subject contain none.
+    five captions contains an invented word, but not if the shape is `SUBJECT`.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
     words = [w for w in (scene.size, scene.color, scene.shape) if w]

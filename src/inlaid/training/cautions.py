@@ -30,7 +30,11 @@ def cautions(config: recipe.Config, denoiser: nn.Module, selected: list[str]) ->
 
 
 def length_cautions(config: recipe.Config, steps: int) -> list[str]:
-    """Return warnings about the number of optimizer steps of a recipe, which `check` and `train` print."""
+    """Return warnings about the number of optimizer steps.
+
+    There is a warning if the warmup lasts for all steps, or if the run already has a checkpoint with more
+    steps.
+    """
     found, optim = [], config.optim
     if optim.warmup >= steps:
         found.append(

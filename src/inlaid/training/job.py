@@ -1,4 +1,4 @@
-"""Training job: the state of a run in memory, and its preparation from a recipe."""
+"""Training job: the state of a run in memory, and functions that prepare it from a recipe."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ class Offloaded(torch.optim.Optimizer):
             there.copy_(here, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Free the gradients on the device; the next step overwrites the CPU copies."""
+        """Free the gradients on the device. The CPU copies are kept until the next step overwrites them."""
         for there in self.there:
             there.grad = None
 

@@ -151,7 +151,7 @@ def _tracker(name: str, run: Run, settings: dict[str, Any], start: int) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated CUDA memory, or on other devices the resident set size."""
+    """Return the peak memory in bytes: allocated GPU memory on CUDA, else resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

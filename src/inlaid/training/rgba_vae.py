@@ -88,7 +88,7 @@ class TrainedRgbaVae:
         )
 
     def step(self, precision: AbstractContextManager[Any]) -> RgbaVaeStep:
-        """Return the training step; `precision` is the context manager in which it computes.
+        """Return the training step, which computes in the context manager `precision`.
 
         Raises:
             ValueError: if the perceptual network cannot be loaded.

@@ -101,7 +101,7 @@ class Trained(Protocol):
 
 
 def trained_by(config: recipe.Config, family: Family) -> Trained:
-    """Return the interface to the weights that a recipe trains: those of an RGBA VAE or of a denoiser."""
+    """Return the interface to the weights that a recipe trains, of either an RGBA VAE or a denoiser."""
     if config.rgba_vae is not None:
         return TrainedRgbaVae(config, config.rgba_vae, family.name)
     return TrainedDenoiser(config, family)

@@ -30,7 +30,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def model(family: str, variant: str) -> dict[str, Any]:
-    """Return the `model` section of a recipe for training a variant, without the key `checkpoint`."""
+    """Return the recipe section `model` for an architecture variant. The key `checkpoint` is not set."""
     return {"family": family, **_module(family).VARIANTS[variant]}
 
 
