@@ -161,7 +161,7 @@ def use_low_precision(denoiser: nn.Module) -> None:
 
 
 def _float32_product(x: Tensor, y: Tensor) -> Tensor:
-    """Return the matrix product x y of half-precision tensors, summed and returned in float32."""
+    """Return the matrix product x y. It is accumulated and returned in float32, even for half precision."""
     if x.device.type in WIDENING and x.dtype in HALF:
         return torch.mm(x, y, out_dtype=torch.float32)
     wide = torch.promote_types(x.dtype, torch.float32)

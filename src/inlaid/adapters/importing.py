@@ -155,7 +155,7 @@ def _network(
 def _write_lycoris(
     found: Lycoris, out: Path, kind: type[families.Family], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> Path | None:
-    """Write a LoKr or LoHa adapter for peft and diffusers; return None if they cannot represent it."""
+    """Write a LoKr or LoHa adapter for peft and diffusers; return None if peft cannot represent it."""
     kinds = {f.kind for f in found.layers.values()}
     convolution = any(
         len((shapes or {}).get(m, ())) > 2 or any(re.fullmatch(c, m) for c in kind.convolutions)

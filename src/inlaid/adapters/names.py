@@ -220,7 +220,7 @@ class Names:
         return () if flat else (Target(name),)
 
     def knows(self, name: str) -> bool:
-        """Return whether a layer or parameter with this name is known."""
+        """Return whether `name` is an original or diffusers name of a layer or parameter of the family."""
         return self.find(name, False) is not None
 
     def _matches(self, module: str) -> bool:

@@ -1,8 +1,8 @@
 """Reader of adapter files in the layouts of the common trainers.
 
-All layouts are converted to an `adapter.Adapter`. The stock loaders ignore most layouts of other trainers
-with only a warning, and discard LoRA alpha without a warning. `read_adapter` instead uses every tensor of a
-file or raises an error.
+All layouts are converted to an `adapter.Adapter`. diffusers ignores the files of most other trainers with
+only a warning, and discards LoRA alpha without a warning. `read_adapter` uses every tensor of a file, or
+raises an error.
 
 DoRA is defined as in peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): each row of the weight is
 W' = m (W + s B A) / ||W + s B A||.
@@ -217,12 +217,12 @@ def _skip(parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def alphas_of(parsed: Parsed, alpha: float | None) -> tuple[dict[str, float], Counter[str]]:
-    """Return the LoRA alpha of each module, and the number of modules for each source of alpha.
+    """Return the LoRA alpha of each module, and a count of modules by the origin of their alpha.
 
-    LyCORIS does not scale LoKr with two full factors: alpha and rank are then 1.
+    LyCORIS does not scale LoKr layers with two full factors. Their alpha and rank are therefore 1.
 
     Raises:
-        ValueError: if the `alpha` argument contradicts the file, or the file needs it.
+        ValueError: if the argument `alpha` contradicts the file, or is None although this file requires it.
     """
     source, out, sources = parsed.source, {}, Counter[str]()
     for name, layer in parsed.layers.items():

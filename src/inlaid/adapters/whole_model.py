@@ -1,4 +1,4 @@
-"""Writer of a whole model as one file with the tensor names of the original code."""
+"""Export of a whole model to one file, with the tensor names that the model's authors use."""
 
 from __future__ import annotations
 

@@ -48,10 +48,10 @@ def write_diffusers(
     peft_config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write a LoRA or DoRA file from which diffusers' `load_lora_weights` also restores LoRA alpha and ranks.
+    """Write a LoRA or DoRA file for diffusers' `load_lora_weights`, with LoRA alpha and ranks in the header.
 
-    The header contains only settings that change the output of the layers, because other releases of peft
-    reject unknown settings.
+    Of the peft configuration, the header contains only settings that change the output of the layers. Other
+    releases of peft may reject further settings as unknown.
 
     Args:
         folder: folder to write; created if missing.

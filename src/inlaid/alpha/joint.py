@@ -200,7 +200,10 @@ class Joint(Composed):
         return network
 
     def attached(self, denoiser: nn.Module) -> None:
-        """Restrict an attached adapter to the alpha tokens, and make its domain embedding trainable."""
+        """Restrict an attached adapter to the alpha tokens.
+
+        If the recipe uses a domain embedding (a vector added to each alpha token), it becomes trainable.
+        """
         self._tail(denoiser)
         if self.section.domain_embedding:
             denoiser.get_submodule(NAME).requires_grad_(True)

@@ -192,9 +192,10 @@ class Merged(Composed):
         return shifted(noise, cond[ELLIPSE], self.noise_shift) if self.noise_shift else noise
 
     def _start(self, frames: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return shifted noise as the pipeline argument `latents`; return an empty mapping if the shift is 0.
+        """Return the initial noise as the pipeline argument `latents`; empty if `alpha.noise_shift` is 0.
 
-        Apart from the shift, it is the noise that the pipeline would sample with this generator.
+        The noise is the pipeline's own noise for this generator, plus `alpha.noise_shift` away from the
+        subject.
         """
         import torch
 

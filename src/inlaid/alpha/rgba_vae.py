@@ -53,7 +53,7 @@ class RgbaVaeFamily(Composed):
         """Return None, because pixels are cached without encoding."""
 
     def encode_media(self, encoder: None, frames: np.ndarray) -> dict[str, Tensor]:
-        """Return RGBA pixels, uint8 (t, h, w, 4), as `latents`, uint8 (4, t, h, w).
+        """Return RGBA pixels (t, h, w, 4) as the entry `latents`, uint8 (4, t, h, w), without encoding.
 
         Raises:
             ValueError: if the clip has no alpha channel.

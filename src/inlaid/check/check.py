@@ -1,7 +1,8 @@
-"""`inlaid check`: report data sources, problems, buckets, and an estimate of memory and time.
+"""`inlaid check`: report data sources, problems and buckets, and estimate memory and time.
 
 A bucket is a group of training examples with equal length and size. No model weights are loaded. The header
-and the end of every clip are read; a few clips are also decoded for the contact sheet.
+and the end of every clip are read. A few clips are decoded for the contact sheet. If the run trains on alpha,
+several frames of every clip are decoded to measure alpha.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts of the new subject and `n` prompts of the pretraining domain, for evaluation.
+    """Return `n` prompts for the subject that the demo trains, and `n` for the model's pretraining domain.
 
     Each prompt has a function that checks the generated video. None of the prompts is used for training.
     """

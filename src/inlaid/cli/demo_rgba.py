@@ -49,7 +49,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts of the new subject and `n` prompts of the pretraining domain, for evaluation.
+    """Return `n` prompts for the subject that the demo trains, and `n` for the model's pretraining domain.
 
     Each prompt has a function that checks the generated RGBA clip.
     """

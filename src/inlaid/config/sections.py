@@ -460,7 +460,7 @@ class Opaque(Section):
 
 
 class Joint(Section):
-    """Color and alpha as two clips concatenated into one token sequence, with equal token positions."""
+    """Color and alpha are two clips in one token sequence, and have the same positional embeddings."""
 
     kind: Literal["joint"]
     """Two latents, color first. The adapter changes the alpha tokens only (method of TransPixeler)."""

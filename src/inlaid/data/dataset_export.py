@@ -348,9 +348,9 @@ def _check_place(settings: config.Config, out: Path) -> None:
 
 
 class _Probes(CachedProbes):
-    """Reader of clip properties, limited to the part of each clip that is used.
+    """Reader of clip properties that describe only the time range and the crop to export.
 
-    `whole` has the frame sizes before cropping.
+    `whole` contains the height and width of each clip before cropping.
     """
 
     def __init__(self, folder: Path, part: Part, fps: float) -> None:

@@ -72,9 +72,9 @@ def is_finished(out: Path, row: Mapping[str, Any] | None, cut: Cut) -> bool:
 
 
 def finish_dataset(out: Path, target: Target, cuts: Sequence[Cut], family: Family) -> list[str]:
-    """Write the captions and the manifest.
+    """Write the captions and the manifest of a dataset to the folder `out`.
 
-    A caption that was edited in the output is kept.
+    If the user has edited a caption in `out`, the edited caption is kept.
 
     Returns:
         Notes about edited captions, and about files of earlier runs that are no longer part of the dataset.

@@ -201,7 +201,7 @@ class SceneModality(Modality):
         return [NamedImage(first, seen.image), NamedImage(second, ids, {n: labels[n] for n in order})]
 
     def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
-        """Return the names of the objects, and the settings of their meshes."""
+        """Return the arguments of `Family.sample` that only scenes use: object names and mesh settings."""
         settings = {k: getattr(sample, k) for k in ("grid", "triangles", "texture")}
         return {"objects": images[1].objects, **settings}
 

@@ -1,4 +1,4 @@
-"""Prompts for sampling: resolved settings and text embeddings."""
+"""Preparation of sampling: settings with defaults filled in, and text embeddings of the prompts."""
 
 from __future__ import annotations
 

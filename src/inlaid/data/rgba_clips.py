@@ -87,7 +87,7 @@ def captions(path: Path) -> list[Path]:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the files with a clip's content: the file itself, or the images in a sequence."""
+    """Return the files of a clip: all images if it is an image sequence, else the file itself."""
     return rgba_images.frames_in(path) if rgba_images.is_sequence(path) else [path]
 
 

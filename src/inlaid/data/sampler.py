@@ -44,7 +44,7 @@ class BucketSampler:
 
         Args:
             entries: for each window, the index of its data source and its shape.
-            repeats: `repeats` times `weight` of each data source, by source index.
+            repeats: how often a window is used in one epoch, by index of its data source.
             batch: windows per batch; the last batch of a shape may be smaller.
             seed: seed of the shuffling.
 

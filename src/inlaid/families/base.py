@@ -162,10 +162,10 @@ class Family(Sampling, ABC):
 
     @abstractmethod
     def shapes(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `latents` (c, t, h, w) and the conditioning tensors of one training sample.
+        """Return the shape of each tensor in one training sample: `latents` and the conditioning tensors.
 
-        `sample_item` returns tensors of these shapes. The arguments are the fields of a `VideoExtent` or
-        `SceneExtent`.
+        The shape of `latents` is (c, t, h, w) for videos and (objects, tokens, c) for scenes. `sample_item`
+        returns tensors of these shapes. The arguments are the fields of a `VideoExtent` or `SceneExtent`.
 
         Args:
             length: number of frames of a video, or of objects in a scene.

@@ -202,7 +202,7 @@ class CogVideoX(Family):
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as a size above the maximum of CogVideoX 1.5.
 
-        The maximum exists because 1.5 takes its positions from a table of fixed size.
+        CogVideoX 1.5 has a maximum because it takes rotary embeddings from a table of fixed size.
         """
         found = super().problems(config)
         for section, size in (("data", config.data.size), ("sample", config.sample.size or (0, 0))):

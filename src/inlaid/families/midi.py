@@ -113,9 +113,9 @@ class _Encoders(Checkpoint):
 
     @torch.no_grad()
     def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the cached tensors.
+        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the tensors to cache.
 
-        `stored` gives the shapes of the tensors.
+        The method `stored` returns the shapes of these tensors.
         """
         found = []
         for each in frames.objects:
@@ -391,9 +391,10 @@ class Midi(_Encoders, Family):
         return replace(made, meshes=found, notes=(*made.notes, note))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter, and set the multi-instance blocks with which the adapter was trained.
+        """Load an adapter, and use the same multi-instance blocks as in its training.
 
-        In these blocks, attention spans all objects of a scene.
+        In multi-instance blocks, attention spans all objects of a scene. The adapter file lists these blocks.
+        If it lists none, the blocks of the pipeline are unchanged.
         """
         super().load_adapter(pipeline, folder)
         blocks = stored_blocks(folder)

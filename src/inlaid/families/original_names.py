@@ -39,7 +39,7 @@ class Rename:
         return self.swap(whole)
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """Split an original tensor (rows, ...) into diffusers tensors with equal numbers of rows."""
+        """Split a tensor (rows, ...) of the original code into diffusers tensors with equally many rows."""
         return self.swap(whole).chunk(len(self.diffusers)) if len(self.diffusers) > 1 else (self.swap(whole),)
 
     def swap(self, rows: Tensor) -> Tensor:

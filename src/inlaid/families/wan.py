@@ -427,7 +427,7 @@ class Wan(Family):
         return pipe.to(device)
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter into the expert (high or low noise) on which it was trained."""
+        """Load an adapter into the expert (high or low noise) that `model.expert` selects."""
         # If the network has `add_k_proj` but the adapter does not, diffusers adds zero factors, but no DoRA
         # magnitudes. Without low_cpu_mem_usage, peft initializes the layers first, and warns about layers
         # that are missing in its configuration.

@@ -120,7 +120,7 @@ class Gltf:
         return header
 
     def stream(self) -> io.BytesIO:
-        """Return the header as an open file, for trimesh."""
+        """Return `header` as JSON in a file object that trimesh can read."""
         return io.BytesIO(json.dumps(self.header).encode())
 
     def node_name(self, node: str) -> str:

@@ -57,7 +57,11 @@ class _Type:
         self.dtype = np.dtype(text)
 
     def set_state(self, state: Any) -> None:
-        """Set the byte order from the state in the pickle; types with fields are refused."""
+        """Set the byte order from the state in the pickle.
+
+        Raises:
+            ValueError: if the type has fields or subarrays.
+        """
         if not isinstance(state, tuple) or len(state) < 5 or any(x is not None for x in state[2:5]):
             raise ValueError("contains an array with fields or subarrays")
         if state[1] in ("<", ">"):
@@ -77,7 +81,11 @@ class _Array:
         self.set_content(content, kind, shape, "F" if fortran else "C")
 
     def set_content(self, content: Any, kind: Any, shape: Any, order: str) -> None:
-        """Set the value from its elements; check that the shape matches their number."""
+        """Set the value of the array from its elements.
+
+        Raises:
+            ValueError: if an argument is invalid, or if the number of elements does not match the shape.
+        """
         if not isinstance(kind, _Type) or not isinstance(shape, tuple) or order not in ("C", "F", "A"):
             raise ValueError("contains an array with an invalid state")
         if not all(isinstance(n, int) and n >= 0 for n in shape):

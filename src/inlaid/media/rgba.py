@@ -117,7 +117,7 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
 
     Args:
         rgba: straight or premultiplied uint8 (t, h, w, 4).
-        eps: maximum difference from 0 or 1 at which alpha counts as transparent or opaque.
+        eps: alpha (0-1) within this distance of 0 or 1 does not count as partially transparent.
     """
     alpha, color = rgba[..., 3], rgba[..., :3]
     low, high = 255 * eps, 255 * (1 - eps)

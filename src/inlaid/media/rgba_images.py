@@ -98,7 +98,7 @@ def frame_numbers(names: Sequence[str]) -> list[int]:
 
 
 def sequence_name(path: Path) -> str:
-    """Return the text before the number of a sequence such as `a.####.png`, without separators: `a`."""
+    """Return the name of an image sequence without frame number and suffix: `a` for `a.####.png`."""
     return path.name.partition("#")[0].rstrip("._- ")
 
 

@@ -228,7 +228,7 @@ def _seen(
 
 
 def _without_background(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Replace pixels outside the masks, and on their edges, by the nearest pixel inside a mask.
+    """Replace pixels outside the masks by the nearest pixel inside a mask; mask edges count as outside.
 
     Vertices at the edge of a silhouette would otherwise take the color of the background.
     """

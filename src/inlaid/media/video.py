@@ -505,7 +505,7 @@ def _stored_frames(path: Path, container: Any, stream: Any, pts: int | None) -> 
 
 
 def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any]:
-    """Deinterlace frames that are marked as interlaced, with FFmpeg's filter bwdif.
+    """Deinterlace frames with FFmpeg's filter bwdif if they are marked as interlaced.
 
     The number of frames does not change.
     """

@@ -327,7 +327,7 @@ def encoder_inputs(
 
 @dataclass(frozen=True)
 class LoadedEncoders:
-    """Image encoders of a checkpoint, and their loaded networks, by kind (`clip`, `dino`)."""
+    """Image encoders of a checkpoint, and the networks that are loaded, both by kind (`clip`, `dino`)."""
 
     encoders: Mapping[str, ImageEncoder]
     networks: Mapping[str, nn.Module]

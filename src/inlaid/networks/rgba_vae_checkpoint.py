@@ -4,7 +4,7 @@ An RGBA VAE encodes color and alpha of a clip into one latent. It is based on a 
 folder contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
 `decoder_alpha_lora.safetensors`. Its ID (`rgba_vae_id`) is a hash of the weights, the base VAE, the
 transparency threshold and the background colors. Latents of different RGBA VAEs are incompatible. Caches and
-adapters therefore store the ID of their RGBA VAE, and loading them checks the ID.
+adapters therefore store the ID of their RGBA VAE. The ID is checked when a cache or adapter is loaded.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Init = Literal["random", "encoder"]
 
 @torch.no_grad()
 def _as_encoder(merge: Any, vae: Any) -> None:
-    """Initialize a merge block so that it returns the VAE's latent for color and ignores alpha."""
+    """Initialize a `MergeBlock` so that it returns the VAE's latent of color and ignores alpha."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
     nn.init.zeros_(merge.conv_in.bias)
@@ -186,7 +186,7 @@ def save(
         about: further entries of `config.json`, such as the losses and the number of steps. The entry
             `parts`, if present, lists the parts to write.
         dtype: dtype of the weights on disk.
-        weights: weights by parameter name to write instead of those of `rgba_vae`, such as an EMA.
+        weights: weights to write, by parameter name, such as EMA weights. Default: those of `rgba_vae`.
     """
     from safetensors.torch import save_file
 
@@ -282,7 +282,8 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
-        weights: tensors by part and name. Without the part `merge`, the merge block has random weights.
+        weights: tensors by part (`merge`, `rgb`, `alpha`) and name. If the part `merge` is missing, the
+            `MergeBlock` has random weights.
         where: prefix of error messages.
 
     Raises:

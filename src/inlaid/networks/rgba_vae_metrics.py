@@ -145,10 +145,11 @@ def report(sums: Tensor) -> dict[str, float]:
 
 
 def trivial(found: Mapping[str, float]) -> list[str]:
-    """Return warnings if alpha is hardly better than a baseline, or very inaccurate in a region.
+    """Return a warning for each baseline that alpha hardly beats, and for each region with a large error.
 
-    Alpha is hardly better than a baseline if its `alpha_mae_balanced` exceeds half the baseline's. It is very
-    inaccurate in a region if its mean absolute error there exceeds 64 (on the scale 0-255).
+    The baselines are `GUESSES`. Alpha hardly beats a baseline if `alpha_mae_balanced` exceeds half of the
+    baseline's value. The regions are `REGIONS`. An error is large if the mean absolute error of alpha exceeds
+    64 of 255.
 
     Args:
         found: metrics from `report`.

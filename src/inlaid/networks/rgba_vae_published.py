@@ -57,7 +57,7 @@ Rounding to bfloat16 alone causes an error of 0.003."""
 
 @dataclass(frozen=True)
 class Found:
-    """Contents of a published file, with the tensor names of `rgba_vae_checkpoint`."""
+    """Contents of a file in a layout of Wan-Alpha, with the tensor names of `rgba_vae_checkpoint`."""
 
     layout: str
     parts: Mapping[str, Mapping[str, Tensor]]
@@ -208,7 +208,7 @@ def _grouped(path: Path, state: Mapping[str, Tensor], residuals: int) -> Found:
 
 
 def _factor_name(rest: str, residuals: int) -> str | None:
-    """Convert the published name of a low-rank factor to its name in `rgba_vae_checkpoint`.
+    """Convert the name of a low-rank factor from Wan-Alpha's files to the name in `rgba_vae_checkpoint`.
 
     For example, `decoder.conv1.conv3D.lora_A.default.weight` becomes `conv_in.lora_A`. The result is None if
     the name is unknown.
@@ -404,7 +404,7 @@ _INNER = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def _released(name: str) -> str:
-    """Return the published name of a parameter of `MergeBlock`, without the prefix `middle.`."""
+    """Return the name of a `MergeBlock` parameter in Wan-Alpha's files, without the prefix `middle.`."""
     for own, released in (
         ("conv_in", "block.conv1"),
         ("norm_out", "block.head.0"),

@@ -244,9 +244,9 @@ def read_header(path: Path) -> dict[str, str]:
 def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
     """Context manager that holds the lock of a run folder.
 
-    On entry, it checks that the recipe can resume the run. It also deletes temporary files that killed
-    processes left in the run folder and in the cache. It writes only the lock file; `Run.begin` writes the
-    recipe, after all checks of a command have passed.
+    On entry, it checks that the recipe can resume the run. It also deletes temporary files of killed
+    processes from the run folder and the cache. It writes only the lock file. `Run.begin` writes the recipe
+    after all checks of a command have passed.
 
     Raises:
         ValueError: if another process uses the run, if the recipe cannot resume it, or if the folder cannot

@@ -63,7 +63,7 @@ class Watch:
         self._beats: dict[int, bytes] = {}
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start to monitor the other processes in background threads."""
         threading.Thread(target=self._look, name="watch", daemon=True).start()
         if any(p.host != HOST for p in self.peers):
             threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()

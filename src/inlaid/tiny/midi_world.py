@@ -112,7 +112,7 @@ def wild(seed: int | Sequence[int]) -> Thing:
 
 
 def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
-    """Return a scene in which objects of the given kinds are placed side by side."""
+    """Return a scene with one object of each given kind, at random places without overlap."""
     names = rng.permutation(list(COLORS))[: len(kinds)]
     side, things, taken = 0.55 * np.sqrt(len(kinds)), [], []
     for kind, name in zip(kinds, names, strict=True):

@@ -60,8 +60,9 @@ class Meters:
         """Check that all sample losses and gradient norms since the last `flush` are finite.
 
         Raises:
-            ValueError: if a value is not finite; the message contains the first such step and, for a loss,
-                the names of the clips.
+            ValueError: if a value is not finite. The message contains the first step with a loss that is not
+                finite, and the names of its clips. If all losses are finite, it contains the first step with
+                a gradient norm that is not finite.
         """
         bad = []
         for step, losses, names in self._losses:

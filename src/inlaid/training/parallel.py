@@ -136,9 +136,8 @@ class Replicated:
 class FSDP(Replicated):
     """Strategy for `fsdp` (FSDP2): each process holds a shard of every weight, gradient and optimizer moment.
 
-    The weights of a block are gathered while the block runs. Frozen weights are sharded too. They may be
-    bfloat16 while trained weights are float32, because only gradients need a common dtype, and frozen weights
-    have no gradients.
+    The weights of a block are gathered while the block runs. Frozen weights are sharded too. Frozen weights
+    may be bfloat16 although trained weights are float32: a common dtype is required only for gradients.
     """
 
     sharded = True

@@ -237,11 +237,11 @@ def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
 
 
 def _consistency(before: np.ndarray, now: np.ndarray) -> float:
-    """Return the mean correlation of each frame with the motion-compensated previous frame, in [-1, 1].
+    """Return the mean correlation, in [-1, 1], between frames `now` and motion-compensated frames `before`.
 
-    The result is 1 for still images and for motion that block matching detects. It is near 0 for unrelated
-    frames, and independent of brightness and contrast. A pair of flat frames counts as 1, and a pair with
-    only one flat frame as 0. A single frame gives 1.
+    The result is 1 for still images, near 1 for motion that block matching detects, and near 0 for unrelated
+    frames. It does not depend on brightness and contrast. A pair of flat frames counts as 1. A pair with only
+    one flat frame counts as 0. The result is 1 if there are no pairs.
     """
     if not len(now):
         return 1.0
