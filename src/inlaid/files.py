@@ -40,7 +40,7 @@ _swept: set[tuple[int, Path]] = set()
 
 
 def process_start(pid: int) -> str | None:
-    """Return the start time of a running process of this machine; None if no such process runs.
+    """Return the start time of the process `pid` on this machine, or None if it is not running.
 
     Operating systems reuse process IDs, so only the ID and the start time together identify a process.
     Without `/proc`, as on macOS, the start time is `unknown`.
@@ -118,9 +118,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and deleted on failure.
 
     The caller creates a file or a folder at the temporary path. The temporary path is in the same folder as
-    `path` and has the same suffix, because some writers derive the format from the suffix. Permissions
-    follow the umask, not the writer. Content is synced to disk before the rename, so that a power failure
-    leaves either the old or the new content.
+    `path`. It has the same suffix, because some libraries choose the file format by the suffix. The result
+    has the permissions that the umask allows. Content is synced to disk before the rename, so that a power
+    failure leaves either the old or the new content.
 
     Raises:
         OSError: if the file cannot be written (disk full, read-only, no permission); the error names `path`.

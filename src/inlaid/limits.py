@@ -39,11 +39,11 @@ class Limit:
         return given * self.unit
 
     def exceeded(self, size: float, what: str) -> str:
-        """Return a message if `size` is above the limit, else an empty string.
+        """Return an error message if `size` is above the limit, else an empty string.
 
         Args:
-            size: number of bytes, pixels, points or levels.
-            what: first part of the message, including the size, such as `frames of 12 GB`.
+            size: size in bytes, or a count, such as a number of pixels.
+            what: beginning of the message, such as `has 12 GB`.
         """
         limit = self.value
         if size <= limit:

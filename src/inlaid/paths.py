@@ -118,9 +118,9 @@ class Root:
         return found
 
     def beside(self, path: Path, suffix: str) -> Path | None:
-        """Return the file in the folder of `path` with the same stem and the given suffix, or None.
+        """Return the file beside `path` with the same stem and the given suffix, or None if there is none.
 
-        The case of the suffix does not matter: with the suffix `.txt`, the result for `a.mp4` may be `a.TXT`.
+        The case of the suffix does not matter: for `a.mp4` and the suffix `.txt`, the result may be `a.TXT`.
         """
         found = self._names(path.parent).get(unicodedata.normalize("NFC", path.stem) + suffix.lower() + "\0")
         return None if found is None else path.parent / found
@@ -149,10 +149,12 @@ class Root:
         return self._listed[folder]
 
     def walk(self, top: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
-        """Yield each visible folder with the sorted names of its subfolders and files, from the top down.
+        """Yield `top` and the folders below it, each with the sorted names of its subfolders and files.
 
-        Symbolic links to folders inside the root folder are followed, unless the folder was entered before.
-        Folders that are outside of the root folder or cannot be listed are recorded in `skipped`.
+        The default of `top` is the root folder. Names with a leading dot are left out. A symbolic link to a
+        folder is followed if the folder is inside the root folder and was not found before. Run folders,
+        links to folders outside the root folder, and folders that cannot be listed are skipped and recorded
+        in `skipped`.
         """
 
         def skip(error: OSError) -> None:

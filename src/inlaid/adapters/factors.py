@@ -154,14 +154,16 @@ def as_lora(layers: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor, fl
 
 
 def for_peft(layers: Mapping[str, Factors], kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return LoKr or LoHa tensors under peft's names, and the configuration with which peft loads them.
+    """Convert LoKr or LoHa layers to tensors and a configuration that peft can load.
 
-    peft has one rank, alpha and `decompose_factor` for all layers, and derives the shapes from these. So
-    lower ranks are padded with zeros, and decomposed factors are multiplied out where peft expects full
-    factors. If the layers have different scales, these are multiplied into the first factor.
+    peft has one rank, alpha and `decompose_factor` for all layers, and derives the shapes of factors from
+    these. Factors of lower rank are therefore padded with zeros. A low-rank product is multiplied out where
+    peft expects a full matrix. If the layers have different scales, each scale is multiplied into the first
+    factor of its layer.
 
     Returns:
-        Tensors and configuration, or None if no configuration gives the sizes of the Kronecker factors.
+        Tensors by peft's names, and the configuration. None if no `decompose_factor` gives the shapes of all
+        Kronecker factors.
     """
     scales = {f.scale for f in layers.values()}
     scale = scales.pop() if len(scales) == 1 else None

@@ -90,7 +90,7 @@ def _inspect(path: Path) -> Inspection:
 
 
 def describe(inspection: Inspection, indent: str = "") -> str:
-    """Return a description as text for a terminal."""
+    """Format an inspection as text for a terminal, with `indent` before each line."""
     width = max(map(len, inspection.facts), default=0)
     lines = [f"{indent}{inspection.path}: {inspection.kind}"]
     lines += [f"{indent}  {k:<{width}}  {v}" for k, v in inspection.facts.items()]

@@ -72,7 +72,10 @@ def as_lora(parts: Parts, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(parts: Parts, scale: float) -> dict[str, Tensor]:
-    """Multiply the scale into the first factor. A decomposed w1 of LoKr is multiplied out."""
+    """Multiply `scale` into the first factor of a LoKr or LoHa layer.
+
+    The first factor of LoKr is w1. If w1 is a product of two matrices, the product is computed.
+    """
     if "hada_w1_a" in parts:
         return {**parts, "hada_w1_a": parts["hada_w1_a"].float() * scale}
     second = {k: t for k, t in parts.items() if k.startswith("lokr_w2")}

@@ -116,7 +116,10 @@ def split_block(module: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """Diffusers layer that a module in a file adapts, alone or together with other layers."""
+    """Diffusers layer that a module in an adapter file adapts.
+
+    A module may fuse several layers, such as query, key and value. Each layer is then a separate target.
+    """
 
     module: str
     part: int = 0
@@ -144,7 +147,7 @@ class Found:
 
 
 class AmbiguousError(ValueError):
-    """Error for a name with underscores that stands for more than one layer."""
+    """Error for an ambiguous module name: its underscores can be read as dots in more than one way."""
 
 
 class Names:

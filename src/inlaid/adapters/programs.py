@@ -135,7 +135,7 @@ ALIASES: Mapping[str, str] = {"kohya": "musubi"}
 
 
 def targets(family: type[Family] | Family) -> list[str]:
-    """Return the names of the targets that exist for a family."""
+    """Return the names of the `inlaid export` targets that a family supports."""
     return [t for t in PROGRAMS if t in ("diffusers", "merged") or t in family.programs]
 
 

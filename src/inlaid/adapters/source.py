@@ -79,9 +79,12 @@ def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], P
 def open_source(path: Path, alpha: float | None = None, expert: str | None = None) -> Source:
     """Open an adapter file or folder, and select the adapter of one expert.
 
+    `expert` is `high` or `low`, for a network with two experts such as Wan2.2 A14B. It may be None if the
+    file holds only one adapter.
+
     Raises:
-        ValueError: if the file is damaged or missing, holds adapters of two experts and `expert` is None, or
-            does not hold the adapter of `expert`.
+        ValueError: if the file is damaged or missing, if it holds two adapters and `expert` is None, or if
+            its only adapter is for the other expert.
     """
     found = open_experts(path, alpha)
     if len(found) > 1 and expert is None:

@@ -37,7 +37,7 @@ HEADER = "inlaid_rgba_vae"
 
 
 class Merged(Composed):
-    """Model family with merged alpha: an RGBA VAE encodes color and alpha in one latent, and decodes both."""
+    """Model family with merged alpha: each latent of the RGBA VAE represents both color and alpha."""
 
     def __init__(self, opaque: Family, section: recipe.Merged) -> None:
         from inlaid.networks import rgba_vae_checkpoint
@@ -131,11 +131,11 @@ class Merged(Composed):
         return rgba_vae_checkpoint.load(self.vae_folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode a straight RGBA clip, uint8 (t, h, w, 4), as `latents` (colors, z, t', h', w').
+        """Encode a straight RGBA clip, uint8 (t, h, w, 4), over several background colors.
 
-        Latents are normalized per channel, (z - mean) / std. A hash of the clip selects some of the
-        background colors of the RGBA VAE, so the result is reproducible. With shifted noise, the result also
-        contains `ellipse` (t', h', w').
+        The result contains `latents` (colors, z, t', h', w'), normalized with the mean and standard deviation
+        of each channel. It also contains `ellipse` (t', h', w') if `alpha.noise_shift` is above 0. A hash of
+        the clip selects the background colors, so the result is reproducible.
 
         Raises:
             ValueError: if the clip has no alpha channel.

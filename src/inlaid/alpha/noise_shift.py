@@ -41,10 +41,11 @@ def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
 
     Args:
         alpha: uint8 (t, h, w).
-        stride: video frames per latent frame, and pixels per latent cell and side.
+        stride: video frames per latent frame, and side length of a latent cell in pixels.
 
     Returns:
-        float32 (1 + (t - 1) / stride[0], h / stride[1], w / stride[1]), 0 to 1; 0 without a subject.
+        float32 (1 + (t - 1) / stride[0], h / stride[1], w / stride[1]) in [0, 1]. A latent frame without
+        opaque pixels is 0 everywhere.
     """
     h, w = (n // stride[1] for n in alpha.shape[1:])
     cells = (alpha > 255 * OPAQUE).reshape(-1, h, stride[1], w, stride[1]).mean((2, 4), dtype=np.float32)

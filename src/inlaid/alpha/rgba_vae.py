@@ -46,7 +46,7 @@ class RgbaVaeFamily(Composed):
         return {"latents": (4, frames, height, width)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the cached RGBA pixels, (4, t, h, w)."""
+        """Return the shape of the cached tensor `latents`, which contains RGBA pixels: (4, t, h, w)."""
         return self.shapes(frames, height, width)
 
     def load_media_encoder(self, device: torch.device) -> None:

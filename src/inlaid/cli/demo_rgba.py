@@ -31,10 +31,10 @@ STEPS = 900
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """Return the recipe (YAML configuration) of the demo.
+    """Return the recipe (YAML configuration) of the demo with merged alpha.
 
-    It differs from the recipe of the opaque demo in the clips (RGBA), `alpha.kind` (`merged`), the rank and
-    the number of steps.
+    It is the recipe of `inlaid demo` with RGBA clips, merged alpha, another rank, more steps and other
+    prompts.
     """
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": "merged", "vae": "tiny:wan", "colors": 1}

@@ -34,7 +34,10 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class Integer(int):
-    """Integer that keeps its spelling in the recipe: a key that accepts text gets `007`, not `7`."""
+    """Integer that keeps its spelling in the recipe.
+
+    A key that accepts text receives this spelling, such as `007` instead of `7`.
+    """
 
     text: str
 

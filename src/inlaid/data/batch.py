@@ -54,7 +54,7 @@ class Batch:
 
 
 def stable_hash(*parts: Any) -> int:
-    """Return a 63-bit hash that is the same in every process, to use as a random seed."""
+    """Return a 63-bit hash of `parts` for use as a random seed; it is the same in every process."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

@@ -448,7 +448,11 @@ def _write(
     crf: int,
     made: Prepared,
 ) -> dict[str, Written]:
-    """Write the unfinished cuts; return the results of cuts that failed, by the name of the cut."""
+    """Write the cuts (parts of clips) that are not written yet, and update the counts in `made`.
+
+    Returns:
+        Results of the cuts that failed, by name of the cut.
+    """
     done = read_done(out)
     missing = [c for c in cuts if not is_finished(out, done.get(c.name), c)]
     made.kept = len(cuts) - len(missing)

@@ -131,7 +131,10 @@ def _caption_file(out: Path, target: Target, name: str, family: Family) -> Path 
 
 
 def _row(cut: Cut, target: Target, caption: str, family: Family) -> dict[str, Any]:
-    """Return the manifest row of a cut: file names, caption, source clip, start and shape."""
+    """Return the manifest row of a cut, a part of a clip that is written to files.
+
+    The row contains the file names, the caption, the source clip, the start, the size and the frame rate.
+    """
     window = cut.window
     frames, height, width = window.extent
     origin = {

@@ -18,7 +18,7 @@ OPAQUE = ("no-alpha", "constant-alpha")
 
 @dataclass(frozen=True)
 class Material:
-    """Plan for training with or without alpha, whichever suits most of the clips."""
+    """Dataset plan of a recipe, and whether the plan is with alpha."""
 
     plan: Plan
     transparent: bool

@@ -80,7 +80,7 @@ class Modality(ABC):
         """Write a contact sheet of training examples as PNG.
 
         Args:
-            rows: pairs of a window and the result of its `read`.
+            rows: pairs of a window and its data, as returned by `Window.read`.
             path: output file.
             title: heading of the contact sheet.
         """

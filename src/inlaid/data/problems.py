@@ -16,7 +16,10 @@ CHOSEN_BY_TIME = "nothing to do, frames are selected by time"
 
 @dataclass(frozen=True)
 class Problem:
-    """Problem with one clip, a whole data source (code `layout`), or the validation split (`validation`)."""
+    """Problem in a dataset. Most problems concern one clip.
+
+    The code `layout` concerns a whole data source. The code `validation` concerns the validation split.
+    """
 
     severity: Severity
     code: str

@@ -159,7 +159,10 @@ def _read_surface(path: Path) -> Sequence[Surface]:
 
 @lru_cache(maxsize=32)
 def _cached_surface(path: Path, state: tuple[int, ...]) -> Sequence[Surface]:
-    """Read a surface file, or return the cached result for an equal path and file state."""
+    """Read a surface file, and cache the result.
+
+    `state` contains the inode, size and times of the file, so a changed file is read again.
+    """
     return tuple(meshes.read_surface(path))
 
 

@@ -375,7 +375,10 @@ def _write_views(
 
 
 def _images(room: _Room, options: MeshOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the image and the object IDs of each view: supplied by the user, or rendered."""
+    """Yield the image of each view, and the object ID of each pixel.
+
+    These are the images that the user supplied. If there are none, the meshes are rendered.
+    """
     yield from room.given
     if not room.given:
         corners = np.concatenate([mesh.vertices for mesh in room.meshes])

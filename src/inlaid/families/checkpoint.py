@@ -137,10 +137,10 @@ class Checkpoint:
         return hub.local_options(self.model.revision)
 
     def availability(self, components: Iterable[str]) -> hub.Availability | None:
-        """Return whether components of a Hub checkpoint can be read, and how much would be downloaded.
+        """Check whether components of a Hub checkpoint can be read, and how much must be downloaded.
 
         Returns:
-            The availability, or None for a local checkpoint.
+            Result of the check, or None for a local checkpoint.
         """
         if isinstance(self.source, Path):
             return None

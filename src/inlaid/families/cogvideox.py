@@ -177,9 +177,9 @@ class CogVideoX(Family):
         return None
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
-        """Return the sinusoidal positional embeddings (1, 226 + v, d) of CogVideoX 2B for v video tokens.
+        """Return the sinusoidal positional embeddings of CogVideoX 2B, (1, text + video tokens, d).
 
-        Diffusers does not save them, but ComfyUI uses rotary embeddings if they are missing. The result is
+        Diffusers does not save this tensor. If it is missing, ComfyUI uses rotary embeddings. The result is
         empty for models with rotary embeddings.
         """
         if self.transformer["use_rotary_positional_embeddings"]:
@@ -300,8 +300,8 @@ class CogVideoX(Family):
     def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
         """Split the video tokens over processes; see `Family.split_sequence`.
 
-        The rotary embeddings are an argument of each call, and the embedding module returns the text tokens
-        before the video tokens.
+        Hooks split the rotary embeddings and the output of the patch embedding. The text tokens come first in
+        this output, and are not split.
         """
 
         def rotary(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -377,10 +377,10 @@ class CogVideoX(Family):
 
 
 def noised(frame: Tensor) -> Tensor:
-    """Return noisy copies (COPIES, 3, 1, h, w) of a frame (3, 1, h, w), each with different Gaussian noise.
+    """Add Gaussian noise to copies of a frame (3, 1, h, w); return (COPIES, 3, 1, h, w).
 
-    The standard deviation of each copy is sampled as exp(N(-3, 0.5)), as in pretraining. The random seed is a
-    hash of the frame, so the cache is reproducible.
+    The standard deviation of the noise is sampled for each copy as exp(-3 + 0.5 z), with z from N(0, 1), as
+    in pretraining. The random seed is a hash of the frame, so the result is reproducible.
     """
     seed = int.from_bytes(hashlib.sha256(frame.numpy().tobytes()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)

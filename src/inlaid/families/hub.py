@@ -167,7 +167,7 @@ def _cached_component(name: str, revision: str | None, component: str) -> Path |
 
 
 def fetch(name: str, revision: str | None, file: str) -> Path | None:
-    """Return the local path of a repository file, after downloading it if needed.
+    """Return the local path of a file in a Hub repository. The file is downloaded if it is not cached.
 
     Returns:
         The path, or None if the repository does not have the file.

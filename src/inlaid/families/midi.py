@@ -102,7 +102,7 @@ class _Encoders(Checkpoint):
     def load_image_encoder(
         self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
     ) -> nn.Module:
-        """Load one image encoder; with `meta`, create it on the meta device without weights."""
+        """Load one image encoder. If `meta` is true, create it on the meta device without weights."""
         folder = None if meta else self.folder(encoder.name)
         with self.loading(encoder.name):
             return midi_image_encoders.build(encoder, folder, dtype)

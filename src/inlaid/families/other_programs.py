@@ -77,5 +77,8 @@ class OtherPrograms(Checkpoint):
         ]
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
-        """Return further tensors that ComfyUI requires in a file of a whole model, by original name."""
+        """Return tensors that ComfyUI requires in the file of a whole model, but diffusers does not save.
+
+        The keys are tensor names in the original code of the model.
+        """
         return {}

@@ -204,9 +204,9 @@ class Wan(Family):
         return None
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return a message for each unsupported setting, such as sampling during training with two experts.
+        """Return a message for each unsupported setting.
 
-        Sampling would need both experts in memory.
+        Sampling during training is unsupported with two experts, because it needs both in memory.
         """
         found = super().problems(config)
         if self.two_experts and config.sample.every:

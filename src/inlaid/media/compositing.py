@@ -235,7 +235,9 @@ def composite(
 
 
 def preview(rgba: np.ndarray) -> np.ndarray:
-    """Return preview frames: the composite over a checkerboard on top, and alpha in gray below it.
+    """Return preview frames of a clip with alpha.
+
+    The upper half shows the clip over a checkerboard. The lower half shows alpha in gray.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).

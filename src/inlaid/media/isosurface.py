@@ -111,7 +111,10 @@ class _Samples:
         return self.field(self.places(np.indices(shape).reshape(3, -1).T)).reshape(shape)
 
     def places(self, index: np.ndarray) -> np.ndarray:
-        """Convert indices (n, 3) to coordinates. Indices may be fractional; 0 to `cells` spans the box."""
+        """Convert grid indices (n, 3) to coordinates; indices may be fractional.
+
+        Index 0 is the lower side of the box, and index `cells` is the upper side.
+        """
         return self.low + index / self.cells * (self.high - self.low)
 
     def corners(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

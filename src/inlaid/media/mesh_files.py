@@ -129,7 +129,12 @@ def gray(count: int) -> Look:
 
 
 def _grouped(content: _Content, group: Grouping) -> dict[str, tuple[str, list[_Part]]]:
-    """Return the name and the parts of each object. Dict keys are IDs of nodes, or names of materials."""
+    """Group the parts of a mesh file into objects.
+
+    Returns:
+        Name and parts of each object. The dict keys are names of materials if `group` is "material", else IDs
+        of nodes.
+    """
     out: dict[str, tuple[str, list[_Part]]] = {}
     meshes = {part.path[-1] for part in content.parts}
     for part in content.parts:

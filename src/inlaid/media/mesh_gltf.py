@@ -143,7 +143,7 @@ class Gltf:
         return name if isinstance(name, str) else ""
 
     def vertices(self, geometry: str, vertices: np.ndarray) -> np.ndarray:
-        """Return the vertices of a trimesh mesh, with normalized integers converted to [-1, 1]."""
+        """Return the vertices of a trimesh geometry; normalized integers are scaled to [-1, 1]."""
         accessor = self._accessor(geometry, "POSITION")
         return vertices / _range(accessor) if accessor.get("normalized") else vertices
 

@@ -48,7 +48,7 @@ class Obj:
                 self._lines.append(f"o {number}")
 
     def stream(self) -> io.BytesIO:
-        """Return the rewritten text as an open file."""
+        """Return the rewritten .obj text as a file in memory."""
         start = [f"mtllib {MATERIALS}"] if self.libraries else []
         return io.BytesIO("\n".join([*start, *self._lines, ""]).encode())
 

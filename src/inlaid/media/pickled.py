@@ -199,7 +199,7 @@ class _Machine:
         self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
     def push_dict(self, values: list[Any]) -> None:
-        """Push a dict of keys and values."""
+        """Push a dict on the stack; `values` contains a key, its value, the next key, and so on."""
         self.stack.append({})
         self.update(values)
 

@@ -135,7 +135,10 @@ def image_names(path: Path) -> list[str]:
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[Image.Image]:
-    """Context manager that opens an image in a sequence or `.zip`, after checking its size."""
+    """Context manager that opens the image `name` in an image sequence or `.zip`.
+
+    The size that the file declares is checked first.
+    """
 
     def unreadable(path: Path, cause: str, code: str) -> MediaError:
         return MediaError(path, f"image {name} {cause}", code)
@@ -154,7 +157,7 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
 
 
 def named_size(path: Path, name: str) -> tuple[int, int]:
-    """Return the width and height of an image in a sequence or `.zip`."""
+    """Return the width and height of the image `name` in an image sequence or `.zip`."""
     with _opened(path, name) as image:  # the header only
         return image.size
 

@@ -59,7 +59,7 @@ class SceneObject:
 
     @property
     def label(self) -> str:
-        """Name of the object, or `object_ID` if it has none; also the name of its node in a `.glb`."""
+        """Name of the object; if it has none, `object_` followed by its ID, such as `object_3`."""
         return self.name or f"object_{self.number}"
 
 
@@ -93,8 +93,8 @@ def read_image(path: Path) -> np.ndarray:
 def unique_names(names: Sequence[str]) -> list[str]:
     """Make the names of objects 1, 2, ... unique and valid for `scene.json`.
 
-    An empty name becomes `object_ID`. A repeated name gets a number, and so does a name that looks like the
-    default name of another object.
+    If object 3 has no name, it is called `object_3`. A name gets a number at its end if an earlier object has
+    the same name, or if it is the default name of another object. Long names are truncated.
     """
     found: list[str] = []
     for number, name in enumerate(names, 1):

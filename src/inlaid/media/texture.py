@@ -116,7 +116,7 @@ def textured(
 
 
 def look_of(mesh: trimesh.Trimesh) -> Look | None:
-    """Return the look of a mesh from `textured`, or None if the mesh has no texture."""
+    """Return the texture of a mesh from `textured` as a `Look`, or None if the mesh has no texture."""
     image = getattr(getattr(mesh.visual, "material", None), "baseColorTexture", None)
     if image is None:
         return None

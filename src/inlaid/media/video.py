@@ -173,10 +173,14 @@ class _Look:
 def _missing_at_the_end(
     path: Path, found: _Demuxed, look: _Look, kind: str, tail: Iterable[Any] | None = None
 ) -> tuple[int, bool]:
-    """Decode the end of a video, and return the number of missing frames and a damage flag.
+    """Decode a video from its last key frame to the end, and count the missing frames.
 
-    The end starts at the last key frame. In formats without an index, such as MPEG-TS, seeking is inexact. If
-    frames are missing in such a format, the whole file is decoded to confirm the loss.
+    In formats without an index, such as MPEG-TS, seeking is inexact. If frames seem to be missing in such a
+    format, the whole file is decoded to confirm the loss. `tail` contains the frames from the last key frame on,
+    if these are being decoded already.
+
+    Returns:
+        Number of missing frames, and True if decoding failed.
     """
     lost, broken = len(found.stamps), True
     starts = [found.last_key] if kind in WHOLE or kind.startswith(INDEXED) else [found.last_key, None]

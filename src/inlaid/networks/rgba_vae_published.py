@@ -339,10 +339,13 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
 
 
 def convert(path: Path, out: Path, vae: Any) -> list[str]:
-    """Convert a published file to an RGBA VAE in the folder `out`; return notes for the user.
+    """Convert a published RGBA VAE to the layout of inlaid, and write it to the folder `out`.
+
+    Returns:
+        Notes for the user.
 
     Raises:
-        ValueError: if the file does not fit the VAE, or is incomplete.
+        ValueError: if the file is incomplete or does not fit the base VAE `vae`.
     """
     found = read(path, vae.config.num_res_blocks)
     rgba_vae, notes = assemble(found, vae, str(path))

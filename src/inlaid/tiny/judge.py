@@ -359,9 +359,9 @@ LEAST_AGREEMENT = 0.8
 
 
 def agreement(frames: np.ndarray) -> float:
-    """Return the intersection over union of two foreground masks, one from alpha and one from color.
+    """Return the intersection over union of two foreground masks, one from color and one from alpha.
 
-    Both masks are computed with the same method. A fixed alpha threshold would give a different outline,
+    Both masks are computed with the same method. With a fixed alpha threshold, their outlines would differ,
     because the VAE of the tiny model blurs small shapes.
 
     Args:

@@ -97,10 +97,13 @@ def _template() -> tuple[np.ndarray, float, float, float]:
 
 
 def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Render the subject to fit a clip; return its alpha, and a mask of its semi-transparent half.
+    """Render the subject (a two-colored star) in each frame with the pose that fits a clip best.
 
-    The alpha is `(t, 64, 64)` in [0, 1]. Position and size are taken from the clip's visible pixels. The
-    angle is the multiple of 5 degrees with the smallest alpha error.
+    Position and size are computed from the visible pixels of the clip. The angle is the multiple of 5 degrees
+    with the smallest alpha error.
+
+    Returns:
+        Alpha of the rendering, `(t, 64, 64)` in [0, 1], and a mask of its semi-transparent half.
     """
     table, unit, cx, cy = _template()
     axis = np.arange(SIZE) + 0.5

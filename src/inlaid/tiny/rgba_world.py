@@ -177,9 +177,10 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[Clip]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts for the subject, a two-colored star, each with its scene.
+    """Return prompts for the subject, a two-colored star, each with the scene that it describes.
 
-    They are worded differently from the captions of its training clips.
+    The scenes are those of the training clips. The wording is random, and usually not that of a training
+    caption.
     """
     return [(caption(s, seed * 7919 + 101 + k), s) for k, s in enumerate(_scenes(n))]
 
@@ -250,9 +251,10 @@ def _wild_matte(rng: np.random.Generator, path: _Path, u: np.ndarray, v: np.ndar
 
 
 def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
-    """Render a shape whose two halves have different colors and random alpha: `uint8 (frames, 64, 64, 4)`.
+    """Render a shape with two halves: `uint8 (frames, 64, 64, 4)`.
 
-    The shape is never a five-pointed star, because the subject is one.
+    The halves have different colors, and the alpha of each half is random. The shape is never a five-pointed
+    star, because the demo trains this star as a new subject.
     """
     rng = np.random.default_rng([seed, 61])
     path = world._wild_path(rng, frames)

@@ -135,9 +135,9 @@ def polygon_distance(vertices: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.n
 
 @functools.lru_cache(maxsize=256)
 def distance_table(name: str, points: int = 5, inner: float = 0.48) -> np.ndarray:
-    """Return a table `(512, 512)` of the signed distances to an outline of unit radius.
+    """Return a table `(512, 512)` of signed distances to the outline of a shape; negative inside.
 
-    Rows and columns of the table are y and x coordinates in [-1.6, 1.6].
+    Rows are y and columns are x, both from -1.6 to 1.6. The radius of the shape is about 1.
 
     Args:
         name: one of `SHAPES`, `SUBJECT`, or "star".
@@ -281,7 +281,7 @@ def render(scene: Scene, seed: int) -> np.ndarray:
 
     Args:
         scene: scene to render.
-        seed: determines positions, tints, small variations, and all values that are None in the scene.
+        seed: determines positions, tints, small variations, and the size and background if these are None.
 
     Returns:
         `uint8 (17, 64, 64, 3)`.

@@ -4,8 +4,9 @@ The training loop, the tuners and the optimizer are independent of the strategy.
 tensors under the same names in every mode, so a run can resume in another mode or in a single process.
 
 With `runtime.sequence: n`, groups of n consecutive processes share each sample. Every process of a group
-computes the loss of the whole sample. Its gradients come from its own tokens only, and are multiplied by n.
-Each strategy averages gradients over all processes, so the result is the mean over groups.
+computes the loss of the whole sample, and a part of the gradients. The parts add up to n times the gradients,
+because the backward pass adds the losses of all n processes. Each strategy averages gradients over all
+processes, so the result is the mean over groups.
 """
 
 from __future__ import annotations

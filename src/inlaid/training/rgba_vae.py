@@ -173,10 +173,10 @@ class RgbaVaeStep:
         return cls(loss, *weights, _backgrounds(section), precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch in the format of `Step`.
+        """Return the losses of a micro-batch, as described in `Step`.
 
-        The loss is computed per batch, not per sample: `losses` and every `loss_NAME` repeat the batch mean n
-        times.
+        The losses are computed for the whole micro-batch, so all samples have the same values in `losses` and
+        in each `loss_NAME`.
         """
         if isinstance(self.loss.perceptual, nn.Module):
             self.loss.perceptual.to(batch.latents.device)

@@ -184,16 +184,15 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
 
 
 def _motion(y: np.ndarray, match: Match) -> float:
-    """Return the mean displacement of blocks from frame to frame, as a share of the frame's diagonal.
+    """Return the mean displacement of blocks per frame, as a fraction of the frame's diagonal.
 
-    The result is in [0, `RADIUS` sqrt(2) / diagonal]. It is 0 for a still image and for noise without motion.
-    If the whole image moves by d pixels per frame, the result is about d / diagonal; it is slightly less
-    because of the strip that enters the frame. If only an object that covers a tenth of the frame moves, the
-    result is a tenth of this value. The slowest detected motion is one pixel in `STRIDE` frames, after
-    downscaling to `LONG`.
+    The result is 0 for a still image and for pure noise. If the whole image moves by d pixels per frame, the
+    result is about d / diagonal. It is slightly lower, because new content at the edge has no match. If only
+    a tenth of the frame moves in this way, the result is a tenth of this value. The slowest motion that is
+    detected is one pixel in `STRIDE` frames.
 
     Args:
-        y: luma (t, h, w).
+        y: luma (t, h, w), downscaled to `LONG`.
         match: match of each frame with the previous frame.
     """
     lengths = match.lengths
