@@ -2,9 +2,10 @@
 
     python benchmarks/check.py [--clips 300 2000]
 
-The clips are 64 x 64 pixels and 2.5 s long, each with a caption. All checks run in
-one process, so that the imports (`start`, with a check of one clip) are paid once. The figures are the CPU
-seconds beyond those of a later check of one clip. The second check reads the probes that the first one stored. Writes `benchmarks/results/check.json`; exits with 1 above the limits.
+The clips are 64 x 64 pixels and 2.5 s long, each with a caption. All checks run in one process, so that the
+imports (`start`, with a check of one clip) are paid once. The figures are the CPU seconds beyond those of a
+later check of one clip. The second check reads the probes that the first one stored. Writes
+`benchmarks/results/check.json`; exits with 1 above the limits.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ class Root:
     def walk(self, top: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
         """Yield `top` and the folders below it, each with the sorted names of its subfolders and files.
 
-        The default of `top` is the root folder. Names with a leading dot are left out. A symbolic link to a
-        folder is followed if the folder is inside the root folder and was not found before. Run folders,
+        The default of `top` is the root folder. Names with a leading dot are left out. Each folder is entered
+        once: a symbolic link is followed only if the walk does not reach its folder otherwise. Run folders,
         links to folders outside the root folder, and folders that cannot be listed are skipped and recorded
         in `skipped`.
         """
@@ -162,38 +162,39 @@ class Root:
             self.skipped[path] = FileError(path, f"cannot be listed ({cause_of(error)})")
 
         top = self.folder if top is None else top
-        seen = {os.path.realpath(top)}
-        if not top.is_dir() or not self._enters(top, set()):
+        real = os.path.realpath(top)
+        seen: set[str] = set()
+        if not top.is_dir() or not self._enters(top, real, seen):
             return
         for parent, folders, files in os.walk(top, followlinks=True, onerror=skip):
             visible = sorted(f for f in folders if not f.startswith("."))
-            seen.update(
-                os.path.realpath(Path(parent, f)) for f in visible if not Path(parent, f).is_symlink()
-            )
-            folders[:] = [f for f in visible if self._enters(Path(parent, f), seen)]
+            folders[:] = [f for f in visible if self._enters(Path(parent, f), real, seen)]
             yield Path(parent), list(folders), sorted(f for f in files if not f.startswith("."))
 
-    def _enters(self, path: Path, seen: set[str]) -> bool:
-        """Return True if `walk` should enter a folder.
+    def _enters(self, path: Path, top: str, seen: set[str]) -> bool:
+        """Return True if `walk` should enter a folder, and add its real path to `seen`.
 
-        Run folders and links that lead out of the root folder are not entered. A link to a folder in `seen`
-        is not followed either, so that links cannot form an endless cycle. `seen` contains the real paths of
-        the folders found so far.
+        Run folders and links to folders outside the root folder are not entered, and no folder is entered
+        twice. A link to a visible folder below `top` is not followed, because the walk reaches that folder
+        itself. `top` is a real path.
         """
         if is_run_folder(path):
             self.skipped[path] = FileError(path, "", "run")
             return False
-        if not path.is_symlink():
-            return True
         real = os.path.realpath(path)
         if real in seen:
             return False
+        if path.is_symlink() and real != top:
+            if _is_within(real, top) and not any(
+                p.startswith(".") for p in Path(real).relative_to(top).parts
+            ):
+                return False
+            try:
+                self.guard(path)
+            except FileError as error:
+                self.skipped[path] = error
+                return False
         seen.add(real)
-        try:
-            self.guard(path)
-        except FileError as error:
-            self.skipped[path] = error
-            return False
         return True
 
 

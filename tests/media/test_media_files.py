@@ -11,6 +11,8 @@ from PIL import Image
 
 from inlaid.media.contact_sheet import SheetRow, _font, _wrap, contact_sheet
 from inlaid.media.kinds import IMAGES, MediaError, available_frames
+from inlaid.media.rgba_images import read_animated
+from inlaid.media.scene import read_image
 from inlaid.media.video import probe as video_probe
 from inlaid.media.video import read_frames, write_video
 from support import videos
@@ -88,6 +90,16 @@ def test_images_are_turned_by_their_exif(tmp_path):
     pixels = read_frames(tmp_path / "e.png", 0.0, 1, 16, (64, 32))[0]
     assert pixels[:30, 18:].min() == 255
     assert pixels[:30, :14].max() == 0
+
+
+def test_scene_images_and_16_bit_mattes_are_turned_by_their_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(corner(0, (32, 64))).save(tmp_path / "photo.jpg", exif=exif)
+    assert read_image(tmp_path / "photo.jpg").shape == (64, 32, 3)
+    Image.fromarray(np.full((32, 64), 40000, np.uint16)).save(tmp_path / "matte.png", exif=exif)
+    (matte,) = read_animated(tmp_path / "matte.png", [0], gray=True)
+    assert matte.shape == (64, 32, 1)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])

@@ -86,7 +86,7 @@ class VideoModality(Modality):
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
         """Return the sampling settings and the frame rate, which are recorded beside a generated video."""
-        other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
+        other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles", "texture")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:

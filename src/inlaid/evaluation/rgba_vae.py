@@ -68,6 +68,8 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
     made = place.checkpoints()
     folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / FOLDER
     if not folder.is_dir():
+        if checkpoint:
+            raise ValueError(f"{folder.parent}: this checkpoint has no folder {FOLDER}; name another one")
         if not made:
             raise ValueError(f"{run}: nothing is trained yet; run `inlaid train` first")
         folder = made[-1] / FOLDER

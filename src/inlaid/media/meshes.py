@@ -219,7 +219,7 @@ def flipped(points: np.ndarray) -> bool:
     return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
 
 
-def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
+def estimate_normals(points: np.ndarray, neighbors: int = 16) -> np.ndarray:
     """Estimate outward unit normals (n, 3) of points (n, 3).
 
     A normal is the direction of least variance among the nearest points. The signs of the normals propagate
@@ -230,7 +230,7 @@ def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
     from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
     from scipy.spatial import KDTree
 
-    near = np.asarray(KDTree(points).query(points, k=min(neighbours, len(points)))[1])
+    near = np.asarray(KDTree(points).query(points, k=min(neighbors, len(points)))[1])
     local = points[near] - points[near].mean(1, keepdims=True)
     _, _, axes = np.linalg.svd(local, full_matrices=False)
     normals = axes[:, -1].astype(np.float32)

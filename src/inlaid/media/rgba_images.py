@@ -103,16 +103,16 @@ def sequence_name(path: Path) -> str:
 
 
 def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
-    """Return the pixels of an image as uint8. EXIF rotation is applied, except to 16-bit gray images.
+    """Return the pixels of an image as uint8 after EXIF rotation.
 
     The shape is (h, w, 1) if `gray` is True, (h, w, 4) if the image has alpha, else (h, w, 3).
     """
+    upright = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        level = (np.asarray(upright).astype(np.int64).clip(0, 65535) + 128) // 257
         return level.astype(np.uint8)[..., None].repeat(1 if gray else 3, -1)
     if image.mode == "F":
         raise ValueError("pixels are floating-point: save the image as 8-bit")
-    upright = ImageOps.exif_transpose(image)
     alpha = "A" in image.getbands() or "transparency" in image.info
     made = upright.convert("L") if gray else color.image_to_srgb(upright).convert("RGBA" if alpha else "RGB")
     return np.asarray(made).reshape(made.height, made.width, -1)

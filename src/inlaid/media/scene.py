@@ -18,6 +18,7 @@ from inlaid.media.isosurface import Field, extract
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_render import PALETTE
 from inlaid.media.meshes import POINTS, Note, decimated, mesh_problems, read_ids
+from inlaid.media.pixels import to_rgb
 from inlaid.paths import Root
 from inlaid.reading import parse_json, read_text, reading
 
@@ -79,15 +80,14 @@ class SceneSample:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image, and composite it over white: uint8 (h, w, 3).
+    """Read an image as it is displayed, over white: uint8 (h, w, 3).
 
     Raises:
-        MediaError: if the file cannot be read; the message contains the path.
+        MediaError: if the file cannot be read or has more than 8 bits per channel; the message contains the
+            path.
     """
     with load_image(path) as image:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+        return to_rgb(path, image)
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

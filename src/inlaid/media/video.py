@@ -176,8 +176,8 @@ def _missing_at_the_end(
     """Decode a video from its last key frame to the end, and count the missing frames.
 
     In formats without an index, such as MPEG-TS, seeking is inexact. If frames seem to be missing in such a
-    format, the whole file is decoded to confirm the loss. `tail` contains the frames from the last key frame on,
-    if these are being decoded already.
+    format, the whole file is decoded to confirm the loss. `tail` is the
+    frames from the last key frame on, if they are decoded already.
 
     Returns:
         Number of missing frames, and True if decoding failed.

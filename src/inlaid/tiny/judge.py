@@ -78,7 +78,7 @@ class _View:
     foreground."""
 
 
-def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
+def _neighbors(mask: np.ndarray, steps: int = 1) -> np.ndarray:
     """Dilate a mask by `steps` pixels."""
     for _ in range(steps):
         padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
@@ -107,14 +107,14 @@ def _look(frames: np.ndarray) -> _View:
         level = max(CONTRAST, EDGE * float(np.median(difference[difference > CONTRAST])))
     mask = difference > level
     solid = np.median(difference[mask]) if mask.any() else 1.0
-    matte = _blurred(np.where(_neighbours(mask, 2), np.clip(difference / solid, 0, 1), 0))
+    matte = _blurred(np.where(_neighbors(mask, 2), np.clip(difference / solid, 0, 1), 0))
     area = mask.sum(axis=(1, 2)).astype(np.float64)
     axis = np.arange(SIZE) + 0.5
     with np.errstate(invalid="ignore", divide="ignore"):
         center = np.stack(
             [(mask.sum(axis=1) * axis).sum(1) / area, (mask.sum(axis=2) * axis).sum(1) / area], axis=1
         )
-    return _View(pixels, mask, matte, ~_neighbours(~mask), area, center)
+    return _View(pixels, mask, matte, ~_neighbors(~mask), area, center)
 
 
 # --- color ------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def _has_size(view: _View, scene: Scene) -> bool:
 
 
 def _background(view: _View) -> str:
-    covered = _neighbours(view.mask, 5)
+    covered = _neighbors(view.mask, 5)
     gray = view.frames.mean(axis=-1)
     seen = (~covered).sum(axis=0)
     mean = np.where(covered, 0, gray).sum(axis=0) / np.maximum(seen, 1)
@@ -298,7 +298,7 @@ def _background(view: _View) -> str:
     if flat[free].std() < 4.0:
         return "plain"
     dy, dx = np.gradient(flat)
-    well = ~_neighbours(~free[None])[0]
+    well = ~_neighbors(~free[None])[0]
     xx, yy, xy = (dx * dx)[well].sum(), (dy * dy)[well].sum(), (dx * dy)[well].sum()
     coherence = np.hypot(xx - yy, 2 * xy) / max(xx + yy, 1e-6)
     return "striped" if coherence > 0.5 else "dotted"

@@ -74,7 +74,7 @@ def judge_subject(frames: np.ndarray) -> Verdict:
     error = float(np.abs(alpha - again * 255).mean())
     seen, wanted = alpha >= VISIBLE, again * 255 >= VISIBLE
     overlap = float((seen & wanted).sum() / max(1, (seen | wanted).sum()))
-    inner = glass_side & ~judge._neighbours(~(again > 0.4))
+    inner = glass_side & ~judge._neighbors(~(again > 0.4))
     glass = float(np.median(alpha[inner]) / 255) if inner.any() else float("nan")
     fits = overlap >= LEAST_OVERLAP and error <= MOST_ERROR
     low, high = GLASS_RANGE
@@ -134,5 +134,5 @@ def judge_world(frames: np.ndarray, scene: Scene) -> bool:
     """
     stated = replace(scene, background=None)
     shown = judge.judge_scene(hard_over_dark(frames), stated)["all"]
-    around = ~judge._neighbours(frames[..., 3] >= VISIBLE, 4)
+    around = ~judge._neighbors(frames[..., 3] >= VISIBLE, 4)
     return bool(shown and around.any() and frames[..., 3][around].mean() <= 8)

@@ -60,16 +60,13 @@ class Meters:
         """Check that all sample losses and gradient norms since the last `flush` are finite.
 
         Raises:
-            ValueError: if a value is not finite. The message contains the first step with a loss that is not
-                finite, and the names of its clips. If all losses are finite, it contains the first step with
-                a gradient norm that is not finite.
+            ValueError: if a value is not finite. The message contains the first step with such a value, and
+                the names of the clips whose loss is not finite.
         """
-        bad = []
+        bad = [(s, "") for s, n in self._norms if not bool(torch.isfinite(n))]
         for step, losses, names in self._losses:
             finite = torch.isfinite(losses["loss"]).tolist()
             bad += [(step, n) for n, ok in zip(names, finite, strict=True) if not ok]
-        if not bad:
-            bad = [(s, "") for s, n in self._norms if not bool(torch.isfinite(n))]
         if bad:
             first = min(s for s, _ in bad)
             clips = sorted({n for s, n in bad if s == first and n})
