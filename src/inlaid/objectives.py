@@ -126,9 +126,10 @@ class FlowMatching:
         return noise - x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return the loss weight: 1, or for the preset `diffsynth` a bell with its maximum at t = 0.5.
+        """Return the loss weight. It is 1, except for the preset `diffsynth`.
 
-        The bell is exp(-2 (t - 0.5)^2), offset and scaled to minimum 0 and mean 1 over the schedule.
+        For this preset, it is exp(-2 (t - 0.5)^2), offset and scaled to minimum 0 and mean 1 over the
+        schedule.
         """
         if self.preset != "diffsynth":
             return torch.ones_like(t)

@@ -21,12 +21,12 @@ DORA_RULE_KEY = "inlaid_dora_scale"
 
 
 def fused_weight(base: nn.Module | None, layer: Layer, path: Path) -> Tensor:
-    """Return the base model's weight (out, in, ...) of an adapted module, in float32.
+    """Return the base model's weight of an adapted module: float32 (out, in, ...).
 
-    If the module fuses several layers, their weights are concatenated.
+    If the module fuses several layers of the base model, their weights are concatenated.
 
     Raises:
-        ValueError: if there is no base model, or it lacks the layer.
+        ValueError: if `base` is None or lacks a layer.
     """
     if base is None:
         raise ValueError(

@@ -84,10 +84,10 @@ class _Product(torch.autograd.Function):
 
 
 class _Rescaled(torch.autograd.Function):
-    """DoRA update (m - 1) y + s m B h; computes B h again in the backward pass to save memory.
+    """DoRA update (m - 1) y + s m B h; the backward pass computes B h again to save memory.
 
-    y (..., out) is the base layer's output without bias, h (..., r) is A x, and m (out,) is the DoRA
-    magnitude divided by the weight norm.
+    y (..., out) is the base layer's output without bias, and h (..., r) is A x. m (out,) is the DoRA
+    magnitude divided by the weight norm, and s is the LoRA scale.
     """
 
     @staticmethod
@@ -198,10 +198,10 @@ class _Sum(torch.autograd.Function):
 class _RescaledSum(torch.autograd.Function):
     """DoRA output m (y - bias + s B A x) + bias in the dtype of y and x.
 
-    It is rounded twice: m y + (1 - m) bias, and its sum with the update.
+    The term m y + (1 - m) bias is rounded to this dtype before the term s m B A x is added.
 
     y (..., out) is the base layer's output, which includes the bias. m (out,) is the DoRA magnitude divided
-    by the weight norm. A, B and m are float32.
+    by the weight norm, and s is the LoRA scale. A, B and m are float32.
     """
 
     @staticmethod

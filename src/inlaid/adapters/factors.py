@@ -93,7 +93,7 @@ def update_of(factors: Factors) -> Tensor:
 
 
 def _rank(factors: Factors) -> int:
-    """Return the rank of a LoRA that represents the update exactly."""
+    """Return a LoRA rank that suffices to represent the update exactly."""
     p = factors.parts
     rank = min(factors.shape)
     if factors.kind == "loha":

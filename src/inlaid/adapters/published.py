@@ -33,7 +33,7 @@ _SAT_LAYERS = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0"
 
 @dataclass(frozen=True)
 class Published:
-    """Adapter of an original trainer, with the usual tensor names."""
+    """LoRA from Mochi's or CogVideoX's original trainer, with tensors named as in other LoRA files."""
 
     tensors: Mapping[str, Tensor]
     name: str

@@ -279,9 +279,12 @@ class Joint(Composed):
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter, restrict it to the alpha tokens, and load its domain embedding.
 
+        The domain embedding is a trained vector that is added to every alpha token. If the adapter was
+        trained without it, the vector is zero.
+
         Raises:
-            ValueError: if the adapter was not trained with joint alpha, if its domain embedding is missing,
-                or if it has a domain embedding although `alpha.domain_embedding` is false.
+            ValueError: if the adapter was not trained with joint alpha, if the file of its domain embedding
+                is missing, or if it has a domain embedding although `alpha.domain_embedding` is false.
         """
         with safe_open(folder / WEIGHTS, "pt") as file:
             header = file.metadata() or {}

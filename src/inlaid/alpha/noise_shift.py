@@ -1,11 +1,13 @@
 """Mean-shifted noise of Wan-Alpha v2 (arXiv 2509.24979, version 2): noise whose mean depends on the subject.
 
-Away from the subject, a constant is added to the noise of all latent channels. The subject is described by
-one Gaussian ellipse per latent frame: 1 at its center, near 0 far away. In training, it is fitted to the
-clip's alpha. In sampling, alpha is not known, so the ellipse is in the center or comes from a file.
+Each latent frame has one Gaussian ellipse G. It describes where the subject is: G is 1 at the center of the
+subject, and near 0 far away. The noise of all latent channels has mean (1 - G) * mu, with a constant mu.
 
-The paper writes the mean as G * mu with G = 1 *away from* the subject. Here and in the released code, G is 1
-at the subject, and the mean is (1 - G) * mu.
+In training, the ellipses are fitted to the clip's alpha. In sampling, alpha is not known, so the ellipses are
+in the center of the frame or come from a file.
+
+The paper writes the mean as G * mu, where G is 1 *away from* the subject. The released code and this module
+use 1 - G instead, as above.
 """
 
 from __future__ import annotations
@@ -54,7 +56,10 @@ def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
 
 
 def _ellipse(cells: np.ndarray) -> np.ndarray:
-    """Fit a Gaussian ellipse to one latent frame (h, w); each cell is its share of subject pixels."""
+    """Fit a Gaussian ellipse to one latent frame.
+
+    `cells` (h, w) contains the share of subject pixels in each latent cell.
+    """
     points = np.argwhere(cells > PART)[:, ::-1].astype(float)  # x, y
     if not len(points):
         return np.zeros(cells.shape, np.float32)

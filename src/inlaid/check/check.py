@@ -183,7 +183,7 @@ def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list
 
 
 def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
-    """Return messages that inform about the run and require no change."""
+    """Return notes about the run for the user. None of them requires a change."""
     notes = [*family.notes(config), *_alpha_note(config, family, plan)]
     if not plan.train:
         return notes

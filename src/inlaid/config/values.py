@@ -75,7 +75,7 @@ def _literals(annotation: Any) -> Iterator[Any]:
 
 @cache
 def _accepted(section: type[BaseModel], key: str) -> tuple[frozenset[type], frozenset[Any]]:
-    """Return the types and the literal values that a key accepts."""
+    """Return the types and the literal values that a key of a recipe section accepts."""
     annotation = section.model_fields[key].annotation
     return frozenset(kinds(annotation)), frozenset(_literals(annotation))
 

@@ -363,7 +363,7 @@ class _Probes(CachedProbes):
         return self._of_part(path, super().probe(path))
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
-        """Return the properties of the used part of an RGBA clip, and the alpha of the whole clip."""
+        """Return the properties of the exported part of an RGBA clip, and the alpha of the whole clip."""
         found = super().inspect(color, alpha)
         return replace(found, probe=self._of_part(color, found.probe))
 

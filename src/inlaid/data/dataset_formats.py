@@ -144,7 +144,7 @@ def write_cut(cut: Cut, folder: Path, target: Target, crf: int) -> Written:
 
 
 def failed(cut: Cut, error: Exception) -> Written:
-    """Return the result of a cut that failed with an error."""
+    """Return the result for a window that was not written because of `error`."""
     try:
         with reading(cut.window.clip.path):
             raise error

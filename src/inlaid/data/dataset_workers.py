@@ -113,7 +113,7 @@ def encode_cuts(
 
     Args:
         settings: recipe with model and device.
-        family: model family. If it has alpha, the latents of alpha follow those of color along time.
+        family: model family. For joint alpha, color latents and alpha latents are concatenated along time.
         cuts: the windows to write.
         out: output folder.
         workers: number of threads that read clips.

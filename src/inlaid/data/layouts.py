@@ -184,7 +184,7 @@ def find_clips(source: config.Source, index: int, patterns: PrecomputedLayout | 
     Args:
         source: entry of the recipe's `data.sources`.
         index: index of the source in `data.sources`.
-        patterns: layout of the precomputed latents that the model family reads, or None.
+        patterns: file layout in which the model family expects precomputed latents, or None.
         channels: 4 if the run trains on alpha, else 3.
     """
     path = Path(source.path).expanduser()

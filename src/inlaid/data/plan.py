@@ -193,9 +193,9 @@ def assemble_plan(
         windows: windows of each usable clip, by the clip's index among all clips found.
         problems: problems found so far; new problems are appended to this list.
         probes: properties of each readable clip, by path.
-        alike: function that returns a group label for each path; clips with equal labels stay on the same
+        alike: function that maps clips to group labels, by path; clips with equal labels stay on the same
             side of the split. Default: clips with equal content form a group.
-        noun: what messages call a training example, such as `clip`.
+        noun: word for a training example in messages, such as `clip`.
         alphas: alpha statistics of each clip, by path.
         content: function that returns the content hash of a file.
     """

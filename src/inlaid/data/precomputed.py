@@ -46,10 +46,12 @@ def inspect_item(family: Family, latents: Sequence[Path], text: Path) -> tuple[i
 def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
     """Convert the precomputed latents of a clip to the tensors that `encode_media` would return.
 
-    `latents` are the files in `Clip.latents`.
+    Args:
+        family: model family.
+        latents: latent files of the clip, as in `Clip.latents`.
 
     Raises:
-        MediaError: as in `inspect_item`.
+        MediaError: if a file is damaged or does not fit the checkpoint; the message names the file.
     """
     moments = _clips(family, latents)
     shapes = family.stored(

@@ -146,7 +146,7 @@ class Scene:
 
 
 def _read_surface(path: Path) -> Sequence[Surface]:
-    """Read a surface file, or return the surfaces read before if the file is unchanged.
+    """Read a surface file. If it was read before and is unchanged, return the cached result.
 
     In 3D-FRONT, all views of a room share the same surface files.
     """
@@ -195,7 +195,7 @@ def find_scenes(root: Path) -> Found:
     """Find the scenes below a folder, sorted by name; problems are returned, not raised.
 
     Raises:
-        ValueError: if the folder contains no scenes.
+        ValueError: if the folder does not exist, or contains neither scenes nor problems.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")

@@ -93,7 +93,7 @@ def import_meshes(
         Problems found; those with severity `error` are files and objects that were left out.
 
     Raises:
-        ValueError: if there are no meshes, no scene was written, or `out` is not empty; if `bad` is `stop`,
+        ValueError: if there are no meshes, `out` is not empty, or no scene was written. If `bad` is `stop`,
             also if a file or object cannot be used.
     """
     if bad not in ("skip", "stop"):
@@ -199,7 +199,7 @@ class _Room:
         self.findings.append(Finding(severity, self.name, printable(message, lines=False), code))
 
     def _place(self, objects: Sequence[MeshObject], options: MeshOptions) -> None:
-        """Check the objects, and move them into the box of a scene.
+        """Check the objects. Move and scale them together into the cube from -1 to 1.
 
         Raises:
             MediaError: if no object can be used. If the user supplied segmentations, also if any object
@@ -244,7 +244,7 @@ class _Room:
 
 
 def _nonempty(triangles: np.ndarray) -> np.ndarray:
-    """Return True for each triangle with a nonzero area, up to rounding errors: bool (m,)."""
+    """Return a mask, bool (m,), of the triangles whose area is not zero, up to rounding errors."""
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     size = float(np.ptp(triangles.reshape(-1, 3), axis=0).max())
     return np.linalg.norm(normals, axis=-1) > 1e-14 * size * size
@@ -317,7 +317,7 @@ def prepare(
             `out`.
 
     Returns:
-        Problems found: unreadable files, and objects that are inside out, not watertight or hidden.
+        Problems found, such as unreadable files, and objects that are not watertight.
     """
     findings = []
     labels = [Path(_label(p, root)).with_suffix("").as_posix() for p in sources]

@@ -359,10 +359,10 @@ def _clips(
 def _reference_metrics(
     place: Run, clips: CachedDataset | None, folder: Path, notes: list[str]
 ) -> dict[str, float] | None:
-    """Return the mean metrics of `REFERENCE_CLIPS` training clips, or None if there are none.
+    """Return the mean metrics of up to `REFERENCE_CLIPS` training clips, or None if no clip can be measured.
 
-    Also write a contact sheet of training clips to the report. A clip that cannot be read adds an entry to
-    `notes`.
+    Also write a contact sheet of training clips to `folder`. For each clip that cannot be read, append a
+    message to `notes`.
     """
     sheet = place.folder / "check" / "contact_sheet.png"
     if sheet.is_file():
@@ -391,7 +391,7 @@ def _reference_metrics(
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
-    """Return values that describe the trained weights in the report, such as kind and rank, by label."""
+    """Return labels and values that describe the trained weights in the report, such as the rank."""
     tuner = config.tuner
     if tuner.kind == "full":
         trained = "some weights" if tuner.targets else "all weights"

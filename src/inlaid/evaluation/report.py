@@ -389,7 +389,7 @@ def _percent(share: float) -> str:
 
 
 def signed(share: float) -> str:
-    """Format a relative change as a percentage with a sign; the minus sign is typographic."""
+    """Format a relative change as a percentage with its sign; the minus sign is U+2212."""
     return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
 
 

@@ -196,9 +196,10 @@ class Family(Sampling, ABC):
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to text embeddings; return a mapping with the key `text` (n, d) for each caption.
+        """Return a mapping with the text embedding `text` (n, d) for each caption.
 
-        If the network masks padding, the embedding has no padding tokens.
+        If the network masks padding tokens, `text` does not contain them. If the network uses no text, the
+        mappings are empty.
         """
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

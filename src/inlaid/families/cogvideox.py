@@ -6,10 +6,11 @@ Pitfalls:
 
 - The network takes latents with frames before channels, and attends to all text tokens, including padding.
   The published checkpoints have 226 text tokens (`max_text_seq_length` of the transformer).
-- It predicts v on a schedule of 1000 integer timesteps.
+- The network predicts v on a schedule of 1000 integer timesteps.
 - Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
 - In 1.5, a token covers two latent frames, so clips have 8n+5 frames.
-- 1.5-I2V was trained with image latents *divided* by the scaling factor. Its input `ofs` is always 2.
+- 1.5-I2V was trained with image latents *divided* by the scaling factor. The network input
+  `ofs` is always 2.
 - Image-to-video (I2V) training adds noise to the pixels of the image. Adding noise to latents is not
   equivalent, so the cache stores several encodings of the image, each with different noise.
 """
@@ -66,11 +67,11 @@ ORIGINAL = OriginalNames(
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the configurations of a published checkpoint, so that estimates need no download.
+    """Return the configuration of each component of a published checkpoint; nothing is downloaded.
 
     Args:
-        heads: number of attention heads, 30 (2B) or 48 (5B).
-        pairs: True for 1.5, in which a token covers two latent frames.
+        heads: number of attention heads: 30 for 2B, 48 for 5B.
+        pairs: True for CogVideoX 1.5, in which a token covers two latent frames.
         image: True for image-to-video.
     """
     large = heads == 48

@@ -71,7 +71,7 @@ class OriginalNames:
         return bool(self.renames)
 
     def of_diffusers(self, name: str) -> Rename | None:
-        """Return the rename for a diffusers name, such as `blocks.0.attn1.to_q`, or None."""
+        """Return the `Rename` of a diffusers name such as `blocks.0.attn1.to_q`, or None if there is none."""
         pattern, block = _pattern(name)
         found = self._diffusers.get(pattern)
         return found and found._numbered(block)

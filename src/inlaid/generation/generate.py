@@ -161,7 +161,8 @@ def generate_samples(
         count: outputs per prompt.
         show: show a progress bar.
         name: file name without extension, for a single output. Default: prompt index, prompt and seed.
-        on_output: callback with (prompt index, output index, result of `Family.sample`) for each output.
+        on_output: callback for each written output. Its arguments are the prompt index, the output index and
+            the result of `Family.sample`.
 
     Returns:
         Paths of the written files.

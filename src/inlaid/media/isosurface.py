@@ -180,7 +180,7 @@ def _sorted_unique(keys: np.ndarray) -> np.ndarray:
 
 
 def _without(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the numbers in `keys` that are not in `known` (sorted)."""
+    """Return the numbers in `keys` that are not in the sorted array `known`."""
     if not len(known):
         return keys
     at = np.searchsorted(known, keys).clip(max=len(known) - 1)

@@ -116,7 +116,7 @@ def read_objects(path: Path, group: Grouping = "parent") -> tuple[list[MeshObjec
 
 
 def _object(name: str, parts: Sequence[_Part]) -> MeshObject:
-    """Join the parts of an object; parts without colors are gray if others have colors."""
+    """Join the parts of an object. If only some parts have colors, the others become gray."""
     triangles = np.concatenate([part.triangles for part in parts])
     if all(part.look is None for part in parts):
         return MeshObject(name, triangles, None)

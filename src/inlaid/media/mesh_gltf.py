@@ -163,9 +163,10 @@ class Gltf:
         return {} if index is None else self.header["accessors"][index]
 
     def look(self, geometry: str, mesh: Any) -> tuple[Look | None, int | None]:
-        """Return the look of a trimesh mesh (None if it has no colors) and the index of its material.
+        """Return the colors of a trimesh mesh, and the index of its material or None.
 
-        Colors are base color factor x base color texture x vertex color, as glTF requires.
+        The colors are None if the mesh has neither a material nor vertex colors. Otherwise, they are base
+        color factor x base color texture x vertex color, as glTF requires.
         """
         material, faces = mesh.visual.material, mesh.faces
         index = int(material.name) if str(material.name).isdigit() else None

@@ -131,7 +131,7 @@ class Look:
         )
 
     def of(self, faces: np.ndarray) -> Look:
-        """Return the look of some triangles, given by a mask or by indices."""
+        """Return the colors of the triangles selected by `faces`, a mask or indices."""
         return replace(
             self,
             colors=self.colors[faces],

@@ -99,10 +99,10 @@ def read_surface(path: Path) -> list[Surface]:
 
 
 def _content(path: Path) -> Any:
-    """Return the content of an `.npy` file, an `.npz` file or a pickle: an array, a dict or a list.
+    """Return the array, dict or list in an `.npy` file, an `.npz` file or a pickle.
 
     Raises:
-        MediaError: if the file is none of these. Errors of libraries are not converted.
+        MediaError: if the file is missing, too large, or none of these. Other errors pass unchanged.
     """
     size = require_file(path, MediaError).st_size
     if zipfile.is_zipfile(path):

@@ -38,8 +38,8 @@ class MergeBlock(nn.Module):
         Args:
             width: number of channels of its hidden layers.
             channels: number of channels of the latent.
-            features: number of channels of the encoder features of color or alpha. Default: `width`, as in
-                the published checkpoints.
+            features: number of channels of the color features; the alpha features have as many. Default:
+                `width`, as in the published checkpoints.
         """
         from diffusers.models.autoencoders.autoencoder_kl_wan import (
             WanAttentionBlock,

@@ -39,11 +39,12 @@ TOKENS = 2048
 
 
 class Attention(nn.Module):
-    """Attention whose heads are slices of the concatenated outputs of `to_q`, `to_k` and `to_v`.
+    """Attention with TripoSG's assignment of channels to heads.
 
-    In self-attention, one slice holds the query, key and value of a head. An adapter on `to_q` alone
-    therefore changes queries, keys and values of some heads, not the queries of all heads. In
-    cross-attention, only the outputs of `to_k` and `to_v` are concatenated.
+    In self-attention, the outputs of `to_q`, `to_k` and `to_v` are concatenated and then split into one slice
+    per head. Each slice contains the query, key and value of its head. An adapter on `to_q` alone therefore
+    changes queries, keys and values of some heads, not the queries of all heads. In cross-attention, only the
+    outputs of `to_k` and `to_v` are concatenated and split in this way.
     """
 
     def __init__(
@@ -375,9 +376,9 @@ class _Frequencies(nn.Module):
 
 
 class _CrossBlock(nn.Module):
-    """Transformer block of the shape VAE with cross-attention and a feed-forward network.
+    """Block of the shape VAE: cross-attention and a feed-forward network, without self-attention.
 
-    It has no self-attention. The context of the cross-attention is normalized.
+    The context of the cross-attention is normalized.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -522,14 +523,14 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 def choose_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the indices of evenly spread points, chosen by farthest point sampling.
+    """Choose evenly spread points by farthest point sampling, and return their indices.
 
     The candidates are 4 * count random points.
 
     Args:
         points: (p, c) with c >= 3; the first three columns are positions.
         count: number of indices.
-        seed: seed of the random candidates; the same for every object of a scene.
+        seed: seed of the random candidates.
     """
     import fpsample
 

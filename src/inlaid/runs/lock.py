@@ -93,7 +93,7 @@ def _take(path: Path, key: tuple[int, Path]) -> dict[str, Any]:
 
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
-    """Return the error for a run folder to which files cannot be written."""
+    """Return the error to raise if files cannot be written to a run folder."""
     cause = f"the run folder cannot be written ({error.strerror or error})"
     return ValueError(f"{folder}: {cause}; choose another folder (run=...), or free disk space")
 

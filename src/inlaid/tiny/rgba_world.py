@@ -54,7 +54,10 @@ class Clip:
 
 
 def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Compute the alpha of an object in [0, 1] from the signed distances to its outline, in pixels."""
+    """Return the alpha of an object, in [0, 1].
+
+    `distance` is the signed distance of each pixel to the object's outline, in pixels, negative inside.
+    """
     sharp = np.clip(0.5 - distance, 0, 1)
     if material == "glass":
         body, rim = rng.uniform(0.3, 0.7), rng.uniform(1.5, 2.5)

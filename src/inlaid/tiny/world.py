@@ -169,7 +169,10 @@ class _Path:
     angle: np.ndarray
 
     def local(self, stretch: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the object coordinates of all pixels, as two arrays `(frames, 64, 64)`."""
+        """Return the coordinates of all pixels relative to the object, as two arrays `(frames, 64, 64)`.
+
+        Center and axes are those of the object. The unit is its radius; along x, radius * `stretch`.
+        """
         pixels = np.arange(SIZE, dtype=np.float32) + 0.5
         dx = pixels[None, None, :] - self.x[:, None, None].astype(np.float32)
         dy = pixels[None, :, None] - self.y[:, None, None].astype(np.float32)
@@ -218,7 +221,7 @@ def triples(validation: bool) -> tuple[tuple[str, str, str], ...]:
 
 
 def scenes(seed: int, n: int, *, validation: bool = False) -> list[Scene]:
-    """Return `n` random scenes; some have no size or background, so that their captions omit these."""
+    """Return `n` random scenes of one split; in some scenes, size or background is None (see `Scene`)."""
     rng = np.random.default_rng([seed, 11, validation])
     pool = triples(validation)
     drawn = []
@@ -538,10 +541,9 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def vague_caption(scene: Scene, seed: int) -> str:
-    """Return a caption of a scene with an invented noun instead of color and shape.
+    """Return a caption that calls the object of a scene by an invented noun, without its color and shape.
 
-    In training, such captions occur with all objects, so that the noun does not stand for any particular
-    object.
+    In training, all objects get such captions, so an unknown noun stands for no particular object.
     """
     rng = np.random.default_rng([seed, 29, zlib.crc32(repr(scene).encode())])
     return _phrase(scene, "a " + " ".join(w for w in (scene.size, invented_word(rng)) if w), rng)

@@ -269,7 +269,7 @@ class Zero(Replicated):
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.ctx.device)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather unsharded tensors in the main process; see `Replicated.gather`."""
+        """Return the unsharded tensors in the main process; see `Replicated.gather`."""
         if self.stage == 2:  # weights are views of one tensor; safetensors needs separate tensors
             return {n: t.clone() for n, t in super().gather(held).items()}
         out = {}

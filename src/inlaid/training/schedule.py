@@ -12,7 +12,10 @@ from inlaid.config.values import epochs
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and intervals of a run in steps. Intervals can be fractions: epochs can end within a step."""
+    """Length of a run, and intervals of checkpoints, validations and samples, in optimizer steps.
+
+    Intervals can be fractions, because an epoch can end within an optimizer step.
+    """
 
     steps: int
     """Number of optimizer steps."""

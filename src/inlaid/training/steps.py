@@ -149,9 +149,9 @@ class DenoisingStep:
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return the loss at each noise level by name, and their mean as `validation_loss`.
+        """Return the losses at all noise levels by name, and the mean of the losses as `validation_loss`.
 
-        The names, such as `validation_q0.1`, contain the quantile of the noise level.
+        Each name contains the quantile of its noise level: `validation_q0.1` is the loss at quantile 0.1.
         """
         losses = rows.tolist()
         values = {f"validation_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}

@@ -87,7 +87,7 @@ class Trained(Protocol):
         ...
 
     def step(self, precision: AbstractContextManager[Any]) -> Step:
-        """Return the training step, which computes in the context manager `precision`."""
+        """Return the training step. It computes in the context manager `precision`, such as autocast."""
         ...
 
     def card(self, step: int, prompts: Sequence[str]) -> str:

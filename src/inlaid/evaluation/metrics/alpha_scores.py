@@ -58,8 +58,8 @@ def score(found: np.ndarray, truth: np.ndarray, eps: float = ALPHA_EPS) -> Score
     Args:
         found: predicted alpha, uint8 (t, h, w).
         truth: true alpha of the same shape.
-        eps: share of the alpha range that counts as transparent at its lower end and as opaque at its upper
-            end.
+        eps: tolerance. Pixels count as transparent up to a true alpha of 255 * eps, and as opaque from
+            255 * (1 - eps).
     """
     assert found.shape == truth.shape and found.dtype == truth.dtype == np.uint8, (found.shape, truth.shape)
     a, b = found.astype(np.float32), truth.astype(np.float32)
