@@ -16,9 +16,9 @@ from inlaid import config as recipe
 
 
 class Objective(Protocol):
-    """Interface of a training objective; all methods are pure functions in float32.
+    """Interface of a training objective.
 
-    Times `t` have shape (n,); data `x0` and `noise` have shape (n, ...).
+    Noise levels `t` have shape (n,); data `x0` and `noise` have shape (n, ...).
     """
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:

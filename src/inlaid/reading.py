@@ -33,15 +33,16 @@ class FileError(ValueError):
 def reading(
     path: Path, raises: Callable[[Path, str, str], FileError] = FileError, what: str = ""
 ) -> Iterator[None]:
-    """Convert every exception in the `with` block to a `FileError` that names the file.
+    """Convert exceptions in the `with` block to a `FileError` that names the file.
 
-    This includes `MemoryError` and `RecursionError`, which malicious files can cause. A `FileError`, or
-    another `ValueError` whose message begins with the path, passes unchanged.
+    `MemoryError` and `RecursionError`, which malicious files can cause, are also converted. A `FileError`
+    passes unchanged, and so does another `ValueError` whose message begins with the path.
 
     Args:
         path: file that the block reads.
         raises: class of the error to raise.
-        what: expected kind of file, such as `an image`; the message is then `is not an image (...)`.
+        what: expected kind of file, such as `an image`. If the content of the file is invalid, the message
+            says `is not an image`.
 
     Raises:
         FileError: if the block raises an exception.

@@ -20,7 +20,7 @@ from inlaid.adapters.parse import Parsed, Whole
 
 @dataclass
 class FullWeights:
-    """Differences of parameters to the base model, in float32."""
+    """Changes of parameters relative to the base model, as whole tensors in float32."""
 
     biases: dict[str, Tensor] = field(default_factory=dict)
     """Bias differences of adapted layers, by layer."""

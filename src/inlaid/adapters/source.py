@@ -235,7 +235,10 @@ def _is_float8(tensor: Tensor) -> bool:
 def _plain_alpha(
     path: Path, header: Mapping[str, str], alpha: float | None
 ) -> tuple[tuple[float, str] | None, list[str]]:
-    """Return the LoRA alpha in the header with its place, and notes about unusable entries.
+    """Return the LoRA alpha in the header of an adapter file, and notes about unusable entries.
+
+    The first result is a pair: the LoRA alpha, and a text that says where it was found. It is None if the
+    header contains no usable LoRA alpha, or if entries differ and `alpha` is passed.
 
     Raises:
         ValueError: if two entries differ and no `alpha` is passed.

@@ -306,7 +306,8 @@ class Joint(Composed):
     def set_strength(self, pipeline: Any, strength: float) -> None:
         """Scale the adapter and the domain embedding by `strength`.
 
-        The domain embedding is multiplied in place, so a second call scales it again.
+        The domain embedding is a trained vector that is added to the alpha tokens. It is multiplied in place,
+        so a second call scales it again.
         """
         self.opaque.set_strength(pipeline, strength)
         if self.section.domain_embedding:

@@ -239,7 +239,10 @@ def _steps(config: recipe.Config, plan: Plan) -> int:
 
 
 def _alpha_note(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
-    """Return a note about the ways to train on alpha, if an opaque run has clips with alpha."""
+    """Return a note about the ways to train on alpha.
+
+    The list is empty if the recipe already trains on alpha, or if no clip has alpha.
+    """
     if family.modality != "video" or config.alpha.kind != "opaque" or config.rgba_vae is not None:
         return []
     names = {(p.source, p.name) for p in plan.problems if p.code in ("transparent", "matte")}

@@ -487,7 +487,7 @@ def _sharded(
 
 
 def _shared(config: recipe.Config) -> str:
-    """Return how many processes each sample is split over, as text; empty if samples are not split."""
+    """Return a phrase that says how many processes share each sample; empty if samples are not split."""
     processes = config.runtime.sequence
     return f" in one of {processes} processes that share each sample" if processes > 1 else ""
 

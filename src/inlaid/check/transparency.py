@@ -77,9 +77,9 @@ def supported_alpha(
 
 
 def _exists(settings: config.Config, vae: str) -> bool:
-    """Return True if an RGBA VAE exists and can encode.
+    """Return True if an RGBA VAE is available, and contains the parts that encode.
 
-    The tiny RGBA VAE that ships with inlaid fits the tiny checkpoint only.
+    The tiny RGBA VAE ships with inlaid, but fits the tiny checkpoint only.
     """
     from inlaid.networks import rgba_vae_checkpoint
 

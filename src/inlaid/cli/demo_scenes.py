@@ -74,7 +74,11 @@ def write_scenes(folder: Path, judged: int = JUDGED) -> None:
 
 
 def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
-    """Return the evaluation scenes as prompts, in two groups: new object and pretraining domain."""
+    """Return one prompt for each evaluation scene.
+
+    The prompts form two groups: scenes with the new object, and scenes from the tiny model's pretraining
+    domain.
+    """
     found = []
     for group, name in (("the new kind", "judged/new"), ("the old world", "judged/known")):
         changes = {"sources": [{"path": str(folder / name)}], "validation": 0}

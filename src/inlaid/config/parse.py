@@ -241,7 +241,7 @@ class _Builder:
         top.key = value
 
     def start(self, value: Any, event: Any) -> None:
-        """Open a list or mapping."""
+        """Start a list or mapping; `value` is the empty list or dict, and `event` is the parser event."""
         if deep := limits.RECIPE_DEPTH.exceeded(len(self.stack) + 1, TOO_DEEP):
             raise _MistakeError(deep, event.start_mark)
         if event.tag not in (None, "!", f"{_TAG}{'seq' if isinstance(value, list) else 'map'}"):

@@ -160,9 +160,10 @@ UNCAPTIONED = ("no-caption", "empty-caption")
 def _settings(
     source: Path, family: str, checkpoint: str | None, overrides: Sequence[str], target: Target
 ) -> tuple[config.Config, frozenset[str]]:
-    """Return the recipe, and the names of the settings that must not be adapted to the clips.
+    """Return the recipe, and the names of the settings that the user has chosen.
 
-    They are keys of the section `data`, or `alpha` for the whole section `alpha`.
+    All other settings may be adapted to the clips. A name is a key of the section `data`, or `alpha` for the
+    whole section `alpha`.
     """
     recipe = source.suffix.lower() in (".yaml", ".yml") or (source / "config.yaml").is_file()
     given = {text.partition("=")[0].strip().removeprefix("data.") for text in overrides}
@@ -490,7 +491,7 @@ def _problems_of(cuts: Sequence[Cut], failed: Mapping[str, Written]) -> list[Pro
 
 
 def _described_problems(problems: Sequence[Problem], plan: Plan) -> list[str]:
-    """Return one message per kind of problem; it names command-line options instead of recipe keys."""
+    """Return one message per kind of problem. Messages name command-line options instead of recipe keys."""
     total = max(len(plan.clips), sum(s.clips for s in plan.sources))
     lines = describe_plan(problems, total, most=8)
     for key, option in KEYS.items():

@@ -50,7 +50,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Cut:
-    """Window of a clip that is to be written to files."""
+    """Window of a clip, and the name under which it is exported."""
 
     name: str
     """Name of the files, without an ending such as `.mp4`."""

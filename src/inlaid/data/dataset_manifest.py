@@ -48,9 +48,9 @@ def read_done(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def record(out: Path, cut: Cut, files: Mapping[str, int]) -> None:
-    """Append a cut and the sizes of its files to the list of finished cuts.
+    """Append a row to the list of finished cuts (exported windows of clips).
 
-    The list may name a cut several times; the last entry counts.
+    The row contains the sizes of the files. If the list contains several rows for a cut, the last one counts.
     """
     row = {"name": cut.name, "key": cut.key, "files": dict(files), "caption": cut.window.caption}
     append(out / STATE / "done.jsonl", json.dumps(row, ensure_ascii=False) + "\n")

@@ -107,10 +107,10 @@ class Modality(ABC):
 
     @abstractmethod
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """Write generated media, as returned by `Family.sample`, to files named `stem` plus a suffix.
+        """Write the output of `Family.sample` to files whose names are `stem` plus a suffix.
 
         Returns:
-            The main file, and metadata to record beside this file.
+            The path of the main file, and metadata to record beside this file.
         """
 
 

@@ -101,7 +101,8 @@ def build_cache(
 ) -> CachedDataset:
     """Plan the dataset and fill the cache: clips, captions, the empty caption and sample prompts.
 
-    `begin` is called with the plan and the cache after all checks of the data, before anything is encoded.
+    `begin` is called with the plan and the cache. At that time, the clips have been checked, and nothing has
+    been encoded.
 
     Raises:
         ValueError: if clips have errors and `data.bad_clips` is `stop`, if no clip is left to train on, or if

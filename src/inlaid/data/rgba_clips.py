@@ -179,7 +179,7 @@ def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
     """Return the properties and alpha statistics of an RGBA clip.
 
     Raises:
-        MediaError: if the clip cannot be used. The code is `unreadable`, `truncated`, `no-alpha`,
+        MediaError: if the clip cannot be used. Its `code` is `unreadable`, `truncated`, `no-alpha`,
             `constant-alpha` (the same alpha in all pixels), or `pair` (color and alpha matte do not match).
     """
     probe = _probe(path)
@@ -276,7 +276,10 @@ def probe_frames(path: Path) -> Probe:
 
 
 def _probe_image(path: Path) -> Probe:
-    """Return the properties of a still or animated image; decodes every frame to detect truncated files."""
+    """Return the properties of a still or animated image.
+
+    Every frame is decoded, so that truncated files are detected.
+    """
     times = rgba_images.frame_times(path)
     with load_image(path, animated=True) as image:
         codec, mode = image.format or "", image.mode

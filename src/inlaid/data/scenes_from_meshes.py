@@ -124,6 +124,8 @@ def import_meshes(
 def _sources(source: Path) -> tuple[list[Path], list[Finding]]:
     """Return the mesh files in a folder, and problems with files that cannot be imported.
 
+    `source` may also be a single mesh file.
+
     Raises:
         ValueError: if there are no mesh files.
     """

@@ -314,8 +314,7 @@ def _networks(
 ) -> Iterator[tuple[nn.Module, Any]]:
     """Yield (denoiser, pipeline) for each of the two models.
 
-    The second model reuses the denoiser of the first with another adapter. A second denoiser is loaded only
-    after full fine-tuning.
+    Models with adapters share one denoiser. After full fine-tuning, each model has its own denoiser.
     """
     full = config.tuner.kind == "full"
     denoiser: nn.Module | None = None

@@ -207,7 +207,10 @@ def shared_metrics(outputs: Sequence[Output]) -> Mapping[str, Metric]:
 
 
 def summarize(name: str, pairs: Sequence[Pair]) -> Group:
-    """Return the mean metrics and match counts of a group of at least one pair."""
+    """Return the mean metrics of a prompt group, and how many outputs match their prompts.
+
+    `pairs` contains at least one pair.
+    """
     judged = [p for p in pairs if p.base.matches_prompt is not None and p.tuned.matches_prompt is not None]
 
     def means(outputs: Sequence[Output]) -> dict[str, float]:

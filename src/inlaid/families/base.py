@@ -211,7 +211,10 @@ class Family(Sampling, ABC):
         return dict(item)
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Convert standard normal noise (n, c, t, h, w) to training noise; by default, change nothing."""
+        """Modify the training noise; by default, return it unchanged.
+
+        `noise` is standard normal, (n, c, t, h, w).
+        """
         return noise
 
     def share_positions(self, denoiser: nn.Module) -> None:

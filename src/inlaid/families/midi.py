@@ -8,8 +8,8 @@ Pitfalls:
 - All objects share one coordinate frame, so the latents of an object also encode its position.
 - All objects of a scene have the same timestep.
 - The network predicts data - noise.
-- Text is not used. The image conditioning of an object consists of a CLIP token and DINO tokens. Dropout for
-  classifier-free guidance drops both kinds of tokens together.
+- Text is not used. The image conditioning of an object consists of DINO tokens, and in MIDI-3D also of a CLIP
+  token. Dropout for classifier-free guidance drops all of these tokens together.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ gated layer (gate and value) and of the last modulation (shift and scale) are in
 
 
 class Mochi(Family):
-    """Mochi 1 family: flow matching on normalized VAE latents; text and video share joint attention."""
+    """Mochi 1 family: flow matching on normalized VAE latents, joint attention over text and video tokens."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"size": [480, 848], "frames": [37]},

@@ -124,9 +124,9 @@ def _linear_to_pq(y: np.ndarray) -> np.ndarray:
 
 
 def _tone_mapped(light: np.ndarray) -> np.ndarray:
-    """Tone-map linear light of HDR video to SDR, with the EETF of ITU-R BT.2390, section 5.4.1.
+    """Tone-map linear light of HDR video to SDR.
 
-    In the input and the result, 1 is SDR white.
+    The tone curve is the EETF of ITU-R BT.2390, section 5.4.1. In the input and the result, 1 is SDR white.
     """
     top = float(_linear_to_pq(np.array(PEAK / 10000)))
     code = np.minimum(_linear_to_pq(light.astype(np.float64) * WHITE / 10000) / top, 1)

@@ -119,7 +119,7 @@ def _fill(color: list[np.ndarray], weight: np.ndarray) -> list[np.ndarray]:
 
 
 def _quarter(plane: np.ndarray) -> np.ndarray:
-    """Sum each 2 x 2 cell of a plane (h, w); if a side is odd, the edge is repeated."""
+    """Sum each 2 x 2 cell of a plane (h, w); if a side is odd, the last row or column is repeated."""
     h, w = plane.shape
     if h % 2 or w % 2:
         plane = np.pad(plane, ((0, h % 2), (0, w % 2)), "edge")
@@ -208,17 +208,17 @@ def checkerboard(height: int, width: int, cell: int = 16) -> np.ndarray:
 def composite(
     rgba: np.ndarray, background: np.ndarray, *, premultiplied: bool = False, linear: bool = False
 ) -> np.ndarray:
-    """Composite a foreground over a background: uint8 (t, h, w, 3).
+    """Composite a foreground over a background, and return uint8 (t, h, w, 3).
 
     The result is rgb * a + (1 - a) * background for straight color, and rgb + (1 - a) * background for
     premultiplied color.
 
     Args:
         rgba: foreground, uint8 (t, h, w, 4).
-        background: uint8, a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
+        background: uint8; a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
         premultiplied: True if `rgba` is premultiplied.
-        linear: blend in linear light (decoded sRGB) instead of gamma-encoded values; physically correct, but
-            uncommon.
+        linear: blend in linear light (decoded sRGB) instead of gamma-encoded values. This is physically
+            correct, but uncommon.
     """
     out = []
     for i, frame in enumerate(rgba):

@@ -57,7 +57,10 @@ class MeshObject:
     """Colors of the triangles; None if the file has none."""
 
     def moved(self, transform: np.ndarray) -> MeshObject:
-        """Return the object after an affine transform (4, 4) without mirroring."""
+        """Return a copy of the object with an affine transform (4, 4) applied.
+
+        The transform must not mirror, because the order of the corners is kept.
+        """
         corners = self.triangles @ transform[:3, :3].T + transform[:3, 3]
         return MeshObject(self.name, corners, self.look)
 
@@ -290,8 +293,9 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tga", ".tif", ".tiff", ".
 def _beside(root: Root, name: str) -> Path:
     """Find a file that a mesh refers to.
 
-    glTF names may be percent-encoded. Names in .mtl files may have options before them, or may be absolute
-    paths on another computer; in this case, the file name is searched in the folder of the mesh.
+    Names in glTF files may be percent-encoded. Names in .mtl files may follow options such as `-s 1 1 1`.
+    Names may be paths from another computer; the file is then searched by its file name in the folder of the
+    mesh.
     """
     first: FileError | None = None
     for other in (name, urllib.parse.unquote(name), name.split()[-1], re.split(r"[/\\]", name)[-1]):

@@ -1,4 +1,4 @@
-"""Looks of meshes (vertex colors, materials, textures), and colors of points on triangles."""
+"""Look of a mesh (vertex colors, materials, textures), and colors of points on its triangles."""
 
 from __future__ import annotations
 

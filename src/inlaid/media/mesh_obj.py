@@ -1,4 +1,4 @@
-"""Wavefront .obj files: objects and groups, relative indices, and several material files."""
+"""Rewriting of Wavefront .obj files, so that trimesh reads all objects, groups and material files."""
 
 from __future__ import annotations
 

@@ -136,9 +136,9 @@ def render(
 def _joined(
     meshes: Sequence[trimesh.Trimesh], looks: Sequence[Look | None], plain: np.ndarray
 ) -> Look | None:
-    """Join the looks of all meshes. Meshes without a look get their `plain` color (sRGB in [0, 1]).
+    """Join the looks (colors and textures) of all meshes; return None if no mesh has a look.
 
-    Returns None if no mesh has a look.
+    A mesh without a look gets its color in `plain` (sRGB in [0, 1]).
     """
     if not any(looks):
         return None

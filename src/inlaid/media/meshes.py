@@ -77,10 +77,10 @@ def read_surface(path: Path) -> list[Surface]:
     a position and a normal. If c is 3, each point has only a position, and normals are estimated. If c is 4,
     the last column is ignored and normals are estimated.
 
-    An `.npz` file contains `surface_points` and optionally `surface_normals`. So does a pickled dict, alone
-    or in an `.npy` file, as in the published 3D-FRONT data. A list or an object array contains the surfaces
-    of several objects, which may differ in their number of points. Pickles are read by `unpickle`, which
-    runs no code.
+    An `.npz` file contains `surface_points` and optionally `surface_normals`, or only one array. A pickled
+    dict, as in the published 3D-FRONT data, contains the same; it may be in an `.npy` file. A list or an
+    object array contains one surface per object; the numbers of points may differ. Pickles are read by
+    `unpickle`, which runs no code.
 
     Raises:
         MediaError: if the file is not a valid surface; the message contains path and cause.
@@ -222,9 +222,9 @@ def flipped(points: np.ndarray) -> bool:
 def estimate_normals(points: np.ndarray, neighbors: int = 16) -> np.ndarray:
     """Estimate outward unit normals (n, 3) of points (n, 3).
 
-    A normal is the direction of least variance among the nearest points. The signs of the normals propagate
-    from the topmost point along a minimum spanning tree, which connects neighbors with similar tangent planes
-    (Hoppe et al. 1992).
+    A normal is the direction of least variance among the nearest points. The normal of the topmost point gets
+    an upward sign. The other signs follow from it along a minimum spanning tree. The tree connects neighbors
+    with similar tangent planes (Hoppe et al. 1992).
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree

@@ -224,7 +224,7 @@ _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 
 
 def _instructions(file: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the argument of each instruction of a pickle."""
+    """Yield the opcode name and the argument of each instruction of a pickle."""
     while code := file.read(1):
         opcode = _OPCODES.get(code.decode("latin1"))
         if opcode is None:
@@ -338,7 +338,10 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Replace the arrays in a value by NumPy arrays or lists; `done` caches results by `id`."""
+    """Return a value without the interpreter's own array objects: they become NumPy arrays or lists.
+
+    `done` contains the results so far, by `id` of the original object.
+    """
     if id(value) in done:
         found = done[id(value)]
         if found is ...:

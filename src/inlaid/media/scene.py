@@ -146,11 +146,12 @@ def read_names(folder: Path, root: Root | None = None) -> dict[int, str]:
 
 
 def published_order(path: Path, ids: np.ndarray) -> list[int]:
-    """Return the IDs of the objects in a segmentation, in the order of the published pipeline of MIDI-3D.
+    """Return the object IDs of a segmentation, in the order of the published MIDI-3D pipeline.
 
-    That pipeline converts the segmentation to 8-bit gray and sorts the values. The order decides which noise
-    an object starts from, so the same seed gives the same scene only in the same order. Objects that the
-    conversion merges or turns black are kept; black ones are last.
+    The published pipeline converts the segmentation to 8-bit gray and sorts the gray values. The order
+    decides which part of the initial noise each object gets. Another order would therefore generate another
+    scene from the same seed. Objects with the same gray value are all returned. Objects with gray value 0 are
+    last.
 
     Args:
         path: segmentation.

@@ -346,9 +346,10 @@ def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tu
 def native_frames(
     path: Path, wanted: np.ndarray, *, gray: bool = False
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield the frame nearest to each wanted time, at source size, and its pixel aspect ratio.
+    """Yield pairs (frame, pixel aspect ratio); the frames are those nearest to the wanted times.
 
-    Frames are uint8 (h, w, c), and rotated for display. The pixel aspect ratio is width / height.
+    Frames are uint8 (h, w, c). They have the size of the source, and are rotated for display. The pixel
+    aspect ratio is width / height.
 
     Args:
         path: a video.

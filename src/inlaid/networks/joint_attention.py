@@ -208,10 +208,10 @@ class CogVideoXJointAttention:
 def halve_cogvideox(network: Any) -> None:
     """Make a CogVideoX network use the same positions for the color clip and the alpha clip.
 
-    Rotary embeddings are arguments of each call, so a pre-forward hook replaces them. CogVideoX-2B has
-    sinusoidal positional embeddings instead, which are computed for each clip size. diffusers would use a
-    precomputed table for one length. This table is disabled: if two clips together had this length, they
-    would get the positions of one long clip.
+    CogVideoX-2B adds sinusoidal positional embeddings. They are computed for one clip and repeated for the
+    second clip. The precomputed embeddings of diffusers are disabled, because their positions are those of
+    one long clip. All other versions get rotary embeddings as an argument. A pre-forward hook replaces these
+    by two copies of the embeddings of the first clip.
     """
 
     def first_clip(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

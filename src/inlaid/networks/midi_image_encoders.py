@@ -247,8 +247,8 @@ class ImageConditioning:
     def rows(self, cond: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Convert the image conditioning of b scenes with n objects each to arguments of the transformer.
 
-        The result is the list of contexts, flattened from (b, n, ...) to (b * n, ...), and further keyword
-        arguments.
+        The first result lists the cross-attention contexts, or for trained encoders their input images. They
+        are flattened from (b, n, ...) to (b * n, ...). The second result contains further keyword arguments.
         """
         rows = {k: cond[k].flatten(0, 1) for k in self.encoders}
         contexts = [v if k in self.trained else v.to(dtype) for k, v in rows.items()]

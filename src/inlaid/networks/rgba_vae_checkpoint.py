@@ -411,19 +411,19 @@ def losses(
     Args:
         rgba_vae: RGBA VAE that is trained.
         rgba: clips in straight RGBA, uint8 (b, 4, t, h, w).
-        loss: the loss terms of the paper.
-        generator: CPU random generator. It selects the noise, the background color of the encoder input, and
-            the background colors of the two composites that the loss compares.
+        loss: the loss terms of the paper (Dong et al. 2025).
+        generator: CPU random generator for the noise, for the background color of the encoder input, and for
+            the background colors of the two composites in `loss`.
         anchor: weight of a term that compares the RGBA VAE's latents with the base VAE's latents. The base
             VAE encodes an opaque version of the clip, in which dark gray replaces transparent pixels. The
             term is the mean of ((z - z_base) / latents_std)^2. Not in the paper. It keeps latents close to
-            those of opaque videos, so that the base VAE's decoder reproduces the color, and a denoiser
+            those of opaque videos. Then the base VAE's decoder reproduces the color, and a denoiser
             pretrained on opaque videos has less to learn.
         noise: maximum standard deviation of the noise added to latents before decoding, as a multiple of
             `latents_std`. Not in the paper. It makes the decoders robust to errors of the denoiser.
-        visible: weight of the mean absolute error of color over visible pixels only. Not in the paper. If few
-            pixels are visible, they contribute little to the other terms, which are means over all pixels.
-        visible_alpha: weight of the mean absolute error of alpha over visible pixels only. Not in the paper.
+        visible: weight of the mean absolute color error of visible pixels. Not in the paper. If few
+            pixels are visible, they contribute little to the terms of `loss`: these are means of all pixels.
+        visible_alpha: weight of the mean absolute alpha error of visible pixels. Not in the paper.
         colors: background colors of the encoder input, in [-1, 1].
     """
     (color,), (hard, soft) = sample_colors(generator, 1, colors), sample_colors(generator, 2)

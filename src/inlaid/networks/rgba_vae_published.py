@@ -451,9 +451,10 @@ def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
-    """Return two VAEs for ComfyUI, one for color and one for alpha, with merged low-rank updates.
+    """Return the tensors of two VAEs for ComfyUI: one decodes color, the other decodes alpha.
 
-    The tensors have Wan's original names. The keys of the result are `rgb_channel` and `alpha_channel`.
+    The low-rank updates are merged into the decoders. The tensors have Wan's original names. The keys of the
+    result are `rgb_channel` and `alpha_channel`.
     """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))

@@ -165,7 +165,7 @@ class SequenceParallel:
     def split_output(self, module: nn.Module, dim: int) -> None:
         """Add a forward hook, so that a module returns only this process's share of its output.
 
-        The output is a tensor or a tuple of tensors. Its tokens are dimension `dim`.
+        The output is a tensor or a tuple of tensors; `dim` is the dimension of the tokens.
         """
 
         def hook(_: nn.Module, args: Any, out: Any) -> Any:
@@ -209,7 +209,10 @@ class _Received(torch.autograd.Function):
 
 
 def _apart(x: Tensor, text: int, first: bool) -> tuple[Tensor, Tensor]:
-    """Split a sequence (..., tokens, d) into video tokens and text tokens."""
+    """Split a sequence (..., tokens, d) into video tokens and text tokens.
+
+    `text` is the number of text tokens; `first` is true if they precede the video tokens.
+    """
     video = x.shape[-2] - text
     parts = x.split([text, video] if first else [video, text], -2)
     return (parts[1], parts[0]) if first else (parts[0], parts[1])

@@ -171,10 +171,11 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
 
 
 class Interrupt:
-    """Signal handler that stops a run after the current step, on the first Ctrl-C, SIGTERM or SIGHUP.
+    """Context manager that handles Ctrl-C, SIGTERM and SIGHUP.
 
-    A second Ctrl-C, or a second SIGTERM, stops the run at once. Two different signals do not, because a
-    terminal session that ends may send several kinds of signals to its processes.
+    The first signal stops the run after the current step. A second Ctrl-C, or a second SIGTERM, stops the run
+    at once. Two different signals do not, because the end of a terminal session may send several kinds of
+    signals.
     """
 
     def __init__(self) -> None:

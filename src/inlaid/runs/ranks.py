@@ -198,8 +198,8 @@ def watched(rank: int, timeout: float) -> Iterator[None]:
 
     Raises:
         RankLostError: if a collective operation fails because another process is lost. NCCL may hang instead
-            of failing: if this process does not leave the context within `GRACE` seconds of the loss, it
-            prints the message and exits with code 1.
+            of failing. Therefore, this process prints the error and exits with code 1 if it does not leave
+            the context within `GRACE` seconds of the loss.
     """
     import torch.distributed as dist
 

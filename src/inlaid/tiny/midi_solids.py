@@ -108,9 +108,9 @@ def _areas(solid: Solid) -> list[float]:
 
 
 def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
-    """Sample points and outward normals (n, 6) uniformly on the surface of a solid.
+    """Sample points uniformly on the surface of a solid; return points and outward normals (n, 6).
 
-    They are in the solid's own coordinates.
+    Both are in the solid's own coordinates.
     """
     s, areas = solid.size, np.array(_areas(solid))
     counts = rng.multinomial(n, areas / areas.sum())

@@ -579,9 +579,10 @@ def _subject_scenes(validation: bool) -> list[Scene]:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
-    """Render training clips of the subject (a star); return pairs (`uint8 (17, 64, 64, 3)`, caption).
+    """Render training clips of the subject (a star), and return pairs (clip, caption).
 
-    The first 16 clips cover all training combinations of motion, size and background.
+    A clip is uint8 (17, 64, 64, 3). The first 16 clips cover all combinations of motion, size and background
+    that occur in training.
     """
     pool = _subject_scenes(validation=False)
     chosen = [pool[k % len(pool)] for k in range(n)]

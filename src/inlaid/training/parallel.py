@@ -180,7 +180,7 @@ class FSDP(Replicated):
         """Do nothing: the backward pass has already averaged the gradients."""
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather the tensors one at a time in CPU memory of the main process; see `Replicated.gather`."""
+        """Gather the tensors one by one, and move them to CPU memory; see `Replicated.gather`."""
         out = {}
         for name, tensor in held.items():
             value = gather_whole(tensor.detach())
@@ -393,7 +393,7 @@ def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator
 
 
 def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
-    """Return an error message for each setting that the mode `runtime.parallel` does not support."""
+    """Return an error message for each setting that does not fit `runtime.parallel` or the process count."""
     mode, out = config.runtime.parallel, []
     sequence, shard_size = config.runtime.sequence, config.runtime.shard_size
     if world % sequence:

@@ -127,7 +127,7 @@ def _backgrounds(section: recipe.RgbaVae) -> Sequence[Sequence[float]]:
 
 @dataclass(frozen=True)
 class RgbaVaeStep:
-    """Training step of an RGBA VAE: `RgbaLoss` with random background colors in each micro-batch."""
+    """Training step of an RGBA VAE. Background colors are chosen at random for each micro-batch."""
 
     loss: RgbaLoss
     anchor: float = 0.0

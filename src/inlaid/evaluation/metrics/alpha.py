@@ -95,7 +95,7 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Return all `TRUTH` metrics: errors of alpha against the true alpha.
+    """Return all `TRUTH` metrics, which measure the error of alpha.
 
     Args:
         frames: RGBA, uint8 (t, h, w, 4).
@@ -135,9 +135,10 @@ def haze(alpha: np.ndarray) -> float:
 def edges(frames: np.ndarray) -> float:
     """Return the share of alpha edge pixels that have a color edge within `REACH` pixels.
 
-    Color edges are detected in the straight color, not in a composite. An alpha edge pixel has a slope above
-    64 (of 255). A color edge pixel has a slope above 8 that is among the steepest tenth of its frame. The
-    result is 0 if there is no alpha edge.
+    A pixel is on an alpha edge if the slope of alpha is above 64 (of 255). A pixel is on a color edge if the
+    slope of the gray value is above 8, and is in the top 10% of its frame. The gray value is that of the
+    straight color, not of a composite. The result is 0 if there is no alpha edge. In a long video, only about
+    `SOME` frames are measured.
 
     Args:
         frames: straight RGBA, uint8 (t, h, w, 4).
