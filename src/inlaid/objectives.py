@@ -68,14 +68,15 @@ TABLE = 1000
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Rectified flow: x_t is (1 - t) x0 + t noise, and the prediction target is noise - x0.
+    """Rectified flow (Liu et al. 2022, Lipman et al. 2022).
 
-    Sources: Liu et al. 2022, Lipman et al. 2022.
+    The noisy input is x_t = (1 - t) x0 + t noise, and the prediction target is noise - x0. To sample a noise
+    level t, a value u is sampled, and the timestep shift `s` is applied to it (see `shift`). The distribution
+    of t is truncated to `interval`.
 
-    A noise level u is sampled, then shifted by `s` (see `shift`). With the preset `logit_normal`, u has a
-    logit-normal distribution with `mean` and `std`; with `uniform`, a uniform distribution. The preset
-    `diffsynth` samples u uniformly from a table of 1000 levels and has a bell-shaped loss weight. The
-    distribution of the shifted levels is truncated to `interval`.
+    `preset` selects the distribution of u. With `logit_normal`, it is a logit-normal distribution with the
+    parameters `mean` and `std`. With `uniform`, it is a uniform distribution. With `diffsynth`, it is uniform
+    over 1000 discrete values, and the loss has a bell-shaped weight.
     """
 
     preset: str = "logit_normal"

@@ -158,10 +158,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_member(
     path: Path, member: zipfile.ZipInfo, raises: Callable[[Path, str, str], FileError] = FileError
 ) -> None:
-    """Check the size that a zip archive declares for a member, before the member is read.
+    """Check a member of a zip archive before it is read, by the sizes that the archive declares.
+
+    Args:
+        path: the archive.
+        member: the member to check.
+        raises: class of the error to raise.
 
     Raises:
-        FileError: if the member is encrypted, too large, or expands too much.
+        FileError: if the member is encrypted, is larger than the archive, or expands too much.
     """
     if member.flag_bits & 1:
         raise raises(path, f"{member.filename} is encrypted", "unreadable")

@@ -155,7 +155,7 @@ class _Job:
 
     @property
     def suffix(self) -> str:
-        """File suffix of the export, if it is a file."""
+        """File suffix of the export. Not used if the export is a folder."""
         layout = self.family.joint_layout if self.target == "transpixeler" else None
         return ".pt" if layout and layout.torch_file else ".safetensors"
 

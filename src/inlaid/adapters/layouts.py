@@ -215,7 +215,10 @@ only if layer sizes cannot be inferred. For `transpixeler` and `musubi`, it may 
 
 
 def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
-    """Write a layout to a file, read it back, and assert that the tensors are equal."""
+    """Write the tensors of a layout to a file, and assert that the file contains exactly these tensors.
+
+    `header` is the file header of the adapter. A torch file is written without a header.
+    """
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in layout.tensors.items()}
     if layout.torch_file:
         save_torch(own, path, under="state_dict")
@@ -315,10 +318,14 @@ def _convolutions(layers: Mapping[str, tuple[Rename, Layer]]) -> list[str]:
 
 
 def _refuse(target: str, **found: Iterable[str]) -> None:
-    """Raise an error if a target cannot represent all layers.
+    """Raise an error if an export target cannot represent all layers.
+
+    Args:
+        target: name of the target.
+        found: names of the unsupported layers, by kind of problem, such as `biases`.
 
     Raises:
-        ValueError: if a list in `found` is not empty.
+        ValueError: if `found` contains a layer.
     """
     problems = [f"{what} ({some_of(names)})" for what, names in found.items() if names]
     if problems:

@@ -117,10 +117,10 @@ def _fused_loha(layers: list[Parts | None]) -> dict[str, Tensor]:
 def original_tensors(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], names: OriginalNames, target: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of a file for ComfyUI or musubi-tuner.
+    """Convert a LoKr or LoHa adapter to the tensors of a file for ComfyUI or musubi-tuner.
 
-    If the original code fuses several layers, their LoKr becomes an exact LoRA, because stacked Kronecker
-    products are not a Kronecker product.
+    If the original code fuses several layers into one, their LoKr becomes an exact LoRA, because stacked
+    Kronecker products are not a Kronecker product.
 
     Args:
         tensors: tensors of the adapter by diffusers name, from `lycoris.read`.

@@ -140,7 +140,7 @@ def _layer(adapter: Adapter, module: str, base: nn.Module | None) -> Layer:
 
 
 def _joined(adapter: Adapter, rename: Rename, base: nn.Module | None) -> Layer:
-    """Join the updates of the diffusers layers that one original layer fuses."""
+    """Combine the updates of the diffusers layers that form one layer in the original code."""
     own = {m: _layer(adapter, m, base) for m in rename.diffusers if m in adapter.alpha}
     like = next(iter(own.values()))
     if len(rename.diffusers) == 1:

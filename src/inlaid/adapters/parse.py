@@ -1,4 +1,4 @@
-"""Grouping of the tensors in an adapter file by layer, and checks for problems that prevent an import."""
+"""Parsing of adapter files: group the tensors by layer, and find problems that prevent an import."""
 
 from __future__ import annotations
 
@@ -284,7 +284,10 @@ def _finite(layer: Layer) -> bool:
 
 
 def _misshapen(layer: Layer) -> list[str]:
-    """Return messages about invalid shapes and parts of a layer that has all factors."""
+    """Return messages about the invalid factor shapes and the unsupported parts of a layer.
+
+    The layer must have all factors of its kind.
+    """
     parts, label, out = layer.parts, layer.label, []
     pairs = {
         "lora": [("A", "B")],

@@ -25,7 +25,7 @@ _LAYERS = (
 
 @dataclass(frozen=True)
 class Program:
-    """Target of `inlaid export`."""
+    """Target of `inlaid export`: a program or a file layout, and what it can represent."""
 
     name: str
     """Names of the programs that load this layout."""
@@ -140,7 +140,7 @@ def targets(family: type[Family] | Family) -> list[str]:
 
 
 def canonical(to: str) -> str:
-    """Return the target for a name or alternative name.
+    """Return the main name of an export target; `to` is this name or an alias.
 
     Raises:
         ValueError: if there is no such target.

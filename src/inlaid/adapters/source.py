@@ -45,7 +45,7 @@ The values are the expert and the prefix that replaces the key.
 
 @dataclass(frozen=True)
 class Source:
-    """An opened adapter file, or the part of it for one expert."""
+    """Content of an adapter file. For a file with two experts, it is the content for one expert."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -109,7 +109,7 @@ def open_experts(path: Path, alpha: float | None = None) -> dict[str | None, Sou
         Sources by expert; one entry with key None if the tensor names state no expert.
 
     Raises:
-        ValueError: if the file is damaged or missing.
+        ValueError: if the file is damaged or missing, or if only some of its tensor names state an expert.
     """
     path = locate(path)
     tensors, header, config = _contents(path)

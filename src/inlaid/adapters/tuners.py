@@ -1,4 +1,4 @@
-"""Tuners: methods to select, prepare and save the weights that a run trains, for all model families.
+"""Selection, preparation and saving of the weights that a run trains, for all model families.
 
 LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) use peft's `add_adapter`. Full
 fine-tuning trains the weights of the network.

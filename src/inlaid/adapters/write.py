@@ -115,7 +115,7 @@ def write_peft(
 
 
 def adapter_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the file header entry that contains a peft configuration in the form that diffusers reads."""
+    """Return a peft configuration as an entry of the file header, in the form that diffusers reads."""
     packed = json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
     return {METADATA_KEY: packed}
 

@@ -258,10 +258,15 @@ class Merged(Composed):
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check that an adapter was trained with the same RGBA VAE, according to its file header.
+        """Check that an adapter was trained with the RGBA VAE that this run uses.
+
+        If only `alpha.noise_shift` differs, a note is printed.
+
+        Args:
+            header: file header of the adapter.
 
         Raises:
-            ValueError: if it was trained with another RGBA VAE or without one.
+            ValueError: if the adapter was trained with another RGBA VAE, or without one.
         """
         said = header.get(HEADER)
         if said != self.rgba_vae_id:

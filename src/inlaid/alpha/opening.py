@@ -15,7 +15,9 @@ from inlaid.families import Family
 
 
 def open_family(config: recipe.Config) -> families.Family:
-    """Create the model family of a recipe, check that it supports all settings, and print notes.
+    """Create the model family of a recipe, and check that it supports all settings.
+
+    A note is printed for each setting that is valid but unusual.
 
     Raises:
         ValueError: if settings are not supported; the message lists all unsupported settings.

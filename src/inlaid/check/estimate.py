@@ -260,7 +260,7 @@ def text_width(denoiser: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated resources of one process of a run on this machine."""
+    """Estimate of the resources that each process of a run needs on this machine."""
 
     parameters: int
     trained: int

@@ -48,14 +48,16 @@ def supported_alpha(
 ) -> tuple[list[SupportedAlpha], list[str]]:
     """Return the kinds of alpha that the checkpoint of a recipe supports, the recommended one first.
 
-    Merged alpha is recommended if its RGBA VAE exists, because it needs half the tokens.
+    Merged alpha needs half the tokens, so it is recommended if an RGBA VAE exists. Otherwise, joint alpha is
+    recommended.
 
     Args:
         settings: the recipe; its `alpha` section is ignored.
-        experts: True if the checkpoint has two experts. Joint alpha cannot sample with both of them.
+        experts: True if the checkpoint has two experts (one network for high noise, one for low noise). Joint
+            alpha is then not supported, because it can sample with only one network.
 
     Returns:
-        The kinds, and a sentence for each kind that is not supported.
+        The supported kinds, and a message for each kind that is not supported.
     """
     found: list[SupportedAlpha] = []
     refused: list[str] = []
@@ -93,13 +95,15 @@ def _exists(settings: config.Config, vae: str) -> bool:
 
 
 def proposal(settings: config.Config, count: int, total: int, *, experts: bool = False) -> str:
-    """Return a note for an opaque recipe whose clips have alpha: the kinds of alpha and what each can do.
+    """Return a note for a run without alpha whose clips have alpha.
+
+    The note lists the kinds of alpha that the checkpoint supports, and describes each of them.
 
     Args:
         settings: the recipe.
         count: number of clips with alpha.
         total: number of clips.
-        experts: see `supported_alpha`.
+        experts: True if the checkpoint has two experts (one network for high noise, one for low noise).
     """
     found, refused = supported_alpha(settings, experts=experts)
     have = f"{count} of {total} clips {'has' if count == 1 else 'have'} alpha, and this run is opaque"

@@ -252,10 +252,10 @@ class Full(Section):
 
 
 class RgbaVae(Section):
-    """Training of an RGBA VAE instead of the denoiser: a merge block and two decoders on the frozen VAE.
+    """Training of the merge block and the decoders of an RGBA VAE, instead of the denoiser.
 
-    The merge block combines the encodings of color and alpha into one latent. The decoders reconstruct color
-    and alpha from that latent.
+    The merge block combines color and alpha into one latent. One decoder reconstructs color from that latent,
+    and the other decoder reconstructs alpha. The encoder is frozen.
     """
 
     train: Literal["merge+decoders", "merge"] = "merge+decoders"

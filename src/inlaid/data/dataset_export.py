@@ -50,7 +50,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Part of each source clip to use."""
+    """Part of each source clip that is exported: a range of time and a region of the frame."""
 
     start: float = 0.0
     """Seconds from the first frame."""
@@ -187,10 +187,12 @@ def _settings(
 
 
 def _families(settings: config.Config, target: Target) -> tuple[Family, Family | None]:
-    """Return the model family without alpha, and with alpha (None if alpha is not supported).
+    """Return two model families for the checkpoint of a recipe: without alpha, and with joint alpha.
+
+    The second is None if `target` is `clips`, or if the checkpoint does not support joint alpha.
 
     Raises:
-        ValueError: if the checkpoint does not support the output format.
+        ValueError: if the checkpoint does not support the output format `target`.
     """
     opaque = families.get(settings.model.family)(settings.model)
     if target == "latents" and opaque.images:

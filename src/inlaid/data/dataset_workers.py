@@ -1,4 +1,4 @@
-"""Writing of a prepared dataset: clips in parallel processes, or latents in this process."""
+"""Writing of a prepared dataset: worker processes write clips, and the main process writes latents."""
 
 from __future__ import annotations
 

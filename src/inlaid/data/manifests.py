@@ -64,11 +64,11 @@ def read_rows(path: Path, source: config.Source, transparent: bool) -> tuple[Col
 
     Args:
         path: the manifest.
-        source: entry of the recipe's `data.sources`, which may set the names of columns.
+        source: entry of the recipe's `data.sources`; it can set the names of columns.
         transparent: also look for the columns of color files and alpha mattes.
 
     Raises:
-        ValueError: if the manifest cannot be read or lacks a column.
+        ValueError: if the manifest cannot be read or lacks a required column.
     """
     try:
         text = read_text(path)
@@ -220,10 +220,15 @@ def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | N
 
 
 def _find(named: str | None, defaults: Sequence[str], there: Sequence[str]) -> str | None:
-    """Return the first wanted column that exists in the manifest, or None.
+    """Return the name of a column in a manifest, or None if the manifest has no such column.
 
-    Exact matches have priority. Otherwise, case is ignored and a space equals an underscore: `Video Path`
+    An exact match has priority. Otherwise, case is ignored and a space equals an underscore: `Video Path`
     matches `video_path`.
+
+    Args:
+        named: name of the column in the recipe; None if the recipe does not set it.
+        defaults: names to look for if `named` is None, in order of priority.
+        there: columns of the manifest.
     """
     wanted = [named] if named else defaults
     plain = {c.strip().lower().replace(" ", "_"): c for c in reversed(there)}

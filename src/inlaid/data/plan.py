@@ -99,7 +99,7 @@ def plan_dataset(
 ) -> Plan:
     """Probe every clip, select the windows to train and validate on, and collect problems.
 
-    Decodes only a few frames of each video.
+    Only a few frames of each video are decoded.
 
     Args:
         data: the recipe's `data` section; its `fps` overrides the argument `fps`.

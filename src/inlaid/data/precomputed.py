@@ -1,9 +1,9 @@
 """Precomputed latents from other trainers: convert `.pt` files to cache items, without a VAE or text encoder.
 
-The keys in a file determine its format, whatever the model family. The mean and log-variance of the VAE
-posterior are stored as `ldist` (finetrainers), as `mean` and `logvar` (genmo), or as a bare tensor. Text
-embeddings are stored as `prompt_embeds` with `prompt_attention_mask`, as `y_feat` with `y_mask`, or as a bare
-tensor. `Family.precomputed` defines the locations of the files.
+The keys in a file determine its format; the model family does not matter. Latents are stored as the mean and
+log-variance of the VAE posterior: under the key `ldist` (finetrainers), under the keys `mean` and `logvar`
+(genmo), or as a bare tensor. A text embedding has the keys `prompt_embeds` and `prompt_attention_mask`, or
+the keys `y_feat` and `y_mask`, or is a bare tensor. `Family.precomputed` defines where the files are.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
-    """Return the VAE moments (means and log-variances) of a clip and of its conditioning images.
+    """Return the VAE moments (means and log-variances) of a training example.
 
-    With joint alpha (color and alpha as two clips), return the moments of color and alpha instead. These are
-    in two files, or concatenated along time in one file.
+    Without joint alpha, these are the moments of the clip, followed by those of each conditioning image. With
+    joint alpha, color and alpha are two clips, and the moments of both are returned. Color and alpha are
+    stored in two files, or concatenated along time in one file.
     """
     clip, *others = (_moments(family, path) for path in latents)
     two = family.single is not family
@@ -86,7 +87,7 @@ def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
     """Convert a precomputed text embedding to the tensor `text` (n, d) that `encode_text` would return.
 
     Raises:
-        MediaError: as in `inspect_item`; also if the embedding contains NaN or infinite values.
+        MediaError: if the file is damaged, does not fit the checkpoint, or contains NaN or infinite values.
     """
     import torch
 

@@ -287,7 +287,10 @@ def _part(value: Any) -> str:
 
 
 def _surface_file(folder: Path, name: str) -> Path:
-    """Return the surface file of a piece of furniture: `.npy`, or `.npz` if only that exists."""
+    """Return the file that contains the surface points of a piece of furniture.
+
+    It is `NAME.npz` if that file exists and `NAME.npy` does not; otherwise, it is `NAME.npy`.
+    """
     archive = folder / f"{name}.npz"
     published = folder / f"{name}.npy"
     return archive if archive.is_file() and not published.is_file() else published

@@ -175,7 +175,10 @@ class ModalityMetrics(Protocol):
         ...
 
     def matches_prompt(self, metrics: Mapping[str, float]) -> bool | None:
-        """Return whether an output is correct according to its metrics; None if they cannot decide this."""
+        """Return whether an output matches its prompt, according to its metrics.
+
+        The result is None if the modality has no metric for this.
+        """
         ...
 
     def comparable(self, output: Any) -> np.ndarray:
@@ -212,10 +215,16 @@ def _check_prompts(prompts: Sequence[Prompt], family: families.Family, metrics: 
 def default_prompts(
     config: recipe.Config, clips: CachedDataset | None, group_by: bool, per_group: int
 ) -> list[Prompt]:
-    """Return the prompts of an evaluation if the user gives none.
+    """Return the default prompts of an evaluation.
 
-    These are the recipe's sample prompts, followed by `per_group` captions of each group. Captions of
-    validation clips come first. If there are no such prompts, the first captions of the dataset are used.
+    They are the recipe's sample prompts, followed by captions of each group of clips. Captions of validation
+    clips have priority. If this gives no prompt, the first captions of the dataset are used.
+
+    Args:
+        config: the recipe.
+        clips: the dataset, or None.
+        group_by: True to add the captions of groups.
+        per_group: number of captions of each group.
     """
     groups: dict[str, dict[str, Window]] = {}
     windows: list[Window] = [*clips.plan.validation, *clips.plan.train] if clips else []

@@ -65,7 +65,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Pair:
-    """Outputs of both models for the same prompt and seed."""
+    """Outputs of the base model and of the fine-tuned model for the same prompt and seed."""
 
     prompt: str
     group: str

@@ -330,7 +330,7 @@ class CogVideoX(Family):
         return VPrediction.from_config(section, torch.tensor(self.native.alphas_cumprod))
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict v, in the conventions of this package.
+        """Return the network's prediction of v for noisy latents `x_t` at the noise levels `t`.
 
         For image-to-video, the network takes the image latents as additional channels. These channels contain
         the image in the first latent frame, and zeros in all other frames.

@@ -1,8 +1,7 @@
 """Access to repositories on the Hugging Face Hub: availability, cached files and downloads.
 
-All access to the Hub goes through this module. Every failure is therefore reported within seconds, in a
-sentence that names the repository, the file and a solution. huggingface_hub alone would repeat requests for
-half a minute.
+All other modules use this one to access the Hub. It reports a failure within seconds; huggingface_hub alone
+would repeat requests for half a minute. The message names the repository, the file and a solution.
 """
 
 from __future__ import annotations

@@ -290,9 +290,10 @@ class Midi(_Encoders, Family):
         return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.conditioning.shapes(n, widths)}
 
     def stored(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the cached `moments` (n, tokens, 2 * channels) and image conditioning tensors.
+        """Return the shapes of the cached tensors: `moments`, and the image conditioning.
 
-        n is the number of objects in the scene. `moments` are means and log-variances of the VAE posterior.
+        `moments` (n, tokens, 2 * channels) are the means and log-variances of the VAE posterior. n is the
+        number of objects.
         """
         latent = self.shapes(objects)
         _, tokens, channels = latent["latents"]
@@ -300,9 +301,10 @@ class Midi(_Encoders, Family):
         return {"moments": (objects, tokens, 2 * channels), **images}
 
     def tokens(self, objects: int, height: int = 0, width: int = 0) -> int:
-        """Return the number of latent tokens of all objects of a scene.
+        """Return the number of tokens of a scene.
 
-        In multi-instance blocks, attention spans all these tokens.
+        Each object has its latent tokens and one timestep token. At most `MAX_OBJECTS` objects are used. In
+        multi-instance blocks, attention spans the tokens of all objects.
         """
         return min(objects, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
 

@@ -60,7 +60,12 @@ class OriginalNames:
     """
 
     def __init__(self, *pairs: tuple[str, str], fused: Sequence[Rename] = ()) -> None:
-        """Create the map from pairs (name in the original code, name in diffusers) and further renames."""
+        """Create the map between the layer names in the original code and in diffusers.
+
+        Args:
+            pairs: (name in the original code, name in diffusers) of each layer that is only renamed.
+            fused: renames of the other layers, which are fused or have swapped rows.
+        """
         self.renames = (*(Rename(original, (name,)) for original, name in pairs), *fused)
         self._diffusers = {name: rename for rename in self.renames for name in rename.diffusers}
         self._original: dict[str, list[Rename]] = defaultdict(list)
@@ -89,7 +94,9 @@ class OriginalNames:
         return next((r for r in found if all(n in present for n in r.diffusers)), found[0] if found else None)
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the weights of a network from diffusers to the original names and row order.
+        """Convert the weights of a network from diffusers to the original code.
+
+        Tensors are renamed. As in the original code, some layers are fused, and the rows of some are swapped.
 
         Raises:
             ValueError: if a tensor has no original name, or a part of a fused layer is missing.

@@ -198,7 +198,7 @@ class Wan(Family):
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
     def export_problem(self, target: str, whole: bool) -> str | None:
-        """Return why a program cannot use weights for this checkpoint: Wan-Alpha runs Wan 2.1 T2V only."""
+        """Return why an export target cannot use these weights, or None; Wan-Alpha runs Wan 2.1 T2V only."""
         if target == "wan-alpha" and (self.images or self.two_experts or self.expand_timesteps):
             return f"Wan-Alpha runs Wan 2.1 text-to-video only, not {self.name}"
         return None

@@ -118,10 +118,13 @@ class _Samples:
         return self.low + index / self.cells * (self.high - self.low)
 
     def corners(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Evaluate the field at the corners of cells.
+        """Evaluate the field at the eight corners of each cell, and store new values.
+
+        Args:
+            cells: indices of the cells, (n, 3).
 
         Returns:
-            The index of each corner in `values`, (n, 8), and the value of each corner, (n, 8).
+            The index of each corner in the attribute `values`, (n, 8), and the value of each corner, (n, 8).
         """
         keys = self._key(cells[:, None] + _CORNERS).ravel()
         new = _without(_sorted_unique(keys), self.keys)

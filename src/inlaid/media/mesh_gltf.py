@@ -138,7 +138,7 @@ class Gltf:
         return own if isinstance(own, str) else ""
 
     def material_name(self, index: int | None) -> str:
-        """Return the name of a material; empty if it has none."""
+        """Return the name of a material, or an empty string if it has no name."""
         name = None if index is None else self._get("materials", index, "name")
         return name if isinstance(name, str) else ""
 

@@ -43,7 +43,7 @@ class Texture:
         return cls(np.asarray(image), wrap)
 
     def at(self, uv: np.ndarray) -> np.ndarray:
-        """Return the linear color and alpha at coordinates (n, 2), by bilinear interpolation: (n, 4).
+        """Return linear RGB and alpha at texture coordinates (n, 2), by bilinear interpolation: (n, 4).
 
         The image spans the coordinates 0 to 1, with the origin at the top left.
         """
@@ -65,7 +65,10 @@ class Texture:
 def texture_of(
     image: Image.Image, material: str, notes: list[str], wrap: tuple[str, str] = ("repeat", "repeat")
 ) -> Texture | None:
-    """Return the texture of a material. If its image cannot be decoded, append a note and return None."""
+    """Return the texture of a material; `wrap` contains the wrap mode of each texture axis.
+
+    If the image is too large or cannot be decoded, append a message to `notes` and return None.
+    """
     try:
         pixels = image.width * image.height
         if large := limits.PIXELS.exceeded(pixels, f"has {pixels / 1e6:.0f} megapixels"):
@@ -153,11 +156,12 @@ class Look:
         """Return the colors of points on triangles.
 
         Args:
-            faces: triangle of each point, int (n,).
+            faces: index of each point's triangle, int (n,).
             weights: barycentric coordinates of each point, (n, 3).
 
         Returns:
-            sRGB colors in [0, 1], (n, 3), and True for visible points, bool (n,).
+            sRGB colors in [0, 1], (n, 3), and whether each point is visible, bool (n,). A point is visible if
+            its alpha reaches the alpha cutoff of its triangle.
         """
         colors = np.einsum("nc,ncd->nd", weights, self.colors[faces])
         uv = np.einsum("nc,ncd->nd", weights, self.uv[faces])

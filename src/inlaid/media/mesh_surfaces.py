@@ -22,7 +22,7 @@ OFFSET = 2e-4
 
 @dataclass(frozen=True)
 class Outward:
-    """Mesh whose components all face outward."""
+    """Result of turning the triangles of a mesh outward."""
 
     mesh: trimesh.Trimesh
     components: int

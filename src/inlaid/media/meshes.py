@@ -363,7 +363,7 @@ def read_ids(path: Path) -> np.ndarray:
     """Read the object IDs of a segmentation image: int (h, w), where 0 is background.
 
     In a palette image, the IDs are palette indices. In a gray image, they are pixel values. In an RGB image,
-    each color except black is one object. RGB is not converted to gray, which could merge objects.
+    each color except black is one object. RGB is not converted to gray, because that could merge objects.
 
     Raises:
         MediaError: if the file cannot be read or is another kind of image; the message contains the path.

@@ -66,7 +66,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneSample:
-    """Scene loaded into memory: input image, objects, and messages about their quality."""
+    """Scene loaded into memory: input image, objects, and messages about unusual data."""
 
     name: str
     image: np.ndarray

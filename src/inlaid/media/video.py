@@ -216,7 +216,7 @@ def _held(last: float, interval: float) -> float:
 
 
 class _Demuxed(NamedTuple):
-    """Timestamps of the packets of a video stream, in units of the stream's time base."""
+    """Properties of a video stream, read without decoding. Times are in units of the stream's time base."""
 
     stamps: list[int]
     """Sorted timestamps of the displayed frames, without the frames that an edit list hides."""

@@ -235,11 +235,17 @@ class ImageConditioning:
         return {**out, **({"conditioned": ()} if self.trained else {})}
 
     def select(self, item: Mapping[str, Tensor], kept: Tensor, conditioned: bool) -> dict[str, Tensor]:
-        """Return the image conditioning of the objects with the indices `kept`.
+        """Return the image conditioning of some objects of a scene.
 
-        If `conditioned` is false, zeros replace the tokens of frozen encoders. Images for trained encoders
-        are not changed. Instead, the entry `conditioned` of the result tells the network to use the images
-        (1) or to ignore them (0).
+        Args:
+            item: cached tensors of the scene.
+            kept: indices of the objects.
+            conditioned: False to drop the image conditioning. The tokens of frozen encoders are then zero.
+                The images for trained encoders are kept in both cases.
+
+        Returns:
+            The tensors by encoder. If an encoder is trained, the entry `conditioned` tells the network to use
+            the images (1) or to ignore them (0).
         """
         out = {k: item[k][kept] if k in self.trained else item[k][kept] * conditioned for k in self.encoders}
         return {**out, **({"conditioned": torch.tensor(float(conditioned))} if self.trained else {})}

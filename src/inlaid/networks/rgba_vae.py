@@ -136,8 +136,11 @@ class RgbaVae(nn.Module):
     def decode(self, z: Tensor, *, checkpointing: bool | None = None) -> tuple[Tensor, Tensor]:
         """Decode an unnormalized latent to color and alpha, each (b, 3, t, h, w).
 
-        Color is straight (not premultiplied). Values are not clamped to [-1, 1]. `checkpointing` overrides
-        the attribute of the same name.
+        Color is straight (not premultiplied). Values are not clamped to [-1, 1].
+
+        Args:
+            z: latent.
+            checkpointing: use gradient checkpointing. Default: the attribute `checkpointing`.
         """
         again = self.checkpointing if checkpointing is None else checkpointing
         x = self.vae.post_quant_conv(z)

@@ -134,9 +134,14 @@ def _read(file: TextIO) -> dict[str, Any] | None:
 
 
 def _runs(owner: dict[str, Any], key: tuple[int, Path]) -> bool:
-    """Return True if the process that a lock file names is running.
+    """Return True if the process that holds a lock is still running.
 
-    If it is the current process, return True only if it holds the lock `key`, a pair (process ID, path).
+    A process on another machine counts as ended if it has not updated its lock file for `EXPIRES` seconds.
+
+    Args:
+        owner: content of the lock file.
+        key: the lock, as (process ID, path). The current process counts as running only if it holds this
+            lock.
     """
     if owner["host"] != HOST:
         return time.time() - owner["renewed"] < EXPIRES

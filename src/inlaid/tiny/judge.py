@@ -121,9 +121,9 @@ def _look(frames: np.ndarray) -> _View:
 
 
 def _hues(pixels: np.ndarray) -> np.ndarray:
-    """Return the index of the nearest color in `COLORS` for each of the pixels `(n, 3)`.
+    """Return for each of the `pixels` (n, 3) the index of its color in `COLORS`.
 
-    A pixel of low saturation is white; any other pixel has the color with the nearest hue.
+    A pixel of low saturation counts as white. Any other pixel gets the color with the nearest hue.
     """
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     spread = np.maximum(high - low, 1e-3)

@@ -214,7 +214,7 @@ def is_reserved(shape: str, color: str, motion: str) -> bool:
 
 @functools.cache
 def triples(validation: bool) -> tuple[tuple[str, str, str], ...]:
-    """Return all (shape, color, motion) combinations of the validation split or of the training split."""
+    """Return all (shape, color, motion) combinations of the validation split (True) or the training split."""
     every = itertools.product(SHAPES, COLORS, MOTIONS)
     visible = (t for t in every if not (t[2] == "spin" and t[0] in _ROUND))
     return tuple(t for t in visible if is_reserved(*t) == validation)

@@ -148,9 +148,10 @@ class _Replaying(TorchDispatchMode):
 
 
 def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return context managers for a block's forward pass and its recomputation (`torch.utils.checkpoint`).
+    """Return two context managers for `torch.utils.checkpoint`, so that attention is not computed again.
 
-    torch's `create_selective_checkpoint_contexts` is not used, because its stored tensors cannot be moved.
+    The first stores the results of attention in the forward pass of a block. The second takes the stored
+    results when the block is recomputed. Attention over fewer than `KEPT_TOKENS` keys is computed again.
     """
     box: list[Any] = []
     return _Recording(box), _Replaying(box)

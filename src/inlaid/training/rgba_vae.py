@@ -147,15 +147,15 @@ class RgbaVaeStep:
         *,
         quiet: bool = False,
     ) -> RgbaVaeStep:
-        """Create the training step of a recipe.
+        """Create the training step from the recipe.
 
         Args:
             section: the `rgba_vae` section of the recipe.
             precision: context manager in which the step computes. Default: no autocast.
-            quiet: do not print the note that loss terms are disabled.
+            quiet: do not print a note if `perceptual: none` disables loss terms.
 
         Raises:
-            ValueError: if the file of the perceptual network cannot be loaded.
+            ValueError: if the VGG16 weights cannot be loaded.
         """
         from inlaid.alpha.rgba_vae import perceptual_file
 

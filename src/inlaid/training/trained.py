@@ -122,7 +122,7 @@ class TrainedDenoiser:
 
     @property
     def autocast(self) -> bool:
-        """True for full fine-tuning."""
+        """True for full fine-tuning: the network is then loaded in float32, and computes under autocast."""
         return isinstance(self.config.tuner, recipe.Full)
 
     def select(self, network: nn.Module) -> list[str]:
