@@ -78,9 +78,9 @@ def cause_of(error: BaseException) -> str:
 
 
 def require_file(path: Path, raises: Callable[[Path, str, str], FileError] = FileError) -> os.stat_result:
-    """Check that a path is a regular file that is not empty, and return its status.
+    """Check that a path is a regular file and not empty, and return the result of `os.stat`.
 
-    Other kinds of files, such as named pipes, would block the reader.
+    For example, the path must not be a named pipe, because reading from it could block forever.
 
     Raises:
         FileError: if the path is not such a file.

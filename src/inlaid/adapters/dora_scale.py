@@ -1,4 +1,4 @@
-"""Conversion of `dora_scale`, the DoRA magnitudes of other programs, to peft's DoRA magnitudes."""
+"""Conversion of DoRA magnitudes to peft's format. Other programs store them as `dora_scale`."""
 
 from __future__ import annotations
 

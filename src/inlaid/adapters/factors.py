@@ -67,7 +67,11 @@ def _read(layer: Layer, scale: float) -> Factors:
 
 
 def _select(whole: Factors, target: Target) -> Factors:
-    """Select the factors of one layer from those of a fused module."""
+    """Return the factors of one diffusers layer.
+
+    `whole` contains the factors of a module in the file. This module may fuse several layers, such as q, k
+    and v.
+    """
     if target.parts == 1 and not target.swapped:
         return whole
     rows = {"lora": ("B",), "loha": ("w1_a", "w2_a"), "lokr": ("w1",)}[whole.kind]

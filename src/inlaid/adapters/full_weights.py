@@ -120,7 +120,10 @@ def _places(names: Names, module: str, flat: bool, part: str, own: Mapping[str, 
 
 
 def _wholes(out: FullWeights, parsed: Parsed, own: Mapping[str, Tensor] | None) -> None:
-    """Compare whole weights and biases with those of the base model, and add the differences to `out`."""
+    """Compare the whole weights and biases of a file with the base model, and add differences to `out`.
+
+    `own` contains the tensors of the base model. If it is None, messages are added to `out` instead.
+    """
     frozen = parsed.source.config.get("bias", "unknown") in ("none", None)
     copies = [w for w in parsed.wholes if w.copy and (frozen or w.name.endswith(".weight"))]
     rest = [w for w in parsed.wholes if w not in copies] if len(copies) < len(parsed.wholes) else []

@@ -37,12 +37,12 @@ _CONFIG: Mapping[str, tuple[str, ...]] = {
 
 
 def factor(denoiser: nn.Module, name: str) -> None:
-    """Make the LoKr and LoHa linear layers of adapter `name` faster; results stay equal up to rounding.
+    """Make the LoKr and LoHa linear layers of an adapter faster; results stay equal up to rounding.
 
-    peft computes the full update matrix (out, in) in float32 in every pass. LoKr does not need this matrix,
-    because a Kronecker product can be applied to x as two small matrix products. For LoHa, the matrix is
-    computed, but it is applied in the dtype of the activations. peft's option `module_dropout` is not
-    supported, so that each layer compiles to one graph.
+    `name` is peft's name of the adapter. peft computes the full update matrix (out, in) in float32 in every
+    pass. LoKr does not need this matrix: the Kronecker factors are applied to the activations one after the
+    other. LoHa needs the matrix, but applies it in the dtype of the activations. peft's option
+    `module_dropout` is not supported, so that each layer compiles to one graph.
     """
     from peft.tuners.loha.layer import Linear as LoHaLinear
     from peft.tuners.lokr.layer import Linear as LoKrLinear

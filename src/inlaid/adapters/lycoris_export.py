@@ -53,10 +53,11 @@ def _product(parts: Parts, name: str) -> Tensor:
 
 
 def as_lora(parts: Parts, scale: float) -> tuple[Tensor, Tensor]:
-    """Return LoRA factors A (r, in) and B (out, r) with exactly the update of a LoKr, in float32.
+    """Convert a LoKr to LoRA factors A (r, in) and B (out, r) in float32, without approximation.
 
-    With w2 = a b, the update is kron(w1, a) kron(I, b) = kron(I, a) kron(w1, b). If w2 is not decomposed, or
-    if neither form lowers the rank, one factor is the identity and the other is the update.
+    If w2 = a b, the update is kron(w1, a) kron(I, b) = kron(I, a) kron(w1, b). The product with the lower
+    rank r is chosen. If w2 has no factors a and b, or if r would not be below min(out, in), one LoRA factor
+    is the identity and the other is the full update.
     """
     own = {name: t.float() for name, t in parts.items()}
     whole = update(parts, scale)

@@ -97,7 +97,7 @@ def parse_key(key: str) -> Key:
 
 
 def layout_of(prefix: str) -> Layout:
-    """Return the file layout that uses a prefix of tensor names; `bare` for an empty prefix."""
+    """Return the layout of files whose tensor names start with `prefix`; `bare` for an empty prefix."""
     found = [layout for p, layout in _FLAT.items() if prefix.endswith(p)]
     found += [layout for p, layout in _DOTTED.items() if prefix.startswith(p)]
     return found[0] if found else "bare"  # type: ignore[return-value]

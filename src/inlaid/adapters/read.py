@@ -336,7 +336,7 @@ class _Made:
         self.full = 0
 
     def add(self, layer: Layer, alpha: float) -> None:
-        """Add the diffusers layers of a module in the file."""
+        """Add one module of the file. If the module fuses several diffusers layers, each layer is added."""
         a, b = _without_ones(layer.parts["A"]), _without_ones(layer.parts["B"])
         parts, scale = {**layer.parts, "A": a, "B": b}, alpha / a.shape[0]
         if "dora_scale" in parts:

@@ -151,9 +151,10 @@ def read_mask(path: Path, stride: tuple[int, int]) -> np.ndarray:
 
 
 def shifted(noise: Tensor, ellipse: Tensor, mean: float) -> Tensor:
-    """Return noise (n, c, t, h, w) plus mean * (1 - ellipse), where `ellipse` is (n, t, h, w).
+    """Add mean * (1 - ellipse) to noise (n, c, t, h, w).
 
-    An ellipse tensor of another size is interpolated linearly.
+    `ellipse` is (n, t, h, w). If its t, h and w differ from those of the noise, it is resized by trilinear
+    interpolation.
     """
     import torch
 

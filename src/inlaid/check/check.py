@@ -231,7 +231,10 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
 
 
 def _steps(config: recipe.Config, plan: Plan) -> int:
-    """Return the number of optimizer steps on one device; 0 if set in epochs and there are no windows."""
+    """Return the number of optimizer steps on one device.
+
+    The result is 0 if the recipe sets a number of epochs but there are no training windows.
+    """
     if not plan.train:
         return config.train.steps or 0
     sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)

@@ -156,7 +156,7 @@ class _Ledger(TorchDispatchMode):
         self.now -= size
 
     def gradient(self, parameter: Tensor) -> None:
-        """Record the gradient of a parameter as float32, even if the simulated pass has another precision."""
+        """Count the gradient of a parameter as float32; in the simulation, it may have another dtype."""
         assert parameter.grad is not None
         self.gradients += parameter.numel() * 4
         self.add(parameter.numel() * 4 - parameter.grad.nbytes)

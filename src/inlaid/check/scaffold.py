@@ -208,7 +208,10 @@ def _alpha(
 
 
 def _section(checkpoint: str, way: SupportedAlpha, found: list[SupportedAlpha]) -> str:
-    """Return the `alpha` section of a recipe, with the other kinds of alpha as comments."""
+    """Return the text of a recipe's `alpha` section, which selects `way`.
+
+    The other kinds of alpha in `found` are added as comments.
+    """
     lines = ["alpha:", f"  # {transparency.CAN[way.kind]}", f"  kind: {way.kind}"]
     if way.kind == "merged":
         lines.append(f"  vae: {way.vae}{'' if way.ready else '  # folder that this command writes:'}")

@@ -83,7 +83,10 @@ def composite_file(
 
 
 def _rate(path: Path) -> float:
-    """Return the frame rate of a file; 16 for still images and for folders or .zip files of images."""
+    """Return the frame rate of a file or folder, in frames per second.
+
+    Still images, folders of images and .zip files have no frame rate. The result is then 16.
+    """
     if path.is_dir() or path.suffix.lower() == ".zip":
         return 16.0
     if path.suffix.lower() in (".png", ".webp"):

@@ -28,13 +28,16 @@ class LastingStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write text and return its length; if writing fails, ignore the errors chosen in the constructor."""
+        """Write text and return its length.
+
+        The text is discarded if the terminal or pipe is closed. Errors chosen in the constructor are ignored.
+        """
         with self._dropping():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; if flushing fails, ignore the errors chosen in the constructor."""
+        """Flush the stream; errors are ignored as in `write`."""
         with self._dropping():
             self.stream.flush()
 

@@ -117,10 +117,10 @@ def _override(text: str) -> tuple[list[str], Any]:
 
 
 def _filled(raw: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """Return a copy of a section in which empty values (`key:` in YAML) are replaced.
+    """Return a copy of a section in which keys without a value (`key:` in YAML) are resolved.
 
-    Empty sections become empty mappings and empty lists are removed, so that both get their defaults. Other
-    empty values become None.
+    If the key takes a section, its value becomes an empty mapping. If the key takes a list or a mapping, it
+    is removed. Both then get their defaults. Any other key without a value gets None.
     """
     out = {}
     for key, value in raw.items():

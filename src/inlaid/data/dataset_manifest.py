@@ -57,12 +57,14 @@ def record(out: Path, cut: Cut, files: Mapping[str, int]) -> None:
 
 
 def is_finished(out: Path, row: Mapping[str, Any] | None, cut: Cut) -> bool:
-    """Return True if the files of a cut exist, have the recorded sizes, and match the settings.
+    """Return True if the files of a window are already written.
+
+    The files must have the recorded sizes. The settings and the source files must not have changed since.
 
     Args:
         out: folder of the dataset.
-        row: this cut in the list of finished cuts, or None.
-        cut: the cut.
+        row: record of the written window, or None if there is no record.
+        cut: window to write.
     """
     if row is None or row["key"] != cut.key or not row["files"]:
         return False

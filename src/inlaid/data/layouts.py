@@ -113,7 +113,7 @@ class _Scan:
         clip.
 
         Returns:
-            The path of the matte or None, and False if a problem was recorded, else True.
+            The path of the matte (or None), and a bool that is False if a problem was recorded.
         """
         if text is not None:
             named = self.file(text.strip(), where)

@@ -242,7 +242,7 @@ def _columns(there: list[str], source: config.Source, transparent: bool) -> Colu
     """Find the columns of a manifest, and return their names.
 
     Raises:
-        ValueError: if a column is missing; the message lists the existing columns.
+        ValueError: if a required column is missing; the message lists the existing columns.
     """
     out: list[Any] = []
     for key, (named, defaults) in _wanted(source, transparent).items():

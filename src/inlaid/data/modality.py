@@ -95,7 +95,7 @@ class Modality(ABC):
 
     @abstractmethod
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the conditioning images of one output to generate."""
+        """Read the conditioning images from which one output is generated."""
 
     def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
         """Return the arguments of `Family.sample` that only this modality uses."""

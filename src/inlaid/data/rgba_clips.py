@@ -75,10 +75,10 @@ def stem(path: Path) -> str:
 
 
 def captions(path: Path) -> list[Path]:
-    """Return the paths at which the caption file of a clip may be.
+    """Return the possible paths of a clip's caption file.
 
-    For `dog_rgb.mp4`, these are `dog_rgb.txt` and `dog.txt` beside it. For a folder of frames `shot`, these
-    are `shot.txt`, `shot/shot.txt` and `shot/caption.txt`.
+    For the clip `dog_rgb.mp4`, these are `dog_rgb.txt` and `dog.txt` in the same folder. For a folder `shot`
+    that contains the frames of a clip, these are `shot.txt`, `shot/shot.txt` and `shot/caption.txt`.
     """
     own = stem(path)
     ends = [own.removesuffix(e) for e in COLORS if own.endswith(e)]
@@ -92,7 +92,7 @@ def files(path: Path) -> list[Path]:
 
 
 class Pairs:
-    """Index of the clips below a root folder, which matches color files with alpha mattes."""
+    """Index of the clips below a root folder. It finds the alpha mattes of a color file, and vice versa."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -147,7 +147,10 @@ class Pairs:
         return []
 
     def _there(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the clips in a folder, keyed by their names without suffix."""
+        """Return the clips in a folder by name, without file suffix and frame number.
+
+        Several clips can have the same name, such as `dog.mp4` and `dog.webm`.
+        """
         if folder not in self._known:
             found: dict[str, list[Path]] = {}
             there = sorted(folder.iterdir()) if folder.is_dir() else []

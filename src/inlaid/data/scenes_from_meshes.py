@@ -158,7 +158,7 @@ def _sources(source: Path) -> tuple[list[Path], list[Finding]]:
 def views(count: int, seed: int) -> Iterator[View]:
     """Yield random cameras as in MIDI's training data: azimuth 0 to 360 degrees, elevation 0 to 30 degrees.
 
-    The azimuths are spread over `count` equal sectors.
+    The full circle is divided into `count` equal sectors; the azimuth of each camera is in its own sector.
     """
     random = np.random.default_rng(seed)
     for i in range(count):

@@ -182,7 +182,7 @@ class ModalityMetrics(Protocol):
         ...
 
     def comparable(self, output: Any) -> np.ndarray:
-        """Convert an output to the array that `distance` compares."""
+        """Convert an output to an array, for comparison with `distance`."""
         ...
 
     def distance(self, a: np.ndarray, b: np.ndarray) -> float:
@@ -286,7 +286,10 @@ class _Side:
 
 
 def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
-    """Return the run's recipe with the overrides, changed to use a single process."""
+    """Return the run's recipe for evaluation in one process.
+
+    `overrides` replace sampling settings. `device` replaces the device of the recipe, unless it is None.
+    """
     wrong = [k for k in overrides if k not in SAMPLING]
     if wrong:
         raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; available: {', '.join(SAMPLING)}")

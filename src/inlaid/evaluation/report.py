@@ -417,7 +417,10 @@ def format_value(metric: str, value: float) -> str:
 
 
 def summary_table(report: Report) -> Table:
-    """Return the report as a table with one row per group and model, at most 80 columns wide."""
+    """Return the report as a table, at most 80 columns wide.
+
+    The table has two rows per group of prompts: one for each of the two compared models.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table

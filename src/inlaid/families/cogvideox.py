@@ -165,7 +165,11 @@ class CogVideoX(Family):
             )
 
     def export_problem(self, target: str, whole: bool) -> str | None:
-        """Return the reason why a program cannot use weights for this checkpoint, or None if it can."""
+        """Return why a program cannot use an adapter or a model based on this checkpoint; None if it can.
+
+        TransPixeler supports text-to-video with CogVideoX-5B only. ComfyUI does not support models with both
+        rotary and learned positional embeddings.
+        """
         c = self.transformer
         rotary, learned = (c[f"use_{x}_positional_embeddings"] for x in ("rotary", "learned"))
         if target == "transpixeler" and (not rotary or self.pair == 2 or self.images):

@@ -32,7 +32,10 @@ class Rename:
     """True if the two halves of the rows are in the opposite order in the original code."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Convert diffusers tensors (rows, ...), in the order of `diffusers`, to the original tensor."""
+        """Join tensors (rows, ...) of the diffusers layers into one tensor of the original code.
+
+        `parts` has the order of the names in `diffusers`.
+        """
         import torch
 
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]

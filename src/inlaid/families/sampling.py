@@ -22,7 +22,7 @@ class Sampling(OtherPrograms):
     `last` for the first and the last frame. Empty for text-to-video."""
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the encoded captions of a batch into the text tensors that `predict` takes in `cond`."""
+        """Stack the encoded captions of a batch. `predict` takes the result as part of `cond`."""
         import torch
 
         return {name: torch.stack([item[name] for item in text]) for name in text[0]}

@@ -112,7 +112,7 @@ def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.
 
 
 class _Clip(NamedTuple):
-    """Properties of an `.npz` clip, from its headers."""
+    """Properties of an `.npz` clip, read without its frames."""
 
     header: Header
     axis: int

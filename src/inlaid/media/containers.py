@@ -58,7 +58,10 @@ def _segment(file: Any, end: int) -> str:
 
 
 def _length(file: Any) -> int | None:
-    """Read an EBML length field (1 to 8 bytes); return None if it is invalid or means unknown length."""
+    """Read an EBML length field (1 to 8 bytes).
+
+    Returns None if the field is invalid, or if it states that the length is unknown.
+    """
     first = file.read(1)
     if not first or not first[0]:
         return None

@@ -177,7 +177,10 @@ class _Samples:
 
 
 def _sorted_unique(keys: np.ndarray) -> np.ndarray:
-    """Return the unique numbers, sorted. For millions of numbers, `numpy.unique` is ten times slower."""
+    """Return the unique numbers, sorted; all numbers must be 0 or greater.
+
+    For millions of numbers, `numpy.unique` would take more than ten times as long.
+    """
     keys = np.sort(keys)
     return keys[np.diff(keys, prepend=-1) > 0]
 

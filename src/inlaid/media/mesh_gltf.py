@@ -1,4 +1,4 @@
-"""glTF files: checks of the header; names, colors and textures that trimesh does not read correctly."""
+"""Reader of glTF files: checks the header, and reads what trimesh reads wrongly (names, colors, textures)."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ TRIANGLES = (4, 5)
 
 
 class Gltf:
-    """Header of a `.gltf` or `.glb` file, with the names and looks of its meshes.
+    """Header of a `.gltf` or `.glb` file. Its methods return the names, colors and textures of meshes.
 
-    `original` is the header as stored. `header` is a copy for trimesh, in which nodes, meshes and materials
-    are named by index: `n0`, `m0`, `0`. These names lead from the results of trimesh back to `original`.
+    `original` is the header as stored. `header` is a modified copy that trimesh reads. In this copy, each
+    name contains an index: the first node is `n0`, the first mesh is `m0`, and the first material is `0`.
+    With these names, the results of trimesh are matched with `original`.
     """
 
     def __init__(self, path: Path, content: bytes) -> None:
@@ -222,7 +223,10 @@ class Gltf:
         return -1 if found is None else found
 
     def _uv(self, geometry: str, uv: np.ndarray, material: int | None) -> np.ndarray:
-        """Return texture coordinates with the origin at the top left, after the texture's transform."""
+        """Convert trimesh's texture coordinates `uv`: move the origin to the top left of the image.
+
+        If the material has a texture transform (KHR_texture_transform), it is applied.
+        """
         accessor = self._accessor(geometry, "TEXCOORD_0")
         u, v = uv[:, 0], 1 - uv[:, 1]  # trimesh turns them upside down
         if accessor.get("normalized"):

@@ -28,7 +28,7 @@ def to_srgb(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Texture:
-    """Image that is mapped on triangles."""
+    """Image that is mapped onto triangles."""
 
     pixels: np.ndarray
     """Color in sRGB, and alpha, uint8 (h, w, 4)."""

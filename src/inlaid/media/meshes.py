@@ -294,7 +294,8 @@ def preview_meshes(
 ) -> dict[str, trimesh.Trimesh]:
     """Decimate meshes to at most about `triangles` triangles in total, for pictures and web pages.
 
-    Meshes are returned unchanged if they have fewer triangles, or if fast-simplification is not installed.
+    The meshes are returned unchanged if they have at most `triangles` triangles in total, or if the package
+    fast-simplification is not installed.
     """
     total = sum(len(mesh.faces) for mesh in meshes.values())
     if total <= triangles or find_spec("fast_simplification") is None:

@@ -39,7 +39,7 @@ def natural(path: Path) -> list[Any]:
 def frame_pattern(path: Path) -> re.Pattern[str] | None:
     """Return a regular expression for the frame names of a sequence such as `a.####.png`.
 
-    Returns None for other paths, such as a file whose name contains `#`.
+    Returns None for other paths, such as an existing file whose name contains `#`.
     """
     found = _PATTERN.fullmatch(path.name)
     if not found or not path.name.lower().endswith(FRAMES) or path.exists():

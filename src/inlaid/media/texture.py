@@ -201,7 +201,10 @@ def _overlap(camera: Camera, points: np.ndarray, owner: np.ndarray, targets: np.
 def _seen(
     camera: Camera, meshes: Mapping[str, trimesh.Trimesh], masks: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return for each mesh which vertices the camera sees inside the object's mask, bool (vertices,)."""
+    """Return the visibility of each vertex by mesh name: bool (vertices,).
+
+    A vertex is visible if the camera sees it and it projects into the mask of its object.
+    """
     import trimesh
 
     whole: Any = trimesh.util.concatenate(

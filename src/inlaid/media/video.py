@@ -577,8 +577,8 @@ def write_video(
         crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.
         preset: x264 preset, from `ultrafast` to `veryslow`. Default: x264's default.
         threads: threads of the encoder; 0 uses all cores.
-        pix_fmt: `yuv420p` has a quarter of the color samples; every player supports it. `yuv444p` has all
-            color samples; FFmpeg and programs based on it support it, many others do not.
+        pix_fmt: `yuv420p` has chroma at half the height and width; every player supports it. `yuv444p` has
+            chroma at full resolution. Programs based on FFmpeg support `yuv444p`; many others do not.
 
     Raises:
         ValueError: if the frames cannot be stored as H.264, or `path` does not end in `.mp4`.

@@ -221,7 +221,7 @@ _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
 
 def merge_name(released: str) -> str | None:
-    """Convert the published name of a merge block's parameter to its name in `MergeBlock`.
+    """Convert a parameter name of Wan-Alpha's published checkpoints to the name in `MergeBlock`.
 
     `released` is the published name without the prefix `middle.`. The result is None if the name is unknown.
     """

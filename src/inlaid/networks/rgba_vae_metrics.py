@@ -50,9 +50,10 @@ def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
-    """Return the vector of sums for one clip, float64, with one value per entry of `COLUMNS`.
+    """Return a vector of measurements of one clip: float64, one value per entry of `COLUMNS`.
 
-    The function `report` computes metrics from such vectors.
+    Most values are pixel counts or sums of errors over pixels. To compute metrics, add the vectors of all
+    clips and pass the total to `report`.
 
     Args:
         true: original clip, RGBA uint8 (4, t, h, w) with straight alpha.

@@ -420,7 +420,10 @@ def _released(name: str) -> str:
 
 
 def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
-    """Return the low-rank updates of both decoders with the tensor names of `decoder.bin`."""
+    """Return the low-rank updates of the color decoder and the alpha decoder, by tensor name.
+
+    The names are those of Wan-Alpha's published file `decoder.bin`.
+    """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     kinds = dict(convolutions(rgba_vae.vae.decoder))

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 
 class SequenceParallel:
-    """One process's share of the tokens of each sample, and the exchanges with the other processes.
+    """Distribution of the tokens of each sample over processes, and communication between them.
 
-    The number of attention heads must be divisible by the number of processes. The number of tokens does not
-    have to be: some shares may have one token more than the others.
+    Each process has a share of the tokens. The number of attention heads must be divisible by the number of
+    processes. The number of tokens does not have to be divisible: some shares may have one more token per
+    clip than the others.
 
     Args:
         group: processes that share each sample.
-        clips: number of clips of equal length in the sequence. A share contains the same tokens of each clip,
-            so the second half of a share belongs to the second clip, as in the whole sequence.
+        clips: number of clips in the sequence, which have equal lengths. A share contains the same token
+            positions of each clip. With two clips, the second half of a share belongs to the second clip.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, clips: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Cross-attention of Wan for text that is not padded to 512 tokens, with the same result as padded text."""
+"""Cross-attention of Wan for text not padded to 512 tokens. The result is the same as for padded text."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ _WAY_OUT = "This process ends too; run the same command again to resume from the
 
 
 def _stopped(pid: int) -> bool:
-    """Return True if a process of this machine is stopped (SIGSTOP), so that it computes nothing."""
+    """Return True if a process on this machine is suspended, for example by SIGSTOP."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:

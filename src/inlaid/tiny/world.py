@@ -238,7 +238,7 @@ def _generator(scene: Scene, seed: int) -> np.random.Generator:
 
 
 def _settle(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene with size and background chosen at random where they are None."""
+    """Return the scene with a random size if its size is None; likewise for its background."""
     size, background = str(rng.choice(list(SIZES))), str(rng.choice(BACKGROUNDS))
     return replace(scene, size=scene.size or size, background=scene.background or background)
 
@@ -567,7 +567,7 @@ def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
 
 
 def _subject_scenes(validation: bool) -> list[Scene]:
-    """Return scenes of the subject (a star), one for each training combination or validation combination."""
+    """Return scenes of the subject (a star) in each combination of motion, size and background of a split."""
     kept = []
     for m, motion in enumerate(MOTIONS):
         for s, size in enumerate(SIZES):

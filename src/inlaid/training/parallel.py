@@ -62,7 +62,10 @@ class Replicated:
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return the network for the training step, and this process's shards of the trained weights."""
+        """Return the network for the training step, and the trained weights that this process stores.
+
+        With FSDP and ZeRO-3, each process stores only a shard of every trained weight.
+        """
         return denoiser, parameters
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -90,8 +93,8 @@ class Replicated:
     def _average(self, parameters: Sequence[Tensor]) -> None:
         """Average gradients over processes, once after the last micro-batch of a step.
 
-        `DistributedDataParallel` is not used: adapters are small, so overlapping communication with the
-        backward pass gains nothing, and a wrapper would interfere with parameter names, gradient
+        `DistributedDataParallel` is not used. Adapters are small, so there is no benefit from communication
+        during the backward pass. The wrapper would change parameter names, and interfere with gradient
         checkpointing and compilation.
         """
         if self.ctx.world == 1:

@@ -126,7 +126,10 @@ class TrainedDenoiser:
         return isinstance(self.config.tuner, recipe.Full)
 
     def select(self, network: nn.Module) -> list[str]:
-        """Return the names of the layers that get an adapter, or of the trainable parameters."""
+        """Return the names of the layers that get an adapter.
+
+        For full fine-tuning, return the names of the trainable parameters.
+        """
         return tuners.select(self.config.tuner, self.family.targets, network)
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:

@@ -47,7 +47,7 @@ class Scores:
 
     @property
     def balanced(self) -> float:
-        """Mean of the errors in the opaque, soft and transparent regions; empty regions are left out."""
+        """Mean of the errors `opaque`, `soft` and `transparent`; errors that are None are left out."""
         errors = [v for v in (self.opaque, self.soft, self.transparent) if v is not None]
         return sum(errors) / len(errors)
 

@@ -35,7 +35,7 @@ def model(family: str, variant: str) -> dict[str, Any]:
 
 
 def sibling(family: str, checkpoint: str) -> str:
-    """Return the variant that has the same architecture as a published checkpoint."""
+    """Return the architecture variant of a published checkpoint, a key of the family's `VARIANTS`."""
     return _module(family).STANDS_FOR[checkpoint]
 
 
