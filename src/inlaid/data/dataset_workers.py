@@ -146,7 +146,7 @@ def encode_cuts(
             moments = torch.cat(list(item.values()), 1)
             if not torch.isfinite(moments).all():
                 raise ValueError("the VAE returned NaN or infinite values")
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield failed(cut, error)
             continue
         latents, text, _ = latent_files(out, layout, cut.name)

@@ -387,6 +387,7 @@ def _reference_metrics(
     found, rows = [], []
     with progress("read clips", len(chosen), "clip") as advance:
         for window in (windows[i] for i in chosen):
+            advance()
             try:
                 frames = window.read()
             except ValueError as error:
@@ -395,7 +396,6 @@ def _reference_metrics(
             found.append(measure_frames(frames))
             frames = compositing.preview(frames) if frames.shape[-1] == 4 else frames
             rows.append(SheetRow(window.clip.name, window.caption, frames))
-            advance()
     if rows and not sheet.is_file():
         contact_sheet(rows, folder / "clips.png", title="Training clips")
     return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None

@@ -188,6 +188,7 @@ def generate_samples(
                     images=[each.pixels for each in images],
                     **modality.asked(sample, images),
                 )
+                advance()
                 if folder is None:
                     continue
                 settings = modality.settings(sample, prompts.fps)
@@ -202,7 +203,6 @@ def generate_samples(
                 paths.append(path)
                 if on_output:
                     on_output(i, j, made)
-                advance()
     return paths
 
 

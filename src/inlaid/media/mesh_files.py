@@ -297,6 +297,8 @@ def _beside(root: Root, name: str) -> Path:
     Names may be paths from another computer; the file is then searched by its file name in the folder of the
     mesh.
     """
+    if not name.strip():
+        raise MediaError(root.folder, "is an empty file name", "missing")
     first: FileError | None = None
     for other in (name, urllib.parse.unquote(name), name.split()[-1], re.split(r"[/\\]", name)[-1]):
         try:

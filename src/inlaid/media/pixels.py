@@ -8,7 +8,7 @@ The rules and their sources are:
   to sRGB (module `color`).
 * Orientation follows the display matrix of the file (ISO/IEC 14496-12, 8.3.2), including mirroring. For
   images, it follows EXIF.
-* Interlaced frames are deinterlaced when they are decoded (`video.decode_frames`).
+* Interlaced frames are deinterlaced when they are decoded (`decoding.decode_frames`).
 * Frames with alpha are composited over white in runs without alpha. The function `multiplied` estimates
   whether their color is straight or premultiplied.
 """

@@ -31,6 +31,7 @@ from inlaid.media.compositing import (
     to_float,
     to_uint8,
 )
+from inlaid.media.decoding import decode_frames
 from inlaid.media.kinds import MediaError
 from inlaid.media.pixels import SCALE_FLAGS, Multiplied, decoded, multiplied, orientation
 
@@ -343,8 +344,7 @@ def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
     else:
         scaler = VideoReformatter()
         frames = [
-            orientation(path, frame).apply(decoded(path, frame, scaler, 4))
-            for frame in video.decode_frames(path)
+            orientation(path, frame).apply(decoded(path, frame, scaler, 4)) for frame in decode_frames(path)
         ]
     if not frames:
         raise MediaError(path, "has no frames")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from inlaid.files import atomic
 from inlaid.media.arrays import fit_array, load_array, probe_array
 from inlaid.media.containers import cut_off
+from inlaid.media.decoding import UNSTAMPED, WHOLE, decode_frames, opened
 from inlaid.media.images import load_image, probe_image
 from inlaid.media.kinds import EPSILON, MediaError, Probe, frames_on_show, media_kind
 from inlaid.media.pixels import (
@@ -35,14 +35,6 @@ from inlaid.media.pixels import (
     over_white,
     to_rgb,
 )
-
-WHOLE = ("gif", "apng")
-"""Formats that are always decoded from the start: every frame is marked as a key frame, but depends on
-earlier frames."""
-
-UNSTAMPED = ("avi",)
-"""Formats whose packets may lack presentation timestamps. Frames get the decoding timestamps of the packets
-in order."""
 
 INDEXED = ("mov", "matroska", "avi")
 """Formats whose files contain an index. Seeking is exact in these formats, so missing frames at the end prove
@@ -72,7 +64,7 @@ def probe(path: str | Path) -> Probe:
 def _probe_video(path: Path) -> Probe:
     if missing := cut_off(path):
         raise MediaError(path, f"is incomplete: {missing}", "truncated")
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         kind = container.format.name
         found = _demux(container, stream)
         base = float(stream.time_base or 0)
@@ -328,7 +320,7 @@ def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tu
     Raises:
         MediaError: if the video ends before the last wanted time.
     """
-    with _opened(path) as (_, stream):
+    with opened(path) as (_, stream):
         base, sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
     head = next(decode_frames(path), None)
     if head is None or head.pts is None:
@@ -380,7 +372,7 @@ def frame_times(path: Path) -> np.ndarray:
     Raises:
         MediaError: if no frame can be decoded.
     """
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         found = _demux(container, stream)
         base = float(stream.time_base or 0)
     head = next(decode_frames(path), None)
@@ -439,120 +431,6 @@ def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -
     while last is not None and done < len(wanted) and wanted[done] <= last.pts + beyond:
         yield last
         done += 1
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Context manager that opens a container and its default video stream.
-
-    FFmpeg errors are converted to `MediaError`.
-    """
-    import av
-    import av.error
-    from av.stream import Disposition
-
-    try:
-        with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                raise MediaError(path, "has no video stream")
-            default = [s for s in streams if s.disposition & Disposition.default]
-            stream = (default or streams)[0]
-            if stream.codec_context is None:
-                raise MediaError(path, "its video stream has an unknown codec")
-            stream.codec_context.thread_count = 1
-            yield container, stream
-    except av.error.FFmpegError as error:
-        raise MediaError(path, f"cannot be read ({error.strerror})") from None
-
-
-def decode_frames(path: Path, pts: int | None = None, *, raw: bool = False) -> Generator[Any, None, None]:
-    """Yield decoded frames in presentation order, starting at the key frame at or before `pts`.
-
-    Args:
-        path: a video.
-        pts: timestamp in the stream's time base; None starts at the beginning.
-        raw: yield interlaced frames as they are stored; by default they are deinterlaced.
-
-    Raises:
-        MediaError: if the file cannot be read or a frame is damaged.
-    """
-    with _opened(path) as (container, stream):
-        frames = _stored_frames(path, container, stream, pts)
-        yield from frames if raw else _progressive(path, frames, stream)
-
-
-def _stored_frames(path: Path, container: Any, stream: Any, pts: int | None) -> Iterator[Any]:
-    from av import CodecContext
-
-    decoder: Any = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
-        # FFmpeg's native VP8 and VP9 decoders silently drop alpha.
-        decoder = CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
-    unstamped = container.format.name in UNSTAMPED
-    if pts is not None and not unstamped and container.format.name not in WHOLE:
-        container.seek(pts, stream=stream)
-    stamps: list[int] = []
-    keyed = False
-    for packet in container.demux(stream):
-        if packet.size and packet.dts is not None:
-            stamps.append(packet.dts)
-        if not packet.size and decoder is not stream.codec_context:
-            packet = None
-        for frame in decoder.decode(packet):
-            if unstamped and stamps:
-                frame.pts = stamps.pop(0)
-            # After a seek, frames before the first key frame may lack references: ignore their damage.
-            keyed = keyed or frame.key_frame
-            if keyed and frame.is_corrupt:
-                raise MediaError(path, f"is damaged at {frame.time or 0:.2f} s")
-            yield frame
-
-
-def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any]:
-    """Deinterlace frames with FFmpeg's filter bwdif if they are marked as interlaced.
-
-    The number of frames does not change.
-    """
-    import av.error
-    from av.filter import Graph
-
-    graph: Any = None
-
-    def ready() -> Iterator[Any]:
-        while True:
-            try:
-                made = graph.pull()
-            except (av.error.BlockingIOError, av.error.EOFError):
-                return
-            if made.pts is not None:
-                scale = made.time_base / stream.time_base
-                made.pts, made.duration = round(made.pts * scale), round((made.duration or 0) * scale)
-                made.time_base = stream.time_base
-            yield made
-
-    for frame in frames:
-        if graph is None and not frame.interlaced_frame:
-            yield frame
-            continue
-        if graph is None:
-            graph = Graph()
-            source = graph.add_buffer(
-                width=frame.width,
-                height=frame.height,
-                format=frame.format,
-                time_base=stream.time_base,
-            )
-            graph.link_nodes(
-                source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
-            )
-            graph.configure()
-        frame.time_base = stream.time_base
-        graph.push(frame)
-        yield from ready()
-    if graph is not None:
-        graph.push(None)
-        yield from ready()
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -82,8 +82,7 @@ class Scene:
     color: str | None
     """Color of the object: one of `COLORS`. None for the subject, whose colors are fixed."""
     motion: str
-    """Motion of the object: one of `MOTIONS`. Circles and rings never spin, because the rotation would be
-    invisible."""
+    """Motion of the object: one of `MOTIONS`. Circles and rings never spin: it would be invisible."""
     size: str | None = None
     """Size of the object: one of `SIZES`. For the motion "grow", it is the size at the end."""
     background: str | None = None
@@ -351,8 +350,7 @@ def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: f
 def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndarray:
     """Return a random background `(frames, 64, 64, 3)` for clips with random objects.
 
-    It is one color, noise, a pattern that may drift, or one of `BACKGROUNDS`. If `tame` is true, it is always
-    one of `BACKGROUNDS`.
+    It is one color, noise, a pattern that may drift, or one of `BACKGROUNDS` (always if `tame` is true).
     """
     kind = rng.integers(5)
     if kind == 0 or tame:
