@@ -56,7 +56,8 @@ def from_dora_scale(
         parts: tensors of a layer: `A`, `B` and `dora_scale`.
         scale: scale s of the low-rank update s B A.
         weight: base weight W (out, in, ...) in float32.
-        rule: norm to which `dora_scale` per output row refers. `comfyui`: ||W||. `merged`: ||W + s B A||.
+        rule: norm by which each weight row is divided before it is multiplied by `dora_scale`; used for
+            values per output row. `comfyui`: ||W||. `merged`: ||W + s B A||.
         path: adapter file, for messages.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Names of tensors in adapter files: prefixes, factors, and the layers that module names stand for."""
+"""Names of tensors in adapter files: their prefixes and suffixes, and the layers that they belong to."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def parse_key(key: str) -> Key:
 
 
 def layout_of(prefix: str) -> Layout:
-    """Return the layout of files whose tensor names start with `prefix`; `bare` for an empty prefix."""
+    """Return the name of the file format whose tensor names start with `prefix`; `bare` if it is empty."""
     found = [layout for p, layout in _FLAT.items() if prefix.endswith(p)]
     found += [layout for p, layout in _DOTTED.items() if prefix.startswith(p)]
     return found[0] if found else "bare"  # type: ignore[return-value]
@@ -153,7 +153,8 @@ class AmbiguousError(ValueError):
 class Names:
     """Lookup of a family's layers by the module names in adapter files.
 
-    A name is that of the original code or of diffusers. Its parts are separated by dots or underscores.
+    A layer has a name in the model's original code and a name in diffusers; both are found. The parts of a
+    name are separated by dots or underscores.
     """
 
     def __init__(self, family: type[Family] | Family, layers: Iterable[str] = ()) -> None:

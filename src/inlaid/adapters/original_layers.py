@@ -215,7 +215,7 @@ class Spelling:
         return out
 
     def effect(self, tensors: Mapping[str, Tensor], name: str, weight: Tensor | None) -> Tensor:
-        """Return the weight change (rows, in) that the target program computes for a layer in a file.
+        """Return the weight change (rows, in) that the program computes for a layer from an adapter file.
 
         Args:
             tensors: content of the file.

@@ -39,7 +39,7 @@ CENTER = 0.3
 
 
 def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
-    """Fit a Gaussian ellipse to each latent frame of a clip's alpha.
+    """Fit an elliptical Gaussian to a clip's alpha for each latent frame, at the size of the latents.
 
     Args:
         alpha: uint8 (t, h, w).
@@ -97,7 +97,7 @@ def gaussian(shape: tuple[int, ...], center: Any, half: Any, axes: np.ndarray) -
         shape: height and width.
         center: x and y of the center.
         half: lengths of the two half-axes.
-        axes: directions of the axes as columns (x, y).
+        axes: matrix (2, 2); each column is the direction (x, y) of one axis.
     """
     y, x = np.mgrid[: shape[0], : shape[1]]
     along = np.stack([x - center[0], y - center[1]], -1) @ axes / half

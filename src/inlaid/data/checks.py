@@ -88,7 +88,7 @@ def clip_problems(
 
 
 def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Problem]:
-    """Return the problems of a clip's alpha, except those that settings in the recipe correct."""
+    """Return the problems of a clip's alpha, without those that a setting of the recipe already solves."""
     found = {
         "inverted": alpha.inverted and not how.invert,
         "limited": alpha.limited and not how.limited,

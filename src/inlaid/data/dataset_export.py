@@ -97,8 +97,8 @@ def prepare_dataset(
         out: output folder: new, empty, or written by the same command before.
         target: format of the output.
         family: model family that determines the default size, length and frame rate. Ignored for a recipe.
-        checkpoint: base model; its VAE and text encoder make latents. Default: the first published
-            checkpoint of the family. Ignored for a recipe.
+        checkpoint: base model, whose VAE and text encoder are used if the output contains latents. Default:
+            the first published checkpoint of the family. Ignored for a recipe.
         overrides: recipe settings, such as `data.frames=81`.
         part: part of each clip to use.
         sequence_fps: frame rate of image sequences. Default: the frame rate of the output.

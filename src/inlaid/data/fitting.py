@@ -34,8 +34,8 @@ def fitting_size(model: Family, probes: list[Probe]) -> tuple[int, int]:
 def fitting_aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
     """Return the ratios in `ASPECTS` that are nearest to the aspect ratios of the clips.
 
-    The result is empty if `size` (height, width) fits at least 95 % of the clips. It fits a clip if cropping
-    to its aspect ratio removes at most the fraction `CROPPED` of the frame.
+    The result is empty if `size` (height, width) fits at least 95 % of the clips. The size fits a clip if
+    cropping the clip to the size's aspect ratio removes at most the fraction `CROPPED` of the frame.
     """
 
     def off(probe: Probe, ratio: float) -> float:

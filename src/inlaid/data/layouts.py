@@ -156,7 +156,7 @@ class _Scan:
         Args:
             text: path of the clip, relative to the root folder.
             caption: caption of the clip.
-            group: group of the clip in the table of an evaluation.
+            group: name under which the tables of an evaluation group the clip.
             where: location of the clip in the manifest, for messages.
             matte: path of the alpha matte, relative to the root folder.
         """

@@ -37,8 +37,8 @@ class Prompts:
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
     """Return the `sample` section of a recipe, after applying overrides.
 
-    If the section has no size, it gets the size of the `data` section. If it has no number of frames, it gets
-    the largest number of the `data` section. Overrides that are None are ignored.
+    If the section sets no size, it gets the size of the `data` section. If it sets no number of frames, it
+    gets the largest number of frames in the `data` section. Overrides that are None are ignored.
 
     Raises:
         ValueError: if an override is invalid.

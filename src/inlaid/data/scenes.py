@@ -1,8 +1,9 @@
 """Scenes on disk: an input image, a segmentation, and points on the surface of each object.
 
 Two layouts are supported. In the first, each scene is a folder with `scene_rgb.png`, `seg.png`, and a file
-`surface_ID.npy` for each object. A single file `surface.npy` may replace these files; it contains all objects
-in order of ID. The second layout is the 3D-FRONT dataset as processed by the authors of MIDI.
+`surface_ID.npy` for each object. A single file `surface.npy`, which contains all objects in order of ID, may
+replace the files `surface_ID.npy`. The second layout is the 3D-FRONT dataset as processed by the authors of
+MIDI.
 """
 
 from __future__ import annotations
@@ -192,10 +193,10 @@ class Found:
 
 
 def find_scenes(root: Path) -> Found:
-    """Find the scenes below a folder, sorted by name; problems are returned, not raised.
+    """Find the scenes below a folder, sorted by name. Return the scenes, and a problem for each unusable one.
 
     Raises:
-        ValueError: if the folder does not exist, or contains neither scenes nor problems.
+        ValueError: if the folder does not exist, or neither a scene nor a problem was found in it.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")

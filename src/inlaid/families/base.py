@@ -228,9 +228,9 @@ class Family(Sampling, ABC):
     def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
         """Modify the denoiser so that it computes only this process's share of the video tokens.
 
-        The inputs and outputs of the denoiser still contain all tokens. They are the same in each process of
-        `sequence`. This method is called after adapters are attached. Families whose `heads` is 0 do not
-        implement it.
+        The inputs and outputs of the denoiser still contain all tokens. They are the same in all processes
+        that share the tokens of a sample. This method is called after adapters are attached. Families whose
+        `heads` is 0 do not implement it.
         """
         raise NotImplementedError
 

@@ -296,7 +296,7 @@ class CogVideoX(Family):
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Modify the denoiser to use the positional embeddings of one clip for both clips of joint alpha.
+        """Modify the denoiser so that tokens of alpha have the same positional embeddings as tokens of color.
 
         This applies to rotary embeddings and to the sinusoidal embeddings of CogVideoX-2B.
         """

@@ -300,7 +300,7 @@ def _crossed(
         field: function of points, negative inside the object.
         box: lowest and highest corner of the box, (2, 3).
         near: bool (n, n, n), coarse cells of the search box that may contain the surface.
-        thin: points (m, 3) in thin parts of the object (`inside`) and in thin gaps (`outside`).
+        thin: two arrays of points (k, 3): `inside` lie in thin parts of the object, `outside` in thin gaps.
         resolution: cells per side of the box, reduced if there are too many surface cells.
 
     Returns:

@@ -253,8 +253,9 @@ class ImageConditioning:
     def rows(self, cond: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Convert the image conditioning of b scenes with n objects each to arguments of the transformer.
 
-        The first result lists the cross-attention contexts, or for trained encoders their input images. They
-        are flattened from (b, n, ...) to (b * n, ...). The second result contains further keyword arguments.
+        The first result has one entry for each encoder: its cross-attention context or, if the encoder is
+        trained, its input images. Entries are flattened from (b, n, ...) to (b * n, ...). The second result
+        contains further keyword arguments.
         """
         rows = {k: cond[k].flatten(0, 1) for k in self.encoders}
         contexts = [v if k in self.trained else v.to(dtype) for k, v in rows.items()]
@@ -368,7 +369,8 @@ def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[Image
 
     Args:
         network: the transformer.
-        encoders: pairs of encoder settings and network, by index of the cross-attention context.
+        encoders: the settings of each encoder and the encoder itself, by the index of the cross-attention
+            context that it produces.
     """
 
     def encode_contexts(

@@ -183,8 +183,8 @@ def save(
         folder: folder to write; replaced if it exists.
         alpha_eps: largest alpha that was treated as transparent in training.
         colors: background colors that replace transparent pixels of clips before encoding, in [-1, 1].
-        about: further entries of `config.json`, such as the losses and the number of steps. The entry
-            `parts`, if present, lists the parts to write.
+        about: further entries of `config.json`, such as the losses and the number of steps. Its entry
+            `parts`, if present, lists which parts of the RGBA VAE are written; by default, all.
         dtype: dtype of the weights on disk.
         weights: weights to write, by parameter name, such as EMA weights. Default: those of `rgba_vae`.
     """
@@ -421,8 +421,8 @@ def losses(
             pretrained on opaque videos has less to learn.
         noise: maximum standard deviation of the noise added to latents before decoding, as a multiple of
             `latents_std`. Not in the paper. It makes the decoders robust to errors of the denoiser.
-        visible: weight of the mean absolute color error of visible pixels. Not in the paper. If few
-            pixels are visible, they contribute little to the terms of `loss`: these are means of all pixels.
+        visible: weight of the mean absolute color error of visible pixels. Not in the paper. The
+            terms of the paper are means over all pixels, to which few visible pixels contribute little.
         visible_alpha: weight of the mean absolute alpha error of visible pixels. Not in the paper.
         colors: background colors of the encoder input, in [-1, 1].
     """

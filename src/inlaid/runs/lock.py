@@ -140,8 +140,8 @@ def _runs(owner: dict[str, Any], key: tuple[int, Path]) -> bool:
 
     Args:
         owner: content of the lock file.
-        key: the lock, as (process ID, path). The current process counts as running only if it holds this
-            lock.
+        key: process ID of the holder, and path of the lock. If that is the ID of the current process, the
+            holder counts as running only if the current process really holds the lock.
     """
     if owner["host"] != HOST:
         return time.time() - owner["renewed"] < EXPIRES

@@ -47,8 +47,8 @@ def enable_checkpointing(denoiser: nn.Module, which: bool | int | Literal["atten
         denoiser: network; changed in place.
         which: True to checkpoint every block, n to checkpoint every n-th block. A checkpointed block stores
             only its input, and repeats its forward pass in the backward pass. Other blocks store all
-            activations. "attention" also checkpoints every block, but stores the results of attention to at
-            least `KEPT_TOKENS` tokens instead of computing them again.
+            activations. "attention" checkpoints every block, but stores the outputs of attention layers
+            with at least `KEPT_TOKENS` keys, so that these are not computed again.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
     every = 1 if which == "attention" else int(which)
