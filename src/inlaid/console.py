@@ -63,9 +63,10 @@ class _Speed(ProgressColumn):
 def progress(
     title: str, total: int, unit: str, *, show: bool = True, done: int = 0
 ) -> Iterator[Callable[..., None]]:
-    """Show a progress bar and yield a function that updates it.
+    """Show a progress bar, and yield a function that updates it.
 
-    The function advances the bar by n (default 1), or sets `done`, `total`, and a `note` shown after the bar.
+    The function advances the bar by `n` (default 1), or sets the position to `done`. It can also set `total`,
+    and the text `note` after the bar.
     """
     columns = (
         TextColumn("{task.description:<12}"),

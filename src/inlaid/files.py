@@ -40,7 +40,7 @@ _swept: set[tuple[int, Path]] = set()
 
 
 def process_start(pid: int) -> str | None:
-    """Return the start time of a running process of this machine; None if no such process runs.
+    """Return the start time of the process `pid` on this machine, or None if it is not running.
 
     Operating systems reuse process IDs, so only the ID and the start time together identify a process.
     Without `/proc`, as on macOS, the start time is `unknown`.
@@ -72,9 +72,13 @@ def temporary_path(path: Path) -> Path:
 
 
 def sweep(folder: Path, *, deep: bool = True) -> None:
-    """Delete temporary files and folders whose processes have ended; with `deep`, also in subfolders.
+    """Delete the temporary files and folders of processes that have ended.
 
     Temporary files of other machines are kept for a day.
+
+    Args:
+        folder: folder to search.
+        deep: also search subfolders.
     """
     for base, folders, names in os.walk(folder):
         for name in [*folders, *names]:
@@ -114,9 +118,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and deleted on failure.
 
     The caller creates a file or a folder at the temporary path. The temporary path is in the same folder as
-    `path` and has the same suffix, because some writers derive the format from the suffix. Permissions
-    follow the umask, not the writer. Content is synced to disk before the rename, so that a power failure
-    leaves either the old or the new content.
+    `path`. It has the same suffix, because some libraries choose the file format by the suffix. The result
+    has the permissions that the umask allows. Content is synced to disk before the rename, so that a power
+    failure leaves either the old or the new content.
 
     Raises:
         OSError: if the file cannot be written (disk full, read-only, no permission); the error names `path`.
@@ -138,7 +142,8 @@ def atomic(path: Path) -> Iterator[Path]:
 def _put(temporary: Path, path: Path) -> None:
     """Rename a finished temporary file or folder to its final path.
 
-    An existing folder at the final path is renamed first, and deleted last.
+    An existing folder at the final path is first moved aside. It is deleted after the rename, or restored if
+    the rename fails.
     """
     aside = None
     if path.is_dir():
@@ -185,7 +190,7 @@ def sync(path: Path) -> None:
 
 
 def umask() -> int:
-    """Return the umask of this process: the permissions that new files do not get."""
+    """Return the umask of this process: the permission bits that are removed from new files."""
     with suppress(OSError):
         found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
         if found:
@@ -200,23 +205,22 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _NamedError(OSError):
-    """Error that already names its file and, if the disk is full, the space needed."""
+    """Error whose message already names the file. If the disk is full, it also states the space needed."""
 
 
 @contextmanager
 def naming(path: Path, temporary: Path | None = None, size: int = 0) -> Iterator[None]:
-    """Convert operating system errors in the `with` block to errors that name `path`.
+    """Context manager: if writing a file or folder fails, raise an error that names its final path.
 
     Args:
-        path: file or folder that is written in the block.
-        temporary: path at which it is written first. An error that names this path, or a path below it, is
-            converted to an error that names the final path.
-        size: number of bytes to write, for the message about a full disk. Default: the bytes
+        path: final path of the file or folder.
+        temporary: path to which the `with` block writes first. Default: `path`.
+        size: number of bytes to write, for the message about a full disk. Default: the number of bytes
             written before the error.
 
     Raises:
-        OSError: the original error, with the name of the file that could not be written. If the disk is full,
-            the message also says how many bytes the file needs and how many are free.
+        OSError: if the operating system reports an error about this file or folder. If the disk is full, the
+            message also says how much space the file needs and how much is free.
     """
     place = temporary or path
     try:
@@ -275,11 +279,12 @@ def read_metadata(file: Any) -> dict[str, str]:
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; equal tensors and metadata give equal bytes.
 
-    `safetensors.torch.save_file` writes the metadata in a different order in every process, so they are
-    sorted here.
+    `safetensors.torch.save_file` writes the metadata entries in a different order in every process. Here,
+    the entries are sorted.
 
     Raises:
-        OSError: if the file cannot be written; the error names the file and, if the disk is full, its size.
+        OSError: if the file cannot be written. The message names the file. If the disk is full, it also
+            states how many bytes the file needs.
     """
     from safetensors import torch as safetensors
 
@@ -301,10 +306,10 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
 def save_torch(content: Tensor | Mapping[str, Tensor], path: Path, *, under: str | None = None) -> None:
     """Write a tensor, or tensors by name, to a torch file, atomically.
 
-    Only for programs that read no other format: a torch file is a pickle. It contains nothing but tensors.
+    A torch file is a pickle. It is written only for programs that read no other format.
 
     Args:
-        content: the tensors. Views are copied, so that the file holds no more than their values.
+        content: the tensors. Views are copied, so the file contains only their own values.
         path: file to write.
         under: key of the file that holds the tensors, such as `state_dict`. Default: none.
     """
@@ -342,8 +347,8 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
         mmap: memory-map files in the zip format, so that a tensor is read from disk only when it is used.
 
     Raises:
-        TorchFileError: if the file cannot be loaded, or if a tensor would need more memory than
-            `limits.ARRAY` and more than the file stores.
+        TorchFileError: if the file cannot be loaded, or if its content is too large. A tensor may exceed
+            `limits.ARRAY` bytes only if the file stores all of its values.
     """
     from pickle import UnpicklingError
 
@@ -377,9 +382,10 @@ def load_torch(path: Path, *, mmap: bool = False) -> Any:
 
 
 def _check_claims(path: Path, content: Any) -> None:
-    """Check that no tensor of a loaded file has more than `limits.ARRAY` bytes unless the file stores them.
+    """Reject a loaded tensor that is larger than both `limits.ARRAY` and its stored data.
 
-    A tensor with stride 0 repeats a few stored values, but a conversion of the tensor allocates all of them.
+    A tensor with stride 0 repeats a few stored values. Its conversion would allocate memory for all
+    repetitions.
 
     Raises:
         TorchFileError: if a tensor is too large, or if the file contains more than 1,000,000 values.

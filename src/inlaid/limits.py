@@ -25,7 +25,7 @@ class Limit:
         """Current value of the limit, in bytes or as a count.
 
         Raises:
-            ValueError: if the variable is not a positive number.
+            ValueError: if the environment variable is set, but not to a positive number.
         """
         text = os.environ.get(self.variable, "")
         if not text:
@@ -39,11 +39,11 @@ class Limit:
         return given * self.unit
 
     def exceeded(self, size: float, what: str) -> str:
-        """Return a message if `size` is above the limit, else an empty string.
+        """Return an error message if `size` is above the limit, else an empty string.
 
         Args:
-            size: number of bytes, pixels, points or levels.
-            what: first part of the message, including the size, such as `frames of 12 GB`.
+            size: size in bytes, or a count, such as a number of pixels.
+            what: beginning of the message, such as `has 12 GB`.
         """
         limit = self.value
         if size <= limit:
@@ -102,9 +102,9 @@ def as_size(size: float) -> str:
 
 
 def expanded(size: int, stored: int, what: str) -> str:
-    """Return a message if an archive member expands too much, else an empty string.
+    """Return an error message if a compressed archive member is too large, else an empty string.
 
-    A member that is stored without compression may have any size.
+    Decoded size and compression ratio are limited. A member without compression may have any size.
 
     Args:
         size: decoded size in bytes.

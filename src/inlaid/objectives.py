@@ -16,9 +16,9 @@ from inlaid import config as recipe
 
 
 class Objective(Protocol):
-    """Interface of a training objective; all methods are pure functions in float32.
+    """Interface of a training objective.
 
-    Times `t` have shape (n,); data `x0` and `noise` have shape (n, ...).
+    Noise levels `t` have shape (n,); data `x0` and `noise` have shape (n, ...).
     """
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
@@ -41,7 +41,7 @@ class Objective(Protocol):
         ...
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return the loss weight of each sample, (n,)."""
+        """Return the loss weights (n,) of samples at times `t` (n,)."""
         ...
 
 
@@ -68,14 +68,15 @@ TABLE = 1000
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Rectified flow: x_t is (1 - t) x0 + t noise, and the prediction target is noise - x0.
+    """Rectified flow (Liu et al. 2022, Lipman et al. 2022).
 
-    Sources: Liu et al. 2022, Lipman et al. 2022.
+    The noisy input is x_t = (1 - t) x0 + t noise, and the prediction target is noise - x0. To sample a noise
+    level t, a value u is sampled, and the timestep shift `s` is applied to it (see `shift`). The distribution
+    of t is truncated to `interval`.
 
-    A noise level u is sampled, then shifted by `s` (see `shift`). With the preset `logit_normal`, u has a
-    logit-normal distribution with `mean` and `std`; with `uniform`, a uniform distribution. The preset
-    `diffsynth` samples u uniformly from a table of 1000 levels and has a bell-shaped loss weight. The
-    distribution of the shifted levels is truncated to `interval`.
+    `preset` selects the distribution of u. With `logit_normal`, it is a logit-normal distribution with the
+    parameters `mean` and `std`. With `uniform`, it is a uniform distribution. With `diffsynth`, it is uniform
+    over 1000 discrete values, and the loss has a bell-shaped weight.
     """
 
     preset: str = "logit_normal"
@@ -99,7 +100,10 @@ class FlowMatching:
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:
-        """Return quantiles of the truncated distribution of noise levels, float32; `q` is in [0, 1]."""
+        """Return the noise levels at the quantiles `q` (in [0, 1]), float32.
+
+        The distribution of the noise levels is truncated to `interval`.
+        """
         q = q.double()
         if self.preset == "diffsynth":
             table = self._table()
@@ -123,9 +127,10 @@ class FlowMatching:
         return noise - x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return the loss weight: 1, or for the preset `diffsynth` a bell with its maximum at t = 0.5.
+        """Return the loss weight. It is 1, except for the preset `diffsynth`.
 
-        The bell is exp(-2 (t - 0.5)^2), offset and scaled to minimum 0 and mean 1 over the schedule.
+        For this preset, it is exp(-2 (t - 0.5)^2), offset and scaled to minimum 0 and mean 1 over the
+        schedule.
         """
         if self.preset != "diffsynth":
             return torch.ones_like(t)
@@ -169,14 +174,17 @@ class VPrediction:
         return cls(tuple(alphas_cumprod.tolist()), section.interval)
 
     def index(self, t: Tensor) -> Tensor:
-        """Return the index of the schedule entry at time t, int64.
+        """Return the index in `alphas_cumprod` for time t, int64.
 
         This index is the timestep input of the network.
         """
         return (t * len(self.alphas_cumprod)).round().long() - 1
 
     def sample_time(self, n: int, generator: torch.Generator) -> Tensor:
-        """Sample n times uniformly from the schedule entries inside `interval`, float32."""
+        """Return `n` random times, float32 (n,).
+
+        They are sampled uniformly from the times of the schedule entries inside `interval`.
+        """
         return self.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
 
     def quantile(self, q: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Paths that a dataset names: finding them, and refusing to read outside of the dataset's root folder.
+"""Search for the files of a dataset, and rejection of paths that lead out of its root folder.
 
-A dataset may come from an untrusted person, so `Root.guard` checks every path that the dataset names. Such
+A dataset may come from an untrusted person, so `Root.guard` checks every path that the dataset contains. Such
 paths occur in manifests, prompt lists, file names, symbolic links, and meshes that refer to buffer files.
 """
 
@@ -36,7 +36,8 @@ class Root:
         """Return `path` if it is inside the root folder after all symbolic links are resolved.
 
         Raises:
-            FileError: if the path is outside (code `outside`); the message names the path and the fix.
+            FileError: if the path is outside the root folder (error code `outside`) or cannot be resolved
+                (error code `missing`). The message names the path.
         """
         try:
             inside = self.holds(path)
@@ -69,9 +70,9 @@ class Root:
     def named(self, text: str) -> Path:
         """Return the path of the file that a manifest entry names; the file need not exist.
 
-        The entry is a path relative to the root folder, or an absolute path inside it. If there is no file of
-        exactly this name, the entry may come from Windows or macOS: backslashes are then read as folder
-        separators, and Unicode names are compared in normalized form.
+        The entry is a path relative to the root folder, or an absolute path inside it. A relative path may
+        come from Windows or macOS. If it does not exist, backslashes are read as folder separators, and names
+        are compared after Unicode normalization.
 
         Raises:
             FileError: if the path is outside of the root folder or contains a null character.
@@ -117,22 +118,18 @@ class Root:
         return found
 
     def beside(self, path: Path, suffix: str) -> Path | None:
-        """Return the file in the folder of `path` with the same stem and the given suffix, or None.
+        """Return the file beside `path` with the same stem and the given suffix, or None if there is none.
 
-        The case of the suffix does not matter: with the suffix `.txt`, the result for `a.mp4` may be `a.TXT`.
+        The case of the suffix does not matter: for `a.mp4` and the suffix `.txt`, the result may be `a.TXT`.
         """
-        names = self._names(path.parent)
-        for name in (path.name, path.stem + suffix):
-            found = names.get(unicodedata.normalize("NFC", Path(name).stem) + suffix.lower() + "\0")
-            if found is not None:
-                return path.parent / found
-        return None
+        found = self._names(path.parent).get(unicodedata.normalize("NFC", path.stem) + suffix.lower() + "\0")
+        return None if found is None else path.parent / found
 
     def _names(self, folder: Path) -> dict[str, str]:
         """Return a lookup table of the file names in a folder. Each name has two keys.
 
-        The first key is the normalized name. The second key is for lookups that ignore the case of the
-        suffix: the normalized stem, the lower-case suffix, and a null character.
+        The first key is the name in Unicode form NFC. The second key does not depend on the case of the
+        suffix. It consists of the stem in form NFC, the lower-case suffix, and a null character.
         """
         if folder not in self._listed:
             found: dict[str, str] = {}
@@ -152,10 +149,12 @@ class Root:
         return self._listed[folder]
 
     def walk(self, top: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
-        """Yield each visible folder with the sorted names of its subfolders and files, from the top down.
+        """Yield `top` and the folders below it, each with the sorted names of its subfolders and files.
 
-        Symbolic links to folders inside the root folder are followed, unless the folder was entered before.
-        Folders that are outside of the root folder or cannot be listed are recorded in `skipped`.
+        The default of `top` is the root folder. Names with a leading dot are left out. Each folder is entered
+        once: a symbolic link is followed only if the walk does not reach its folder otherwise. Run folders,
+        links to folders outside the root folder, and folders that cannot be listed are skipped and recorded
+        in `skipped`.
         """
 
         def skip(error: OSError) -> None:
@@ -163,42 +162,44 @@ class Root:
             self.skipped[path] = FileError(path, f"cannot be listed ({cause_of(error)})")
 
         top = self.folder if top is None else top
-        seen = {os.path.realpath(top)}
-        if not top.is_dir() or not self._enters(top, set()):
+        real = os.path.realpath(top)
+        seen: set[str] = set()
+        if not top.is_dir() or not self._enters(top, real, seen):
             return
         for parent, folders, files in os.walk(top, followlinks=True, onerror=skip):
             visible = sorted(f for f in folders if not f.startswith("."))
-            seen.update(
-                os.path.realpath(Path(parent, f)) for f in visible if not Path(parent, f).is_symlink()
-            )
-            folders[:] = [f for f in visible if self._enters(Path(parent, f), seen)]
+            folders[:] = [f for f in visible if self._enters(Path(parent, f), real, seen)]
             yield Path(parent), list(folders), sorted(f for f in files if not f.startswith("."))
 
-    def _enters(self, path: Path, seen: set[str]) -> bool:
-        """Return True if `walk` should enter a folder.
+    def _enters(self, path: Path, top: str, seen: set[str]) -> bool:
+        """Return True if `walk` should enter a folder, and add its real path to `seen`.
 
-        `seen` contains the folders found so far. Links to these are not followed, so a folder is entered only
-        once, even if several links lead to it or links form a cycle.
+        Run folders and links to folders outside the root folder are not entered, and no folder is entered
+        twice. A link to a visible folder below `top` is not followed, because the walk reaches that folder
+        itself. `top` is a real path.
         """
         if is_run_folder(path):
             self.skipped[path] = FileError(path, "", "run")
             return False
-        if not path.is_symlink():
-            return True
         real = os.path.realpath(path)
         if real in seen:
             return False
+        if path.is_symlink() and real != top:
+            if _is_within(real, top) and not any(
+                p.startswith(".") for p in Path(real).relative_to(top).parts
+            ):
+                return False
+            try:
+                self.guard(path)
+            except FileError as error:
+                self.skipped[path] = error
+                return False
         seen.add(real)
-        try:
-            self.guard(path)
-        except FileError as error:
-            self.skipped[path] = error
-            return False
         return True
 
 
 def is_run_folder(path: Path) -> bool:
-    """Return True if a folder is a run folder: its samples and images are not training data."""
+    """Return True if a folder is a run folder. Images and videos in a run folder are not training data."""
     return (
         (path / "run.lock").is_file()
         or (path / "check" / "report.json").is_file()
@@ -211,10 +212,10 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def refuse_playlist(path: Path) -> None:
-    """Check that a media file is not a playlist, because FFmpeg would open the files that it names.
+    """Check that a media file is not a playlist. FFmpeg would open the files that a playlist names.
 
     Raises:
-        FileError: if it is a playlist or a session description.
+        FileError: if the file is a playlist or a session description.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Reading of users' files: one exception type for library errors, and size limits for text and JSON."""
+"""Reading of users' files. Library errors become one exception type; text and JSON have size limits."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ class FileError(ValueError):
 def reading(
     path: Path, raises: Callable[[Path, str, str], FileError] = FileError, what: str = ""
 ) -> Iterator[None]:
-    """Convert every exception in the `with` block to a `FileError` that names the file.
+    """Convert exceptions in the `with` block to a `FileError` that names the file.
 
-    This includes `MemoryError` and `RecursionError`, which malicious files can cause. A `FileError`, or
-    another `ValueError` whose message begins with the path, passes unchanged.
+    `MemoryError` and `RecursionError`, which malicious files can cause, are also converted. A `FileError`
+    passes unchanged, and so does another `ValueError` whose message begins with the path.
 
     Args:
         path: file that the block reads.
         raises: class of the error to raise.
-        what: expected kind of file, such as `an image`; the message is then `is not an image (...)`.
+        what: expected kind of file, such as `an image`. If the content of the file is invalid, the message
+            says `is not an image`.
 
     Raises:
         FileError: if the block raises an exception.
@@ -77,9 +78,9 @@ def cause_of(error: BaseException) -> str:
 
 
 def require_file(path: Path, raises: Callable[[Path, str, str], FileError] = FileError) -> os.stat_result:
-    """Check that a path is a regular file that is not empty, and return its status.
+    """Check that a path is a regular file and not empty, and return the result of `os.stat`.
 
-    Other kinds of files, such as named pipes, would block the reader.
+    For example, the path must not be a named pipe, because reading from it could block forever.
 
     Raises:
         FileError: if the path is not such a file.
@@ -137,7 +138,7 @@ def parse_json(text: str) -> Any:
 
 
 def _outside_strings(text: str) -> str:
-    """Return a JSON text without the content of its strings."""
+    """Return a JSON text without its strings."""
     parts = text.replace("\\\\", "").replace('\\"', "").split('"')
     return "".join(parts[::2])
 
@@ -157,10 +158,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_member(
     path: Path, member: zipfile.ZipInfo, raises: Callable[[Path, str, str], FileError] = FileError
 ) -> None:
-    """Check the size that a zip archive declares for a member, before the member is read.
+    """Check a member of a zip archive before it is read, by the sizes that the archive declares.
+
+    Args:
+        path: the archive.
+        member: the member to check.
+        raises: class of the error to raise.
 
     Raises:
-        FileError: if the member is encrypted, too large, or expands too much.
+        FileError: if the member is encrypted, is larger than the archive, or expands too much.
     """
     if member.flag_bits & 1:
         raise raises(path, f"{member.filename} is encrypted", "unreadable")

@@ -139,7 +139,7 @@ def test_motion_is_hardly_flicker_and_flicker_shows_through_motion() -> None:
     assert flicker(moving) < 0.002
     assert flicker(shaken.clip(0, 255).astype(np.uint8)) == pytest.approx(12 / 255, rel=0.25)
     assert np.abs(np.diff(luma(moving), axis=0)).mean() > 0.02, (
-        "which neighbours' difference would call flicker"
+        "which neighbors' difference would call flicker"
     )
 
 

@@ -59,7 +59,7 @@ class Adapter:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of the update by module name: (out, in), and kernel axes for convolutions."""
+        """Shape of each module's update, by module name: (out, in), then the kernel size of a convolution."""
         pairs = {m: [self.tensors[f"{m}.lora_{x}.weight"].shape for x in "AB"] for m in self.alpha}
         return {m: (b[0], *a[1:]) for m, (a, b) in pairs.items()}
 

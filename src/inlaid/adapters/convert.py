@@ -1,4 +1,4 @@
-"""Conversion of trained weights to the layouts of other programs: `inlaid export`."""
+"""Conversion of trained weights to the layouts of other programs, for `inlaid export`."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ def export_run(
 
     Args:
         run: run folder.
-        to: name of the target, such as `diffusers`, `comfyui`, `musubi` or `merged`. For an RGBA VAE:
-            `wan-alpha` or `comfyui`.
+        to: export target, such as `diffusers`, `comfyui`, `musubi` or `merged`. If the run trained an RGBA
+            VAE: `wan-alpha` or `comfyui`.
         out: file or folder to write. Default: a path in the folder `export` of the run.
         checkpoint: name of a training checkpoint, such as `step-000500`. Default: the final weights.
-        then: LoRA to merge after the trained weights, such as a step-distillation LoRA. Only for a whole
-            model. A DoRA is rejected: it rescales rows of the weights, so it would have to be merged first.
-        merge: merge the adapter into the model and export the whole model, for the program `to`.
+        then: second LoRA, such as a step-distillation LoRA. It is merged after the trained weights, so it
+            requires the export of a whole model. A DoRA is rejected, because it rescales rows of the weights
+            and would have to be merged first.
+        merge: merge the adapter into the model, and export the whole model in the layout `to`.
         dtype: dtype of a whole model: `float32`, `bfloat16` or `float16`. Default: that of the trained
             weights, or float32 for a merged adapter.
         skip_missing: leave out layers and parameters of `then` that the model lacks, and print a note.
@@ -89,7 +90,10 @@ def export_run(
 
 
 def export_targets(run: Path) -> str:
-    """Return one line of text for each target of a run: how to load the export, or why it is impossible."""
+    """Return text that lists the export targets of a run, with and without `--merge`.
+
+    Each line tells how to load the exported files, or why the export is not possible.
+    """
     place = Run(run)
     settings = place.config()
     if settings.rgba_vae is not None:
@@ -125,10 +129,10 @@ class _Job:
 
     @classmethod
     def of(cls, place: Run, settings: config.Config, to: str, *, merge: bool, dtype: str | None) -> _Job:
-        """Return the settings of an export, after checking them.
+        """Check the options of an export, and return its settings.
 
         Raises:
-            ValueError: if an option is invalid, or the program cannot load the weights.
+            ValueError: if an option is invalid, or the target program cannot load the weights.
         """
         family, kind, target = build_family(settings), settings.tuner.kind, canonical(to)
         whole = merge or kind == "full" or target == "merged"
@@ -151,14 +155,15 @@ class _Job:
 
     @property
     def suffix(self) -> str:
-        """File suffix of the export, if it is a file."""
+        """File suffix of the export. Not used if the export is a folder."""
         layout = self.family.joint_layout if self.target == "transpixeler" else None
         return ".pt" if layout and layout.torch_file else ".safetensors"
 
     def name(self, run: str) -> str:
         """Return the default name of the exported file or folder.
 
-        A file name contains the expert, such as `high_noise`, because other programs look for it there.
+        If the network is one of two experts, a file name contains the expert, such as `high_noise`. Other
+        programs look for it there.
         """
         expert = f"-{self.expert}_noise" if self.expert and f"{self.expert}_noise" not in run else ""
         if self.folder:
@@ -231,7 +236,7 @@ def _written(job: _Job, base: Any, target: Path, header: Mapping[str, str]) -> P
 
 
 def _one_file(job: _Job, state: Mapping[str, Tensor], target: Path, header: Mapping[str, str]) -> Path:
-    """Write a network to one file with original names."""
+    """Write a whole network to one safetensors file, with the tensor names of the model's original code."""
     extra = job.family.comfyui_tensors() if job.target == "comfyui" else {}
     kept = {k: v for k, v in header.items() if k.startswith("inlaid_")}
     return whole_model.write_original(target, state, job.family, extra=extra, dtype=job.dtype, header=kept)
@@ -264,7 +269,7 @@ def _adapter(job: _Job, folder: Path, target: Path) -> Path:
 
 
 def _explain(job: _Job, settings: config.Config, written: Path) -> None:
-    """Print how to load the written file, and what else the program needs."""
+    """Print how to load the export in the target program, and which other files the program needs."""
     place = written.parent if job.folder and written.is_file() else written
     say(loading(job.to, place, job.family, job.kind, whole=job.whole))
     for note in job.family.export_notes(job.target, job.whole):

@@ -1,4 +1,4 @@
-"""Conversion of `dora_scale`, the DoRA magnitudes of other programs, to peft's DoRA magnitudes."""
+"""Conversion of DoRA magnitudes to peft's format. Other programs store them as `dora_scale`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DORA_RULE_KEY = "inlaid_dora_scale"
 
 
 def fused_weight(base: nn.Module | None, layer: Layer, path: Path) -> Tensor:
-    """Return the base model's weight (out, in, ...) of an adapted module, in float32.
+    """Return the base model's weight of an adapted module: float32 (out, in, ...).
 
-    If the module fuses several layers, their weights are concatenated.
+    If the module fuses several layers of the base model, their weights are concatenated.
 
     Raises:
-        ValueError: if there is no base model, or it lacks the layer.
+        ValueError: if `base` is None or lacks a layer.
     """
     if base is None:
         raise ValueError(
@@ -46,23 +46,26 @@ def fused_weight(base: nn.Module | None, layer: Layer, path: Path) -> Tensor:
 def from_dora_scale(
     parts: Mapping[str, Tensor], scale: float, weight: Tensor, rule: str | None, path: Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """Replace `dora_scale` by tensors that peft supports.
+    """Convert the `dora_scale` of a layer to tensors that peft supports.
 
-    A `dora_scale` per output row becomes a magnitude. A `dora_scale` per input column becomes part of
-    full-rank factors.
+    `dora_scale` has one value per output row or per input column of the weight. Values per output row become
+    a DoRA magnitude. peft does not support values per input column. In this case, the update of the layer is
+    computed and stored as full-rank factors.
 
     Args:
         parts: tensors of a layer: `A`, `B` and `dora_scale`.
-        scale: factor of the product B A.
-        weight: base weight (out, in, ...) in float32.
-        rule: definition of a `dora_scale` per output row: `comfyui` or `merged`.
+        scale: scale s of the low-rank update s B A.
+        weight: base weight W (out, in, ...) in float32.
+        rule: norm by which each weight row is divided before it is multiplied by `dora_scale`; used for
+            values per output row. `comfyui`: ||W||. `merged`: ||W + s B A||.
         path: adapter file, for messages.
 
     Returns:
-        The new tensors, and whether `dora_scale` is per input column. If so, the scale of the factors is 1.
+        The new tensors, and True if `dora_scale` is per input column. The new factors then have scale 1.
 
     Raises:
-        ValueError: if the definition or shape of `dora_scale` is unknown, or the factors do not fit.
+        ValueError: if `dora_scale` is per output row and `rule` is unknown, if `dora_scale` has an unknown
+            shape, or if the factors do not fit the weight.
     """
     dora_scale = parts["dora_scale"].float()
     rest = {k: v for k, v in parts.items() if k not in ("dora_scale", "alpha")}

@@ -23,11 +23,11 @@ WIDENING = frozenset({"cuda", "meta"} if "out_dtype" in (torch.mm.__doc__ or "")
 def use_factor_norms(denoiser: nn.Module) -> None:
     """Make every DoRA linear layer compute its weight norms without the product B A.
 
-    peft computes B A by applying it to an identity matrix (in, in), and adds it to a copy of W, in each
-    layer and pass. Here, the squared row norms of W + s B A are ||W||^2 + 2 s <W A^T, B> +
-    s^2 <B (A A^T), B>, where <X, Y> is the dot product of each row of X with the same row of Y. The largest
-    intermediate tensor is W A^T (out, r). The result is equal up to rounding. The norm needs no gradient,
-    because DoRA treats it as a constant (Liu et al. 2024, section 4.3).
+    In each layer and forward pass, peft applies both factors to an identity matrix (in, in) to get B A, and
+    adds the result to a copy of W. Here, the squared row norms of W + s B A are computed as ||W||^2 + 2 s <W
+    A^T, B> + s^2 <B (A A^T), B>. <X, Y> is the dot product of each row of X with the same row of Y. The
+    result is equal up to rounding. The norm needs no gradient, because DoRA treats it as a constant (Liu et
+    al. 2024, section 4.3).
     """
     from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -49,11 +49,12 @@ def use_factor_norms(denoiser: nn.Module) -> None:
 
 
 def keep_inputs(denoiser: nn.Module) -> None:
-    """Make every LoRA linear layer save its input for the backward pass in the original dtype.
+    """Make every LoRA linear layer save its original input for the backward pass, not a float32 copy.
 
-    peft casts the input to the dtype of the factors and saves a float32 copy in each layer. If the query, key
+    peft casts the input to the dtype of the factors, which is float32, and saves the copy. If the query, key
     and value layers share a bfloat16 input, their three copies take six times the memory of the input. Here,
-    the cast is repeated in the backward pass, which gives bit-identical gradients.
+    each layer saves the shared input and repeats the cast in the backward pass. The gradients are
+    bit-identical.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -83,10 +84,10 @@ class _Product(torch.autograd.Function):
 
 
 class _Rescaled(torch.autograd.Function):
-    """DoRA update (m - 1) y + s m B h; computes B h again in the backward pass to save memory.
+    """DoRA update (m - 1) y + s m B h; the backward pass computes B h again to save memory.
 
-    y (..., out) is the base layer's output without bias, h (..., r) is A x, and m (out,) is the DoRA
-    magnitude divided by the weight norm.
+    y (..., out) is the base layer's output without bias, and h (..., r) is A x. m (out,) is the DoRA
+    magnitude divided by the weight norm, and s is the LoRA scale.
     """
 
     @staticmethod
@@ -111,13 +112,15 @@ class _Rescaled(torch.autograd.Function):
 
 
 class LowPrecision:
-    """Mixin for peft LoRA layers: computes the update in the dtype of the activations, with one rounding.
+    """Mixin that makes a peft LoRA layer compute its update in the dtype of the activations.
 
-    peft casts the input to the dtype of the factors, which is float32, and so computes, scales and adds the
-    update in float32: 28 bytes of memory traffic per output element. Here, the base layer's output and the
-    update are added inside one matrix product, which sums in float32 and rounds once: 4 bytes per output
-    element. The gradients of the factors are summed in float32. For the backward pass, a LoRA layer saves
-    only its input and A x (..., r); a DoRA layer also saves the output of the base layer.
+    peft casts the input to float32, the dtype of the factors. It computes, scales and adds the update in
+    float32. For LoRA, this takes 28 bytes of memory traffic per output element. The mixin adds the update to
+    the output of the base layer in one matrix product, which takes 4 bytes per output element. This product
+    sums in float32. The gradients of the factors are also summed in float32.
+
+    For the backward pass, a LoRA layer saves its input and A x (..., r). A DoRA layer also saves the output
+    of the base layer.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,7 +130,12 @@ class LowPrecision:
         return self.add_update(x, self.base_layer(x, *args, **kwargs))
 
     def add_update(self: Any, x: Tensor, out: Tensor) -> Tensor:
-        """Return the layer's output for x, given the base layer's output `out`, both in half precision."""
+        """Return the output of the base layer plus the update, in half precision.
+
+        Args:
+            x: input of the layer, in half precision.
+            out: output of the base layer for `x`.
+        """
         a, b, s = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
         if ADAPTER not in self.lora_variant:
             return _Sum.apply(out, x, a, b, s)
@@ -153,7 +161,7 @@ def use_low_precision(denoiser: nn.Module) -> None:
 
 
 def _float32_product(x: Tensor, y: Tensor) -> Tensor:
-    """Return the matrix product x y of half-precision tensors, summed and returned in float32."""
+    """Return the matrix product x y. It is accumulated and returned in float32, even for half precision."""
     if x.device.type in WIDENING and x.dtype in HALF:
         return torch.mm(x, y, out_dtype=torch.float32)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -161,7 +169,10 @@ def _float32_product(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """LoRA output y + s B A x in the dtype of y and x, rounded once; A and B are float32."""
+    """Autograd function for the LoRA output y + s B A x. A and B are float32.
+
+    Matrix products are computed in the dtype of y and x. The gradients of A and B are summed in float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
@@ -187,10 +198,10 @@ class _Sum(torch.autograd.Function):
 class _RescaledSum(torch.autograd.Function):
     """DoRA output m (y - bias + s B A x) + bias in the dtype of y and x.
 
-    It is rounded twice: m y + (1 - m) bias, and its sum with the update.
+    The term m y + (1 - m) bias is rounded to this dtype before the term s m B A x is added.
 
     y (..., out) is the base layer's output, which includes the bias. m (out,) is the DoRA magnitude divided
-    by the weight norm. A, B and m are float32.
+    by the weight norm, and s is the LoRA scale. A, B and m are float32.
     """
 
     @staticmethod

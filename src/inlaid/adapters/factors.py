@@ -1,7 +1,8 @@
-"""Factors of LoRA, LoKr and LoHa layers: conversion between these kinds, and to the form that peft loads.
+"""Factors of LoRA, LoKr and LoHa layers: exact conversion to LoRA, and conversion to peft's tensors.
 
-A layer's update is s B A for LoRA, s kron(w1, w2) for LoKr and s (w1a w1b) * (w2a w2b) for LoHa (Yeh et al.
-2023, https://arxiv.org/abs/2309.14859). * is the elementwise product. For LoKr, w2 may be a product a b.
+The update of a layer is the scale s times a product of factors. It is s B A for LoRA and s kron(w1, w2) for
+LoKr, where w2 may be a product a b. It is s (w1_a w1_b) * (w2_a w2_b) for LoHa, where * is the elementwise
+product (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from inlaid.adapters.parse import Kind, Layer
 
 @dataclass(frozen=True)
 class Factors:
-    """Factors of the update of one diffusers layer."""
+    """LoRA, LoKr or LoHa factors of one diffusers layer."""
 
     kind: Kind
     parts: Mapping[str, Tensor]
@@ -43,10 +44,11 @@ class Factors:
 
 
 def factors_of(layer: Layer, scale: float) -> dict[str, Factors]:
-    """Return the factors of each diffusers layer in an adapter module, which may fuse several layers.
+    """Return the factors of each diffusers layer to which an adapter layer applies.
 
-    The layers keep the kind of the module. Exception: if the rows of a Kronecker product cannot be divided
-    among the layers, each layer becomes an exact LoRA.
+    An adapter layer can apply to several diffusers layers, such as query, key and value. Their factors then
+    have the same kind as the adapter layer (LoRA, LoKr or LoHa). There is one exception: if the rows of the
+    first LoKr factor cannot be divided among the layers, each layer gets LoRA factors with the same update.
     """
     whole = _read(layer, scale)
     return {target.module: _select(whole, target) for target in layer.targets}
@@ -65,7 +67,11 @@ def _read(layer: Layer, scale: float) -> Factors:
 
 
 def _select(whole: Factors, target: Target) -> Factors:
-    """Select the factors of one layer from those of a fused module."""
+    """Return the factors of one diffusers layer.
+
+    `whole` contains the factors of a module in the file. This module may fuse several layers, such as q, k
+    and v.
+    """
     if target.parts == 1 and not target.swapped:
         return whole
     rows = {"lora": ("B",), "loha": ("w1_a", "w2_a"), "lokr": ("w1",)}[whole.kind]
@@ -78,7 +84,10 @@ def _select(whole: Factors, target: Target) -> Factors:
 
 
 def update_of(factors: Factors) -> Tensor:
-    """Return the update (out, in) of a layer in float32; `in` includes the kernel size."""
+    """Return the update (out, in) of a layer in float32.
+
+    For a convolution, `in` is the number of input channels times the number of kernel elements.
+    """
     p = {n: t.float() for n, t in factors.parts.items()}
     if factors.kind == "lora":
         return factors.scale * (p["B"].flatten(1) @ p["A"].flatten(1))
@@ -88,7 +97,7 @@ def update_of(factors: Factors) -> Tensor:
 
 
 def _rank(factors: Factors) -> int:
-    """Return the rank of a LoRA that represents the update exactly."""
+    """Return a LoRA rank that suffices to represent the update exactly."""
     p = factors.parts
     rank = min(factors.shape)
     if factors.kind == "loha":
@@ -101,7 +110,8 @@ def _rank(factors: Factors) -> int:
 def low_rank(factors: Factors) -> tuple[Tensor, Tensor]:
     """Convert factors to LoRA factors A (r, in) and B (out, r) with scale 1 and the same update, in float32.
 
-    For LoHa of rank k, r is k^2. For LoKr of rank k, r is k times the number of columns of w1. r is at most
+    Factors of a LoRA keep their rank. For LoHa of rank k, r is k^2. For LoKr with w2 = a b of rank k, r is k
+    times the number of columns of w1. If r would be larger than min(out, in) or w2 is not factored, r is
     min(out, in).
     """
     p = {n: t.float() for n, t in factors.parts.items()}
@@ -148,14 +158,16 @@ def as_lora(layers: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor, fl
 
 
 def for_peft(layers: Mapping[str, Factors], kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return LoKr or LoHa tensors under peft's names, and the configuration with which peft loads them.
+    """Convert LoKr or LoHa layers to tensors and a configuration that peft can load.
 
-    peft has one rank, alpha and `decompose_factor` for all layers, and derives the shapes from these. So
-    lower ranks are padded with zeros, and decomposed factors are multiplied out where peft expects full
-    factors. If the layers have different scales, these are multiplied into the first factor.
+    peft has one rank, alpha and `decompose_factor` for all layers, and derives the shapes of factors from
+    these. Factors of lower rank are therefore padded with zeros. A low-rank product is multiplied out where
+    peft expects a full matrix. If the layers have different scales, each scale is multiplied into the first
+    factor of its layer.
 
     Returns:
-        Tensors and configuration, or None if no configuration gives the sizes of the Kronecker factors.
+        Tensors by peft's names, and the configuration. None if no `decompose_factor` gives the shapes of all
+        Kronecker factors.
     """
     scales = {f.scale for f in layers.values()}
     scale = scales.pop() if len(scales) == 1 else None

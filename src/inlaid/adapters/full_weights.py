@@ -20,7 +20,7 @@ from inlaid.adapters.parse import Parsed, Whole
 
 @dataclass
 class FullWeights:
-    """Differences of parameters to the base model, in float32."""
+    """Changes of parameters relative to the base model, as whole tensors in float32."""
 
     biases: dict[str, Tensor] = field(default_factory=dict)
     """Bias differences of adapted layers, by layer."""
@@ -33,14 +33,15 @@ class FullWeights:
 
 
 def full_weights(parsed: Parsed, base: nn.Module | None, *, merging: bool, skip_missing: bool) -> FullWeights:
-    """Return the differences to the base model that a parsed file contains.
+    """Return the changes to the base model that a parsed file stores as full tensors.
 
     Args:
         parsed: content of the file.
-        base: network without adapters; needed for whole weights and for merging.
-        merging: accept differences of norms and other parameters, which can only be merged. Otherwise, they
-            are reported as problems.
-        skip_missing: leave out differences of parameters that the base model lacks, and add a note.
+        base: network without adapters. Required if the file contains whole weights, and for merging.
+        merging: accept changes that an adapter cannot represent, such as those of norms. They can only be
+            merged. If False, they are reported as problems.
+        skip_missing: leave out differences of parameters that the base model lacks, and add a note. If
+            False, they are reported as problems.
     """
     out = FullWeights()
     own = {name: p.detach() for name, p in (base.named_parameters() if base is not None else ())}
@@ -98,7 +99,18 @@ def _differences(out: FullWeights, parsed: Parsed, own: Mapping[str, Tensor], sk
 
 
 def _places(names: Names, module: str, flat: bool, part: str, own: Mapping[str, Tensor]):
-    """Return the name of each parameter that a difference changes, and a function that selects its rows."""
+    """Return the parameters that a tensor of differences in an adapter file changes.
+
+    Args:
+        names: names of the network's layers.
+        module: module name in the file.
+        flat: True if underscores replace the dots of `module`.
+        part: suffix of the tensor: `diff` for a weight, `diff_b` for a bias, `diff_m` for a modulation table.
+        own: parameters of the base model.
+
+    Returns:
+        Pairs of a parameter name and a function that selects the parameter's rows from the tensor.
+    """
     leaf = {"diff": ".weight", "diff_b": ".bias", "diff_m": ""}[part]
     places = names.parameters(module + (".modulation" if part == "diff_m" else ""), flat)
     found = [(t.module + leaf, t.rows) for t in places if t.module + leaf in own]
@@ -108,7 +120,10 @@ def _places(names: Names, module: str, flat: bool, part: str, own: Mapping[str, 
 
 
 def _wholes(out: FullWeights, parsed: Parsed, own: Mapping[str, Tensor] | None) -> None:
-    """Compare whole weights and biases with those of the base model, and add the differences to `out`."""
+    """Compare the whole weights and biases of a file with the base model, and add differences to `out`.
+
+    `own` contains the tensors of the base model. If it is None, messages are added to `out` instead.
+    """
     frozen = parsed.source.config.get("bias", "unknown") in ("none", None)
     copies = [w for w in parsed.wholes if w.copy and (frozen or w.name.endswith(".weight"))]
     rest = [w for w in parsed.wholes if w not in copies] if len(copies) < len(parsed.wholes) else []

@@ -21,16 +21,16 @@ def local_source(path: Path) -> Path:
     are downloaded.
 
     Args:
-        path: local path, or `OWNER/NAME/FILE` or `OWNER/NAME` of a repository on the Hub. A local path takes
-            precedence. Without FILE, the repository must have only one file of weights.
+        path: local path, or path on the Hub: `OWNER/NAME/FILE` or `OWNER/NAME`. An existing local path takes
+            precedence. Without FILE, the repository must have exactly one file of weights.
 
     Returns:
         The local path. A path that cannot name a Hub repository is returned as it is, even if it does not
         exist.
 
     Raises:
-        ValueError: if the repository or the file does not exist or cannot be downloaded, or if the repository
-            has several files of weights.
+        ValueError: if the repository or the file does not exist or cannot be downloaded, or if `path`
+            contains no FILE and the repository does not have exactly one file of weights.
     """
     owner, *rest = path.as_posix().split("/")
     if path.exists() or not rest or owner in ("", ".", "..", "~") or Path(owner).is_dir():
@@ -52,12 +52,24 @@ def local_source(path: Path) -> Path:
 
 
 def _parts(file: str) -> list[str]:
-    """Return the files to download for a file: the other half of an RGBA VAE, if any, and the file itself."""
+    """Return the names of the files to download; the last one is `file`.
+
+    In ComfyUI's layout, an RGBA VAE consists of a color file and an alpha file. If `file` is one of these,
+    the other one is also returned.
+    """
     return [*(file.replace(a, b) for a, b in (HALVES, HALVES[::-1]) if a in file), file]
 
 
 def _choice(name: str, file: str, files: dict[str, int]) -> str:
-    """Return the error message if a file must be named, or the named file does not exist."""
+    """Return the error message for a file that does not exist in a repository, or that was not named.
+
+    The message lists the files with weights.
+
+    Args:
+        name: owner and name of the repository.
+        file: the requested file; empty if no file was named.
+        files: sizes of the files with weights, by name.
+    """
     if not files:
         return f"{name}: no weights in this repository (suffixes {', '.join(WEIGHTS)})"
     listed = [f"{name}/{n} ({hub.as_text(size)})" for n, size in sorted(files.items())[:LISTED]]

@@ -42,21 +42,25 @@ def import_adapter(
     """Convert an adapter in any known layout to the diffusers layout, or a published RGBA VAE to a folder.
 
     Args:
-        adapter: file or folder of an adapter or RGBA VAE.
+        adapter: file or folder of an adapter or RGBA VAE; or `OWNER/NAME` or `OWNER/NAME/FILE` on the Hugging
+            Face Hub.
         out: folder to write. Adapters of two experts are written to its subfolders `high` and `low`.
         family: name of a model family.
-        checkpoint: base model, to check shapes. Required for an RGBA VAE, and for adapters with `dora_scale`,
-            whole biases or whole layers, because their update depends on the base model's weights.
-        alpha: LoRA alpha for files that store none.
-        dora_scale: `comfyui` or `merged`: definition of `dora_scale` in the file (see `read_adapter`).
-        expert: `high` or `low`, for checkpoints and files with two experts.
+        checkpoint: base model. If given, the shapes of the adapter are checked. Required for an RGBA VAE, and
+            for an adapter whose update depends on the base model's weights. Such an adapter contains
+            `dora_scale`, or complete biases or layers instead of changes to them.
+        alpha: LoRA alpha for a file that does not store it.
+        dora_scale: definition of `dora_scale` in the program that wrote the file: `comfyui` or `merged` (see
+            `read_adapter`).
+        expert: `high` or `low`: expert to import, if the file or the checkpoint has two experts.
         skip_missing: leave out layers that the checkpoint lacks, and return a note.
 
     Returns:
         The written path, and notes for the user.
 
     Raises:
-        ValueError: if the file is damaged, has an unknown layout, or has tensors that cannot be converted.
+        ValueError: if an option is invalid, if the file is damaged or has an unknown layout, or if a tensor
+            cannot be converted.
     """
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"--alpha: {alpha:g} is not a finite number above 0")
@@ -112,7 +116,7 @@ def _import_one(
     expert: str | None,
     options: Mapping[str, Any],
 ) -> tuple[Path, Sequence[str]]:
-    """Convert the adapter of one network."""
+    """Convert the adapter of one network, and return the written path and notes for the user."""
     shapes, load = _network(kind, checkpoint, expert)
     found = read_any(path, kind, shapes=shapes, base=load, expert=expert, **options)
     notes = list(found.notes)
@@ -140,7 +144,10 @@ def _import_one(
 def _network(
     kind: type[families.Family], checkpoint: str | None, expert: str | None
 ) -> tuple[dict[str, tuple[int, ...]] | None, Callable[[], nn.Module] | None]:
-    """Return the layer shapes of a checkpoint, and a cached function that loads its network."""
+    """Return the layer shapes of a checkpoint, and a function that loads its network.
+
+    The function loads the network only once. Both results are None if `checkpoint` is None.
+    """
     if checkpoint is None:
         return None, None
     name = next(n for n in families.names() if families.get(n) is kind)
@@ -155,7 +162,7 @@ def _network(
 def _write_lycoris(
     found: Lycoris, out: Path, kind: type[families.Family], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> Path | None:
-    """Write a LoKr or LoHa adapter for peft and diffusers; return None if they cannot represent it."""
+    """Write a LoKr or LoHa adapter for peft and diffusers; return None if peft cannot represent it."""
     kinds = {f.kind for f in found.layers.values()}
     convolution = any(
         len((shapes or {}).get(m, ())) > 2 or any(re.fullmatch(c, m) for c in kind.convolutions)
@@ -178,7 +185,7 @@ def _write_lycoris(
 
 
 def _copy_companions(path: Path, out: Path) -> list[str]:
-    """Copy the adapters of image encoders, which are stored in subfolders, and return notes."""
+    """Copy the subfolders that contain adapters of image encoders, and return notes for the user."""
     names = sorted(p.parent.name for p in locate(path).parent.glob(f"*/{PEFT_WEIGHTS}"))
     for name in names:
         with atomic(out / name) as folder:

@@ -90,7 +90,7 @@ def _inspect(path: Path) -> Inspection:
 
 
 def describe(inspection: Inspection, indent: str = "") -> str:
-    """Return a description as text for a terminal."""
+    """Format an inspection as text for a terminal, with `indent` before each line."""
     width = max(map(len, inspection.facts), default=0)
     lines = [f"{indent}{inspection.path}: {inspection.kind}"]
     lines += [f"{indent}  {k:<{width}}  {v}" for k, v in inspection.facts.items()]
@@ -181,7 +181,7 @@ def _inspect_adapter(file: Source) -> Inspection:
 
 
 def _alpha_facts(parsed: Parsed) -> dict[str, str]:
-    """Return rank and LoRA alpha of the layers, and the source of alpha."""
+    """Describe the rank and LoRA alpha of an adapter's layers, and say where alpha was found."""
     alphas, sources = alphas_of(parsed, None)
     source = sources.most_common(1)[0][0]
     full = [layer.full and peft_type(parsed.source.config) != "LOKR" for layer in parsed.layers.values()]

@@ -1,9 +1,9 @@
 """Conversion of published TransPixeler adapters to the usual tensor names.
 
-TransPixeler adapters generate the alpha channel as a second clip of tokens (`inlaid.alpha.joint`). Their
-files do not store LoRA alpha, which is always 1. If such a file is loaded as an ordinary LoRA, the update
-applies to all tokens instead of the alpha tokens only, and is `rank` times too strong. This module is based
-on the layout of the files, not on the authors' code.
+With a TransPixeler adapter, a model generates the alpha channel as a second clip of tokens (see
+`inlaid.alpha.joint`). The adapter applies to these tokens only. Its LoRA alpha is always 1, but the file does
+not store it. If the file is loaded as an ordinary LoRA, the update applies to all tokens and is `rank` times
+too strong. This module is based on the layout of the files, not on the authors' code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOCHI = re.compile(r"block_(\d+)\.to_(q|k|v|out)_lora\.([01])\.weight")
 
 @dataclass(frozen=True)
 class Published:
-    """Published TransPixeler adapter after conversion to the usual tensor names."""
+    """Published TransPixeler adapter, with tensors renamed to names that `read_adapter` reads."""
 
     tensors: Mapping[str, Tensor]
     """Tensors by name in a layout that `read_adapter` reads, without the domain embedding."""

@@ -43,10 +43,10 @@ def check_fit(
         adapter: the adapter, or the shapes of its updates by layer.
         layers: weight shapes of the network's layers, from `layer_shapes`.
         where: file of the adapter, for messages.
-        widths: names of model sizes by hidden width, for messages.
+        widths: name of the model size, such as `Wan 14B`, for each hidden width. Used in messages.
 
     Raises:
-        ValueError: if the network lacks a layer of the adapter, or the layer has another shape.
+        ValueError: if the network lacks a layer of the adapter, or if a layer has another shape.
     """
     shapes = adapter.shapes if isinstance(adapter, Adapter) else adapter
     missing = [m for m in shapes if m not in layers]
@@ -82,7 +82,7 @@ def companions(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def low_rank_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the low-rank update s B A as a float32 matrix (out, in).
+    """Return the low-rank update `scale` * B A as a float32 matrix (out, in).
 
     For a convolution, `in` is the number of input channels times the kernel size.
     """

@@ -64,10 +64,11 @@ def _diffsynth(adapter: Adapter, family: Model, base: nn.Module | None) -> Layou
 
 
 def _musubi(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of musubi-tuner, with factors of zero for untrained layers.
+    """Return the layout of musubi-tuner; some untrained layers get factors of zero.
 
-    The converters of diffusers and other programs require all default layers in each block, up to the last
-    trained block. If a layer for image tokens was trained, they also require both such layers in each block.
+    The converters of diffusers and other programs do not accept all subsets of layers. In each block up to
+    the last trained block, they require all layers of the first group in `kohya_layers`. If a layer of
+    another group was trained, they also require all layers of that group in each of these blocks.
     """
     if adapter.dora:
         raise ValueError("no other program reads DoRA in the kohya layout: export as merged or comfyui")
@@ -103,9 +104,10 @@ def _musubi(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
 
 
 def _wan_alpha(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of Wan-Alpha, which requires DoRA magnitudes.
+    """Convert an adapter to the layout of Wan-Alpha, which requires DoRA magnitudes.
 
-    For a LoRA, the magnitudes are the row norms of the updated weight, so the update stays the same.
+    For a LoRA, the magnitudes are set to the row norms of the updated weight, so the update stays the same.
+    This requires `base`.
     """
     if not adapter.dora and base is None:
         raise ValueError("Wan-Alpha reads DoRA; the magnitudes of a LoRA require the base model: pass base")
@@ -123,9 +125,10 @@ def _with_norms(layer: Layer) -> Layer:
 
 
 def _genmo(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of genmo's Mochi trainer: attention layers only, in float32.
+    """Return the layout of genmo's Mochi trainer.
 
-    All query-key-value layers have the same rank, and so do all output layers.
+    It contains attention layers only, in float32. All query-key-value layers have the same rank, and so do
+    all output layers. Factors with a smaller rank are padded with zeros.
     """
     layers = original_layers(adapter, family.original)
     other = [n for n in layers if not re.fullmatch(r"blocks\.\d+\.attn\.(qkv|proj)_[xy]", n)]
@@ -148,9 +151,11 @@ def _genmo(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
 
 
 def _transpixeler(adapter: Adapter, family: Model, base: nn.Module | None) -> Layout:
-    """Return the layout of TransPixeler: all four attention layers of each block, at a fixed rank.
+    """Return the content of a TransPixeler file.
 
-    Untrained layers are zero. TransPixeler scales the update by 1 / rank, so B is multiplied by the rank.
+    It contains the query, key, value and output layer of each block, all with the same fixed rank. Updates of
+    untrained layers are zero. TransPixeler scales each update by 1 / rank. The factor B is therefore
+    multiplied by the rank.
     """
     spec = family.joint_layout
     assert spec is not None
@@ -210,7 +215,10 @@ only if layer sizes cannot be inferred. For `transpixeler` and `musubi`, it may 
 
 
 def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
-    """Write a layout to a file, read it back, and assert that the tensors are equal."""
+    """Write the tensors of a layout to a file, and assert that the file contains exactly these tensors.
+
+    `header` is the file header of the adapter. A torch file is written without a header.
+    """
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in layout.tensors.items()}
     if layout.torch_file:
         save_torch(own, path, under="state_dict")
@@ -224,10 +232,10 @@ def write(layout: Layout, path: Path, header: Mapping[str, str]) -> None:
 
 
 def check(layout: Layout, target: str, adapter: Adapter, base: nn.Module | None) -> None:
-    """Assert that a file of this layout changes the weights as the adapter does.
+    """Assert that exported tensors change the weights in the same way as the adapter.
 
-    The change of each original layer must equal the changes of its diffusers layers, with their rows in the
-    original order. Updates of untrained layers must be zero.
+    A layer of the original code can contain several diffusers layers. Its change must equal the changes of
+    these layers, concatenated in the original row order. The updates of untrained layers must be zero.
     """
     spelling, covered = SPELLINGS[target], set()
     for name, (rename, layer) in layout.layers.items():
@@ -250,7 +258,11 @@ def check(layout: Layout, target: str, adapter: Adapter, base: nn.Module | None)
 
 
 def _change(adapter: Adapter, module: str, base: nn.Module | None, like: Tensor, parts: int) -> Tensor:
-    """Return the weight change (rows, in) of a diffusers layer, which is zero without an adapter."""
+    """Return the weight change (rows, in) that an adapter makes to one diffusers layer.
+
+    It is zero if the adapter does not contain the layer. A layer in the model's original code concatenates
+    `parts` diffusers layers. `like` is the weight change of this original layer.
+    """
     if module not in adapter.alpha:
         return like.new_zeros(like.shape[0] // parts, like.shape[1])
     if not adapter.dora or base is None:
@@ -262,10 +274,10 @@ def _change(adapter: Adapter, module: str, base: nn.Module | None, like: Tensor,
 def midi_folder(
     folder: Path, adapter: Adapter, companions: Mapping[str, Adapter], header: Mapping[str, str]
 ) -> str:
-    """Write an adapter for MIDI's own loader, and return the `LoraConfig` that the loader needs, as text.
+    """Write an adapter for MIDI's own loader, and return the text of the `LoraConfig` that the loader needs.
 
-    The loader has one rank for all layers. Lower ranks are padded with zeros, and the scale is multiplied
-    into the factors.
+    The loader accepts only one rank for all layers. Factors of lower rank are therefore padded with zeros.
+    The scale is multiplied into the factors.
 
     Args:
         folder: folder to write `lora_weights.safetensors` and `lora_weights.pth` to.
@@ -306,10 +318,14 @@ def _convolutions(layers: Mapping[str, tuple[Rename, Layer]]) -> list[str]:
 
 
 def _refuse(target: str, **found: Iterable[str]) -> None:
-    """Raise an error if a target cannot represent all layers.
+    """Raise an error if an export target cannot represent all layers.
+
+    Args:
+        target: name of the target.
+        found: names of the unsupported layers, by kind of problem, such as `biases`.
 
     Raises:
-        ValueError: if a list in `found` is not empty.
+        ValueError: if `found` contains a layer.
     """
     problems = [f"{what} ({some_of(names)})" for what, names in found.items() if names]
     if problems:

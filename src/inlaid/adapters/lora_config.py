@@ -120,7 +120,7 @@ def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float | None:
 
 
 def peft_type(config: Mapping[str, Any]) -> str:
-    """Return the adapter kind in a configuration, in capitals. The default is `LORA`."""
+    """Return the `peft_type` of a configuration, in capitals. The default is `LORA`."""
     return str(config.get("peft_type") or "LORA").rsplit(".")[-1].upper()
 
 

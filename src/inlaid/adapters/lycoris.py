@@ -1,8 +1,9 @@
 """LoKr and LoHa adapters (Yeh et al. 2023, https://arxiv.org/abs/2309.14859): faster layers, and file I/O.
 
-The pipelines of diffusers load neither LoKr nor LoHa; `load_lora_adapter` of a diffusers transformer loads
-LoKr only. A file has the layout that this method expects: its name is `pytorch_lora_weights.safetensors`,
-its tensors have peft's names with the prefix `transformer.`, and its header contains peft's configuration.
+The pipelines of diffusers load neither LoKr nor LoHa. The method `load_lora_adapter` of a diffusers
+transformer loads LoKr, but not LoHa. Both kinds of adapters are written in the file layout of this method.
+The file name is `pytorch_lora_weights.safetensors`. The tensors have peft's names with the prefix
+`transformer.`, and the header contains peft's configuration.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ _CONFIG: Mapping[str, tuple[str, ...]] = {
 
 
 def factor(denoiser: nn.Module, name: str) -> None:
-    """Make the LoKr and LoHa linear layers of adapter `name` faster; results stay equal up to rounding.
+    """Make the LoKr and LoHa linear layers of an adapter faster; results stay equal up to rounding.
 
-    peft computes the full update matrix (out, in) in float32 in every pass. LoKr does not need this matrix,
-    because a Kronecker product can be applied to x as two small matrix products. For LoHa, the matrix is
-    computed, but it is applied in the dtype of the activations. peft's option `module_dropout` is not
-    supported, so that each layer compiles to one graph.
+    `name` is peft's name of the adapter. peft computes the full update matrix (out, in) in float32 in every
+    pass. LoKr does not need this matrix: the Kronecker factors are applied to the activations one after the
+    other. LoHa needs the matrix, but applies it in the dtype of the activations. peft's option
+    `module_dropout` is not supported, so that each layer compiles to one graph.
     """
     from peft.tuners.loha.layer import Linear as LoHaLinear
     from peft.tuners.lokr.layer import Linear as LoKrLinear
@@ -177,7 +178,9 @@ def export(
     out: Path,
     names: OriginalNames,
 ) -> Path:
-    """Export a LoKr or LoHa adapter, and verify the written file.
+    """Export a LoKr or LoHa adapter.
+
+    For `diffusers`, the file is copied. For other targets, the written file is compared with the adapter.
 
     Args:
         path: folder of the adapter.
@@ -186,7 +189,7 @@ def export(
         names: names of the layers in the family's original code.
 
     Returns:
-        The file.
+        Path of the written file.
 
     Raises:
         ValueError: if the target cannot represent a layer.

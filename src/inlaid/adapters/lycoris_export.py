@@ -1,8 +1,8 @@
 """LoKr and LoHa in the file layouts of ComfyUI and musubi-tuner.
 
-peft always scales the update by alpha / rank. Other programs do so only if a factor is decomposed, and ignore
-alpha otherwise. Here, the scale is multiplied into the first factor and alpha is set to the rank, so that the
-update is the same in all programs.
+peft always scales the update by alpha / rank. Other programs ignore alpha if neither LoKr factor is stored as
+a product of two matrices. Here, the scale is multiplied into the first factor, and alpha is set to the rank.
+The update is then the same in all programs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def update(parts: Parts, scale: float) -> Tensor:
     """Return the update (out, in) of a layer in float32.
 
-    It is the Kronecker product (LoKr) or the elementwise product (LoHa) of two matrices.
+    It is `scale` times a product of two matrices: the Kronecker product for LoKr, the elementwise product for
+    LoHa.
     """
     own = {name: t.float() for name, t in parts.items()}
     if "hada_w1_a" in own:
@@ -52,10 +53,11 @@ def _product(parts: Parts, name: str) -> Tensor:
 
 
 def as_lora(parts: Parts, scale: float) -> tuple[Tensor, Tensor]:
-    """Return LoRA factors A (r, in) and B (out, r) with exactly the update of a LoKr, in float32.
+    """Convert a LoKr to LoRA factors A (r, in) and B (out, r) in float32, without approximation.
 
-    With w2 = a b, the update is kron(w1, a) kron(I, b) = kron(I, a) kron(w1, b). If w2 is not decomposed, or
-    if neither form lowers the rank, one factor is the identity and the other is the update.
+    If w2 = a b, the update is kron(w1, a) kron(I, b) = kron(I, a) kron(w1, b). The product with the lower
+    rank r is chosen. If w2 has no factors a and b, or if r would not be below min(out, in), one LoRA factor
+    is the identity and the other is the full update.
     """
     own = {name: t.float() for name, t in parts.items()}
     whole = update(parts, scale)
@@ -71,7 +73,10 @@ def as_lora(parts: Parts, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(parts: Parts, scale: float) -> dict[str, Tensor]:
-    """Multiply the scale into the first factor. A decomposed w1 of LoKr is multiplied out."""
+    """Multiply `scale` into the first factor of a LoKr or LoHa layer.
+
+    The first factor of LoKr is w1. If w1 is a product of two matrices, the product is computed.
+    """
     if "hada_w1_a" in parts:
         return {**parts, "hada_w1_a": parts["hada_w1_a"].float() * scale}
     second = {k: t for k, t in parts.items() if k.startswith("lokr_w2")}
@@ -79,7 +84,10 @@ def _scaled(parts: Parts, scale: float) -> dict[str, Tensor]:
 
 
 def _swapped(parts: Parts, rename: Rename) -> dict[str, Tensor] | None:
-    """Swap the halves of the rows if the original code has them swapped; return None if impossible."""
+    """Exchange the two halves of the output rows if the original code has them in the opposite order.
+
+    For a LoKr, this is impossible if `lokr_w1` has an odd number of rows. The result is then None.
+    """
     if not rename.swapped:
         return dict(parts)
     if "hada_w1_a" in parts:
@@ -90,7 +98,11 @@ def _swapped(parts: Parts, rename: Rename) -> dict[str, Tensor] | None:
 
 
 def _fused_loha(layers: list[Parts | None]) -> dict[str, Tensor]:
-    """Return LoHa factors of a layer that fuses several: block-diagonal factors times stacked factors."""
+    """Return the LoHa factors of a layer that fuses several layers, such as query, key and value.
+
+    The `a` factors form a block-diagonal matrix. The `b` factors are concatenated. A layer without an adapter
+    is None; its factors are zero.
+    """
     like = next(x for x in layers if x is not None)
     zero = {k: torch.zeros_like(t) for k, t in like.items()}
     own = [x or zero for x in layers]
@@ -106,10 +118,10 @@ def _fused_loha(layers: list[Parts | None]) -> dict[str, Tensor]:
 def original_tensors(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], names: OriginalNames, target: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of a file for ComfyUI or musubi-tuner.
+    """Convert a LoKr or LoHa adapter to the tensors of a file for ComfyUI or musubi-tuner.
 
-    If the original code fuses several layers, their LoKr becomes an exact LoRA, because stacked Kronecker
-    products are not a Kronecker product.
+    If the original code fuses several layers into one, their LoKr becomes an exact LoRA, because stacked
+    Kronecker products are not a Kronecker product.
 
     Args:
         tensors: tensors of the adapter by diffusers name, from `lycoris.read`.
@@ -162,7 +174,13 @@ def original_tensors(
 
 
 def file_update(tensors: Mapping[str, Tensor], name: str, spelling: Spelling) -> Tensor:
-    """Return the update (rows, in) that ComfyUI and musubi-tuner compute for a layer in a file."""
+    """Return the update of a layer, (out, in), that ComfyUI and musubi-tuner compute from a file.
+
+    Args:
+        tensors: tensors of the file, by name.
+        name: name of the layer in the original code.
+        spelling: tensor names of the file layout.
+    """
     stem = spelling.name(name)
     if f"{stem}{spelling.down}" in tensors:
         return spelling.effect(tensors, name, None)

@@ -13,9 +13,10 @@ from inlaid.networks.half_tokens import NOT_MERGEABLE
 
 
 def effective_delta(adapter: Adapter, module: str, base_weight: Tensor) -> Tensor:
-    """Return the change that merging makes to a layer's weight, in float32: s B A, or W' - W for DoRA.
+    """Return the change of a layer's weight when the adapter is merged, in float32.
 
-    W is the weight of the base model, and W' is the merged weight.
+    The change is s B A for LoRA, and W' - W for DoRA. s is the scale, W is the weight of the base model, and
+    W' is the merged weight.
     """
     if not adapter.dora:
         return layer_delta(adapter, module).to(base_weight.device).reshape(base_weight.shape)
@@ -29,8 +30,8 @@ def merge_adapter(denoiser: nn.Module, adapter: Adapter) -> None:
     Merged weights are computed in float32 and cast to the dtype of the network's weights.
 
     Raises:
-        ValueError: if the adapter does not fit the network or applies to alpha tokens only, or if the network
-            is quantized or has an adapter attached.
+        ValueError: if the adapter does not fit the network, or applies to alpha tokens only. Also if the
+            network is quantized, or already has an adapter attached.
     """
     if adapter.joint:
         raise ValueError(NOT_MERGEABLE)
@@ -82,9 +83,9 @@ def attach_adapter(network: nn.Module, adapter: Adapter, name: str = "inlaid") -
 
 
 def layer_delta(adapter: Adapter, module: str) -> Tensor:
-    """Return the low-rank update s B A of a layer as a float32 matrix (out, in).
+    """Return the low-rank update of a layer, scale * B A, as a float32 matrix (out, in).
 
-    For a convolution, `in` is the number of input channels times the kernel size.
+    For a convolution, `in` is the number of input channels times the number of kernel elements.
     """
     a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
     return low_rank_product(a, b, adapter.scale(module))

@@ -1,4 +1,4 @@
-"""Names of tensors in adapter files: prefixes, factors, and the layers that module names stand for."""
+"""Names of tensors in adapter files: their prefixes and suffixes, and the layers that they belong to."""
 
 from __future__ import annotations
 
@@ -97,14 +97,18 @@ def parse_key(key: str) -> Key:
 
 
 def layout_of(prefix: str) -> Layout:
-    """Return the file layout that uses a prefix of tensor names; `bare` for an empty prefix."""
+    """Return the name of the file format whose tensor names start with `prefix`; `bare` if it is empty."""
     found = [layout for p, layout in _FLAT.items() if prefix.endswith(p)]
     found += [layout for p, layout in _DOTTED.items() if prefix.startswith(p)]
     return found[0] if found else "bare"  # type: ignore[return-value]
 
 
 def split_block(module: str) -> tuple[str, str]:
-    """Split `blocks.0.attn1.to_q` into `blocks.0.` (empty outside the blocks) and `attn1.to_q`."""
+    """Split a module name into the prefix of its block and the rest.
+
+    For example, `blocks.0.attn1.to_q` becomes `blocks.0.` and `attn1.to_q`. The prefix is empty for a module
+    outside the blocks.
+    """
     match = _BLOCK.fullmatch(module)
     assert match
     return match[1] or "", match[2]
@@ -112,7 +116,10 @@ def split_block(module: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """Diffusers layer that a module in a file adapts, alone or together with other layers."""
+    """Diffusers layer that a module in an adapter file adapts.
+
+    A module may fuse several layers, such as query, key and value. Each layer is then a separate target.
+    """
 
     module: str
     part: int = 0
@@ -123,7 +130,10 @@ class Target:
     """True if the two halves of the output rows have the opposite order in diffusers."""
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Select this layer's output rows from a tensor of the fused module; rows are the first axis."""
+        """Return this layer's rows from a tensor of the module in the file.
+
+        Rows are the first axis. If `swapped` is set, the two halves of the rows are exchanged.
+        """
         own = tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
         return torch.cat([*own.chunk(2)][::-1]) if self.swapped else own
 
@@ -137,18 +147,22 @@ class Found:
 
 
 class AmbiguousError(ValueError):
-    """Error for a name with underscores that stands for more than one layer."""
+    """Error for an ambiguous module name: its underscores can be read as dots in more than one way."""
 
 
 class Names:
-    """Module names of a family in the original code and in diffusers, with dots or underscores."""
+    """Lookup of a family's layers by the module names in adapter files.
+
+    A layer has a name in the model's original code and a name in diffusers; both are found. The parts of a
+    name are separated by dots or underscores.
+    """
 
     def __init__(self, family: type[Family] | Family, layers: Iterable[str] = ()) -> None:
-        """Collect the names of a family.
+        """Collect the layer names of a family.
 
         Args:
             family: model family.
-            layers: names of a network's layers in diffusers. Without these, only names that the family
+            layers: diffusers names of all layers of the network. Without them, only layers that the family
                 declares are found.
         """
         self.family = (family if isinstance(family, type) else type(family)).__name__
@@ -171,14 +185,15 @@ class Names:
             self._flat_layers.setdefault(name.replace(".", "_"), []).append(name)
 
     def find(self, module: str, flat: bool) -> Found | None:
-        """Return the layers that a module name stands for, or None.
+        """Return the layers that a module name stands for, or None if the name is unknown.
 
         Args:
-            module: name of the module in the file, without prefix.
+            module: name of a module in an adapter file, without prefix.
             flat: True if the name has underscores instead of dots.
 
         Raises:
-            AmbiguousError: if the name can stand for different layers, and the known layers do not decide.
+            AmbiguousError: if the name can stand for different layers, and the layer names of the network do
+                not decide between them.
         """
         if flat and module in self._flat_layers:
             return self._choose(module, [Found((Target(n),), "diffusers") for n in self._flat_layers[module]])
@@ -198,9 +213,10 @@ class Names:
         return self._choose(module, found)
 
     def parameters(self, name: str, flat: bool) -> tuple[Target, ...]:
-        """Return the modules or parameters of a network that a name in a file stands for.
+        """Return the layers or parameters that a name in an adapter file stands for.
 
-        An unknown name with dots is returned as it is, so the caller must check that the network has it.
+        An unknown name with dots is returned unchanged, so the caller must check that the network has it. For
+        an unknown name with underscores (`flat`), the result is empty.
         """
         found = self.find(name, flat)
         if found:
@@ -208,14 +224,20 @@ class Names:
         return () if flat else (Target(name),)
 
     def knows(self, name: str) -> bool:
-        """Return whether a layer or parameter with this name is known."""
+        """Return whether `name` is an original or diffusers name of a layer or parameter of the family."""
         return self.find(name, False) is not None
 
     def _matches(self, module: str) -> bool:
         return any(re.fullmatch(pattern, module) for pattern in self._declared)
 
     def _choose(self, module: str, found: list[Found]) -> Found | None:
-        """Return the only candidate, or the one whose layers exist in the network, or None."""
+        """Return one of the candidates `found` for the layers of a module, or None if there are none.
+
+        Of several different candidates, the one whose layers all exist in the network is returned.
+
+        Raises:
+            AmbiguousError: if more than one candidate remains.
+        """
         different = list({f.targets: f for f in found}.values())
         if len(different) > 1:
             there = [f for f in different if all(t.module in self.layers for t in f.targets)]

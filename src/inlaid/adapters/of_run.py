@@ -22,9 +22,9 @@ BASE = "base"
 def trained_folder(run: Run, checkpoint: str | None, family: families.Family) -> Path:
     """Return the folder with the trained weights of a run.
 
-    If `checkpoint` is None, this is the folder of the final weights or, if the run is not finished, of the
-    newest checkpoint. An adapter is validated here, before large files are loaded, because a pipeline would
-    reject an invalid adapter late or not at all.
+    If `checkpoint` is None, the final weights are used. If the run is not finished, the newest checkpoint is
+    used instead. An adapter is validated here, before large files are loaded, because a pipeline would reject
+    an invalid adapter late or not at all.
 
     Raises:
         ValueError: if the run has no trained weights, or the adapter is damaged or does not fit the family.
@@ -56,10 +56,10 @@ def trained_folder(run: Run, checkpoint: str | None, family: families.Family) ->
 
 
 def load_into_pipeline(family: families.Family, pipeline: Any, folder: Path) -> None:
-    """Load an adapter of any kind into a pipeline, under the adapter name `inlaid`.
+    """Load a LoRA, DoRA, LoKr or LoHa adapter into a pipeline, under the name `inlaid`.
 
     Raises:
-        ValueError: if the adapter does not fit, or the pipeline loads no weights from the folder.
+        ValueError: if the adapter does not fit the network, or if nothing was loaded from the folder.
     """
     network = getattr(pipeline, family.component)
     if not lycoris.load(network, folder):

@@ -1,7 +1,8 @@
-"""Adapter layers with the names and row order of the original code, and their tensor names in files.
+"""Adapter layers under the names of a model's original code, and the tensor names that programs expect.
 
-The scale alpha / rank is always multiplied into the second factor, and alpha is set to the rank. Programs
-that read alpha and programs that ignore it then apply the same update.
+Layers follow the row order of the original code. The scale alpha / rank is always multiplied into the second
+factor, and alpha is set to the rank. Programs that read alpha and programs that ignore it then apply the same
+update.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """Low-rank update of one layer of the original code, with its scale multiplied into `up`."""
+    """Low-rank update of one layer. The scale alpha / rank is already multiplied into `up`."""
 
     down: Tensor
     """First factor (r, in); for convolutions (r, in, kernel ...)."""
@@ -47,14 +48,14 @@ class Layer:
 
     @property
     def convolution(self) -> bool:
-        """True for a layer whose factors have kernel axes."""
+        """True for a convolution: its factors have kernel axes."""
         return self.down.ndim > 2
 
     def dora_scale(self) -> Tensor:
-        """Return the magnitudes as ComfyUI's `dora_scale`: (rows, 1) or, for convolutions, (rows, 1, 1, ...).
+        """Return the `dora_scale` that ComfyUI reads, (rows, 1) or, for convolutions, (rows, 1, 1, ...).
 
-        ComfyUI multiplies W + s B A by dora_scale / ||W||, but DoRA multiplies it by m / ||W + s B A||. For
-        equal results, dora_scale is m ||W|| / ||W + s B A||.
+        ComfyUI multiplies W + s B A by dora_scale / ||W||. DoRA multiplies it by m / ||W + s B A||, where m
+        is the magnitude. The result is therefore m ||W|| / ||W + s B A||.
         """
         assert self.magnitude is not None and self.weight is not None
         merged = self.weight.flatten(1) + self.delta
@@ -70,7 +71,7 @@ class Layer:
 
 
 def folded(adapter: Adapter) -> Adapter:
-    """Return an adapter with the same effect and scale 1: the alpha of each layer equals its rank."""
+    """Return an equivalent adapter with scale 1: the LoRA alpha of each layer equals its rank."""
     tensors = dict(adapter.tensors)
     for module in adapter.modules:
         scale = adapter.scale(module)
@@ -88,19 +89,22 @@ def folded(adapter: Adapter) -> Adapter:
 def original_layers(
     adapter: Adapter, names: OriginalNames, base: nn.Module | None = None
 ) -> dict[str, tuple[Rename, Layer]]:
-    """Return the layers of an adapter by original name, each with the mapping to its diffusers layers.
+    """Convert an adapter to the layers of the family's original code.
 
-    Diffusers layers that the original code fuses become one update. If their first factors are equal, the
-    second factors are stacked. Otherwise, the first factors are stacked, the second factor is block-diagonal,
-    and the ranks add up.
+    Diffusers layers that the original code fuses become one layer. If all of them have the same first factor,
+    their second factors are stacked. Otherwise, the first factors are stacked, the second factor is
+    block-diagonal, and the ranks add up.
 
     Args:
         adapter: the adapter.
-        names: names of the layers in the family's original code.
+        names: names of the layers in the original code.
         base: network without adapters, for the weights of the layers.
 
+    Returns:
+        By original layer name: the mapping to the diffusers layers, and the low-rank update.
+
     Raises:
-        ValueError: if a layer has no original name.
+        ValueError: if a layer has no original name, or if DoRA layers are fused and `base` is None.
     """
     adapter = folded(adapter)
     found: dict[str, Rename] = {}
@@ -117,7 +121,10 @@ def original_layers(
 
 
 def plain_layers(adapter: Adapter, base: nn.Module | None = None) -> dict[str, Layer]:
-    """Return the layers of an adapter by their diffusers names."""
+    """Return the layers of an adapter by diffusers name. Their factors include the LoRA scale.
+
+    `base` is the network without adapters, for the weights of the layers.
+    """
     adapter = folded(adapter)
     return {module: _layer(adapter, module, base) for module in adapter.modules}
 
@@ -133,7 +140,7 @@ def _layer(adapter: Adapter, module: str, base: nn.Module | None) -> Layer:
 
 
 def _joined(adapter: Adapter, rename: Rename, base: nn.Module | None) -> Layer:
-    """Join the updates of the diffusers layers that one original layer fuses."""
+    """Combine the updates of the diffusers layers that form one layer in the original code."""
     own = {m: _layer(adapter, m, base) for m in rename.diffusers if m in adapter.alpha}
     like = next(iter(own.values()))
     if len(rename.diffusers) == 1:
@@ -190,7 +197,7 @@ class Spelling:
     """Suffix of the DoRA magnitudes in ComfyUI's definition."""
 
     def write(self, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-        """Return the tensors of a file that contains these layers."""
+        """Return the tensors of layers, by their names in a file of this layout."""
         out: dict[str, Tensor] = {}
         for name, layer in layers.items():
             stem = self.name(name)
@@ -208,7 +215,7 @@ class Spelling:
         return out
 
     def effect(self, tensors: Mapping[str, Tensor], name: str, weight: Tensor | None) -> Tensor:
-        """Return the weight change (rows, in) that the target program computes for a layer in a file.
+        """Return the weight change (rows, in) that the program computes for a layer from an adapter file.
 
         Args:
             tensors: content of the file.
@@ -233,7 +240,7 @@ class Spelling:
 
 
 def flat_name(name: str) -> str:
-    """Return the name of a layer in kohya's form, such as `lora_unet_blocks_0_self_attn_q`."""
+    """Return the name of a layer in kohya's format, such as `lora_unet_blocks_0_self_attn_q`."""
     return "lora_unet_" + name.replace(".", "_")
 
 

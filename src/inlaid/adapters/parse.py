@@ -1,4 +1,4 @@
-"""Grouping of the tensors in an adapter file by layer, and checks for problems that prevent an import."""
+"""Parsing of adapter files: group the tensors by layer, and find problems that prevent an import."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OTHER_LAYERS = ("layer_replication", "alora_invocation_tokens", "use_qalora", "
 
 @dataclass
 class Layer:
-    """Tensors of an adapted module in a file."""
+    """Tensors of one adapted module in an adapter file."""
 
     name: str
     """Name of the module in the file, without prefix."""
@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """Name for messages: the diffusers name or, for fused layers, the name in the file."""
+        """Name for messages: the name in diffusers, or for fused layers the name in the file."""
         return self.targets[0].module if len(self.targets) == 1 else self.name
 
     @property
@@ -55,7 +55,7 @@ class Layer:
 
     @property
     def full(self) -> bool:
-        """True for LoKr with two full factors, which have no rank."""
+        """True for a LoKr whose two factors are full matrices. Such a LoKr has no rank."""
         return self.kind == "lokr" and not any(p.endswith(("_a", "_b")) for p in self.parts)
 
     @property
@@ -198,7 +198,7 @@ def _whole(key: str, rest: str, tensor: Tensor) -> Whole:
 
 
 def _beside_factors(layers: Mapping[str, Layer], differences: Sequence[Difference]) -> list[Difference]:
-    """Add each bias difference to its layer, if that has LoRA factors, and return the other differences."""
+    """Add the bias differences of layers with LoRA factors to these layers; return the other differences."""
     rest = []
     for each in differences:
         layer = layers.get(each.module)
@@ -256,7 +256,7 @@ def _problems(parsed: Parsed) -> list[str]:
 
 
 def _incomplete(layer: Layer) -> str:
-    """List the parts of a layer if a factor is missing; return an empty text if the layer is complete."""
+    """Return text that lists a layer's tensors if a factor is missing, else an empty string."""
     have = layer.parts.keys()
     wanted: dict[str, tuple[set[str], ...]] = {
         "lora": ({"A"}, {"B"}),
@@ -271,7 +271,10 @@ def _incomplete(layer: Layer) -> str:
 
 
 def _finite(layer: Layer) -> bool:
-    """Return whether all values are finite numbers; the unused alpha of full LoKr factors is not checked."""
+    """Return True if all tensors are real floating-point tensors with finite values.
+
+    Alpha may also be an integer. It is not checked for LoKr with two full factors, which does not use it.
+    """
     unused = {"alpha"} if layer.full else set()
     return all(
         (n == "alpha" or t.is_floating_point()) and t.float().isfinite().all()
@@ -281,7 +284,10 @@ def _finite(layer: Layer) -> bool:
 
 
 def _misshapen(layer: Layer) -> list[str]:
-    """Return messages about invalid shapes and parts of a layer that has all factors."""
+    """Return messages about the invalid factor shapes and the unsupported parts of a layer.
+
+    The layer must have all factors of its kind.
+    """
     parts, label, out = layer.parts, layer.label, []
     pairs = {
         "lora": [("A", "B")],
@@ -340,7 +346,10 @@ def _flat(tensor: Tensor) -> bool:
 
 
 def _contradictions(parsed: Parsed) -> list[str]:
-    """Return messages about tensors that contradict the configuration, and about unsupported features."""
+    """Return a message for each contradiction and each unsupported feature in an adapter file.
+
+    A contradiction is a difference between the tensors and the stored configuration.
+    """
     out, config = [], parsed.source.config
     parts = {layer.label: layer.parts for layer in parsed.layers.values()}
     magnitudes = [m for m, p in parts.items() if {"magnitude", "dora_scale"} & p.keys()]

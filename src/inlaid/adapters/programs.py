@@ -1,4 +1,4 @@
-"""Programs that `inlaid export` writes files for: how to load the files, and what is not supported."""
+"""Targets of `inlaid export`: how other programs load the files, and what they cannot load."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LAYERS = (
 
 @dataclass(frozen=True)
 class Program:
-    """Target of `inlaid export`."""
+    """Target of `inlaid export`: a program or a file layout, and what it can represent."""
 
     name: str
     """Names of the programs that load this layout."""
@@ -135,12 +135,12 @@ ALIASES: Mapping[str, str] = {"kohya": "musubi"}
 
 
 def targets(family: type[Family] | Family) -> list[str]:
-    """Return the names of the targets that exist for a family."""
+    """Return the names of the `inlaid export` targets that a family supports."""
     return [t for t in PROGRAMS if t in ("diffusers", "merged") or t in family.programs]
 
 
 def canonical(to: str) -> str:
-    """Return the target for a name or alternative name.
+    """Return the main name of an export target; `to` is this name or an alias.
 
     Raises:
         ValueError: if there is no such target.
@@ -155,14 +155,14 @@ def canonical(to: str) -> str:
 def refusal(
     to: str, family: type[Family] | Family, kind: str, *, whole: bool = False, joint: bool = False
 ) -> str | None:
-    """Return the reason why a target cannot represent trained weights, or None if it can.
+    """Return the reason why an export target cannot represent trained weights, or None if it can.
 
     Args:
         to: name of the target.
         family: model family.
         kind: kind of tuner: `lora`, `dora`, `lokr`, `loha` or `full`.
         whole: True to export the whole model, with the adapter merged into it.
-        joint: True for an adapter that generates the alpha channel as a second clip of tokens.
+        joint: True for an adapter that was trained with joint alpha.
     """
     target = canonical(to)
     program, whole = PROGRAMS[target], whole or kind == "full" or target == "merged"
@@ -187,7 +187,7 @@ def refusal(
 
 
 def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, whole: bool) -> str:
-    """Return one line of text on how to load an exported file or folder."""
+    """Return one line of text that tells how to load an exported file or folder in the program `to`."""
     program = PROGRAMS[canonical(to)]
     text = program.special.get(kind) or program.special.get(family.modality) or program.adapter
     text = (program.whole if whole else text).format(path=path)
@@ -195,10 +195,11 @@ def loading(to: str, path: Path, family: type[Family] | Family, kind: str, *, wh
 
 
 def table() -> list[dict[str, str]]:
-    """Return the texts `target`, `program`, `adapter`, `whole` and `lacks` for each target.
+    """Return one dictionary of texts per export target.
 
-    `adapter` and `whole` explain in Markdown how to load an adapter or a whole model. They are empty if the
-    program cannot load it.
+    The key `target` gives the name of the target, and `program` the programs that load the export. `adapter`
+    and `whole` explain in Markdown how to load an adapter and a whole model. An empty text means that the
+    program cannot load it. `lacks` states what else the program cannot load.
     """
     rows = []
     for target, program in PROGRAMS.items():
@@ -211,7 +212,7 @@ def table() -> list[dict[str, str]]:
 
 
 def markdown() -> str:
-    """Return the table of programs in Markdown, for the documentation."""
+    """Return a Markdown table of the programs that `inlaid export` supports, for the documentation."""
     lines = [
         "| `--to` | program | adapter | whole model (`--merge`, or full fine-tuning) | cannot take |",
         "|---|---|---|---|---|",

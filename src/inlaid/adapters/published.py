@@ -1,8 +1,9 @@
 """Conversion of adapters from the original trainers of Mochi and CogVideoX to the usual tensor names.
 
-Mochi's trainer (genmo) stores rank and LoRA alpha as JSON in the header. CogVideoX's trainer (SAT) stores no
-LoRA alpha. It writes a whole checkpoint, in which the factors of queries, keys and values are a list. This
-module is based on the layout of the files, not on the authors' code.
+Mochi's trainer (genmo) stores the ranks and LoRA alphas as JSON in the header. CogVideoX's trainer (SAT)
+stores no LoRA alpha. It writes a whole checkpoint, in which query, key and value are numbered: the name
+`query_key_value.matrix_A.0` stands for a factor of the query. This module is based on the layout of the
+files, not on the authors' code.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SAT_LAYERS = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0"
 
 @dataclass(frozen=True)
 class Published:
-    """Adapter of an original trainer, with the usual tensor names."""
+    """LoRA from Mochi's or CogVideoX's original trainer, with tensors named as in other LoRA files."""
 
     tensors: Mapping[str, Tensor]
     name: str
@@ -45,16 +46,19 @@ class Published:
 
 
 def recognize(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Published | None:
-    """Convert an adapter of genmo's or SAT's trainer; return None for other files.
+    """Convert an adapter of Mochi's trainer (genmo) or CogVideoX's trainer (SAT).
 
     Args:
-        path: the file, for messages.
-        tensors: its tensors.
-        header: its metadata.
+        path: path of the file, for error messages.
+        tensors: tensors of the file.
+        header: metadata of the file.
+
+    Returns:
+        The converted adapter, or None for other files.
 
     Raises:
-        ValueError: if it is such a file, but its settings are invalid or disagree with its tensors, or a
-            factor belongs to an unknown layer.
+        ValueError: if it is such a file, but its settings are invalid, its settings disagree with its
+            tensors, or a factor belongs to an unknown layer.
     """
     if any(re.search(r"\.matrix_[AB]\.", k) for k in tensors):
         return _sat(path, tensors)
@@ -87,7 +91,16 @@ def _sat(path: Path, tensors: Mapping[str, Tensor]) -> Published:
 
 
 def _genmo(path: Path, tensors: Mapping[str, Tensor], raw: Any) -> Published:
-    """Return an adapter of genmo's trainer with the LoRA alphas in its settings, after checking the ranks."""
+    """Return an adapter of genmo's trainer, with the LoRA alphas from the trainer's settings.
+
+    Args:
+        path: the adapter file, for error messages.
+        tensors: tensors of the file.
+        raw: the settings as JSON text, from the metadata of the file.
+
+    Raises:
+        FileError: if the settings are invalid, or if their ranks differ from those of the tensors.
+    """
 
     def wrong(why: str) -> FileError:
         return FileError(path, f"`{GENMO_KEY}` does not hold the LoRA settings of genmo's trainer ({why})")
@@ -118,5 +131,5 @@ def _genmo(path: Path, tensors: Mapping[str, Tensor], raw: Any) -> Published:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value is a number above 0."""
+    """Return whether a value is a number above 0 and below `HUGE`."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < HUGE

@@ -1,8 +1,8 @@
 """Reader of adapter files in the layouts of the common trainers.
 
-All layouts are converted to an `adapter.Adapter`. The stock loaders ignore most layouts of other trainers
-with only a warning, and discard LoRA alpha without a warning. `read_adapter` instead uses every tensor of a
-file or raises an error.
+All layouts are converted to an `adapter.Adapter`. diffusers ignores the files of most other trainers with
+only a warning, and discards LoRA alpha without a warning. `read_adapter` uses every tensor of a file, or
+raises an error.
 
 DoRA is defined as in peft (Liu et al. 2024, https://arxiv.org/abs/2402.09353): each row of the weight is
 W' = m (W + s B A) / ||W + s B A||.
@@ -41,7 +41,7 @@ Base = nn.Module | Callable[[], nn.Module] | None
 
 @dataclass(frozen=True)
 class Lycoris:
-    """LoKr or LoHa adapter in memory, by diffusers layer. Some of the layers may be LoRA."""
+    """LoKr or LoHa adapter in memory. Layers have diffusers names. Some layers may be LoRA."""
 
     layers: Mapping[str, Factors]
     layout: Layout
@@ -68,21 +68,22 @@ def read_adapter(
 ) -> Adapter:
     """Read an adapter in any known layout as a LoRA or DoRA, using every tensor of the file.
 
-    LoKr and LoHa become an exact LoRA, which can be large; see `read_any`.
+    LoKr and LoHa are converted to a LoRA with the same update, which can be large. `read_any` keeps them.
 
     Args:
         path: adapter file, folder that contains one, or run folder.
         family: model family that defines the module names.
-        alpha: LoRA alpha for files that store none. Default: the rank of each module, with a note.
+        alpha: LoRA alpha for files that store none. Default: the rank of each module; a note is added.
         shapes: weight shapes of the network's layers, from `layer_shapes`, to check that the adapter fits.
-        base: network without adapters. Required for files with `dora_scale`, whole biases or whole layers,
-            because the update depends on the base model's weights. Also required for files with changes to
-            other parameters if `merging` is True.
-        dora_scale: definition of a `dora_scale` (out, 1), which multiplies (W + s B A) / ||W|| (`comfyui`)
-            or (W + s B A) / ||W + s B A|| (`merged`, as in LyCORIS). Not needed for files written by
-            inlaid, which store it.
-        expert: `high` or `low`, for files with adapters of both experts of a network.
-        merging: accept changes to parameters without low-rank factors, which can only be merged.
+        base: network without adapters. Required for files with `dora_scale`, with magnitudes for only some
+            layers, or with complete weights instead of factors. If `merging` is True, also required for files
+            with full weight differences.
+        dora_scale: meaning of a `dora_scale` (out, 1) in the file. With `comfyui`, it multiplies
+            (W + s B A) / ||W||. With `merged` (LyCORIS), it multiplies (W + s B A) / ||W + s B A||. Not
+            needed for files written by inlaid, which store it.
+        expert: expert whose adapter is read (`high` or `low`), for files with adapters of both experts.
+        merging: accept changes that an adapter cannot represent, such as full weight differences. They can
+            only be merged into the base model.
         skip_missing: leave out layers that the network lacks, and add a note.
 
     Raises:
@@ -106,7 +107,7 @@ def read_any(
     expert: str | None = None,
     skip_missing: bool = False,
 ) -> Adapter | Lycoris:
-    """Read an adapter like `read_adapter`, but do not convert LoKr and LoHa to LoRA."""
+    """Read an adapter in the same way as `read_adapter`, but do not convert LoKr and LoHa to LoRA."""
     with reading(Path(path)):
         return _read(Path(path), family, alpha, shapes, base, dora_scale, expert, False, skip_missing)
 
@@ -197,7 +198,10 @@ def _needs_base(parsed: Parsed, merging: bool) -> bool:
 
 
 def _skip(parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Remove layers that the network does not have; return a note about them."""
+    """Remove the adapter layers that the network does not have, and return a list with a note about them.
+
+    If the network has none of the layers, nothing is removed. Without removed layers, the list is empty.
+    """
     missing = {
         n: layer for n, layer in parsed.layers.items() if any(t.module not in shapes for t in layer.targets)
     }
@@ -213,12 +217,12 @@ def _skip(parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def alphas_of(parsed: Parsed, alpha: float | None) -> tuple[dict[str, float], Counter[str]]:
-    """Return the LoRA alpha of each module, and the number of modules for each source of alpha.
+    """Return the LoRA alpha of each module, and a count of modules by the origin of their alpha.
 
-    LyCORIS does not scale LoKr with two full factors: alpha and rank are then 1.
+    LyCORIS does not scale LoKr layers with two full factors. Their alpha and rank are therefore 1.
 
     Raises:
-        ValueError: if the `alpha` argument contradicts the file, or the file needs it.
+        ValueError: if the argument `alpha` contradicts the file, or is None although this file requires it.
     """
     source, out, sources = parsed.source, {}, Counter[str]()
     for name, layer in parsed.layers.items():
@@ -249,7 +253,14 @@ def alphas_of(parsed: Parsed, alpha: float | None) -> tuple[dict[str, float], Co
 
 
 def rank_of(parsed: Parsed, layer: Layer) -> int:
-    """Return the rank by which the LoRA alpha of a layer is divided."""
+    """Return the rank by which the LoRA alpha of a layer is divided.
+
+    A LoKr whose two factors are full matrices has no rank. For such a layer, the result is the rank in peft's
+    configuration, or 1 if the file was not written by peft.
+
+    Raises:
+        ValueError: if peft's configuration has no rank for the layer.
+    """
     if layer.rank is not None:
         return layer.rank
     config = parsed.source.config
@@ -307,7 +318,7 @@ def _refuse_overflow(parsed: Parsed, alphas: Mapping[str, float]) -> None:
 
 
 class _Made:
-    """Collects the tensors and LoRA alphas of an adapter by diffusers layer."""
+    """Builder that collects the tensors and the LoRA alpha of each diffusers layer of an adapter."""
 
     def __init__(
         self,
@@ -325,7 +336,7 @@ class _Made:
         self.full = 0
 
     def add(self, layer: Layer, alpha: float) -> None:
-        """Add the diffusers layers of a module in the file."""
+        """Add one module of the file. If the module fuses several diffusers layers, each layer is added."""
         a, b = _without_ones(layer.parts["A"]), _without_ones(layer.parts["B"])
         parts, scale = {**layer.parts, "A": a, "B": b}, alpha / a.shape[0]
         if "dora_scale" in parts:
@@ -353,10 +364,11 @@ class _Made:
         self.parts[module], self.alpha[module] = parts, alpha
 
     def finish(self, biases: Mapping[str, Tensor], family: type[Family] | Family) -> None:
-        """Add bias differences and missing magnitudes, and name the tensors.
+        """Add the changes of biases and missing DoRA magnitudes, and collect all tensors by peft's names.
 
         Raises:
-            ValueError: if the layers cannot be in one adapter, or need a base model.
+            ValueError: if one peft adapter cannot contain all layers, or if the base model is needed but was
+                not given.
         """
         marked = [m for m, p in self.parts.items() if "magnitude" in p]
         if self.full and marked:
@@ -396,7 +408,10 @@ class _Made:
             self.tensors |= _named(module, parts)
 
     def _magnitudes(self, bare: Sequence[str]) -> None:
-        """Set missing magnitudes to the row norms of the merged weight, which keeps the update unchanged."""
+        """Set each missing DoRA magnitude to the row norms of the merged weight.
+
+        With these magnitudes, the layer computes the same output as plain LoRA.
+        """
         if bare and self.base is None:
             raise ValueError(
                 f"{self.path}: DoRA with {len(bare)} layers without a magnitude ({some_of(bare)}): pass "
@@ -429,9 +444,10 @@ def _without_ones(tensor: Tensor) -> Tensor:
 
 
 def _without_zeros(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove ranks whose column of B is zero; in a fused module, they belong to other layers.
+    """Reduce the rank of an update B A: remove the columns of B that are zero, and the same rows of A.
 
-    At least one rank remains.
+    One column remains if all are zero. Such columns occur in a fused layer, such as query-key-value, if each
+    of its parts was trained with a separate LoRA.
     """
     used = b.flatten(2).abs().amax((0, 2)) > 0 if b.ndim > 2 else b.abs().amax(0) > 0
     used[0] |= not used.any()
@@ -468,7 +484,7 @@ def _lycoris(
     about: Lycoris,
     family: type[Family] | Family,
 ) -> Lycoris:
-    """Return the factors of a file with LoKr or LoHa layers."""
+    """Return the adapter in a parsed file that has LoKr or LoHa layers."""
     _refuse_overflow(parsed, alphas)
     layers: dict[str, Factors] = {}
     for layer in parsed.layers.values():
@@ -492,7 +508,7 @@ def _lycoris(
 
 
 def lora_of(found: Lycoris, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Adapter:
-    """Convert a LoKr or LoHa adapter to an exact LoRA.
+    """Convert a LoKr or LoHa adapter to a LoRA with the same weight update.
 
     Raises:
         ValueError: if the LoRA exceeds the memory limit `limits.ARRAY`.

@@ -45,7 +45,7 @@ The values are the expert and the prefix that replaces the key.
 
 @dataclass(frozen=True)
 class Source:
-    """An opened adapter file, or the part of it for one expert."""
+    """Content of an adapter file. For a file with two experts, it is the content for one expert."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -67,10 +67,10 @@ class Source:
 
 
 def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
-    """Return the tensors, peft configuration and file path of an adapter for one network.
+    """Return the tensors, the peft configuration and the file path of an adapter.
 
     Raises:
-        ValueError: if the file is damaged or missing, or holds adapters of two experts.
+        ValueError: if the file is damaged or missing, or holds two adapters (one per expert of Wan2.2 A14B).
     """
     source = open_source(path)
     return source.tensors, source.config, source.path
@@ -79,9 +79,12 @@ def open_adapter(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], P
 def open_source(path: Path, alpha: float | None = None, expert: str | None = None) -> Source:
     """Open an adapter file or folder, and select the adapter of one expert.
 
+    `expert` is `high` or `low`, for a network with two experts such as Wan2.2 A14B. It may be None if the
+    file holds only one adapter.
+
     Raises:
-        ValueError: if the file is damaged or missing, holds adapters of two experts and `expert` is None, or
-            does not hold the adapter of `expert`.
+        ValueError: if the file is damaged or missing, if it holds two adapters and `expert` is None, or if
+            its only adapter is for the other expert.
     """
     found = open_experts(path, alpha)
     if len(found) > 1 and expert is None:
@@ -106,7 +109,7 @@ def open_experts(path: Path, alpha: float | None = None) -> dict[str | None, Sou
         Sources by expert; one entry with key None if the tensor names state no expert.
 
     Raises:
-        ValueError: if the file is damaged or missing.
+        ValueError: if the file is damaged or missing, or if only some of its tensor names state an expert.
     """
     path = locate(path)
     tensors, header, config = _contents(path)
@@ -130,7 +133,7 @@ def locate(path: Path) -> Path:
     """Return the weights file in a folder, or `path` itself if it is a file.
 
     Raises:
-        ValueError: if there is no file, or several.
+        ValueError: if `path` does not exist, or if the folder has no weights file or several candidates.
     """
     if path.is_file():
         return path
@@ -152,7 +155,12 @@ def locate(path: Path) -> Path:
 
 
 def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Mapping[str, Any] | None]:
-    """Return the tensors and header of a file, and the trainer settings if a torch file stores them."""
+    """Read an adapter file.
+
+    Returns:
+        The tensors, the header (empty for a torch file), and the settings that a trainer stored in a torch
+        file (None if there are none).
+    """
     if path.suffix == ".safetensors" or _head(path)[0][8:] == b"{":
         with load_safetensors(path) as file:
             return {k: file.get_tensor(k) for k in file.keys()}, read_metadata(file), None  # noqa: SIM118
@@ -169,7 +177,11 @@ def _source(
     alpha: float | None,
     expert: Expert | None,
 ) -> Source:
-    """Return a source with its configuration; published layouts are converted to the usual names."""
+    """Return the tensors and configuration of an adapter file.
+
+    Files of the original Mochi and CogVideoX trainers, and published TransPixeler adapters, are converted to
+    common LoRA tensor names.
+    """
     tensors = {k: t.bfloat16() if _is_float8(t) else t for k, t in tensors.items()}
     component = "transformer_2" if expert == "low" else "transformer"
     raw, origin = header.get(METADATA_KEY), f"the file's header ({METADATA_KEY})"
@@ -223,7 +235,10 @@ def _is_float8(tensor: Tensor) -> bool:
 def _plain_alpha(
     path: Path, header: Mapping[str, str], alpha: float | None
 ) -> tuple[tuple[float, str] | None, list[str]]:
-    """Return the LoRA alpha in the header with its place, and notes about unusable entries.
+    """Return the LoRA alpha in the header of an adapter file, and notes about unusable entries.
+
+    The first result is a pair: the LoRA alpha, and a text that says where it was found. It is None if the
+    header contains no usable LoRA alpha, or if entries differ and `alpha` is passed.
 
     Raises:
         ValueError: if two entries differ and no `alpha` is passed.
@@ -265,7 +280,7 @@ def _head(path: Path) -> tuple[bytes, int]:
 
 @contextmanager
 def load_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file.
+    """Context manager that opens a safetensors file.
 
     Raises:
         ValueError: if the file has another format, is truncated or is damaged.
@@ -295,7 +310,15 @@ def load_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _unpickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
-    """Load the tensors of a torch file, and the trainer settings beside them, if any."""
+    """Load the tensors of a file that `torch.save` wrote.
+
+    Returns:
+        The tensors by name, and the trainer settings that the file contains. The settings are None if there
+        are none.
+
+    Raises:
+        ValueError: if the file is not a torch file, or does not map names to tensors.
+    """
     try:
         state = load_torch(path)
     except TorchFileError as error:

@@ -1,4 +1,4 @@
-"""Tuners: methods to select, prepare and save the weights that a run trains, for all model families.
+"""Selection, preparation and saving of the weights that a run trains, for all model families.
 
 LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoKr and LoHa (Yeh et al. 2023) use peft's `add_adapter`. Full
 fine-tuning trains the weights of the network.
@@ -71,10 +71,14 @@ Section = recipe.LowRank | recipe.Full
 def select(section: Section, targets: Sequence[str], denoiser: nn.Module) -> list[str]:
     """Return the names of the layers to adapt or, for full fine-tuning, of the parameters to train.
 
-    The network may be on the meta device.
+    Args:
+        section: tuner section of the recipe (YAML configuration).
+        targets: regular expressions for layer names. They apply to an adapter if the recipe sets no targets.
+        denoiser: network to train; may be on the meta device.
 
     Raises:
-        ValueError: if a target matches nothing.
+        ValueError: if a target is invalid or matches nothing, or if no target matches a layer of a trained
+            image encoder.
     """
     if isinstance(section, recipe.Full):
         names = [n for n, _ in denoiser.named_parameters()]
@@ -101,7 +105,7 @@ def attach(
 
     Args:
         section: tuner section of the recipe (YAML configuration).
-        targets: default targets of the family.
+        targets: regular expressions for layer names. They apply to an adapter if the recipe sets no targets.
         denoiser: network to train; changed in place.
         seed: seed of the initial low-rank factors.
 
@@ -109,7 +113,8 @@ def attach(
         The trainable parameters by name.
 
     Raises:
-        ValueError: if a target matches nothing.
+        ValueError: if a target is invalid or matches nothing, or if no target matches a layer of a trained
+            image encoder.
     """
     denoiser.requires_grad_(False)
     chosen = select(section, targets, denoiser)
@@ -208,7 +213,7 @@ def save(
     Args:
         section: tuner section of the recipe.
         denoiser: network after `attach`; its weights are not used.
-        weights: unsharded tensors, named as by the function `weights`.
+        weights: unsharded tensors, with the names that the function `weights` returns.
         folder: folder to write; created if missing.
         metadata: header entries of the adapter file.
 

@@ -1,4 +1,4 @@
-"""Writer of a whole model as one file with the tensor names of the original code."""
+"""Export of a whole model to one file, with the tensor names that the model's authors use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a network in diffusers layout, in the dtypes of its files.
+    """Read all tensors from the folder of a diffusers network. Their dtypes stay as stored.
 
     Raises:
         ValueError: if the folder has no tensors, or a file is damaged.
@@ -44,7 +44,7 @@ def write_original(
     dtype: torch.dtype | None = None,
     header: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a network as one safetensors file with original names, and compare the file with the network.
+    """Write a network as one safetensors file with the tensor names of the original code; verify the file.
 
     Args:
         out: file to write.

@@ -1,4 +1,4 @@
-"""Writers of adapter files in the layouts of diffusers, ComfyUI and kohya, with verification of exports."""
+"""Writers of adapter files for diffusers, peft and other programs, with verification of exports."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def write_diffusers(
     peft_config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write a LoRA or DoRA file from which diffusers' `load_lora_weights` also restores LoRA alpha and ranks.
+    """Write a LoRA or DoRA file for diffusers' `load_lora_weights`, with LoRA alpha and ranks in the header.
 
-    The header contains only settings that change the output of the layers, because other releases of peft
-    reject unknown settings.
+    Of the peft configuration, the header contains only settings that change the output of the layers. Other
+    releases of peft may reject further settings as unknown.
 
     Args:
         folder: folder to write; created if missing.
@@ -115,7 +115,7 @@ def write_peft(
 
 
 def adapter_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the file header entry that contains a peft configuration in the form that diffusers reads."""
+    """Return a peft configuration as an entry of the file header, in the form that diffusers reads."""
     packed = json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
     return {METADATA_KEY: packed}
 
@@ -135,18 +135,20 @@ def export_adapter(
         adapter: adapter from `read_adapter`.
         to: name of the target. `diffusers` and `midi-3d` write a folder with adapter files, `merged` writes
             the whole network as a diffusers folder, and all other targets write one file.
-        out: folder, or file with a suffix. A path without suffix is a folder for the file.
+        out: folder or file to write. If the target is a file, a path without suffix is its folder.
         family: model family that defines the module names.
-        base: network without adapters. Required for `merged` (changed in place), `transpixeler`, `comfyui`
-            with DoRA and `wan-alpha` with LoRA. `transpixeler` and `musubi` need only the sizes of its
-            layers, so it may be on the meta device. Without it, `musubi` infers the sizes where possible.
+        base: network without adapters. Required for `merged`, `transpixeler`, `comfyui` with DoRA and
+            `wan-alpha` with LoRA. `merged` changes the network in place. `transpixeler` and `musubi` need
+            only the layer sizes, so the network may be on the meta device. Without `base`, `musubi` infers
+            the layer sizes where possible.
         notes: function that prints a note for the user.
 
     Returns:
-        The path of the folder for `merged` and `midi-3d`, and of the adapter file for other targets.
+        Path of the folder for `merged` and `midi-3d`, and of the adapter file for other targets.
 
     Raises:
-        ValueError: if the target cannot represent the adapter, or `out` exists.
+        ValueError: if the target cannot represent the adapter, if `base` is required and missing, or if the
+            target is `merged` and `out` is a file or a folder that is not empty.
     """
     out, target = Path(out), canonical(to)
     reason = refusal(to, family, "dora" if adapter.dora else "lora", joint=adapter.joint)
@@ -224,9 +226,15 @@ def write_network(out: Path, base: nn.Module) -> Path:
 
 
 def _verify(wanted: Adapter, got: Adapter, base: nn.Module | None = None) -> None:
-    """Assert that the exported adapter `got` has the same effect as the original `wanted`.
+    """Assert that an exported adapter has the same effect as the original adapter.
 
-    The update of a layer that is in `got` but not in `wanted` must be zero.
+    Layers that are only in the exported adapter must have a zero update.
+
+    Args:
+        wanted: original adapter.
+        got: exported adapter, read back from its file.
+        base: base model. Required for a DoRA whose tensors changed, because its effect depends on the base
+            weights.
     """
     one, two = (torch.zeros(1) if x.vector is None else x.vector for x in (wanted, got))
     assert torch.equal(one.expand_as(two), two), "the domain embedding differs after export"

@@ -37,5 +37,5 @@ class Composed(_Contract):
 
     @property
     def single(self) -> Family:
-        """Model family that processes a single clip: by default, this family."""
+        """Model family that processes a single clip: `self`, unless a subclass overrides this property."""
         return self

@@ -1,14 +1,14 @@
 """Joint alpha: color and alpha are two clips in one token sequence (TransPixeler, arXiv 2501.03006).
 
-The VAE is unchanged and encodes alpha as a gray video. The latent frames of alpha follow the latent frames of
-color and have the same positions. The adapter applies to the alpha tokens only. An optional domain embedding,
-a trained vector that is initialized to zero, is added to the alpha tokens. If text and video share the
-sequence, the setting `text_to_alpha` limits how much text tokens attend to alpha tokens
-(`networks.joint_attention`).
+The VAE is unchanged and encodes alpha as a gray video. In the sequence, the latent frames of alpha follow the
+latent frames of color. Both clips have the same positional embeddings. The adapter applies to the alpha
+tokens only. Optionally, a domain embedding is added to the alpha tokens. It is a trained vector that is
+initialized to zero. If text and video share the sequence, the setting `text_to_alpha` limits the attention of
+text tokens to alpha tokens (see `networks.joint_attention`).
 
-Before training, the generated alpha clip looks like the color clip; with the same noise for both, the two are
-bit-identical. Because the adapter applies to some tokens only, it cannot be merged into the weights. A
-program without support for joint alpha applies it to all tokens.
+Before training, the generated alpha clip looks like the color clip. The adapter cannot be merged into the
+weights, because it applies to the alpha tokens only. A program without support for joint alpha applies the
+adapter to all tokens, and generates no alpha.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class Joint(Composed):
 
     @property
     def single(self) -> Family:
-        """Model family that processes a single clip: the wrapped family without alpha."""
+        """Model family without alpha. It processes one clip instead of a color clip and an alpha clip."""
         return self.opaque
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
         """Return the layout of the precomputed latents in a folder, or None if the family reads none.
 
-        If the folder has a subfolder for alpha, color and alpha are read from separate files. Otherwise, they
-        are read from one file, color first.
+        If there is a folder of alpha latents, each clip has two files: one for color and one for alpha.
+        Otherwise, each clip has one file, which contains color first and then alpha.
         """
         one = self.single.precomputed
         if one is None:
@@ -151,11 +151,14 @@ class Joint(Composed):
         return {"latents": (c, 2 * t, h, w)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a cached clip's tensors; names of alpha tensors have the prefix `ALPHA`."""
+        """Return the shapes of a cached clip's tensors, by name.
+
+        The names of alpha tensors begin with `alpha_`.
+        """
         return _both(*[self.single.stored(frames, height, width)] * 2)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Return the sequence length in tokens: the video tokens of two clips, and the text tokens once."""
+        """Return the number of tokens for both clips. Text tokens before the video are counted once."""
         return 2 * self.single.tokens(frames, height, width) - self.text_before
 
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
@@ -164,7 +167,7 @@ class Joint(Composed):
         return _both(*(self.single.encode_media(encoder, clip) for clip in clips))
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a training sample: `latents` (c, 2 * t, h, w), frames of color, then frames of alpha."""
+        """Return a training sample: `latents` (c, 2 * t, h, w), color frames before alpha frames."""
         alpha = {k.removeprefix(ALPHA): v for k, v in item.items() if k.startswith(ALPHA)}
         clips = {k: item[k] for k in alpha}, alpha
         return {
@@ -197,7 +200,10 @@ class Joint(Composed):
         return network
 
     def attached(self, denoiser: nn.Module) -> None:
-        """Restrict an attached adapter to the alpha tokens, and make its domain embedding trainable."""
+        """Restrict an attached adapter to the alpha tokens.
+
+        If the recipe uses a domain embedding (a vector added to each alpha token), it becomes trainable.
+        """
         self._tail(denoiser)
         if self.section.domain_embedding:
             denoiser.get_submodule(NAME).requires_grad_(True)
@@ -219,7 +225,7 @@ class Joint(Composed):
             domain.adapter_layers = [next(iter(layers.values()))]
 
     def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
-        """Split the video tokens over processes: color and alpha are split at the same positions."""
+        """Split the video tokens over processes. Each process gets the same positions of color and alpha."""
         self.opaque.split_sequence(denoiser, sequence.of_clips(2))
 
     # --- sampling -----------------------------------------------------------------------------------------
@@ -273,9 +279,12 @@ class Joint(Composed):
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
         """Load an adapter, restrict it to the alpha tokens, and load its domain embedding.
 
+        The domain embedding is a trained vector that is added to every alpha token. If the adapter was
+        trained without it, the vector is zero.
+
         Raises:
-            ValueError: if the adapter was not trained with joint alpha, if its domain embedding is missing,
-                or if it has a domain embedding although `alpha.domain_embedding` is false.
+            ValueError: if the adapter was not trained with joint alpha, if the file of its domain embedding
+                is missing, or if it has a domain embedding although `alpha.domain_embedding` is false.
         """
         with safe_open(folder / WEIGHTS, "pt") as file:
             header = file.metadata() or {}
@@ -297,7 +306,8 @@ class Joint(Composed):
     def set_strength(self, pipeline: Any, strength: float) -> None:
         """Scale the adapter and the domain embedding by `strength`.
 
-        The domain embedding is multiplied in place, so a second call scales it again.
+        The domain embedding is a trained vector that is added to the alpha tokens. It is multiplied in place,
+        so a second call scales it again.
         """
         self.opaque.set_strength(pipeline, strength)
         if self.section.domain_embedding:

@@ -1,8 +1,8 @@
 """Merged alpha (Wan-Alpha, Dong et al. 2025): an RGBA VAE encodes color and alpha in one latent.
 
 The network, the objective and the sampling are the same as without alpha; only the latents differ. Latents of
-different RGBA VAEs are incompatible. The ID of the RGBA VAE is therefore part of the cache key, and it is
-stored in the header of adapters, where `accept` checks it.
+different RGBA VAEs are incompatible. The ID of the RGBA VAE is therefore part of the cache key. It is also
+stored in the header of adapter files, and checked when an adapter is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADER = "inlaid_rgba_vae"
 
 
 class Merged(Composed):
-    """Model family with merged alpha: an RGBA VAE encodes color and alpha in one latent, and decodes both."""
+    """Model family with merged alpha: each latent of the RGBA VAE represents both color and alpha."""
 
     def __init__(self, opaque: Family, section: recipe.Merged) -> None:
         from inlaid.networks import rgba_vae_checkpoint
@@ -57,7 +57,10 @@ class Merged(Composed):
         self.media_key = ("merged", self.rgba_vae_id, str(section.colors), *shifted)
 
     def _noise_shift(self) -> float:
-        """Return `alpha.noise_shift`; if unset, the value stored with the RGBA VAE, or 0 without one."""
+        """Return `alpha.noise_shift`.
+
+        If it is unset, return the value stored with the RGBA VAE. If no value is stored, return 0.
+        """
         found = self.section.noise_shift
         return float(self.facts.get("noise_shift", 0) if found is None else found)
 
@@ -88,16 +91,22 @@ class Merged(Composed):
     # --- before the cache ---------------------------------------------------------------------------------
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the cached `latents`, (colors, z, t, h, w).
+        """Return the shapes of a cached clip's tensors, by name.
 
-        Each clip is encoded over several background colors; each training sample uses one of these encodings.
+        `latents` has shape (colors, z, t, h, w). Each clip is encoded over several background colors, and
+        each training sample uses one of these encodings. If the noise is shifted, `ellipse` has shape (t, h,
+        w).
         """
         shape = self.shapes(frames, height, width)["latents"]
         colors = min(self.section.colors, len(self.facts.get("colors", range(8))))
         return self._with_ellipse((colors, *shape))
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of `latents` (z, t, h, w) and, if noise is shifted, of `ellipse` (t, h, w)."""
+        """Return the shape of `latents`, (z, t, h, w).
+
+        If the noise outside the subject is shifted, also return the shape of `ellipse`, (t, h, w). This
+        tensor marks the subject.
+        """
         return self._with_ellipse(self.opaque.shapes(frames, height, width)["latents"])
 
     def _with_ellipse(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -122,11 +131,11 @@ class Merged(Composed):
         return rgba_vae_checkpoint.load(self.vae_folder, vae).to(device).eval().requires_grad_(False)
 
     def encode_media(self, encoder: RgbaVae, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode a straight RGBA clip, uint8 (t, h, w, 4), as `latents` (colors, z, t', h', w').
+        """Encode a straight RGBA clip, uint8 (t, h, w, 4), over several background colors.
 
-        Latents are normalized per channel, (z - mean) / std. A hash of the clip selects some of the
-        background colors of the RGBA VAE, so the result is reproducible. With shifted noise, the result also
-        contains `ellipse` (t', h', w').
+        The result contains `latents` (colors, z, t', h', w'), normalized with the mean and standard deviation
+        of each channel. It also contains `ellipse` (t', h', w') if `alpha.noise_shift` is above 0. A hash of
+        the clip selects the background colors, so the result is reproducible.
 
         Raises:
             ValueError: if the clip has no alpha channel.
@@ -174,15 +183,19 @@ class Merged(Composed):
         return {**item, "latents": item["latents"][which]}
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Add `noise_shift` to the noise away from the subject; `cond["ellipse"]` is 1 at the subject."""
+        """Add `noise_shift` * (1 - ellipse) to the noise.
+
+        The ellipse `cond["ellipse"]` is 1 at the center of the subject and near 0 far from it.
+        """
         from inlaid.alpha.noise_shift import shifted
 
         return shifted(noise, cond[ELLIPSE], self.noise_shift) if self.noise_shift else noise
 
     def _start(self, frames: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return shifted noise as the pipeline argument `latents`; return an empty mapping if the shift is 0.
+        """Return the initial noise as the pipeline argument `latents`; empty if `alpha.noise_shift` is 0.
 
-        Apart from the shift, it is the noise that the pipeline would sample with this generator.
+        The noise is the pipeline's own noise for this generator, plus `alpha.noise_shift` away from the
+        subject.
         """
         import torch
 
@@ -245,10 +258,15 @@ class Merged(Composed):
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check that an adapter was trained with the same RGBA VAE, according to its file header.
+        """Check that an adapter was trained with the RGBA VAE that this run uses.
+
+        If only `alpha.noise_shift` differs, a note is printed.
+
+        Args:
+            header: file header of the adapter.
 
         Raises:
-            ValueError: if it was trained with another RGBA VAE or without one.
+            ValueError: if the adapter was trained with another RGBA VAE, or without one.
         """
         said = header.get(HEADER)
         if said != self.rgba_vae_id:

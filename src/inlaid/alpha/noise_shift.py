@@ -1,11 +1,13 @@
 """Mean-shifted noise of Wan-Alpha v2 (arXiv 2509.24979, version 2): noise whose mean depends on the subject.
 
-Away from the subject, a constant is added to the noise of all latent channels. The subject is described by
-one Gaussian ellipse per latent frame: 1 at its center, near 0 far away. In training, it is fitted to the
-clip's alpha. In sampling, alpha is not known, so the ellipse is in the center or comes from a file.
+Each latent frame has one Gaussian ellipse G. It describes where the subject is: G is 1 at the center of the
+subject, and near 0 far away. The noise of all latent channels has mean (1 - G) * mu, with a constant mu.
 
-The paper writes the mean as G * mu with G = 1 *away from* the subject. Here and in the released code, G is 1
-at the subject, and the mean is (1 - G) * mu.
+In training, the ellipses are fitted to the clip's alpha. In sampling, alpha is not known, so the ellipses are
+in the center of the frame or come from a file.
+
+The paper writes the mean as G * mu, where G is 1 *away from* the subject. The released code and this module
+use 1 - G instead, as above.
 """
 
 from __future__ import annotations
@@ -37,14 +39,15 @@ CENTER = 0.3
 
 
 def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
-    """Fit a Gaussian ellipse to each latent frame of a clip's alpha.
+    """Fit an elliptical Gaussian to a clip's alpha for each latent frame, at the size of the latents.
 
     Args:
         alpha: uint8 (t, h, w).
-        stride: video frames per latent frame, and pixels per latent cell and side.
+        stride: video frames per latent frame, and side length of a latent cell in pixels.
 
     Returns:
-        float32 (1 + (t - 1) / stride[0], h / stride[1], w / stride[1]), 0 to 1; 0 without a subject.
+        float32 (1 + (t - 1) / stride[0], h / stride[1], w / stride[1]) in [0, 1]. A latent frame without
+        opaque pixels is 0 everywhere.
     """
     h, w = (n // stride[1] for n in alpha.shape[1:])
     cells = (alpha > 255 * OPAQUE).reshape(-1, h, stride[1], w, stride[1]).mean((2, 4), dtype=np.float32)
@@ -53,7 +56,10 @@ def ellipses(alpha: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
 
 
 def _ellipse(cells: np.ndarray) -> np.ndarray:
-    """Fit a Gaussian ellipse to one latent frame (h, w); each cell is its share of subject pixels."""
+    """Fit a Gaussian ellipse to one latent frame.
+
+    `cells` (h, w) contains the share of subject pixels in each latent cell.
+    """
     points = np.argwhere(cells > PART)[:, ::-1].astype(float)  # x, y
     if not len(points):
         return np.zeros(cells.shape, np.float32)
@@ -82,15 +88,16 @@ def _axes(points: np.ndarray) -> np.ndarray:
 
 
 def gaussian(shape: tuple[int, ...], center: Any, half: Any, axes: np.ndarray) -> np.ndarray:
-    """Return exp(-d^2 / 2), rescaled to [0, 1], for each cell: float32 (h, w).
+    """Return an elliptical Gaussian, rescaled to [0, 1]: float32 (h, w).
 
-    The distance d from the center is 1 on the ellipse.
+    Before rescaling, the value is exp(-d^2 / 2). The distance d is 0 at the center and 1 on the ellipse with
+    the half-axes `half`.
 
     Args:
         shape: height and width.
         center: x and y of the center.
         half: lengths of the two half-axes.
-        axes: directions of the axes as columns (x, y).
+        axes: matrix (2, 2); each column is the direction (x, y) of one axis.
     """
     y, x = np.mgrid[: shape[0], : shape[1]]
     along = np.stack([x - center[0], y - center[1]], -1) @ axes / half
@@ -100,16 +107,24 @@ def gaussian(shape: tuple[int, ...], center: Any, half: Any, axes: np.ndarray) -
 
 
 def centered(shape: tuple[int, ...]) -> np.ndarray:
-    """Return the default Gaussian ellipse, the same in all latent frames: float32 (t, h, w)."""
+    """Return a Gaussian ellipse at the center of every latent frame: float32 (t, h, w).
+
+    It is the default in sampling, where the position of the subject is not known.
+    """
     _, h, w = shape
     one = gaussian((h, w), ((w - 1) / 2, (h - 1) / 2), (CENTER * w, CENTER * h), np.eye(2))
     return np.broadcast_to(one, shape)
 
 
 def read_mask(path: Path, stride: tuple[int, int]) -> np.ndarray:
-    """Return the ellipses of `alpha.noise_mask`, float32 (t, h, w), in [0, 1].
+    """Read the noise mask (`alpha.noise_mask`) from a clip or a torch file, float32 (t, h, w), in [0, 1].
 
-    They are fitted to a clip or read from a torch file.
+    For a clip, the mask is a Gaussian ellipse in each latent frame, which is fitted to the subject. A torch
+    file contains the mask itself.
+
+    Args:
+        path: the clip or the torch file.
+        stride: video frames per latent frame, and pixels per latent cell and side.
 
     Raises:
         ValueError: if the file cannot be read, shows no subject, or contains values outside [0, 1].
@@ -136,9 +151,10 @@ def read_mask(path: Path, stride: tuple[int, int]) -> np.ndarray:
 
 
 def shifted(noise: Tensor, ellipse: Tensor, mean: float) -> Tensor:
-    """Return noise (n, c, t, h, w) plus mean * (1 - ellipse), where `ellipse` is (n, t, h, w).
+    """Add mean * (1 - ellipse) to noise (n, c, t, h, w).
 
-    An ellipse tensor of another size is interpolated linearly.
+    `ellipse` is (n, t, h, w). If its t, h and w differ from those of the noise, it is resized by trilinear
+    interpolation.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Creation of the model family of a recipe, with alpha support if the recipe configures it."""
+"""Functions that create the model family of a recipe, with alpha support if the recipe configures it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from inlaid.families import Family
 
 
 def open_family(config: recipe.Config) -> families.Family:
-    """Create the model family of a recipe, check that it supports all settings, and print notes.
+    """Create the model family of a recipe, and check that it supports all settings.
+
+    A note is printed for each setting that is valid but unusual.
 
     Raises:
         ValueError: if settings are not supported; the message lists all unsupported settings.
@@ -40,11 +42,13 @@ COMPOSED: Mapping[type[recipe.Section], Callable[[Family, Any], Family]] = {
 
 
 def build_family(config: recipe.Config) -> Family:
-    """Create the model family of a recipe; its `alpha` or `rgba_vae` section selects the alpha support.
+    """Create the model family of a recipe.
+
+    The recipe's `alpha` or `rgba_vae` section selects the alpha support.
 
     Raises:
-        ValueError: if the checkpoint does not belong to the family, or the family does not support this kind
-            of alpha.
+        ValueError: if the checkpoint does not belong to the family, or the family does not support the
+            selected kind of alpha.
     """
     opaque = families.get(config.model.family)(config.model)
     section = config.alpha if config.rgba_vae is None else config.rgba_vae

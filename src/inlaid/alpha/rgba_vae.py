@@ -46,14 +46,14 @@ class RgbaVaeFamily(Composed):
         return {"latents": (4, frames, height, width)}
 
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the cached RGBA pixels, (4, t, h, w)."""
+        """Return the shape of the cached tensor `latents`, which contains RGBA pixels: (4, t, h, w)."""
         return self.shapes(frames, height, width)
 
     def load_media_encoder(self, device: torch.device) -> None:
         """Return None, because pixels are cached without encoding."""
 
     def encode_media(self, encoder: None, frames: np.ndarray) -> dict[str, Tensor]:
-        """Return RGBA pixels, uint8 (t, h, w, 4), as `latents`, uint8 (4, t, h, w).
+        """Return RGBA pixels (t, h, w, 4) as the entry `latents`, uint8 (4, t, h, w), without encoding.
 
         Raises:
             ValueError: if the clip has no alpha channel.
@@ -80,13 +80,13 @@ class RgbaVaeFamily(Composed):
         return {}
 
     def load_denoiser(self, dtype: torch.dtype, *, meta: bool = False, folder: Path | None = None) -> RgbaVae:
-        """Load an RGBA VAE in float32, or create a new RGBA VAE if there is none to load.
+        """Load an RGBA VAE in float32, or create a new one if there is none to load.
 
         The RGBA VAE is loaded from `folder` or, if that is None, from the setting `rgba_vae.init_from`.
         If `meta` is true, a new RGBA VAE is created on the meta device.
 
         Raises:
-            ValueError: if only the merge block is trained and the loaded decoders are untrained.
+            ValueError: if `rgba_vae.train` is `merge` and the loaded decoders are untrained.
         """
         import diffusers
         import torch
@@ -187,7 +187,7 @@ def locate_rgba_vae(where: str) -> Path:
 
 
 def perceptual_file(name: str) -> Path:
-    """Return the local path of the weights of a perceptual loss network (VGG16); download the file if needed.
+    """Return the local path of the VGG16 weights for the perceptual loss. Download the file if needed.
 
     Args:
         name: local path, or `OWNER/NAME/FILE` on the Hub.

@@ -1,7 +1,8 @@
-"""`inlaid check`: report data sources, problems, buckets, and an estimate of memory and time.
+"""`inlaid check`: report data sources, problems and buckets, and estimate memory and time.
 
 A bucket is a group of training examples with equal length and size. No model weights are loaded. The header
-and the end of every clip are read; a few clips are also decoded for the contact sheet.
+and the end of every clip are read. A few clips are decoded for the contact sheet. If the run trains on alpha,
+several frames of every clip are decoded to measure alpha.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _buckets(config: recipe.Config, family: families.Family, plan: Plan) -> list
 
 
 def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
-    """Return messages that inform about the run and require no change."""
+    """Return notes about the run for the user. None of them requires a change."""
     notes = [*family.notes(config), *_alpha_note(config, family, plan)]
     if not plan.train:
         return notes
@@ -230,7 +231,10 @@ def _notes(config: recipe.Config, family: families.Family, plan: Plan) -> list[s
 
 
 def _steps(config: recipe.Config, plan: Plan) -> int:
-    """Return the number of optimizer steps on one device; 0 if set in epochs and there are no windows."""
+    """Return the number of optimizer steps on one device.
+
+    The result is 0 if the recipe sets a number of epochs but there are no training windows.
+    """
     if not plan.train:
         return config.train.steps or 0
     sampler = make_sampler(plan.train, config.data.sources, config.train.batch, config.seed)
@@ -238,13 +242,16 @@ def _steps(config: recipe.Config, plan: Plan) -> int:
 
 
 def _alpha_note(config: recipe.Config, family: families.Family, plan: Plan) -> list[str]:
-    """Return a note about the ways to train on alpha, if an opaque run has clips with alpha."""
+    """Return a note about the ways to train on alpha.
+
+    The list is empty if the recipe already trains on alpha, or if no clip has alpha.
+    """
     if family.modality != "video" or config.alpha.kind != "opaque" or config.rgba_vae is not None:
         return []
     names = {(p.source, p.name) for p in plan.problems if p.code in ("transparent", "matte")}
-    if not names:
+    if not names and not plan.probes:  # perhaps only pairs, of which a run without alpha reads none
         mattes = [c for i, s in enumerate(config.data.sources) for c in find_clips(s, i, None, 4).clips]
-        names = {(c.source, c.name) for c in mattes if c.matte} if not plan.probes else set()
+        names = {(c.source, c.name) for c in mattes if c.matte}
     experts = config.model.expert is not None
     total = max(len(plan.clips), len(names))
     return [proposal(config, len(names), total, experts=experts)] if names else []

@@ -1,4 +1,4 @@
-"""Estimation of a run's parameters, memory, disk space and time before weights are downloaded or loaded.
+"""Estimation of a run's parameter count, memory, disk space and time, without loading weights.
 
 The network is built on the meta device with its trainable weights or adapter. One forward and backward pass
 is then simulated on shapes only, with gradient checkpointing as in the recipe. The lifetime of every tensor
@@ -94,10 +94,11 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
 class _Fused:
-    """Context manager that replaces PyTorch's attention with its flash attention, and counts operations.
+    """Context manager that computes attention with the flash attention operator of PyTorch.
 
-    On the meta device, PyTorch would otherwise allocate attention matrices, which no GPU needs. Unlike a
-    `TorchFunctionMode`, this class also applies where gradient checkpointing repeats a forward pass.
+    On the meta device, `F.scaled_dot_product_attention` would otherwise allocate full attention matrices,
+    which no GPU needs. `counts` contains the floating-point operations of attention. A `TorchFunctionMode`
+    is not used, because it does not apply where gradient checkpointing repeats a forward pass.
     """
 
     def __init__(self, video: int, text: int) -> None:
@@ -112,7 +113,13 @@ class _Fused:
         F.scaled_dot_product_attention = self._real
 
     def count(self, query: Tensor, key: Tensor, times: float) -> None:
-        """Count the floating-point operations of attention; `times` is 1 for a forward pass."""
+        """Add the floating-point operations of an attention call to `counts`.
+
+        Args:
+            query: (..., queries, d).
+            key: (..., keys, d).
+            times: 1 for a forward pass, 2 for a backward pass.
+        """
         queries, keys = query.shape[-2], key.shape[-2]
         all_pairs = min(queries, keys) >= self.video and keys != self.text
         name = "attention" if queries == keys or all_pairs else "across"
@@ -167,14 +174,17 @@ class _Ledger(TorchDispatchMode):
         self.now -= size
 
     def gradient(self, parameter: Tensor) -> None:
-        """Record the gradient of a parameter as float32, even if the simulated pass has another precision."""
+        """Count the gradient of a parameter as float32; in the simulation, it may have another dtype."""
         assert parameter.grad is not None
         self.gradients += parameter.numel() * 4
         self.add(parameter.numel() * 4 - parameter.grad.nbytes)
 
 
 def _drop(parameter: Tensor) -> None:
-    """Delete the new gradient of a parameter; the accumulated gradient is already counted."""
+    """Delete the new gradient of a parameter, as if it were added to the gradient of an earlier micro-batch.
+
+    The memory of the earlier gradient is already counted.
+    """
     parameter.grad = None
 
 
@@ -193,8 +203,8 @@ def count_operations(
 
     Args:
         family: family of the network.
-        denoiser: network on the meta device, with its tuner attached.
-        extent: length, height and width of each sample.
+        denoiser: network on the meta device, with its adapter if it has one.
+        extent: size of each sample: number of frames (of objects for scenes), height and width in pixels.
         batch: number of samples.
         checkpointing: value of `memory.gradient_checkpointing`.
         accumulating: True if the gradients of an earlier micro-batch already exist.
@@ -237,9 +247,9 @@ def count_operations(
 def _counted(
     family: Family, denoiser: nn.Module, extent: Extent, batch: int, memo: dict[str, Any], **how: Any
 ) -> Counts:
-    """Return the result of `count_operations`; results are stored in `memo` and reused for equal inputs.
+    """Return the result of `count_operations`, or its stored result for equal inputs.
 
-    The key in `memo` is a hash of all inputs and of the library versions.
+    `memo` stores the results. Its keys are hashes of the inputs and of the library versions.
 
     Raises:
         ValueError: if the network does not accept clips of this size.
@@ -264,14 +274,17 @@ def _counted(
 
 
 def text_width(denoiser: nn.Module) -> int:
-    """Return the width of a network's text input, from its configuration; 4096 (T5-XXL) if it is missing."""
+    """Return the width of the text embeddings that a network takes.
+
+    The width is read from the network's configuration. Default: 4096 (T5-XXL).
+    """
     config: Any = getattr(denoiser, "config", {})
     return next((int(config[k]) for k in TEXT_WIDTHS if config.get(k)), 4096)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated resources of one process of a run on this machine."""
+    """Estimate of the resources that each process of a run needs on this machine."""
 
     parameters: int
     trained: int
@@ -313,16 +326,16 @@ def estimate_recipe(
     Args:
         family: model family; no weights need to be loaded.
         config: the recipe.
-        batches: number of batches per epoch for each extent (length, height and width).
-        windows: number of clips to cache for each extent.
+        batches: batches per epoch for each extent (number of frames or objects, height and width).
+        windows: number of windows to cache for each extent.
         captions: captions to cache.
         device: device of the run.
-        precision: precision of the frozen base model.
-        optimizer: name of the optimizer, resolved for the device.
-        memo: results of earlier simulated passes, by a hash of their inputs; new results are added.
+        precision: dtype of the frozen base model, or of autocast in full fine-tuning.
+        optimizer: name of the optimizer that is used on this device.
+        memo: results of earlier simulated training steps, by a hash of the inputs; new results are added.
 
     Raises:
-        ValueError: if a target matches no layer, or the network does not accept the clip size or the offload.
+        ValueError: if `tuner.targets` matches no layer, or the network rejects the clip size or the offload.
     """
     what = trained_by(config, family)
     full = what.autocast
@@ -460,7 +473,11 @@ class _Frozen:
 def _frozen(
     config: recipe.Config, denoiser: nn.Module, precision: torch.dtype, *, recomputed: bool
 ) -> _Frozen:
-    """Return the bytes of the frozen weights, on the device and in host memory.
+    """Return the bytes of the frozen weights and of their temporary copies, on the device and in host memory.
+
+    Before a layer computes, its quantized or downcast weight is expanded to a temporary copy in `precision`.
+    Copies of downcast weights are kept for the backward pass. If `recomputed` is true (gradient
+    checkpointing), only the copies of one block exist at a time.
 
     Raises:
         ValueError: if the network has fewer blocks than the recipe offloads.
@@ -497,7 +514,7 @@ def _frozen(
 def _sharded(
     memory: dict[str, int], config: recipe.Config, denoiser: nn.Module, optimizer: str
 ) -> tuple[dict[str, int], str]:
-    """Return the memory of one process after sharding over all processes, and an explanation.
+    """Return the memory of one process with sharding, and an explanation.
 
     Without sharding, the memory is unchanged and the explanation is empty.
     """
@@ -519,7 +536,7 @@ def _sharded(
 
 
 def _shared(config: recipe.Config) -> str:
-    """Return how many processes each sample is split over, as text; empty if samples are not split."""
+    """Return a phrase that says how many processes share each sample; empty if samples are not split."""
     processes = config.runtime.sequence
     return f" in one of {processes} processes that share each sample" if processes > 1 else ""
 

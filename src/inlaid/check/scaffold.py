@@ -83,7 +83,7 @@ def new_recipe(
         clips: folder of clips, or manifest file that lists clips.
         out: path of the recipe. Default: the name of `clips` + `.yaml` in the current folder.
         checkpoint: Hub ID or folder. Default: the family's first published checkpoint.
-        alpha: kind of alpha; `auto` chooses it by the clips and the checkpoint.
+        alpha: kind of alpha. `auto`: the clips and the checkpoint determine the kind.
 
     Raises:
         ValueError: if there are no readable clips, the recipe exists already, or the checkpoint does not
@@ -158,13 +158,15 @@ def new_recipe(
 def _alpha(
     settings: config.Config, wanted: Choice, *, experts: bool
 ) -> tuple[Material, SupportedAlpha | None, str]:
-    """Choose the kind of alpha of a recipe, and report it.
+    """Choose the kind of alpha for a recipe, and print the choice.
 
     Returns:
-        The clips, the kind of alpha (None for an opaque recipe), and the text of the `alpha` section.
+        The plan of the clips, the kind of alpha (None for an opaque recipe), and the text of the recipe's
+        `alpha` section.
 
     Raises:
-        ValueError: if the checkpoint does not support the wanted kind of alpha.
+        ValueError: if joint or merged alpha is wanted, but the checkpoint does not support it or most clips
+            have no alpha.
     """
     found, refused = transparency.supported_alpha(settings, experts=experts)
     ways = found if wanted == "auto" else [way for way in found if way.kind == wanted]
@@ -206,7 +208,10 @@ def _alpha(
 
 
 def _section(checkpoint: str, way: SupportedAlpha, found: list[SupportedAlpha]) -> str:
-    """Return the `alpha` section of a recipe, with the other kinds of alpha as comments."""
+    """Return the text of a recipe's `alpha` section, which selects `way`.
+
+    The other kinds of alpha in `found` are added as comments.
+    """
     lines = ["alpha:", f"  # {transparency.CAN[way.kind]}", f"  kind: {way.kind}"]
     if way.kind == "merged":
         lines.append(f"  vae: {way.vae}{'' if way.ready else '  # folder that this command writes:'}")
@@ -221,9 +226,10 @@ def _section(checkpoint: str, way: SupportedAlpha, found: list[SupportedAlpha]) 
 
 
 def _timed(clips: Path, probes: list[Probe], fps: float) -> tuple[str, list[Probe]]:
-    """Return the YAML text of `data.sources`, and clip properties with a frame rate for image sequences.
+    """Return the YAML text of `data.sources`, and the properties of the clips.
 
-    Image sequences store no frame rate. If all other clips have the same frame rate, image sequences get it.
+    Image sequences store no frame rate. If all other clips have the same frame rate, the text and the
+    properties of the image sequences contain this frame rate.
     """
     plain = _plain(str(clips))
     untimed = sum(p.fps is None and p.frames > 1 for p in probes)
@@ -263,7 +269,7 @@ sample:
 
 
 def _scenes(family: str, kind: type[Family], folder: Path, path: Path, name: str) -> Path:
-    """Write a recipe for a folder of scenes and return its path.
+    """Write a recipe for a folder of scenes, and return the path of the recipe.
 
     Raises:
         ValueError: if there are no readable scenes, or if the recipe already exists.

@@ -27,7 +27,7 @@ CAN: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class SupportedAlpha:
-    """A kind of alpha that a checkpoint supports."""
+    """Way to train with transparency that a checkpoint supports: `joint` or `merged` alpha."""
 
     kind: Literal["joint", "merged"]
     family: Family
@@ -48,14 +48,16 @@ def supported_alpha(
 ) -> tuple[list[SupportedAlpha], list[str]]:
     """Return the kinds of alpha that the checkpoint of a recipe supports, the recommended one first.
 
-    Merged alpha is recommended if its RGBA VAE exists, because it needs half the tokens.
+    Merged alpha needs half the tokens, so it is recommended if an RGBA VAE exists. Otherwise, joint alpha is
+    recommended.
 
     Args:
         settings: the recipe; its `alpha` section is ignored.
-        experts: True if the checkpoint has two experts. Joint alpha cannot sample with both of them.
+        experts: True if the checkpoint has two experts (one network for high noise, one for low noise). Joint
+            alpha is then not supported, because it can sample with only one network.
 
     Returns:
-        The kinds, and a sentence for each kind that is not supported.
+        The supported kinds, and a message for each kind that is not supported.
     """
     found: list[SupportedAlpha] = []
     refused: list[str] = []
@@ -77,9 +79,9 @@ def supported_alpha(
 
 
 def _exists(settings: config.Config, vae: str) -> bool:
-    """Return True if an RGBA VAE exists and can encode.
+    """Return True if an RGBA VAE is available, and contains the parts that encode.
 
-    The tiny RGBA VAE that ships with inlaid fits the tiny checkpoint only.
+    The tiny RGBA VAE ships with inlaid, but fits the tiny checkpoint only.
     """
     from inlaid.networks import rgba_vae_checkpoint
 
@@ -93,13 +95,15 @@ def _exists(settings: config.Config, vae: str) -> bool:
 
 
 def proposal(settings: config.Config, count: int, total: int, *, experts: bool = False) -> str:
-    """Return a note for an opaque recipe whose clips have alpha: the kinds of alpha and what each can do.
+    """Return a note for a run without alpha whose clips have alpha.
+
+    The note lists the kinds of alpha that the checkpoint supports, and describes each of them.
 
     Args:
         settings: the recipe.
         count: number of clips with alpha.
         total: number of clips.
-        experts: see `supported_alpha`.
+        experts: True if the checkpoint has two experts (one network for high noise, one for low noise).
     """
     found, refused = supported_alpha(settings, experts=experts)
     have = f"{count} of {total} clips {'has' if count == 1 else 'have'} alpha, and this run is opaque"

@@ -28,15 +28,17 @@ def composite_file(
     """Composite a transparent file over a color, an image or a video, and write an mp4.
 
     Args:
-        foreground: transparent video, image, or PNGs in a folder or .zip.
-        background: `#rrggbb`, a color name, `checkerboard`, or a file, which is scaled to cover the frame.
+        foreground: transparent video or image, folder or .zip of PNGs, or color file with an alpha matte
+            beside it.
+        background: `#rrggbb`, a color name, `checkerboard`, or a file. A file is scaled to cover the frame.
         out: path of the mp4 file.
         premultiplied: True if the color of the foreground is premultiplied by alpha.
         linear: blend in linear light instead of gamma-encoded values.
         fps: frames per second. Default: the frame rate of the foreground, or 16 if it has none.
 
     Raises:
-        ValueError: if a file cannot be read, the foreground is opaque, or the background is invalid.
+        ValueError: if a file cannot be read, the foreground is opaque, the background is invalid, or `fps` is
+            not positive.
     """
     if fps is not None and not fps > 0:
         raise ValueError(f"--fps: {fps:g} is not positive; omit it to use the foreground's frame rate")
@@ -81,7 +83,10 @@ def composite_file(
 
 
 def _rate(path: Path) -> float:
-    """Return the frame rate of a file; 16 for still images and for folders or .zip files of images."""
+    """Return the frame rate of a file or folder, in frames per second.
+
+    Still images, folders of images and .zip files have no frame rate. The result is then 16.
+    """
     if path.is_dir() or path.suffix.lower() == ".zip":
         return 16.0
     if path.suffix.lower() in (".png", ".webp"):

@@ -34,7 +34,7 @@ Without prior preservation, the tiny model forgets its pretraining domain."""
 
 
 def recipe(folder: Path, kind: str = "lora") -> dict:
-    """Return the recipe (YAML configuration) of the demo."""
+    """Return the recipe (YAML configuration) of the demo; `kind` is the adapter kind, such as `lora`."""
     return {
         "run": str(folder),
         "model": {"family": "wan", "checkpoint": "tiny:wan", "options": {"text": "short"}},
@@ -57,7 +57,7 @@ def recipe(folder: Path, kind: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts of the new subject and `n` prompts of the pretraining domain, for evaluation.
+    """Return `n` prompts for the subject that the demo trains, and `n` for the model's pretraining domain.
 
     Each prompt has a function that checks the generated video. None of the prompts is used for training.
     """
@@ -70,11 +70,11 @@ def prompts(n: int) -> list[Prompt]:
 
 
 def write_clips(folder: Path) -> None:
-    """Write the training clips with captions: the new subject, and the pretraining domain of the tiny model.
+    """Write the training clips with captions.
 
-    The folders are `clips` (subject) and `known` (pretraining domain). H.264 with 4:2:0 chroma subsampling
-    would blur the outlines. Clips of the subject are therefore enlarged to twice their size, and the other
-    clips are stored as arrays.
+    The folder `clips` contains clips of the new subject. The folder `known` contains clips like those on
+    which the tiny base model was pretrained. H.264 with 4:2:0 chroma subsampling would blur the outlines.
+    Clips of the subject are therefore enlarged to twice their size, and the other clips are stored as arrays.
     """
     scenes = world.scenes(7, KNOWN)
     known = [(world.render(scene, i), world.caption(scene, i)) for i, scene in enumerate(scenes)]
@@ -117,14 +117,14 @@ def run_job(
     start: float,
     pair: Sequence[str] = (),
 ) -> Path:
-    """Run the steps that all demos share: check the recipe, fill the cache and train, generate, evaluate.
+    """Run the steps that all demos share: check the recipe, train, generate and evaluate.
 
     Args:
         folder: run folder, which already contains the training data.
-        made: the recipe.
-        asked: function that returns the evaluation prompts for a loaded recipe.
+        made: the recipe, as a dict.
+        asked: function that returns the evaluation prompts; its argument is the loaded recipe.
         start: start time of the demo, from `time.perf_counter`.
-        pair: input image and segmentation for generation; not needed for videos.
+        pair: image and segmentation from which a scene is generated; empty for videos.
 
     Returns:
         Path of the HTML report.

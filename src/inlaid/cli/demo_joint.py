@@ -1,8 +1,8 @@
 """`inlaid demo --alpha joint`: train the tiny model to generate an alpha clip together with each color clip.
 
-Joint alpha (color and alpha as two clips in one token sequence) keeps the color of the base model. The
-training clips are therefore from the tiny model's pretraining domain. They are rendered, so their alpha is
-known.
+Joint alpha puts color and alpha as two clips into one token sequence. The adapter applies to the alpha tokens
+only, so the color clips stay in the tiny model's pretraining domain. The training clips are therefore from
+the same domain. They are rendered, so their alpha is known.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def write_clips(folder: Path) -> None:
-    """Write the training clips to the folder `clips`, with captions.
+    """Write the training clips and their captions to the subfolder `clips` of `folder`.
 
     The clips show shapes on backgrounds. They are stored as .npz arrays with straight alpha.
     """
@@ -60,8 +60,8 @@ def write_clips(folder: Path) -> None:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` evaluation prompts, with a function that checks the generated alpha against the color.
+    """Return `n` evaluation prompts. Each has a function that compares the generated alpha with the color.
 
-    The training clips have other combinations of shape, color and motion.
+    The prompts describe combinations of shape, color and motion that no training clip shows.
     """
     return [Prompt(text, "alpha as in color", judge.judge_alpha) for text, _ in world.world_prompts(n, 2)]

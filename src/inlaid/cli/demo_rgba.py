@@ -31,10 +31,10 @@ STEPS = 900
 
 
 def recipe(folder: Path, tuner: str = "lora") -> dict:
-    """Return the recipe (YAML configuration) of the demo.
+    """Return the recipe (YAML configuration) of the demo with merged alpha.
 
-    It differs from the recipe of the opaque demo in the clips (RGBA), `alpha.kind` (`merged`), the rank and
-    the number of steps.
+    It is the recipe of `inlaid demo` with RGBA clips, merged alpha, another rank, more steps and other
+    prompts.
     """
     made = demo.recipe(folder, tuner)
     made["alpha"] = {"kind": "merged", "vae": "tiny:wan", "colors": 1}
@@ -49,7 +49,7 @@ def recipe(folder: Path, tuner: str = "lora") -> dict:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return `n` prompts of the new subject and `n` prompts of the pretraining domain, for evaluation.
+    """Return `n` prompts for the subject that the demo trains, and `n` for the model's pretraining domain.
 
     Each prompt has a function that checks the generated RGBA clip.
     """
@@ -67,16 +67,16 @@ def prompts(n: int) -> list[Prompt]:
 def _again(frames: np.ndarray) -> np.ndarray:
     """Return the alpha that a generated clip of the subject should have, uint8 (t, h, w).
 
-    The subject is rendered with the position, size and angle that fit the frames best. The result is the
-    alpha of this rendering.
+    It is the alpha of a new rendering of the subject. Position, size and angle are estimated from the frames.
     """
     return (rgba_judge.rerender(frames)[0] * 255).round().astype(np.uint8)
 
 
 def write_clips(folder: Path) -> None:
-    """Write the training clips with captions: the new subject, and the pretraining domain of the tiny model.
+    """Write the transparent training clips, each with a caption file.
 
-    The folders are `clips` (subject, lossless PNGs in .zip files) and `known` (pretraining domain, arrays).
+    The folder `clips` gets clips of the new subject, as .zip files of lossless PNGs. The folder `known` gets
+    clips of subjects that the tiny model knows from pretraining, as .npz files.
     """
     with progress("make clips", CLIPS + KNOWN, "clip") as advance:
         for name, clips in (

@@ -1,4 +1,4 @@
-"""`inlaid demo --family midi`: the workflow for 3D scenes, with a tiny model that ships with inlaid."""
+"""`inlaid demo --family midi`: create 3D scenes, train a tiny model on them, and evaluate it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def recipe(folder: Path, kind: str = "lora", checkpoint: str = "tiny:midi") -> d
 def write_scenes(folder: Path, judged: int = JUDGED) -> None:
     """Write the scenes for training and evaluation.
 
-    There are two kinds: scenes with a new object, and scenes from the tiny model's pretraining domain.
+    There are two kinds: scenes with a new object, and scenes like those on which the tiny base model was
+    pretrained.
     """
     new = [
         midi_world.turned(scene, [i, view]) if view else scene
@@ -73,7 +74,11 @@ def write_scenes(folder: Path, judged: int = JUDGED) -> None:
 
 
 def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
-    """Return the evaluation scenes as prompts, in two groups: new object and pretraining domain."""
+    """Return one prompt for each evaluation scene.
+
+    The prompts form two groups: scenes with the new object, and scenes from the tiny model's pretraining
+    domain.
+    """
     found = []
     for group, name in (("the new kind", "judged/new"), ("the old world", "judged/known")):
         changes = {"sources": [{"path": str(folder / name)}], "validation": 0}
@@ -85,7 +90,9 @@ def prompts(folder: Path, settings: config.Config) -> list[Prompt]:
 
 
 def run_demo(folder: Path, *, dora: bool = False, checkpoint: str = "tiny:midi") -> Path:
-    """Create scenes with a new object, then check, cache, train, generate and evaluate.
+    """Run the demo for scenes: create scenes, then check, cache, train, generate and evaluate.
+
+    The scenes contain an object that the tiny model does not know.
 
     Args:
         folder: run folder; an interrupted demo resumes when run again.

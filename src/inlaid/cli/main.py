@@ -37,16 +37,17 @@ def _brief_spinning() -> None:
     """Limit the busy-waiting of OpenMP threads; effective only before torch is loaded.
 
     With GNU OpenMP, a thread that waits for other threads keeps its core busy for milliseconds. If another
-    program uses the processor, the waiting thread blocks the core that the other threads need. With one busy
-    process on two cores, a step took 3.4 times as long (`benchmarks/busy.py`). Results are bit-identical.
-    Environment variables that the user sets are kept.
+    program uses the processor, the waiting thread blocks the core that the other threads need. On two cores,
+    one busy process slowed a step down by a factor of 3.4 without the limit, and 1.8 with it
+    (`benchmarks/busy.py`). Results are bit-identical. If the user sets GOMP_SPINCOUNT or OMP_WAIT_POLICY,
+    nothing is changed.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def _run() -> int:
-    """Run a command and return its exit code."""
+    """Run the command-line program and return its exit code."""
     try:
         with _stop_signals():
             code = app(standalone_mode=False) or 0  # the code of a typer.Exit, or None

@@ -30,11 +30,12 @@ def prepare_clips(
         source: folder or manifest of clips, or a recipe.
         out: folder to write.
         target: format of the dataset.
-        overrides: keys of a recipe, such as `data.frames=81`.
-        part: start and end in seconds, and the region as `W:H:X:Y`.
+        overrides: values of recipe keys, such as `data.frames=81`.
+        part: part of each clip to use: start and end in seconds, and region as `W:H:X:Y`. The end is None for
+            the end of the clip. The region is None for the whole frame.
         sequence_fps: frame rate of image sequences.
         crf: constant rate factor of color videos.
-        family: model family for the defaults.
+        family: model family whose default values are used.
         checkpoint: checkpoint whose VAE and text encoder are used for latents.
         workers: number of processes.
 

@@ -92,8 +92,9 @@ def prepare(
 ) -> None:
     """Cut long videos into clips and write a dataset that trainers read.
 
-    Frames are read as for training: by time, rotated, in sRGB. Files that cannot be read are reported and
-    left out. Run the same command again to resume. `inlaid check` reads the result.
+    Frames are read as in training: they are selected by timestamp, rotated as players display them, and
+    converted to sRGB. Files that cannot be read are reported and left out. Run the same command again to
+    resume. `inlaid check` reads the result.
     """
     quiet_libraries()
     from inlaid.cli.prepare import prepare_clips

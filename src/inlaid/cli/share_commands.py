@@ -136,7 +136,7 @@ def import_(
         ),
     ] = "skip",
 ) -> None:
-    """Convert another trainer's adapter to the diffusers format, or a published RGBA VAE to that of inlaid.
+    """Convert another trainer's adapter to diffusers format, or a published RGBA VAE to inlaid's format.
 
     Fails if a tensor of the file cannot be converted. For a file on the Hub, prints its size and license
     before the download.

@@ -15,11 +15,12 @@ class LastingStream:
     """Output stream that silently discards its output after its terminal or pipe is closed."""
 
     def __init__(self, stream: Any, errors: Collection[int] | None = None) -> None:
-        """Wrap a stream and choose which of its errors are ignored.
+        """Wrap a stream and set which errors of the stream are ignored.
 
         Args:
             stream: stream to wrap.
-            errors: numbers (errno) of errors to ignore; None ignores all system errors.
+            errors: error numbers (errno) to ignore; None ignores every `OSError`. The errors of a closed pipe
+                or terminal are always ignored.
         """
         self.stream, self._errors = stream, errors
 
@@ -27,13 +28,16 @@ class LastingStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write text and return its length; if writing fails, ignore the errors chosen in the constructor."""
+        """Write text and return its length.
+
+        The text is discarded if the terminal or pipe is closed. Errors chosen in the constructor are ignored.
+        """
         with self._dropping():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; if flushing fails, ignore the errors chosen in the constructor."""
+        """Flush the stream; errors are ignored as in `write`."""
         with self._dropping():
             self.stream.flush()
 
@@ -55,10 +59,10 @@ CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Context manager that keeps a command running after its output is closed (`| head`, a lost connection).
+    """Context manager that lets a command continue after its output is closed (`| head`, a lost connection).
 
-    Standard error has messages and progress, so all its errors are ignored. Standard output has results, so
-    only errors of a closed pipe or terminal are ignored; a full disk raises an error.
+    Standard error contains messages and progress, so all its errors are ignored. Standard output contains
+    results, so only errors of a closed pipe or terminal are ignored. A full disk raises an error.
     """
     for number in range(3):  # a file opened next would get the number of a closed stream
         try:

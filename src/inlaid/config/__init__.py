@@ -1,8 +1,8 @@
-"""Recipes: sections, loading and messages.
+"""Recipes: definition of the sections, loading, and error messages.
 
-A recipe is a YAML file of sections. A value comes from the first of these that sets it: `key=value` override,
-YAML file, default of the model family, default of the section. An unknown key is an error, and all errors of
-a recipe are reported at once.
+A recipe is a YAML file that consists of sections. Values have four sources, in order of precedence:
+`key=value` override, YAML file, default of the model family, default of the section. An unknown key is an
+error. All errors of a recipe are reported at once.
 """
 
 from inlaid.config.loading import build, load, merge, save

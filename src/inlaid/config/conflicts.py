@@ -1,4 +1,4 @@
-"""Conflicts in a recipe: combinations of keys that are valid alone but not together."""
+"""Conflicts in a recipe: settings that are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def conflicts(config: Config) -> Iterator[str]:
 
 
 def _parallel_conflicts(config: Config) -> Iterator[str]:
-    """Yield an error message for each key that conflicts with sequence parallelism or with HSDP."""
+    """Yield an error message for each conflict of `runtime.sequence` or `runtime.shard_size`."""
     runtime = config.runtime
     if runtime.shard_size is not None and runtime.parallel != "fsdp":
         yield (
@@ -144,7 +144,7 @@ def _offload_conflicts(config: Config) -> Iterator[str]:
 
 
 def _rgba_vae_conflicts(config: Config, section: RgbaVae) -> Iterator[str]:
-    """Yield an error message for each key that cannot be combined with training an RGBA VAE."""
+    """Yield an error message for each recipe setting that is invalid when an RGBA VAE is trained."""
     if config.alpha.kind != "opaque":
         yield f"alpha.kind: {config.alpha.kind} does not apply to training an RGBA VAE: leave `alpha` out"
     if config.tuner != type(config).model_fields["tuner"].default:

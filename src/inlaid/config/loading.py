@@ -44,7 +44,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         overrides: texts of the form `section.key=value`, with the value in YAML.
 
     Raises:
-        ValueError: listing all mistakes in the recipe, one per line.
+        ValueError: if the recipe does not exist or is invalid. The message lists all mistakes, one per line.
     """
     path, moved = Path(path), {}
     if path.is_dir():
@@ -63,9 +63,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def build(raw: Mapping[str, Any], overrides: Iterable[str] = (), *, name: str = "recipe") -> Config:
-    """Build and validate a recipe from a nested mapping, with family defaults and overrides applied.
+    """Build and validate a recipe from a nested mapping.
 
-    Family defaults are default values of the recipe's model family. They replace the defaults of sections.
+    The order of precedence is: overrides, mapping, defaults of the model family, general defaults.
+
+    Args:
+        raw: nested mapping with the content of a recipe file.
+        overrides: texts of the form `section.key=value`.
+        name: name of the recipe in error messages.
 
     Raises:
         ValueError: listing all mistakes, one per line.
@@ -112,10 +117,10 @@ def _override(text: str) -> tuple[list[str], Any]:
 
 
 def _filled(raw: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """Return a copy of a section in which empty values (`key:` in YAML) are replaced.
+    """Return a copy of a section in which keys without a value (`key:` in YAML) are resolved.
 
-    Empty sections become empty mappings and empty lists are removed, so that both get their defaults. Other
-    empty values become None.
+    If the key takes a section, its value becomes an empty mapping. If the key takes a list or a mapping, it
+    is removed. Both then get their defaults. Any other key without a value gets None.
     """
     out = {}
     for key, value in raw.items():

@@ -1,4 +1,4 @@
-"""Sections of a recipe about the machine: memory, device, precision and processes."""
+"""Recipe sections for memory, device, precision and processes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""YAML parser of recipes and overrides: YAML 1.2 scalars, limits on size, and messages about mistakes.
+"""YAML parser of recipes and their command-line overrides.
 
 PyYAML converts scalars by YAML 1.1, in which `16:9` is 969, `010` is 8, `1e3` is text and `on` is true. This
-module follows the YAML 1.2 core schema instead. It builds values from the events of PyYAML's parser, so that
-it can limit nesting and aliases, and refuse tags, before a value is built.
+module follows the YAML 1.2 core schema instead. It takes events from PyYAML's parser, and builds the values
+itself. It can therefore refuse tags, and limit nesting and aliases.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class Integer(int):
-    """Integer that keeps its spelling in the recipe: a key that accepts text gets `007`, not `7`."""
+    """Integer that keeps its spelling in the recipe.
+
+    A key that accepts text receives this spelling, such as `007` instead of `7`.
+    """
 
     text: str
 
@@ -68,9 +71,9 @@ def scalar(text: str) -> Any:
 
 
 class ParseError(ValueError):
-    """Error in YAML text: invalid syntax, several documents, or an exceeded limit.
+    """Error in YAML text: invalid syntax, several documents, or text that is too long or too deeply nested.
 
-    The message has the cause and, if known, the line and column.
+    The message contains the cause and, if known, the line and column.
     """
 
 
@@ -125,11 +128,11 @@ def _code(error: yaml.reader.ReaderError) -> int:
 def parse_override(text: str, *, empty: Any = None) -> Any:
     """Parse the value of a command-line override.
 
-    The value is a list or mapping in brackets, a quoted text, or an unquoted scalar. An unquoted scalar is
-    the whole text: ` #` and `: ` have no special meaning, because the shell has already removed comments.
+    Text that starts with a bracket or a quote is parsed as YAML. Any other text is one scalar, even if it
+    contains ` #` or `: `. The value of empty text is `empty`.
 
     Raises:
-        ParseError: if brackets or quotes are not valid YAML; the message has the cause.
+        ParseError: if the YAML is not valid, or other text follows the value; the message has the cause.
     """
     text = text.strip()
     if not text:
@@ -206,7 +209,10 @@ class _Builder:
     """Index of the first character after the document's value."""
 
     def add(self, value: Any, size: int, mark: Any) -> None:
-        """Add a finished value to the innermost open list or mapping; in a mapping, as key or value."""
+        """Add a finished value to the innermost list or mapping that is still open.
+
+        In a mapping, keys and values are added in turn. If nothing is open, the value is the whole document.
+        """
         if not self.stack:
             self.root = value
             return
@@ -235,7 +241,7 @@ class _Builder:
         top.key = value
 
     def start(self, value: Any, event: Any) -> None:
-        """Open a list or mapping."""
+        """Start a list or mapping; `value` is the empty list or dict, and `event` is the parser event."""
         if deep := limits.RECIPE_DEPTH.exceeded(len(self.stack) + 1, TOO_DEEP):
             raise _MistakeError(deep, event.start_mark)
         if event.tag not in (None, "!", f"{_TAG}{'seq' if isinstance(value, list) else 'map'}"):
@@ -283,7 +289,14 @@ class _Builder:
 
 
 def _build(stream: Iterator[Any], empty: Any) -> _Builder:
-    """Build the value of the single YAML document in a stream of parser events.
+    """Build the value of a YAML document from parser events.
+
+    Args:
+        stream: parser events of the document.
+        empty: value of an empty document, and of keys and list items without a value.
+
+    Returns:
+        The builder; its attribute `root` is the value.
 
     Raises:
         _MistakeError: if there are several documents, or if the document exceeds a limit or uses unsupported

@@ -1,7 +1,7 @@
-"""Sections of a recipe; the attribute docstrings are the help texts of the keys.
+"""Sections of a recipe. The attribute docstrings are the help texts of the keys.
 
-A value comes from the first of these that sets it: `key=value` override, YAML file, default of the model
-family, default of the section. An unknown key is an error.
+The value of a key is, in order of precedence: the `key=value` override, the value in the YAML file, the
+default of the model family, or the default of the section. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -252,10 +252,10 @@ class Full(Section):
 
 
 class RgbaVae(Section):
-    """Training of an RGBA VAE instead of the denoiser: a merge block and two decoders on the frozen VAE.
+    """Training of the merge block and the decoders of an RGBA VAE, instead of the denoiser.
 
-    The merge block combines the encodings of color and alpha into one latent. The decoders reconstruct color
-    and alpha from that latent.
+    The merge block combines color and alpha into one latent. One decoder reconstructs color from that latent,
+    and the other decoder reconstructs alpha. The encoder is frozen.
     """
 
     train: Literal["merge+decoders", "merge"] = "merge+decoders"
@@ -460,7 +460,7 @@ class Opaque(Section):
 
 
 class Joint(Section):
-    """Color and alpha as two clips concatenated into one token sequence, with equal token positions."""
+    """Color and alpha are two clips in one token sequence, and have the same positional embeddings."""
 
     kind: Literal["joint"]
     """Two latents, color first. The adapter changes the alpha tokens only (method of TransPixeler)."""

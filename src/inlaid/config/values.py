@@ -1,4 +1,7 @@
-"""Conversion of recipe values to the types that their keys accept. Other values are refused with a reason."""
+"""Conversion of recipe values to the types that their keys accept.
+
+Invalid values are refused with a reason.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ class Refused:
 
 
 def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: frozenset[str]) -> dict[Any, Any]:
-    """Return the values of a section, each converted to the type that its key accepts, or to `Refused`.
+    """Convert the values of a section to the types that its keys accept.
+
+    A value that is probably a mistake becomes an instance of `Refused`.
 
     Args:
         section: class of the section.
@@ -40,9 +45,9 @@ def read_values(section: type[BaseModel], values: Mapping[Any, Any], prose: froz
 
 
 def kinds(annotation: Any) -> Iterator[type]:
-    """Yield every type in an annotation.
+    """Yield every type in an annotation, except the key types of dictionaries.
 
-    These include the members of unions, containers and their elements, and the types of literals.
+    These include the members of unions, containers and their elements, and the types of literal values.
     """
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
@@ -70,7 +75,7 @@ def _literals(annotation: Any) -> Iterator[Any]:
 
 @cache
 def _accepted(section: type[BaseModel], key: str) -> tuple[frozenset[type], frozenset[Any]]:
-    """Return the types and the literal values that a key accepts."""
+    """Return the types and the literal values that a key of a recipe section accepts."""
     annotation = section.model_fields[key].annotation
     return frozenset(kinds(annotation)), frozenset(_literals(annotation))
 
@@ -79,10 +84,12 @@ _EPOCHS = re.compile(r"(\d{1,6}(?:\.\d{1,4})?) ?epochs?", re.ASCII)
 
 
 def read_every(value: Any) -> Any:
-    """Return a valid interval: a number of steps (at least 1), or epochs as text such as `2 epochs`.
+    """Check an interval and return it in a standard form.
+
+    The result is a number of steps (at least 1), or a number of epochs as text such as `2 epochs`.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the value is neither.
     """
     if isinstance(value, Refused):
         raise ValueError(value.why)
@@ -137,7 +144,10 @@ def _number(value: float, accepted: frozenset[type]) -> Any:
 
 
 def _unmeant(value: str, accepted: frozenset[type], literals: frozenset[Any], several_lines: bool) -> str:
-    """Return the reason why a text is probably a mistake for its key; empty if there is none."""
+    """Return the reason why a string value is probably a mistake, or an empty string.
+
+    Mistakes are control characters, and words such as `none` instead of null.
+    """
     kept = "\t\n\r" if several_lines else ""
     wrong = next((c for c in value if (c < " " or c == "\x7f") and c not in kept), None)
     if wrong:

@@ -1,4 +1,4 @@
-"""Micro-batches of cached tensors, and a hash for random seeds that is the same in every process."""
+"""Micro-batches of cached tensors, and random seeds that are the same in every process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inlaid.families import Family
 
 @dataclass(frozen=True)
 class Batch:
-    """Micro-batch: latents (n, c, t, h, w), conditioning tensors, and names of the clips."""
+    """Micro-batch: latents (n, ...), conditioning tensors, and names of the clips."""
 
     latents: Tensor
     cond: Mapping[str, Tensor]
@@ -54,7 +54,7 @@ class Batch:
 
 
 def stable_hash(*parts: Any) -> int:
-    """Return a 63-bit hash that is the same in every process, to use as a random seed."""
+    """Return a 63-bit hash of `parts` for use as a random seed; it is the same in every process."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

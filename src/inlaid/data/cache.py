@@ -121,7 +121,7 @@ class Cache:
         return self.probes.content(path)
 
     def remember(self) -> None:
-        """Write the content hashes, file properties and alpha statistics to the folder, for later runs."""
+        """Save content hashes, file properties and alpha statistics to the cache folder, for later runs."""
         self.probes.save()
 
     def encoder(self, family: Family, part: str) -> list[str]:
@@ -139,16 +139,16 @@ class Cache:
         ]
 
     def media_names(self, family: Family, windows: Sequence[Window]) -> list[str]:
-        """Return the cached item's name for each training example."""
+        """Return the name of the cached media item for each training example."""
         what = [VERSION, family.model.family, self.encoder(family, "media"), *family.images]
         what += family.media_key
         files = [w.clip.files for w in windows]
         return [identity(*what, w.key, *map(self.content, f)) for w, f in zip(windows, files, strict=True)]
 
     def text_names(self, family: Family, words: Sequence[str | Path], dtype: torch.dtype) -> list[str]:
-        """Return the cached item's name for each caption or precomputed text embedding.
+        """Return the name of the cached item for each text.
 
-        A path in `words` is a file with a precomputed text embedding.
+        A string in `words` is a caption. A path in `words` is a file with a precomputed text embedding.
         """
         what, encoder = [VERSION, family.model.family], self.encoder(family, "text")
         return [
@@ -261,11 +261,16 @@ def build_text(
     dtype: torch.dtype,
     advance: Advance,
 ) -> Built:
-    """Encode the captions that are not in the cache.
+    """Encode the captions that are not in the cache, and store the text embeddings.
 
-    Text embeddings are stored without padding, in the encoder's precision.
-
-    A path in `words` is a file with a precomputed text embedding.
+    Args:
+        cache: cache that stores the embeddings.
+        family: model family of the text encoder.
+        words: captions, or paths of files with precomputed text embeddings.
+        names: names of the cached items, one per entry of `words`.
+        device: device of the text encoder.
+        dtype: dtype of the text encoder.
+        advance: function that is called with the number of newly finished items.
 
     Raises:
         ValueError: if the cache cannot be written. Items already written stay valid; run again to continue.
@@ -299,7 +304,7 @@ def build_text(
 def _writing(folder: Path, built: Built, total: int) -> Iterator[None]:
     """Count the item that the `with` block writes, and convert a write error to a ValueError.
 
-    The message states how many items are cached.
+    The error message states how many items are cached.
     """
     try:
         yield

@@ -88,7 +88,7 @@ def clip_problems(
 
 
 def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Problem]:
-    """Return the problems of a clip's alpha, except those that settings in the recipe correct."""
+    """Return the problems of a clip's alpha, without those that a setting of the recipe already solves."""
     found = {
         "inverted": alpha.inverted and not how.invert,
         "limited": alpha.limited and not how.limited,
@@ -109,7 +109,11 @@ def alpha_problems(clip: Clip, alpha: AlphaStats, how: config.Matte) -> list[Pro
 
 
 def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[Problem]:
-    """Return a warning for each clip whose alpha differs from that of nearly all other clips."""
+    """Return a warning for each clip with unusual alpha, if at least 4 clips have alpha.
+
+    A clip is unusual if its mean alpha differs from the median of all clips by more than `ODD`. A clip is
+    also unusual if it is premultiplied and at least 90 % of the clips are not, or the reverse.
+    """
     there = [(c, alphas[c.path]) for c in clips if c.path in alphas]
     if len(there) < 4:
         return []
@@ -134,13 +138,13 @@ def outliers(clips: Sequence[Clip], alphas: Mapping[Path, AlphaStats]) -> list[P
 def duplicates(
     clips: Sequence[Clip], content: Callable[[Path], str] = sha256
 ) -> tuple[dict[Path, str], list[Problem]]:
-    """Return a label for the path of each clip, and a warning for each copy of a clip.
+    """Find clips with equal content. Return a label for each clip's path, and a warning for each duplicate.
 
-    Clips with equal content have equal labels. The label is a content hash, or the path if no other clip has
-    the same size in bytes.
+    Clips with equal content get equal labels. A label is a content hash. If no other clip has the same size
+    in bytes, the content is not hashed, and the label is the path.
 
     Args:
-        clips: the usable clips.
+        clips: the clips to compare.
         content: function that returns the content hash of a file.
     """
 

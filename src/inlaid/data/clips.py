@@ -1,4 +1,4 @@
-"""Clips on disk, and windows: the clips or parts of clips that are training examples."""
+"""Clips on disk, and their windows. A window is a clip or a part of a clip that is one training example."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Window(ABC):
 
 @dataclass(frozen=True)
 class VideoWindow(Window):
-    """Training example of the video modality: a time range of a video, or an image, at the training size."""
+    """Training example of the video modality: an image or a time range of a video, at the training size."""
 
     extent: VideoExtent
     start: float
@@ -104,9 +104,10 @@ class VideoWindow(Window):
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Part of the cache key: every setting that determines the pixels or the precomputed latents.
+        """Part of the cache key: the settings that determine the pixels, and the version of the decoder.
 
-        The cache adds the content hashes of the files.
+        For precomputed latents, it contains only the version of the code that converts them. The cache adds
+        the content hashes of the files.
         """
         if self.clip.embedding:
             return ("precomputed", precomputed.READER)
@@ -137,5 +138,5 @@ class VideoWindow(Window):
 
 
 def _rated(clip: Clip) -> tuple[Hashable, ...]:
-    """Return the frame rate that the recipe sets for a clip, for the cache key; empty if it sets none."""
+    """Return cache key entries for the frame rate that the recipe sets; empty if it sets none."""
     return ("rate", clip.rate) if clip.rate else ()

@@ -50,7 +50,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Part of each source clip to use."""
+    """Part of each source clip that is exported: a range of time and a region of the frame."""
 
     start: float = 0.0
     """Seconds from the first frame."""
@@ -92,13 +92,13 @@ def prepare_dataset(
     """Cut the clips of a source into windows and write them to a folder.
 
     Args:
-        source: folder or manifest of clips, or a recipe (YAML configuration). Of a recipe, the sections
-            `model`, `data` and `alpha` are used.
+        source: folder or manifest of clips, or a recipe (YAML configuration). The recipe's sections `model`,
+            `data` and `alpha` are used.
         out: output folder: new, empty, or written by the same command before.
         target: format of the output.
-        family: model family that determines the default size, length and frame rate.
-        checkpoint: checkpoint of the VAE and the text encoder that make latents. Default: the first
-            checkpoint that the family lists.
+        family: model family that determines the default size, length and frame rate. Ignored for a recipe.
+        checkpoint: base model, whose VAE and text encoder are used if the output contains latents. Default:
+            the first published checkpoint of the family. Ignored for a recipe.
         overrides: recipe settings, such as `data.frames=81`.
         part: part of each clip to use.
         sequence_fps: frame rate of image sequences. Default: the frame rate of the output.
@@ -160,9 +160,10 @@ UNCAPTIONED = ("no-caption", "empty-caption")
 def _settings(
     source: Path, family: str, checkpoint: str | None, overrides: Sequence[str], target: Target
 ) -> tuple[config.Config, frozenset[str]]:
-    """Return the recipe, and the names of the settings that must not be adapted to the clips.
+    """Return the recipe, and the names of the settings that the user has chosen.
 
-    They are keys of the section `data`, or `alpha` for the whole section `alpha`.
+    All other settings may be adapted to the clips. A name is a key of the section `data`, or `alpha` for the
+    whole section `alpha`.
     """
     recipe = source.suffix.lower() in (".yaml", ".yml") or (source / "config.yaml").is_file()
     given = {text.partition("=")[0].strip().removeprefix("data.") for text in overrides}
@@ -186,10 +187,12 @@ def _settings(
 
 
 def _families(settings: config.Config, target: Target) -> tuple[Family, Family | None]:
-    """Return the model family without alpha, and with alpha (None if alpha is not supported).
+    """Return two model families for the checkpoint of a recipe: without alpha, and with joint alpha.
+
+    The second is None if `target` is `clips`, or if the checkpoint does not support joint alpha.
 
     Raises:
-        ValueError: if the checkpoint does not support the output format.
+        ValueError: if the checkpoint does not support the output format `target`.
     """
     opaque = families.get(settings.model.family)(settings.model)
     if target == "latents" and opaque.images:
@@ -217,10 +220,13 @@ def _plan(
     probes: _Probes,
     before: Mapping[str, Any],
 ) -> tuple[Plan, config.Config, Family]:
-    """Plan the windows. Sizes and lengths that are not given are chosen to suit the clips.
+    """Plan the windows.
+
+    If the size, the aspect ratios or the lengths are not in `given`, they are taken from `before` or chosen
+    to suit the clips.
 
     Returns:
-        The plan, the completed recipe, and the model family with or without alpha.
+        The plan, the recipe with the chosen values, and the family (`opaque` or `transparent`).
     """
     data = settings.data
     with progress("probe", 1, "clip") as advance:
@@ -292,7 +298,12 @@ def _read_state(out: Path) -> dict[str, Any]:
 
 
 def _check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a folder was prepared with the same settings.
+    """Check that a folder was prepared with the settings of this run.
+
+    Args:
+        out: the prepared folder.
+        before: stored description of the earlier run; empty if there was none.
+        now: settings of this run.
 
     Raises:
         ValueError: if a setting differs.
@@ -308,10 +319,11 @@ def _check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _check_sizes(settings: config.Config, family: Family, target: Target) -> list[str]:
-    """Return notes about sizes that the family does not support.
+    """Return notes about clip sizes that the family does not support.
 
     Raises:
-        ValueError: if the format cannot store the sizes.
+        ValueError: if latents are written and the family does not support the sizes, or if mp4 files are
+            written and the height or width is odd.
     """
     data = settings.data
     wrong = [p for n in data.frames for p in family.grid.problems(n, *data.size)]
@@ -324,10 +336,12 @@ def _check_sizes(settings: config.Config, family: Family, target: Target) -> lis
 
 
 def _check_place(settings: config.Config, out: Path) -> None:
-    """Check that the output folder is neither a source folder nor inside one.
+    """Check that the output folder is allowed.
+
+    It must not be a source folder, be inside a source folder, or be the folder of a source manifest.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if the folder is not allowed.
     """
     for each in settings.data.sources:
         path, place = Path(each.path).expanduser().resolve(), out.resolve()
@@ -337,9 +351,9 @@ def _check_place(settings: config.Config, out: Path) -> None:
 
 
 class _Probes(CachedProbes):
-    """Reader of clip properties, limited to the part of each clip that is used.
+    """Reader of clip properties that describe only the time range and the crop to export.
 
-    `whole` has the frame sizes before cropping.
+    `whole` contains the height and width of each clip before cropping.
     """
 
     def __init__(self, folder: Path, part: Part, fps: float) -> None:
@@ -348,11 +362,11 @@ class _Probes(CachedProbes):
         self.whole: dict[Path, tuple[int, int]] = {}
 
     def probe(self, path: Path) -> Probe:
-        """Return the properties of the used part of a clip."""
+        """Return the properties of a clip, limited to the part that is used."""
         return self._of_part(path, super().probe(path))
 
     def inspect(self, color: Path, alpha: Path | None = None) -> ClipInspection:
-        """Return the properties of the used part of an RGBA clip, and the alpha of the whole clip."""
+        """Return the properties of the exported part of an RGBA clip, and the alpha of the whole clip."""
         found = super().inspect(color, alpha)
         return replace(found, probe=self._of_part(color, found.probe))
 
@@ -378,7 +392,10 @@ class _Probes(CachedProbes):
 
 
 def _cuts(plan: Plan, part: Part, crf: int, target: Target, probes: _Probes) -> list[Cut]:
-    """Return a uniquely named cut for each window of a plan, in the order of the clips."""
+    """Return a cut (a window with a unique name, to be written to files) for each training window of a plan.
+
+    Equal windows give one cut. With the target `latents`, windows of clips without captions are left out.
+    """
     windows: dict[Path, list[VideoWindow]] = {}
     for window in plan.train:
         assert isinstance(window, VideoWindow)
@@ -434,7 +451,11 @@ def _write(
     crf: int,
     made: Prepared,
 ) -> dict[str, Written]:
-    """Write the unfinished cuts; return the results of cuts that failed, by the name of the cut."""
+    """Write the cuts (parts of clips) that are not written yet, and update the counts in `made`.
+
+    Returns:
+        Results of the cuts that failed, by name of the cut.
+    """
     done = read_done(out)
     missing = [c for c in cuts if not is_finished(out, done.get(c.name), c)]
     made.kept = len(cuts) - len(missing)
@@ -456,7 +477,7 @@ def _write(
 
 
 def _problems_of(cuts: Sequence[Cut], failed: Mapping[str, Written]) -> list[Problem]:
-    """Return one problem for each clip with cuts that could not be read."""
+    """Return one problem for each clip with a window that could not be written."""
     clips: dict[Path, list[Cut]] = {}
     for cut in cuts:
         clips.setdefault(cut.window.clip.path, []).append(cut)
@@ -472,7 +493,7 @@ def _problems_of(cuts: Sequence[Cut], failed: Mapping[str, Written]) -> list[Pro
 
 
 def _described_problems(problems: Sequence[Problem], plan: Plan) -> list[str]:
-    """Return one message per kind of problem; it names command-line options instead of recipe keys."""
+    """Return one message per kind of problem. Messages name command-line options instead of recipe keys."""
     total = max(len(plan.clips), sum(s.clips for s in plan.sources))
     lines = describe_plan(problems, total, most=8)
     for key, option in KEYS.items():
@@ -481,7 +502,7 @@ def _described_problems(problems: Sequence[Problem], plan: Plan) -> list[str]:
 
 
 def report(made: Prepared, out: Path, target: Target) -> list[str]:
-    """Return the lines that the command prints."""
+    """Return the lines that `inlaid prepare` prints."""
     total = made.written + made.kept
     lines = [f"note: {note}" for note in made.notes]
     lines += [f"left out: {line}" for line in made.left_out]

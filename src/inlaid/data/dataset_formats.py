@@ -1,6 +1,6 @@
-"""Formats of prepared datasets: `.mp4`, `.npz`, two videos (color and alpha), or latents.
+"""File formats that `inlaid prepare` writes: `.mp4`, `.npz`, two videos (color and alpha), or latents.
 
-Worker processes import this module, so it imports torch only to write latents.
+Worker processes import this module. It imports torch only when it writes latents.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Cut:
-    """Window of a clip that is to be written to files."""
+    """Window of a clip, and the name under which it is exported."""
 
     name: str
     """Name of the files, without an ending such as `.mp4`."""
@@ -72,7 +72,8 @@ class Cut:
     def _read_region(self, crop: Crop) -> np.ndarray:
         """Read the frames, crop them, and resize them to the size of the window.
 
-        To save memory, large frames are scaled down before cropping, and few frames are read at once.
+        To save memory, large frames are scaled down before cropping, and only a few frames are read
+        at a time.
         """
         window, (frames, height, width) = self.window, self.window.extent
         scale = min(1.0, max(height / crop.height, width / crop.width))
@@ -99,7 +100,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of writing a cut: the sizes of its files by name, or the problem if nothing was written."""
+    """Result of writing the files of one window.
+
+    `files` contains their sizes in bytes by file name. If nothing was written, `problem` is the reason.
+    """
 
     name: str
     files: Mapping[str, int]
@@ -115,7 +119,9 @@ def endings(target: Target) -> tuple[str, ...]:
 
 
 def write_cut(cut: Cut, folder: Path, target: Target, crf: int) -> Written:
-    """Read a window and write its files. If the clip cannot be read, the result states the problem.
+    """Read the window of a clip, and write it to files in `folder`.
+
+    If the clip cannot be read, nothing is written and the result contains the problem.
 
     Raises:
         OSError: if a file cannot be written.
@@ -138,7 +144,7 @@ def write_cut(cut: Cut, folder: Path, target: Target, crf: int) -> Written:
 
 
 def failed(cut: Cut, error: Exception) -> Written:
-    """Return the result of a cut that failed with an error."""
+    """Return the result for a window that was not written because of `error`."""
     try:
         with reading(cut.window.clip.path):
             raise error
@@ -170,11 +176,13 @@ def save_latents(path: Path, layout: PrecomputedLayout, moments: Tensor) -> None
 def save_text(path: Path, layout: PrecomputedLayout, text: Tensor, length: int) -> None:
     """Write a text embedding (n, d) to a torch file, atomically.
 
+    Some formats pad the embedding with zeros and store a mask, which is False for padding.
+
     Args:
         path: output file.
         layout: file names and tensor names of the format.
-        text: tokens without padding.
-        length: number of tokens after padding; the mask is False for padding.
+        text: embedding of the tokens without padding.
+        length: number of tokens after padding.
     """
     import torch
 

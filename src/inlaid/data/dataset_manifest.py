@@ -28,7 +28,10 @@ MANIFESTS: Mapping[Target, str] = {
 
 
 def read_done(out: Path) -> dict[str, dict[str, Any]]:
-    """Return the list of finished cuts, by name. Incomplete lines from killed runs are skipped."""
+    """Return the finished parts of clips, by name: their keys, files and captions.
+
+    Lines that a killed run left incomplete are skipped.
+    """
     file = out / STATE / "done.jsonl"
     rows = {}
     for line in read_text(file).splitlines() if file.is_file() else ():
@@ -45,21 +48,23 @@ def read_done(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def record(out: Path, cut: Cut, files: Mapping[str, int]) -> None:
-    """Append a cut and the sizes of its files to the list of finished cuts.
+    """Append a row to the list of finished cuts (exported windows of clips).
 
-    The list may name a cut several times; the last entry counts.
+    The row contains the sizes of the files. If the list contains several rows for a cut, the last one counts.
     """
     row = {"name": cut.name, "key": cut.key, "files": dict(files), "caption": cut.window.caption}
     append(out / STATE / "done.jsonl", json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def is_finished(out: Path, row: Mapping[str, Any] | None, cut: Cut) -> bool:
-    """Return True if the files of a cut exist, have the recorded sizes, and match the settings.
+    """Return True if the files of a window are already written.
+
+    The files must have the recorded sizes. The settings and the source files must not have changed since.
 
     Args:
         out: folder of the dataset.
-        row: this cut in the list of finished cuts, or None.
-        cut: the cut.
+        row: record of the written window, or None if there is no record.
+        cut: window to write.
     """
     if row is None or row["key"] != cut.key or not row["files"]:
         return False
@@ -69,9 +74,9 @@ def is_finished(out: Path, row: Mapping[str, Any] | None, cut: Cut) -> bool:
 
 
 def finish_dataset(out: Path, target: Target, cuts: Sequence[Cut], family: Family) -> list[str]:
-    """Write the captions and the manifest.
+    """Write the captions and the manifest of a dataset to the folder `out`.
 
-    A caption that was edited in the output is kept.
+    If the user has edited a caption in `out`, the edited caption is kept.
 
     Returns:
         Notes about edited captions, and about files of earlier runs that are no longer part of the dataset.
@@ -128,7 +133,10 @@ def _caption_file(out: Path, target: Target, name: str, family: Family) -> Path 
 
 
 def _row(cut: Cut, target: Target, caption: str, family: Family) -> dict[str, Any]:
-    """Return the manifest row of a cut: file names, caption, source clip, start and shape."""
+    """Return the manifest row of a cut, a part of a clip that is written to files.
+
+    The row contains the file names, the caption, the source clip, the start, the size and the frame rate.
+    """
     window = cut.window
     frames, height, width = window.extent
     origin = {
@@ -160,7 +168,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _captions_in(out: Path, target: Target) -> dict[str, str]:
-    """Return the captions in an existing manifest, by the name of the cut."""
+    """Return the captions in an existing manifest; keys are file names without suffix.
+
+    The result is empty if there is no manifest, or if `target` is neither `npz` nor `rgba-pairs`.
+    """
     file = out / MANIFESTS[target]
     if target not in ("npz", "rgba-pairs") or not file.is_file():
         return {}

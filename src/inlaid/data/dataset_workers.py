@@ -1,4 +1,4 @@
-"""Writing of a prepared dataset: clips in parallel processes, or latents in this process."""
+"""Writing of a prepared dataset: worker processes write clips, and the main process writes latents."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ TEXTS = 8
 
 
 def write_cuts(cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers: int) -> Iterator[Written]:
-    """Write cuts in worker processes; yield each result when it is finished.
+    """Write cuts (windows of clips) in worker processes, and yield each result when it is finished.
 
-    A process can die because a decoder crashes or memory is exhausted. Then, the unfinished cuts are
-    repeated one at a time. A cut that kills a process again is reported as unreadable.
+    A worker process can die because a decoder crashes or memory is exhausted. The cuts in progress are then
+    repeated one at a time. A cut during which a process dies again is reported as unreadable.
 
     Args:
         cuts: the windows to write.
@@ -65,7 +65,11 @@ def write_cuts(cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers
 def _pooled(
     cuts: Sequence[Cut], out: Path, target: Target, crf: int, workers: int, lost: list[Cut]
 ) -> Iterator[Written]:
-    """Write cuts in a process pool. If a process dies, add the unfinished cuts to `lost` and stop."""
+    """Write cuts in a process pool, and yield each result when it is finished.
+
+    A cut is a window of a clip that is to be written to files. If a worker process dies, the submitted cuts
+    without a result are added to `lost`, and no more cuts are written.
+    """
     cut: Cut | None
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin)
@@ -109,7 +113,7 @@ def encode_cuts(
 
     Args:
         settings: recipe with model and device.
-        family: model family. If it has alpha, the latents of alpha follow those of color along time.
+        family: model family. For joint alpha, color latents and alpha latents are concatenated along time.
         cuts: the windows to write.
         out: output folder.
         workers: number of threads that read clips.
@@ -142,7 +146,7 @@ def encode_cuts(
             moments = torch.cat(list(item.values()), 1)
             if not torch.isfinite(moments).all():
                 raise ValueError("the VAE returned NaN or infinite values")
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield failed(cut, error)
             continue
         latents, text, _ = latent_files(out, layout, cut.name)

@@ -14,11 +14,11 @@ ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 
 
 def fitting_size(model: Family, probes: list[Probe]) -> tuple[int, int]:
-    """Return a height and width: the default size of the family, adapted to the clips.
+    """Return a height and width for training: the default size of the family, adapted to the clips.
 
-    The default is 704 x 1280 in families whose sizes are multiples of more than 16 pixels. It is turned to
-    portrait if most clips are portrait. If the clips are smaller, the result has their median area and median
-    aspect ratio.
+    The default is 704 x 1280 for families with a spatial stride of more than 16 pixels. Height and width are
+    exchanged if most clips are portrait. If the median area of the clips is less than 81 % of the default
+    area, the result has the median area and the median aspect ratio.
     """
     height, width = (704, 1280) if model.grid.spatial > 16 else model.defaults["data"]["size"]
     typical = sorted(p.height * p.width for p in probes)[len(probes) // 2]
@@ -32,7 +32,11 @@ def fitting_size(model: Family, probes: list[Probe]) -> tuple[int, int]:
 
 
 def fitting_aspects(probes: list[Probe], size: tuple[int, int]) -> list[str]:
-    """Return the ratios in `ASPECTS` nearest to those of the clips; empty if `size` fits 95 % of clips."""
+    """Return the ratios in `ASPECTS` that are nearest to the aspect ratios of the clips.
+
+    The result is empty if `size` (height, width) fits at least 95 % of the clips. The size fits a clip if
+    cropping the clip to the size's aspect ratio removes at most the fraction `CROPPED` of the frame.
+    """
 
     def off(probe: Probe, ratio: float) -> float:
         return abs(math.log(probe.width / probe.height / ratio))

@@ -82,10 +82,9 @@ class _Scan:
         return None
 
     def _there(self, path: Path) -> Path | None:
-        """Return the path of the clip that `path` names, or None if there is no such clip.
+        """Return the path of the file or image sequence that `path` names, or None if there is none.
 
-        A clip is a file or an image sequence. A path without suffix may also name a file, such as `dog` for
-        `dog.mp4`.
+        The suffix of a file may be missing: `dog` finds `dog.mp4`.
         """
         if path.is_file() or rgba_images.frames_in(path):
             return path
@@ -114,7 +113,7 @@ class _Scan:
         clip.
 
         Returns:
-            The path of the matte or None, and False if a problem was recorded, else True.
+            The path of the matte (or None), and a bool that is False if a problem was recorded.
         """
         if text is not None:
             named = self.file(text.strip(), where)
@@ -154,8 +153,12 @@ class _Scan:
     ) -> None:
         """Add a clip with its caption and alpha matte, and record problems.
 
-        `text` is the path of the clip relative to the root folder, and `matte` the path of its alpha matte.
-        `where` is the location of the clip in the manifest, for messages.
+        Args:
+            text: path of the clip, relative to the root folder.
+            caption: caption of the clip.
+            group: name under which the tables of an evaluation group the clip.
+            where: location of the clip in the manifest, for messages.
+            matte: path of the alpha matte, relative to the root folder.
         """
         self.count += 1
         text = text.strip() if where else text
@@ -181,7 +184,7 @@ def find_clips(source: config.Source, index: int, patterns: PrecomputedLayout | 
     Args:
         source: entry of the recipe's `data.sources`.
         index: index of the source in `data.sources`.
-        patterns: layout of the precomputed latents that the model family reads, or None.
+        patterns: file layout in which the model family expects precomputed latents, or None.
         channels: 4 if the run trains on alpha, else 3.
     """
     path = Path(source.path).expanduser()
@@ -293,7 +296,7 @@ def _line_files(folder: Path, source: config.Source) -> tuple[Path, Path] | None
     """Return the file that lists captions and the file that lists clips, or None if either is missing.
 
     Raises:
-        ValueError: if `layout` is `lines` and there are several candidates for one of the files.
+        ValueError: if the recipe sets `layout: lines` and there are several candidates for one of the files.
     """
     found = []
     for key, named, defaults in (
@@ -316,7 +319,10 @@ def _matching(tree: Root, pattern: str, suffixes: tuple[str, ...] = ("",)) -> di
 
 
 def _precomputed(folder: Path, scan: _Scan, patterns: PrecomputedLayout) -> None:
-    """Collect precomputed latents by file name, without reading the tensors."""
+    """Collect clips with precomputed latents and text embeddings, without reading the tensors.
+
+    Files of the same clip have the same name.
+    """
     parts = [_matching(scan.root, part) for part in (*patterns.media, patterns.text)]
     texts = _matching(scan.root, patterns.caption)
     for name in sorted({*parts[0], *parts[-1]}):
@@ -414,7 +420,7 @@ def _lines(folder: Path, scan: _Scan) -> None:
 
 
 def _manifest(path: Path, scan: _Scan) -> None:
-    """Add the clips that a manifest lists."""
+    """Add the clips of a manifest to `scan`."""
     columns, rows = read_rows(path, scan.source, scan.channels == 4)
     for row in rows:
         video = row.values.get(columns.video)

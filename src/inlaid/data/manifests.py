@@ -64,11 +64,11 @@ def read_rows(path: Path, source: config.Source, transparent: bool) -> tuple[Col
 
     Args:
         path: the manifest.
-        source: entry of the recipe's `data.sources`, which may set the names of columns.
+        source: entry of the recipe's `data.sources`; it can set the names of columns.
         transparent: also look for the columns of color files and alpha mattes.
 
     Raises:
-        ValueError: if the manifest cannot be read or lacks a column.
+        ValueError: if the manifest cannot be read or lacks a required column.
     """
     try:
         text = read_text(path)
@@ -110,7 +110,7 @@ def _table(path: Path, text: str, source: config.Source, transparent: bool) -> t
 
 
 def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the last line number and the cells of each table row.
+    """For each table row, yield the number of its last line and its cells.
 
     Raises:
         ValueError: if the text is not valid CSV, or a field is too long.
@@ -210,7 +210,7 @@ def _json(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | None, Sequence[str]]]:
-    """Return the configured name and the default names of each column, by recipe key."""
+    """Return the column names to look for, by recipe key: the name in the recipe, and the default names."""
     return {
         "video_column": (source.video_column, VIDEO_COLUMNS + COLOR_COLUMNS * transparent),
         "caption_column": (source.caption_column, CAPTION_COLUMNS),
@@ -220,10 +220,15 @@ def _wanted(source: config.Source, transparent: bool) -> dict[str, tuple[str | N
 
 
 def _find(named: str | None, defaults: Sequence[str], there: Sequence[str]) -> str | None:
-    """Return the first wanted column that exists in the manifest, or None.
+    """Return the name of a column in a manifest, or None if the manifest has no such column.
 
-    Exact matches have priority. Otherwise, case is ignored and a space equals an underscore: `Video Path`
+    An exact match has priority. Otherwise, case is ignored and a space equals an underscore: `Video Path`
     matches `video_path`.
+
+    Args:
+        named: name of the column in the recipe; None if the recipe does not set it.
+        defaults: names to look for if `named` is None, in order of priority.
+        there: columns of the manifest.
     """
     wanted = [named] if named else defaults
     plain = {c.strip().lower().replace(" ", "_"): c for c in reversed(there)}
@@ -237,7 +242,7 @@ def _columns(there: list[str], source: config.Source, transparent: bool) -> Colu
     """Find the columns of a manifest, and return their names.
 
     Raises:
-        ValueError: if a column is missing; the message lists the existing columns.
+        ValueError: if a required column is missing; the message lists the existing columns.
     """
     out: list[Any] = []
     for key, (named, defaults) in _wanted(source, transparent).items():

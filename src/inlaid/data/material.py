@@ -1,4 +1,4 @@
-"""Recognition of transparency: decide whether to train on clips with or without alpha."""
+"""Choice between training with and without alpha, based on the alpha of the clips."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPAQUE = ("no-alpha", "constant-alpha")
 
 @dataclass(frozen=True)
 class Material:
-    """Plan for training with or without alpha, whichever suits most of the clips."""
+    """Dataset plan of a recipe, and whether the plan is with alpha."""
 
     plan: Plan
     transparent: bool
@@ -34,13 +34,14 @@ def recognize(
     progress: Callable[[int, int], None] | None = None,
     probes: Probes | None = None,
 ) -> Material:
-    """Plan the clips of a recipe with alpha if at least half of the clips have alpha, else without.
+    """Decide whether to train with alpha, and plan the clips of a recipe accordingly.
+
+    The plan is with alpha if at least half of the clips have alpha.
 
     Args:
         data: the recipe's `data` section.
         opaque: model family without alpha.
-        transparent: the same family with alpha. None if the checkpoint does not support alpha; the plan is
-            then without alpha.
+        transparent: the same family with alpha. If it is None, the plan is without alpha.
         progress: called with (done, total) while files are probed.
         probes: reader of file properties. Default: a reader without a cache.
     """
@@ -59,7 +60,10 @@ def recognize(
 
 
 def _maybe_transparent(data: config.Data, plan: Plan) -> bool:
-    """Return True if a clip has an alpha channel, a matte, or a format that only runs with alpha can read."""
+    """Return True if any clip may be transparent.
+
+    Such a clip has an alpha channel, a matte, or a file format that is only read in runs with alpha.
+    """
     if any(p.transparent for p in plan.probes.values()):
         return True
     found = [c for i, s in enumerate(data.sources) for c in find_clips(s, i, None, 4).clips]

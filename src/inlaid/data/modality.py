@@ -80,14 +80,14 @@ class Modality(ABC):
         """Write a contact sheet of training examples as PNG.
 
         Args:
-            rows: pairs of a window and the result of its `read`.
+            rows: pairs of a window and its data, as returned by `Window.read`.
             path: output file.
             title: heading of the contact sheet.
         """
 
     @abstractmethod
     def texts(self, prompts: Sequence[str], images: Sequence[Sequence[str]]) -> list[str]:
-        """Return one text per output to generate: its prompt, or its name if the modality has no prompts.
+        """Return one text for each output: its prompt or, for scenes, the file name of its input image.
 
         Raises:
             ValueError: if prompts or images are missing, or if the modality does not accept prompts.
@@ -95,7 +95,7 @@ class Modality(ABC):
 
     @abstractmethod
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the conditioning images of one output to generate."""
+        """Read the conditioning images from which one output is generated."""
 
     def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
         """Return the arguments of `Family.sample` that only this modality uses."""
@@ -107,10 +107,10 @@ class Modality(ABC):
 
     @abstractmethod
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
-        """Write generated media, as returned by `Family.sample`, to files named `stem` plus a suffix.
+        """Write the output of `Family.sample` to files whose names are `stem` plus a suffix.
 
         Returns:
-            The main file, and metadata to record beside this file.
+            The path of the main file, and metadata to record beside this file.
         """
 
 

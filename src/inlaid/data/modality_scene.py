@@ -1,7 +1,7 @@
 """Scene modality: generate one mesh per object from an image and its segmentation.
 
 A training example consists of the image, the segmentation, and points on the surface of each object. A scene
-has no caption. Reports show the scene's name instead, which is not an input of any network.
+has no caption. Reports show the name of the scene instead. The name is not an input of any network.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneClip(Clip):
-    """Training example of the scene modality, as files on disk."""
+    """Training example on disk: an image, its segmentation, and the surfaces of the objects."""
 
     scene: Scene
 
@@ -71,7 +71,7 @@ class SceneWindow(Window):
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Part of the cache key: every setting that determines the cached tensors.
+        """Part of the cache key: reader version, number of objects, image size and object IDs.
 
         The cache adds the content hashes of the files.
         """
@@ -111,7 +111,7 @@ class SceneModality(Modality):
     ) -> Plan:
         """Find and check the scenes of all data sources, and split off the validation scenes.
 
-        Every surface file is read, because most problems are in the surfaces.
+        All files of each scene are read, because most problems are in the surfaces of the objects.
         """
         problems: list[Problem] = []
         found = [_find(source, i, problems) for i, source in enumerate(config.data.sources)]
@@ -182,7 +182,7 @@ class SceneModality(Modality):
         return [Path(pair[0]).stem for pair in images]
 
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read the input image, the segmentation, and the names of its objects."""
+        """Read the input image, and the segmentation with the names of the objects."""
         if not isinstance(source, Window):
             image, segmentation = (Path(path) for path in source)
             names = read_names(segmentation.parent) if segmentation.name == SEGMENTATION else {}
@@ -201,12 +201,12 @@ class SceneModality(Modality):
         return [NamedImage(first, seen.image), NamedImage(second, ids, {n: labels[n] for n in order})]
 
     def asked(self, sample: recipe.Sample, images: Sequence[NamedImage]) -> dict[str, Any]:
-        """Return the names of the objects, and the settings of their meshes."""
+        """Return the arguments of `Family.sample` that only scenes use: object names and mesh settings."""
         settings = {k: getattr(sample, k) for k in ("grid", "triangles", "texture")}
         return {"objects": images[1].objects, **settings}
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the sampling settings to record: steps, guidance, and settings of the meshes."""
+        """Return the sampling settings to record with each scene: steps, guidance and mesh settings."""
         return {k: getattr(sample, k) for k in ("steps", "guidance", "grid", "triangles", "texture")}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:

@@ -65,7 +65,11 @@ class VideoModality(Modality):
         return list(prompts)
 
     def read(self, family: Family, source: ImageSource, sample: recipe.Sample) -> list[NamedImage]:
-        """Read conditioning images, scaled and cropped to the size of the video."""
+        """Read the conditioning images of a video, scaled and cropped to the size of the video.
+
+        If `source` is a window, the images are its first frame, its last frame or both, as the family
+        requires. Otherwise, `source` contains the paths of the images.
+        """
         assert sample.size and sample.frames
         if isinstance(source, Window):
             if not family.images:
@@ -81,8 +85,8 @@ class VideoModality(Modality):
         ]
 
     def settings(self, sample: recipe.Sample, fps: float) -> dict[str, Any]:
-        """Return the sampling settings that affect a video, and the frame rate."""
-        other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles")
+        """Return the sampling settings and the frame rate, which are recorded beside a generated video."""
+        other = ("prompts", "images", "every", "seed", "transparent", "grid", "triangles", "texture")
         return {**{k: v for k, v in sample.model_dump().items() if k not in other}, "fps": fps}
 
     def write(self, stem: Path, made: Any, sample: recipe.Sample, fps: float) -> tuple[Path, dict[str, Any]]:
@@ -115,7 +119,11 @@ class VideoModality(Modality):
 
 
 def _write(name: str, path: Path, made: Any, fps: float) -> dict[Path, str]:
-    """Write a video with alpha in one format. Return `straight`, `premultiplied` or `alpha` for each file."""
+    """Write a video with alpha in the format `name`.
+
+    Returns:
+        Content of each written file: `straight` or `premultiplied` (video), or `alpha` (alpha matte).
+    """
     if name == "pair":
         color, matte = rgba.write_pair(path.with_suffix(""), made, fps, premultiplied=True)
         return {color: "premultiplied", matte: "alpha"}

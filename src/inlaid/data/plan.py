@@ -55,7 +55,7 @@ class SourceReport:
 
     @property
     def uses(self) -> float:
-        """Number of times that each window is used per epoch."""
+        """Mean number of times that each window is used per epoch."""
         return self.repeats * self.weight
 
 
@@ -77,7 +77,10 @@ class Plan:
 
     @property
     def errors(self) -> list[Problem]:
-        """Problems that stop the run, or exclude a clip if `data.bad_clips` is `quarantine`."""
+        """Problems that stop the run.
+
+        If `data.bad_clips` is `quarantine`, a problem of a single clip excludes this clip instead.
+        """
         return [p for p in self.problems if p.severity == "error"]
 
 
@@ -96,7 +99,7 @@ def plan_dataset(
 ) -> Plan:
     """Probe every clip, select the windows to train and validate on, and collect problems.
 
-    Decodes only a few frames of each video.
+    Only a few frames of each video are decoded.
 
     Args:
         data: the recipe's `data` section; its `fps` overrides the argument `fps`.
@@ -139,7 +142,7 @@ def plan_dataset(
 
 
 def at_rate(probe: Probe, rate: float) -> Probe:
-    """Return the properties of a clip without timestamps if it plays at `rate` frames per second."""
+    """Return the properties of a clip without timestamps, played at `rate` frames per second."""
     fps = Fraction(rate).limit_denominator(1001)
     return replace(probe, fps=fps, interval=1 / rate, duration=probe.frames / rate)
 
@@ -190,9 +193,9 @@ def assemble_plan(
         windows: windows of each usable clip, by the clip's index among all clips found.
         problems: problems found so far; new problems are appended to this list.
         probes: properties of each readable clip, by path.
-        alike: function that returns a group label for each path; clips with equal labels stay on the same
+        alike: function that maps clips to group labels, by path; clips with equal labels stay on the same
             side of the split. Default: clips with equal content form a group.
-        noun: what messages call a training example, such as `clip`.
+        noun: word for a training example in messages, such as `clip`.
         alphas: alpha statistics of each clip, by path.
         content: function that returns the content hash of a file.
     """
@@ -269,10 +272,11 @@ def _probe_all(
 def _split_validation(
     clips: Sequence[Clip], marks: Mapping[Path, str], wanted: float, seed: int
 ) -> tuple[set[Path], list[Problem]]:
-    """Select the validation clips; return their paths, and problems.
+    """Select the validation clips; return their paths, and problems with the setting.
 
-    Selects the clips with the lowest hashes of seed and name. Clips with equal labels in `marks`, such as
-    content hashes, stay on the same side of the split.
+    `wanted` is the number of clips, or their share if it is below 1. Clips with equal labels in `marks`, such
+    as content hashes, form a group, which is never split. Groups are taken in the order of a hash of `seed`
+    and a clip name.
     """
     groups: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
@@ -295,13 +299,13 @@ def _split_validation(
 
 
 def describe_plan(problems: Sequence[Problem], total: int, most: int = 5, noun: str = "clip") -> list[str]:
-    """Return messages in which problems are grouped by their code.
+    """Return messages that describe problems. Clips with the same kind of problem share a message.
 
     Example: `2 of 40 clips have no caption (07.mp4, 12.mp4): add a .txt beside each`.
 
     Args:
         problems: the problems to describe.
-        total: number of clips of the dataset.
+        total: number of clips in the dataset.
         most: maximum number of clip names in a message.
         noun: word for a training example.
     """

@@ -1,9 +1,9 @@
 """Precomputed latents from other trainers: convert `.pt` files to cache items, without a VAE or text encoder.
 
-The keys in a file determine its format, whatever the model family. The mean and log-variance of the VAE
-posterior are stored as `ldist` (finetrainers), as `mean` and `logvar` (genmo), or as a bare tensor. Text
-embeddings are stored as `prompt_embeds` with `prompt_attention_mask`, as `y_feat` with `y_mask`, or as a bare
-tensor. `Family.precomputed` defines the locations of the files.
+The keys in a file determine its format; the model family does not matter. Latents are stored as the mean and
+log-variance of the VAE posterior: under the key `ldist` (finetrainers), under the keys `mean` and `logvar`
+(genmo), or as a bare tensor. A text embedding has the keys `prompt_embeds` and `prompt_attention_mask`, or
+the keys `y_feat` and `y_mask`, or is a bare tensor. `Family.precomputed` defines where the files are.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ def inspect_item(family: Family, latents: Sequence[Path], text: Path) -> tuple[i
 def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
     """Convert the precomputed latents of a clip to the tensors that `encode_media` would return.
 
-    `latents` are the files in `Clip.latents`.
+    Args:
+        family: model family.
+        latents: latent files of the clip, as in `Clip.latents`.
 
     Raises:
-        MediaError: as in `inspect_item`.
+        MediaError: if a file is damaged or does not fit the checkpoint; the message names the file.
     """
     moments = _clips(family, latents)
     shapes = family.stored(
@@ -59,10 +61,11 @@ def read_item(family: Family, latents: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _clips(family: Family, latents: Sequence[Path]) -> list[Tensor]:
-    """Return the VAE moments (means and log-variances) of a clip and of its conditioning images.
+    """Return the VAE moments (means and log-variances) of a training example.
 
-    With joint alpha (color and alpha as two clips), return the moments of color and alpha instead. These are
-    in two files, or concatenated along time in one file.
+    Without joint alpha, these are the moments of the clip, followed by those of each conditioning image. With
+    joint alpha, color and alpha are two clips, and the moments of both are returned. Color and alpha are
+    stored in two files, or concatenated along time in one file.
     """
     clip, *others = (_moments(family, path) for path in latents)
     two = family.single is not family
@@ -84,7 +87,7 @@ def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
     """Convert a precomputed text embedding to the tensor `text` (n, d) that `encode_text` would return.
 
     Raises:
-        MediaError: as in `inspect_item`; also if the embedding contains NaN or infinite values.
+        MediaError: if the file is damaged, does not fit the checkpoint, or contains NaN or infinite values.
     """
     import torch
 
@@ -95,7 +98,7 @@ def read_text_item(family: Family, path: Path) -> dict[str, Tensor]:
 
 
 def _text(family: Family, path: Path) -> Tensor:
-    """Read a text embedding (n, d), without masked tokens."""
+    """Read a text embedding (n, d), without the tokens that its mask excludes."""
     text, *mask = _parts(path, TEXTS, "a text embedding")
     text = text[0] if text.ndim == 3 and len(text) == 1 else text
     settings = family.read_config(family.component) or {}
@@ -148,10 +151,15 @@ def _size(family: Family, path: Path, moments: Tensor) -> tuple[int, int, int]:
 
 
 def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor]:
-    """Read tensors from a torch file.
+    """Read tensors from a torch file, which contains either one tensor or a mapping from keys to tensors.
 
-    `known` contains alternative lists of keys. The first list with all keys in the file is used. If the file
-    contains a bare tensor, that tensor is returned.
+    Args:
+        path: torch file.
+        known: alternative lists of keys. The first list whose keys are all in the file is used.
+        what: expected content of the file, for messages.
+
+    Raises:
+        MediaError: if the file contains neither a tensor nor all keys of one list.
     """
     from torch import Tensor
 
@@ -173,7 +181,7 @@ def _parts(path: Path, known: Sequence[Sequence[str]], what: str) -> list[Tensor
 
 
 def _load(path: Path) -> Any:
-    """Load a torch file with memory mapping, because a probe needs only the shapes of the tensors."""
+    """Load a torch file with memory mapping, because some callers need only the shapes of the tensors."""
     try:
         return load_torch(path, mmap=True)
     except TorchFileError as error:

@@ -1,4 +1,4 @@
-"""Plan a dataset and fill the cache: clips, captions, sample prompts."""
+"""Plan the dataset of a run, and store its encoded clips, captions and sample prompts in the cache."""
 
 from __future__ import annotations
 
@@ -65,14 +65,12 @@ def _report_failed(
     failed: Mapping[str, str],
     quarantined: Mapping[str, str] | None,
 ) -> None:
-    """Report clips that cannot be used.
-
-    If `data.bad_clips` is `stop`, raise an error. Otherwise, list the excluded clips in `quarantine.json`.
+    """Report clips that cannot be used, and list them in `quarantine.json`.
 
     Args:
         config: the recipe.
         run: the run folder.
-        modality: states what messages call a training example.
+        modality: modality of the data; it has the word for a clip in messages, such as `scene`.
         failed: error messages of the clips that could not be encoded, by path.
         quarantined: problems of the clips that were excluded before encoding, by name; None in processes that
             write no files.
@@ -103,7 +101,8 @@ def build_cache(
 ) -> CachedDataset:
     """Plan the dataset and fill the cache: clips, captions, the empty caption and sample prompts.
 
-    `begin` is called with the plan and the cache after all checks of the data, before anything is encoded.
+    `begin` is called with the plan and the cache. At that time, the clips have been checked, and nothing has
+    been encoded.
 
     Raises:
         ValueError: if clips have errors and `data.bad_clips` is `stop`, if no clip is left to train on, or if

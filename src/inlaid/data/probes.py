@@ -1,4 +1,4 @@
-"""Probing of media files: their properties, read from the files or from a cache folder."""
+"""Properties of media files, read from the files or from a cache folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inlaid.media.rgba_images import is_sequence
 
 
 class Probes:
-    """Reader of the properties of media files. It reads the files on every call."""
+    """Reader of the properties of media files. Results are not cached."""
 
     def probe(self, path: Path) -> Probe:
         """Return the properties of a clip, for a run that trains without alpha.
@@ -112,9 +112,10 @@ class CachedProbes(Probes):
 
 
 def file_state(path: Path) -> str:
-    """Return a string that changes when a file is replaced or modified, even if size and mtime are restored.
+    """Return a string that changes when a file is replaced or modified.
 
-    It contains the path, size, inode number, modification time (mtime) and inode change time (ctime).
+    It contains the path, size, inode number, modification time (mtime) and inode change time (ctime). Because
+    of ctime, it also changes if a program restores the modification time.
     """
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}|{stat.st_ctime_ns}"

@@ -16,7 +16,10 @@ CHOSEN_BY_TIME = "nothing to do, frames are selected by time"
 
 @dataclass(frozen=True)
 class Problem:
-    """Problem with one clip, a whole data source (code `layout`), or the validation split (`validation`)."""
+    """Problem in a dataset. Most problems concern one clip.
+
+    The code `layout` concerns a whole data source. The code `validation` concerns the validation split.
+    """
 
     severity: Severity
     code: str
@@ -31,8 +34,9 @@ class Problem:
 class Kind:
     """Template of the messages for a problem code.
 
-    `one` and `many` are the predicate for one and for several clips, such as "has no caption" and "have no
-    caption". `cure` is the fix. A message also contains the number and the names of the clips.
+    `one` is the predicate for one clip, such as "has no caption". `many` is the predicate for several clips,
+    such as "have no caption". `cure` describes the fix. A message also contains the number and the names of
+    the clips.
 
     Example: `3 of 40 clips have no caption (...): add a .txt beside each`.
     """

@@ -1,4 +1,4 @@
-"""Prompts for sampling: resolved settings and text embeddings."""
+"""Preparation of sampling: settings with defaults filled in, and text embeddings of the prompts."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ class Prompts:
 
 
 def resolve_sample(config: recipe.Config, **overrides: Any) -> recipe.Sample:
-    """Return the recipe's `sample` section with overrides applied, and size and frames filled in.
+    """Return the `sample` section of a recipe, after applying overrides.
 
-    A missing size or number of frames is taken from the `data` section. Overrides that are None are ignored.
+    If the section sets no size, it gets the size of the `data` section. If it sets no number of frames, it
+    gets the largest number of frames in the `data` section. Overrides that are None are ignored.
 
     Raises:
         ValueError: if an override is invalid.

@@ -75,10 +75,10 @@ def stem(path: Path) -> str:
 
 
 def captions(path: Path) -> list[Path]:
-    """Return the paths at which the caption file of a clip may be.
+    """Return the possible paths of a clip's caption file.
 
-    For `dog_rgb.mp4`, these are `dog_rgb.txt` and `dog.txt` beside it. For a folder of frames `shot`, these
-    are `shot.txt`, `shot/shot.txt` and `shot/caption.txt`.
+    For the clip `dog_rgb.mp4`, these are `dog_rgb.txt` and `dog.txt` in the same folder. For a folder `shot`
+    that contains the frames of a clip, these are `shot.txt`, `shot/shot.txt` and `shot/caption.txt`.
     """
     own = stem(path)
     ends = [own.removesuffix(e) for e in COLORS if own.endswith(e)]
@@ -87,12 +87,12 @@ def captions(path: Path) -> list[Path]:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the files with a clip's content: the file itself, or the images in a sequence."""
+    """Return the files of a clip: all images if it is an image sequence, else the file itself."""
     return rgba_images.frames_in(path) if rgba_images.is_sequence(path) else [path]
 
 
 class Pairs:
-    """Index of the clips below a root folder, which matches color files with alpha mattes."""
+    """Index of the clips below a root folder. It finds the alpha mattes of a color file, and vice versa."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -111,9 +111,9 @@ class Pairs:
         return found or self._across(color, COLOR_FOLDERS, ALPHA_FOLDERS)
 
     def color(self, matte: Path) -> list[Path]:
-        """Return the color files of an alpha matte; empty if there are none.
+        """Return the color files that belong to an alpha matte.
 
-        Also empty if `matte` is not named like an alpha matte.
+        The list is empty if neither the file name nor a folder name marks `matte` as an alpha matte.
         """
         own, beside = stem(matte), self._there(matte.parent)
         bases = [own.removesuffix(e) for e in ALPHA_NAMES if own.endswith(e)]
@@ -122,15 +122,20 @@ class Pairs:
         return found or self._across(matte, ALPHA_FOLDERS, COLOR_FOLDERS)
 
     def named(self, path: Path) -> list[Path]:
-        """Return the clips that match a path without suffix: `clips/dog` matches `clips/dog_rgb.mp4`."""
+        """Return the clips that match a path without file suffix.
+
+        For example, `clips/dog` matches `clips/dog_rgb.mp4` and `clips/dog.mp4`.
+        """
         beside = self._there(path.parent)
         return [p for end in (*COLORS, "") for p in beside.get(path.name + end, [])]
 
     def _across(self, path: Path, here: tuple[str, ...], there: tuple[str, ...]) -> list[Path]:
-        """Return the files of the same name in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`.
+        """Return the files with the same name in parallel folders, such as `pha/07.mp4` for `fgr/07.mp4`.
 
-        The file's folder has a name that starts with one of `here`; parallel folders start with one of
-        `there`.
+        Args:
+            path: a file, below a folder whose name starts with one of `here`.
+            here: name prefixes of this folder, in lower case.
+            there: name prefixes of the parallel folders, which are beside this folder.
         """
         for folder in path.parents:
             if folder == self._root or not folder.is_relative_to(self._root):
@@ -142,7 +147,10 @@ class Pairs:
         return []
 
     def _there(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the clips in a folder, keyed by their names without suffix."""
+        """Return the clips in a folder by name, without file suffix and frame number.
+
+        Several clips can have the same name, such as `dog.mp4` and `dog.webm`.
+        """
         if folder not in self._known:
             found: dict[str, list[Path]] = {}
             there = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -174,7 +182,7 @@ def inspect_clip(path: Path, matte: Path | None = None) -> ClipInspection:
     """Return the properties and alpha statistics of an RGBA clip.
 
     Raises:
-        MediaError: if the clip cannot be used. The code is `unreadable`, `truncated`, `no-alpha`,
+        MediaError: if the clip cannot be used. Its `code` is `unreadable`, `truncated`, `no-alpha`,
             `constant-alpha` (the same alpha in all pixels), or `pair` (color and alpha matte do not match).
     """
     probe = _probe(path)
@@ -221,7 +229,7 @@ def _format(path: Path) -> str:
 
 
 def _match(path: Path, probe: Probe, matte: Path, other: Probe) -> None:
-    """Raise a `MediaError` if color and alpha matte differ in frame count, size or frame rate."""
+    """Raise a `MediaError` if color and alpha matte differ in frame count, size, frame rate or rotation."""
     wrong = []
     if probe.frames != other.frames:
         wrong.append(f"{probe.frames} frames and {other.frames} in {matte.name}")
@@ -250,9 +258,9 @@ def _probe(path: Path) -> Probe:
 
 
 def probe_frames(path: Path) -> Probe:
-    """Return the properties of a sequence or `.zip` of frames.
+    """Return the properties of an image sequence in a folder or `.zip`.
 
-    Decodes the first and the last image, and reads the size of every image.
+    The first and the last image are decoded. Of the other images, only the size is read.
 
     Raises:
         MediaError: if there are no images, or if the images differ in size or cannot be read.
@@ -271,7 +279,10 @@ def probe_frames(path: Path) -> Probe:
 
 
 def _probe_image(path: Path) -> Probe:
-    """Return the properties of a still or animated image; decodes every frame to detect truncated files."""
+    """Return the properties of a still or animated image.
+
+    Every frame is decoded, so that truncated files are detected.
+    """
     times = rgba_images.frame_times(path)
     with load_image(path, animated=True) as image:
         codec, mode = image.format or "", image.mode
@@ -309,9 +320,9 @@ def read_rgba_clip(
     Frames are scaled to cover `size` and center-cropped.
 
     Args:
-        path: file or folder of images; the color part if there is an alpha matte.
+        path: a video, an image, or a folder of images. If there is an alpha matte, `path` is the color part.
         matte: the alpha matte, in which white means opaque unless `how.invert` is set.
-        start: seconds from the clip's first frame.
+        start: start of the range, in seconds from the clip's first frame.
         frames: number of frames; frame k shows the clip at the time start + k / fps.
         fps: sampling rate in frames per second.
         size: height and width in pixels.
@@ -337,9 +348,10 @@ def read_rgba_clip(
 def _joined(
     path: Path, matte: Path | None, indices: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield each requested frame and its pixel aspect ratio (width / height).
+    """Yield the frames at `indices` with alpha, each with its pixel aspect ratio (width / height).
 
-    Frames are uint8 (h, w, 4) at their stored size.
+    Frames are uint8 (h, w, 4) at their stored size. Alpha comes from the file `matte` or, if it is None, from
+    `path`.
 
     Raises:
         MediaError: if a frame has no alpha, or if color and alpha matte differ in size.
@@ -414,7 +426,7 @@ def _chosen(path: Path, wanted: np.ndarray, fps: float, rate: float | None = Non
 def _even(path: Path, fps: float) -> np.ndarray:
     """Return the time of each frame in seconds, for a clip without timestamps.
 
-    Frames are evenly spaced. The frame rate is the one stored in an array file, otherwise `fps`.
+    Frames are evenly spaced. If an array file stores a frame rate, it is used instead of `fps`.
     """
     if rgba_kind(path) == "array":
         probe = probe_array(path, CHANNELS)

@@ -16,18 +16,21 @@ from inlaid.data.clips import Window
 
 
 def _permutation(n: int, *key: Hashable) -> list[int]:
-    """Return a permutation of range(n) that depends only on `key`, not on the machine or NumPy version."""
+    """Return a permutation of range(n) that is determined by `key`.
+
+    It is the same on all machines and with all NumPy versions.
+    """
     entropy = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32)
     return np.random.RandomState(entropy).permutation(n).tolist()
 
 
 class BucketSampler:
-    """Batch sampler. A batch is a list of window indices; its windows (training examples) have equal shape.
+    """Batch sampler. A batch lists the indices of windows (training examples) that have equal shape.
 
-    Batch k depends only on the arguments and k. Windows with the same data source and shape form a group. In
-    each epoch, a group of n windows is used max(1, round(n * repeats * weight)) times in total. The windows
-    are taken from an endless sequence of permutations, so the use counts of two windows of a group never
-    differ by more than one.
+    Batch k depends only on the arguments and k. Windows with the same data source and shape form a group. One
+    epoch takes max(1, round(n * repeats * weight)) windows from a group of n windows. These windows come from
+    an endless sequence of random permutations of the group. Therefore, the use counts of two windows of a
+    group never differ by more than one.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class BucketSampler:
 
         Args:
             entries: for each window, the index of its data source and its shape.
-            repeats: `repeats` times `weight` of each data source, by source index.
+            repeats: how often a window is used in one epoch, by index of its data source.
             batch: windows per batch; the last batch of a shape may be smaller.
             seed: seed of the shuffling.
 

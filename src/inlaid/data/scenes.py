@@ -1,8 +1,9 @@
 """Scenes on disk: an input image, a segmentation, and points on the surface of each object.
 
-Three layouts are supported. In the first, each scene is a folder with `scene_rgb.png`, `seg.png`, and a file
-`surface_ID.npy` for each object. In the second, a single `surface.npy` contains all objects in order of ID.
-The third is the 3D-FRONT dataset as processed by the authors of MIDI.
+Two layouts are supported. In the first, each scene is a folder with `scene_rgb.png`, `seg.png`, and a file
+`surface_ID.npy` for each object. A single file `surface.npy`, which contains all objects in order of ID, may
+replace the files `surface_ID.npy`. The second layout is the 3D-FRONT dataset as processed by the authors of
+MIDI.
 """
 
 from __future__ import annotations
@@ -122,10 +123,10 @@ class Scene:
         return SceneSample(self.name, image, objects, tuple(notes))
 
     def _surfaces(self, numbers: Sequence[int]) -> dict[int, Surface]:
-        """Read the surfaces, keyed by object ID.
+        """Read the surface of each object; the keys of the result are object IDs.
 
-        `numbers` are the sorted object IDs in the segmentation. A single file for all objects contains their
-        surfaces in this order.
+        `numbers` are the sorted object IDs in the segmentation. If one file contains the surfaces of all
+        objects, they are in this order.
         """
         if list(self.surfaces) != [0]:
             out = {}
@@ -146,7 +147,7 @@ class Scene:
 
 
 def _read_surface(path: Path) -> Sequence[Surface]:
-    """Read a surface file, or return the surfaces read before if the file is unchanged.
+    """Read a surface file. If it was read before and is unchanged, return the cached result.
 
     In 3D-FRONT, all views of a room share the same surface files.
     """
@@ -159,7 +160,10 @@ def _read_surface(path: Path) -> Sequence[Surface]:
 
 @lru_cache(maxsize=32)
 def _cached_surface(path: Path, state: tuple[int, ...]) -> Sequence[Surface]:
-    """Read a surface file, or return the cached result for an equal path and file state."""
+    """Read a surface file, and cache the result.
+
+    `state` contains the inode, size and times of the file, so a changed file is read again.
+    """
     return tuple(meshes.read_surface(path))
 
 
@@ -189,10 +193,10 @@ class Found:
 
 
 def find_scenes(root: Path) -> Found:
-    """Find the scenes below a folder, sorted by name; problems are returned, not raised.
+    """Find the scenes below a folder, sorted by name. Return the scenes, and a problem for each unusable one.
 
     Raises:
-        ValueError: if the folder contains no scenes.
+        ValueError: if the folder does not exist, or neither a scene nor a problem was found in it.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
@@ -284,16 +288,20 @@ def _part(value: Any) -> str:
 
 
 def _surface_file(folder: Path, name: str) -> Path:
-    """Return the surface file of a piece of furniture: `.npy`, or `.npz` if only that exists."""
+    """Return the file that contains the surface points of a piece of furniture.
+
+    It is `NAME.npz` if that file exists and `NAME.npy` does not; otherwise, it is `NAME.npy`.
+    """
     archive = folder / f"{name}.npz"
     published = folder / f"{name}.npy"
     return archive if archive.is_file() and not published.is_file() else published
 
 
 def _front(tree: Root) -> Found:
-    """Find the scenes of the 3D-FRONT dataset as processed by the authors of MIDI.
+    """Find the scenes in the 3D-FRONT dataset from the authors of MIDI.
 
-    The dataset contains lists of rooms, lists of the furniture in each room, surfaces, and rendered views.
+    The dataset lists the rooms and the furniture of each room. It contains a surface of each piece of
+    furniture, and rendered views of each room.
     """
     found, root = Found("3d-front"), tree.folder
     rooms, furniture = (_ids(tree, f"midi_{n}_ids.json") for n in ("room", "furniture"))

@@ -93,7 +93,7 @@ def import_meshes(
         Problems found; those with severity `error` are files and objects that were left out.
 
     Raises:
-        ValueError: if there are no meshes, no scene was written, or `out` is not empty; if `bad` is `stop`,
+        ValueError: if there are no meshes, `out` is not empty, or no scene was written. If `bad` is `stop`,
             also if a file or object cannot be used.
     """
     if bad not in ("skip", "stop"):
@@ -123,6 +123,8 @@ def import_meshes(
 
 def _sources(source: Path) -> tuple[list[Path], list[Finding]]:
     """Return the mesh files in a folder, and problems with files that cannot be imported.
+
+    `source` may also be a single mesh file.
 
     Raises:
         ValueError: if there are no mesh files.
@@ -156,7 +158,7 @@ def _sources(source: Path) -> tuple[list[Path], list[Finding]]:
 def views(count: int, seed: int) -> Iterator[View]:
     """Yield random cameras as in MIDI's training data: azimuth 0 to 360 degrees, elevation 0 to 30 degrees.
 
-    The azimuths are spread over `count` equal sectors.
+    The full circle is divided into `count` equal sectors; the azimuth of each camera is in its own sector.
     """
     random = np.random.default_rng(seed)
     for i in range(count):
@@ -169,7 +171,7 @@ def views(count: int, seed: int) -> Iterator[View]:
 
 
 class _Room:
-    """Usable objects of a mesh file in scene coordinates, and the images supplied by the user."""
+    """Usable objects of a mesh file in scene coordinates, and the images and segmentations from the user."""
 
     def __init__(self, path: Path, name: str, options: MeshOptions) -> None:
         self.path = path
@@ -199,7 +201,7 @@ class _Room:
         self.findings.append(Finding(severity, self.name, printable(message, lines=False), code))
 
     def _place(self, objects: Sequence[MeshObject], options: MeshOptions) -> None:
-        """Check the objects, and move them into the box of a scene.
+        """Check the objects. Move and scale them together into the cube from -1 to 1.
 
         Raises:
             MediaError: if no object can be used. If the user supplied segmentations, also if any object
@@ -244,7 +246,7 @@ class _Room:
 
 
 def _nonempty(triangles: np.ndarray) -> np.ndarray:
-    """Return True for each triangle with a nonzero area, up to rounding errors: bool (m,)."""
+    """Return a mask, bool (m,), of the triangles whose area is not zero, up to rounding errors."""
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     size = float(np.ptp(triangles.reshape(-1, 3), axis=0).max())
     return np.linalg.norm(normals, axis=-1) > 1e-14 * size * size
@@ -267,15 +269,19 @@ def _upright(up: Up) -> np.ndarray:
 
 
 def _supplied(source: Path, objects: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Read images and segmentations that the user supplied beside a mesh file.
+    """Return the images and object segmentations that the user stored beside a mesh file.
 
     They are used instead of rendered images. Each view of a mesh file `NAME.glb` is a pair of files
     `NAME*_rgb.png` and `NAME*_seg.png`. If there is also a mesh file `NAME_2.glb`, `NAME_2_rgb.png` belongs
     to that file.
 
+    Args:
+        source: the mesh file.
+        objects: number of objects in the mesh file.
+
     Raises:
-        MediaError: if a file cannot be read, a segmentation is missing, sizes differ, or there are more IDs
-            than objects.
+        MediaError: if a file cannot be read, a segmentation is missing, sizes differ, or a segmentation
+            contains an object ID above `objects`.
     """
     found = []
     stems = [p.stem for p in source.parent.iterdir() if p.suffix.lower() in FILES]
@@ -313,7 +319,7 @@ def prepare(
             `out`.
 
     Returns:
-        Problems found: unreadable files, and objects that are inside out, not watertight or hidden.
+        Problems found, such as unreadable files, and objects that are not watertight.
     """
     findings = []
     labels = [Path(_label(p, root)).with_suffix("").as_posix() for p in sources]
@@ -338,7 +344,11 @@ def _label(path: Path, root: Path | None) -> str:
 def _write_views(
     room: _Room, out: Path, label: str, options: MeshOptions, advance: Callable[[], None]
 ) -> None:
-    """Write a scene for each view of a mesh file, and call `advance` after each view."""
+    """Write a training scene for each view of a mesh file, and call `advance` after each view.
+
+    A scene contains an image, its segmentation, and surface points of the visible objects. Views without
+    visible objects are skipped.
+    """
     surfaces: dict[int, np.ndarray] = {}
     for number, (name, mesh) in enumerate(zip(room.names, room.meshes, strict=True), 1):
         try:
@@ -367,7 +377,10 @@ def _write_views(
 
 
 def _images(room: _Room, options: MeshOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the image and the object IDs of each view: supplied by the user, or rendered."""
+    """Yield the image of each view, and the object ID of each pixel.
+
+    These are the images that the user supplied. If there are none, the meshes are rendered.
+    """
     yield from room.given
     if not room.given:
         corners = np.concatenate([mesh.vertices for mesh in room.meshes])

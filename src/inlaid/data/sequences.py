@@ -32,10 +32,13 @@ def caption_file(root: Root, clip: Path) -> Path | None:
 def find_entries(root: Root, channels: int) -> list[Path]:
     """Return the clips below a root folder: media files and image sequences.
 
-    A subfolder with images is one clip, unless an image in it has a caption file or the images are several
-    sequences. In a run that trains without alpha (3 channels), folders of photos are more usual. Therefore,
-    the images must also be numbered frames of one sequence. In other folders, numbered images with the same
-    text before the number are one clip, unless they have caption files of their own or are probably photos.
+    A subfolder with images is one clip. There are two exceptions: one of the images has its own caption file,
+    or the images form several numbered sequences. If the run trains without alpha (3 channels), the images
+    must also be numbered frames of one sequence, because the folder may contain photos.
+
+    In every other folder, images are one clip if their names differ only in the number. There are two
+    exceptions: an image in the folder has its own caption file, or the images are probably photos. Probable
+    photos are one clip only if there is a caption file for the sequence.
     """
     known = rgba_clips.KNOWN if channels == 4 else kinds.KNOWN
     found: list[Path] = []
@@ -72,8 +75,9 @@ def _is_sequence(root: Root, folder: Path, groups: dict[str, list[str]], images:
 def _are_frames(name: str, members: Sequence[str], channels: int) -> bool:
     """Return True if numbered images without captions are frames of a clip, not photos.
 
-    There must be at least three images, and fewer missing than existing numbers. In a run that trains without
-    alpha, JPEG files are photos unless a period precedes the number, as in `a.1001.jpg`.
+    A clip has at least three images, and more images than missing numbers. In a run without alpha, JPEG files
+    are photos, with two exceptions: a period precedes the number, as in `a.1001.jpg`, or the text before the
+    number is empty, `f` or `frame`.
     """
     if len(members) < 3 or missing_frames(members) >= len(members):
         return False

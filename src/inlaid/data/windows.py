@@ -40,10 +40,10 @@ def sizes(data: config.Data, grid: Grid) -> list[Size]:
 
 
 def spread(there: int, length: int, stride: int, most: int) -> list[int]:
-    """Return the start of each window in a clip, as a frame index.
+    """Return the index of each training window's first frame in a clip of `there` frames.
 
-    Up to `most` windows of `length` frames are spread evenly over `there` frames, with at least `stride`
-    frames between the starts of two windows. A single window is centered.
+    Up to `most` windows of `length` frames are spread evenly over the clip. The starts of two windows are at
+    least `stride` frames apart. A single window is centered.
     """
     room = there - length
     count = min(most, 1 + room // stride)

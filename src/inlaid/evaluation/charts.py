@@ -101,7 +101,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Dot:
-    """Dot in a drawing that shows its title on hover."""
+    """Dot in a drawing. The dot shows `title` on hover."""
 
     kind: ClassVar[str] = "dot"
     x: float
@@ -115,7 +115,7 @@ Shape = Text | Rule | Curve | Dot
 
 @dataclass(frozen=True)
 class Drawing:
-    """Graphical elements of a chart, with positions in pixels, in the order in which they are painted."""
+    """Chart as a list of shapes in painting order, with positions in pixels."""
 
     width: int
     height: int
@@ -125,7 +125,7 @@ class Drawing:
 
 
 def layout(chart: Chart) -> Drawing | None:
-    """Compute the drawing of a chart; points with non-finite values are left out.
+    """Compute the positions of all elements of a chart. Points with non-finite values are left out.
 
     Returns:
         The drawing, or None if no points are left.
@@ -180,8 +180,8 @@ def _mark(chart: Chart, frame: _Frame) -> list[Shape]:
 def _legend(lines: Sequence[Line], right: float) -> list[Shape]:
     """Return the elements of the legend: the name and line style of each line.
 
-    A chart with a single line gets no legend. Lines of style `base` are not listed, because they have labels
-    in the chart.
+    Lines of style `base` are left out, because they have labels in the chart. If fewer than two lines are
+    left, there is no legend.
     """
     named = [line for line in lines if line.style != "base"]
     shapes: list[Shape] = []
@@ -234,9 +234,9 @@ def _thin(points: Sequence[Point], most: int = 1200) -> list[Point]:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return about `most` axis tick values in [low, high].
+    """Return the values of axis ticks in [low, high], at most `most` + 1.
 
-    The values are multiples of 1, 2 or 5 times a power of ten.
+    The distance between ticks is 1, 2 or 5 times a power of ten.
     """
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))

@@ -82,18 +82,18 @@ def evaluate(
     device: str | None = None,
     **overrides: Any,
 ) -> Report:
-    """Compare a run's fine-tuned model with its base model, and write `report/` in the run folder.
+    """Compare the fine-tuned model of a run with another model, and write `report/` in the run folder.
 
     Args:
         run: run folder.
-        against: model to compare with: `base`, or a checkpoint of the run.
+        against: the other model: `base` for the base model, or a checkpoint of the run.
         checkpoint: checkpoint to evaluate, such as `step-000500` or `500`. Default: the run's final weights.
-        prompts: prompts to generate. Default: from `default_prompts`, or for scenes from
-            `ground_truth_prompts`.
-        count: number of videos per prompt; video i uses the seed `seed` + i.
-        group_by: add captions of each group to the default prompts, if a data source sets `group_column`.
+        prompts: prompts to generate. Default: `default_prompts`, or `ground_truth_prompts` for scenes.
+        count: number of outputs per prompt; output i uses the seed `sample.seed` + i.
+        group_by: add captions of each group to the default prompts. A group is a value in the manifest column
+            `group_column` of a data source.
         per_group: number of captions per group; captions of validation clips come first.
-        limit: maximum number of default prompts. Each model generates every prompt `count` times.
+        limit: maximum number of prompts if `prompts` is None.
         device: device name as in `runtime.device`. Default: the recipe's device.
         overrides: fields of the recipe's `sample` section to change; `SAMPLING` lists the allowed fields.
 
@@ -168,22 +168,25 @@ class ModalityMetrics(Protocol):
     examples."""
 
     def measure(self, output: Any, prompt: Prompt) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Return the metrics of an output, and the metrics of each of its parts by part name.
+        """Return two mappings: the metrics of an output, and the metrics of its parts by part name.
 
-        The parts of a scene are its objects; a video has no parts.
+        The parts of a scene are its objects. A video has no parts.
         """
         ...
 
     def matches_prompt(self, metrics: Mapping[str, float]) -> bool | None:
-        """Return whether an output is correct according to its metrics; None if they cannot decide this."""
+        """Return whether an output matches its prompt, according to its metrics.
+
+        The result is None if the modality has no metric for this.
+        """
         ...
 
     def comparable(self, output: Any) -> np.ndarray:
-        """Convert an output to the array that `distance` compares."""
+        """Convert an output to an array, for comparison with `distance`."""
         ...
 
     def distance(self, a: np.ndarray, b: np.ndarray) -> float:
-        """Return the difference, from 0 to 1, between two arrays from `comparable`."""
+        """Return the difference of two outputs, from 0 to 1. Both are arrays that `comparable` returned."""
         ...
 
     def preview(self, output: Any) -> Image.Image:
@@ -212,10 +215,16 @@ def _check_prompts(prompts: Sequence[Prompt], family: families.Family, metrics: 
 def default_prompts(
     config: recipe.Config, clips: CachedDataset | None, group_by: bool, per_group: int
 ) -> list[Prompt]:
-    """Return the prompts of an evaluation if the user gives none.
+    """Return the default prompts of an evaluation.
 
-    These are the recipe's sample prompts, followed by `per_group` captions of each group. Captions of
-    validation clips come first. If there are no such prompts, the first captions of the dataset are used.
+    They are the recipe's sample prompts, followed by captions of each group of clips. Captions of validation
+    clips have priority. If this gives no prompt, the first captions of the dataset are used.
+
+    Args:
+        config: the recipe.
+        clips: the dataset, or None.
+        group_by: True to add the captions of groups.
+        per_group: number of captions of each group.
     """
     groups: dict[str, dict[str, Window]] = {}
     windows: list[Window] = [*clips.plan.validation, *clips.plan.train] if clips else []
@@ -277,7 +286,10 @@ class _Side:
 
 
 def _config(place: Run, device: str | None, overrides: dict[str, Any]) -> recipe.Config:
-    """Return the run's recipe with the overrides, changed to use a single process."""
+    """Return the run's recipe for evaluation in one process.
+
+    `overrides` replace sampling settings. `device` replaces the device of the recipe, unless it is None.
+    """
     wrong = [k for k in overrides if k not in SAMPLING]
     if wrong:
         raise ValueError(f"evaluate: unknown setting `{wrong[0]}`; available: {', '.join(SAMPLING)}")
@@ -314,8 +326,7 @@ def _networks(
 ) -> Iterator[tuple[nn.Module, Any]]:
     """Yield (denoiser, pipeline) for each of the two models.
 
-    The second model reuses the denoiser of the first with another adapter. A second denoiser is loaded only
-    after full fine-tuning.
+    Models with adapters share one denoiser. After full fine-tuning, each model has its own denoiser.
     """
     full = config.tuner.kind == "full"
     denoiser: nn.Module | None = None
@@ -359,10 +370,10 @@ def _clips(
 def _reference_metrics(
     place: Run, clips: CachedDataset | None, folder: Path, notes: list[str]
 ) -> dict[str, float] | None:
-    """Return the mean metrics of `REFERENCE_CLIPS` training clips, or None if there are none.
+    """Return the mean metrics of up to `REFERENCE_CLIPS` training clips, or None if no clip can be measured.
 
-    Also write a contact sheet of training clips to the report. A clip that cannot be read adds an entry to
-    `notes`.
+    Also write a contact sheet of training clips to `folder`. For each clip that cannot be read, append a
+    message to `notes`.
     """
     sheet = place.folder / "check" / "contact_sheet.png"
     if sheet.is_file():
@@ -376,6 +387,7 @@ def _reference_metrics(
     found, rows = [], []
     with progress("read clips", len(chosen), "clip") as advance:
         for window in (windows[i] for i in chosen):
+            advance()
             try:
                 frames = window.read()
             except ValueError as error:
@@ -384,14 +396,13 @@ def _reference_metrics(
             found.append(measure_frames(frames))
             frames = compositing.preview(frames) if frames.shape[-1] == 4 else frames
             rows.append(SheetRow(window.clip.name, window.caption, frames))
-            advance()
     if rows and not sheet.is_file():
         contact_sheet(rows, folder / "clips.png", title="Training clips")
     return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None
 
 
 def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
-    """Return values that describe the trained weights in the report, such as kind and rank, by label."""
+    """Return labels and values that describe the trained weights in the report, such as the rank."""
     tuner = config.tuner
     if tuner.kind == "full":
         trained = "some weights" if tuner.targets else "all weights"
@@ -401,7 +412,7 @@ def _facts(config: recipe.Config, folder: Path | None) -> dict[str, str]:
 
 
 def _sampling(family: families.Family, encoded: Prompts) -> dict[str, Any]:
-    """Return the sampling settings with which the outputs were generated."""
+    """Return the sampling settings of the generated outputs, for the report."""
     if family.modality != "video":
         return modality_of(family.modality).settings(encoded.sample, encoded.fps)
     return {**{k: getattr(encoded.sample, k) for k in SAMPLING}, "fps": encoded.fps}
@@ -417,9 +428,9 @@ def _environment(ctx: Context) -> dict[str, Any]:
 
 @dataclass
 class _Comparison:
-    """Outputs and losses of both models for the same prompts and clips.
+    """Outputs and losses of the base model and of the fine-tuned model, for the same prompts and clips.
 
-    The model with role `base` must be measured first.
+    The outputs of the base model must be generated first.
     """
 
     prompts: Sequence[Prompt]
@@ -443,7 +454,7 @@ class _Comparison:
         batches: Sequence[Batch],
         device: torch.device,
     ) -> None:
-        """Compute the validation loss of one of the two models."""
+        """Compute the validation loss of the base model or of the fine-tuned model."""
         self._losses[side.role] = []
         noun = modality_of(step.family.modality).one
         with progress(f"loss, {side.name}", len(batches), noun, show=bool(batches)) as advance:
@@ -452,7 +463,7 @@ class _Comparison:
                 advance()
 
     def generate(self, side: _Side, family: families.Family, pipeline: Any) -> None:
-        """Generate and measure the outputs of one of the two models."""
+        """Generate the outputs of one of the two models, measure them, and save preview images."""
         found: list[tuple[dict[str, float], Any, bool | None, Image.Image]] = []
 
         def receive(i: int, j: int, output: Any) -> None:
@@ -481,14 +492,17 @@ class _Comparison:
             self._outputs[side.role].append(Output(name, metrics, matches, parts))
 
     def pairs(self) -> list[Pair]:
-        """Return the outputs of both models in pairs with the same prompt and seed."""
+        """Pair the outputs of the base model and the tuned model by prompt and seed."""
         first = self.encoded.sample.seed
         each = [(p, first + j) for p in self.prompts for j in range(self.count)]
         columns = zip(each, self._outputs["base"], self._outputs["tuned"], self._distances, strict=True)
         return [Pair(p.text, p.group, seed, a, b, d) for (p, seed), a, b, d in columns]
 
     def validation(self, step: DenoisingStep, batches: Sequence[Batch]) -> ValidationLoss | None:
-        """Return the validation losses of both models, or None if there are no validation clips."""
+        """Return the validation losses of the base model and of the fine-tuned model.
+
+        Return None if there are no validation clips.
+        """
         if not batches:
             return None
         names = [name for b in batches for name in b.names]

@@ -199,7 +199,7 @@ def _side(role: str, name: str, output: Output, folder: Path, scratch: Path) -> 
 def _video(path: Path, scratch: Path) -> tuple[str, tuple[int, int]]:
     """Return a video as a data URI, with its height and width.
 
-    Videos larger than `LARGE` are downscaled.
+    A video is downscaled if its longer side exceeds `LARGE` pixels.
     """
     properties = probe(path)
     size = (properties.height, properties.width)

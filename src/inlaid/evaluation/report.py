@@ -65,7 +65,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Pair:
-    """Outputs of both models for the same prompt and seed."""
+    """Outputs of the base model and of the fine-tuned model for the same prompt and seed."""
 
     prompt: str
     group: str
@@ -112,7 +112,7 @@ class ValidationLoss:
 
 @dataclass(frozen=True)
 class Group:
-    """Mean metrics and match counts of a prompt group."""
+    """Results of a group of prompts: mean metrics, and numbers of outputs that match their prompts."""
 
     name: str
     videos: int
@@ -126,9 +126,9 @@ class Group:
 
     @property
     def match_gain(self) -> float:
-        """Increase of the share of matching outputs from the base to the fine-tuned model, in [-1, 1].
+        """Share of outputs that match their prompt: fine-tuned model minus base model, in [-1, 1].
 
-        An output matches if it shows what its prompt describes. The increase is 0 if no outputs were checked.
+        The result is 0 if no outputs were checked.
         """
         return (self.tuned_matches - self.base_matches) / self.judged if self.judged else 0.0
 
@@ -197,17 +197,20 @@ class Report:
 
     @property
     def total(self) -> Group | None:
-        """Mean metrics over all pairs; None if there are no pairs."""
+        """Mean metrics over all pairs of outputs (base and fine-tuned model); None if there are no pairs."""
         return summarize("all", self.pairs) if self.pairs else None
 
 
 def shared_metrics(outputs: Sequence[Output]) -> Mapping[str, Metric]:
-    """Return the descriptions of the metrics that all of these outputs have."""
+    """Return the metrics that all outputs have; keys are the names of the metrics."""
     return {k: m for k, m in METRICS.items() if all(k in output.metrics for output in outputs)}
 
 
 def summarize(name: str, pairs: Sequence[Pair]) -> Group:
-    """Return the mean metrics and match counts of a group of at least one pair."""
+    """Return the mean metrics of a prompt group, and how many outputs match their prompts.
+
+    `pairs` contains at least one pair.
+    """
     judged = [p for p in pairs if p.base.matches_prompt is not None and p.tuned.matches_prompt is not None]
 
     def means(outputs: Sequence[Output]) -> dict[str, float]:
@@ -334,10 +337,11 @@ def _metric_warnings(report: Report) -> list[str]:
 
 
 def _checkpoint_warnings(report: Report) -> list[str]:
-    """Return warnings from a comparison with the validation losses that were logged during training.
+    """Return warnings about the validation losses that were logged during training.
 
-    One warning says that the loss was lower at an earlier step. The other says that the measured loss differs
-    from the logged loss, for example because the clips have changed since.
+    The first warning reports that the loss was lower at an earlier step. The second warning reports that the
+    evaluation measured a different loss than training at the same step. One possible reason is that the clips
+    have changed since.
     """
     curve = {int(x["step"]): x["validation_loss"] for x in report.curves if "validation_loss" in x}
     here = (
@@ -388,7 +392,7 @@ def _percent(share: float) -> str:
 
 
 def signed(share: float) -> str:
-    """Format a relative change as a percentage with a sign; the minus sign is typographic."""
+    """Format a relative change as a percentage with its sign; the minus sign is U+2212."""
     return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -413,7 +417,10 @@ def format_value(metric: str, value: float) -> str:
 
 
 def summary_table(report: Report) -> Table:
-    """Return the report as a table with one row per group and model, at most 80 columns wide."""
+    """Return the report as a table, at most 80 columns wide.
+
+    The table has two rows per group of prompts: one for each of the two compared models.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table

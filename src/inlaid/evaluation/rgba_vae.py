@@ -34,7 +34,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class RgbaVaeReport:
-    """Errors of an RGBA VAE on validation clips, and the path of the written report."""
+    """Metrics of an RGBA VAE on validation clips, and the path of the written report."""
 
     path: Path
     """Path of the JSON file. The report image has the same path with the suffix `.png`."""
@@ -47,10 +47,10 @@ class RgbaVaeReport:
 
 
 def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | None = None) -> RgbaVaeReport:
-    """Measure how well a trained RGBA VAE reconstructs its run's validation clips; write `report/`.
+    """Measure the reconstruction error of a trained RGBA VAE on the validation clips of its run.
 
     Args:
-        run: run folder; `report/` is written inside.
+        run: run folder. The results are written to its subfolder `report/`.
         checkpoint: checkpoint such as `step-000500` or `500`. Default: the final weights, or the newest
             checkpoint if there are no final weights.
         device: device name as in `runtime.device`. Default: the recipe's device.
@@ -68,6 +68,8 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
     made = place.checkpoints()
     folder = (place.checkpoint(checkpoint) if checkpoint else place.folder) / FOLDER
     if not folder.is_dir():
+        if checkpoint:
+            raise ValueError(f"{folder.parent}: this checkpoint has no folder {FOLDER}; name another one")
         if not made:
             raise ValueError(f"{run}: nothing is trained yet; run `inlaid train` first")
         folder = made[-1] / FOLDER
@@ -93,9 +95,10 @@ def evaluate(run: str | Path, *, checkpoint: str | None = None, device: str | No
 def _picture(
     step: RgbaVaeStep, vae: torch.nn.Module, batches: list[Batch], device: torch.device
 ) -> Image.Image:
-    """Return an image that compares the middle frames of original and reconstructed clips.
+    """Return an image that compares original and reconstructed clips.
 
-    Each row shows original and reconstruction over a checkerboard, and then the alpha of both.
+    Each row shows the middle frame of one clip: the original and the reconstruction over a checkerboard, then
+    the alpha of the original and of the reconstruction. Each batch contributes its first clip.
     """
     rows = []
     for batch in batches:
@@ -114,7 +117,7 @@ def _picture(
 def table(report: RgbaVaeReport) -> Table:
     """Return a table of mean alpha errors (0-255) by region, for the RGBA VAE and trivial predictors.
 
-    The trivial predictors give the same alpha everywhere.
+    A trivial predictor gives all pixels of a clip the same alpha.
     """
     out = Table(title=f"alpha: mean error, 0-255, {report.clips} validation clips", title_justify="left")
     columns = ("all", *REGIONS, "mean of regions")
@@ -129,7 +132,7 @@ def table(report: RgbaVaeReport) -> Table:
 
 
 def text(report: RgbaVaeReport) -> list[str]:
-    """Return sentences with the metrics that are not in `table`, followed by the warnings."""
+    """Return lines of text: the metrics that `table` does not show, then the warnings."""
     v = report.values
     return [
         (

@@ -1,12 +1,12 @@
-"""Metrics of generated scenes against the true surfaces, per object and for the whole scene.
+"""Metrics that compare generated scenes with the true surfaces, per object and for the whole scene.
 
 This module implements `evaluate.ModalityMetrics` for scenes.
 
-For each object, `POINTS` points are sampled uniformly from meshes and surfaces. The seeds are fixed, so the
-same meshes give the same numbers. Lengths are in units of the scene's coordinate frame, in which the longest
-side of a scene is about 2. Metrics "in place" assume that model and data use the same coordinate frame.
-"Aligned" metrics are computed after a rigid alignment (iterative closest point) of the whole scene or of each
-object.
+For each object, `POINTS` points are sampled uniformly from the generated mesh and from the true surface. The
+seeds are fixed, so the same meshes give the same numbers. Lengths are in units of the scene's coordinate
+frame. In these units, the longest side of a scene is about 2. Metrics "in place" assume that model and data
+use the same coordinate frame. "Aligned" metrics are computed after rigid alignment (iterative closest point).
+Either the whole scene or each object is aligned.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ _MISSING_OBJECT = {
 
 
 def measure(output: GeneratedScene, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return all `METRICS` of a generated scene, and the metrics of each object by name.
+    """Return all `METRICS` of a generated scene, and the metrics of each object by object name.
 
     Args:
         output: generated scene.
-        prompt: prompt; its attribute `images` is the training example (window) with the true scene.
+        prompt: evaluated prompt. Its attribute `images` is the validation example with the true scene.
     """
     truth = {one.label: one.surface for one in prompt.images.read().objects}
     targets = {n: _points(s, i) for i, (n, s) in enumerate(sorted(truth.items()))}
@@ -128,9 +128,9 @@ def comparable(output: GeneratedScene) -> np.ndarray:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the difference, in [0, 1], of two point clouds: 1 - F-score with the threshold `NEAR` / 5.
+    """Return the difference of two point clouds: 1 - F-score, in [0, 1].
 
-    Identical point clouds have the difference 0.
+    The distance threshold of the F-score is a fifth of `NEAR`.
     """
     return 0.0 if np.array_equal(a, b) else 1 - mesh.f_score(a, b, NEAR / 5)
 
@@ -144,7 +144,7 @@ def preview(output: GeneratedScene) -> Image.Image:
 
 
 def _points(surface: np.ndarray, seed: int) -> np.ndarray:
-    """Sample `POINTS` points from a surface (n, 6) of positions and normals."""
+    """Select `POINTS` random rows of a surface (n, 6). Each row is the position and normal of a point."""
     rng = np.random.default_rng(seed)
     return surface[rng.choice(len(surface), POINTS, replace=len(surface) < POINTS)]
 
@@ -178,8 +178,9 @@ def _object_metrics(output: np.ndarray | None, true: np.ndarray) -> dict[str, fl
 def _overlap(a: np.ndarray, b: np.ndarray, boxes: list[np.ndarray], count: int = 8000) -> float:
     """Return the intersection over union of two volumes, estimated with `count` random points.
 
-    A volume is given by its surface (n, 6) of positions and normals. A point is inside if the normal of the
-    nearest surface point faces away from it.
+    `a` and `b` (n, 6) are points on the surfaces of the volumes: positions and normals. A random point is
+    inside a volume if the normal of the nearest surface point faces away from it. `boxes` are the bounding
+    boxes of both surfaces, (2, 3) each. The random points lie in the box around both.
     """
     from scipy.spatial import KDTree
 

@@ -23,9 +23,10 @@ distance = video_metrics.distance
 
 
 def measure(frames: np.ndarray, prompt: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return the metrics of a video, and an empty mapping because a video has no parts.
+    """Return the metrics of a video, and the metrics of its parts.
 
-    If the prompt has a true alpha, the metrics include `alpha.TRUTH`.
+    The second mapping is always empty, because a video has no parts. If the true alpha of a transparent video
+    is known, the errors of its alpha (`alpha.TRUTH`) are included.
     """
     metrics = measure_frames(frames)
     if prompt.truth is not None and frames.shape[-1] == 4:

@@ -126,15 +126,18 @@ class Family(Sampling, ABC):
 
     @property
     def single(self) -> Family:
-        """Family that processes a single clip.
+        """Model family without joint alpha.
 
-        For joint alpha (color and alpha as two clips in one token sequence), it is the wrapped family without
-        alpha. Otherwise, it is `self`.
+        A family with joint alpha processes color and alpha as two clips in one token sequence. It wraps
+        another family, and `single` is the wrapped family. For all other families, `single` is `self`.
         """
         return self
 
     def precomputed_in(self, folder: Path) -> PrecomputedLayout | None:
-        """Return the file layout of precomputed latents in a folder, or None if this family can read none."""
+        """Return the file layout of the precomputed latents in a folder.
+
+        Return None if the family cannot read precomputed latents.
+        """
         return self.precomputed
 
     def about(self) -> dict[str, str]:
@@ -142,7 +145,7 @@ class Family(Sampling, ABC):
         return {"inlaid_base": self.name, **{f"inlaid_{k}": str(v) for k, v in self.options.items()}}
 
     def warnings(self) -> list[str]:
-        """Return paragraphs for the model card that explain limitations of the trained weights."""
+        """Return paragraphs about limitations of the trained weights, for the model card."""
         return []
 
     def accept(self, header: Mapping[str, str]) -> None:
@@ -159,10 +162,10 @@ class Family(Sampling, ABC):
 
     @abstractmethod
     def shapes(self, length: int, height: int, width: int, /) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `latents` (c, t, h, w) and the conditioning tensors of one training sample.
+        """Return the shape of each tensor in one training sample: `latents` and the conditioning tensors.
 
-        `sample_item` returns tensors of these shapes. The arguments are the fields of a `VideoExtent` or
-        `SceneExtent`.
+        The shape of `latents` is (c, t, h, w) for videos and (objects, tokens, c) for scenes. `sample_item`
+        returns tensors of these shapes. The arguments are the fields of a `VideoExtent` or `SceneExtent`.
 
         Args:
             length: number of frames of a video, or of objects in a scene.
@@ -186,13 +189,17 @@ class Family(Sampling, ABC):
 
     @abstractmethod
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
-        """Encode a clip, uint8 (t, h, w, `channels`), to the float32 tensors that are stored in the cache."""
+        """Encode a clip to float32 tensors, which are stored in the cache.
+
+        The clip is uint8 (t, h, w, c), where c is the attribute `channels`.
+        """
 
     @abstractmethod
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode captions to text embeddings; return a mapping with the key `text` (n, d) for each caption.
+        """Return a mapping with the text embedding `text` (n, d) for each caption.
 
-        If the network masks padding, the embedding has no padding tokens.
+        If the network masks padding tokens, `text` does not contain them. If the network uses no text, the
+        mappings are empty.
         """
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -204,7 +211,10 @@ class Family(Sampling, ABC):
         return dict(item)
 
     def shift_noise(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Convert standard normal noise (n, c, t, h, w) to training noise; by default, change nothing."""
+        """Modify the training noise; by default, return it unchanged.
+
+        `noise` is standard normal, (n, c, t, h, w).
+        """
         return noise
 
     def share_positions(self, denoiser: nn.Module) -> None:
@@ -216,10 +226,11 @@ class Family(Sampling, ABC):
         raise NotImplementedError
 
     def split_sequence(self, denoiser: nn.Module, sequence: SequenceParallel) -> None:
-        """Modify the denoiser to compute only this process's share of the video tokens.
+        """Modify the denoiser so that it computes only this process's share of the video tokens.
 
-        Inputs and outputs stay whole: they are the same in each process of `sequence`. Called after adapters
-        are attached, and only for families with `heads`.
+        The inputs and outputs of the denoiser still contain all tokens. They are the same in all processes
+        that share the tokens of a sample. This method is called after adapters are attached. Families whose
+        `heads` is 0 do not implement it.
         """
         raise NotImplementedError
 
@@ -304,7 +315,10 @@ class Family(Sampling, ABC):
 
 
 def sequence_problems(family: Family, processes: int) -> list[str]:
-    """Return a message if the attention heads cannot be divided equally among `processes` processes."""
+    """Return a message if a family cannot split a sequence over `processes` processes.
+
+    The number of attention heads must be divisible by `processes`.
+    """
     heads = family.heads
     if processes == 1 or (heads and not heads % processes):
         return []

@@ -124,8 +124,8 @@ class Checkpoint:
     def fetched(self, *components: str) -> dict[str, Any]:
         """Download missing components of a Hub checkpoint; return `from_pretrained` arguments to load them.
 
-        The arguments make `from_pretrained` use local files only. For a local checkpoint, no arguments are
-        needed.
+        The arguments make `from_pretrained` use local files only. For a local checkpoint, the result is
+        empty.
 
         Raises:
             ValueError: if the download fails.
@@ -137,10 +137,10 @@ class Checkpoint:
         return hub.local_options(self.model.revision)
 
     def availability(self, components: Iterable[str]) -> hub.Availability | None:
-        """Return whether components of a Hub checkpoint can be read, and how much would be downloaded.
+        """Check whether components of a Hub checkpoint can be read, and how much must be downloaded.
 
         Returns:
-            The availability, or None for a local checkpoint.
+            Result of the check, or None for a local checkpoint.
         """
         if isinstance(self.source, Path):
             return None
@@ -150,7 +150,7 @@ class Checkpoint:
         """Download all pipeline components that are not in `given`.
 
         Returns:
-            Arguments of `from_pretrained` that load the local files, as `fetched` returns them.
+            Arguments for `from_pretrained` that restrict it to local files; empty for a local checkpoint.
         """
         if isinstance(self.source, Path):
             return {}

@@ -6,10 +6,11 @@ Pitfalls:
 
 - The network takes latents with frames before channels, and attends to all text tokens, including padding.
   The published checkpoints have 226 text tokens (`max_text_seq_length` of the transformer).
-- It predicts v on a schedule of 1000 integer timesteps.
+- The network predicts v on a schedule of 1000 integer timesteps.
 - Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
 - In 1.5, a token covers two latent frames, so clips have 8n+5 frames.
-- 1.5-I2V was trained with image latents *divided* by the scaling factor. Its input `ofs` is always 2.
+- 1.5-I2V was trained with image latents *divided* by the scaling factor. The network input
+  `ofs` is always 2.
 - Image-to-video (I2V) training adds noise to the pixels of the image. Adding noise to latents is not
   equivalent, so the cache stores several encodings of the image, each with different noise.
 """
@@ -66,11 +67,11 @@ ORIGINAL = OriginalNames(
 
 
 def _published(heads: int, *, pairs: bool = False, image: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the configurations of a published checkpoint, so that estimates need no download.
+    """Return the configuration of each component of a published checkpoint; nothing is downloaded.
 
     Args:
-        heads: number of attention heads, 30 (2B) or 48 (5B).
-        pairs: True for 1.5, in which a token covers two latent frames.
+        heads: number of attention heads: 30 for 2B, 48 for 5B.
+        pairs: True for CogVideoX 1.5, in which a token covers two latent frames.
         image: True for image-to-video.
     """
     large = heads == 48
@@ -164,7 +165,11 @@ class CogVideoX(Family):
             )
 
     def export_problem(self, target: str, whole: bool) -> str | None:
-        """Return the reason why a program cannot use weights for this checkpoint, or None if it can."""
+        """Return why a program cannot use an adapter or a model based on this checkpoint; None if it can.
+
+        TransPixeler supports text-to-video with CogVideoX-5B only. ComfyUI does not support models with both
+        rotary and learned positional embeddings.
+        """
         c = self.transformer
         rotary, learned = (c[f"use_{x}_positional_embeddings"] for x in ("rotary", "learned"))
         if target == "transpixeler" and (not rotary or self.pair == 2 or self.images):
@@ -177,9 +182,9 @@ class CogVideoX(Family):
         return None
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
-        """Return the sinusoidal positional embeddings (1, 226 + v, d) of CogVideoX 2B for v video tokens.
+        """Return the sinusoidal positional embeddings of CogVideoX 2B, (1, text + video tokens, d).
 
-        Diffusers does not save them, but ComfyUI uses rotary embeddings if they are missing. The result is
+        Diffusers does not save this tensor. If it is missing, ComfyUI uses rotary embeddings. The result is
         empty for models with rotary embeddings.
         """
         if self.transformer["use_rotary_positional_embeddings"]:
@@ -202,7 +207,7 @@ class CogVideoX(Family):
     def problems(self, config: recipe.Config) -> list[str]:
         """Return a message for each unsupported setting, such as a size above the maximum of CogVideoX 1.5.
 
-        The maximum exists because 1.5 takes its positions from a table of fixed size.
+        CogVideoX 1.5 has a maximum because it takes rotary embeddings from a table of fixed size.
         """
         found = super().problems(config)
         for section, size in (("data", config.data.size), ("sample", config.sample.size or (0, 0))):
@@ -219,8 +224,8 @@ class CogVideoX(Family):
     def stored(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the cached tensors.
 
-        They are `moments` (32, t, h, w) and, for image-to-video, `image` (COPIES, 32, 1, h, w). Both tensors
-        hold means and log-variances of the VAE posterior.
+        `moments` is (32, t, h, w). For image-to-video, `image` is (4, 32, 1, h, w): the image is encoded four
+        times, each time with different noise. Both tensors hold means and log-variances of the VAE posterior.
         """
         _, *latent = self.shapes(frames, height, width)["latents"]
         image = {"image": (COPIES, 32, 1, *latent[1:])} if self.images else {}
@@ -238,7 +243,7 @@ class CogVideoX(Family):
         """Encode a clip, uint8 (t, h, w, 3), and noisy copies of its first frame (image-to-video only).
 
         Returns:
-            Means and log-variances of the VAE posteriors, in the shapes of `stored`.
+            Means and log-variances of the VAE posteriors, with the shapes that `stored` returns.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
         like = next(encoder.parameters())
@@ -249,9 +254,9 @@ class CogVideoX(Family):
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Encode each caption to `text` (`text_length`, d), including padding tokens.
+        """Encode each caption to `text` (`text_length`, d).
 
-        They are included because the network attends to them.
+        The result includes padding tokens, because the network attends to them.
         """
         tokenizer, model = encoder
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
@@ -262,10 +267,10 @@ class CogVideoX(Family):
     # --- training and generation ----------------------------------------------------------------------------
 
     def sample_item(self, item: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return scaled samples of the VAE posteriors: `latents` and, for image-to-video, `image`.
+        """Sample `latents` and, for image-to-video, `image` from the VAE posteriors, and scale them.
 
-        `image` comes from one of the noisy encodings of the first frame. With probability `IMAGE_DROPOUT`, it
-        is zero.
+        The cache contains several encodings of the first frame, each with different noise. One of them is
+        chosen at random for `image`. With probability `IMAGE_DROPOUT`, `image` is zero.
         """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -291,17 +296,17 @@ class CogVideoX(Family):
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Modify the denoiser to use the positional embeddings of one clip for both clips of joint alpha.
+        """Modify the denoiser so that tokens of alpha have the same positional embeddings as tokens of color.
 
-        Covers rotary embeddings, and the sinusoidal embeddings of 2B.
+        This applies to rotary embeddings and to the sinusoidal embeddings of CogVideoX-2B.
         """
         halve_cogvideox(denoiser)
 
     def split_sequence(self, denoiser: Any, sequence: SequenceParallel) -> None:
         """Split the video tokens over processes; see `Family.split_sequence`.
 
-        The rotary embeddings are an argument of each call, and the embedding module returns the text tokens
-        before the video tokens.
+        Hooks split the rotary embeddings and the output of the patch embedding. The text tokens come first in
+        this output, and are not split.
         """
 
         def rotary(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -329,7 +334,7 @@ class CogVideoX(Family):
         return VPrediction.from_config(section, torch.tensor(self.native.alphas_cumprod))
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict v, in the conventions of this package.
+        """Return the network's prediction of v for noisy latents `x_t` at the noise levels `t`.
 
         For image-to-video, the network takes the image latents as additional channels. These channels contain
         the image in the first latent frame, and zeros in all other frames.
@@ -377,10 +382,10 @@ class CogVideoX(Family):
 
 
 def noised(frame: Tensor) -> Tensor:
-    """Return noisy copies (COPIES, 3, 1, h, w) of a frame (3, 1, h, w), each with different Gaussian noise.
+    """Add Gaussian noise to copies of a frame (3, 1, h, w); return (COPIES, 3, 1, h, w).
 
-    The standard deviation of each copy is sampled as exp(N(-3, 0.5)), as in pretraining. The random seed is a
-    hash of the frame, so the cache is reproducible.
+    The standard deviation of the noise is sampled for each copy as exp(-3 + 0.5 z), with z from N(0, 1), as
+    in pretraining. The random seed is a hash of the frame, so the result is reproducible.
     """
     seed = int.from_bytes(hashlib.sha256(frame.numpy().tobytes()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)

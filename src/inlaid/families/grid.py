@@ -57,7 +57,10 @@ class Grid:
         ) * self.spatial
 
     def problems(self, frames: int, height: int, width: int) -> list[str]:
-        """Return messages about unsupported sizes, with the nearest supported sizes; empty if supported."""
+        """Return messages about an unsupported number of frames or image size.
+
+        The list is empty if both are supported.
+        """
         if self.only:
             valid, size = (f"{n} frames of {h}x{w}" for n, h, w in (self.only, (frames, height, width)))
             problem = (

@@ -1,8 +1,7 @@
 """Access to repositories on the Hugging Face Hub: availability, cached files and downloads.
 
-All access to the Hub goes through this module. Every failure is therefore reported within seconds, in a
-sentence that names the repository, the file and a solution. huggingface_hub alone would repeat requests for
-half a minute.
+All other modules use this one to access the Hub. It reports a failure within seconds; huggingface_hub alone
+would repeat requests for half a minute. The message names the repository, the file and a solution.
 """
 
 from __future__ import annotations
@@ -143,7 +142,10 @@ def _cached_index(name: str, revision: str | None) -> dict[str, Any] | None:
 
 
 def _cached_component(name: str, revision: str | None, component: str) -> Path | None:
-    """Return the cached folder of a component; None if the folder or a weights file is not cached."""
+    """Return the folder of a pipeline component in the Hugging Face cache.
+
+    The result is None if the folder or one of its weights files is not in the cache.
+    """
     index = cached(name, revision, "model_index.json")
     folder = index.parent / component if index else None
     if folder is None or not folder.is_dir():
@@ -164,7 +166,7 @@ def _cached_component(name: str, revision: str | None, component: str) -> Path |
 
 
 def fetch(name: str, revision: str | None, file: str) -> Path | None:
-    """Return the local path of a repository file, after downloading it if needed.
+    """Return the local path of a file in a Hub repository. The file is downloaded if it is not cached.
 
     Returns:
         The path, or None if the repository does not have the file.

@@ -8,8 +8,8 @@ Pitfalls:
 - All objects share one coordinate frame, so the latents of an object also encode its position.
 - All objects of a scene have the same timestep.
 - The network predicts data - noise.
-- Text is not used. The image conditioning of an object consists of a CLIP token and DINO tokens. Dropout for
-  classifier-free guidance drops both kinds of tokens together.
+- Text is not used. The image conditioning of an object consists of DINO tokens, and in MIDI-3D also of a CLIP
+  token. Dropout for classifier-free guidance drops all of these tokens together.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class _Encoders(Checkpoint):
             return midi_checkpoint.load_vae(folder).to(device)  # type: ignore[return-value]
 
     def load_image_encoders(self, device: torch.device, network: Any = None) -> LoadedEncoders:
-        """Return the image encoders: frozen encoders loaded in float32, and trained encoders from `network`.
+        """Load the frozen image encoders in float32, and take the trained image encoders from `network`.
 
-        Without `network`, trained encoders are left out.
+        If `network` is None, the result has no trained encoders.
         """
         found = {}
         for kind, encoder in self.conditioning.encoders.items():
@@ -102,7 +102,7 @@ class _Encoders(Checkpoint):
     def load_image_encoder(
         self, encoder: ImageEncoder, dtype: torch.dtype, *, meta: bool = False
     ) -> nn.Module:
-        """Load one image encoder; with `meta`, create it on the meta device without weights."""
+        """Load one image encoder. If `meta` is true, create it on the meta device without weights."""
         folder = None if meta else self.folder(encoder.name)
         with self.loading(encoder.name):
             return midi_image_encoders.build(encoder, folder, dtype)
@@ -113,9 +113,9 @@ class _Encoders(Checkpoint):
 
     @torch.no_grad()
     def encode_media(self, encoder: Encoder, frames: Any) -> dict[str, Tensor]:
-        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the cached tensors.
+        """Encode the surfaces and the image of a scene (`media.scene.SceneSample`) to the tensors to cache.
 
-        `stored` gives the shapes of the tensors.
+        The method `stored` returns the shapes of these tensors.
         """
         found = []
         for each in frames.objects:
@@ -137,7 +137,7 @@ class _Encoders(Checkpoint):
 
 
 class Midi(_Encoders, Family):
-    """MIDI and TripoSG family: flow matching on the latent tokens of all objects of a scene.
+    """MIDI and TripoSG family: flow matching on the latent tokens of all objects in a scene.
 
     MIDI has two image encoders, CLIP and DINO; TripoSG has only DINO.
     """
@@ -199,9 +199,10 @@ class Midi(_Encoders, Family):
         self.targets = (*self.targets, *own, *self.conditioning.targets)
 
     def about(self) -> dict[str, str]:
-        """Return metadata for weights file headers, including multi-instance blocks and timestep shift.
+        """Return metadata for the headers of weights files.
 
-        Multi-instance blocks are the transformer blocks whose attention spans all objects of a scene.
+        It includes the timestep shift and the multi-instance blocks. Multi-instance blocks are the
+        transformer blocks whose attention spans all objects of a scene.
         """
         blocks = ",".join(map(str, self.blocks))
         return {
@@ -211,9 +212,9 @@ class Midi(_Encoders, Family):
         }
 
     def warnings(self) -> list[str]:
-        """Return a paragraph for the model card about adapters of the image encoders, if any were trained.
+        """Return a warning for the model card if adapters of the image encoders were trained, else nothing.
 
-        The paragraph explains in which folders the adapters are and how to load them.
+        The warning names the folders of the adapters, and explains how to load them.
         """
         names = ", ".join(f"`{encoder.name}`" for encoder in self.conditioning.trained.values())
         how = (
@@ -222,9 +223,10 @@ class Midi(_Encoders, Family):
         return [f"Adapters of the image encoders {names} {how}"] if names else []
 
     def accept(self, header: Mapping[str, str]) -> None:
-        """Check that an adapter is compatible and was trained with the same option `image_encoders`.
+        """Check that an adapter is compatible with this family and with the option `image_encoders`.
 
-        Extends `Family.accept`.
+        Raises:
+            ValueError: if the adapter requires other settings, such as another value of `image_encoders`.
         """
         super().accept(header)
         key, own = "image_encoders", self.options["image_encoders"]
@@ -247,11 +249,7 @@ class Midi(_Encoders, Family):
         return float(shift)
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return a message for each unsupported recipe setting.
-
-        Checks for video-only keys, invalid pairs of image and segmentation, and settings that cannot be
-        combined with training of the image encoders.
-        """
+        """Return a message for each recipe setting that the family does not support."""
         wrong = invalid_pairs(config.sample.images)
         wrong = [*video_only_keys(config), *(f"sample.images: {p}" for p in wrong)]
         wrong += sequence_problems(self, config.runtime.sequence)
@@ -265,8 +263,9 @@ class Midi(_Encoders, Family):
     def notes(self, config: recipe.Config) -> list[str]:
         """Return notes about unusual settings.
 
-        They report multi-instance attention (across objects) in blocks that were not pretrained with it, and
-        adapter targets that match only some projections of an attention layer.
+        A note is returned if the transformer's `config.json` contradicts its tensor shapes, if multi-instance
+        attention (across objects) is in other blocks than in pretraining, or if the adapter targets match
+        only some projections of an attention layer.
         """
         notes, pretrained = list(self.config_notes), sorted(self.transformer["multi_instance"])
         if self.options["multi_instance"] != "checkpoint" and self.blocks != pretrained:
@@ -291,9 +290,10 @@ class Midi(_Encoders, Family):
         return {"latents": (n, c["num_tokens"], c["in_channels"]), **self.conditioning.shapes(n, widths)}
 
     def stored(self, objects: int, height: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the cached `moments` (n, tokens, 2 * channels) and image conditioning tensors.
+        """Return the shapes of the cached tensors: `moments`, and the image conditioning.
 
-        n is the number of objects in the scene. `moments` are means and log-variances of the VAE posterior.
+        `moments` (n, tokens, 2 * channels) are the means and log-variances of the VAE posterior. n is the
+        number of objects.
         """
         latent = self.shapes(objects)
         _, tokens, channels = latent["latents"]
@@ -301,9 +301,10 @@ class Midi(_Encoders, Family):
         return {"moments": (objects, tokens, 2 * channels), **images}
 
     def tokens(self, objects: int, height: int = 0, width: int = 0) -> int:
-        """Return the number of latent tokens of all objects of a scene.
+        """Return the number of tokens of a scene.
 
-        In multi-instance blocks, attention spans all these tokens.
+        Each object has its latent tokens and one timestep token. At most `MAX_OBJECTS` objects are used. In
+        multi-instance blocks, attention spans the tokens of all objects.
         """
         return min(objects, MAX_OBJECTS) * (1 + self.transformer["num_tokens"])
 
@@ -351,10 +352,10 @@ class Midi(_Encoders, Family):
         return FlowMatching.from_config(section, family_shift=self.shift())
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict noise - data for scenes (b, n, tokens, channels) of n objects each.
+        """Predict `noise - data` for b scenes of n objects each, (b, n, tokens, channels).
 
-        The network's input has one row per object, and each group of n rows is a scene. Its output, data -
-        noise, is negated.
+        The network's input has one row per object; each group of n rows is a scene. The network predicts
+        `data - noise`, so its output is negated.
         """
         b, n = x_t.shape[:2]
         contexts, options = self.conditioning.rows(cond, denoiser.dtype)
@@ -369,7 +370,7 @@ class Midi(_Encoders, Family):
         return pipe
 
     def resolved(self, sample: recipe.Sample) -> recipe.Sample:
-        """Return the sampling settings with the published mesh resolution if the recipe sets none."""
+        """Return the sampling settings; an unset mesh resolution is set to that of the published model."""
         cells = CELLS["TripoSG" if self.single_encoder else "MIDI-3D"]
         return sample.model_copy(update={"grid": sample.grid or cells})
 
@@ -392,9 +393,10 @@ class Midi(_Encoders, Family):
         return replace(made, meshes=found, notes=(*made.notes, note))
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter, and set the multi-instance blocks with which the adapter was trained.
+        """Load an adapter, and use the same multi-instance blocks as in its training.
 
-        In these blocks, attention spans all objects of a scene.
+        In multi-instance blocks, attention spans all objects of a scene. The adapter file lists these blocks.
+        If it lists none, the blocks of the pipeline are unchanged.
         """
         super().load_adapter(pipeline, folder)
         blocks = stored_blocks(folder)

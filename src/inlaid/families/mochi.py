@@ -2,7 +2,7 @@
 
 Pitfalls:
 
-- The model's timestep runs backwards: it is 1000 (1 - t). The model predicts data - noise.
+- The model's timestep is 1000 (1 - t), where t is 1 for noise. The model predicts data - noise.
 - Latents are samples of the VAE posterior, so the cache stores the posterior's means and log-variances.
 - Latents are normalized per channel. Other public trainers omitted the normalization.
 - The unconditional input has no text tokens at all; it is not the encoding of "".
@@ -70,7 +70,7 @@ gated layer (gate and value) and of the last modulation (shift and scale) are in
 
 
 class Mochi(Family):
-    """Mochi 1 family: flow matching on normalized VAE latents; text and video share joint attention."""
+    """Mochi 1 family: flow matching on normalized VAE latents, joint attention over text and video tokens."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"size": [480, 848], "frames": [37]},
@@ -173,7 +173,7 @@ class Mochi(Family):
     def encode_media(self, encoder: Any, frames: np.ndarray) -> dict[str, Tensor]:
         """Encode a clip, uint8 (t, h, w, 3), to `moments` (24, t', h', w').
 
-        They are means and log-variances of the VAE posterior. On CUDA, the VAE computes in
+        `moments` contains the means and log-variances of the VAE posterior. On CUDA, the VAE computes in
         bfloat16, as in the reference implementations.
         """
         assert not self.grid.problems(*frames.shape[:3]), "sizes are snapped before encoding"
@@ -241,9 +241,9 @@ class Mochi(Family):
         return network
 
     def share_positions(self, denoiser: Any) -> None:
-        """Modify the denoiser to compute rotary embeddings for one clip and use them for both clips.
+        """Modify the denoiser to use the same rotary embeddings for the color clip and the alpha clip.
 
-        With joint alpha, color and alpha are two clips in one sequence.
+        With joint alpha, the two clips are in one sequence. The embeddings are computed for one clip only.
         """
         halve(denoiser.rope, lambda f, frames, *size: (f, frames // 2, *size), dim=0)
 
@@ -301,7 +301,7 @@ class Mochi(Family):
     def run(self, pipeline: Any, *args: Any, steps: int, **options: Any) -> np.ndarray:
         """Run the diffusers pipeline with autocast.
 
-        Networks compute in the denoiser's dtype, the sampler in float32.
+        The networks compute in the denoiser's dtype. The sampler computes in float32.
 
         Raises:
             ValueError: if `steps` is less than 2.
@@ -332,13 +332,14 @@ class Mochi(Family):
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines, both (v, heads, d / 2), of the rotary embedding for v video tokens.
+    """Return the cosines and sines of the rotary embedding for v video tokens, both (v, heads, d / 2).
 
-    Replaces the method of diffusers, whose autocast supports neither CPU nor meta tensors.
+    This function replaces a method of diffusers, because autocast to float32 in that method supports neither
+    CPU nor meta tensors.
 
     Args:
-        frequencies: (a, heads, d / 2).
-        positions: (v, a), the coordinates of each video token.
+        frequencies: learned frequencies, (axes, heads, d / 2).
+        positions: coordinates of the video tokens, (v, axes).
     """
     device = "cpu" if frequencies.is_meta else frequencies.device.type
     with torch.autocast(device, enabled=False):
@@ -347,7 +348,11 @@ def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tensor]:
-    """Pad text (n, m, d) with zeros to (n, length, d); also return the mask (n, length) of valid tokens."""
+    """Pad text embeddings (n, m, d) with zeros to (n, length, d).
+
+    Returns:
+        The padded embeddings, and the mask (n, length) of valid tokens.
+    """
     mask = torch.arange(length, device=text.device) < text.shape[1]
     return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), mask.expand(len(text), -1)
 
@@ -355,8 +360,8 @@ def padded(text: Tensor, length: int = Mochi.text_length) -> tuple[Tensor, Tenso
 def _unmasked(
     pooler: nn.Module, args: tuple[Tensor, Tensor | None], *, length: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Pre-forward hook of the text pooler: pad the text to `length` tokens and add a mask if there is none.
+    """Pre-forward hook of the text pooler: if there is no mask, pad text embeddings and create their mask.
 
-    The output is then bit-identical to the output for text that was padded beforehand.
+    The text is padded to `length` tokens. The output is bit-identical to the output for padded text.
     """
     return padded(args[0], length) if args[1] is None else args

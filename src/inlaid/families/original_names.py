@@ -2,8 +2,8 @@
 
 ComfyUI also uses the original names. For most layers, only the name differs. In some models, one original
 layer contains several diffusers layers (query, key and value, concatenated along the rows). In some layers,
-the two halves of the rows are swapped. Each family states its map as a list of `Rename`; all conversions of
-weights and adapters use it.
+the two halves of the rows are swapped. Each family lists these differences as `Rename` objects. All
+conversions of weights and adapters use this list.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ class Rename:
     """True if the two halves of the rows are in the opposite order in the original code."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Convert diffusers tensors (rows, ...), in the order of `diffusers`, to the original tensor."""
+        """Join tensors (rows, ...) of the diffusers layers into one tensor of the original code.
+
+        `parts` has the order of the names in `diffusers`.
+        """
         import torch
 
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         return self.swap(whole)
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """Split an original tensor (rows, ...) into diffusers tensors with equal numbers of rows."""
+        """Split a tensor (rows, ...) of the original code into diffusers tensors with equally many rows."""
         return self.swap(whole).chunk(len(self.diffusers)) if len(self.diffusers) > 1 else (self.swap(whole),)
 
     def swap(self, rows: Tensor) -> Tensor:
-        """Exchange the halves of the rows, if the original code has them in the opposite order."""
+        """Exchange the first and the second half of the rows if `swapped` is true."""
         return rows.roll(rows.shape[0] // 2, 0) if self.swapped else rows
 
     def _numbered(self, block: str | None) -> Rename:
@@ -54,13 +57,18 @@ class Rename:
 
 
 class OriginalNames:
-    """All renames of a model, with methods that find a rename or convert a whole network.
+    """Map between the names of a model's layers in the original code and in diffusers.
 
-    The object is false if it contains no renames.
+    It can look up one name, or convert the weights of a whole network. An empty map evaluates to False.
     """
 
     def __init__(self, *pairs: tuple[str, str], fused: Sequence[Rename] = ()) -> None:
-        """Create the map from pairs (name in the original code, name in diffusers) and further renames."""
+        """Create the map between the layer names in the original code and in diffusers.
+
+        Args:
+            pairs: (name in the original code, name in diffusers) of each layer that is only renamed.
+            fused: renames of the other layers, which are fused or have swapped rows.
+        """
         self.renames = (*(Rename(original, (name,)) for original, name in pairs), *fused)
         self._diffusers = {name: rename for rename in self.renames for name in rename.diffusers}
         self._original: dict[str, list[Rename]] = defaultdict(list)
@@ -71,13 +79,13 @@ class OriginalNames:
         return bool(self.renames)
 
     def of_diffusers(self, name: str) -> Rename | None:
-        """Return the rename for a diffusers name, such as `blocks.0.attn1.to_q`, or None."""
+        """Return the `Rename` of a diffusers name such as `blocks.0.attn1.to_q`, or None if there is none."""
         pattern, block = _pattern(name)
         found = self._diffusers.get(pattern)
         return found and found._numbered(block)
 
     def of_original(self, name: str, present: Container[str] = ()) -> Rename | None:
-        """Return the rename for a name in the original code, or None.
+        """Return the `Rename` of a name in the original code, or None if there is none.
 
         Args:
             name: layer or parameter, such as `blocks.0.self_attn.q`.
@@ -89,7 +97,9 @@ class OriginalNames:
         return next((r for r in found if all(n in present for n in r.diffusers)), found[0] if found else None)
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the weights of a network from diffusers to the original names and row order.
+        """Convert the weights of a network from diffusers to the original code.
+
+        Tensors are renamed. As in the original code, some layers are fused, and the rows of some are swapped.
 
         Raises:
             ValueError: if a tensor has no original name, or a part of a fused layer is missing.
@@ -114,7 +124,7 @@ class OriginalNames:
         return out
 
     def to_diffusers(self, state: Mapping[str, Tensor], present: Collection[str]) -> dict[str, Tensor]:
-        """Convert weights from the original names and row order to those of diffusers.
+        """Convert weights of the model's original code to the names and row order of diffusers.
 
         Args:
             state: tensors by original name.
@@ -146,7 +156,11 @@ def _pattern(name: str) -> tuple[str, str | None]:
 
 
 def _with_leaf(key: str, find: Callable[[str], Rename | None]) -> tuple[Rename | None, str]:
-    """Return the rename for a tensor, and the suffix of its name: `.weight`, `.bias` or empty."""
+    """Find the `Rename` of a tensor; return it (or None) and a suffix of the tensor's name.
+
+    If `find` knows the whole name, the suffix is empty. Otherwise, the suffix is the last part of the name,
+    such as `.weight`, and `find` gets the name without the suffix.
+    """
     found = find(key)
     if found is not None:
         return found, ""

@@ -1,4 +1,4 @@
-"""Facts about a model for export to other programs: original names, and what these programs accept."""
+"""Facts about a model for export to other programs: original layer names, and requirements."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class JointLayout:
 
 
 class OtherPrograms(Checkpoint):
-    """Base class of `Family` with facts about other programs that run the model."""
+    """Base class of `Family` with information for export to other programs, such as original layer names."""
 
     original: ClassVar[OriginalNames] = OriginalNames()
     """Layer names in the original code, for other programs; empty if they are the same as in diffusers."""
@@ -54,7 +54,7 @@ class OtherPrograms(Checkpoint):
     """Values of the denoiser's configuration that other programs assume for a whole model."""
 
     def export_problem(self, target: str, whole: bool) -> str | None:
-        """Return the reason why a program cannot use weights for this checkpoint, or None if it can.
+        """Return the reason why an export target does not support this checkpoint, or None.
 
         Args:
             target: target of `inlaid export`.
@@ -77,5 +77,8 @@ class OtherPrograms(Checkpoint):
         ]
 
     def comfyui_tensors(self) -> Mapping[str, Tensor]:
-        """Return further tensors that ComfyUI requires in a file of a whole model, by original name."""
+        """Return tensors that ComfyUI requires in the file of a whole model, but diffusers does not save.
+
+        The keys are tensor names in the original code of the model.
+        """
         return {}

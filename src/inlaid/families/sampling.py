@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Sampling(OtherPrograms):
-    """Base class of `Family` that generates with the diffusers pipeline of the model."""
+    """Base class of `Family`. Its methods generate samples with the model's diffusers pipeline."""
 
     images: Sequence[str] = ()
     """Names of the conditioning images of a clip, in the order that `sample` expects, such as `first` and
     `last` for the first and the last frame. Empty for text-to-video."""
 
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the encoded captions of a batch into the text tensors that `predict` takes in `cond`."""
+        """Stack the encoded captions of a batch. `predict` takes the result as part of `cond`."""
         import torch
 
         return {name: torch.stack([item[name] for item in text]) for name in text[0]}

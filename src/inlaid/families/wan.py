@@ -103,7 +103,16 @@ KOHYA = (
 def _published(
     heads: int, layers: int, ffn: int, channels: int = 16, image: Mapping[str, Any] = {}, **index: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return the configurations of a published checkpoint, so that estimates need no download."""
+    """Return the configurations of a published checkpoint by component, so that they need not be downloaded.
+
+    Args:
+        heads: number of attention heads.
+        layers: number of transformer blocks.
+        ffn: hidden width of the feed-forward layers.
+        channels: number of latent channels.
+        image: additional transformer settings of an image-to-video model.
+        index: additional entries of `model_index.json`.
+    """
     transformer = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
@@ -189,15 +198,15 @@ class Wan(Family):
         self.fps = 24.0 if self.expand_timesteps else 16.0
 
     def export_problem(self, target: str, whole: bool) -> str | None:
-        """Return why a program cannot use weights for this checkpoint: Wan-Alpha runs Wan 2.1 T2V only."""
+        """Return why an export target cannot use these weights, or None; Wan-Alpha runs Wan 2.1 T2V only."""
         if target == "wan-alpha" and (self.images or self.two_experts or self.expand_timesteps):
             return f"Wan-Alpha runs Wan 2.1 text-to-video only, not {self.name}"
         return None
 
     def problems(self, config: recipe.Config) -> list[str]:
-        """Return a message for each unsupported setting, such as sampling during training with two experts.
+        """Return a message for each unsupported setting.
 
-        Sampling would need both experts in memory.
+        Sampling during training is unsupported with two experts, because it needs both in memory.
         """
         found = super().problems(config)
         if self.two_experts and config.sample.every:
@@ -362,8 +371,8 @@ class Wan(Family):
     def collate(self, text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return `text` (n, 512, d), padded with zeros.
 
-        With the option `text: short`, return `text` (n, m, d) with m <= 512, padded to slightly more than the
-        longest caption.
+        With the option `text: short`, return `text` (n, m, d). m is the first multiple of 8 above the length
+        of the longest caption, at most 512.
         """
         n, rows = self.text_length, [item["text"] for item in text]
         if self.options["text"] == "short":
@@ -375,8 +384,8 @@ class Wan(Family):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict noise - data.
 
-        The network's timestep is 1000 t. TI2V-5B takes one timestep per token, which is 0 for tokens of the
-        image.
+        The network's timestep is 1000 t. TI2V-5B takes one timestep per token. It is 0 for the tokens of
+        the conditioning image.
         """
         dtype = denoiser.patch_embedding.weight.dtype
         timestep, x, leading = t.float() * 1000, x_t.to(dtype), 0
@@ -418,7 +427,7 @@ class Wan(Family):
         return pipe.to(device)
 
     def load_adapter(self, pipeline: Any, folder: Path) -> None:
-        """Load an adapter into the expert (high or low noise) on which it was trained."""
+        """Load an adapter into the expert (high or low noise) that `model.expert` selects."""
         # If the network has `add_k_proj` but the adapter does not, diffusers adds zero factors, but no DoRA
         # magnitudes. Without low_cpu_mem_usage, peft initializes the layers first, and warns about layers
         # that are missing in its configuration.
@@ -433,10 +442,10 @@ class Wan(Family):
 
 
 def _split_sequence(denoiser: Any, sequence: SequenceParallel) -> None:
-    """Split the video tokens of a network over processes.
+    """Modify a network to split its video tokens across processes.
 
-    In TI2V-5B, each token has its own timestep, so the timesteps are split as well. Cross-attention needs no
-    communication, because each process has the whole text.
+    In Wan 2.2 TI2V-5B, each token has its own timestep, so the timesteps are split as well. Cross-attention
+    needs no communication, because each process has the whole text.
     """
     from inlaid.networks.wan_self_attention import SplitSelfAttention
 

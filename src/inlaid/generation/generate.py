@@ -42,10 +42,10 @@ def generate(
 
     Args:
         run: run folder.
-        prompts: one or more prompts.
-        images: images of each prompt. For image-to-video, the first frame, and the last frame if the
-            checkpoint requires one; for scenes, input image and segmentation.
-        count: videos per prompt; video i uses seed + i.
+        prompts: one or more prompts; empty for scenes.
+        images: conditioning images of each video or scene. An image-to-video checkpoint takes the first frame
+            and, if it requires one, the last frame. A scene takes an input image and a segmentation.
+        count: outputs per prompt or scene image; output i uses seed + i.
         checkpoint: checkpoint of the run, such as `step-000500` or `500`, or `base` for the base model.
             Default: the final weights.
         strength: scale of the adapter: 0 is the base model, 1 the fine-tuned model. The effect is linear for
@@ -161,7 +161,8 @@ def generate_samples(
         count: outputs per prompt.
         show: show a progress bar.
         name: file name without extension, for a single output. Default: prompt index, prompt and seed.
-        on_output: callback with (prompt index, output index, result of `Family.sample`) for each output.
+        on_output: callback for each written output. Its arguments are the prompt index, the output index and
+            the result of `Family.sample`.
 
     Returns:
         Paths of the written files.
@@ -187,6 +188,7 @@ def generate_samples(
                     images=[each.pixels for each in images],
                     **modality.asked(sample, images),
                 )
+                advance()
                 if folder is None:
                     continue
                 settings = modality.settings(sample, prompts.fps)
@@ -201,7 +203,6 @@ def generate_samples(
                 paths.append(path)
                 if on_output:
                     on_output(i, j, made)
-                advance()
     return paths
 
 
@@ -212,5 +213,9 @@ def outputs(path: Path) -> list[Path]:
 
 
 def slug(text: str) -> str:
-    """Return the start of a prompt, at most 40 characters, as part of a file name."""
+    """Convert the start of a prompt to text for a file name, such as `a-red-car`.
+
+    The result has at most 40 characters: a-z, 0-9 and hyphens. It is `prompt` if the prompt has no letters
+    from a to z and no digits.
+    """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "prompt"

@@ -112,7 +112,7 @@ def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.
 
 
 class _Clip(NamedTuple):
-    """Properties of an `.npz` clip, from its headers."""
+    """Properties of an `.npz` clip, read without its frames."""
 
     header: Header
     axis: int
@@ -164,11 +164,11 @@ def fit_array(pixels: np.ndarray, size: tuple[int, int], sar: float = 1.0) -> np
 
 
 def _clip(path: Path, channels: Sequence[int]) -> _Clip:
-    """Read the headers of an `.npz` clip.
+    """Read the header of the frames in an `.npz` clip, and the frame rate.
 
     Raises:
         MediaError: if the file has no uint8 array `frames` with a channel count in `channels`, if a frame has
-            too many pixels, or if the file is smaller than its header declares.
+            too many pixels, or if the array has less data than its header declares.
     """
     with reading(path, MediaError, "an npz clip"):
         require_file(path, MediaError)
@@ -213,9 +213,9 @@ class Frames:
     """Lazy sequence of the frames of an `.npz` clip: indexing reads one frame, uint8 (h, w, c).
 
     The first access decompresses the whole array to verify its checksum, but keeps no frame in memory. After
-    that, reading all frames in ascending order decompresses the array once more. A lower index than the last
-    one restarts from the first frame. Arrays (c, t, h, w) and arrays in Fortran order are loaded into memory
-    as a whole on the first access.
+    that, reading all frames in ascending order decompresses the array once more. Access to an earlier frame
+    starts again from the first frame. If the array has shape (c, t, h, w) or Fortran order, the first access
+    loads it into memory as a whole.
     """
 
     def __init__(self, path: Path, clip: _Clip) -> None:

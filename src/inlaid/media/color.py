@@ -1,7 +1,8 @@
 """Conversion of wide-gamut and HDR video, and of images with an ICC profile, to sRGB.
 
 The codes of color primaries and transfer functions are those of ITU-T H.273, which FFmpeg also uses. Every
-SDR transfer function is treated as the sRGB curve, as displays do; BT.709 video therefore does not change.
+transfer function except linear light, PQ and HLG is treated as the sRGB curve. BT.709 video is therefore not
+converted.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def to_srgb(pixels: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
 def _decoding(transfer: int) -> np.ndarray:
     """Return a lookup table from 16-bit code values to linear light.
 
-    The value 1.0 is SDR white, or the peak luminance for HLG.
+    For HLG, 1.0 is the peak of the signal. For other transfer functions, 1.0 is SDR white.
     """
     x = np.arange(65536, dtype=np.float64) / 65535
     if transfer == LINEAR:
@@ -123,9 +124,9 @@ def _linear_to_pq(y: np.ndarray) -> np.ndarray:
 
 
 def _tone_mapped(light: np.ndarray) -> np.ndarray:
-    """Tone-map linear light of HDR video to SDR, with the EETF of ITU-R BT.2390, section 5.4.1.
+    """Tone-map linear light of HDR video to SDR.
 
-    In the input and the result, 1 is SDR white.
+    The tone curve is the EETF of ITU-R BT.2390, section 5.4.1. In the input and the result, 1 is SDR white.
     """
     top = float(_linear_to_pq(np.array(PEAK / 10000)))
     code = np.minimum(_linear_to_pq(light.astype(np.float64) * WHITE / 10000) / top, 1)

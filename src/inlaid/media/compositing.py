@@ -51,16 +51,16 @@ def resize(
 ) -> np.ndarray:
     """Scale RGBA frames to cover `size`, and center-crop them; the result has straight alpha.
 
-    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. Fully
-    transparent pixels of the result get color that is scaled without weights, or black if `rgba` is
-    premultiplied. The filter is bicubic; overshoot is clipped.
+    Color is weighted by alpha, so that the color of transparent pixels does not bleed into edges. Where the
+    result is fully transparent, there is no weighted color. Such pixels get color that is scaled without
+    weights, or black if `rgba` is premultiplied. The filter is bicubic; overshoot is clipped.
 
     Args:
-        rgba: uint8 (t, h, w, 4), straight unless `premultiplied`.
+        rgba: uint8 (t, h, w, 4).
         size: height and width of the result.
         sar: pixel aspect ratio, width / height.
-        premultiplied: True if `rgba` is premultiplied; it is converted to straight alpha after scaling, in
-            float.
+        premultiplied: True if `rgba` is premultiplied, False if it is straight. Premultiplied frames are
+            scaled first, and then converted to straight alpha in float.
     """
     height, width = rgba.shape[1:3]
     if (height, width) == tuple(size) and sar == 1:
@@ -104,7 +104,10 @@ def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _fill(color: list[np.ndarray], weight: np.ndarray) -> list[np.ndarray]:
-    """Compute `fill` on separate color planes (h, w), three times as fast as on interleaved color."""
+    """Compute `fill` for separate color planes (h, w).
+
+    This takes a third of the time that an array (h, w, 3) would take.
+    """
     h, w = weight.shape
     if min(h, w) <= 1 or weight.min() >= 1:
         total = weight.sum()
@@ -119,7 +122,7 @@ def _fill(color: list[np.ndarray], weight: np.ndarray) -> list[np.ndarray]:
 
 
 def _quarter(plane: np.ndarray) -> np.ndarray:
-    """Sum each 2 x 2 cell of a plane (h, w); if a side is odd, the edge is repeated."""
+    """Sum each 2 x 2 cell of a plane (h, w); if a side is odd, the last row or column is repeated."""
     h, w = plane.shape
     if h % 2 or w % 2:
         plane = np.pad(plane, ((0, h % 2), (0, w % 2)), "edge")
@@ -191,7 +194,7 @@ def blur_background(rgba: np.ndarray, radius: float = 8) -> np.ndarray:
 
 
 def snap(alpha: np.ndarray, eps: float = ALPHA_EPS) -> np.ndarray:
-    """Set alpha (uint8) to 0 or 255 where it differs from 0 or 255 by at most 255 * `eps`."""
+    """Set alpha (uint8) values up to 255 * `eps` to 0, and values from 255 * (1 - `eps`) to 255."""
     level = round(255 * eps)
     return np.where(alpha <= level, 0, np.where(alpha >= 255 - level, 255, alpha)).astype(np.uint8)
 
@@ -208,17 +211,17 @@ def checkerboard(height: int, width: int, cell: int = 16) -> np.ndarray:
 def composite(
     rgba: np.ndarray, background: np.ndarray, *, premultiplied: bool = False, linear: bool = False
 ) -> np.ndarray:
-    """Composite a foreground over a background: uint8 (t, h, w, 3).
+    """Composite a foreground over a background, and return uint8 (t, h, w, 3).
 
     The result is rgb * a + (1 - a) * background for straight color, and rgb + (1 - a) * background for
     premultiplied color.
 
     Args:
         rgba: foreground, uint8 (t, h, w, 4).
-        background: uint8, a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
+        background: uint8; a color (3,), an image (h, w, 3) or a video (t, h, w, 3).
         premultiplied: True if `rgba` is premultiplied.
-        linear: blend in linear light (decoded sRGB) instead of gamma-encoded values; physically correct, but
-            uncommon.
+        linear: blend in linear light (decoded sRGB) instead of gamma-encoded values. This is physically
+            correct, but uncommon.
     """
     out = []
     for i, frame in enumerate(rgba):
@@ -235,7 +238,9 @@ def composite(
 
 
 def preview(rgba: np.ndarray) -> np.ndarray:
-    """Return preview frames: the composite over a checkerboard on top, and alpha in gray below it.
+    """Return preview frames of a clip with alpha.
+
+    The upper half shows the clip over a checkerboard. The lower half shows alpha in gray.
 
     Args:
         rgba: straight uint8 (t, h, w, 4).

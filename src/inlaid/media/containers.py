@@ -43,9 +43,9 @@ def _boxes(file: Any, end: int) -> str:
 
 
 def _segment(file: Any, end: int) -> str:
-    """Return a message if a Matroska segment is declared to end after the end of the file.
+    """Return a message if a Matroska file is shorter than its header declares, else an empty string.
 
-    A live recording declares no size, so it always passes.
+    The header of a live recording declares no size. The result is then an empty string.
     """
     file.seek(4)
     header = _length(file)
@@ -58,7 +58,10 @@ def _segment(file: Any, end: int) -> str:
 
 
 def _length(file: Any) -> int | None:
-    """Read an EBML length field (1 to 8 bytes); return None if it is invalid or means unknown length."""
+    """Read an EBML length field (1 to 8 bytes).
+
+    Returns None if the field is invalid, or if it states that the length is unknown.
+    """
     first = file.read(1)
     if not first or not first[0]:
         return None

@@ -57,7 +57,7 @@ def load_image(path: Path, *, animated: bool = False) -> Iterator[Image.Image]:
         animated: accept images with several frames.
 
     Raises:
-        MediaError: if the file cannot be read, is animated, or is larger than `limits.PIXELS`.
+        MediaError: if the file cannot be read or is too large, or if it is animated and `animated` is False.
     """
     with reading(path, _unreadable):
         require_file(path, MediaError)

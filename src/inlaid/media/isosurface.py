@@ -2,8 +2,9 @@
 
 A field is a function of points. It is negative inside an object, and its zero level set is the surface of the
 object. The published pipelines of MIDI-3D and TripoSG evaluate a field on dense grids of 257 or 512 points
-per side: first in the whole box, then in the box of the object. `extract` finds the same surface with about
-one percent of the evaluations, because it evaluates the fine grid only at the cells that the surface crosses.
+per side: first in a box of fixed size, then in the bounding box of the object. `extract` finds the same
+surface with about one percent of the evaluations, because it evaluates the fine grid only at the cells that
+the surface crosses.
 """
 
 from __future__ import annotations
@@ -41,22 +42,25 @@ _CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
 
 
 def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[trimesh.Trimesh | None, str]:
-    """Extract the zero level set of a field as a mesh, with marching cubes in the object's own box.
+    """Extract the zero level set of a field as a mesh.
 
-    The field is evaluated on a coarse grid of the whole box. The object's own box is then divided into
-    `resolution` cells per side. The surface is followed from cell to cell, from coarse grids to this grid.
-    Parts that are thinner than a coarse cell are found where linear extrapolation of the field from both
-    sides becomes negative. If a field is negative at more than four of the eight corners of the whole box,
-    its sign is assumed to be wrong and is inverted.
+    The search box is a cube around the origin. A coarse grid in this box locates the object and its bounding
+    box. The bounding box is enlarged by a margin and divided into `resolution` cells per side. Marching cubes
+    runs only in the cells that the surface crosses. These cells are found by following the surface from
+    cell to cell, first on coarse grids, then on finer ones.
+
+    A part of the object may be thinner than a coarse cell. Such parts are found by linear extrapolation of
+    the field. If the field is negative at more than four corners of the search box, its sign is assumed to be
+    wrong and is inverted.
 
     Args:
         field: the field to extract, negative inside.
-        resolution: cells per side of the object's own box, a power of two, at least 8.
-        coarse: cells per side of the grid in the whole box.
+        resolution: cells per side of the object's box, a power of two, at least 8.
+        coarse: cells per side of the search box.
 
     Returns:
-        The mesh, or None if the field has no zero level set; and a note, usually "". The note reports an
-        inverted sign, values that are not finite, or a reduced resolution.
+        The mesh and a note. The mesh is None if the field has no zero level set. The note reports an inverted
+        sign, values that are not finite, or a reduced resolution. Otherwise it is empty.
     """
     import trimesh
 
@@ -92,9 +96,9 @@ def extract(field: Field, *, resolution: int = 256, coarse: int = 64) -> tuple[t
 
 
 class _Samples:
-    """Values of a field at points of a regular grid; each point is evaluated once.
+    """Values of a field at points of a regular grid. `corners` evaluates each point only once.
 
-    Points and cells are integer indices (n, 3). A cell has the index of its lowest corner.
+    The indices of points and cells are integers (n, 3). A cell has the index of its lowest corner.
     """
 
     def __init__(self, field: Field, low: np.ndarray, high: np.ndarray, cells: int) -> None:
@@ -107,14 +111,20 @@ class _Samples:
         return self.field(self.places(np.indices(shape).reshape(3, -1).T)).reshape(shape)
 
     def places(self, index: np.ndarray) -> np.ndarray:
-        """Convert indices (n, 3) to coordinates. Indices may be fractional; 0 to `cells` spans the box."""
+        """Convert grid indices (n, 3) to coordinates; indices may be fractional.
+
+        Index 0 is the lower side of the box, and index `cells` is the upper side.
+        """
         return self.low + index / self.cells * (self.high - self.low)
 
     def corners(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Evaluate the field at the corners of cells.
+        """Evaluate the field at the eight corners of each cell, and store new values.
+
+        Args:
+            cells: indices of the cells, (n, 3).
 
         Returns:
-            The index of each corner in `values`, (n, 8), and the value of each corner, (n, 8).
+            The index of each corner in the attribute `values`, (n, 8), and the value of each corner, (n, 8).
         """
         keys = self._key(cells[:, None] + _CORNERS).ravel()
         new = _without(_sorted_unique(keys), self.keys)
@@ -126,12 +136,15 @@ class _Samples:
         return where, self.values[where]
 
     def points(self, keys: np.ndarray) -> np.ndarray:
-        """Return the grid indices (n, 3) of points that are encoded as integers, `keys` (n,)."""
+        """Convert the integer keys (n,) of points to their grid indices (n, 3)."""
         side = self.cells + 1
         return np.stack([keys // side**2, keys // side % side, keys % side], -1)
 
     def follow(self, cells: np.ndarray) -> np.ndarray:
-        """Follow the surface from the given cells; return all cells (m, 3) that it crosses."""
+        """Follow the surface from cell to cell, and return the cells (m, 3) that it crosses.
+
+        The search starts at `cells`. It continues across each cell face that the surface crosses.
+        """
         cells = self.points(_sorted_unique(self._key(cells)))
         found, seen = [np.empty((0, 3), np.int64)], np.empty(0, np.int64)
         while len(cells):
@@ -164,13 +177,16 @@ class _Samples:
 
 
 def _sorted_unique(keys: np.ndarray) -> np.ndarray:
-    """Return the unique numbers, sorted. For millions of numbers, `numpy.unique` is ten times slower."""
+    """Return the unique numbers, sorted; all numbers must be 0 or greater.
+
+    For millions of numbers, `numpy.unique` would take more than ten times as long.
+    """
     keys = np.sort(keys)
     return keys[np.diff(keys, prepend=-1) > 0]
 
 
 def _without(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the numbers in `keys` that are not in `known` (sorted)."""
+    """Return the numbers in `keys` that are not in the sorted array `known`."""
     if not len(known):
         return keys
     at = np.searchsorted(known, keys).clip(max=len(known) - 1)
@@ -204,10 +220,11 @@ def _widened(cells: np.ndarray) -> np.ndarray:
 
 
 def _thin_parts(field: Field, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Find parts of an object, and gaps in it, that are too thin for the signs of the coarse grid.
+    """Find thin parts and thin gaps of an object that contain no point of the coarse grid.
 
-    Near a thin part, the values fall from both sides. Where linear extrapolations from both sides meet near
-    or below zero, a grid of four times the resolution is evaluated.
+    Values decrease toward a thin part from both sides. They are extrapolated linearly from both sides. Where
+    the two lines meet near or below zero, the values are computed on a grid of four times the resolution. For
+    gaps, the signs are reversed.
 
     Returns:
         Points (n, 3) in thin parts (`inside`) and in thin gaps (`outside`).
@@ -246,11 +263,14 @@ def _thin_parts(field: Field, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _own_box(values: np.ndarray, thin: np.ndarray) -> np.ndarray:
-    """Return the lowest and highest corner of an object's own box, (2, 3), including `MARGIN`.
+    """Return the bounding box of the object in a field, enlarged by `MARGIN` on each side.
 
     Args:
-        values: field on the coarse grid of the whole box, (n + 1,) * 3.
-        thin: points (m, 3) of parts that are too thin for the grid.
+        values: field on the coarse grid, (n + 1, n + 1, n + 1); negative inside the object.
+        thin: points (m, 3) in parts of the object that are too thin for the coarse grid.
+
+    Returns:
+        Lowest and highest corner, (2, 3).
     """
     n = values.shape[0] - 1
     places = _Samples(lambda p: p[:, 0], np.full(3, -BOUND), np.full(3, BOUND), n).places
@@ -272,16 +292,16 @@ def _own_box(values: np.ndarray, thin: np.ndarray) -> np.ndarray:
 def _crossed(
     field: Field, box: np.ndarray, near: np.ndarray, thin: dict[str, np.ndarray], resolution: int
 ) -> tuple[_Samples, np.ndarray] | None:
-    """Find the cells of an object's own box that its surface crosses.
+    """Find the grid cells that the surface of an object crosses, in a box around the object.
 
     If the surface reaches a side of the box, the box is enlarged on this side.
 
     Args:
-        field: negative inside.
-        box: (2, 3), the object's own box.
-        near: bool (n, n, n), coarse cells of the whole box that may contain the surface.
-        thin: points (m, 3) in thin parts (`inside`) and in thin gaps (`outside`).
-        resolution: cells per side of the box.
+        field: function of points, negative inside the object.
+        box: lowest and highest corner of the box, (2, 3).
+        near: bool (n, n, n), coarse cells of the search box that may contain the surface.
+        thin: two arrays of points (k, 3): `inside` lie in thin parts of the object, `outside` in thin gaps.
+        resolution: cells per side of the box, reduced if there are too many surface cells.
 
     Returns:
         The samples of the finest grid and the cells (m, 3), or None if there are no cells.

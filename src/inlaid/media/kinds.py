@@ -109,12 +109,12 @@ def media_kind(path: Path) -> Kind:
 def frames_on_show(
     stamps: Sequence[float] | np.ndarray, wanted: Sequence[float] | np.ndarray, fps: float
 ) -> np.ndarray:
-    """Return the index of the frame that is displayed at each wanted time.
+    """Return the index of the frame that is displayed at each wanted time, with a tolerance.
 
-    A frame is displayed until the next frame starts. Because timestamps are rounded and frame rates differ,
-    the next frame is already selected shortly before its start. This lead is half the frame interval or half
-    the sampling interval, whichever is shorter. If no frame interval exceeds the sampling interval, the
-    result is the nearest frame, and the earlier frame in a tie.
+    Timestamps are rounded, and frame rates differ. Each frame is therefore selected from a time shortly
+    before its start. This tolerance is half the interval to the previous frame or half the sampling interval,
+    whichever is shorter. If no frame interval exceeds the sampling interval, the result is the nearest frame.
+    In a tie, the result is the earlier frame.
 
     Args:
         stamps: start times of the frames in seconds, ascending, at least one.

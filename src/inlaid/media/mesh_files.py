@@ -57,14 +57,17 @@ class MeshObject:
     """Colors of the triangles; None if the file has none."""
 
     def moved(self, transform: np.ndarray) -> MeshObject:
-        """Return the object after an affine transform (4, 4) without mirroring."""
+        """Return a copy of the object with an affine transform (4, 4) applied.
+
+        The transform must not mirror, because the order of the corners is kept.
+        """
         corners = self.triangles @ transform[:3, :3].T + transform[:3, 3]
         return MeshObject(self.name, corners, self.look)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Geometry of one node with one material."""
+    """Triangles of one node that have the same material."""
 
     path: tuple[str, ...]
     """Nodes from the top of the scene to the node of the part."""
@@ -75,7 +78,7 @@ class _Part:
 
 @dataclass
 class _Content:
-    """Parts of a mesh file, names of its nodes by ID, and notes."""
+    """Content of a mesh file: its parts, the names of its nodes by ID, and notes for the user."""
 
     parts: list[_Part]
     names: dict[str, str]
@@ -89,11 +92,11 @@ def read_objects(path: Path, group: Grouping = "parent") -> tuple[list[MeshObjec
     """Read the objects of a mesh file, sorted by name, with all node transforms applied.
 
     Args:
-        path: the file. Files that it names must be in its folder.
-        group: what forms an object. `node`: each glTF node with a mesh, or each group in an .obj file (`g`,
-            else `o`). `parent`: each topmost glTF node with all nodes below it, or each object in an .obj
-            file (`o`, else `g`); nodes that only contain the scene are skipped. `material`: all parts with
-            the same material.
+        path: mesh file. Files that it references must be in its folder.
+        group: what forms an object. `node`: each glTF node with a mesh. `parent`: each topmost glTF node,
+            together with all nodes below it. Container nodes, such as `Scene` or `root`, are skipped.
+            `material`: all triangles with the same material. In an .obj file, `node` selects groups (`g`) and
+            `parent` selects objects (`o`). If only one of the two kinds exists, both values select it.
 
     Returns:
         The objects, and notes on parts that could not be read, such as missing textures.
@@ -116,7 +119,7 @@ def read_objects(path: Path, group: Grouping = "parent") -> tuple[list[MeshObjec
 
 
 def _object(name: str, parts: Sequence[_Part]) -> MeshObject:
-    """Join the parts of an object; parts without colors are gray if others have colors."""
+    """Join the parts of an object. If only some parts have colors, the others become gray."""
     triangles = np.concatenate([part.triangles for part in parts])
     if all(part.look is None for part in parts):
         return MeshObject(name, triangles, None)
@@ -124,12 +127,17 @@ def _object(name: str, parts: Sequence[_Part]) -> MeshObject:
 
 
 def gray(count: int) -> Look:
-    """Return the look of `count` triangles that have no colors: a light gray."""
+    """Return a uniform light gray `Look` for `count` triangles without colors."""
     return Look.plain(np.tile(np.array([0.5, 0.5, 0.5, 1.0]), (count, 3, 1)))
 
 
 def _grouped(content: _Content, group: Grouping) -> dict[str, tuple[str, list[_Part]]]:
-    """Return the name and the parts of each object. Dict keys are IDs of nodes, or names of materials."""
+    """Group the parts of a mesh file into objects.
+
+    Returns:
+        Name and parts of each object. The dict keys are names of materials if `group` is "material", else IDs
+        of nodes.
+    """
     out: dict[str, tuple[str, list[_Part]]] = {}
     meshes = {part.path[-1] for part in content.parts}
     for part in content.parts:
@@ -211,9 +219,10 @@ def _read(path: Path) -> _Content:
 def _look(
     mesh: trimesh.Trimesh, notes: list[str], textures: dict[int, Texture | None]
 ) -> tuple[Look | None, str]:
-    """Return the look of a mesh of an .obj, .ply or .stl file, and the name of its material.
+    """Return the colors of the triangles of an .obj, .ply or .stl mesh, and the name of its material.
 
-    `textures` caches converted textures by `id(image)`.
+    The colors are None if the file has no usable colors. `textures` is a cache of converted textures by
+    `id(image)`.
     """
     visual, faces = mesh.visual, mesh.faces
     if visual.kind == "texture":
@@ -244,7 +253,8 @@ def _look(
 def _resolver(path: Path) -> Any:
     """Return a trimesh resolver that reads only files in the folder of the mesh.
 
-    Its `extra` holds the content of virtual files by name. Its `notes` list files that could not be read.
+    Its `extra` maps file names to contents. These contents are used instead of files on disk. Its `notes` are
+    messages about files that could not be read.
     """
     import trimesh
 
@@ -283,9 +293,12 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tga", ".tif", ".tiff", ".
 def _beside(root: Root, name: str) -> Path:
     """Find a file that a mesh refers to.
 
-    glTF names may be percent-encoded. Names in .mtl files may have options before them, or may be absolute
-    paths on another computer; in this case, the file name is searched in the folder of the mesh.
+    Names in glTF files may be percent-encoded. Names in .mtl files may follow options such as `-s 1 1 1`.
+    Names may be paths from another computer; the file is then searched by its file name in the folder of the
+    mesh.
     """
+    if not name.strip():
+        raise MediaError(root.folder, "is an empty file name", "missing")
     first: FileError | None = None
     for other in (name, urllib.parse.unquote(name), name.split()[-1], re.split(r"[/\\]", name)[-1]):
         try:

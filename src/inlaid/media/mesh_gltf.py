@@ -1,4 +1,4 @@
-"""glTF files: checks of the header; names, colors and textures that trimesh does not read correctly."""
+"""Reader of glTF files: checks the header, and reads what trimesh reads wrongly (names, colors, textures)."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ TRIANGLES = (4, 5)
 
 
 class Gltf:
-    """Header of a `.gltf` or `.glb` file, with the names and looks of its meshes.
+    """Header of a `.gltf` or `.glb` file. Its methods return the names, colors and textures of meshes.
 
-    `original` is the header as stored. `header` is a copy for trimesh, in which nodes, meshes and materials
-    are named by index: `n0`, `m0`, `0`. These names lead from the results of trimesh back to `original`.
+    `original` is the header as stored. `header` is a modified copy that trimesh reads. In this copy, each
+    name contains an index: the first node is `n0`, the first mesh is `m0`, and the first material is `0`.
+    With these names, the results of trimesh are matched with `original`.
     """
 
     def __init__(self, path: Path, content: bytes) -> None:
@@ -89,7 +90,10 @@ class Gltf:
         return found
 
     def _renamed(self) -> dict[str, Any]:
-        """Return a copy of the header for trimesh, with names by index."""
+        """Return a copy of the header for trimesh, in which nodes, meshes and materials are named by index.
+
+        Other changes in the copy work around limitations of trimesh.
+        """
         header = json.loads(json.dumps(self.original))
         for i, buffer in enumerate(header.get("buffers", [])):
             if "uri" not in buffer and i == 0:
@@ -117,11 +121,15 @@ class Gltf:
         return header
 
     def stream(self) -> io.BytesIO:
-        """Return the header as an open file, for trimesh."""
+        """Return `header` as JSON in a file object that trimesh can read."""
         return io.BytesIO(json.dumps(self.header).encode())
 
     def node_name(self, node: str) -> str:
-        """Return the original name of a trimesh node (`n3`, `n3_xyz`), else of its mesh, else ""."""
+        """Return the name of a node in the file, or the name of its mesh if the node has none.
+
+        `node` is the name in trimesh: `n` and the index, possibly with a suffix, such as `n3` or `n3_xyz`.
+        The result is empty if there is no name.
+        """
         found = re.match(r"n(\d+)", node)
         if not found:
             return ""
@@ -131,17 +139,21 @@ class Gltf:
         return own if isinstance(own, str) else ""
 
     def material_name(self, index: int | None) -> str:
-        """Return the name of a material; empty if it has none."""
+        """Return the name of a material, or an empty string if it has no name."""
         name = None if index is None else self._get("materials", index, "name")
         return name if isinstance(name, str) else ""
 
     def vertices(self, geometry: str, vertices: np.ndarray) -> np.ndarray:
-        """Return the vertices of a trimesh mesh, with normalized integers converted to [-1, 1]."""
+        """Return the vertices of a trimesh geometry; normalized integers are scaled to [-1, 1]."""
         accessor = self._accessor(geometry, "POSITION")
         return vertices / _range(accessor) if accessor.get("normalized") else vertices
 
     def _accessor(self, geometry: str, attribute: str) -> dict[str, Any]:
-        """Return the glTF accessor of a vertex attribute of a trimesh geometry, such as `m2` or `m2_1`."""
+        """Return the glTF accessor of a vertex attribute, or an empty dict if there is no such attribute.
+
+        `geometry` is trimesh's name of a primitive. For mesh 2, `m2` is the first primitive, and `m2_1` is
+        the second.
+        """
         mesh, _, number = geometry[1:].partition("_")
         kept = [
             p
@@ -152,9 +164,10 @@ class Gltf:
         return {} if index is None else self.header["accessors"][index]
 
     def look(self, geometry: str, mesh: Any) -> tuple[Look | None, int | None]:
-        """Return the look of a trimesh mesh (None if it has no colors) and the index of its material.
+        """Return the colors of a trimesh mesh, and the index of its material or None.
 
-        Colors are base color factor x base color texture x vertex color, as glTF requires.
+        The colors are None if the mesh has neither a material nor vertex colors. Otherwise, they are base
+        color factor x base color texture x vertex color, as glTF requires.
         """
         material, faces = mesh.visual.material, mesh.faces
         index = int(material.name) if str(material.name).isdigit() else None
@@ -210,7 +223,10 @@ class Gltf:
         return -1 if found is None else found
 
     def _uv(self, geometry: str, uv: np.ndarray, material: int | None) -> np.ndarray:
-        """Return texture coordinates with the origin at the top left, after the texture's transform."""
+        """Convert trimesh's texture coordinates `uv`: move the origin to the top left of the image.
+
+        If the material has a texture transform (KHR_texture_transform), it is applied.
+        """
         accessor = self._accessor(geometry, "TEXCOORD_0")
         u, v = uv[:, 0], 1 - uv[:, 1]  # trimesh turns them upside down
         if accessor.get("normalized"):

@@ -1,4 +1,4 @@
-"""Looks of meshes (vertex colors, materials, textures), and colors of points on triangles."""
+"""Look of a mesh (vertex colors, materials, textures), and colors of points on its triangles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def to_srgb(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Texture:
-    """Image that is mapped on triangles."""
+    """Image that is mapped onto triangles."""
 
     pixels: np.ndarray
     """Color in sRGB, and alpha, uint8 (h, w, 4)."""
@@ -37,13 +37,13 @@ class Texture:
 
     @classmethod
     def of(cls, image: Image.Image, wrap: tuple[str, str] = ("repeat", "repeat")) -> Texture:
-        """Convert an image in sRGB; a large image is scaled down."""
+        """Create a texture from an sRGB image, scaled down if a side is longer than `LARGEST`."""
         image = image.convert("RGBA")
         image.thumbnail((LARGEST, LARGEST))
         return cls(np.asarray(image), wrap)
 
     def at(self, uv: np.ndarray) -> np.ndarray:
-        """Return the linear color and alpha at coordinates (n, 2), by bilinear interpolation: (n, 4).
+        """Return linear RGB and alpha at texture coordinates (n, 2), by bilinear interpolation: (n, 4).
 
         The image spans the coordinates 0 to 1, with the origin at the top left.
         """
@@ -65,7 +65,10 @@ class Texture:
 def texture_of(
     image: Image.Image, material: str, notes: list[str], wrap: tuple[str, str] = ("repeat", "repeat")
 ) -> Texture | None:
-    """Return the texture of a material. If its image cannot be decoded, append a note and return None."""
+    """Return the texture of a material; `wrap` contains the wrap mode of each texture axis.
+
+    If the image is too large or cannot be decoded, append a message to `notes` and return None.
+    """
     try:
         pixels = image.width * image.height
         if large := limits.PIXELS.exceeded(pixels, f"has {pixels / 1e6:.0f} megapixels"):
@@ -77,7 +80,10 @@ def texture_of(
 
 
 def _wrapped(index: np.ndarray, size: int, how: str) -> np.ndarray:
-    """Map pixel indices to the range 0 to `size` - 1, with the wrap mode `how`."""
+    """Map pixel indices to the range 0 to `size` - 1.
+
+    The wrap mode `how` is `clamp`, `mirror` or `repeat`.
+    """
     if how == "clamp":
         return index.clip(0, size - 1).astype(np.int64)
     if how == "mirror":
@@ -88,7 +94,7 @@ def _wrapped(index: np.ndarray, size: int, how: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Look:
-    """Colors of the m triangles of a mesh."""
+    """Colors, textures and transparency of a mesh with m triangles."""
 
     colors: np.ndarray
     """Linear color and alpha of each corner in [0, 1], float32 (m, 3, 4); multiplied by the texture."""
@@ -102,7 +108,10 @@ class Look:
 
     @classmethod
     def plain(cls, colors: np.ndarray) -> Look:
-        """Return a look without textures, from linear colors of the corners (m, 3, 4)."""
+        """Return a look without textures.
+
+        `colors` (m, 3, 4) contains the linear color and alpha of each corner of the m triangles.
+        """
         m = len(colors)
         zeros = np.zeros((m, 3, 2), np.float32)
         return cls(colors.astype(np.float32), zeros, np.full(m, -1), np.zeros(m, np.float32))
@@ -125,7 +134,7 @@ class Look:
         )
 
     def of(self, faces: np.ndarray) -> Look:
-        """Return the look of some triangles, given by a mask or by indices."""
+        """Return the colors of the triangles selected by `faces`, a mask or indices."""
         return replace(
             self,
             colors=self.colors[faces],
@@ -135,7 +144,10 @@ class Look:
         )
 
     def turned(self, faces: np.ndarray) -> Look:
-        """Return the look with the corners of some triangles, bool (m,), in reverse order."""
+        """Return a copy in which some triangles have their corners in reverse order.
+
+        `faces` selects the triangles, bool (m,).
+        """
         colors, uv = self.colors.copy(), self.uv.copy()
         colors[faces], uv[faces] = colors[faces][:, ::-1], uv[faces][:, ::-1]
         return replace(self, colors=colors, uv=uv)
@@ -144,11 +156,12 @@ class Look:
         """Return the colors of points on triangles.
 
         Args:
-            faces: triangle of each point, int (n,).
+            faces: index of each point's triangle, int (n,).
             weights: barycentric coordinates of each point, (n, 3).
 
         Returns:
-            sRGB colors in [0, 1], (n, 3), and True for visible points, bool (n,).
+            sRGB colors in [0, 1], (n, 3), and whether each point is visible, bool (n,). A point is visible if
+            its alpha reaches the alpha cutoff of its triangle.
         """
         colors = np.einsum("nc,ncd->nd", weights, self.colors[faces])
         uv = np.einsum("nc,ncd->nd", weights, self.uv[faces])

@@ -1,4 +1,4 @@
-"""Wavefront .obj files: objects and groups, relative indices, and several material files."""
+"""Rewriting of Wavefront .obj files, so that trimesh reads all objects, groups and material files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MATERIALS = "inlaid:materials"
 class Obj:
     """Text of an .obj file, rewritten so that trimesh reads it completely.
 
-    trimesh supports either objects or groups, resolves relative indices against the end of the file, and
-    reads only one material file. In the rewritten text, each pair of object and group is a numbered object,
-    all indices are absolute, and the only material file is `MATERIALS`.
+    trimesh supports objects or groups, but not both. It resolves relative indices against the end of the
+    file, and reads only one material file. In the rewritten text, each combination of object and group is a
+    numbered object. All indices are absolute, and the only material file is `MATERIALS`.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -48,12 +48,15 @@ class Obj:
                 self._lines.append(f"o {number}")
 
     def stream(self) -> io.BytesIO:
-        """Return the rewritten text as an open file."""
+        """Return the rewritten .obj text as a file in memory."""
         start = [f"mtllib {MATERIALS}"] if self.libraries else []
         return io.BytesIO("\n".join([*start, *self._lines, ""]).encode())
 
     def materials(self, read: Callable[[str], bytes]) -> bytes:
-        """Join the contents of all material files; files for which `read` raises `FileError` are left out."""
+        """Return the joined contents of all material files.
+
+        A file is left out if `read` raises `FileError` for it.
+        """
         out = []
         for line in self.libraries:
             try:
@@ -67,7 +70,10 @@ class Obj:
         return b"\n".join(out)
 
     def path_of(self, geometry: str) -> list[str]:
-        """Return the IDs of a trimesh mesh's object and group."""
+        """Return the IDs of the object and the group that contain a trimesh geometry.
+
+        The result is `["file"]` if the geometry is in neither.
+        """
         number = re.match(r"\d+", geometry)
         pairs = {i: pair for pair, i in self._pairs.items()}
         thing, group = pairs.get(int(number[0]), (None, None)) if number else (None, None)

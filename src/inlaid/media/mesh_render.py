@@ -25,10 +25,10 @@ PALETTE = (
 
 @dataclass(frozen=True)
 class View:
-    """Perspective camera that looks at the origin, with y up.
+    """Perspective camera that looks at the origin. The y axis points up.
 
-    All angles are in degrees. Azimuth 0 is on the +z axis, azimuth 90 on the +x axis. `field` is the field of
-    view.
+    All angles are in degrees. At elevation 0, the camera is on the +z axis for azimuth 0, and on the +x axis
+    for azimuth 90. `field` is the field of view.
     """
 
     azimuth: float = 30.0
@@ -37,7 +37,7 @@ class View:
     field: float = 30.0
 
     def axes(self) -> np.ndarray:
-        """Return the unit vectors to the right, upward and forward, (3, 3)."""
+        """Return the camera's right, up and forward unit vectors as the rows of an array (3, 3)."""
         a, e = np.radians([self.azimuth, self.elevation])
         forward = -np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
         right = np.cross(forward, [0.0, 1.0, 0.0])
@@ -45,9 +45,9 @@ class View:
         return np.stack([right, np.cross(right, forward), forward])
 
     def fitting(self, points: np.ndarray, margin: float = 0.95) -> View:
-        """Return the camera, moved back if needed, so that all points (n, 3) are in the picture.
+        """Return a camera whose picture contains all points (n, 3). It is moved back if needed.
 
-        `margin` is the share of the width and height that the points may fill.
+        `margin` is the largest share of the picture's width and height that the points may fill.
         """
         x, y, depth = self.axes() @ points.T
         reach = margin * np.tan(np.radians(self.field) / 2)
@@ -55,7 +55,7 @@ class View:
         return replace(self, distance=max(self.distance, float(needed)))
 
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the origins and unit directions of the rays of all pixels, each (size * size, 3).
+        """Return the origin and the unit direction of each pixel's ray, as two arrays (size * size, 3).
 
         Rays are ordered row by row from the top left pixel.
         """
@@ -85,12 +85,14 @@ def render(
         meshes: one mesh per object, in scene coordinates.
         view: the camera.
         size: height and width of the image.
-        colors: RGB of each object, repeated cyclically, for objects without a look.
-        looks: look of each object, or None; empty if no object has a look.
+        colors: RGB colors for the objects that have no entry in `looks`. The colors are repeated cyclically.
+        looks: vertex colors and textures of each object, or None for an object without them. May be empty if
+            no object has them.
 
     Returns:
-        Image on white, uint8 (size, size, 3), and object IDs (size, size): 0 is background, objects are 1, 2,
-        ... in the order of `meshes`. IDs are uint8, or uint16 if there are more than 255 objects.
+        Image on white, uint8 (size, size, 3), and object IDs (size, size). ID 0 is the background. IDs 1, 2,
+        ... are the objects in the order of `meshes`. IDs are uint8, or uint16 if there are more than 255
+        objects.
     """
     import trimesh
 
@@ -134,9 +136,9 @@ def render(
 def _joined(
     meshes: Sequence[trimesh.Trimesh], looks: Sequence[Look | None], plain: np.ndarray
 ) -> Look | None:
-    """Join the looks of all meshes. Meshes without a look get their `plain` color (sRGB in [0, 1]).
+    """Join the looks (colors and textures) of all meshes; return None if no mesh has a look.
 
-    Returns None if no mesh has a look.
+    A mesh without a look gets its color in `plain` (sRGB in [0, 1]).
     """
     if not any(looks):
         return None

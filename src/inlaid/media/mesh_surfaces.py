@@ -1,4 +1,4 @@
-"""Surfaces of meshes: outward orientation, and points on the part that can be seen from outside."""
+"""Outward orientation of mesh surfaces, and sampling of surface points that can be seen from outside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OFFSET = 2e-4
 
 @dataclass(frozen=True)
 class Outward:
-    """Mesh whose components all face outward."""
+    """Result of turning the triangles of a mesh outward."""
 
     mesh: trimesh.Trimesh
     components: int
@@ -32,10 +32,14 @@ class Outward:
 
 
 def outward(triangles: np.ndarray) -> Outward:
-    """Return a mesh of triangles (m, 3, 3) whose components all face outward.
+    """Turn the connected components of a mesh that are inside out.
 
-    A connected component is inside out if its volume, by the divergence theorem about its center, is
-    negative. A component inside the bounding box of another is unchanged, because it may be a cavity.
+    The triangles of each component first get a common orientation. A component is then inside out if its
+    signed volume is negative. It is not turned if it lies inside the bounding box of another component,
+    because it may be a cavity.
+
+    Args:
+        triangles: corners of the triangles, (m, 3, 3).
     """
     import trimesh
 
@@ -61,7 +65,7 @@ def outward(triangles: np.ndarray) -> Outward:
 def _components(
     triangles: np.ndarray, flux: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return minimum corner, maximum corner and 6 x signed volume of each connected component."""
+    """Return the bounding box corners and six times the signed volume of each connected component."""
     count = labels.max() + 1
     low, high = np.full((count, 3), np.inf), np.full((count, 3), -np.inf)
     np.minimum.at(low, labels, triangles.min(1))
@@ -87,9 +91,9 @@ class OuterSurface:
 def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> OuterSurface:
     """Sample points, uniformly by area, on the part of a mesh that can be seen from outside.
 
-    A point can be seen if a ray from it leaves the mesh without another intersection. Rays have random
-    directions, on both sides of the triangle. The inside of an open box can therefore be seen, and a body
-    inside another one cannot.
+    A point can be seen if a ray in a random direction leaves the mesh without another intersection. Rays are
+    tried on both sides of the surface. Points inside an open box can therefore be seen. Points on a body that
+    another body encloses cannot be seen.
 
     Args:
         mesh: mesh of one object; other objects of a scene do not hide it.
@@ -97,7 +101,7 @@ def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> O
         seed: seed of points and rays.
 
     Raises:
-        ValueError: if no point can be seen.
+        ValueError: if too few points can be seen.
     """
     import trimesh
 
@@ -126,9 +130,10 @@ def sample_outer(mesh: trimesh.Trimesh, count: int = POINTS, seed: int = 0) -> O
 def _escapes(
     mesh: trimesh.Trimesh, points: np.ndarray, normals: np.ndarray, offset: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each point whether a ray leaves the mesh from its front, and from its back: bool (n,) each.
+    """Return two arrays, bool (n,): True for points with a visible front, and for points with a visible back.
 
-    The back is tested only if no ray leaves from the front.
+    A side is visible if at least one random ray from this side does not hit the mesh. The back is tested only
+    if the front is not visible.
     """
     front, back = np.zeros(len(points), bool), np.zeros(len(points), bool)
     for side, found in ((1.0, front), (-1.0, back)):

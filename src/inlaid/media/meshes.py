@@ -48,7 +48,7 @@ class Note(str):
     code: str
 
     def __new__(cls, code: str, message: str) -> Note:
-        """Create a message with its code."""
+        """Create a message with a problem code."""
         note = super().__new__(cls, message)
         note.code = code
         return note
@@ -56,7 +56,7 @@ class Note(str):
 
 @dataclass(frozen=True)
 class Surface:
-    """Surface points of one object with unit normals, and messages about their quality.
+    """Surface points of one object with unit normals, and messages about problems with them.
 
     Normals should point outward; a message reports a surface whose normals point inward.
     """
@@ -77,10 +77,10 @@ def read_surface(path: Path) -> list[Surface]:
     a position and a normal. If c is 3, each point has only a position, and normals are estimated. If c is 4,
     the last column is ignored and normals are estimated.
 
-    An `.npz` file contains `surface_points` and optionally `surface_normals`. So does a pickled dict, alone
-    or in an `.npy` file, as in the published 3D-FRONT data. A list or an object array contains the surfaces
-    of several objects, which may differ in their number of points. Pickles are read by `unpickle`, which
-    runs no code.
+    An `.npz` file contains `surface_points` and optionally `surface_normals`, or only one array. A pickled
+    dict, as in the published 3D-FRONT data, contains the same; it may be in an `.npy` file. A list or an
+    object array contains one surface per object; the numbers of points may differ. Pickles are read by
+    `unpickle`, which runs no code.
 
     Raises:
         MediaError: if the file is not a valid surface; the message contains path and cause.
@@ -99,10 +99,10 @@ def read_surface(path: Path) -> list[Surface]:
 
 
 def _content(path: Path) -> Any:
-    """Return the content of an `.npy` file, an `.npz` file or a pickle: an array, a dict or a list.
+    """Return the array, dict or list in an `.npy` file, an `.npz` file or a pickle.
 
     Raises:
-        MediaError: if the file is none of these. Errors of libraries are not converted.
+        MediaError: if the file is missing, too large, or none of these. Other errors pass unchanged.
     """
     size = require_file(path, MediaError).st_size
     if zipfile.is_zipfile(path):
@@ -126,7 +126,10 @@ def _content(path: Path) -> Any:
 
 
 def _archive(path: Path) -> Any:
-    """Return the surface arrays in an `.npz` file as a dict, or the content of its only array."""
+    """Return the arrays of a surface in an `.npz` file, by name.
+
+    If the file has only one array, and this is a pickled dict or list, the dict or list is returned.
+    """
     with zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
         names = [n for n in (POINTS_KEY, NORMALS_KEY) if n in members]
@@ -208,25 +211,26 @@ def _surface(path: Path, points: np.ndarray) -> Surface:
 
 
 def flipped(points: np.ndarray) -> bool:
-    """Return True if most normals of a surface (n, 6) point inward.
+    """Return True if the normals of a surface point inward rather than outward.
 
-    The test computes the volume of the surface with the divergence theorem: inward normals make it negative.
+    `points` (n, 6) contains coordinates, then normals. The test estimates the enclosed volume with the
+    divergence theorem. Inward normals give a negative volume.
     """
     return float((points[:, :3] - points[:, :3].mean(0)).ravel() @ points[:, 3:].ravel()) < 0
 
 
-def estimate_normals(points: np.ndarray, neighbours: int = 16) -> np.ndarray:
+def estimate_normals(points: np.ndarray, neighbors: int = 16) -> np.ndarray:
     """Estimate outward unit normals (n, 3) of points (n, 3).
 
-    A normal is the direction of least variance among the nearest points. The signs of the normals propagate
-    from the topmost point along a minimum spanning tree, which connects neighbors with similar tangent planes
-    (Hoppe et al. 1992).
+    A normal is the direction of least variance among the nearest points. The normal of the topmost point gets
+    an upward sign. The other signs follow from it along a minimum spanning tree. The tree connects neighbors
+    with similar tangent planes (Hoppe et al. 1992).
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
     from scipy.spatial import KDTree
 
-    near = np.asarray(KDTree(points).query(points, k=min(neighbours, len(points)))[1])
+    near = np.asarray(KDTree(points).query(points, k=min(neighbors, len(points)))[1])
     local = points[near] - points[near].mean(1, keepdims=True)
     _, _, axes = np.linalg.svd(local, full_matrices=False)
     normals = axes[:, -1].astype(np.float32)
@@ -290,7 +294,8 @@ def preview_meshes(
 ) -> dict[str, trimesh.Trimesh]:
     """Decimate meshes to at most about `triangles` triangles in total, for pictures and web pages.
 
-    Meshes are returned unchanged if they have fewer triangles, or if fast-simplification is not installed.
+    The meshes are returned unchanged if they have at most `triangles` triangles in total, or if the package
+    fast-simplification is not installed.
     """
     total = sum(len(mesh.faces) for mesh in meshes.values())
     if total <= triangles or find_spec("fast_simplification") is None:
@@ -333,7 +338,7 @@ def require_mesh_packages() -> None:
 
 
 def write_scene(path: Path, meshes: Mapping[str, trimesh.Trimesh], empty: Sequence[str] = ()) -> Path:
-    """Write meshes to a `.glb` file, atomically, with one named node per object.
+    """Write a `.glb` file atomically. Each object becomes one node, which has the name of the object.
 
     Objects named in `empty` get a node without a mesh.
     """
@@ -359,7 +364,7 @@ def read_ids(path: Path) -> np.ndarray:
     """Read the object IDs of a segmentation image: int (h, w), where 0 is background.
 
     In a palette image, the IDs are palette indices. In a gray image, they are pixel values. In an RGB image,
-    each color except black is one object. RGB is not converted to gray, which could merge objects.
+    each color except black is one object. RGB is not converted to gray, because that could merge objects.
 
     Raises:
         MediaError: if the file cannot be read or is another kind of image; the message contains the path.

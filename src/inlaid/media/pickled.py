@@ -1,8 +1,9 @@
-"""Reading of pickled NumPy data without running anything in the pickle.
+"""Safe reader for NumPy data in pickle files.
 
-A pickle is a program: it can call any function of any module. The published surfaces of 3D-FRONT are pickles
-nevertheless. This module interprets the instructions of a pickle itself. It builds arrays, dicts, lists,
-tuples, texts, bytes, numbers, booleans and None. Everything else is refused, and nothing is imported.
+A pickle is a program: it can call any function of any module. The published surfaces of the 3D-FRONT dataset
+are pickles. This module therefore interprets the instructions of a pickle itself. It builds only arrays,
+dicts, lists, tuples, texts, bytes, numbers, booleans and None. It refuses everything else, and imports
+nothing that a pickle names.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class _Named:
 
 
 class _Type:
-    """Type of array elements."""
+    """Data type of an array's elements, as a pickle declares it."""
 
     def __init__(self, text: str) -> None:
         if not ELEMENTS.fullmatch(text):
@@ -56,7 +57,11 @@ class _Type:
         self.dtype = np.dtype(text)
 
     def set_state(self, state: Any) -> None:
-        """Set the byte order from the state in the pickle; types with fields are refused."""
+        """Set the byte order from the state in the pickle.
+
+        Raises:
+            ValueError: if the type has fields or subarrays.
+        """
         if not isinstance(state, tuple) or len(state) < 5 or any(x is not None for x in state[2:5]):
             raise ValueError("contains an array with fields or subarrays")
         if state[1] in ("<", ">"):
@@ -69,14 +74,18 @@ class _Array:
     value: Any = None
 
     def set_state(self, state: Any) -> None:
-        """Set the value from the state in the pickle: version, shape, type, order, content."""
+        """Set the value from its pickled state: version (optional), shape, dtype, memory order, content."""
         if not isinstance(state, tuple) or len(state) not in (4, 5):
             raise ValueError("contains an array with an invalid state")
         shape, kind, fortran, content = state[-4:]
         self.set_content(content, kind, shape, "F" if fortran else "C")
 
     def set_content(self, content: Any, kind: Any, shape: Any, order: str) -> None:
-        """Set the value from its elements; check that the shape matches their number."""
+        """Set the value of the array from its elements.
+
+        Raises:
+            ValueError: if an argument is invalid, or if the number of elements does not match the shape.
+        """
         if not isinstance(kind, _Type) or not isinstance(shape, tuple) or order not in ("C", "F", "A"):
             raise ValueError("contains an array with an invalid state")
         if not all(isinstance(n, int) and n >= 0 for n in shape):
@@ -94,7 +103,7 @@ class _Array:
 
 
 class _Objects:
-    """Elements of an object array, in C order."""
+    """Elements of a NumPy array with dtype `object`, in C order."""
 
     def __init__(self, elements: list[Any], shape: tuple[int, ...]) -> None:
         self.elements = elements
@@ -126,7 +135,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        """Run the instructions and return the result."""
+        """Interpret a pickle, and return the object that it builds."""
         most = 8 * limits.POINTS.value
         for count, (name, argument) in enumerate(_instructions(io.BytesIO(data))):
             if count > most:
@@ -144,13 +153,13 @@ class _Machine:
         raise ValueError("is not a pickle, or is truncated")
 
     def popped(self) -> list[Any]:
-        """Remove and return the values above the last mark."""
+        """Remove the last mark and the stack values above it, and return these values."""
         start = self.marks.pop()
         values, self.stack[start:] = self.stack[start:], []
         return values
 
     def name(self, argument: Any) -> None:
-        """Push the name of a supported function or class on the stack."""
+        """Push the name of a supported function or class onto the stack."""
         if argument is None:  # STACK_GLOBAL: both parts are on the stack
             name, module = self.stack.pop(), self.stack.pop()
         else:
@@ -161,14 +170,17 @@ class _Machine:
         self.stack.append(found)
 
     def call(self, _: Any) -> None:
-        """Replace a NumPy function and its arguments on the stack by the result of the call."""
+        """Pop a function and its arguments from the stack, and push the result.
+
+        Only functions that pickles of NumPy arrays call are supported. A safe replacement runs instead.
+        """
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Named) or function.key not in _CALLS or not isinstance(arguments, tuple):
             raise UnsafePickleError(f"calls {function if isinstance(function, _Named) else 'an object'}")
         self.stack.append(_CALLS[function.key](*arguments))
 
     def build(self, _: Any) -> None:
-        """Set the state of an array or of an element type."""
+        """Set the state of the array or dtype on the stack, for the pickle instruction BUILD."""
         state = self.stack.pop()
         if not isinstance(self.stack[-1], (_Array, _Type)):
             raise UnsafePickleError("sets the state of an object")
@@ -187,7 +199,7 @@ class _Machine:
         self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
     def push_dict(self, values: list[Any]) -> None:
-        """Push a dict of keys and values."""
+        """Push a dict on the stack; `values` contains a key, its value, the next key, and so on."""
         self.stack.append({})
         self.update(values)
 
@@ -212,7 +224,7 @@ _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 
 
 def _instructions(file: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the argument of each instruction of a pickle."""
+    """Yield the opcode name and the argument of each instruction of a pickle."""
     while code := file.read(1):
         opcode = _OPCODES.get(code.decode("latin1"))
         if opcode is None:
@@ -245,14 +257,17 @@ def _element_type(text: Any, *_: Any) -> _Type:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    """Encode a Latin-1 text as bytes; old protocols store bytes in this way."""
+    """Encode text as Latin-1 bytes. Old pickle protocols store bytes as such text."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise UnsafePickleError("calls _codecs.encode")
     return text.encode("latin1")
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """Replacement for `bytes` and `bytearray`, which old protocols call to store bytes."""
+    """Replacement for the constructors `bytes` and `bytearray`.
+
+    Pickles of old protocols call these constructors to restore bytes.
+    """
     if len(arguments) == 1 and isinstance(arguments[0], (bytes, bytearray)):
         return bytes(arguments[0])
     return _encoded(*arguments) if arguments else b""
@@ -323,7 +338,10 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Replace the arrays in a value by NumPy arrays or lists; `done` caches results by `id`."""
+    """Return a value without the interpreter's own array objects: they become NumPy arrays or lists.
+
+    `done` contains the results so far, by `id` of the original object.
+    """
     if id(value) in done:
         found = done[id(value)]
         if found is ...:
@@ -348,7 +366,11 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _elements(found: list[Any], shape: Sequence[int]) -> Any:
-    """Convert the elements of an object array to the form that `unpickle` returns."""
+    """Convert the elements of an object array to plain Python or NumPy values.
+
+    An array of numbers becomes a float64 array, and other elements become a flat list. A zero-dimensional
+    array becomes its element.
+    """
     if not shape:
         return found[0]
     numbers = all(isinstance(x, (int, float, np.ndarray)) and np.ndim(x) == 0 for x in found)

@@ -8,9 +8,9 @@ The rules and their sources are:
   to sRGB (module `color`).
 * Orientation follows the display matrix of the file (ISO/IEC 14496-12, 8.3.2), including mirroring. For
   images, it follows EXIF.
-* Interlaced frames are deinterlaced when they are decoded (`video.decode_frames`).
-* Frames with alpha are composited over white in runs without alpha. Whether color is straight or
-  premultiplied is estimated (`multiplied`).
+* Interlaced frames are deinterlaced when they are decoded (`decoding.decode_frames`).
+* Frames with alpha are composited over white in runs without alpha. The function `multiplied` estimates
+  whether their color is straight or premultiplied.
 """
 
 from __future__ import annotations
@@ -205,7 +205,10 @@ def fit_frame(
 
 
 def over_white(rgba: np.ndarray, premultiplied: bool = False) -> np.ndarray:
-    """Composite RGBA (..., 4), straight or premultiplied, over white: RGB (..., 3), both uint8."""
+    """Composite uint8 RGBA (..., 4) over white, and return uint8 RGB (..., 3).
+
+    `premultiplied` is True if the color is premultiplied by alpha.
+    """
     alpha = rgba[..., 3:].astype(np.uint16)
     if premultiplied:
         return np.minimum(rgba[..., :3] + (255 - alpha), 255).astype(np.uint8)
@@ -220,15 +223,14 @@ NOISE = 8
 
 
 def multiplied(rgba: np.ndarray) -> Multiplied:
-    """Estimate from uint8 RGBA (..., 4) whether color is premultiplied by alpha.
+    """Estimate whether the color of uint8 RGBA pixels (..., 4) is premultiplied by alpha.
 
-    Premultiplied color is never brighter than alpha. If the color of many partially transparent pixels is
-    brighter than their alpha, or that of transparent pixels is not black, color is straight. Otherwise, a
-    power of alpha is fitted to the mean brightness at each level of alpha. The exponent is about 1 for
-    premultiplied color, whose brightness is proportional to alpha, and about 0 for straight color. The fit
-    also works without opaque pixels, as in clips of smoke. If the exponent is ambiguous, or if alpha hardly
-    varies, the result is `unclear`. Color that is nearly the same in both readings, such as black, counts as
-    straight.
+    Premultiplied color is never brighter than alpha. Color is therefore straight if many semi-transparent
+    pixels are brighter than their alpha, or if many transparent pixels are not black. Otherwise, brightness
+    is fitted as a power of alpha. The exponent is about 1 for premultiplied color, and about 0 for straight
+    color. The fit also works without opaque pixels, as in clips of smoke. The result is `unclear` if the
+    evidence is ambiguous, or if alpha hardly varies. If a division by alpha would hardly change the color, as
+    for black, the result is `straight`.
     """
     alpha, brightest = rgba[..., 3].ravel(), rgba[..., :3].max(-1).ravel()
     soft, transparent = (alpha > 2) & (alpha < 253), alpha == 0

@@ -1,4 +1,7 @@
-"""RGBA video files: verified writing, reading, alpha statistics and cleanup."""
+"""RGBA video files: reading, writing, alpha statistics and alpha cleanup.
+
+Written files are read back and checked.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from inlaid.media.compositing import (
     to_float,
     to_uint8,
 )
+from inlaid.media.decoding import decode_frames
 from inlaid.media.kinds import MediaError
 from inlaid.media.pixels import SCALE_FLAGS, Multiplied, decoded, multiplied, orientation
 
@@ -78,7 +82,7 @@ class AlphaStats:
 
     @property
     def looks(self) -> str:
-        """Estimated kind of alpha as text, such as `straight` or `premultiplied, inverted`."""
+        """Estimated format of alpha as text, such as `straight` or `premultiplied, inverted`."""
         guesses = {"inverted": self.inverted, "limited range": self.limited}
         first = "straight or premultiplied" if self.multiplied == "unclear" else self.multiplied
         return ", ".join([first, *(name for name, yes in guesses.items() if yes)])
@@ -114,7 +118,7 @@ def measure_alpha(rgba: np.ndarray, eps: float = ALPHA_EPS) -> AlphaStats:
 
     Args:
         rgba: straight or premultiplied uint8 (t, h, w, 4).
-        eps: maximum difference from 0 or 1 at which alpha counts as transparent or opaque.
+        eps: alpha (0-1) within this distance of 0 or 1 does not count as partially transparent.
     """
     alpha, color = rgba[..., 3], rgba[..., :3]
     low, high = 255 * eps, 255 * (1 - eps)
@@ -157,12 +161,12 @@ PAIR, PAIR_CRF = ("_rgb.mp4", "_alpha.mp4"), 4
 
 
 def write_rgba(path: str | Path, rgba: np.ndarray, fps: float | Fraction) -> Path:
-    """Write straight RGBA frames to a file, which is read back and compared with the input.
+    """Write straight RGBA frames to a file, and check the file by reading it back.
 
-    The file is written atomically: it appears only after a successful comparison. `.mov` is ProRes 4444,
-    `.webm` VP9, `.zip` a PNG sequence, `.apng` an animated PNG, and `.mkv` FFV1. The last three are lossless.
-    In the other two, the color of transparent pixels is replaced by color that is extended from the visible
-    pixels. Otherwise lossy coding would mix the color behind the matte into soft edges.
+    The file appears only after a successful check. `.mov` is ProRes 4444, `.webm` is VP9, `.zip` is a PNG
+    sequence, `.apng` is an animated PNG, and `.mkv` is FFV1. ProRes and VP9 are lossy, the others lossless.
+    Before lossy encoding, transparent pixels get colors that are extrapolated from visible pixels. Otherwise,
+    their original colors would bleed into soft edges.
 
     Args:
         path: output file; its suffix selects the format.
@@ -251,10 +255,11 @@ def _require_rgba(path: Path, rgba: np.ndarray) -> None:
 def write_pair(
     stem: str | Path, rgba: np.ndarray, fps: float | Fraction, *, premultiplied: bool
 ) -> tuple[Path, Path]:
-    """Write RGBA frames as two H.264 files, which are read back and compared with the input.
+    """Write RGBA frames as a color video and an alpha video in H.264, and verify them.
 
-    `NAME_rgb.mp4` contains color, with all color samples (4:4:4), and `NAME_alpha.mp4` contains alpha as a
-    gray video. Both appear only after a successful comparison.
+    `NAME_rgb.mp4` contains color without chroma subsampling (4:4:4). `NAME_alpha.mp4` contains alpha as a
+    gray video. The files are read back and compared with the input. They appear only if the comparison
+    succeeds.
 
     Args:
         stem: path of both files without the endings `_rgb.mp4` and `_alpha.mp4`.
@@ -339,8 +344,7 @@ def read_rgba(path: str | Path, suffix: str | None = None) -> np.ndarray:
     else:
         scaler = VideoReformatter()
         frames = [
-            orientation(path, frame).apply(decoded(path, frame, scaler, 4))
-            for frame in video.decode_frames(path)
+            orientation(path, frame).apply(decoded(path, frame, scaler, 4)) for frame in decode_frames(path)
         ]
     if not frames:
         raise MediaError(path, "has no frames")

@@ -1,4 +1,4 @@
-"""Reading of frames, with or without alpha, from image sequences, archives, still and animated images.
+"""Read frames, with or without alpha, from image sequences, archives, and still or animated images.
 
 A sequence is a folder of images, or a set of numbered images such as `shots/a.0001.png`. A set is given by a
 path such as `shots/a.####.png`, where `####` stands for the frame number.
@@ -39,7 +39,7 @@ def natural(path: Path) -> list[Any]:
 def frame_pattern(path: Path) -> re.Pattern[str] | None:
     """Return a regular expression for the frame names of a sequence such as `a.####.png`.
 
-    Returns None for other paths, such as a file whose name contains `#`.
+    Returns None for other paths, such as an existing file whose name contains `#`.
     """
     found = _PATTERN.fullmatch(path.name)
     if not found or not path.name.lower().endswith(FRAMES) or path.exists():
@@ -92,34 +92,34 @@ def numbered(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def frame_numbers(names: Sequence[str]) -> list[int]:
-    """Return the frame numbers of images; empty if a name has none."""
+    """Return the frame numbers in the file names of images; empty if a name contains no number."""
     found = [int(m[2]) for n in names if (m := _NUMBERED.fullmatch(n)) and len(m[2]) < 12]
     return found if len(found) == len(names) else []
 
 
 def sequence_name(path: Path) -> str:
-    """Return the text before the number of a sequence such as `a.####.png`, without separators: `a`."""
+    """Return the name of an image sequence without frame number and suffix: `a` for `a.####.png`."""
     return path.name.partition("#")[0].rstrip("._- ")
 
 
 def _pixels(image: Image.Image, *, gray: bool) -> np.ndarray:
-    """Return the pixels of an image after EXIF rotation, as uint8.
+    """Return the pixels of an image as uint8 after EXIF rotation.
 
-    The shape is (h, w, 1) if `gray`, (h, w, 4) if the image has alpha, else (h, w, 3).
+    The shape is (h, w, 1) if `gray` is True, (h, w, 4) if the image has alpha, else (h, w, 3).
     """
+    upright = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        level = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        level = (np.asarray(upright).astype(np.int64).clip(0, 65535) + 128) // 257
         return level.astype(np.uint8)[..., None].repeat(1 if gray else 3, -1)
     if image.mode == "F":
         raise ValueError("pixels are floating-point: save the image as 8-bit")
-    upright = ImageOps.exif_transpose(image)
     alpha = "A" in image.getbands() or "transparency" in image.info
     made = upright.convert("L") if gray else color.image_to_srgb(upright).convert("RGBA" if alpha else "RGB")
     return np.asarray(made).reshape(made.height, made.width, -1)
 
 
 def image_names(path: Path) -> list[str]:
-    """Return the names of the images in a sequence or `.zip` in natural order.
+    """Return the names of the images in an image sequence or a `.zip`, in natural order (9 before 10).
 
     Raises:
         MediaError: if the `.zip` cannot be read.
@@ -135,7 +135,10 @@ def image_names(path: Path) -> list[str]:
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[Image.Image]:
-    """Context manager that opens an image in a sequence or `.zip`, after checking its size."""
+    """Context manager that opens the image `name` in an image sequence or `.zip`.
+
+    The size that the file declares is checked first.
+    """
 
     def unreadable(path: Path, cause: str, code: str) -> MediaError:
         return MediaError(path, f"image {name} {cause}", code)
@@ -154,7 +157,7 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
 
 
 def named_size(path: Path, name: str) -> tuple[int, int]:
-    """Return the width and height of an image in a sequence or `.zip`."""
+    """Return the width and height of the image `name` in an image sequence or `.zip`."""
     with _opened(path, name) as image:  # the header only
         return image.size
 
@@ -176,7 +179,7 @@ def read_named(
 def frame_times(path: Path) -> np.ndarray:
     """Return the start time of each frame of an image and the end time of the last frame, in seconds.
 
-    All times are 0 for a still image, and for a file in which a frame has no duration.
+    All times are 0 if the image is not animated or if a frame has no duration.
     """
     with load_image(path, animated=True) as image:
         durations = []
@@ -192,8 +195,8 @@ def read_animated(
 ) -> Iterator[np.ndarray]:
     """Yield the frames at `indices` of a still or animated image.
 
-    Frames are uint8 after EXIF rotation: (h, w, 1) if `gray`, (h, w, 4) with alpha, else (h, w, 3). They are
-    read with Pillow, because FFmpeg does not support all formats.
+    Frames are uint8 after EXIF rotation: (h, w, 1) if `gray`, (h, w, 4) if the image has alpha, else
+    (h, w, 3). They are read with Pillow, because FFmpeg does not support all formats.
     """
     with load_image(path, animated=True) as image:
         for i in indices:

@@ -18,6 +18,7 @@ from inlaid.media.isosurface import Field, extract
 from inlaid.media.kinds import MediaError
 from inlaid.media.mesh_render import PALETTE
 from inlaid.media.meshes import POINTS, Note, decimated, mesh_problems, read_ids
+from inlaid.media.pixels import to_rgb
 from inlaid.paths import Root
 from inlaid.reading import parse_json, read_text, reading
 
@@ -59,13 +60,13 @@ class SceneObject:
 
     @property
     def label(self) -> str:
-        """Name of the object, or `object_ID` if it has none; also the name of its node in a `.glb`."""
+        """Name of the object; if it has none, `object_` followed by its ID, such as `object_3`."""
         return self.name or f"object_{self.number}"
 
 
 @dataclass(frozen=True)
 class SceneSample:
-    """Scene loaded into memory: input image, objects, and messages about their quality."""
+    """Scene loaded into memory: input image, objects, and messages about unusual data."""
 
     name: str
     image: np.ndarray
@@ -79,22 +80,21 @@ class SceneSample:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image, and composite it over white: uint8 (h, w, 3).
+    """Read an image as it is displayed, over white: uint8 (h, w, 3).
 
     Raises:
-        MediaError: if the file cannot be read; the message contains the path.
+        MediaError: if the file cannot be read or has more than 8 bits per channel; the message contains the
+            path.
     """
     with load_image(path) as image:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+        return to_rgb(path, image)
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
     """Make the names of objects 1, 2, ... unique and valid for `scene.json`.
 
-    An empty name becomes `object_ID`. A repeated name gets a number, and so does a name that looks like the
-    default name of another object.
+    If object 3 has no name, it is called `object_3`. A name gets a number at its end if an earlier object has
+    the same name, or if it is the default name of another object. Long names are truncated.
     """
     found: list[str] = []
     for number, name in enumerate(names, 1):
@@ -146,11 +146,12 @@ def read_names(folder: Path, root: Root | None = None) -> dict[int, str]:
 
 
 def published_order(path: Path, ids: np.ndarray) -> list[int]:
-    """Return the IDs of the objects in a segmentation, in the order of the published pipeline of MIDI-3D.
+    """Return the object IDs of a segmentation, in the order of the published MIDI-3D pipeline.
 
-    That pipeline converts the segmentation to 8-bit gray and sorts the values. The order decides which noise
-    an object starts from, so the same seed gives the same scene only in the same order. Objects that the
-    conversion merges or turns black are kept; black ones are last.
+    The published pipeline converts the segmentation to 8-bit gray and sorts the gray values. The order
+    decides which part of the initial noise each object gets. Another order would therefore generate another
+    scene from the same seed. Objects with the same gray value are all returned. Objects with gray value 0 are
+    last.
 
     Args:
         path: segmentation.
@@ -189,9 +190,9 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
     Args:
         fields: implicit function of each object by name, negative inside the object.
-        resolution: grid cells per side of each object's own box.
-        triangles: maximum number of triangles per object; larger meshes are decimated, which needs the
-            package fast-simplification.
+        resolution: grid cells per side of each object's bounding box.
+        triangles: maximum number of triangles per object. Larger meshes are decimated with the package
+            fast-simplification. Default: no limit.
 
     Raises:
         ValueError: if a mesh must be decimated and fast-simplification is not installed.
@@ -213,7 +214,7 @@ def make_meshes(fields: Mapping[str, Field], resolution: int, triangles: int | N
 
 
 def thinned(surface: np.ndarray, count: int = POINTS) -> np.ndarray:
-    """Return pseudo-random points of a surface, (count, 6) of (n, 6).
+    """Select `count` pseudo-random points from the points of a surface (n, 6); return (count, 6).
 
     Every call selects the same points. Points are repeated only if n < `count`.
     """

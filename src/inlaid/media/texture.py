@@ -40,7 +40,7 @@ STARTS = 6
 
 @dataclass(frozen=True)
 class Camera:
-    """Camera that looks at the origin, and a shift of its image; see `View`."""
+    """Perspective camera (`View`) whose image is shifted."""
 
     view: View
     shift: tuple[float, float] = (0.0, 0.0)
@@ -49,7 +49,7 @@ class Camera:
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return image coordinates (n, 2) of points (n, 3), and their distances from the camera (n,).
 
-        Coordinates are x to the right and y down; the image is [-1, 1] in both.
+        The first coordinate points right and the second points down. The image covers [-1, 1] in both.
         """
         right, up, forward = self.view.axes()
         offset = points + self.view.distance * forward
@@ -116,7 +116,7 @@ def textured(
 
 
 def look_of(mesh: trimesh.Trimesh) -> Look | None:
-    """Return the look of a mesh from `textured`, or None if the mesh has no texture."""
+    """Return the texture of a mesh from `textured` as a `Look`, or None if the mesh has no texture."""
     image = getattr(getattr(mesh.visual, "material", None), "baseColorTexture", None)
     if image is None:
         return None
@@ -131,7 +131,7 @@ def fit_camera(
 ) -> tuple[Camera, float]:
     """Find the camera from which the silhouettes of the meshes match the masks best.
 
-    36 azimuths at elevations of 0 to 50 degrees are searched, then the best cameras are refined.
+    The search covers 36 azimuths at elevations of 0 to 50 degrees. The best cameras are then refined.
 
     Args:
         meshes: mesh of each object by name.
@@ -180,7 +180,10 @@ def fit_camera(
 
 
 def _overlap(camera: Camera, points: np.ndarray, owner: np.ndarray, targets: np.ndarray) -> float:
-    """Return the mean IoU between silhouettes, drawn from points, and masks (objects, n, n)."""
+    """Return the mean IoU of the objects' silhouettes and their masks `targets` (objects, n, n).
+
+    The silhouettes are drawn from surface points.
+    """
     place, depth = camera.project(points)
     pixel = np.floor((place + 1) / 2 * SIDE).astype(int)
     shown = ((pixel >= 0) & (pixel < SIDE)).all(1)
@@ -198,7 +201,10 @@ def _overlap(camera: Camera, points: np.ndarray, owner: np.ndarray, targets: np.
 def _seen(
     camera: Camera, meshes: Mapping[str, trimesh.Trimesh], masks: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return for each mesh which vertices the camera sees inside the object's mask, bool (vertices,)."""
+    """Return the visibility of each vertex by mesh name: bool (vertices,).
+
+    A vertex is visible if the camera sees it and it projects into the mask of its object.
+    """
     import trimesh
 
     whole: Any = trimesh.util.concatenate(
@@ -225,7 +231,7 @@ def _seen(
 
 
 def _without_background(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Replace pixels outside the masks, and on their edges, by the nearest pixel inside a mask.
+    """Replace pixels outside the masks by the nearest pixel inside a mask; mask edges count as outside.
 
     Vertices at the edge of a silhouette would otherwise take the color of the background.
     """
@@ -237,7 +243,10 @@ def _without_background(image: np.ndarray, masks: Mapping[str, np.ndarray]) -> n
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
-    """Return a mask without its edge, where pixels are often blended; unchanged if nothing would remain."""
+    """Return a mask without its edge, because image pixels at the edge often contain background color.
+
+    If nothing would remain, the mask is unchanged.
+    """
     from scipy.ndimage import binary_erosion
 
     inner = np.asarray(binary_erosion(mask, iterations=max(1, max(mask.shape) // 200)))
@@ -245,7 +254,10 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
 
 
 def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Return for each vertex (n, 3) the index of the nearest visible vertex; itself if it is visible."""
+    """Return the index of the nearest visible vertex for each vertex (n, 3).
+
+    The result for a visible vertex is its own index.
+    """
     from scipy.spatial import KDTree
 
     out, known = np.arange(len(vertices)), np.flatnonzero(seen)
@@ -254,16 +266,19 @@ def _nearest(vertices: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _squared(mask: np.ndarray, side: int, pad: list[int]) -> np.ndarray:
-    """Pad a mask (h, w) to a square (side, side)."""
+    """Pad a mask (h, w) with False to a square (side, side).
+
+    `pad` contains the number of rows above the mask and the number of columns left of it.
+    """
     out = np.zeros((side, side), bool)
     out[pad[0] : pad[0] + mask.shape[0], pad[1] : pad[1] + mask.shape[1]] = mask
     return out
 
 
 def _small(mask: np.ndarray) -> np.ndarray:
-    """Resize a square mask to (SIDE, SIDE); a pixel is True if at least half of it is covered.
+    """Resize a square mask to (SIDE, SIDE). A pixel is True if the mask covers at least half of it.
 
-    If no pixel reaches half, the most covered pixels are True.
+    If no pixel is half covered, the pixels with the largest coverage are True.
     """
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((SIDE, SIDE), Image.Resampling.BOX)
     share = np.asarray(image)

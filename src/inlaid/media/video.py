@@ -1,17 +1,17 @@
-"""Video clips: reading of properties and of time windows, and writing of H.264 video.
+"""Functions that read the properties and frames of video clips, and write H.264 video.
 
 Pixels are uint8 RGB (t, h, w, 3). Frames are selected by time, never by index, because a container may round
 timestamps to milliseconds, start after time 0, and have a variable frame rate. Each frame is scaled when it
-is decoded, so that memory never holds a whole window at source size. FFmpeg (25 MB) is imported when the
-first video is opened; training from a complete cache never imports it.
+is decoded, so that memory never holds a whole window at source size. PyAV, which contains FFmpeg, is imported
+when the first video is opened. Training from a complete cache never imports it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from inlaid.files import atomic
 from inlaid.media.arrays import fit_array, load_array, probe_array
 from inlaid.media.containers import cut_off
+from inlaid.media.decoding import UNSTAMPED, WHOLE, decode_frames, opened
 from inlaid.media.images import load_image, probe_image
 from inlaid.media.kinds import EPSILON, MediaError, Probe, frames_on_show, media_kind
 from inlaid.media.pixels import (
@@ -34,14 +35,6 @@ from inlaid.media.pixels import (
     over_white,
     to_rgb,
 )
-
-WHOLE = ("gif", "apng")
-"""Formats that are always decoded from the start: every frame is marked as a key frame, but depends on
-earlier frames."""
-
-UNSTAMPED = ("avi",)
-"""Formats whose packets may lack presentation timestamps. Frames get the decoding timestamps of the packets
-in order."""
 
 INDEXED = ("mov", "matroska", "avi")
 """Formats whose files contain an index. Seeking is exact in these formats, so missing frames at the end prove
@@ -71,21 +64,26 @@ def probe(path: str | Path) -> Probe:
 def _probe_video(path: Path) -> Probe:
     if missing := cut_off(path):
         raise MediaError(path, f"is incomplete: {missing}", "truncated")
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         kind = container.format.name
         found = _demux(container, stream)
         base = float(stream.time_base or 0)
         rate, sar, codec = stream.average_rate, stream.sample_aspect_ratio, stream.codec_context.name
     if not found.stamps or not base:
         raise MediaError(path, "has no frames")
-    head = next(decode_frames(path, raw=True), None)
+    frames = decode_frames(path, raw=True)
+    head = next(frames, None)
     if head is None or head.pts is None:
         raise MediaError(path, "no frame can be decoded")
     if kind == "gif":
         found = found._replace(damaged=found.damaged or path.read_bytes().rstrip(b"\0")[-1:] != b";")
     look = _Look(path)
     look.at(head)
-    lost, broken = _missing_at_the_end(path, found, look, kind)
+    if found.last_key == found.stamps[0]:  # one key frame: its frames are also the end
+        lost, broken = _missing_at_the_end(path, found, look, kind, chain([head], frames))
+    else:
+        frames.close()
+        lost, broken = _missing_at_the_end(path, found, look, kind)
     if (
         found.damaged
         or broken
@@ -127,7 +125,10 @@ def _probe_video(path: Path) -> Probe:
 
 
 class _Look:
-    """Properties that a probe collects from decoded frames: conversions, opacity and premultiplied color."""
+    """Properties of a video, collected from decoded frames.
+
+    They are the color conversions, whether alpha is opaque, and whether color is premultiplied.
+    """
 
     def __init__(self, path: Path) -> None:
         from av.video.reformatter import VideoReformatter
@@ -144,54 +145,70 @@ class _Look:
         Raises:
             MediaError: if the frame cannot be converted to RGB.
         """
-        self.conversions += [c for c in conversions(self._path, frame) if c not in self.conversions]
+        color = (frame.colorspace, frame.color_primaries, frame.color_trc)
+        kind = (frame.format.name, frame.width, frame.height, *color, frame.interlaced_frame)
+        new = kind not in self._seen
+        self._seen.add(kind)
+        if new:
+            self.conversions += [c for c in conversions(self._path, frame) if c not in self.conversions]
         if has_alpha(frame):
             pixels = decoded(self._path, frame, self._scaler, 4)
             self.opaque = self.opaque and bool((pixels[..., 3] == 255).all())
             if not self.opaque:
                 self._same.append(multiplied(pixels) == "premultiplied")
                 self.premultiplied = all(self._same)
-        elif (kind := (frame.format.name, frame.width, frame.height, frame.colorspace)) not in self._seen:
-            self._seen.add(kind)
+        elif new:
             small = (min(frame.height, 64), min(frame.width, 64))
             decoded(self._path, frame, self._scaler, 3, small)
 
 
-def _missing_at_the_end(path: Path, found: _Demuxed, look: _Look, kind: str) -> tuple[int, bool]:
-    """Decode the end of a video, and return the number of missing frames and a damage flag.
+def _missing_at_the_end(
+    path: Path, found: _Demuxed, look: _Look, kind: str, tail: Iterable[Any] | None = None
+) -> tuple[int, bool]:
+    """Decode a video from its last key frame to the end, and count the missing frames.
 
-    The end starts at the last key frame. In formats without an index, such as MPEG-TS, seeking is inexact. If
-    frames are missing in such a format, the whole file is decoded to confirm the loss.
+    In formats without an index, such as MPEG-TS, seeking is inexact. If frames seem to be missing in such a
+    format, the whole file is decoded to confirm the loss. `tail` is the
+    frames from the last key frame on, if they are decoded already.
+
+    Returns:
+        Number of missing frames, and True if decoding failed.
     """
     lost, broken = len(found.stamps), True
     starts = [found.last_key] if kind in WHOLE or kind.startswith(INDEXED) else [found.last_key, None]
     for start in starts:
-        tail, broken = 0, False
+        there, broken = 0, False
         try:
-            for frame in decode_frames(path, start, raw=True):
+            for frame in tail or decode_frames(path, start, raw=True):
                 if frame.pts is not None and frame.pts >= found.last_key:
-                    tail += 1
+                    there += 1
                     look.at(frame)
         except MediaError as error:
             broken = True
             if error.code == "unreadable" and "cannot be converted" in error.cause:
                 raise
-        lost = max(0, sum(s >= found.last_key for s in found.stamps) - tail)
+        tail = None
+        lost = max(0, sum(s >= found.last_key for s in found.stamps) - there)
         if lost <= 1 and not broken:
             break
     return lost, broken
 
 
 def _held(last: float, interval: float) -> float:
-    """Return how long the last frame is displayed, in seconds.
+    """Return the display time of the last frame in seconds.
 
-    This is its duration `last` if that exceeds 1.5 frame intervals, else `interval`.
+    Args:
+        last: duration of the last frame in the file.
+        interval: time between frames.
+
+    Returns:
+        `last` if it exceeds 1.5 times `interval`, else `interval`.
     """
     return last if last > 1.5 * interval else interval
 
 
 class _Demuxed(NamedTuple):
-    """Timestamps of the packets of a video stream, in units of the stream's time base."""
+    """Properties of a video stream, read without decoding. Times are in units of the stream's time base."""
 
     stamps: list[int]
     """Sorted timestamps of the displayed frames, without the frames that an edit list hides."""
@@ -236,14 +253,16 @@ def read_frames(
 ) -> np.ndarray:
     """Read a window of a clip, scaled to cover `size` and center-cropped: uint8 (t, h, w, 3).
 
+    A clip with alpha is composited over white.
+
     Args:
         path: video, image (one frame) or `.npz`.
         start: seconds from the clip's first frame.
-        frames: number of frames; frame k is the frame displayed at start + k / fps (see `frames_on_show`).
+        frames: number of frames. Frame k is the one that the clip displays at the time start + k / fps.
         fps: sampling rate in frames per second.
         size: height and width of the result.
-        premultiplied: True if the color of a video with alpha is already multiplied by alpha.
-        rate: frame rate of an `.npz` without `fps`. Default: `fps`.
+        premultiplied: True if the color of a clip with alpha is already multiplied by alpha.
+        rate: frame rate of an `.npz` that does not store its frame rate. Default: the sampling rate.
 
     Raises:
         MediaError: if the clip ends before the end of the window, or if the decoder reports damage. H.264
@@ -288,19 +307,20 @@ def _read_video(
 
 
 def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tuple[Any, float]]:
-    """Yield the decoded frame that is displayed at each wanted time, and its pixel aspect ratio.
+    """Yield the frame for each wanted time, and its pixel aspect ratio, which is width / height.
 
-    The pixel aspect ratio is width / height. If a frame is repeated, the same object is yielded again.
+    If a frame is repeated, the same object is yielded again.
 
     Args:
         path: a video.
         wanted: ascending times in seconds from the first frame.
-        fps: sampling rate in frames per second; None selects the frame whose start is nearest to each time.
+        fps: sampling rate in frames per second. With a rate, the frame that is displayed at each time is
+            yielded. With None, it is the frame whose start is nearest.
 
     Raises:
         MediaError: if the video ends before the last wanted time.
     """
-    with _opened(path) as (_, stream):
+    with opened(path) as (_, stream):
         base, sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
     head = next(decode_frames(path), None)
     if head is None or head.pts is None:
@@ -318,9 +338,10 @@ def _at(path: Path, wanted: np.ndarray, fps: float | None = None) -> Iterator[tu
 def native_frames(
     path: Path, wanted: np.ndarray, *, gray: bool = False
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield the frame nearest to each wanted time, at source size, and its pixel aspect ratio.
+    """Yield pairs (frame, pixel aspect ratio); the frames are those nearest to the wanted times.
 
-    Frames are uint8 (h, w, c), and rotated for display. The pixel aspect ratio is width / height.
+    Frames are uint8 (h, w, c). They have the size of the source, and are rotated for display. The pixel
+    aspect ratio is width / height.
 
     Args:
         path: a video.
@@ -351,7 +372,7 @@ def frame_times(path: Path) -> np.ndarray:
     Raises:
         MediaError: if no frame can be decoded.
     """
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         found = _demux(container, stream)
         base = float(stream.time_base or 0)
     head = next(decode_frames(path), None)
@@ -380,9 +401,9 @@ def _from(path: Path, pts: float) -> Generator[Any, None, None]:
 def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -> Iterator[Any]:
     """Yield the frame that is displayed at each wanted timestamp, by the rule of `frames_on_show`.
 
-    The last frame is also yielded for wanted times up to a limit after its start. The limit is half the
-    longest frame interval plus one sampling interval, or the duration of the last frame if that is longer.
-    `kinds.available_frames` is stricter.
+    The generator stops at the first timestamp that is too late for the last frame. The limit is the start of
+    this frame plus the larger of two durations. One is the frame's own duration. The other is half the
+    longest frame interval plus the mean interval between the wanted timestamps.
 
     Args:
         frames: decoded frames in presentation order.
@@ -412,120 +433,6 @@ def _pick(frames: Iterator[Any], wanted: np.ndarray, base: float, step: float) -
         done += 1
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Context manager that opens a container and its default video stream.
-
-    FFmpeg errors are converted to `MediaError`.
-    """
-    import av
-    import av.error
-    from av.stream import Disposition
-
-    try:
-        with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                raise MediaError(path, "has no video stream")
-            default = [s for s in streams if s.disposition & Disposition.default]
-            stream = (default or streams)[0]
-            if stream.codec_context is None:
-                raise MediaError(path, "its video stream has an unknown codec")
-            stream.codec_context.thread_count = 1
-            yield container, stream
-    except av.error.FFmpegError as error:
-        raise MediaError(path, f"cannot be read ({error.strerror})") from None
-
-
-def decode_frames(path: Path, pts: int | None = None, *, raw: bool = False) -> Generator[Any, None, None]:
-    """Yield decoded frames in presentation order, starting at the key frame at or before `pts`.
-
-    Args:
-        path: a video.
-        pts: timestamp in the stream's time base; None starts at the beginning.
-        raw: yield interlaced frames as they are stored; by default they are deinterlaced.
-
-    Raises:
-        MediaError: if the file cannot be read or a frame is damaged.
-    """
-    with _opened(path) as (container, stream):
-        frames = _stored_frames(path, container, stream, pts)
-        yield from frames if raw else _progressive(path, frames, stream)
-
-
-def _stored_frames(path: Path, container: Any, stream: Any, pts: int | None) -> Iterator[Any]:
-    from av import CodecContext
-
-    decoder: Any = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
-        # FFmpeg's native VP8 and VP9 decoders silently drop alpha.
-        decoder = CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
-    unstamped = container.format.name in UNSTAMPED
-    if pts is not None and not unstamped and container.format.name not in WHOLE:
-        container.seek(pts, stream=stream)
-    stamps: list[int] = []
-    keyed = False
-    for packet in container.demux(stream):
-        if packet.size and packet.dts is not None:
-            stamps.append(packet.dts)
-        if not packet.size and decoder is not stream.codec_context:
-            packet = None
-        for frame in decoder.decode(packet):
-            if unstamped and stamps:
-                frame.pts = stamps.pop(0)
-            # After a seek, frames before the first key frame may lack references: ignore their damage.
-            keyed = keyed or frame.key_frame
-            if keyed and frame.is_corrupt:
-                raise MediaError(path, f"is damaged at {frame.time or 0:.2f} s")
-            yield frame
-
-
-def _progressive(path: Path, frames: Iterator[Any], stream: Any) -> Iterator[Any]:
-    """Deinterlace frames that are marked as interlaced, with FFmpeg's filter bwdif.
-
-    The number of frames does not change.
-    """
-    import av.error
-    from av.filter import Graph
-
-    graph: Any = None
-
-    def ready() -> Iterator[Any]:
-        while True:
-            try:
-                made = graph.pull()
-            except (av.error.BlockingIOError, av.error.EOFError):
-                return
-            if made.pts is not None:
-                scale = made.time_base / stream.time_base
-                made.pts, made.duration = round(made.pts * scale), round((made.duration or 0) * scale)
-                made.time_base = stream.time_base
-            yield made
-
-    for frame in frames:
-        if graph is None and not frame.interlaced_frame:
-            yield frame
-            continue
-        if graph is None:
-            graph = Graph()
-            source = graph.add_buffer(
-                width=frame.width,
-                height=frame.height,
-                format=frame.format,
-                time_base=stream.time_base,
-            )
-            graph.link_nodes(
-                source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
-            )
-            graph.configure()
-        frame.time_base = stream.time_base
-        graph.push(frame)
-        yield from ready()
-    if graph is not None:
-        graph.push(None)
-        yield from ready()
-
-
 # --- writing ------------------------------------------------------------------------------------------------
 
 
@@ -548,8 +455,8 @@ def write_video(
         crf: constant rate factor, 0 (lossless) to 51; 17 is visually lossless.
         preset: x264 preset, from `ultrafast` to `veryslow`. Default: x264's default.
         threads: threads of the encoder; 0 uses all cores.
-        pix_fmt: `yuv420p` has a quarter of the color samples; every player supports it. `yuv444p` has all
-            color samples; FFmpeg and programs based on it support it, many others do not.
+        pix_fmt: `yuv420p` has chroma at half the height and width; every player supports it. `yuv444p` has
+            chroma at full resolution. Programs based on FFmpeg support `yuv444p`; many others do not.
 
     Raises:
         ValueError: if the frames cannot be stored as H.264, or `path` does not end in `.mp4`.

@@ -39,7 +39,7 @@ class DomainEmbedding(nn.Module):
         layers as child modules."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the embedding to the second half of `x` (n, 2 * v, d), the alpha tokens."""
+        """Add the embedding to the alpha tokens, which are the second half of `x` (n, 2 * v, d)."""
         color, alpha = x.chunk(2, 1)
         return torch.cat([color, alpha + self.weight.to(x.dtype)], 1)
 

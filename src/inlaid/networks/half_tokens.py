@@ -1,4 +1,7 @@
-"""LoRA and DoRA layers that change only the tokens of the alpha clip, the second half of the video tokens."""
+"""LoRA and DoRA layers for joint alpha. They change only the tokens of the alpha clip.
+
+These tokens are the second half of the video tokens.
+"""
 
 from __future__ import annotations
 

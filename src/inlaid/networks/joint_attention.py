@@ -1,10 +1,11 @@
 """Attention and positional embeddings for two clips, color and alpha, in one token sequence.
 
-Video networks are trained on one clip per sequence, so color and alpha both get the positions of a single
-clip. If the sequence also contains text, the rule `block` prevents text from attending to alpha; all other
-pairs of tokens attend to each other (arXiv 2501.03006, section 3). An attention mask for this rule would need
-1.9 GiB for the 44,776 tokens of Mochi, and would prevent fused kernels. Instead, attention is computed in two
-calls with the same result: one for the video queries, and one for the text queries without the alpha keys.
+Color and alpha have the same positional embeddings, because video networks are trained on one clip per
+sequence. If the sequence also contains text, the rule `block` prevents text tokens from attending to alpha
+tokens (arXiv 2501.03006, section 3). For a sequence of 44,776 tokens (Mochi), an attention mask would need
+1.9 GiB, and would prevent fused kernels. Instead, attention is computed in two calls. The first call has the
+queries of the video and all keys. The second call has the queries of the text and no alpha keys. The result
+is the same as with a mask.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def attention(
         value: same shape as `query`.
         text: number of text tokens.
         first: True if text tokens precede the video tokens, False if they follow.
-        rule: attention of text to alpha, the second half of the video tokens: full (`open`), none (`block`)
-            or reduced (`bias`). `bias` subtracts 1 from the logits, which multiplies the weights before
-            normalization by exp(-1) = 0.37.
+        rule: how text tokens attend to alpha tokens, the second half of the video tokens. `open`: without
+            restriction. `block`: not at all. `bias`: 1 is subtracted from the logits, so the attention
+            weights before normalization are multiplied by exp(-1) = 0.37.
         mask: (n, 1, 1, tokens), True for valid keys.
-        sequence: exchanges with other processes, if `query`, `key` and `value` contain only a share of the
-            video tokens. `mask` then covers all tokens.
+        sequence: sequence parallelism, or None for one process. If set, `query`, `key` and `value` contain
+            only the video tokens of this process, and `mask` covers the tokens of all processes.
 
     Returns:
         (n, heads, tokens, d).
@@ -101,9 +102,11 @@ def halve(positions: nn.Module, select: Callable[..., tuple[Any, ...]], dim: int
 
 
 class MochiJointAttention:
-    """Attention processor of Mochi that can restrict the attention of text tokens to alpha tokens.
+    """Attention processor of Mochi with a rule for the attention of text tokens to alpha tokens.
 
-    It can also split the video tokens over processes (`sequence`).
+    Args:
+        rule: attention of text to alpha: full (`open`), none (`block`) or reduced (`bias`).
+        sequence: exchanges with other processes, if the video tokens are split over processes.
     """
 
     def __init__(self, rule: Rule, sequence: SequenceParallel | None = None) -> None:
@@ -126,11 +129,11 @@ def mochi(
 ) -> tuple[Tensor, Tensor]:
     """Compute Mochi's joint attention over video (n, v, d) and text (n, m, e).
 
-    The attention processor of diffusers finds the valid text tokens of each sample with `nonzero`, which
-    causes graph breaks in compiled networks and fails on meta tensors. This function masks padding with
-    `attention_mask` (n, m) instead, which is True for valid tokens; None means that all text tokens are
-    valid. `Mochi.collate` pads text only to the longest caption of the batch. No token attends to padding,
-    and the outputs of padding tokens are meaningless.
+    `attention_mask` (n, m) is True for valid text tokens and False for padding. None means that there is no
+    padding. No token attends to padding. The outputs of padding tokens are meaningless.
+
+    The attention processor of diffusers removes padding from each sample with `nonzero`. That operation
+    causes graph breaks in compiled networks and fails on meta tensors. This function therefore uses a mask.
     """
     parts = hidden_states, encoder_hidden_states
     layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -152,15 +155,14 @@ def mochi(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary positional embedding to `x` (n, v, heads, d), computed in float32.
 
-    Each pair of adjacent channels is rotated by one angle. `cos` and `sin` of the angles are
-    (v, heads, d / 2).
+    Each pair of adjacent channels is rotated by one angle. `cos` and `sin` have shape (v, heads, d / 2).
     """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 class CogVideoXJointAttention:
-    """Attention processor of CogVideoX that can restrict the attention of text tokens to alpha tokens.
+    """Attention processor of CogVideoX that can limit how much text tokens attend to alpha tokens.
 
     It can also split the video tokens over processes (`sequence`).
     """
@@ -206,10 +208,10 @@ class CogVideoXJointAttention:
 def halve_cogvideox(network: Any) -> None:
     """Make a CogVideoX network use the same positions for the color clip and the alpha clip.
 
-    Rotary embeddings are arguments of each call, so a pre-forward hook replaces them. CogVideoX-2B has
-    sinusoidal positional embeddings instead, which are computed for each clip size. diffusers would use a
-    precomputed table for one length. This table is disabled: if two clips together had this length, they
-    would get the positions of one long clip.
+    CogVideoX-2B adds sinusoidal positional embeddings. They are computed for one clip and repeated for the
+    second clip. The precomputed embeddings of diffusers are disabled, because their positions are those of
+    one long clip. All other versions get rotary embeddings as an argument. A pre-forward hook replaces these
+    by two copies of the embeddings of the first clip.
     """
 
     def first_clip(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -51,7 +51,7 @@ def transformer_config(
 
     Args:
         config: contents of `config.json`; empty if the file is missing.
-        shapes: tensor shapes by name, which take precedence over `config`; None if unknown.
+        shapes: tensor shapes by name; None if unknown. They take precedence over `config`.
 
     Raises:
         ValueError: if the tensors are not those of a TripoSG or MIDI transformer.

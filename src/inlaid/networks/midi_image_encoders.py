@@ -72,7 +72,10 @@ class Extractor:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], default: Extractor) -> Extractor:
-        """Create the preprocessing from `preprocessor_config.json`; `default` supplies missing values."""
+        """Create the image preprocessing from the content of `preprocessor_config.json`.
+
+        Missing values are taken from `default`.
+        """
 
         def number(value: Any, fallback: int) -> int:
             if isinstance(value, Mapping):
@@ -92,10 +95,10 @@ class Extractor:
         return self._center(torch.from_numpy(resized).permute(2, 0, 1))
 
     def mask(self, mask: np.ndarray) -> Tensor:
-        """Resize (nearest neighbor) and center-crop a mask from bool (n, n) to uint8 (1, crop, crop).
+        """Convert a mask, bool (n, n), to uint8 (1, crop, crop) with the values 0 and 255.
 
-        Values of the result are 0 and 255. As in the published pipeline, torch resizes the mask. Pillow would
-        select other pixels.
+        As in the published pipeline, torch resizes the mask with nearest neighbor, and the center is cropped.
+        Pillow would select other pixels.
         """
         pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None, None]
         return self._center(nn.functional.interpolate(pixels, (self.edge, self.edge), mode="nearest")[0])
@@ -103,8 +106,8 @@ class Extractor:
     def normalized(self, pixels: Tensor) -> Tensor:
         """Convert images from uint8 (n, channels, h, w) to normalized float32.
 
-        The 3 or 6 RGB channels are normalized by mean and std. The mask, which is the 7th channel if present,
-        is scaled to 0 and 1.
+        The first 3 or 6 channels are one or two RGB images. They are normalized by mean and std. A 7th
+        channel is a mask with values 0 and 255. It is divided by 255.
         """
         mean, std = ([*x, *x, y][: pixels.shape[1]] for x, y in ((self.mean, 0.0), (self.std, 1.0)))
         shift, scale = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))
@@ -155,7 +158,8 @@ class ImageEncoder:
 class ImageConditioning:
     """All image encoders of a checkpoint, and the subset that is trained.
 
-    Encoders have the keys `clip` and `dino`, in the order of the transformer's cross-attention contexts.
+    The keys are `clip` and `dino`. Their order is the order in which the transformer takes the outputs of the
+    encoders.
     """
 
     encoders: Mapping[str, ImageEncoder]
@@ -213,11 +217,15 @@ class ImageConditioning:
         return (rf"({names})\..*\.{PROJECTIONS}",) if names else ()
 
     def shapes(self, n: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return the tensor shapes of the image conditioning of `n` objects, by tensor name.
+        """Return the tensor shapes of the image conditioning, by tensor name.
 
-        The entry of a frozen encoder is tokens: `clip` (n, 1, d) or `dino` (n, m, d). `widths` contains d for
-        each encoder. The entry of a trained encoder is images (n, channels, s, s). If any encoder is trained,
-        there is also a scalar `conditioned`, with shape ().
+        A frozen encoder has tokens: (n, 1, d) for `clip` or (n, m, d) for `dino`. A trained encoder has
+        images (n, channels, s, s) instead. If any encoder is trained, there is also the scalar `conditioned`.
+        It is 0 if the image conditioning is dropped, else 1.
+
+        Args:
+            n: number of objects.
+            widths: token width d of each encoder.
         """
         out: dict[str, tuple[int, ...]] = {}
         for (kind, encoder), width in zip(self.encoders.items(), widths, strict=True):
@@ -227,11 +235,17 @@ class ImageConditioning:
         return {**out, **({"conditioned": ()} if self.trained else {})}
 
     def select(self, item: Mapping[str, Tensor], kept: Tensor, conditioned: bool) -> dict[str, Tensor]:
-        """Return the image conditioning of the objects with the indices `kept`.
+        """Return the image conditioning of some objects of a scene.
 
-        If `conditioned` is false, zeros replace the tokens of frozen encoders. Images for trained encoders
-        are not changed. Instead, the entry `conditioned` of the result tells the network to use the images
-        (1) or to ignore them (0).
+        Args:
+            item: cached tensors of the scene.
+            kept: indices of the objects.
+            conditioned: False to drop the image conditioning. The tokens of frozen encoders are then zero.
+                The images for trained encoders are kept in both cases.
+
+        Returns:
+            The tensors by encoder. If an encoder is trained, the entry `conditioned` tells the network to use
+            the images (1) or to ignore them (0).
         """
         out = {k: item[k][kept] if k in self.trained else item[k][kept] * conditioned for k in self.encoders}
         return {**out, **({"conditioned": torch.tensor(float(conditioned))} if self.trained else {})}
@@ -239,8 +253,9 @@ class ImageConditioning:
     def rows(self, cond: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Convert the image conditioning of b scenes with n objects each to arguments of the transformer.
 
-        The result is the list of contexts, flattened from (b, n, ...) to (b * n, ...), and further keyword
-        arguments.
+        The first result has one entry for each encoder: its cross-attention context or, if the encoder is
+        trained, its input images. Entries are flattened from (b, n, ...) to (b * n, ...). The second result
+        contains further keyword arguments.
         """
         rows = {k: cond[k].flatten(0, 1) for k in self.encoders}
         contexts = [v if k in self.trained else v.to(dtype) for k, v in rows.items()]
@@ -249,10 +264,7 @@ class ImageConditioning:
 
 
 def square(pixels: np.ndarray, fill: int) -> np.ndarray:
-    """Pad an image (h, w, ...) symmetrically to a square with the value `fill`.
-
-    The optical axis stays in the center.
-    """
+    """Pad an image (h, w, ...) to a square with the value `fill`. The image stays in the center."""
     height, width = pixels.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -322,23 +334,23 @@ def encoder_inputs(
 
 @dataclass(frozen=True)
 class LoadedEncoders:
-    """Image encoders of a checkpoint, and their loaded networks, by kind (`clip`, `dino`)."""
+    """Image encoders of a checkpoint, and the networks that are loaded, both by kind (`clip`, `dino`)."""
 
     encoders: Mapping[str, ImageEncoder]
     networks: Mapping[str, nn.Module]
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, masks: Iterable[np.ndarray]) -> dict[str, Tensor]:
-        """Encode the objects in an image.
+        """Encode the n objects in an image.
 
         Args:
             image: uint8 (h, w, 3).
             masks: one mask per object, bool (h, w).
 
         Returns:
-            `clip` (n, 1, d) if the checkpoint has a CLIP encoder, and `dino` (n, m, d), float32. If the
-            network of an encoder is not loaded, its entry is the encoder's input instead (see
-            `encoder_inputs`).
+            Float32 embeddings: `dino` (n, m, d) with m tokens per object, and `clip` (n, 1, d) if the
+            checkpoint has a CLIP encoder. If the network of an encoder is not loaded, the result contains
+            the encoder's input instead (see `encoder_inputs`).
         """
         out = encoder_inputs(self.encoders, image, masks)
         for kind, network in self.networks.items():
@@ -350,10 +362,15 @@ class LoadedEncoders:
 def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[ImageEncoder, nn.Module]]) -> None:
     """Add image encoders to a transformer as submodules, so that they are trained with it.
 
-    The submodules have the names of the encoders in the checkpoint. The keys of `encoders` are indices of the
-    transformer's contexts. For these contexts, the transformer then also accepts images, uint8
-    (rows, channels, h, w), and encodes them. Its new argument `conditioned` (rows,) is 0 for a row whose
-    image conditioning is dropped (for classifier-free guidance), else 1.
+    The names of the submodules are the names of the encoders in the checkpoint. The transformer then also
+    accepts images, uint8 (rows, channels, h, w), in place of cross-attention contexts, and encodes them. It
+    accepts a new argument `conditioned` (rows,). The value 0 replaces the encoded image of a row by zeros
+    (for classifier-free guidance). The value 1 keeps it.
+
+    Args:
+        network: the transformer.
+        encoders: the settings of each encoder and the encoder itself, by the index of the cross-attention
+            context that it produces.
     """
 
     def encode_contexts(
@@ -378,11 +395,13 @@ def add_encoders(network: TripoSGTransformer, encoders: Mapping[int, tuple[Image
 
 
 def build(encoder: ImageEncoder, folder: Path | None, dtype: torch.dtype) -> nn.Module:
-    """Build a frozen image encoder with the weights in `folder`; without a folder, on the meta device.
+    """Build a frozen image encoder, and load the weights in `folder`.
 
-    The DINO encoder of MIDI has 7 input channels: object, scene and mask. Weights for 3 input channels are
-    extended to 7, with a warning: in the first layer, the scene gets copies of the kernels of the object, and
-    the mask gets a copy of the red channel's kernel.
+    Without a folder, the encoder is built on the meta device.
+
+    The DINO encoder of MIDI has 7 input channels: RGB of the object, RGB of the scene, and the mask. Weights
+    for 3 input channels are extended to 7, with a warning. In the first layer, both RGB images then use the
+    kernels of the 3 channels. The mask uses the kernel of the red channel.
 
     Raises:
         ValueError: if the weights have any other number of input channels.

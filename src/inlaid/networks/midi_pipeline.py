@@ -1,4 +1,4 @@
-"""Pipeline in the style of diffusers that generates the shape latents of a MIDI or TripoSG scene."""
+"""Diffusers pipeline that generates the shape latents of a scene with MIDI or TripoSG."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from inlaid.networks.triposg import TripoSGTransformer, TripoSGVAE
 class ScenePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     """Rectified-flow sampler for the shape latents of all objects of a scene.
 
-    The network predicts data - noise, so each step adds the prediction, multiplied by the step size. The
-    image encoders are loaded on first use. `load_lora_weights` loads adapters into `transformer`, as in other
-    pipelines of diffusers.
+    The network predicts `data - noise`. Each step therefore adds the prediction times the step size. The
+    image encoders are loaded on first use. As in other diffusers pipelines, `load_lora_weights` loads
+    adapters into `transformer`.
     """
 
     model_cpu_offload_seq = "transformer->vae"

@@ -42,9 +42,9 @@ def blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers in the repeated blocks of a network by name.
+    """Return the linear layers in the repeated blocks of a network, by layer name.
 
-    Layers with `norm` in the name, which compute the modulation, are omitted.
+    Layers with `norm` in the name are omitted, because they compute the modulation.
     """
     return {
         f"{name}.{inner}": layer

@@ -38,8 +38,8 @@ class MergeBlock(nn.Module):
         Args:
             width: number of channels of its hidden layers.
             channels: number of channels of the latent.
-            features: number of channels of the encoder features of color or alpha. Default: `width`, as in
-                the published checkpoints.
+            features: number of channels of the color features; the alpha features have as many. Default:
+                `width`, as in the published checkpoints.
         """
         from diffusers.models.autoencoders.autoencoder_kl_wan import (
             WanAttentionBlock,
@@ -59,7 +59,7 @@ class MergeBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, rgb: Tensor, alpha: Tensor) -> Tensor:
-        """Merge color and alpha features, each (b, features, t, h, w), into (b, channels, t, h, w)."""
+        """Merge color and alpha features (b, features, t, h, w) into one tensor (b, channels, t, h, w)."""
         x = self.res[0](self.conv_in(torch.cat([rgb, alpha], 1)))
         for attention, residual in zip(self.att, list(self.res)[1:], strict=True):
             x = residual(attention(x))
@@ -124,20 +124,23 @@ class RgbaVae(nn.Module):
     def encode(self, rgb: Tensor, alpha: Tensor) -> Tensor:
         """Encode color and alpha, each (b, 3, t, h, w) in [-1, 1], to one latent (b, c, t', h', w').
 
-        Transparent pixels of `rgb` must have been replaced by a background color (`hard_render`). The latent
-        is not normalized.
+        Transparent pixels of `rgb` must have a background color (see `hard_render`). The latent is not
+        normalized.
         """
         return self.merge(trunk(self.vae, rgb), trunk(self.vae, alpha))
 
     def enable_gradient_checkpointing(self, *_: Any) -> None:
-        """Enable gradient checkpointing in `decode`, one latent frame at a time."""
+        """Enable gradient checkpointing in `decode`; each latent frame is a separate segment."""
         self.checkpointing = True
 
     def decode(self, z: Tensor, *, checkpointing: bool | None = None) -> tuple[Tensor, Tensor]:
         """Decode an unnormalized latent to color and alpha, each (b, 3, t, h, w).
 
-        Color is straight (not premultiplied). Values are not clamped to [-1, 1]. `checkpointing` overrides
-        the attribute of the same name.
+        Color is straight (not premultiplied). Values are not clamped to [-1, 1].
+
+        Args:
+            z: latent.
+            checkpointing: use gradient checkpointing. Default: the attribute `checkpointing`.
         """
         again = self.checkpointing if checkpointing is None else checkpointing
         x = self.vae.post_quant_conv(z)
@@ -150,9 +153,9 @@ class RgbaVae(nn.Module):
 
 @torch.no_grad()
 def trunk(vae: Any, video: Tensor) -> Tensor:
-    """Return the output of a Wan encoder's middle block for a video, (b, width, t', h', w').
+    """Encode a video and return the output of the Wan encoder's middle block, (b, width, t', h', w').
 
-    This output is the input of the encoder's head, which computes latents.
+    The head of the encoder computes latents from this output.
 
     Raises:
         ValueError: if tiling is enabled, because the features would be computed per tile.
@@ -171,15 +174,17 @@ def trunk(vae: Any, video: Tensor) -> Tensor:
 def decode(
     decoder: nn.Module, x: Tensor, weights: Mapping[str, Tensor], *, checkpointing: bool = False
 ) -> Tensor:
-    """Decode latents with a Wan decoder, one latent frame at a time, with gradients and without clamping.
+    """Decode latents with a Wan decoder, one latent frame at a time.
+
+    The result has gradients and is not clamped.
 
     Args:
         decoder: decoder of a Wan VAE.
         x: latents (b, c, t, h, w), after `post_quant_conv`.
-        weights: weights by parameter name that replace the decoder's own.
-        checkpointing: use gradient checkpointing for each latent frame. The caches of the convolutions are
-            inputs and outputs of each step, so that the recomputation uses the same caches as the forward
-            pass.
+        weights: parameters by name, used instead of those of the decoder.
+        checkpointing: use gradient checkpointing for each latent frame. The checkpointed function takes the
+            caches of the convolutions as arguments and returns new caches. The recomputation therefore uses
+            the same caches as the forward pass.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -216,7 +221,7 @@ _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
 
 def merge_name(released: str) -> str | None:
-    """Convert the published name of a merge block's parameter to its name in `MergeBlock`.
+    """Convert a parameter name of Wan-Alpha's published checkpoints to the name in `MergeBlock`.
 
     `released` is the published name without the prefix `middle.`. The result is None if the name is unknown.
     """
@@ -262,10 +267,10 @@ def vae_name(original: str, residuals: int = 2) -> str | None:
 
 
 def _inside(rest: str) -> str:
-    """Convert the original name of a parameter within a block to its diffusers name.
+    """Convert the name of a parameter inside a block from the original code to diffusers.
 
-    The block is a residual block, an attention block or a resampler; `rest` is the name without the block's
-    prefix.
+    `rest` is the original name without the prefix of the block, such as `residual.0.gamma`. The block is a
+    residual block, an attention block or a resampler.
     """
     found = re.match(r"residual\.([0236])(?=\.|$)", rest)
     if found:

@@ -4,7 +4,7 @@ An RGBA VAE encodes color and alpha of a clip into one latent. It is based on a 
 folder contains `config.json`, `merge.safetensors`, `decoder_rgb_lora.safetensors` and
 `decoder_alpha_lora.safetensors`. Its ID (`rgba_vae_id`) is a hash of the weights, the base VAE, the
 transparency threshold and the background colors. Latents of different RGBA VAEs are incompatible. Caches and
-adapters therefore store the ID of their RGBA VAE, and loading them checks the ID.
+adapters therefore store the ID of their RGBA VAE. The ID is checked when a cache or adapter is loaded.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ Colors = Sequence[Sequence[float]]
 
 
 def new(vae: Any, rank: int, seed: int, init: Init = "random", width: int | None = None) -> RgbaVae:
-    """Create an untrained RGBA VAE from a Wan VAE; both decoders initially equal the decoder of the VAE.
+    """Create an untrained RGBA VAE from a Wan VAE.
+
+    The decoder for color and the decoder for alpha are initially equal to the decoder of the Wan VAE.
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
         rank: rank of the low-rank updates of the decoders.
         seed: seed of the random weights.
         init: initialization of the merge block. `random`: random weights. `encoder`: the block initially
-            returns the latent that the VAE computes from color, and ignores alpha. Color is then correct from
-            the first step.
+            ignores alpha, and returns the latent that the Wan VAE computes from color. Color is then
+            correct from the first step.
         width: width of the merge block's hidden layers. Default: the width of the encoder features. The
             initialization `encoder` requires the default.
 
@@ -66,7 +68,7 @@ Init = Literal["random", "encoder"]
 
 @torch.no_grad()
 def _as_encoder(merge: Any, vae: Any) -> None:
-    """Initialize a merge block so that it returns the VAE's latent for color and ignores alpha."""
+    """Initialize a `MergeBlock` so that it returns the VAE's latent of color and ignores alpha."""
     width = merge.conv_out.weight.shape[1]
     merge.conv_in.weight.zero_()[:, :width, 0, 0, 0] = torch.eye(width)
     nn.init.zeros_(merge.conv_in.bias)
@@ -115,14 +117,15 @@ def fits(vae: Any) -> tuple[int, int]:
 
 
 def parts(rgba_vae: RgbaVae, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return the trained weights of an RGBA VAE by part and by name.
+    """Return the trained weights of an RGBA VAE: one mapping per part, from names in its file to tensors.
 
-    Parts are the keys of `FILES`, and names are those in the files. The two decoder parts have `NAME.lora_A`
-    (r, in, *kernel) and `NAME.lora_B` (out, r) for each convolution NAME.
+    The parts are `merge`, `rgb` and `alpha`. The parts `rgb` and `alpha` are updates of the decoder. For each
+    convolution NAME, they contain `NAME.lora_A` (r, in, *kernel) and `NAME.lora_B` (out, r).
 
     Args:
         rgba_vae: RGBA VAE that defines the names.
-        weights: weights by parameter name to return instead of those of `rgba_vae`, such as an EMA.
+        weights: weights that are returned instead of those of `rgba_vae`, such as their EMA. Keys are
+            parameter names of `rgba_vae`.
     """
     held = dict(rgba_vae.state_dict()) if weights is None else weights
     out: dict[str, dict[str, Tensor]] = {
@@ -180,10 +183,10 @@ def save(
         folder: folder to write; replaced if it exists.
         alpha_eps: largest alpha that was treated as transparent in training.
         colors: background colors that replace transparent pixels of clips before encoding, in [-1, 1].
-        about: further entries of `config.json`, such as the losses and the number of steps. The entry
-            `parts`, if present, lists the parts to write.
+        about: further entries of `config.json`, such as the losses and the number of steps. Its entry
+            `parts`, if present, lists which parts of the RGBA VAE are written; by default, all.
         dtype: dtype of the weights on disk.
-        weights: weights by parameter name to write instead of those of `rgba_vae`, such as an EMA.
+        weights: weights to write, by parameter name, such as EMA weights. Default: those of `rgba_vae`.
     """
     from safetensors.torch import save_file
 
@@ -279,7 +282,8 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
-        weights: tensors by part and name. Without the part `merge`, the merge block has random weights.
+        weights: tensors by part (`merge`, `rgb`, `alpha`) and name. If the part `merge` is missing, the
+            `MergeBlock` has random weights.
         where: prefix of error messages.
 
     Raises:
@@ -294,12 +298,15 @@ def assemble(vae: Any, weights: Mapping[str, Mapping[str, Tensor]], where: str) 
 
 
 def read_merge(vae: Any, weights: Mapping[str, Tensor] | None, where: str) -> MergeBlock:
-    """Create a merge block from stored weights; the width of the block is inferred from the tensors.
+    """Create a merge block from stored weights.
+
+    A merge block maps the encoder features of color and alpha to one latent. Its width is inferred from the
+    tensors.
 
     Args:
         vae: Wan VAE, the base of the RGBA VAE.
-        weights: tensors by name. None or empty: the merge block has random weights and the width of the
-            encoder features.
+        weights: tensors by name. If None or empty, the merge block has random weights, and its width is the
+            number of channels of the encoder features.
         where: prefix of error messages.
 
     Raises:
@@ -404,19 +411,19 @@ def losses(
     Args:
         rgba_vae: RGBA VAE that is trained.
         rgba: clips in straight RGBA, uint8 (b, 4, t, h, w).
-        loss: the loss terms of the paper.
-        generator: CPU random generator. It selects the noise, the background color of the encoder input, and
-            the background colors of the two composites that the loss compares.
+        loss: the loss terms of the paper (Dong et al. 2025).
+        generator: CPU random generator for the noise, for the background color of the encoder input, and for
+            the background colors of the two composites in `loss`.
         anchor: weight of a term that compares the RGBA VAE's latents with the base VAE's latents. The base
             VAE encodes an opaque version of the clip, in which dark gray replaces transparent pixels. The
             term is the mean of ((z - z_base) / latents_std)^2. Not in the paper. It keeps latents close to
-            those of opaque videos, so that the base VAE's decoder reproduces the color, and a denoiser
+            those of opaque videos. Then the base VAE's decoder reproduces the color, and a denoiser
             pretrained on opaque videos has less to learn.
         noise: maximum standard deviation of the noise added to latents before decoding, as a multiple of
             `latents_std`. Not in the paper. It makes the decoders robust to errors of the denoiser.
-        visible: weight of the mean absolute error of color over visible pixels only. Not in the paper. If few
-            pixels are visible, they contribute little to the other terms, which are means over all pixels.
-        visible_alpha: weight of the mean absolute error of alpha over visible pixels only. Not in the paper.
+        visible: weight of the mean absolute color error of visible pixels. Not in the paper. The
+            terms of the paper are means over all pixels, to which few visible pixels contribute little.
+        visible_alpha: weight of the mean absolute alpha error of visible pixels. Not in the paper.
         colors: background colors of the encoder input, in [-1, 1].
     """
     (color,), (hard, soft) = sample_colors(generator, 1, colors), sample_colors(generator, 2)

@@ -33,9 +33,9 @@ def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
 
 
 def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor, *, eps: float = ALPHA_EPS) -> Tensor:
-    """Replace transparent pixels of `rgb` by a background color (3,).
+    """Replace the color of transparent pixels with a background color (3,).
 
-    Pixels are transparent if (alpha + 1) / 2 <= eps. Alpha gets no gradient.
+    `alpha` is in [-1, 1]. Pixels are transparent if (alpha + 1) / 2 <= eps. No gradient flows to `alpha`.
     """
     visible = (alpha.detach() + 1) / 2 > eps
     return torch.where(visible, rgb, _background(color, rgb).to(rgb.dtype))
@@ -57,9 +57,9 @@ _SMOOTH: dict[str, tuple[float, float, float]] = {"sobel": (1.0, 2.0, 1.0), "cen
 
 
 def edges(x: Tensor, kind: Edge) -> Tensor:
-    """Convert a video to grayscale and return the gradient magnitude of each frame, (b, 1, t, h, w).
+    """Return the gradient magnitude (b, 1, t, h, w) of each frame of a video, computed in grayscale.
 
-    The filter is Sobel or central differences, with zero padding.
+    `kind` selects the Sobel filter or central differences. The frames are padded with zeros.
     """
     gray = luma(x)
     flat = gray.transpose(1, 2).flatten(0, 1)
@@ -135,8 +135,8 @@ class RgbaLoss:
 
     The preset `paper` uses Sobel edges and the root mean square error of the perceptual features. The preset
     `reference` uses central differences and the mean squared error of the features, as in the released
-    trainer. By default, training normalizes the input of `perceptual` by the mean and std of ImageNet with
-    `paper`, but not with `reference`.
+    trainer of Wan-Alpha. By default, training with `paper` normalizes the input of `perceptual` by the mean
+    and std of ImageNet. Training with `reference` does not normalize it.
     """
 
     preset: Literal["paper", "reference"] = "paper"
@@ -153,15 +153,15 @@ class RgbaLoss:
     def __call__(
         self, rgb: Tensor, alpha: Tensor, true_rgb: Tensor, true_alpha: Tensor, hard: Tensor, soft: Tensor
     ) -> dict[str, Tensor]:
-        """Compute the loss terms by name; the entry `loss` is their sum.
+        """Return the loss terms by name; the entry `loss` is their sum.
 
         Args:
             rgb: reconstructed straight color.
             alpha: reconstructed alpha.
             true_rgb: straight color of the original clip.
             true_alpha: alpha of the original clip.
-            hard: background color (3,) of the two hard composites (reconstruction and original clip).
-            soft: background color (3,) of the two soft composites (reconstruction and original clip).
+            hard: background color (3,) of the hard composites, in which it replaces transparent pixels.
+            soft: background color (3,) of the soft composites, in which it is blended with color by alpha.
         """
         eps = self.alpha_eps
         mask = alpha if self.hard_mask == "reconstructed" else true_alpha
@@ -191,6 +191,6 @@ class RgbaLoss:
 def sample_colors(
     generator: torch.Generator, n: int = 3, among: Sequence[Sequence[float]] = COLORS
 ) -> list[Tensor]:
-    """Sample `n` background colors, each (3,) in [-1, 1], independently from `among`."""
+    """Sample `n` background colors from `among`, with replacement; each color is (3,) in [-1, 1]."""
     picks: Any = torch.randint(len(among), (n,), generator=generator).tolist()
     return [torch.tensor(among[i]) for i in picks]

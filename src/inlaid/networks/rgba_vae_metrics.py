@@ -1,9 +1,9 @@
-"""Reconstruction metrics of RGBA clips, compared with baselines that predict a constant alpha.
+"""Reconstruction metrics of RGBA clips, compared with baselines that predict constant values.
 
 An RGBA VAE that decodes every clip as fully transparent has a small mean error of alpha if subjects are
 small. The error is therefore also reported separately for three regions: pixels whose true alpha is opaque,
-soft (partly transparent) or transparent. `balanced` is the mean error over the three regions. It is large for
-every constant alpha. Errors are on the scale 0-255.
+soft (partly transparent) or transparent. `balanced` is the mean error over the regions that contain pixels.
+If all three regions contain pixels, it is large for every constant alpha. Errors are on the scale 0-255.
 
 `tally` reduces each clip to a vector of sums. The vectors can be added over clips of different sizes and over
 processes.
@@ -41,8 +41,8 @@ region, errors of color in visible pixels, squared errors, the number of clips, 
 def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
     """Return boolean masks of the opaque, soft (partly transparent) and transparent pixels, by name.
 
-    Pixels are transparent up to an alpha of 255 * eps, and opaque from 255 * (1 - eps). `alpha` is an array
-    or a tensor with values in 0-255.
+    Pixels are transparent if alpha <= 255 * eps, and opaque if alpha >= 255 - 255 * eps. 255 * eps is rounded
+    to an integer. `alpha` is an array or a tensor with values in 0-255.
     """
     level = round(255 * eps)
     opaque, transparent = alpha >= 255 - level, alpha <= level
@@ -50,9 +50,10 @@ def regions(alpha: Any, eps: float = ALPHA_EPS) -> dict[str, Any]:
 
 
 def tally(true: Tensor, got: Tensor) -> Tensor:
-    """Return the vector of sums for one clip, float64, with one value per entry of `COLUMNS`.
+    """Return a vector of measurements of one clip: float64, one value per entry of `COLUMNS`.
 
-    The function `report` computes metrics from such vectors.
+    Most values are pixel counts or sums of errors over pixels. To compute metrics, add the vectors of all
+    clips and pass the total to `report`.
 
     Args:
         true: original clip, RGBA uint8 (4, t, h, w) with straight alpha.
@@ -101,15 +102,24 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def report(sums: Tensor) -> dict[str, float]:
-    """Return metrics by name; `sums` is the sum of the vectors that `tally` returned for the clips.
+    """Return the metrics of a set of clips by name.
 
+    Alpha is compared with the ground truth in all pixels, and in the regions opaque, soft and transparent.
     Regions without pixels are omitted. The metrics are:
-    - `alpha_mae` (all pixels), `alpha_mae_REGION` and `alpha_mae_balanced` (mean over regions), and the same
-      for each baseline, such as `all_transparent_alpha_mae_opaque`;
-    - `rgb_mae` of visible pixels, and `mean_rgb_mae` of the baseline that predicts the clip's mean color;
-    - PSNR in dB of color, of alpha, and of composites over the eight corners of the color cube (mean and
-      worst);
-    - SSIM of alpha, and of composites over black and white.
+
+    - `alpha_mae`, `alpha_mae_REGION` and `alpha_mae_balanced`: mean absolute error of alpha over all pixels,
+      over one region, and averaged over the regions. The same errors of a baseline with constant alpha have a
+      prefix, such as `all_transparent_`.
+    - `rgb_mae`: mean absolute error of color in visible pixels.
+    - `mean_rgb_mae`: the same error for a baseline that predicts the clip's mean color.
+    - `rgb_psnr` and `alpha_psnr`: PSNR in dB.
+    - `composite_psnr` and `composite_psnr_worst`: PSNR of composites over eight background colors, overall
+      and for the worst color.
+    - `ssim_alpha`: SSIM of alpha.
+    - `ssim_composite`: SSIM of composites over black and white.
+
+    Args:
+        sums: sum over all clips of the vectors from `tally`.
     """
     value = dict(zip(COLUMNS, sums.double().tolist(), strict=True))
     pixels = {r: value[f"pixels {r}"] for r in REGIONS}
@@ -136,10 +146,11 @@ def report(sums: Tensor) -> dict[str, float]:
 
 
 def trivial(found: Mapping[str, float]) -> list[str]:
-    """Return warnings if alpha is hardly better than a baseline, or very inaccurate in a region.
+    """Return a warning for each baseline that alpha hardly beats, and for each region with a large error.
 
-    Alpha is hardly better than a baseline if its `alpha_mae_balanced` exceeds half the baseline's. It is very
-    inaccurate in a region if its mean absolute error there exceeds 64 (on the scale 0-255).
+    The baselines are `GUESSES`. Alpha hardly beats a baseline if `alpha_mae_balanced` exceeds half of the
+    baseline's value. The regions are `REGIONS`. An error is large if the mean absolute error of alpha exceeds
+    64 of 255.
 
     Args:
         found: metrics from `report`.

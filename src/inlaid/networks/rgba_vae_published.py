@@ -1,16 +1,18 @@
 """Import and export of RGBA VAEs in the file layouts of Wan-Alpha.
 
-Supported layouts, recognized by tensor names, or by file names for ComfyUI:
+An RGBA VAE extends a Wan VAE with a merge block and two low-rank updates of the decoder. The merge block
+computes one latent from color and alpha. The decoder decodes color with one update, and alpha with the other.
 
-- `decoder.bin`: low-rank updates of both decoders. The tensor names are
-  `vae_fgr.decoder.PATH[.conv3D].lora_{A,B}.default.weight` for color, and the same with `vae_pha.` for alpha.
-- A whole VAE: the base weights, the merge block with the prefix `middle.`, and the low-rank updates, which
-  are separate tensors or merged into the weights.
-- Two VAEs for ComfyUI with merged updates and Wan's original tensor names, in files named
-  `..._rgb_channel.safetensors` and `..._alpha_channel.safetensors`.
+The supported layouts are:
 
-Import writes the folder of an RGBA VAE (see `rgba_vae_checkpoint`). If it cannot use every tensor of the
-updates and of the merge block, it raises an error and writes nothing.
+- `decoder.bin`: only the two updates. Tensor names start with `vae_fgr.` for color and `vae_pha.` for alpha.
+- Whole VAE: the base weights, the merge block (prefix `middle.`) and the two updates. The updates are
+  separate tensors or merged into the decoder weights.
+- ComfyUI: two VAE files with merged updates and Wan's original tensor names. One file name contains
+  `rgb_channel`, the other `alpha_channel`.
+
+ComfyUI files are recognized by file name, the other layouts by tensor names. If a tensor of an update or of
+the merge block is unknown, the import fails and writes nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ Rounding to bfloat16 alone causes an error of 0.003."""
 
 @dataclass(frozen=True)
 class Found:
-    """Contents of a published file, with the tensor names of `rgba_vae_checkpoint`."""
+    """Contents of a file in a layout of Wan-Alpha, with the tensor names of `rgba_vae_checkpoint`."""
 
     layout: str
     parts: Mapping[str, Mapping[str, Tensor]]
@@ -74,7 +76,11 @@ def named_like(name: str) -> bool:
 
 
 def is_rgba_vae(path: Path) -> bool:
-    """Return True if the tensor names of a file, or the file names in a folder, match a supported layout."""
+    """Return True if a file or folder looks like a published RGBA VAE.
+
+    Only names are checked: the tensor names of a file, or the names of `.safetensors` files in a folder. An
+    ordinary Wan VAE with the original tensor names also matches.
+    """
     if path.is_dir():
         return any(half in p.name for half in HALVES for p in path.glob("*.safetensors"))
     if not path.is_file():
@@ -135,9 +141,10 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _group(name: str) -> tuple[str, str]:
-    """Split a tensor name into its prefix (`vae_fgr`, `vae_pha` or `middle`) and the rest.
+    """Split a tensor name after `vae_fgr`, `vae_pha` or `middle`; return this component and the rest.
 
-    If the name has none of these prefixes, the prefix is empty and the rest is the name.
+    Text before the component is dropped. `middle` counts only if `block` follows. If the name has no such
+    component, return "" and the whole name.
     """
     found = re.search(r"(?:^|\.)(vae_fgr|vae_pha|middle)\.(.+)$", name)
     if not found or (found[1] == "middle" and not found[2].startswith("block.")):
@@ -201,7 +208,7 @@ def _grouped(path: Path, state: Mapping[str, Tensor], residuals: int) -> Found:
 
 
 def _factor_name(rest: str, residuals: int) -> str | None:
-    """Convert the published name of a low-rank factor to its name in `rgba_vae_checkpoint`.
+    """Convert the name of a low-rank factor from Wan-Alpha's files to the name in `rgba_vae_checkpoint`.
 
     For example, `decoder.conv1.conv3D.lora_A.default.weight` becomes `conv_in.lora_A`. The result is None if
     the name is unknown.
@@ -286,10 +293,10 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
     """Extract a low-rank update of a decoder from merged weights.
 
     Returns:
-        The update, and the largest relative error of a layer.
+        The update, and its largest relative error over all layers.
 
     Raises:
-        ValueError: if tensors do not fit the decoder, or the error is too large.
+        ValueError: if the tensors do not fit the decoder, or the error is too large.
     """
     own = decoder.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -332,10 +339,13 @@ def _apart(decoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> tup
 
 
 def convert(path: Path, out: Path, vae: Any) -> list[str]:
-    """Convert a published file to an RGBA VAE in the folder `out`; return notes for the user.
+    """Convert a published RGBA VAE to the layout of inlaid, and write it to the folder `out`.
+
+    Returns:
+        Notes for the user.
 
     Raises:
-        ValueError: if the file does not fit the VAE, or is incomplete.
+        ValueError: if the file is incomplete or does not fit the base VAE `vae`.
     """
     found = read(path, vae.config.num_res_blocks)
     rgba_vae, notes = assemble(found, vae, str(path))
@@ -397,7 +407,7 @@ _INNER = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def _released(name: str) -> str:
-    """Return the published name of a parameter of `MergeBlock`, without the prefix `middle.`."""
+    """Return the name of a `MergeBlock` parameter in Wan-Alpha's files, without the prefix `middle.`."""
     for own, released in (
         ("conv_in", "block.conv1"),
         ("norm_out", "block.head.0"),
@@ -410,7 +420,10 @@ def _released(name: str) -> str:
 
 
 def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
-    """Return the low-rank updates of both decoders with the tensor names of `decoder.bin`."""
+    """Return the low-rank updates of the color decoder and the alpha decoder, by tensor name.
+
+    The names are those of Wan-Alpha's published file `decoder.bin`.
+    """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
     kinds = dict(convolutions(rgba_vae.vae.decoder))
@@ -425,10 +438,10 @@ def decoder_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
-    """Return the tensors of an RGBA VAE in Wan-Alpha's whole-VAE layout, with separate low-rank updates.
+    """Return the tensors of an RGBA VAE in Wan-Alpha's layout for a whole VAE.
 
-    The base weights are stored twice, with the prefixes `vae_fgr.` and `vae_pha.`. The merge block has the
-    prefix `middle.`.
+    The low-rank updates are not merged into the base weights. The base weights are stored twice, with the
+    prefixes `vae_fgr.` (color) and `vae_pha.` (alpha). The merge block has the prefix `middle.`.
     """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
@@ -441,9 +454,10 @@ def whole_layout(rgba_vae: RgbaVae) -> dict[str, Tensor]:
 
 
 def folded_layout(rgba_vae: RgbaVae) -> dict[str, dict[str, Tensor]]:
-    """Return two VAEs for ComfyUI, one for color and one for alpha, with merged low-rank updates.
+    """Return the tensors of two VAEs for ComfyUI: one decodes color, the other decodes alpha.
 
-    The tensors have Wan's original names. The keys of the result are `rgb_channel` and `alpha_channel`.
+    The low-rank updates are merged into the decoders. The tensors have Wan's original names. The keys of the
+    result are `rgb_channel` and `alpha_channel`.
     """
     config: Any = rgba_vae.vae.config
     names = original_names(config.num_res_blocks, len(config.dim_mult))
@@ -467,7 +481,7 @@ def export(rgba_vae: RgbaVae, to: str, out: Path) -> Path:
     Target `wan-alpha` writes the low-rank updates of both decoders to `decoder.safetensors`, and the whole
     RGBA VAE to `vae.safetensors`. It also writes the updates to `decoder.bin`, a torch file, because
     Wan-Alpha's script loads safetensors files only with newer versions of torch. Target `comfyui` writes two
-    VAEs with merged updates, in bfloat16.
+    VAEs in bfloat16, one for color and one for alpha; the updates are merged into their decoders.
 
     Raises:
         ValueError: if the target is unknown.

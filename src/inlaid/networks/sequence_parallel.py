@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 
 class SequenceParallel:
-    """One process's share of the tokens of each sample, and the exchanges with the other processes.
+    """Distribution of the tokens of each sample over processes, and communication between them.
 
-    The number of attention heads must be divisible by the number of processes. The number of tokens does not
-    have to be: some shares may have one token more than the others.
+    Each process has a share of the tokens. The number of attention heads must be divisible by the number of
+    processes. The number of tokens does not have to be divisible: some shares may have one more token per
+    clip than the others.
 
     Args:
         group: processes that share each sample.
-        clips: number of clips of equal length in the sequence. A share contains the same tokens of each clip,
-            so the second half of a share belongs to the second clip, as in the whole sequence.
+        clips: number of clips in the sequence, which have equal lengths. A share contains the same token
+            positions of each clip. With two clips, the second half of a share belongs to the second clip.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, clips: int = 1) -> None:
@@ -41,14 +42,14 @@ class SequenceParallel:
         self._shares: list[int] = []
 
     def of_clips(self, clips: int) -> SequenceParallel:
-        """Return a copy of this object for sequences of `clips` clips."""
+        """Return a copy for sequences that consist of `clips` clips, such as color and alpha."""
         found = copy(self)
         found.clips = clips
         return found
 
     @property
     def tokens(self) -> int:
-        """Number of video tokens of all clips and all processes, for the sequence that was last split."""
+        """Number of video tokens in the sequence that was split last, over all clips and processes."""
         return self.clips * sum(self._shares)
 
     def split(self, x: Tensor, dim: int) -> Tensor:
@@ -64,7 +65,12 @@ class SequenceParallel:
         return share.flatten(dim - 1, dim).clone()
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Return the whole sequence; `x` is this process's share, and the tokens are dimension `dim`."""
+        """Return the whole sequence, joined from the shares of all processes.
+
+        Args:
+            x: this process's share.
+            dim: dimension of the tokens.
+        """
         share = x.unflatten(dim, (self.clips, -1)).movedim(dim + 1, 0)
         assert len(share) == self._shares[self.rank], "a share of another sequence"
         copies = share.reshape(1, -1).expand(self.size, -1)
@@ -100,7 +106,16 @@ class SequenceParallel:
         return self._to_tokens(out, text, first)
 
     def _to_heads(self, x: Tensor, text: int, first: bool) -> Tensor:
-        """Convert (3, n, heads, own tokens, d) to (3, n, heads / size, all tokens, d)."""
+        """Exchange all heads of this process's tokens for some heads of all tokens.
+
+        Args:
+            x: query, key and value, (3, n, heads, tokens of this process, d).
+            text: number of text tokens.
+            first: True if the text tokens precede the video tokens, False if they follow.
+
+        Returns:
+            (3, n, heads / size, all tokens, d).
+        """
         video, words = _apart(x, text, first)
         video = video.unflatten(3, (self.clips, -1)).unflatten(2, (self.size, -1))
         sent = video.permute(2, 5, 0, 1, 3, 4, 6)  # (size, own tokens of a clip, 3, n, heads, clips, d)
@@ -112,9 +127,15 @@ class SequenceParallel:
         return _together(video, words.chunk(self.size, 2)[self.rank], first)
 
     def _to_tokens(self, x: Tensor, text: int, first: bool) -> Tensor:
-        """Convert (n, heads / size, all tokens, d) to (n, heads, own tokens, d).
+        """Convert attention output from some heads of all tokens to all heads of some tokens.
 
-        Each process sends the text tokens of its heads to all others.
+        Args:
+            x: output for this process's heads, (n, heads / number of processes, all tokens, d).
+            text: number of text tokens.
+            first: True if the text precedes the video.
+
+        Returns:
+            Output for this process's video tokens and for all text tokens, (n, heads, tokens, d).
         """
         video, words = _apart(x, text, first)
         each = video.unflatten(2, (self.clips, -1)).permute(3, 2, 0, 1, 4).split(self._shares)
@@ -145,7 +166,7 @@ class SequenceParallel:
     def split_output(self, module: nn.Module, dim: int) -> None:
         """Add a forward hook, so that a module returns only this process's share of its output.
 
-        The output is a tensor or a tuple of tensors. Its tokens are dimension `dim`.
+        The output is a tensor or a tuple of tensors; `dim` is the dimension of the tokens.
         """
 
         def hook(_: nn.Module, args: Any, out: Any) -> Any:
@@ -163,9 +184,10 @@ class SequenceParallel:
 
 
 class SimulatedSequence(SequenceParallel):
-    """Simulation of the process with the largest share, for estimates on the meta device.
+    """Simulation of one process of sequence parallelism, for memory estimates on the meta device.
 
-    Nothing is exchanged with other processes, so the values of tensors are undefined.
+    The process has the largest share of the sequence. It exchanges nothing with other processes, so the
+    values of tensors are undefined.
     """
 
     def __init__(self, size: int) -> None:
@@ -188,14 +210,20 @@ class _Received(torch.autograd.Function):
 
 
 def _apart(x: Tensor, text: int, first: bool) -> tuple[Tensor, Tensor]:
-    """Split a sequence (..., tokens, d) into video tokens and text tokens."""
+    """Split a sequence (..., tokens, d) into video tokens and text tokens.
+
+    `text` is the number of text tokens; `first` is true if they precede the video tokens.
+    """
     video = x.shape[-2] - text
     parts = x.split([text, video] if first else [video, text], -2)
     return (parts[1], parts[0]) if first else (parts[0], parts[1])
 
 
 def _together(video: Tensor, words: Tensor, first: bool) -> Tensor:
-    """Join video tokens and text tokens to one sequence (..., tokens, d)."""
+    """Concatenate video tokens and text tokens (..., tokens, d) into one sequence.
+
+    If `first`, the text tokens come first.
+    """
     if not words.shape[-2]:
         return video
     return torch.cat([words, video] if first else [video, words], -2)

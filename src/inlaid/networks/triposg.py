@@ -1,12 +1,16 @@
 """Networks of TripoSG and MIDI: the diffusion transformer for shape latents, and the shape VAE.
 
 Li et al. 2025 (https://arxiv.org/abs/2502.06608) and Huang et al. 2025 (https://arxiv.org/abs/2412.03558).
-The code was written from a description; the state dicts match the published files.
+The code is a reimplementation from a description. Its state dicts match the published files.
 
-Differences from usual transformers: An attention head is a slice of the concatenated outputs of `to_q`,
-`to_k` and `to_v` (see `Attention`). The timestep is a token before the latent tokens. Skip connections
-concatenate earlier and current hidden states; a linear layer then halves the width. The network predicts
-data - noise. The VAE decodes to a field that is negative inside the object.
+The networks differ from usual transformers in these points:
+
+- In self-attention, the outputs of `to_q`, `to_k` and `to_v` are concatenated. Each head is a slice of the
+  result (see `Attention`).
+- The timestep is a token before the latent tokens.
+- A skip connection concatenates earlier and current hidden states. A linear layer then halves the width.
+- The network predicts data - noise.
+- The VAE decodes latents to an implicit field, which is negative inside the object.
 """
 
 from __future__ import annotations
@@ -35,11 +39,12 @@ TOKENS = 2048
 
 
 class Attention(nn.Module):
-    """Attention whose heads are slices of the concatenated outputs of `to_q`, `to_k` and `to_v`.
+    """Attention with TripoSG's assignment of channels to heads.
 
-    In self-attention, one slice holds the query, key and value of a head. An adapter on `to_q` alone
-    therefore changes queries, keys and values of some heads, not the queries of all heads. In
-    cross-attention, only the outputs of `to_k` and `to_v` are concatenated.
+    In self-attention, the outputs of `to_q`, `to_k` and `to_v` are concatenated and then split into one slice
+    per head. Each slice contains the query, key and value of its head. An adapter on `to_q` alone therefore
+    changes queries, keys and values of some heads, not the queries of all heads. In cross-attention, only the
+    outputs of `to_k` and `to_v` are concatenated and split in this way.
     """
 
     def __init__(
@@ -70,10 +75,10 @@ class Attention(nn.Module):
         """Compute self-attention, or cross-attention to `context`.
 
         Args:
-            x: (rows, n, width).
-            context: (rows, m, context width); None for self-attention.
-            groups: sizes of groups of consecutive rows; self-attention treats each group as one sequence.
-                None for self-attention within each row.
+            x: input, (rows, n, width).
+            context: (rows, m, context width). None for self-attention.
+            groups: sizes of groups of consecutive rows. Self-attention treats all tokens of a group as one
+                sequence. If None, each row is a separate sequence.
         """
         rows, n, _ = x.shape
         if context is None:
@@ -98,7 +103,17 @@ class Attention(nn.Module):
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[int]) -> Tensor:
-    """Compute self-attention over groups of rows; the rows of a group are concatenated into one sequence."""
+    """Compute self-attention within groups of consecutive rows.
+
+    Args:
+        q: (rows, heads, n, d).
+        k: same shape as `q`.
+        v: same shape as `q`.
+        groups: number of rows of each group. The rows of a group form one sequence.
+
+    Returns:
+        (rows, heads, n, d).
+    """
     assert sum(groups) == len(q), f"groups {list(groups)} do not make {len(q)} rows in total"
 
     def attend(start: int, scenes: int, size: int) -> Tensor:
@@ -153,7 +168,7 @@ class Block(nn.Module):
         skip: Tensor | None = None,
         scales: Sequence[float] = (1.0, 1.0),
     ) -> Tensor:
-        """Run the block on hidden states (rows, n, width).
+        """Run the block on hidden states (rows, n, width). In the denoiser, each row is one object.
 
         Args:
             x: hidden states.
@@ -228,10 +243,10 @@ class TripoSGTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> None:
-        """Load an adapter as in diffusers, and restore the multi-instance blocks that it was trained with.
+        """Load an adapter as in diffusers, and set `multi_instance` to the blocks that it was trained with.
 
-        The blocks are read from the adapter's metadata. If they are not stored there, `multi_instance` is
-        unchanged.
+        In these blocks, the objects of a scene attend to each other. The metadata of a local adapter file
+        lists the blocks. Without this list, `multi_instance` is unchanged.
         """
         path = pretrained_model_name_or_path_or_dict
         if not isinstance(path, Mapping) and Path(path).exists():
@@ -361,9 +376,9 @@ class _Frequencies(nn.Module):
 
 
 class _CrossBlock(nn.Module):
-    """Transformer block of the shape VAE with cross-attention and a feed-forward network.
+    """Block of the shape VAE: cross-attention and a feed-forward network, without self-attention.
 
-    It has no self-attention. The context of the cross-attention is normalized.
+    The context of the cross-attention is normalized.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -452,9 +467,9 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         return torch.cat([mean, logvar.clamp(-30, 20)], -1)
 
     def tokens(self, latents: Tensor) -> Tensor:
-        """Convert latents (b, m, channels) to decoder tokens, which `field` needs.
+        """Convert latents (b, m, channels) to decoder tokens, the input of `field`.
 
-        The tokens are computed once and used for all points.
+        The tokens are the same for all points, so they are computed once.
         """
         x = self.post_quant(latents.to(self.post_quant.weight.dtype))
         for block in list(self.decoder.blocks)[:-1]:
@@ -462,9 +477,14 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
         return x
 
     def field(self, tokens: Tensor, points: Tensor, chunk: int = 50_000) -> Tensor:
-        """Return the field (b, q) at points (b, q, 3): negative inside the object, with arbitrary scale.
+        """Return the implicit field of an object, (b, q), at points (b, q, 3).
 
-        The argument `tokens` is computed by the method `tokens`. `chunk` points are evaluated at a time.
+        The field is negative inside the object. Its scale is arbitrary.
+
+        Args:
+            tokens: result of the method `tokens`.
+            points: coordinates of the points.
+            chunk: number of points that are evaluated at a time.
         """
         out = []
         for part in points.split(chunk, 1):
@@ -475,9 +495,10 @@ class TripoSGVAE(ModelMixin, ConfigMixin):
 
 
 class Field:
-    """Implicit field of one object, as a function of points; `media.meshes.extract` converts it to a mesh.
+    """Implicit field of one object, as a function of points.
 
-    Points (n, 3) give values (n,), which are negative inside the object.
+    `media.isosurface.extract` converts it to a mesh. Points (n, 3) give values (n,), which are
+    negative inside the object.
     """
 
     def __init__(self, vae: TripoSGVAE, latents: Tensor) -> None:
@@ -502,14 +523,14 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 def choose_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the indices of evenly spread points, chosen by farthest point sampling.
+    """Choose evenly spread points by farthest point sampling, and return their indices.
 
     The candidates are 4 * count random points.
 
     Args:
         points: (p, c) with c >= 3; the first three columns are positions.
         count: number of indices.
-        seed: seed of the random candidates; the same for every object of a scene.
+        seed: seed of the random candidates.
     """
     import fpsample
 

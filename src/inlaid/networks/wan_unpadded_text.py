@@ -1,4 +1,4 @@
-"""Cross-attention of Wan for text that is not padded to 512 tokens, with the same result as padded text."""
+"""Cross-attention of Wan for text not padded to 512 tokens. The result is the same as for padded text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ShortText(WanAttnProcessor):
-    """Cross-attention processor of Wan that makes a few zero tokens equivalent to padding to 512 tokens.
+    """Cross-attention processor of Wan for text that is padded to fewer than 512 tokens.
 
     Wan pads text to 512 tokens with zeros, and attends to the padding. All zero tokens have the same key and
     value. Therefore `m` zero tokens have the effect of `n` zero tokens if `log(n / m)` is added to their
@@ -29,15 +29,18 @@ class ShortText(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """Compute cross-attention like `WanAttnProcessor`, but with `bias` as attention mask."""
+        """Compute cross-attention like `WanAttnProcessor`, but with the mask `bias`.
+
+        `attention_mask` is ignored.
+        """
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 
 def allow_short_text(transformer: Any, length: int = 512) -> None:
     """Modify a Wan transformer to accept text with fewer than `length` tokens.
 
-    Shorter text must end with at least one zero token, which represents all missing padding. Text of the full
-    length is processed as usual.
+    Shorter text must end with at least one zero token. Attention weights the zero tokens as if the text were
+    padded with zeros to `length` tokens. Text with `length` tokens is processed as usual.
     """
     processor = ShortText()
 

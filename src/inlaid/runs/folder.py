@@ -169,7 +169,7 @@ class Run:
         return wanted[0]
 
     def keep(self, n: int) -> None:
-        """Delete all checkpoints but the newest n, and the partial checkpoints that a killed run left."""
+        """Delete all partial checkpoints, and all complete checkpoints except the newest `n`."""
         for old in self.checkpoints()[:-n]:
             remove(old)
         sweep(self.folder / "checkpoints")
@@ -188,10 +188,11 @@ class Run:
             yield folder
 
     def check_layout(self) -> None:
-        """Check that the run's folders are folders and its files are regular files, if they exist.
+        """Check the types of the paths that commands write in the run folder.
 
         Raises:
-            ValueError: if the check fails; the message lists all wrong paths.
+            ValueError: if the path of a subfolder exists but is not a folder, or if the path of a file exists
+                but is not a regular file. The message lists all wrong paths.
         """
         wrong = [
             f"{path} is not a folder"
@@ -225,7 +226,10 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl`, without the partial last line that a killed run may leave."""
+    """Return the records of a `metrics.jsonl` file.
+
+    An incomplete last line is ignored; a killed run may leave one. A missing file has no records.
+    """
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -240,9 +244,9 @@ def read_header(path: Path) -> dict[str, str]:
 def open_run(config: recipe.Config, ctx: Context) -> Iterator[Run]:
     """Context manager that holds the lock of a run folder.
 
-    On entry, it checks that the recipe can resume the run. It also deletes temporary files that killed
-    processes left in the run folder and in the cache. It writes only the lock file; `Run.begin` writes the
-    recipe, after all checks of a command have passed.
+    On entry, it checks that the recipe can resume the run. It also deletes temporary files of killed
+    processes from the run folder and the cache. It writes only the lock file. `Run.begin` writes the recipe
+    after all checks of a command have passed.
 
     Raises:
         ValueError: if another process uses the run, if the recipe cannot resume it, or if the folder cannot

@@ -93,7 +93,11 @@ class Context:
 
     @property
     def share(self) -> tuple[int, int]:
-        """Position of this process in data parallelism: (index, number) of the groups that share samples."""
+        """Index of this process's group, and number of groups.
+
+        The processes of a group share each sample (`runtime.sequence`). Different groups get different
+        samples.
+        """
         return self.rank // self.sequence, self.world // self.sequence
 
     @property
@@ -128,10 +132,13 @@ one process encodes, generates samples or saves."""
 
 @contextmanager
 def start_processes(config: recipe.Config) -> Iterator[Context]:
-    """Context manager that joins the process group of a `torchrun` or `accelerate` launch.
+    """Context manager that sets up this process and yields its device, precision and rank.
+
+    In a launch of several processes by `torchrun` or `accelerate`, it also joins their process group.
 
     Raises:
-        ValueError: if the recipe requires another number of processes or a device that this machine lacks.
+        ValueError: if the recipe requires a different number of processes, or if this machine lacks the
+            device that the recipe requires.
         RankLostError: if another process has ended or does not respond.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -164,10 +171,11 @@ def start_processes(config: recipe.Config) -> Iterator[Context]:
 
 
 class Interrupt:
-    """Signal handler that stops a run after the current step, on the first Ctrl-C, SIGTERM or SIGHUP.
+    """Context manager that handles Ctrl-C, SIGTERM and SIGHUP.
 
-    A second Ctrl-C, or a second SIGTERM, stops the run at once. Two different signals do not, because a
-    terminal session that ends may send several kinds of signals to its processes.
+    The first signal stops the run after the current step. A second Ctrl-C, or a second SIGTERM, stops the run
+    at once. Two different signals do not, because the end of a terminal session may send several kinds of
+    signals.
     """
 
     def __init__(self) -> None:

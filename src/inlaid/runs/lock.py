@@ -93,14 +93,17 @@ def _take(path: Path, key: tuple[int, Path]) -> dict[str, Any]:
 
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
-    """Return the error for a run folder to which files cannot be written."""
+    """Return the error to raise if files cannot be written to a run folder."""
     cause = f"the run folder cannot be written ({error.strerror or error})"
     return ValueError(f"{folder}: {cause}; choose another folder (run=...), or free disk space")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """Open a lock file, with exclusive access where the file system supports file locking."""
+    """Context manager that opens a lock file and locks it, if the file system supports file locks.
+
+    If another process has deleted or replaced the file in the meantime, the file is opened again.
+    """
     while True:
         with path.open("a+", encoding="utf-8") as file:
             try:
@@ -131,9 +134,14 @@ def _read(file: TextIO) -> dict[str, Any] | None:
 
 
 def _runs(owner: dict[str, Any], key: tuple[int, Path]) -> bool:
-    """Return True if the process that a lock file names is running.
+    """Return True if the process that holds a lock is still running.
 
-    If it is the current process, return True only if it holds the lock `key`, a pair (process ID, path).
+    A process on another machine counts as ended if it has not updated its lock file for `EXPIRES` seconds.
+
+    Args:
+        owner: content of the lock file.
+        key: process ID of the holder, and path of the lock. If that is the ID of the current process, the
+            holder counts as running only if the current process really holds the lock.
     """
     if owner["host"] != HOST:
         return time.time() - owner["renewed"] < EXPIRES

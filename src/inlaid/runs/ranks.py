@@ -63,7 +63,7 @@ class Watch:
         self._beats: dict[int, bytes] = {}
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start to monitor the other processes in background threads."""
         threading.Thread(target=self._look, name="watch", daemon=True).start()
         if any(p.host != HOST for p in self.peers):
             threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -73,7 +73,10 @@ class Watch:
         self._leaving.set()
 
     def cause(self) -> str | None:
-        """Return the error message about a lost process; None if no loss is detected within a second."""
+        """Return the error message about a lost process; None if no process is found lost within a second.
+
+        A process is lost if it has ended or does not respond.
+        """
         until = time.monotonic() + 4 * INTERVAL
         while self.lost is None and time.monotonic() < until:
             self._check(0)
@@ -91,7 +94,7 @@ class Watch:
             os._exit(1)
 
     def _check(self, seconds: float) -> None:
-        """Check all other processes; `seconds` is the time since the last check."""
+        """Check whether the other processes still run. `seconds` is the time since the last check."""
         for peer in self.peers:
             if peer.host == HOST:
                 ended, silent = process_start(peer.pid) != peer.start, _stopped(peer.pid)
@@ -130,7 +133,7 @@ _WAY_OUT = "This process ends too; run the same command again to resume from the
 
 
 def _stopped(pid: int) -> bool:
-    """Return True if a process of this machine is stopped (SIGSTOP), so that it computes nothing."""
+    """Return True if a process on this machine is suspended, for example by SIGSTOP."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
@@ -139,19 +142,19 @@ def _stopped(pid: int) -> bool:
 
 
 def join(timeout: float) -> Any:
-    """Return a key-value store that only the processes of this launch share.
+    """Return a key-value store that the running processes share, without entries of ended processes.
 
-    `torchrun --max-restarts` reuses its store after a restart, so new processes would read the addresses of
-    processes that have ended (https://github.com/pytorch/pytorch/issues/135712). The restart count cannot
-    distinguish launches, because every machine counts its own restarts. Therefore, each process writes a
-    random ID. Rank 0 replies to each ID with the name of this launch, until every process has confirmed the
-    name. The IDs of ended processes are harmless, because these processes never confirm.
+    After a restart, `torchrun --max-restarts` reuses its store, so the new processes would read the addresses
+    of ended processes (https://github.com/pytorch/pytorch/issues/135712). Therefore, rank 0 chooses a random
+    prefix for the keys. Every other process writes a random ID to the store. Rank 0 answers each ID with the
+    prefix, until all processes have confirmed the prefix. IDs of ended processes are harmless, because ended
+    processes never confirm. The prefix is not the restart count, because each machine counts its restarts.
 
     Args:
-        timeout: seconds to wait for the other processes; at least `JOIN_LEAST` is used.
+        timeout: seconds to wait for the other processes. Values below `JOIN_LEAST` are raised to it.
 
     Raises:
-        RankLostError: if a process of the launch does not join in time.
+        RankLostError: if a process does not join in time.
     """
     import torch.distributed as dist
 
@@ -195,8 +198,8 @@ def watched(rank: int, timeout: float) -> Iterator[None]:
 
     Raises:
         RankLostError: if a collective operation fails because another process is lost. NCCL may hang instead
-            of failing: if this process does not leave the context within `GRACE` seconds of the loss, it
-            prints the message and exits with code 1.
+            of failing. Therefore, this process prints the error and exits with code 1 if it does not leave
+            the context within `GRACE` seconds of the loss.
     """
     import torch.distributed as dist
 

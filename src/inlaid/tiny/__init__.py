@@ -11,7 +11,7 @@ _FOLDERS = {"wan": "wan_t2v", "midi": "midi_scenes"}
 
 
 def path(name: str) -> Path:
-    """Return the folder of a tiny model; `from_pretrained` can load it.
+    """Return the folder of a tiny model, in the file layout of the full model.
 
     Args:
         name: "wan", a Wan 2.1 text-to-video pipeline for 17 frames of 64 x 64; or "midi", a MIDI-3D

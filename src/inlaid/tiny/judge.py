@@ -61,7 +61,7 @@ _SYMMETRY = {"square": 4, "triangle": 3, "cross": 4, "heart": 1, SUBJECT: 5}
 
 @dataclass(frozen=True)
 class _View:
-    """Measurements of a clip that all checks use."""
+    """Measurements of a clip; all checks use them."""
 
     frames: np.ndarray
     """Pixels of the clip, float32 (t, 64, 64, 3) with values 0-255."""
@@ -78,7 +78,7 @@ class _View:
     foreground."""
 
 
-def _neighbours(mask: np.ndarray, steps: int = 1) -> np.ndarray:
+def _neighbors(mask: np.ndarray, steps: int = 1) -> np.ndarray:
     """Dilate a mask by `steps` pixels."""
     for _ in range(steps):
         padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
@@ -107,23 +107,23 @@ def _look(frames: np.ndarray) -> _View:
         level = max(CONTRAST, EDGE * float(np.median(difference[difference > CONTRAST])))
     mask = difference > level
     solid = np.median(difference[mask]) if mask.any() else 1.0
-    matte = _blurred(np.where(_neighbours(mask, 2), np.clip(difference / solid, 0, 1), 0))
+    matte = _blurred(np.where(_neighbors(mask, 2), np.clip(difference / solid, 0, 1), 0))
     area = mask.sum(axis=(1, 2)).astype(np.float64)
     axis = np.arange(SIZE) + 0.5
     with np.errstate(invalid="ignore", divide="ignore"):
         center = np.stack(
             [(mask.sum(axis=1) * axis).sum(1) / area, (mask.sum(axis=2) * axis).sum(1) / area], axis=1
         )
-    return _View(pixels, mask, matte, ~_neighbours(~mask), area, center)
+    return _View(pixels, mask, matte, ~_neighbors(~mask), area, center)
 
 
 # --- color ------------------------------------------------------------------------------------------------
 
 
 def _hues(pixels: np.ndarray) -> np.ndarray:
-    """Return the index of the nearest color in `COLORS` for each of the pixels `(n, 3)`.
+    """Return for each of the `pixels` (n, 3) the index of its color in `COLORS`.
 
-    A pixel of low saturation is white; any other pixel has the color with the nearest hue.
+    A pixel of low saturation counts as white. Any other pixel gets the color with the nearest hue.
     """
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     spread = np.maximum(high - low, 1e-3)
@@ -146,10 +146,10 @@ def _has_color(view: _View, color: str) -> bool:
 
 
 def _has_halves(view: _View, seam: float = 0.0) -> bool:
-    """Return True if the subject's two colors are visible on opposite sides of a line through the shape.
+    """Return True if the subject's two colors are visible on opposite sides of a line.
 
-    The subject is a star with an orange half and a purple half. Pixels within `seam` pixels of the line are
-    ignored.
+    The subject is a star with an orange half and a purple half. The line lies midway between the centroids
+    of the two colors. Pixels within `seam` pixels of the line do not count toward the shares of the colors.
     """
     first, second = (list(COLORS).index(name) for name in SUBJECT_COLORS)
     shares, sides = [], []
@@ -178,9 +178,9 @@ def _has_halves(view: _View, seam: float = 0.0) -> bool:
 
 @functools.cache
 def _template(name: str, hole: float = 0.0) -> tuple[np.ndarray, float, float, float]:
-    """Return a table of the signed distances to a shape of unit radius, and the shape's area and centroid.
+    """Return a grid of signed distances to the shape `name`, and the shape's area and centroid (x, y).
 
-    If `hole` is positive, the shape is a ring with this inner radius.
+    If `hole` is positive, the shape is instead a ring with outer radius 1 and inner radius `hole`.
     """
     table = world.distance_table(name)
     cells = len(table)
@@ -285,7 +285,7 @@ def _has_size(view: _View, scene: Scene) -> bool:
 
 
 def _background(view: _View) -> str:
-    covered = _neighbours(view.mask, 5)
+    covered = _neighbors(view.mask, 5)
     gray = view.frames.mean(axis=-1)
     seen = (~covered).sum(axis=0)
     mean = np.where(covered, 0, gray).sum(axis=0) / np.maximum(seen, 1)
@@ -298,7 +298,7 @@ def _background(view: _View) -> str:
     if flat[free].std() < 4.0:
         return "plain"
     dy, dx = np.gradient(flat)
-    well = ~_neighbours(~free[None])[0]
+    well = ~_neighbors(~free[None])[0]
     xx, yy, xy = (dx * dx)[well].sum(), (dy * dy)[well].sum(), (dx * dy)[well].sum()
     coherence = np.hypot(xx - yy, 2 * xy) / max(xx + yy, 1e-6)
     return "striped" if coherence > 0.5 else "dotted"
@@ -359,9 +359,9 @@ LEAST_AGREEMENT = 0.8
 
 
 def agreement(frames: np.ndarray) -> float:
-    """Return the intersection over union of two foreground masks, one from alpha and one from color.
+    """Return the intersection over union of two foreground masks, one from color and one from alpha.
 
-    Both masks are computed with the same method. A fixed alpha threshold would give a different outline,
+    Both masks are computed with the same method. With a fixed alpha threshold, their outlines would differ,
     because the VAE of the tiny model blurs small shapes.
 
     Args:
@@ -372,5 +372,8 @@ def agreement(frames: np.ndarray) -> float:
 
 
 def judge_alpha(frames: np.ndarray) -> bool:
-    """Return True if alpha and color of a clip have the same foreground; an empty clip gives False."""
+    """Return True if the foreground in alpha and the foreground in color are about the same.
+
+    If both are empty, the result is False.
+    """
     return agreement(frames) >= LEAST_AGREEMENT

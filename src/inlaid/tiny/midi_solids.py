@@ -16,11 +16,11 @@ class Solid:
 
     The meaning of `size` depends on `kind`:
 
-    - box: half of each side length;
-    - sphere: (r,);
-    - cylinder and cone: (r, half of the height);
-    - torus, lying flat: (R, r);
-    - capsule along x: (r, half of the length without the caps).
+    - box: half of the side length along x, y and z;
+    - sphere: (radius,);
+    - cylinder and cone: (radius, half of the height);
+    - torus in the x-z plane: (major radius, minor radius);
+    - capsule along x: (radius, half of the length without the caps).
     """
 
     kind: str
@@ -108,9 +108,9 @@ def _areas(solid: Solid) -> list[float]:
 
 
 def _solid_surface(solid: Solid, n: int, rng: np.random.Generator) -> Array:
-    """Sample points and outward normals (n, 6) uniformly on the surface of a solid.
+    """Sample points uniformly on the surface of a solid; return points and outward normals (n, 6).
 
-    They are in the solid's own coordinates.
+    Both are in the solid's own coordinates.
     """
     s, areas = solid.size, np.array(_areas(solid))
     counts = rng.multinomial(n, areas / areas.sum())
@@ -211,7 +211,7 @@ def bounds(thing: Thing) -> Array:
 
 
 def moved(thing: Thing, scale: float, shift: Sequence[float]) -> Thing:
-    """Return a copy of an object that is scaled by `scale` and then moved by `shift`."""
+    """Return a copy of an object, scaled by `scale` and then moved by `shift`."""
     x, y, z = (scale * p + d for p, d in zip(thing.place, shift, strict=True))
     solids = tuple(
         Solid(s.kind, tuple(scale * v for v in s.size), tuple(scale * v for v in s.offset))  # type: ignore[arg-type]

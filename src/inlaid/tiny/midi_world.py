@@ -1,11 +1,11 @@
 """Synthetic scenes for the tiny MIDI model: colored objects on a floor, with images and exact surfaces.
 
 An object consists of solids with exact signed distances. Images, object IDs and surface points are
-computed with these distances. All functions depend only on their arguments, such as the seed. Tables
-(`SUBJECT`) are not in the training data of the tiny model; the demo trains an adapter for them.
+computed with these distances. All results depend only on the arguments, such as the seed. No scene in the
+training data of the tiny model contains a table. The demo trains an adapter for tables.
 
-The azimuth of the camera is nearly fixed. The coordinate frame of a scene does not rotate with the camera. An
-image therefore determines the positions of objects only if the direction of the camera is known.
+The coordinate frame of a scene does not rotate with the camera, so an image alone does not determine the
+positions of the objects. The azimuth of the camera is therefore nearly fixed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Scene:
 
 
 def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Thing:
-    """Return an object with random proportions; it is about 1 in size and stands on y = 0."""
+    """Return an object with random proportions.
+
+    Its size is about 1 unit. It stands on the plane y = 0.
+    """
 
     def u(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
@@ -87,7 +90,7 @@ def make(kind: str, color: tuple[int, int, int], rng: np.random.Generator) -> Th
 def wild(seed: int | Sequence[int]) -> Thing:
     """Return a random object with a random position and scale, for training the shape VAE.
 
-    It has one of the `KINDS`, or it is a union of several random solids.
+    Its kind is one of `KINDS`, or it is a union of several random solids.
     """
     rng = np.random.default_rng(seed)
     if rng.random() < 0.6:
@@ -109,7 +112,7 @@ def wild(seed: int | Sequence[int]) -> Thing:
 
 
 def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
-    """Return a scene in which objects of the given kinds are placed side by side."""
+    """Return a scene with one object of each given kind, at random places without overlap."""
     names = rng.permutation(list(COLORS))[: len(kinds)]
     side, things, taken = 0.55 * np.sqrt(len(kinds)), [], []
     for kind, name in zip(kinds, names, strict=True):
@@ -127,7 +130,7 @@ def _arrange(kinds: Sequence[str], rng: np.random.Generator) -> Scene:
 
 
 def _framed(things: Sequence[Thing], rng: np.random.Generator) -> Scene:
-    """Center objects, scale them to a longest side of 1.9, and return them with a random camera."""
+    """Return a scene with a random camera. The group of objects is centered, and its longest side is 1.9."""
     every = np.stack([bounds(t) for t in things])
     low, high = every[:, 0].min(0), every[:, 1].max(0)
     scale = LONGEST / float((high - low).max())
@@ -180,7 +183,7 @@ def scenes(seed: int, n: int, *, counts: Sequence[int] = (1, 2, 3, 4), start: in
     """Return random scenes for the tiny model; scene k depends only on `seed`, k and `counts`.
 
     Args:
-        seed: 0 for training, any other value for validation.
+        seed: random seed. The tiny model was trained with seed 0.
         n: number of scenes.
         counts: numbers of objects per scene, used in turn.
         start: index k of the first scene.

@@ -74,7 +74,7 @@ def judge_subject(frames: np.ndarray) -> Verdict:
     error = float(np.abs(alpha - again * 255).mean())
     seen, wanted = alpha >= VISIBLE, again * 255 >= VISIBLE
     overlap = float((seen & wanted).sum() / max(1, (seen | wanted).sum()))
-    inner = glass_side & ~judge._neighbours(~(again > 0.4))
+    inner = glass_side & ~judge._neighbors(~(again > 0.4))
     glass = float(np.median(alpha[inner]) / 255) if inner.any() else float("nan")
     fits = overlap >= LEAST_OVERLAP and error <= MOST_ERROR
     low, high = GLASS_RANGE
@@ -82,22 +82,28 @@ def judge_subject(frames: np.ndarray) -> Verdict:
 
 
 def hard_over_dark(frames: np.ndarray) -> np.ndarray:
-    """Composite the visible pixels of a clip over the dark background; return `uint8 (t, h, w, 3)`."""
+    """Composite a clip over a dark background without blending, and return `uint8 (t, h, w, 3)`.
+
+    A pixel keeps its color if its alpha is at least `VISIBLE`. Otherwise, it gets the background color.
+    """
     ground = np.array(BACKDROP, dtype=np.uint8)
     return np.where(frames[..., 3:] >= VISIBLE, frames[..., :3], ground)
 
 
 @functools.cache
 def _template() -> tuple[np.ndarray, float, float, float]:
-    """Return a table of the signed distances to the star of unit radius, and its area and centroid."""
+    """Return a table of signed distances to a star of unit radius, and the area and centroid of the star."""
     return judge._template(SUBJECT)
 
 
 def rerender(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Render the subject to fit a clip; return its alpha, and a mask of its semi-transparent half.
+    """Render the subject (a two-colored star) in each frame with the pose that fits a clip best.
 
-    The alpha is `(t, 64, 64)` in [0, 1]. Position and size are taken from the clip's visible pixels. The
-    angle is the multiple of 5 degrees with the smallest alpha error.
+    Position and size are computed from the visible pixels of the clip. The angle is the multiple of 5 degrees
+    with the smallest alpha error.
+
+    Returns:
+        Alpha of the rendering, `(t, 64, 64)` in [0, 1], and a mask of its semi-transparent half.
     """
     table, unit, cx, cy = _template()
     axis = np.arange(SIZE) + 0.5
@@ -128,5 +134,5 @@ def judge_world(frames: np.ndarray, scene: Scene) -> bool:
     """
     stated = replace(scene, background=None)
     shown = judge.judge_scene(hard_over_dark(frames), stated)["all"]
-    around = ~judge._neighbours(frames[..., 3] >= VISIBLE, 4)
+    around = ~judge._neighbors(frames[..., 3] >= VISIBLE, 4)
     return bool(shown and around.any() and frames[..., 3][around].mean() <= 8)

@@ -54,7 +54,10 @@ class Clip:
 
 
 def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Compute the alpha of an object in [0, 1] from the signed distances to its outline, in pixels."""
+    """Return the alpha of an object, in [0, 1].
+
+    `distance` is the signed distance of each pixel to the object's outline, in pixels, negative inside.
+    """
     sharp = np.clip(0.5 - distance, 0, 1)
     if material == "glass":
         body, rim = rng.uniform(0.3, 0.7), rng.uniform(1.5, 2.5)
@@ -68,7 +71,10 @@ def _matte(material: str, distance: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _distance(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Look up the signed distances at coordinates (u, v) in `table`, with extrapolation beyond its edge."""
+    """Look up the signed distances at coordinates (u, v) in `table`.
+
+    Distances beyond the edge of the table are extrapolated.
+    """
     outside = np.hypot(*(np.maximum(np.abs(each) - TABLE_EXTENT, 0) for each in (u, v)))
     return world.look_up(table, u, v) + outside
 
@@ -103,7 +109,7 @@ def render(scene: Scene, seed: int, material: str = "solid") -> np.ndarray:
     Args:
         scene: scene to render.
         seed: determines positions, small variations, and all values that are None in the scene.
-        material: one of `MATERIALS`; ignored for the subject.
+        material: one of `MATERIALS`; ignored if the shape is the `zorble`.
     """
     rng = world._generator(scene, seed)
     full = world._settle(scene, rng)
@@ -174,9 +180,10 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[Clip]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts for the subject, a two-colored star, each with its scene.
+    """Return prompts for the subject, a two-colored star, each with the scene that it describes.
 
-    They are worded differently from the captions of its training clips.
+    The scenes are those of the training clips. The wording is random, and usually not that of a training
+    caption.
     """
     return [(caption(s, seed * 7919 + 101 + k), s) for k, s in enumerate(_scenes(n))]
 
@@ -247,9 +254,10 @@ def _wild_matte(rng: np.random.Generator, path: _Path, u: np.ndarray, v: np.ndar
 
 
 def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
-    """Render a shape whose two halves have different colors and random alpha: `uint8 (frames, 64, 64, 4)`.
+    """Render a shape with two halves: `uint8 (frames, 64, 64, 4)`.
 
-    The shape is never a five-pointed star, because the subject is one.
+    The halves have different colors, and the alpha of each half is random. The shape is never a five-pointed
+    star, because the demo trains this star as a new subject.
     """
     rng = np.random.default_rng([seed, 61])
     path = world._wild_path(rng, frames)
@@ -274,13 +282,14 @@ def halves(seed: int, frames: int = FRAMES) -> np.ndarray:
 def training(seed: int, frames: int = FRAMES, share: float = 0.0) -> np.ndarray:
     """Render a random training clip for the RGBA VAE.
 
-    Half of the clips show random objects (`wild`). Most others show one shape, as in `render`; a few are
-    fully opaque or empty.
+    With probability `share`, the clip shows a shape whose halves differ in color and alpha (`halves`). Half
+    of the other clips show random objects (`wild`). Most of the rest show one shape, as in `render`. A few
+    are fully opaque or empty.
 
     Args:
         seed: determines the clip.
         frames: number of frames.
-        share: probability that the clip is made by `halves` instead.
+        share: probability from 0 to 1.
     """
     rng = np.random.default_rng([seed, 47])
     kind = rng.random()

@@ -82,8 +82,7 @@ class Scene:
     color: str | None
     """Color of the object: one of `COLORS`. None for the subject, whose colors are fixed."""
     motion: str
-    """Motion of the object: one of `MOTIONS`. Circles and rings never spin, because the rotation would be
-    invisible."""
+    """Motion of the object: one of `MOTIONS`. Circles and rings never spin: it would be invisible."""
     size: str | None = None
     """Size of the object: one of `SIZES`. For the motion "grow", it is the size at the end."""
     background: str | None = None
@@ -135,9 +134,9 @@ def polygon_distance(vertices: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.n
 
 @functools.lru_cache(maxsize=256)
 def distance_table(name: str, points: int = 5, inner: float = 0.48) -> np.ndarray:
-    """Return a table `(512, 512)` of the signed distances to an outline of unit radius.
+    """Return a table `(512, 512)` of signed distances to the outline of a shape; negative inside.
 
-    Rows and columns of the table are y and x coordinates in [-1.6, 1.6].
+    Rows are y and columns are x, both from -1.6 to 1.6. The radius of the shape is about 1.
 
     Args:
         name: one of `SHAPES`, `SUBJECT`, or "star".
@@ -169,7 +168,10 @@ class _Path:
     angle: np.ndarray
 
     def local(self, stretch: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the object coordinates of all pixels, as two arrays `(frames, 64, 64)`."""
+        """Return the coordinates of all pixels relative to the object, as two arrays `(frames, 64, 64)`.
+
+        Center and axes are those of the object. The unit is its radius; along x, radius * `stretch`.
+        """
         pixels = np.arange(SIZE, dtype=np.float32) + 0.5
         dx = pixels[None, None, :] - self.x[:, None, None].astype(np.float32)
         dy = pixels[None, :, None] - self.y[:, None, None].astype(np.float32)
@@ -211,14 +213,14 @@ def is_reserved(shape: str, color: str, motion: str) -> bool:
 
 @functools.cache
 def triples(validation: bool) -> tuple[tuple[str, str, str], ...]:
-    """Return all (shape, color, motion) combinations of the validation split or of the training split."""
+    """Return all (shape, color, motion) combinations of the validation split (True) or the training split."""
     every = itertools.product(SHAPES, COLORS, MOTIONS)
     visible = (t for t in every if not (t[2] == "spin" and t[0] in _ROUND))
     return tuple(t for t in visible if is_reserved(*t) == validation)
 
 
 def scenes(seed: int, n: int, *, validation: bool = False) -> list[Scene]:
-    """Return `n` random scenes; some have no size or background, so that their captions omit these."""
+    """Return `n` random scenes of one split; in some scenes, size or background is None (see `Scene`)."""
     rng = np.random.default_rng([seed, 11, validation])
     pool = triples(validation)
     drawn = []
@@ -235,13 +237,13 @@ def _generator(scene: Scene, seed: int) -> np.random.Generator:
 
 
 def _settle(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene with size and background chosen at random where they are None."""
+    """Return the scene with a random size if its size is None; likewise for its background."""
     size, background = str(rng.choice(list(SIZES))), str(rng.choice(BACKGROUNDS))
     return replace(scene, size=scene.size or size, background=scene.background or background)
 
 
 def _backdrop(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Return a static background image of a given kind, float `(64, 64, 3)`."""
+    """Return a background image, float (64, 64, 3) in [0, 255]; `kind` is plain, striped or dotted."""
     tint = _TINTS[rng.integers(len(_TINTS))] * rng.uniform(0.92, 1.08)
     lighter = np.minimum(tint * 1.2 + 14, 118)
     pixels = np.arange(SIZE, dtype=np.float32) + 0.5
@@ -281,7 +283,7 @@ def render(scene: Scene, seed: int) -> np.ndarray:
 
     Args:
         scene: scene to render.
-        seed: determines positions, tints, small variations, and all values that are None in the scene.
+        seed: determines positions, tints, small variations, and the size and background if these are None.
 
     Returns:
         `uint8 (17, 64, 64, 3)`.
@@ -290,7 +292,7 @@ def render(scene: Scene, seed: int) -> np.ndarray:
 
 
 def render_with_mask(scene: Scene, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render a scene; return the clip and the shape's coverage, `float32 (17, 64, 64)` in [0, 1]."""
+    """Render a scene. Return the clip and the alpha of the shape, `float32 (17, 64, 64)` in [0, 1]."""
     rng = _generator(scene, seed)
     full = _settle(scene, rng)
     path, table = _world_path(full, rng), distance_table(full.shape)
@@ -348,8 +350,7 @@ def _pattern(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, softness: f
 def _wild_backdrop(rng: np.random.Generator, frames: int, tame: bool) -> np.ndarray:
     """Return a random background `(frames, 64, 64, 3)` for clips with random objects.
 
-    It is one color, noise, a pattern that may drift, or one of `BACKGROUNDS`. If `tame` is true, it is always
-    one of `BACKGROUNDS`.
+    It is one color, noise, a pattern that may drift, or one of `BACKGROUNDS` (always if `tame` is true).
     """
     kind = rng.integers(5)
     if kind == 0 or tame:
@@ -389,7 +390,8 @@ def wild(seed: int, frames: int = FRAMES, *, tame: bool = False) -> tuple[np.nda
         tame: use one of `BACKGROUNDS` instead of any random background.
 
     Returns:
-        Frames, `uint8 (frames, 64, 64, 3)`, and the coverage of all objects, `float32 (frames, 64, 64)`.
+        Frames, `uint8 (frames, 64, 64, 3)`, and the share of each pixel that objects cover, `float32
+        (frames, 64, 64)`.
     """
     rng = np.random.default_rng([seed, 41])
     canvas = _wild_backdrop(rng, frames, tame)
@@ -506,7 +508,7 @@ def invented_word(rng: np.random.Generator) -> str:
 
 
 def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
-    """Return a sentence with `noun`, the motion and, if set, the background."""
+    """Return a sentence that describes the motion of `noun`, and the background if the scene sets one."""
     if scene.motion in _OTHER:
         action = str(rng.choice(_OTHER[scene.motion]))
     else:
@@ -518,10 +520,10 @@ def _phrase(scene: Scene, noun: str, rng: np.random.Generator) -> str:
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """Return a caption of a scene in one of several wordings.
+    """Return a caption of a scene in a random wording.
 
     It mentions shape and motion. It mentions color, size and background only if the scene sets them. One in
-    five captions contains an invented word, but captions of the subject contain none.
+    five captions contains an invented word, but not if the shape is `SUBJECT`.
     """
     rng = np.random.default_rng([seed, 23, zlib.crc32(repr(scene).encode())])
     words = [w for w in (scene.size, scene.color, scene.shape) if w]
@@ -537,17 +539,16 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def vague_caption(scene: Scene, seed: int) -> str:
-    """Return a caption of a scene with an invented noun instead of color and shape.
+    """Return a caption that calls the object of a scene by an invented noun, without its color and shape.
 
-    In training, such captions occur with all objects, so that the noun does not stand for any particular
-    object.
+    In training, all objects get such captions, so an unknown noun stands for no particular object.
     """
     rng = np.random.default_rng([seed, 29, zlib.crc32(repr(scene).encode())])
     return _phrase(scene, "a " + " ".join(w for w in (scene.size, invented_word(rng)) if w), rng)
 
 
 def vocabulary() -> list[str]:
-    """Return all words that captions can contain, sorted, except invented words and `SUBJECT`."""
+    """Return a sorted list of the words in captions. Invented words and `SUBJECT` are left out."""
     texts = [*_FORMS, *_MOVES, *_VERTICAL, *itertools.chain(*_OTHER.values()), *_BACK, *_NAMED]
     words = [w for text in texts for w in text.replace(",", " ").split() if "{" not in w]
     return sorted({*words, "upwards", "downwards", *SHAPES, *COLORS, *SIZES, *DIRECTIONS, *BACKGROUNDS})
@@ -564,7 +565,7 @@ def world_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
 
 
 def _subject_scenes(validation: bool) -> list[Scene]:
-    """Return scenes of the subject (a star), one for each training combination or validation combination."""
+    """Return scenes of the subject (a star) in each combination of motion, size and background of a split."""
     kept = []
     for m, motion in enumerate(MOTIONS):
         for s, size in enumerate(SIZES):
@@ -576,9 +577,10 @@ def _subject_scenes(validation: bool) -> list[Scene]:
 
 
 def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
-    """Render training clips of the subject (a star); return pairs (`uint8 (17, 64, 64, 3)`, caption).
+    """Render training clips of the subject (a star), and return pairs (clip, caption).
 
-    The first 16 clips cover all training combinations of motion, size and background.
+    A clip is uint8 (17, 64, 64, 3). The first 16 clips cover all combinations of motion, size and background
+    that occur in training.
     """
     pool = _subject_scenes(validation=False)
     chosen = [pool[k % len(pool)] for k in range(n)]
@@ -588,9 +590,9 @@ def subject_clips(n: int = 16, seed: int = 0) -> list[tuple[np.ndarray, str]]:
 
 
 def subject_prompts(n: int = 20, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return prompts for the subject (a star), each with its scene.
+    """Return `n` pairs of a prompt and its scene, with a star as the subject.
 
-    Their combinations of motion, size and background do not occur in training.
+    The scenes have combinations of motion, size and background that do not occur in training.
     """
     pool = _subject_scenes(validation=True)
     order = np.random.default_rng([seed, 31]).permutation(len(pool))

@@ -30,7 +30,11 @@ def cautions(config: recipe.Config, denoiser: nn.Module, selected: list[str]) ->
 
 
 def length_cautions(config: recipe.Config, steps: int) -> list[str]:
-    """Return warnings about the number of optimizer steps of a recipe, which `check` and `train` print."""
+    """Return warnings about the number of optimizer steps.
+
+    There is a warning if the warmup lasts for all steps, or if the run already has a checkpoint with more
+    steps.
+    """
     found, optim = [], config.optim
     if optim.warmup >= steps:
         found.append(
@@ -51,9 +55,9 @@ def length_cautions(config: recipe.Config, steps: int) -> list[str]:
 
 
 def _over_width(tuner: recipe.LowRank | recipe.Full, denoiser: nn.Module, selected: list[str]) -> list[str]:
-    """Warn if the rank of LoRA or DoRA exceeds the smaller dimension of a layer's weight matrix.
+    """Return a warning if the rank of LoRA or DoRA exceeds the smaller dimension of a layer's weight matrix.
 
-    The result is a list with one warning, or an empty list if there is no such layer.
+    The list is empty if there is no such layer.
     """
     if not isinstance(tuner, recipe.LowRank) or tuner.kind not in ("lora", "dora"):
         return []

@@ -119,7 +119,10 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_fingerprint(folder: Path) -> Fingerprint:
-    """Load the fingerprint of the data from a checkpoint; call `verify` first."""
+    """Load the fingerprint of the training data (`Fingerprint`) from a checkpoint folder.
+
+    The file is not verified here; call `verify` first.
+    """
     return json.loads((folder / DATA).read_text("utf-8"))
 
 

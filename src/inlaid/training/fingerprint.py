@@ -24,14 +24,14 @@ SHOWN = 5
 def fingerprint(
     plan: Plan, store: Cache, sources: Sequence[recipe.Source], planned: Fingerprint | None = None
 ) -> Fingerprint:
-    """Return the fingerprint of the clips that a run uses.
+    """Return the fingerprint of the clips that a run uses: JSON values that identify the clips.
 
     Args:
         plan: training and validation windows (clips or parts of clips) of the run.
         store: cache, which also stores the content hashes of files.
         sources: the recipe's `data.sources`.
-        planned: fingerprint from before the clips were encoded. Its clips that are not in `plan` are listed
-            as `excluded`.
+        planned: fingerprint of all planned clips, computed before they were encoded. Clips that are in it but
+            not in `plan` are listed as `excluded`.
     """
     out: list[dict[str, Any]] = [{"path": source.path, "clips": {}} for source in sources]
     for split, windows in (("training", plan.train), ("validation", plan.validation)):
@@ -50,13 +50,13 @@ def fingerprint(
 
 
 def differences(old: Fingerprint, new: Fingerprint, *, encoded: bool = True) -> list[str]:
-    """Return messages about changes of the data, one per source and kind of change.
+    """Return messages about changed data: one message per data source and kind of change.
 
     Args:
         old: fingerprint in a checkpoint.
         new: fingerprint of the current data.
-        encoded: True if all clips in `new` have been encoded. If False, clips that `old` lists as `excluded`
-            are ignored.
+        encoded: True if all clips in `new` have been encoded. If False, clips that could not be encoded for
+            `old` are ignored.
     """
     ignored = () if encoded else old["excluded"]
     out = []

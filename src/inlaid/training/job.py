@@ -1,4 +1,4 @@
-"""Training job: the state of a run in memory, and its preparation from a recipe."""
+"""Training job: the state of a run in memory, and functions that prepare it from a recipe."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ class Job:
     def sample(self, step: int) -> None:
         """Generate samples from the sample prompts, with the EMA weights if there is an EMA.
 
-        Only the main process generates, unless weights are sharded or processes share a sequence: then all
-        processes take part.
+        All processes take part if weights are sharded, or if processes share a sequence (sequence
+        parallelism). Otherwise, only the main process generates.
         """
         if self.ctx.main or self.strategy.sharded:
             if self._pipeline is None:
@@ -373,10 +373,10 @@ def prepare(config: recipe.Config, ctx: Context, run: Run) -> Job:
 
 
 def check_recipe(config: recipe.Config, ctx: Context, family: families.Family) -> Trained:
-    """Check a recipe without reading its data, and return the interface to its trained weights (`Trained`).
+    """Check a recipe without reading its data, and return the interface to the trained weights.
 
     Raises:
-        ValueError: if the device does not support the recipe, a package is missing, or a pattern in
+        ValueError: if the device does not support the recipe, a required package is missing, or a pattern in
             `tuner.targets` matches nothing.
     """
     wrong = memory.problems(config, ctx.device, ctx.precision)

@@ -50,15 +50,15 @@ def problems(config: recipe.Config, device: torch.device, precision: torch.dtype
 def enable_checkpointing(
     denoiser: nn.Module, which: bool | int | Literal["attention"], store: Store | None = None
 ) -> None:
-    """Enable gradient checkpointing. The gradients do not change, bit for bit.
+    """Enable gradient checkpointing. The gradients stay bit-identical.
 
     Args:
         denoiser: network; changed in place.
         which: True to checkpoint every block, n to checkpoint every n-th block. A checkpointed block stores
             only its input, and repeats its forward pass in the backward pass. Other blocks store all
-            activations. With "attention", every block is checkpointed, but stores the results of attention
-            over video tokens and does not compute them again.
-        store: store for the results of attention, if activations are offloaded.
+            activations. "attention" checkpoints every block, but stores the outputs of attention layers
+            with at least `KEPT_TOKENS` keys, so that these are not computed again.
+        store: store for these outputs, if activations are offloaded.
     """
     index = {id(block): i for i, block in enumerate(blocks(denoiser).values())}
     every = 1 if which == "attention" else int(which)
@@ -97,7 +97,10 @@ def _is_kept(func: Any, args: Sequence[Any]) -> bool:
 
 
 class _Recording(TorchDispatchMode):
-    """Torch dispatch mode that stores the results of attention in a list, or in a store and their tickets."""
+    """Torch dispatch mode that stores the results of attention over video tokens in a list.
+
+    If activations are offloaded, large results are in a store, and the list contains their tickets.
+    """
 
     def __init__(self, box: list[Any], store: Store | None) -> None:
         super().__init__()
@@ -116,10 +119,10 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    """Torch dispatch mode that takes the results of attention from a list instead of computing them.
+    """Torch dispatch mode that returns stored results of attention instead of computing them.
 
     Raises:
-        ValueError: if a result was changed in place, or was used by an earlier backward pass.
+        ValueError: if a stored result was changed in place, or if a second backward pass needs the results.
     """
 
     def __init__(self, box: list[Any]) -> None:
@@ -158,8 +161,10 @@ class _Replaying(TorchDispatchMode):
 
 
 def keep_attention(store: Store | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return context managers for a block's forward pass and its recomputation (`torch.utils.checkpoint`).
+    """Return two context managers for `torch.utils.checkpoint`, so that attention is not computed again.
 
+    The first stores the results of attention in the forward pass of a block. The second takes the stored
+    results when the block is recomputed. Attention over fewer than `KEPT_TOKENS` keys is computed again.
     torch's `create_selective_checkpoint_contexts` is not used, because its stored tensors cannot be moved.
 
     Args:
@@ -219,7 +224,7 @@ class Offloaded(torch.optim.Optimizer):
             there.copy_(here, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Free the gradients on the device; the next step overwrites the CPU copies."""
+        """Free the gradients on the device. The CPU copies are kept until the next step overwrites them."""
         for there in self.there:
             there.grad = None
 
@@ -228,7 +233,7 @@ class Offloaded(torch.optim.Optimizer):
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the wrapped optimizer, and copy the parameters from the device to the CPU again.
+        """Load the state of the wrapped optimizer, and update the CPU copies of the parameters.
 
         The parameters on the device must be restored before this call.
         """
@@ -240,8 +245,8 @@ def compile_blocks(denoiser: nn.Module, backend: str = "inductor") -> None:
     """Compile each repeated block of the network as one full graph; a graph break is an error.
 
     The first input shape is compiled with static sizes. The second shape is compiled with dynamic sizes, and
-    all later shapes reuse this graph. A run with several clip sizes therefore compiles twice, plus once for
-    validation and once for samples.
+    all later shapes reuse this graph. Validation and sampling run without gradients, so each of them compiles
+    once more.
     """
     import torch._dynamo.config as dynamo
 

@@ -60,15 +60,13 @@ class Meters:
         """Check that all sample losses and gradient norms since the last `flush` are finite.
 
         Raises:
-            ValueError: if a value is not finite; the message contains the first such step and, for a loss,
-                the names of the clips.
+            ValueError: if a value is not finite. The message contains the first step with such a value, and
+                the names of the clips whose loss is not finite.
         """
-        bad = []
+        bad = [(s, "") for s, n in self._norms if not bool(torch.isfinite(n))]
         for step, losses, names in self._losses:
             finite = torch.isfinite(losses["loss"]).tolist()
             bad += [(step, n) for n, ok in zip(names, finite, strict=True) if not ok]
-        if not bad:
-            bad = [(s, "") for s, n in self._norms if not bool(torch.isfinite(n))]
         if bad:
             first = min(s for s, _ in bad)
             clips = sorted({n for s, n in bad if s == first and n})
@@ -82,10 +80,10 @@ class Meters:
             )
 
     def flush(self, step: int, **more: float) -> dict[str, float]:
-        """Write the mean metrics since the last call, and return the written values by name.
+        """Write the metrics since the last call, and return the written values by name.
 
-        The metrics are the losses, the gradient norm, the seconds per step, and the values in `more`. Losses
-        are averaged over all processes, so all processes must call this method.
+        The metrics are the mean losses, the mean gradient norm and the seconds per step. The values in `more`
+        are added unchanged. Losses are averaged over all processes, so all processes must call this method.
         """
         names = list(self._losses[0][1]) if self._losses else ["loss"]
         sums = torch.zeros(len(names) + 1, device=self.ctx.device)
@@ -151,7 +149,7 @@ def _tracker(name: str, run: Run, settings: dict[str, Any], start: int) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated CUDA memory, or on other devices the resident set size."""
+    """Return the peak memory in bytes: allocated GPU memory on CUDA, else resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -89,7 +89,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Update the EMA with the weights after optimizer step `step`."""
+        """Update the EMA with `weights` after an optimizer step.
+
+        `step` is the number of the optimizer step. The decay is lower in the first steps.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.weights.items():
             average.lerp_(weights[name].detach(), 1 - decay)

@@ -4,8 +4,9 @@ The training loop, the tuners and the optimizer are independent of the strategy.
 tensors under the same names in every mode, so a run can resume in another mode or in a single process.
 
 With `runtime.sequence: n`, groups of n consecutive processes share each sample. Every process of a group
-computes the loss of the whole sample. Its gradients come from its own tokens only, and are multiplied by n.
-Each strategy averages gradients over all processes, so the result is the mean over groups.
+computes the loss of the whole sample, and a part of the gradients. The parts add up to n times the gradients,
+because the backward pass adds the losses of all n processes. Each strategy averages gradients over all
+processes, so the result is the mean over groups.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class Replicated:
         self.sharded = self.sharded or ctx.sequence > 1
 
     def split_sequence(self, family: Family, denoiser: nn.Module) -> None:
-        """Split the tokens of each sample over the processes that share it, as `runtime.sequence` sets.
+        """Make the denoiser split the tokens of each sample over `runtime.sequence` processes.
 
-        All processes must call this method, after adapters are attached and before blocks are compiled.
+        All processes must call this method. It must be called after adapters are attached, and before blocks
+        are compiled.
         """
         if self.ctx.sequence > 1:
             group: Any = dist.new_subgroups(self.ctx.sequence, timeout=COLLECTIVE_TIMEOUT)[0]
@@ -60,7 +62,10 @@ class Replicated:
     def own(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return the network for the training step, and this process's shards of the trained weights."""
+        """Return the network for the training step, and the trained weights that this process stores.
+
+        With FSDP and ZeRO-3, each process stores only a shard of every trained weight.
+        """
         return denoiser, parameters
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -88,8 +93,8 @@ class Replicated:
     def _average(self, parameters: Sequence[Tensor]) -> None:
         """Average gradients over processes, once after the last micro-batch of a step.
 
-        `DistributedDataParallel` is not used: adapters are small, so overlapping communication with the
-        backward pass gains nothing, and a wrapper would interfere with parameter names, gradient
+        `DistributedDataParallel` is not used. Adapters are small, so there is no benefit from communication
+        during the backward pass. The wrapper would change parameter names, and interfere with gradient
         checkpointing and compilation.
         """
         if self.ctx.world == 1:
@@ -135,9 +140,8 @@ class Replicated:
 class FSDP(Replicated):
     """Strategy for `fsdp` (FSDP2): each process holds a shard of every weight, gradient and optimizer moment.
 
-    The weights of a block are gathered while the block runs. Frozen weights are sharded too. They may be
-    bfloat16 while trained weights are float32, because only gradients need a common dtype, and frozen weights
-    have no gradients.
+    The weights of a block are gathered while the block runs. Frozen weights are sharded too. Frozen weights
+    may be bfloat16 although trained weights are float32: a common dtype is required only for gradients.
     """
 
     sharded = True
@@ -171,7 +175,7 @@ class FSDP(Replicated):
     ) -> Tensor:
         """Clip the gradients and run the optimizer step; see `Replicated.step`.
 
-        The gradient norm includes all shards.
+        The returned gradient norm includes all shards.
         """
         return gather_whole(super().step(optimizer, parameters, clip))
 
@@ -179,7 +183,7 @@ class FSDP(Replicated):
         """Do nothing: the backward pass has already averaged the gradients."""
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather the tensors one at a time in CPU memory of the main process; see `Replicated.gather`."""
+        """Gather the tensors one by one, and move them to CPU memory; see `Replicated.gather`."""
         out = {}
         for name, tensor in held.items():
             value = gather_whole(tensor.detach())
@@ -212,11 +216,11 @@ class FSDP(Replicated):
 
 
 class Zero(Replicated):
-    """Strategy for `zero2` and `zero3` (DeepSpeed): shards gradients and moments, and in ZeRO-3 also weights.
+    """Parallelism with DeepSpeed: `runtime.parallel` is `zero2` or `zero3`.
 
-    DeepSpeed's optimizer keeps flat copies of the trained weights; `scatter` also updates these. Gradients
-    are reduced after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its
-    dtype.
+    Gradients and optimizer state are sharded; `zero3` also shards the weights. DeepSpeed's optimizer keeps
+    flat copies of the trained weights, so `scatter` updates the weights and the copies. Gradients are reduced
+    after each micro-batch. DeepSpeed's precision settings are not used: every weight keeps its dtype.
     """
 
     def __init__(self, ctx: Context, config: recipe.Config) -> None:
@@ -268,7 +272,7 @@ class Zero(Replicated):
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.ctx.device)
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather unsharded tensors in the main process; see `Replicated.gather`."""
+        """Return the unsharded tensors in the main process; see `Replicated.gather`."""
         if self.stage == 2:  # weights are views of one tensor; safetensors needs separate tensors
             return {n: t.clone() for n, t in super().gather(held).items()}
         out = {}
@@ -392,7 +396,7 @@ def group_tensors(parameters: Sequence[Tensor], most: int = 1 << 26) -> Iterator
 
 
 def problems(config: recipe.Config, world: int, precision: torch.dtype) -> list[str]:
-    """Return an error message for each setting that the mode `runtime.parallel` does not support."""
+    """Return an error message for each setting that does not fit `runtime.parallel` or the process count."""
     mode, out = config.runtime.parallel, []
     sequence, shard_size = config.runtime.sequence, config.runtime.shard_size
     if world % sequence:

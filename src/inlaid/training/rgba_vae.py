@@ -1,4 +1,7 @@
-"""Training of an RGBA VAE, which encodes color and alpha in one latent: trainable weights, loss and files."""
+"""Training of an RGBA VAE: trainable weights, loss and files.
+
+An RGBA VAE encodes the color and alpha of a clip in one latent.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,10 @@ class TrainedRgbaVae:
         return [n for n, _ in network.named_parameters() if n.startswith(trained)]
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:
-        """Make the selected weights trainable, in float32, and return them by name.
+        """Make the selected weights trainable and return them by name.
 
-        Unless `rgba_vae.init_from` is set, the merge block and both decoders are initialized first.
+        They are converted to float32. If `rgba_vae.init_from` is not set, the trained parts of the RGBA VAE
+        are initialized first.
         """
         vae: Any = network
         if self.section.init_from is None:
@@ -56,7 +60,10 @@ class TrainedRgbaVae:
         return {n: p for n, p in network.named_parameters() if n in chosen}
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors of the merge block and of both decoders by name, including frozen tensors."""
+        """Return all tensors by name except those of the base VAE, including frozen tensors.
+
+        They belong to the merge block and to the decoder's low-rank updates for color and alpha.
+        """
         return {n: p for n, p in network.named_parameters() if not n.startswith("vae.")}
 
     def save(
@@ -81,7 +88,7 @@ class TrainedRgbaVae:
         )
 
     def step(self, precision: AbstractContextManager[Any]) -> RgbaVaeStep:
-        """Return the training step; `precision` is the context manager in which it computes.
+        """Return the training step, which computes in the context manager `precision`.
 
         Raises:
             ValueError: if the perceptual network cannot be loaded.
@@ -120,7 +127,7 @@ def _backgrounds(section: recipe.RgbaVae) -> Sequence[Sequence[float]]:
 
 @dataclass(frozen=True)
 class RgbaVaeStep:
-    """Training step of an RGBA VAE: `RgbaLoss` with random background colors in each micro-batch."""
+    """Training step of an RGBA VAE. Background colors are chosen at random for each micro-batch."""
 
     loss: RgbaLoss
     anchor: float = 0.0
@@ -140,15 +147,15 @@ class RgbaVaeStep:
         *,
         quiet: bool = False,
     ) -> RgbaVaeStep:
-        """Create the training step of a recipe.
+        """Create the training step from the recipe.
 
         Args:
             section: the `rgba_vae` section of the recipe.
             precision: context manager in which the step computes. Default: no autocast.
-            quiet: do not print the note that loss terms are disabled.
+            quiet: do not print a note if `perceptual: none` disables loss terms.
 
         Raises:
-            ValueError: if the file of the perceptual network cannot be loaded.
+            ValueError: if the VGG16 weights cannot be loaded.
         """
         from inlaid.alpha.rgba_vae import perceptual_file
 
@@ -166,10 +173,10 @@ class RgbaVaeStep:
         return cls(loss, *weights, _backgrounds(section), precision)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch in the format of `Step`.
+        """Return the losses of a micro-batch, as described in `Step`.
 
-        The loss is computed per batch, not per sample: `losses` and every `loss_NAME` repeat the batch mean n
-        times.
+        The losses are computed for the whole micro-batch, so all samples have the same values in `losses` and
+        in each `loss_NAME`.
         """
         if isinstance(self.loss.perceptual, nn.Module):
             self.loss.perceptual.to(batch.latents.device)

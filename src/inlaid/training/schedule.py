@@ -12,7 +12,10 @@ from inlaid.config.values import epochs
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and intervals of a run in steps. Intervals can be fractions: epochs can end within a step."""
+    """Length of a run, and intervals of checkpoints, validations and samples, in optimizer steps.
+
+    Intervals can be fractions, because an epoch can end within an optimizer step.
+    """
 
     steps: int
     """Number of optimizer steps."""
@@ -32,12 +35,12 @@ class Schedule:
         return _due(step, self.validate)
 
     def samples(self, step: int) -> bool:
-        """Return True if samples are due after a step."""
+        """Return True if videos or scenes must be generated after a step."""
         return self.sample is not None and _due(step, self.sample)
 
 
 def make_schedule(config: recipe.Config, batches: int, per_step: int) -> Schedule:
-    """Return the length and intervals of a run in steps.
+    """Return the number of steps of a run, and the steps between checkpoints, validations and samples.
 
     Args:
         config: the recipe.

@@ -45,7 +45,7 @@ class Step(Protocol):
         """Convert mean validation metrics to a mapping from metric name to value.
 
         Args:
-            rows: mean of the rows from `validation` over all batches.
+            rows: result of `validation`, averaged over all batches.
 
         Returns:
             Metrics by name, including `validation_loss`.
@@ -72,7 +72,12 @@ class DenoisingStep:
     batches with prior preservation."""
 
     def __call__(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch in the format of `Step`, and the noise levels as `t` (n,)."""
+        """Return the losses of a micro-batch.
+
+        `losses` has one value per sample, and `loss` is their mean. If the family reports parts of the
+        prediction separately, such as color and alpha, `loss_NAME` has one value per sample for the part
+        NAME. `t` contains the noise levels (n,).
+        """
         n, device = len(batch.latents), batch.latents.device
         t = self.objective.sample_time(n, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device, non_blocking=True)
@@ -119,9 +124,11 @@ class DenoisingStep:
 
     @torch.no_grad()
     def validation(self, denoiser: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Return the loss of each batch at each quantile in `QUANTILES`: shape (batches, quantiles).
+        """Return the loss of each batch at each of several noise levels, (batches, quantiles).
 
-        Noise levels and noise are the same in every call, so results differ only if the network differs.
+        The noise levels are the quantiles `QUANTILES` of the noise levels in training. The noise depends only
+        on the names of the clips and on the quantile. Therefore, repeated calls give different results only
+        if the network has changed.
         """
         times = self.objective.quantile(torch.tensor(QUANTILES))
         was_training = denoiser.training
@@ -142,9 +149,9 @@ class DenoisingStep:
         return torch.stack(rows) if rows else torch.zeros(0, len(QUANTILES), device=device)
 
     def summary(self, rows: Tensor) -> dict[str, float]:
-        """Return the loss at each noise level by name, and their mean as `validation_loss`.
+        """Return the losses at all noise levels by name, and the mean of the losses as `validation_loss`.
 
-        The names, such as `validation_q0.1`, contain the quantile of the noise level.
+        Each name contains the quantile of its noise level: `validation_q0.1` is the loss at quantile 0.1.
         """
         losses = rows.tolist()
         values = {f"validation_q{q:.1f}": v for q, v in zip(QUANTILES, losses, strict=True)}

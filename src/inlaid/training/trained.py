@@ -21,9 +21,10 @@ from inlaid.training.steps import DenoisingStep, Step
 
 
 class Trained(Protocol):
-    """Interface to the trained weights of a run: their selection, loss and files.
+    """Interface to the weights that a run trains.
 
-    In all methods, `network` is the denoiser of the model family, or the RGBA VAE.
+    A class with this interface selects the weights, defines their loss, and writes their files. In all
+    methods, `network` is the network that is trained: the family's denoiser or an RGBA VAE.
     """
 
     @property
@@ -86,7 +87,7 @@ class Trained(Protocol):
         ...
 
     def step(self, precision: AbstractContextManager[Any]) -> Step:
-        """Return the training step, which computes in the context manager `precision`."""
+        """Return the training step. It computes in the context manager `precision`, such as autocast."""
         ...
 
     def card(self, step: int, prompts: Sequence[str]) -> str:
@@ -100,7 +101,7 @@ class Trained(Protocol):
 
 
 def trained_by(config: recipe.Config, family: Family) -> Trained:
-    """Return the interface to the weights that a recipe trains: those of an RGBA VAE or of a denoiser."""
+    """Return the interface to the weights that a recipe trains, of either an RGBA VAE or a denoiser."""
     if config.rgba_vae is not None:
         return TrainedRgbaVae(config, config.rgba_vae, family.name)
     return TrainedDenoiser(config, family)
@@ -108,7 +109,7 @@ def trained_by(config: recipe.Config, family: Family) -> Trained:
 
 @dataclass(frozen=True)
 class TrainedDenoiser:
-    """Adapter or weights of a denoiser, as selected by the recipe's `tuner` section."""
+    """Interface to the trained weights of a denoiser: an adapter, or its own weights in full fine-tuning."""
 
     config: recipe.Config
     family: Family
@@ -116,16 +117,19 @@ class TrainedDenoiser:
 
     @property
     def name(self) -> str:
-        """Kind of the tuner, such as `lora`."""
+        """Value of `tuner.kind` in the recipe, such as `lora`."""
         return self.config.tuner.kind
 
     @property
     def autocast(self) -> bool:
-        """True for full fine-tuning."""
+        """True for full fine-tuning: the network is then loaded in float32, and computes under autocast."""
         return isinstance(self.config.tuner, recipe.Full)
 
     def select(self, network: nn.Module) -> list[str]:
-        """Return the names of the layers that get an adapter, or of the trainable parameters."""
+        """Return the names of the layers that get an adapter.
+
+        For full fine-tuning, return the names of the trainable parameters.
+        """
         return tuners.select(self.config.tuner, self.family.targets, network)
 
     def attach(self, network: nn.Module, *, seed: int) -> dict[str, nn.Parameter]:

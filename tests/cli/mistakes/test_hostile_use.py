@@ -24,6 +24,20 @@ from inlaid.runs.launch import Context
 from support.commands import inlaid
 
 
+def test_a_folder_that_a_link_precedes_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "z/deep").mkdir(parents=True)
+    (tmp_path / "z/deep/x.mp4").write_bytes(b"x")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/link").symlink_to(tmp_path / "z/deep")
+    (tmp_path / "b").symlink_to(tmp_path / "z")
+    (tmp_path / ".store/hidden").mkdir(parents=True)
+    (tmp_path / ".store/hidden/y.mp4").write_bytes(b"y")
+    (tmp_path / "c").symlink_to(tmp_path / ".store/hidden")
+    (tmp_path / "d").symlink_to(tmp_path / ".store/hidden")
+    found = [Path(parent, f) for parent, _, files in Root(tmp_path).walk() for f in files]
+    assert found == [tmp_path / "c/y.mp4", tmp_path / "z/deep/x.mp4"]
+
+
 @pytest.mark.parametrize("links", [1, 12])
 def test_linked_folders_that_contain_each_other_are_entered_once(tmp_path: Path, links: int) -> None:
     for name, other in ("ab", "ba"):

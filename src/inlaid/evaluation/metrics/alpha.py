@@ -1,8 +1,8 @@
 """Metrics for the alpha of transparent videos, with and without ground truth.
 
-Without ground truth, no metric proves that alpha is correct: smoke is soft, and glass has no distinct edge.
-The metrics show what changed between two videos of the same prompt. The module `alpha_scores` compares alpha
-with ground truth.
+The function `measure` needs no ground truth. Its metrics cannot prove that alpha is correct, because correct
+alpha can be soft (smoke) or have no distinct edge (glass). They show how two videos of the same prompt
+differ. The function `against` compares alpha with ground truth.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def measure(frames: np.ndarray) -> dict[str, float]:
 
 
 def against(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Return all `TRUTH` metrics: errors of alpha against the true alpha.
+    """Return all `TRUTH` metrics, which measure the error of alpha.
 
     Args:
         frames: RGBA, uint8 (t, h, w, 4).
@@ -119,8 +119,9 @@ def flicker(alpha: np.ndarray) -> float:
 def haze(alpha: np.ndarray) -> float:
     """Return the mean alpha of all pixels that are far from the subject, in [0, 1].
 
-    The subject consists of the pixels with alpha >= 0.5. Pixels are far if their distance is more than
-    `AWAY`. The result is 0 if no pixel is far. In a frame without a subject, all pixels count as far.
+    Pixels with alpha >= 0.5 belong to the subject. A pixel is far if its distance from the subject is more
+    than `AWAY` times the longer side of the frame. In a frame without a subject, all pixels are far. The
+    result is 0 if no pixel is far.
 
     Args:
         alpha: (t, h, w) with values in [0, 1].
@@ -134,9 +135,10 @@ def haze(alpha: np.ndarray) -> float:
 def edges(frames: np.ndarray) -> float:
     """Return the share of alpha edge pixels that have a color edge within `REACH` pixels.
 
-    Color edges are detected in the straight color, not in a composite. An alpha edge pixel has a slope above
-    64 (of 255). A color edge pixel has a slope above 8 that is among the steepest tenth of its frame. The
-    result is 0 if there is no alpha edge.
+    A pixel is on an alpha edge if the slope of alpha is above 64 (of 255). A pixel is on a color edge if the
+    slope of the gray value is above 8, and is in the top 10% of its frame. The gray value is that of the
+    straight color, not of a composite. The result is 0 if there is no alpha edge. In a long video, only about
+    `SOME` frames are measured.
 
     Args:
         frames: straight RGBA, uint8 (t, h, w, 4).
@@ -151,7 +153,7 @@ def edges(frames: np.ndarray) -> float:
 
 
 def _slope(y: np.ndarray) -> np.ndarray:
-    """Return the gradient magnitude (t, h, w) of images, computed with central differences."""
+    """Return twice the gradient magnitude of images (t, h, w); central differences are not halved."""
     padded = np.pad(y, ((0, 0), (1, 1), (1, 1)), mode="edge")
     down, across = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1], padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
     return np.hypot(down, across)

@@ -1,9 +1,9 @@
-"""Errors of predicted alpha by region, in comparison with trivial (constant) predictors.
+"""Errors of predicted alpha by region, compared with the errors of trivial predictors.
 
-Most of a clip is transparent, so a trivial prediction has a small mean error. For example, if the foreground
-covers less than 6 % of the frame, alpha 0 everywhere has an error below 15 (of 255). Errors are therefore
-reported separately for the opaque, soft and transparent regions of the ground truth. They are compared with
-the errors of three trivial predictors: alpha 255, alpha 0 and the mean alpha.
+Trivial predictors give the same alpha everywhere: 255, 0, or the mean of the ground truth. If most of a clip
+is transparent, the mean error of alpha 0 is small. For example, it is at most 13 (of 255) if the foreground
+covers 5 % of the frame. Errors are therefore reported separately for the opaque, soft and transparent regions
+of the ground truth.
 
 Alpha is uint8 (t, h, w); straight RGBA is uint8 (t, h, w, 4).
 """
@@ -47,7 +47,7 @@ class Scores:
 
     @property
     def balanced(self) -> float:
-        """Mean of the errors in the opaque, soft and transparent regions; empty regions are left out."""
+        """Mean of the errors `opaque`, `soft` and `transparent`; errors that are None are left out."""
         errors = [v for v in (self.opaque, self.soft, self.transparent) if v is not None]
         return sum(errors) / len(errors)
 
@@ -58,8 +58,8 @@ def score(found: np.ndarray, truth: np.ndarray, eps: float = ALPHA_EPS) -> Score
     Args:
         found: predicted alpha, uint8 (t, h, w).
         truth: true alpha of the same shape.
-        eps: share of the alpha range that counts as transparent at its lower end and as opaque at its upper
-            end.
+        eps: tolerance. Pixels count as transparent up to a true alpha of 255 * eps, and as opaque from
+            255 * (1 - eps).
     """
     assert found.shape == truth.shape and found.dtype == truth.dtype == np.uint8, (found.shape, truth.shape)
     a, b = found.astype(np.float32), truth.astype(np.float32)
@@ -97,16 +97,17 @@ MARGIN = 0.5
 
 
 def faults(found: Scores, trivial: Mapping[str, Scores], margin: float = MARGIN) -> list[str]:
-    """Return the reasons why predicted alpha is not better than a trivial predictor; empty if it is better.
+    """Return the reasons why predicted alpha is too inaccurate; empty if it is accurate enough.
 
-    Trivial predictors give the same alpha everywhere. The comparison uses `Scores.balanced`, which is high
-    for all trivial predictors. The mean error over pixels is not suitable: if the foreground is small, it is
-    low for a fully transparent prediction.
+    The error is compared with the errors of trivial predictors, which give the same alpha everywhere. The
+    comparison uses `Scores.balanced`. The mean error over all pixels is not suitable: if the foreground is
+    small, it is low for a fully transparent prediction. The error in each region must also be at most half of
+    the alpha range.
 
     Args:
         found: metrics of the predicted alpha of a clip.
         trivial: metrics of the trivial predictors for the same clip, from `baselines`.
-        margin: maximum error, as a share of the best trivial predictor's error.
+        margin: the error must be below this share of the best trivial predictor's error.
     """
     name = min(trivial, key=lambda n: trivial[n].balanced)
     best = trivial[name].balanced

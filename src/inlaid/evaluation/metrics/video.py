@@ -1,4 +1,4 @@
-"""Video metrics without a learned model: motion, flicker, consistency, sharpness.
+"""Video metrics without a learned model: motion, flicker, consistency, sharpness and distance.
 
 All functions are pure and take uint8 frames (t, h, w, 3); the same frames give the same numbers on every
 machine. No metric proves that a video is good. The metrics show what changed between two videos of the same
@@ -83,7 +83,14 @@ METRICS: Mapping[str, Metric] = {
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:
-    """Return all `METRICS` of a video, uint8 (t, h, w, 3); motion and flicker are in percent."""
+    """Return all `METRICS` of a video.
+
+    Args:
+        frames: uint8 (t, h, w, 3).
+
+    Returns:
+        Values by metric name. Motion and flicker are in percent.
+    """
     y = luma(frames)
     small = shrink(y)
     match = compensate(small[:-1], small[1:])
@@ -177,16 +184,15 @@ def compensate(source: np.ndarray, target: np.ndarray, radius: int = RADIUS) -> 
 
 
 def _motion(y: np.ndarray, match: Match) -> float:
-    """Return the mean displacement of blocks from frame to frame, as a share of the frame's diagonal.
+    """Return the mean displacement of blocks per frame, as a fraction of the frame's diagonal.
 
-    The result is in [0, `RADIUS` sqrt(2) / diagonal]. It is 0 for a still image and for noise without motion.
-    If the whole image moves by d pixels per frame, the result is about d / diagonal; it is slightly less
-    because of the strip that enters the frame. If only an object that covers a tenth of the frame moves, the
-    result is a tenth of this value. The slowest detected motion is one pixel in `STRIDE` frames, after
-    downscaling to `LONG`.
+    The result is 0 for a still image and for pure noise. If the whole image moves by d pixels per frame, the
+    result is about d / diagonal. It is slightly lower, because new content at the edge has no match. If only
+    a tenth of the frame moves in this way, the result is a tenth of this value. The slowest motion that is
+    detected is one pixel in `STRIDE` frames.
 
     Args:
-        y: luma (t, h, w).
+        y: luma (t, h, w), downscaled to `LONG`.
         match: match of each frame with the previous frame.
     """
     lengths = match.lengths
@@ -203,19 +209,20 @@ def _motion(y: np.ndarray, match: Match) -> float:
 
 
 def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
-    """Return the flicker of a video in [0, 1]: brightness changes that revert and are not motion.
+    """Return the flicker of a video, in [0, 1].
 
-    The flicker of frame k is the mean of |Y_k - median(P, Y_k, N)|. Y_k is the frame. P and N are the
-    previous and the next frame, motion-compensated to frame k. This is the part that a motion-compensated
-    temporal median filter would remove.
+    Flicker is a change of brightness that is not motion and that reverts in the next frame. The flicker of a
+    frame Y is the mean of |Y - median(P, Y, N)|. P and N are the previous and the next frame,
+    motion-compensated to Y.
 
-    The result is 0 for still images, for motion that block matching detects, and for fades and cuts, because
-    they do not revert. Brightness that alternates between two values gives their difference. Independent
-    noise of standard deviation s, without motion, gives s / sqrt(pi). Fewer than three frames give 0.
+    The result is 0 for still images, for motion that block matching detects, and for videos of fewer than
+    three frames. It is also 0 for fades and cuts, because they do not revert. For brightness that alternates
+    between two values, the result is their difference. For independent Gaussian noise of standard deviation s
+    in a still image, it is s / sqrt(pi).
 
     The temporal flickering of VBench (Huang et al. 2024) is the mean difference of neighboring frames. It
-    counts motion as flicker and is meant for still images. The warping error of Lai et al. 2018 needs learned
-    optical flow.
+    counts motion as flicker, so it is meant for static scenes. The warping error of Lai et al. 2018 needs
+    learned optical flow.
 
     Args:
         before: previous frames (t, h, w), motion-compensated to `middle`.
@@ -229,11 +236,11 @@ def flicker(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> float:
 
 
 def _consistency(before: np.ndarray, now: np.ndarray) -> float:
-    """Return the mean correlation of each frame with the motion-compensated previous frame, in [-1, 1].
+    """Return the mean correlation, in [-1, 1], between frames `now` and motion-compensated frames `before`.
 
-    The result is 1 for still images and for motion that block matching detects. It is near 0 for unrelated
-    frames, and independent of brightness and contrast. A pair of flat frames counts as 1, and a pair with
-    only one flat frame as 0. A single frame gives 1.
+    The result is 1 for still images, near 1 for motion that block matching detects, and near 0 for unrelated
+    frames. It does not depend on brightness and contrast. A pair of flat frames counts as 1. A pair with only
+    one flat frame counts as 0. The result is 1 if there are no pairs.
     """
     if not len(now):
         return 1.0

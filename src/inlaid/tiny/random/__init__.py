@@ -1,6 +1,6 @@
 """Checkpoints with random weights and any network size, for tests and benchmarks.
 
-They have the model classes of the published checkpoints. This package has a module for each model family.
+They use the same model classes as the published checkpoints. This package has a module for each model family.
 Each module defines:
 
 - `VARIANTS`: for each architecture variant, the keys that its recipe (YAML configuration) needs in the
@@ -30,12 +30,12 @@ def cases() -> list[tuple[str, str]]:
 
 
 def model(family: str, variant: str) -> dict[str, Any]:
-    """Return the `model` section of a recipe for training a variant, without the key `checkpoint`."""
+    """Return the recipe section `model` for an architecture variant. The key `checkpoint` is not set."""
     return {"family": family, **_module(family).VARIANTS[variant]}
 
 
 def sibling(family: str, checkpoint: str) -> str:
-    """Return the variant that has the same architecture as a published checkpoint."""
+    """Return the architecture variant of a published checkpoint, a key of the family's `VARIANTS`."""
     return _module(family).STANDS_FOR[checkpoint]
 
 
@@ -45,7 +45,7 @@ def build(family: str, folder: Path, variant: str | None = None, **sizes: int) -
     Args:
         family: name of the model family.
         folder: output folder.
-        variant: architecture variant, one of the family's `VARIANTS`. Default: the first.
+        variant: a key of `VARIANTS` in the family's module of this package. Default: the first key.
         sizes: sizes of the network: `heads`, `head` (width of a head), `layers`, `ffn` (width of the
             feed-forward layers, if the architecture allows a choice), and for CogVideoX `text` (number of
             text tokens).

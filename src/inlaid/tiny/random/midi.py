@@ -40,8 +40,8 @@ def build(
         layers: number of transformer blocks.
         ffn: ignored, because the feed-forward width depends on the network's width.
         tokens: number of latent tokens of an object.
-        sight: width of the image encoders. If it is not 0, the encoders have 12 layers and take images of 224
-            x 224 pixels.
+        sight: if above 0, width of the image encoders. They then have 12 layers, and take images of 224 x 224
+            pixels. 0: small encoders for small images.
     """
     from transformers import (
         CLIPVisionConfig,

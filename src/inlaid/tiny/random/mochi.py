@@ -20,9 +20,10 @@ STANDS_FOR: Mapping[str, str] = {"genmo/mochi-1-preview": "t2v"}
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 32, layers: int = 2, ffn: int = 0
 ) -> None:
-    """Write a random Mochi checkpoint.
+    """Write a Mochi checkpoint with random weights.
 
-    `head` must be even. `ffn` is ignored, because the feed-forward width depends on the network's width.
+    The head dimension `head` must be even. `ffn` is ignored, because the feed-forward width is not a setting
+    of this network.
     """
     import torch
     from diffusers import (

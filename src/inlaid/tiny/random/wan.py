@@ -43,7 +43,7 @@ STANDS_FOR: Mapping[str, str] = {
 def build(
     folder: Path, variant: str, *, heads: int = 2, head: int = 12, layers: int = 2, ffn: int = 32
 ) -> None:
-    """Write a random Wan checkpoint; `head` must be even."""
+    """Write a Wan checkpoint with random weights. The width `head` of an attention head must be even."""
     import diffusers
     import transformers
 
