@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "LEAST", 500)
     monkeypatch.setattr(memory, "KEPT_TOKENS", 9)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    """A program like `inlaid` for other processes, where small tensors go to the host too."""
+    file = tmp_path / "small.py"
+    file.write_text(
+        "from inlaid.cli.main import main\n"
+        "from inlaid.training import memory, store\n"
+        "store.LEAST, memory.KEPT_TOKENS = 500, 9\n"
+        "main()\n"
+    )
+    return str(file)
 
 
 def same(a: Path, b: Path, step: int) -> None:
@@ -110,7 +124,7 @@ def test_files_of_other_runs_are_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [True, "attention"])
 def test_resume_after_a_kill_is_bit_exact(
-    recipe: Callable[..., dict], deep: Any, tmp_path: Path, every: Any
+    recipe: Callable[..., dict], deep: Any, tmp_path: Path, program: str, every: Any
 ) -> None:
     section = {**ALL, "gradient_checkpointing": every}
     options = {"model__checkpoint": deep(), "memory": section, "train__steps": 20, "optim__ema": 0.9}
@@ -118,7 +132,7 @@ def test_resume_after_a_kill_is_bit_exact(
     raw = recipe(run=str(tmp_path / "parts"), **options)
     file, place = tmp_path / "r.yaml", Run(tmp_path / "parts")
     file.write_text(json.dumps(raw), "utf-8")  # JSON is YAML
-    words = [str(forks.python()), "-m", "inlaid", "train", str(file)]
+    words = [str(forks.python()), program, "train", str(file)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
     while not place.checkpoints() and process.poll() is None:
         time.sleep(0.01)
@@ -130,11 +144,26 @@ def test_resume_after_a_kill_is_bit_exact(
 
 
 @pytest.mark.slow
-def test_two_processes_equal_accumulation(recipe: Callable[..., dict], deep: Any, tmp_path: Path) -> None:
-    options = {"model__checkpoint": deep(), "memory": ALL}
+def test_two_processes_equal_accumulation(
+    recipe: Callable[..., dict], deep: Any, tmp_path: Path, program: str
+) -> None:
+    options, start = {"model__checkpoint": deep(), "memory": ALL}, partial(ranks.launch, program=(program,))
     one = train(config.build(recipe(run=str(tmp_path / "one"), train__accumulate=2, **options)))
-    two = ranks.together(recipe(run=str(tmp_path / "two"), **options), tmp_path / "two.yaml", "ddp")
+    two = ranks.together(
+        recipe(run=str(tmp_path / "two"), **options), tmp_path / "two.yaml", "ddp", start=start
+    )
     assert ranks.difference(one, two, 6) < 1e-5
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_sample(
+    recipe: Callable[..., dict], deep: Any, tmp_path: Path, program: str
+) -> None:
+    runs, start = [], partial(ranks.launch, program=(program,))
+    for i, section in enumerate(({}, {**ALL, "gradient_checkpointing": "attention"})):
+        raw = recipe(run=str(tmp_path / str(i)), model__checkpoint=deep(), memory=section)
+        runs.append(ranks.together(raw, tmp_path / "r.yaml", "ddp", "runtime.sequence=2", start=start))
+    same(*runs, 6)
 
 
 def test_what_is_asked_is_what_is_prepared(recipe: Callable[..., dict], deep: Any, tmp_path: Path) -> None:
