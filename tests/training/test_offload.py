@@ -22,7 +22,7 @@ from inlaid.training.offload import Conductor
 from inlaid.training.transport import HereTransport
 from support.contract import random_batch
 from support.late import LateTransport
-from support.slow import mostly_slow, slow
+from support.slow import slow
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -213,9 +213,8 @@ def test_addresses_are_those_of_the_weights(deep: Any) -> None:
     assert before == after and len(set(after.values())) > 8
 
 
-@pytest.mark.parametrize(
-    "case", mostly_slow(random.cases(), lambda case: case == ("midi", "scene")), ids="-".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", random.cases(), ids="-".join)
 def test_every_family(deep: Any, case: tuple[str, str]) -> None:
     family = deep(case)
     late = LateTransport(1)
@@ -256,8 +255,8 @@ def test_every_tuner_on_every_base(deep: Any, scheme: str | None, kind: str, dty
     denoiser, conductor = network(family, kind, late, **how)
     without, _ = network(family, kind, **how)
     with late:
-        found = losses(family, denoiser, "tdt")
-    assert not late.races and equal(found, losses(family, without, "tdt"))
+        found = losses(family, denoiser, "td")
+    assert not late.races and equal(found, losses(family, without, "td"))
     assert conductor
     size = sum(m.size for m in conductor.masters.values()) / sum(
         p.numel() * dtype.itemsize
