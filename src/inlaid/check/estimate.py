@@ -69,8 +69,21 @@ class Counts:
     """Floating-point operations of self-attention, quadratic in the number of tokens."""
     across: float
     """Floating-point operations of cross-attention to text, proportional to the number of video tokens."""
+    moved: float = 0.0
+    """Bytes that operations other than attention and bfloat16 matrix products read and write."""
+    launches: int = 0
+    """Operations that start a kernel."""
 
 
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    _ATEN.mm,
+    _ATEN.addmm,
+    _ATEN.bmm,
+    _ATEN.baddbmm,
+    _ATEN.convolution,
+    _ATEN.convolution_backward,
+}
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
@@ -118,8 +131,8 @@ class _Ledger(TorchDispatchMode):
         super().__init__()
         self.fused = fused
         self.live = {t.untyped_storage()._cdata for t in known}
-        self.now = self.gradients = 0
-        self.flops = 0.0
+        self.now = self.gradients = self.launches = 0
+        self.flops = self.moved = 0.0
         self.worst = (0, 0)
         """Memory at the peak: total bytes, and bytes of gradients."""
 
@@ -134,6 +147,8 @@ class _Ledger(TorchDispatchMode):
             self.fused.count(args[1], args[2], 2)
         elif formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        if not func.is_view and "empty" not in func.overloadpacket.__name__:
+            self.traffic(func.overloadpacket, (args, kwargs, out))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -143,6 +158,16 @@ class _Ledger(TorchDispatchMode):
                     weakref.finalize(storage, self.free, key, size)
                     self.add(size)
         return out
+
+    def traffic(self, packet: Any, involved: Any) -> None:
+        """Count a kernel, and the bytes of its inputs and outputs unless arithmetic limits its speed."""
+        self.launches += 1
+        tensors = [t for t in tree_iter(involved) if isinstance(t, Tensor)]
+        fast = packet in (_FLASH, _FLASH_BACKWARD) or (
+            packet in _PRODUCTS and tensors and tensors[0].dtype is not torch.float32
+        )
+        if not fast:
+            self.moved += sum(t.nbytes for t in tensors)
 
     def add(self, size: int) -> None:
         """Record an allocation of `size` bytes and update the peak."""
@@ -217,7 +242,14 @@ def count_operations(
     for parameter in trained:
         parameter.grad = None
     peak, gradients = ledger.worst
-    return Counts(peak - gradients, gradients, ledger.flops, **fused.counts)
+    return Counts(
+        peak - gradients,
+        gradients,
+        ledger.flops,
+        **fused.counts,
+        moved=ledger.moved,
+        launches=ledger.launches,
+    )
 
 
 def _counted(
@@ -278,6 +310,8 @@ class Estimate:
     precision: str
     how: tuple[str, ...]
     """Sentences that explain how the values were estimated, or why a value is missing."""
+    counts: Counts
+    """Counts of one micro-batch of the largest extent."""
 
     @property
     def peak(self) -> int:
@@ -374,7 +408,9 @@ def estimate_recipe(
         f"time: {why}",
     )
     name, capacity = describe_device(device)
-    return Estimate(parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), how)
+    return Estimate(
+        parameters, trained, memory, cache, flops, seconds, name, capacity, _name(precision), how, counts
+    )
 
 
 def _cache(
