@@ -11,7 +11,7 @@ import torch
 
 from inlaid import config
 from inlaid.check import ladder
-from inlaid.check.estimate import Counts
+from inlaid.check.counting import Counts
 from inlaid.families import get
 from inlaid.families.grid import VideoExtent
 from support.commands import inlaid
@@ -84,7 +84,7 @@ def test_the_time_is_that_of_operations_and_bytes() -> None:
 
 
 def test_bytes_of_operations_are_counted() -> None:
-    from inlaid.check.estimate import _Ledger
+    from inlaid.check.counting import _Ledger
 
     x, w = torch.empty(8, 16, device="meta"), torch.empty(16, 4, device="meta")
     with _Ledger([x, w]) as counted:

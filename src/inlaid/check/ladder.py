@@ -1,7 +1,7 @@
 """Memory settings of a run from the fastest to the smallest, each with its predicted memory and time.
 
 The time is predicted from counted operations: floating-point operations of attention and of matrix products,
-and the bytes that all other operations move, each divided by a rate. The rates were fitted to two measured
+and the bytes that all other operations move, each divided by a rate. The rates were fitted to three measured
 training steps on an H100, so the seconds are those of an H100. On another GPU, the ratios of the seconds are
 a guide.
 """
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from inlaid import config as recipe
-from inlaid.check.estimate import Counts, estimate_recipe
+from inlaid.check.counting import Counts
+from inlaid.check.estimate import estimate_recipe
 from inlaid.families import Family
 from inlaid.families.grid import Extent
 from inlaid.runs.launch import Devices, resolve_devices
 
-RATES = {"attention": 580e12, "products": 650e12, "moved": 2.9e12}
-"""Fitted rates of an H100: floating-point operations of attention and of matrix products per second, and
-bytes per second."""
+RATES = {"attention": 580e12, "small_heads": 316e12, "products": 650e12, "moved": 2.9e12}
+"""Fitted rates of an H100: floating-point operations per second of attention with heads of 128 channels, of
+attention with heads of 64 channels, and of matrix products; bytes per second of all other operations."""
 
 SPARE = (0.06, 0.8e9)
 """Memory that must stay free: a fraction of the GPU memory, and bytes (CUDA context, fragmentation)."""
@@ -67,8 +68,10 @@ def seconds_of(counts: Counts, accumulate: int = 1) -> float:
         counts: counts of one micro-batch.
         accumulate: number of micro-batches in a step.
     """
+    large = counts.attention - counts.small_heads
+    attention = large / RATES["attention"] + counts.small_heads / RATES["small_heads"]
     products = (counts.linear + counts.across) / RATES["products"]
-    return accumulate * (counts.attention / RATES["attention"] + products + counts.moved / RATES["moved"])
+    return accumulate * (attention + products + counts.moved / RATES["moved"])
 
 
 def usable(vram: float) -> float:
